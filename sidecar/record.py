@@ -1,0 +1,138 @@
+"""A record and its JSON: the one form that is stored, delivered and printed.
+
+`encode` turns a finished exchange into the line that the spool keeps; `Record.from_json` reads
+such a line back for delivery. The line is made once: `webhook`, `file` and `records` pass it on
+byte for byte, and a backend's own form is derived from it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from datetime import UTC, datetime
+from typing import Any, Final
+
+import orjson
+
+from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
+
+_USAGE_FIELDS: Final = tuple(f.name for f in fields(Usage))
+# Always present, as null where nothing was reported, so that readers can rely on the keys.
+_USAGE_CORE: Final = frozenset(
+    {"usage_state", "provider", "operation", "streamed", "model", "request_model", "response_id",
+     "input_tokens", "output_tokens", "total_tokens"}
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One call for good: exchange, usage, subscriber, dimensions. Immutable, one per call."""
+
+    id: str
+    seq: int
+    instance: str
+    parent_id: str | None
+    started_at: datetime  # UTC
+    first_byte_ms: float | None
+    duration_ms: float | None
+    method: str
+    url: str
+    route: str | None
+    status: int | None
+    outcome: Outcome
+    request_headers: tuple[str, ...]
+    response_headers: tuple[str, ...]
+    request_bytes: int
+    response_bytes: int
+    client_ip: str | None
+    user_agent: str | None
+    trace_id: str | None
+    subscriber: Subscriber | None
+    dimensions: dict[str, str]
+    usage: Usage | None
+    error: str | None
+    json: bytes  # the stored line, without its line end
+
+    @classmethod
+    def from_json(cls, line: bytes) -> Record:
+        """Read a stored line. Raises `ValueError` when it is no record; unknown keys are left alone."""
+        try:
+            return _read(orjson.loads(line), line)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"not a record: {type(error).__name__} on {error}") from None
+
+
+def encode(exchange: Exchange, *, seq: int, instance: str) -> bytes:
+    """The record's line: compact JSON, no line end. Times in UTC with microseconds."""
+    subscriber, usage = exchange.subscriber, exchange.usage
+    row: dict[str, Any] = {
+        "id": exchange.id,
+        "seq": seq,
+        "instance": instance,
+        "parent_id": exchange.parent_id,
+        "started_at": datetime.fromtimestamp(exchange.started_ns / 1e9, UTC),
+        "first_byte_ms": exchange.first_byte_ms,
+        "duration_ms": exchange.duration_ms,
+        "method": exchange.method,
+        "url": exchange.url,
+        "route": exchange.route,
+        "status": exchange.status,
+        "outcome": exchange.outcome,
+        "request_headers": exchange.request_headers,
+        "response_headers": exchange.response_headers,
+        "request_bytes": exchange.request_bytes,
+        "response_bytes": exchange.response_bytes,
+        "client_ip": exchange.client_ip,
+        "user_agent": exchange.user_agent,
+        "trace_id": exchange.trace_id,
+        "subscriber": None if subscriber is None else {"id": subscriber.id, "source": subscriber.source},
+        "dimensions": exchange.dimensions,
+        "usage": None if usage is None else usage_to_dict(usage),
+        "error": exchange.error,
+    }
+    return orjson.dumps(row, option=orjson.OPT_UTC_Z)
+
+
+def usage_to_dict(usage: Usage) -> dict[str, Any]:
+    """The record's `usage` object: the core keys always, the others where something was reported."""
+    row: dict[str, Any] = {}
+    for name in _USAGE_FIELDS:
+        value = getattr(usage, name)
+        if name in _USAGE_CORE or (value is not None and value != [] and value != {}):
+            row[name] = value
+    return row
+
+
+def _read(row: dict[str, Any], line: bytes) -> Record:
+    subscriber, usage = row["subscriber"], row["usage"]
+    return Record(
+        id=row["id"],
+        seq=row["seq"],
+        instance=row["instance"],
+        parent_id=row.get("parent_id"),
+        started_at=datetime.fromisoformat(row["started_at"]),
+        first_byte_ms=row.get("first_byte_ms"),
+        duration_ms=row.get("duration_ms"),
+        method=row["method"],
+        url=row["url"],
+        route=row.get("route"),
+        status=row["status"],
+        outcome=Outcome(row["outcome"]),
+        request_headers=tuple(row["request_headers"]),
+        response_headers=tuple(row["response_headers"]),
+        request_bytes=row["request_bytes"],
+        response_bytes=row["response_bytes"],
+        client_ip=row.get("client_ip"),
+        user_agent=row.get("user_agent"),
+        trace_id=row.get("trace_id"),
+        subscriber=None if subscriber is None else Subscriber(subscriber["id"], subscriber["source"]),
+        dimensions=row.get("dimensions") or {},
+        usage=None if usage is None else _read_usage(usage),
+        error=row.get("error"),
+        json=line,
+    )
+
+
+def _read_usage(row: dict[str, Any]) -> Usage:
+    known = {name: row[name] for name in _USAGE_FIELDS if name in row}
+    known["usage_state"] = UsageState(known["usage_state"])
+    return Usage(**known)

@@ -1,0 +1,50 @@
+"""Reading usage out of the bytes that go by. The proxy sees only these three classes.
+
+A tap is handed a copy of every piece and never gives anything back but facts: no exception leaves
+it, whatever the bytes are, and it keeps a bounded amount of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from sidecar.exchange import Usage
+
+RawHeaders = Sequence[tuple[bytes, bytes]]
+"""Header fields as they stood on the wire: exact bytes, order and case."""
+
+
+class RequestTap(Protocol):
+    """Reads along with one request body."""
+
+    def feed(self, piece: bytes) -> None: ...
+
+
+class ResponseTap(Protocol):
+    """Reads along with one response body."""
+
+    @property
+    def waiting(self) -> bool:
+        """Whether reading on could still bring the final usage (for SIDECAR_ON_DISCONNECT=drain)."""
+        ...
+
+    def feed(self, piece: bytes) -> bool:
+        """Take a copy of one piece; True when the stream's own end mark ended within this piece."""
+        ...
+
+    def finish(self, whole: bool) -> Usage | None:
+        """What is known. `whole`: the body ended as its framing (or end mark) says. Safe to call twice."""
+        ...
+
+
+class Taps(Protocol):
+    """Chooses the readers. One for the whole process; holds no state of a call."""
+
+    def request(self, method: str, target: str, headers: RawHeaders) -> RequestTap | None:
+        """None where no answer to this request can be a model call."""
+        ...
+
+    def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseTap | None:
+        """None where the head already says that there is no usage to read."""
+        ...
