@@ -1,0 +1,96 @@
+# Everything runs in one virtual environment that is made on first use: Python 3.11 or later and make are all it
+# takes. `make` alone lists the targets.
+
+comma := ,
+VENV ?= .venv
+BIN := $(VENV)/bin
+PYTHON ?=
+JOBS ?= 2
+TESTS ?= tests
+ARGS ?=
+
+# Packages are installed at the versions and hashes of requirements/*.lock. A stamp in the environment remembers
+# that it was done, so a second `make` starts at once and works without a network.
+RUN := $(VENV)/.stamp-run
+TEST := $(VENV)/.stamp-test
+BENCH := $(VENV)/.stamp-bench
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-emit-index-url --no-annotate --no-header
+
+# Tests and the demo talk to this machine only, whatever proxy is set for the rest of the world.
+export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
+export no_proxy := $(NO_PROXY)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo run test lint format fuzz crash soak bench lock clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(RUN) ## see it work: scripted model APIs, the sidecar, a usage table; no account, no key
+	@$(BIN)/metering-sidecar demo $(ARGS)
+
+run: $(RUN) ## serve for real: make run UPSTREAM=https://api.example.com
+	@test -n "$(UPSTREAM)$$SIDECAR_UPSTREAM_URL" || { \
+		echo 'say which API to forward to: make run UPSTREAM=https://api.example.com' >&2; exit 2; }
+	@$(if $(UPSTREAM),SIDECAR_UPSTREAM_URL='$(UPSTREAM)') exec $(BIN)/metering-sidecar serve $(ARGS)
+
+test: $(TEST) ## the whole test suite (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
+	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
+
+lint: $(TEST) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(TEST) ## let ruff put imports and simple faults right
+	$(BIN)/ruff check --fix .
+
+fuzz: $(TEST) ## the readers and decoders against random bytes, for longer than in `make test`
+	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(TESTS)
+
+crash: $(TEST) ## 1,000 rounds of SIGKILL under load
+	CRASH_ROUNDS=$${CRASH_ROUNDS:-1000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 86400 $(ARGS) tests/crash
+
+soak: $(TEST) ## minutes of load with a backend that is down
+	$(BIN)/python -m pytest -q -m soak --timeout 7200 $(ARGS) $(TESTS)
+
+bench: $(BENCH) ## cost per call and per chunk, beside nginx, HAProxy and Envoy where they are installed
+	$(BIN)/python tests/bench/run.py $(ARGS)
+
+lock: $(BIN)/python ## make the lock files anew from pyproject.toml
+	$(PIP) install --quiet uv
+	$(COMPILE) pyproject.toml requirements/build.in -o requirements/run.lock
+	$(COMPILE) pyproject.toml requirements/build.in -c requirements/run.lock --extra test --extra lint \
+		-o requirements/test.lock
+
+clean: ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-data
+
+$(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
+	@echo "installing into $(VENV) (once) …"
+	@$(PIP) install --quiet --require-hashes -r requirements/run.lock
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+$(TEST): requirements/test.lock $(RUN)
+	@echo "installing the test tools into $(VENV) (once) …"
+	@$(PIP) install --quiet --require-hashes -r requirements/test.lock
+	@touch $@
+
+$(BENCH): $(TEST)
+	@$(PIP) install --quiet '.[bench]' || echo 'some peers cannot be installed here: the bench goes on without them'
+	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# A `python3.12` on the path may be an empty shell (version managers leave such), and a Python may come without
+# `venv`: each candidate is tried by using it.
+$(BIN)/python:
+	@for python in $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python; do \
+		"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
+		echo "making $(VENV) with $$("$$python" -V)"; \
+		"$$python" -m venv $(VENV) && exit 0; \
+		rm -rf $(VENV); \
+	done; \
+	echo 'no Python 3.11 or later with the venv module was found; install one (Debian: python3 python3-venv)' >&2; \
+	echo 'or name it: make PYTHON=/path/to/python3.12 …' >&2; exit 1
