@@ -1,0 +1,67 @@
+"""The admin port: is it alive, is it ready, what was counted, does the balance hold.
+
+It listens on loopback unless told otherwise and says nothing of the calls themselves. What it shows is
+asked of `Instance` at the moment of the request; a failure to answer is a 500 here and hurts no traffic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+import orjson
+from aiohttp import web
+
+from sidecar.balance import Balance
+
+PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Readiness:
+    """`ready` decides between 200 and 503; `state` and `notes` say why to a person."""
+
+    ready: bool
+    state: str  # ok, degraded, full, stopping
+    notes: Sequence[str] = field(default_factory=tuple)
+
+
+class Instance(Protocol):
+    """What the admin port asks of the whole."""
+
+    async def balance(self) -> Balance: ...
+
+    async def metrics(self) -> bytes: ...
+
+    def readiness(self) -> Readiness: ...
+
+
+def application(instance: Instance) -> web.Application:
+    """`/healthz` `/readyz` `/metrics` `/balance`."""
+
+    async def healthz(_: web.Request) -> web.Response:
+        return _json({"status": "alive"})
+
+    async def readyz(_: web.Request) -> web.Response:
+        readiness = instance.readiness()
+        body = {"status": readiness.state, "notes": list(readiness.notes)}
+        return _json(body, status=200 if readiness.ready else 503)
+
+    async def metrics(_: web.Request) -> web.Response:
+        return web.Response(body=await instance.metrics(), headers={"Content-Type": PROMETHEUS_TYPE})
+
+    async def balance(_: web.Request) -> web.Response:
+        found = await instance.balance()
+        return _json(found.to_dict() | {"problems": found.problems})
+
+    app = web.Application()
+    app.router.add_get("/healthz", healthz)
+    app.router.add_get("/readyz", readyz)
+    app.router.add_get("/metrics", metrics)
+    app.router.add_get("/balance", balance)
+    return app
+
+
+def _json(body: object, *, status: int = 200) -> web.Response:
+    return web.Response(body=orjson.dumps(body), status=status, content_type="application/json")

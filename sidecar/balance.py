@@ -1,0 +1,92 @@
+"""The equation that says whether every call is accounted for.
+
+    admitted = recorded + open + lost{reason}
+    recorded = delivered + duplicate + parked{reason} + pending + skipped{reason}      (for each backend)
+
+Pure data and arithmetic. The terms come from separate places (admitted and lost from the recorder,
+recorded from the writer's rows, the rest from delivery's), which is what makes the equation able to fail.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BackendTotals:
+    """What has become of the recorded calls at one backend."""
+
+    delivered: int = 0
+    duplicate: int = 0
+    pending: int = 0
+    parked: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def total(self) -> int:
+        return self.delivered + self.duplicate + self.pending + sum(self.parked.values()) + sum(self.skipped.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Balance:
+    """One look at all terms. `problems` is empty when it holds."""
+
+    admitted: int = 0
+    recorded: int = 0
+    open: int = 0
+    lost: Mapping[str, int] = field(default_factory=dict)
+    backends: Mapping[str, BackendTotals] = field(default_factory=dict)
+
+    @property
+    def problems(self) -> list[str]:
+        """Each sum that does not come out, in words that can be acted on."""
+        found = []
+        lost = sum(self.lost.values())
+        if self.admitted != self.recorded + self.open + lost:
+            found.append(
+                f"admitted {self.admitted} is not recorded {self.recorded} + open {self.open} + lost {lost}: "
+                "run `metering-sidecar spool verify`"
+            )
+        for name, totals in self.backends.items():
+            if totals.total != self.recorded:
+                found.append(
+                    f"{name}: recorded {self.recorded} is not {totals.total}, the sum of delivered {totals.delivered}, "
+                    f"duplicate {totals.duplicate}, parked {sum(totals.parked.values())}, pending {totals.pending} "
+                    f"and skipped {sum(totals.skipped.values())}"
+                )
+        return found
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form of `/balance` and of `balance --format json`."""
+        return {
+            "admitted": self.admitted,
+            "recorded": self.recorded,
+            "open": self.open,
+            "lost": dict(self.lost),
+            "backends": {
+                name: {
+                    "delivered": totals.delivered,
+                    "duplicate": totals.duplicate,
+                    "parked": dict(totals.parked),
+                    "pending": totals.pending,
+                    "skipped": dict(totals.skipped),
+                }
+                for name, totals in self.backends.items()
+            },
+            "holds": self.holds,
+        }
+
+
+def add_counts(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    """The sum of several counts by reason."""
+    total: Counter[str] = Counter()
+    for row in rows:
+        total.update(row)
+    return dict(total)

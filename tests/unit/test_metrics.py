@@ -1,0 +1,94 @@
+"""The counters: what is counted, that labels stay bounded, and that processes add up."""
+
+from prometheus_client.parser import text_string_to_metric_families
+from sidecar.exchange import Exchange, Outcome, Usage, UsageState
+from sidecar.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
+from sidecar.verdict import Delivered, Refused
+
+
+def call(*, model="m", status=200, route="/v1/chat/completions", method="POST"):
+    usage = Usage(usage_state=UsageState.FINAL, provider="openai", model=model, input_tokens=3, output_tokens=0)
+    return Exchange(
+        method=method,
+        url="http://u/v1",
+        route=route,
+        status=status,
+        outcome=Outcome.COMPLETE,
+        duration_ms=12.0,
+        first_byte_ms=3.0,
+        request_bytes=10,
+        response_bytes=20,
+        usage=usage,
+    )
+
+
+def samples(metrics, gauges=None):
+    text = metrics.exposition(gauges or Gauges()).decode()
+    return {
+        (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
+    }
+
+
+def test_a_call_is_counted_with_its_bytes_times_and_tokens():
+    metrics = Metrics()
+    metrics.call_ended(call())
+    metrics.call_ended(call(status=None, route=None, method="BREW"))
+    seen = samples(metrics)
+    labels = (("method", "POST"), ("outcome", "complete"), ("route", "/v1/chat/completions"), ("status_class", "2xx"))
+    assert seen[("sidecar_calls_total", *labels)] == 1
+    odd = (("method", "other"), ("outcome", "complete"), ("route", "other"), ("status_class", "none"))
+    assert seen[("sidecar_calls_total", *odd)] == 1
+    assert seen[("sidecar_request_bytes_total",)] == 20
+    assert seen[("sidecar_tokens_total", ("kind", "input"), ("model", "m"), ("provider", "openai"))] == 6
+    assert seen[("sidecar_call_duration_seconds_count", ("outcome", "complete"))] == 2
+    assert seen[("sidecar_call_duration_seconds_bucket", ("le", "0.01"), ("outcome", "complete"))] == 0
+    assert seen[("sidecar_call_duration_seconds_bucket", ("le", "0.025"), ("outcome", "complete"))] == 2
+
+
+def test_what_an_alert_waits_for_is_there_at_zero():
+    seen = samples(Metrics(backends=["stripe"]))
+    assert seen[("sidecar_lost_total", ("reason", "spool_full"))] == 0
+    assert seen[("sidecar_released_uncommitted_total",)] == 0
+    assert seen[("sidecar_blocked", ("backend", "stripe"))] == 0
+    assert seen[("sidecar_verdicts_total", ("backend", "stripe"), ("verdict", "unknown"))] == 0
+
+
+def test_labels_stay_bounded():
+    metrics = Metrics()
+    for number in range(MODELS_MAX + 50):
+        metrics.call_ended(call(model=f"made-up-{number}"))
+    for number in range(REASONS_MAX + 50):
+        metrics.parked("stripe", f"code_{number}", 1)
+    seen = samples(metrics)
+    assert len({key for key in seen if key[0] == "sidecar_usage_total"}) == MODELS_MAX + 1
+    parked = {key: value for key, value in seen.items() if key[0] == "sidecar_parked_total"}
+    assert len(parked) == REASONS_MAX + 1
+    assert sum(parked.values()) == REASONS_MAX + 50
+
+
+def test_two_processes_add_up():
+    one, two, both = Metrics(backends=["ledger"]), Metrics(backends=["ledger"]), Metrics(backends=["ledger"])
+    for metrics in (one, two):
+        metrics.call_ended(call())
+        metrics.committed(5, 1000, 0.002)
+        metrics.batch_settled("ledger", [Delivered(), Refused("no")], 0.01)
+        metrics.connections_changed(2)
+        both.absorb(metrics.state())
+    seen = samples(both)
+    assert seen[("sidecar_committed_records_total",)] == 10
+    assert seen[("sidecar_connections",)] == 4
+    assert seen[("sidecar_verdicts_total", ("backend", "ledger"), ("verdict", "refused"))] == 2
+    assert seen[("sidecar_send_seconds_count", ("backend", "ledger"))] == 2
+
+
+def test_the_figures_of_the_moment_come_with_the_scrape():
+    gauges = Gauges(admitted=7, recorded=6, open=1, holds=False, pending={"ledger": 4}, parked={("ledger", "no"): 2})
+    seen = samples(Metrics(), gauges)
+    assert seen[("sidecar_admitted_total",)] == 7
+    assert seen[("sidecar_balance_holds",)] == 0
+    assert seen[("sidecar_pending", ("backend", "ledger"))] == 4
+    assert seen[("sidecar_parked_now", ("backend", "ledger"), ("reason", "no"))] == 2
+
+
+def test_every_family_has_help_and_the_projects_prefix():
+    assert all(name.startswith("sidecar_") and family.help for name, family in FAMILIES.items())
