@@ -74,7 +74,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_request_bytes": Family("counter", "Body bytes that clients sent"),
     "sidecar_response_bytes": Family("counter", "Body bytes that clients were sent"),
     "sidecar_tokens": Family("counter", "Tokens that answers reported", ("kind", "provider", "model")),
-    "sidecar_usage": Family("counter", "Model calls by how much of their usage is known", ("state", "provider", "model")),
+    "sidecar_usage": Family("counter", "Model calls, by what is known of their usage", ("state", "provider", "model")),
     "sidecar_usage_anomalies": Family("counter", "Odd content met while reading usage", ("kind",)),
     "sidecar_rejected": Family("counter", "Requests refused before they became a call", ("reason",)),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
@@ -99,7 +99,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_skipped": Family("counter", "Records that have no event at a backend", ("backend", "reason")),
     "sidecar_pending": Family("gauge", "Records on disk that a backend has not settled", ("backend",)),
     "sidecar_parked_now": Family("gauge", "Records that are parked", ("backend", "reason")),
-    "sidecar_oldest_pending_seconds": Family("gauge", "Age of the oldest record that a backend has not settled", ("backend",)),
+    "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
 }  # fmt: skip
 
@@ -322,7 +322,7 @@ class Metrics(Collector):
         self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
-        self._gauges["sidecar_parked_now"] = {key: value for key, value in gauges.parked.items()}
+        self._gauges["sidecar_parked_now"] = {(name, why): value for (name, why), value in gauges.parked.items()}
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:

@@ -7,8 +7,10 @@ byte for byte, and a backend's own form is derived from it.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from datetime import UTC, datetime
+from operator import attrgetter
 from typing import Any, Final
 
 import orjson
@@ -16,11 +18,16 @@ import orjson
 from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 
 _USAGE_FIELDS: Final = tuple(f.name for f in fields(Usage))
+_usage_values: Final = attrgetter(*_USAGE_FIELDS)  # one call for all fields: half the cost of a loop
+_EMPTY: Final[tuple[Any, ...]] = ([], {})
 # Always present, as null where nothing was reported, so that readers can rely on the keys.
 _USAGE_CORE: Final = frozenset(
     {"usage_state", "provider", "operation", "streamed", "model", "request_model", "response_id",
      "input_tokens", "output_tokens", "total_tokens"}
 )  # fmt: skip
+
+_INT_MAX: Final = 2**63 - 1  # orjson's own bound on what it writes
+_DEPTH_MAX: Final = 100  # orjson stops at 254; a provider's usage object is five deep
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,8 +64,8 @@ class Record:
         """Read a stored line. Raises `ValueError` when it is no record; unknown keys are left alone."""
         try:
             return _read(orjson.loads(line), line)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record: {type(error).__name__} on {error}") from None
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise ValueError(f"not a record: {type(error).__name__}: {error}") from None
 
 
 def encode(exchange: Exchange, *, seq: int, instance: str) -> bytes:
@@ -89,17 +96,35 @@ def encode(exchange: Exchange, *, seq: int, instance: str) -> bytes:
         "usage": None if usage is None else usage_to_dict(usage),
         "error": exchange.error,
     }
-    return orjson.dumps(row, option=orjson.OPT_UTC_Z)
+    try:
+        return orjson.dumps(row, option=orjson.OPT_UTC_Z)
+    except TypeError:  # orjson.JSONEncodeError is one; a record with a mark in it beats no record
+        return orjson.dumps(_storable(row), option=orjson.OPT_UTC_Z)
+
+
+def _storable(value: Any, depth: int = 0) -> Any:
+    """The same with what JSON cannot hold made visible: lone surrogates (raw bytes of a header or target that
+    were no UTF-8) as `?`, huge integers as text, and whatever else stands there as the name of its type."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if value is None or isinstance(value, (bool, float, datetime)):
+        return value
+    if isinstance(value, int):
+        return value if -_INT_MAX <= value <= _INT_MAX else str(value)
+    if depth < _DEPTH_MAX and isinstance(value, Mapping):
+        return {str(_storable(str(key))): _storable(item, depth + 1) for key, item in value.items()}
+    if depth < _DEPTH_MAX and isinstance(value, (list, tuple)):
+        return [_storable(item, depth + 1) for item in value]
+    return f"<{type(value).__name__}>"
 
 
 def usage_to_dict(usage: Usage) -> dict[str, Any]:
     """The record's `usage` object: the core keys always, the others where something was reported."""
-    row: dict[str, Any] = {}
-    for name in _USAGE_FIELDS:
-        value = getattr(usage, name)
-        if name in _USAGE_CORE or (value is not None and value != [] and value != {}):
-            row[name] = value
-    return row
+    return {
+        name: value
+        for name, value in zip(_USAGE_FIELDS, _usage_values(usage), strict=True)
+        if (value is not None and value not in _EMPTY) or name in _USAGE_CORE
+    }
 
 
 def _read(row: dict[str, Any], line: bytes) -> Record:

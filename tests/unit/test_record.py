@@ -1,0 +1,73 @@
+"""The record's line: it reads back as it was written, and no content makes it fail."""
+
+import json
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
+from sidecar.record import Record, encode
+
+ID = "0199f7a0-0000-7000-8000-000000000001"
+
+
+def exchange(**changes):
+    fields = {
+        "id": ID,
+        "method": "POST",
+        "url": "https://api.example.com/v1/chat/completions",
+        "started_ns": 1_763_629_200_123_456_789,
+        "status": 200,
+        "outcome": Outcome.COMPLETE,
+        "subscriber": Subscriber("acme", "header:x-tenant"),
+    }
+    return Exchange(**(fields | changes))
+
+
+def test_it_reads_back_as_it_was_written():
+    usage = Usage(usage_state=UsageState.FINAL, input_tokens=43, output_tokens=0, cache_read_input_tokens=0)
+    line = encode(exchange(usage=usage, request_headers=["Content-Type"]), seq=41, instance="i")
+    record = Record.from_json(line)
+    assert (record.id, record.seq, record.instance, record.json) == (ID, 41, "i", line)
+    assert record.subscriber == Subscriber("acme", "header:x-tenant")
+    assert record.request_headers == ("Content-Type",)
+    assert record.started_at.isoformat() == "2025-11-20T09:00:00.123457+00:00"
+    assert record.usage == usage
+
+
+def test_null_is_never_zero_and_zero_is_never_null():
+    usage = Usage(usage_state=UsageState.ABSENT, output_tokens=0)
+    row = json.loads(encode(exchange(usage=usage), seq=1, instance="i"))["usage"]
+    assert row["input_tokens"] is None
+    assert row["output_tokens"] == 0
+    assert "cache_read_input_tokens" not in row
+    assert json.loads(encode(exchange(), seq=1, instance="i"))["usage"] is None
+
+
+def test_the_time_has_microseconds_and_says_utc():
+    assert json.loads(encode(exchange(), seq=1, instance="i"))["started_at"].endswith("Z")
+
+
+@pytest.mark.parametrize("text", ["\udcff", "a\ud800b", "\x00", "é"])
+def test_text_that_was_no_utf8_still_makes_a_record(text):
+    odd = exchange(url=text, request_headers=[text], dimensions={text: text}, user_agent=text)
+    assert Record.from_json(encode(odd, seq=1, instance="i")).id == ID
+
+
+@given(
+    raw=st.recursive(
+        st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()) | st.binary(max_size=4),
+        lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner, max_size=4),
+        max_leaves=20,
+    )
+)
+def test_no_raw_usage_makes_it_fail(raw):
+    usage = Usage(usage_state=UsageState.FINAL, raw_usage=raw)
+    assert Record.from_json(encode(exchange(usage=usage), seq=1, instance="i")).id == ID
+
+
+@pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"null", b'{"id": 1}', b"\xff", b'{"id":"x","subscriber":3}'])
+def test_what_is_no_record_is_refused_as_such(line):
+    with pytest.raises(ValueError, match="not a record"):
+        Record.from_json(line)
