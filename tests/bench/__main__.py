@@ -1,0 +1,196 @@
+"""`make bench`: the sidecar beside its peers, in one run, as CPU microseconds per call and per streamed chunk.
+
+CPU time of the proxy process (user + system, children included) is divided by what it forwarded; throughput and
+latency move with the machine's mood, CPU per call hardly does. The rounds are interleaved, so that a slow minute
+hits all. Raw figures go to `results/` as JSON. Nothing here is a test: no figure is asserted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))
+
+import peers as p  # noqa: E402
+
+LUA = """wrk.method = "POST"
+wrk.headers["Content-Type"] = "application/json"
+wrk.headers["Authorization"] = "Bearer sk-bench"
+wrk.body = '{"model":"gpt-5-mini","messages":[{"role":"user","content":"%s"}]}'
+"""
+
+
+def wrk(peer: p.Peer, path: str, *, seconds: int, connections: int, script: Path | None) -> dict[str, float]:
+    command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{peer.port}{path}"]
+    if script is not None:
+        command[1:1] = ["-s", str(script)]
+    before = peer.cpu_s()
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    cpu_s = peer.cpu_s() - before
+    calls = int(re.search(r"(\d+) requests in", out)[1])  # type: ignore[index]
+    errors = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
+    if errors or not calls:
+        raise RuntimeError(f"{peer.name}: {out}")
+    latency = {name: _ms(out, name) for name in ("50%", "99%")}
+    return {
+        "calls": calls,
+        "us": cpu_s / calls * 1e6,
+        "per_s": calls / seconds,
+        "p50_ms": latency["50%"],
+        "p99_ms": latency["99%"],
+    }
+
+
+def _ms(out: str, name: str) -> float:
+    value, unit = re.search(rf"{name}\s+([\d.]+)(us|ms|s)", out).groups()  # type: ignore[union-attr]
+    return float(value) * {"us": 1e-3, "ms": 1.0, "s": 1e3}[unit]
+
+
+def streams(peer: p.Peer, *, count: int, rounds: int) -> dict[str, float]:
+    before = peer.cpu_s()
+    command = [sys.executable, str(HERE / "streams.py"), "load", str(peer.port), str(count), str(rounds)]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found: dict[str, float] = json.loads(out)
+    return found | {"us": (peer.cpu_s() - before) / found["chunks"] * 1e6}
+
+
+def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) -> dict[str, float]:
+    """Memory of so many open streams in one worker (goal P5)."""
+    port = p.free_port()
+    command = [sys.executable, str(HERE / "streams.py"), "upstream", str(port), "100000", "20"]
+    upstream = p.start("slow streams", command, port, folder)
+    peer = make(folder, port)
+    try:
+        empty = peer.resident_bytes()
+        holder = subprocess.Popen(
+            [sys.executable, str(HERE / "streams.py"), "hold", str(peer.port), str(count)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        assert holder.stdout is not None
+        line = holder.stdout.readline()
+        opened = json.loads(line)["open"]
+        time.sleep(2)
+        full = peer.resident_bytes()
+        holder.communicate("")
+        return {"open": opened, "before_mib": empty / 2**20, "kib_each": (full - empty) / opened / 1024}
+    finally:
+        peer.stop()
+        upstream.stop()
+
+
+def main() -> None:
+    arguments = _arguments()
+    raw: dict[str, object] = {"at": time.time(), "machine": platform.platform(), "python": platform.python_version()}
+    makers: dict[str, Callable[[Path, int], p.Peer]] = {
+        "nginx": p.nginx, "haproxy": p.haproxy, "envoy": p.envoy, "litellm": p.litellm,
+        "buffered": p.sidecar("buffered"), "committed": p.sidecar("committed"), "buffered2": p.sidecar("buffered", 2),
+    }  # fmt: skip
+    chosen = [name for name in makers if name in arguments.peers.split(",")]
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecar-bench-")))
+        script = folder / "post.lua"
+        script.write_text(LUA % ("x" * 180))
+        if "unary" in arguments.parts:
+            raw["unary"] = _unary(arguments, makers, chosen, folder, script)
+        if "streams" in arguments.parts:
+            raw["streams"] = _streams(arguments, makers, chosen, folder)
+        if "open" in arguments.parts:
+            found = open_streams(makers["committed"], folder, arguments.open)
+            raw["open"] = found
+            print(
+                f"\nOpen streams: {found['open']}; {found['before_mib']:.1f} MiB resident before load, "
+                f"{found['kib_each']:.1f} KiB each"
+            )
+    target = HERE / "results"
+    target.mkdir(exist_ok=True)
+    path = target / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
+    path.write_text(json.dumps(raw, indent=1))
+    print(f"\nraw figures: {path.relative_to(HERE.parent.parent)}")
+
+
+def _started(
+    stack: ExitStack, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path, port: int
+) -> list[p.Peer]:
+    running = []
+    for name in chosen:
+        try:
+            peer = makers[name](folder, port)
+        except FileNotFoundError as missing:
+            print(f"not measured: {missing} is not installed")
+            continue
+        stack.callback(peer.stop)
+        running.append(peer)
+    return running
+
+
+def _unary(
+    arguments: argparse.Namespace,
+    makers: dict[str, Callable[[Path, int], p.Peer]],
+    chosen: list[str],
+    folder: Path,
+    script: Path,
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    cases = [("chat", "/v1/chat/completions", script, 32), ("chat, 1 connection", "/v1/chat/completions", script, 1)]
+    cases += [(f"GET {size}", f"/{size}", None, 32) for size in ("1k", "16k", "1m")]
+    with ExitStack() as stack:
+        upstream = p.nginx_upstream(folder)
+        stack.callback(upstream.stop)
+        running = _started(stack, makers, chosen, folder, upstream.port)
+        for peer in running:  # warm: pools filled, code specialised
+            wrk(peer, "/v1/chat/completions", seconds=1, connections=32, script=script)
+        for title, path, lua, connections in cases[: arguments.cases]:
+            table, latency = p.Table(title, "CPU µs per call"), p.Table(title, "p99 ms")
+            for _ in range(arguments.rounds):
+                for peer in running:
+                    found = wrk(peer, path, seconds=arguments.seconds, connections=connections, script=lua)
+                    table.add(peer.name, found["us"])
+                    latency.add(peer.name, found["p99_ms"])
+                    rows.append({"case": title, "peer": peer.name} | found)
+            print("\n" + table.text("Envoy"), flush=True)
+    return rows
+
+
+def _streams(
+    arguments: argparse.Namespace, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    with ExitStack() as stack:
+        port = p.free_port()
+        upstream = p.start("streams", [sys.executable, str(HERE / "streams.py"), "upstream", str(port)], port, folder)
+        stack.callback(upstream.stop)
+        table = p.Table("64 streams of 100 events", "CPU µs per chunk")
+        running = _started(stack, makers, chosen, folder, port)
+        for _ in range(arguments.rounds):
+            for peer in running:
+                found = streams(peer, count=64, rounds=4)
+                table.add(peer.name, found["us"])
+                rows.append({"peer": peer.name} | found)
+        print("\n" + table.text("Envoy"), flush=True)
+    return rows
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n\n")[0] if __doc__ else None)
+    parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
+    parser.add_argument("--seconds", type=int, default=4, help="length of one measurement (default 4)")
+    parser.add_argument("--cases", type=int, default=5, help="how many of the unary cases (default all 5)")
+    parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
+    parser.add_argument("--parts", default="unary,streams,open")
+    parser.add_argument("--peers", default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
