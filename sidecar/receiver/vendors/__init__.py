@@ -1,0 +1,26 @@
+"""The vendors, one row each. A row is a file's contract under the name that the sidecar's backend has.
+
+Where two share a path, the routes tell them apart by what only one of them takes (`Route.when`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+from sidecar.receiver.contract import Memory, Terms, Vendor
+from sidecar.receiver.vendors.meter import Meter
+from sidecar.receiver.vendors.revenium_v1 import ReveniumV1
+from sidecar.receiver.vendors.webhook import Webhook
+
+
+class Row(NamedTuple):
+    backend: str
+    build: Callable[[Memory, Terms], Vendor]
+
+
+VENDORS: Final[tuple[Row, ...]] = (
+    Row("meter", Meter),
+    Row("revenium", ReveniumV1),
+    Row("webhook", Webhook),
+)
