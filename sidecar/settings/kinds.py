@@ -1,0 +1,393 @@
+"""The kinds of value that a setting can have: how its text is read, and what to say when it cannot be.
+
+A kind is pure: text in, value out, `ValueError` otherwise. `expected` finishes the sentence "expected …" in the
+report of problems. A reader may raise `Unfit` where it can say better than `expected` what is wrong; the message
+of any other error is not shown, because it may quote a secret.
+"""
+
+from __future__ import annotations
+
+import hmac
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from pathlib import Path
+from typing import Any, Final, Generic, TypeVar
+from urllib.parse import urlsplit
+
+T = TypeVar("T")
+E = TypeVar("E", bound=StrEnum)
+Network = IPv4Network | IPv6Network
+
+DURATION_MOST_S: Final = 3650 * 86_400.0  # ten years: beyond that it is a slip of the unit
+SIZE_MOST_BYTES: Final = 1 << 50  # 1 PiB, for the same reason
+_DURATION_UNITS: Final = {"": 1.0, "ms": 0.001, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86_400.0}
+_SIZE_UNITS: Final = {
+    "": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
+    "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
+_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
+_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
+
+
+class Unfit(ValueError):
+    """What is wrong with a value, in words that may be shown (no part of the value unless it is no secret)."""
+
+
+@dataclass(frozen=True)
+class Kind(Generic[T]):
+    """One kind of value: `parse` reads its text."""
+
+    expected: str
+    parse: Callable[[str], T]
+
+
+@dataclass(frozen=True)
+class Many(Kind[T]):
+    """Several values: separated by commas in the environment, a list or a table in TOML."""
+
+    parse_items: Callable[[Sequence[str]], T]
+
+
+class Secret:
+    """A text that shows itself only to who asks by name, and compares in constant time."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: str) -> None:
+        self._value = value
+
+    def reveal(self) -> str:
+        return self._value
+
+    def __repr__(self) -> str:
+        return "Secret(***)"
+
+    __str__ = __repr__
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Secret):
+            return NotImplemented
+        return hmac.compare_digest(self._value.encode(), other._value.encode())
+
+    def __hash__(self) -> int:
+        return hash(self._value)
+
+    def __bool__(self) -> bool:
+        return bool(self._value)
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        raise TypeError("a secret is not written down")
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where to listen: a host and a port (0: any free one), or the path of a Unix socket."""
+
+    host: str = ""
+    port: int = 0
+    path: str | None = None
+
+    def __str__(self) -> str:
+        if self.path is not None:
+            return f"unix:{self.path}"
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """A field of the answer to put into the record: `header:NAME`, or `json:PATH` with dots between the keys."""
+
+    name: str
+    source: str  # "header" or "json"
+    path: str
+
+
+def _text(value: str) -> str:
+    if not value.isprintable():
+        raise Unfit("expected one line of printable text")
+    return value
+
+
+text: Final = Kind("a text", _text)
+
+
+def _flag(value: str) -> bool:
+    if value.lower() in ("true", "on", "yes", "1"):
+        return True
+    if value.lower() in ("false", "off", "no", "0"):
+        return False
+    raise ValueError
+
+
+flag: Final = Kind("true or false (also on/off, yes/no, 1/0)", _flag)
+
+
+def count(least: int = 1, most: int = 2**31 - 1) -> Kind[int]:
+    """A whole number within bounds."""
+
+    def parse(value: str) -> int:
+        if not re.fullmatch(r"\d{1,12}", value, re.ASCII) or not least <= int(value) <= most:
+            raise ValueError
+        return int(value)
+
+    return Kind(f"a whole number, {least} to {most}", parse)
+
+
+def duration(least: float = 0.0, most: float = DURATION_MOST_S) -> Kind[float]:
+    """Seconds, or a number with one of the units ms, s, m, h, d."""
+
+    def parse(value: str) -> float:
+        found = _QUANTITY.fullmatch(value)
+        if found is None or found[2].lower() not in _DURATION_UNITS:
+            raise ValueError
+        seconds = float(found[1]) * _DURATION_UNITS[found[2].lower()]
+        if not least <= seconds <= most:
+            raise Unfit(f"expected a time from {least:g} s to {most:g} s")
+        return seconds
+
+    return Kind("seconds, or a time such as 500ms, 30s, 5m, 12h, 7d", parse)
+
+
+def size(least: int = 0, most: int = SIZE_MOST_BYTES) -> Kind[int]:
+    """Bytes, or a number with a unit: KiB, MiB, GiB (K, M, G mean these), kB, MB, GB."""
+
+    def parse(value: str) -> int:
+        found = _QUANTITY.fullmatch(value)
+        if found is None or found[2].lower() not in _SIZE_UNITS:
+            raise ValueError
+        size_bytes = float(found[1]) * _SIZE_UNITS[found[2].lower()]
+        if not least <= size_bytes <= most:
+            raise Unfit(f"expected a size from {least} to {most} bytes")
+        return int(size_bytes)
+
+    return Kind("bytes, or a size such as 64KiB, 64MiB, 10GiB", parse)
+
+
+def one_of(choices: type[E]) -> Kind[E]:
+    """One word of a `StrEnum`."""
+    words = {str(choice): choice for choice in choices}
+
+    def parse(value: str) -> E:
+        if value.lower() not in words:
+            raise ValueError
+        return words[value.lower()]
+
+    return Kind(f"one of {', '.join(words)}", parse)
+
+
+def word_of(*words: str) -> Kind[str]:
+    """One word of a few; for backends, whose modes are their own business."""
+
+    def parse(value: str) -> str:
+        if value.lower() not in words:
+            raise ValueError
+        return value.lower()
+
+    return Kind(f"one of {', '.join(words)}", parse)
+
+
+def _url(value: str, *, query: bool) -> str:
+    try:
+        parts = urlsplit(value)
+        port = parts.port
+    except ValueError:
+        raise Unfit("expected a host, and a port from 1 to 65535") from None
+    if parts.scheme not in ("http", "https") or not parts.netloc:
+        raise ValueError
+    if "@" in parts.netloc:
+        raise Unfit("expected no user and password inside the address: they would show in records and logs")
+    if not value.isascii() or not value.isprintable() or any(c in value for c in ' "<>\\^`{|}'):
+        raise Unfit("expected an address in plain ASCII (a host as xn--…, other characters as %XX)")
+    host = parts.netloc.removesuffix(f":{port}") if port is not None else parts.netloc.removesuffix(":")
+    if not _HOST.fullmatch(host) or port == 0:
+        raise Unfit("expected a host, and a port from 1 to 65535")
+    if "#" in value or ("?" in value and not query):
+        raise Unfit("expected an address without " + ("a fragment" if query else "query and fragment"))
+    usual = port is None or port == {"http": 80, "https": 443}[parts.scheme]
+    authority = host.lower() if usual else f"{host.lower()}:{port}"
+    path = parts.path if parts.query else parts.path.rstrip("/")
+    return f"{parts.scheme}://{authority}{path}" + (f"?{parts.query}" if parts.query else "")
+
+
+http_url: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=False))
+"""Without a query and without a slash at the end, so that a path can be put behind it."""
+
+http_url_query: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=True))
+
+
+def _port(value: str) -> int:
+    if not re.fullmatch(r"\d{1,5}", value, re.ASCII) or int(value) > 65_535:
+        raise Unfit("expected a TCP port, 1 to 65535 (0: any free one)")
+    return int(value)
+
+
+def _address(value: str) -> Address:
+    if value.startswith("unix:"):
+        path = value.removeprefix("unix:")
+        # The kernel's limit: sun_path has 108 bytes on Linux, 104 on macOS, the last one zero.
+        if not path or len(path.encode()) > 103:
+            raise Unfit("expected unix: and a path of at most 103 bytes")
+        return Address(path=path)
+    host, colon, port = value.rpartition(":")
+    if not colon:
+        raise ValueError
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+        try:
+            if ip_address(host).version != 6:
+                raise ValueError
+        except ValueError:
+            raise Unfit("expected an IPv6 address between the brackets") from None
+    elif not host:
+        raise Unfit("expected a host before the colon: 0.0.0.0 for every interface, 127.0.0.1 for this machine only")
+    elif ":" in host:
+        raise Unfit("expected an IPv6 address in brackets: [::1]:8080")
+    elif not _HOST.fullmatch(host):
+        raise ValueError
+    return Address(host, _port(port))
+
+
+address: Final = Kind("host:port or unix:/path", _address)
+
+path: Final = Kind("a path", lambda value: Path(value).expanduser())
+
+
+def _readable(value: str) -> Path:
+    found = Path(value).expanduser()
+    if not found.is_file():
+        raise Unfit("there is no such file")
+    return found
+
+
+readable_file: Final = Kind("a file that is there", _readable)
+
+
+def _split(value: str) -> list[str]:
+    items = [item.strip() for item in value.split(",")]
+    return [] if items == ["none"] else [item for item in items if item]
+
+
+def many(expected: str, parse_items: Callable[[Sequence[str]], T]) -> Many[T]:
+    """A kind of several values; the single word `none` means the empty list."""
+    return Many(expected, lambda value: parse_items(_split(value)), parse_items)
+
+
+def each(expected: str, parse_item: Callable[[str], T]) -> Many[tuple[T, ...]]:
+    """Several values of one kind, in order and without repeats."""
+    return many(expected, lambda items: tuple(dict.fromkeys(parse_item(item) for item in items)))
+
+
+def _name(value: str) -> str:
+    if not _NAME.fullmatch(value):
+        raise Unfit(f"{value!r} is no name (letters, digits, '_', '-', '.')")
+    return value
+
+
+def token(value: str) -> str:
+    """A word as header names are made of."""
+    if not _TOKEN.fullmatch(value):
+        raise Unfit(f"{value!r} is no header name")
+    return value.lower()
+
+
+names: Final = each("names, separated by commas", _name)
+texts: Final = each("texts, separated by commas", _text)
+
+
+def _network(value: str) -> Network:
+    try:
+        return ip_network(value)
+    except ValueError as error:
+        raise Unfit(f"{error}; expected networks such as 10.0.0.0/8, 192.168.1.7, fd00::/8") from None
+
+
+networks: Final = each("networks such as 10.0.0.0/8, separated by commas", _network)
+
+
+def _pairs(items: Sequence[str], *, last: bool = False) -> list[tuple[str, str]]:
+    pairs = []
+    for item in items:
+        left, equals, right = item.rpartition("=") if last else item.partition("=")
+        if not equals or not left.strip() or not right.strip():
+            raise Unfit(f"{item!r} has no name=value")
+        pairs.append((left.strip(), right.strip()))
+    return pairs
+
+
+def _dimensions(items: Sequence[str]) -> Mapping[str, str]:
+    found: dict[str, str] = {}
+    for item in items:
+        name, header = _pairs([item])[0] if "=" in item else (item, item)
+        if _name(name) in found:
+            raise Unfit(f"the dimension {name!r} is named twice")
+        found[name] = token(header)
+    return found
+
+
+dimensions: Final = many("dimension=header pairs, separated by commas", _dimensions)
+
+
+def _source(value: str) -> str:
+    kind, _, rest = value.partition(":")
+    name, _, plain = rest.partition(":")
+    if kind not in ("header", "jwt", "query", "path", "body") or not name or plain not in ("", "plain"):
+        raise Unfit(
+            f"{value!r} is no source: expected header:NAME, jwt:CLAIM, query:NAME, path:NUMBER or body:FIELD, "
+            "and :plain at most behind it"
+        )
+    if kind == "path" and not re.fullmatch(r"[1-9]\d?", name, re.ASCII):
+        raise Unfit(f"{value!r}: expected path:NUMBER, the first segment being 1")
+    if kind == "header":
+        return f"header:{token(name)}" + (":plain" if plain else "")
+    return value
+
+
+sources: Final = each("sources such as header:x-tenant, separated by commas", _source)
+
+
+def _elements(items: Sequence[str]) -> tuple[Element, ...]:
+    found: dict[str, Element] = {}
+    for name, rest in _pairs(items):
+        source, _, where = rest.partition(":")
+        if source not in ("header", "json") or not where:
+            raise Unfit(f"{name}={rest!r}: expected header:NAME or json:PATH behind the name")
+        if _name(name) in found:
+            raise Unfit(f"the element {name!r} is named twice")
+        found[name] = Element(name, source, token(where) if source == "header" else where)
+    return tuple(found.values())
+
+
+elements: Final = many("name=header:NAME or name=json:PATH, separated by commas", _elements)
+
+
+def path_pattern(value: str) -> str:
+    """A path in which `{name}` stands for one segment and a final `*` for the rest."""
+    if not value.startswith("/") or not value.isprintable() or " " in value or "?" in value:
+        raise Unfit(f"{value!r} is no path pattern: expected one such as /v1/things/{{id}} or /v1/files/*")
+    return value
+
+
+patterns: Final = each("path patterns, separated by commas", path_pattern)
+
+
+def _pins(items: Sequence[str]) -> Mapping[str, str]:
+    return {path_pattern(pattern): _name(provider) for pattern, provider in _pairs(items, last=True)}
+
+
+pins: Final = many("pattern=provider pairs, separated by commas", _pins)
+
+
+def _key_text(value: str) -> str:
+    if not 16 <= len(value.encode()) <= 64:
+        raise Unfit("expected a text of 16 to 64 bytes, e.g. the output of: openssl rand -hex 24")
+    return value
+
+
+key_text: Final = Kind("a text of 16 to 64 bytes", _key_text)
+
+header_token: Final = Kind("one word without spaces", token)
