@@ -19,9 +19,13 @@ FLOORS = {
     "sidecar.record": 0,
     "sidecar.verdict": 0,
     "sidecar.settings": 0,
+    "sidecar.balance": 0,
+    "sidecar.proxy.rules": 0,
+    "sidecar.ids": 1,
     "sidecar.proxy.headers": 1,
     "sidecar.usage": 1,
     "sidecar.routes": 1,
+    "sidecar.patterns": 1,
     "sidecar.attribution": 1,
     "sidecar.meters": 1,
     "sidecar.delivery.retry": 1,
@@ -39,6 +43,7 @@ FLOORS = {
     "sidecar.delivery": 3,
     "sidecar.admin": 3,
     "sidecar.receiver": 3,
+    "sidecar.scripted_llm": 3,
     "sidecar.app": 4,
     "sidecar.supervisor": 4,
     "sidecar.demo": 4,
@@ -46,6 +51,7 @@ FLOORS = {
     "sidecar.__main__": 4,
 }
 OUTSIDE = {"os", "io", "time", "random", "secrets", "socket", "sqlite3", "asyncio", "threading", "pathlib", "aiohttp"}
+SHARED_WORDS = {"sidecar.usage.RawHeaders"}  # a type alias that says how header fields are handed on
 WAITS = (ast.Await, ast.AsyncFunctionDef, ast.AsyncFor, ast.AsyncWith)
 
 
@@ -80,7 +86,7 @@ def test_imports_point_down(module: str, path: Path) -> None:
     part = part_of(module)
     assert part, f"{module} has no floor: give it a row in FLOORS"
     tree = ast.parse(path.read_text())
-    for name in sorted(set(imports(tree)) - for_types_only(tree)):
+    for name in sorted(set(imports(tree)) - for_types_only(tree) - SHARED_WORDS):
         if not name.startswith("sidecar."):
             continue
         other = part_of(name) or "sidecar"

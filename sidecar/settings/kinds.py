@@ -384,10 +384,10 @@ pins: Final = many("pattern=provider pairs, separated by commas", _pins)
 
 def _key_text(value: str) -> str:
     if not 16 <= len(value.encode()) <= 64:
-        raise Unfit("expected a text of 16 to 64 bytes, e.g. the output of: openssl rand -hex 24")
+        raise ValueError
     return value
 
 
-key_text: Final = Kind("a text of 16 to 64 bytes", _key_text)
+key_text: Final = Kind("a text of 16 to 64 bytes, such as the output of: openssl rand -hex 24", _key_text)
 
 header_token: Final = Kind("one word without spaces", token)

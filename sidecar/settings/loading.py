@@ -97,9 +97,7 @@ class _Loading:
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
-        settings = Settings(
-            **core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own
-        )
+        settings = Settings(**core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own)
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
         self._check_together(settings)
@@ -121,8 +119,10 @@ class _Loading:
             try:
                 value = setting.value(_parse(setting, found))
             except ValueError as error:
-                why = str(error) if isinstance(error, Unfit) else f"expected {setting.kind.expected}"
-                quoted = "" if found.problem else f" ({shown})" if setting.secret else f"={_quote(shown)}"
+                # What a reader says may quote the value: of a secret only the kind is named.
+                says = isinstance(error, Unfit) and (found.problem or not setting.secret)
+                why = str(error) if says else f"expected {setting.kind.expected}"
+                quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
                 where = "" if origin.startswith("environment") else f" (in {origin})"
                 self.problems.append(f"{variable}{quoted}{where}: {why}")
         self.effective.append(Effective(variable, shown, origin, setting.help))

@@ -1,0 +1,461 @@
+"""What may stand in a setting, what is said when something else does, and that no secret shows."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import fields
+from ipaddress import ip_network
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.settings import (
+    Address,
+    Durability,
+    Element,
+    OnDisconnect,
+    Route,
+    Secret,
+    Setting,
+    Settings,
+    SettingsError,
+    all_settings,
+    core_settings,
+    kinds,
+    load,
+)
+
+BACKENDS: dict[str, tuple[Setting, ...]] = {
+    "ledger": (),
+    "other": (),
+    "meter": (
+        Setting("url", kinds.http_url_query, required=True),
+        Setting("batch", kinds.count(1, 1000), "100"),
+    ),
+    "stripe": (
+        Setting("api_key", kinds.text, secret=True, required=True, also=("STRIPE_API_KEY",)),
+        Setting("mode", kinds.word_of("v1", "v2", "stream"), "v1"),
+        Setting("meters", kinds.names),
+    ),
+}
+UPSTREAM = {"SIDECAR_UPSTREAM_URL": "https://api.example.com"}
+
+
+def read(environ: dict[str, str] | None = None, **variables: str) -> Settings:
+    return load(UPSTREAM | (environ or {}) | variables, backend_settings=BACKENDS)
+
+
+def problems(environ: dict[str, str] | None = None, **variables: str) -> list[str]:
+    with pytest.raises(SettingsError) as caught:
+        read(environ, **variables)
+    return list(caught.value.problems)
+
+
+def test_defaults_are_the_documented_ones() -> None:
+    s = read()
+    assert s.upstream_url == "https://api.example.com"
+    assert (s.listen, s.admin_listen) == (Address("0.0.0.0", 8080), Address("127.0.0.1", 9464))
+    assert (s.data_dir, s.backends, s.workers) == (Path("sidecar-data"), ("ledger",), 1)
+    assert (s.durability, s.on_spool_full, s.on_disconnect) == ("committed", "pass", "drain")
+    assert (s.upstream_connect_timeout_s, s.upstream_timeout_s, s.idle_timeout_s, s.stop_s) == (10, 600, 600, 30)
+    assert (s.commit_wait_s, s.spool_memory_bytes) == (1, 64 << 20)
+    assert (s.retention, s.retention_bytes, s.disconnect_drain_s) == (7 * 86_400, 10 << 30, 30)
+    assert (s.preserve_host, s.forwarded, s.via, s.meter_id_header) == (False, "x-forwarded", None, False)
+    assert s.subscriber == ("header:x-api-key", "header:authorization")
+    assert s.hash_key is None
+    assert (s.estimate, s.ask_for_usage, s.log_level) == (False, False, "info")
+
+
+def test_settings_without_arguments_are_the_defaults() -> None:
+    assert load({}, backend_settings={"ledger": ()}, serving=False) == Settings(backend_values={"ledger": {}})
+
+
+def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
+    structured = {"subscribers", "meters", "backend_values", "effective"}
+    assert {f.name for f in fields(Settings)} - {s.name for s in core_settings()} == structured
+    assert all(s.help for s in core_settings())
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "attribute", "expected"),
+    [
+        ("UPSTREAM_URL", "HTTP://Example.COM:8000/Base/", "upstream_url", "http://example.com:8000/Base"),
+        ("UPSTREAM_URL", "https://example.com:443", "upstream_url", "https://example.com"),
+        ("UPSTREAM_URL", "http://[::1]:9000/", "upstream_url", "http://[::1]:9000"),
+        ("LISTEN", "unix:/run/sidecar.sock", "listen", Address(path="/run/sidecar.sock")),
+        ("LISTEN", "[::]:8080", "listen", Address("::", 8080)),
+        ("LISTEN", "localhost:0", "listen", Address("localhost", 0)),
+        ("BACKENDS", " ledger , other ,ledger", "backends", ("ledger", "other")),
+        ("BACKENDS", "none", "backends", ()),
+        ("DURABILITY", "Buffered", "durability", Durability.BUFFERED),
+        ("STOP_S", "1.5", "stop_s", 1.5),
+        ("STOP_S", "250ms", "stop_s", 0.25),
+        ("RETENTION", "12h", "retention", 43_200),
+        ("RETENTION_BYTES", "1.5GiB", "retention_bytes", 3 << 29),
+        ("RETENTION_BYTES", "2 GB", "retention_bytes", 2 * 10**9),
+        ("SPOOL_MEMORY_BYTES", "8M", "spool_memory_bytes", 8 << 20),
+        ("PRESERVE_HOST", "ON", "preserve_host", True),
+        ("TRUSTED_PROXIES", "10.0.0.0/8, fd00::/8,192.168.1.7", "trusted_proxies",
+         (ip_network("10.0.0.0/8"), ip_network("fd00::/8"), ip_network("192.168.1.7/32"))),
+        ("SUBSCRIBER", "header:X-Tenant:plain,jwt:sub,path:2", "subscriber",
+         ("header:x-tenant:plain", "jwt:sub", "path:2")),
+        ("SUBSCRIBER", "none", "subscriber", ()),
+        ("DIMENSIONS", "feature=X-Feature,x-team", "dimensions", {"feature": "x-feature", "x-team": "x-team"}),
+        ("ROUTES", "/v1/things/{id},/files/*", "routes",
+         (Route(pattern="/v1/things/{id}"), Route(pattern="/files/*"))),
+        ("PROVIDERS", "/my/path=openai,/a=b/*=anthropic", "providers", {"/my/path": "openai", "/a=b/*": "anthropic"}),
+        ("ELEMENTS", "rows=header:X-Rows,pages=json:meta.pages", "elements",
+         (Element("rows", "header", "x-rows"), Element("pages", "json", "meta.pages"))),
+        ("QUERY_VALUES", "model,version", "query_values", ("model", "version")),
+        ("VIA", "meter", "via", "meter"),
+    ],
+)  # fmt: skip
+def test_a_value_is_read(variable: str, value: str, attribute: str, expected: Any) -> None:
+    found = getattr(read({f"SIDECAR_{variable}": value}), attribute)
+    assert found == expected
+    assert type(found) is type(expected) or isinstance(found, (int, float))
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("UPSTREAM_URL", "api.example.com", "expected an http:// or https:// address"),
+        ("UPSTREAM_URL", "ftp://api.example.com", "expected an http:// or https:// address"),
+        ("UPSTREAM_URL", "http://", "expected an http:// or https:// address"),
+        ("UPSTREAM_URL", "http://u:p@example.com", "no user and password"),
+        ("UPSTREAM_URL", "http://example.com:0", "port from 1 to 65535"),
+        ("UPSTREAM_URL", "http://example.com:99999", "port from 1 to 65535"),
+        ("UPSTREAM_URL", "http://exa mple.com", "plain ASCII"),
+        ("UPSTREAM_URL", "http://bücher.example", "plain ASCII"),
+        ("UPSTREAM_URL", "http://example.com/?key=1", "without query"),
+        ("UPSTREAM_URL", "http://[::1", "expected a host"),
+        ("LISTEN", "0.0.0.0:80a80", "expected a TCP port, 1 to 65535"),
+        ("LISTEN", "0.0.0.0:65536", "expected a TCP port, 1 to 65535"),
+        ("LISTEN", "8080", "expected host:port or unix:/path"),
+        ("LISTEN", ":8080", "expected a host before the colon"),
+        ("LISTEN", "::1:8080", "in brackets"),
+        ("LISTEN", "[nope]:8080", "an IPv6 address between the brackets"),
+        ("LISTEN", "unix:", "expected unix: and a path"),
+        ("LISTEN", "unix:/" + "x" * 110, "at most 103 bytes"),
+        ("WORKERS", "0", "a whole number, 1 to 256"),
+        ("WORKERS", "two", "a whole number, 1 to 256"),
+        ("WORKERS", "²", "a whole number, 1 to 256"),
+        ("STOP_S", "-1", "expected seconds, or a time"),
+        ("STOP_S", "nan", "expected seconds, or a time"),
+        ("STOP_S", "1e3", "expected seconds, or a time"),
+        ("RETENTION", "7 weeks", "such as 500ms, 30s, 5m, 12h, 7d"),
+        ("RETENTION", "99999999d", "expected a time from 0 s"),
+        ("UPSTREAM_TIMEOUT_S", "0", "expected a time from 0.001 s"),
+        ("SPOOL_MEMORY_BYTES", "1", "expected a size from 1048576"),
+        ("RETENTION_BYTES", "10 GiBs", "expected bytes, or a size"),
+        ("DURABILITY", "fast", "expected one of committed, buffered"),
+        ("PRESERVE_HOST", "maybe", "expected true or false"),
+        ("TRUSTED_PROXIES", "10.0.0.1/8", "has host bits set"),
+        ("TRUSTED_PROXIES", "everyone", "expected networks such as"),
+        ("SUBSCRIBER", "x-tenant", "expected header:NAME"),
+        ("SUBSCRIBER", "path:0", "the first segment being 1"),
+        ("SUBSCRIBER", "header:x y", "is no header name"),
+        ("DIMENSIONS", "a=x-1,a=x-2", "named twice"),
+        ("ROUTES", "v1/things", "is no path pattern"),
+        ("PROVIDERS", "/v1/things", "has no name=value"),
+        ("ELEMENTS", "rows=x-rows", "expected header:NAME or json:PATH"),
+        ("TLS_CERT_FILE", "/nowhere/at/all.pem", "there is no such file"),
+        ("VIA", "two words", "is no header name"),
+        ("HASH_KEY", "short", "expected a text of 16 to 64 bytes"),
+        ("METER_BATCH", "1001", "expected a whole number, 1 to 1000"),
+        ("STRIPE_MODE", "v3", "expected one of v1, v2, stream"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_was_expected(variable: str, value: str, why: str) -> None:
+    first = problems({f"SIDECAR_{variable}": value})[0]
+    assert first.startswith(f"SIDECAR_{variable}")
+    assert why in first
+
+
+def test_every_problem_is_reported_at_once_and_in_words() -> None:
+    with pytest.raises(SettingsError) as caught:
+        load(
+            {"SIDECAR_LISTEN": "0.0.0.0:80a80", "SIDECAR_UPSTRAEM_URL": "http://x", "SIDECAR_BACKENDS": "ledgr,stripe"},
+            backend_settings=BACKENDS,
+        )
+    assert str(caught.value).splitlines() == [
+        "the configuration has 5 problems:",
+        "  SIDECAR_LISTEN='0.0.0.0:80a80': expected a TCP port, 1 to 65535 (0: any free one)",
+        "  SIDECAR_UPSTRAEM_URL is not a setting; did you mean SIDECAR_UPSTREAM_URL?",
+        "  SIDECAR_BACKENDS: ledgr is no backend; did you mean ledger?",
+        "  SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address",
+        "  SIDECAR_STRIPE_API_KEY (or STRIPE_API_KEY) is not set: the backend stripe needs it: expected a text",
+    ]
+
+
+def test_one_problem_is_one_problem() -> None:
+    with pytest.raises(SettingsError, match=r"^the configuration has 1 problem:\n  SIDECAR_UPSTREAM_URL is not set"):
+        load({}, backend_settings=BACKENDS)
+
+
+def test_commands_that_only_read_need_nothing_set() -> None:
+    settings = load({"SIDECAR_BACKENDS": "stripe"}, backend_settings=BACKENDS, serving=False)
+    assert settings.upstream_url is None
+
+
+def test_an_unreadable_upstream_is_not_also_reported_as_missing() -> None:
+    assert len(problems(SIDECAR_UPSTREAM_URL="example.com")) == 1
+
+
+def test_an_empty_variable_counts_as_not_set() -> None:
+    assert read(SIDECAR_LISTEN="", SIDECAR_HASH_KEY="", SIDECAR_HASH_KEY_FILE="").listen.port == 8080
+
+
+def test_a_long_value_is_not_repeated_whole() -> None:
+    assert len(problems(SIDECAR_LISTEN="x" * 5000)[0]) < 200
+
+
+def test_other_programs_variables_are_left_alone() -> None:
+    read({"PATH": "/bin", "METER_URL": "x", "SIDECARS": "3"})
+
+
+def test_addresses_that_kubernetes_adds_for_a_service_called_sidecar_do_not_stop_us() -> None:
+    read(
+        {
+            "SIDECAR_SERVICE_HOST": "10.0.0.1",
+            "SIDECAR_SERVICE_PORT": "80",
+            "SIDECAR_SERVICE_PORT_HTTP": "80",
+            "SIDECAR_PORT": "tcp://10.0.0.1:80",
+            "SIDECAR_PORT_80_TCP": "tcp://10.0.0.1:80",
+            "SIDECAR_PORT_80_TCP_PROTO": "tcp",
+            "SIDECAR_ADMIN_PORT_9464_TCP_ADDR": "10.0.0.1",
+        }
+    )
+    assert "SIDECAR_LISTEN_PORT is not a setting; did you mean SIDECAR_LISTEN?" in problems(SIDECAR_LISTEN_PORT="80a80")
+
+
+# Secrets
+
+
+def test_a_secret_never_shows(tmp_path: Path) -> None:
+    key = "sk_live_very_secret_0001"
+    settings = read(SIDECAR_BACKENDS="stripe", SIDECAR_STRIPE_API_KEY=key, SIDECAR_HASH_KEY=key)
+    secret = settings.backend("stripe")["api_key"]
+    assert secret.reveal() == key
+    shown = f"{settings!r} {settings} {secret} {secret!r} {settings.effective}"
+    assert key not in shown
+    with pytest.raises(TypeError):
+        pickle.dumps(secret)
+
+
+def test_a_bad_secret_is_not_in_the_message() -> None:
+    (problem,) = problems(SIDECAR_HASH_KEY="hunter2")
+    assert problem.startswith("SIDECAR_HASH_KEY (hidden): expected a text of 16 to 64 bytes")
+    assert "hunter2" not in problem
+
+
+def test_secrets_compare_by_value() -> None:
+    assert Secret("a") == Secret("a")
+    assert Secret("a") != Secret("b")
+    assert Secret("a") != "a"
+    assert len({Secret("a"), Secret("a")}) == 1
+    assert not Secret("")
+
+
+def test_a_secret_is_read_from_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "key"
+    file.write_text("sk_test_1\n")
+    settings = read(SIDECAR_BACKENDS="stripe", SIDECAR_STRIPE_API_KEY_FILE=str(file))
+    assert settings.backend("stripe")["api_key"] == Secret("sk_test_1")
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (None, "cannot be read"),
+        (b"", "is empty"),
+        (b"\xff\xfe", "is not text"),
+        (b"x" * 70_000, "more than 65536 bytes"),
+    ],
+)
+def test_an_unusable_secret_file_is_named(tmp_path: Path, content: bytes | None, why: str) -> None:
+    file = tmp_path / "key"
+    if content is not None:
+        file.write_bytes(content)
+    found = problems(SIDECAR_STRIPE_API_KEY_FILE=str(file))
+    assert len(found) == 1
+    assert found[0].startswith("SIDECAR_STRIPE_API_KEY")
+    assert why in found[0]
+
+
+def test_a_secret_said_twice_is_a_problem(tmp_path: Path) -> None:
+    (found,) = problems(SIDECAR_STRIPE_API_KEY="a", SIDECAR_STRIPE_API_KEY_FILE="/x")
+    assert found == "SIDECAR_STRIPE_API_KEY: SIDECAR_STRIPE_API_KEY_FILE is set as well: keep one of the two"
+
+
+def test_the_vendors_variable_is_read_when_ours_is_absent() -> None:
+    theirs = {"STRIPE_API_KEY": "theirs", "SIDECAR_BACKENDS": "stripe"}
+    assert read(theirs).backend("stripe")["api_key"] == Secret("theirs")
+    assert read(theirs, SIDECAR_STRIPE_API_KEY="ours").backend("stripe")["api_key"] == Secret("ours")
+
+
+def test_two_settings_for_one_variable_are_a_fault_of_ours() -> None:
+    clash = (Setting("key", kinds.text, secret=True), Setting("key_file", kinds.path))
+    with pytest.raises(ValueError, match="SIDECAR_X_KEY_FILE would stand for two settings"):
+        all_settings({"x": clash})
+
+
+# TOML
+
+
+def toml(tmp_path: Path, text: str) -> dict[str, str]:
+    file = tmp_path / "sidecar.toml"
+    file.write_text(text)
+    return {"SIDECAR_CONFIG": str(file)}
+
+
+def test_a_toml_file_may_hold_everything(tmp_path: Path) -> None:
+    (tmp_path / "hash").write_text("0123456789abcdef")
+    settings = load(
+        toml(
+            tmp_path,
+            f"""
+            upstream_url = "http://up.example"
+            workers = 2
+            stop_s = 1.5
+            preserve_host = true
+            backends = ["ledger", "stripe"]
+            hash_key_file = "{tmp_path / "hash"}"
+            stripe_mode = "v2"
+            [stripe]
+            api_key = "sk_test"
+            [dimensions]
+            feature = "x-feature"
+            [elements]
+            rows = "header:x-rows"
+            [providers]
+            "/a" = "openai"
+            [routes."/v1/things/{{id}}"]
+            on_disconnect = "stop"
+            provider = "openai"
+            [routes."/v1/other"]
+            [subscribers.acme]
+            stripe = "cus_1"
+            [[meters]]
+            name = "calls"
+            aggregation = "COUNT"
+            """,
+        ),
+        backend_settings=BACKENDS,
+    )
+    assert (settings.upstream_url, settings.workers, settings.stop_s) == ("http://up.example", 2, 1.5)
+    assert settings.preserve_host is True
+    assert settings.backends == ("ledger", "stripe")
+    assert settings.hash_key == Secret("0123456789abcdef")
+    assert settings.backend("stripe") == {"api_key": Secret("sk_test"), "mode": "v2", "meters": ()}
+    assert settings.dimensions == {"feature": "x-feature"}
+    assert settings.elements == (Element("rows", "header", "x-rows"),)
+    assert settings.providers == {"/a": "openai"}
+    assert settings.routes == (
+        Route(pattern="/v1/things/{id}", on_disconnect=OnDisconnect.STOP, provider="openai"),
+        Route(pattern="/v1/other"),
+    )
+    assert settings.subscribers == {"acme": {"stripe": "cus_1"}}
+    assert settings.meters == ({"name": "calls", "aggregation": "COUNT"},)
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    file = toml(tmp_path, 'workers = 2\nlisten = "0.0.0.0:1"\n')
+    settings = read(file, SIDECAR_WORKERS="3")
+    assert (settings.workers, settings.listen.port) == (3, 1)
+    origins = {line.variable: line.origin for line in settings.effective}
+    assert origins["SIDECAR_WORKERS"] == "environment"
+    assert origins["SIDECAR_LISTEN"] == file["SIDECAR_CONFIG"]
+    assert origins["SIDECAR_STOP_S"] == "default"
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("worker = 2", "worker (in {file}): is not a setting; did you mean workers?"),
+        ("workers = 0", "SIDECAR_WORKERS='0' (in {file}): expected a whole number, 1 to 256"),
+        ("workers = [1]", "SIDECAR_WORKERS='1' (in {file}): expected a whole number"),
+        ("workers = 1979-05-27", "SIDECAR_WORKERS='1979-05-27' (in {file}): expected a whole number"),
+        ("[stripe]\nmod = 'v1'", "stripe.mod (in {file}): is not a setting; did you mean mode?"),
+        ("[routes.v1]", "'v1' is no path pattern"),
+        ("[routes.'/v1']\nstay = 1", "/v1: stay is not a setting of a route"),
+        ("[routes.'/v1']\non_disconnect = 'wait'", "/v1: on_disconnect is one of drain, stop"),
+        ("[routes]\n'/v1' = 'openai'", "expected a table for each pattern"),
+        ("[subscribers]\nacme = 'cus'", 'subscribers.acme (in {file}): expected backend = "its id there" pairs'),
+        ("[subscribers.acme]\nstrip = 'cus'", "strip is no backend; did you mean stripe?"),
+        ("subscribers = 3", "subscribers (in {file}): expected tables such as"),
+        ("meters = 3", "meters (in {file}): expected [[meters]] tables"),
+        ("workers = ", "SIDECAR_CONFIG={quoted}: is no TOML: "),
+    ],
+)
+def test_a_fault_of_the_file_is_named(tmp_path: Path, text: str, why: str) -> None:
+    file = toml(tmp_path, text)
+    found = problems(file)
+    quoted = repr(file["SIDECAR_CONFIG"][:79] + "…" if len(file["SIDECAR_CONFIG"]) > 80 else file["SIDECAR_CONFIG"])
+    assert len(found) == 1
+    assert why.format(file=file["SIDECAR_CONFIG"], quoted=quoted) in found[0]
+
+
+def test_a_missing_or_odd_file_is_named(tmp_path: Path) -> None:
+    assert "cannot be read: No such file" in problems(SIDECAR_CONFIG=str(tmp_path / "none.toml"))[0]
+    (tmp_path / "odd.toml").write_bytes(b"\xff")
+    assert "is not UTF-8" in problems(SIDECAR_CONFIG=str(tmp_path / "odd.toml"))[0]
+
+
+# What must fit together
+
+
+def test_a_certificate_needs_its_key(tmp_path: Path) -> None:
+    pem = tmp_path / "x.pem"
+    pem.touch()
+    assert problems(SIDECAR_TLS_CERT_FILE=str(pem)) == [
+        "SIDECAR_TLS_KEY_FILE is not set: expected beside SIDECAR_TLS_CERT_FILE"
+    ]
+    assert problems(SIDECAR_UPSTREAM_KEY_FILE=str(pem)) == [
+        "SIDECAR_UPSTREAM_CERT_FILE is not set: expected beside SIDECAR_UPSTREAM_KEY_FILE"
+    ]
+
+
+def test_tls_settings_for_a_plain_upstream_are_no_silent_nothing() -> None:
+    found = problems(SIDECAR_UPSTREAM_URL="http://up.example", SIDECAR_UPSTREAM_SERVER_NAME="up")
+    assert found == ["SIDECAR_UPSTREAM_SERVER_NAME is set, but SIDECAR_UPSTREAM_URL is no https:// one"]
+
+
+def test_both_doors_cannot_be_the_same() -> None:
+    same = {"SIDECAR_LISTEN": "127.0.0.1:9000", "SIDECAR_ADMIN_LISTEN": "127.0.0.1:9000"}
+    assert problems(same) == ["SIDECAR_ADMIN_LISTEN=127.0.0.1:9000: is SIDECAR_LISTEN already"]
+    read(SIDECAR_LISTEN="127.0.0.1:0", SIDECAR_ADMIN_LISTEN="127.0.0.1:0")
+
+
+def test_the_problems_come_with_what_could_be_read() -> None:
+    with pytest.raises(SettingsError) as caught:
+        read(SIDECAR_WORKERS="x", SIDECAR_STOP_S="5")
+    assert {line.variable: line.value for line in caught.value.effective}["SIDECAR_STOP_S"] == "5"
+
+
+# Whatever is in the environment
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([s.variable(b) for b, s in all_settings(BACKENDS)] + ["SIDECAR_CONFIG", "SIDECAR_X"]),
+        st.text(max_size=40),
+        max_size=6,
+    )
+)
+def test_any_environment_is_read_or_refused_in_words(environ: dict[str, str]) -> None:
+    try:
+        load(environ, backend_settings=BACKENDS, serving=False)
+    except SettingsError as error:
+        assert all(problem.startswith("SIDECAR_") for problem in error.problems)  # noqa: PT017 - either end is right
+
+
+@given(
+    st.builds(Address, st.sampled_from(["0.0.0.0", "::1", "localhost"]), st.integers(0, 65535))
+    | st.builds(Address, path=st.from_regex(r"/[a-z]{1,20}", fullmatch=True))
+)
+def test_an_address_reads_back_as_it_is_written(address: Address) -> None:
+    assert kinds.address.parse(str(address)) == address
