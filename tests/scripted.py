@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 
 from sidecar.receiver import Receiver, Terms
+from sidecar.scripted_llm import Script, ScriptedLLM
 
 
 @asynccontextmanager
@@ -24,3 +25,14 @@ async def running_receiver(
             yield receiver, session
     finally:
         await receiver.aclose()
+
+
+@asynccontextmanager
+async def running_llm(default: Script | None = None) -> AsyncIterator[tuple[ScriptedLLM, str]]:
+    """A scripted upstream that listens, and its address. OpenAI's clients want `/v1` behind it."""
+    llm = ScriptedLLM(default)
+    url = await llm.start()
+    try:
+        yield llm, url
+    finally:
+        await llm.aclose()
