@@ -181,12 +181,13 @@ def one_of(choices: type[E]) -> Kind[E]:
 
 
 def word_of(*words: str) -> Kind[str]:
-    """One word of a few; for backends, whose modes are their own business."""
+    """One word of a few, in any case; for backends, whose modes are their own business."""
+    spelled = {word.lower(): word for word in words}
 
     def parse(value: str) -> str:
-        if value.lower() not in words:
+        if value.lower() not in spelled:
             raise ValueError
-        return value.lower()
+        return spelled[value.lower()]
 
     return Kind(f"one of {', '.join(words)}", parse)
 
@@ -216,6 +217,18 @@ def _url(value: str, *, query: bool) -> str:
 
 http_url: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=False))
 """Without a query and without a slash at the end, so that a path can be put behind it."""
+
+
+def _upstream_url(value: str) -> str:
+    if not value.startswith("unix:"):
+        return _url(value, query=False)
+    socket, colon, base = value.removeprefix("unix:").partition(":")
+    if not socket.startswith("/") or (colon and not base.startswith("/")) or not value.isprintable():
+        raise Unfit("expected unix:/path/of/socket, or unix:/path/of/socket:/base")
+    return f"unix:{socket}" + (f":{base.rstrip('/')}" if base.rstrip("/") else "")
+
+
+upstream_url: Final = Kind("an http:// or https:// address", _upstream_url)
 
 http_url_query: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=True))
 
@@ -366,9 +379,10 @@ elements: Final = many("name=header:NAME or name=json:PATH, separated by commas"
 
 
 def path_pattern(value: str) -> str:
-    """A path in which `{name}` stands for one segment and a final `*` for the rest."""
-    if not value.startswith("/") or not value.isprintable() or " " in value or "?" in value:
-        raise Unfit(f"{value!r} is no path pattern: expected one such as /v1/things/{{id}} or /v1/files/*")
+    """A path in which `{name}` stands for one segment; a `*` in front stands for any beginning."""
+    path_only = value.removeprefix("*")
+    if not path_only.startswith("/") or not value.isprintable() or any(c in path_only for c in "*? "):
+        raise Unfit(f"{value!r} is no path pattern: expected one such as /v1/things/{{id}} or */chat/completions")
     return value
 
 

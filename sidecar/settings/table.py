@@ -120,10 +120,7 @@ class Settings:
     """The configuration, read and checked. Made by `load`."""
 
     upstream_url: str | None = _setting(
-        kinds.http_url, None, "the API behind: `http(s)://host[:port][/base]`; required by `serve`"
-    )
-    upstream_socket: str | None = _setting(
-        kinds.text, None, "path of a Unix socket to reach the upstream by; the URL then gives `Host` and base only"
+        kinds.upstream_url, None, "the API behind: `http(s)://host[:port][/base]` or `unix:/path[:/base]`"
     )
     listen: Address = _setting(kinds.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
     admin_listen: Address = _setting(
