@@ -1,0 +1,42 @@
+"""The billing systems: one file each, and one row in this table.
+
+To add one, write `sidecar/backends/<name>.py` with a class that keeps the `Backend` contract of
+`sidecar.verdict`, its `SETTINGS` and a `from_settings`; add the row; add it to
+`tests/contract/test_backends.py`. Nothing else knows backends by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sidecar.backends import file, ledger, meter, revenium, webhook
+from sidecar.backends.base import Context
+from sidecar.settings import Setting
+from sidecar.verdict import Backend
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A backend, before it is made."""
+
+    make: Callable[[Mapping[str, Any], Context], Backend]
+    settings: tuple[Setting, ...]
+    summary: str
+
+
+BACKENDS: Final[Mapping[str, Row]] = {
+    "ledger": Row(ledger.LedgerBackend.from_settings, ledger.SETTINGS, "the embedded usage store"),
+    "meter": Row(meter.MeterBackend.from_settings, meter.SETTINGS, "/meter payloads in batches, to any address"),
+    "revenium": Row(revenium.ReveniumBackend.from_settings, revenium.SETTINGS, "Revenium, one request a record"),
+    "webhook": Row(webhook.WebhookBackend.from_settings, webhook.SETTINGS, "records as lines of JSON, signed"),
+    "file": Row(file.FileBackend.from_settings, file.SETTINGS, "records as lines of JSON in a file"),
+}
+
+__all__ = ["BACKENDS", "Context", "Row", "backend_settings"]
+
+
+def backend_settings() -> dict[str, tuple[Setting, ...]]:
+    """Every backend's own settings, for `settings.load`."""
+    return {name: row.settings for name, row in BACKENDS.items()}

@@ -1,0 +1,63 @@
+"""`ledger`: the embedded usage store, as a backend like any other.
+
+The sealed bytes are the effects of a batch, not its records, and the store adds them together with the
+delivery's key in one transaction: a repeat is recognised and changes nothing. The store is handed in: this
+file knows how effects are made, `sidecar.ledger` how they are kept.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, batch_key, policy_of, policy_settings
+from sidecar.meters.hourly import body_of, deltas
+from sidecar.record import Record
+from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+
+BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
+DEDUP_WINDOW_S: Final = 30 * 86_400.0  # how long the store keeps keys (`sidecar.ledger.store.KEYS_KEPT_S`)
+
+SETTINGS: Final = policy_settings(EVERYTHING)
+
+
+class LedgerBackend:
+    """Adds what records amount to into the embedded store."""
+
+    name = "ledger"
+    abilities = Abilities(
+        events_max=BATCH_MAX,
+        atomicity=Atomicity.ALL_OR_NOTHING,
+        dedup=Dedup.REQUEST_KEY,
+        dedup_window_s=DEDUP_WINDOW_S,
+        concurrency=1,
+        knows_duplicates=True,
+        bills=False,
+    )
+
+    def __init__(self, *, store: LedgerApply, policy: Policy = EVERYTHING) -> None:
+        self._store = store
+        self._policy = policy
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerBackend:
+        if context.open_ledger is None:
+            raise ValueError("the ledger backend needs a store: pass open_ledger in the context")
+        return cls(store=context.open_ledger(), policy=policy_of(values))
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        wanted = [r for r in records if self._policy.place(r, encoded)]
+        for start in range(0, len(wanted), BATCH_MAX):
+            batch = wanted[start : start + BATCH_MAX]
+            events = tuple(Event(r.id, r.id) for r in batch)
+            encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body_of(deltas(batch))))
+        return encoded
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        verdict = await asyncio.to_thread(self._store.apply, sealed.key, sealed.body)
+        return [verdict] * len(sealed.events)
+
+    async def aclose(self) -> None:
+        await asyncio.to_thread(self._store.close)

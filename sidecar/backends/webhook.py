@@ -1,0 +1,157 @@
+"""`webhook`: the records themselves, as lines of JSON, signed.
+
+The signature follows the Standard Webhooks convention, so that receivers can check it with any of its
+libraries:
+
+    webhook-id: <key of the request, the same at every attempt>
+    webhook-timestamp: <Unix seconds of this attempt>
+    webhook-signature: v1,<base64 of HMAC-SHA256 over "id.timestamp.body">
+
+A secret written `whsec_<base64>` is decoded, any other is taken as its UTF-8 bytes. Several secrets with
+spaces between give several signatures, which is how one is replaced without a gap. Lines are the stored
+bytes of the records, never made anew. A receiver that remembers `webhook-id` sees each batch once.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import hmac
+from collections.abc import Callable, Mapping, Sequence
+from time import time
+from typing import Any, Final
+
+from sidecar.backends.base import (
+    DAY_S,
+    EVERYTHING,
+    LINES,
+    Context,
+    Piece,
+    Policy,
+    policy_of,
+    policy_settings,
+    revealed,
+    seal_batches,
+)
+from sidecar.backends.http import HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.record import Record
+from sidecar.settings import Setting, kinds
+from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+
+BATCH_DEFAULT: Final = 100
+BODY_BYTES_MAX: Final = 1_000_000  # nginx refuses bodies above 1 MiB unless told otherwise
+CONTENT_TYPE: Final = "application/x-ndjson"
+SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
+
+
+def _secret_text(value: str) -> str:
+    read_secrets(value)
+    return value
+
+
+SETTINGS: Final = (
+    Setting("url", kinds.http_url_query, help="where to POST the records, as it is", required=True),
+    Setting(
+        "secret",
+        kinds.Kind("signing secrets", _secret_text),
+        help="signs each request; several with spaces between",
+        secret=True,
+    ),
+    Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True),
+    Setting("batch", kinds.count(1, 10_000), str(BATCH_DEFAULT), "most records in one request"),
+    Setting("dedup_window", kinds.duration(), "24h", "how long the receiver remembers a `webhook-id`"),
+    TIMEOUT,
+    *policy_settings(EVERYTHING),
+)
+
+
+class WebhookBackend:
+    """Batches of records to an address of the operator's."""
+
+    name = "webhook"
+
+    def __init__(
+        self,
+        *,
+        url: str,
+        secret: str | None = None,
+        api_key: str | None = None,
+        batch: int = BATCH_DEFAULT,
+        dedup_window_s: float = DAY_S,
+        policy: Policy = EVERYTHING,
+        client: HttpClient | None = None,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        self.abilities = Abilities(
+            events_max=batch,
+            bytes_max=BODY_BYTES_MAX,
+            atomicity=Atomicity.ALL_OR_NOTHING,
+            dedup=Dedup.REQUEST_KEY,
+            dedup_window_s=dedup_window_s,
+            bills=False,
+        )
+        self._url = kinds.http_url_query.parse(url)
+        self._secrets = [] if secret is None else read_secrets(secret)
+        self._auth = {} if api_key is None else {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
+        self._policy = policy
+        self._client = client or HttpClient(dedup=Dedup.REQUEST_KEY)
+        self._clock = clock
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> WebhookBackend:
+        return cls(
+            url=values["url"],
+            secret=revealed(values["secret"]),
+            api_key=revealed(values["api_key"]),
+            batch=values["batch"],
+            dedup_window_s=values["dedup_window"],
+            policy=policy_of(values),
+            client=HttpClient(dedup=Dedup.REQUEST_KEY, timeout_s=values["timeout"]),
+        )
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        pieces = (Piece(Event(r.id, r.id), r.json) for r in records if self._policy.place(r, encoded))
+        return seal_batches(
+            pieces,
+            encoded,
+            frame=LINES,
+            events_max=self.abilities.events_max,
+            bytes_max=self.abilities.bytes_max,
+            content_type=CONTENT_TYPE,
+        )
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        stamp = int(self._clock())
+        headers = {**self._auth, "webhook-id": sealed.key, "webhook-timestamp": str(stamp)}
+        if self._secrets:
+            signatures = (sign(secret, sealed.key, stamp, sealed.body) for secret in self._secrets)
+            headers["webhook-signature"] = " ".join(signatures)
+        return await self._client.offer(self._url, sealed, headers)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def sign(secret: bytes, key: str, stamp: int, body: bytes) -> str:
+    """One signature as the header has it."""
+    digest = hmac.new(secret, f"{key}.{stamp}.".encode() + body, hashlib.sha256).digest()
+    return f"v1,{base64.b64encode(digest).decode('ascii')}"
+
+
+def read_secrets(text: str) -> list[bytes]:
+    """The signing secrets; raises `Unfit` without repeating them."""
+    secrets = [_read_secret(one) for one in text.split()]
+    if not secrets or any(len(secret) < SECRET_BYTES_MIN for secret in secrets):
+        raise kinds.Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
+    return secrets
+
+
+def _read_secret(text: str) -> bytes:
+    if not text.startswith("whsec_"):
+        return text.encode()
+    try:
+        return base64.b64decode(text.removeprefix("whsec_"), validate=True)
+    except binascii.Error:
+        raise kinds.Unfit("expected base64 behind whsec_") from None

@@ -1,0 +1,162 @@
+"""The reading side of the ledger, for the `usage` command, the dashboard and the gate.
+
+Each question opens the file read-only and closes it again. Sums are added up in Python, exactly: a row says
+None where nothing was ever reported, and zero only where zero was.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from pathlib import Path
+from typing import Any, Final, cast
+
+from sidecar.ledger.schema import SUMS, LedgerError, open_to_read, stored
+from sidecar.meters.hourly import EXACT, write_amount
+
+# What `--by` may name, and where it comes from.
+GROUPS: Final = {
+    "subscriber": "series.subscriber",
+    "model": "series.model",
+    "provider": "series.provider",
+    "route": "series.route",
+    "status": "series.status_class",
+    "hour": "strftime('%Y-%m-%dT%H:00Z', hourly.hour, 'unixepoch')",
+    "day": "strftime('%Y-%m-%d', hourly.hour, 'unixepoch')",
+    "month": "strftime('%Y-%m', hourly.hour, 'unixepoch')",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageRow:
+    """What one group consumed. `group` has the values of `by`, in that order."""
+
+    group: tuple[str | None, ...]
+    records: int
+    calls: int
+    errors: int
+    with_usage: int
+    partial_usage: int
+    without_usage: int
+    request_bytes: int
+    response_bytes: int
+    input_tokens: int | None
+    output_tokens: int | None
+    total_tokens: int | None
+    cache_read_input_tokens: int | None
+    cache_write_input_tokens: int | None
+    reasoning_output_tokens: int | None
+    cost_usd: str | None  # an exact decimal
+
+
+class _Sum:
+    """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+
+    def step(self, value: int | str | None) -> None:
+        if value is not None:
+            self.total = (self.total or 0) + int(value)
+
+    def finalize(self) -> int | str | None:
+        return None if self.total is None else stored(self.total)
+
+
+class _DecimalSum:
+    def __init__(self) -> None:
+        self.total: Decimal | None = None
+
+    def step(self, value: str | None) -> None:
+        if value is not None:
+            self.total = EXACT.add(self.total or Decimal(0), Decimal(value))
+
+    def finalize(self) -> str | None:
+        return None if self.total is None else write_amount(self.total)
+
+
+class LedgerReader:
+    """Answers questions about one `ledger.db`; may be used while it is written."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def usage(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+    ) -> list[UsageRow]:
+        """Sums by the named groups, in their order. `since` counts from the hour it lies in."""
+        groups = _groups(by)
+        where, values = _between(since, until)
+        columns = [*groups, *(f"exact_sum(hourly.{name})" for name in SUMS), "decimal_sum(hourly.cost_usd)"]
+        places = ", ".join(str(number + 1) for number in range(len(groups)))
+        order = f" GROUP BY {places} ORDER BY {places}" if groups else " HAVING count(*) > 0"
+        rows = self._ask(
+            f"SELECT {', '.join(columns)} FROM hourly JOIN series ON series.id = hourly.series{where}{order}", values
+        )
+        return [_row(row, len(groups)) for row in rows]
+
+    def units(
+        self, by: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None
+    ) -> dict[tuple[str | None, ...], dict[str, str]]:
+        """Other units than tokens (audio seconds, searches, …): group -> unit -> exact amount."""
+        groups = _groups(by)
+        where, values = _between(since, until)
+        columns = [*groups, "hourly.unit", "decimal_sum(hourly.amount)"]
+        places = ", ".join(str(number + 1) for number in range(len(groups) + 1))
+        rows = self._ask(
+            f"SELECT {', '.join(columns)} FROM hourly_units AS hourly JOIN series ON series.id = hourly.series"
+            f"{where} GROUP BY {places} ORDER BY {places}",
+            values,
+        )
+        found: dict[tuple[str | None, ...], dict[str, str]] = {}
+        for *group, unit, amount in rows:
+            found.setdefault(tuple(group), {})[unit] = amount
+        return found
+
+    def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
+        try:
+            db = open_to_read(self._path)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self._path} cannot be read ({error})") from error
+        try:
+            db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
+            db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
+            return db.execute(question, values).fetchall()
+        except sqlite3.Error as error:
+            raise LedgerError(f"{self._path} cannot be read ({error})") from error
+        finally:
+            db.close()
+
+
+def _groups(by: Sequence[str]) -> list[str]:
+    for name in by:
+        if name not in GROUPS:
+            raise LedgerError(f"usage cannot be grouped by {name!r}: expected {', '.join(GROUPS)}")
+    return [GROUPS[name] for name in by]
+
+
+def _between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:
+    parts, values = [], []
+    if since is not None:
+        parts.append("hourly.hour > ? - 3600")
+        values.append(_seconds(since))
+    if until is not None:
+        parts.append("hourly.hour < ?")
+        values.append(_seconds(until))
+    return (f" WHERE {' AND '.join(parts)}" if parts else ""), values
+
+
+def _seconds(moment: datetime) -> int:
+    """A time without a zone is UTC, as all of the ledger's times are."""
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def _row(row: tuple[Any, ...], groups: int) -> UsageRow:
+    sums = {name: None if value is None else int(value) for name, value in zip(SUMS, row[groups:-1], strict=True)}
+    return UsageRow(group=tuple(row[:groups]), cost_usd=row[-1], **sums)  # type: ignore[arg-type]

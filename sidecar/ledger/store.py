@@ -1,0 +1,154 @@
+"""The writing side of the ledger: one transaction for each sealed delivery.
+
+What must always hold: the key of a delivery and its effects are committed together, so that a delivery
+counts once however often it is sent, and whenever the process dies. Faults of the file come back as
+verdicts: nothing of a failed transaction counts, so it may always be tried again.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+from threading import Lock
+from time import time
+from typing import Any, Final
+
+import orjson
+
+from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored
+from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, from_wire, write_amount
+from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
+
+KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
+PRUNE_EVERY_S: Final = 3600
+
+_READ_HOUR: Final = f"SELECT {', '.join(SUMS)}, cost_usd FROM hourly WHERE hour = ? AND series = ?"
+_WRITE_HOUR: Final = (
+    f"INSERT OR REPLACE INTO hourly (hour, series, {', '.join(SUMS)}, cost_usd) "
+    f"VALUES ({', '.join('?' * (len(SUMS) + 3))})"
+)
+_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_DENIED: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
+
+
+class LedgerStore:
+    """`ledger.db`, open for writing. Blocking; calls may come from any thread, one goes at a time."""
+
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time) -> None:
+        """Opens the file, or makes it. Raises `LedgerError`."""
+        self._path = path
+        self._clock = clock
+        self._lock = Lock()
+        self._series: dict[str, int] = {}
+        self._pruned_s = 0.0
+        try:
+            self._db: sqlite3.Connection | None = open_to_write(path)
+        except sqlite3.Error as error:
+            raise LedgerError(f"{path} cannot be opened ({error}): see that the data directory is writable") from error
+
+    def __repr__(self) -> str:
+        return f"<LedgerStore {self._path}>"
+
+    def apply(self, key: str, body: bytes) -> Verdict:
+        """Add the effects of one sealed delivery, unless its key is in already."""
+        try:
+            effects = from_wire(orjson.loads(body)["hourly"])
+        except (ValueError, KeyError, TypeError, ArithmeticError):
+            return Refused("not_a_ledger_delivery")
+        with self._lock:
+            try:
+                return self._apply(self._open(), key, effects)
+            except ArithmeticError:
+                return Refused("sum_not_exact")
+            except sqlite3.Error as error:
+                self._drop()
+                return _verdict_for(error)
+            except LedgerError:
+                return Blocked("newer_version")
+
+    def close(self) -> None:
+        with self._lock:
+            self._drop()
+
+    def _apply(self, db: sqlite3.Connection, key: str, effects: list[Delta]) -> Verdict:
+        now_s = self._clock()
+        db.execute("BEGIN IMMEDIATE")
+        try:
+            cursor = db.execute("INSERT OR IGNORE INTO applied VALUES (?, ?)", (key, int(now_s)))
+            if cursor.rowcount == 0:
+                db.execute("ROLLBACK")
+                return Duplicate()
+            for delta in effects:
+                self._add(db, delta)
+            if now_s - self._pruned_s >= PRUNE_EVERY_S:
+                db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
+                self._pruned_s = now_s
+            db.execute("COMMIT")
+        except BaseException:
+            self._series.clear()  # rows that were made in this transaction are gone again
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        return Delivered()
+
+    def _add(self, db: sqlite3.Connection, delta: Delta) -> None:
+        series = self._series_id(db, delta)
+        row = db.execute(_READ_HOUR, (delta.hour, series)).fetchone() or (None,) * (len(SUMS) + 1)
+        *sums, cost = row
+        old: dict[str, Any] = dict(zip(SUMS, sums, strict=True))
+        new: list[int | str | None] = [stored(int(old[name] or 0) + delta.counts[name]) for name in COUNTS]
+        for name in TOKENS:
+            kept, more = old[name], delta.tokens.get(name)
+            new.append(kept if more is None else stored(int(kept or 0) + more))
+        if delta.cost_usd is not None:
+            cost = write_amount(EXACT.add(Decimal(cost or 0), delta.cost_usd))
+        db.execute(_WRITE_HOUR, (delta.hour, series, *new, cost))
+        for unit, amount in delta.units.items():
+            self._add_unit(db, delta.hour, series, unit, amount)
+
+    def _add_unit(self, db: sqlite3.Connection, hour: int, series: int, unit: str, amount: Decimal) -> None:
+        where = (hour, series, unit)
+        row = db.execute("SELECT amount FROM hourly_units WHERE hour = ? AND series = ? AND unit = ?", where).fetchone()
+        total = EXACT.add(Decimal(row[0] if row else 0), amount)
+        db.execute("INSERT OR REPLACE INTO hourly_units VALUES (?, ?, ?, ?)", (*where, write_amount(total)))
+
+    def _series_id(self, db: sqlite3.Connection, delta: Delta) -> int:
+        one = delta.series
+        values = (one.subscriber, one.model, one.provider, one.route, one.status_class)
+        key = orjson.dumps(values).decode()
+        found = self._series.get(key)
+        if found is None:
+            db.execute(
+                "INSERT OR IGNORE INTO series (key, subscriber, model, provider, route, status_class) "
+                "VALUES (?, ?, ?, ?, ?, ?)",
+                (key, *values),
+            )
+            found = int(db.execute("SELECT id FROM series WHERE key = ?", (key,)).fetchone()[0])
+            if len(self._series) >= 10_000:  # a cache only: 2 MB of memory
+                self._series.clear()
+            self._series[key] = found
+        return found
+
+    def _open(self) -> sqlite3.Connection:
+        if self._db is None:
+            self._db = open_to_write(self._path)
+        return self._db
+
+    def _drop(self) -> None:
+        db, self._db = self._db, None
+        self._series.clear()
+        if db is not None:
+            db.close()
+
+
+def _verdict_for(error: sqlite3.Error) -> Verdict:
+    code = (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
+    if code in _DAMAGED:
+        return Blocked("ledger_damaged")
+    if code in _DENIED:
+        return Blocked("not_writable")
+    if code == sqlite3.SQLITE_FULL:
+        return Retry("disk_full")
+    return Retry("busy" if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) else "write_failed")

@@ -1,0 +1,1 @@
+"""What turns records into quantities: hourly sums, and meters defined by the operator. Pure thinking."""

@@ -1,0 +1,618 @@
+"""Every backend, one suite: the same questions to each row of the table, on real sockets and real files.
+
+A backend is added by a row in `TRIALS`; what is peculiar to its wire form has a test of its own below.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hashlib
+import hmac
+import re
+import socket
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import orjson
+import pytest
+from backend_fixtures import (
+    HOSTILE,
+    SECRET,
+    ScriptedServer,
+    answer,
+    kinds_of,
+    odd_records,
+    record,
+    record_id,
+    records,
+    usage,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.backends import BACKENDS, Context, backend_settings
+from sidecar.backends.base import BILLING, Frame, Piece, batch_key, event_key, seal_batches
+from sidecar.backends.http import HttpClient
+from sidecar.exchange import Outcome, Subscriber
+from sidecar.ledger import LedgerStore
+from sidecar.settings import Secret, Setting
+from sidecar.verdict import (
+    Backend,
+    Blocked,
+    Dedup,
+    Delivered,
+    Duplicate,
+    Encoded,
+    Event,
+    Refused,
+    Retry,
+    Sealed,
+    Unknown,
+    Verdict,
+)
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One way to run one backend. `verdicts`: status -> what it must mean, where it differs from the common rule."""
+
+    backend: str
+    values: Mapping[str, str] = field(default_factory=dict)
+    http: bool = True
+    verdicts: Mapping[int, str] = field(default_factory=dict)
+    ok: tuple[int, ...] = (200, 201, 202, 204)
+
+
+KEYED = {"api_key": SECRET}
+TRIALS = {
+    "ledger": Trial("ledger", http=False),
+    "file": Trial("file", http=False),
+    "meter": Trial("meter", KEYED),
+    "webhook": Trial("webhook", {"secret": SECRET}),
+    "revenium-meter": Trial("revenium", {**KEYED, "mode": "meter"}, verdicts={502: "Unknown", 504: "Unknown"}),
+}
+COMMON = {
+    301: "Blocked", 302: "Blocked", 307: "Blocked", 308: "Blocked",
+    400: "Refused", 401: "Blocked", 402: "Blocked", 403: "Blocked", 404: "Blocked", 405: "Blocked",
+    408: "Retry", 409: "Refused", 410: "Blocked", 413: "Refused", 415: "Blocked", 422: "Refused", 425: "Retry",
+    429: "Retry", 500: "Retry", 502: "Retry", 503: "Retry", 504: "Retry", 599: "Retry",
+}  # fmt: skip
+HTTP_TRIALS = [name for name, trial in TRIALS.items() if trial.http]
+
+
+def values_of(row: tuple[Setting, ...], given_values: Mapping[str, str]) -> dict[str, Any]:
+    values = {s.name: s.default_value() for s in row}
+    for s in row:
+        if s.name in given_values:
+            values[s.name] = s.value(s.kind.parse(given_values[s.name]))
+    return values
+
+
+def build(name: str, tmp_path: Path, url: str = "http://127.0.0.1:9", **more: str) -> Backend:
+    """A backend as the configuration would make it."""
+    trial = TRIALS[name]
+    row = BACKENDS[trial.backend]
+    context = Context(
+        data_dir=tmp_path,
+        subscribers={"acme": {trial.backend: "cus_acme"}},
+        open_ledger=lambda: LedgerStore(tmp_path / "ledger.db"),
+    )
+    return row.make(values_of(row.settings, {"url": url, **trial.values, **more}), context)
+
+
+@pytest.fixture(params=list(TRIALS))
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def test_every_row_is_tried() -> None:
+    assert {trial.backend for trial in TRIALS.values()} == set(BACKENDS)
+    assert set(backend_settings()) == set(BACKENDS)
+
+
+# Encoding
+
+
+async def test_encoding_is_deterministic_and_complete(name: str, tmp_path: Path) -> None:
+    first, second = build(name, tmp_path), build(name, tmp_path)
+    given_records = odd_records() + [record(n) for n in range(100, 130)]
+    encoded, again = first.encode(given_records), second.encode(given_records)
+    assert encoded == again
+    sent = {event.record_id for sealed in encoded.sealed for event in sealed.events}
+    places = [sent, set(encoded.skipped), set(encoded.parked)]
+    assert sum(map(len, places)) == len(given_records), "each record is in exactly one place"
+    assert set().union(*places) == {r.id for r in given_records}
+    await first.aclose()
+    await second.aclose()
+
+
+async def test_keys_and_ids(name: str, tmp_path: Path) -> None:
+    backend = build(name, tmp_path)
+    encoded = backend.encode(odd_records() + [record(n) for n in range(100, 350)])
+    keys = [sealed.key for sealed in encoded.sealed]
+    assert len(set(keys)) == len(keys)
+    ids = [event.event_id for sealed in encoded.sealed for event in sealed.events]
+    assert len(set(ids)) == len(ids)
+    for text in keys + ids:
+        assert re.fullmatch(r"[!-~]{1,100}", text), text
+    assert all(sealed.events and sealed.attempt == 1 for sealed in encoded.sealed)
+    await backend.aclose()
+
+
+async def test_limits_at_one_below_at_and_one_above(name: str, tmp_path: Path) -> None:
+    backend = build(name, tmp_path)
+    most = backend.abilities.events_max
+    for count in (most - 1, most, most + 1, 2 * most + 1):
+        encoded = backend.encode(records(count))
+        sizes: dict[str, int] = {}
+        for sealed in encoded.sealed:
+            assert 0 < len(sealed.events) <= most
+            sizes[sealed.key] = len({event.record_id for event in sealed.events})
+        assert {e.record_id for s in encoded.sealed for e in s.events} == {record_id(n) for n in range(1, count + 1)}
+        if most > 1:
+            assert len(sizes) == -(-count // most), "no more requests than needed"
+    assert backend.encode([]) == Encoded()
+    await backend.aclose()
+
+
+async def test_bytes_stay_below_the_limit_and_what_cannot_is_parked(name: str, tmp_path: Path) -> None:
+    backend = build(name, tmp_path)
+    most = backend.abilities.bytes_max
+    if most is None:
+        assert TRIALS[name].backend in ("ledger", "revenium"), "a batch backend names its limit"
+        await backend.aclose()
+        return
+    fat = [record(n, request_headers=["X-" + "h" * 4000] * 50) for n in range(1, 12)]
+    monster = record(99, request_headers=["X-" + "h" * 4000] * (most // 4000 + 10))
+    encoded = backend.encode([*fat, monster, record(100)])
+    assert all(len(sealed.body) <= most for sealed in encoded.sealed)
+    sent = [e.record_id for s in encoded.sealed for e in s.events]
+    if any(b"hhhh" in sealed.body for sealed in encoded.sealed):
+        assert encoded.parked == {monster.id: "too_large"}
+        assert sent == [r.id for r in fat] + [record_id(100)]
+    await backend.aclose()
+
+
+async def test_neither_secret_nor_raw_usage_nor_header_value_is_sealed(name: str, tmp_path: Path) -> None:
+    backend = build(name, tmp_path)
+    for sealed in backend.encode(odd_records()).sealed:
+        whole = orjson.dumps([sealed.key, sealed.path, sealed.headers]) + sealed.body
+        if TRIALS[name].backend not in ("webhook", "file"):  # these carry the record itself, raw usage included
+            assert SECRET.encode() not in whole
+        assert b"\r\n" not in sealed.key.encode() + sealed.path.encode()
+        for header, value in sealed.headers:
+            assert header.isascii()
+            assert value.isprintable()
+    assert SECRET not in repr(backend)
+    await backend.aclose()
+
+
+async def test_who_is_given_what(name: str, tmp_path: Path) -> None:
+    backend = build(name, tmp_path)
+    kinds = {
+        record_id(1): record(1, status=429, outcome=Outcome.DENIED, first_byte_ms=None, usage=None),
+        record_id(2): record(2, status=400, outcome=Outcome.REFUSED, first_byte_ms=None, usage=None),
+        record_id(3): record(3, status=None, outcome=Outcome.UNKNOWN, first_byte_ms=None, usage=None),
+    }
+    encoded = backend.encode(list(kinds.values()))
+    if backend.abilities.bills:
+        assert encoded.sealed == []
+        assert encoded.skipped == {record_id(1): "denied", record_id(2): "refused"}
+        assert encoded.parked == {record_id(3): "unsettled"}
+    else:
+        assert {e.record_id for s in encoded.sealed for e in s.events} == set(kinds)
+    await backend.aclose()
+    switched = build(name, tmp_path, denied="send", refused="park", unsettled="skip")
+    encoded = switched.encode(list(kinds.values()))
+    assert encoded.parked[record_id(2)] == "refused"
+    assert encoded.skipped[record_id(3)] == "unsettled"
+    assert record_id(1) not in encoded.parked
+    await switched.aclose()
+
+
+# What leaves, and what comes back
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> None:
+    trial = TRIALS[trial_name]
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(2)).sealed[0]
+        expected = {**COMMON, **{status: "Delivered" for status in trial.ok}, **trial.verdicts}
+        for status, kind in expected.items():
+            server.script = lambda _, status=status: answer(status, b"" if status == 204 else b'{"message": "no"}')
+            verdicts = await backend.send(sealed)
+            assert kinds_of(verdicts) == [kind] * len(sealed.events), f"{status}: {verdicts}"
+            assert all("no" != getattr(v, "reason", "") for v in verdicts)
+        assert server.requests[0].body == sealed.body, "the sealed bytes are what is sent"
+        assert {r.body for r in server.requests} == {sealed.body}
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_the_secret_travels_in_a_header_only(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        for sealed in backend.encode([record(1), record(3, user_agent=HOSTILE)]).sealed:
+            await backend.send(sealed)
+        for request in server.requests:
+            assert SECRET not in request.target
+            assert SECRET.encode() not in request.body
+            assert "X-Injected" not in request.headers and "x-injected" not in request.headers
+            assert request.headers["content-type"] == sealed.content_type
+            assert request.headers["user-agent"].startswith("metering-sidecar/")
+            assert "cookie" not in request.headers
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_no_answer_is_unknown_and_no_connection_is_a_retry(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer(script=lambda _: None).running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(1)).sealed[0]
+        assert await backend.send(sealed) == [Unknown("connection_lost")] * len(sealed.events)
+        server.script = lambda _: b"HTTP/1.1 20"
+        assert kinds_of(await backend.send(sealed))[0] == "Unknown" or server.requests
+        url = server.url
+    assert await backend.send(sealed) == [Retry("connect")] * len(sealed.events)
+    await backend.aclose()
+    nowhere = build(trial_name, tmp_path, url.replace("127.0.0.1", "no-such-host.invalid"))
+    assert await nowhere.send(sealed) == [Retry("dns")] * len(sealed.events)
+    await nowhere.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_an_answer_that_takes_too_long_is_unknown(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer(hold=asyncio.Event()).running() as server:
+        backend = build(trial_name, tmp_path, server.url, timeout="100ms")
+        sealed = backend.encode(records(1)).sealed[0]
+        assert await backend.send(sealed) == [Unknown("timeout")] * len(sealed.events)
+        await backend.aclose()
+
+
+async def test_a_wrong_certificate_is_a_retry_and_sends_nothing(tmp_path: Path) -> None:
+    trustme = pytest.importorskip("trustme")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    trustme.CA().issue_cert("127.0.0.1").configure_cert(context)
+    seen: list[bytes] = []
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        seen.append(await reader.read())
+        writer.close()
+
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, ssl=context)
+    port = server.sockets[0].getsockname()[1]
+    backend = build("meter", tmp_path, f"https://127.0.0.1:{port}")
+    assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("tls")]
+    await backend.aclose()
+    server.close()
+    await server.wait_closed()
+    assert not any(seen)
+
+
+async def test_a_port_that_never_answers_the_handshake_is_a_retry(tmp_path: Path) -> None:
+    with socket.socket() as silent:  # listens, takes the connection into its backlog, says nothing
+        silent.bind(("127.0.0.1", 0))
+        silent.listen(1)
+        client = HttpClient(dedup=Dedup.NONE, timeout_s=0.2, connect_timeout_s=0.2)
+        sealed = Sealed(key="k", events=(Event("r", "r"),), body=b"{}")
+        url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
+        assert await client.offer(url, sealed, {}) == [Retry("connect_timeout")]
+        await client.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_retry_after_is_read_in_each_form(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(1)).sealed[0]
+        for header, value, after_s in (
+            ("Retry_After", "7", 7.0),
+            ("Retry_After", "0", 0.0),
+            ("retry_after_ms", "1500", 1.5),
+            ("Retry_After", "Thu, 01 Jan 1970 00:00:00 GMT", 0.0),
+            ("Retry_After", "99999999", 86_400.0),
+            ("Retry_After", "soon", None),
+            ("Retry_After", "-5", None),
+        ):
+            server.script = lambda _, h=header, v=value: answer(429, **{h: v})
+            assert (await backend.send(sealed))[0] == Retry("http_429", after_s), (header, value)
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_a_redirect_is_never_followed(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer().running() as other, ScriptedServer().running() as server:
+        server.script = lambda _: answer(307, Location=other.url)
+        backend = build(trial_name, tmp_path, server.url)
+        verdicts = await backend.send(backend.encode(records(1)).sealed[0])
+        assert isinstance(verdicts[0], Blocked)
+        assert other.requests == []
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_a_broken_answer_body_does_not_undo_the_status(trial_name: str, tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(1)).sealed[0]
+        cut = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n{"
+        server.script = lambda r: cut if len(server.requests) == 1 else None
+        first = asyncio.create_task(backend.send(sealed))
+        while not server.requests:
+            await asyncio.sleep(0.01)
+        await backend.aclose()
+        assert kinds_of(await first)[0] in ("Delivered", "Unknown")
+        server.script = lambda _: answer(200, b"x" * 2_000_000)
+        assert kinds_of(await backend.send(sealed))[0] == "Delivered"
+        await backend.aclose()
+
+
+@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
+async def test_connections_are_reused_but_not_idle_ones_without_deduplication(
+    trial_name: str, tmp_path: Path
+) -> None:
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(1)).sealed[0]
+        for _ in range(3):
+            await backend.send(sealed)
+        assert server.connections == 1
+        await asyncio.sleep(2.1)
+        await backend.send(sealed)
+        assert server.connections == (2 if backend.abilities.dedup is Dedup.NONE else 1)
+        await backend.aclose()
+
+
+# Keys
+
+
+@given(st.lists(st.text(min_size=1, max_size=120), min_size=1, max_size=5, unique=True))
+def test_any_ids_give_plain_keys_that_tell_them_apart(ids: list[str]) -> None:
+    keys = {batch_key([Event(i, i) for i in ids]), *(event_key(i) for i in ids)}
+    assert all(re.fullmatch(r"[!-~]{1,90}", key) for key in keys)
+    assert len({event_key(i) for i in ids}) == len(ids)
+    assert batch_key([Event(i, i) for i in ids]) != batch_key([Event(i + "x", i + "x") for i in ids])
+
+
+@settings(max_examples=200)
+@given(
+    sizes=st.lists(st.integers(0, 40), max_size=40),
+    events_max=st.integers(1, 7),
+    bytes_max=st.integers(10, 60),
+)
+def test_cutting_keeps_every_piece_once_in_order(sizes: list[int], events_max: int, bytes_max: int) -> None:
+    pieces = [Piece(Event(f"r{n}", f"r{n}"), b"x" * size) for n, size in enumerate(sizes)]
+    frame = Frame(opening=b"[", between=b",", closing=b"]")
+    encoded = seal_batches(pieces, Encoded(), frame=frame, events_max=events_max, bytes_max=bytes_max)
+    sent = [e.record_id for s in encoded.sealed for e in s.events]
+    too_large = {f"r{n}" for n, size in enumerate(sizes) if size + 2 > bytes_max}
+    assert sent == [f"r{n}" for n in range(len(sizes)) if f"r{n}" not in too_large]
+    assert set(encoded.parked) == too_large
+    assert all(len(s.body) <= bytes_max and len(s.events) <= events_max for s in encoded.sealed)
+
+
+# What is peculiar to one
+
+
+async def test_meter_sends_arrays_of_the_documented_payload(tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        backend = build("meter", tmp_path, server.url + "/collect?x=1", batch="2")
+        first, second = backend.encode(
+            [record(1), record(2, usage=None, subscriber=Subscriber("other", "jwt:sub")), record(3)]
+        ).sealed
+        assert await backend.send(first) == [Delivered(), Delivered()]
+        (request,) = server.requests
+        assert request.target == "/collect?x=1"
+        assert request.headers["x-api-key"] == SECRET
+        assert request.headers["idempotency-key"] == first.key
+        payload, other = orjson.loads(request.body)
+        assert payload["method"] == "POST"
+        assert payload["url"] == "https://api.example.com/v1/chat/completions"
+        assert payload["responseCode"] == 200
+        assert payload["requestHeaders"] == ["Content-Type", "Authorization"]
+        assert payload["responseHeaders"] == ["Content-Type"]
+        assert payload["elements"][:3] == [
+            {"name": "input-tokens", "value": "43"},
+            {"name": "output-tokens", "value": "97"},
+            {"name": "total-tokens", "value": "140"},
+        ]
+        assert {"name": "cache-read-input-tokens", "value": "0"} in payload["elements"]
+        assert payload["monetized"] is True
+        assert payload["application"] == "cus_acme"
+        assert payload["correlationId"] == record_id(1)
+        assert other["elements"] == []
+        assert other["application"] == "other"
+        assert "platformAPIKey" not in payload
+        assert len(orjson.loads(second.body)) == 1
+        await backend.aclose()
+
+
+async def test_revenium_meter_is_one_request_a_record_to_the_vendors_path(tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        for tail in ("", "/", "/meter", "/meter/", "/meter/v1/api"):
+            backend = build("revenium-meter", tmp_path, server.url + tail)
+            (sealed,) = backend.encode([record(1)]).sealed
+            await backend.send(sealed)
+            assert server.requests[-1].target == "/meter/v1/api/meter"
+            await backend.aclose()
+        assert server.requests[-1].headers["x-api-key"] == SECRET
+        assert "idempotency-key" not in server.requests[-1].headers
+        assert orjson.loads(sealed.body)["method"] == "POST"
+        left = build("revenium-meter", tmp_path).encode([odd_records()[9]]).sealed[0]
+        assert orjson.loads(left.body)["responseCode"] == 499
+        assert orjson.loads(left.body)["monetized"] is False
+
+
+async def test_revenium_without_a_mapping_sends_our_own_id_in_the_chosen_field(tmp_path: Path) -> None:
+    backend = build("revenium-meter", tmp_path, subscriber_field="productkey", api_id="api-1")
+    (sealed,) = backend.encode([record(1, subscriber=Subscriber("zoe", "jwt:sub"))]).sealed
+    body = orjson.loads(sealed.body)
+    assert body["productKey"] == "zoe"
+    assert body["api"] == "api-1"
+    assert "application" not in body
+    await backend.aclose()
+
+
+async def test_webhook_signs_as_the_convention_says(tmp_path: Path) -> None:
+    raw = b"0123456789abcdef0123456789abcdef"
+    coded = "whsec_" + base64.b64encode(raw).decode()
+    async with ScriptedServer().running() as server:
+        backend = build("webhook", tmp_path, server.url, secret=f"{coded} another-secret-of-ours", api_key="k1")
+        given_records = [record(1), record(2)]
+        (sealed,) = backend.encode(given_records).sealed
+        assert sealed.body == b"".join(r.json + b"\n" for r in given_records)
+        await backend.send(sealed)
+        await backend.send(sealed)
+        first, second = server.requests
+        assert first.headers["webhook-id"] == second.headers["webhook-id"] == sealed.key
+        assert first.headers["authorization"] == "Bearer k1"
+        assert first.headers["content-type"] == "application/x-ndjson"
+        signed = f"{sealed.key}.{first.headers['webhook-timestamp']}.".encode() + first.body
+        expected = [
+            "v1," + base64.b64encode(hmac.new(secret, signed, hashlib.sha256).digest()).decode()
+            for secret in (raw, b"another-secret-of-ours")
+        ]
+        assert first.headers["webhook-signature"].split(" ") == expected
+        await backend.aclose()
+
+
+def test_webhook_secrets_that_protect_nothing_are_refused() -> None:
+    setting = next(s for s in BACKENDS["webhook"].settings if s.name == "secret")
+    for text in ("short", "whsec_!!!", "whsec_" + base64.b64encode(b"short").decode(), "long-enough-secret short"):
+        with pytest.raises(ValueError) as caught:
+            setting.kind.parse(text)
+        assert text not in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["zoë", "a\nb", " spaced-key", "a\r\nX-Evil: 1", ""])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_repeated(text: str) -> None:
+    for row in BACKENDS.values():
+        for setting in row.settings:
+            if setting.name == "api_key":
+                with pytest.raises(ValueError) as caught:
+                    setting.kind.parse(text)
+                assert not text.strip() or text not in str(caught.value)
+
+
+async def test_settings_default_to_what_the_constructors_do(tmp_path: Path) -> None:
+    for row in BACKENDS.values():
+        for setting in row.settings:
+            setting.default_value()
+            assert setting.help or setting.name == "refused"
+            assert setting.secret is (setting.name in ("api_key", "secret")) or setting.name not in ("api_key", "secret")
+    assert BILLING.partial == "send"
+    assert repr(Secret(SECRET)) == "Secret(***)"
+
+
+# The ledger and the file as backends
+
+
+async def test_ledger_counts_a_repeat_once(tmp_path: Path) -> None:
+    backend = build("ledger", tmp_path)
+    (sealed,) = backend.encode(records(3)).sealed
+    assert await backend.send(sealed) == [Delivered()] * 3
+    assert await backend.send(sealed) == [Duplicate()] * 3
+    await backend.aclose()
+    again = build("ledger", tmp_path)
+    assert await again.send(sealed) == [Duplicate()] * 3
+    await again.aclose()
+
+
+async def test_ledger_refuses_bytes_that_are_no_delivery(tmp_path: Path) -> None:
+    backend = build("ledger", tmp_path)
+    for body in (b"", b"[]", b"{}", b'{"hourly": [{}]}', b'{"hourly": [{"hour": 1, "series": []}]}'):
+        sealed = Sealed(key="k", events=(Event("r", "r"),), body=body)
+        assert kinds_of(await backend.send(sealed)) == ["Refused"]
+    await backend.aclose()
+
+
+def lines(path: Path) -> list[str]:
+    return [orjson.loads(line)["id"] for line in path.read_bytes().splitlines()]
+
+
+async def test_file_holds_each_record_once(tmp_path: Path) -> None:
+    path = tmp_path / "out" / "records.ndjson"
+    path.parent.mkdir()
+    backend = build("file", tmp_path, path=str(path))
+    one, two = (backend.encode([record(n)]).sealed[0] for n in (1, 2))
+    assert await backend.send(one) == [Delivered()]
+    assert await backend.send(one) == [Duplicate()]
+    await backend.aclose()
+    again = build("file", tmp_path, path=str(path))
+    assert await again.send(one) == [Duplicate()]
+    assert await again.send(two) == [Delivered()]
+    await again.aclose()
+    assert path.read_bytes() == record(1).json + b"\n" + record(2).json + b"\n"
+    assert path.stat().st_mode & 0o007 == 0
+
+
+@pytest.mark.parametrize("tail", [b"", b"{", record(2).json, record(2).json + b"\n"])
+async def test_file_cuts_what_a_crash_left_behind(tail: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "records.ndjson"
+    backend = build("file", tmp_path, path=str(path))
+    one, two = (backend.encode([record(n)]).sealed[0] for n in (1, 2))
+    await backend.send(one)
+    await backend.aclose()
+    with path.open("ab") as file:  # written, and the process died before the commit
+        file.write(tail)
+    again = build("file", tmp_path, path=str(path))
+    assert await again.send(two) == [Delivered()]
+    await again.aclose()
+    assert lines(path) == [record_id(1), record_id(2)]
+
+
+async def test_file_is_renamed_past_its_size(tmp_path: Path) -> None:
+    path = tmp_path / "records.ndjson"
+    backend = build("file", tmp_path, path=str(path), rotate_bytes="4096")
+    for number in range(1, 21):
+        await backend.send(backend.encode([record(number)]).sealed[0])
+    await backend.aclose()
+    files = sorted(tmp_path.glob("records*.ndjson"), key=lambda f: lines(f)[0])
+    assert len(files) > 2
+    assert all(f.stat().st_size <= 4096 for f in files)
+    assert [i for f in files for i in lines(f)] == [record_id(n) for n in range(1, 21)]
+
+
+async def test_file_moved_or_emptied_by_somebody_else_goes_on(tmp_path: Path) -> None:
+    path = tmp_path / "records.ndjson"
+    path.write_bytes(b"not ours, no line end")
+    backend = build("file", tmp_path, path=str(path))
+    sealed = [backend.encode([record(n)]).sealed[0] for n in range(1, 5)]
+    await backend.send(sealed[0])
+    assert path.read_bytes() == b"not ours, no line end\n" + record(1).json + b"\n"
+    path.rename(tmp_path / "moved")
+    await backend.send(sealed[1])
+    assert lines(path) == [record_id(2)]
+    path.write_bytes(b"")
+    await backend.send(sealed[2])
+    assert lines(path) == [record_id(3)]
+    assert await backend.send(sealed[1]) == [Duplicate()]
+    await backend.aclose()
+
+
+async def test_file_that_cannot_be_written_blocks_or_waits(tmp_path: Path) -> None:
+    backend = build("file", tmp_path, path=str(tmp_path / "missing" / "records.ndjson"))
+    sealed = backend.encode([record(1)]).sealed[0]
+    assert await backend.send(sealed) == [Blocked("not_writable")]
+    (tmp_path / "missing").mkdir()
+    assert await backend.send(sealed) == [Delivered()]
+    await backend.aclose()
+    if Path("/dev/full").exists():
+        full = build("file", tmp_path / "missing", path="/dev/full")
+        other = full.encode([record(2)]).sealed[0]
+        assert kinds_of(await full.send(other)) == ["Retry"]
+        await full.aclose()
+
+
+def test_verdicts_are_told_apart() -> None:
+    everything: list[Verdict] = [
+        Delivered(), Duplicate(), Retry("a"), Refused("a"), Blocked("a"), Unknown("a"),
+    ]  # fmt: skip
+    assert len(set(kinds_of(everything))) == 6
+    assert usage().total_tokens == 140
