@@ -15,7 +15,6 @@ import base64
 import binascii
 import contextlib
 import re
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -30,6 +29,7 @@ from sidecar.receiver.contract import Answer, Call, Route, Terms, Unit, Vendor, 
 from sidecar.receiver.faults import Do, Fault, FaultError, Faults, parse
 from sidecar.receiver.store import Store, StoreError, Taken
 from sidecar.receiver.vendors import VENDORS
+from sidecar.signals import stop_event
 
 BODY_BYTES_MAX: Final = (
     40 * 2**20
@@ -93,7 +93,8 @@ class Receiver:
         self._store.forget()
 
     async def start(self, host: str = "127.0.0.1", port: int = 0) -> str:
-        """Listen; the base address. Port 0 takes any free one."""
+        """Open the store and listen; the base address. Port 0 takes any free one. Raises `StoreError`, `OSError`."""
+        self._store.open()
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         app.router.add_get("/_received", self._list)
         app.router.add_delete("/_received", self._forget)
@@ -257,19 +258,12 @@ async def serve(
     ready: Callable[[str], None] = lambda url: None,
 ) -> None:
     """Run until SIGINT or SIGTERM (or cancellation); `ready` is told the address once it listens."""
-    stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
     receiver = Receiver(store=store, terms=terms)
-    for number in (signal.SIGINT, signal.SIGTERM):
-        with contextlib.suppress(NotImplementedError):
-            loop.add_signal_handler(number, stop.set)
     try:
-        ready(await receiver.start(host, port))
-        await stop.wait()
+        with stop_event() as stop:
+            ready(await receiver.start(host, port))
+            await stop.wait()
     finally:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with contextlib.suppress(NotImplementedError):
-                loop.remove_signal_handler(number)
         await receiver.aclose()
 
 

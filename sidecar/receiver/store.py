@@ -8,6 +8,7 @@ and is cut off at start. What a journal holds is never a credential: `server` sc
 
 from __future__ import annotations
 
+import builtins
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -47,8 +48,6 @@ class Store:
         self._new: dict[str, tuple[Any, float]] = {}
         self._path = path
         self._file: BinaryIO | None = None
-        if path is not None:
-            self._file = self._open(path)
 
     def __repr__(self) -> str:
         return f"<Store: {len(self.taken)} taken, {len(self._kept)} kept, {self._path or 'in memory'}>"
@@ -81,26 +80,27 @@ class Store:
         self._kept.clear()
         self._new.clear()
 
+    def open(self) -> None:
+        """Open the journal, if there is one, and take in what it has. Raises `StoreError`."""
+        if self._path is None:
+            return
+        try:
+            self._file = builtins.open(self._path, "a+b", buffering=0)
+        except OSError as error:
+            raise StoreError(
+                f"--store {self._path} cannot be opened ({error.strerror}): name a file that may be written"
+            ) from None
+        try:
+            self._file.seek(0)
+            self._file.truncate(self._read(self._file.read() or b""))
+        except BaseException:
+            self.close()
+            raise
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             self._file = None
-
-    def _open(self, path: Path) -> BinaryIO:
-        try:
-            file = open(path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
-        except OSError as error:
-            raise StoreError(
-                f"--store {path} cannot be opened ({error.strerror}): name a file that may be written"
-            ) from None
-        file.seek(0)
-        try:
-            whole = self._read(file.read() or b"")
-        except BaseException:
-            file.close()
-            raise
-        file.truncate(whole)
-        return file
 
     def _read(self, journal: bytes) -> int:
         """Take the whole lines in; the number of bytes that they are."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -276,17 +278,17 @@ async def test_a_torn_last_line_is_cut_off(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", [b"hello\n", b"[]\n", b'{"taken": [{"x": 1}], "kept": {}}\n', b"\n"])
-def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, content: bytes) -> None:
+async def test_a_file_that_is_no_journal_is_left_alone(tmp_path: Path, content: bytes) -> None:
     store = tmp_path / "notes.txt"
     store.write_bytes(content)
     with pytest.raises(StoreError, match="is no receiver's journal"):
-        Receiver(store=store)
+        await Receiver(store=store).start()
     assert store.read_bytes() == content
 
 
-def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
+async def test_a_store_that_cannot_be_opened_says_so(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="cannot be opened"):
-        Receiver(store=tmp_path)
+        await Receiver(store=tmp_path).start()
 
 
 async def test_it_starts_again_on_the_port_it_had(tmp_path: Path) -> None:
@@ -301,3 +303,28 @@ async def test_it_starts_again_on_the_port_it_had(tmp_path: Path) -> None:
     again = Receiver(store=tmp_path / "journal")
     assert await again.start(port=port) == url
     await again.aclose()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_the_command_runs_until_it_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
+    program = (
+        "import asyncio, sys, pathlib, sidecar.receiver as r\n"
+        "asyncio.run(r.serve(port=0, store=pathlib.Path(sys.argv[1]), ready=lambda url: print(url, flush=True)))"
+    )
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-c", program, str(tmp_path / "journal"), stdout=asyncio.subprocess.PIPE
+    )
+    try:
+        assert process.stdout is not None
+        async with asyncio.timeout(30):
+            url = (await process.stdout.readline()).decode().strip()
+            async with aiohttp.ClientSession(url) as session:
+                assert (await post(session, "/meter", [PAYLOAD], Idempotency_Key="k"))[0] == 200
+            process.send_signal(number)
+            assert await process.wait() == 0
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+    async with running_receiver(store=tmp_path / "journal") as (receiver, _):
+        assert [row.key for row in receiver.received] == ["k"]
