@@ -23,11 +23,12 @@ from typing import Any, Final, Protocol
 import aiohttp
 import orjson
 
+from sidecar.cli.output import Format
+from sidecar.cli.usage import report
 from sidecar.ledger import LedgerReader
 from sidecar.receiver import Receiver, Terms
 from sidecar.scripted_llm import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Script, ScriptedLLM, Tokens
 from sidecar.signals import stop_event
-from sidecar.table import table
 
 SETTLE_S_MAX: Final = 15.0  # for the records to reach every backend; it takes well under a second
 SETTLE_STEP_S: Final = 0.05
@@ -217,17 +218,10 @@ async def _settled(admin_url: str, calls: int) -> dict[str, Any]:
 
 def _show_usage(data_dir: Path, say: Say) -> list[str]:
     """The usage table out of the ledger, and where it is not what the upstream reported."""
-    rows = LedgerReader(data_dir / "ledger.db").usage(by=("subscriber", "provider", "model"))
+    by = ("subscriber", "provider", "model")
+    rows = LedgerReader(data_dir / "ledger.db").usage(by)
     say("Usage, from the ledger:")
-    head = ("subscriber", "provider", "model", "calls", "input", "cached", "output", "reasoning")
-    lines = [
-        (
-            *row.group, row.calls, row.input_tokens, row.cache_read_input_tokens, row.output_tokens,
-            row.reasoning_output_tokens,
-        )
-        for row in rows
-    ]  # fmt: skip
-    say(_indent(table(head, lines)))
+    say(_indent(report(rows, by, Format.TABLE)))
     say("")
     problems = []
     for subscriber in dict.fromkeys(call.subscriber for call in CALLS):

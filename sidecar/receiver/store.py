@@ -85,11 +85,13 @@ class Store:
         if self._path is None:
             return
         try:
-            self._file = builtins.open(self._path, "a+b", buffering=0)
+            self._file = builtins.open(self._path, "a+b", buffering=0)  # noqa: SIM115 (closed by `close`)
         except OSError as error:
             raise StoreError(
                 f"--store {self._path} cannot be opened ({error.strerror}): name a file that may be written"
             ) from None
+        self.taken.clear()
+        self._kept.clear()
         try:
             self._file.seek(0)
             self._file.truncate(self._read(self._file.read() or b""))
