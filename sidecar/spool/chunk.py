@@ -1,0 +1,357 @@
+"""One chunk: one SQLite file, and the one connection that may write it.
+
+What must always hold
+- A row is a *group*: records committed together, with cumulative totals and a checksum over all of it.
+- Only this connection writes or checkpoints the file; everybody else opens it `mode=ro` (SQLite before
+  3.51.3 can corrupt a log that two connections reset).
+- Nothing is checkpointed before the chunk is sealed, so until then everything but the schema is in the
+  write-ahead log; a chunk that is not sealed and has no log has lost it.
+- After a failed write or sync the file is never written again: SQLite's and the kernel's ideas of it may differ.
+- A chunk counts only below the next chunk's first number. A transaction that failed after its commit mark was
+  written may come back to life in the old file; the same records are in the next one, and only there they count.
+
+Which chunk comes when, and what goes into a group, is `writer`'s.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import sys
+import zlib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import orjson
+
+from sidecar.spool import files
+from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
+
+FORMAT: Final = 1  # user_version: raise it with a step in MIGRATIONS
+APPLICATION_ID: Final = 0x4D53_504C  # "MSPL"
+_HEADER: Final = b"SQLite format 3\0"
+# One small record costs a rewritten leaf page in the log, so small pages; larger ones were no quicker for big groups.
+PAGE_BYTES: Final = 4096
+_BUSY_S: Final = 5.0  # readers are short; only a stranger's shell on the file can make us wait
+
+# From format n to n + 1, run in one transaction, file by file. Format 1 is the first.
+MIGRATIONS: Final[Mapping[int, str]] = {}
+
+_SCHEMA: Final = f"""
+CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
+CREATE TABLE record_group (
+    first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, count INTEGER NOT NULL,
+    commit_number INTEGER NOT NULL, committed_ns INTEGER NOT NULL, salvaged INTEGER NOT NULL,
+    admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
+    closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
+);
+CREATE TABLE intent_group (
+    commit_number INTEGER PRIMARY KEY, count INTEGER NOT NULL, committed_ns INTEGER NOT NULL,
+    admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
+    closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
+);
+PRAGMA application_id = {APPLICATION_ID};
+PRAGMA user_version = {FORMAT};
+"""
+_INSERT_RECORDS: Final = "INSERT INTO record_group VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_INTENTS: Final = "INSERT INTO intent_group VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
+_INSERT_META: Final = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
+RECORD_COLUMNS: Final = (
+    "first_seq, last_seq, count, commit_number, committed_ns, salvaged, admitted, recorded, lost, closes, crc32, body"
+)
+INTENT_COLUMNS: Final = "commit_number, count, committed_ns, admitted, recorded, lost, closes, crc32, body"
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Totals:
+    """Cumulative, as of one commit; `lost` is JSON by reason, `closes` the ids joined by line ends."""
+
+    commit_number: int
+    committed_ns: int
+    admitted: int
+    recorded: int
+    lost: str
+    closes: str = ""
+
+
+@dataclass(slots=True, frozen=True)
+class RecordGroup:
+    """Records with consecutive numbers, as one row."""
+
+    first_seq: int
+    count: int
+    body: bytes  # lines joined by line ends
+    totals: Totals
+    salvaged: bool = False
+
+    @property
+    def last_seq(self) -> int:
+        return self.first_seq + self.count - 1
+
+    def row(self) -> tuple[Any, ...]:
+        t = self.totals
+        head = (self.first_seq, self.last_seq, self.count, t.commit_number, t.committed_ns, int(self.salvaged),
+                t.admitted, t.recorded, t.lost, t.closes)  # fmt: skip
+        return (*head, checksum(head, self.body), self.body)
+
+    @classmethod
+    def read(cls, row: tuple[Any, ...]) -> RecordGroup:
+        """A stored row, checked. Raises `SpoolDamaged`."""
+        _check(row)
+        first_seq, last_seq, count, number, at_ns, salvaged, admitted, recorded, lost, closes, _, body = row
+        if last_seq - first_seq + 1 != count or body.count(b"\n") + 1 != count:
+            raise SpoolDamaged(f"group {first_seq} holds other than {count} records")
+        totals = Totals(commit_number=number, committed_ns=at_ns, admitted=admitted, recorded=recorded, lost=lost,
+                        closes=closes)  # fmt: skip
+        return cls(first_seq, count, body, totals, bool(salvaged))
+
+
+@dataclass(slots=True, frozen=True)
+class IntentGroup:
+    """Calls found open together; empty where a commit carries totals alone."""
+
+    lines: tuple[bytes, ...]
+    totals: Totals
+
+    def row(self) -> tuple[Any, ...]:
+        t, body = self.totals, b"\n".join(self.lines)
+        head = (t.commit_number, len(self.lines), t.committed_ns, t.admitted, t.recorded, t.lost, t.closes)
+        return (*head, checksum(head, body), body)
+
+    @classmethod
+    def read(cls, row: tuple[Any, ...]) -> IntentGroup:
+        """A stored row, checked. Raises `SpoolDamaged`."""
+        _check(row)
+        number, count, at_ns, admitted, recorded, lost, closes, _, body = row
+        lines = tuple(body.split(b"\n")) if body else ()
+        if len(lines) != count:
+            raise SpoolDamaged(f"intent group {number} holds other than {count} intents")
+        totals = Totals(commit_number=number, committed_ns=at_ns, admitted=admitted, recorded=recorded, lost=lost,
+                        closes=closes)  # fmt: skip
+        return cls(lines, totals)
+
+
+@dataclass(slots=True, frozen=True)
+class Opening:
+    """What a chunk's first commit says of the ones before it."""
+
+    first_seq: int  # numbers below it are not in this chunk; 0 where a salvaged file no longer tells
+    base_recorded: int  # records committed before it
+
+
+def checksum(head: tuple[Any, ...], body: bytes) -> int:
+    """Over the row's numbers as well as its bytes: a flipped count is as bad as a flipped byte."""
+    return zlib.crc32(body, zlib.crc32("|".join(map(str, head)).encode()))
+
+
+def _check(row: tuple[Any, ...]) -> None:
+    body = row[-1]
+    if not isinstance(body, bytes) or row[-2] != checksum(row[:-2], body):
+        raise SpoolDamaged(f"group {row[0]} does not match its checksum")
+
+
+class Chunk:
+    """A chunk open for writing."""
+
+    def __init__(self, path: Path, number: int, connection: sqlite3.Connection) -> None:
+        self.path = path
+        self.number = number
+        self._connection = connection
+        self.opening: Opening | None = None
+        self.broken = False  # a write or sync failed: hands off
+
+    @classmethod
+    def create(cls, path: Path, number: int, instance: str) -> Chunk:
+        """A new, empty file, its schema on disk. Raises `SpoolFull` or another `SpoolError`."""
+        try:
+            connection = _connect(path)
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        try:
+            connection.executescript(f"PRAGMA page_size = {PAGE_BYTES};")
+            _prepare(connection, path)
+            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.execute(_INSERT_META, ("instance", instance))
+            connection.execute(_INSERT_META, ("number", number))
+            # The schema goes into the main file, its frames stay in the log: from now on an empty or
+            # missing log beside a chunk that is not sealed means that the log was lost.
+            connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
+        except (sqlite3.Error, SpoolError) as error:
+            connection.close()
+            files.remove_chunk(path)
+            raise (error if isinstance(error, SpoolError) else translate(error, path)) from error
+        return cls(path, number, connection)
+
+    @classmethod
+    def reopen(cls, path: Path, number: int) -> Chunk:
+        """A file left by an earlier run; the log is recovered and an older format brought up to date."""
+        check_header(path)
+        try:
+            connection = _connect(path)
+        except sqlite3.Error as error:
+            raise translate(error, path) from error
+        try:
+            _prepare(connection, path)
+            _migrate(connection, path)
+            chunk = cls(path, number, connection)
+            first_seq, base = meta(connection, "first_seq"), meta(connection, "base_recorded")
+            if first_seq is not None:
+                chunk.opening = Opening(int(first_seq), int(base or 0))
+        except (sqlite3.Error, SpoolError) as error:
+            close_untouched(connection, path)
+            raise (error if isinstance(error, SpoolError) else translate(error, path)) from error
+        return chunk
+
+    @property
+    def connection(self) -> sqlite3.Connection:
+        """For reading by the owner while nobody writes (recovery)."""
+        return self._connection
+
+    def write(self, groups: Iterable[RecordGroup], intents: IntentGroup | None, opening: Opening | None) -> None:
+        """One durable transaction. Raises `SpoolFull` (may be tried again here) or `SpoolFailed` (never)."""
+        rows = [group.row() for group in groups]
+        execute = self._connection.execute
+        try:
+            if len(rows) == 1 and intents is None and opening is None:
+                execute(_INSERT_RECORDS, rows[0])  # a transaction of its own: one hand-over of the interpreter lock
+            else:
+                execute("BEGIN IMMEDIATE")
+                for row in rows:
+                    execute(_INSERT_RECORDS, row)
+                if intents is not None:
+                    execute(_INSERT_INTENTS, intents.row())
+                if opening is not None:
+                    execute(_INSERT_META, ("first_seq", opening.first_seq))
+                    execute(_INSERT_META, ("base_recorded", opening.base_recorded))
+                execute("COMMIT")
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        if opening is not None:
+            self.opening = opening
+
+    def _failed(self, error: sqlite3.Error) -> SpoolError:
+        """Undo what is left of the transaction and say whether this file may be written again."""
+        try:
+            if self._connection.in_transaction:
+                self._connection.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.broken = True
+        said = translate(error, self.path)
+        # A write refused for want of room put nothing into the page cache that could vanish later, and a file of
+        # its own would need the room that is not there: the one failure after which the same file goes on.
+        if isinstance(said, SpoolFull) and not self.broken:
+            return said
+        self.broken = True
+        return said if isinstance(said, SpoolFailed) else SpoolFailed(str(said))
+
+    def seal(self) -> None:
+        """Nothing more will come: bring the log into the main file and close. Takes long; not for the writer thread.
+
+        Raises `SpoolFull` or `SpoolFailed`; the log then still holds everything.
+        """
+        try:
+            if meta(self._connection, "sealed") is None:
+                self._connection.execute(_INSERT_META, ("sealed", 1))
+            busy, _, _ = self._connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
+        if busy:
+            raise SpoolFull(f"{self.path}: a reader holds it; it is put away later")
+        self._connection.close()
+
+    def close(self) -> None:
+        """Close without another write: what is in the log stays in the log."""
+        close_untouched(self._connection, self.path)
+
+
+def close_untouched(connection: sqlite3.Connection, path: Path) -> None:
+    """Close without the checkpoint that SQLite makes when the last connection of a file goes.
+
+    A reader that is open at that moment makes ours not the last one, and a reader may not write.
+    """
+    guard = None
+    try:
+        guard = sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+        guard.execute("SELECT count(*) FROM meta").fetchone()
+    except sqlite3.Error:
+        pass  # unreadable also for a reader: then SQLite will not checkpoint it either
+    connection.close()
+    if guard is not None:
+        guard.close()
+
+
+def meta(connection: sqlite3.Connection, name: str) -> Any:
+    row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
+    return None if row is None else row[0]
+
+
+def check_header(path: Path) -> int:
+    """The format of a chunk, from its first bytes alone. Raises `SpoolDamaged`, or `SpoolError` for a newer one."""
+    try:
+        with path.open("rb") as file:
+            head = file.read(100)
+    except OSError as error:
+        raise files.translate(error, f"cannot read {path}") from error
+    if len(head) < 100 or not head.startswith(_HEADER):
+        raise SpoolDamaged(f"{path} is not an SQLite file")
+    if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
+        raise SpoolDamaged(f"{path} is not a chunk of a spool")
+    version = int.from_bytes(head[60:64], "big")
+    if version > FORMAT:
+        raise SpoolError(
+            f"{path} has format {version} and this version reads up to {FORMAT}: it was written by a newer release;"
+            " run that release, or set SIDECAR_DATA_DIR to another directory"
+        )
+    return version
+
+
+def lost_json(lost: Mapping[str, int]) -> str:
+    return orjson.dumps(lost, option=orjson.OPT_SORT_KEYS).decode() if lost else "{}"
+
+
+def read_lost(text: str) -> dict[str, int]:
+    return {str(reason): int(count) for reason, count in orjson.loads(text).items()}
+
+
+def translate(error: sqlite3.Error, path: Path) -> SpoolError:
+    """An SQLite error in the spool's words."""
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code == sqlite3.SQLITE_FULL:
+        return SpoolFull(f"no room for {path}: free some disk space; records wait in memory until there is")
+    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (code == 0 and "UTF-8" in str(error)):
+        return SpoolDamaged(f"{path} is damaged: {error}")
+    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
+        return SpoolFailed(f"{path} cannot be written ({error}): check the directory's owner, mode and mount")
+    return SpoolFailed(f"writing {path} failed: {getattr(error, 'sqlite_errorname', '')} {error}".strip())
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    # The writer thread writes, the housekeeping thread makes and seals: one after the other, never at once.
+    return sqlite3.connect(path, isolation_level=None, timeout=_BUSY_S, check_same_thread=False, cached_statements=16)
+
+
+def _prepare(connection: sqlite3.Connection, path: Path) -> None:
+    """Durable and quiet. Set on every connection, and read back: a build may refuse."""
+    mode = connection.execute("PRAGMA journal_mode = WAL").fetchone()[0]
+    if mode != "wal":
+        raise SpoolError(f"{path}: SQLite cannot keep a write-ahead log there (it says {mode!r}); use a local disk")
+    connection.execute("PRAGMA synchronous = FULL")
+    level = connection.execute("PRAGMA synchronous").fetchone()[0]
+    if level < 2:
+        raise SpoolError(f"{path}: SQLite does not sync ({level}): this build cannot keep records safely")
+    if sys.platform == "darwin":  # there a plain fsync stops at the drive's cache
+        connection.execute("PRAGMA fullfsync = 1")
+        connection.execute("PRAGMA checkpoint_fullfsync = 1")
+    connection.execute("PRAGMA wal_autocheckpoint = 0")
+    connection.execute("PRAGMA cache_size = -1024")  # KiB: the writer only appends
+    connection.execute("PRAGMA temp_store = MEMORY")
+
+
+def _migrate(connection: sqlite3.Connection, path: Path, steps: Mapping[int, str] = MIGRATIONS) -> None:
+    version = connection.execute("PRAGMA user_version").fetchone()[0]
+    while version < FORMAT:
+        if version not in steps:
+            raise SpoolDamaged(f"{path} has format {version}, which no release wrote")
+        connection.executescript(f"BEGIN; {steps[version]}; PRAGMA user_version = {version + 1}; COMMIT;")
+        version += 1

@@ -1,0 +1,302 @@
+"""The spool's place on the disk: directories, locks, the reserve, and the ground they stand on.
+
+Layout under the data directory (`root`):
+
+    spool/<instance>/lock, 00000001.db, 00000002.db, …   one slot per writer
+    reserve                                              room kept free for delivery's verdicts
+    set-aside/<instance>-<chunk>-<time>/                 damaged files, whole; nothing here is ever deleted
+
+SQLite syncs the directory for the files it makes; names that are made or moved here are synced here.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from sidecar.spool.words import SpoolError, SpoolFull, SpoolLocked
+
+_CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
+_INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
+_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
+# On these a sync promises nothing that outlives the host (tmpfs, overlay in memory) or locks are not to be trusted.
+_SHAKY_GROUND: Final = {
+    "tmpfs": "it is memory and is gone after a restart",
+    "ramfs": "it is memory and is gone after a restart",
+    "overlay": "it is a container's own layer and is gone with the container",
+    "aufs": "it is a container's own layer and is gone with the container",
+    "nfs": "locks and syncs over a network are not what SQLite needs",
+    "nfs4": "locks and syncs over a network are not what SQLite needs",
+    "cifs": "locks and syncs over a network are not what SQLite needs",
+    "smb3": "locks and syncs over a network are not what SQLite needs",
+    "9p": "locks and syncs over a network are not what SQLite needs",
+}
+
+
+def spool_dir(root: Path) -> Path:
+    return root / "spool"
+
+
+def slot_dir(root: Path, instance: str) -> Path:
+    return spool_dir(root) / instance
+
+
+def instances(root: Path) -> list[str]:
+    """The slots there are, in the order of their names."""
+    try:
+        return sorted(e.name for e in os.scandir(spool_dir(root)) if e.is_dir() and _INSTANCE_NAME.fullmatch(e.name))
+    except FileNotFoundError:
+        return []
+
+
+def new_instance() -> str:
+    """A short name for a new slot: stays with it for good, so it need only be unlike its neighbours'."""
+    return secrets.token_hex(4)
+
+
+def check_instance(instance: str) -> str:
+    if not _INSTANCE_NAME.fullmatch(instance):
+        raise SpoolError(f"{instance!r} cannot name a spool: 1 to 64 of a-z 0-9 . _ -, the first a letter or digit")
+    return instance
+
+
+def chunk_path(slot: Path, number: int) -> Path:
+    return slot / f"{number:08d}.db"
+
+
+def chunk_numbers(slot: Path) -> list[int]:
+    """The chunk files of a slot, oldest first."""
+    try:
+        names = os.listdir(slot)
+    except FileNotFoundError:
+        return []
+    return sorted(int(match[1]) for name in names if (match := _CHUNK_NAME.fullmatch(name)))
+
+
+def wal_path(path: Path) -> Path:
+    return path.with_name(path.name + "-wal")
+
+
+def size_or_zero(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0
+
+
+def remove_chunk(path: Path) -> None:
+    """Unlink a chunk and SQLite's files beside it. The main file goes last: a log alone means nothing."""
+    for suffix in ("-shm", "-wal", ""):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def set_aside(root: Path, instance: str, path: Path) -> Path:
+    """Move a damaged chunk, whole, to where nobody writes. Answers where it is now."""
+    base = root / "set-aside"
+    make_directory(base)
+    target = base / f"{instance}-{path.stem}-{time.time_ns()}"
+    target.mkdir()
+    for suffix in ("-wal", "-shm", ""):
+        source = path.with_name(path.name + suffix)
+        if source.exists():
+            source.rename(target / source.name)
+    for directory in (target, base, path.parent):
+        sync_directory(directory)
+    return target
+
+
+def make_directory(path: Path) -> None:
+    """Make it and what leads to it, readable by the owner alone, and sync each new name."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    try:
+        for directory in reversed(missing):
+            directory.mkdir(mode=0o700, exist_ok=True)
+            sync_directory(directory.parent)
+    except OSError as error:
+        raise translate(error, f"cannot make the directory {missing[0] if missing else path}") from error
+
+
+def sync_directory(path: Path) -> None:
+    """Make names in it outlive a power cut. Where directories cannot be synced there is nothing to do."""
+    try:
+        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
+            raise
+    finally:
+        os.close(fd)
+
+
+def translate(error: OSError, what: str) -> SpoolError:
+    """Say an operating system's error in words that tell what to do."""
+    if error.errno in _NO_ROOM:
+        return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return SpoolError(
+            f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
+            " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
+        )
+    return SpoolError(f"{what}: {error.strerror or error}")
+
+
+class FileLock:
+    """An advisory lock on a file, held as long as the process lives: the kernel lets go of it after a crash."""
+
+    def __init__(self, path: Path, *, note: dict[str, object] | None = None, shared: bool = False) -> None:
+        """Take it at once. Raises `SpoolLocked`, naming the holder, when another process has it."""
+        self.path = path
+        try:
+            self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as error:
+            raise translate(error, f"cannot open the lock {path}") from error
+        try:
+            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except OSError as error:
+            pid = holder(path)
+            os.close(self._fd)
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                raise translate(error, f"cannot lock {path}") from error
+            who = "another process" if pid is None else f"process {pid}"
+            raise SpoolLocked(
+                f"{path.parent} is in use by {who}: stop it, or set SIDECAR_DATA_DIR to another directory", pid
+            ) from None
+        if not shared:
+            self._write({"pid": os.getpid(), **(note or {})})
+
+    def _write(self, note: dict[str, object]) -> None:
+        """Say who holds it. A full disk must not keep the service from starting, so this may fail."""
+        try:
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(note).encode() + b"\n", 0)
+        except OSError:
+            pass
+
+    def release(self) -> None:
+        """Let go. The file stays: unlinking it would let two processes lock two files of one name."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def holder(path: Path) -> int | None:
+    """The process that wrote its number into a lock, if it did."""
+    try:
+        pid = json.loads(path.read_bytes())["pid"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return pid if isinstance(pid, int) else None
+
+
+class Reserve:
+    """A preallocated file that is given up when the disk is full, so that verdicts can still be stored.
+
+    Several writers may share one: whoever meets the full disk gives it up, whoever first finds room makes it again.
+    """
+
+    def __init__(self, root: Path, size_bytes: int, margin_bytes: int) -> None:
+        self.path = root / "reserve"
+        self._size_bytes = size_bytes
+        self._margin_bytes = margin_bytes
+
+    @property
+    def present(self) -> bool:
+        return self._size_bytes == 0 or size_or_zero(self.path) >= self._size_bytes
+
+    def give_up(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+    def restore(self) -> bool:
+        """Make it again where there is room for it and for records beside it. False: there is not."""
+        if self.present:
+            return self._room() >= self._margin_bytes
+        if self._room() < self._size_bytes + self._margin_bytes:
+            return False
+        # Allocated under another name: a reserve that is half there must not count as one.
+        draft = self.path.with_name(f"reserve.{os.getpid()}")
+        try:
+            fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+            try:
+                # The margin too, for as long as it takes to ask: under a quota the free space above says nothing.
+                _allocate(fd, self._size_bytes + self._margin_bytes)
+                os.ftruncate(fd, self._size_bytes)
+            finally:
+                os.close(fd)
+            draft.rename(self.path)
+        except OSError:
+            draft.unlink(missing_ok=True)
+            return False
+        return True
+
+    def _room(self) -> int:
+        try:
+            stat = os.statvfs(self.path.parent)
+        except OSError:
+            return 0
+        blocks = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
+        return blocks * stat.f_frsize
+
+
+def _allocate(fd: int, size_bytes: int) -> None:
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(fd, 0, size_bytes)
+        return
+    block = bytes(1 << 20)  # macOS: no such call; written zeros take the room as well
+    for offset in range(0, size_bytes, len(block)):
+        os.pwrite(fd, block[: size_bytes - offset], offset)
+
+
+def disk_free_bytes(path: Path) -> int:
+    """Room left for us where `path` is."""
+    return shutil.disk_usage(path).free
+
+
+def ground_warning(path: Path) -> str | None:
+    """What is wrong with the file system under `path`, or None where nothing is known to be."""
+    kind = _file_system(path)
+    why = _SHAKY_GROUND.get(kind) or ("it is served by a program" if kind.startswith("fuse") else None)
+    if why is None:
+        return None
+    return (
+        f"{path} is on {kind}: {why}, so records there may be lost; "
+        "set SIDECAR_DATA_DIR to a directory on a local disk or a volume"
+    )
+
+
+def _file_system(path: Path) -> str:
+    """Linux's name for the file system that holds `path`; empty elsewhere."""
+    best, kind = "", ""
+    resolved = str(path.resolve())
+    for point, name in _mounts():
+        inside = resolved == point or resolved.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):  # a later mount on the same point hides the earlier one
+            best, kind = point, name
+    return kind
+
+
+def _mounts() -> Iterator[tuple[str, str]]:
+    try:
+        text = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="surrogateescape")
+    except OSError:
+        return
+    for row in text.splitlines():
+        left, _, right = row.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) > 4 and right:
+            point = re.sub(r"\\([0-7]{3})", lambda m: chr(int(m[1], 8)), fields[4])
+            yield point, right.split(" ", 1)[0]

@@ -1,0 +1,289 @@
+"""The spool as its one writer holds it: open, hand over, be told, retire, close.
+
+A slot (`spool/<instance>/`) is locked for as long as this process has it. Opening recovers what a crash left, settles
+calls that were found open, and begins a new chunk, so numbers and totals go on where they stopped. The event
+loop only ever hands over (`submit`) and is told (`Batch.done`, `on_committed`); waiting for the disk is the writer's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol
+
+from sidecar.spool import files
+from sidecar.spool.chunk import Chunk, read_lost
+from sidecar.spool.intents import settle
+from sidecar.spool.reader import SpoolReader
+from sidecar.spool.recovery import Recovered, recover
+from sidecar.spool.retention import retire_chunks
+from sidecar.spool.words import (
+    Batch,
+    Health,
+    Limits,
+    Snapshot,
+    SpoolError,
+    SpoolFailed,
+    SpoolFull,
+    SpoolLocked,
+    SpoolTotals,
+    Tally,
+)
+from sidecar.spool.writer import Committed, CreateChunk, Writer
+
+log = logging.getLogger("sidecar.spool")
+
+_NEW_CHUNK_TRIES: Final = 3  # at opening: a sync that fails once must not keep the service from starting
+
+
+class SpoolMetrics(Protocol):
+    def committed(self, records: int, size_bytes: int, seconds: float) -> None: ...
+
+
+class Spool:
+    """One slot, open for writing."""
+
+    def __init__(
+        self,
+        root: Path,
+        instance: str,
+        lock: files.FileLock,
+        writer: Writer,
+        recovered: Recovered,
+        settled: int,
+        metrics: SpoolMetrics | None,
+    ) -> None:
+        self.root = root
+        self.instance = instance
+        self.settled = settled  # calls found open after a crash, now records with outcome `unknown`
+        self.set_aside = tuple(recovered.set_aside)  # damaged files met at opening
+        self._lock = lock
+        self._writer = writer
+        self._metrics = metrics
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._callbacks: list[Callable[[], None]] = []
+        at = writer.position
+        self.tally = Tally(admitted=at.admitted, lost=read_lost(at.lost))
+        self._recorded = at.recorded
+        self._last_seq = at.last_seq
+
+    @classmethod
+    def open(
+        cls,
+        root: Path,
+        *,
+        instance: str | None = None,
+        metrics: SpoolMetrics | None = None,
+        limits: Limits | None = None,
+        remembered_seq: Callable[[str], int] = lambda instance: 0,
+        create: CreateChunk = Chunk.create,
+    ) -> Spool:
+        """Take a slot (by name, else the first that nobody holds, else a new one), recover it, begin a new chunk.
+
+        `remembered_seq` says the greatest number that delivery knows of a slot: where that is more than the files
+        hold, the difference is reported as loss and no number is given twice. Raises `SpoolLocked` or
+        another `SpoolError`.
+        """
+        files.make_directory(files.spool_dir(root))
+        instance, lock = _take_slot(root, instance)
+        try:
+            return cls._open_locked(root, instance, lock, metrics, limits or Limits(), remembered_seq(instance), create)
+        except BaseException:
+            lock.release()
+            raise
+
+    @classmethod
+    def _open_locked(
+        cls,
+        root: Path,
+        instance: str,
+        lock: files.FileLock,
+        metrics: SpoolMetrics | None,
+        limits: Limits,
+        remembered_seq: int,
+        create: CreateChunk,
+    ) -> Spool:
+        files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes).restore()
+        recovered = recover(root, instance, remembered_seq=remembered_seq)
+        opening = _settling_batch(recovered)
+        writer = Writer(root, recovered.position, limits, create=create)
+        spool = cls(root, instance, lock, writer, recovered, len(opening.lines), metrics)
+        try:
+            if not _begin(writer, opening):
+                spool._wait_with(opening)
+        except BaseException:
+            writer.stop()
+            raise
+        spool._recorded, spool._last_seq = writer.position.recorded, writer.position.last_seq
+        writer.put_away(recovered.to_seal)
+        for path in recovered.empty:
+            files.remove_chunk(path)
+        return spool
+
+    def _wait_with(self, opening: Batch) -> None:
+        """The disk is full: start all the same, and let the settled calls wait with the others."""
+        self.tally.open += len(opening.lines)
+        opening.done = self._settled_late
+        self._writer.submit(opening)
+
+    def _settled_late(self, batch: Batch) -> None:
+        self.tally.open -= len(batch.lines)
+
+    @property
+    def next_seq(self) -> int:
+        """The number of the next record, as of opening; from then on the recorder counts."""
+        return self._writer.position.last_seq + 1 if self._loop is None else self._last_seq + 1
+
+    def submit(self, batch: Batch) -> None:
+        """Hand a batch to the writer, in order, from the event loop. Never waits."""
+        self._writer.submit(batch)
+
+    def on_committed(self, callback: Callable[[], None]) -> None:
+        """Have `callback` called on the loop after each commit that brought records: it wakes delivery."""
+        self._callbacks.append(callback)
+
+    def snapshot(self) -> Snapshot:
+        """Totals and last number of one moment, as the loop knows them. Its terms are counted apart."""
+        tally = self.tally
+        totals = SpoolTotals(admitted=tally.admitted, recorded=self._recorded, open=tally.open, lost=dict(tally.lost))
+        return Snapshot(totals, self._last_seq)
+
+    def health(self) -> Health:
+        return self._writer.health
+
+    def retire(self, before: int, *, retention_s: float, retention_bytes: int) -> int:
+        """Remove whole chunks of records below `before` (all delivered), too old or too many. Answers how many.
+
+        Touches the disk: call it from a thread.
+        """
+        return retire_chunks(self.root, self.instance, before, retention_s, retention_bytes)
+
+    async def __aenter__(self) -> Spool:
+        self._loop = asyncio.get_running_loop()
+        self._writer.start(self._committed)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.aclose()
+
+    async def aclose(self) -> None:
+        """Commit what was handed over, put the chunk away, let go of the slot. Safe to call twice."""
+        # Shielded: being cancelled here must not leave a thread writing into a slot that is free for others.
+        await asyncio.shield(asyncio.to_thread(self.close))
+        await asyncio.sleep(0)  # let the loop hear of the last commits
+
+    def close(self) -> None:
+        """The same without a loop."""
+        if not self._writer.stop():
+            log.error("records in memory were lost: the disk took nothing until the end of the wait")
+        self._lock.release()
+
+    def __repr__(self) -> str:
+        totals = self.snapshot().totals
+        return f"<Spool {self.instance}: {totals.recorded} recorded, {totals.open} open>"
+
+    def _committed(self, committed: Committed) -> None:
+        """On the writer thread."""
+        assert self._loop is not None
+        self._loop.call_soon_threadsafe(self._told, committed)
+
+    def _told(self, committed: Committed) -> None:
+        """On the loop: first the numbers, then who waits for them."""
+        self._recorded = committed.recorded
+        self._last_seq = committed.last_seq
+        for batch in committed.batches:
+            if batch.done is not None:
+                batch.done(batch)
+        if committed.records:
+            if self._metrics is not None:
+                self._metrics.committed(committed.records, committed.size_bytes, committed.seconds)
+            for callback in self._callbacks:
+                callback()
+
+
+def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
+    """Settle the slots that nobody holds; what is in order already stays untouched. Answers those looked after."""
+    adopted: list[str] = []
+    for instance in files.instances(root):
+        try:
+            lock = files.FileLock(files.slot_dir(root, instance) / "lock")
+        except SpoolLocked:
+            continue
+        try:
+            recovered = recover(root, instance)
+            if recovered.clean:
+                continue
+            writer = Writer(root, recovered.position, limits or Limits())
+            writer.put_away(recovered.to_seal)
+            try:
+                writer.store([_settling_batch(recovered)])
+            finally:
+                writer.stop()
+            adopted.append(instance)
+        finally:
+            lock.release()
+    return adopted
+
+
+def sqlite_version() -> str:
+    """The library that keeps the records, for `check`."""
+    return sqlite3.sqlite_version
+
+
+def readers(root: Path, instances: Iterable[str] | None = None) -> Mapping[str, SpoolTotals]:
+    """Totals of every slot, from disk."""
+    with SpoolReader(root) as reader:
+        return {name: reader.totals(name) for name in (reader.instances() if instances is None else instances)}
+
+
+def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
+    names = [files.check_instance(instance)] if instance is not None else files.instances(root)
+    for name in names:
+        slot = files.slot_dir(root, name)
+        files.make_directory(slot)
+        try:
+            return name, files.FileLock(slot / "lock")
+        except SpoolLocked:
+            if instance is not None:
+                raise
+    return _take_slot(root, files.new_instance())
+
+
+def _settling_batch(recovered: Recovered) -> Batch:
+    """Records of the calls that were found open; they close their intents in the same transaction."""
+    at = recovered.position
+    batch = Batch(first_seq=at.last_seq + 1, admitted=at.admitted, lost=read_lost(at.lost))
+    for seq, (id_, intent) in enumerate((at.open_intents or {}).items(), at.last_seq + 1):
+        line = settle(intent, seq=seq, instance=at.instance)
+        batch.lines.append(line)
+        batch.closes.append(id_)
+        batch.size_bytes += len(line)
+    return batch
+
+
+def _begin(writer: Writer, opening: Batch) -> bool:
+    """Begin the new chunk. False: the disk is full, it will be begun when there is room."""
+    for _ in range(_NEW_CHUNK_TRIES - 1):
+        try:
+            writer.store([opening])
+            return True
+        except SpoolFull as error:
+            writer.note(error)
+            return False
+        except SpoolFailed as error:
+            log.warning("a new chunk failed, another is tried: %s", error)
+    try:
+        writer.store([opening])
+        return True
+    except SpoolFull as error:
+        writer.note(error)
+        return False
+
+
+__all__ = ["Spool", "SpoolError", "adopt_orphans", "readers", "sqlite_version"]
