@@ -1,0 +1,231 @@
+"""Everything that the hop takes from aiohttp beyond its documented interface, in one place.
+
+aiohttp gives the hop its request parser, its body reader with flow control, its server's
+bookkeeping, and its connector (pool, DNS cache, happy eyeballs, TLS, Unix sockets). What is not
+needed for a hop (a task a request, request and response objects, a session) is left out by
+overriding the few methods below. `tests/fidelity/test_aiohttp_internals.py` fails when aiohttp
+changes one of them; nothing else in the project touches a name of aiohttp that starts with `_`.
+
+Seen with aiohttp 3.14.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Sequence
+from ssl import SSLContext
+from typing import Any, Final
+
+from aiohttp import ClientRequest, ClientTimeout, TCPConnector, UnixConnector, web
+from aiohttp.client_proto import ResponseHandler
+from aiohttp.connector import BaseConnector, Connection
+from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
+from aiohttp.http_parser import RawRequestMessage
+from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
+from aiohttp.web_protocol import RequestHandler
+from yarl import URL
+
+__all__ = [
+    "EMPTY_PAYLOAD", "ClientProtocol", "HttpProcessingError", "Pool", "PooledConnection", "RawRequestMessage", "Server",
+    "StreamReader", "UpstreamProtocol", "refusal",
+]  # fmt: skip
+
+PIPELINE_MAX: Final = 32  # requests parsed ahead on one connection; aiohttp's figure
+BODY_BUFFER_BYTES: Final = 131_072  # an unread upload is held at twice this: one full read of a socket fits
+
+PooledConnection = Connection
+Messages = Sequence[tuple[RawRequestMessage, StreamReader]]
+
+
+class Server(web.Server):
+    """aiohttp's low-level server, handing out our protocol.
+
+    `__call__` is overridden whole: aiohttp's swallows a `TypeError` and then drops all its settings.
+    """
+
+    def __init__(self, make: Callable[[Server], RequestHandler], loop: AbstractEventLoop) -> None:
+        super().__init__(_no_handler, loop=loop)
+        self._make = make
+
+    def __call__(self) -> RequestHandler:
+        return self._make(self)
+
+
+async def _no_handler(request: web.BaseRequest) -> web.StreamResponse:
+    raise RuntimeError("requests are dispatched from data_received")
+
+
+class ClientProtocol(RequestHandler):
+    """A client connection: aiohttp's parser and bookkeeping without its task a request.
+
+    A subclass overrides `data_received`, calls `parse`, and dispatches in the same loop turn. Uploads
+    are read with `StreamReader.read_nowait`; the reader pauses us through `pause_reading`.
+    """
+
+    __slots__ = ("upload_paused",)
+
+    def __init__(self, server: Server, loop: AbstractEventLoop, *, target_bytes_max: int, field_bytes_max: int,
+                 fields_max: int) -> None:  # fmt: skip
+        if field_bytes_max == target_bytes_max:
+            field_bytes_max += 1  # `refusal` tells the two limits apart by their figure
+        super().__init__(
+            server,
+            loop=loop,
+            keepalive_timeout=0,  # a timer a connection; the proxy sweeps instead
+            access_log=None,  # type: ignore[arg-type]
+            max_line_size=target_bytes_max,
+            max_field_size=field_bytes_max,
+            max_headers=fields_max,
+            lingering_time=0,
+            read_bufsize=BODY_BUFFER_BYTES,
+            auto_decompress=False,
+        )
+        self.upload_paused = False
+
+    async def start(self) -> None:
+        """aiohttp's loop over requests: not needed, and not run."""
+
+    def parse(self, data: bytes) -> tuple[Messages, bool, bytes]:
+        """(requests whose head is read, switched to another protocol, what came behind). May raise
+        `HttpProcessingError`, whose text holds bytes of the request and must not be shown."""
+        parser = self._parser
+        if parser is None:
+            return (), False, b""
+        messages, switched, tail = parser.feed_data(data)
+        return messages, switched, tail
+
+    def parser_idle_again(self) -> None:
+        """A pipelined request was taken up; the parser may read one more ahead."""
+        if self._parser is not None:
+            self._parser.message_consumed()
+
+    def parser_resume_http(self) -> None:
+        """A protocol switch was declined: what follows is HTTP again."""
+        if self._parser is not None:
+            self._parser.set_upgraded(False)
+
+    def pause_reading(self) -> None:
+        """Called by the body reader when it is full: stop the parser and the socket."""
+        if not self.upload_paused and self._parser is not None:
+            self.upload_paused = True
+            self._parser.pause_reading()
+            self._pause_transport_reading()
+
+    def resume_reading(self, resume_parser: bool = True) -> None:
+        """Called by the body reader on every read; aiohttp's own would parse from inside of it.
+        What the parser still holds is parsed after the read, by `unread`."""
+
+    def resume_upload(self) -> bool:
+        """After a read has made room: read on. True when the parser may hold bytes to be parsed."""
+        if not self.upload_paused:
+            return False
+        self.upload_paused = False
+        self._resume_transport_reading()
+        return True
+
+
+def refusal(error: HttpProcessingError, target_bytes_max: int) -> str:
+    """Why the parser refused, as one of: method, target, head, chunk, other."""
+    if isinstance(error, BadHttpMethod):
+        return "method"
+    if isinstance(error, LineTooLong):
+        return "target" if str(target_bytes_max) in map(str, error.args) else "head"
+    if error.message.startswith("Too many headers"):
+        return "head"
+    return "other"
+
+
+class UpstreamProtocol(ResponseHandler):
+    """An upstream connection as the pool knows it. Mind that it is falsy (it has a length of 0)."""
+
+    def __init__(self, loop: AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self.unusable = False  # never to be pooled again
+
+    @property
+    def should_close(self) -> bool:
+        """Asked by the pool at release."""
+        return self.unusable
+
+    def eof_received(self) -> None:
+        """aiohttp's drops a timer we do not have."""
+
+
+class Pool:
+    """aiohttp's connector, asked with one request object made once.
+
+    `take` gives a pooled connection without a turn of the loop; `connect` makes a new one. A new one
+    asked for by a retry must not come from the pool, where others may be dead as well: it is asked for
+    under another key, and pooled under the usual one.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], UpstreamProtocol],
+        *,
+        loop: AbstractEventLoop,
+        host: str,
+        port: int,
+        tls: SSLContext | None,
+        server_name: str | None,
+        socket_path: str | None,
+        connect_timeout_s: float,
+        keepalive_s: float,
+    ) -> None:
+        connector: BaseConnector
+        # limit=0: the default of 100 would cap the streams that can be open at once.
+        if socket_path is not None:
+            connector = UnixConnector(socket_path, limit=0, keepalive_timeout=keepalive_s, loop=loop)
+        else:
+            connector = TCPConnector(limit=0, keepalive_timeout=keepalive_s, loop=loop)
+        connector._factory = make  # type: ignore[assignment]
+        self._connector = connector
+        url = URL.build(scheme="https" if tls is not None else "http", host=host, port=port)
+        self._request = ClientRequest("GET", url, loop=loop, ssl=tls or True, server_hostname=server_name)
+        self._key = self._request.connection_key
+        self._fresh = _FreshRequest(self._request)
+        self._timeout = ClientTimeout(total=None, connect=connect_timeout_s)
+
+    def take(self) -> PooledConnection | None:
+        """A live pooled connection, or None."""
+        if self._key not in self._connector._conns:
+            return None
+        # `_get` is a coroutine for the sake of tracing; without traces it never waits.
+        step = self._connector._get(self._key, [])
+        try:
+            step.send(None)
+        except StopIteration as found:
+            connection: PooledConnection | None = found.value
+            return connection
+        raise RuntimeError("aiohttp's pool waited where it never did; see aiohttp_internals.Pool.take")
+
+    async def connect(self) -> PooledConnection:
+        """A new connection. Raises `TimeoutError`, `OSError` or `aiohttp.ClientError`."""
+        connection = await self._connector.connect(self._fresh, [], self._timeout)  # type: ignore[arg-type]
+        connection._key = self._key
+        return connection
+
+    @property
+    def pooled(self) -> int:
+        """Idle connections at hand."""
+        return len(self._connector._conns.get(self._key, ()))
+
+    async def aclose(self) -> None:
+        await self._connector.close()
+
+
+class _FreshRequest:
+    """The request object under a key that the pool never holds."""
+
+    def __init__(self, request: ClientRequest) -> None:
+        self._request = request
+        self.connection_key = request.connection_key._replace(proxy_headers_hash=-1)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._request, name)
+
+
+def running_loop() -> AbstractEventLoop:
+    """The loop that the hop belongs to."""
+    return asyncio.get_running_loop()

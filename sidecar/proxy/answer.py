@@ -1,0 +1,256 @@
+"""One answer of the upstream, read piece by piece and turned into the bytes that the client gets.
+
+Pure: bytes go in through `feed` and come out in `out`; what that means (send, hold, retry, cut) is
+for `call` to decide after each `feed`. httptools parses; what it does not know is done here: an
+answer to HEAD ends at its head, an unsized body ends with its connection, and a sized body needs no
+parser once its head is read. A parser costs half a microsecond, so each answer has its own and no
+state can leak from one to the next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+import httptools
+
+from sidecar.proxy.headers import HeaderRules
+from sidecar.usage import ResponseTap
+
+HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
+HEAD_BYTES_MAX: Final = 262_144  # likewise; nginx gives 8 KiB, Node 16 KiB, some send large cookies
+INTERIM_MAX: Final = 32  # 1xx answers to one request
+
+Announce = Callable[["Answer"], bytes]
+"""Called once with the final head: sets `tap`, and gives the field lines that the client gets besides."""
+
+
+class Answer:
+    """Feed it; look at what it says afterwards."""
+
+    __slots__ = (
+        "_announce", "_chunked", "_head_bytes", "_head_only", "_http10", "_interim", "_interims", "_parser", "_reason",
+        "_remaining", "_rules", "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended",
+        "extra", "fields", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
+        "upgraded",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        rules: HeaderRules,
+        announce: Announce,
+        *,
+        head_only: bool,
+        http10: bool,
+        upgrade: bool,
+        mute: bool = False,
+    ) -> None:
+        self._rules = rules
+        self._announce = announce
+        self._head_only = head_only
+        self._http10 = http10
+        self._upgrade = upgrade
+        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._reason = b""
+        self._interim = False
+        self._interims = 0
+        self._head_bytes = 0
+        self._chunked = False
+        self._until_eof = False
+        self._remaining = -1  # of a sized body; -1: not sized
+        self.out: list[bytes] = []  # for the client, to be taken after each feed
+        self.mute = mute  # nobody is there to read: keep nothing in `out`
+        self.status = 0
+        self.fields: list[tuple[bytes, bytes]] = []
+        self.trailers: list[tuple[bytes, bytes]] = []
+        self.names: list[str] = []
+        self.tap: ResponseTap | None = None
+        self.body_bytes = 0
+        self.started = False  # the final head is read
+        self.done = False  # the message is whole
+        self.ended = False  # the stream's own end mark has been seen
+        self.broken: str | None = None  # a fixed text: why this is no answer
+        self.extra = False  # bytes came behind the end
+        self.reusable = False  # the connection may serve another call
+        self.close_delimited = False  # the client's copy ends by closing
+        self.upgraded = False
+        self.tail = b""  # what came behind a 101
+
+    def feed(self, data: bytes) -> None:
+        """Take what the upstream sent. Never raises; look at `broken`."""
+        if self._remaining > 0 and self.started:
+            self._feed_sized(data)
+            return
+        parser = self._parser
+        if parser is None:
+            self.extra = True
+            return
+        if not self.started:
+            self._head_bytes += len(data)
+        try:
+            parser.feed_data(data)
+        except httptools.HttpParserUpgrade as switch:
+            self.tail = data[switch.args[0] :]
+        except httptools.HttpParserError as error:
+            if self.done:
+                self.extra = True
+            elif self.broken is None:
+                self.broken = _why(error)
+        if self.done:
+            self._parser = None
+        elif not self.started and self._head_bytes > HEAD_BYTES_MAX:
+            self.broken = "the head of the answer is too large"
+
+    def _feed_sized(self, data: bytes) -> None:
+        remaining = self._remaining - len(data)
+        if remaining < 0:
+            self.extra = True
+            data = data[: self._remaining]
+            remaining = 0
+        self._remaining = remaining
+        self._take(data)
+        if not remaining:
+            self.done = True
+            self._parser = None
+
+    def eof(self, clean: bool) -> None:
+        """The connection ended. Only a body without a length of its own may end this way."""
+        if self.done:
+            return
+        if not self.started:
+            self.broken = "the connection ended before the answer"
+        elif not self._until_eof or not clean:
+            self.broken = "the answer was cut off"
+        else:
+            self._finish()
+        self._parser = None
+
+    # -- called by httptools ---------------------------------------------------------------------
+
+    def on_status(self, piece: bytes) -> None:
+        if self.done:
+            self.extra = True
+            return
+        self._reason += piece
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if self.started:
+            if self.done:
+                self.extra = True
+            else:
+                self.trailers.append((name, value))
+        else:
+            self.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        if self.done:
+            self.extra = True
+            return
+        parser = self._parser
+        assert parser is not None
+        status = parser.get_status_code()
+        if len(self.fields) > HEAD_FIELDS_MAX:
+            raise _NoAnswer("the answer has too many fields")
+        if status < 200:
+            if status != 101:
+                self._pass_interim(status)
+                return
+            if not self._upgrade:
+                raise _NoAnswer("a protocol switch that nobody asked for")
+        try:
+            head = self._rules.response(self.fields, status=status, http10=self._http10)
+        except ValueError as error:
+            raise _NoAnswer("the framing of the answer cannot be read") from error
+        self.status = status
+        self.names = head.names
+        self.started = True
+        bodiless = self._head_only or status == 204 or status == 304 or status == 101
+        parts = head.parts
+        if bodiless:
+            # The parser thinks that an unsized answer to HEAD ends with the connection; the head says more.
+            self.reusable = status != 101 and not head.close and (
+                parser.should_keep_alive() or parser.get_http_version() == "1.1"
+            )  # fmt: skip
+        else:
+            self.reusable = parser.should_keep_alive()
+            if head.length is not None:
+                self._remaining = head.length
+            elif self._http10:
+                self.close_delimited = True
+            else:
+                self._chunked = True
+                if not head.chunked:
+                    parts.append(b"Transfer-Encoding: chunked\r\n")
+            if not head.chunked and head.length is None:
+                self._until_eof = True
+                self.reusable = False
+        extra_lines = self._announce(self)
+        if not self.mute:
+            parts.insert(0, b"HTTP/1.1 %d %b\r\n" % (status, self._reason))
+            parts.append(extra_lines)
+            parts.append(b"\r\n")
+            self.out.append(b"".join(parts))
+        if status == 101:
+            self.upgraded = True
+        elif bodiless:
+            self.done = True
+
+    def on_body(self, piece: bytes) -> None:
+        if self.done:
+            self.extra = True
+            return
+        if self._remaining > 0:
+            self._remaining -= len(piece)
+        self._take(piece)
+
+    def on_message_complete(self) -> None:
+        if self._interim:
+            self._interim = False
+        elif not self.done and not self.upgraded:
+            self._finish()
+
+    # -- leaves ----------------------------------------------------------------------------------
+
+    def _take(self, piece: bytes) -> None:
+        self.body_bytes += len(piece)
+        tap = self.tap
+        if tap is not None and not self.ended:
+            try:
+                self.ended = tap.feed(piece)
+            except Exception:  # a tap never raises; were it to, the traffic must not feel it
+                self.tap = None
+        if not self.mute:
+            if self._chunked:
+                self.out += (b"%x\r\n" % len(piece), piece, b"\r\n")
+            else:
+                self.out.append(piece)
+
+    def _finish(self) -> None:
+        self.done = True
+        if self._chunked and not self.mute:
+            if self.trailers:
+                lines = [b"%b: %b\r\n" % field for field in self.trailers]
+                self.out.append(b"0\r\n" + b"".join(lines) + b"\r\n")
+            else:
+                self.out.append(b"0\r\n\r\n")
+
+    def _pass_interim(self, status: int) -> None:
+        self._interims += 1
+        if self._interims > INTERIM_MAX:
+            raise _NoAnswer("too many interim answers")
+        if not self._http10 and not self.mute:  # HTTP/1.0 knows no 1xx
+            head = self._rules.response(self.fields, status=status)
+            self.out.append(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, self._reason, b"".join(head.parts)))
+        self.fields = []
+        self._reason = b""
+        self._head_bytes = 0
+        self._interim = True
+
+
+class _NoAnswer(Exception):
+    """Raised inside a parser callback; the text is ours and fixed."""
+
+
+def _why(error: BaseException) -> str:
+    inner = error.__context__
+    return str(inner) if isinstance(inner, _NoAnswer) else "the answer is not valid HTTP/1.1"
