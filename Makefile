@@ -56,7 +56,7 @@ soak: $(TEST) ## minutes of load with a backend that is down
 	$(BIN)/python -m pytest -q -m soak --timeout 7200 $(ARGS) $(TESTS)
 
 bench: $(BENCH) ## cost per call and per chunk, beside nginx, HAProxy and Envoy where they are installed
-	$(BIN)/python tests/bench/run.py $(ARGS)
+	$(BIN)/python tests/bench $(ARGS)
 
 lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 	$(PIP) install --quiet uv

@@ -2,7 +2,7 @@
 
 The kernel holds the lock, so a crash lets go of it at once and no stale file keeps anyone out. `lock` itself is never
 removed: two processes could otherwise lock two files of one name. Inside is a line of JSON,
-`{"pid", "admin", "layout"}`: who is running, where its admin port is, and what version of the layout the directory has.
+`{"pid", "admin", "proxy", "layout"}`: who is running, where it listens, and what layout the directory has.
 
 An instance takes the lock alone; with several workers it then shares it (`share`), and each worker joins. So a new
 instance waits until the last worker of an old one is gone.
@@ -51,10 +51,11 @@ class NewerError(LockError):
 
 @dataclass(frozen=True, slots=True)
 class Note:
-    """What the holder wrote into the lock. `admin` is None until the admin port is open."""
+    """What the holder wrote into the lock. The addresses are None until the ports are open."""
 
     pid: int | None = None
-    admin: str | None = None  # host:port or unix:/path
+    admin: str | None = None  # http://host:port, or unix:/path
+    proxy: str | None = None
     layout: int = LAYOUT
 
 
@@ -72,7 +73,7 @@ class DataLock:
         try:
             lock._flock(fcntl.LOCK_EX, max(wait_s, GRACE_S))
             lock._check_layout()
-            lock.announce(None)
+            lock.announce()
         except BaseException:
             lock.release()
             raise
@@ -93,13 +94,14 @@ class DataLock:
         """Let workers join from now on. Nobody can take it alone until the last of all has gone."""
         self._flock(fcntl.LOCK_SH, GRACE_S)
 
-    def announce(self, admin: str | None) -> None:
-        """Say where the admin port is. A full disk must not keep the service from starting: then nothing is said."""
-        note = json.dumps({"pid": os.getpid(), "admin": admin, "layout": LAYOUT}).encode() + b"\n"
+    def announce(self, *, admin: str | None = None, proxy: str | None = None) -> None:
+        """Say where we listen. A full disk must not keep the service from starting: then nothing is said."""
+        note = {"pid": os.getpid(), "admin": admin, "proxy": proxy, "layout": LAYOUT}
+        line = json.dumps(note).encode() + b"\n"
         with contextlib.suppress(OSError):
             # Overwritten before it is cut: a reader sees the old note or the new one with a rest behind, never none.
-            os.pwrite(self._fd, note, 0)
-            os.ftruncate(self._fd, len(note))
+            os.pwrite(self._fd, line, 0)
+            os.ftruncate(self._fd, len(line))
 
     def release(self) -> None:
         if self._fd >= 0:
@@ -179,12 +181,14 @@ def _read_note(path: Path) -> Note:
     """What stands in the lock, as far as it can be read; a torn or empty note says nothing."""
     try:
         row = json.loads(path.read_bytes()[:NOTE_BYTES].split(b"\n", 1)[0])
-        pid, admin, layout = row.get("pid"), row.get("admin"), row.get("layout", LAYOUT)
+        pid, layout = row.get("pid"), row.get("layout")
+        admin, proxy = (row.get(name) for name in ("admin", "proxy"))
     except (OSError, ValueError, AttributeError):
         return Note()
     return Note(
         pid if isinstance(pid, int) else None,
         admin if isinstance(admin, str) else None,
+        proxy if isinstance(proxy, str) else None,
         layout if isinstance(layout, int) else LAYOUT,
     )
 

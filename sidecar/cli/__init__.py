@@ -1,12 +1,73 @@
-"""The commands: each reads its arguments, asks one part of the program, and prints what it was told."""
+"""The commands: each reads its arguments, asks one part of the program, and prints what it was told.
+
+`COMMANDS` is the table. A command is a module with `add(parser)` and `run(arguments) -> int`; the number is the exit
+code (0: done, 1: the answer is no, 2: wrong arguments or settings). Parts are imported when a command runs, so that
+`--help` and `check` stay quick and a broken part takes only its own command with it.
+"""
 
 from __future__ import annotations
 
+import argparse
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import ModuleType
+from typing import Final
+
+import sidecar
+from sidecar.cli import balance, check, demo, receiver, records, serve, spool, usage
+from sidecar.cli.shared import INTERRUPTED, WRONG, CommandError
+from sidecar.settings import SettingsError
+
+COMMANDS: Final[Mapping[str, ModuleType]] = {
+    "serve": serve,
+    "demo": demo,
+    "check": check,
+    "usage": usage,
+    "records": records,
+    "balance": balance,
+    "spool": spool,
+    "receiver": receiver,
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
-    sys.stderr.write("no command is wired up yet\n")
-    return 2
+    arguments = parser().parse_args(_with_default(sys.argv[1:] if argv is None else argv))
+    try:
+        code = arguments.run(arguments)
+        sys.stdout.flush()
+    except (SettingsError, CommandError) as error:
+        print(error, file=sys.stderr)
+        return error.code if isinstance(error, CommandError) else WRONG
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (`| head`) has enough. Whatever is still buffered goes nowhere, without a second complaint.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return int(code)
+
+
+def parser() -> argparse.ArgumentParser:
+    """All commands with their arguments."""
+    top = argparse.ArgumentParser(
+        prog="metering-sidecar",
+        description="Forward every HTTP call untouched, leave one durable record of each, bill each record once.",
+        epilog="Settings come from the environment (SIDECAR_…); `check` shows them all.",
+    )
+    top.add_argument("--version", action="version", version=f"metering-sidecar {sidecar.__version__}")
+    commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        doc = (module.__doc__ or "").strip()
+        # The first line is the help text; what follows is for readers of the source.
+        first = doc.splitlines()[0].rstrip(".")
+        one = commands.add_parser(name, help=first[0].lower() + first[1:], description=first + ".")
+        module.add(one)
+        one.set_defaults(run=module.run)
+    return top
+
+
+def _with_default(argv: Sequence[str]) -> list[str]:
+    """No command means `serve`, as a container's bare entry point wants it."""
+    return list(argv) if argv else ["serve"]

@@ -170,7 +170,7 @@ def size(least: int = 0, most: int = SIZE_MOST_BYTES) -> Kind[int]:
 
 def one_of(choices: type[E]) -> Kind[E]:
     """One word of a `StrEnum`."""
-    words = {str(choice): choice for choice in choices}
+    words = {str(choice).lower(): choice for choice in choices}
 
     def parse(value: str) -> E:
         if value.lower() not in words:

@@ -19,7 +19,7 @@ import sys, time
 from pathlib import Path
 from sidecar.lock import DataLock
 lock = DataLock.take(Path(sys.argv[1]))
-lock.announce("127.0.0.1:9464")
+lock.announce(admin="http://127.0.0.1:9464", proxy="http://127.0.0.1:8080")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -52,7 +52,7 @@ def test_a_kill_lets_go_at_once_and_the_note_says_where_the_admin_port_is(tmp_pa
     with subprocess.Popen([sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         assert child.stdout.readline() == b"held\n"
-        assert running(tmp_path) == Note(child.pid, "127.0.0.1:9464", LAYOUT)
+        assert running(tmp_path) == Note(child.pid, "http://127.0.0.1:9464", "http://127.0.0.1:8080", LAYOUT)
         with pytest.raises(InUseError, match=str(child.pid)):
             DataLock.take(tmp_path)
         child.send_signal(signal.SIGKILL)
@@ -91,7 +91,7 @@ def test_an_odd_note_says_nothing_and_stops_nothing(tmp_path: Path, note: bytes)
         assert running(tmp_path) == Note()
         with pytest.raises(InUseError, match="in use by another instance: stop it"):
             DataLock.take(tmp_path)
-        lock.announce("unix:/x")
+        lock.announce(admin="unix:/x")
         assert running(tmp_path) == Note(os.getpid(), "unix:/x")
 
 

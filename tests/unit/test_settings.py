@@ -66,7 +66,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (s.preserve_host, s.forwarded, s.via, s.meter_id_header) == (False, "x-forwarded", None, False)
     assert s.subscriber == ("header:x-api-key", "header:authorization")
     assert s.hash_key is None
-    assert (s.estimate, s.ask_for_usage, s.log_level) == (False, False, "info")
+    assert (s.estimate, s.ask_for_usage, s.log_level) == (False, False, "INFO")
 
 
 def test_settings_without_arguments_are_the_defaults() -> None:

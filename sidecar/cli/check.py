@@ -1,0 +1,104 @@
+"""Print the effective settings, secrets hidden, and every problem at once.
+
+`--connect` also tries the upstream and each backend: name, TCP, TLS and one harmless request.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import platform
+import sqlite3
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import sidecar
+from sidecar.cli.output import Format, render
+from sidecar.cli.shared import NO, OK, WRONG, add_data_dir, add_format, known_backend_settings, overridden
+from sidecar.settings import Effective, Settings, SettingsError, load
+
+if TYPE_CHECKING:
+    from sidecar.cli.connect import Tried
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--connect", action="store_true", help="also try the upstream and the backends")
+    parser.add_argument("--all", action="store_true", help="also settings that stand at their default")
+    add_data_dir(parser)
+    add_format(parser, "table", "json")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    try:
+        settings = load(overridden(arguments, os.environ), backend_settings=known_backend_settings())
+    except SettingsError as error:
+        _print(arguments, error.effective, (), ())
+        print(error, file=sys.stderr)
+        return WRONG
+    results: Sequence[Tried] = ()
+    if arguments.connect:
+        from sidecar.cli.connect import try_everything
+
+        results = asyncio.run(try_everything(settings))
+    _print(arguments, settings.effective, notes(settings), results)
+    return OK if all(result.ok for result in results) else NO
+
+
+def notes(settings: Settings) -> list[str]:
+    """What is no fault of the settings and still worth knowing before the first call."""
+    from sidecar.spool.files import ground_warning
+
+    found = []
+    there = _nearest(settings.data_dir)
+    if not os.access(there, os.W_OK | os.X_OK):
+        found.append(f"the data directory {settings.data_dir} cannot be written by user {os.geteuid()}")
+    if (warning := ground_warning(there)) is not None:
+        found.append(warning)
+    return found
+
+
+def versions() -> str:
+    """What a report of a fault should begin with."""
+    import aiohttp
+
+    return " · ".join(
+        (
+            f"metering-sidecar {sidecar.__version__}",
+            f"Python {platform.python_version()}",
+            f"aiohttp {aiohttp.__version__}",
+            f"SQLite {sqlite3.sqlite_version}",
+            f"{platform.system()} {platform.machine()}",
+        )
+    )
+
+
+def _print(
+    arguments: argparse.Namespace, lines: Sequence[Effective], remarks: Sequence[str], results: Sequence[Tried]
+) -> None:
+    settings = [{"setting": line.variable, "value": line.value, "from": line.origin} for line in lines]
+    tried = [{"what": r.what, "result": "reached" if r.ok else "failed", "detail": r.detail} for r in results]
+    if arguments.format == Format.JSON:
+        report = {"version": versions(), "settings": settings, "notes": list(remarks), "connect": tried}
+        print(json.dumps(report, indent=2))
+        return
+    shown = settings if arguments.all else [row for row in settings if row["from"] != "default"]
+    print(render(shown, ("setting", "value", "from"), Format.TABLE), end="")
+    if len(shown) < len(settings):
+        print(f"{len(settings) - len(shown)} more stand at their default: check --all shows them")
+    for remark in remarks:
+        print(f"note: {remark}")
+    if tried:
+        print("\n" + render(tried, ("what", "result", "detail"), Format.TABLE), end="")
+    print(f"\n{versions()}")
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself, or what of it is there already."""
+    path = path.absolute()
+    while not path.exists():
+        path = path.parent
+    return path

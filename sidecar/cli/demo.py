@@ -1,0 +1,28 @@
+"""See it work: scripted model APIs, the sidecar and a usage table. No account, no key."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+from collections.abc import Mapping
+from contextlib import AbstractAsyncContextManager
+
+from sidecar.cli.shared import WRONG, CommandError, known_backend_settings
+from sidecar.settings import load
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--keep", action="store_true", help="stay up afterwards, to look around")
+    parser.add_argument("--backend", metavar="NAME", help="deliver to the stand-in of NAME as well as to the ledger")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sidecar import app, demo
+
+    def start(environ: Mapping[str, str]) -> AbstractAsyncContextManager[demo.Running]:
+        return app.running(load(environ, backend_settings=known_backend_settings()))
+
+    try:
+        return asyncio.run(demo.run(start, keep=arguments.keep, backend=arguments.backend))
+    except demo.DemoError as error:
+        raise CommandError(str(error), WRONG) from None

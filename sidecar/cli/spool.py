@@ -1,0 +1,221 @@
+"""Look into the queue, check it and mend it.
+
+`status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` changes what will be
+delivered: it goes through the running instance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, BinaryIO, Final
+
+import orjson
+
+from sidecar.cli.output import Format, render
+from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+
+PAGE: Final = 500  # parked events read at a time
+_SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
+_BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped")
+_PARKED: Final = ("parked_at", "backend", "reason", "event_id", "maybe_taken", "attempts")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    kinds = parser.add_subparsers(title="what to do", metavar="KIND", required=True)
+
+    status = _kind(kinds, "status", "how much is stored, pending and parked", _status)
+    add_format(status, "table", "json")
+
+    _kind(kinds, "verify", "read every record, count everything again; exit 1 when something does not add up", _verify)
+
+    parked = _kind(kinds, "parked", "what was refused, has expired or may have been taken", _parked)
+    _add_choice(parked)
+    add_format(parked, "table", "json", "csv", "ndjson")
+
+    redrive = _kind(kinds, "redrive", "offer parked records again", _redrive)
+    _add_choice(redrive)
+    redrive.add_argument("ids", nargs="*", metavar="ID", help="of records or events; none: all that fit")
+    redrive.add_argument(
+        "--resend-unknown", action="store_true", help="also those that may have been taken, at the risk of doubles"
+    )
+
+    export = _kind(kinds, "export", "write all records as NDJSON", _export)
+    add_since(export)
+    export.add_argument("--output", "-o", metavar="FILE", type=Path, help="a new file, instead of standard output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    code: int = arguments.spool_run(arguments, read_settings(arguments).data_dir)
+    return code
+
+
+def _kind(
+    kinds: Any, name: str, text: str, do: Callable[[argparse.Namespace, Path], int]
+) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    add_data_dir(parser)
+    parser.set_defaults(spool_run=do)
+    return parser
+
+
+def _add_choice(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backend", metavar="NAME", help="only of this backend")
+    parser.add_argument("--reason", metavar="WORD", help="only with this reason")
+
+
+def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.files import balance_of, spool_of
+
+    with spool_of(data_dir) as reader:
+        instances = []
+        for instance in reader.instances():
+            totals, chunks = reader.totals(instance), reader.chunks(instance)
+            instances.append(
+                {
+                    "instance": instance,
+                    "recorded": totals.recorded,
+                    "open": totals.open,
+                    "lost": sum(totals.lost.values()),
+                    "last_seq": reader.last_seq(instance),
+                    "chunks": len(chunks),
+                    "size_bytes": sum(_size(chunk.path) for chunk in chunks),
+                }
+            )
+    backends = [
+        {
+            "backend": name,
+            "delivered": totals.delivered,
+            "duplicate": totals.duplicate,
+            "pending": totals.pending,
+            "parked": sum(totals.parked.values()),
+            "skipped": sum(totals.skipped.values()),
+        }
+        for name, totals in balance_of(data_dir).backends.items()
+    ]
+    if arguments.format == Format.JSON:
+        print(orjson.dumps({"instances": instances, "backends": backends}, option=orjson.OPT_INDENT_2).decode())
+    else:
+        print(render(instances, _SPOOL, Format.TABLE))
+        print(render(backends, _BACKENDS, Format.TABLE), end="")
+    return OK
+
+
+def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.files import accounts_of, balance_of, spool_of
+    from sidecar.record import Record
+
+    problems: list[str] = []
+    count = 0
+    with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
+        for instance in reader.instances():
+            for group in reader.groups(instance):
+                count += len(group.lines)
+                if group.missing:
+                    problems.append(
+                        f"instance {instance}: {group.missing} records between {group.first_seq} and {group.last_seq} "
+                        "cannot be read any more"
+                    )
+                for number, line in enumerate(group.lines):
+                    try:
+                        Record.from_json(line)
+                    except ValueError as error:
+                        problems.append(f"instance {instance}, record {group.first_seq + number}: {error}")
+        if accounts is not None:
+            problems += accounts.verify()
+    problems += balance_of(data_dir).problems
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    print(f"{count:,} records read, " + ("everything adds up" if not problems else f"{len(problems)} problems found"))
+    return NO if problems else OK
+
+
+def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
+    form = Format(arguments.format)
+    rows = list(_parked_rows(arguments, data_dir))
+    if form is Format.TABLE and not rows:
+        print("nothing is parked")
+        return OK
+    columns = _PARKED if form in (Format.TABLE, Format.CSV) else (*_PARKED, "record_id", "key", "history", "record")
+    print(render(rows, columns, form), end="")
+    return OK
+
+
+def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict[str, Any]]:
+    from sidecar.cli.files import accounts_of
+
+    with accounts_of(data_dir) as accounts:
+        after = 0
+        while accounts is not None:
+            page = accounts.parked(
+                backend=arguments.backend, reason=arguments.reason, after=after, limit=PAGE, bodies=False
+            )
+            for one in page:
+                yield {
+                    "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
+                    "backend": one.backend,
+                    "reason": one.reason,
+                    "event_id": one.event_id,
+                    "maybe_taken": one.maybe_taken,
+                    "attempts": len(one.history),
+                    "record_id": one.record_id,
+                    "key": one.key,
+                    "history": list(one.history),
+                    "record": orjson.loads(one.line) if one.line else None,
+                }
+            if len(page) < PAGE:
+                return
+            after = page[-1].id
+
+
+def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.instance import ask
+
+    wish = {
+        "backend": arguments.backend,
+        "reason": arguments.reason,
+        "ids": arguments.ids or None,
+        "resend_unknown": arguments.resend_unknown,
+    }
+    answer = ask(data_dir, "/redrive", method="POST", body=wish)
+    if answer is None:
+        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
+    print(f"{answer['redriven']:,} offered again, {answer['left']:,} left parked")
+    return OK
+
+
+def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.files import spool_of
+
+    since_ns = 0 if arguments.since is None else max(int(arguments.since.timestamp() * 1e9), 0)
+    with spool_of(data_dir) as reader:
+        if arguments.output is None:
+            _write(reader.lines(since_ns=since_ns), sys.stdout.buffer)
+            return OK
+        try:
+            with arguments.output.open("xb") as file:
+                count = _write(reader.lines(since_ns=since_ns), file)
+                file.flush()
+                os.fsync(file.fileno())
+        except FileExistsError:
+            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", WRONG) from None
+        except OSError as error:
+            raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
+    print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
+    return OK
+
+
+def _write(lines: Iterator[bytes], file: BinaryIO) -> int:
+    count = 0
+    for line in lines:
+        file.write(line + b"\n")
+        count += 1
+    return count
+
+
+def _size(path: Path) -> int:
+    return sum(p.stat().st_size for suffix in ("", "-wal") if (p := path.with_name(path.name + suffix)).exists())

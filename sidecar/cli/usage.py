@@ -1,0 +1,81 @@
+"""What was consumed, summed by subscriber, model, route, hour and more.
+
+Asks the ledger (`SIDECAR_BACKENDS` has `ledger` by default); works while the sidecar runs and while it does not.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import asdict
+from decimal import Decimal
+from typing import Any, Final
+
+from sidecar.cli.output import Format, render
+from sidecar.cli.shared import OK, WRONG, CommandError, add_data_dir, add_format, add_since, moment, read_settings
+from sidecar.ledger import LedgerError, LedgerReader, UsageRow
+
+BY: Final = "subscriber,model"
+# A table has what fits a screen; JSON and CSV have everything.
+SHOWN: Final = (
+    "calls", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens", "cost_usd",
+)  # fmt: skip
+ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--by", default=BY, metavar="NAME,…",
+        help=f"subscriber, model, provider, route, status, hour, day, month (default: {BY}; '' for one sum)",
+    )  # fmt: skip
+    add_since(parser)
+    parser.add_argument("--until", metavar="TIME", type=moment, help="as --since, not included")
+    add_data_dir(parser)
+    add_format(parser, "table", "json", "csv")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    path = read_settings(arguments).data_dir / "ledger.db"
+    by = tuple(name.strip() for name in arguments.by.split(",") if name.strip())
+    if not path.exists():
+        raise CommandError(
+            f"there is no ledger at {path}: either nothing was delivered to it yet, or SIDECAR_DATA_DIR is another one"
+        )
+    try:
+        rows = LedgerReader(path).usage(by, arguments.since, arguments.until)
+    except LedgerError as error:
+        raise CommandError(str(error), WRONG if "cannot be grouped" in str(error) else 1) from None
+    print(report(rows, by, Format(arguments.format)), end="")
+    return OK
+
+
+def report(rows: Sequence[UsageRow], by: Sequence[str], form: Format) -> str:
+    """The rows as the command prints them; also what `demo` shows."""
+    flat = [dict(zip(by, row.group, strict=True)) | _values(row) for row in rows]
+    if form is not Format.TABLE:
+        values = list(_values(rows[0])) if rows else []
+        return render(flat, [*by, *values], form)
+    if not rows:
+        return "no usage in that time\n"
+    # A column that nothing was ever reported for is left out of the table, unless it is one that all expect.
+    shown = [name for name in SHOWN if name in ALWAYS or any(row[name] for row in flat)]
+    total = {by[0]: "total"} if by else {}
+    return render(flat, [*by, *shown], form, total=total | _total(flat, shown) if by and len(rows) > 1 else None)
+
+
+def _values(row: UsageRow) -> dict[str, Any]:
+    values = asdict(row)
+    del values["group"]
+    return values
+
+
+def _total(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, Any]:
+    """Sums of what is known; a column in which nothing is known stays empty."""
+    total: dict[str, Any] = {}
+    for name in columns:
+        known = [row[name] for row in rows if row[name] is not None]
+        if name == "cost_usd":
+            total[name] = str(sum((Decimal(value) for value in known), Decimal(0))) if known else None
+        else:
+            total[name] = sum(known) if known else None
+    return total
