@@ -20,45 +20,45 @@ def record_id(number: int) -> str:
 
 
 def usage(**changes: Any) -> Usage:
-    known: dict[str, Any] = dict(
-        usage_state=UsageState.FINAL,
-        provider="openai",
-        operation="chat",
-        streamed=True,
-        model="gpt-5-mini-2025-08-07",
-        request_model="gpt-5-mini",
-        response_id="resp_1",
-        input_tokens=43,
-        output_tokens=97,
-        total_tokens=140,
-        cache_read_input_tokens=0,
-        finish_reasons=["stop"],
-        raw_usage={"prompt_tokens": 43, "completion_tokens": 97, "total_tokens": 140},
-    )
+    known: dict[str, Any] = {
+        "usage_state": UsageState.FINAL,
+        "provider": "openai",
+        "operation": "chat",
+        "streamed": True,
+        "model": "gpt-5-mini-2025-08-07",
+        "request_model": "gpt-5-mini",
+        "response_id": "resp_1",
+        "input_tokens": 43,
+        "output_tokens": 97,
+        "total_tokens": 140,
+        "cache_read_input_tokens": 0,
+        "finish_reasons": ["stop"],
+        "raw_usage": {"prompt_tokens": 43, "completion_tokens": 97, "total_tokens": 140},
+    }
     return Usage(**{**known, **changes})
 
 
 def record(number: int = 1, *, started_ns: int | None = None, **changes: Any) -> Record:
     """One record; what is not said is that of a plain, complete call."""
-    known: dict[str, Any] = dict(
-        method="POST",
-        url="https://api.example.com/v1/chat/completions",
-        route="/v1/chat/completions",
-        request_headers=["Content-Type", "Authorization"],
-        response_headers=["Content-Type"],
-        client_ip="10.0.0.7",
-        user_agent="client/1.0",
-        subscriber=Subscriber("acme", "header:x-tenant"),
-        dimensions={"feature": "search"},
-        id=record_id(number),
-        first_byte_ms=212.4,
-        duration_ms=1840.9,
-        status=200,
-        outcome=Outcome.COMPLETE,
-        request_bytes=412,
-        response_bytes=5120,
-        usage=usage(),
-    )
+    known: dict[str, Any] = {
+        "method": "POST",
+        "url": "https://api.example.com/v1/chat/completions",
+        "route": "/v1/chat/completions",
+        "request_headers": ["Content-Type", "Authorization"],
+        "response_headers": ["Content-Type"],
+        "client_ip": "10.0.0.7",
+        "user_agent": "client/1.0",
+        "subscriber": Subscriber("acme", "header:x-tenant"),
+        "dimensions": {"feature": "search"},
+        "id": record_id(number),
+        "first_byte_ms": 212.4,
+        "duration_ms": 1840.9,
+        "status": 200,
+        "outcome": Outcome.COMPLETE,
+        "request_bytes": 412,
+        "response_bytes": 5120,
+        "usage": usage(),
+    }
     start = T0_NS + number * 1_000_000 if started_ns is None else started_ns
     exchange = Exchange(**{**known, **changes}, started_ns=start)
     return Record.from_json(encode(exchange, seq=number, instance="instance-1"))
@@ -68,7 +68,7 @@ def records(count: int) -> list[Record]:
     return [record(number) for number in range(1, count + 1)]
 
 
-HOSTILE = "Zoë ‮ \x1b[31m \"';DROP TABLE calls;-- 日本語 😀 \r\nX-Injected: 1"
+HOSTILE = "Zoë \u202e \x1b[31m \"';DROP TABLE calls;-- 日本語 😀 \r\nX-Injected: 1"
 
 
 def odd_records() -> list[Record]:
@@ -104,6 +104,10 @@ class Request:
     target: str
     headers: dict[str, str]  # names in lower case
     body: bytes
+
+
+class Cut(bytes):
+    """Sent, and then the connection is closed, whatever was promised."""
 
 
 Script = Callable[[Request], bytes | None]
@@ -170,6 +174,8 @@ class ScriptedServer:
                 return
             writer.write(reply)
             await writer.drain()
+            if isinstance(reply, Cut):
+                return
 
 
 def kinds_of(verdicts: Sequence[object]) -> list[str]:

@@ -12,7 +12,7 @@ import hmac
 import re
 import socket
 import ssl
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import pytest
 from backend_fixtures import (
     HOSTILE,
     SECRET,
+    Cut,
     ScriptedServer,
     answer,
     kinds_of,
@@ -223,12 +224,12 @@ async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> N
     async with ScriptedServer().running() as server:
         backend = build(trial_name, tmp_path, server.url)
         sealed = backend.encode(records(2)).sealed[0]
-        expected = {**COMMON, **{status: "Delivered" for status in trial.ok}, **trial.verdicts}
+        expected = {**COMMON, **dict.fromkeys(trial.ok, "Delivered"), **trial.verdicts}
         for status, kind in expected.items():
             server.script = lambda _, status=status: answer(status, b"" if status == 204 else b'{"message": "no"}')
             verdicts = await backend.send(sealed)
             assert kinds_of(verdicts) == [kind] * len(sealed.events), f"{status}: {verdicts}"
-            assert all("no" != getattr(v, "reason", "") for v in verdicts)
+            assert all(getattr(v, "reason", "") != "no" for v in verdicts)
         assert server.requests[0].body == sealed.body, "the sealed bytes are what is sent"
         assert {r.body for r in server.requests} == {sealed.body}
         await backend.aclose()
@@ -243,7 +244,7 @@ async def test_the_secret_travels_in_a_header_only(trial_name: str, tmp_path: Pa
         for request in server.requests:
             assert SECRET not in request.target
             assert SECRET.encode() not in request.body
-            assert "X-Injected" not in request.headers and "x-injected" not in request.headers
+            assert "x-injected" not in request.headers
             assert request.headers["content-type"] == sealed.content_type
             assert request.headers["user-agent"].startswith("metering-sidecar/")
             assert "cookie" not in request.headers
@@ -256,8 +257,8 @@ async def test_no_answer_is_unknown_and_no_connection_is_a_retry(trial_name: str
         backend = build(trial_name, tmp_path, server.url)
         sealed = backend.encode(records(1)).sealed[0]
         assert await backend.send(sealed) == [Unknown("connection_lost")] * len(sealed.events)
-        server.script = lambda _: b"HTTP/1.1 20"
-        assert kinds_of(await backend.send(sealed))[0] == "Unknown" or server.requests
+        server.script = lambda _: Cut(b"HTTP/1.1 20")
+        assert kinds_of(await backend.send(sealed))[0] == "Unknown"
         url = server.url
     assert await backend.send(sealed) == [Retry("connect")] * len(sealed.events)
     await backend.aclose()
@@ -341,22 +342,17 @@ async def test_a_broken_answer_body_does_not_undo_the_status(trial_name: str, tm
     async with ScriptedServer().running() as server:
         backend = build(trial_name, tmp_path, server.url)
         sealed = backend.encode(records(1)).sealed[0]
-        cut = b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\nConnection: close\r\n\r\n{"
-        server.script = lambda r: cut if len(server.requests) == 1 else None
-        first = asyncio.create_task(backend.send(sealed))
-        while not server.requests:
-            await asyncio.sleep(0.01)
-        await backend.aclose()
-        assert kinds_of(await first)[0] in ("Delivered", "Unknown")
+        server.script = lambda _: Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
+        assert kinds_of(await backend.send(sealed))[0] == "Delivered"
+        server.script = lambda _: Cut(b"HTTP/1.1 400 Bad\r\nContent-Length: 1000\r\n\r\n{")
+        assert kinds_of(await backend.send(sealed))[0] == "Refused"
         server.script = lambda _: answer(200, b"x" * 2_000_000)
         assert kinds_of(await backend.send(sealed))[0] == "Delivered"
         await backend.aclose()
 
 
-@pytest.mark.parametrize("trial_name", HTTP_TRIALS)
-async def test_connections_are_reused_but_not_idle_ones_without_deduplication(
-    trial_name: str, tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("trial_name", ["meter", "revenium-meter"])
+async def test_connections_are_reused_but_not_idle_ones_without_deduplication(trial_name: str, tmp_path: Path) -> None:
     async with ScriptedServer().running() as server:
         backend = build(trial_name, tmp_path, server.url)
         sealed = backend.encode(records(1)).sealed[0]
@@ -505,7 +501,10 @@ async def test_settings_default_to_what_the_constructors_do(tmp_path: Path) -> N
         for setting in row.settings:
             setting.default_value()
             assert setting.help or setting.name == "refused"
-            assert setting.secret is (setting.name in ("api_key", "secret")) or setting.name not in ("api_key", "secret")
+            assert setting.secret is (setting.name in ("api_key", "secret")) or setting.name not in (
+                "api_key",
+                "secret",
+            )
     assert BILLING.partial == "send"
     assert repr(Secret(SECRET)) == "Secret(***)"
 

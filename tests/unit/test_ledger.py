@@ -1,0 +1,333 @@
+"""The embedded store: exact, once, and null is not zero."""
+
+from __future__ import annotations
+
+import random
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+
+import orjson
+import pytest
+from backend_fixtures import T0_NS, odd_records, record, records, usage
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
+from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
+from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
+from sidecar.ledger.store import KEYS_KEPT_S
+from sidecar.meters.hourly import body_of, deltas, from_wire, read_amount, to_wire, write_amount
+from sidecar.record import Record
+from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry
+
+HOUR_NS = 3600 * 10**9
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "ledger.db"
+
+
+def put(store: LedgerStore, batch: list[Record], key: str = "k") -> object:
+    return store.apply(key, body_of(deltas(batch)))
+
+
+def test_sums_by_any_group(path: Path) -> None:
+    with_other = [
+        record(1),
+        record(2, subscriber=Subscriber("zoe", "jwt:sub"), started_ns=T0_NS + HOUR_NS),
+        record(3, usage=usage(model="claude-sonnet-4-5", provider="anthropic", input_tokens=7)),
+        record(4, usage=None, status=500),
+        record(5, subscriber=None, route=None, usage=None),
+    ]
+    store = LedgerStore(path)
+    assert put(store, with_other) == Delivered()
+    reader = LedgerReader(path)
+    (total,) = reader.usage()
+    assert (total.records, total.calls, total.errors, total.with_usage) == (5, 5, 1, 3)
+    assert (total.input_tokens, total.output_tokens, total.request_bytes) == (93, 291, 5 * 412)
+    assert [(r.group, r.calls) for r in reader.usage(["subscriber"])] == [((None,), 1), (("acme",), 3), (("zoe",), 1)]
+    by_model = {r.group: r.input_tokens for r in reader.usage(["model", "provider"])}
+    assert by_model[("claude-sonnet-4-5", "anthropic")] == 7
+    assert by_model[(None, None)] is None, "calls without usage have no token sum"
+    assert [r.group for r in reader.usage(["hour"])] == [("2026-11-21T09:00Z",), ("2026-11-21T10:00Z",)]
+    assert [r.group for r in reader.usage(["day"])] == [("2026-11-21",)]
+    assert [r.group for r in reader.usage(["month", "status"])] == [("2026-11", "2xx"), ("2026-11", "5xx")]
+    assert [r.group for r in reader.usage(["route"])] == [(None,), ("/v1/chat/completions",)]
+    since = datetime(2026, 11, 21, 10, 30, tzinfo=UTC)
+    assert [r.calls for r in reader.usage(since=since)] == [1], "the hour that since lies in counts"
+    assert [r.calls for r in reader.usage(until=since)] == [5]
+    assert reader.usage(since=since + timedelta(days=1)) == []
+    store.close()
+
+
+def test_null_stays_apart_from_zero(path: Path) -> None:
+    store = LedgerStore(path)
+    put(store, [record(1, usage=Usage(usage_state=UsageState.ABSENT, model="m"))], "a")
+    (row,) = LedgerReader(path).usage()
+    assert (row.input_tokens, row.total_tokens, row.cost_usd) == (None, None, None)
+    assert (row.with_usage, row.without_usage) == (0, 1)
+    put(store, [record(2, usage=usage(model="m", input_tokens=0, output_tokens=None, total_tokens=None))], "b")
+    (row,) = LedgerReader(path).usage()
+    assert (row.input_tokens, row.output_tokens, row.cache_read_input_tokens) == (0, None, 0)
+    put(store, [record(3, usage=usage(model="m", usage_state=UsageState.PARTIAL))], "c")
+    (row,) = LedgerReader(path).usage()
+    assert (row.with_usage, row.partial_usage, row.without_usage, row.output_tokens) == (2, 1, 1, 97)
+    store.close()
+
+
+def test_numbers_of_any_size_and_money_are_exact(path: Path) -> None:
+    store = LedgerStore(path)
+    huge = usage(input_tokens=2**63 - 1, cost_usd="0.1", units={"audio_seconds": 0.1, "pages": 3})
+    put(store, [record(n, usage=huge) for n in range(1, 4)], "a")
+    put(store, [record(4, usage=usage(input_tokens=1, cost_usd="1e-9", units={"audio_seconds": "0.2"}))], "b")
+    (row,) = LedgerReader(path).usage()
+    assert row.input_tokens == 3 * (2**63 - 1) + 1
+    assert row.cost_usd == "0.300000001"
+    assert LedgerReader(path).units(["subscriber"]) == {("acme",): {"audio_seconds": "0.5", "pages": "9"}}
+    store.close()
+
+
+@pytest.mark.parametrize(
+    "odd", ["1e999999", "nan", "inf", "", "1" * 41, "0x10", "1,5", "1e-30", True, None, [], {}, float("nan"), 1e300]
+)
+def test_an_odd_amount_is_no_amount(odd: object) -> None:
+    assert read_amount(odd) is None
+
+
+@given(st.lists(st.decimals(min_value=-(10**17), max_value=10**17, places=12), min_size=1, max_size=30))
+def test_money_adds_up_as_fractions_do(amounts: list[Decimal]) -> None:
+    batch = [record(n, usage=usage(cost_usd=write_amount(a))) for n, a in enumerate(amounts, 1)]
+    (delta,) = deltas(batch)
+    assert delta.cost_usd is not None
+    assert Fraction(delta.cost_usd) == sum(map(Fraction, amounts))
+    (again,) = from_wire(orjson.loads(orjson.dumps(to_wire([delta]))))
+    assert again == delta
+
+
+def test_the_effects_of_odd_records_survive_the_wire(path: Path) -> None:
+    batch = deltas(odd_records())
+    assert from_wire(orjson.loads(body_of(batch))["hourly"]) == batch
+    store = LedgerStore(path)
+    assert store.apply("k", body_of(batch)) == Delivered()
+    (row,) = LedgerReader(path).usage()
+    assert (row.records, row.calls) == (18, 17)
+    store.close()
+
+
+def test_a_credential_that_was_turned_down_is_nobodys(path: Path) -> None:
+    store = LedgerStore(path)
+    keys = [Subscriber(f"key_{n:032x}", "header:x-api-key") for n in range(50)]
+    put(store, [record(n, subscriber=key, status=401, usage=None) for n, key in enumerate(keys)])
+    denied = record(99, subscriber=keys[0], status=403, outcome=Outcome.DENIED, first_byte_ms=None, usage=None)
+    put(store, [denied], "denied")
+    groups = [r.group[0] for r in LedgerReader(path).usage(["subscriber"])]
+    assert groups == [keys[0].id, "unauthenticated"], "the gate's own refusal names who was refused"
+    store.close()
+
+
+# Once
+
+
+def test_a_delivery_counts_once(path: Path) -> None:
+    store = LedgerStore(path)
+    assert put(store, records(10)) == Delivered()
+    assert put(store, records(10)) == Duplicate()
+    store.close()
+    again = LedgerStore(path)
+    assert put(again, records(10)) == Duplicate()
+    again.close()
+    assert LedgerReader(path).usage()[0].calls == 10
+
+
+@settings(max_examples=25)
+@given(st.randoms(use_true_random=False))
+def test_any_order_and_any_repeats_give_the_same_sums(chance: random.Random) -> None:
+    everything = odd_records() + records(40)
+    cuts = sorted(chance.sample(range(1, len(everything)), 5))
+    parts = [everything[a:b] for a, b in zip([0, *cuts], [*cuts, len(everything)], strict=True)]
+    sends = [(str(number), body_of(deltas(part))) for number, part in enumerate(parts)] * 2
+    chance.shuffle(sends)
+    store = LedgerStore(Path(":memory:"))
+    for key, body in sends:
+        store.apply(key, body)
+    whole = LedgerStore(Path(":memory:"))
+    whole.apply("all", body_of(deltas(everything)))
+    assert dump(store) == dump(whole)
+    store.close()
+    whole.close()
+
+
+def dump(store: LedgerStore) -> Counter[tuple[object, ...]]:
+    db = store._open()
+    hourly = db.execute("SELECT series.key, hourly.* FROM hourly JOIN series ON series.id = hourly.series").fetchall()
+    units = db.execute("SELECT key, hour, unit, amount FROM hourly_units JOIN series ON id = series").fetchall()
+    return Counter([(key, hour, *sums) for key, hour, _, *sums in hourly] + units)
+
+
+def test_keys_are_kept_for_the_backends_window_and_no_longer(path: Path) -> None:
+    assert KEYS_KEPT_S == DEDUP_WINDOW_S == LedgerBackend.abilities.dedup_window_s
+    now = [1_800_000_000.0]
+    store = LedgerStore(path, clock=lambda: now[0])
+    put(store, records(1), "old")
+    now[0] += KEYS_KEPT_S - 1
+    assert put(store, records(1), "old") == Duplicate()
+    now[0] += 3601
+    put(store, records(1), "new")
+    assert put(store, records(1), "old") == Delivered(), "the window is over"
+    assert put(store, records(1), "new") == Duplicate()
+    store.close()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from backend_fixtures import records
+from sidecar.ledger import LedgerStore
+from sidecar.meters.hourly import body_of, deltas
+store = LedgerStore(Path(sys.argv[1]))
+body = body_of(deltas(records(3)))
+for number in range(int(sys.argv[2]), 1000):
+    store.apply(str(number), body)
+    print(number, flush=True)
+"""
+
+
+def test_a_kill_between_two_commits_loses_and_doubles_nothing(path: Path) -> None:
+    tests = str(Path(__file__).parent.parent)
+    done = 0
+    for seen in (3, 11):
+        child = subprocess.Popen(
+            [sys.executable, "-c", KILLED, str(path), str(done)],
+            stdout=subprocess.PIPE, text=True, cwd=Path(tests).parent, env={"PYTHONPATH": f"{tests}:."},
+        )  # fmt: skip
+        assert child.stdout is not None
+        for _ in range(seen):
+            child.stdout.readline()
+        child.kill()
+        rest = child.stdout.read().split()
+        child.stdout.close()
+        child.wait()
+        said = done + seen + len([line for line in rest if line])
+        store = LedgerStore(path)
+        calls = LedgerReader(path).usage()[0].calls
+        assert calls % 3 == 0
+        assert said <= calls // 3 <= said + 1, "what was said to be in is in; one more may be"
+        for key in range(calls // 3):
+            assert put(store, records(3), str(key)) == Duplicate()
+        store.close()
+        done = calls // 3
+
+
+def test_reading_while_writing(path: Path) -> None:
+    store = LedgerStore(path)
+    stop = threading.Event()
+    problems: list[BaseException] = []
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                rows = LedgerReader(path).usage(["subscriber"])
+                assert all(row.calls % 4 == 0 for row in rows), "a delivery is seen whole or not at all"
+        except BaseException as error:
+            problems.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    for number in range(100):
+        assert put(store, records(4), str(number)) == Delivered()
+    stop.set()
+    reader.join(10)
+    assert problems == []
+    store.close()
+    assert LedgerReader(path).usage()[0].calls == 400, "also after the writer has gone"
+
+
+# Faults
+
+
+def test_a_ledger_that_is_not_there_says_so(path: Path) -> None:
+    with pytest.raises(LedgerError, match="first delivery"):
+        LedgerReader(path).usage()
+    path.touch()
+    with pytest.raises(LedgerError, match="first delivery"):
+        LedgerReader(path).usage()
+
+
+def test_an_unknown_group_is_named_with_the_known_ones(path: Path) -> None:
+    LedgerStore(path).close()
+    with pytest.raises(LedgerError, match="'planet': expected subscriber, model"):
+        LedgerReader(path).usage(["planet"])
+
+
+def test_a_newer_ledger_is_refused_by_name(path: Path) -> None:
+    LedgerStore(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    for use in (lambda: LedgerStore(path), lambda: LedgerReader(path).usage()):
+        with pytest.raises(LedgerError, match="newer version"):
+            use()
+
+
+def test_a_damaged_ledger_is_kept_and_said(path: Path) -> None:
+    path.write_bytes(b"this is no database, but it is long enough to be looked at" * 100)
+    with pytest.raises(LedgerError):
+        LedgerStore(path)
+    with pytest.raises(LedgerError):
+        LedgerReader(path).usage()
+    assert path.read_bytes().startswith(b"this is no database")
+
+
+def test_a_ledger_damaged_while_open_blocks(path: Path) -> None:
+    store = LedgerStore(path)
+    put(store, records(1), "a")
+    store.close()
+    path.write_bytes(b"x" * 8192)
+    assert put(store, records(1), "b") == Blocked("ledger_damaged")
+    store.close()
+
+
+def test_a_full_disk_waits_and_counts_nothing(path: Path) -> None:
+    store = LedgerStore(path)
+    put(store, records(1), "a")
+    pages = store._open().execute("PRAGMA page_count").fetchone()[0]
+    store._open().execute(f"PRAGMA max_page_count = {pages}")
+    many = [record(n, subscriber=Subscriber(f"s{n}-{'x' * 150}", "jwt:sub")) for n in range(500)]
+    assert put(store, many, "b") == Retry("disk_full")
+    assert LedgerReader(path).usage()[0].calls == 1
+    assert put(store, many, "b") == Delivered(), "a new connection has no such limit: the disk has room again"
+    assert LedgerReader(path).usage()[0].calls == 501
+    store.close()
+
+
+def test_a_locked_ledger_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.ledger.schema.BUSY_S", 0.05)
+    store = LedgerStore(path)
+    other = sqlite3.connect(path, isolation_level=None)
+    other.execute("BEGIN IMMEDIATE")
+    assert put(store, records(1)) == Retry("busy")
+    other.execute("ROLLBACK")
+    other.close()
+    assert put(store, records(1)) == Delivered()
+    store.close()
+
+
+def test_a_sum_that_would_not_be_exact_is_refused_whole(path: Path) -> None:
+    store = LedgerStore(path)
+    put(store, records(1), "a")
+    body = orjson.loads(body_of(deltas([record(2, usage=usage(cost_usd="1"))])))
+    body["hourly"][0]["cost_usd"] = "1e200"
+    assert store.apply("b", orjson.dumps(body)) == Delivered()
+    body["hourly"][0]["cost_usd"] = "0.1"
+    assert store.apply("c", orjson.dumps(body)) == Refused("sum_not_exact")
+    assert store.apply("c", orjson.dumps(body)) == Refused("sum_not_exact")
+    assert LedgerReader(path).usage()[0].calls == 2
+    store.close()
