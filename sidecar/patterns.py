@@ -1,0 +1,84 @@
+"""Path patterns: which known shape a request path has.
+
+Two rooms ask this: routes (for a label that is never a raw path) and usage (for the reader of an answer). A lookup
+costs two dictionary look-ups for a path that nobody knows, because most calls through a proxy may be just that.
+
+A pattern is a path in which `{name}` stands for one non-empty piece without a slash (`/v1/files/{id}/content`,
+`/v1/models/{model}:generateContent`); a leading `*` stands for any prefix (`*/chat/completions`). A trailing slash
+of the path is not part of it. What is matched is the path as it stands on the wire: percent escapes stay.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+ANY_METHOD = "*"
+
+_PLACE = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
+
+
+class Patterns(Generic[T]):
+    """A fixed set of (method, pattern, value), the first match wins; literal patterns come before all others."""
+
+    __slots__ = ("_by_tail", "_literal")
+
+    def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:
+        self._literal: dict[tuple[str, str], T] = {}
+        self._by_tail: dict[str, list[tuple[str, re.Pattern[str], T]]] = {}
+        for method, pattern, value in entries:
+            problem = _problem(pattern)
+            if problem:
+                raise ValueError(f"path pattern {pattern!r}: {problem}")
+            if "{" not in pattern and not pattern.startswith("*"):
+                self._literal.setdefault((method, pattern), value)
+            else:
+                self._by_tail.setdefault(_tail(pattern), []).append((method, _compile(pattern), value))
+
+    def match(self, method: str, path: str) -> tuple[T, dict[str, str]] | None:
+        """The value and what stood in its places."""
+        literal = self._literal
+        if (found := literal.get((method, path))) is not None or (found := literal.get((ANY_METHOD, path))) is not None:
+            return found, {}
+        if len(path) > 1 and path.endswith("/"):
+            return self.match(method, path.rstrip("/") or "/")
+        head, _, last = path.rpartition("/")
+        by_tail = self._by_tail
+        for tail in (last.rpartition(":")[2], head.rpartition("/")[2] + "/"):
+            for wanted, regex, value in by_tail.get(tail, ()):
+                if wanted in (method, ANY_METHOD) and (hit := regex.fullmatch(path)) is not None:
+                    return value, hit.groupdict()
+        return None
+
+
+def _problem(pattern: str) -> str | None:
+    if not pattern.startswith(("/", "*/")):
+        return "expected it to begin with / (or with */ for any prefix)"
+    if "*" in pattern[1:] or re.search(r"[{}]", _PLACE.sub("", pattern)):
+        return "expected {name} for one piece of the path, and * only at the very beginning"
+    if len(set(_PLACE.findall(pattern))) != len(_PLACE.findall(pattern)):
+        return "expected each {name} once"
+    if len(pattern) > 1 and pattern.endswith("/"):
+        return "expected no slash at the end"
+    if "{" in _tail(pattern):
+        return "expected a literal as its last piece or the one before"
+    return None
+
+
+def _tail(pattern: str) -> str:
+    """The literal by which a path is looked up: its last piece (or verb), else the one before it with a slash."""
+    head, _, last = pattern.rpartition("/")
+    verb = last.rpartition(":")[2]
+    if "{" not in verb:
+        return verb
+    return head.rpartition("/")[2] + "/"
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    prefix, rest = (r"(?:/.*)?", pattern[1:]) if pattern.startswith("*") else ("", pattern)
+    parts = _PLACE.split(rest)
+    regex = "".join(f"(?P<{part}>[^/]+)" if index % 2 else re.escape(part) for index, part in enumerate(parts))
+    return re.compile(prefix + regex)

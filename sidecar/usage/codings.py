@@ -1,0 +1,222 @@
+"""Undoing content codings on a copy of the bytes, a bounded step at a time.
+
+The client gets the coded bytes as they came; only the reader of usage needs the plain ones. One call of `feed` makes
+at most a step's worth of output, whatever came in: what is left over waits, still compressed, and is worked off with
+the next pieces (or with empty ones). So a bomb costs a call what any piece costs, and it ends the reading, never
+the call, once its size or its backlog passes a limit.
+
+`gzip` may have several members, be flushed anywhere and lack its trailer; `deflate` comes with and without zlib's
+wrapper; codings may be stacked (`gzip, br` is undone from the right).
+"""
+
+from __future__ import annotations
+
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
+
+import brotli
+
+if sys.version_info >= (3, 14):  # pragma: no cover
+    from compression import zstd
+else:
+    from backports import zstd
+
+PART_BYTES = 65_536  # output handed on at a time; what aiohttp reads from a socket at most
+STEP_BYTES = 524_288  # output made for one piece, however small: about half a millisecond of inflating
+STEP_RATIO = 32  # … and for a large one; JSON seldom shrinks by more than 20
+BACKLOG_MAX_BYTES = 1_048_576  # compressed bytes that wait: the side buffer of a call
+DECODED_MAX_BYTES = 4_294_967_296  # of one body: nothing larger has been seen as JSON
+RATIO_MAX = 200  # decoded : coded, looked at only beyond the next limit
+RATIO_FREE_BYTES = 134_217_728  # a highly regular body (one float repeated) of this size is still believed
+CODINGS_MAX = 3  # stacked in one header; more is an attack on whoever unstacks them
+ZSTD_WINDOW_LOG_MAX = 23  # 8 MiB, RFC 9659
+
+
+class Unreadable(Exception):
+    """The copy cannot be read any further. `kind` names the anomaly, the text is the usage's reason."""
+
+    def __init__(self, kind: str, reason: str) -> None:
+        super().__init__(reason)
+        self.kind = kind
+        self.reason = reason
+
+
+class _Stage(Protocol):
+    waiting: bytes
+
+    def read(self, room: int) -> bytes:
+        """Up to about `room` bytes of output; empty when it needs input."""
+        ...
+
+
+class _Zlib:
+    """gzip and deflate, with as many members as come."""
+
+    __slots__ = ("_inflate", "_new", "_once", "waiting")
+
+    def __init__(self, wbits: int, *, once: bool) -> None:
+        self._new: Callable[[], Any] = lambda: zlib.decompressobj(wbits)
+        self._inflate: Any = None
+        self._once = once
+        self.waiting = b""
+
+    def read(self, room: int) -> bytes:
+        while True:
+            if self._inflate is None:
+                self.waiting = self.waiting.lstrip(b"\0")  # members may be padded with zeros
+                if not self.waiting:
+                    return b""
+                self._inflate = self._new()
+            out: bytes = self._inflate.decompress(self.waiting, room)
+            if not self._inflate.eof:
+                self.waiting = self._inflate.unconsumed_tail
+                return out
+            self.waiting = b"" if self._once else self._inflate.unused_data
+            if not self._once:
+                self._inflate = None
+            if out or not self.waiting:
+                return out
+
+
+class _Deflate:
+    """`deflate`: zlib's wrapper by the standard, raw from some servers; the first two bytes tell."""
+
+    __slots__ = ("_stage", "waiting")
+
+    def __init__(self) -> None:
+        self._stage: _Zlib | None = None
+        self.waiting = b""
+
+    def read(self, room: int) -> bytes:
+        if self._stage is None:
+            if len(self.waiting) < 2:
+                return b""
+            wrapped = self.waiting[0] & 0x0F == 8 and int.from_bytes(self.waiting[:2], "big") % 31 == 0
+            self._stage = _Zlib(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS, once=True)
+        self._stage.waiting += self.waiting
+        self.waiting = b""
+        out = self._stage.read(room)
+        self.waiting, self._stage.waiting = self._stage.waiting, b""
+        return out
+
+
+class _Brotli:
+    __slots__ = ("_decoder", "waiting")
+
+    def __init__(self) -> None:
+        self._decoder = brotli.Decompressor()
+        self.waiting = b""
+
+    def read(self, room: int) -> bytes:
+        decoder = self._decoder
+        if decoder.can_accept_more_data():
+            if not self.waiting or decoder.is_finished():
+                self.waiting = b""
+                return b""
+            data, self.waiting = self.waiting, b""
+        else:
+            data = b""
+        out: bytes = decoder.process(data, output_buffer_limit=room)
+        return out
+
+
+class _Zstd:
+    __slots__ = ("_decoder", "waiting")
+
+    def __init__(self) -> None:
+        self._decoder: Any = None
+        self.waiting = b""
+
+    def read(self, room: int) -> bytes:
+        while True:
+            if self._decoder is None:
+                if not self.waiting:
+                    return b""
+                self._decoder = zstd.ZstdDecompressor(
+                    options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG_MAX}
+                )
+            if self._decoder.needs_input and not self.waiting:
+                return b""
+            data, self.waiting = self.waiting, b""
+            out: bytes = self._decoder.decompress(data, room)
+            if self._decoder.eof:
+                self.waiting = self._decoder.unused_data
+                self._decoder = None
+                if not out:
+                    continue
+            return out
+
+
+_STAGES: dict[str, Callable[[], _Stage]] = {
+    "gzip": lambda: _Zlib(zlib.MAX_WBITS | 16, once=False),
+    "x-gzip": lambda: _Zlib(zlib.MAX_WBITS | 16, once=False),
+    "deflate": _Deflate,
+    "br": _Brotli,
+    "zstd": _Zstd,
+}
+
+READABLE = tuple(sorted(_STAGES))
+
+
+def decoder(header: str) -> Codings | None:
+    """The decoder for a `Content-Encoding` value; None where there is nothing to undo. Raises Unreadable."""
+    names = [name for name in (part.strip().lower() for part in header.split(",")) if name not in ("", "identity")]
+    if not names:
+        return None
+    if len(names) > CODINGS_MAX or any(name not in _STAGES for name in names):
+        raise Unreadable("coding_unknown", "the content coding is not one that can be read")
+    return Codings([_STAGES[name]() for name in reversed(names)])
+
+
+class Codings:
+    """A stack of codings being undone."""
+
+    __slots__ = ("_coded", "_decoded", "_stages")
+
+    def __init__(self, stages: Sequence[_Stage]) -> None:
+        self._stages = stages
+        self._coded = 0
+        self._decoded = 0
+
+    @property
+    def behind(self) -> bool:
+        """Whether fed bytes still wait to be decoded: feed empty pieces to work them off."""
+        return any(stage.waiting for stage in self._stages)
+
+    def feed(self, piece: bytes) -> Iterator[bytes]:
+        """Plain parts, one step's worth at most. Raises Unreadable."""
+        first = self._stages[0]
+        self._coded += len(piece)
+        first.waiting = first.waiting + piece if first.waiting else piece
+        try:
+            yield from self._step(max(STEP_BYTES, STEP_RATIO * len(piece)))
+        except (zlib.error, brotli.error, zstd.ZstdError, EOFError, MemoryError):
+            raise Unreadable("decoding_failed", "the content coding could not be undone") from None
+        if len(first.waiting) > BACKLOG_MAX_BYTES:
+            raise Unreadable("decoded_too_large", "the decoded answer grows too fast")
+
+    def _step(self, budget: int) -> Iterator[bytes]:
+        stages = self._stages
+        last = len(stages) - 1
+        while budget > 0:
+            for index in range(last, -1, -1):
+                out = stages[index].read(PART_BYTES)
+                if out:
+                    break
+            else:
+                return
+            budget -= len(out)
+            self._decoded += len(out)
+            self._check()
+            if index == last:
+                yield out
+            else:
+                stages[index + 1].waiting += out
+
+    def _check(self) -> None:
+        if self._decoded > DECODED_MAX_BYTES or (
+            self._decoded > RATIO_FREE_BYTES and self._decoded > RATIO_MAX * self._coded
+        ):
+            raise Unreadable("decoded_too_large", "the decoded answer is too large for what was sent")

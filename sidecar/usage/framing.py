@@ -1,0 +1,430 @@
+"""Cutting a body into messages: server-sent events, JSON lines, JSON arrays, or the one JSON document.
+
+Where the pieces are cut cannot matter. A framing keeps at most one unfinished message, up to a limit; what is larger is
+read on by `Members`, which keeps only what the reader wants. Messages that a byte search shows to be dull are
+not even taken apart: a piece of whole, dull events costs two or three searches.
+
+`feed` answers True for the piece in which the stream's end mark ends. The mark counts from its last meaningful byte
+(the `]` of `[DONE]`, the closing brace of the terminal event), because a client that reads by lines acts before
+the blank line arrives.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import orjson
+
+from sidecar.usage.members import Members, Skipper, Tree, pruned
+from sidecar.usage.reader import Document, Reader
+
+MESSAGE_MAX_BYTES = 65_536  # one unfinished message kept whole; larger ones are images and whole responses
+DOCUMENT_MAX_BYTES = 65_536  # a plain answer parsed whole: 0.2 ms at most; larger ones are skimmed
+EVENT_NAME_MAX_BYTES = 128
+
+_BOM = b"\xef\xbb\xbf"
+_DONE = b"[DONE]"
+_CLOSERS = b"}]"
+
+
+class Framing(Protocol):
+    streamed: bool
+    size_bytes: int  # of the largest thing parsed, to know whether its usage object needs a second look
+    brackets: int
+    ended: bool  # a plain document was seen to its end
+
+    def feed(self, piece: bytes) -> bool: ...
+
+    def finish(self) -> None:
+        """No more bytes: read what is left as if it were complete."""
+        ...
+
+
+class _Base:
+    __slots__ = ("_cut", "_reader", "brackets", "ended", "size_bytes", "streamed")
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._cut = False  # the bytes are over, so an unreadable message is no surprise
+        self.streamed = True
+        self.ended = False
+        self.size_bytes = 0
+        self.brackets = 0
+
+    def _parse(self, data: bytes) -> Document | None:
+        """One JSON object, or None. What the strict parser refuses is skimmed for what is wanted."""
+        self.size_bytes = max(self.size_bytes, len(data))
+        if len(data) > MESSAGE_MAX_BYTES:
+            return pruned(data, self._reader.wanted)
+        try:
+            document = orjson.loads(data)
+        except ValueError:
+            document = pruned(data, self._reader.wanted)
+            if not document and not self._cut:
+                self._reader.anomaly("message_unreadable")
+        if type(document) is not dict:
+            return None
+        self.brackets = max(self.brackets, data.count(b"{") + data.count(b"["))
+        return document
+
+
+class _Messages(_Base):
+    """What server-sent events and JSON lines have in common: messages that end with a separator."""
+
+    __slots__ = ("_long", "_rest", "_skip_lf", "_started")
+
+    separator = b"\n"
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self._rest = bytearray()
+        self._long: _Long | None = None
+        self._skip_lf = False
+        self._started = False
+
+    def feed(self, piece: bytes) -> bool:
+        if (
+            self._started
+            and not self._rest
+            and not self._skip_lf
+            and self._long is None
+            and piece.endswith(self.separator)
+            and self._reader.dull(piece)
+        ):
+            return False
+        return self._feed(piece)
+
+    def finish(self) -> None:
+        self._cut = True
+        if self._long is not None:
+            if self._long.members.document:
+                self._reader.message(self._long.members.document, self._long.event)
+            self._long = None
+        elif self._rest.strip():
+            self._messages(bytes(self._rest))
+        self._rest.clear()
+
+    def _feed(self, piece: bytes) -> bool:
+        if b"\r" in piece or self._skip_lf:
+            piece = self._only_lf(piece)
+        rest = self._rest
+        if not self._started:
+            rest += piece
+            if len(rest) < 3 and _BOM.startswith(bytes(rest)):
+                return False
+            self._started = True
+            piece = bytes(rest).removeprefix(_BOM)
+            rest.clear()
+        if self._long is not None:
+            return self._feed_long(piece)
+        searched = max(0, len(rest) - 1)
+        rest += piece
+        end = rest.rfind(self.separator, searched)
+        if end >= 0:
+            end += len(self.separator)
+            block = bytes(rest[:end])
+            del rest[:end]
+            if self._messages(block):
+                return True
+        if not rest:
+            return False
+        if len(rest) > MESSAGE_MAX_BYTES:
+            self._long = self._new_long()
+            start = bytes(rest)
+            rest.clear()
+            return self._feed_long(start)
+        return self._early()
+
+    def _only_lf(self, piece: bytes) -> bytes:
+        """Line ends are LF, CRLF or CR, and a CRLF may be cut; a bare CR never stands inside JSON."""
+        if self._skip_lf and piece:
+            piece = piece.removeprefix(b"\n")
+            self._skip_lf = False
+        if piece.endswith(b"\r"):
+            self._skip_lf = True
+        return piece.replace(b"\r\n", b"\n").replace(b"\r", b"\n")
+
+    def _early(self) -> bool:
+        """The end mark may be complete although its separator is still to come."""
+        rest, signs = self._rest, self._reader.end_signs
+        last = rest[-1] if rest[-1] != 0x0A else rest[-2] if len(rest) > 1 else 0
+        if last not in _CLOSERS or not any(sign in rest for sign in signs):
+            return False
+        data, event = self._data(bytes(rest))
+        if data.strip() == _DONE:
+            return self._reader.done()
+        try:
+            document = orjson.loads(data)
+        except ValueError:
+            return False
+        if type(document) is not dict or not self._reader.message(document, event):
+            return False
+        self.size_bytes = max(self.size_bytes, len(data))
+        self.brackets = max(self.brackets, data.count(b"{") + data.count(b"["))
+        return True
+
+    def _messages(self, block: bytes) -> bool:
+        reader = self._reader
+        if reader.dull(block):
+            return False
+        ended = False
+        for message in block.split(self.separator):
+            if not message or message.isspace():
+                continue
+            data, event = self._data(message)
+            if not data:
+                continue
+            if data.startswith(_DONE) or data.strip() == _DONE:
+                ended = reader.done() or ended
+            elif not reader.dull(message):
+                document = self._parse(data)
+                if document is not None:
+                    ended = reader.message(document, event) or ended
+            if ended:
+                return True
+        return False
+
+    def _feed_long(self, piece: bytes) -> bool:
+        long = self._long
+        if long is None:
+            return False
+        after = long.feed(piece)
+        if after is None and not long.members.done:
+            return False
+        self.size_bytes = max(self.size_bytes, MESSAGE_MAX_BYTES + 1)
+        if long.members.document and not long.delivered:
+            long.delivered = True
+            if long.members.oversized:
+                self._reader.anomaly("value_oversized")
+            if self._reader.message(long.members.document, long.event):
+                return True
+        if after is None:
+            return False
+        self._long = None
+        return self._feed(piece[after:]) if after < len(piece) else False
+
+    def _data(self, message: bytes) -> tuple[bytes, str]:
+        """The JSON of a message, and its name."""
+        raise NotImplementedError
+
+    def _new_long(self) -> _Long:
+        raise NotImplementedError
+
+
+class ServerSentEvents(_Messages):
+    __slots__ = ()
+
+    separator = b"\n\n"
+
+    def _data(self, message: bytes) -> tuple[bytes, str]:
+        if message.startswith(b"data:") and b"\n" not in message:
+            return message[5:].removeprefix(b" "), ""
+        lines: list[bytes] = []
+        event = ""
+        for line in message.split(b"\n"):
+            if line.startswith(b"data:"):
+                lines.append(line[5:].removeprefix(b" "))
+            elif line.startswith(b"event:"):
+                event = line[6 : 6 + EVENT_NAME_MAX_BYTES].strip().decode("utf-8", "replace")
+        if lines:
+            return b"\n".join(lines), event
+        bare = message.strip()
+        if bare.startswith((b"{", b"[{")):  # Gemini's errors come without any field name
+            return (bare.strip(b"[]") if bare.startswith(b"[") else bare), event
+        return b"", event
+
+    def _new_long(self) -> _Long:
+        return _LongEvent(self._reader.wanted)
+
+
+class JsonLines(_Messages):
+    __slots__ = ()
+
+    def _data(self, message: bytes) -> tuple[bytes, str]:
+        data = message.strip()
+        return data.removeprefix(b"data:"), ""
+
+    def _new_long(self) -> _Long:
+        return _Long(self._reader.wanted)
+
+
+class _Long:
+    """A message too large to keep, skimmed while it passes. `feed` answers where in the piece it ended."""
+
+    __slots__ = ("delivered", "event", "members")
+
+    def __init__(self, wanted: Tree) -> None:
+        self.members = Members(wanted)
+        self.event = ""
+        self.delivered = False
+
+    def feed(self, data: bytes) -> int | None:
+        newline = data.find(b"\n")
+        self.members.feed(data if newline < 0 else data[:newline])
+        return None if newline < 0 else newline + 1
+
+
+class _LongEvent(_Long):
+    __slots__ = ("_begin", "_in_data", "_in_line")
+
+    def __init__(self, wanted: Tree) -> None:
+        super().__init__(wanted)
+        self._begin = b""  # of a line whose field is not known yet
+        self._in_line = False
+        self._in_data = False
+
+    def feed(self, data: bytes) -> int | None:
+        pos = 0
+        while pos < len(data):
+            newline = data.find(b"\n", pos)
+            segment = data[pos : newline if newline >= 0 else None]
+            if not self._in_line:
+                segment = self._begin + segment
+                if newline < 0 and len(segment) < 6:
+                    self._begin = segment
+                    return None
+                self._begin = b""
+                if not segment:
+                    return newline + 1
+                self._in_line = True
+                self._in_data = segment.startswith(b"data:")
+                if self._in_data:
+                    segment = segment[5:]
+                elif segment.startswith(b"event:"):
+                    self.event = segment[6 : 6 + EVENT_NAME_MAX_BYTES].strip().decode("utf-8", "replace")
+            if self._in_data:
+                self.members.feed(segment)
+            if newline < 0:
+                return None
+            if self._in_data:
+                self.members.feed(b"\n")
+            self._in_line = False
+            pos = newline + 1
+        return None
+
+
+class OneDocument(_Base):
+    """A plain answer: kept whole while it is small, skimmed once it is not."""
+
+    __slots__ = ("_members", "_pieces", "_size")
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self.streamed = False
+        self._pieces: list[bytes] = []
+        self._size = 0
+        self._members: Members | None = None
+
+    def feed(self, piece: bytes) -> bool:
+        if self._members is not None:
+            self._members.feed(piece)
+            return False
+        self._pieces.append(piece)
+        self._size += len(piece)
+        if self._size > DOCUMENT_MAX_BYTES or len(self._pieces) > 1024:
+            self._compact()
+        return False
+
+    def finish(self) -> None:
+        if self._members is not None:
+            self._finish_long(self._members)
+            return
+        pieces, self._pieces = self._pieces, []
+        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
+        if not body:
+            return
+        self.size_bytes = len(body)
+        if not self._reader.plausible(body):
+            return
+        try:
+            document = orjson.loads(body)
+            self.ended = True
+        except ValueError:
+            self._members = Members(self._reader.wanted)
+            self._members.feed(body)
+            self._finish_long(self._members)
+            return
+        self.brackets = body.count(b"{") + body.count(b"[")
+        if type(document) is dict:
+            self._reader.document(document)
+
+    def _compact(self) -> None:
+        body = b"".join(self._pieces)
+        self._pieces = [body]
+        if len(body) > DOCUMENT_MAX_BYTES:
+            self._members = Members(self._reader.wanted)
+            self._members.feed(body)
+            self._pieces = []
+
+    def _finish_long(self, members: Members) -> None:
+        self._members = None
+        self.size_bytes = max(self.size_bytes, DOCUMENT_MAX_BYTES + 1)
+        self.ended = members.done
+        if members.oversized:
+            self._reader.anomaly("value_oversized")
+        if members.document:
+            self._reader.document(members.document)
+
+
+class Elements(_Base):
+    """One JSON array whose elements are a stream (Gemini without `alt=sse`); a bare object is its only element."""
+
+    __slots__ = ("_array", "_element", "_long", "_skip", "_started")
+
+    def __init__(self, reader: Reader) -> None:
+        super().__init__(reader)
+        self._started = False
+        self._array = False
+        self._skip = Skipper()
+        self._element = bytearray()
+        self._long: Members | None = None
+
+    def feed(self, piece: bytes) -> bool:
+        pos, end = 0, len(piece)
+        while pos < end:
+            if self._skip.depth:
+                after = self._skip.container(piece, pos)
+                self._keep(piece[pos : after if after >= 0 else None])
+                if after < 0:
+                    return False
+                self._deliver()
+                pos = after
+                continue
+            byte = piece[pos]
+            pos += 1
+            if byte == 0x7B:
+                self._started = True
+                self._skip.depth = 1
+                self._element += b"{"
+            elif byte == 0x5B and not self._started:
+                self._started = self._array = True
+            elif byte == 0x5D and self._array:
+                self.ended = True
+                return True
+        return False
+
+    def finish(self) -> None:
+        self._element.clear()
+        self._long = None
+
+    def _keep(self, data: bytes) -> None:
+        if self._long is not None:
+            self._long.feed(data)
+            return
+        self._element += data
+        if len(self._element) > MESSAGE_MAX_BYTES:
+            self._long = Members(self._reader.wanted)
+            self._long.feed(bytes(self._element))
+            self._element.clear()
+
+    def _deliver(self) -> None:
+        document: Any
+        if self._long is not None:
+            document = self._long.document
+            self.size_bytes = max(self.size_bytes, MESSAGE_MAX_BYTES + 1)
+            self._long = None
+        else:
+            document = self._parse(bytes(self._element))
+            self._element.clear()
+        if document:
+            self._reader.message(document, "")

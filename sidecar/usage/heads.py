@@ -1,0 +1,127 @@
+"""What the heads of a call say about its body: type, coding, request id, and whose answer it is.
+
+One pass over the raw fields; a field's name is lowered and judged once per spelling, not once per call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+from sidecar.usage import RawHeaders
+
+SPELLINGS_MAX = 2_048  # remembered field names; an upstream that invents names must not fill memory
+VALUE_MAX_BYTES = 1_024  # of a header value that is looked at
+
+# The most telling first: gateways add their own id beside that of what stands behind them.
+REQUEST_IDS = (
+    "x-amzn-requestid",
+    "request-id",
+    "x-request-id",
+    "apim-request-id",
+    "x-generation-id",
+    "x-fal-request-id",
+)
+
+# Headers that only one provider sends. Azure comes before OpenAI, whose headers it passes on.
+_HINTS = {
+    "x-ms-region": "azure.ai.openai",
+    "apim-request-id": "azure.ai.openai",
+    "anthropic-organization-id": "anthropic",
+    "x-generation-id": "openrouter",
+    "fireworks-prompt-tokens": "fireworks",
+    "x-groq-region": "groq",
+    "x-fal-request-id": "fal",
+    "openai-organization": "openai",
+    "openai-processing-ms": "openai",
+    "openai-version": "openai",
+}
+
+_HOSTS = {
+    "api.openai.com": "openai",
+    "openai.azure.com": "azure.ai.openai",
+    "cognitiveservices.azure.com": "azure.ai.openai",
+    "services.ai.azure.com": "azure.ai.inference",
+    "api.anthropic.com": "anthropic",
+    "generativelanguage.googleapis.com": "gcp.gemini",
+    "aiplatform.googleapis.com": "gcp.vertex_ai",
+    "api.cohere.com": "cohere",
+    "api.cohere.ai": "cohere",
+    "api.mistral.ai": "mistral_ai",
+    "api.groq.com": "groq",
+    "api.deepseek.com": "deepseek",
+    "api.x.ai": "x_ai",
+    "api.moonshot.ai": "moonshot_ai",
+    "api.moonshot.cn": "moonshot_ai",
+    "openrouter.ai": "openrouter",
+    "api.perplexity.ai": "perplexity",
+    "api.together.xyz": "together",
+    "api.together.ai": "together",
+    "api.fireworks.ai": "fireworks",
+    "api.voyageai.com": "voyage",
+    "api.jina.ai": "jina",
+    "api.replicate.com": "replicate",
+    "fal.run": "fal",
+}
+
+NEEDED = frozenset(("content-type", "content-encoding", *REQUEST_IDS, *_HINTS))
+
+
+class Heads:
+    """Picks the few fields that matter out of a head."""
+
+    __slots__ = ("_needed", "_spellings")
+
+    def __init__(self, more: Iterable[str] = ()) -> None:
+        self._needed = NEEDED | {name.lower() for name in more}
+        self._spellings: dict[bytes, str | None] = {}
+
+    def pick(self, headers: RawHeaders) -> dict[str, str]:
+        """Needed fields by lower-case name; repeated ones are joined as HTTP says."""
+        spellings = self._spellings
+        found: dict[str, str] = {}
+        for raw, value in headers:
+            try:
+                name = spellings[raw]
+            except KeyError:
+                name = self._learn(raw)
+            if name is not None:
+                text = value[:VALUE_MAX_BYTES].decode("latin-1").strip()
+                found[name] = f"{found[name]}, {text}" if name in found else text
+        return found
+
+    def _learn(self, raw: bytes) -> str | None:
+        lower = bytes(raw).decode("latin-1").lower()
+        name = lower if lower in self._needed else None
+        if len(self._spellings) < SPELLINGS_MAX and len(raw) <= 128:
+            self._spellings[bytes(raw)] = name
+        return name
+
+
+def request_id(fields: Mapping[str, str]) -> str | None:
+    for name in REQUEST_IDS:
+        if value := fields.get(name):
+            return value[:256]
+    return None
+
+
+def hinted_provider(fields: Mapping[str, str]) -> str | None:
+    for name, provider in _HINTS.items():
+        if name in fields:
+            return provider
+    return None
+
+
+def provider_of_host(host: str | None) -> str | None:
+    """The provider whose public host this is (or lies under), by OpenTelemetry's name where it has one."""
+    if not host:
+        return None
+    host = host.lower().rstrip(".")
+    if host.startswith("bedrock") and host.endswith(".amazonaws.com"):
+        return "aws.bedrock"
+    while "." in host:
+        if host in _HOSTS:
+            return _HOSTS[host]
+        if host.endswith("-aiplatform.googleapis.com") and host.count(".") == 2:
+            return "gcp.vertex_ai"
+        host = host.partition(".")[2]
+    return None
