@@ -1,6 +1,7 @@
 """The vendors, one row each. A row is a file's contract under the name that the sidecar's backend has.
 
-Where two share a path, the routes tell them apart by what only one of them takes (`Route.when`).
+Where two share a path, the routes tell them apart by what only one of them takes (`Route.when`), and the row that
+asks comes first.
 """
 
 from __future__ import annotations
@@ -9,8 +10,15 @@ from collections.abc import Callable
 from typing import Final, NamedTuple
 
 from sidecar.receiver.contract import Memory, Terms, Vendor
+from sidecar.receiver.vendors.flexprice import Flexprice
+from sidecar.receiver.vendors.lago import Lago
+from sidecar.receiver.vendors.ledgerbee import LedgerBee
 from sidecar.receiver.vendors.meter import Meter
+from sidecar.receiver.vendors.openmeter import OpenMeter
 from sidecar.receiver.vendors.revenium_v1 import ReveniumV1
+from sidecar.receiver.vendors.revenium_v2 import ReveniumV2
+from sidecar.receiver.vendors.stripe_v1 import StripeV1
+from sidecar.receiver.vendors.stripe_v2 import StripeV2
 from sidecar.receiver.vendors.webhook import Webhook
 
 
@@ -22,5 +30,12 @@ class Row(NamedTuple):
 VENDORS: Final[tuple[Row, ...]] = (
     Row("meter", Meter),
     Row("revenium", ReveniumV1),
+    Row("revenium", ReveniumV2),
+    Row("ledgerbee", LedgerBee),
+    Row("stripe", StripeV1),
+    Row("stripe", StripeV2),
+    Row("flexprice", Flexprice),
+    Row("lago", Lago),
+    Row("openmeter", OpenMeter),
     Row("webhook", Webhook),
 )
