@@ -1,0 +1,60 @@
+"""The tables of the README that come from the code. `python tests/readme_tables.py` writes them (`make readme`)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from sidecar.backends import BACKENDS, backend_settings
+from sidecar.metrics import FAMILIES
+from sidecar.settings import Setting, core_settings
+
+TOML_ONLY = """\
+TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with `backend = "its id there"`,
+`[[meters]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables too."""
+
+README = Path(__file__).parent.parent / "README.md"
+
+
+def settings_tables() -> str:
+    parts = [_table((None, setting) for setting in core_settings())]
+    parts.append(TOML_ONLY)
+    for name, settings in backend_settings().items():
+        parts.append(f"**`{name}`**: {BACKENDS[name].summary}\n\n{_table((name, setting) for setting in settings)}")
+    return "\n\n".join(parts)
+
+
+def metrics_table() -> str:
+    rows = ["| metric | labels | |", "|---|---|---|"]
+    for name, family in FAMILIES.items():
+        shown = f"{name}_total" if family.kind == "counter" else name
+        labels = " ".join(f"`{label}`" for label in family.labels)
+        rows.append(f"| `{shown}` | {labels} | {family.help} |")
+    return "\n".join(rows)
+
+
+def _table(settings: Iterable[tuple[str | None, Setting]]) -> str:
+    rows = ["| setting | default | |", "|---|---|---|"]
+    for backend, setting in settings:
+        default = f"`{setting.default}`" if setting.default else "required" if setting.required else "–"
+        also = f"; also {', '.join(f'`{name}`' for name in setting.also)}" if setting.also else ""
+        key = " 🔑" if setting.secret else ""
+        rows.append(f"| `{setting.variable(backend)}`{key} | {default} | {setting.help}{also} |")
+    return "\n".join(rows)
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "metrics": metrics_table}
+
+
+def written(text: str) -> str:
+    """The README with its tables as the code has them now."""
+    for name, table in TABLES.items():
+        found = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- {name} end -->)", re.DOTALL)
+        text, count = found.subn(lambda match, table=table: f"{match[1]}\n{table()}\n\n{match[2]}", text)  # type: ignore[misc]
+        assert count == 1, f"the README has no place for the {name} table"
+    return text
+
+
+if __name__ == "__main__":
+    README.write_text(written(README.read_text()))

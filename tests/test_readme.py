@@ -1,0 +1,114 @@
+"""What is written for people is true: the README's tables and commands, and the examples in `config/`."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import readme_tables
+
+from sidecar.backends import backend_settings
+from sidecar.cli import COMMANDS, parser
+from sidecar.metrics import FAMILIES
+from sidecar.settings import CONFIG, PREFIX, all_settings, load
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+CONFIGS = sorted((ROOT / "config").iterdir())
+DOCS = [ROOT / "README.md", ROOT / "Dockerfile", *CONFIGS, *sorted((ROOT / "docs").glob("*.md"))]
+VARIABLES = {CONFIG} | {
+    name
+    for backend, setting in all_settings(backend_settings())
+    for name in (setting.variable(backend), *([setting.variable(backend) + "_FILE"] if setting.secret else []))
+}
+SERIES = {
+    name + suffix
+    for name, family in FAMILIES.items()
+    for suffix in ("", *{"counter": ["_total"], "histogram": ["_bucket", "_count", "_sum"]}.get(family.kind, []))
+}
+
+
+def shell_lines(path: Path) -> Iterator[str]:
+    """Lines of `sh` blocks, continued ones joined, comments gone."""
+    for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            yield from (part.strip() for part in re.split(r"&&|;", line.split(" #")[0]) if part.strip())
+
+
+def test_the_tables_are_what_the_code_says() -> None:
+    assert readme_tables.written(README) == README, "run `make readme`"
+
+
+@pytest.mark.parametrize("variable", sorted(VARIABLES - {v for v in VARIABLES if v.endswith("_FILE")}))
+def test_every_setting_is_in_the_readme(variable: str) -> None:
+    assert f"`{variable}`" in README
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_every_name_that_is_mentioned_exists(path: Path) -> None:
+    text = path.read_text()
+    # `SIDECAR_…` and `SIDECAR_<BACKEND>_…` speak of many; an underscore at the end is part of such a pattern.
+    mentioned = set(re.findall(rf"\b{PREFIX}[A-Z0-9_]*[A-Z0-9]\b", text))
+    assert mentioned <= VARIABLES
+    series = set(re.findall(r"\bsidecar_[a-z_]+\b(?=[^a-z_/.=]|$)", text)) if path.suffix != ".py" else set()
+    assert series <= SERIES
+
+
+def test_every_command_has_its_line() -> None:
+    for name in COMMANDS:
+        assert f"`metering-sidecar {name}" in README
+    for kind in ("status", "verify", "parked", "redrive", "export"):
+        assert f"`metering-sidecar spool {kind}" in README
+
+
+@pytest.mark.parametrize("path", [p for p in DOCS if p.suffix == ".md"], ids=lambda path: path.name)
+def test_what_is_shown_in_a_shell_can_be_typed(path: Path) -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    for line in shell_lines(path):
+        words = shlex.split(line)
+        if words[0] == "make":
+            assert words[1] in targets, line
+        elif words[0] == "metering-sidecar":
+            parser().parse_args(words[1:])
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"`metering-sidecar ([^`]+)`", README))))
+def test_what_is_named_in_the_text_can_be_typed(command: str) -> None:
+    words = shlex.split(command.replace("\\|", "|"))
+    parser().parse_args(words)
+
+
+def test_files_that_are_linked_exist() -> None:
+    for target in re.findall(r"\]\(([^)#]+)", README):
+        assert "://" in target or (ROOT / target).exists(), target
+
+
+def test_the_env_file_can_be_used_with_every_line_switched_on(tmp_path: Path) -> None:
+    secret = tmp_path / "secret"
+    secret.write_text("0123456789abcdef0123456789abcdef")
+    environ = {}
+    for line in (ROOT / "config/sidecar.env").read_text().splitlines():
+        found = re.fullmatch(r"#?(SIDECAR_\w+)=(.*)", line)
+        if found:
+            environ[found[1]] = str(secret) if found[2].startswith("/run/secrets/") else found[2]
+    assert len(environ) > 10
+    assert load(environ, backend_settings=backend_settings()).upstream_url == "https://api.example.com"
+
+
+def test_the_toml_file_can_be_used() -> None:
+    settings = load({CONFIG: str(ROOT / "config/sidecar.toml")}, backend_settings=backend_settings())
+    assert len(settings.routes) == 2
+    assert settings.subscribers == {"acme": {"revenium": "acme-corp"}}
+
+
+def test_the_dashboard_can_be_imported() -> None:
+    board = json.loads((ROOT / "config/grafana.json").read_text())
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+    for panel in board["panels"]:
+        for target in panel["targets"]:
+            assert target["expr"].count("(") == target["expr"].count(")"), panel["title"]
+            assert target["expr"].count("{") == target["expr"].count("}"), panel["title"]
