@@ -1,0 +1,255 @@
+"""The owner of the lanes: opens them in order, watches the clock, and lets an operator look in and mend.
+
+What must always hold: every configured backend has a lane of its own; a lane that dies takes the owner down with
+it instead of leaving a sidecar that no longer bills; what a removed backend had still to get is parked. The
+state file is opened by the caller and belongs to this object while it runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import random
+from collections.abc import Callable, Coroutine, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+from sidecar.balance import BackendTotals
+from sidecar.delivery.lane import Lane, LaneStatus
+from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
+from sidecar.delivery.removed import part_with
+from sidecar.delivery.retry import ClockWatch, Limits, Now
+from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
+from sidecar.delivery.state.rows import Parked, Place
+from sidecar.verdict import Backend
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+
+class Delivery:
+    """Delivers what is in the spool to every backend. Open it before calls are let in."""
+
+    def __init__(
+        self,
+        *,
+        reader: SpoolReader,
+        state: DeliveryState,
+        backends: Sequence[Backend],
+        metrics: Metrics,
+        clock: Clock | None = None,
+        chance: random.Random | None = None,
+        limits: Limits | None = None,
+    ) -> None:
+        self.reader, self.state, self.metrics = reader, state, metrics
+        self.limits = limits or Limits()
+        self.chance = chance or random.Random()  # noqa: S311 - jitter, no secret
+        self._clock = clock or SystemClock()
+        self._watch = ClockWatch(read_clock(self._clock))
+        self._lanes = {backend.name: Lane(backend, self) for backend in backends}
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-state")
+        self._accounts = Accounts(state.path)
+        self._group = asyncio.TaskGroup()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __repr__(self) -> str:
+        return f"<Delivery: {', '.join(map(repr, self._lanes.values())) or 'no backends'}>"
+
+    # --- running ----------------------------------------------------------------------------------
+
+    async def __aenter__(self) -> Self:
+        """Find where every backend is, settle with the removed ones, start the lanes."""
+        try:
+            await self._check_clock()
+            places = await asyncio.to_thread(self._places)
+            names, now = list(self._lanes), self.look()[0]
+            gone = await self.in_state(lambda: self.state.configure(names, places, now.wall_s))
+            starts = [
+                await self.in_state(lambda n=name: (self.state.cursors(n), self.state.open_requests(n)))  # type: ignore[misc]
+                for name in names
+            ]
+        except BaseException:
+            self._executor.shutdown()
+            self._accounts.close()
+            raise
+        await self._group.__aenter__()
+        for lane, (cursors, requests) in zip(self._lanes.values(), starts, strict=True):
+            self._start(lane.run(cursors, requests))
+        self._start(self._tick())
+        for name in sorted(gone):
+            self._start(part_with(name, self, {place.instance: place.last_seq for place in places}))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Stop at once: what is under way is unknown and is found so by the next start. `drain` comes before."""
+        for task in self._tasks:
+            task.cancel()
+        try:
+            await self._group.__aexit__(kind, error, trace)
+        finally:
+            await asyncio.to_thread(self._executor.shutdown)
+            await asyncio.to_thread(self._accounts.close)
+
+    def wake(self) -> None:
+        """Records were committed."""
+        for lane in self._lanes.values():
+            lane.wake()
+
+    async def drain(self, timeout_s: float) -> None:
+        """One last pass: deliver what can be delivered in this time, without waiting for batches to fill."""
+        for lane in self._lanes.values():
+            lane.draining = True
+            lane.wake()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for lane in self._lanes.values():
+                    await lane.idle.wait()
+        except TimeoutError:
+            _LOG.warning("stopping with deliveries undone; the next start goes on with them", extra={"facts": {}})
+        finally:
+            for lane in self._lanes.values():
+                lane.draining = False
+
+    # --- looking in -------------------------------------------------------------------------------
+
+    def status(self) -> list[LaneStatus]:
+        """How each backend does."""
+        return [lane.status() for lane in self._lanes.values()]
+
+    def totals(self, upto: Mapping[str, int]) -> dict[str, BackendTotals]:
+        """Each backend's side of the balance, counted up to these numbers. Blocks."""
+        sums = self._accounts.sums(list(self._lanes), upto)
+        return {name: totals_of(one, self.reader.count) for name, one in sums.items()}
+
+    def verify(self) -> list[str]:
+        """Recount everything from rows; every difference in words. Blocks."""
+        problems = self._accounts.verify()
+        for name in self._lanes:
+            for cursor in self.state.cursors(name):
+                last = self.reader.last_seq(cursor.instance)
+                if cursor.seq > last:
+                    problems.append(
+                        f"{name}, instance {cursor.instance}: delivered up to record {cursor.seq}, but the spool ends"
+                        f" at {last}: {cursor.seq - last} record numbers were lost with its file"
+                    )
+        return problems
+
+    def retired_upto(self) -> dict[str, int]:
+        """For each instance the number up to which no backend needs its spool any more. Blocks."""
+        upto = {instance: self.reader.last_seq(instance) for instance in self.reader.instances()}
+        for name in self._lanes:
+            known = {cursor.instance: cursor.seq for cursor in self.state.cursors(name)}
+            upto = {instance: min(seq, known.get(instance, 0)) for instance, seq in upto.items()}
+        return upto
+
+    def parked(
+        self,
+        *,
+        backend: str | None = None,
+        reason: str | None = None,
+        ids: Sequence[str] | None = None,
+        since_s: float | None = None,
+        after: int = 0,
+        limit: int = PAGE,
+    ) -> list[Parked]:
+        """A page of parked events with reason, body and history, in the order of their parking. Blocks."""
+        return self._accounts.parked(backend=backend, reason=reason, ids=ids, since_s=since_s, after=after, limit=limit)
+
+    def find(self, one: str) -> list[Found]:
+        """Where an event or record with this id went, as long as it is remembered (`forget`). Blocks."""
+        return self._accounts.find(one)
+
+    # --- mending ----------------------------------------------------------------------------------
+
+    async def redrive(
+        self,
+        *,
+        backend: str | None = None,
+        reason: str | None = None,
+        ids: Sequence[str] | None = None,
+        since_s: float | None = None,
+        resend_unknown: bool = False,
+    ) -> int:
+        """Offer parked events again; returns how many go. What may have been taken goes only with `resend_unknown`."""
+        count = after = 0
+        while True:
+            page = await asyncio.to_thread(
+                functools.partial(self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after)
+            )
+            for name in dict.fromkeys(row.backend for row in page):
+                if name in self._lanes:
+                    rows = [row for row in page if row.backend == name]
+                    count += await self._lanes[name].redrive(rows, resend_unknown=resend_unknown)
+            if len(page) < PAGE:
+                return count
+            after = page[-1].id
+
+    async def forget(self, upto: Mapping[str, int]) -> None:
+        """Let go of what is remembered of settled records up to these numbers: their chunks are gone."""
+        for instance, seq in upto.items():
+            more = True
+            while more:
+                more = await self.in_state(functools.partial(self.state.fold, instance, seq))
+
+    # --- for the lanes ----------------------------------------------------------------------------
+
+    async def in_state(self, work: Callable[[], _T]) -> _T:
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        self._start(work)
+
+    def look(self) -> tuple[Now, bool]:
+        now = read_clock(self._clock)
+        self._watch, stepped = self._watch.look(now, self.limits)
+        if stepped:
+            _LOG.warning("the wall clock was set; what may have been taken is not sent again")
+            for lane in self._lanes.values():
+                lane.clock_stepped()
+            self._start(self._expire())
+        return now, stepped
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    def _start(self, work: Coroutine[Any, Any, None]) -> None:
+        task = self._group.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _expire(self) -> None:
+        await self.in_state(self.state.expire_risks)
+
+    async def _check_clock(self) -> None:
+        """A wall clock that went back while we were away makes every window's age a guess."""
+        now = read_clock(self._clock)
+        before = await self.in_state(lambda: self.state.saw_clock(now.wall_s))
+        if before is not None and now.wall_s < before:
+            expired = await self.in_state(self.state.expire_risks)
+            _LOG.warning(
+                "the wall clock is behind where the last run left it; what may have been taken is not sent again",
+                extra={"facts": {"seconds": round(before - now.wall_s, 1), "requests": expired}},
+            )
+
+    async def _tick(self) -> None:
+        """Keep the wall clock's reading, so that a start can tell whether it went back."""
+        while True:
+            await asyncio.sleep(self.limits.sweep_s)
+            now, _ = self.look()
+            await self.in_state(functools.partial(self.state.saw_clock, now.wall_s))
+
+    def _places(self) -> list[Place]:
+        """Where each spool ends, and how many records were ever put in it: both of one moment."""
+        found = []
+        for instance in self.reader.instances():
+            while True:
+                last = self.reader.last_seq(instance)
+                recorded = self.reader.totals(instance).recorded
+                if self.reader.last_seq(instance) == last:
+                    break
+            found.append(Place(instance, last, recorded))
+        return found

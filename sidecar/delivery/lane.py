@@ -1,0 +1,753 @@
+"""One backend's way: its cursors, its window of sealed requests, its retries, its pace.
+
+What must always hold: a request is offered only after the transaction that stored it, or that stored the
+beginning of this attempt, is on disk; its verdict is forgotten here only after it is on disk there. Lanes
+share nothing but the file and its thread, so one that is stuck holds no other up; inside a lane a
+stuck request waits in a set of its own while fresh ones go by.
+
+Everything that decides is in `retry`; this file reads the spool, waits, sends and stores. One task runs a lane
+turn by turn; each attempt under way is a task of its own that only leaves its result here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import itertools
+import logging
+import random
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
+from typing import Any, Protocol, TypeVar
+
+from sidecar.delivery import redriving, sealing
+from sidecar.delivery.ports import Metrics, SpoolReader
+from sidecar.delivery.retry import (
+    MISSING,
+    TOO_OLD,
+    WINDOW_ENDED,
+    Attempt,
+    Decision,
+    Fate,
+    Limits,
+    Now,
+    Pace,
+    Parking,
+    judge,
+    may_resend,
+    next_pace,
+    park_all,
+    remember,
+    suspect,
+    window_left_s,
+)
+from sidecar.delivery.sealing import Item
+from sidecar.delivery.state import DeliveryState, StateFull, request_size
+from sidecar.delivery.state.rows import Cursor, Hole, NewRequest, Parked, Request, Sealing, Settlement
+from sidecar.verdict import Backend, Dedup, Sealed, Unknown, Verdict
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+FULL_RETRY_S = 1.0  # how often a full disk is asked again whether a verdict fits
+RELIST_S = 1.0  # how often a wake may look for spools of new instances
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStatus:
+    """How one backend does, for `/readyz`, metrics and the dashboard."""
+
+    backend: str
+    state: str  # up, down, blocked
+    reason: str | None
+    oldest_pending_s: float | None  # age of the oldest record that is not settled
+    sealed: int  # requests stored and not settled
+    under_way: int
+    waiting_records: int  # sealed and due for another attempt later
+    waiting_bytes: int
+
+
+class Shared(Protocol):
+    """What all lanes are given by their owner."""
+
+    reader: SpoolReader
+    state: DeliveryState
+    metrics: Metrics
+    chance: random.Random
+    limits: Limits
+
+    async def in_state(self, work: Callable[[], _T]) -> _T:
+        """Do blocking work in the one thread that `delivery.db` belongs to."""
+        ...
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start an attempt as a task of the owner's group."""
+        ...
+
+    def look(self) -> tuple[Now, bool]:
+        """Both clocks, and whether the wall clock has stepped."""
+        ...
+
+
+@dataclass(slots=True)
+class _Source:
+    """One instance's spool as this lane sees it."""
+
+    cursor: int
+    instance: str
+    seq: int  # sealed, skipped or parked up to here
+    again_upto: int
+    read_seq: int  # read up to here
+    items: deque[Item] = field(default_factory=deque)
+    dry: bool = False  # the last look found nothing more
+
+
+@dataclass(slots=True)
+class _Result:
+    request: Request
+    verdicts: Sequence[Verdict]
+    started: Now
+    interrupted: bool = False
+
+
+class Lane:
+    """Runs one backend. `wake` when records were committed; `status` at any time."""
+
+    def __init__(self, backend: Backend, shared: Shared) -> None:
+        self.backend = backend
+        self._shared, self._limits = shared, shared.limits
+        self._pace = Pace()
+        self._sources: dict[str, _Source] = {}
+        self._rotation: deque[str] = deque()
+        self._ready: deque[Request] = deque()
+        self._waiting: list[tuple[float, int, Request]] = []  # monotonic due time, id
+        self._waiting_records = self._waiting_bytes = 0
+        self._under_way: dict[int, Request] = {}
+        self._subjects: set[str] = set()
+        self._behind: dict[str, deque[Request]] = {}  # of a subject that is being called
+        self._results: list[_Result] = []
+        self._bell = asyncio.Event()
+        self.idle = asyncio.Event()  # nothing can be done before something happens
+        self.draining = False
+        self._fresh_next = self._want_fresh = False
+        self._filling_since_s: float | None = None  # a batch that is not full began to fill
+        self._next_sweep_s = 0.0
+        self._next_listing_s = 0.0
+        self._per_record = 1.0  # requests that a record gives
+        self._unknown_instances = True
+        self._expired = False
+
+    def __repr__(self) -> str:
+        return (
+            f"<Lane {self.backend.name}: {len(self._ready)} ready, {len(self._under_way)} under way,"
+            f" {len(self._waiting)} waiting, {self.status().state}>"
+        )
+
+    def wake(self) -> None:
+        """Records were committed, or something changed that this lane should look at."""
+        for source in self._sources.values():
+            source.dry = False
+        self._unknown_instances = True
+        self._ring()
+
+    def clock_stepped(self) -> None:
+        """The wall clock jumped: what may have been taken is not recognised for sure any more."""
+        self._expired = True
+        self._ring()
+
+    def status(self) -> LaneStatus:
+        now, _ = self._shared.look()
+        requests = list(self._open())
+        oldest = min((request.oldest_s for request in requests), default=None)
+        pace = self._pace
+        full = self._set_is_full()
+        reason = pace.blocked
+        if reason is None and full:
+            reason = "retry_set_full"
+        return LaneStatus(
+            backend=self.backend.name,
+            state="blocked" if pace.blocked is not None else "down" if pace.slow or full else "up",
+            reason=reason,
+            oldest_pending_s=None if oldest is None else max(now.wall_s - oldest, 0.0),
+            sealed=len(requests),
+            under_way=len(self._under_way),
+            waiting_records=self._waiting_records,
+            waiting_bytes=self._waiting_bytes,
+        )
+
+    async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
+        """Go on where the last run stopped: what is sealed comes first, byte for byte."""
+        for cursor in cursors:
+            self._add_source(cursor)
+        now = self._now()
+        for request in requests:
+            if request.under_way:
+                self._interrupted(request, now)
+            else:
+                wait_s = min(max(request.due_s - now.wall_s, 0.0), self._limits.backoff_cap_s)
+                self._wait(request, now.mono_s + wait_s)
+        while True:
+            if not await self._turn():
+                await self._rest()
+
+    # --- one turn ---------------------------------------------------------------------------------
+
+    async def _turn(self) -> bool:
+        """Settle what came back, offer what is due, seal what is new. Returns whether anything was done."""
+        now = self._now()
+        if self._expired:
+            self._expire()
+        results, self._results = self._results, []
+        settlements = [await self._judge(result, now) for result in results]
+        if now.mono_s >= self._next_sweep_s:
+            self._next_sweep_s = now.mono_s + self._limits.sweep_s
+            settlements += await self._sweep(now)
+        begin = await self._choose(now, settlements)
+        if settlements or begin:
+            await self._store(settlements, begin, now)
+        sealed = await self._seal_more(self._now())
+        return bool(settlements or begin or sealed or self._results)
+
+    async def _store(self, settlements: list[Settlement], begin: list[Request], now: Now) -> None:
+        state = self._shared.state
+        ids = [request.id for request in begin]
+        load = [request.id for request in begin if request.sealed is None]
+        turned = await self._blocking(lambda: state.turn(settlements, ids, load, now.wall_s))
+        for settlement, children in zip(settlements, turned.children, strict=True):
+            self._settled(settlement, children, now)
+        for request in begin:
+            request.sealed = turned.loaded.get(request.id, request.sealed)
+            request.tries = replace(request.tries, attempts=request.tries.attempts + 1)
+            self._send(request, now)
+
+    def _settled(self, settlement: Settlement, children: Sequence[int], now: Now) -> None:
+        request, decision = settlement.request, settlement.decision
+        if decision.open:
+            request.tries, request.history, request.due_s = decision.tries, settlement.history, settlement.due_s
+            request.under_way, request.held = False, decision.held
+            self._wait(request, now.mono_s + decision.wait_s)
+            return
+        for id_, child in zip(children, settlement.children, strict=True):
+            self._wait(_opened(id_, request.cursor, child), now.mono_s + decision.wait_s)
+        reasons: dict[str, set[int]] = {}
+        for index, parking in decision.parked.items():
+            reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
+        for reason, seqs in reasons.items():
+            self._shared.metrics.parked(self.backend.name, reason, len(seqs))
+
+    # --- redrive ----------------------------------------------------------------------------------
+
+    async def redrive(self, rows: Sequence[Parked], *, resend_unknown: bool) -> int:
+        """Let parked events of this backend go again, as far as the set of what waits has room. Returns how many."""
+        count = 0
+        for cursor in dict.fromkeys(row.cursor for row in rows):
+            mine = [row for row in rows if row.cursor == cursor]
+            for step in await redriving.steps(self.backend, cursor, mine, self._shared, resend_unknown=resend_unknown):
+                if self._set_is_full():
+                    break
+                now = self._now()
+                ids = await self._blocking(lambda s=step, n=now: self._shared.state.redrive(s, n.wall_s))  # type: ignore[misc]
+                for id_, request in zip(ids, step.requests, strict=True):
+                    self._wait(_opened(id_, cursor, request), now.mono_s)
+                count += len(step.parked)
+        self._ring()
+        return count
+
+    # --- verdicts ---------------------------------------------------------------------------------
+
+    async def _judge(self, result: _Result, now: Now) -> Settlement:
+        request, limits = result.request, self._limits
+        verdicts: Sequence[Verdict] = result.verdicts
+        if not result.interrupted:
+            verdicts = suspect(self._pace, verdicts, limits)
+            self._set_pace(next_pace(self._pace, verdicts, now, self._roll(), limits))
+            self._shared.metrics.batch_settled(self.backend.name, verdicts, now.mono_s - result.started.mono_s)
+        attempt = Attempt(
+            verdicts=verdicts,
+            records=[member.seq for member in request.members],
+            started=result.started,
+            ended=now,
+            roll=self._roll(),
+        )
+        decision = judge(attempt, request.tries, self.backend.abilities, limits)
+        if result.interrupted:
+            decision = replace(decision, wait_s=0.0)
+        history = remember(request.history, _entry(now, verdicts), limits)
+        return await self._settlement(request, decision, history, now)
+
+    async def _settlement(self, request: Request, decision: Decision, history: tuple[str, ...], now: Now) -> Settlement:
+        due_s = now.wall_s + decision.wait_s
+        if not decision.parts:
+            return Settlement(request=request, decision=decision, history=history, due_s=due_s)
+        state = self._shared.state
+        lines = await self._blocking(lambda: state.lines(request.id))
+        by_seq = dict(zip(dict.fromkeys(m.seq for m in request.members), lines, strict=True))
+        children: list[NewRequest] = []
+        fates, parked = list(decision.fates), dict(decision.parked)
+        for part in decision.parts:
+            seqs = dict.fromkeys(request.members[i].seq for i in part)
+            made, lost = await sealing.again(
+                self.backend, [(seq, by_seq[seq]) for seq in seqs], tries=decision.tries, due_s=due_s
+            )
+            for new in made:
+                sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
+                children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
+            for i in part:
+                if request.members[i].seq in lost:
+                    fates[i] = Fate.PARKED
+                    parked[i] = Parking(lost[request.members[i].seq].reason, maybe_taken=decision.tries.risky)
+        decision = replace(decision, fates=tuple(fates), parked=parked)
+        return Settlement(request=request, decision=decision, history=history, children=children)
+
+    async def _sweep(self, now: Now) -> list[Settlement]:
+        """Look at everything that waits: windows and ages run on while nothing is offered."""
+        settlements = []
+        for request in (*self._ready, *(entry[2] for entry in self._waiting)):
+            left_s = window_left_s(request.tries, self.backend.abilities, now, self._limits)
+            if left_s is not None and 0 < left_s < self._limits.window_warning_s and not request.warned:
+                request.warned = True
+                self._log(
+                    logging.WARNING,
+                    "requests that may have been taken will be parked when the backend stops recognising them",
+                    request=request.key,
+                    left_s=round(left_s),
+                )
+            settlement = await self._overdue(request, now)
+            if settlement is not None:
+                settlements.append(settlement)
+        if settlements:
+            gone = {settlement.request.id for settlement in settlements}
+            self._ready = deque(request for request in self._ready if request.id not in gone)
+            self._drop_waiting(gone)
+        return settlements
+
+    async def _overdue(self, request: Request, now: Now) -> Settlement | None:
+        """What is too late to be offered again; None while it is not."""
+        abilities, count = self.backend.abilities, len(request.members)
+        if not may_resend(request.tries, abilities, now, self._limits):
+            parking = Parking(WINDOW_ENDED, maybe_taken=True)
+            decision = park_all(request.tries, count, parking)
+        elif (
+            abilities.age_max_s is not None
+            and not request.tries.forced
+            and request.oldest_s < now.wall_s - abilities.age_max_s
+        ):
+            decision = park_all(request.tries, count, Parking(TOO_OLD, maybe_taken=request.tries.risky))
+            if request.records > 1:
+                decision = await self._without_old(request, decision, now.wall_s - abilities.age_max_s)
+        else:
+            return None
+        reason = next(iter(decision.parked.values())).reason
+        history = remember(request.history, f"{_stamp(now)} parked {reason}", self._limits)
+        return await self._settlement(request, decision, history, now)
+
+    async def _without_old(self, request: Request, decision: Decision, limit_s: float) -> Decision:
+        """Park the records of a batch that are too old; the others go on, where a part may be sent alone."""
+        state = self._shared.state
+        if self.backend.abilities.dedup is not Dedup.EVENT_ID and request.tries.risky:
+            return decision
+        lines = await self._blocking(lambda: state.lines(request.id))
+        old = sealing.older_than(limit_s, list(dict.fromkeys(m.seq for m in request.members)), lines)
+        going = tuple(i for i, member in enumerate(request.members) if member.seq not in old)
+        return replace(
+            decision,
+            fates=tuple(Fate.MOVED if i in going else Fate.PARKED for i in range(len(request.members))),
+            parked={i: parking for i, parking in decision.parked.items() if i not in going},
+            parts=(going,) if going else (),
+        )
+
+    def _interrupted(self, request: Request, now: Now) -> None:
+        """The last run ended during this attempt: it may have been taken, at its start at the earliest."""
+        tries = request.tries
+        if tries.risk_wall_s is None:
+            request.tries = replace(tries, risk_wall_s=request.started_s)
+        verdicts = [Unknown("interrupted")] * len(request.members)
+        self._results.append(_Result(request, verdicts, now, interrupted=True))
+
+    def _expire(self) -> None:
+        self._expired = False
+        for request in self._open():
+            if request.tries.risky or request.under_way:
+                request.tries = replace(request.tries, expired=True)
+        self._next_sweep_s = 0.0
+
+    def _set_pace(self, pace: Pace) -> None:
+        before, self._pace = self._pace, pace
+        if pace.blocked != before.blocked:
+            self._shared.metrics.blocked(self.backend.name, pace.blocked)
+            if pace.blocked is not None:
+                self._log(
+                    logging.ERROR,
+                    "a backend takes nothing until somebody acts; everything is kept for it",
+                    reason=pace.blocked,
+                    refusal=pace.refusal or None,
+                )
+        if pace.slow and not before.slow and pace.blocked is None:
+            self._log(logging.WARNING, "a backend is down; it is asked again from time to time")
+        if before.slow and not pace.slow:
+            self._log(logging.INFO, "a backend takes records again")
+            self._hurry()
+
+    def _hurry(self) -> None:
+        """It is back: what waited for it need not wait out long backoffs. A `Retry-After` still holds."""
+        now = self._now()
+        entries = [(due if request.held else min(due, now.mono_s), id_, request) for due, id_, request in self._waiting]
+        heapq.heapify(entries)
+        self._waiting = entries
+
+    # --- sending ----------------------------------------------------------------------------------
+
+    async def _choose(self, now: Now, settlements: list[Settlement]) -> list[Request]:
+        """Which requests to offer now: those due again first, then those never offered; oldest first."""
+        allowed = self._pace.allowed(now, len(self._under_way), self.backend.abilities.concurrency)
+        fresh_first = False
+        if self._pace.slow and allowed:
+            fresh_first, self._fresh_next = self._fresh_next, not self._fresh_next
+            self._want_fresh = fresh_first and not self._ready
+        chosen: list[Request] = []
+        while len(chosen) < allowed and not self._want_fresh:
+            request = self._next(now, fresh_first)
+            if request is None:
+                break
+            overdue = await self._overdue(request, now)
+            if overdue is not None:
+                settlements.append(overdue)
+                continue
+            self._take_subject(request.subject)
+            chosen.append(request)
+        return chosen
+
+    def _next(self, now: Now, fresh_first: bool) -> Request | None:
+        """The next request whose subject is free; one that is not waits until it is."""
+        while True:
+            if self._waiting and self._waiting[0][0] <= now.mono_s and not (fresh_first and self._ready):
+                request = heapq.heappop(self._waiting)[2]
+                self._waiting_records -= request.records
+                self._waiting_bytes -= request.size_bytes
+            elif self._ready:
+                request = self._ready.popleft()
+            else:
+                return None
+            if not self._subject_busy(request.subject):
+                return request
+            self._behind.setdefault(request.subject, deque()).append(request)
+
+    def _subject_busy(self, subject: str) -> bool:
+        return subject in self._subjects
+
+    def _take_subject(self, subject: str) -> None:
+        if self.backend.abilities.one_per_subject and subject:
+            self._subjects.add(subject)
+
+    def _free_subject(self, subject: str) -> None:
+        self._subjects.discard(subject)
+        behind = self._behind.get(subject)
+        if behind:
+            self._ready.appendleft(behind.popleft())
+            if not behind:
+                del self._behind[subject]
+
+    def _wait(self, request: Request, due_s: float) -> None:
+        """Put a request among those that are offered again later. Its bytes are on disk."""
+        request.sealed = None
+        self._waiting_records += request.records
+        self._waiting_bytes += request.size_bytes
+        heapq.heappush(self._waiting, (due_s, request.id, request))
+
+    def _drop_waiting(self, gone: set[int]) -> None:
+        left = [entry for entry in self._waiting if entry[1] not in gone]
+        heapq.heapify(left)
+        self._waiting = left
+        self._waiting_records = sum(entry[2].records for entry in left)
+        self._waiting_bytes = sum(entry[2].size_bytes for entry in left)
+
+    def _set_is_full(self) -> bool:
+        limits = self._limits
+        return self._waiting_records >= limits.retry_records or self._waiting_bytes >= limits.retry_bytes
+
+    def _send(self, request: Request, now: Now) -> None:
+        request.under_way = True
+        request.started_s = now.wall_s
+        self._under_way[request.id] = request
+        self._shared.spawn(self._offer(request, now))
+
+    async def _offer(self, request: Request, started: Now) -> None:
+        assert request.sealed is not None
+        sealed = replace(request.sealed, attempt=request.tries.attempts)
+        verdicts = await self._ask(sealed)
+        self._under_way.pop(request.id, None)
+        self._free_subject(request.subject)
+        self._results.append(_Result(request, verdicts, started))
+        self._ring()
+
+    async def _ask(self, sealed: Sealed) -> Sequence[Verdict]:
+        count = len(sealed.events)
+        try:
+            async with asyncio.timeout(self._limits.send_limit_s):
+                verdicts = await self.backend.send(sealed)
+        except TimeoutError:
+            return [Unknown("no_answer")] * count
+        except Exception as error:  # noqa: BLE001 - a surprise in one backend is one unknown outcome
+            self._log(logging.ERROR, "a backend raised; the outcome is taken for unknown", error=type(error).__name__)
+            return [Unknown(f"raised_{type(error).__name__}")] * count
+        if len(verdicts) != count:
+            self._log(logging.ERROR, "a backend gave another number of verdicts than there are events")
+            return [Unknown("verdicts_missing")] * count
+        return verdicts
+
+    # --- sealing ----------------------------------------------------------------------------------
+
+    async def _seal_more(self, now: Now) -> bool:
+        """Seal the next records of one spool, as far as the window has room."""
+        want_fresh, self._want_fresh = self._want_fresh, False
+        room = self._room(now, want_fresh)
+        source = await self._source(self._wanted(room)) if room > 0 else None
+        if source is None or self._still_filling(source, now):
+            return False
+        items = list(itertools.islice(source.items, self._wanted(room)))
+        plan = await sealing.plan(
+            self.backend, items, room=room, again_upto=source.again_upto, now_s=now.wall_s, limits=self._limits
+        )
+        await self._seal(source, plan)
+        return True
+
+    async def _seal(self, source: _Source, plan: sealing.Plan) -> None:
+        now = self._now()
+        free = self._pace.allowed(now, len(self._under_way), self.backend.abilities.concurrency) - len(self._ready)
+        new: list[NewRequest] = []
+        for request in plan.requests:
+            at_once = free > 0 and request.due_s <= now.wall_s and not self._subject_busy(request.sealed.subject)
+            if at_once:
+                free -= 1
+                self._take_subject(request.sealed.subject)
+            new.append(replace(request, under_way=at_once))
+        step = Sealing(
+            cursor=source.cursor,
+            from_seq=source.seq,
+            to_seq=plan.upto_seq,
+            requests=new,
+            skipped=plan.skipped,
+            parked=plan.parked,
+            holes=plan.holes,
+        )
+        state = self._shared.state
+        ids = await self._blocking(lambda: state.seal(step, now.wall_s))
+        source.seq = plan.upto_seq
+        for _ in range(plan.taken):
+            source.items.popleft()
+        for id_, request in zip(ids, new, strict=True):
+            self._sealed(_opened(id_, source.cursor, request), now)
+        self._count_sealed(plan)
+
+    def _sealed(self, request: Request, now: Now) -> None:
+        if request.under_way:
+            self._send(request, now)
+        elif request.due_s > now.wall_s:
+            self._wait(request, now.mono_s + request.due_s - now.wall_s)
+        else:
+            self._ready.append(request)
+
+    def _count_sealed(self, plan: sealing.Plan) -> None:
+        metrics, name = self._shared.metrics, self.backend.name
+        events = sum(len(request.members) for request in plan.requests)
+        if events:
+            metrics.sealed(name, events)
+        for reason, seqs in plan.skipped.items():
+            metrics.skipped(name, reason, len(seqs))
+        missing = sum(hole.records for hole in plan.holes)
+        if missing:
+            metrics.skipped(name, MISSING, missing)
+            self._log(logging.ERROR, "records were lost with a damaged spool file", records=missing)
+        for reason, count in Counter(parked.reason for parked in plan.parked).items():
+            metrics.parked(name, reason, count)
+        if plan.requests and plan.taken:
+            # Learned from the last ones: how many requests a record gives (one for each meter, say).
+            self._per_record = max(len(plan.requests) / plan.taken, 0.01)
+
+    def _room(self, now: Now, want_fresh: bool) -> int:
+        """How many requests may be sealed now."""
+        if self._set_is_full():
+            return 0
+        free = self._pace.allowed(now, len(self._under_way), self.backend.abilities.concurrency)
+        if self._pace.slow:
+            return 1 if want_fresh and free else 0
+        queued = len(self._ready) + sum(map(len, self._behind.values()))
+        if self.backend.abilities.dedup is Dedup.NONE:
+            # What is sealed and not answered is unknown after a crash: no more than is under way.
+            return max(free - queued, 0)
+        return max(self._limits.window_requests - queued - len(self._under_way), 0)
+
+    def _wanted(self, room: int) -> int:
+        """How many records to take for so many requests: a slice of the event loop at most."""
+        most = self._limits.encode_records
+        if self.backend.abilities.events_max > 1:
+            return most
+        return max(1, min(most, int(room / self._per_record)))
+
+    def _still_filling(self, source: _Source, now: Now) -> bool:
+        """Whether a batch that is not full yet should wait a moment for more."""
+        full = min(self.backend.abilities.events_max, self._limits.encode_records)
+        if len(source.items) >= full or self.draining:
+            self._filling_since_s = None
+            return False
+        if self._filling_since_s is None:
+            self._filling_since_s = now.mono_s
+        if now.mono_s - self._filling_since_s < self._limits.linger_s:
+            return True
+        self._filling_since_s = None
+        return False
+
+    async def _source(self, count: int) -> _Source | None:
+        """The next spool with records to seal, in turn."""
+        await self._list_instances()
+        for _ in range(len(self._rotation)):
+            source = self._sources[self._rotation[0]]
+            self._rotation.rotate(-1)
+            if len(source.items) < count and not source.dry:
+                await self._read(source)
+            if source.items:
+                return source
+        return None
+
+    async def _read(self, source: _Source) -> None:
+        source.dry = True  # unless a wake says otherwise while this look is under way
+        reader, limit = self._shared.reader, self._limits.read_bytes
+        groups = await asyncio.to_thread(lambda: reader.read(source.instance, source.read_seq, bytes_max=limit))
+        for group in groups:
+            for seq, line in enumerate(group.lines, group.first_seq):
+                if seq > source.read_seq:
+                    source.items.append(Item(seq, line))
+            if group.missing:
+                hole = Hole(group.first_seq, group.last_seq, group.missing)
+                source.items.append(Item(group.last_seq, b"", hole))
+            if group.last_seq > source.read_seq:
+                source.read_seq = group.last_seq
+                source.dry = False
+
+    async def _list_instances(self) -> None:
+        now = self._now()
+        if not self._unknown_instances or now.mono_s < self._next_listing_s:
+            return
+        self._unknown_instances = False
+        self._next_listing_s = now.mono_s + RELIST_S
+        shared, name = self._shared, self.backend.name
+        for instance in await asyncio.to_thread(shared.reader.instances):
+            if instance not in self._sources:
+                cursor = await self._blocking(lambda i=instance: shared.state.start_cursor(name, i))  # type: ignore[misc]
+                self._add_source(cursor)
+
+    def _add_source(self, cursor: Cursor) -> None:
+        self._sources[cursor.instance] = _Source(
+            cursor.id, cursor.instance, cursor.seq, cursor.again_upto, read_seq=cursor.seq
+        )
+        self._rotation.append(cursor.instance)
+
+    # --- waiting ----------------------------------------------------------------------------------
+
+    async def _rest(self) -> None:
+        """Wait for the bell, or for the next thing that is due."""
+        if self._quiet():
+            self.idle.set()
+        now = self._now()
+        try:
+            async with asyncio.timeout(max(self._due_s(now) - now.mono_s, 0.0)):
+                await self._bell.wait()
+        except TimeoutError:
+            pass
+        self._bell.clear()
+
+    def _due_s(self, now: Now) -> float:
+        """The monotonic time of the next look."""
+        times = [self._next_sweep_s]
+        if self._pace.slow:
+            times.append(max(self._pace.not_before_s, now.mono_s) if not self._under_way else self._next_sweep_s)
+        elif self._waiting and len(self._under_way) < self.backend.abilities.concurrency:
+            times.append(self._waiting[0][0])
+        if self._filling_since_s is not None:
+            times.append(self._filling_since_s + self._limits.linger_s)
+        if self._unknown_instances:
+            times.append(self._next_listing_s)
+        return min(times)
+
+    def _quiet(self) -> bool:
+        """Whether nothing is under way and nothing more could be started now."""
+        if self._under_way or self._results or self._bell.is_set():
+            return False
+        if self._pace.slow or self._set_is_full():
+            return True
+        unread = any(source.items or not source.dry for source in self._sources.values())
+        return not (self._ready or self._behind or unread or self._unknown_instances)
+
+    def _open(self) -> Iterator[Request]:
+        yield from self._ready
+        yield from self._under_way.values()
+        for behind in self._behind.values():
+            yield from behind
+        for entry in self._waiting:
+            yield entry[2]
+
+    async def _blocking(self, work: Callable[[], _T]) -> _T:
+        """Do something with `delivery.db`. A full disk is waited for: nothing goes on until the step is stored."""
+        told = False
+        while True:
+            try:
+                return await self._shared.in_state(work)
+            except StateFull as error:
+                if not told:
+                    self._log(logging.ERROR, str(error))
+                told = True
+                await asyncio.sleep(FULL_RETRY_S)
+
+    def _now(self) -> Now:
+        now, stepped = self._shared.look()
+        if stepped:
+            self._expired = True
+        return now
+
+    def _roll(self) -> float:
+        return self._shared.chance.random()
+
+    def _ring(self) -> None:
+        self.idle.clear()
+        self._bell.set()
+
+    def _log(self, level: int, text: str, **facts: object) -> None:
+        _LOG.log(level, text, extra={"facts": {"backend": self.backend.name, **facts}})
+
+
+def _opened(id_: int, cursor: int, new: NewRequest) -> Request:
+    """A request as it stands in the file right after it was stored."""
+    tries = new.tries
+    if new.under_way:
+        tries = replace(tries, attempts=tries.attempts + 1)
+    return Request(
+        id=id_,
+        cursor=cursor,
+        key=new.sealed.key,
+        subject=new.sealed.subject,
+        members=new.members,
+        records=len(new.lines),
+        size_bytes=request_size(new),
+        oldest_s=new.oldest_s,
+        tries=tries,
+        due_s=new.due_s,
+        under_way=new.under_way,
+        started_s=0.0,
+        generation=new.generation,
+        history=new.history,
+        sealed=new.sealed,
+    )
+
+
+def _stamp(now: Now) -> str:
+    return datetime.fromtimestamp(now.wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _entry(now: Now, verdicts: Sequence[Verdict]) -> str:
+    """One attempt in words: when, and each kind of answer with how many events got it."""
+    kinds = Counter(
+        " ".join(filter(None, (type(verdict).__name__.lower(), getattr(verdict, "reason", "")))) for verdict in verdicts
+    )
+    return " ".join([_stamp(now), ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())])

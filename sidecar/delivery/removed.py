@@ -1,0 +1,96 @@
+"""Parting with a backend that is no longer configured: all that it had still to get is parked, and stays visible.
+
+Runs once after a start without it, in small steps beside the lanes, and goes on where it stopped. Records made
+later are none of its business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Final, Protocol, TypeVar
+
+import orjson
+
+from sidecar.delivery.ports import SpoolReader
+from sidecar.delivery.retry import REMOVED, Now, Parking, park_all
+from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.state.rows import Cursor, NewParked, Sealing, Settlement
+
+_LOG = logging.getLogger(__name__)
+_T = TypeVar("_T")
+SLICE: Final = 200  # requests or records parked in one transaction: a few milliseconds
+
+
+class Owner(Protocol):
+    """What is needed of the owner of the lanes."""
+
+    reader: SpoolReader
+    state: DeliveryState
+
+    async def in_state(self, work: Callable[[], _T]) -> _T: ...
+    def look(self) -> tuple[Now, bool]: ...
+
+
+async def part_with(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
+    """Park everything sealed for a backend, and everything in the spools up to where they ended at the start."""
+    count = await _park_sealed(name, owner)
+    cursors = {cursor.instance: cursor for cursor in await owner.in_state(lambda: owner.state.cursors(name))}
+    for instance, end in ends.items():
+        cursor = cursors.get(instance)
+        if cursor is None:
+            cursor = await owner.in_state(functools.partial(owner.state.start_cursor, name, instance))
+        count += await _park_rest(cursor, owner, end)
+    await owner.in_state(functools.partial(owner.state.parted, name))
+    if count:
+        _LOG.warning(
+            "a backend is no longer configured; what it had still to get is parked",
+            extra={"facts": {"backend": name, "records": count}},
+        )
+
+
+async def _park_sealed(name: str, owner: Owner) -> int:
+    state, count = owner.state, 0
+    requests = await owner.in_state(lambda: state.open_requests(name))
+    for start in range(0, len(requests), SLICE):
+        settlements = []
+        for request in requests[start : start + SLICE]:
+            maybe = request.tries.risky or request.under_way
+            decision = park_all(request.tries, len(request.members), Parking(REMOVED, maybe_taken=maybe))
+            settlements.append(Settlement(request=request, decision=decision, history=request.history))
+            count += request.records
+        now = owner.look()[0].wall_s
+        await owner.in_state(functools.partial(state.turn, settlements, (), (), now))
+    return count
+
+
+async def _park_rest(cursor: Cursor, owner: Owner, end: int) -> int:
+    reader, state, count = owner.reader, owner.state, 0
+    while cursor.seq < end:
+        groups = await asyncio.to_thread(functools.partial(reader.read, cursor.instance, cursor.seq))
+        lines = [
+            (seq, line)
+            for group in groups
+            for seq, line in enumerate(group.lines, group.first_seq)
+            if cursor.seq < seq <= end
+        ]
+        if not lines:
+            break
+        for start in range(0, len(lines), SLICE):
+            piece = lines[start : start + SLICE]
+            parked = [NewParked(seq=s, record_id=_id(line, s), reason=REMOVED, line=line) for s, line in piece]
+            step = Sealing(cursor=cursor.id, from_seq=cursor.seq, to_seq=piece[-1][0], parked=parked)
+            await owner.in_state(functools.partial(state.seal, step, owner.look()[0].wall_s))
+            cursor = replace(cursor, seq=piece[-1][0])
+            count += len(piece)
+    return count
+
+
+def _id(line: bytes, seq: int) -> str:
+    try:
+        return str(orjson.loads(line)["id"])
+    except (ValueError, KeyError, TypeError):
+        return f"seq:{seq}"

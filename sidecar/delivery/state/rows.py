@@ -1,0 +1,171 @@
+"""What travels between a lane and `delivery.db`: requests to be sealed, requests that are open, their settling.
+
+Plain data. A `Request` is the one mutable thing: it belongs to its lane, which follows with it what was stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sidecar.delivery.retry import Decision, Tries
+from sidecar.verdict import Sealed
+
+
+class StateError(Exception):
+    """`delivery.db` cannot do what was asked. The text says what to do about it."""
+
+
+class StateFull(StateError):
+    """There is no room on the disk: nothing was written, the same step may be tried again."""
+
+
+class StateBusy(StateError):
+    """What is on disk is not what the caller believes (a step that was stored after all): load again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One wire event and the record that it came from."""
+
+    seq: int
+    record_id: str
+    event_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewRequest:
+    """A request to be stored before its first attempt, with the records that it was made of.
+
+    The records are kept beside the bytes so that a split, a parking and a redrive need no spool:
+    its chunk may be gone by then.
+    """
+
+    sealed: Sealed
+    members: tuple[Member, ...]
+    lines: tuple[bytes, ...]  # one a record, in the order in which the members first name them
+    oldest_s: float  # event time of the oldest record
+    due_s: float = 0.0  # wall clock: not before
+    under_way: bool = False  # offered at once: a crash leaves its outcome unknown
+    tries: Tries = field(default_factory=Tries)
+    generation: int = 0  # how often its records were redriven
+    history: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class Request:
+    """An open sealed request. `sealed` is None while it waits long: its bytes are read when it is due."""
+
+    id: int
+    cursor: int
+    key: str
+    subject: str
+    members: tuple[Member, ...]
+    records: int
+    size_bytes: int
+    oldest_s: float
+    tries: Tries
+    due_s: float
+    under_way: bool
+    started_s: float  # wall clock: start of the latest attempt
+    generation: int
+    history: tuple[str, ...]
+    sealed: Sealed | None = None
+    warned: bool = False  # that its window is about to end
+    held: bool = False  # waits for as long as the backend said, not for our own backoff
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewParked:
+    """A record that could not become a request."""
+
+    seq: int
+    record_id: str
+    reason: str
+    line: bytes
+    maybe_taken: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hole:
+    """Numbers whose records cannot be read any more; `records` of them were recorded once."""
+
+    first_seq: int
+    last_seq: int
+    records: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sealing:
+    """One step of a cursor: what became of the records between two places in the spool."""
+
+    cursor: int
+    from_seq: int  # where the cursor must be
+    to_seq: int
+    requests: Sequence[NewRequest] = ()
+    skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)  # reason -> seqs
+    parked: Sequence[NewParked] = ()
+    holes: Sequence[Hole] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settlement:
+    """What is to be stored of one attempt."""
+
+    request: Request
+    decision: Decision
+    history: tuple[str, ...]
+    due_s: float = 0.0
+    children: Sequence[NewRequest] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """How far one backend is in one instance's spool."""
+
+    id: int
+    backend: str
+    instance: str
+    seq: int
+    again_upto: int  # up to here nothing is known of earlier deliveries: the rule for salvaged records
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parked:
+    """One parked event, as listed."""
+
+    id: int
+    cursor: int
+    backend: str
+    instance: str
+    seq: int
+    record_id: str
+    event_id: str
+    reason: str
+    maybe_taken: bool
+    at_s: float
+    key: str
+    generation: int
+    request: int | None
+    line: bytes
+    body: bytes | None  # what was sent, as far as it was ever encoded
+    history: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Redrive:
+    """Parked events of one cursor to be let go in one step, and the requests that carry them on."""
+
+    cursor: int
+    parked: Sequence[Parked]
+    requests: Sequence[NewRequest]
+    skipped: Mapping[int, str] = field(default_factory=dict)  # seq -> reason: encodes to nothing now
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a spool ends, and how many records were ever put in it."""
+
+    instance: str
+    last_seq: int
+    recorded: int
