@@ -7,6 +7,7 @@ after a crash and after damage, `retention` what goes and when, `verify` the rec
 from sidecar.spool.files import FileLock, disk_free_bytes, ground_warning
 from sidecar.spool.owner import Spool, adopt_orphans, sqlite_version
 from sidecar.spool.reader import SpoolReader
+from sidecar.spool.verify import SlotReport, verify, verify_slot
 from sidecar.spool.words import (
     Batch,
     Health,
@@ -28,6 +29,7 @@ __all__ = [
     "FileLock",
     "Health",
     "Limits",
+    "SlotReport",
     "Snapshot",
     "Spool",
     "SpoolDamaged",
@@ -44,4 +46,6 @@ __all__ = [
     "disk_free_bytes",
     "ground_warning",
     "sqlite_version",
+    "verify",
+    "verify_slot",
 ]

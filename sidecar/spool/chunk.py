@@ -18,7 +18,7 @@ from __future__ import annotations
 import sqlite3
 import sys
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -33,6 +33,7 @@ APPLICATION_ID: Final = 0x4D53_504C  # "MSPL"
 _HEADER: Final = b"SQLite format 3\0"
 # One small record costs a rewritten leaf page in the log, so small pages; larger ones were no quicker for big groups.
 PAGE_BYTES: Final = 4096
+NO_BOUND: Final = (1 << 63) - 1  # beyond every number
 _BUSY_S: Final = 5.0  # readers are short; only a stranger's shell on the file can make us wait
 
 # From format n to n + 1, run in one transaction, file by file. Format 1 is the first.
@@ -284,6 +285,33 @@ def close_untouched(connection: sqlite3.Connection, path: Path) -> None:
 def meta(connection: sqlite3.Connection, name: str) -> Any:
     row = connection.execute("SELECT value FROM meta WHERE name = ?", (name,)).fetchone()
     return None if row is None else row[0]
+
+
+def readable_rows(
+    connection: sqlite3.Connection, table: str, key: str, columns: str, start: int = 0, bound: int = NO_BOUND
+) -> Iterator[tuple[Any, ...]]:
+    """Rows with `start <= key < bound`, in order; beyond a broken page, what can be reached from the other end."""
+    inside = f"FROM {table} WHERE {key} >= ? AND {key} < ? ORDER BY {key}"
+    try:
+        for row in connection.execute(f"SELECT {columns} {inside}", (start, bound)):
+            start = row[0] + 1
+            yield row
+        return
+    except sqlite3.Error:
+        pass
+    keys: list[int] = []
+    try:  # keys first, so that the rows need not be held in memory to be turned round
+        for (found,) in connection.execute(f"SELECT {key} {inside} DESC", (start, bound)):
+            keys.append(found)
+    except sqlite3.Error:
+        pass
+    for found in reversed(keys):
+        try:
+            row = connection.execute(f"SELECT {columns} FROM {table} WHERE {key} = ?", (found,)).fetchone()
+        except sqlite3.Error:
+            continue
+        if row is not None:
+            yield row
 
 
 def check_header(path: Path) -> int:

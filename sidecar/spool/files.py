@@ -93,9 +93,29 @@ def size_or_zero(path: Path) -> int:
         return 0
 
 
+def write_retired(slot: Path, first_seq: int, recorded: int) -> None:
+    """Say what the oldest chunk that retention leaves begins with: what is missing after it was not retired."""
+    draft = slot / "retired.draft"
+    with draft.open("w", encoding="ascii") as file:
+        json.dump({"first_seq": first_seq, "recorded": recorded}, file)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.rename(slot / "retired")
+    sync_directory(slot)
+
+
+def read_retired(slot: Path) -> tuple[int, int]:
+    """The first number that was not retired, and how many records were."""
+    try:
+        row = json.loads((slot / "retired").read_bytes())
+        return int(row["first_seq"]), int(row["recorded"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 1, 0
+
+
 def remove_chunk(path: Path) -> None:
     """Unlink a chunk and SQLite's files beside it. The main file goes last: a log alone means nothing."""
-    for suffix in ("-shm", "-wal", ""):
+    for suffix in ("-shm", "-wal", "-journal", ""):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
 
 
@@ -120,6 +140,8 @@ def make_directory(path: Path) -> None:
     while not path.exists():
         missing.append(path)
         path = path.parent
+    if not path.is_dir():
+        raise SpoolError(f"{path} is a file where a directory is needed: move it away, or set SIDECAR_DATA_DIR")
     try:
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)

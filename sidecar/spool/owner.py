@@ -70,6 +70,7 @@ class Spool:
         self.tally = Tally(admitted=at.admitted, lost=read_lost(at.lost))
         self._recorded = at.recorded
         self._last_seq = at.last_seq
+        self._next_seq = at.last_seq + settled + 1
 
     @classmethod
     def open(
@@ -135,8 +136,8 @@ class Spool:
 
     @property
     def next_seq(self) -> int:
-        """The number of the next record, as of opening; from then on the recorder counts."""
-        return self._writer.position.last_seq + 1 if self._loop is None else self._last_seq + 1
+        """The number after the last one given at opening; from then on the recorder counts."""
+        return self._next_seq
 
     def submit(self, batch: Batch) -> None:
         """Hand a batch to the writer, in order, from the event loop. Never waits."""

@@ -20,14 +20,20 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.spool import files, recovery
-from sidecar.spool.chunk import RECORD_COLUMNS, Opening, RecordGroup, meta, read_lost, translate
+from sidecar.spool.chunk import (
+    NO_BOUND,
+    RECORD_COLUMNS,
+    Opening,
+    RecordGroup,
+    meta,
+    read_lost,
+    readable_rows,
+    translate,
+)
 from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals, StoredGroup
 
 # Connections kept for the next read: delivery stands in one chunk per instance and backend group at a time.
 _CONNECTIONS_KEPT: Final = 8
-_NO_BOUND: Final = (1 << 63) - 1
-_RECORDED: Final = 7  # column numbers in RECORD_COLUMNS
-_BODY: Final = 11
 
 
 @dataclass(slots=True, frozen=True)
@@ -140,47 +146,38 @@ class SpoolReader:
                 yield group.committed_ns, group.first_seq, group
 
     def _groups(self, instance: str, after_seq: int) -> Iterator[StoredGroup]:
-        """Groups and holes beyond `after_seq`; `recorded` is carried from row to row and chunk to chunk."""
-        recorded: int | None = None
-        at_seq = after_seq
-        for info in self._chunks(instance):
+        """Groups and holes beyond `after_seq`. `recorded` is carried from row to row and from chunk to chunk."""
+        chunks = self._chunks(instance)
+        at: tuple[int, int] | None = files.read_retired(files.slot_dir(self.root, instance))
+        for info in chunks:
             if info.bound_seq <= after_seq + 1:
+                at = None  # what is missing in chunks before is no longer asked for
                 continue
-            if recorded is not None and info.opening.base_recorded > recorded:
-                yield _hole(at_seq + 1, info.opening.first_seq - 1, info.opening.base_recorded - recorded)
-                at_seq = max(at_seq, info.opening.first_seq - 1)
-            recorded = info.opening.base_recorded if recorded is None else max(recorded, info.opening.base_recorded)
+            opening = info.opening
+            if at is not None:
+                yield from _hole(at, opening.first_seq, opening.base_recorded, after_seq)
+            else:
+                at = (0, 0)
+            at = (max(opening.first_seq, at[0]), max(opening.base_recorded, at[1]))
             for group in self._chunk_groups(info, after_seq):
-                before = group.totals.recorded - group.count
-                if before > recorded and group.first_seq - 1 > after_seq:
-                    yield _hole(max(at_seq, info.opening.first_seq - 1) + 1, group.first_seq - 1, before - recorded)
-                recorded = max(recorded, group.totals.recorded)
-                at_seq = group.last_seq
+                yield from _hole(at, group.first_seq, group.totals.recorded - group.count, after_seq)
+                at = (group.last_seq + 1, max(at[1], group.totals.recorded))
                 if group.last_seq > after_seq:
                     yield _stored(group, after_seq)
 
     def _chunk_groups(self, info: ChunkInfo, after_seq: int) -> Iterator[RecordGroup]:
         """The readable groups of one chunk, from the one before `after_seq + 1` on."""
         with self._reading(info.path) as connection:
-            start = _start(connection, after_seq)
-            rows = connection.execute(
-                f"SELECT {RECORD_COLUMNS} FROM record_group WHERE first_seq >= ? AND first_seq < ? ORDER BY first_seq",
-                (start, info.bound_seq),
-            )
             try:
-                while True:
-                    try:
-                        row = rows.fetchone()
-                    except sqlite3.Error:
-                        return  # a broken page: the next chunk's `recorded` tells what is missing
-                    if row is None:
-                        return
-                    try:
-                        yield RecordGroup.read(row)
-                    except (SpoolDamaged, ValueError):
-                        continue  # the next row's `recorded` tells
-            finally:
-                rows.close()
+                start = _start(connection, after_seq)
+            except sqlite3.DatabaseError:
+                start = 0
+            rows = readable_rows(connection, "record_group", "first_seq", RECORD_COLUMNS, start, info.bound_seq)
+            for row in rows:
+                try:
+                    yield RecordGroup.read(row)
+                except (SpoolDamaged, ValueError):
+                    continue  # the next row's `recorded` tells
 
     def _chunks(self, instance: str) -> list[ChunkInfo]:
         slot = files.slot_dir(self.root, instance)
@@ -191,7 +188,7 @@ class SpoolReader:
             if opening is not None:
                 begun.append((path, number, opening))
         found: list[ChunkInfo] = []
-        bound = _NO_BOUND
+        bound = NO_BOUND
         for path, number, opening in reversed(begun):
             found.append(ChunkInfo(path, number, opening, bound))
             if opening.first_seq > 0:
@@ -290,5 +287,10 @@ def _stored(group: RecordGroup, after_seq: int) -> StoredGroup:
     )
 
 
-def _hole(first_seq: int, last_seq: int, missing: int) -> StoredGroup:
-    return StoredGroup(first_seq=first_seq, last_seq=max(first_seq, last_seq), lines=(), missing=missing)
+def _hole(at: tuple[int, int], first_seq: int, recorded: int, after_seq: int) -> Iterator[StoredGroup]:
+    """The records that should stand between `at` (next number, recorded so far) and `first_seq`."""
+    last_seq = first_seq - 1
+    # Of a hole that `after_seq` lies in, what was read before the damage came is not missing.
+    missing = min(recorded - at[1], last_seq - after_seq)
+    if missing > 0:
+        yield StoredGroup(first_seq=max(at[0], after_seq + 1), last_seq=last_seq, lines=(), missing=missing)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 import time
+from itertools import pairwise
 from pathlib import Path
 
 from sidecar.spool import files
@@ -26,13 +27,18 @@ def retire_chunks(root: Path, instance: str, before_seq: int, retention_s: float
         infos = reader.chunks(instance)
     total = sum(_size(info.path) for info in infos)
     oldest_ns = time.time_ns() - int(retention_s * 1e9)
+    slot = files.slot_dir(root, instance)
     gone = 0
-    for info in infos[:-1]:
+    for info, following in pairwise(infos):
         if info.bound_seq > before_seq or files.size_or_zero(files.wal_path(info.path)):
             break  # oldest first, and never a hole in between
         if total <= retention_bytes and _newest_ns(info.path) >= oldest_ns:
             break
         size = _size(info.path)
+        try:
+            files.write_retired(slot, following.opening.first_seq, following.opening.base_recorded)
+        except OSError as error:
+            raise files.translate(error, f"cannot note in {slot} what is retired") from error
         files.remove_chunk(info.path)
         total -= size
         gone += 1

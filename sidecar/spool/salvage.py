@@ -1,9 +1,10 @@
 """Reading what can be read out of a damaged chunk, into a new one under the same number.
 
-The damaged file is never written: it is read through a scratch copy into which the write-ahead log is applied page
-by page, past frames that SQLite would stop at (our own checksums tell good groups from bad), and then moved
-to `set-aside/` as it was. The new file is complete on disk before the old one moves, and a crash between the
-two renames is mended by `finish_swaps`.
+The damaged file is never written. It is read through two scratch copies: one as SQLite recovers it, and one into which
+the write-ahead log is applied page by page, past the frames that SQLite would stop at. Our own checksums tell good
+groups from bad, and either copy may have some that the other has not: a torn page hides what its older image
+holds. Then the file moves to `set-aside/` as it was. The new file is complete on disk before the old one moves,
+and a crash between the two renames is mended by `finish_swaps`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from sidecar.spool.chunk import (
     APPLICATION_ID,
     FORMAT,
     INTENT_COLUMNS,
+    NO_BOUND,
     PAGE_BYTES,
     RECORD_COLUMNS,
     Chunk,
@@ -31,6 +33,7 @@ from sidecar.spool.chunk import (
     Opening,
     RecordGroup,
     meta,
+    readable_rows,
 )
 from sidecar.spool.words import SpoolDamaged
 
@@ -54,24 +57,26 @@ class Salvaged:
 def replace_chunk(root: Path, instance: str, path: Path, number: int, *, upto_seq: int | None = None) -> Salvaged:
     """Copy what is readable (and not beyond `upto_seq`) into a new file, set the old one aside, swap them."""
     scratch = path.with_name(path.name + ".scratch")
-    draft = path.with_name(path.name + ".draft")
-    for leftover in (scratch, draft):
-        files.remove_chunk(leftover)
-    try:
-        _copy_with_log(path, scratch)
-        records, any_left = _copy_groups(scratch, draft, number, instance, upto_seq)
-    finally:
+    draft = _Draft(path.with_name(path.name + ".draft"), number, instance, NO_BOUND if upto_seq is None else upto_seq)
+    files.remove_chunk(draft.path)
+    for make in (_copy_with_log_beside, _copy_with_log_applied):
         files.remove_chunk(scratch)
+        try:
+            make(path, scratch)
+            draft.take_from(scratch)
+        finally:
+            files.remove_chunk(scratch)
+    any_left = draft.seal()
     swap = path.with_name(path.name + _SWAP)
     if any_left:
-        draft.rename(swap)
+        draft.path.rename(swap)
         files.sync_directory(path.parent)
     moved = files.set_aside(root, instance, path)
     if any_left:
         swap.rename(path)
         files.sync_directory(path.parent)
-    log.error("a damaged chunk was set aside", extra={"set_aside": str(moved), "records_salvaged": records})
-    return Salvaged(records, moved)
+    log.error("a damaged chunk was set aside", extra={"set_aside": str(moved), "records_salvaged": draft.records})
+    return Salvaged(draft.records, moved)
 
 
 def finish_swaps(root: Path, instance: str, slot: Path) -> None:
@@ -141,7 +146,15 @@ def _frames(wal: Path) -> list[_Frame]:
     return [_Frame(page, commit, at) if salt == current else _Frame(0, 0, at) for page, commit, salt, at in heads]
 
 
-def _copy_with_log(path: Path, scratch: Path) -> None:
+def _copy_with_log_beside(path: Path, scratch: Path) -> None:
+    """For SQLite to recover in its own way."""
+    shutil.copyfile(path, scratch)
+    wal = files.wal_path(path)
+    if wal.exists():
+        shutil.copyfile(wal, files.wal_path(scratch))
+
+
+def _copy_with_log_applied(path: Path, scratch: Path) -> None:
     """The chunk as it would be with every whole transaction of its log, in a file of its own."""
     shutil.copyfile(path, scratch)
     wal = files.wal_path(path)
@@ -174,41 +187,56 @@ def _mend_header(target: Any) -> None:
     target.write(head)
 
 
-def _copy_groups(scratch: Path, draft: Path, number: int, instance: str, upto_seq: int | None) -> tuple[int, bool]:
-    connection = sqlite3.connect(f"{scratch.absolute().as_uri()}?mode=ro&immutable=1", uri=True)
-    copy: Chunk | None = None
-    records = 0
-    try:
-        opening = _opening(connection)
-        bound = upto_seq if upto_seq is not None else (1 << 63) - 1
-        pending: list[RecordGroup] = []
-        for group in _readable_groups(connection):
-            if group.last_seq > bound:
-                continue
-            opening = opening or Opening(group.first_seq, group.totals.recorded - group.count)
-            pending.append(replace(group, salvaged=True))
-            records += group.count
-            if len(pending) == _GROUPS_A_COMMIT:
-                copy = _write(copy, draft, number, instance, pending, None, opening)
-                pending = []
-        if pending:
-            copy = _write(copy, draft, number, instance, pending, None, opening)
-        for intents in _readable_intents(connection):
-            opening = opening or Opening(0, intents.totals.recorded)
-            copy = _write(copy, draft, number, instance, [], intents, opening)
-    finally:
-        connection.close()
-    if copy is None:
-        return 0, False
-    copy.seal()
-    return records, True
+class _Draft:
+    """The replacement, filled from one copy after the other."""
 
+    def __init__(self, path: Path, number: int, instance: str, upto_seq: int) -> None:
+        self.path = path
+        self.records = 0
+        self._number = number
+        self._instance = instance
+        self._upto_seq = upto_seq
+        self._chunk: Chunk | None = None
+        self._groups: set[int] = set()  # by first number
+        self._intents: set[int] = set()  # by commit number
 
-def _write(copy: Chunk | None, draft: Path, number: int, instance: str, groups: list[RecordGroup],
-           intents: IntentGroup | None, opening: Opening | None) -> Chunk:  # fmt: skip
-    chunk = copy or Chunk.create(draft, number, instance)
-    chunk.write(groups, intents, opening if copy is None else None)
-    return chunk
+    def take_from(self, scratch: Path) -> None:
+        """What this copy has and none before it had."""
+        connection = sqlite3.connect(scratch, isolation_level=None)
+        try:
+            opening = _opening(connection)
+            pending: list[RecordGroup] = []
+            for group in _readable_groups(connection):
+                if group.last_seq > self._upto_seq or group.first_seq in self._groups:
+                    continue
+                opening = opening or Opening(group.first_seq, group.totals.recorded - group.count)
+                self._groups.add(group.first_seq)
+                self.records += group.count
+                pending.append(replace(group, salvaged=True))
+                if len(pending) == _GROUPS_A_COMMIT:
+                    self._write(pending, None, opening)
+                    pending = []
+            if pending:
+                self._write(pending, None, opening)
+            for intents in _readable_intents(connection):
+                if intents.totals.commit_number not in self._intents:
+                    self._intents.add(intents.totals.commit_number)
+                    self._write([], intents, opening or Opening(0, intents.totals.recorded))
+        finally:
+            connection.close()
+
+    def seal(self) -> bool:
+        """Put the file away; False when nothing was readable and there is none."""
+        if self._chunk is None:
+            return False
+        self._chunk.seal()
+        return True
+
+    def _write(self, groups: list[RecordGroup], intents: IntentGroup | None, opening: Opening | None) -> None:
+        chunk = self._chunk
+        if chunk is None:
+            chunk = self._chunk = Chunk.create(self.path, self._number, self._instance)
+        chunk.write(groups, intents, opening if chunk.opening is None else None)
 
 
 def _opening(connection: sqlite3.Connection) -> Opening | None:
@@ -220,7 +248,7 @@ def _opening(connection: sqlite3.Connection) -> Opening | None:
 
 
 def _readable_groups(connection: sqlite3.Connection) -> Iterator[RecordGroup]:
-    for row in _readable_rows(connection, "record_group", "first_seq", RECORD_COLUMNS):
+    for row in readable_rows(connection, "record_group", "first_seq", RECORD_COLUMNS):
         try:
             yield RecordGroup.read(row)
         except (SpoolDamaged, ValueError):
@@ -228,34 +256,8 @@ def _readable_groups(connection: sqlite3.Connection) -> Iterator[RecordGroup]:
 
 
 def _readable_intents(connection: sqlite3.Connection) -> Iterator[IntentGroup]:
-    for row in _readable_rows(connection, "intent_group", "commit_number", INTENT_COLUMNS):
+    for row in readable_rows(connection, "intent_group", "commit_number", INTENT_COLUMNS):
         try:
             yield IntentGroup.read(row)
         except (SpoolDamaged, ValueError):
             continue
-
-
-def _readable_rows(connection: sqlite3.Connection, table: str, key: str, columns: str) -> Iterator[tuple[Any, ...]]:
-    """Rows in order; from a broken page on, what can be reached from the other end."""
-    last_key = -1
-    try:
-        for row in connection.execute(f"SELECT {columns} FROM {table} ORDER BY {key}"):
-            last_key = row[0]
-            yield row
-        return
-    except sqlite3.Error:
-        pass
-    keys: list[int] = []
-    try:  # keys first, so that the tail need not be held in memory to be turned round
-        tail = f"SELECT {key} FROM {table} WHERE {key} > ? ORDER BY {key} DESC"
-        for (found,) in connection.execute(tail, (last_key,)):
-            keys.append(found)
-    except sqlite3.Error:
-        pass
-    for found in reversed(keys):
-        try:
-            row = connection.execute(f"SELECT {columns} FROM {table} WHERE {key} = ?", (found,)).fetchone()
-        except sqlite3.Error:
-            continue
-        if row is not None:
-            yield row

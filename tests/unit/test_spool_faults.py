@@ -1,0 +1,304 @@
+"""A disk that fails, stalls or is full: nothing handed over is lost or stored twice, and it goes on by itself."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from spool_fixtures import SMALL, Told, call, ended, failing, only_instance, recorded, rows, stalling, until
+
+from sidecar.recorder import SpoolRecorder
+from sidecar.spool import (
+    Limits,
+    Spool,
+    SpoolReader,
+    State,
+    adopt_orphans,
+    ground_warning,
+    sqlite_version,
+    verify,
+)
+from sidecar.spool.files import Reserve, chunk_numbers, slot_dir
+
+
+def _in_order(root: Path) -> None:
+    with SpoolReader(root) as reader:
+        for report in verify(reader):
+            assert report.in_order, report.problems
+
+
+@pytest.mark.parametrize("how", ["before", "after"])
+@pytest.mark.parametrize("turn", [1, 2, 5])
+async def test_a_failed_sync_moves_on_to_another_file(tmp_path, how, turn):
+    """Also where the commit mark was written before the sync failed: the old file then holds the records as well."""
+    told = Told()
+    async with Spool.open(tmp_path, limits=SMALL, create=failing({turn: how}).create, metrics=told) as spool:
+        recorder = SpoolRecorder(spool, told)
+        for _ in range(10):
+            await recorded(recorder, call())
+        await until(lambda: spool.health().state is State.OK)
+        assert spool.snapshot().totals.holds
+    found = rows(tmp_path, spool.instance)
+    assert [row["seq"] for row in found] == list(range(1, 11))
+    assert len({row["id"] for row in found}) == 10
+    assert len(list((tmp_path / "set-aside").glob("*/*.db"))) == (turn > 1)
+    _in_order(tmp_path)
+
+
+async def test_the_file_that_failed_is_not_written_again(tmp_path):
+    kind = failing({5: "before"})  # the first is the opening
+    async with Spool.open(tmp_path, limits=SMALL, create=kind.create) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        for _ in range(3):
+            await recorded(recorder, call())
+        first = spool._writer._chunk
+        assert first is not None
+        await recorded(recorder, call())
+        assert spool._writer._chunk is not first
+        assert first.broken
+
+
+async def test_a_disk_that_fails_for_a_while_loses_nothing(tmp_path):
+    turns = dict.fromkeys(range(3, 12), "after")
+    async with Spool.open(tmp_path, limits=SMALL, create=failing(turns).create) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        calls = [call() for _ in range(20)]
+        for exchange in calls:
+            recorder.admit(exchange)
+            recorder.complete(exchange, None)
+            await asyncio.sleep(0.001)
+        await until(lambda: spool.health().state is State.DEGRADED or spool.snapshot().totals.recorded == 20)
+        await until(lambda: spool.snapshot().totals.recorded == 20)
+    assert [row["id"] for row in rows(tmp_path, spool.instance)] == [exchange.id for exchange in calls]
+    _in_order(tmp_path)
+
+
+async def test_closing_gives_up_on_a_disk_that_takes_nothing(tmp_path):
+    limits = Limits(reserve_bytes=0, recover_margin_bytes=0, retry_s_min=0.005, retry_s_max=0.01, stop_s=0.1)
+    turns = dict.fromkeys(range(2, 10_000), "before")
+    spool = Spool.open(tmp_path, limits=limits, create=failing(turns).create)
+    async with spool:
+        recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
+        recorder.admit(exchange := call())
+        recorder.complete(exchange, None)
+        await until(lambda: spool.health().state is State.DEGRADED)
+        assert "writing" in (spool.health().reason or "")
+    assert rows(tmp_path, spool.instance) == []
+    _in_order(tmp_path)
+    Spool.open(tmp_path, limits=SMALL, instance=spool.instance).close()
+
+
+async def test_while_one_commit_runs_the_next_group_gathers(tmp_path):
+    kind, gate = stalling()
+    told = Told()
+    async with Spool.open(tmp_path, limits=SMALL, create=kind.create, metrics=told) as spool:
+        recorder = SpoolRecorder(spool, told)
+        gate.clear()
+        for _ in range(30):
+            recorder.admit(exchange := call())
+            recorder.complete(exchange, None)
+            await asyncio.sleep(0)
+        gate.set()
+        await until(lambda: spool.snapshot().totals.recorded == 30)
+        assert sum(count for count, _, _ in told.commits) == 30
+        assert len(told.commits) < 10
+    assert [row["seq"] for row in rows(tmp_path, spool.instance)] == list(range(1, 31))
+
+
+@contextlib.contextmanager
+def _small_disk(path: Path, size: str):
+    """A file system of its own, so that filling it hurts nobody."""
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a tmpfs of its own")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def _fill_up(path: Path) -> Path:
+    filler = path / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+async def test_a_full_disk_leaves_room_for_verdicts_and_recovers_by_itself(tmp_path):
+    with _small_disk(tmp_path / "disk", "4m") as root:
+        async with Spool.open(root, limits=SMALL) as spool:
+            recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
+            await recorded(recorder, call())
+            assert (root / "reserve").stat().st_size == SMALL.reserve_bytes
+            filler = _fill_up(root)
+            calls = [call(url="https://api.example.com/" + "x" * 2000) for _ in range(50)]
+            for exchange in calls:
+                assert recorder.admit(exchange)
+                recorder.complete(exchange, None)
+                await asyncio.sleep(0)
+            await until(lambda: spool.health().state is State.FULL)
+            await until(lambda: not (root / "reserve").exists())
+            assert "free" in (spool.health().reason or "")
+            (root / "verdict").write_bytes(bytes(SMALL.reserve_bytes // 2))  # delivery can still store what it is told
+            before = spool.snapshot().totals
+            await asyncio.sleep(SMALL.retry_s_max * 5)  # the writer tries; the reserve's room is not for it
+            assert spool.snapshot().totals == before
+            assert before.holds
+            filler.unlink()
+            await until(lambda: spool.snapshot().totals.recorded == 51)
+            await until(lambda: spool.health().state is State.OK)
+            assert (root / "reserve").exists()
+            await recorded(recorder, call())
+        assert len(rows(root, spool.instance)) == 52
+        _in_order(root)
+
+
+async def test_a_disk_that_is_full_at_start_does_not_keep_the_service_down(tmp_path):
+    with _small_disk(tmp_path / "disk", "4m") as root:
+        async with Spool.open(root, limits=SMALL) as spool:
+            recorder = SpoolRecorder(spool, Told())
+            recorder.admit(call(route="/open"))
+            await recorder.aclose()
+        (root / "reserve").unlink()
+        filler = _fill_up(root)
+        async with Spool.open(root, limits=SMALL) as spool:
+            assert spool.health().state is State.FULL
+            assert spool.settled == 1
+            recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.02)
+            recorder.admit(exchange := call())
+            recorder.complete(exchange, None)
+            assert spool.snapshot().totals.holds
+            filler.unlink()
+            await until(lambda: spool.snapshot().totals.recorded == 2)
+            assert spool.snapshot().totals.open == 0
+        assert [(row["route"], row["outcome"]) for row in rows(root, spool.instance)] == [
+            ("/open", "unknown"),
+            (exchange.route, "complete"),
+        ]
+        _in_order(root)
+
+
+def test_the_reserve_is_allocated_and_given_up(tmp_path):
+    reserve = Reserve(tmp_path, 1 << 20, 1 << 16)
+    assert not reserve.present
+    assert reserve.restore()
+    stat = (tmp_path / "reserve").stat()
+    assert stat.st_size == 1 << 20
+    assert stat.st_blocks * 512 >= 1 << 20
+    assert reserve.restore()
+    reserve.give_up()
+    reserve.give_up()
+    assert not reserve.present
+    assert [path.name for path in tmp_path.iterdir()] == []
+    assert not Reserve(tmp_path, 1 << 60, 0).restore()
+
+
+async def test_orphans_are_settled_and_a_slot_in_use_is_left_alone(tmp_path):
+    async with Spool.open(tmp_path, limits=SMALL, instance="held"):
+        async with Spool.open(tmp_path, limits=SMALL, instance="orphan") as orphan:
+            recorder = SpoolRecorder(orphan, Told())
+            await recorded(recorder, call())
+            recorder.admit(call(route="/open"))
+            await recorder.aclose()
+        chunks = len(chunk_numbers(slot_dir(tmp_path, "held")))
+        assert adopt_orphans(tmp_path, limits=SMALL) == ["orphan"]
+        assert adopt_orphans(tmp_path, limits=SMALL) == []  # in order now: left as it is
+        assert len(chunk_numbers(slot_dir(tmp_path, "held"))) == chunks
+    found = rows(tmp_path, "orphan")
+    assert [(row["route"], row["outcome"]) for row in found][1:] == [("/open", "unknown")]
+    assert (found[1]["status"], found[1]["usage"], found[1]["duration_ms"]) == (None, None, None)
+    _in_order(tmp_path)
+
+
+async def test_retention_goes_by_age_and_by_size_and_never_beyond_what_is_delivered(tmp_path):
+    async with Spool.open(tmp_path, limits=SMALL) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        for _ in range(150):
+            await recorded(recorder, call())
+        await asyncio.to_thread(spool._writer._house.submit(int).result)
+        with SpoolReader(tmp_path) as reader:
+            infos = reader.chunks(spool.instance)
+        assert len(infos) > 4
+        third = infos[2].opening.first_seq
+        assert spool.retire(third, retention_s=3600, retention_bytes=1 << 40) == 0  # neither too old nor too many
+        assert spool.retire(third - 1, retention_s=0, retention_bytes=1 << 40) == 1  # the second is not all delivered
+        assert spool.retire(third, retention_s=3600, retention_bytes=0) == 1
+        assert rows(tmp_path, spool.instance)[0]["seq"] == third
+        assert not list(slot_dir(tmp_path, spool.instance).glob("0000000[12].db*"))
+        assert spool.retire(1 << 40, retention_s=0, retention_bytes=0) >= 2
+        await recorded(recorder, call())
+        assert spool.snapshot().totals.recorded == 151
+    _in_order(tmp_path)
+
+
+async def test_a_quiet_spool_changes_its_chunk_by_age(tmp_path):
+    limits = Limits(reserve_bytes=0, recover_margin_bytes=0, chunk_age_s=0.0)
+    async with Spool.open(tmp_path, limits=limits) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        for _ in range(3):
+            await recorded(recorder, call())
+    assert len(chunk_numbers(slot_dir(tmp_path, spool.instance))) >= 3
+    assert len(rows(tmp_path, spool.instance)) == 3
+
+
+async def test_an_open_call_survives_many_changes_of_chunk(tmp_path):
+    async with Spool.open(tmp_path, limits=SMALL) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        recorder.admit(waiting := call(route="/stream"))
+        with SpoolReader(tmp_path) as reader:
+            await until(lambda: reader.totals(spool.instance).open == 1)
+            for _ in range(100):
+                await recorded(recorder, call())
+            assert len(reader.chunks(spool.instance)) > 2
+            assert reader.totals(spool.instance).open == 1
+            await ended(recorder, waiting)
+            assert reader.totals(spool.instance).open == 0
+    with Spool_settled(tmp_path) as settled:
+        assert settled == 0
+
+
+@contextlib.contextmanager
+def Spool_settled(root: Path):
+    spool = Spool.open(root, limits=SMALL)
+    try:
+        yield spool.settled
+    finally:
+        spool.close()
+
+
+async def test_reading_in_any_steps_gives_the_same(tmp_path):
+    async with Spool.open(tmp_path, limits=SMALL) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        calls = [call(url=f"https://api.example.com/{number}") for number in range(200)]
+        for start in range(0, 200, 10):
+            await asyncio.gather(*(recorded(recorder, exchange) for exchange in calls[start : start + 10]))
+    instance = only_instance(tmp_path)
+    with SpoolReader(tmp_path) as reader:
+        whole = [line for group in reader.groups(instance) for line in group.lines]
+        assert len(whole) == 200
+        assert list(reader.lines()) == whole
+        assert list(reader.lines(since_ns=1 << 62)) == []
+        for after in (0, 1, 7, 99, 199, 200, 5000):
+            read = [line for group in reader.groups(instance, after) for line in group.lines]
+            assert read == whole[after:]
+            assert reader.count(instance, after, 200) == len(read)
+            assert reader.count(instance, after, 150) == len(whole[after:150])
+            if read:
+                (first, *_) = reader.read(instance, after, bytes_max=1)
+                assert first.first_seq == after + 1
+        assert reader.last_seq(instance) == 200
+        assert reader.last_seq("nobody") == reader.count("nobody", 0, 9) == 0
+        assert reader.read("nobody", 0) == []
+
+
+def test_ground_that_does_not_keep_records_is_named(tmp_path):
+    assert "memory" in (ground_warning(Path("/dev/shm")) or "memory")
+    if os.path.ismount("/dev/shm"):
+        assert "SIDECAR_DATA_DIR" in (ground_warning(Path("/dev/shm/not/there/yet")) or "")
+    assert sqlite_version().count(".") == 2
