@@ -9,13 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import inspect
 import socket
 import ssl
 import struct
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+import pytest
 
 from sidecar.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Proxy, ProxyRules
@@ -429,5 +432,21 @@ def reply(body: bytes = b"ok", status: bytes = b"200 OK", fields: bytes = b"") -
 
 __all__ = [
     "Conversation", "Counts", "FrameTaps", "Hop", "ListRecorder", "Outcome", "RawUpstream", "answering", "dechunk",
-    "field_of", "fields_of", "reply", "until",
+    "field_of", "fields_of", "on_both_loops", "reply", "until",
 ]  # fmt: skip
+
+
+def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., None]:
+    """Run a test under uvloop and under asyncio's own loop: they differ in what a closed connection does."""
+
+    def run(loop_name: str, **arguments: Any) -> None:
+        factory = pytest.importorskip("uvloop").new_event_loop if loop_name == "uvloop" else asyncio.new_event_loop
+        with asyncio.Runner(loop_factory=factory) as runner:
+            runner.run(test(**arguments))
+
+    signature = inspect.signature(test)
+    own = inspect.Parameter("loop_name", inspect.Parameter.KEYWORD_ONLY)
+    run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
+    run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
+    run.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
+    return pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])(run)

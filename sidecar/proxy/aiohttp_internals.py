@@ -27,7 +27,7 @@ from aiohttp.web_protocol import RequestHandler
 from yarl import URL
 
 __all__ = [
-    "EMPTY_PAYLOAD", "ClientProtocol", "HttpProcessingError", "Pool", "PooledConnection", "RawRequestMessage", "Server",
+    "EMPTY_PAYLOAD", "PIPELINE_MAX", "ClientProtocol", "HttpProcessingError", "Pool", "PooledConnection", "RawRequestMessage", "Server",
     "StreamReader", "UpstreamProtocol", "refusal",
 ]  # fmt: skip
 

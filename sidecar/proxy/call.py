@@ -283,6 +283,18 @@ class Call:
     # -- the answer ------------------------------------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
+        try:
+            self._take_answer(data)
+        except Exception:
+            self.failed()
+
+    def failed(self) -> None:
+        """A fault of ours: the call still ends once, and what was sent of its answer is cut, not added to."""
+        log.exception("a call could not be handled")
+        if not self._over:
+            self._answer_own(own_answers.OWN_FAULT, Outcome.UPSTREAM_BROKE)
+
+    def _take_answer(self, data: bytes) -> None:
         answer, exchange = self.answer, self._exchange
         assert answer is not None
         if not self._heard:
@@ -647,6 +659,8 @@ class Call:
         self.deadline = NEVER
         hop = self._hop
         hop.calls.discard(self)
+        # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
+        self.answer = None
         if self._draining:
             hop.drains -= 1
             hop.metrics.drains_changed(-1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Final
 
 from sidecar.proxy import own_answers
 from sidecar.proxy.aiohttp_internals import (
+    PIPELINE_MAX,
     ClientProtocol,
     HttpProcessingError,
     RawRequestMessage,
@@ -43,7 +44,7 @@ class Client(ClientProtocol):
     """One client connection."""
 
     __slots__ = (
-        "_calls_behind", "_clients", "_closing", "_deaf", "_head_bytes", "_hop", "_last_bytes", "_no_more", "_own",
+        "_behind", "_clients", "_closing", "_deaf", "_head_bytes", "_hop", "_last_bytes", "_no_more", "_own",
         "_queue", "_read_paused", "_switch_tail", "_switching", "_taking", "_tunnel", "_uploading", "call", "deadline",
         "peer",
     )  # fmt: skip
@@ -66,6 +67,7 @@ class Client(ClientProtocol):
         self._no_more = False  # no request behind the ones in hand will be taken
         self._deaf = False  # what comes is dropped
         self._own: OwnAnswer | None = None  # to be sent when the calls in hand are answered
+        self._behind = False  # requests were parsed ahead; reading is paused until they are taken up
         self._taking = False
         self._closing = False
         self._switching = False  # a protocol switch was asked for, and is not decided
@@ -129,6 +131,9 @@ class Client(ClientProtocol):
                         self._chunked(payload, data, last=message is messages[-1][0])
                     if message.upgrade:
                         self._switch_asked(message, data, switched, tail)
+            if len(self._queue) >= PIPELINE_MAX // 2:
+                self._behind = True
+                self.pause(True)
             if self.call is None:
                 self._take()
                 return
@@ -270,15 +275,30 @@ class Client(ClientProtocol):
                     return
                 self.deadline = NEVER
                 call = self.call = Call(self._hop, self, message, payload)
-                call.start()
+                try:
+                    call.start()
+                except Exception:
+                    self._start_failed(call)
         finally:
             self._taking = False
-        if self.call is None and not self._closing:
+        if self._behind and not self._queue and not self._closing:
+            self._behind = False
+            self.pause(False)
+            self._hop.loop.call_soon(self.parse_on)
+        elif self.call is None and not self._closing:
             if self._own is not None:
                 self.send(self._own.encode(close=True))
                 self._hang_up(linger=True)
             elif self._no_more and not self._switching:
                 self._hang_up(linger=False)
+
+    def _start_failed(self, call: Call) -> None:
+        if call in self._hop.calls:
+            call.failed()
+        else:  # not let in yet: there is nothing to record
+            log.exception("a call could not be let in")
+            self.call = None
+            self.reject(own_answers.OWN_FAULT, "proxy_fault")
 
     def _chunked(self, payload: StreamReader, data: bytes, *, last: bool) -> None:
         """aiohttp's parser gives the last trailer of a chunked request to the next one as its first

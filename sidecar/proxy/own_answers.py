@@ -47,6 +47,7 @@ HEAD_TOO_LARGE: Final = OwnAnswer(
     431, "Request Header Fields Too Large", "head_too_large", "the request's header fields are too large or too many"
 )
 UNKNOWN_METHOD: Final = OwnAnswer(501, "Not Implemented", "unknown_method", "this method is not passed on")
+OWN_FAULT: Final = OwnAnswer(500, "Internal Server Error", "proxy_fault", "the proxy failed to handle this call")
 UNREACHABLE: Final = OwnAnswer(502, "Bad Gateway", "upstream_unreachable", "no connection to the upstream")
 BROKEN: Final = OwnAnswer(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid answer")
 SPOOL_FULL: Final = OwnAnswer(503, "Service Unavailable", "metering_unavailable", "no call can be recorded right now")
