@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Final, Protocol
 
 from sidecar.exchange import Outcome
+from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.record import Record
 from sidecar.settings import Secret, Setting, kinds
 from sidecar.verdict import Encoded, Event, Sealed, Verdict
@@ -43,7 +44,7 @@ class Context:
 
     data_dir: Path
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> id there
-    meters: tuple[Any, ...] = ()
+    meters: tuple[Meter, ...] = DEFAULT_METERS
     open_ledger: Callable[[], LedgerApply] | None = None
 
     def customers(self, backend: str) -> dict[str, str]:
@@ -110,16 +111,6 @@ def _kind(record: Record) -> str | None:
     if record.usage is not None and record.usage.usage_state == "partial":
         return "partial"
     return None
-
-
-def upstream_answered(record: Record) -> bool:
-    """Whether the upstream began an answer, of any status: the calls that COUNT counts.
-
-    A message of a WebSocket is one half of an answer by itself and has no first byte of its own.
-    """
-    if record.outcome in (Outcome.DENIED, Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNKNOWN):
-        return False
-    return record.first_byte_ms is not None or record.parent_id is not None
 
 
 def subscriber_id(record: Record) -> str | None:

@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, batch_key, policy_of, policy_settings
+from sidecar.meters.buckets import bucket_deltas, to_wire
+from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.meters.hourly import body_of, deltas
 from sidecar.record import Record
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
@@ -36,7 +38,10 @@ class LedgerBackend:
         bills=False,
     )
 
-    def __init__(self, *, store: LedgerApply, policy: Policy = EVERYTHING) -> None:
+    def __init__(
+        self, *, store: LedgerApply, meters: Sequence[Meter] = DEFAULT_METERS, policy: Policy = EVERYTHING
+    ) -> None:
+        self._meters = tuple(meters)
         self._store = store
         self._policy = policy
 
@@ -44,7 +49,7 @@ class LedgerBackend:
     def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerBackend:
         if context.open_ledger is None:
             raise ValueError("the ledger backend needs a store: pass open_ledger in the context")
-        return cls(store=context.open_ledger(), policy=policy_of(values))
+        return cls(store=context.open_ledger(), meters=context.meters, policy=policy_of(values))
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -52,7 +57,8 @@ class LedgerBackend:
         for start in range(0, len(wanted), BATCH_MAX):
             batch = wanted[start : start + BATCH_MAX]
             events = tuple(Event(r.id, r.id) for r in batch)
-            encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body_of(deltas(batch))))
+            body = body_of(deltas(batch), to_wire(bucket_deltas(batch, self._meters)))
+            encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body))
         return encoded
 
     async def send(self, sealed: Sealed) -> list[Verdict]:

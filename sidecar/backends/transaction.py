@@ -10,8 +10,9 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.backends.base import clip, upstream_answered
+from sidecar.backends.base import clip
 from sidecar.exchange import Outcome, Usage
+from sidecar.meters.properties import answered
 from sidecar.record import Record
 
 CLIENT_LEFT_STATUS: Final = 499  # nginx's word for a client that left before it was sent a head
@@ -62,7 +63,7 @@ def payload(
         "requestHeaders": list(record.request_headers),
         "responseHeaders": list(record.response_headers),
         "elements": elements(record.usage),
-        "monetized": upstream_answered(record),
+        "monetized": answered(record),
         "timedOut": record.outcome is Outcome.UPSTREAM_TIMEOUT,
         "requestMessageSize": record.request_bytes,
         "responseMessageSize": record.response_bytes,

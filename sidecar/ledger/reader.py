@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any, Final, cast
 
 from sidecar.ledger.schema import SUMS, LedgerError, open_to_read, stored
+from sidecar.meters.buckets import UNIQUE_MAX
+from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, write_amount
 
 # What `--by` may name, and where it comes from.
@@ -50,6 +52,17 @@ class UsageRow:
     cache_write_input_tokens: int | None
     reasoning_output_tokens: int | None
     cost_usd: str | None  # an exact decimal
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MeterRow:
+    """One running value. `start` is None where usage is never reset."""
+
+    subscriber: str | None
+    group: str | None
+    start: datetime | None
+    value: str  # an exact decimal, with the multiplier
+    capped: bool = False  # UNIQUE_COUNT: there are at least so many
 
 
 class _Sum:
@@ -118,6 +131,48 @@ class LedgerReader:
         for *group, unit, amount in rows:
             found.setdefault(tuple(group), {})[unit] = amount
         return found
+
+    def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]:
+        """The running values of one meter as it is defined now, by subscriber, group and bucket.
+
+        A bucket counts when it begins within the time asked for, or holds its start.
+        """
+        rows = self._ask(
+            "SELECT subscriber, grp, start, value FROM buckets "
+            "WHERE meter = ? AND version = ? AND start >= ? AND start < ? ORDER BY subscriber, grp, start",
+            (
+                meter.name,
+                meter.version,
+                0 if since is None else meter.bucket(since),
+                2**62 if until is None else _seconds(until),
+            ),
+        )
+        return [
+            MeterRow(
+                subscriber=subscriber,
+                group=group,
+                start=None if start == 0 else datetime.fromtimestamp(start, UTC),
+                value=write_amount(EXACT.multiply(Decimal(value), meter.multiplier or Decimal(1))),
+                capped=meter.kind is Kind.UNIQUE_COUNT and int(value) >= UNIQUE_MAX,
+            )
+            for subscriber, group, start, value in rows
+            if value is not None
+        ]
+
+    def meter_totals(
+        self, meter: Meter, since: datetime | None = None, until: datetime | None = None
+    ) -> dict[str | None, str]:
+        """Subscriber -> what the meter bills: the sum over groups and buckets, of LATEST the last one's."""
+        totals: dict[str | None, Decimal] = {}
+        last: dict[str | None, datetime] = {}
+        beginning = datetime.fromtimestamp(0, UTC)
+        for row in self.meter(meter, since, until):
+            value, start = Decimal(row.value), row.start or beginning
+            if meter.kind is not Kind.LATEST:
+                totals[row.subscriber] = EXACT.add(totals.get(row.subscriber, Decimal(0)), value)
+            elif row.subscriber not in last or start >= last[row.subscriber]:
+                totals[row.subscriber], last[row.subscriber] = value, start
+        return {subscriber: write_amount(value) for subscriber, value in totals.items()}
 
     def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         try:

@@ -49,6 +49,25 @@ CREATE TABLE hourly_units (
   amount TEXT NOT NULL,
   PRIMARY KEY (hour, series, unit)
 ) STRICT, WITHOUT ROWID;
+CREATE TABLE buckets (
+  id INTEGER PRIMARY KEY,
+  key TEXT NOT NULL UNIQUE, -- the five as a JSON array
+  meter TEXT NOT NULL,
+  version TEXT NOT NULL, -- of the definition: a changed meter starts anew
+  subscriber TEXT,
+  grp TEXT,
+  start INTEGER NOT NULL, -- Unix seconds, UTC
+  kind TEXT NOT NULL,
+  value TEXT, -- COUNT, SUM, MAX, LATEST: an exact decimal; UNIQUE_COUNT: how many
+  at_us INTEGER NOT NULL, -- LATEST: of which record
+  record_id TEXT NOT NULL
+) STRICT;
+CREATE INDEX buckets_of_meter ON buckets (meter, version, start);
+CREATE TABLE uniques (
+  bucket INTEGER NOT NULL REFERENCES buckets (id),
+  hash TEXT NOT NULL,
+  PRIMARY KEY (bucket, hash)
+) STRICT, WITHOUT ROWID;
 """
 
 

@@ -18,6 +18,9 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored
+from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta
+from sidecar.meters.buckets import from_wire as buckets_from_wire
+from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, from_wire, write_amount
 from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 
@@ -54,12 +57,14 @@ class LedgerStore:
     def apply(self, key: str, body: bytes) -> Verdict:
         """Add the effects of one sealed delivery, unless its key is in already."""
         try:
-            effects = from_wire(orjson.loads(body)["hourly"])
-        except (ValueError, KeyError, TypeError, ArithmeticError):
+            said = orjson.loads(body)
+            effects = from_wire(said["hourly"])
+            buckets = buckets_from_wire(said.get("buckets", ()))
+        except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError):
             return Refused("not_a_ledger_delivery")
         with self._lock:
             try:
-                return self._apply(self._open(), key, effects)
+                return self._apply(self._open(), key, effects, buckets)
             except ArithmeticError:
                 return Refused("sum_not_exact")
             except sqlite3.Error as error:
@@ -72,7 +77,7 @@ class LedgerStore:
         with self._lock:
             self._drop()
 
-    def _apply(self, db: sqlite3.Connection, key: str, effects: list[Delta]) -> Verdict:
+    def _apply(self, db: sqlite3.Connection, key: str, effects: list[Delta], buckets: list[BucketDelta]) -> Verdict:
         now_s = self._clock()
         db.execute("BEGIN IMMEDIATE")
         try:
@@ -82,6 +87,8 @@ class LedgerStore:
                 return Duplicate()
             for delta in effects:
                 self._add(db, delta)
+            for bucket in buckets:
+                _put(db, bucket)
             if now_s - self._pruned_s >= PRUNE_EVERY_S:
                 db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
                 self._pruned_s = now_s
@@ -141,6 +148,46 @@ class LedgerStore:
         self._series.clear()
         if db is not None:
             db.close()
+
+
+def _put(db: sqlite3.Connection, delta: BucketDelta) -> None:
+    """Add to one running value; the same end in any order."""
+    one = delta.key
+    values = (one.meter, one.version, one.subscriber, one.group, one.start)
+    key = orjson.dumps(values).decode()
+    row = db.execute("SELECT id, value, at_us, record_id FROM buckets WHERE key = ?", (key,)).fetchone()
+    if row is None:
+        cursor = db.execute(
+            "INSERT INTO buckets (key, meter, version, subscriber, grp, start, kind, value, at_us, record_id) "
+            "VALUES (?, ?, ?, ?, ?, ?, ?, NULL, 0, '')",
+            (key, *values, str(delta.kind)),
+        )
+        row = (cursor.lastrowid, None, 0, "")
+    number, value, at_us, record_id = row
+    if delta.kind is Kind.UNIQUE_COUNT:
+        value = str(_unite(db, number, int(value or 0), delta.hashes))
+    elif delta.kind is Kind.LATEST:
+        if value is None or (delta.at_us, delta.record_id) > (at_us, record_id):
+            value, at_us, record_id = _text(delta.value), delta.at_us, delta.record_id
+    elif delta.value is not None:
+        old = Decimal(value) if value is not None else None
+        if old is None:
+            value = _text(delta.value)
+        else:
+            value = _text(max(old, delta.value) if delta.kind is Kind.MAX else EXACT.add(old, delta.value))
+    db.execute("UPDATE buckets SET value = ?, at_us = ?, record_id = ? WHERE id = ?", (value, at_us, record_id, number))
+
+
+def _unite(db: sqlite3.Connection, bucket: int, have: int, hashes: set[str]) -> int:
+    for one in sorted(hashes):
+        if have >= UNIQUE_MAX:
+            break
+        have += db.execute("INSERT OR IGNORE INTO uniques VALUES (?, ?)", (bucket, one)).rowcount
+    return have
+
+
+def _text(value: Decimal | None) -> str | None:
+    return None if value is None else write_amount(value)
 
 
 def _verdict_for(error: sqlite3.Error) -> Verdict:

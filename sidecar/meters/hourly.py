@@ -124,7 +124,7 @@ def hour_of(record: Record) -> int:
 def series_of(record: Record) -> Series:
     usage = record.usage
     return Series(
-        subscriber=_subscriber(record),
+        subscriber=subscriber_of(record),
         model=None if usage is None else _name(usage.model or usage.request_model),
         provider=None if usage is None else _name(usage.provider),
         route=_name(record.route),
@@ -132,7 +132,7 @@ def series_of(record: Record) -> Series:
     )
 
 
-def _subscriber(record: Record) -> str | None:
+def subscriber_of(record: Record) -> str | None:
     """A credential that the upstream turned down is nobody's: else random keys would grow the ledger."""
     if record.subscriber is None:
         return None

@@ -1,0 +1,357 @@
+"""Meters: named definitions that turn records into a quantity, as Flexprice's meters API describes them.
+
+    [[meters]]
+    name = "big_answers"                        # [a-z][a-z0-9_]{0,62}: it goes into keys at the backends
+    event_name = "api_request"                  # the backend's event; the backend's own rule when not set
+    reset_usage = "BILLING_PERIOD"              # the calendar month, from `anchor_day`; or NEVER
+    filters = [{ key = "model", values = ["gpt-5", "gpt-5-mini"] }]      # any of the values, all of the filters
+    aggregation = { type = "SUM", field = "output_tokens", multiplier = "0.001", bucket_size = "DAY" }
+
+A meter measures calls that the upstream answered, of any status, unless a filter says otherwise. The same
+definition gives the value sent to a backend and the total in the ledger. Every fault of every definition is
+found at once and named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from decimal import Decimal
+from enum import StrEnum
+from typing import Any, Final
+
+import orjson
+
+from sidecar.meters.expression import Expression, ExpressionError, compile_expression
+from sidecar.meters.hourly import EXACT, read_amount, write_amount
+from sidecar.meters.properties import TEXTS, Value, answered, is_property, text_of, value_of
+from sidecar.record import Record
+
+NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
+EVENT_NAME: Final = re.compile(r"[!-~]([ -~]{0,98}[!-~])?")  # Stripe's limit is the lowest
+METERS_MAX: Final = 100  # each costs 2 µs a record; no price list known to us has more
+VALUES_MAX: Final = 1000
+HOUR_S: Final = 3600
+
+
+class Kind(StrEnum):
+    COUNT = "COUNT"
+    SUM = "SUM"
+    MAX = "MAX"
+    UNIQUE_COUNT = "UNIQUE_COUNT"
+    LATEST = "LATEST"
+
+
+class Bucket(StrEnum):
+    HOUR = "HOUR"
+    DAY = "DAY"
+    MONTH = "MONTH"
+
+
+class Reset(StrEnum):
+    BILLING_PERIOD = "BILLING_PERIOD"
+    NEVER = "NEVER"
+
+
+class MetersError(ValueError):
+    """The definitions cannot be used. `problems` has every fault, each with the meter's name."""
+
+    def __init__(self, problems: Sequence[str]) -> None:
+        super().__init__("; ".join(problems))
+        self.problems = tuple(problems)
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    key: str
+    values: tuple[str, ...]
+
+    def takes(self, record: Record) -> bool:
+        return text_of(value_of(record, self.key)) in self.values
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Meter:
+    """One definition, checked."""
+
+    name: str
+    kind: Kind
+    event_name: str | None = None
+    field: str | None = None
+    expression: Expression | None = None
+    multiplier: Decimal | None = None
+    bucket_size: Bucket | None = None
+    group_by: str | None = None
+    filters: tuple[Filter, ...] = ()
+    reset: Reset = Reset.BILLING_PERIOD
+    anchor_day: int = 1
+
+    def measures(self, record: Record) -> bool:
+        return answered(record) and all(each.takes(record) for each in self.filters)
+
+    def value(self, record: Record) -> Value:
+        """What this record adds, before the multiplier: a number, a text for UNIQUE_COUNT; None: nothing."""
+        if not self.measures(record):
+            return None
+        if self.kind is Kind.COUNT:
+            return 1
+        if self.kind is Kind.UNIQUE_COUNT:
+            return text_of(value_of(record, self.field or ""))
+        if self.expression is not None:
+            return self.expression.value(record)
+        value = value_of(record, self.field or "")
+        return value if isinstance(value, (int, Decimal)) and not isinstance(value, bool) else None
+
+    def quantity(self, record: Record) -> int | Decimal | None:
+        """What a backend that takes one number per event is told; None: no event, never a zero."""
+        value = self.value(record)
+        if isinstance(value, str) or value is None:
+            return None
+        return self.scaled(value)
+
+    def scaled(self, value: int | Decimal) -> int | Decimal:
+        """With the multiplier, exactly. Raises `ArithmeticError` beyond the digits of a sum."""
+        return value if self.multiplier is None else EXACT.multiply(Decimal(value), self.multiplier)
+
+    def group(self, record: Record) -> str | None:
+        return None if self.group_by is None else text_of(value_of(record, self.group_by))
+
+    def bucket(self, at: datetime) -> int:
+        """Start of the bucket that a time falls in, Unix seconds, UTC."""
+        start = at.astimezone(UTC).replace(minute=0, second=0, microsecond=0)
+        if self.bucket_size is Bucket.HOUR:
+            return int(start.timestamp())
+        if self.bucket_size is Bucket.DAY:
+            return int(start.replace(hour=0).timestamp())
+        if self.bucket_size is Bucket.MONTH:
+            return int(start.replace(hour=0, day=1).timestamp())
+        return self.period(at)
+
+    def period(self, at: datetime) -> int:
+        """Start of the period that a time falls in: 0 where usage is never reset."""
+        if self.reset is Reset.NEVER:
+            return 0
+        day = at.astimezone(UTC).replace(hour=0, minute=0, second=0, microsecond=0)
+        if day.day < self.anchor_day:
+            day = day.replace(year=day.year - (day.month == 1), month=(day.month - 2) % 12 + 1, day=1)
+        return int(day.replace(day=self.anchor_day).timestamp())
+
+    @property
+    def version(self) -> str:
+        """Of what it measures: the ledger starts anew when a definition changes."""
+        said = [
+            self.kind, self.field, self.expression and self.expression.text, self.bucket_size, self.group_by,
+            sorted((f.key, sorted(f.values)) for f in self.filters), self.reset, self.anchor_day,
+        ]  # fmt: skip
+        return hashlib.sha256(orjson.dumps(said)).hexdigest()[:12]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The definition in the form that it is written in, for `meters list`."""
+        aggregation: dict[str, Any] = {
+            "type": str(self.kind),
+            "field": self.field,
+            "expression": None if self.expression is None else self.expression.text,
+            "multiplier": None if self.multiplier is None else write_amount(self.multiplier),
+            "bucket_size": None if self.bucket_size is None else str(self.bucket_size),
+            "group_by": self.group_by,
+        }
+        return {
+            "name": self.name,
+            **({} if self.event_name is None else {"event_name": self.event_name}),
+            "aggregation": {key: value for key, value in aggregation.items() if value is not None},
+            "filters": [{"key": f.key, "values": list(f.values)} for f in self.filters],
+            "reset_usage": str(self.reset),
+            **({} if self.anchor_day == 1 else {"anchor_day": self.anchor_day}),
+        }
+
+
+DEFAULT_METERS: Final = (
+    Meter(name="api_calls", kind=Kind.COUNT, filters=(Filter("kind", ("call",)),)),
+    Meter(name="input_tokens", kind=Kind.SUM, field="input_tokens"),
+    Meter(name="output_tokens", kind=Kind.SUM, field="output_tokens"),
+)
+
+
+def read_meters(tables: Sequence[Mapping[str, Any]]) -> tuple[Meter, ...]:
+    """Definitions from TOML or JSON; none gives the three defaults. Raises `MetersError` with every fault."""
+    if not tables:
+        return DEFAULT_METERS
+    problems: list[str] = []
+    meters: list[Meter] = []
+    if len(tables) > METERS_MAX:
+        problems.append(f"meters: {len(tables)} are defined, at most {METERS_MAX} are taken")
+    for number, table in enumerate(tables, 1):
+        reading = _Reading(table, number)
+        meter = reading.meter()
+        problems += reading.problems
+        if meter is not None:
+            meters.append(meter)
+    names = [meter.name for meter in meters]
+    problems += [
+        f"meter {name}: is defined {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
+    ]
+    if problems:
+        raise MetersError(problems)
+    return tuple(meters)
+
+
+class _Reading:
+    """One table on its way to a meter. Keys are taken out, so that what remains is unknown."""
+
+    def __init__(self, table: Mapping[str, Any], number: int) -> None:
+        self.left = dict(table)
+        name = table.get("name")
+        self.label = f"meter {name}" if isinstance(name, str) and NAME.fullmatch(name) else f"meter number {number}"
+        self.problems: list[str] = []
+
+    def meter(self) -> Meter | None:
+        name = self._text("name", NAME, "a name of lower-case letters, digits and _, at most 63, a letter first")
+        event_name = self._text("event_name", EVENT_NAME, "printable ASCII of at most 100 characters", needed=False)
+        reset = self._word("reset_usage", Reset, self.left, default=Reset.BILLING_PERIOD)
+        anchor = self._anchor(reset)
+        filters = self._filters()
+        parts = self._aggregation()
+        self._unknown(self.left, "")
+        if self.problems or name is None or parts is None:
+            return None
+        return Meter(
+            name=name,
+            event_name=event_name,
+            filters=filters,
+            reset=reset or Reset.BILLING_PERIOD,
+            anchor_day=anchor,
+            **parts,
+        )
+
+    def _wrong(self, what: str) -> None:
+        self.problems.append(f"{self.label}: {what}")
+
+    def _unknown(self, left: Mapping[str, Any], inside: str) -> None:
+        for key in left:
+            self._wrong(f"{inside}{key!r} is no field of a meter")
+
+    def _text(self, key: str, form: re.Pattern[str], expected: str, *, needed: bool = True) -> str | None:
+        value = self.left.pop(key, None)
+        if value is None and not needed:
+            return None
+        if not isinstance(value, str) or not form.fullmatch(value):
+            self._wrong(f"{key} {'is missing' if value is None else 'is wrong'}: expected {expected}")
+            return None
+        return value
+
+    def _word(
+        self, key: str, words: type[StrEnum], table: dict[str, Any], *, default: Any = None, inside: str = ""
+    ) -> Any:
+        value = table.pop(key, None)
+        if value is None:
+            return default
+        if not isinstance(value, str) or value.upper() not in set(words):
+            self._wrong(f"{inside}{key} is wrong: expected one of {', '.join(words)}")
+            return default
+        return words(value.upper())
+
+    def _anchor(self, reset: Any) -> int:
+        day = self.left.pop("anchor_day", 1)
+        if not isinstance(day, int) or isinstance(day, bool) or not 1 <= day <= 28:
+            self._wrong("anchor_day is wrong: expected a day that every month has, 1 to 28")
+            return 1
+        if day != 1 and reset is Reset.NEVER:
+            self._wrong("anchor_day has no meaning where reset_usage is NEVER")
+        return day
+
+    def _filters(self) -> tuple[Filter, ...]:
+        tables = self.left.pop("filters", [])
+        if not isinstance(tables, list):
+            self._wrong('filters is wrong: expected a list such as [{ key = "method", values = ["POST"] }]')
+            return ()
+        return tuple(f for f in map(self._filter, tables) if f is not None)
+
+    def _filter(self, table: Any) -> Filter | None:
+        if not isinstance(table, dict) or set(table) != {"key", "values"}:
+            self._wrong('a filter is wrong: expected { key = "…", values = ["…"] }')
+            return None
+        key, values = table["key"], table["values"]
+        if not isinstance(key, str) or not is_property(key):
+            self._wrong(f"filter key {key!r} is wrong: no record has such a property")
+            return None
+        if not isinstance(values, list) or not 1 <= len(values) <= VALUES_MAX:
+            self._wrong(f"filter {key}: expected 1 to {VALUES_MAX} values")
+            return None
+        texts = [text_of(v) if isinstance(v, (str, int, bool)) else None for v in values]
+        if None in texts:
+            self._wrong(f"filter {key}: expected texts, whole numbers or true and false")
+            return None
+        return Filter(key, tuple(dict.fromkeys(t for t in texts if t is not None)))
+
+    def _aggregation(self) -> dict[str, Any] | None:
+        table = self.left.pop("aggregation", None)
+        if not isinstance(table, dict):
+            self._wrong('aggregation is missing: expected a table such as { type = "SUM", field = "input_tokens" }')
+            return None
+        left = dict(table)
+        inside = "aggregation "
+        kind = self._word("type", Kind, left, inside=inside)
+        if kind is None and "type" not in table:
+            self._wrong(f"aggregation type is missing: expected one of {', '.join(Kind)}")
+        bucket = self._word("bucket_size", Bucket, left, inside=inside)
+        field, expression = self._what(kind, left)
+        group_by = left.pop("group_by", None)
+        if group_by is not None and (not isinstance(group_by, str) or not is_property(group_by)):
+            self._wrong("aggregation group_by is wrong: no record has such a property")
+        elif group_by is not None and (kind is not Kind.MAX or bucket is None):
+            self._wrong("aggregation group_by is taken only with MAX and a bucket_size")
+        if bucket is not None and kind not in (None, Kind.MAX, Kind.SUM):
+            self._wrong("aggregation bucket_size is taken only with MAX and SUM")
+        multiplier = self._multiplier(left)
+        self._unknown(left, inside)
+        return {
+            "kind": kind,
+            "field": field,
+            "expression": expression,
+            "multiplier": multiplier,
+            "bucket_size": bucket,
+            "group_by": group_by,
+        }
+
+    def _what(self, kind: Kind | None, left: dict[str, Any]) -> tuple[str | None, Expression | None]:
+        field, text = left.pop("field", None), left.pop("expression", None)
+        if kind is Kind.COUNT and (field is not None or text is not None):
+            self._wrong("aggregation COUNT takes neither field nor expression")
+            return None, None
+        if kind is not None and kind is not Kind.COUNT and (field is None) == (text is None):
+            self._wrong(f"aggregation {kind} needs a field or an expression, and not both")
+            return None, None
+        if field is not None and (not isinstance(field, str) or not is_property(field)):
+            self._wrong(f"aggregation field {field!r} is wrong: no record has such a property")
+            return None, None
+        if field in TEXTS and kind in (Kind.SUM, Kind.MAX, Kind.LATEST):
+            self._wrong(f"aggregation field {field} is a text: {kind} needs a number")
+        if text is None:
+            return field, None
+        if kind is Kind.UNIQUE_COUNT:
+            self._wrong("aggregation UNIQUE_COUNT takes a field, no expression")
+            return None, None
+        return None, self._expression(text)
+
+    def _expression(self, text: Any) -> Expression | None:
+        if not isinstance(text, str) or not text.strip():
+            self._wrong("aggregation expression is wrong: expected a text")
+            return None
+        try:
+            return compile_expression(text)
+        except ExpressionError as error:
+            self._wrong(f"aggregation expression {error}")
+            return None
+
+    def _multiplier(self, left: dict[str, Any]) -> Decimal | None:
+        stated = left.pop("multiplier", None)
+        if stated is None:
+            return None
+        value = read_amount(stated) if not isinstance(stated, float) else None
+        if value is None or value <= 0:
+            self._wrong('aggregation multiplier is wrong: expected a decimal above 0 as a text, such as "1.5"')
+            return None
+        return value

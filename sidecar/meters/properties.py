@@ -1,0 +1,154 @@
+"""What a record can be asked for by name: in filters, as the value of a meter, in expressions, on the wire.
+
+One flat table, so that a filter written for the ledger means the same at a backend whose own filters see
+first-level properties only. A dimension `team` is `dimension_team`, a unit `audio_seconds` is
+`unit_audio_seconds`; characters that no identifier has become `_`. What a record does not know is None.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any, Final
+
+from sidecar.exchange import Outcome
+from sidecar.meters.hourly import TOKENS, read_amount, subscriber_of
+from sidecar.record import Record
+
+Value = str | int | Decimal | bool | None
+DIMENSION: Final = "dimension_"
+UNIT: Final = "unit_"
+
+_NEVER_ANSWERED: Final = frozenset({Outcome.DENIED, Outcome.REFUSED, Outcome.UNREACHABLE, Outcome.UNKNOWN})
+_MORE_TOKENS: Final = (
+    "cache_write_5m_input_tokens",
+    "cache_write_1h_input_tokens",
+    "tool_use_input_tokens",
+    "text_input_tokens",
+    "image_input_tokens",
+    "audio_input_tokens",
+    "text_output_tokens",
+    "image_output_tokens",
+    "audio_output_tokens",
+    "accepted_prediction_tokens",
+    "rejected_prediction_tokens",
+)
+
+
+def answered(record: Record) -> bool:
+    """Whether the upstream began an answer, of any status: the calls that a meter measures at all.
+
+    A message of a WebSocket is one half of an answer by itself and has no first byte of its own.
+    """
+    if record.outcome in _NEVER_ANSWERED:
+        return False
+    return record.first_byte_ms is not None or record.parent_id is not None
+
+
+def _of_usage(name: str) -> Callable[[Record], Value]:
+    def get(record: Record) -> Value:
+        if record.usage is None:
+            return None
+        value: Value = getattr(record.usage, name)
+        return value
+
+    return get
+
+
+def _tokens(name: str) -> Callable[[Record], Value]:
+    def get(record: Record) -> Value:
+        value = None if record.usage is None else getattr(record.usage, name)
+        return value if type(value) is int else None
+
+    return get
+
+
+def _millis(value: float | None) -> Value:
+    return None if value is None else read_amount(value)
+
+
+def _status_class(record: Record) -> Value:
+    return None if record.status is None else f"{record.status // 100}xx"
+
+
+def _finish_reason(record: Record) -> Value:
+    return record.usage.finish_reasons[0] if record.usage is not None and record.usage.finish_reasons else None
+
+
+TEXTS: Final[Mapping[str, Callable[[Record], Value]]] = {
+    "kind": lambda r: "call" if r.parent_id is None else "message",
+    "subscriber": subscriber_of,
+    "method": lambda r: r.method,
+    "route": lambda r: r.route,
+    "status_class": _status_class,
+    "outcome": lambda r: str(r.outcome),
+    "provider": _of_usage("provider"),
+    "operation": _of_usage("operation"),
+    "model": _of_usage("model"),
+    "request_model": _of_usage("request_model"),
+    "service_tier": _of_usage("service_tier"),
+    "finish_reason": _finish_reason,
+    "usage_state": lambda r: None if r.usage is None else str(r.usage.usage_state),
+}
+WHOLE: Final[Mapping[str, Callable[[Record], Value]]] = {
+    "status": lambda r: r.status,
+    "request_bytes": lambda r: r.request_bytes,
+    "response_bytes": lambda r: r.response_bytes,
+    **{name: _tokens(name) for name in (*TOKENS, *_MORE_TOKENS)},
+}
+DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
+    "duration_ms": lambda r: _millis(r.duration_ms),
+    "first_byte_ms": lambda r: _millis(r.first_byte_ms),
+    "cost_usd": lambda r: None if r.usage is None else read_amount(r.usage.cost_usd),
+}
+FLAGS: Final[Mapping[str, Callable[[Record], Value]]] = {"streamed": _of_usage("streamed")}
+FIXED: Final[Mapping[str, Callable[[Record], Value]]] = {**TEXTS, **WHOLE, **DECIMAL, **FLAGS}
+
+
+def is_property(name: str) -> bool:
+    """Whether a definition may use this name."""
+    return name in FIXED or re.fullmatch(rf"({DIMENSION}|{UNIT})[A-Za-z0-9_]{{1,64}}", name) is not None
+
+
+def value_of(record: Record, name: str) -> Value:
+    """One property, or None where the record does not know it."""
+    getter = FIXED.get(name)
+    if getter is not None:
+        return getter(record)
+    if name.startswith(DIMENSION):
+        return next((v for n, v in record.dimensions.items() if _identifier(DIMENSION, n) == name), None)
+    if name.startswith(UNIT) and record.usage is not None:
+        return next((read_amount(v) for n, v in record.usage.units.items() if _identifier(UNIT, n) == name), None)
+    return None
+
+
+def text_of(value: Value) -> str | None:
+    """A value as filters, groups and unique counts compare it."""
+    if value is None or isinstance(value, str):
+        return value
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value) if isinstance(value, int) else format(value.normalize(), "f")
+
+
+def properties(record: Record) -> dict[str, Value]:
+    """Every property that the record knows, in a fixed order."""
+    found = {name: get(record) for name, get in FIXED.items()}
+    found |= {_identifier(DIMENSION, name): value for name, value in sorted(record.dimensions.items())}
+    if record.usage is not None:
+        found |= {_identifier(UNIT, n): read_amount(v) for n, v in sorted(record.usage.units.items())}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def as_json(values: Mapping[str, Value]) -> dict[str, Any]:
+    """The same as JSON values: numbers stay numbers, since backends sum no texts."""
+    return {name: _number(value) if isinstance(value, Decimal) else value for name, value in values.items()}
+
+
+def _number(value: Decimal) -> int | float:
+    return int(value) if value == value.to_integral_value() and abs(value) < 2**63 else float(value)
+
+
+def _identifier(prefix: str, name: str) -> str:
+    return prefix + re.sub(r"[^A-Za-z0-9_]", "_", name)[:64]
