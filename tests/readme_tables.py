@@ -11,8 +11,8 @@ from sidecar.metrics import FAMILIES
 from sidecar.settings import Setting, core_settings
 
 TOML_ONLY = """\
-TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with `backend = "its id there"`,
-`[[meters]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables too."""
+TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with
+`backend = "its id there"`, `[[meters]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables too."""
 
 README = Path(__file__).parent.parent / "README.md"
 

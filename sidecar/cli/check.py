@@ -80,7 +80,7 @@ def _print(
     arguments: argparse.Namespace, lines: Sequence[Effective], remarks: Sequence[str], results: Sequence[Tried]
 ) -> None:
     settings = [{"setting": line.variable, "value": line.value, "from": line.origin} for line in lines]
-    tried = [{"what": r.what, "result": "reached" if r.ok else "failed", "detail": r.detail} for r in results]
+    tried = [{"what": r.what, "result": r.result, "detail": r.detail} for r in results]
     if arguments.format == Format.JSON:
         report = {"version": versions(), "settings": settings, "notes": list(remarks), "connect": tried}
         print(json.dumps(report, indent=2))

@@ -7,6 +7,7 @@ sent, so nothing is metered, billed or logged anywhere.
 from __future__ import annotations
 
 import asyncio
+import os
 import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass
@@ -16,6 +17,13 @@ from urllib.parse import urlsplit
 from sidecar.settings import Settings
 
 LIMIT_S: Final = 10.0  # for name, connection and handshake of one address together
+REACHED: Final = "reached"
+FAILED: Final = "failed"
+NOT_TRIED: Final = "not tried"
+
+
+class _NotTried(Exception):
+    """There is nothing that could be connected to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,8 +31,12 @@ class Tried:
     """What became of one attempt."""
 
     what: str
-    ok: bool
+    result: str  # one of the three words above
     detail: str
+
+    @property
+    def ok(self) -> bool:
+        return self.result != FAILED
 
 
 async def try_everything(settings: Settings) -> list[Tried]:
@@ -38,15 +50,19 @@ async def try_everything(settings: Settings) -> list[Tried]:
 async def _try(what: str, attempt: Awaitable[str]) -> Tried:
     try:
         async with asyncio.timeout(LIMIT_S):
-            return Tried(what, True, await attempt)
+            return Tried(what, REACHED, await attempt)
+    except _NotTried as reason:
+        return Tried(what, NOT_TRIED, str(reason))
     except TimeoutError:
-        return Tried(what, False, f"no connection within {LIMIT_S:g} s")
+        return Tried(what, FAILED, f"no connection within {LIMIT_S:g} s")
     except ssl.SSLCertVerificationError as error:
-        return Tried(what, False, f"its certificate is not accepted: {error.verify_message}")
+        return Tried(what, FAILED, f"its certificate is not accepted: {error.verify_message}")
     except ssl.SSLError as error:
-        return Tried(what, False, f"the TLS handshake failed: {error.reason or error}")
+        return Tried(what, FAILED, f"the TLS handshake failed: {error.reason or error}")
     except OSError as error:
-        return Tried(what, False, error.strerror or str(error))
+        # asyncio puts a text of its own where the system's would say more; names that are not found have theirs.
+        known = error.errno is not None and error.errno > 0
+        return Tried(what, FAILED, os.strerror(error.errno) if known else error.strerror or str(error))
 
 
 async def _reach_upstream(settings: Settings, url: str) -> str:
@@ -64,16 +80,19 @@ async def _reach_upstream(settings: Settings, url: str) -> str:
 
 
 async def _reach_backend(settings: Settings, name: str) -> str:
-    """A backend without an address of its own (ledger, file) is on this machine."""
-    url = settings.backend(name).get("url")
-    if url is None:
-        from sidecar.backends import BACKENDS, Context
+    """The address that is set, else the vendor's own (a backend's `address`)."""
+    from sidecar.backends import BACKENDS, Context
 
-        made = BACKENDS[name].make(settings.backend(name), Context(data_dir=settings.data_dir))
-        url = getattr(made, "url", None)
-        await made.aclose()
-    if not isinstance(url, str):
+    row, values = BACKENDS[name], settings.backend(name)
+    if not any(setting.name == "url" for setting in row.settings):
         return "on this machine"
+    url = values["url"]
+    if url is None:
+        made = row.make(values, Context(data_dir=settings.data_dir, subscribers=settings.subscribers))
+        url = getattr(made, "address", None)
+        await made.aclose()
+    if url is None:
+        raise _NotTried(f"its address is its own affair: set SIDECAR_{name.upper()}_URL to have it tried")
     return await _reach(url, ssl.create_default_context() if url.startswith("https://") else None, None)
 
 

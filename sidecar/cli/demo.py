@@ -17,7 +17,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sidecar import app, demo
+    from sidecar import app, demo, log
+
+    # What the demo has to say stands in its table; its clients hang up on purpose.
+    log.set_up("ERROR")
 
     def start(environ: Mapping[str, str]) -> AbstractAsyncContextManager[demo.Running]:
         return app.running(load(environ, backend_settings=known_backend_settings()))

@@ -29,8 +29,15 @@ class Format(StrEnum):
 Row = Mapping[str, Any]
 
 
-def render(rows: Iterable[Row], columns: Sequence[str], form: Format, *, total: Row | None = None) -> str:
-    """The rows in one form, with a line end. `total` is printed below a table and nowhere else."""
+def render(
+    rows: Iterable[Row],
+    columns: Sequence[str],
+    form: Format,
+    *,
+    total: Row | None = None,
+    heads: Mapping[str, str] | None = None,
+) -> str:
+    """The rows in one form, with a line end. `total` and other `heads` than the names are a table's only."""
     rows = list(rows)
     if form is Format.JSON:
         return json.dumps([_pick(row, columns) for row in rows], indent=2, default=str) + "\n"
@@ -38,20 +45,27 @@ def render(rows: Iterable[Row], columns: Sequence[str], form: Format, *, total: 
         return "".join(json.dumps(_pick(row, columns), default=str) + "\n" for row in rows)
     if form is Format.CSV:
         return _csv(rows, columns)
-    return table(rows, columns, total=total)
+    return table(rows, columns, total=total, heads=heads)
 
 
-def table(rows: Sequence[Row], columns: Sequence[str], *, total: Row | None = None, width: int | None = None) -> str:
+def table(
+    rows: Sequence[Row],
+    columns: Sequence[str],
+    *,
+    total: Row | None = None,
+    heads: Mapping[str, str] | None = None,
+    width: int | None = None,
+) -> str:
     """Columns as wide as their content; a column of numbers stands to the right."""
-    heads = [column.replace("_", " ") for column in columns]
+    titles = [(heads or {}).get(column, column.replace("_", " ")) for column in columns]
     cells = [[shown(row.get(column)) for column in columns] for row in rows]
     foot = [] if total is None else [[shown(total.get(column), none="") for column in columns]]
     right = [_is_numeric(row.get(column) for row in rows) for column in columns]
-    widths = [max(len(line[i]) for line in [heads, *cells, *foot]) for i in range(len(columns))]
+    widths = [max(len(line[i]) for line in [titles, *cells, *foot]) for i in range(len(columns))]
     room = (width or shutil.get_terminal_size((120, 24)).columns) - sum(widths[:-1]) - len(GAP) * (len(columns) - 1)
     if not right[-1]:
         widths[-1] = min(widths[-1], max(room, NARROWEST_CHARS))
-    lines = [_line(heads, widths, right), _line(["─" * w for w in widths], widths, right)]
+    lines = [_line(titles, widths, right), _line(["─" * w for w in widths], widths, right)]
     lines += [_line(line, widths, right) for line in cells]
     if foot:
         lines += [_line(["─" * w for w in widths], widths, right), _line(foot[0], widths, right)]

@@ -20,6 +20,10 @@ BY: Final = "subscriber,model"
 SHOWN: Final = (
     "calls", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens", "cost_usd",
 )  # fmt: skip
+HEADS: Final = {
+    "input_tokens": "input", "cache_read_input_tokens": "cached", "output_tokens": "output", "total_tokens": "tokens",
+    "cost_usd": "cost USD",
+}  # fmt: skip
 ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
 
 
@@ -59,8 +63,8 @@ def report(rows: Sequence[UsageRow], by: Sequence[str], form: Format) -> str:
         return "no usage in that time\n"
     # A column that nothing was ever reported for is left out of the table, unless it is one that all expect.
     shown = [name for name in SHOWN if name in ALWAYS or any(row[name] for row in flat)]
-    total = {by[0]: "total"} if by else {}
-    return render(flat, [*by, *shown], form, total=total | _total(flat, shown) if by and len(rows) > 1 else None)
+    total = {by[0]: "total"} | _total(flat, shown) if by and len(rows) > 1 else None
+    return render(flat, [*by, *shown], form, total=total, heads=HEADS)
 
 
 def _values(row: UsageRow) -> dict[str, Any]:

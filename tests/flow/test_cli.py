@@ -1,0 +1,386 @@
+"""The commands over a real data directory, with no instance running on it and with one."""
+
+from __future__ import annotations
+
+import asyncio
+import csv
+import io
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+import trustme
+from whole import Whole
+
+from sidecar.cli import main
+from sidecar.lock import DataLock
+from sidecar.scripted_llm import ScriptedLLM
+from sidecar.spool import SpoolReader
+
+CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "hi"}]}
+SUBSCRIBERS = ("acme", "globex", "acme")
+
+
+async def _make(data_dir: Path) -> None:
+    """Three calls through the whole, delivered to the ledger and to a file, then a stop in good order."""
+    upstream = ScriptedLLM()
+    url = await upstream.start()
+    whole = Whole(data_dir, url, SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,file")
+    try:
+        async with whole, aiohttp.ClientSession() as session:
+            for subscriber in SUBSCRIBERS:
+                headers = {"x-tenant": subscriber, "Authorization": "Bearer sk-test"}
+                async with session.post(whole.proxy_url + "/v1/chat/completions", json=CHAT, headers=headers) as answer:
+                    assert answer.status == 200
+                    await answer.read()
+            await whole.settled()
+            assert await whole.stop() == 0
+    finally:
+        await upstream.aclose()
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("cli") / "data"
+    asyncio.run(_make(directory))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def _environment(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith("SIDECAR_"):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("SIDECAR_DATA_DIR", str(data_dir))
+    monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_usage_sums_by_what_is_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--by", "subscriber", "--format", "json"]) == 0
+    rows = {row["subscriber"]: row for row in json.loads(capsys.readouterr().out)}
+    assert {name: row["calls"] for name, row in rows.items()} == {"acme": 2, "globex": 1}
+    assert rows["acme"]["input_tokens"] == 2 * rows["globex"]["input_tokens"] > 0
+
+
+def test_usage_as_a_table_ends_with_the_total(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--since", "1h"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[:3] == ["subscriber", "model", "calls"]
+    assert lines[-1].split()[:2] == ["total", "3"]
+
+
+def test_usage_as_csv_reads_back(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--by", "subscriber,hour", "--format", "csv"]) == 0
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out, newline="")))
+    assert [(row["subscriber"], row["calls"]) for row in rows] == [("acme", "2"), ("globex", "1")]
+
+
+def test_usage_of_another_time_is_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--until", "2020-01-01"]) == 0
+    assert capsys.readouterr().out == "no usage in that time\n"
+
+
+def test_usage_by_an_unknown_name_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["usage", "--by", "colour"]) == 2
+    assert "expected subscriber, model" in capsys.readouterr().err
+
+
+def test_records_are_the_stored_lines(data_dir: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main(["records", "--format", "ndjson"]) == 0
+    lines = capfdbinary.readouterr().out.splitlines()
+    with SpoolReader(data_dir) as reader:
+        assert lines == list(reader.lines())
+    assert [json.loads(line)["subscriber"]["id"] for line in lines] == list(SUBSCRIBERS)
+
+
+def test_records_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["records", "--limit", "1"]) == 0
+    head, row = capsys.readouterr().out.splitlines()
+    assert head.split()[:3] == ["started", "status", "outcome"]
+    assert "complete" in row
+    assert "POST /v1/chat/completions" in row
+
+
+@pytest.mark.parametrize(("since", "count"), [("2099-01-01", 0), ("1h", 3)])
+def test_records_since(since: str, count: int, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
+    assert main(["records", "--format", "ndjson", "--since", since]) == 0
+    assert len(capfdbinary.readouterr().out.splitlines()) == count
+
+
+def test_records_for_head_end_without_a_complaint(data_dir: Path) -> None:
+    command = f"{sys.executable} -m sidecar records --format ndjson | head -c 1 >/dev/null; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_balance_of_the_files_holds(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["balance", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found == {
+        "admitted": 3, "recorded": 3, "open": 0, "lost": {}, "holds": True,
+        "backends": {
+            name: {"delivered": 3, "duplicate": 0, "parked": {}, "pending": 0, "skipped": {}}
+            for name in ("file", "ledger")
+        },
+    }  # fmt: skip
+
+
+def test_the_balance_in_words(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["balance"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "calls   admitted 3 = recorded 3 + open 0 + lost 0",
+        "file    recorded 3 = delivered 3 + duplicate 0 + parked 0 + pending 0 + skipped 0",
+        "ledger  recorded 3 = delivered 3 + duplicate 0 + parked 0 + pending 0 + skipped 0",
+        "        the balance holds",
+    ]
+
+
+def test_spool_status_counts_what_is_there(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spool", "status", "--format", "json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [row["recorded"] for row in found["instances"]] == [3]
+    assert found["instances"][0]["size_bytes"] > 0
+    assert {row["backend"]: row["delivered"] for row in found["backends"]} == {"file": 3, "ledger": 3}
+    assert main(["spool", "status"]) == 0
+    assert "delivered" in capsys.readouterr().out
+
+
+def test_spool_verify_reads_every_record(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spool", "verify"]) == 0
+    assert capsys.readouterr().out == "3 records read, everything adds up\n"
+
+
+def test_nothing_is_parked(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spool", "parked"]) == 0
+    assert capsys.readouterr().out == "nothing is parked\n"
+    assert main(["spool", "parked", "--format", "json"]) == 0
+    assert capsys.readouterr().out == "[]\n"
+
+
+def test_an_export_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "all.ndjson"
+    assert main(["spool", "export", "-o", str(out)]) == 0
+    assert len(out.read_bytes().splitlines()) == 3
+    assert main(["spool", "export", "-o", str(out)]) == 2
+    assert "an export replaces nothing" in capsys.readouterr().err
+
+
+def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["spool", "redrive"]) == 2
+    assert "no instance is running" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [["usage"], ["records"], ["balance"], ["spool", "status"], ["spool", "verify"]])
+def test_an_empty_directory_is_a_clear_answer(
+    command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*command, "--data-dir", str(tmp_path / "none")]) == 1
+    assert "SIDECAR_DATA_DIR" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+
+
+# Beside a running instance
+
+
+class _Admin(BaseHTTPRequestHandler):
+    answers: dict[str, tuple[int, Any]] = {}  # noqa: RUF012 - filled by the fixture, for one server at a time
+
+    def do_GET(self) -> None:
+        length = int(self.headers.get("Content-Length") or 0)
+        status, body = type(self).answers[f"{self.command} {self.path}"]
+        content = json.dumps(body(json.loads(self.rfile.read(length))) if callable(body) else body).encode()
+        self.send_response(status)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class calls it so
+        pass
+
+
+@pytest.fixture
+def admin(data_dir: Path) -> Iterator[dict[str, tuple[int, Any]]]:
+    """Somebody who holds the data directory and answers at the address in its lock."""
+    _Admin.answers = {}
+    with HTTPServer(("127.0.0.1", 0), _Admin) as server, DataLock.take(data_dir) as lock:
+        lock.announce(admin=f"http://127.0.0.1:{server.server_port}")
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield _Admin.answers
+        server.shutdown()
+        thread.join()
+
+
+def test_a_running_instance_is_asked_and_a_broken_balance_exits_1(
+    admin: dict[str, tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    terms = {"delivered": 3, "duplicate": 0, "parked": {"refused": 2}, "pending": 0, "skipped": {}}
+    found = {"admitted": 5, "recorded": 4, "open": 0, "lost": {"disk_full": 0}, "backends": {"x": terms}}
+    admin["GET /balance"] = 200, {**found, "holds": False, "problems": ["admitted 5 is not recorded 4"]}
+    assert main(["balance"]) == 1
+    captured = capsys.readouterr()
+    assert "parked 2 (refused 2)" in captured.out
+    assert captured.out.endswith("THE BALANCE DOES NOT HOLD\n")
+    assert captured.err == "does not hold: admitted 5 is not recorded 4\n"
+
+
+def test_an_instance_that_says_no_is_quoted(
+    admin: dict[str, tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    admin["GET /balance"] = 500, {"error": "the spool is being mended"}
+    assert main(["balance"]) == 1
+    assert "answered 500: the spool is being mended" in capsys.readouterr().err
+
+
+def test_a_redrive_goes_through_the_running_instance(
+    admin: dict[str, tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    seen = []
+
+    def redrive(wish: Any) -> dict[str, int]:
+        seen.append(wish)
+        return {"redriven": 7, "left": 1}
+
+    admin["POST /redrive"] = 200, redrive
+    assert main(["spool", "redrive", "--backend", "meter", "--resend-unknown", "id-1"]) == 0
+    assert capsys.readouterr().out == "7 offered again, 1 left parked\n"
+    assert seen == [{"backend": "meter", "reason": None, "ids": ["id-1"], "resend_unknown": True}]
+
+
+def test_an_instance_that_does_not_answer_is_named(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as bound, DataLock.take(data_dir) as lock:
+        bound.bind(("127.0.0.1", 0))  # bound, and nobody listens
+        assert main(["balance"]) == 1
+        assert "has no admin port yet" in capsys.readouterr().err
+        lock.announce(admin=f"http://127.0.0.1:{bound.getsockname()[1]}")
+        assert main(["balance"]) == 1
+    assert f"process {os.getpid()} does not answer at http://127.0.0.1" in capsys.readouterr().err
+
+
+def test_serving_a_directory_in_use_names_the_process(
+    data_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("UPSTREAM_URL", "http://127.0.0.1:9"), ("STOP_S", "0")):
+        monkeypatch.setenv(f"SIDECAR_{name}", value)
+    with DataLock.take(data_dir):
+        assert main(["serve"]) != 0
+    assert f"in use by another instance (process {os.getpid()})" in capsys.readouterr().err
+
+
+# Without any data
+
+
+def test_no_command_serves_and_settings_come_first(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 2
+    assert "SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address" in capsys.readouterr().err
+
+
+def test_check_shows_settings_without_secrets(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIDECAR_UPSTREAM_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("SIDECAR_HASH_KEY", "very-secret-hash-key")
+    assert main(["check", "--all"]) == 0
+    out = capsys.readouterr().out
+    assert "very-secret" not in out
+    assert "(hidden)" in out
+    assert "SIDECAR_STOP_S" in out
+    assert "SQLite 3" in out
+
+
+def test_check_as_json_says_where_each_value_is_from(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SIDECAR_UPSTREAM_URL", "http://127.0.0.1:9")
+    assert main(["check", "--format", "json"]) == 0
+    settings = {row["setting"]: row for row in json.loads(capsys.readouterr().out)["settings"]}
+    assert settings["SIDECAR_UPSTREAM_URL"]["from"] == "environment"
+    assert settings["SIDECAR_LISTEN"] == {"setting": "SIDECAR_LISTEN", "value": "0.0.0.0:8080", "from": "default"}
+
+
+def test_check_reports_every_problem(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("SIDECAR_WORKERS", "none of your business")
+    monkeypatch.setenv("SIDECAR_BACKEND", "ledger")
+    assert main(["check"]) == 2
+    assert capsys.readouterr().err.splitlines() == [
+        "the configuration has 3 problems:",
+        "  SIDECAR_WORKERS='none of your business': expected a whole number, 1 to 256",
+        "  SIDECAR_BACKEND is not a setting; did you mean SIDECAR_BACKENDS?",
+        "  SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address",
+    ]
+
+
+def test_check_connect_tries_upstream_and_backends(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        monkeypatch.setenv("SIDECAR_UPSTREAM_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
+        monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,revenium")
+        monkeypatch.setenv("SIDECAR_REVENIUM_API_KEY", "hak_test")
+        monkeypatch.setenv("SIDECAR_METER_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/meter")
+        assert main(["check", "--connect", "--format", "json"]) == 1
+    tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
+    assert {name: row["result"] for name, row in tried.items()} == {
+        "upstream": "reached", "ledger": "reached", "meter": "failed", "revenium": "not tried",
+    }  # fmt: skip
+
+
+def test_check_connect_verifies_the_upstreams_certificate(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(tmp_path / "ca.pem")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+
+    async def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.close()
+
+    async def tried() -> dict[str, str]:
+        server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=context)
+        async with server:
+            monkeypatch.setenv("SIDECAR_UPSTREAM_URL", f"https://localhost:{server.sockets[0].getsockname()[1]}")
+            await asyncio.to_thread(main, ["check", "--connect", "--format", "json"])
+        found: dict[str, str] = json.loads(capsys.readouterr().out)["connect"][0]
+        return found
+
+    assert "its certificate is not accepted" in asyncio.run(tried())["detail"]
+    monkeypatch.setenv("SIDECAR_UPSTREAM_CA_FILE", str(tmp_path / "ca.pem"))
+    found = asyncio.run(tried())
+    assert found["result"] == "reached"
+    assert found["detail"].endswith("TLSv1.3")
+
+
+@pytest.mark.parametrize("listen", ["9700", "unix:/x", "127.0.0.1:x"])
+def test_the_receiver_refuses_a_bad_address(listen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["receiver", "--listen", listen]) == 2
+    assert "--listen" in capsys.readouterr().err
+
+
+def test_the_receiver_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        assert main(["receiver", "--listen", f"127.0.0.1:{taken.getsockname()[1]}"]) == 1
+    assert "cannot listen on 127.0.0.1" in capsys.readouterr().err
+
+
+def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
+    from sidecar.cli import COMMANDS
+
+    for name in COMMANDS:
+        with pytest.raises(SystemExit) as left:
+            main([name, "--help"])
+        assert left.value.code == 0
+        assert "usage: metering-sidecar" in capsys.readouterr().out

@@ -1,0 +1,95 @@
+"""Tables, JSON and CSV from the same rows, and times as people write them."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+from datetime import UTC, datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.cli.output import Format, pairs, render, shown, table
+from sidecar.cli.shared import moment
+
+ROWS = [
+    {"subscriber": "acme", "calls": 1234, "tokens": None, "late": True},
+    {"subscriber": None, "calls": 5, "tokens": 0, "late": False},
+]
+COLUMNS = ("subscriber", "calls", "tokens", "late")
+NOW = datetime(2026, 11, 20, 9, 30, tzinfo=UTC)
+
+
+def test_a_table_has_numbers_to_the_right_and_tells_nothing_from_zero() -> None:
+    assert table(ROWS, COLUMNS, total={"subscriber": "total", "calls": 1239}).splitlines() == [
+        "subscriber  calls  tokens  late",
+        "──────────  ─────  ──────  ────",
+        "acme        1,234       –  yes",
+        "–               5       0  no",
+        "──────────  ─────  ──────  ────",
+        "total       1,239",
+    ]
+
+
+def test_heads_may_differ_from_names_in_a_table_only() -> None:
+    heads = {"calls": "n"}
+    assert render(ROWS, COLUMNS, Format.TABLE, heads=heads).splitlines()[0].split() == [
+        "subscriber", "n", "tokens", "late",
+    ]  # fmt: skip
+    assert "calls" in render(ROWS, COLUMNS, Format.JSON, heads=heads)
+
+
+def test_the_last_column_gives_way_to_a_narrow_terminal() -> None:
+    rows = [{"name": "a", "text": "x" * 200}]
+    assert max(len(line) for line in table(rows, ("name", "text"), width=40).splitlines()) == 40
+    assert max(len(line) for line in table(rows, ("name", "text"), width=5).splitlines()) == len("name") + 2 + 12
+
+
+def test_json_and_ndjson_keep_null() -> None:
+    assert json.loads(render(ROWS, COLUMNS, Format.JSON)) == ROWS
+    lines = render(iter(ROWS), COLUMNS, Format.NDJSON).splitlines()
+    assert [json.loads(line) for line in lines] == ROWS
+
+
+def test_csv_reads_back_and_runs_no_formula() -> None:
+    rows = [{"who": '=HYPERLINK("http://x")', "n": -5}, {"who": 'a,"b"\nc', "n": None}]
+    back = list(csv.reader(io.StringIO(render(rows, ("who", "n"), Format.CSV), newline="")))
+    assert back == [["who", "n"], ["'=HYPERLINK(\"http://x\")", "-5"], ['a,"b"\nc', ""]]
+
+
+def test_an_empty_table_is_a_head() -> None:
+    assert table([], ("a", "b")) == "a  b\n─  ─\n"
+    assert render([], ("a",), Format.JSON) == "[]\n"
+    assert pairs([]) == ""
+
+
+@given(st.text())
+def test_what_came_over_the_wire_cannot_move_the_cursor(text: str) -> None:
+    assert shown(text).isprintable()
+    assert len(table([{"a": text, "b": 1}], ("a", "b")).splitlines()) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("90m", datetime(2026, 11, 20, 8, 0, tzinfo=UTC)),
+        ("24h", datetime(2026, 11, 19, 9, 30, tzinfo=UTC)),
+        ("2w", datetime(2026, 11, 6, 9, 30, tzinfo=UTC)),
+        ("today", datetime(2026, 11, 20, tzinfo=UTC)),
+        ("2026-11-01", datetime(2026, 11, 1, tzinfo=UTC)),
+        ("2026-11-01T10:00", datetime(2026, 11, 1, 10, tzinfo=UTC)),
+        ("2026-11-01T10:00+02:00", datetime(2026, 11, 1, 8, tzinfo=UTC)),
+        ("2026-11-01T10:00:00Z", datetime(2026, 11, 1, 10, tzinfo=UTC)),
+    ],
+)
+def test_a_moment_is_an_age_or_a_date(text: str, expected: datetime) -> None:
+    assert moment(text, NOW) == expected
+
+
+@pytest.mark.parametrize("text", ["", "yesterday", "7", "-1d", "9999999999w", "2026-13-01", "1e3d"])
+def test_what_is_no_moment_is_refused_in_words(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="is no time: expected an age such as"):
+        moment(text, NOW)
