@@ -7,11 +7,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
+
+from sidecar.receiver import Receiver
 
 ROOT = Path(__file__).parent.parent
 START_LIMIT_S = 30.0  # a busy two-core machine with four suites on it needs up to five
@@ -113,6 +116,16 @@ class Whole:
     async def __aexit__(self, *_: object) -> None:
         if self.process is not None:
             await self.kill()
+
+
+@asynccontextmanager
+async def running_receiver() -> AsyncIterator[tuple[Receiver, str]]:
+    """The stand-in backends in the test's own loop, and their address."""
+    receiver = Receiver()
+    try:
+        yield receiver, await receiver.start()
+    finally:
+        await receiver.aclose()
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:

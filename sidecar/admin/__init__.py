@@ -34,7 +34,7 @@ class Instance(Protocol):
 
     async def metrics(self) -> bytes: ...
 
-    def readiness(self) -> Readiness: ...
+    async def readiness(self) -> Readiness: ...
 
 
 def application(instance: Instance) -> web.Application:
@@ -44,7 +44,7 @@ def application(instance: Instance) -> web.Application:
         return _json({"status": "alive"})
 
     async def readyz(_: web.Request) -> web.Response:
-        readiness = instance.readiness()
+        readiness = await instance.readiness()
         body = {"status": readiness.state, "notes": list(readiness.notes)}
         return _json(body, status=200 if readiness.ready else 503)
 

@@ -1,0 +1,157 @@
+"""The whole in one process: opened in order, closed in reverse, which is the drain.
+
+Leaving `running` stops taking calls, lets those in flight finish, commits what they left, makes one last delivery
+pass and lets go of the data directory. A loop that dies takes the same way out with a non-zero exit code, instead of
+leaving a proxy that no longer bills.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final, Protocol
+
+from aiohttp import web
+
+from sidecar import log as logs
+from sidecar import parts, signals
+from sidecar.admin import Readiness, application
+from sidecar.balance import Balance
+from sidecar.billing import Billing, billing
+from sidecar.lock import DataLock
+from sidecar.metrics import Gauges, Metrics
+from sidecar.settings import Address, Settings
+from sidecar.spool import Snapshot, ground_warning
+from sidecar.traffic import listen, serving, url_of
+
+log = logging.getLogger("sidecar.app")
+
+OK: Final = 0
+FAILED: Final = 1
+ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
+
+
+class Intake(Protocol):
+    """The serving half as seen from here: in this process (`traffic`) or in workers (`supervisor`)."""
+
+    async def snapshots(self) -> dict[str, Snapshot]: ...
+
+    async def metrics(self) -> Metrics: ...
+
+    async def readiness(self) -> Readiness: ...
+
+    def reload(self) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Sidecar:
+    """A running whole: what the admin port asks, and where it listens."""
+
+    bills: Billing
+    intake: Intake
+    counted: Metrics  # what delivery counts
+    proxy_url: str = ""
+    admin_url: str = ""
+
+    async def balance(self) -> Balance:
+        return await self.bills.balance(await self.intake.snapshots())
+
+    async def metrics(self) -> bytes:
+        balance = await self.balance()
+        gauges = Gauges(
+            admitted=balance.admitted,
+            recorded=balance.recorded,
+            open=balance.open,
+            holds=balance.holds,
+            degraded=(await self.intake.readiness()).state in ("degraded", "full"),
+            pending={name: totals.pending for name, totals in balance.backends.items()},
+            parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
+            oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
+        )
+        together = await self.intake.metrics()
+        if together is not self.counted:
+            together.absorb(self.counted.state())
+        return together.exposition(gauges)
+
+    async def readiness(self) -> Readiness:
+        """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
+        intake = await self.intake.readiness()
+        notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
+        return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes])
+
+
+@asynccontextmanager
+async def running(settings: Settings) -> AsyncIterator[Sidecar]:
+    """The start-up list; read it backwards for the drain. Raises the parts' own errors, which say what to do."""
+    async with AsyncExitStack() as stack:
+        lock = stack.enter_context(DataLock.take(settings.data_dir, wait_s=settings.stop_s))
+        warning = ground_warning(settings.data_dir)
+        if warning:
+            log.warning(warning)
+        metrics = Metrics(backends=settings.backends)
+        bills = await stack.enter_async_context(billing(settings, metrics))
+        traffic = await stack.enter_async_context(
+            serving(
+                settings,
+                key=parts.hash_key(settings),
+                metrics=metrics,
+                committed=bills.delivery.wake,
+                remembered_seq=bills.remembered_seq,
+            )
+        )
+        sidecar = Sidecar(bills=bills, intake=traffic, counted=metrics)
+        sidecar.admin_url = await open_admin(stack, settings.admin_listen, sidecar)
+        sidecar.proxy_url = await listen(traffic.proxy, settings.listen, tls=settings.tls_cert_file is not None)
+        lock.announce(admin=sidecar.admin_url, proxy=sidecar.proxy_url)
+        log.info("ready", extra={"facts": {"proxy": sidecar.proxy_url, "admin": sidecar.admin_url}})
+        yield sidecar
+    log.info("stopped")
+
+
+async def open_admin(stack: AsyncExitStack, address: Address, sidecar: Sidecar) -> str:
+    """Open the admin port; it is closed with the stack. Answers where it is, as a URL."""
+    runner = web.AppRunner(application(sidecar), access_log=None, shutdown_timeout=ADMIN_STOP_S)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site: web.BaseSite
+    if address.path:
+        site = web.UnixSite(runner, address.path)
+    else:
+        site = web.TCPSite(runner, address.host, address.port)
+    await site.start()
+    return url_of(runner.addresses[0])
+
+
+async def serve(settings: Settings) -> int:
+    """Run until SIGTERM or SIGINT; a second one ends it at once. SIGHUP reads the listener's certificate anew."""
+    loop = asyncio.get_running_loop()
+    with signals.stop_event() as stop:
+        async with running(settings) as sidecar:
+            loop.add_signal_handler(signal.SIGHUP, sidecar.intake.reload)
+            await stop.wait()
+            log.info("stopping", extra={"facts": {"stop_s": settings.stop_s}})
+            for number in signals.STOPPERS:
+                loop.add_signal_handler(number, _end_at_once)
+    return OK
+
+
+def _end_at_once() -> None:
+    """What is committed stays committed, what is open is settled at the next start: as after a crash."""
+    log.warning("asked a second time: ending at once")
+    os._exit(FAILED)
+
+
+def run(settings: Settings) -> int:
+    """Serve with these settings; the exit code. Raises the parts' own errors from starting."""
+    logs.set_up(settings.log_level.value.upper())
+    with asyncio.Runner(loop_factory=parts.loop_factory()) as runner:
+        try:
+            return runner.run(serve(settings))
+        except BaseExceptionGroup as group:
+            log.error("a part has died; stopped, so that nothing runs that no longer bills", exc_info=group)
+            return FAILED

@@ -1,0 +1,102 @@
+"""The half that bills: delivery over every slot, retention, and what both look like together.
+
+One process does this, the only one or the supervisor. It reads what was committed and never writes a spool
+that is in use.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar import parts
+from sidecar.balance import Balance, add_counts
+from sidecar.delivery import Delivery, DeliveryState, SystemClock
+from sidecar.metrics import Metrics
+from sidecar.settings import Settings
+from sidecar.spool import Snapshot, SpoolReader, adopt_orphans
+from sidecar.spool.retention import retire_chunks
+
+log = logging.getLogger("sidecar.billing")
+
+DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
+RETIRE_EVERY_S: Final = 60.0  # how often delivered chunks are looked at; retention is counted in days
+
+
+@dataclass(slots=True, kw_only=True)
+class Billing:
+    """Delivery at work, and the balance over all slots."""
+
+    settings: Settings
+    state: DeliveryState
+    reader: SpoolReader
+    delivery: Delivery
+
+    def remembered_seq(self, instance: str) -> int:
+        """The greatest number of a slot that any backend was handed: a spool that has less has lost some."""
+        cursors = (cursor for name in self.settings.backends for cursor in self.state.cursors(name))
+        return max((cursor.seq for cursor in cursors if cursor.instance == instance), default=0)
+
+    async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
+        """All terms of one moment. `snapshots`: the slots that are being written; the others are read from disk."""
+        return await asyncio.to_thread(self._balance, dict(snapshots))
+
+    def _balance(self, snapshots: dict[str, Snapshot]) -> Balance:
+        for instance in self.reader.instances():
+            if instance not in snapshots:
+                snapshots[instance] = Snapshot(self.reader.totals(instance), self.reader.last_seq(instance))
+        totals = [snapshot.totals for snapshot in snapshots.values()]
+        return Balance(
+            admitted=sum(t.admitted for t in totals),
+            recorded=sum(t.recorded for t in totals),
+            open=sum(t.open for t in totals),
+            lost=add_counts(t.lost for t in totals),
+            backends=self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
+        )
+
+    async def keep_retiring(self) -> None:
+        """Remove what is delivered everywhere and older or more than is to be kept, for ever."""
+        while True:
+            await asyncio.sleep(RETIRE_EVERY_S)
+            try:
+                await asyncio.to_thread(self.retire)
+            except OSError as error:
+                log.warning("delivered chunks could not be removed: %s", error)
+
+    def retire(self) -> None:
+        settings = self.settings
+        for instance, upto in self.delivery.retired_upto().items():
+            retire_chunks(settings.data_dir, instance, upto, settings.retention, settings.retention_bytes)
+
+
+@asynccontextmanager
+async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing]:
+    """Start delivering. Leaving makes one last pass, bounded by `DRAIN_S`. Raises the parts' own errors."""
+    async with AsyncExitStack() as stack:
+        state = DeliveryState.open(settings.data_dir / "delivery.db")
+        stack.callback(state.close)
+        for instance in adopt_orphans(settings.data_dir):
+            log.info("adopted a spool that was left behind", extra={"facts": {"instance": instance}})
+        reader = stack.enter_context(SpoolReader(settings.data_dir))
+        backends = parts.backends(settings)
+        for backend in backends:
+            stack.push_async_callback(backend.aclose)
+        delivery = Delivery(
+            reader=reader,
+            state=state,
+            backends=backends,
+            metrics=metrics,
+            clock=SystemClock(),
+            chance=random.Random(),  # noqa: S311 - jitter, no secret
+        )
+        await stack.enter_async_context(delivery)
+        stack.push_async_callback(delivery.drain, DRAIN_S)
+        bills = Billing(settings=settings, state=state, reader=reader, delivery=delivery)
+        retiring = asyncio.create_task(bills.keep_retiring())
+        stack.callback(retiring.cancel)
+        yield bills

@@ -1,0 +1,171 @@
+"""From settings to parts: the one place where a setting's name meets a part's argument.
+
+Nothing here runs; what is made here is started and stopped by `app` (one process) and `worker` (one of several).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+from urllib.parse import urlsplit
+
+from sidecar.attribution import Attributor, parse_source
+from sidecar.backends import BACKENDS, Context
+from sidecar.ledger import LedgerStore
+from sidecar.metrics import Metrics
+from sidecar.proxy import Proxy, ProxyRules
+from sidecar.recorder import SpoolRecorder
+from sidecar.routes import Routes
+from sidecar.settings import Settings
+from sidecar.spool import Spool
+from sidecar.usage.table import known_routes
+from sidecar.usage.taps import Pin, UsageTaps
+from sidecar.verdict import Backend
+
+log = logging.getLogger("sidecar.parts")
+
+HASH_KEY_BYTES: Final = 32
+HASH_KEY_FILE: Final = "hash.key"
+
+
+def rules(settings: Settings) -> ProxyRules:
+    """What the hop is told."""
+    url = settings.upstream_url or ""
+    return ProxyRules(
+        upstream_url=url,
+        public_url=settings.public_url,
+        preserve_host=settings.preserve_host,
+        forwarded=settings.forwarded.value,
+        via=settings.via,
+        trusted_proxies=settings.trusted_proxies,
+        query_values=frozenset(settings.query_values),
+        meter_id_header=settings.meter_id_header,
+        on_disconnect=settings.on_disconnect.value,
+        on_disconnect_routes={r.pattern: r.on_disconnect.value for r in settings.routes if r.on_disconnect is not None},
+        disconnect_drain_s=settings.disconnect_drain_s,
+        drains_max=settings.drains,
+        connect_timeout_s=settings.upstream_connect_timeout_s,
+        response_timeout_s=settings.upstream_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        head_timeout_s=settings.head_timeout_s,
+        keepalive_timeout_s=settings.keepalive_timeout_s,
+        head_bytes_max=settings.head_bytes,
+        target_bytes_max=settings.target_bytes,
+        connections_max=settings.connections,
+        stop_s=settings.stop_s,
+        upstream_ca_file=_path(settings.upstream_ca_file),
+        upstream_client_cert_file=_path(settings.upstream_cert_file),
+        upstream_client_key_file=_path(settings.upstream_key_file),
+        upstream_server_name=settings.upstream_server_name,
+        listener_cert_file=_path(settings.tls_cert_file),
+        listener_key_file=_path(settings.tls_key_file),
+    )
+
+
+def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: bytes) -> Proxy:
+    """The hop with everything that reads along."""
+    taps = usage_taps(settings, metrics.usage_anomaly)
+    routes = Routes([route.pattern for route in settings.routes], known_routes())
+    return Proxy(
+        rules=rules(settings),
+        recorder=recorder,
+        taps=taps,
+        attribute=attributor(settings, key),
+        route=routes.match,
+        metrics=metrics,
+    )
+
+
+def attributor(settings: Settings, key: bytes) -> Attributor:
+    sources = [parse_source(text) for text in settings.subscriber]
+    return Attributor(sources=sources, dimensions=settings.dimensions, hash_key=key)
+
+
+def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
+    pins = dict(settings.providers)
+    pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    return UsageTaps(
+        upstream_host=urlsplit(settings.upstream_url or "").hostname,
+        pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
+        clock_ns=time.monotonic_ns,
+        anomaly=anomaly,
+    )
+
+
+def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorder:
+    return SpoolRecorder(
+        spool,
+        metrics,
+        durability=settings.durability.value,
+        on_full=settings.on_spool_full.value,
+        commit_wait_s=settings.commit_wait_s,
+        memory_bytes=settings.spool_memory_bytes,
+    )
+
+
+def backends(settings: Settings) -> list[Backend]:
+    """The configured backends, in the order of the setting."""
+    context = Context(
+        data_dir=settings.data_dir,
+        subscribers=settings.subscribers,
+        meters=settings.meters,
+        open_ledger=lambda: LedgerStore(settings.data_dir / "ledger.db"),
+    )
+    return [BACKENDS[name].make(settings.backend(name), context) for name in settings.backends]
+
+
+def hash_key(settings: Settings) -> bytes:
+    """The key of the subscribers' hashes: as set, else made once and kept in the data directory.
+
+    A key that was set is condensed to 32 bytes, so that any length of text will do. Raises `OSError`.
+    """
+    if settings.hash_key is not None:
+        return hashlib.blake2b(settings.hash_key.reveal().encode(), digest_size=HASH_KEY_BYTES).digest()
+    path = settings.data_dir / HASH_KEY_FILE
+    try:
+        kept = bytes.fromhex(path.read_text("ascii").strip())
+    except FileNotFoundError:
+        return _make_hash_key(path)
+    except ValueError:
+        kept = b""
+    if len(kept) != HASH_KEY_BYTES:
+        raise OSError(f"{path} is damaged: put its copy back, or remove it, after which credentials hash anew")
+    return kept
+
+
+def _make_hash_key(path: Path) -> bytes:
+    key = secrets.token_bytes(HASH_KEY_BYTES)
+    # Linked into place whole: two workers that start at once both end up with the one that was first.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+    with os.fdopen(fd, "w") as file:
+        file.write(key.hex() + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        key = bytes.fromhex(path.read_text("ascii").strip())
+    finally:
+        temporary.unlink()
+    return key
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it is available: half the cost of the standard loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop

@@ -1,0 +1,91 @@
+"""The half that serves: spool, recorder and hop of one process.
+
+There is one in the only process, or one in each worker. It knows nothing of backends; what it commits it tells to
+`committed`, and whoever bills reads it from disk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+
+from sidecar import parts
+from sidecar.admin import Readiness
+from sidecar.metrics import Metrics
+from sidecar.proxy import Proxy
+from sidecar.recorder import SpoolRecorder
+from sidecar.settings import Address, Settings
+from sidecar.spool import Snapshot, Spool
+
+
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """An open intake. `listen` lets calls in."""
+
+    spool: Spool
+    recorder: SpoolRecorder
+    proxy: Proxy
+    counted: Metrics
+    stopping: bool = False
+
+    async def snapshots(self) -> dict[str, Snapshot]:
+        """Totals and last number of each slot that is written here, of this moment."""
+        return {self.spool.instance: self.spool.snapshot()}
+
+    async def metrics(self) -> Metrics:
+        return self.counted
+
+    async def readiness(self) -> Readiness:
+        health = self.recorder.health()
+        notes = (health.reason,) if health.reason else ()
+        if self.stopping:
+            return Readiness(ready=False, state="stopping", notes=notes)
+        return Readiness(ready=not self.recorder.refusing, state=health.state.value, notes=notes)
+
+    def reload(self) -> None:
+        """Read the listener's certificate anew."""
+        self.proxy.reload_tls()
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings,
+    *,
+    key: bytes,
+    metrics: Metrics,
+    committed: Callable[[], None],
+    remembered_seq: Callable[[str], int] = lambda instance: 0,
+    instance: str | None = None,
+) -> AsyncIterator[Traffic]:
+    """Open a slot and the hop behind it. Leaving is the drain: no new calls, open ones finish within
+    `SIDECAR_STOP_S`, what they left is committed, the slot is let go. Raises the parts' own errors."""
+    async with AsyncExitStack() as stack:
+        spool = Spool.open(settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq)
+        await stack.enter_async_context(spool)
+        spool.on_committed(committed)
+        recorder = await stack.enter_async_context(parts.recorder(settings, spool, metrics))
+        proxy = parts.proxy(settings, recorder, metrics, key)
+        traffic = Traffic(spool=spool, recorder=recorder, proxy=proxy, counted=metrics)
+        await proxy.start()
+        stack.push_async_callback(proxy.aclose)
+        stack.push_async_callback(proxy.stop, settings.stop_s)
+        stack.callback(partial(setattr, traffic, "stopping", True))
+        yield traffic
+
+
+async def listen(proxy: Proxy, address: Address, *, tls: bool) -> str:
+    """Open the port for calls; where it is, as a URL."""
+    if address.path:
+        return url_of(await proxy.listen(path=address.path))
+    return url_of(await proxy.listen(host=address.host, port=address.port), tls=tls)
+
+
+def url_of(bound: tuple[str, int] | str, *, tls: bool = False) -> str:
+    """`http://127.0.0.1:8080`, also for what listens everywhere; `unix:/path`."""
+    if isinstance(bound, str):
+        return f"unix:{bound}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{shown}:{bound[1]}"
