@@ -72,18 +72,18 @@ clean: ## remove the environment and what tools left behind
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"
-	@$(PIP) install --quiet --require-hashes -r requirements/run.lock
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install --quiet --quiet --require-hashes -r requirements/run.lock
+	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(TEST): requirements/test.lock $(RUN)
 	@echo "installing the test tools into $(VENV) (once) …"
-	@$(PIP) install --quiet --require-hashes -r requirements/test.lock
+	@$(PIP) install --quiet --quiet --require-hashes -r requirements/test.lock
 	@touch $@
 
 $(BENCH): $(TEST)
-	@$(PIP) install --quiet '.[bench]' || echo 'some peers cannot be installed here: the bench goes on without them'
-	@$(PIP) install --quiet --no-deps --no-build-isolation --editable .
+	@$(PIP) install --quiet --quiet '.[bench]' || echo 'some peers cannot be installed here: the bench goes on without them'
+	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 # A `python3.12` on the path may be an empty shell (version managers leave such), and a Python may come without

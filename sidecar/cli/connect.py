@@ -61,8 +61,8 @@ async def _try(what: str, attempt: Awaitable[str]) -> Tried:
         return Tried(what, FAILED, f"the TLS handshake failed: {error.reason or error}")
     except OSError as error:
         # asyncio puts a text of its own where the system's would say more; names that are not found have theirs.
-        known = error.errno is not None and error.errno > 0
-        return Tried(what, FAILED, os.strerror(error.errno) if known else error.strerror or str(error))
+        number = error.errno or 0
+        return Tried(what, FAILED, os.strerror(number) if number > 0 else error.strerror or str(error))
 
 
 async def _reach_upstream(settings: Settings, url: str) -> str:
