@@ -64,6 +64,7 @@ class Receiver:
         if unknown:
             raise ValueError(f"{unknown[0]!r} is no backend of the receiver; known are {', '.join(backends())}")
         self.faults = Faults()
+        self.url = ""  # once it listens
         self._store = Store(store)
         self._now = now
         self._exact: dict[tuple[str, str], list[_Stand]] = defaultdict(list)
@@ -110,7 +111,8 @@ class Receiver:
             await self.aclose()
             raise
         bound_host, bound_port = self._runner.addresses[0][:2]
-        return f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
+        self.url = f"http://{f'[{bound_host}]' if ':' in bound_host else bound_host}:{bound_port}"
+        return self.url
 
     async def aclose(self) -> None:
         """Stop listening, drop what is under way, close the store. May be called twice."""

@@ -90,7 +90,7 @@ class StripeV2:
             return _error(400, "missing_version", "the Stripe-Version header is required")
         if not token or self._memory.recall(f"session:{_digest(token)}", call.at_s, SESSION_S) is None:
             message = "The temporary session token has expired: create a new one."
-            return _error(401, "billing_meter_event_session_expired", message)
+            return _error(401, "billing_meter_event_session_expired", message, kind="temporary_session_expired")
         body = _object(call)
         rows = body.get("events") if body is not None else None
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
@@ -170,5 +170,7 @@ def _digest(token: str) -> str:
     return hashlib.sha256(token.encode()).hexdigest()
 
 
-def _error(status: int, code: str, message: str, *units: Unit) -> Answer:
-    return Answer(status, orjson.dumps({"error": {"code": code, "message": message}}), units=units)
+def _error(status: int, code: str, message: str, *units: Unit, kind: str | None = None) -> Answer:
+    """`type` stands only where the vendor's clients tell errors apart by it."""
+    told = {"code": code, "message": message} | ({} if kind is None else {"type": kind})
+    return Answer(status, orjson.dumps({"error": told}), units=units)
