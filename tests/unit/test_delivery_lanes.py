@@ -1,0 +1,436 @@
+"""One backend's lane and several beside each other: what is delivered, parked, split, retried, held."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from delivery_fixtures import QUICK, START_S, HandClock, MemorySpool, World, plain, record_id, record_line, until
+from fake_backend import FakeBackend
+
+from sidecar.delivery import Delivery
+from sidecar.exchange import Outcome
+from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Refused, Retry, Unknown
+
+BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
+EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)
+ITEMS = Abilities(events_max=10, atomicity=Atomicity.PER_ITEM, dedup=Dedup.EVENT_ID, knows_duplicates=True)
+PREFIX = Abilities(events_max=10, atomicity=Atomicity.PREFIX, dedup=Dedup.EVENT_ID)
+SINGLE = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
+NONE = Abilities(dedup=Dedup.NONE, concurrency=4)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path)
+    world.begin("fake")
+    return world
+
+
+def settled(world: World, delivery: Delivery, name: str = "fake") -> bool:
+    return delivery.totals(world.spool.upto())[name].pending == 0
+
+
+async def all_settled(world: World, delivery: Delivery, name: str = "fake") -> dict[str, object]:
+    delivery.wake()
+    await until(lambda: settled(world, delivery, name), what=f"{delivery} settled")
+    return plain(world.balance(delivery), name)
+
+
+@pytest.mark.parametrize("abilities", [BATCH, EVENTS, ITEMS, PREFIX, SINGLE, NONE], ids=lambda a: str(a.atomicity))
+async def test_every_record_is_delivered_once(world: World, abilities: Abilities) -> None:
+    world.begin("fake", "other")
+    backend = FakeBackend(abilities)
+    ids = world.spool.add(137)
+    async with world.deliver(backend, FakeBackend(SINGLE, name="other")) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 137}
+        more = world.spool.add(30, "two")
+        assert await all_settled(world, delivery) == {"delivered": 167}
+    assert backend.taken == Counter([*ids, *more])
+    assert all(offer.attempt == 1 for offer in backend.offers)
+    assert backend.busy_most <= abilities.concurrency
+
+
+async def test_records_go_in_order_where_nothing_fails(world: World) -> None:
+    backend = FakeBackend(Abilities(concurrency=1, dedup=Dedup.REQUEST_KEY))
+    ids = world.spool.add(60)
+    async with world.deliver(backend) as delivery:
+        await all_settled(world, delivery)
+    assert [offer.key for offer in backend.offers] == ids
+
+
+async def test_a_batch_fills_up_before_it_leaves(world: World) -> None:
+    backend = FakeBackend(BATCH)
+    async with world.deliver(backend) as delivery:
+        for _ in range(25):
+            world.spool.add(1)
+            delivery.wake()
+        assert await all_settled(world, delivery) == {"delivered": 25}
+    assert len(backend.offers) <= 5
+
+
+async def test_a_retry_sends_the_same_bytes_and_key(world: World) -> None:
+    backend = FakeBackend(BATCH, script=["retry:http_503", "lose_after", "retry:dns", "raise", "short"])
+    world.spool.add(10)
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 10}
+    assert len({(offer.key, offer.body) for offer in backend.offers}) == 1
+    assert [offer.attempt for offer in backend.offers] == [1, 2, 3, 4, 5, 6]
+    assert set(backend.taken.values()) == {1}
+
+
+@pytest.mark.parametrize("abilities", [BATCH, EVENTS, PREFIX])
+async def test_a_refused_batch_is_split_until_the_bad_record_stands_alone(world: World, abilities: Abilities) -> None:
+    ids = world.spool.add(40)
+    backend = FakeBackend(abilities, poison={ids[3], ids[17]})
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 38, "parked": {"http_400": 2}}
+        parked = delivery.parked()
+    assert {row.record_id for row in parked} == {ids[3], ids[17]}
+    assert all(row.body and row.line and "refused http_400" in row.history[-1] for row in parked)
+    assert set(backend.taken) == set(ids) - backend.poison
+    assert set(backend.taken.values()) == {1}
+    assert any(offer.key.endswith(".0") for offer in backend.offers)
+
+
+async def test_a_report_settles_each_event_apart(world: World) -> None:
+    ids = world.spool.add(10)
+    report = [Delivered()] * 4 + [Refused("bad_customer"), Retry("http_429")] + [Delivered()] * 3 + [Unknown("lost")]
+    backend = FakeBackend(ITEMS, script=[report])
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 9, "parked": {"bad_customer": 1}}
+    assert [event.event_id for event in backend.offers[1].events] == [ids[5], ids[9]]
+    assert backend.offers[1].key == f"{backend.offers[0].key}.0"
+
+
+async def test_duplicates_are_counted_apart(world: World) -> None:
+    ids = world.spool.add(10)
+    backend = FakeBackend(ITEMS)
+    backend.taken.update(ids[:4])
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 6, "duplicate": 4}
+
+
+async def test_one_stuck_record_holds_nothing_else_up(world: World) -> None:
+    ids = world.spool.add(300)
+    stuck = {ids[0], ids[5], ids[9]}
+    backend = FakeBackend(SINGLE, behaviour=lambda s: "retry:http_500" if s.events[0].record_id in stuck else None)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: len(backend.taken) == 297)
+        assert plain(world.balance(delivery)) == {"delivered": 297, "pending": 3}
+        stuck.clear()
+        assert await all_settled(world, delivery) == {"delivered": 300}
+
+
+async def test_one_stuck_backend_holds_no_other_up(world: World) -> None:
+    world.begin("fake", "other")
+    world.spool.add(100)
+    stuck, good = FakeBackend(SINGLE, behaviour=lambda s: "stall"), FakeBackend(SINGLE, name="other")
+    async with world.deliver(stuck, good) as delivery:
+        delivery.wake()
+        await until(lambda: len(good.taken) == 100)
+        totals = world.balance(delivery)
+        assert plain(totals, "fake") == {"pending": 100}
+        assert delivery.retired_upto() == {"one": next(c.seq for c in delivery.state.cursors("fake"))}
+        stuck.released.set()
+        assert await all_settled(world, delivery) == {"delivered": 100}
+        assert delivery.retired_upto() == {"one": 100}
+
+
+async def test_a_lost_answer_is_parked_where_a_repeat_would_double(world: World) -> None:
+    ids = world.spool.add(50)
+    backend = FakeBackend(NONE, behaviour=lambda s: "lose_after" if s.events[0].record_id == ids[7] else None)
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 49, "parked": {"unknown": 1}}
+        [parked] = delivery.parked(reason="unknown")
+        assert parked.maybe_taken
+        assert await delivery.redrive() == 0  # not without the operator's word
+        backend.behaviour = None
+        assert await delivery.redrive(resend_unknown=True) == 1
+        assert await all_settled(world, delivery) == {"delivered": 50}
+    assert backend.offers[-1].body == next(o.body for o in backend.offers if o.key == ids[7])
+    assert backend.taken[ids[7]] == 2
+
+
+async def test_an_operator_may_accept_doubles(world: World) -> None:
+    world.spool.add(3)
+    backend = FakeBackend(Abilities(dedup=Dedup.NONE, resend_unknown=True), script=["lose_after"])
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 3}
+    assert sum(backend.taken.values()) == 4
+
+
+async def test_without_dedup_no_more_is_sealed_than_is_under_way(world: World) -> None:
+    world.spool.add(200)
+    backend = FakeBackend(NONE, latency_s=0.001)
+    most = 0
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        while not settled(world, delivery):
+            [status] = delivery.status()
+            most = max(most, status.sealed)
+            await asyncio.sleep(0)
+        assert plain(world.balance(delivery)) == {"delivered": 200}
+    assert most <= NONE.concurrency
+
+
+async def test_blocked_keeps_everything_and_goes_on_by_itself(world: World) -> None:
+    world.spool.add(500)
+    backend = FakeBackend(SINGLE, behaviour=lambda s: "block:unauthorized")
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: ("fake", "unauthorized") in world.metrics.blocks)
+        await until(lambda: len(backend.offers) > 12)
+        [status] = delivery.status()
+        assert (status.state, status.reason) == ("blocked", "unauthorized")
+        assert plain(world.balance(delivery)) == {"pending": 500}
+        backend.behaviour = None
+        assert await all_settled(world, delivery) == {"delivered": 500}
+        assert world.metrics.blocks[-1] == ("fake", None)
+    assert len(world.metrics.blocks) == 2
+
+
+@pytest.mark.parametrize("abilities", [SINGLE, BATCH])
+async def test_many_refusals_for_one_reason_are_suspect(world: World, abilities: Abilities) -> None:
+    world.spool.add(400)
+    backend = FakeBackend(abilities, behaviour=lambda s: "refuse:http_400")
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: ("fake", "suspect") in world.metrics.blocks)
+        seen = len(backend.offers)
+        await until(lambda: len(backend.offers) > seen + 5)
+        totals = world.balance(delivery)["fake"]
+        assert sum(totals.parked.values()) < QUICK.suspect_after
+        assert totals.pending > 380
+        backend.behaviour = None
+        result = await all_settled(world, delivery)
+        assert (
+            result == {"delivered": 400 - sum(totals.parked.values()), "parked": dict(totals.parked)}
+            or not totals.parked
+        )
+
+
+async def test_denied_refused_and_unsettled_calls_are_not_billed(world: World) -> None:
+    world.begin("fake", "other")
+    for outcome in (Outcome.COMPLETE, Outcome.DENIED, Outcome.REFUSED, Outcome.UNKNOWN):
+        world.spool.add(2, outcome=outcome)
+    everything = FakeBackend(Abilities(bills=False), name="other")
+    async with world.deliver(FakeBackend(BATCH), everything) as delivery:
+        assert await all_settled(world, delivery) == {
+            "delivered": 2,
+            "skipped": {"denied": 2, "refused": 2},
+            "parked": {"unsettled": 2},
+        }
+        assert await all_settled(world, delivery, "other") == {"delivered": 8}
+
+
+async def test_a_line_that_is_no_record_is_parked(world: World) -> None:
+    world.spool.append([record_line(1), b"{}", b"\xff", record_line(4)])
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 2, "parked": {"unreadable": 2}}
+
+
+async def test_records_that_cannot_be_read_any_more_are_told(world: World) -> None:
+    world.spool.add(5)
+    world.spool.hole(numbers=7, missing=6)
+    world.spool.add(5)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 10, "skipped": {"missing": 6}}
+
+
+async def test_an_encoder_that_raises_parks_only_its_record(world: World) -> None:
+    ids = world.spool.add(20)
+
+    def skip(record: object) -> None:
+        if getattr(record, "id", "") == ids[4]:
+            raise ValueError("an encoder's bug")
+
+    async with world.deliver(FakeBackend(BATCH, skip=skip)) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 19, "parked": {"encode_failed": 1}}
+
+
+async def test_a_record_counts_once_by_its_worst_event(world: World) -> None:
+    ids = world.spool.add(12)
+    verdicts = {f"{ids[0]}:b": "refuse:no_meter", f"{ids[1]}:a": "lose_before"}
+    backend = FakeBackend(
+        Abilities(dedup=Dedup.NONE),
+        events_of=lambda r: ("a", "b", "c"),
+        behaviour=lambda s: verdicts.get(s.events[0].event_id),
+    )
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 10, "parked": {"no_meter": 1, "unknown": 1}}
+        assert len(backend.taken) == 34
+        verdicts.clear()
+        assert await delivery.redrive(reason="no_meter") == 1
+        assert await all_settled(world, delivery) == {"delivered": 11, "parked": {"unknown": 1}}
+    assert backend.offers[-1].key == f"{ids[0]}:b~1"
+    assert set(backend.taken.values()) == {1}
+
+
+async def test_several_events_in_a_batch_that_is_split(world: World) -> None:
+    ids = world.spool.add(20)
+    backend = FakeBackend(EVENTS, events_of=lambda r: ("a", "b", "c"), poison={ids[4]})
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 19, "parked": {"http_400": 1}}
+        assert len(delivery.parked()) == 3
+        backend.poison.clear()
+        assert await delivery.redrive() == 3
+        assert await all_settled(world, delivery) == {"delivered": 20}
+    assert set(backend.taken.values()) == {1}
+    assert len(backend.taken) == 60
+
+
+async def test_redriven_refusals_get_a_new_key_each_time(world: World) -> None:
+    ids = world.spool.add(5)
+    backend = FakeBackend(SINGLE, poison={ids[2]})
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 4, "parked": {"http_400": 1}}
+        assert await delivery.redrive(ids=[ids[2]], backend="other") == 0
+        assert await delivery.redrive(ids=[ids[2]]) == 1
+        assert await all_settled(world, delivery) == {"delivered": 4, "parked": {"http_400": 1}}
+        backend.poison.clear()
+        assert await delivery.redrive(backend="fake", reason="http_400") == 1
+        assert await all_settled(world, delivery) == {"delivered": 5}
+        assert delivery.parked() == []
+    keys = [offer.key for offer in backend.offers if offer.events[0].record_id == ids[2]]
+    assert keys == [ids[2], f"{ids[2]}~1", f"{ids[2]}~2"]
+
+
+async def test_a_mapping_made_later_lets_parked_records_go(world: World) -> None:
+    ids = world.spool.add(8)
+    unmapped = {ids[1], ids[6]}
+    backend = FakeBackend(BATCH, park=lambda r: "no_customer" if r.id in unmapped else None)
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 6, "parked": {"no_customer": 2}}
+        assert await delivery.redrive() == 0  # still unmapped: stays parked
+        unmapped.clear()
+        assert await delivery.redrive(reason="no_customer") == 2
+        assert await all_settled(world, delivery) == {"delivered": 8}
+    assert set(backend.taken.values()) == {1}
+
+
+async def test_a_redrive_of_what_needs_no_event_now_is_skipped(world: World) -> None:
+    world.spool.add(4)
+    reasons = {"park": "no_customer", "skip": None}
+    backend = FakeBackend(BATCH, park=lambda r: reasons["park"], skip=lambda r: reasons["skip"])
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"parked": {"no_customer": 4}}
+        reasons.update(park=None, skip="no_value")
+        assert await delivery.redrive() == 4
+        assert plain(world.balance(delivery)) == {"skipped": {"no_value": 4}}
+
+
+async def test_one_call_at_a_time_for_a_subject(world: World) -> None:
+    for name in ("a", "b", "c"):
+        world.spool.add(20, subscriber=name)
+    backend = FakeBackend(
+        Abilities(dedup=Dedup.REQUEST_KEY, concurrency=6, one_per_subject=True),
+        subject_of=lambda r: r.subscriber.id if r.subscriber else "",
+        latency_s=0.001,
+    )
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 60}
+    assert backend.subject_most == 1
+    assert backend.busy_most > 1
+
+
+async def test_a_new_backend_begins_behind_what_is_there(world: World) -> None:
+    world.spool.add(20)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        await all_settled(world, delivery)
+    late = FakeBackend(BATCH, name="late")
+    async with world.deliver(FakeBackend(BATCH), late) as delivery:
+        assert plain(world.balance(delivery), "late") == {"skipped": {"before": 20}}
+        world.spool.add(5)
+        assert await all_settled(world, delivery, "late") == {"delivered": 5, "skipped": {"before": 20}}
+
+
+async def test_what_a_removed_backend_had_still_to_get_is_parked(world: World) -> None:
+    world.begin("fake", "other")
+    world.spool.add(30)
+    stuck = FakeBackend(SINGLE, behaviour=lambda s: "retry:dns")
+    async with world.deliver(stuck, FakeBackend(SINGLE, name="other")) as delivery:
+        delivery.wake()
+        await until(lambda: len(stuck.offers) > 3)
+    async with world.deliver(FakeBackend(SINGLE, name="other")) as delivery:
+        await until(lambda: len(delivery.parked(backend="fake")) == 30)
+        assert {row.reason for row in delivery.parked(backend="fake")} == {"removed"}
+        assert "fake" not in delivery.totals(world.spool.upto())
+        await until(lambda: settled(world, delivery, "other"))
+        world.spool.add(7)
+        await all_settled(world, delivery, "other")
+    back = FakeBackend(SINGLE)
+    async with world.deliver(back, FakeBackend(SINGLE, name="other")) as delivery:
+        assert plain(world.balance(delivery)) == {"parked": {"removed": 30}, "skipped": {"before": 7}}
+        again = await delivery.redrive(backend="fake")
+        assert again + await delivery.redrive(backend="fake", resend_unknown=True) == 30
+        assert await all_settled(world, delivery) == {"delivered": 30, "skipped": {"before": 7}}
+
+
+async def test_a_lost_state_file_doubles_nothing(world: World) -> None:
+    world.clock = HandClock()
+    world.spool.add(20)
+    for abilities, age_s, expected in (
+        (EVENTS, 60.0, {"delivered": 20}),
+        (EVENTS, 82_900.0, {"parked": {"salvaged": 20}}),  # the window ends an hour early
+        (ITEMS, 9e6, {"delivered": 20}),  # no window: recognised for ever
+        (BATCH, 60.0, {"parked": {"salvaged": 20}}),
+    ):
+        for file in world.directory.iterdir():
+            file.unlink()
+        world.clock.wall = START_S + age_s
+        async with world.deliver(FakeBackend(abilities)) as delivery:
+            assert await all_settled(world, delivery) == expected
+            assert all(row.maybe_taken for row in delivery.parked())
+
+
+async def test_forgetting_keeps_the_count(world: World) -> None:
+    ids = world.spool.add(200)
+    backend = FakeBackend(EVENTS, events_of=lambda r: ("a", "b"), poison={ids[10], ids[150]})
+    async with world.deliver(backend) as delivery:
+        before = await all_settled(world, delivery)
+        assert delivery.find(ids[3])[0].fate == "delivered"
+        await delivery.forget({"one": 120})
+        assert plain(world.balance(delivery)) == before
+        assert delivery.find(ids[3]) == []
+        assert delivery.find(ids[130])[0].fate == "delivered"
+        backend.poison.clear()
+        assert await delivery.redrive() == 4
+        assert await all_settled(world, delivery) == {"delivered": 200}
+        await delivery.forget({"one": 200})
+        assert plain(world.balance(delivery)) == {"delivered": 200}
+
+
+async def test_draining_waits_for_no_batch_to_fill_and_for_no_one_who_is_down(world: World) -> None:
+    world.begin("fake", "other")
+    backend, down = FakeBackend(BATCH), FakeBackend(SINGLE, name="other", behaviour=lambda s: "retry:connect")
+    async with world.deliver(backend, down) as delivery:
+        world.spool.add(7)
+        await delivery.drain(5.0)
+        assert sum(backend.taken.values()) == 7
+    world.spool.add(3)
+    hanging = FakeBackend(BATCH, behaviour=lambda s: "hang")
+    async with world.deliver(hanging) as delivery:
+        await delivery.drain(0.05)
+        assert plain(world.balance(delivery)) == {"delivered": 7, "pending": 3}
+
+
+async def test_a_lane_that_dies_takes_its_owner_with_it(world: World) -> None:
+    class Broken(MemorySpool):
+        def read(self, *_: object, **__: object) -> list[object]:  # type: ignore[override]
+            raise OSError("the spool is gone")
+
+    world.spool = Broken()
+    world.spool.add(1)
+    with pytest.raises(ExceptionGroup) as caught:
+        async with world.deliver(FakeBackend(BATCH)) as delivery:
+            delivery.wake()
+            await until(lambda: False, limit_s=5.0)
+    assert caught.group_contains(OSError)
+
+
+def test_ids_of_the_fixtures_are_as_long_as_real_ones() -> None:
+    assert len(record_id(1)) == 36
