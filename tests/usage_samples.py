@@ -15,6 +15,13 @@ from sidecar.usage.taps import Pin, UsageTaps
 SAMPLES = Path(__file__).parent / "data" / "samples"
 
 
+def _no_anomaly(kind: str) -> None:
+    raise AssertionError(f"anomaly {kind} in a well-formed answer")
+
+
+_TAPS = UsageTaps(anomaly=_no_anomaly)
+
+
 @dataclass(frozen=True)
 class Sample:
     name: str
@@ -80,7 +87,7 @@ def play(
     taps: UsageTaps | None = None,
 ) -> tuple[Usage | None, list[int]]:
     """The usage, and the numbers of the pieces for which `feed` said that the stream's end mark ended."""
-    taps = taps or UsageTaps(anomaly=_no_anomaly)
+    taps = taps or _TAPS
     request = taps.request(sample.method, sample.path, sample.request_headers)
     assert request is not None, "no tap for the request"
     request.feed(sample.request_body)
@@ -114,7 +121,3 @@ def differences(usage: Usage, expected: dict[str, Any], null_or_zero: Iterable[s
         if not right:
             wrong[key] = (value, got)
     return wrong
-
-
-def _no_anomaly(kind: str) -> None:
-    raise AssertionError(f"anomaly {kind} in a well-formed answer")

@@ -28,10 +28,23 @@ _CLOSERS = b"}]"
 
 
 class Framing(Protocol):
-    streamed: bool
-    size_bytes: int  # of the largest thing parsed, to know whether its usage object needs a second look
-    brackets: int
-    ended: bool  # a plain document was seen to its end
+    @property
+    def streamed(self) -> bool: ...
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the largest thing parsed, to know whether its usage object needs a second look."""
+        ...
+
+    @property
+    def brackets(self) -> int:
+        """The most of any thing parsed, for the same reason."""
+        ...
+
+    @property
+    def ended(self) -> bool:
+        """Whether a plain document was seen to its end."""
+        ...
 
     def feed(self, piece: bytes) -> bool: ...
 
@@ -95,13 +108,20 @@ class _Messages(_Base):
         return self._feed(piece)
 
     def finish(self) -> None:
+        """The last message may lack its separator. If it lacks its end, it proves nothing to be final."""
         self._cut = True
+        final = self._reader.final
         if self._long is not None:
-            if self._long.members.document:
+            if self._long.members.document and not self._long.delivered:
                 self._reader.message(self._long.members.document, self._long.event)
+            if not self._long.members.done:
+                self._reader.final = final
             self._long = None
         elif self._rest.strip():
-            self._messages(bytes(self._rest))
+            rest = bytes(self._rest)
+            self._messages(rest)
+            if not _complete(self._data(rest)[0]):
+                self._reader.final = final
         self._rest.clear()
 
     def _feed(self, piece: bytes) -> bool:
@@ -301,6 +321,63 @@ class _LongEvent(_Long):
             self._in_line = False
             pos = newline + 1
         return None
+
+
+def _complete(data: bytes) -> bool:
+    try:
+        orjson.loads(data)
+    except ValueError:
+        return data.strip() == _DONE
+    return True
+
+
+class LinesOrDocument:
+    """JSON that may be one object a line although its type does not say so: the second line decides."""
+
+    __slots__ = ("_framing", "_reader", "_start")
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self._start = bytearray()
+        self._framing: JsonLines | OneDocument | None = None
+
+    @property
+    def streamed(self) -> bool:
+        return isinstance(self._framing, JsonLines)
+
+    @property
+    def ended(self) -> bool:
+        return self._framing is not None and self._framing.ended
+
+    @property
+    def size_bytes(self) -> int:
+        return self._framing.size_bytes if self._framing is not None else 0
+
+    @property
+    def brackets(self) -> int:
+        return self._framing.brackets if self._framing is not None else 0
+
+    def feed(self, piece: bytes) -> bool:
+        if self._framing is not None:
+            return self._framing.feed(piece)
+        self._start += piece
+        line, newline, more = bytes(self._start).partition(b"\n")
+        if newline and not _complete(line):
+            self._framing = OneDocument(self._reader)
+        elif newline and not more.isspace() and more:
+            self._framing = JsonLines(self._reader)
+        elif len(self._start) > MESSAGE_MAX_BYTES:
+            self._framing = OneDocument(self._reader)
+        else:
+            return False
+        start, self._start = bytes(self._start), bytearray()
+        return self._framing.feed(start)
+
+    def finish(self) -> None:
+        if self._framing is None:
+            self._framing = OneDocument(self._reader)
+            self._framing.feed(bytes(self._start))
+        self._framing.finish()
 
 
 class OneDocument(_Base):

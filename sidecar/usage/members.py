@@ -14,9 +14,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import orjson
-
-from sidecar.usage.values import tolerant_loads
+from sidecar.usage.values import lenient_loads
 
 Tree = dict[str, Any]
 """Wanted places: `{"id": True, "choices": [{"finish_reason": True}], "response": {"usage": True}}`."""
@@ -271,7 +269,7 @@ class Members:
             if self._captured is not None:
                 self.span = (self._from, self._base + after)
                 self._kept += len(self._captured)
-                self._keep(_loads(bytes(self._captured)))
+                self._keep(lenient_loads(bytes(self._captured)))
                 self._captured = None
         return after
 
@@ -299,19 +297,9 @@ class Members:
 
 def _text(raw: bytes) -> str:
     if b"\\" in raw:
-        value = _loads(b'"' + raw + b'"')
+        value = lenient_loads(b'"' + raw + b'"')
         return value if type(value) is str else ""
     return raw.decode("utf-8", "replace")
-
-
-def _loads(raw: bytes) -> Any:
-    try:
-        return orjson.loads(raw)
-    except ValueError:
-        try:
-            return tolerant_loads(raw)
-        except ValueError:
-            return None
 
 
 def pruned(data: bytes, wanted: Tree) -> dict[str, Any]:

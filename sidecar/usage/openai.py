@@ -87,8 +87,8 @@ class ChatCompletions(Reader):
             for choice in choices:
                 if type(choice) is dict:
                     self.finished(choice.get("index"), choice.get("finish_reason"))
-                    if "usage" in choice:
-                        self.report(choice["usage"])
+                    if "usage" in choice and self.report(choice["usage"]):
+                        self.provider = "moonshot_ai"
         if stream and (groq := document.get("x_groq")) is not None:
             self._groq(part(groq))
         if (usage := document.get("usage")) is not None:

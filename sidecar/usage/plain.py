@@ -66,10 +66,19 @@ class Undecided(Reader):
     __slots__ = ("_candidates", "_left", "chosen")
 
     def __init__(self, anomaly: Callable[[str], None], candidates: Sequence[type[Reader]]) -> None:
+        self.chosen: Reader | None = None
         super().__init__(anomaly)
         self._candidates = candidates
         self._left = UNDECIDED_MESSAGES_MAX
-        self.chosen: Reader | None = None
+
+    @property
+    def final(self) -> bool:
+        return self.chosen is not None and self.chosen.final
+
+    @final.setter
+    def final(self, value: bool) -> None:
+        if self.chosen is not None:
+            self.chosen.final = value
 
     @property
     def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]

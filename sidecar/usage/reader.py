@@ -76,6 +76,10 @@ class Reader:
 
     # What a family overrides.
 
+    def head(self, headers: Mapping[str, str]) -> None:
+        """Take the response headers named in `header_names`, before any byte of the body."""
+        self.headers = headers
+
     @classmethod
     def claims(cls, document: Document) -> bool:
         """Whether a document or message of an unknown path is unmistakably of this family."""
@@ -182,7 +186,7 @@ def build(reader: Reader, *, streamed: bool, ended: bool, size_bytes: int, brack
     if raw is None or not known(usage):
         if not reader.fill_from_headers(usage):
             return usage
-        ended = True
+        ended = ended or not streamed
     usage.usage_state = UsageState.FINAL if reader.final or (ended and not streamed) else UsageState.PARTIAL
     if usage.usage_state is UsageState.PARTIAL and usage.reason is None:
         usage.reason = "the end of the answer was not seen: the numbers are lower bounds"

@@ -10,10 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sidecar.usage.anthropic import Messages
+from sidecar.usage.batches import BatchFile
+from sidecar.usage.bedrock import Converse, Invoke
+from sidecar.usage.cohere import Cohere
+from sidecar.usage.gemini import Gemini, Interactions
+from sidecar.usage.ollama import Ollama
 from sidecar.usage.openai import ChatCompletions, Embeddings
+from sidecar.usage.openai_media import Media
 from sidecar.usage.openai_responses import Responses
 from sidecar.usage.plain import Batch, Unmetered
+from sidecar.usage.predictions import Fal, MistralConversations, MistralOcr, Replicate
 from sidecar.usage.reader import Reader
+from sidecar.usage.servers import LlamaCpp, TextEmbeddings, TextGeneration
 
 STORED = "a stored answer read again: counted when it was made"
 FREE = "an estimate, free of charge"
@@ -40,10 +48,26 @@ def _openai(*ends: str) -> tuple[str, ...]:
     return tuple(base + end for end in ends for base in _OPENAI_BASES)
 
 
+def _any(*paths: str) -> tuple[str, ...]:
+    """The paths as they are, and behind any prefix."""
+    return (*paths, *(f"*{path}" for path in paths))
+
+
+_GOOGLE = ("*/models/{model}", "*/tunedModels/{model}", "*/endpoints/{model}")
+_VERTEX = (
+    "*/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
+    "*/projects/{project}/locations/{location}/endpoints/{model}",
+)
+
+
+def _verbs(bases: tuple[str, ...], *verbs: str) -> tuple[str, ...]:
+    return tuple(f"{base}:{verb}" for base in bases for verb in verbs)
+
+
 ROWS: tuple[Row, ...] = (
     Row(
         "OpenAI chat completions, and all that speak it",
-        (*_openai("/chat/completions"), "*/chat/completions"),
+        (*_openai("/chat/completions"), "*/chat/completions", *_any("/v1/fim/completions", "/v1/agents/completions")),
         ChatCompletions,
         "chat",
         "`usage`; streamed: the last `usage` of a chunk, of `choices[0]` or of `x_groq`",
@@ -66,15 +90,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI responses",
-        (
-            "/v1/responses",
-            "/openai/v1/responses",
-            "/openai/responses",
-            "/api/v1/responses",
-            "*/v1/responses",
-            "/v1/responses/compact",
-            "*/v1/responses/compact",
-        ),
+        (*_any("/v1/responses", "/v1/responses/compact"), "/openai/v1/responses", "/openai/responses"),
         Responses,
         "chat",
         "`usage`; streamed: `.response.usage` of the terminal event",
@@ -82,14 +98,38 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI embeddings, Voyage, Jina",
-        _openai("/embeddings"),
+        (*_openai("/embeddings"), *_any("/v1/multimodalembeddings", "/v1/contextualizedembeddings")),
         Embeddings,
         "embeddings",
         "`usage`",
     ),
     Row(
+        "OpenAI transcriptions and translations",
+        _openai("/audio/transcriptions", "/audio/translations"),
+        Media,
+        "transcription",
+        "`usage`: tokens or seconds (formats without JSON state none)",
+        "`transcript.text.done`",
+    ),
+    Row(
+        "OpenAI speech",
+        _openai("/audio/speech"),
+        Media,
+        "speech",
+        "events only: `usage` of the last one",
+        "`speech.audio.done`",
+    ),
+    Row(
+        "OpenAI images",
+        _openai("/images/generations", "/images/edits", "/images/variations"),
+        Media,
+        "image_generation",
+        "`usage`",
+        "`image_generation.completed`, `image_edit.completed`",
+    ),
+    Row(
         "Anthropic messages",
-        ("/v1/messages", "/api/v1/messages", "*/v1/messages"),
+        (*_any("/v1/messages"), "/api/v1/messages"),
         Messages,
         "chat",
         "`usage`; streamed: `message_start`, then each `message_delta`",
@@ -97,15 +137,185 @@ ROWS: tuple[Row, ...] = (
         provider="anthropic",
     ),
     Row(
-        "Token counts",
-        (
-            "/v1/messages/count_tokens",
-            "*/v1/messages/count_tokens",
-            "/v1/responses/input_tokens",
-            "*/v1/responses/input_tokens",
-            "/tokenize",
-            "*/tokenize",
-        ),
+        "Anthropic on Vertex",
+        tuple(f"*/publishers/anthropic/models/{{model}}:{verb}" for verb in ("rawPredict", "streamRawPredict")),
+        Messages,
+        "chat",
+        "as Anthropic messages",
+        "`message_stop`",
+        provider="gcp.vertex_ai",
+    ),
+    Row(
+        "Vertex generateContent",
+        _verbs(_VERTEX, "generateContent", "streamGenerateContent"),
+        Gemini,
+        "generate_content",
+        "`usageMetadata`, the last one",
+        "the end of the body, or the array's `]`",
+        provider="gcp.vertex_ai",
+        framing="array",
+    ),
+    Row(
+        "Gemini generateContent",
+        _verbs(_GOOGLE, "generateContent", "streamGenerateContent"),
+        Gemini,
+        "generate_content",
+        "`usageMetadata`, the last one",
+        "the end of the body, or the array's `]`",
+        provider="gcp.gemini",
+        framing="array",
+    ),
+    Row(
+        "Vertex embeddings",
+        _verbs(_VERTEX, "embedContent", "batchEmbedContents", "predict"),
+        Gemini,
+        "embeddings",
+        "`usageMetadata`, or the sum of `statistics.token_count`",
+        provider="gcp.vertex_ai",
+    ),
+    Row(
+        "Gemini embeddings",
+        _verbs(_GOOGLE, "embedContent", "batchEmbedContents"),
+        Gemini,
+        "embeddings",
+        "`usageMetadata`",
+        provider="gcp.gemini",
+    ),
+    Row(
+        "Gemini interactions",
+        _any("/v1beta/interactions", "/v1/interactions"),
+        Interactions,
+        "generate_content",
+        "`usage` (`total_*_tokens`); streamed: `.interaction.usage`",
+        "`interaction.completed`",
+        provider="gcp.gemini",
+    ),
+    Row(
+        "Bedrock Converse",
+        _any("/model/{model}/converse", "/model/{model}/converse-stream"),
+        Converse,
+        "chat",
+        "`usage`; streamed: the `metadata` frame",
+        "`metadata`",
+        provider="aws.bedrock",
+    ),
+    Row(
+        "Bedrock InvokeModel",
+        _any("/model/{model}/invoke", "/model/{model}/invoke-with-response-stream"),
+        Invoke,
+        "chat",
+        "the model's own body, then `amazon-bedrock-invocationMetrics`, then `X-Amzn-Bedrock-*-Token-Count`",
+        "the chunk with `amazon-bedrock-invocationMetrics`",
+        provider="aws.bedrock",
+    ),
+    Row(
+        "Cohere chat",
+        _any("/v2/chat", "/v1/chat"),
+        Cohere,
+        "chat",
+        "`usage.billed_units` (v2), `meta.billed_units` (v1)",
+        "`message-end` (v2), `stream-end` (v1)",
+        provider="cohere",
+        framing="lines",
+    ),
+    Row(
+        "Cohere embed and classify",
+        _any("/v2/embed", "/v1/embed", "/v1/classify"),
+        Cohere,
+        "embeddings",
+        "`meta.billed_units`",
+        provider="cohere",
+    ),
+    Row(
+        "Rerank: Cohere, Jina, Voyage",
+        _any("/v2/rerank", "/v1/rerank"),
+        Cohere,
+        "rerank",
+        "`meta.billed_units`, or `usage.total_tokens`",
+    ),
+    Row(
+        "Mistral conversations",
+        (*_any("/v1/conversations"), "/v1/conversations/{id}", "*/v1/conversations/{id}"),
+        MistralConversations,
+        "invoke_agent",
+        "`usage`",
+        "`conversation.response.done`",
+        provider="mistral_ai",
+    ),
+    Row("Mistral OCR", _any("/v1/ocr"), MistralOcr, "ocr", "`usage_info.pages_processed`", provider="mistral_ai"),
+    Row(
+        "Ollama chat and generate",
+        _any("/api/chat", "/api/generate"),
+        Ollama,
+        "chat",
+        "`prompt_eval_count`, `eval_count` of the line with `done: true`",
+        "`done: true`",
+        provider="ollama",
+        framing="lines",
+    ),
+    Row("Ollama embed", _any("/api/embed"), Ollama, "embeddings", "`prompt_eval_count`", provider="ollama"),
+    Row(
+        "llama.cpp completion",
+        ("/completion", "/completions", "/infill"),
+        LlamaCpp,
+        "text_completion",
+        "`tokens_evaluated`, `tokens_predicted`, `timings.cache_n`",
+        "`stop: true`",
+        provider="llama.cpp",
+    ),
+    Row(
+        "TGI generate",
+        ("/generate", "/generate_stream"),
+        TextGeneration,
+        "text_completion",
+        "`details`, and the headers `x-prompt-tokens`, `x-generated-tokens`",
+        "the event with `details`",
+        provider="huggingface.tgi",
+    ),
+    Row(
+        "TEI embed",
+        ("/embed", "/embed_all", "/embed_sparse"),
+        TextEmbeddings,
+        "embeddings",
+        "the header `x-compute-tokens`",
+    ),
+    Row("TEI rerank", ("/rerank", "/predict"), TextEmbeddings, "rerank", "the header `x-compute-tokens`"),
+    Row(
+        "Replicate predictions",
+        _any("/v1/predictions", "/v1/models/{owner}/{name}/predictions", "/v1/deployments/{owner}/{name}/predictions"),
+        Replicate,
+        "prediction",
+        "`metrics.predict_time` (with `Prefer: wait`)",
+        provider="replicate",
+    ),
+    Row("fal", (), Fal, "prediction", "the header `x-fal-billable-units`, on any path", provider="fal"),
+    Row(
+        "Anthropic token counts",
+        (*_any("/v1/messages/count_tokens"), "*/publishers/anthropic/models/count-tokens:rawPredict"),
+        Unmetered,
+        "count_tokens",
+        provider="anthropic",
+        unmetered=FREE,
+    ),
+    Row(
+        "Gemini token counts",
+        _verbs(_GOOGLE, "countTokens", "computeTokens"),
+        Unmetered,
+        "count_tokens",
+        provider="gcp.gemini",
+        unmetered=FREE,
+    ),
+    Row(
+        "Bedrock token counts",
+        _any("/model/{model}/count-tokens"),
+        Unmetered,
+        "count_tokens",
+        provider="aws.bedrock",
+        unmetered=FREE,
+    ),
+    Row(
+        "Other token counts",
+        _any("/v1/responses/input_tokens", "/tokenize", "/v1/tokenize", "/v1/detokenize", "/detokenize"),
         Unmetered,
         "count_tokens",
         unmetered=FREE,
@@ -113,7 +323,13 @@ ROWS: tuple[Row, ...] = (
     Row("OpenAI moderations", _openai("/moderations"), Unmetered, "moderation", unmetered="free of charge"),
     Row(
         "Stored answers",
-        ("/v1/responses/{id}", "*/v1/responses/{id}", "/v1/chat/completions/{id}", "*/chat/completions/{id}"),
+        (
+            *_any(
+                "/v1/responses/{id}", "/v1/chat/completions/{id}", "/v1beta/interactions/{id}", "/v1/predictions/{id}"
+            ),
+            *_any("/v1/threads/{thread}/runs/{id}", "/v1/threads/{thread}/runs/{run}/steps/{id}"),
+            "/openai/v1/responses/{id}",
+        ),
         Unmetered,
         "fetch_response",
         method="GET",
@@ -121,11 +337,20 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Batch objects",
-        ("/v1/batches/{id}", "*/batches/{id}"),
+        _any("/v1/batches/{id}"),
         Batch,
         "fetch_batch",
         method="GET",
         unmetered="shown on every poll: counting it would bill the batch once a poll",
+    ),
+    Row(
+        "Batch results",
+        _any("/v1/files/{id}/content", "/v1/messages/batches/{id}/results"),
+        BatchFile,
+        "fetch_batch",
+        "each line's own answer, where each line is to be counted once",
+        method="GET",
+        unmetered="can be fetched again and again: each line is an answer of its own",
     ),
 )
 

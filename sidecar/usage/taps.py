@@ -10,6 +10,7 @@ No exception leaves a tap. What goes wrong ends the reading, is counted under on
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from urllib.parse import unquote
@@ -17,8 +18,10 @@ from urllib.parse import unquote
 from sidecar.exchange import Usage, UsageState
 from sidecar.patterns import ANY_METHOD, Patterns
 from sidecar.usage import RawHeaders, RequestTap
+from sidecar.usage.bedrock import Converse, Invoke
 from sidecar.usage.codings import Codings, Unreadable, decoder
-from sidecar.usage.framing import Elements, Framing, JsonLines, OneDocument, ServerSentEvents
+from sidecar.usage.frames import EventStream
+from sidecar.usage.framing import Elements, Framing, JsonLines, LinesOrDocument, OneDocument, ServerSentEvents
 from sidecar.usage.heads import Heads, hinted_provider, provider_of_host, request_id
 from sidecar.usage.openai import ChatCompletions
 from sidecar.usage.plain import Failed, Undecided, Unmetered
@@ -50,7 +53,17 @@ class Pin:
 class UsageTaps:
     """Implements `sidecar.usage.Taps`."""
 
-    __slots__ = ("_by_reader", "_heads", "_host_provider", "_paths", "_pins", "_remembered", "anomaly", "clock_ns")
+    __slots__ = (
+        "_by_header",
+        "_by_reader",
+        "_heads",
+        "_host_provider",
+        "_paths",
+        "_pins",
+        "_remembered",
+        "anomaly",
+        "clock_ns",
+    )
 
     def __init__(
         self,
@@ -67,6 +80,7 @@ class UsageTaps:
         self._paths = Patterns(entries(tuple(rows)))
         self._pins = Patterns([(ANY_METHOD, pin.pattern, pin.provider) for pin in pins])
         self._heads = Heads(name for row in rows for name in row.reader.header_names)
+        self._by_header = [row for row in rows if not row.paths]
         self._by_reader = {row.reader: row for row in reversed(rows) if row.unmetered is None}
         self._remembered: dict[tuple[str, str], _Place | None] = {}
 
@@ -96,6 +110,10 @@ class UsageTaps:
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
             return None
+
+    def row_by_header(self, fields: dict[str, str]) -> Row | None:
+        """The row whose answers give themselves away by a header, on any path."""
+        return next((row for row in self._by_header if row.reader.header_names[0] in fields), None)
 
     def row_of(self, reader: Reader) -> Row | None:
         """The row that a reader of an unknown path stands for."""
@@ -165,6 +183,7 @@ class ResponseReadingTap:
         "_request",
         "_row",
         "_settled",
+        "_sign",
         "_status",
         "_taken",
         "_taps",
@@ -190,12 +209,13 @@ class ResponseReadingTap:
         self._reason: str | None = None
         self._first_token_ns = 0
         self._taken = 0
+        self._sign: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
         self._decoder: Codings | None = None
         self._framing: Framing | None = None
         if self._row is not None:
             request.body.settle()
         self._front = self._reader()
-        self._front.headers = fields
+        self._front.head(fields)
         self._open()
 
     @property
@@ -243,6 +263,8 @@ class ResponseReadingTap:
     def _reader(self) -> Reader:
         row = self._row
         if row is None:
+            row = self._row = self._taps.row_by_header(self._fields)
+        if row is None:
             return Undecided(self._anomaly, READERS)
         if self._status >= 400:
             return Failed(self._anomaly)
@@ -271,7 +293,11 @@ class ResponseReadingTap:
         """By content type where that can be trusted; None leaves it to the first byte."""
         if self._status >= 400:
             return OneDocument(self._front)
+        if content_type == _FRAMES and isinstance(self._front, Converse | Invoke):
+            self._sign = self._front.first_token
+            return EventStream(self._front)
         if content_type in _LINES and (row is None or row.framing == "lines"):
+            self._sign = self._front.first_token
             return JsonLines(self._front)
         return None
 
@@ -285,10 +311,10 @@ class ResponseReadingTap:
             return False
         row = self._row
         if start[0] in b"{[":
-            array = row is not None and row.framing == "array"
-            self._framing = Elements(self._front) if array else OneDocument(self._front)
+            self._framing = _JSON_FRAMINGS[row.framing if row is not None else ""](self._front)
         elif start[0] in b"dei:r":
             self._framing = ServerSentEvents(self._front)
+            self._sign = self._front.first_token
         else:
             self._give_up("answer_unrecognised" if row is not None else "", None)
             return False
@@ -299,10 +325,9 @@ class ResponseReadingTap:
             return False
         framing = self._framing
         ended = framing.feed(piece) if framing is not None else self._sniff(piece)
-        if self._first_token_ns == 0:
-            sign = self._front.first_token
-            if sign is not None and sign.search(piece) is not None:
-                self._first_token_ns = self._taps.clock_ns() or -1
+        if self._sign is not None and self._sign.search(piece) is not None:
+            self._first_token_ns = self._taps.clock_ns()
+            self._sign = None
         if ended:
             self._ended = True
         return ended
@@ -403,6 +428,12 @@ def _why_absent(usage: Usage, status: int) -> str:
     return "the stream ended without usage" if usage.streamed else "the answer states no usage"
 
 
+_JSON_FRAMINGS: dict[str, Callable[[Reader], Framing]] = {
+    "": OneDocument,
+    "array": Elements,
+    "lines": LinesOrDocument,
+}
+_FRAMES = "application/vnd.amazon.eventstream"
 _LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonl", "application/stream+json")
 
 

@@ -130,6 +130,17 @@ def tolerant_loads(data: bytes) -> Any:
         raise ValueError("nested too deeply") from None
 
 
+def lenient_loads(data: bytes) -> Any:
+    """Small JSON from anywhere, or None."""
+    try:
+        return orjson.loads(data)
+    except ValueError:
+        try:
+            return tolerant_loads(data)
+        except ValueError:
+            return None
+
+
 def keepable(raw: dict[str, Any]) -> bool:
     """Whether a usage object of doubtful origin is small and flat enough to be written into a record."""
     try:

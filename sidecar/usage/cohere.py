@@ -1,0 +1,98 @@
+"""Cohere, both versions: what is billed (`billed_units`), not what the model saw (`tokens`).
+
+Reranking speaks this shape too; Jina and Voyage answer the same paths with OpenAI's `usage.total_tokens`.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from sidecar.exchange import Usage
+from sidecar.usage.members import Tree
+from sidecar.usage.reader import Document, Reader, escaped_key
+from sidecar.usage.values import name, part, quantity
+
+_UNITS = ("search_units", "classifications", "images")
+_END: Tree = {"usage": True, "finish_reason": True, "error": True}
+
+
+class Cohere(Reader):
+    wanted: ClassVar[Tree] = {
+        "id": True,
+        "response_id": True,
+        "generation_id": True,
+        "type": True,
+        "event_type": True,
+        "finish_reason": True,
+        "model": True,
+        "object": True,
+        "usage": True,
+        "meta": True,
+        "delta": _END,
+        "response": {"response_id": True, "generation_id": True, "finish_reason": True, "meta": True},
+    }
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"message-end", b"stream-end")
+    first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content-delta|text-generation")
+
+    __slots__ = ()
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "billed_units" in part(document.get("usage")) or "billed_units" in part(document.get("meta"))
+
+    def dull(self, block: bytes) -> bool:
+        if b"message-" in block or b"stream-" in block or b"error" in block:
+            return False
+        return not escaped_key(block)
+
+    def message(self, document: Document, event: str) -> bool:
+        kind = document.get("type") or document.get("event_type")
+        if type(kind) is not str:
+            kind = event
+        self.seen = True
+        if kind == "message-end":
+            end = part(document.get("delta"))
+            self.identify(document)
+            self.finished(0, end.get("finish_reason"))
+            self.fail(end.get("error"))
+            self.report(end.get("usage"))
+        elif kind == "stream-end":
+            self.document(part(document.get("response")))
+            self.finished(0, document.get("finish_reason"))
+        else:
+            self.identify(document)
+            return False
+        if document.get("finish_reason") in ("ERROR", "ERROR_TOXIC", "ERROR_LIMIT") or 0 not in self.finish_reasons:
+            self.error = self.error or "error"
+        self.final = True
+        return True
+
+    def done(self) -> bool:
+        return self.final
+
+    def document(self, document: Document) -> None:
+        self.identify(document)
+        self.response_id = name(document.get("response_id")) or name(document.get("generation_id")) or self.response_id
+        self.finished(0, document.get("finish_reason"))
+        meta = document.get("meta")
+        if type(meta) is dict:
+            self.provider = "cohere"
+            counted = {key: meta[key] for key in ("billed_units", "tokens", "cached_tokens") if key in meta}
+            self.report(counted)
+        self.report(document.get("usage"))
+        self.seen = self.seen or "results" in document or "message" in document or "embeddings" in document
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        if "billed_units" not in raw and "tokens" not in raw:
+            usage.input_tokens = self.number(raw, "prompt_tokens")
+            if usage.input_tokens is None:
+                usage.input_tokens = self.number(raw, "total_tokens")
+            return
+        billed = part(raw.get("billed_units"))
+        usage.input_tokens = self.number(billed, "input_tokens")
+        usage.output_tokens = self.number(billed, "output_tokens")
+        usage.image_input_tokens = self.number(billed, "image_tokens")
+        for unit in _UNITS:
+            if (amount := quantity(billed.get(unit))) is not None:
+                usage.units[unit] = amount

@@ -1,0 +1,184 @@
+"""Gemini and Vertex: `usageMetadata`, repeated with running totals on every chunk; and the interactions API.
+
+The candidates leave the thoughts out, mostly: the stated total tells (O3). Zero fields are left out by the wire's
+encoding, so a missing candidates count beside a total that equals the input is a true zero. Server-sent events have no
+end mark here and end with the body; the JSON array ends with its bracket.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from sidecar.exchange import Usage
+from sidecar.usage.members import Tree
+from sidecar.usage.reader import Document, Reader, escaped_key, fill_modalities
+from sidecar.usage.values import count, name, part
+
+
+class Gemini(Reader):
+    wanted: ClassVar[Tree] = {
+        "responseId": True,
+        "modelVersion": True,
+        "usageMetadata": True,
+        "error": True,
+        "promptFeedback": {"blockReason": True},
+        "candidates": [{"index": True, "finishReason": True}],
+        "embedding": {"statistics": True},
+        "predictions": [{"embeddings": {"statistics": True}}],
+        "metadata": {"billableCharacterCount": True},
+    }
+    first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
+
+    __slots__ = ("_characters",)
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)  # type: ignore[arg-type]
+        self._characters: object = None
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "promptTokenCount" in part(document.get("usageMetadata")) and (
+            "candidates" in document or "modelVersion" in document
+        )
+
+    def dull(self, block: bytes) -> bool:
+        if b'"usageMetadata"' in block or b'"finishReason"' in block or b'"error"' in block:
+            return False
+        return self.model is not None and b'"blockReason"' not in block and not escaped_key(block)
+
+    def message(self, document: Document, event: str) -> bool:
+        self.document(document)
+        return False
+
+    def done(self) -> bool:
+        return False
+
+    def document(self, document: Document) -> None:
+        self.identify(document, "responseId", "modelVersion")
+        if self.fail(document.get("error")):
+            self.seen = True
+        candidates = document.get("candidates")
+        if type(candidates) is list:
+            self.seen = True
+            for candidate in candidates:
+                if type(candidate) is dict and self.finished(candidate.get("index"), candidate.get("finishReason")):
+                    self.final = True
+        if self.finished(0, part(document.get("promptFeedback")).get("blockReason")):
+            self.seen = self.final = True
+        usage = document.get("usageMetadata")
+        self.report(usage)
+        self.service_tier = name(part(usage).get("serviceTier")) or self.service_tier
+        if not usage:
+            self._embeddings(document)
+
+    def _embeddings(self, document: Document) -> None:
+        """Vertex states the tokens of embeddings one by one, and the characters it bills in one sum."""
+        predictions = document.get("predictions")
+        found = [part(part(p).get("embeddings")) for p in predictions] if type(predictions) is list else []
+        found.append(part(document.get("embedding")))
+        counts = [count(part(entry.get("statistics")).get("token_count")) for entry in found if entry]
+        if counts and None not in counts:
+            self.report({"promptTokenCount": sum(number for number in counts if number is not None)})
+        self._characters = part(document.get("metadata")).get("billableCharacterCount")
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        fill_gemini(self, usage, raw)
+        characters = count(self._characters)
+        if characters is not None:
+            usage.units["billable_characters"] = characters
+
+
+def fill_gemini(reader: Reader, usage: Usage, raw: Document) -> None:
+    number = reader.number
+    prompt = number(raw, "promptTokenCount")
+    tools = number(raw, "toolUsePromptTokenCount")
+    thoughts = number(raw, "thoughtsTokenCount")
+    live = "responseTokenCount" in raw
+    said = number(raw, "responseTokenCount" if live else "candidatesTokenCount")
+    total = count(raw.get("totalTokenCount"))
+    if prompt is None and tools is None and total is not None and said is not None:
+        prompt = max(0, total - said - (thoughts or 0))  # a zero that the wire leaves out, or a part of the total
+    entered = None if prompt is None and tools is None else (prompt or 0) + (tools or 0)
+    if said is not None and thoughts and total != (entered or 0) + said:
+        said += thoughts
+    elif said is None and thoughts is not None:
+        said = thoughts
+    elif said is None and entered is not None and total == entered:
+        said = 0 if "candidatesTokensDetails" not in raw else None
+    usage.input_tokens = entered
+    usage.output_tokens = said
+    usage.tool_use_input_tokens = tools
+    usage.reasoning_output_tokens = thoughts
+    usage.cache_read_input_tokens = number(raw, "cachedContentTokenCount")
+    fill_modalities(usage, "input", raw.get("promptTokensDetails"))
+    fill_modalities(usage, "output", raw.get("responseTokensDetails" if live else "candidatesTokensDetails"))
+
+
+class Interactions(Reader):
+    """`POST …/interactions`: `usage` with `total_*` names; copies on the way, the last one counts."""
+
+    wanted: ClassVar[Tree] = {
+        "id": True,
+        "model": True,
+        "object": True,
+        "status": True,
+        "usage": True,
+        "error": True,
+        "event_type": True,
+        "service_tier": True,
+        "interaction": {"id": True, "model": True, "status": True, "usage": True, "service_tier": True, "error": True},
+    }
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
+    first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
+
+    __slots__ = ()
+
+    def dull(self, block: bytes) -> bool:
+        if b"interaction" in block or b'"usage"' in block or b'"error"' in block:
+            return False
+        return not escaped_key(block)
+
+    def message(self, document: Document, event: str) -> bool:
+        kind = document.get("event_type")
+        if type(kind) is not str:
+            kind = event
+        if type(whole := document.get("interaction")) is dict:
+            self.document(whole)
+        elif kind == "error":
+            self.fail(document.get("error") or "error")
+        if kind in ("step.stop", "interaction.status_update"):
+            self.report(document.get("usage"))
+        if kind == "interaction.completed":
+            self.seen = self.final = True
+            return True
+        return False
+
+    def document(self, document: Document) -> None:
+        self.seen = True
+        self.identify(document)
+        if tier := name(document.get("service_tier")):
+            self.service_tier = tier
+        self.fail(document.get("error"))
+        if document.get("status") not in (None, "in_progress"):
+            self.finished(0, document.get("status"))
+        self.report(document.get("usage"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        number = self.number
+        entered = number(raw, "total_input_tokens")
+        tools = number(raw, "total_tool_use_tokens")
+        said = number(raw, "total_output_tokens")
+        thoughts = number(raw, "total_thought_tokens")
+        total = count(raw.get("total_tokens"))
+        if said is not None and thoughts and total != (entered or 0) + (tools or 0) + said:
+            said += thoughts
+        if entered is not None and tools and total == entered + tools + (said or 0):
+            entered += tools
+        usage.input_tokens = entered
+        usage.output_tokens = said
+        usage.tool_use_input_tokens = tools
+        usage.reasoning_output_tokens = thoughts
+        usage.cache_read_input_tokens = number(raw, "total_cached_tokens")
+        fill_modalities(usage, "input", raw.get("input_tokens_by_modality"), amount="tokens")
+        fill_modalities(usage, "output", raw.get("output_tokens_by_modality"), amount="tokens")

@@ -1,0 +1,108 @@
+"""Things billed by time, pages or units of their own: Replicate, fal, Mistral's OCR and conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import ClassVar
+
+from sidecar.exchange import Usage
+from sidecar.usage.members import Tree
+from sidecar.usage.openai import fill_chat
+from sidecar.usage.reader import Document, Reader, escaped_key
+from sidecar.usage.values import name, part, quantity
+
+
+class Replicate(Reader):
+    """A prediction: seconds, once it is finished; a later look at it is a stored answer."""
+
+    wanted: ClassVar[Tree] = {
+        "id": True,
+        "model": True,
+        "version": True,
+        "status": True,
+        "error": True,
+        "metrics": True,
+    }
+
+    __slots__ = ()
+
+    def document(self, document: Document) -> None:
+        self.seen = "status" in document
+        self.identify(document)
+        self.finished(0, document.get("status"))
+        if document.get("status") == "failed":
+            self.error = "failed"
+        elif document.get("status") in ("starting", "processing"):
+            self.reason = "not finished: what it used is known when it is fetched"
+        self.report(document.get("metrics"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        seconds = quantity(raw.get("predict_time"))
+        if seconds is not None:
+            usage.units["predict_seconds"] = seconds
+
+
+class Fal(Reader):
+    """Any path: one header says how many units are billed; what a unit is depends on the model."""
+
+    header_names: ClassVar[tuple[str, ...]] = ("x-fal-billable-units",)
+
+    __slots__ = ()
+
+    def head(self, headers: Mapping[str, str]) -> None:
+        super().head(headers)
+        self.seen = True
+
+    def fill_from_headers(self, usage: Usage) -> bool:
+        units = quantity(self.headers.get("x-fal-billable-units"))
+        if units is None:
+            return False
+        usage.units["billable_units"] = units
+        return True
+
+
+class MistralOcr(Reader):
+    wanted: ClassVar[Tree] = {"model": True, "usage_info": True, "error": True}
+
+    __slots__ = ()
+
+    def document(self, document: Document) -> None:
+        self.identify(document)
+        self.report(document.get("usage_info"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        if (pages := self.number(raw, "pages_processed")) is not None:
+            usage.units["pages"] = pages
+
+
+class MistralConversations(Reader):
+    wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
+
+    __slots__ = ()
+
+    def dull(self, block: bytes) -> bool:
+        if b"conversation.response" in block or b'"error"' in block:
+            return False
+        return not escaped_key(block)
+
+    def message(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        kind = kind if type(kind) is str else event
+        self.seen = True
+        self.response_id = name(document.get("conversation_id")) or self.response_id
+        if kind == "conversation.response.error":
+            self.fail({"code": document.get("code")})
+        if kind != "conversation.response.done":
+            return False
+        self.final = True
+        self.report(part(document.get("usage")))
+        return True
+
+    def document(self, document: Document) -> None:
+        self.seen = "conversation_id" in document or "outputs" in document
+        self.response_id = name(document.get("conversation_id")) or self.response_id
+        self.report(document.get("usage"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        fill_chat(self, usage, raw)
