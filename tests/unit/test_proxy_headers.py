@@ -1,0 +1,286 @@
+"""The rewriting of heads, case by case, and one answer cut in every way."""
+
+from __future__ import annotations
+
+from ipaddress import ip_network
+from itertools import pairwise
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.proxy.answer import Answer
+from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
+from sidecar.proxy.own_answers import BAD_REQUEST
+from sidecar.proxy.rules import ProxyRules, UpstreamAddress
+
+Fields = list[tuple[bytes, bytes]]
+
+
+def made(**settings: Any) -> HeaderRules:
+    rules = ProxyRules(**{"upstream_url": "http://up.example/base/", **settings})
+    return HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url))
+
+
+def lines(fields: Fields, peer: Peer | None = None, *, http10: bool = False, authority: str | None = None,
+          upgrade: bool = False, **settings: Any) -> list[bytes]:  # fmt: skip
+    rules = made(**{"forwarded": "none", **settings})
+    head = rules.request(fields, peer or rules.peer("192.0.2.1", tls=False), http10=http10, authority=authority,
+                         upgrade=upgrade)  # fmt: skip
+    assert isinstance(head, RequestHead)
+    assert head.lines.endswith(b"\r\n\r\n")
+    return head.lines[:-4].split(b"\r\n")
+
+
+HOST = (b"Host", b"me")
+UP = b"Host: up.example"
+
+
+@pytest.mark.parametrize(
+    ("fields", "sent"),
+    [
+        ([HOST], [UP]),
+        ([(b"hOsT", b"me"), (b"X", b"1")], [b"hOsT: up.example", b"X: 1"]),
+        ([(b"X", b"1")], [b"X: 1", UP]),
+        ([HOST, (b"A", b""), (b"a", b" "), (b"A", b"3")], [UP, b"A: ", b"a:  ", b"A: 3"]),
+        ([HOST, (b"Connection", b"close")], [UP]),
+        ([HOST, (b"Connection", b"Keep-Alive"), (b"Keep-Alive", b"timeout=5")], [UP]),
+        ([HOST, (b"Proxy-Connection", b"keep-alive")], [UP]),
+        ([HOST, (b"X-Drop", b"1"), (b"Connection", b"close, x-drop"), (b"x-DROP", b"2"), (b"X-Keep", b"3")],
+         [UP, b"X-Keep: 3"]),
+        ([HOST, (b"Connection", b"A"), (b"Connection", b"B"), (b"a", b"1"), (b"b", b"2")], [UP]),
+        ([HOST, (b"Content-Length", b"3"), (b"Connection", b"Content-Length, Host, Transfer-Encoding")],
+         [UP, b"Content-Length: 3"]),
+        ([HOST, (b"TE", b"gzip, trailers;q=0.5")], [UP, b"TE: trailers"]),
+        ([HOST, (b"TE", b"gzip")], [UP]),
+        ([HOST, (b"Upgrade", b"h2c"), (b"HTTP2-Settings", b"x"), (b"Connection", b"Upgrade, HTTP2-Settings")], [UP]),
+        ([HOST, (b"Transfer-Encoding", b"Chunked")], [UP, b"Transfer-Encoding: chunked"]),
+        ([HOST, (b"Expect", b"100-continue"), (b"Trailer", b"X")], [UP, b"Expect: 100-continue", b"Trailer: X"]),
+        ([HOST, (b"Proxy-Authorization", b"x"), (b"Cookie", b"a=b")], [UP, b"Proxy-Authorization: x", b"Cookie: a=b"]),
+        ([HOST, (b"X-Forwarded-For", b"1.1.1.1"), (b"Forwarded", b"for=x"), (b"Via", b"1.1 a")],
+         [UP, b"X-Forwarded-For: 1.1.1.1", b"Forwarded: for=x", b"Via: 1.1 a"]),
+    ],
+)  # fmt: skip
+def test_request_fields(fields: Fields, sent: list[bytes]) -> None:
+    assert lines(fields) == sent
+
+
+def test_a_wanted_switch_is_passed_on() -> None:
+    fields = [HOST, (b"Connection", b"keep-alive, Upgrade"), (b"Upgrade", b"websocket")]
+    assert lines(fields, upgrade=True) == [UP, b"Upgrade: websocket", b"Connection: Upgrade"]
+
+
+def test_the_host_may_be_kept() -> None:
+    assert lines([HOST], preserve_host=True) == [b"Host: me"]
+    assert lines([HOST], preserve_host=True, authority="abs.example:81") == [b"Host: abs.example:81"]
+    assert lines([], preserve_host=True, http10=True) == [UP]
+
+
+@pytest.mark.parametrize(
+    ("mode", "fields", "trusted", "added"),
+    [
+        ("x-forwarded", [], False,
+         [b"X-Forwarded-For: 192.0.2.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: me"]),
+        ("x-forwarded", [(b"x-forwarded-for", b"9.9.9.9"), (b"X-Forwarded-For", b"8.8.8.8")], False,
+         [b"X-Forwarded-For: 9.9.9.9, 8.8.8.8, 192.0.2.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: me"]),
+        ("x-forwarded", [(b"X-Forwarded-Proto", b"gopher"), (b"X-Forwarded-Host", b"evil")], False,
+         [b"X-Forwarded-For: 192.0.2.1", b"X-Forwarded-Proto: https", b"X-Forwarded-Host: me"]),
+        ("x-forwarded", [(b"X-Forwarded-Proto", b"http"), (b"X-Forwarded-Host", b"site")], True,
+         [b"X-Forwarded-For: 192.0.2.1", b"X-Forwarded-Proto: http", b"X-Forwarded-Host: site"]),
+        ("forwarded", [], False, [b'Forwarded: for=192.0.2.1;proto=https;host="me"']),
+        ("forwarded", [(b"forwarded", b"for=a"), (b"X-Forwarded-For", b"b")], False,
+         [b"X-Forwarded-For: b", b'Forwarded: for=a, for=192.0.2.1;proto=https;host="me"']),
+        ("none", [], False, []),
+    ],
+)  # fmt: skip
+def test_who_the_client_is(mode: str, fields: Fields, trusted: bool, added: list[bytes]) -> None:
+    networks = (ip_network("192.0.2.0/24"),) if trusted else ()
+    peer = made(forwarded=mode, trusted_proxies=networks).peer("192.0.2.1", tls=True)
+    assert lines([HOST, *fields], peer, forwarded=mode, trusted_proxies=networks) == [UP, *added]
+
+
+def test_ipv6_and_unix_peers() -> None:
+    rules = made(forwarded="forwarded")
+    assert rules.peer("::ffff:10.0.0.1", tls=False).ip == "10.0.0.1"
+    assert rules.peer("fe80::1%eth0", tls=False).ip == "fe80::1"
+    peer = rules.peer("2001:db8::1", tls=False)
+    assert lines([HOST], peer, forwarded="forwarded")[1] == b'Forwarded: for="[2001:db8::1]";proto=http;host="me"'
+    unix = rules.peer(None, tls=False)
+    assert lines([HOST], unix, forwarded="forwarded")[1] == b'Forwarded: for=unknown;proto=http;host="me"'
+    assert lines([HOST], made().peer(None, tls=False), forwarded="x-forwarded")[1:] == [
+        b"X-Forwarded-Proto: http", b"X-Forwarded-Host: me"
+    ]  # fmt: skip
+
+
+def test_via() -> None:
+    assert lines([HOST, (b"Via", b"1.1 a"), (b"via", b"1.0 b")], via="me", http10=True) == [
+        UP, b"Via: 1.1 a, 1.0 b, 1.0 me"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("peer", "chain", "found"),
+    [
+        ("203.0.113.9", b"1.1.1.1", "203.0.113.9"),  # not trusted: what it says is not read
+        ("10.0.0.1", None, "10.0.0.1"),
+        ("10.0.0.1", b"1.1.1.1", "1.1.1.1"),
+        ("10.0.0.1", b"6.6.6.6, 1.1.1.1, 10.0.0.2", "1.1.1.1"),
+        ("10.0.0.1", b"10.0.0.3, 10.0.0.2", "10.0.0.3"),
+        ("10.0.0.1", b"6.6.6.6, unknown, 10.0.0.2", "10.0.0.2"),
+        ("10.0.0.1", b"", "10.0.0.1"),
+        ("10.0.0.1", b"1.1.1.1:4711", "1.1.1.1"),
+        ("10.0.0.1", b'"[2001:db8::5]:443"', "2001:db8::5"),
+        ("10.0.0.1", b"::ffff:1.2.3.4", "1.2.3.4"),
+        ("2001:db8:ffff::1", b"1.1.1.1", "1.1.1.1"),
+        (None, b"1.1.1.1", "1.1.1.1"),
+        (None, None, None),
+    ],
+)
+def test_the_client_behind_trusted_proxies(peer: str | None, chain: bytes | None, found: str | None) -> None:
+    rules = made(trusted_proxies=(ip_network("10.0.0.0/8"), ip_network("2001:db8:ffff::/48")))
+    assert rules.client_ip(rules.peer(peer, tls=False), chain) == found
+
+
+@pytest.mark.parametrize(
+    ("target", "url", "path"),
+    [
+        ("/v1/x", "http://up.example/base/v1/x", "/v1/x"),
+        ("/x?key=secret&alt=sse&flag&=v&", "http://up.example/base/x?key&alt=sse&flag", "/x"),
+        ("/x?", "http://up.example/base/x", "/x"),
+        ("/x?a=1#frag=secret", "http://up.example/base/x?a", "/x"),
+        ("/a%2Fb//c?%61lt=v", "http://up.example/base/a%2Fb//c?%61lt", "/a%2Fb//c"),
+        ("http://u:p@h/x?q=1", "http://up.example/base/x?q", "/x"),
+        ("http://h", "http://up.example/base/", "/"),
+        ("*", "http://up.example/base/*", "*"),
+    ],
+)
+def test_the_recorded_url(target: str, url: str, path: str) -> None:
+    assert made(query_values=frozenset({"alt"})).record_url(target) == (url, path)
+
+
+def test_a_public_url_stands_for_the_upstream() -> None:
+    assert made(public_url="https://api.example/").record_url("/x")[0] == "https://api.example/x"
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (b"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "0af7651916cd43dd8448eb211c80319c"),
+        (b"cc-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", "0af7651916cd43dd8448eb211c80319c"),
+        (b"00-00000000000000000000000000000000-b7ad6b7169203331-01", None),
+        (b"00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01", None),
+        (b"secret", None),
+        (b"", None),
+        (None, None),
+    ],
+)
+def test_trace_ids(value: bytes | None, found: str | None) -> None:
+    assert trace_id(value) == found
+
+
+def test_spellings_are_remembered_within_bounds() -> None:
+    rules = made()
+    peer = rules.peer("192.0.2.1", tls=False)
+    for n in range(NAMES_KEPT_MAX * 2):
+        rules.request([(b"X-%d" % n, b"1")], peer)
+    rules.request([(b"X" * 1000, b"1")], peer)
+    assert len(rules._request_kinds) <= NAMES_KEPT_MAX
+
+
+@pytest.mark.parametrize(
+    ("url", "host", "port", "authority", "base"),
+    [
+        ("http://a.example", "a.example", 80, b"a.example", b""),
+        ("https://a.example:443/v1/", "a.example", 443, b"a.example", b"/v1"),
+        ("http://a.example:8080", "a.example", 8080, b"a.example:8080", b""),
+        ("http://[::1]:81/x", "::1", 81, b"[::1]:81", b"/x"),
+        ("http://bücher.example", "xn--bcher-kva.example", 80, b"xn--bcher-kva.example", b""),
+    ],
+)
+def test_upstream_addresses(url: str, host: str, port: int, authority: bytes, base: bytes) -> None:
+    address = UpstreamAddress.parse(url)
+    assert (address.host, address.port, address.authority, address.base) == (host, port, authority, base)
+
+
+@pytest.mark.parametrize(
+    "url", ["", "example.com", "ftp://x", "http://", "http://u:secret@h", "http://h?q=1", "http://h:99999", "unix:rel"]
+)
+def test_upstream_addresses_that_are_none(url: str) -> None:
+    with pytest.raises(ValueError, match=r".") as raised:
+        UpstreamAddress.parse(url)
+    assert "secret" not in str(raised.value)
+
+
+def test_our_answers_are_whole() -> None:
+    whole = BAD_REQUEST.encode(close=True)
+    head, _, body = whole.partition(b"\r\n\r\n")
+    assert b"Content-Length: %d\r\n" % len(body) in head + b"\r\n"
+    assert BAD_REQUEST.encode(close=False, head_only=True).endswith(b"\r\n\r\n")
+
+
+# -- an answer, cut anywhere ---------------------------------------------------------------------
+
+ANSWERS = [
+    b"HTTP/1.1 200 OK\r\nContent-Length: 11\r\nX-A: b\r\n\r\nhello world",
+    (
+        b"HTTP/1.1 103 Hint\r\nLink: <a>\r\n\r\nHTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        b"5\r\nhello\r\n6;x=y\r\n world\r\n0\r\nSum: 1\r\nEnd: 2\r\n\r\n"
+    ),
+    b"HTTP/1.1 404 \r\nContent-Length: 0\r\nX:\r\n\r\n",
+    b"HTTP/1.1 204 No Content\r\nConnection: x-hop\r\nX-Hop: 1\r\n\r\n",
+]
+
+
+def read(pieces: list[bytes]) -> tuple[Any, ...]:
+    answer = Answer(made(), lambda answer: b"X-Ours: 1\r\n", head_only=False, http10=False, upgrade=False)
+    out = b""
+    for piece in pieces:
+        answer.feed(piece)
+        out += b"".join(answer.out)
+        answer.out.clear()
+    if b"chunked" in out:  # chunk borders are not kept; content and trailers are
+        head, _, raw = out.rpartition(b"chunked\r\nX-Ours: 1\r\n\r\n")
+        body, trailers, rest = b"", b"", raw
+        while True:
+            line, _, rest = rest.partition(b"\r\n")
+            if not int(line, 16):
+                trailers = rest
+                break
+            body, rest = body + rest[: int(line, 16)], rest[int(line, 16) + 2 :]
+        out = head + body + trailers
+    facts = (answer.status, answer.done, answer.broken, answer.extra, answer.reusable)
+    return out, *facts, answer.body_bytes, answer.names
+
+
+@given(st.sampled_from(ANSWERS), st.lists(st.integers(1, 180), max_size=6))
+def test_where_an_answer_is_cut_does_not_matter(answer: bytes, cuts: list[int]) -> None:
+    edges = sorted({0, len(answer), *(cut for cut in cuts if cut < len(answer))})
+    pieces = [answer[start:end] for start, end in pairwise(edges)]
+    whole = read([answer])
+    assert read(pieces) == whole
+    assert whole[2:6] == (True, None, False, True)
+
+
+@given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))
+def test_no_bytes_make_an_answer_raise(noise: bytes, cuts: list[int]) -> None:
+    for start in (b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"):
+        data = start + noise
+        edges = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
+        answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+        for first, last in pairwise(edges):
+            answer.feed(data[first:last])
+            if answer.broken:
+                break
+        answer.eof(True)
+        assert answer.done or answer.broken
+
+
+def test_bytes_behind_the_end_are_seen() -> None:
+    for data in (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nab", b"HTTP/1.1 204 x\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"):
+        for cut in range(len(data) - 1, len(data)):
+            answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+            answer.feed(data[:cut])
+            answer.feed(data[cut:])
+            assert answer.done
+            assert answer.extra
