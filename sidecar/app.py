@@ -1,4 +1,6 @@
-"""The whole in one process: opened in order, closed in reverse, which is the drain.
+"""The whole: opened in order, closed in reverse, which is the drain.
+
+One process serves and bills; with `SIDECAR_WORKERS` above 1 the serving half runs in workers and this one supervises.
 
 Leaving `running` stops taking calls, lets those in flight finish, commits what they left, makes one last delivery
 pass and lets go of the data directory. A loop that dies takes the same way out with a non-zero exit code, instead of
@@ -27,6 +29,7 @@ from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
 from sidecar.settings import Address, Settings
 from sidecar.spool import Snapshot, ground_warning
+from sidecar.supervisor import workers
 from sidecar.traffic import listen, serving, url_of
 
 log = logging.getLogger("sidecar.app")
@@ -46,6 +49,8 @@ class Intake(Protocol):
     async def readiness(self) -> Readiness: ...
 
     def reload(self) -> None: ...
+
+    def end_at_once(self) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -95,22 +100,34 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
             log.warning(warning)
         metrics = Metrics(backends=settings.backends)
         bills = await stack.enter_async_context(billing(settings, metrics))
-        traffic = await stack.enter_async_context(
-            serving(
-                settings,
-                key=parts.hash_key(settings),
-                metrics=metrics,
-                committed=bills.delivery.wake,
-                remembered_seq=bills.remembered_seq,
-            )
-        )
-        sidecar = Sidecar(bills=bills, intake=traffic, counted=metrics)
+        intake, url = await _open_intake(stack, settings, lock, bills, metrics)
+        sidecar = Sidecar(bills=bills, intake=intake, counted=metrics, proxy_url=url)
         sidecar.admin_url = await open_admin(stack, settings.admin_listen, sidecar)
-        sidecar.proxy_url = await listen(traffic.proxy, settings.listen, tls=settings.tls_cert_file is not None)
         lock.announce(admin=sidecar.admin_url, proxy=sidecar.proxy_url)
         log.info("ready", extra={"facts": {"proxy": sidecar.proxy_url, "admin": sidecar.admin_url}})
         yield sidecar
     log.info("stopped")
+
+
+async def _open_intake(
+    stack: AsyncExitStack, settings: Settings, lock: DataLock, bills: Billing, metrics: Metrics
+) -> tuple[Intake, str]:
+    """Let calls in, here or in workers; the intake and its address."""
+    if settings.workers > 1:
+        lock.share()
+        them = workers(settings, committed=bills.delivery.wake, remembered=bills.remembered)
+        intake = await stack.enter_async_context(them)
+        return intake, intake.url
+    traffic = await stack.enter_async_context(
+        serving(
+            settings,
+            key=parts.hash_key(settings),
+            metrics=metrics,
+            committed=bills.delivery.wake,
+            remembered_seq=lambda instance: bills.remembered().get(instance, 0),
+        )
+    )
+    return traffic, await listen(traffic.proxy, settings.listen, tls=settings.tls_cert_file is not None)
 
 
 async def open_admin(stack: AsyncExitStack, address: Address, sidecar: Sidecar) -> str:
@@ -136,13 +153,14 @@ async def serve(settings: Settings) -> int:
             await stop.wait()
             log.info("stopping", extra={"facts": {"stop_s": settings.stop_s}})
             for number in signals.STOPPERS:
-                loop.add_signal_handler(number, _end_at_once)
+                loop.add_signal_handler(number, _end_at_once, sidecar.intake)
     return OK
 
 
-def _end_at_once() -> None:
+def _end_at_once(intake: Intake) -> None:
     """What is committed stays committed, what is open is settled at the next start: as after a crash."""
     log.warning("asked a second time: ending at once")
+    intake.end_at_once()
     os._exit(FAILED)
 
 

@@ -37,10 +37,13 @@ class Billing:
     reader: SpoolReader
     delivery: Delivery
 
-    def remembered_seq(self, instance: str) -> int:
-        """The greatest number of a slot that any backend was handed: a spool that has less has lost some."""
-        cursors = (cursor for name in self.settings.backends for cursor in self.state.cursors(name))
-        return max((cursor.seq for cursor in cursors if cursor.instance == instance), default=0)
+    def remembered(self) -> dict[str, int]:
+        """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
+        greatest: dict[str, int] = {}
+        for name in self.settings.backends:
+            for cursor in self.state.cursors(name):
+                greatest[cursor.instance] = max(cursor.seq, greatest.get(cursor.instance, 0))
+        return greatest
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
         """All terms of one moment. `snapshots`: the slots that are being written; the others are read from disk."""

@@ -32,19 +32,24 @@ class Oracle:
     _stopping: bool = False
 
     async def run(self) -> None:
-        async with aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=10)) as session:
-            await asyncio.gather(*(self._client(session, random.Random(self.seed + n)) for n in range(self.clients)))
+        limit = aiohttp.ClientTimeout(total=10)
+        # aiohttp sends a GET again by itself when a kept connection has died: two calls of one name. So GETs get a
+        # connection of their own each; POSTs use kept ones.
+        once = aiohttp.TCPConnector(force_close=True)
+        async with aiohttp.ClientSession(timeout=limit) as kept, aiohttp.ClientSession(connector=once) as fresh:
+            chances = [random.Random(self.seed + n) for n in range(self.clients)]
+            await asyncio.gather(*(self._client(kept, fresh, chance) for chance in chances))
 
     def stop(self) -> None:
         self._stopping = True
 
-    async def _client(self, session: aiohttp.ClientSession, chance: random.Random) -> None:
+    async def _client(self, kept: aiohttp.ClientSession, fresh: aiohttp.ClientSession, chance: random.Random) -> None:
         while not self._stopping:
             self.sent += 1
             call = f"call-{self.seed}-{self.sent}"
             kind = chance.choice(("chat", "chat", "stream", "models"))
             try:
-                if await self._call(session, call, kind):
+                if await self._call(fresh if kind == "models" else kept, call, kind):
                     self.owed[call] = kind
             except (aiohttp.ClientError, OSError, TimeoutError):
                 await asyncio.sleep(0.02)  # it is down, or was killed under us: nothing is owed

@@ -34,6 +34,13 @@ async def tiny_upstream(*, events: int = 10, gap_s: float = 0.004) -> AsyncItera
             return web.json_response(ANSWER)
         answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await answer.prepare(request)
+        try:
+            await stream(answer)
+        except ConnectionError:
+            pass  # the sidecar was killed
+        return answer
+
+    async def stream(answer: web.StreamResponse) -> None:
         for number in range(events):
             await answer.write(
                 chunk(choices=[{"index": 0, "delta": {"content": f"w{number} "}, "finish_reason": None}])
@@ -43,7 +50,6 @@ async def tiny_upstream(*, events: int = 10, gap_s: float = 0.004) -> AsyncItera
         await answer.write(chunk(usage=USAGE))
         await answer.write(b"data: [DONE]\n\n")
         await answer.write_eof()
-        return answer
 
     async def models(_: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": []})

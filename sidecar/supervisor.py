@@ -1,0 +1,297 @@
+"""Several workers on one port: who starts them, restarts one that dies, and adds up what they know.
+
+The supervisor binds one SO_REUSEPORT socket a worker and hands it down, so that the kernel spreads connections (one
+shared socket gives nearly all of them to one process) and a restarted worker listens where the dead one did:
+connections that wait in its queue are not refused meanwhile. It serves nothing itself; it bills, and it answers the admin port.
+
+What a dead worker had counted is kept: a sum that went down would look like a restart to Prometheus.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import os
+import socket
+import stat
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.admin import Readiness
+from sidecar.metrics import Metrics
+from sidecar.settings import Address, Settings
+from sidecar.spool import Snapshot, SpoolTotals
+from sidecar.traffic import url_of
+from sidecar.wire import Wire
+
+log = logging.getLogger("sidecar.supervisor")
+
+BACKLOG: Final = 4096  # connections waiting to be accepted, for each worker
+ASK_S: Final = 2.0  # a worker that has not answered by then is left out; its slot is read from disk
+POLL_S: Final = 1.0  # how old the counts of a worker may be that dies
+START_S: Final = 60.0  # a worker recovers its slot first; a million records take three seconds
+RESTART_S_MIN: Final = 0.1  # first pause before a dead worker is started again; doubles while it keeps dying
+RESTART_S_MAX: Final = 5.0
+STEADY_S: Final = 60.0  # a worker that lived so long starts again without a pause
+
+STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all workers is the state of the whole
+
+
+class WorkerError(Exception):
+    """The workers do not start. The text says what to do about it."""
+
+
+@dataclass(slots=True)
+class _Worker:
+    """One place among the workers, over restarts."""
+
+    number: int
+    listener: socket.socket
+    process: asyncio.subprocess.Process | None = None
+    wire: Wire | None = None
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+    counts: Mapping[str, Any] = field(default_factory=dict)  # as of the last answer of this process
+    waiting: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
+
+
+class Workers:
+    """The workers as one intake (`app.Intake`)."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        environ: Mapping[str, str],
+        committed: Callable[[], None],
+        remembered: Callable[[], Mapping[str, int]],
+    ) -> None:
+        self._settings = settings
+        self._environ = environ
+        self._committed = committed
+        self._remembered = remembered
+        self._workers: list[_Worker] = []
+        self._tasks: list[asyncio.Task[None]] = []
+        self._gone = Metrics()  # what dead workers had counted
+        self._asks = itertools.count(1)
+        self._stopping = False
+        self.url = ""
+
+    def __repr__(self) -> str:
+        return f"<Workers: {sum(w.ready.is_set() for w in self._workers)} of {len(self._workers)} ready>"
+
+    # --- as an intake ------------------------------------------------------------------------------
+
+    async def snapshots(self) -> dict[str, Snapshot]:
+        """Of each worker that answers. What is left out is read from disk by the caller."""
+        return {
+            answer["instance"]: Snapshot(SpoolTotals(**answer["totals"]), answer["last_seq"])
+            for answer in await self._ask_all()
+        }
+
+    async def metrics(self) -> Metrics:
+        await self._ask_all()
+        together = Metrics()
+        together.absorb(self._gone.state())
+        for worker in self._workers:
+            together.absorb(worker.counts)
+        return together
+
+    async def readiness(self) -> Readiness:
+        answers = await self._ask_all()
+        missing = len(self._workers) - len(answers)
+        notes = [note for answer in answers for note in answer["notes"]]
+        if missing:
+            notes.append(f"{missing} of {len(self._workers)} workers do not answer")
+        states = {answer["state"] for answer in answers}
+        state = "stopping" if self._stopping else next((s for s in STATES if s in states), "degraded")
+        ready = not self._stopping and any(answer["ready"] for answer in answers)
+        return Readiness(ready=ready, state=state, notes=notes)
+
+    def reload(self) -> None:
+        for worker in self._workers:
+            if worker.wire is not None:
+                worker.wire.send({"do": "reload"})
+
+    def end_at_once(self) -> None:
+        for worker in self._workers:
+            if worker.process is not None and worker.process.returncode is None:
+                worker.process.kill()
+
+    # --- their life --------------------------------------------------------------------------------
+
+    async def start(self) -> None:
+        """Bind, start all, wait until each is ready. Raises `OSError` or `WorkerError`."""
+        listeners, self.url = _bind(self._settings.listen, self._settings.workers, self._settings.tls_cert_file)
+        self._workers = [_Worker(number, listener) for number, listener in enumerate(listeners)]
+        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
+        waits = [asyncio.create_task(worker.ready.wait()) for worker in self._workers]
+        try:
+            async with asyncio.timeout(START_S):
+                await asyncio.gather(*waits)
+        except TimeoutError:
+            raise WorkerError(f"the workers are not ready after {START_S:.0f} s: see their log lines above") from None
+        self._tasks.append(asyncio.create_task(self._poll()))
+
+    async def stop(self) -> None:
+        """Let every worker drain; end those by force that take longer than they may."""
+        self._stopping = True
+        await self._ask_all()
+        for worker in self._workers:
+            if worker.wire is not None:
+                worker.wire.send({"do": "stop"})
+        processes = [w.process for w in self._workers if w.process is not None and w.process.returncode is None]
+        try:
+            async with asyncio.timeout(self._settings.stop_s + 2 * ASK_S):
+                await asyncio.gather(*(process.wait() for process in processes))
+        except TimeoutError:
+            for process in processes:
+                if process.returncode is None:
+                    log.error(
+                        "worker %d did not end in time and is killed: its open calls are settled later", process.pid
+                    )
+                    process.kill()
+                    await process.wait()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        for worker in self._workers:
+            worker.listener.close()
+        _unbind(self._settings.listen)
+
+    async def _keep(self, worker: _Worker) -> None:
+        """Run one worker, again and again until we stop."""
+        pause_s = RESTART_S_MIN
+        loop = asyncio.get_running_loop()
+        while True:
+            began_s = loop.time()
+            await self._run_once(worker)
+            if self._stopping:
+                return
+            code = None if worker.process is None else worker.process.returncode
+            log.error("worker %d ended with %s: it is started again", worker.number, code)
+            pause_s = RESTART_S_MIN if loop.time() - began_s > STEADY_S else min(pause_s * 2, RESTART_S_MAX)
+            await asyncio.sleep(pause_s)
+
+    async def _run_once(self, worker: _Worker) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            fds = (worker.listener.fileno(), theirs.fileno())
+            worker.process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "sidecar.worker", *map(str, fds), pass_fds=fds, env=dict(self._environ)
+            )
+        worker.wire = await Wire.over(ours)
+        worker.wire.send({"remembered": dict(await asyncio.to_thread(self._remembered))})
+        try:
+            await self._hear(worker, worker.wire)
+        finally:
+            worker.ready.clear()
+            for waiting in worker.waiting.values():
+                waiting.cancel()
+            worker.waiting.clear()
+            await worker.wire.aclose()
+            worker.wire = None
+        await worker.process.wait()
+        self._gone.absorb(worker.counts)
+        worker.counts = {}
+        self._committed()  # what it committed last
+
+    async def _hear(self, worker: _Worker, wire: Wire) -> None:
+        while (message := await wire.receive()) is not None:
+            if "answer" in message:
+                worker.counts = message["counts"]
+                waiting = worker.waiting.pop(message["answer"], None)
+                if waiting is not None and not waiting.done():
+                    waiting.set_result(message)
+            elif "committed" in message:
+                self._committed()
+            elif "ready" in message:
+                worker.ready.set()
+                log.info("worker %d is ready", worker.number, extra={"facts": {"instance": message["ready"]}})
+
+    async def _poll(self) -> None:
+        while True:
+            await asyncio.sleep(POLL_S)
+            await self._ask_all()
+
+    async def _ask_all(self) -> list[dict[str, Any]]:
+        """The state of each worker that answers in time."""
+        answers = await asyncio.gather(*(self._ask(worker) for worker in self._workers))
+        return [answer for answer in answers if answer is not None]
+
+    async def _ask(self, worker: _Worker) -> dict[str, Any] | None:
+        if worker.wire is None or not worker.ready.is_set():
+            return None
+        number = next(self._asks)
+        waiting = worker.waiting[number] = asyncio.get_running_loop().create_future()
+        worker.wire.send({"ask": number})
+        try:
+            async with asyncio.timeout(ASK_S):
+                answer: dict[str, Any] = await waiting
+                return answer
+        except (TimeoutError, asyncio.CancelledError):
+            task = asyncio.current_task()
+            if task is not None and task.cancelling():
+                raise
+            return None
+        finally:
+            worker.waiting.pop(number, None)
+
+
+@asynccontextmanager
+async def workers(
+    settings: Settings, *, committed: Callable[[], None], remembered: Callable[[], Mapping[str, int]]
+) -> AsyncIterator[Workers]:
+    """All workers, started and ready. Leaving drains them."""
+    them = Workers(settings, environ=os.environ, committed=committed, remembered=remembered)
+    try:
+        await them.start()
+        yield them
+    finally:
+        await them.stop()
+
+
+def _bind(address: Address, count: int, tls: Path | None) -> tuple[list[socket.socket], str]:
+    """One listening socket a worker, and the URL; all on one address. Raises `OSError`."""
+    if address.path:
+        return [_bind_unix(address.path)] * count, f"unix:{address.path}"
+    info = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    family, kind, proto, _, where = info[0]
+    bound: list[socket.socket] = []
+    try:
+        for _ in range(count):
+            listener = socket.socket(family, kind, proto)
+            bound.append(listener)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            listener.bind(where)
+            where = listener.getsockname()  # port 0: the others join the one that was given
+            listener.listen(BACKLOG)
+    except OSError:
+        for listener in bound:
+            listener.close()
+        raise
+    return bound, url_of((str(where[0]), int(where[1])), tls=tls is not None)
+
+
+def _unbind(address: Address) -> None:
+    if address.path:
+        Path(address.path).unlink(missing_ok=True)
+
+
+def _bind_unix(path: str) -> socket.socket:
+    with suppress(FileNotFoundError):
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(path)
+        listener.listen(BACKLOG)
+    except OSError:
+        listener.close()
+        raise
+    return listener
