@@ -9,6 +9,7 @@ from pathlib import Path
 from sidecar.backends import BACKENDS, backend_settings
 from sidecar.metrics import FAMILIES
 from sidecar.settings import Setting, core_settings
+from sidecar.usage.table import render
 
 TOML_ONLY = """\
 TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with
@@ -44,7 +45,11 @@ def _table(settings: Iterable[tuple[str | None, Setting]]) -> str:
     return "\n".join(rows)
 
 
-TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "metrics": metrics_table}
+def usage_table() -> str:
+    return render().rstrip()
+
+
+TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "usage": usage_table, "metrics": metrics_table}
 
 
 def written(text: str) -> str:

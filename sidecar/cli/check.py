@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING
 
 import sidecar
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import NO, OK, WRONG, add_data_dir, add_format, known_backend_settings, overridden
-from sidecar.settings import Effective, Settings, SettingsError, load
+from sidecar.cli.shared import NO, OK, WRONG, add_data_dir, add_format, serving_settings
+from sidecar.settings import Effective, Settings, SettingsError
 
 if TYPE_CHECKING:
     from sidecar.cli.connect import Tried
@@ -34,7 +34,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     try:
-        settings = load(overridden(arguments, os.environ), backend_settings=known_backend_settings())
+        settings = serving_settings(arguments)
     except SettingsError as error:
         _print(arguments, error.effective, (), ())
         print(error, file=sys.stderr)

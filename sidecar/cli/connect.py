@@ -19,11 +19,6 @@ from sidecar.settings import Settings
 LIMIT_S: Final = 10.0  # for name, connection and handshake of one address together
 REACHED: Final = "reached"
 FAILED: Final = "failed"
-NOT_TRIED: Final = "not tried"
-
-
-class _NotTried(Exception):
-    """There is nothing that could be connected to."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +26,7 @@ class Tried:
     """What became of one attempt."""
 
     what: str
-    result: str  # one of the three words above
+    result: str  # one of the two words above
     detail: str
 
     @property
@@ -51,8 +46,6 @@ async def _try(what: str, attempt: Awaitable[str]) -> Tried:
     try:
         async with asyncio.timeout(LIMIT_S):
             return Tried(what, REACHED, await attempt)
-    except _NotTried as reason:
-        return Tried(what, NOT_TRIED, str(reason))
     except TimeoutError:
         return Tried(what, FAILED, f"no connection within {LIMIT_S:g} s")
     except ssl.SSLCertVerificationError as error:
@@ -92,7 +85,7 @@ async def _reach_backend(settings: Settings, name: str) -> str:
         url = getattr(made, "address", None)
         await made.aclose()
     if url is None:
-        raise _NotTried(f"its address is its own affair: set SIDECAR_{name.upper()}_URL to have it tried")
+        raise OSError(f"it has no address: set SIDECAR_{name.upper()}_URL")
     return await _reach(url, ssl.create_default_context() if url.startswith("https://") else None, None)
 
 

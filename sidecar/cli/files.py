@@ -10,10 +10,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sidecar.balance import BackendTotals, Balance, add_counts
+from sidecar.balance import Balance, add_counts
 from sidecar.cli.shared import CommandError
-from sidecar.delivery.retry import Term
-from sidecar.delivery.state.accounts import Accounts, Sums
+from sidecar.delivery.state.accounts import Accounts, totals_of
 from sidecar.delivery.state.rows import StateError
 from sidecar.delivery.state.schema import open_reader, told
 from sidecar.spool import SpoolError, SpoolReader
@@ -62,7 +61,7 @@ def balance_of(data_dir: Path) -> Balance:
             recorded=sum(t.recorded for t in totals),
             open=sum(t.open for t in totals),
             lost=add_counts(t.lost for t in totals),
-            backends={name: _totals(reader, one) for name, one in sums.items()},
+            backends={name: totals_of(one, reader.count) for name, one in sums.items()},
         )
 
 
@@ -77,22 +76,18 @@ def _backends(data_dir: Path) -> list[str]:
         connection.close()
 
 
-def _totals(reader: SpoolReader, sums: Sums) -> BackendTotals:
-    parked: dict[str, int] = {}
-    skipped: dict[str, int] = {}
-    plain = dict.fromkeys((Term.DELIVERED, Term.DUPLICATE, Term.OPEN), 0)
-    for (term, reason), count in sums.places.items():
-        if count == 0:
-            continue
-        if term in (Term.PARKED, Term.SKIPPED):
-            (parked if term == Term.PARKED else skipped)[reason] = count
-        else:
-            plain[Term(term)] += count
-    behind = sum(reader.count(instance, after, upto) for instance, after, upto in sums.behind)
-    return BackendTotals(
-        delivered=plain[Term.DELIVERED],
-        duplicate=plain[Term.DUPLICATE],
-        pending=plain[Term.OPEN] + behind,
-        parked=parked,
-        skipped=skipped,
-    )
+def ahead_of_spool(data_dir: Path, reader: SpoolReader) -> list[str]:
+    """Where delivery has been further than the spool goes: records were lost together with their file."""
+    path = data_dir / DELIVERY
+    connection = open_reader(path)
+    try:
+        with told(path):
+            cursors = connection.execute("SELECT backend, instance, seq FROM cursor ORDER BY id").fetchall()
+    finally:
+        connection.close()
+    last = {instance: reader.last_seq(instance) for instance in reader.instances()}
+    return [
+        f"{backend}, instance {instance}: delivered up to record {seq}, but the spool ends at {last.get(instance, 0)}"
+        for backend, instance, seq in cursors
+        if seq > last.get(instance, 0)
+    ]

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import os
 
-from sidecar.cli.shared import CommandError, add_data_dir, known_backend_settings, overridden
-from sidecar.settings import load
+from sidecar.cli.shared import CommandError, add_data_dir, serving_settings
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -14,12 +12,17 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    settings = load(overridden(arguments, os.environ), backend_settings=known_backend_settings())
+    settings = serving_settings(arguments)
 
     from sidecar import app
+    from sidecar.delivery.state import StateError
+    from sidecar.ledger import LedgerError
     from sidecar.lock import LockError
+    from sidecar.spool import SpoolError
 
     try:
         return app.run(settings)
-    except LockError as error:
+    except (LockError, SpoolError, StateError, LedgerError) as error:
         raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"cannot start: {error}") from None

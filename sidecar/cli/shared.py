@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from sidecar.settings import BackendSettings, Settings, load
+from sidecar.settings import BackendSettings, Settings, SettingsError, load
 
 OK: Final = 0
 NO: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
@@ -32,6 +32,18 @@ def known_backend_settings() -> BackendSettings:
     from sidecar.backends import backend_settings
 
     return backend_settings()
+
+
+def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
+    """All that `serve` needs, and what only the parts can judge: the meters' definitions."""
+    from sidecar.meters.definition import MetersError, read_meters
+
+    settings = load(overridden(arguments, environ), backend_settings=known_backend_settings())
+    try:
+        read_meters(settings.meters)
+    except MetersError as error:
+        raise SettingsError(error.problems, settings.effective) from None
+    return settings
 
 
 def read_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:

@@ -106,30 +106,18 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import accounts_of, balance_of, spool_of
-    from sidecar.record import Record
+    from sidecar.cli.files import accounts_of, ahead_of_spool, balance_of, spool_of
+    from sidecar.spool.verify import verify
 
-    problems: list[str] = []
-    count = 0
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
-        for instance in reader.instances():
-            for group in reader.groups(instance):
-                count += len(group.lines)
-                if group.missing:
-                    problems.append(
-                        f"instance {instance}: {group.missing} records between {group.first_seq} and {group.last_seq} "
-                        "cannot be read any more"
-                    )
-                for number, line in enumerate(group.lines):
-                    try:
-                        Record.from_json(line)
-                    except ValueError as error:
-                        problems.append(f"instance {instance}, record {group.first_seq + number}: {error}")
+        reports = verify(reader)
+        problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
-            problems += accounts.verify()
+            problems += accounts.verify() + ahead_of_spool(data_dir, reader)
     problems += balance_of(data_dir).problems
     for problem in problems:
         print(problem, file=sys.stderr)
+    count = sum(report.records for report in reports)
     print(f"{count:,} records read, " + ("everything adds up" if not problems else f"{len(problems)} problems found"))
     return NO if problems else OK
 
@@ -184,7 +172,7 @@ def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
     answer = ask(data_dir, "/redrive", method="POST", body=wish)
     if answer is None:
         raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
-    print(f"{answer['redriven']:,} offered again, {answer['left']:,} left parked")
+    print(f"{answer['redriven']:,} events offered again")
     return OK
 
 

@@ -31,6 +31,7 @@ _SIZE_UNITS: Final = {
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
+_PLACE: Final = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
 
 
@@ -380,8 +381,8 @@ elements: Final = many("name=header:NAME or name=json:PATH, separated by commas"
 
 def path_pattern(value: str) -> str:
     """A path in which `{name}` stands for one segment; a `*` in front stands for any beginning."""
-    path_only = value.removeprefix("*")
-    if not path_only.startswith("/") or not value.isprintable() or any(c in path_only for c in "*? "):
+    fixed = _PLACE.sub("", value.removeprefix("*"))
+    if not fixed.startswith("/") or not value.isprintable() or any(c in fixed for c in "*? {}"):
         raise Unfit(f"{value!r} is no path pattern: expected one such as /v1/things/{{id}} or */chat/completions")
     return value
 

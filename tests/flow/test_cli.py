@@ -7,12 +7,15 @@ import csv
 import io
 import json
 import os
+import shutil
 import socket
+import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -22,9 +25,11 @@ import pytest
 import trustme
 from whole import Whole
 
+from sidecar.backends import BACKENDS, Row
 from sidecar.cli import main
 from sidecar.lock import DataLock
 from sidecar.scripted_llm import ScriptedLLM
+from sidecar.settings import Setting, kinds
 from sidecar.spool import SpoolReader
 
 CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "hi"}]}
@@ -160,6 +165,23 @@ def test_spool_verify_reads_every_record(capsys: pytest.CaptureFixture[str]) -> 
     assert capsys.readouterr().out == "3 records read, everything adds up\n"
 
 
+def test_spool_verify_finds_what_was_changed(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    with closing(sqlite3.connect(copy / "delivery.db")) as db, db:
+        db.execute("UPDATE counter SET n = n + 1 WHERE term = 'delivered'")
+        db.execute("UPDATE cursor SET seq = seq + 1 WHERE backend = 'file'")
+    assert main(["spool", "verify", "--data-dir", str(copy)]) == 1
+    captured = capsys.readouterr()
+    assert captured.out == f"3 records read, {len(captured.err.splitlines())} problems found\n"
+    assert "the counter of delivered says 4, the rows 3" in captured.err
+    assert "delivered up to record 4, but the spool ends at 3" in captured.err
+    assert main(["balance", "--data-dir", str(copy)]) == 1
+    assert "does not hold: file: recorded 3 is not 4" in capsys.readouterr().err
+
+
 def test_nothing_is_parked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spool", "parked"]) == 0
     assert capsys.readouterr().out == "nothing is parked\n"
@@ -251,11 +273,11 @@ def test_a_redrive_goes_through_the_running_instance(
 
     def redrive(wish: Any) -> dict[str, int]:
         seen.append(wish)
-        return {"redriven": 7, "left": 1}
+        return {"redriven": 1007}
 
     admin["POST /redrive"] = 200, redrive
     assert main(["spool", "redrive", "--backend", "meter", "--resend-unknown", "id-1"]) == 0
-    assert capsys.readouterr().out == "7 offered again, 1 left parked\n"
+    assert capsys.readouterr().out == "1,007 events offered again\n"
     assert seen == [{"backend": "meter", "reason": None, "ids": ["id-1"], "resend_unknown": True}]
 
 
@@ -322,20 +344,46 @@ def test_check_reports_every_problem(monkeypatch: pytest.MonkeyPatch, capsys: py
     ]
 
 
+def test_check_reports_a_meter_that_cannot_be_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sidecar.toml"
+    file.write_text('upstream_url = "http://127.0.0.1:9"\n[[meters]]\nname = "Calls"\n')
+    monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+    assert main(["check"]) == 2
+    assert "meter number 1: name is wrong" in capsys.readouterr().err
+
+
+class _Vendor:
+    """A backend whose address is the vendor's own where none is set."""
+
+    def __init__(self, address: str | None) -> None:
+        if address is not None:
+            self.address = address
+
+    async def aclose(self) -> None:
+        pass
+
+
 def test_check_connect_tries_upstream_and_backends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    url = Setting("url", kinds.http_url)
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
-        monkeypatch.setenv("SIDECAR_UPSTREAM_URL", f"http://127.0.0.1:{listening.getsockname()[1]}")
-        monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,revenium")
-        monkeypatch.setenv("SIDECAR_REVENIUM_API_KEY", "hak_test")
-        monkeypatch.setenv("SIDECAR_METER_URL", f"http://127.0.0.1:{closed.getsockname()[1]}/meter")
+        reachable, refusing = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in (listening, closed))
+        monkeypatch.setitem(BACKENDS, "vendor", Row(lambda *_: _Vendor(reachable), (url,), ""))
+        monkeypatch.setitem(BACKENDS, "nowhere", Row(lambda *_: _Vendor(None), (url,), ""))
+        monkeypatch.setenv("SIDECAR_UPSTREAM_URL", reachable)
+        monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,vendor,nowhere")
+        monkeypatch.setenv("SIDECAR_METER_URL", f"{refusing}/meter")
         assert main(["check", "--connect", "--format", "json"]) == 1
     tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
     assert {name: row["result"] for name, row in tried.items()} == {
-        "upstream": "reached", "ledger": "reached", "meter": "failed", "revenium": "not tried",
+        "upstream": "reached", "ledger": "reached", "meter": "failed", "vendor": "reached", "nowhere": "failed",
     }  # fmt: skip
+    assert tried["meter"]["detail"] == "Connection refused"
+    assert tried["nowhere"]["detail"] == "it has no address: set SIDECAR_NOWHERE_URL"
 
 
 def test_check_connect_verifies_the_upstreams_certificate(

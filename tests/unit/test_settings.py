@@ -138,6 +138,8 @@ def test_a_value_is_read(variable: str, value: str, attribute: str, expected: An
         ("UPSTREAM_URL", "unix:run/api.sock", "expected unix:/path"),
         ("UPSTREAM_URL", "unix:/run/api.sock:v1", "expected unix:/path"),
         ("ROUTES", "/v1/*/things", "is no path pattern"),
+        ("ROUTES", "/v1/{}", "is no path pattern"),
+        ("ROUTES", "/v1/{id", "is no path pattern"),
         ("LISTEN", "0.0.0.0:80a80", "expected a TCP port, 1 to 65535"),
         ("LISTEN", "0.0.0.0:65536", "expected a TCP port, 1 to 65535"),
         ("LISTEN", "8080", "expected host:port or unix:/path"),
