@@ -8,13 +8,14 @@ import io
 import json
 import os
 import shutil
+import signal
 import socket
 import sqlite3
 import ssl
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -23,7 +24,9 @@ from typing import Any
 import aiohttp
 import pytest
 import trustme
-from whole import Whole
+from aiohttp import web
+from aiohttp.test_utils import TestServer
+from whole import Whole, environment
 
 from sidecar.backends import BACKENDS, Row
 from sidecar.cli import main
@@ -212,6 +215,55 @@ def test_an_empty_directory_is_a_clear_answer(
 
 
 # Beside a running instance
+
+
+async def test_records_are_followed_and_parked_ones_are_listed(tmp_path: Path) -> None:
+    async def refuse(_: web.Request) -> web.Response:
+        return web.Response(status=422)
+
+    vendor = TestServer(_application(refuse))
+    upstream = TestServer(_application(lambda _: _answer()))
+    async with vendor, upstream:
+        whole = Whole(
+            tmp_path / "data", str(upstream.make_url("")), SIDECAR_BACKENDS="ledger,meter",
+            SIDECAR_METER_URL=str(vendor.make_url("/meter")), SIDECAR_SUBSCRIBER="header:x-tenant",
+        )  # fmt: skip
+        async with whole, aiohttp.ClientSession() as session:
+            follow = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "sidecar", "records", "--follow", "--format", "ndjson",
+                env=environment(whole.env), stdout=asyncio.subprocess.PIPE,
+            )  # fmt: skip
+            assert follow.stdout is not None
+            for number in range(2):
+                async with session.get(f"{whole.proxy_url}/things/{number}") as answer:
+                    assert answer.status == 200
+                line = json.loads(await asyncio.wait_for(follow.stdout.readline(), 30))
+                assert line["url"].endswith(f"/things/{number}")
+            follow.send_signal(signal.SIGINT)
+            assert await follow.wait() == 130
+
+            balance = await whole.settled()
+            assert sum(balance["backends"]["meter"]["parked"].values()) == 2
+            code, out, _ = await whole.command("spool", "parked", "--format", "json")
+            assert code == 0
+            rows = json.loads(out)
+            assert [(row["backend"], row["record"]["method"]) for row in rows] == [("meter", "GET")] * 2
+            assert (await whole.command("spool", "parked", "--backend", "ledger"))[1] == "nothing is parked\n"
+            assert "meter" in (await whole.command("spool", "parked"))[1]
+            assert (await whole.command("balance"))[0] == 0
+
+
+def _application(handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.Application:
+    async def handle(request: web.Request) -> web.Response:
+        return await handler(request)
+
+    application = web.Application()
+    application.router.add_route("*", "/{path:.*}", handle)
+    return application
+
+
+async def _answer() -> web.Response:
+    return web.Response(text="a thing")
 
 
 class _Admin(BaseHTTPRequestHandler):
