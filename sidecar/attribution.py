@@ -33,6 +33,8 @@ SECRET_HEADERS: Final = frozenset(
     {"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "x-amz-security-token"}
 )
 
+SCHEMES: Final = (b"bearer", b"token", b"basic")
+
 
 class Kind(StrEnum):
     HEADER = "header"
@@ -142,8 +144,10 @@ class Attributor:
             claim = _claim(value, source.name)
             return None if claim is None else Subscriber(self._shorten(claim), source.label)
         if source.name in SECRET_HEADERS and not source.plain:
-            return Subscriber(self._hash(_credential(value)), source.label)
-        return Subscriber(self._shorten(value.decode("utf-8", "replace").strip()), source.label)
+            credential = _credential(value)
+            return Subscriber(self._hash(credential), source.label) if credential else None
+        text = value.decode("utf-8", "replace").strip()
+        return Subscriber(self._shorten(text), source.label) if text else None
 
     def _shorten(self, text: str) -> str:
         if len(text) <= SUBSCRIBER_CHARS_MAX and text.isprintable():
@@ -158,7 +162,7 @@ class Attributor:
 def _credential(value: bytes) -> bytes:
     """The credential without its scheme, so that `Authorization: Bearer k` and `x-api-key: k` agree."""
     scheme, _, rest = value.strip().partition(b" ")
-    return rest.strip() if rest and scheme.lower() in (b"bearer", b"token", b"basic") else value.strip()
+    return rest.strip() if scheme.lower() in SCHEMES else value.strip()
 
 
 def _claim(authorization: bytes, name: str) -> str | None:

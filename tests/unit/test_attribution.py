@@ -27,6 +27,8 @@ def token(**claims: object) -> bytes:
         ("header:x-tenant", [(b"X-Tenant", b"acme")], "/", Subscriber("acme", "header:x-tenant")),
         ("header:X-Tenant", [(b"x-tenant", "zürich".encode())], "/", Subscriber("zürich", "header:x-tenant")),
         ("header:x-tenant", [(b"X-Tenant", b"")], "/", None),
+        ("header:x-tenant", [(b"X-Tenant", b" \t")], "/", None),
+        ("header:authorization", [(b"Authorization", b"Bearer ")], "/", None),
         ("header:x-tenant", [(b"X-Other", b"acme")], "/", None),
         ("header:x-api-key:plain", [(b"x-api-key", b"cus_1")], "/", Subscriber("cus_1", "header:x-api-key")),
         ("jwt:sub", [(b"Authorization", token(sub="u-1"))], "/", Subscriber("u-1", "jwt:sub")),
