@@ -12,13 +12,12 @@ turn by turn; each attempt under way is a task of its own that only leaves its r
 from __future__ import annotations
 
 import asyncio
-import heapq
 import itertools
 import logging
 import random
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Coroutine, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any, Protocol, TypeVar
 
@@ -43,16 +42,16 @@ from sidecar.delivery.retry import (
     suspect,
     window_left_s,
 )
-from sidecar.delivery.sealing import Item
+from sidecar.delivery.sources import Source, Sources
 from sidecar.delivery.state import DeliveryState, StateFull, request_size
-from sidecar.delivery.state.rows import Cursor, Hole, NewRequest, Parked, Request, Sealing, Settlement
+from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Sealing, Settlement
+from sidecar.delivery.waiting import Waiting
 from sidecar.verdict import Backend, Dedup, Sealed, Unknown, Verdict
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 FULL_RETRY_S = 1.0  # how often a full disk is asked again whether a verdict fits
-RELIST_S = 1.0  # how often a wake may look for spools of new instances
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,24 +91,20 @@ class Shared(Protocol):
 
 
 @dataclass(slots=True)
-class _Source:
-    """One instance's spool as this lane sees it."""
-
-    cursor: int
-    instance: str
-    seq: int  # sealed, skipped or parked up to here
-    again_upto: int
-    read_seq: int  # read up to here
-    items: deque[Item] = field(default_factory=deque)
-    dry: bool = False  # the last look found nothing more
-
-
-@dataclass(slots=True)
 class _Result:
     request: Request
     verdicts: Sequence[Verdict]
     started: Now
     interrupted: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Planned:
+    """Records that are about to be sealed."""
+
+    source: Source
+    plan: sealing.Plan
+    step: Sealing
 
 
 class Lane:
@@ -119,14 +114,9 @@ class Lane:
         self.backend = backend
         self._shared, self._limits = shared, shared.limits
         self._pace = Pace()
-        self._sources: dict[str, _Source] = {}
-        self._rotation: deque[str] = deque()
-        self._ready: deque[Request] = deque()
-        self._waiting: list[tuple[float, int, Request]] = []  # monotonic due time, id
-        self._waiting_records = self._waiting_bytes = 0
+        self._sources = Sources(shared.reader, self._start_cursor, shared.limits.read_bytes)
+        self._waiting = Waiting(one_per_subject=backend.abilities.one_per_subject)
         self._under_way: dict[int, Request] = {}
-        self._subjects: set[str] = set()
-        self._behind: dict[str, deque[Request]] = {}  # of a subject that is being called
         self._results: list[_Result] = []
         self._bell = asyncio.Event()
         self.idle = asyncio.Event()  # nothing can be done before something happens
@@ -134,22 +124,18 @@ class Lane:
         self._fresh_next = self._want_fresh = False
         self._filling_since_s: float | None = None  # a batch that is not full began to fill
         self._next_sweep_s = 0.0
-        self._next_listing_s = 0.0
         self._per_record = 1.0  # requests that a record gives
-        self._unknown_instances = True
         self._expired = False
 
     def __repr__(self) -> str:
         return (
-            f"<Lane {self.backend.name}: {len(self._ready)} ready, {len(self._under_way)} under way,"
-            f" {len(self._waiting)} waiting, {self.status().state}>"
+            f"<Lane {self.backend.name}: {self._waiting.queued} ready, {len(self._under_way)} under way,"
+            f" {self._waiting.later} waiting, {self.status().state}>"
         )
 
     def wake(self) -> None:
         """Records were committed, or something changed that this lane should look at."""
-        for source in self._sources.values():
-            source.dry = False
-        self._unknown_instances = True
+        self._sources.wake()
         self._ring()
 
     def clock_stepped(self) -> None:
@@ -173,21 +159,21 @@ class Lane:
             oldest_pending_s=None if oldest is None else max(now.wall_s - oldest, 0.0),
             sealed=len(requests),
             under_way=len(self._under_way),
-            waiting_records=self._waiting_records,
-            waiting_bytes=self._waiting_bytes,
+            waiting_records=self._waiting.later_records,
+            waiting_bytes=self._waiting.later_bytes,
         )
 
     async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
         """Go on where the last run stopped: what is sealed comes first, byte for byte."""
         for cursor in cursors:
-            self._add_source(cursor)
+            self._sources.add(cursor)
         now = self._now()
         for request in requests:
             if request.under_way:
                 self._interrupted(request, now)
             else:
                 wait_s = min(max(request.due_s - now.wall_s, 0.0), self._limits.backoff_cap_s)
-                self._wait(request, now.mono_s + wait_s)
+                self._waiting.put_later(request, now.mono_s + wait_s)
         while True:
             if not await self._turn():
                 await self._rest()
@@ -205,32 +191,37 @@ class Lane:
             self._next_sweep_s = now.mono_s + self._limits.sweep_s
             settlements += await self._sweep(now)
         begin = await self._choose(now, settlements)
-        if settlements or begin:
-            await self._store(settlements, begin, now)
-        sealed = await self._seal_more(self._now())
-        return bool(settlements or begin or sealed or self._results)
+        planned = await self._plan(now, len(begin))
+        if not (settlements or begin or planned):
+            return bool(self._results)
+        await self._store(settlements, begin, planned)
+        return True
 
-    async def _store(self, settlements: list[Settlement], begin: list[Request], now: Now) -> None:
-        state = self._shared.state
+    async def _store(self, settlements: list[Settlement], begin: list[Request], planned: _Planned | None) -> None:
+        """One transaction: what was said, what is offered again, what is sealed. Then the offers go out."""
+        state, now = self._shared.state, self._now()
         ids = [request.id for request in begin]
         load = [request.id for request in begin if request.sealed is None]
-        turned = await self._blocking(lambda: state.turn(settlements, ids, load, now.wall_s))
+        sealing_step = None if planned is None else planned.step
+        turned = await self._blocking(lambda: state.turn(settlements, ids, load, now.wall_s, sealing_step))
         for settlement, children in zip(settlements, turned.children, strict=True):
             self._settled(settlement, children, now)
         for request in begin:
             request.sealed = turned.loaded.get(request.id, request.sealed)
             request.tries = replace(request.tries, attempts=request.tries.attempts + 1)
             self._send(request, now)
+        if planned is not None:
+            self._sealed(planned, turned.sealed, now)
 
     def _settled(self, settlement: Settlement, children: Sequence[int], now: Now) -> None:
         request, decision = settlement.request, settlement.decision
         if decision.open:
             request.tries, request.history, request.due_s = decision.tries, settlement.history, settlement.due_s
             request.under_way, request.held = False, decision.held
-            self._wait(request, now.mono_s + decision.wait_s)
+            self._waiting.put_later(request, now.mono_s + decision.wait_s)
             return
         for id_, child in zip(children, settlement.children, strict=True):
-            self._wait(_opened(id_, request.cursor, child), now.mono_s + decision.wait_s)
+            self._waiting.put_later(_opened(id_, request.cursor, child), now.mono_s + decision.wait_s)
         reasons: dict[str, set[int]] = {}
         for index, parking in decision.parked.items():
             reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
@@ -250,7 +241,7 @@ class Lane:
                 now = self._now()
                 ids = await self._blocking(lambda s=step, n=now: self._shared.state.redrive(s, n.wall_s))  # type: ignore[misc]
                 for id_, request in zip(ids, step.requests, strict=True):
-                    self._wait(_opened(id_, cursor, request), now.mono_s)
+                    self._waiting.put_later(_opened(id_, cursor, request), now.mono_s)
                 count += len(step.parked)
         self._ring()
         return count
@@ -274,7 +265,9 @@ class Lane:
         decision = judge(attempt, request.tries, self.backend.abilities, limits)
         if result.interrupted:
             decision = replace(decision, wait_s=0.0)
-        history = remember(request.history, _entry(now, verdicts), limits)
+        history = request.history
+        if decision.open or decision.parked or decision.parts:
+            history = remember(history, _entry(now, verdicts), limits)
         return await self._settlement(request, decision, history, now)
 
     async def _settlement(self, request: Request, decision: Decision, history: tuple[str, ...], now: Now) -> Settlement:
@@ -304,7 +297,7 @@ class Lane:
     async def _sweep(self, now: Now) -> list[Settlement]:
         """Look at everything that waits: windows and ages run on while nothing is offered."""
         settlements = []
-        for request in (*self._ready, *(entry[2] for entry in self._waiting)):
+        for request in list(self._waiting):
             left_s = window_left_s(request.tries, self.backend.abilities, now, self._limits)
             if left_s is not None and 0 < left_s < self._limits.window_warning_s and not request.warned:
                 request.warned = True
@@ -318,9 +311,7 @@ class Lane:
             if settlement is not None:
                 settlements.append(settlement)
         if settlements:
-            gone = {settlement.request.id for settlement in settlements}
-            self._ready = deque(request for request in self._ready if request.id not in gone)
-            self._drop_waiting(gone)
+            self._waiting.drop({settlement.request.id for settlement in settlements})
         return settlements
 
     async def _overdue(self, request: Request, now: Now) -> Settlement | None:
@@ -388,14 +379,7 @@ class Lane:
             self._log(logging.WARNING, "a backend is down; it is asked again from time to time")
         if before.slow and not pace.slow:
             self._log(logging.INFO, "a backend takes records again")
-            self._hurry()
-
-    def _hurry(self) -> None:
-        """It is back: what waited for it need not wait out long backoffs. A `Retry-After` still holds."""
-        now = self._now()
-        entries = [(due if request.held else min(due, now.mono_s), id_, request) for due, id_, request in self._waiting]
-        heapq.heapify(entries)
-        self._waiting = entries
+            self._waiting.hurry(self._now().mono_s)
 
     # --- sending ----------------------------------------------------------------------------------
 
@@ -405,67 +389,23 @@ class Lane:
         fresh_first = False
         if self._pace.slow and allowed:
             fresh_first, self._fresh_next = self._fresh_next, not self._fresh_next
-            self._want_fresh = fresh_first and not self._ready
+            self._want_fresh = fresh_first and not self._waiting.fresh
         chosen: list[Request] = []
         while len(chosen) < allowed and not self._want_fresh:
-            request = self._next(now, fresh_first)
+            request = self._waiting.take(now.mono_s, fresh_first=fresh_first)
             if request is None:
                 break
             overdue = await self._overdue(request, now)
             if overdue is not None:
                 settlements.append(overdue)
+                self._waiting.called(request.subject)
                 continue
-            self._take_subject(request.subject)
             chosen.append(request)
         return chosen
 
-    def _next(self, now: Now, fresh_first: bool) -> Request | None:
-        """The next request whose subject is free; one that is not waits until it is."""
-        while True:
-            if self._waiting and self._waiting[0][0] <= now.mono_s and not (fresh_first and self._ready):
-                request = heapq.heappop(self._waiting)[2]
-                self._waiting_records -= request.records
-                self._waiting_bytes -= request.size_bytes
-            elif self._ready:
-                request = self._ready.popleft()
-            else:
-                return None
-            if not self._subject_busy(request.subject):
-                return request
-            self._behind.setdefault(request.subject, deque()).append(request)
-
-    def _subject_busy(self, subject: str) -> bool:
-        return subject in self._subjects
-
-    def _take_subject(self, subject: str) -> None:
-        if self.backend.abilities.one_per_subject and subject:
-            self._subjects.add(subject)
-
-    def _free_subject(self, subject: str) -> None:
-        self._subjects.discard(subject)
-        behind = self._behind.get(subject)
-        if behind:
-            self._ready.appendleft(behind.popleft())
-            if not behind:
-                del self._behind[subject]
-
-    def _wait(self, request: Request, due_s: float) -> None:
-        """Put a request among those that are offered again later. Its bytes are on disk."""
-        request.sealed = None
-        self._waiting_records += request.records
-        self._waiting_bytes += request.size_bytes
-        heapq.heappush(self._waiting, (due_s, request.id, request))
-
-    def _drop_waiting(self, gone: set[int]) -> None:
-        left = [entry for entry in self._waiting if entry[1] not in gone]
-        heapq.heapify(left)
-        self._waiting = left
-        self._waiting_records = sum(entry[2].records for entry in left)
-        self._waiting_bytes = sum(entry[2].size_bytes for entry in left)
-
     def _set_is_full(self) -> bool:
         limits = self._limits
-        return self._waiting_records >= limits.retry_records or self._waiting_bytes >= limits.retry_bytes
+        return self._waiting.later_records >= limits.retry_records or self._waiting.later_bytes >= limits.retry_bytes
 
     def _send(self, request: Request, now: Now) -> None:
         request.under_way = True
@@ -475,10 +415,10 @@ class Lane:
 
     async def _offer(self, request: Request, started: Now) -> None:
         assert request.sealed is not None
-        sealed = replace(request.sealed, attempt=request.tries.attempts)
-        verdicts = await self._ask(sealed)
+        sealed, attempt = request.sealed, request.tries.attempts
+        verdicts = await self._ask(sealed if attempt == sealed.attempt else replace(sealed, attempt=attempt))
         self._under_way.pop(request.id, None)
-        self._free_subject(request.subject)
+        self._waiting.called(request.subject)
         self._results.append(_Result(request, verdicts, started))
         self._ring()
 
@@ -499,55 +439,48 @@ class Lane:
 
     # --- sealing ----------------------------------------------------------------------------------
 
-    async def _seal_more(self, now: Now) -> bool:
-        """Seal the next records of one spool, as far as the window has room."""
+    async def _plan(self, now: Now, begun: int) -> _Planned | None:
+        """Decide on the next records of one spool, as far as the window has room."""
         want_fresh, self._want_fresh = self._want_fresh, False
-        room = self._room(now, want_fresh)
-        source = await self._source(self._wanted(room)) if room > 0 else None
+        busy = len(self._under_way) + begun
+        free = self._pace.allowed(now, busy, self.backend.abilities.concurrency)
+        room = self._room(free, busy, want_fresh)
+        source = await self._sources.next(self._wanted(room), now.mono_s) if room > 0 else None
         if source is None or self._still_filling(source, now):
-            return False
+            return None
         items = list(itertools.islice(source.items, self._wanted(room)))
         plan = await sealing.plan(
             self.backend, items, room=room, again_upto=source.again_upto, now_s=now.wall_s, limits=self._limits
         )
-        await self._seal(source, plan)
-        return True
-
-    async def _seal(self, source: _Source, plan: sealing.Plan) -> None:
-        now = self._now()
-        free = self._pace.allowed(now, len(self._under_way), self.backend.abilities.concurrency) - len(self._ready)
-        new: list[NewRequest] = []
-        for request in plan.requests:
-            at_once = free > 0 and request.due_s <= now.wall_s and not self._subject_busy(request.sealed.subject)
-            if at_once:
-                free -= 1
-                self._take_subject(request.sealed.subject)
-            new.append(replace(request, under_way=at_once))
+        free -= self._waiting.queued
+        at_once: set[int] = set()
+        for index, new in enumerate(plan.requests):
+            if len(at_once) < free and new.due_s <= now.wall_s and self._waiting.call(new.sealed.subject):
+                at_once.add(index)
         step = Sealing(
             cursor=source.cursor,
             from_seq=source.seq,
             to_seq=plan.upto_seq,
-            requests=new,
+            requests=plan.requests,
+            at_once=at_once,
             skipped=plan.skipped,
             parked=plan.parked,
             holes=plan.holes,
         )
-        state = self._shared.state
-        ids = await self._blocking(lambda: state.seal(step, now.wall_s))
-        source.seq = plan.upto_seq
-        for _ in range(plan.taken):
-            source.items.popleft()
-        for id_, request in zip(ids, new, strict=True):
-            self._sealed(_opened(id_, source.cursor, request), now)
-        self._count_sealed(plan)
+        return _Planned(source, plan, step)
 
-    def _sealed(self, request: Request, now: Now) -> None:
-        if request.under_way:
-            self._send(request, now)
-        elif request.due_s > now.wall_s:
-            self._wait(request, now.mono_s + request.due_s - now.wall_s)
-        else:
-            self._ready.append(request)
+    def _sealed(self, planned: _Planned, ids: Sequence[int], now: Now) -> None:
+        planned.source.move(planned.plan.taken, planned.plan.upto_seq)
+        for index, (id_, new) in enumerate(zip(ids, planned.plan.requests, strict=True)):
+            request = _opened(id_, planned.step.cursor, new)
+            if index in planned.step.at_once:
+                request.tries = replace(request.tries, attempts=request.tries.attempts + 1)
+                self._send(request, now)
+            elif new.due_s > now.wall_s:
+                self._waiting.put_later(request, now.mono_s + new.due_s - now.wall_s)
+            else:
+                self._waiting.fresh.append(request)
+        self._count_sealed(planned.plan)
 
     def _count_sealed(self, plan: sealing.Plan) -> None:
         metrics, name = self._shared.metrics, self.backend.name
@@ -566,18 +499,16 @@ class Lane:
             # Learned from the last ones: how many requests a record gives (one for each meter, say).
             self._per_record = max(len(plan.requests) / plan.taken, 0.01)
 
-    def _room(self, now: Now, want_fresh: bool) -> int:
+    def _room(self, free: int, busy: int, want_fresh: bool) -> int:
         """How many requests may be sealed now."""
         if self._set_is_full():
             return 0
-        free = self._pace.allowed(now, len(self._under_way), self.backend.abilities.concurrency)
         if self._pace.slow:
             return 1 if want_fresh and free else 0
-        queued = len(self._ready) + sum(map(len, self._behind.values()))
         if self.backend.abilities.dedup is Dedup.NONE:
             # What is sealed and not answered is unknown after a crash: no more than is under way.
-            return max(free - queued, 0)
-        return max(self._limits.window_requests - queued - len(self._under_way), 0)
+            return max(free - self._waiting.queued, 0)
+        return max(self._limits.window_requests - self._waiting.queued - busy, 0)
 
     def _wanted(self, room: int) -> int:
         """How many records to take for so many requests: a slice of the event loop at most."""
@@ -586,7 +517,7 @@ class Lane:
             return most
         return max(1, min(most, int(room / self._per_record)))
 
-    def _still_filling(self, source: _Source, now: Now) -> bool:
+    def _still_filling(self, source: Source, now: Now) -> bool:
         """Whether a batch that is not full yet should wait a moment for more."""
         full = min(self.backend.abilities.events_max, self._limits.encode_records)
         if len(source.items) >= full or self.draining:
@@ -599,50 +530,9 @@ class Lane:
         self._filling_since_s = None
         return False
 
-    async def _source(self, count: int) -> _Source | None:
-        """The next spool with records to seal, in turn."""
-        await self._list_instances()
-        for _ in range(len(self._rotation)):
-            source = self._sources[self._rotation[0]]
-            self._rotation.rotate(-1)
-            if len(source.items) < count and not source.dry:
-                await self._read(source)
-            if source.items:
-                return source
-        return None
-
-    async def _read(self, source: _Source) -> None:
-        source.dry = True  # unless a wake says otherwise while this look is under way
-        reader, limit = self._shared.reader, self._limits.read_bytes
-        groups = await asyncio.to_thread(lambda: reader.read(source.instance, source.read_seq, bytes_max=limit))
-        for group in groups:
-            for seq, line in enumerate(group.lines, group.first_seq):
-                if seq > source.read_seq:
-                    source.items.append(Item(seq, line))
-            if group.missing:
-                hole = Hole(group.first_seq, group.last_seq, group.missing)
-                source.items.append(Item(group.last_seq, b"", hole))
-            if group.last_seq > source.read_seq:
-                source.read_seq = group.last_seq
-                source.dry = False
-
-    async def _list_instances(self) -> None:
-        now = self._now()
-        if not self._unknown_instances or now.mono_s < self._next_listing_s:
-            return
-        self._unknown_instances = False
-        self._next_listing_s = now.mono_s + RELIST_S
-        shared, name = self._shared, self.backend.name
-        for instance in await asyncio.to_thread(shared.reader.instances):
-            if instance not in self._sources:
-                cursor = await self._blocking(lambda i=instance: shared.state.start_cursor(name, i))  # type: ignore[misc]
-                self._add_source(cursor)
-
-    def _add_source(self, cursor: Cursor) -> None:
-        self._sources[cursor.instance] = _Source(
-            cursor.id, cursor.instance, cursor.seq, cursor.again_upto, read_seq=cursor.seq
-        )
-        self._rotation.append(cursor.instance)
+    async def _start_cursor(self, instance: str) -> Cursor:
+        state, name = self._shared.state, self.backend.name
+        return await self._blocking(lambda: state.start_cursor(name, instance))
 
     # --- waiting ----------------------------------------------------------------------------------
 
@@ -663,12 +553,12 @@ class Lane:
         times = [self._next_sweep_s]
         if self._pace.slow:
             times.append(max(self._pace.not_before_s, now.mono_s) if not self._under_way else self._next_sweep_s)
-        elif self._waiting and len(self._under_way) < self.backend.abilities.concurrency:
-            times.append(self._waiting[0][0])
+        elif self._waiting.next_due_s is not None and len(self._under_way) < self.backend.abilities.concurrency:
+            times.append(self._waiting.next_due_s)
         if self._filling_since_s is not None:
             times.append(self._filling_since_s + self._limits.linger_s)
-        if self._unknown_instances:
-            times.append(self._next_listing_s)
+        if not self._sources.listed:
+            times.append(self._sources.next_listing_s)
         return min(times)
 
     def _quiet(self) -> bool:
@@ -677,16 +567,11 @@ class Lane:
             return False
         if self._pace.slow or self._set_is_full():
             return True
-        unread = any(source.items or not source.dry for source in self._sources.values())
-        return not (self._ready or self._behind or unread or self._unknown_instances)
+        return not (self._waiting.queued or self._sources.unread)
 
     def _open(self) -> Iterator[Request]:
-        yield from self._ready
         yield from self._under_way.values()
-        for behind in self._behind.values():
-            yield from behind
-        for entry in self._waiting:
-            yield entry[2]
+        yield from self._waiting
 
     async def _blocking(self, work: Callable[[], _T]) -> _T:
         """Do something with `delivery.db`. A full disk is waited for: nothing goes on until the step is stored."""
@@ -719,9 +604,6 @@ class Lane:
 
 def _opened(id_: int, cursor: int, new: NewRequest) -> Request:
     """A request as it stands in the file right after it was stored."""
-    tries = new.tries
-    if new.under_way:
-        tries = replace(tries, attempts=tries.attempts + 1)
     return Request(
         id=id_,
         cursor=cursor,
@@ -731,9 +613,9 @@ def _opened(id_: int, cursor: int, new: NewRequest) -> Request:
         records=len(new.lines),
         size_bytes=request_size(new),
         oldest_s=new.oldest_s,
-        tries=tries,
+        tries=new.tries,
         due_s=new.due_s,
-        under_way=new.under_way,
+        under_way=False,
         started_s=0.0,
         generation=new.generation,
         history=new.history,

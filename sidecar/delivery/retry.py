@@ -202,6 +202,8 @@ class Attempt:
 
 def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits) -> Decision:
     """The one place where a backend's answer becomes an action."""
+    if all(type(verdict) is Delivered for verdict in attempt.verdicts):
+        return Decision(open=False, tries=before, fates=(Fate.DELIVERED,) * len(attempt.verdicts))
     tries = _tried(attempt, before)
     whole = _whole_refusal(attempt.verdicts)
     if whole is not None and len(set(attempt.records)) > 1:
@@ -218,7 +220,7 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
 
 
 def _tried(attempt: Attempt, before: Tries) -> Tries:
-    tries = replace(before, forced=False)
+    tries = replace(before, forced=False) if before.forced else before
     if tries.risk_wall_s is None and any(may_have_been_taken(v) for v in attempt.verdicts):
         tries = replace(tries, risk_wall_s=attempt.started.wall_s, risk_mono_s=attempt.started.mono_s)
     return tries

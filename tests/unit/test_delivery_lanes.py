@@ -119,7 +119,7 @@ async def test_one_stuck_record_holds_nothing_else_up(world: World) -> None:
     backend = FakeBackend(SINGLE, behaviour=lambda s: "retry:http_500" if s.events[0].record_id in stuck else None)
     async with world.deliver(backend) as delivery:
         delivery.wake()
-        await until(lambda: len(backend.taken) == 297)
+        await until(lambda: delivery.totals(world.spool.upto())["fake"].delivered == 297)
         assert plain(world.balance(delivery)) == {"delivered": 297, "pending": 3}
         stuck.clear()
         assert await all_settled(world, delivery) == {"delivered": 300}

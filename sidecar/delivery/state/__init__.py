@@ -48,9 +48,10 @@ _FINAL: Final = {Fate.DELIVERED: Term.DELIVERED, Fate.DUPLICATE: Term.DUPLICATE,
 
 @dataclass(slots=True)
 class Turned:
-    """What one turn stored: ids of children by settlement, and the bytes of requests that are due again."""
+    """What one turn stored: ids of children by settlement and of new requests; the bytes of those due again."""
 
     children: list[list[int]] = field(default_factory=list)
+    sealed: list[int] = field(default_factory=list)
     loaded: dict[int, Sealed] = field(default_factory=dict)
 
 
@@ -168,25 +169,8 @@ class DeliveryState:
 
     def seal(self, sealing: Sealing, now_s: float) -> list[int]:
         """Store requests with bytes, key and members, and move the cursor over their records: one transaction."""
-        cursor = sealing.cursor
         with self._step() as conn:
-            self._move_cursor(conn, cursor, sealing.from_seq, sealing.to_seq)
-            books = Books(conn)
-            ids = [self._insert(conn, cursor, new, now_s) for new in sealing.requests]
-            for seq, count in Counter(m.seq for new in sealing.requests for m in new.members).items():
-                books.enter(cursor, seq, count)
-                self._has_parts = self._has_parts or count > 1
-            for reason, seqs in sealing.skipped.items():
-                self._insert_skipped(conn, cursor, reason, seqs)
-                books.add(cursor, Term.SKIPPED, len(seqs), reason)
-            for hole in sealing.holes:
-                self._insert_range(conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
-                books.add(cursor, Term.SKIPPED, hole.records, MISSING)
-            for new in sealing.parked:
-                self._insert_parked(conn, cursor, new, now_s)
-                books.add(cursor, Term.PARKED, 1, new.reason)
-            books.close()
-        return ids
+            return self._seal(conn, sealing, now_s)
 
     def turn(
         self,
@@ -194,8 +178,9 @@ class DeliveryState:
         begin: Sequence[int],
         load: Sequence[int],
         now_s: float,
+        sealing: Sealing | None = None,
     ) -> Turned:
-        """Store what was said of requests, and that others are offered now: one transaction."""
+        """Store what was said of requests, that others are offered now, and new ones: one transaction."""
         turned = Turned()
         with self._step() as conn:
             books = Books(conn)
@@ -211,6 +196,8 @@ class DeliveryState:
                 [(now_s, request) for request in begin],
             )
             turned.loaded = {request: self._load(conn, request) for request in load}
+            if sealing is not None:
+                turned.sealed = self._seal(conn, sealing, now_s)
         return turned
 
     def open_requests(self, backend: str) -> list[Request]:
@@ -308,12 +295,37 @@ class DeliveryState:
 
     # --- inside a transaction ---------------------------------------------------------------------
 
+    def _seal(self, conn: sqlite3.Connection, sealing: Sealing, now_s: float) -> list[int]:
+        cursor = sealing.cursor
+        self._move_cursor(conn, cursor, sealing.from_seq, sealing.to_seq)
+        books = Books(conn)
+        ids = [
+            self._insert(conn, cursor, new, now_s, under_way=index in sealing.at_once)
+            for index, new in enumerate(sealing.requests)
+        ]
+        for seq, count in Counter(m.seq for new in sealing.requests for m in new.members).items():
+            books.enter(cursor, seq, count)
+            self._has_parts = self._has_parts or count > 1
+        for reason, seqs in sealing.skipped.items():
+            self._insert_skipped(conn, cursor, reason, seqs)
+            books.add(cursor, Term.SKIPPED, len(seqs), reason)
+        for hole in sealing.holes:
+            self._insert_range(conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
+            books.add(cursor, Term.SKIPPED, hole.records, MISSING)
+        for new_parked in sealing.parked:
+            self._insert_parked(conn, cursor, new_parked, now_s)
+            books.add(cursor, Term.PARKED, 1, new_parked.reason)
+        books.close()
+        return ids
+
     def _move_cursor(self, conn: sqlite3.Connection, cursor: int, from_seq: int, to_seq: int) -> None:
         moved = conn.execute("UPDATE cursor SET seq = ? WHERE id = ? AND seq = ?", (to_seq, cursor, from_seq)).rowcount
         if moved != 1:
             raise StateBusy(f"{self.path}: a cursor is not at {from_seq}, where its lane believes it to be")
 
-    def _insert(self, conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float) -> int:
+    def _insert(
+        self, conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False
+    ) -> int:
         seqs = [member.seq for member in new.members]
         sealed, tries = new.sealed, new.tries
         row = conn.execute(
@@ -321,7 +333,7 @@ class DeliveryState:
             " forced, generation, records, size_bytes, at_s, oldest_s, key, subject, version, history, members)"
             " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
             (
-                cursor, min(seqs), max(seqs), tries.attempts + int(new.under_way), int(new.under_way), now_s, new.due_s,
+                cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
                 tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
                 request_size(new), now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
                 _dump(new.history), write_members(new.members),

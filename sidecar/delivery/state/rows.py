@@ -5,7 +5,7 @@ Plain data. A `Request` is the one mutable thing: it belongs to its lane, which 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from sidecar.delivery.retry import Decision, Tries
@@ -46,7 +46,6 @@ class NewRequest:
     lines: tuple[bytes, ...]  # one a record, in the order in which the members first name them
     oldest_s: float  # event time of the oldest record
     due_s: float = 0.0  # wall clock: not before
-    under_way: bool = False  # offered at once: a crash leaves its outcome unknown
     tries: Tries = field(default_factory=Tries)
     generation: int = 0  # how often its records were redriven
     history: tuple[str, ...] = ()
@@ -103,6 +102,7 @@ class Sealing:
     from_seq: int  # where the cursor must be
     to_seq: int
     requests: Sequence[NewRequest] = ()
+    at_once: Collection[int] = ()  # which of them are offered at once: a crash leaves their outcome unknown
     skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)  # reason -> seqs
     parked: Sequence[NewParked] = ()
     holes: Sequence[Hole] = ()
