@@ -30,12 +30,12 @@ from sidecar.receiver import Receiver, Terms
 from sidecar.scripted_llm import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Script, ScriptedLLM, Tokens
 from sidecar.signals import stop_event
 
-SETTLE_S_MAX: Final = 15.0  # for the records to reach every backend; it takes well under a second
+SETTLE_S: Final = 15.0  # for the records to reach every backend; it takes well under a second
 SETTLE_STEP_S: Final = 0.05
 PIECE_DELAY_S: Final = 0.02  # between the pieces of a streamed answer, so that it is one
 ARRIVED_ROWS_MAX: Final = 10
 BODY_CHARS_MAX: Final = 100
-WEBHOOK_SECRET: Final = "a secret of the demo, worth nothing"
+WEBHOOK_SECRET: Final = "worth-nothing-outside-of-the-demo"
 
 
 class Running(Protocol):
@@ -101,8 +101,20 @@ CALLS: Final = (
 )  # fmt: skip
 
 
-async def run(start: Start, *, keep: bool = False, backend: str | None = None, say: Say = print) -> int:
-    """The demo from beginning to end; the exit code. `keep` stays until Ctrl-C."""
+def say_at_once(line: str) -> None:
+    """Print, also into a pipe, when it happens."""
+    print(line, flush=True)
+
+
+async def run(
+    start: Start,
+    *,
+    keep: bool = False,
+    backend: str | None = None,
+    say: Say = say_at_once,
+    settle_s: float = SETTLE_S,
+) -> int:
+    """The demo from beginning to end; the exit code. `keep` stays until Ctrl-C, `settle_s` is waited for delivery."""
     async with AsyncExitStack() as stack:
         data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
         upstream_url = await stack.enter_async_context(_scripted())
@@ -119,14 +131,14 @@ async def run(start: Start, *, keep: bool = False, backend: str | None = None, s
             say(f"receiver           {receiver_url}  in the place of {backend}")
         say("")
         await _send_calls(sidecar.proxy_url, say)
-        balance = await _settled(sidecar.admin_url, len(CALLS))
+        balance = await _settled(sidecar.admin_url, len(CALLS), settle_s)
         problems = _show_usage(data_dir, say) + _show_balance(balance, say)
         if receiver is not None:
             problems += _show_arrived(receiver, str(backend), balance, say)
         for problem in problems:
             say(f"WRONG: {problem}")
         if keep:
-            await _keep(sidecar, say)
+            await _keep(sidecar, data_dir, say)
         else:
             _say_next(backend, say)
     return 1 if problems else 0
@@ -203,9 +215,9 @@ async def _send(session: aiohttp.ClientSession, call: Call) -> str:
     return f"{took}  {f'streamed in {pieces} pieces' if call.is_streamed else 'plain'}"
 
 
-async def _settled(admin_url: str, calls: int) -> dict[str, Any]:
+async def _settled(admin_url: str, calls: int, settle_s: float) -> dict[str, Any]:
     """The balance once every call is recorded and delivered, or as it is when that takes too long."""
-    deadline = monotonic() + SETTLE_S_MAX
+    deadline = monotonic() + settle_s
     async with aiohttp.ClientSession() as session:
         while True:
             async with session.get(f"{admin_url}/balance") as answer:
@@ -255,7 +267,7 @@ def _show_balance(balance: Mapping[str, Any], say: Say) -> list[str]:
         problems.append(f"{len(CALLS)} calls were sent, {balance['admitted']} admitted")
     waiting = [name for name, totals in balance["backends"].items() if totals["pending"]]
     if waiting or balance["open"]:
-        problems.append(f"not settled within {SETTLE_S_MAX:.0f} s: {', '.join(waiting) or 'calls are still open'}")
+        problems.append(f"not settled in time: {', '.join(waiting) or 'calls are still open'}")
     return problems
 
 
@@ -277,9 +289,10 @@ def _show_arrived(receiver: Receiver, backend: str, balance: Mapping[str, Any], 
     return problems
 
 
-async def _keep(sidecar: Running, say: Say) -> None:
+async def _keep(sidecar: Running, data_dir: Path, say: Say) -> None:
     say("It stays up. Look around, and end it with Ctrl-C:")
-    say(f"  {sidecar.admin_url}/  the dashboard; also /balance, /metrics, /readyz")
+    say(f"  curl {sidecar.admin_url}/balance   also /metrics, /readyz, /healthz")
+    say(f"  SIDECAR_DATA_DIR={data_dir} metering-sidecar records   also usage, balance, spool status")
     say(f"  curl {sidecar.proxy_url}/v1/chat/completions -H 'Authorization: Bearer x' -H 'x-tenant: you' \\")
     say('    -H \'Content-Type: application/json\' -d \'{"model": "gpt-5-mini", "messages": []}\'')
     with stop_event() as stop:
@@ -291,7 +304,7 @@ def _say_next(backend: str | None, say: Say) -> None:
     say("Where to look next:")
     if backend is None:
         say(f"  metering-sidecar demo --backend NAME      the same with a billing backend: {', '.join(BACKENDS)}")
-    say("  metering-sidecar demo --keep              stays up, with the dashboard and a call to send yourself")
+    say("  metering-sidecar demo --keep              stays up, with a call to send yourself")
     say("  make run UPSTREAM=https://api.openai.com  in front of the real thing")
 
 
