@@ -49,7 +49,7 @@ class Messages(Reader):
     def dull(self, block: bytes) -> bool:
         if b"message_" in block or b'"error"' in block or b"event: error" in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")

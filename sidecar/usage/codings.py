@@ -37,8 +37,8 @@ ZSTD_WINDOW_LOG_MAX = 23  # 8 MiB, RFC 9659
 class Unreadable(Exception):
     """The copy cannot be read any further. `kind` names the anomaly, the text is the usage's reason."""
 
-    def __init__(self, kind: str, reason: str) -> None:
-        super().__init__(reason)
+    def __init__(self, kind: str, reason: str | None) -> None:
+        super().__init__(kind)
         self.kind = kind
         self.reason = reason
 
@@ -160,22 +160,23 @@ _STAGES: dict[str, Callable[[], _Stage]] = {
 READABLE = tuple(sorted(_STAGES))
 
 
-def decoder(header: str) -> Codings | None:
+def decoder(header: str, backlog_max_bytes: int = BACKLOG_MAX_BYTES) -> Codings | None:
     """The decoder for a `Content-Encoding` value; None where there is nothing to undo. Raises Unreadable."""
     names = [name for name in (part.strip().lower() for part in header.split(",")) if name not in ("", "identity")]
     if not names:
         return None
     if len(names) > CODINGS_MAX or any(name not in _STAGES for name in names):
         raise Unreadable("coding_unknown", "the content coding is not one that can be read")
-    return Codings([_STAGES[name]() for name in reversed(names)])
+    return Codings([_STAGES[name]() for name in reversed(names)], backlog_max_bytes)
 
 
 class Codings:
     """A stack of codings being undone."""
 
-    __slots__ = ("_coded", "_decoded", "_stages")
+    __slots__ = ("_backlog_max_bytes", "_coded", "_decoded", "_stages")
 
-    def __init__(self, stages: Sequence[_Stage]) -> None:
+    def __init__(self, stages: Sequence[_Stage], backlog_max_bytes: int) -> None:
+        self._backlog_max_bytes = backlog_max_bytes
         self._stages = stages
         self._coded = 0
         self._decoded = 0
@@ -194,7 +195,7 @@ class Codings:
             yield from self._step(max(STEP_BYTES, STEP_RATIO * len(piece)))
         except (zlib.error, brotli.error, zstd.ZstdError, EOFError, MemoryError):
             raise Unreadable("decoding_failed", "the content coding could not be undone") from None
-        if len(first.waiting) > BACKLOG_MAX_BYTES:
+        if len(first.waiting) > self._backlog_max_bytes:
             raise Unreadable("decoded_too_large", "the decoded answer grows too fast")
 
     def _step(self, budget: int) -> Iterator[bytes]:

@@ -44,7 +44,7 @@ class Cohere(Reader):
     def dull(self, block: bytes) -> bool:
         if b"message-" in block or b"stream-" in block or b"error" in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type") or document.get("event_type")

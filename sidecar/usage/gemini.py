@@ -137,7 +137,7 @@ class Interactions(Reader):
     def dull(self, block: bytes) -> bool:
         if b"interaction" in block or b'"usage"' in block or b'"error"' in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("event_type")

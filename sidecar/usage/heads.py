@@ -63,6 +63,9 @@ _HOSTS = {
     "fal.run": "fal",
 }
 
+_ID_RANK = {name: rank for rank, name in enumerate(REQUEST_IDS)}
+_HINT_RANK = {name: rank for rank, name in enumerate(_HINTS)}
+
 NEEDED = frozenset(("content-type", "content-encoding", *REQUEST_IDS, *_HINTS))
 
 
@@ -73,42 +76,42 @@ class Heads:
 
     def __init__(self, more: Iterable[str] = ()) -> None:
         self._needed = NEEDED | {name.lower() for name in more}
-        self._spellings: dict[bytes, str | None] = {}
+        self._spellings: dict[bytes, str] = {}
 
     def pick(self, headers: RawHeaders) -> dict[str, str]:
         """Needed fields by lower-case name; repeated ones are joined as HTTP says."""
-        spellings = self._spellings
+        spelling = self._spellings.get
         found: dict[str, str] = {}
         for raw, value in headers:
-            try:
-                name = spellings[raw]
-            except KeyError:
+            name = spelling(raw)
+            if name is None:
                 name = self._learn(raw)
-            if name is not None:
-                text = value[:VALUE_MAX_BYTES].decode("latin-1").strip()
+            if name:
+                text = (value if len(value) <= VALUE_MAX_BYTES else value[:VALUE_MAX_BYTES]).decode("latin-1").strip()
                 found[name] = f"{found[name]}, {text}" if name in found else text
         return found
 
-    def _learn(self, raw: bytes) -> str | None:
+    def _learn(self, raw: bytes) -> str:
+        """The lower-case name, or an empty one for a field that nobody needs."""
         lower = bytes(raw).decode("latin-1").lower()
-        name = lower if lower in self._needed else None
+        name = lower if lower in self._needed else ""
         if len(self._spellings) < SPELLINGS_MAX and len(raw) <= 128:
             self._spellings[bytes(raw)] = name
         return name
 
 
 def request_id(fields: Mapping[str, str]) -> str | None:
-    for name in REQUEST_IDS:
-        if value := fields.get(name):
-            return value[:256]
-    return None
+    found = [name for name in fields if name in _ID_RANK]
+    if not found:
+        return None
+    return fields[found[0] if len(found) == 1 else min(found, key=_ID_RANK.__getitem__)][:256] or None
 
 
 def hinted_provider(fields: Mapping[str, str]) -> str | None:
-    for name, provider in _HINTS.items():
-        if name in fields:
-            return provider
-    return None
+    found = [name for name in fields if name in _HINTS]
+    if not found:
+        return None
+    return _HINTS[found[0] if len(found) == 1 else min(found, key=_HINT_RANK.__getitem__)]
 
 
 def provider_of_host(host: str | None) -> str | None:

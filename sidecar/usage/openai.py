@@ -17,8 +17,9 @@ from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import count, decimal_text, name, part, quantity
 
-_NO_USAGE = (b'"usage":null', b'"usage": null')
-_NO_FINISH = (b'"finish_reason":null', b'"finish_reason": null')
+# One search instead of many: a member of interest that is not null.
+_OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)|error")').search
+_DONE = re.compile(rb"\[DONE\]").search
 
 
 class ChatCompletions(Reader):
@@ -56,13 +57,11 @@ class ChatCompletions(Reader):
         self._choices = choices
 
     def dull(self, block: bytes) -> bool:
-        if self.response_id is None or self.model is None or b"[DONE]" in block or b'"error"' in block:
+        if self.response_id is None or self.model is None:
             return False
-        if b'"usage"' in block and block.count(b'"usage"') != sum(map(block.count, _NO_USAGE)):
+        if _OF_INTEREST(block) is not None or _DONE(block) is not None:
             return False
-        if b'"finish_reason"' in block and block.count(b'"finish_reason"') != sum(map(block.count, _NO_FINISH)):
-            return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         self._take(document, stream=True)

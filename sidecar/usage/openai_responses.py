@@ -48,7 +48,7 @@ class Responses(Reader):
             return False
         if b"response.completed" in block or b"response.incomplete" in block or b"response.failed" in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")

@@ -84,7 +84,7 @@ class MistralConversations(Reader):
     def dull(self, block: bytes) -> bool:
         if b"conversation.response" in block or b'"error"' in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")

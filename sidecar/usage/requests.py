@@ -33,10 +33,9 @@ WANTED: Tree = {
 class RequestReading:
     """One request body. Never raises; what cannot be read is simply not known."""
 
-    __slots__ = ("_decoder", "_facts", "_form", "_members", "_pieces", "_size", "_wanted", "bytes_seen")
+    __slots__ = ("_decoder", "_facts", "_form", "_members", "_pieces", "_size", "bytes_seen")
 
-    def __init__(self, content_type: str, content_encoding: str, more: Tree | None = None) -> None:
-        self._wanted: Tree = {**WANTED, **more} if more else WANTED
+    def __init__(self) -> None:
         self._facts: Mapping[str, Any] | None = None
         self._members: Members | None = None
         self._form: FormFields | None = None
@@ -44,10 +43,14 @@ class RequestReading:
         self._pieces: list[bytes] | None = []
         self._size = 0
         self.bytes_seen = 0
+
+    def describe(self, fields: Mapping[str, str]) -> None:
+        """Take the head of a body that does not begin like an object, before any of it is fed."""
+        content_type = fields.get("content-type", "")
         try:
-            if content_encoding:
-                self._decoder = decoder(content_encoding)
-            if content_type.startswith("multipart/"):
+            if coding := fields.get("content-encoding"):
+                self._decoder = decoder(coding)
+            if content_type[:10].lower() == "multipart/":
                 self._form = FormFields(content_type, ("model", "stream", "n"))
         except Unreadable:
             self._pieces = None
@@ -76,7 +79,7 @@ class RequestReading:
         if not self._pieces:
             return {}
         facts = self._whole()
-        return pruned(b"".join(self._pieces), self._wanted) if facts is None else facts
+        return pruned(b"".join(self._pieces), WANTED) if facts is None else facts
 
     def settle(self) -> None:
         """Keep the facts and let go of the body: an open stream must not hold its prompt. Not while it still comes."""
@@ -87,7 +90,7 @@ class RequestReading:
         else:
             facts = self._whole()
         if facts is not None:
-            self._facts = {key: facts[key] for key in self._wanted if key in facts}
+            self._facts = {key: facts[key] for key in WANTED if key in facts}
             self._pieces = self._members = self._decoder = None
 
     @property
@@ -136,6 +139,6 @@ class RequestReading:
         body = b"".join(self._pieces or ())
         self._pieces = [body]
         if len(body) > BODY_MAX_BYTES:
-            self._members = Members(self._wanted)
+            self._members = Members(WANTED)
             self._members.feed(body)
             self._pieces = None

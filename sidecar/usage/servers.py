@@ -78,7 +78,7 @@ class TextGeneration(Reader):
     def dull(self, block: bytes) -> bool:
         if not self.seen or b'"generated_tokens"' in block or b'"error"' in block:
             return False
-        return not escaped_key(block)
+        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         self.seen = self.seen or "token" in document

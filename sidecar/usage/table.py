@@ -39,6 +39,7 @@ class Row:
     method: str = "POST"
     framing: str = ""  # "array": a JSON array is a stream of its elements; "lines": JSON may be one object a line
     unmetered: str | None = None  # why nothing is counted
+    reads_stored: bool = False  # a stored answer, which may be counted once an id
 
 
 _OPENAI_BASES = ("/v1", "", "/openai/v1", "/api/v1", "/inference/v1", "/openai/deployments/{deployment}", "*/v1")
@@ -334,6 +335,7 @@ ROWS: tuple[Row, ...] = (
         "fetch_response",
         method="GET",
         unmetered=STORED,
+        reads_stored=True,
     ),
     Row(
         "Batch objects",
@@ -350,6 +352,8 @@ ROWS: tuple[Row, ...] = (
         "fetch_batch",
         "each line's own answer, where each line is to be counted once",
         method="GET",
+        framing="lines",
+        reads_stored=True,
         unmetered="can be fetched again and again: each line is an answer of its own",
     ),
 )

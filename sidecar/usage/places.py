@@ -1,0 +1,102 @@
+"""What the path of a call says: which row of the table, which model, whose answer, which own fields.
+
+A path is looked up once and remembered, within a limit: most APIs have few paths, and those with ids in
+them are unknown to the table anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from urllib.parse import unquote
+
+from sidecar.patterns import ANY_METHOD, Patterns
+from sidecar.usage.heads import Heads, provider_of_host
+from sidecar.usage.own import Element
+from sidecar.usage.reader import Reader
+from sidecar.usage.table import READERS, Row, entries
+
+PATHS_MAX = 1_024  # remembered look-ups
+PATH_MAX_CHARS = 128  # of a remembered path: longer ones have ids in them
+
+
+@dataclass(frozen=True, slots=True)
+class Pin:
+    """All calls of a path belong to this provider, whatever they look like."""
+
+    pattern: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """What is known of a call before its answer."""
+
+    row: Row | None
+    model: str | None  # where the path names it
+    provider: str | None  # pinned, or known by the upstream's host
+    elements: tuple[Element, ...]
+    readers: tuple[type[Reader], ...]  # who may claim the answer where no row says it
+
+
+class Places:
+    """Finds the `Place` of a call; None where no answer can hold anything to count."""
+
+    __slots__ = ("_by_header", "_by_reader", "_elements", "_paths", "_pins", "_remembered", "heads", "host_provider")
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        pins: Sequence[Pin],
+        elements: Sequence[Element],
+        upstream_host: str | None,
+    ) -> None:
+        self._paths = Patterns(entries(tuple(rows)))
+        self._pins = Patterns([(ANY_METHOD, pin.pattern, pin.provider) for pin in pins])
+        self._elements = [(element, _pattern(element)) for element in elements]
+        self.host_provider = provider_of_host(upstream_host)
+        self._by_header = [row for row in rows if not row.paths]
+        self._by_reader = {row.reader: row for row in reversed(rows) if row.unmetered is None}
+        self._remembered: dict[str, Place | None] = {}
+        names = [name for row in rows for name in row.reader.header_names]
+        self.heads = Heads([*names, *(element.header for element in elements if element.header is not None)])
+
+    def of(self, method: str, target: str) -> Place | None:
+        key = f"{method} {target}"
+        try:
+            return self._remembered[key]
+        except KeyError:
+            place = self._find(method, target.partition("?")[0])
+            if len(self._remembered) < PATHS_MAX and len(target) <= PATH_MAX_CHARS:
+                self._remembered[key] = place
+            return place
+
+    def row_by_header(self, fields: Mapping[str, str]) -> Row | None:
+        """The row whose answers give themselves away by a header, on any path."""
+        for row in self._by_header:
+            if row.reader.header_names[0] in fields:
+                return row
+        return None
+
+    def row_of(self, reader: Reader) -> Row | None:
+        """The row that a reader of an unknown path stands for."""
+        return self._by_reader.get(type(reader))
+
+    def _find(self, method: str, path: str) -> Place | None:
+        if path.startswith(("http://", "https://")):
+            path = "/" + path.split("/", 3)[3] if path.count("/") >= 3 else "/"
+        pin = self._pins.match(method, path)
+        provider = pin[0] if pin is not None else self.host_provider
+        own = tuple(element for element, paths in self._elements if paths is None or paths.match(method, path))
+        found = self._paths.match(method, path)
+        if found is not None:
+            row, parts = found
+            model = parts.get("model") or parts.get("deployment")
+            return Place(row, unquote(model) if model else None, provider, own, ())
+        if method == "POST":
+            return Place(None, None, provider, own, READERS)
+        return Place(None, None, provider, own, ()) if own and method != "HEAD" else None
+
+
+def _pattern(element: Element) -> Patterns[bool] | None:
+    return None if element.pattern is None else Patterns([(ANY_METHOD, element.pattern, True)])

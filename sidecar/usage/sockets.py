@@ -1,0 +1,194 @@
+"""WebSocket sessions: one socket, many answers, one `Usage` for each.
+
+The caller hands over every whole message of either side, text or bytes, with fragments joined and compression undone.
+Sound is the bulk of them and is recognised by a byte search; only messages that may hold usage (or the
+model's name) are parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+from urllib.parse import parse_qs, unquote
+
+from sidecar.exchange import Usage
+from sidecar.usage.gemini import Gemini
+from sidecar.usage.openai_media import Media
+from sidecar.usage.openai_responses import TERMINAL, Responses
+from sidecar.usage.reader import Document, Reader, build
+from sidecar.usage.values import lenient_loads, name, part
+
+MESSAGE_MAX_BYTES = 262_144  # parsed; the largest known event with usage (a whole response) is about 100 KiB
+
+
+class Session(Protocol):
+    """One socket."""
+
+    def client(self, message: bytes | str) -> None:
+        """A message to the provider: it may name the model."""
+        ...
+
+    def server(self, message: bytes | str) -> Usage | None:
+        """A message from the provider, and the usage that it reports, if it does."""
+        ...
+
+
+class _Session:
+    __slots__ = ("_anomaly", "model", "provider", "request_model")
+
+    client_signs: tuple[bytes, ...] = ()
+    server_signs: tuple[bytes, ...] = ()
+
+    def __init__(self, target: str, provider: str | None, anomaly: Callable[[str], None]) -> None:
+        self._anomaly = anomaly
+        self.provider = provider
+        self.request_model = model_of_query(target)
+        self.model: str | None = None
+
+    def client(self, message: bytes | str) -> None:
+        document = self._document(message, self.client_signs)
+        if document is not None:
+            self._asked(document)
+
+    def server(self, message: bytes | str) -> Usage | None:
+        document = self._document(message, self.server_signs)
+        try:
+            return self._answered(document) if document is not None else None
+        except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
+            self._anomaly("reader_failed")
+            return None
+
+    def _document(self, message: bytes | str, signs: tuple[bytes, ...]) -> Document | None:
+        data = message.encode("utf-8", "replace") if isinstance(message, str) else bytes(message)
+        if not any(sign in data for sign in signs):
+            return None
+        if len(data) > MESSAGE_MAX_BYTES:
+            self._anomaly("message_too_large")
+            return None
+        document = lenient_loads(data)
+        return document if type(document) is dict else None
+
+    def _asked(self, document: Document) -> None:
+        """Note what the client's message says."""
+
+    def _answered(self, document: Document) -> Usage | None:
+        raise NotImplementedError
+
+    def _usage(self, reader: Reader, operation: str) -> Usage:
+        usage = build(reader, streamed=True, ended=True, size_bytes=0, brackets=1 << 30)
+        usage.provider = self.provider
+        usage.operation = operation
+        usage.request_model = self.request_model
+        return usage
+
+
+class Realtime(_Session):
+    """OpenAI realtime: every `response.done`, and every transcription, which another model does at its own price."""
+
+    __slots__ = ()
+
+    client_signs = (b"session.update",)
+    server_signs = (b"response.done", b"input_audio_transcription.completed", b"session.created", b"session.updated")
+
+    def _asked(self, document: Document) -> None:
+        self.request_model = name(part(document.get("session")).get("model")) or self.request_model
+
+    def _answered(self, document: Document) -> Usage | None:
+        kind = document.get("type")
+        if kind in ("session.created", "session.updated"):
+            self.model = name(part(document.get("session")).get("model")) or self.model
+            return None
+        if kind == "response.done":
+            return self._response(part(document.get("response")))
+        if kind == "conversation.item.input_audio_transcription.completed":
+            reader = Media(self._anomaly)
+            reader.message({"type": "transcript.text.done", "usage": document.get("usage")}, "")
+            usage = self._usage(reader, "transcription")
+            usage.request_model = None
+            usage.response_id = name(document.get("item_id"))
+            return usage
+        return None
+
+    def _response(self, response: Document) -> Usage:
+        reader = Responses(self._anomaly)
+        details = part(response.get("status_details"))
+        reader.identify(response)
+        reader.model = reader.model or self.model
+        reader.report(response.get("usage"))
+        reader.finished(0, details.get("reason") or response.get("status"))
+        reader.fail(details.get("error"))
+        if response.get("status") == "failed":
+            reader.error = reader.error or "failed"
+        reader.final = True
+        return self._usage(reader, "realtime")
+
+
+class ResponsesSocket(_Session):
+    """OpenAI responses over a WebSocket: the same events as in a stream, many responses a socket."""
+
+    __slots__ = ()
+
+    client_signs = (b"response.create",)
+    server_signs = tuple(kind.encode() for kind in TERMINAL)
+
+    def _asked(self, document: Document) -> None:
+        inner = part(document.get("response"))
+        self.request_model = name(document.get("model")) or name(inner.get("model")) or self.request_model
+
+    def _answered(self, document: Document) -> Usage | None:
+        reader = Responses(self._anomaly)
+        return self._usage(reader, "chat") if reader.message(document, "") else None
+
+
+class GeminiLive(_Session):
+    """Gemini Live: `usageMetadata` on server messages, once a turn."""
+
+    __slots__ = ()
+
+    client_signs = (b'"setup"',)
+    server_signs = (b"usageMetadata",)
+
+    def _asked(self, document: Document) -> None:
+        model = name(part(document.get("setup")).get("model"))
+        if model is not None:
+            self.request_model = model.rpartition("/")[2]
+
+    def _answered(self, document: Document) -> Usage | None:
+        if not part(document.get("usageMetadata")):
+            return None
+        reader = Gemini(self._anomaly)
+        reader.document(document)
+        reader.final = True
+        return self._usage(reader, "realtime")
+
+
+SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
+    ("/realtime", Realtime, "openai"),
+    ("/responses", ResponsesSocket, "openai"),
+    (".BidiGenerateContent", GeminiLive, "gcp.gemini"),
+)
+"""The end of the path, the reader, the provider; `openai` also where Azure stands behind, unless pinned."""
+
+
+def session(target: str, provider: str | None, anomaly: Callable[[str], None]) -> Session | None:
+    """The reader of a WebSocket to this target; None where its messages are nobody's."""
+    path = target.partition("?")[0].rstrip("/")
+    for end, reader, default in SESSIONS:
+        if path.endswith(end):
+            return reader(target, provider or default, anomaly)
+    return None
+
+
+def model_of_query(target: str) -> str | None:
+    """Realtime names the model (Azure: the deployment) in the query."""
+    query = target.partition("?")[2]
+    if not query or len(query) > 4096:
+        return None
+    try:
+        values = parse_qs(query, max_num_fields=64)
+    except ValueError:
+        return None
+    for key in ("model", "deployment"):
+        if found := values.get(key):
+            return name(unquote(found[0]))
+    return None
