@@ -39,22 +39,22 @@ _BUSY_S: Final = 5.0  # readers are short; only a stranger's shell on the file c
 # From format n to n + 1, run in one transaction, file by file. Format 1 is the first.
 MIGRATIONS: Final[Mapping[int, str]] = {}
 
-_SCHEMA: Final = f"""
-CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID;
-CREATE TABLE record_group (
-    first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, count INTEGER NOT NULL,
-    commit_number INTEGER NOT NULL, committed_ns INTEGER NOT NULL, salvaged INTEGER NOT NULL,
-    admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
-    closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
-);
-CREATE TABLE intent_group (
-    commit_number INTEGER PRIMARY KEY, count INTEGER NOT NULL, committed_ns INTEGER NOT NULL,
-    admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
-    closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
-);
-PRAGMA application_id = {APPLICATION_ID};
-PRAGMA user_version = {FORMAT};
-"""
+_SCHEMA: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY, value) WITHOUT ROWID",
+    """CREATE TABLE record_group (
+        first_seq INTEGER PRIMARY KEY, last_seq INTEGER NOT NULL, count INTEGER NOT NULL,
+        commit_number INTEGER NOT NULL, committed_ns INTEGER NOT NULL, salvaged INTEGER NOT NULL,
+        admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
+        closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
+    )""",
+    """CREATE TABLE intent_group (
+        commit_number INTEGER PRIMARY KEY, count INTEGER NOT NULL, committed_ns INTEGER NOT NULL,
+        admitted INTEGER NOT NULL, recorded INTEGER NOT NULL, lost TEXT NOT NULL,
+        closes TEXT NOT NULL, crc32 INTEGER NOT NULL, body BLOB NOT NULL
+    )""",
+    f"PRAGMA application_id = {APPLICATION_ID}",
+    f"PRAGMA user_version = {FORMAT}",
+)
 _INSERT_RECORDS: Final = "INSERT INTO record_group VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERT_INTENTS: Final = "INSERT INTO intent_group VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)"
 _INSERT_META: Final = "INSERT OR REPLACE INTO meta VALUES (?, ?)"
@@ -62,6 +62,8 @@ RECORD_COLUMNS: Final = (
     "first_seq, last_seq, count, commit_number, committed_ns, salvaged, admitted, recorded, lost, closes, crc32, body"
 )
 INTENT_COLUMNS: Final = "commit_number, count, committed_ns, admitted, recorded, lost, closes, crc32, body"
+RECORD_COLUMN_COUNT: Final = RECORD_COLUMNS.count(",") + 1
+INTENT_COLUMN_COUNT: Final = INTENT_COLUMNS.count(",") + 1
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -170,11 +172,16 @@ class Chunk:
         except sqlite3.Error as error:
             raise translate(error, path) from error
         try:
-            connection.executescript(f"PRAGMA page_size = {PAGE_BYTES};")
+            connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
+            # Nothing is at stake before the schema's commit, and on a slow disk each sync here would be felt.
+            connection.execute("PRAGMA synchronous = OFF")
             _prepare(connection, path)
-            connection.executescript(f"BEGIN; {_SCHEMA} COMMIT;")
+            connection.execute("BEGIN")
+            for statement in _SCHEMA:
+                connection.execute(statement)
             connection.execute(_INSERT_META, ("instance", instance))
             connection.execute(_INSERT_META, ("number", number))
+            connection.execute("COMMIT")
             # The schema goes into the main file, its frames stay in the log: from now on an empty or
             # missing log beside a chunk that is not sealed means that the log was lost.
             connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
