@@ -20,9 +20,10 @@ README = Path(__file__).parent.parent / "README.md"
 
 def settings_tables() -> str:
     parts = [_table((None, setting) for setting in core_settings())]
-    parts.append(TOML_ONLY)
+    parts += [TOML_ONLY, "Of the backends, each under the name that `SIDECAR_BACKENDS` has for it:"]
     for name, settings in backend_settings().items():
-        parts.append(f"**`{name}`**: {BACKENDS[name].summary}\n\n{_table((name, setting) for setting in settings)}")
+        head = f"<details><summary><code>{name}</code>: {BACKENDS[name].summary}</summary>"
+        parts.append(f"{head}\n\n{_table((name, setting) for setting in settings)}\n\n</details>")
     return "\n\n".join(parts)
 
 

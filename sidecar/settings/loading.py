@@ -335,5 +335,8 @@ def _quote(text: str) -> str:
 
 
 def _suggestion(name: str, known: Collection[str]) -> str:
-    close = get_close_matches(name, sorted(known), n=1, cutoff=0.75)
-    return f"; did you mean {close[0]}?" if close else ""
+    """Without the common beginning, by which every name would be like every other."""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    rests = sorted(other.removeprefix(prefix) for other in known)
+    close = get_close_matches(name.removeprefix(prefix), rests, n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import pickle
+import tempfile
 from dataclasses import fields
 from ipaddress import ip_network
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.settings import (
+    PREFIX,
     Address,
     Durability,
     Element,
@@ -219,6 +222,12 @@ def test_an_empty_variable_counts_as_not_set() -> None:
 
 def test_a_long_value_is_not_repeated_whole() -> None:
     assert len(problems(SIDECAR_LISTEN="x" * 5000)[0]) < 200
+
+
+def test_a_name_that_is_like_no_setting_gets_no_suggestion() -> None:
+    assert problems(SIDECAR_X="1") == ["SIDECAR_X is not a setting"]
+    (found,) = problems(SIDECAR_STRIPE_APIKEY="1")
+    assert found == "SIDECAR_STRIPE_APIKEY is not a setting; did you mean SIDECAR_STRIPE_API_KEY?"
 
 
 def test_other_programs_variables_are_left_alone() -> None:
@@ -459,6 +468,34 @@ def test_any_environment_is_read_or_refused_in_words(environ: dict[str, str]) ->
         load(environ, backend_settings=BACKENDS, serving=False)
     except SettingsError as error:
         assert all(problem.startswith("SIDECAR_") for problem in error.problems)  # noqa: PT017 - either end is right
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(key)} = {_toml(item)}" for key, item in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(item) for item in value) + "]"
+    return repr(value) if isinstance(value, float) else json.dumps(value)
+
+
+_SCALARS = st.booleans() | st.integers(-(10**15), 10**15) | st.floats() | st.text("ab/=:,{}*-. 1", max_size=8)
+_VALUES = st.recursive(
+    _SCALARS,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text("ab/{}-", max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+_KEYS = [s.variable(b).removeprefix(PREFIX).lower() for b, s in all_settings(BACKENDS)]
+
+
+@given(st.dictionaries(st.sampled_from([*_KEYS, "meters", "subscribers", "stripe", "meter", "x"]), _VALUES, max_size=4))
+def test_any_toml_is_read_or_refused_in_words(values: dict[str, Any]) -> None:
+    with tempfile.NamedTemporaryFile("w", suffix=".toml") as file:
+        file.write("".join(f"{key} = {_toml(value)}\n" for key, value in values.items()))
+        file.flush()
+        try:
+            load({"SIDECAR_CONFIG": file.name}, backend_settings=BACKENDS, serving=False)
+        except SettingsError as error:
+            assert "is no TOML" not in str(error)  # noqa: PT017 - either end is right
 
 
 @given(
