@@ -108,10 +108,10 @@ def window_left_s(tries: Tries, abilities: Abilities, now: Now, limits: Limits) 
     if tries.expired or tries.risk_wall_s is None:
         return 0.0
     gone_s = now.wall_s - tries.risk_wall_s
-    if tries.risk_mono_s is not None:
-        gone_s = max(gone_s, now.mono_s - tries.risk_mono_s)
     if gone_s < -limits.clock_step_s:
         return 0.0
+    if tries.risk_mono_s is not None:
+        gone_s = max(gone_s, now.mono_s - tries.risk_mono_s)
     return max(abilities.dedup_window_s - limits.window_margin_s - gone_s, 0.0)
 
 

@@ -1,0 +1,211 @@
+"""Windows, ages and clock steps, over days of a clock that is moved by hand, with restarts between."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+
+import pytest
+from delivery_fixtures import START_S, HandClock, World, plain
+from fake_backend import FakeBackend
+
+from sidecar.delivery import Delivery, Limits
+from sidecar.verdict import Abilities, Atomicity, Dedup
+
+HOUR = 3600.0
+DAY = 24 * HOUR
+KEY = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY)
+EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=DAY)
+NONE = Abilities(dedup=Dedup.NONE)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    world = World(tmp_path, clock=HandClock(), limits=Limits(linger_s=0.0))
+    world.begin("fake")
+    return world
+
+
+async def pass_time(world: World, delivery: Delivery, hours: float, *, step_h: float = 0.25) -> None:
+    """Let both clocks run, with a look at every quarter of an hour."""
+    assert world.clock is not None
+    for _ in range(round(hours / step_h)):
+        world.clock.go(step_h * HOUR)
+        delivery.wake()
+        await delivery.drain(10.0)
+
+
+def seen(world: World, delivery: Delivery) -> dict[str, object]:
+    return plain(world.balance(delivery))
+
+
+@pytest.mark.parametrize("abilities", [KEY, EVENTS, NONE], ids=["key", "events", "none"])
+async def test_26_hours_of_refused_connections_park_nothing(world: World, abilities: Abilities) -> None:
+    world.spool.add(200)
+    backend = FakeBackend(abilities, behaviour=lambda s: "retry:connect_failed")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 13)
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 13)
+        assert seen(world, delivery) == {"pending": 200}
+        assert {status.state for status in delivery.status()} == {"down"}
+        backend.behaviour = None
+        await pass_time(world, delivery, 2)
+        assert seen(world, delivery) == {"delivered": 200}
+
+
+@pytest.mark.parametrize("word", ["lose_before", "retry:http_500"])
+async def test_24_hours_of_unknown_or_broken_answers_park(world: World, word: str) -> None:
+    world.spool.add(3)
+    backend = FakeBackend(KEY, behaviour=lambda s: word)
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 22)
+        assert seen(world, delivery) == {"pending": 3}
+        await pass_time(world, delivery, 1.5)
+        assert seen(world, delivery) == {"parked": {"window_ended": 3}}
+        assert len({(offer.key, offer.body) for offer in backend.offers}) == 3
+        assert await delivery.redrive() == 0
+        backend.behaviour = None
+        assert await delivery.redrive(resend_unknown=True) == 3
+        await pass_time(world, delivery, 1)
+        assert seen(world, delivery) == {"delivered": 3}
+    assert {offer.key for offer in backend.offers} == {offer.key for offer in backend.offers[:3]}
+
+
+async def test_a_window_runs_on_while_the_backend_is_blocked(world: World) -> None:
+    world.spool.add(2)
+    backend = FakeBackend(KEY, script=["lose_after", "lose_after"], behaviour=lambda s: "block:unauthorized")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 12)
+        world.spool.add(2)  # never offered before the block: nothing to run out
+        await pass_time(world, delivery, 12)
+        assert seen(world, delivery) == {"parked": {"window_ended": 2}, "pending": 2}
+        backend.behaviour = None
+        await pass_time(world, delivery, 2)
+        assert seen(world, delivery) == {"parked": {"window_ended": 2}, "delivered": 2}
+
+
+async def test_a_warning_comes_six_hours_before(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.spool.add(1)
+    backend = FakeBackend(KEY, behaviour=lambda s: "lose_before")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 16)
+        assert not [r for r in caplog.records if "will be parked" in r.message]
+        await pass_time(world, delivery, 3)
+        assert [r.levelno for r in caplog.records if "will be parked" in r.message] == [logging.WARNING]
+
+
+@pytest.mark.parametrize("step_s", [-DAY, DAY, -2 * HOUR, 90.0])
+async def test_a_step_of_the_wall_clock_ends_the_window_and_nothing_else(world: World, step_s: float) -> None:
+    assert world.clock is not None
+    world.spool.add(1)
+    backend = FakeBackend(KEY, script=["lose_after"])
+    backend.behaviour = lambda s: "retry:dns"
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+        world.spool.add(5)
+        await pass_time(world, delivery, 1)
+        world.clock.step(step_s)
+        await pass_time(world, delivery, 1)
+        backend.behaviour = None
+        await pass_time(world, delivery, 3)
+        assert seen(world, delivery) == {"parked": {"window_ended": 1}, "delivered": 5}
+    assert sum(backend.taken.values()) == 6
+
+
+@pytest.mark.parametrize(
+    ("away_s", "expired"), [(60.0, False), (-60.0, True), (-DAY, True), (22 * HOUR, False), (DAY, True)]
+)
+async def test_a_restart_counts_on_the_wall_clock_alone(world: World, away_s: float, expired: bool) -> None:
+    assert world.clock is not None
+    world.spool.add(1)
+    backend = FakeBackend(KEY, script=["lose_after"])
+    backend.behaviour = lambda s: "retry:dns"
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+    world.clock.wall += away_s
+    world.clock.mono = 5.0  # another boot
+    backend.behaviour = None
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 0.75)
+        assert seen(world, delivery) == ({"parked": {"window_ended": 1}} if expired else {"delivered": 1})
+    assert sum(backend.taken.values()) == 1
+
+
+async def test_an_attempt_cut_by_a_stop_counts_from_its_start(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(4)
+    for abilities, away_s, expected in (
+        (KEY, 22 * HOUR, {"delivered": 4}),
+        (KEY, 23 * HOUR, {"parked": {"window_ended": 4}}),
+        (NONE, 1.0, {"parked": {"unknown": 4}}),
+    ):
+        for file in world.directory.iterdir():
+            file.unlink()
+        world.begin("fake")
+        backend = FakeBackend(abilities, behaviour=lambda s: "hang")
+        async with world.deliver(backend) as delivery:
+            await delivery.drain(0.2)
+            assert len(backend.offers) == 4
+        backend.behaviour = None
+        world.clock.wall += away_s
+        async with world.deliver(backend) as delivery:
+            await delivery.drain(5.0)
+            assert seen(world, delivery) == expected
+            assert [row.history[-1].split(" ", 1)[1] for row in delivery.parked()] == ["unknown interrupted"] * (
+                4 if "parked" in expected else 0
+            )
+
+
+async def test_records_older_than_the_backend_takes_are_parked(world: World) -> None:
+    assert world.clock is not None
+    batch = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, age_max_s=2 * HOUR)
+    world.spool.add(3, at_s=START_S - 3 * HOUR)
+    world.spool.add(3, at_s=START_S - HOUR)
+    world.spool.add(3)
+    backend = FakeBackend(batch, behaviour=lambda s: "retry:dns")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 0.5)
+        assert seen(world, delivery) == {"parked": {"too_old": 3}, "pending": 6}
+        await pass_time(world, delivery, 0.75)  # the sealed batch is cut: its older half is too old now
+        assert seen(world, delivery) == {"parked": {"too_old": 6}, "pending": 3}
+        backend.behaviour = None
+        await pass_time(world, delivery, 0.5)
+        assert seen(world, delivery) == {"parked": {"too_old": 6}, "delivered": 3}
+
+
+async def test_events_from_the_future_wait_for_the_present(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(3, at_s=START_S + HOUR)
+    backend = FakeBackend(Abilities(dedup=Dedup.REQUEST_KEY, future_max_s=300.0))
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 0.75)
+        assert seen(world, delivery) == {"pending": 3}
+        await pass_time(world, delivery, 0.5)
+        assert seen(world, delivery) == {"delivered": 3}
+
+
+async def test_a_long_outage_ends_soon_after_the_backend_is_back(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(300)
+    backend = FakeBackend(KEY, behaviour=lambda s: "retry:http_429" if s.attempt % 2 else "retry:dns")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 1, step_h=1 / 60)
+        backend.behaviour = None
+        for _ in range(60):
+            world.clock.go(5.0)
+            delivery.wake()
+            await delivery.drain(10.0)
+        assert seen(world, delivery) == {"delivered": 300}
+
+
+async def test_the_backends_own_wait_is_obeyed(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(1)
+    backend = FakeBackend(KEY, script=["retry:http_429:1800"])
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+        await pass_time(world, delivery, 0.48, step_h=0.01)
+        assert len(backend.offers) == 1
+        await pass_time(world, delivery, 0.04, step_h=0.01)
+        assert len(backend.offers) == 2
