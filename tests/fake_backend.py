@@ -15,6 +15,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import orjson
 
@@ -64,6 +65,7 @@ class FakeBackend:
     path: Path | None = None
     on_send: Callable[[str], None] = lambda moment: None  # crash tests die here
     latency_s: float = 0.0
+    flavour: str = ""  # another version of the encoder writes other bytes
     taken: Counter[str] = field(default_factory=Counter)  # event id -> how often it was billed
     offers: list[Offer] = field(default_factory=list)
     keys: dict[str, tuple[bytes, list[Verdict]]] = field(default_factory=dict)
@@ -76,11 +78,17 @@ class FakeBackend:
 
     def __post_init__(self) -> None:
         if self.path is not None and self.path.exists():
-            for line in self.path.read_bytes().splitlines():
-                row = orjson.loads(line)
-                for event in row["taken"]:
-                    self.taken[event] += 1
-                self.keys[row["key"]] = (row["body"].encode(), [Delivered()] * row["count"])
+            for row in map(orjson.loads, self.path.read_bytes().splitlines()):
+                if "refused" in row:
+                    self._remember(row)
+                else:
+                    events = tuple(Event(*pair) for pair in row["events"])
+                    self.offers.append(Offer(row["key"], row["body"].encode(), events, row["attempt"]))
+
+    def _remember(self, row: dict[str, Any]) -> None:
+        self.taken.update(row["taken"])
+        verdicts: list[Verdict] = [Refused(why) if why else Delivered() for why in row["refused"]]
+        self.keys[row["key"]] = (row["body"].encode(), verdicts)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         self.encoded += 1
@@ -103,7 +111,7 @@ class FakeBackend:
 
     def _seal(self, pieces: Sequence[tuple[Event, Record]]) -> Sealed:
         events = tuple(event for event, _ in pieces)
-        body = orjson.dumps([[e.event_id, r.started_at, r.route] for e, r in pieces])
+        body = orjson.dumps([[e.event_id, r.started_at, r.route, self.flavour] for e, r in pieces])
         key = events[0].event_id
         if self.abilities.events_max > 1:
             key = (
@@ -114,6 +122,8 @@ class FakeBackend:
     async def send(self, sealed: Sealed) -> list[Verdict]:
         self.on_send("before")
         self.offers.append(Offer(sealed.key, sealed.body, sealed.events, sealed.attempt))
+        events = [[event.record_id, event.event_id] for event in sealed.events]
+        self._write({"key": sealed.key, "body": sealed.body.decode(), "events": events, "attempt": sealed.attempt})
         self.busy += 1
         self.busy_most = max(self.busy_most, self.busy)
         self.subjects_busy[sealed.subject] += 1
@@ -166,6 +176,7 @@ class FakeBackend:
         if abilities.dedup is Dedup.REQUEST_KEY and sealed.key in self.keys:
             body, verdicts = self.keys[sealed.key]
             return verdicts if body == sealed.body else [Refused("idempotency_mismatch")] * len(sealed.events)
+        before = self.taken.copy()
         bad = [event for event in sealed.events if event.record_id in self.poison]
         if bad and abilities.atomicity is not Atomicity.PER_ITEM:
             verdicts = [Refused("http_400")] * len(sealed.events)
@@ -175,7 +186,9 @@ class FakeBackend:
         else:
             verdicts = [Refused("bad_event") if event in bad else self._take_one(event) for event in sealed.events]
         self.keys[sealed.key] = (sealed.body, verdicts)
-        self._write(sealed, verdicts)
+        refused = [verdict.reason if isinstance(verdict, Refused) else None for verdict in verdicts]
+        taken = list((self.taken - before).elements())
+        self._write({"key": sealed.key, "body": sealed.body.decode(), "refused": refused, "taken": taken})
         return verdicts
 
     def _take_one(self, event: Event) -> Verdict:
@@ -184,11 +197,10 @@ class FakeBackend:
         self.taken[event.event_id] += 1
         return Delivered()
 
-    def _write(self, sealed: Sealed, verdicts: Sequence[Verdict]) -> None:
+    def _write(self, row: dict[str, Any]) -> None:
+        """One line at once, so that a kill tears none."""
         if self.path is None:
             return
-        taken = [e.event_id for e, v in zip(sealed.events, verdicts, strict=True) if isinstance(v, Delivered)]
-        row = {"key": sealed.key, "body": sealed.body.decode(), "taken": taken, "count": len(sealed.events)}
         descriptor = os.open(self.path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
         try:
             os.write(descriptor, orjson.dumps(row) + b"\n")
