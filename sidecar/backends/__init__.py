@@ -11,7 +11,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.backends import file, ledger, meter, revenium, webhook
+from sidecar.backends import (
+    file,
+    flexprice,
+    lago,
+    ledger,
+    ledgerbee,
+    meter,
+    openmeter,
+    revenium,
+    stripe,
+    webhook,
+)
 from sidecar.backends.base import Context
 from sidecar.settings import Setting
 from sidecar.verdict import Backend
@@ -30,6 +41,11 @@ BACKENDS: Final[Mapping[str, Row]] = {
     "ledger": Row(ledger.LedgerBackend.from_settings, ledger.SETTINGS, "the embedded usage store"),
     "meter": Row(meter.MeterBackend.from_settings, meter.SETTINGS, "/meter payloads in batches, to any address"),
     "revenium": Row(revenium.ReveniumBackend.from_settings, revenium.SETTINGS, "Revenium, one request a record"),
+    "ledgerbee": Row(ledgerbee.LedgerbeeBackend.from_settings, ledgerbee.SETTINGS, "LedgerBee, one report a meter"),
+    "stripe": Row(stripe.StripeBackend.from_settings, stripe.SETTINGS, "Stripe billing meters"),
+    "flexprice": Row(flexprice.FlexpriceBackend.from_settings, flexprice.SETTINGS, "Flexprice events in bulk"),
+    "openmeter": Row(openmeter.OpenmeterBackend.from_settings, openmeter.SETTINGS, "OpenMeter, as CloudEvents"),
+    "lago": Row(lago.LagoBackend.from_settings, lago.SETTINGS, "Lago events, one a meter"),
     "webhook": Row(webhook.WebhookBackend.from_settings, webhook.SETTINGS, "records as lines of JSON, signed"),
     "file": Row(file.FileBackend.from_settings, file.SETTINGS, "records as lines of JSON in a file"),
 }

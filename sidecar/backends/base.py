@@ -11,11 +11,16 @@ import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, Protocol
 
+import orjson
+
 from sidecar.exchange import Outcome
-from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.meters.definition import Kind, Meter, read_meters
+from sidecar.meters.hourly import write_amount
 from sidecar.record import Record
 from sidecar.settings import Secret, Setting, kinds
 from sidecar.verdict import Encoded, Event, Sealed, Verdict
@@ -44,12 +49,16 @@ class Context:
 
     data_dir: Path
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> id there
-    meters: tuple[Meter, ...] = DEFAULT_METERS
+    meters: Sequence[Mapping[str, Any]] = ()  # as configured; none gives the three defaults
     open_ledger: Callable[[], LedgerApply] | None = None
 
     def customers(self, backend: str) -> dict[str, str]:
         """Our subscriber id -> the backend's customer id, where one is mapped."""
         return {ours: theirs[backend] for ours, theirs in self.subscribers.items() if backend in theirs}
+
+    def definitions(self) -> tuple[Meter, ...]:
+        """The meters. Raises `MetersError` with every fault."""
+        return read_meters(self.meters)
 
 
 SEND: Final = "send"
@@ -99,6 +108,60 @@ def policy_of(values: Mapping[str, Any]) -> Policy:
 def revealed(secret: Secret | None) -> str | None:
     """What a secret setting holds, for the one place that puts it into a header."""
     return None if secret is None else secret.reveal()
+
+
+class Examined(Protocol):
+    """A backend that can be asked whether it is set up as we are: what `check --connect` calls."""
+
+    async def examine(self) -> list[str]:
+        """What is wrong, each with what to do; nothing when all is well. Bills nothing."""
+        ...
+
+
+class Provisioned(Protocol):
+    """A backend at which meters can be created: what `meters provision` calls."""
+
+    async def provision(self, meter: Meter) -> str:
+        """Create the meter where it is missing, compare where it is there, change nothing; says what was done."""
+        ...
+
+
+def chosen_meters(
+    backend: str, definitions: Sequence[Meter], names: Sequence[str], takes: frozenset[Kind]
+) -> tuple[Meter, ...]:
+    """The meters that a backend is sent: those named, else all. Raises `ValueError` for what it cannot take."""
+    known = {meter.name: meter for meter in definitions}
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(f"{backend}: {', '.join(unknown)} is no meter; there are {', '.join(known)}")
+    chosen = tuple(known[name] for name in names) if names else tuple(definitions)
+    for meter in chosen:
+        if meter.kind not in takes:
+            raise ValueError(
+                f"{backend}: the meter {meter.name} is a {meter.kind}, and {backend} takes one number an event "
+                f"({', '.join(sorted(takes))}): name the meters to send in SIDECAR_{backend.upper()}_METERS"
+            )
+    return chosen
+
+
+def quantities(record: Record, meters: Sequence[Meter]) -> list[tuple[Meter, int | Decimal]]:
+    """The meters that this record adds to, with what it adds; none where it has no value for any."""
+    measured = ((meter, meter.quantity(record)) for meter in meters)
+    return [(meter, quantity) for meter, quantity in measured if quantity is not None]
+
+
+def json_number(quantity: int | Decimal) -> orjson.Fragment:
+    """A number with all its digits: a float would lose some."""
+    return orjson.Fragment(plain_number(quantity).encode())
+
+
+def plain_number(quantity: int | Decimal) -> str:
+    return str(quantity) if isinstance(quantity, int) else write_amount(quantity)
+
+
+def rfc3339(moment: datetime) -> str:
+    """UTC with microseconds and Z: the same text for the same moment, always."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")
 
 
 def _kind(record: Record) -> str | None:

@@ -49,7 +49,7 @@ class LedgerBackend:
     def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerBackend:
         if context.open_ledger is None:
             raise ValueError("the ledger backend needs a store: pass open_ledger in the context")
-        return cls(store=context.open_ledger(), meters=context.meters, policy=policy_of(values))
+        return cls(store=context.open_ledger(), meters=context.definitions(), policy=policy_of(values))
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()

@@ -9,55 +9,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from time import time
 from typing import Any, Final
 
+from sidecar.backends import revenium_forms
 from sidecar.backends.base import (
     BILLING,
+    DAY_S,
     Context,
     Policy,
     event_key,
-    label_id,
     policy_of,
     policy_settings,
     revealed,
 )
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.backends.transaction import payload_bytes
+from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient
+from sidecar.backends.revenium_forms import CREDENTIAL_FIELD, SUBSCRIPTION_FIELD, V1, V2, Form, Options
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.verdict import Abilities, Dedup, Encoded, Event, Refused, Retry, Sealed, Verdict
 
 HOST_V1: Final = "https://api.revenium.io"
+HOST_V2: Final = "https://api.revenium.ai"
 CONCURRENCY: Final = 16  # the vendor's own package replays with 16 at once
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What a mode needs to know beside the record."""
-
-    customers: Mapping[str, str]
-    subscriber_field: str = "application"
-    api_id: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Form:
-    """One request: what is put behind the record's id, the path, and the bytes."""
-
-    suffix: str
-    path: str
-    body: bytes
-    headers: tuple[tuple[str, str], ...] = ()
-
-
-def _meter(record: Record, options: Options) -> list[Form]:
-    body = payload_bytes(
-        record,
-        customer=label_id(record, options.customers),
-        customer_field=options.subscriber_field,
-        api=options.api_id,
-    )
-    return [Form("", "/meter/v1/api/meter", body)]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,13 +39,19 @@ class Mode:
     """One of the vendor's interfaces."""
 
     forms: Callable[[Record, Options], list[Form]]
-    host: str
-    dedup: Dedup
+    host: str = HOST_V1
+    dedup: Dedup = Dedup.NONE
     dedup_window_s: float | None = None
+    needs_source: bool = False
 
 
 _MODES: Final[Mapping[str, Mode]] = {
-    "meter": Mode(forms=_meter, host=HOST_V1, dedup=Dedup.NONE),
+    "meter": Mode(forms=revenium_forms.meter),
+    "event": Mode(forms=revenium_forms.event),
+    "rate": Mode(forms=revenium_forms.rate, needs_source=True),
+    "ingest": Mode(forms=revenium_forms.ingest, needs_source=True),
+    "events": Mode(forms=revenium_forms.events, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
+    "completions": Mode(forms=revenium_forms.completions, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
 }
 
 SETTINGS: Final = (
@@ -79,9 +59,12 @@ SETTINGS: Final = (
     Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True, required=True,
             also=("REVENIUM_METERING_API_KEY",)),
     Setting("mode", kinds.word_of(*_MODES), "meter", "which of the vendor's interfaces"),
-    Setting("api_id", kinds.text, help="the source's id at Revenium; found by URL when not set"),
-    Setting("subscriber_field", kinds.word_of("application", "productKey".lower()), "application",
-            "where v1 carries the subscriber: `application` or `productkey`"),
+    Setting("api_id", kinds.text, help="the source's id for `meter` and `event`; found by URL when not set"),
+    Setting("source_id", kinds.text, help="the source's id for `rate` and `ingest` (required) and the v2 modes"),
+    Setting("subscriber_field", kinds.word_of("application", "productkey"), "application",
+            "where `meter` and `event` carry the subscriber: `application` or `productkey`"),
+    Setting("rate_field", kinds.word_of("credential", "subscription"), "credential",
+            "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`"),
     Setting("resend_unknown", kinds.flag, "false", "v1: send again what was not answered, at the risk of doubles"),
     TIMEOUT,
     *policy_settings(BILLING),
@@ -100,22 +83,33 @@ class ReveniumBackend:
         url: str | None = None,
         mode: str = "meter",
         api_id: str | None = None,
+        source_id: str | None = None,
         subscriber_field: str = "application",
+        rate_field: str = CREDENTIAL_FIELD,
         customers: Mapping[str, str] | None = None,
         resend_unknown: bool = False,
         policy: Policy = BILLING,
         client: HttpClient | None = None,
     ) -> None:
         self._mode = _MODES[mode]
+        if self._mode.needs_source and not source_id:
+            raise ValueError(f"SIDECAR_REVENIUM_SOURCE_ID is not set: the mode {mode} needs it")
         self.abilities = Abilities(
             dedup=self._mode.dedup,
             dedup_window_s=self._mode.dedup_window_s,
             concurrency=CONCURRENCY,
             resend_unknown=resend_unknown,
         )
-        self._base = _base(url or self._mode.host)
+        self.address = _base(url or self._mode.host)
+        self._is_given = url is not None
         self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
-        self._options = Options(customers=dict(customers or {}), subscriber_field=subscriber_field, api_id=api_id)
+        self._options = Options(
+            customers=dict(customers or {}),
+            subscriber_field=subscriber_field,
+            rate_field=rate_field,
+            api_id=api_id,
+            source_id=source_id,
+        )
         self._policy = policy
         self._client = client or HttpClient(dedup=self._mode.dedup)
 
@@ -127,7 +121,9 @@ class ReveniumBackend:
             url=values["url"],
             mode=mode,
             api_id=values["api_id"],
-            subscriber_field={"productkey": "productKey"}.get(values["subscriber_field"], "application"),
+            source_id=values["source_id"],
+            subscriber_field="productKey" if values["subscriber_field"] == "productkey" else "application",
+            rate_field=SUBSCRIPTION_FIELD if values["rate_field"] == "subscription" else CREDENTIAL_FIELD,
             customers=context.customers(cls.name),
             resend_unknown=values["resend_unknown"],
             policy=policy_of(values),
@@ -138,7 +134,10 @@ class ReveniumBackend:
         encoded = Encoded()
         for record in records:
             if self._policy.place(record, encoded):
-                for form in self._mode.forms(record, self._options):
+                forms = self._mode.forms(record, self._options)
+                if not forms:
+                    encoded.skipped[record.id] = "nothing_to_rate"
+                for form in forms:
                     event = Event(record.id, record.id + form.suffix)
                     encoded.sealed.append(
                         Sealed(
@@ -153,9 +152,12 @@ class ReveniumBackend:
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         headers = {**self._headers, **dict(sealed.headers)}
-        if self._mode.dedup is Dedup.REQUEST_KEY:
+        # The path decides, not the mode: a request that was sealed under another mode goes where it belongs.
+        is_v2 = sealed.path.startswith(V2)
+        if is_v2:
             headers["idempotency-key"] = sealed.key
-        return await self._client.offer(self._base + sealed.path, sealed, headers)
+        host = self.address if self._is_given else HOST_V2 if is_v2 else HOST_V1
+        return await self._client.offer(host + sealed.path, sealed, headers, _judge)
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -164,7 +166,18 @@ class ReveniumBackend:
 def _base(url: str) -> str:
     """The host, however much of the vendor's path was given with it: its own packages take all of these."""
     base: str = kinds.http_url.parse(url)
-    for tail in ("/meter/v1/api", "/meter/v2", "/meter"):
+    for tail in (V1, V2, "/meter"):
         if base.endswith(tail):
             return base.removesuffix(tail)
     return base
+
+
+def _judge(answer: Answer, _: Sealed) -> Verdict | None:
+    """The two conflicts of a key, and the header with which the service overrules its status."""
+    code = answer.code("code") or answer.code("error", "code")
+    if answer.status == 409 and code == "idempotency_key_mismatch":
+        return Refused(code)
+    again = answer.headers.get("x-should-retry", "").lower() == "true" and 400 <= answer.status < 500
+    if again or (answer.status == 409 and code == "idempotency_key_in_progress"):
+        return Retry(f"http_{answer.status}", answer.retry_after_s(time()))
+    return None

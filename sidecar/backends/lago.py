@@ -1,0 +1,173 @@
+"""`lago`: Lago's events in batches, one for each record and meter; the subscription is addressed, not the customer.
+
+A batch is taken whole or not at all, and its refusal names each bad event by its index, among them those that
+are there already: these are delivered, and the good ones go again without the bad. The event's time always
+travels, because on ClickHouse it is part of the identity. A `code` that no billable metric has is ignored there,
+silently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+
+from sidecar.backends.base import (
+    BILLING,
+    JSON_EVENTS,
+    Context,
+    Piece,
+    Policy,
+    chosen_meters,
+    clip,
+    customer_id,
+    plain_number,
+    policy_of,
+    policy_settings,
+    quantities,
+    revealed,
+    seal_batches,
+)
+from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
+from sidecar.record import Record
+from sidecar.settings import Setting, kinds
+from sidecar.verdict import Abilities, Atomicity, Dedup, Duplicate, Encoded, Event, Refused, Retry, Sealed, Verdict
+
+HOST: Final = "https://api.getlago.com"
+BATCH: Final = "/api/v1/events/batch"
+EVENTS_MAX: Final = 100
+BYTES_MAX: Final = 1_000_000  # 100 events have 50 kB; no limit is documented
+TAKES: Final = frozenset({Kind.COUNT, Kind.SUM, Kind.LATEST, Kind.MAX})
+_THERE: Final = {"transaction_id": ["value_already_exist"]}
+
+SETTINGS: Final = (
+    Setting("url", kinds.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own"),
+    Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True, required=True,
+            also=("LAGO_API_KEY",)),
+    Setting("meters", kinds.names, help="the meters to send; all of them when not set"),
+    Setting("value_key", kinds.text, "value", "the property that the billable metrics aggregate"),
+    TIMEOUT,
+    *policy_settings(BILLING),
+)  # fmt: skip
+
+
+class LagoBackend:
+    """Events in batches."""
+
+    name = "lago"
+    abilities = Abilities(
+        events_max=EVENTS_MAX,
+        bytes_max=BYTES_MAX,
+        atomicity=Atomicity.PER_ITEM,
+        dedup=Dedup.EVENT_ID,
+        dedup_window_s=None,  # unique for ever within a subscription; with the time, on ClickHouse
+        knows_duplicates=True,
+    )
+
+    def __init__(
+        self,
+        *,
+        api_key: str,
+        url: str = HOST,
+        meters: Sequence[Meter] = DEFAULT_METERS,
+        names: Sequence[str] = (),
+        value_key: str = "value",
+        customers: Mapping[str, str] | None = None,
+        policy: Policy = BILLING,
+        client: HttpClient | None = None,
+    ) -> None:
+        self.address: str = kinds.http_url.parse(url).removesuffix("/api/v1")
+        self._headers = {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
+        self._meters = chosen_meters(self.name, meters, names, TAKES)
+        self._value_key = value_key
+        self._customers = dict(customers or {})
+        self._policy = policy
+        self._client = client or HttpClient(dedup=Dedup.EVENT_ID)
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LagoBackend:
+        return cls(
+            api_key=revealed(values["api_key"]) or "",
+            url=values["url"],
+            meters=context.definitions(),
+            names=values["meters"],
+            value_key=values["value_key"],
+            customers=context.customers(cls.name),
+            policy=policy_of(values),
+            client=HttpClient(dedup=Dedup.EVENT_ID, timeout_s=values["timeout"]),
+        )
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        pieces: list[Piece] = []
+        for record in records:
+            if not self._policy.place(record, encoded):
+                continue
+            amounts = quantities(record, self._meters)
+            subscription = customer_id(record, self._customers)
+            if not amounts:
+                encoded.skipped[record.id] = "no_value"
+            elif not subscription:
+                encoded.parked[record.id] = "no_customer"
+            else:
+                pieces += [self._piece(record, subscription, meter, amount) for meter, amount in amounts]
+        return seal_batches(pieces, encoded, frame=JSON_EVENTS, events_max=EVENTS_MAX, bytes_max=BYTES_MAX, path=BATCH)
+
+    def _piece(self, record: Record, subscription: str, meter: Meter, amount: Any) -> Piece:
+        event = Event(record.id, f"{record.id}:{meter.name}")
+        told = {
+            "transaction_id": event.event_id,
+            "external_subscription_id": subscription,
+            "code": meter.event_name or meter.name,
+            "timestamp": f"{record.started_at.timestamp():.3f}",
+            "properties": {**_dimensions(record), self._value_key: plain_number(amount)},
+        }
+        return Piece(event, orjson.dumps(told))
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        return await self._client.offer(self.address + sealed.path, sealed, self._headers, _judge)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def _dimensions(record: Record) -> dict[str, str]:
+    """What a charge may be filtered or grouped by."""
+    usage = record.usage
+    known = {
+        "model": None if usage is None else usage.model or usage.request_model,
+        "provider": None if usage is None else usage.provider,
+        "operation": None if usage is None else usage.operation,
+        "route": record.route,
+        "usage_state": None if usage is None else str(usage.usage_state),
+        **{f"dimension_{name}": value for name, value in sorted(record.dimensions.items())},
+    }
+    return {clip(name): clip(value) for name, value in known.items() if value is not None}
+
+
+def _judge(answer: Answer, sealed: Sealed) -> Verdict | list[Verdict] | None:
+    if answer.status == 404 and answer.code("code") is None:
+        return None
+    if answer.status != 422:
+        return refused_with(answer, "code") if answer.status in (400, 404) else None
+    said = answer.json()
+    details = said.get("error_details") if isinstance(said, dict) else None
+    if not isinstance(details, dict) or not details or not _is_by_index(details, len(sealed.events)):
+        return refused_with(answer, "code")
+    # Nothing of the batch was taken: who is not named is good, and goes again.
+    return [_of_one(details.get(str(index))) for index in range(len(sealed.events))]
+
+
+def _is_by_index(details: Mapping[str, Any], count: int) -> bool:
+    return all(name.isascii() and name.isdigit() and int(name) < count for name in details)
+
+
+def _of_one(errors: object) -> Verdict:
+    if errors is None:
+        return Retry("refused_with_others")
+    if errors == _THERE:
+        return Duplicate()
+    names = sorted(errors) if isinstance(errors, dict) else []
+    return Refused(f"invalid_{names[0]}" if names and names[0].isidentifier() and len(names[0]) <= 40 else "http_422")

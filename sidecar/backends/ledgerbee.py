@@ -1,0 +1,203 @@
+"""`ledgerbee`: LedgerBee's "report usage", one request for each record and meter.
+
+The key is mandatory and travels in a header of its own; a key that is known is answered with 200
+`duplicate`, a new one with 202 `queued`. Fields are checked strictly there, so nothing but the documented
+ones is sent, and everything else goes into `metadata`. How long keys are remembered is not documented, and a
+setting here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+import orjson
+
+from sidecar.backends.base import (
+    BILLING,
+    DAY_S,
+    Context,
+    Policy,
+    chosen_meters,
+    clip,
+    customer_id,
+    event_key,
+    json_number,
+    policy_of,
+    policy_settings,
+    quantities,
+    revealed,
+    rfc3339,
+)
+from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
+from sidecar.record import Record
+from sidecar.settings import Setting, kinds
+from sidecar.verdict import Abilities, Blocked, Dedup, Duplicate, Encoded, Event, Sealed, Verdict
+
+HOST: Final = "https://api.ledgerbee.com"
+REPORT: Final = "/api/v1/meters/report"
+CONCURRENCY: Final = 8  # no limit is published for reports
+TAKES: Final = frozenset({Kind.COUNT, Kind.SUM})
+_UUID: Final = re.compile(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}")
+
+
+def _meter_pairs(items: Sequence[str]) -> Mapping[str, str]:
+    """`name` or `name=LedgerBee's name or id`."""
+    found: dict[str, str] = {}
+    for item in items:
+        ours, equals, theirs = item.partition("=")
+        if not ours.strip() or (equals and not theirs.strip()):
+            raise kinds.Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
+        found[ours.strip()] = theirs.strip() or ours.strip()
+    return found
+
+
+SETTINGS: Final = (
+    Setting("url", kinds.http_url, HOST, "the API's host"),
+    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`; scope `meter-report`", secret=True, required=True),
+    Setting(
+        "meters",
+        kinds.many("meters as name or name=its name or id there, separated by commas", _meter_pairs),
+        help="the meters to report; all of them, by their own names, when not set",
+    ),
+    Setting("dedup_window", kinds.duration(), "24h", "how long LedgerBee remembers a key (not documented)"),
+    TIMEOUT,
+    *policy_settings(BILLING),
+)
+
+
+class LedgerbeeBackend:
+    """One report for each record and meter."""
+
+    name = "ledgerbee"
+
+    def __init__(
+        self,
+        *,
+        api_key: str,
+        url: str = HOST,
+        meters: Sequence[Meter] = DEFAULT_METERS,
+        names: Mapping[str, str] | None = None,
+        customers: Mapping[str, str] | None = None,
+        dedup_window_s: float = DAY_S,
+        policy: Policy = BILLING,
+        client: HttpClient | None = None,
+    ) -> None:
+        self.abilities = Abilities(
+            dedup=Dedup.REQUEST_KEY,
+            dedup_window_s=dedup_window_s,
+            concurrency=CONCURRENCY,
+            knows_duplicates=True,
+        )
+        self.address: str = kinds.http_url.parse(url).removesuffix("/api/v1").removesuffix("/api")
+        self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
+        self._names = dict(names or {})
+        self._meters = chosen_meters(self.name, meters, tuple(self._names), TAKES)
+        self._customers = dict(customers or {})
+        self._policy = policy
+        self._client = client or HttpClient(dedup=Dedup.REQUEST_KEY)
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerbeeBackend:
+        return cls(
+            api_key=revealed(values["api_key"]) or "",
+            url=values["url"],
+            meters=context.definitions(),
+            names=values["meters"],
+            customers=context.customers(cls.name),
+            dedup_window_s=values["dedup_window"],
+            policy=policy_of(values),
+            client=HttpClient(dedup=Dedup.REQUEST_KEY, timeout_s=values["timeout"]),
+        )
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        for record in records:
+            if not self._policy.place(record, encoded):
+                continue
+            amounts = quantities(record, self._meters)
+            customer = customer_id(record, self._customers)
+            if not amounts:
+                encoded.skipped[record.id] = "no_value"
+            elif customer is None:
+                encoded.parked[record.id] = "no_customer"
+            else:
+                encoded.sealed += [self._sealed(record, customer, meter, amount) for meter, amount in amounts]
+        return encoded
+
+    def _sealed(self, record: Record, customer: str, meter: Meter, amount: Any) -> Sealed:
+        theirs = self._names.get(meter.name, meter.name)
+        body = {
+            "value": json_number(amount),
+            "customerId": customer,
+            ("meterId" if _UUID.fullmatch(theirs) else "meterName"): theirs,
+            "timestamp": rfc3339(record.started_at),
+            "metadata": _metadata(record),
+        }
+        event = Event(record.id, f"{record.id}:{meter.name}")
+        return Sealed(key=event_key(event.event_id), events=(event,), body=orjson.dumps(body), path=REPORT)
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        headers = {**self._headers, "x-api-idempotency-key": sealed.key}
+        return await self._client.offer(self.address + sealed.path, sealed, headers, _judge)
+
+    async def examine(self) -> list[str]:
+        """Ask for the subscriptions of each meter: the look-up says whether key, licence and meter are right."""
+        problems = []
+        for meter in self._meters:
+            theirs = self._names.get(meter.name, meter.name)
+            where = f"{theirs}/subscriptions" if _UUID.fullmatch(theirs) else f"subscriptions?meterName={theirs}"
+            answer = await self._client.request("GET", f"{self.address}/api/v1/meters/{where}", None, self._headers)
+            if not isinstance(answer, Answer):
+                problems.append(f"ledgerbee does not answer ({answer.reason})")
+                break
+            code = answer.code("code") or f"http_{answer.status}"
+            if answer.status in (401, 403):
+                problems.append(f"ledgerbee turned the key down ({code}): it needs the scope meter-report")
+                break
+            if code == "METER_NOT_FOUND":
+                problems.append(f"ledgerbee has no meter {theirs}: create it, or set SIDECAR_LEDGERBEE_METERS")
+            elif answer.ok and not _has_subscriptions(answer):
+                problems.append(f"ledgerbee: no subscription uses the meter {theirs}: what is reported bills nobody")
+        return problems
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def _metadata(record: Record) -> dict[str, str | int]:
+    """Texts and numbers only; what is not known is left out."""
+    usage = record.usage
+    known: dict[str, str | int | None] = {
+        "model": None if usage is None else usage.model or usage.request_model,
+        "provider": None if usage is None else usage.provider,
+        "operation": None if usage is None else usage.operation,
+        "route": record.route,
+        "status": record.status,
+        "outcome": str(record.outcome),
+        "usage_state": None if usage is None else str(usage.usage_state),
+    }
+    found: dict[str, str | int] = {}
+    for name, value in known.items():
+        if value is not None:
+            found[name] = clip(value) if isinstance(value, str) else value
+    return found
+
+
+def _judge(answer: Answer, _: Sealed) -> Verdict | None:
+    code = answer.code("code")
+    if answer.status == 200:
+        said = answer.json()
+        return Duplicate() if isinstance(said, dict) and said.get("status") == "duplicate" else None
+    if answer.status == 404 and code is not None:
+        return refused_with(answer, "code")  # METER_NOT_FOUND: the vendor's own word, so the address is right
+    if answer.status == 403 and code is not None:
+        return Blocked(code)
+    return refused_with(answer, "code") if answer.status in (400, 422) else None
+
+
+def _has_subscriptions(answer: Answer) -> bool:
+    said = answer.json()
+    return not isinstance(said, dict) or said.get("subscriptions") != []
