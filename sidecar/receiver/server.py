@@ -77,16 +77,16 @@ class Receiver:
                 self._add(_Stand(row.backend, vendor, route))
 
     def __repr__(self) -> str:
-        return f"<Receiver: {len(self.received)} taken, {len(self._under_way)} under way>"
+        return f"<Receiver: {len(self._store)} taken, {len(self._under_way)} under way>"
 
     @property
     def received(self) -> list[Taken]:
-        """What was taken and refused so far, oldest first. A copy."""
-        return list(self._store.taken)
+        """What was taken and refused so far, oldest first."""
+        return self._store.taken()
 
     def billed(self, backend: str) -> list[Any]:
         """What this backend would bill: the bodies of what was delivered, lists laid flat."""
-        rows = [row.body for row in self._store.taken if row.backend == backend and row.verdict == Verdict.DELIVERED]
+        rows = [row.body for row in self._store.taken(backend) if row.verdict == Verdict.DELIVERED]
         return [item for body in rows for item in (body if isinstance(body, list) else [body])]
 
     def forget(self) -> None:
@@ -138,6 +138,8 @@ class Receiver:
             return _web(
                 Answer.json(415, {"error": "no vendor here documents compressed bodies: send the body as it is"})
             )
+        if not all(_is_text(value) for value in request.headers.values()):
+            return _web(Answer.json(400, {"error": "a header's value is no UTF-8"}))
         call = Call(
             request.method, request.path, dict(request.query), request.headers, await request.read(), self._now()
         )
@@ -167,12 +169,19 @@ class Receiver:
             return _cut(request)
         if fault is not None and fault.do is Do.STATUS:
             return self._fail(call, stand, fault)
-        response = self._settle(call, stand, stand.route.handle(call))
+        response = self._settle(call, stand, self._ask(call, stand))
         if fault is not None and fault.do is Do.CUT_AFTER:
             return _cut(request)
         if fault is not None:
             return self._fail(call, stand, fault)
         return response
+
+    def _ask(self, call: Call, stand: _Stand) -> Answer:
+        try:
+            return stand.route.handle(call)
+        except BaseException:
+            self._store.discard()
+            raise
 
     def _settle(self, call: Call, stand: _Stand, answer: Answer) -> web.Response:
         """Keep what the vendor took, then let its answer go."""
@@ -223,9 +232,7 @@ class Receiver:
     # -- the receiver's own
 
     async def _list(self, request: web.Request) -> web.Response:
-        only = request.query.get("backend")
-        rows = [row for row in self._store.taken if only in (None, row.backend)]
-        body = b"".join(orjson.dumps(row, option=orjson.OPT_APPEND_NEWLINE) for row in rows)
+        body = b"".join(self._store.lines(request.query.get("backend")))
         return web.Response(body=body, content_type="application/x-ndjson")
 
     async def _forget(self, request: web.Request) -> web.Response:
@@ -281,6 +288,11 @@ def _cut(request: web.Request) -> web.Response:
     if request.transport is not None:
         request.transport.abort()
     return web.Response()
+
+
+def _is_text(value: str) -> bool:
+    """Whether a header's value was UTF-8: other bytes arrive as lone surrogates, which no JSON can hold."""
+    return value.isascii() or not any("\ud800" <= character <= "\udfff" for character in value)
 
 
 def _meaning(status: int) -> Verdict:

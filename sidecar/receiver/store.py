@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, Final
@@ -19,8 +19,8 @@ import orjson
 
 from sidecar.receiver.contract import Unit
 
-TAKEN_MAX: Final = 5_000_000
-"""Rows held at once: ten minutes at the 8,000 requests/s that one core manages. Beyond it the receiver refuses."""
+TAKEN_BYTES_MAX: Final = 2 * 2**30
+"""Of rows held at once, some four million `/meter` payloads. Beyond it the receiver refuses."""
 
 
 class StoreError(Exception):
@@ -43,28 +43,43 @@ class Store:
     """Rows and memories of all vendors. Single-threaded; every call is one step of the event loop."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.taken: list[Taken] = []
+        # As lines, not as objects: millions of dicts would keep the garbage collector busier than the calls do.
+        self._rows: list[tuple[str, bytes]] = []
+        self._size_bytes = 0
         self._kept: dict[str, tuple[Any, float]] = {}
         self._new: dict[str, tuple[Any, float]] = {}
         self._path = path
         self._file: BinaryIO | None = None
 
     def __repr__(self) -> str:
-        return f"<Store: {len(self.taken)} taken, {len(self._kept)} kept, {self._path or 'in memory'}>"
+        return f"<Store: {len(self)} taken, {len(self._kept)} kept, {self._path or 'in memory'}>"
+
+    def __len__(self) -> int:
+        return len(self._rows)
 
     @property
     def is_full(self) -> bool:
-        return len(self.taken) >= TAKEN_MAX
+        return self._size_bytes >= TAKEN_BYTES_MAX
+
+    def lines(self, backend: str | None = None) -> Iterator[bytes]:
+        """The rows as JSON, each with its line end, oldest first."""
+        return (line for name, line in self._rows if backend in (None, name))
+
+    def taken(self, backend: str | None = None) -> list[Taken]:
+        """The rows as objects."""
+        return [Taken(**orjson.loads(line)) for line in self.lines(backend)]
 
     def memory(self, name: str) -> VendorMemory:
         return VendorMemory(name, self._kept, self._new)
 
     def commit(self, backend: str, path: str, units: Sequence[Unit], at: str) -> None:
         """Make the units, and what the vendor kept during the call, part of the store; all or nothing."""
-        rows = [Taken(backend, path, unit.key, unit.body, str(unit.verdict), at) for unit in units]
+        rows = [orjson.dumps(Taken(backend, path, unit.key, unit.body, str(unit.verdict), at)) for unit in units]
         if self._file is not None and (rows or self._new):
-            self._write(self._file, orjson.dumps({"taken": rows, "kept": self._new}, option=orjson.OPT_APPEND_NEWLINE))
-        self.taken.extend(rows)
+            step = {"taken": [orjson.Fragment(row) for row in rows], "kept": self._new}
+            self._write(self._file, orjson.dumps(step, option=orjson.OPT_APPEND_NEWLINE))
+        for row in rows:
+            self._enter(backend, row)
         self._kept.update(self._new)
         self._new.clear()
 
@@ -76,9 +91,7 @@ class Store:
         """Back to the first day: rows and memories go."""
         if self._file is not None:
             self._file.truncate(0)
-        self.taken.clear()
-        self._kept.clear()
-        self._new.clear()
+        self._clear()
 
     def open(self) -> None:
         """Open the journal, if there is one, and take in what it has. Raises `StoreError`."""
@@ -90,8 +103,7 @@ class Store:
             raise StoreError(
                 f"--store {self._path} cannot be opened ({error.strerror}): name a file that may be written"
             ) from None
-        self.taken.clear()
-        self._kept.clear()
+        self._clear()
         try:
             self._file.seek(0)
             self._file.truncate(self._read(self._file.read() or b""))
@@ -110,15 +122,26 @@ class Store:
         for number, line in enumerate(journal[:end].splitlines(), start=1):
             try:
                 step = orjson.loads(line)
-                rows = [Taken(**row) for row in step["taken"]]
+                rows = [(row["backend"], orjson.dumps(Taken(**row))) for row in step["taken"]]
                 kept = {key: (value, at_s) for key, (value, at_s) in step["kept"].items()}
             except (ValueError, TypeError, KeyError, AttributeError):
                 raise StoreError(
                     f"--store {self._path} is no receiver's journal (line {number}): name another file, or remove it"
                 ) from None
-            self.taken.extend(rows)
+            for backend, row in rows:
+                self._enter(backend, row)
             self._kept.update(kept)
         return end
+
+    def _enter(self, backend: str, row: bytes) -> None:
+        self._rows.append((backend, row + b"\n"))
+        self._size_bytes += len(row) + 1
+
+    def _clear(self) -> None:
+        self._rows.clear()
+        self._size_bytes = 0
+        self._kept.clear()
+        self._new.clear()
 
     def _write(self, file: BinaryIO, line: bytes) -> None:
         try:

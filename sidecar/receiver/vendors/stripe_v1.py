@@ -117,6 +117,7 @@ class StripeV1:
 
     def _adjust(self, call: Call, form: Form) -> Answer:
         problem = _missing(form, "event_name", "type") or _unknown(form, "event_name", "type", "cancel", "expand")
+        problem = problem or _no_text(form, "event_name", "type")
         cancel = form.get("cancel")
         identifier = cancel.get("identifier") if isinstance(cancel, dict) else None
         if problem is None and form["type"] != "cancel":
@@ -139,6 +140,7 @@ class StripeV1:
         )
         meters = self._book.meters(call.at_s)
         problem = _missing(form, "display_name", "event_name", "default_aggregation")
+        problem = problem or _no_text(form, "display_name", "event_name", "event_time_window")
         if problem is None and aggregation.get("formula") not in ("sum", "count", "last"):
             name = "default_aggregation[formula]"
             problem = (None, f"Invalid {name}: must be one of count, last, or sum", name)
@@ -209,20 +211,18 @@ def _form(body: bytes) -> Form | None:
 def _event_problem(form: Form) -> Problem | None:
     problem = _missing(form, "event_name", "payload")
     problem = problem or _unknown(form, "event_name", "payload", "identifier", "timestamp", "expand")
+    problem = problem or _no_text(form, "event_name", "identifier", "timestamp")
     if problem is not None:
         return problem
     for name, most in (
         ("event_name", stripe_events.NAME_CHARS_MAX), ("identifier", stripe_events.IDENTIFIER_CHARS_MAX),
     ):  # fmt: skip
-        value = form.get(name, "")
-        if not isinstance(value, str):
-            return None, f"Invalid string: {name}", name
-        if len(value) > most:
+        if len(form.get(name, "")) > most:
             return None, f"Invalid string: {name} must be at most {most} characters", name
     if not isinstance(form["payload"], dict) or not all(isinstance(v, str) for v in form["payload"].values()):
         return "parameter_invalid", "Invalid hash: payload must map text to text", "payload"
     timestamp = form.get("timestamp", "0")
-    if not isinstance(timestamp, str) or not re.fullmatch(r"-?\d{1,12}", timestamp):
+    if not re.fullmatch(r"-?\d{1,12}", timestamp):
         return "parameter_invalid_integer", f"Invalid integer: {timestamp}", "timestamp"
     return None
 
@@ -231,6 +231,13 @@ def _missing(form: Form, *names: str) -> Problem | None:
     for name in names:
         if not form.get(name):
             return "parameter_missing", f"Missing required param: {name}.", name
+    return None
+
+
+def _no_text(form: Form, *names: str) -> Problem | None:
+    for name in names:
+        if not isinstance(form.get(name, ""), str):
+            return "parameter_invalid_string", f"Invalid string: {name}", name
     return None
 
 
