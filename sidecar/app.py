@@ -13,7 +13,7 @@ import asyncio
 import logging
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final, Protocol
@@ -82,6 +82,19 @@ class Sidecar:
         if together is not self.counted:
             together.absorb(self.counted.state())
         return together.exposition(gauges)
+
+    async def redrive(
+        self,
+        *,
+        backend: str | None,
+        reason: str | None,
+        ids: Sequence[str] | None,
+        since_s: float | None,
+        resend_unknown: bool,
+    ) -> int:
+        return await self.bills.delivery.redrive(
+            backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
+        )
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""

@@ -19,7 +19,7 @@ from sidecar.balance import Balance, add_counts
 from sidecar.delivery import Delivery, DeliveryState, SystemClock
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings
-from sidecar.spool import Snapshot, SpoolReader, adopt_orphans
+from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans
 from sidecar.spool.retention import retire_chunks
 
 log = logging.getLogger("sidecar.billing")
@@ -67,14 +67,26 @@ class Billing:
         while True:
             await asyncio.sleep(RETIRE_EVERY_S)
             try:
-                await asyncio.to_thread(self.retire)
-            except OSError as error:
+                await self.retire()
+            except (OSError, SpoolError) as error:
                 log.warning("delivered chunks could not be removed: %s", error)
 
-    def retire(self) -> None:
+    async def retire(self) -> None:
+        """Remove chunks that every backend is done with, as far as retention allows, and what is remembered of them."""
+        gone = await asyncio.to_thread(self._retire_chunks)
+        if gone:
+            await self.delivery.forget(gone)
+
+    def _retire_chunks(self) -> dict[str, int]:
+        """The number up to which each slot has nothing any more, where something went."""
         settings = self.settings
+        gone: dict[str, int] = {}
         for instance, upto in self.delivery.retired_upto().items():
-            retire_chunks(settings.data_dir, instance, upto, settings.retention, settings.retention_bytes)
+            if retire_chunks(settings.data_dir, instance, upto + 1, settings.retention, settings.retention_bytes) and (
+                left := self.reader.chunks(instance)
+            ):
+                gone[instance] = left[0].opening.first_seq - 1
+        return gone
 
 
 @asynccontextmanager

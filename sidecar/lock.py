@@ -68,10 +68,14 @@ class DataLock:
 
     @classmethod
     def take(cls, data_dir: Path, *, wait_s: float = 0.0) -> DataLock:
-        """Become its one instance, making the directory if need be. Waits for the workers of an old one."""
+        """Become its one instance, making the directory if need be.
+
+        `wait_s` is for the workers of an old instance that is gone itself: they finish their calls. An instance that
+        lives is not waited for.
+        """
         lock = cls._open(data_dir)
         try:
-            lock._flock(fcntl.LOCK_EX, max(wait_s, GRACE_S))
+            lock._flock(fcntl.LOCK_EX, GRACE_S, orphans_s=wait_s)
             lock._check_layout()
             lock.announce()
         except BaseException:
@@ -129,8 +133,8 @@ class DataLock:
                 "give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
             ) from None
 
-    def _flock(self, how: int, wait_s: float) -> None:
-        deadline = time.monotonic() + wait_s
+    def _flock(self, how: int, wait_s: float, *, orphans_s: float = 0.0) -> None:
+        began = time.monotonic()
         while True:
             try:
                 fcntl.flock(self._fd, how | fcntl.LOCK_NB)
@@ -140,7 +144,8 @@ class DataLock:
                     raise NotWritableError(
                         f"{self.path} cannot be locked: {error.strerror}; set SIDECAR_DATA_DIR to a local disk"
                     ) from None
-            if time.monotonic() >= deadline:
+            waited_s = time.monotonic() - began
+            if waited_s >= wait_s and (waited_s >= orphans_s or _lives(_read_note(self.path).pid)):
                 raise _in_use(self.path.parent)
             time.sleep(POLL_S)
 
@@ -167,6 +172,19 @@ def running(data_dir: Path) -> Note | None:
     finally:
         os.close(fd)
     return None
+
+
+def _lives(pid: int | None) -> bool:
+    """Whether this process is there. In another container it cannot be seen, and counts as gone."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _in_use(data_dir: Path) -> InUseError:
