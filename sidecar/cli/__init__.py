@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, receiver, records, serve, spool, usage
+from sidecar.cli import balance, check, demo, meters, receiver, records, serve, spool, usage
 from sidecar.cli.shared import INTERRUPTED, WRONG, CommandError
 from sidecar.settings import SettingsError
 
@@ -27,6 +27,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "records": records,
     "balance": balance,
     "spool": spool,
+    "meters": meters,
     "receiver": receiver,
 }
 

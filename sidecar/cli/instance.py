@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 from sidecar.cli.shared import CommandError
 from sidecar.lock import running
 
-LIMIT_S: Final = 10.0
+LIMIT_S: Final = 10.0  # for questions; what is asked to do something says its own
 ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "every interface" is no address to call
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str) -> None:
-        super().__init__("localhost", timeout=LIMIT_S)
+    def __init__(self, path: str, limit_s: float) -> None:
+        super().__init__("localhost", timeout=limit_s)
         self._path = path
 
     def connect(self) -> None:
@@ -30,14 +30,14 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock.connect(self._path)
 
 
-def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None) -> Any:
+def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None, limit_s: float = LIMIT_S) -> Any:
     """The running instance's JSON answer; None where none is running."""
     note = running(data_dir)
     if note is None:
         return None
     if note.admin is None:
         raise CommandError(f"process {note.pid} is starting on {data_dir} and has no admin port yet: try again")
-    connection = _connection(note.admin)
+    connection = _connection(note.admin, limit_s)
     try:
         payload = None if body is None else json.dumps(body).encode()
         connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
@@ -55,12 +55,12 @@ def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None) -> 
         raise CommandError(f"{note.admin}{path} answered with no JSON: is this a metering sidecar?") from None
 
 
-def _connection(admin: str) -> http.client.HTTPConnection:
+def _connection(admin: str, limit_s: float) -> http.client.HTTPConnection:
     if admin.startswith("unix:"):
-        return _UnixConnection(admin.removeprefix("unix:"))
+        return _UnixConnection(admin.removeprefix("unix:"), limit_s)
     parts = urlsplit(admin if "://" in admin else f"http://{admin}")
     host = parts.hostname or "127.0.0.1"
-    return http.client.HTTPConnection(ANYWHERE.get(host, host), parts.port or 80, timeout=LIMIT_S)
+    return http.client.HTTPConnection(ANYWHERE.get(host, host), parts.port or 80, timeout=limit_s)
 
 
 def _reason(content: bytes) -> str:

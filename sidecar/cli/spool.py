@@ -20,6 +20,7 @@ from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
 
 PAGE: Final = 500  # parked events read at a time
+REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped")
 _PARKED: Final = ("parked_at", "backend", "reason", "event_id", "maybe_taken", "attempts")
@@ -39,6 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
     redrive = _kind(kinds, "redrive", "offer parked records again", _redrive)
     _add_choice(redrive)
+    add_since(redrive)
     redrive.add_argument("ids", nargs="*", metavar="ID", help="of records or events; none: all that fit")
     redrive.add_argument(
         "--resend-unknown", action="store_true", help="also those that may have been taken, at the risk of doubles"
@@ -167,9 +169,10 @@ def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
         "backend": arguments.backend,
         "reason": arguments.reason,
         "ids": arguments.ids or None,
+        "since_s": None if arguments.since is None else arguments.since.timestamp(),
         "resend_unknown": arguments.resend_unknown,
     }
-    answer = ask(data_dir, "/redrive", method="POST", body=wish)
+    answer = ask(data_dir, "/redrive", method="POST", body=wish, limit_s=REDRIVE_S)
     if answer is None:
         raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
     print(f"{answer['redriven']:,} events offered again")

@@ -11,9 +11,11 @@ from dataclasses import asdict
 from decimal import Decimal
 from typing import Any, Final
 
+from sidecar.cli.meters import meters_of
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import OK, WRONG, CommandError, add_data_dir, add_format, add_since, moment, read_settings
 from sidecar.ledger import LedgerError, LedgerReader, UsageRow
+from sidecar.settings import Settings
 
 BY: Final = "subscriber,model"
 # A table has what fits a screen; JSON and CSV have everything.
@@ -24,6 +26,7 @@ HEADS: Final = {
     "input_tokens": "input", "cache_read_input_tokens": "cached", "output_tokens": "output", "total_tokens": "tokens",
     "cost_usd": "cost USD",
 }  # fmt: skip
+METER: Final = ("subscriber", "group", "from", "value", "note")
 ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
 
 
@@ -32,6 +35,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--by", default=BY, metavar="NAME,…",
         help=f"subscriber, model, provider, route, status, hour, day, month (default: {BY}; '' for one sum)",
     )  # fmt: skip
+    parser.add_argument("--meter", metavar="NAME", help="the running values of one meter instead")
     add_since(parser)
     parser.add_argument("--until", metavar="TIME", type=moment, help="as --since, not included")
     add_data_dir(parser)
@@ -39,18 +43,43 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    path = read_settings(arguments).data_dir / "ledger.db"
+    settings = read_settings(arguments)
+    path = settings.data_dir / "ledger.db"
     by = tuple(name.strip() for name in arguments.by.split(",") if name.strip())
     if not path.exists():
         raise CommandError(
             f"there is no ledger at {path}: either nothing was delivered to it yet, or SIDECAR_DATA_DIR is another one"
         )
     try:
+        if arguments.meter is not None:
+            print(_of_meter(LedgerReader(path), settings, arguments), end="")
+            return OK
         rows = LedgerReader(path).usage(by, arguments.since, arguments.until)
     except LedgerError as error:
         raise CommandError(str(error), WRONG if "cannot be grouped" in str(error) else 1) from None
     print(report(rows, by, Format(arguments.format)), end="")
     return OK
+
+
+def _of_meter(ledger: LedgerReader, settings: Settings, arguments: argparse.Namespace) -> str:
+    (meter,) = meters_of(settings, [arguments.meter])
+    rows = [
+        {
+            "subscriber": row.subscriber,
+            "group": row.group,
+            "from": None if row.start is None else row.start.isoformat(timespec="minutes"),
+            "value": row.value,
+            "note": "at least so many" if row.capped else None,
+        }
+        for row in ledger.meter(meter, arguments.since, arguments.until)
+    ]
+    form = Format(arguments.format)
+    if form is Format.TABLE and not rows:
+        return "no usage in that time\n"
+    # A column in which nothing is said is left out of the table.
+    bare = form is Format.TABLE
+    columns = [name for name in METER if not bare or name in ("from", "value") or any(row[name] for row in rows)]
+    return render(rows, columns, form)
 
 
 def report(rows: Sequence[UsageRow], by: Sequence[str], form: Format) -> str:

@@ -103,6 +103,47 @@ def test_usage_by_an_unknown_name_says_which_there_are(capsys: pytest.CaptureFix
     assert "expected subscriber, model" in capsys.readouterr().err
 
 
+def test_usage_of_a_meter_is_what_the_meter_gives_over_the_records(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["meters", "test", "input_tokens", "api_calls", "--format", "json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    tried = {(row["meter"], row["subscriber"]): row["value"] for row in rows}
+    assert tried["api_calls", "acme"] == "2"
+    for meter in ("input_tokens", "api_calls"):
+        assert main(["usage", "--meter", meter, "--format", "json"]) == 0
+        billed = {row["subscriber"]: row["value"] for row in json.loads(capsys.readouterr().out)}
+        assert billed == {who: value for (name, who), value in tried.items() if name == meter}
+    assert main(["usage", "--meter", "api_calls"]) == 0
+    assert capsys.readouterr().out.splitlines()[0].split() == ["subscriber", "from", "value"]
+    assert main(["meters", "test", "--since", "2099-01-01"]) == 0
+    assert capsys.readouterr().out == "no recorded call is measured by them\n"
+
+
+def test_meters_are_listed_as_they_are_defined(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["meters", "list"]) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
+        "api_calls", "input_tokens", "output_tokens",
+    ]  # fmt: skip
+    file = tmp_path / "sidecar.toml"
+    aggregation = '{type = "SUM", field = "input_tokens", multiplier = "0.001"}'
+    file.write_text(f'[[meters]]\nname = "thousands"\naggregation = {aggregation}\n')
+    monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+    assert main(["meters", "list", "--format", "json"]) == 0
+    (listed,) = json.loads(capsys.readouterr().out)
+    assert listed["aggregation"] == {"type": "SUM", "field": "input_tokens", "multiplier": "0.001"}
+    assert main(["meters", "list"]) == 0
+    assert "0.001" in capsys.readouterr().out
+
+
+def test_a_meter_that_is_not_there_is_refused_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["meters", "test", "calls"]) == 2
+    assert "there is no meter 'calls'; there are api_calls, input_tokens" in capsys.readouterr().err
+    assert main(["usage", "--meter", "calls"]) == 2
+
+
 def test_records_are_the_stored_lines(data_dir: Path, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert main(["records", "--format", "ndjson"]) == 0
     lines = capfdbinary.readouterr().out.splitlines()
@@ -218,10 +259,12 @@ def test_an_empty_directory_is_a_clear_answer(
 
 
 async def test_records_are_followed_and_parked_ones_are_listed(tmp_path: Path) -> None:
-    async def refuse(_: web.Request) -> web.Response:
-        return web.Response(status=422)
+    status = 422
 
-    vendor = TestServer(_application(refuse))
+    async def bill(_: web.Request) -> web.Response:
+        return web.Response(status=status)
+
+    vendor = TestServer(_application(bill))
     upstream = TestServer(_application(lambda _: _answer()))
     async with vendor, upstream:
         whole = Whole(
@@ -251,6 +294,11 @@ async def test_records_are_followed_and_parked_ones_are_listed(tmp_path: Path) -
             assert (await whole.command("spool", "parked", "--backend", "ledger"))[1] == "nothing is parked\n"
             assert "meter" in (await whole.command("spool", "parked"))[1]
             assert (await whole.command("balance"))[0] == 0
+
+            status = 200
+            assert await whole.command("spool", "redrive", "--backend", "meter") == (0, "2 events offered again\n", "")
+            assert (await whole.settled())["backends"]["meter"]["delivered"] == 2
+            assert (await whole.command("spool", "verify"))[0] == 0
 
 
 def _application(handler: Callable[[web.Request], Awaitable[web.Response]]) -> web.Application:
@@ -330,7 +378,7 @@ def test_a_redrive_goes_through_the_running_instance(
     admin["POST /redrive"] = 200, redrive
     assert main(["spool", "redrive", "--backend", "meter", "--resend-unknown", "id-1"]) == 0
     assert capsys.readouterr().out == "1,007 events offered again\n"
-    assert seen == [{"backend": "meter", "reason": None, "ids": ["id-1"], "resend_unknown": True}]
+    assert seen == [{"backend": "meter", "reason": None, "ids": ["id-1"], "since_s": None, "resend_unknown": True}]
 
 
 def test_an_instance_that_does_not_answer_is_named(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
