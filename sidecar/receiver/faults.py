@@ -48,7 +48,7 @@ class Fault:
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
             raise FaultError(f"share={self.share}: expected a number from 0 to 1")
-        if not (self.status == 429 or 400 <= self.status <= 599):
+        if not 400 <= self.status <= 599:
             raise FaultError(f"status={self.status}: expected an error status, 400 to 599")
         if not 0.0 <= self.delay_s <= DELAY_S_MAX:
             raise FaultError(f"delay_s={self.delay_s}: expected seconds, 0 to {DELAY_S_MAX:.0f}")

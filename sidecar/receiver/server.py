@@ -27,7 +27,7 @@ from aiohttp import web
 
 from sidecar.receiver.contract import Answer, Call, Route, Terms, Unit, Vendor, Verdict
 from sidecar.receiver.faults import Do, Fault, FaultError, Faults, parse
-from sidecar.receiver.store import Store, StoreError, Taken
+from sidecar.receiver.store import TAKEN_BYTES_MAX, Store, StoreError, Taken
 from sidecar.receiver.vendors import VENDORS
 from sidecar.signals import stop_event
 
@@ -58,6 +58,7 @@ class Receiver:
         store: Path | None = None,
         terms: Mapping[str, Terms] | None = None,
         now: Callable[[], float] = time.time,
+        taken_bytes_max: int = TAKEN_BYTES_MAX,
     ) -> None:
         given = dict(terms or {})
         unknown = [name for name in given if name not in {row.backend for row in VENDORS}]
@@ -65,7 +66,7 @@ class Receiver:
             raise ValueError(f"{unknown[0]!r} is no backend of the receiver; known are {', '.join(backends())}")
         self.faults = Faults()
         self.url = ""  # once it listens
-        self._store = Store(store)
+        self._store = Store(store, taken_bytes_max=taken_bytes_max)
         self._now = now
         self._exact: dict[tuple[str, str], list[_Stand]] = defaultdict(list)
         self._patterns: list[tuple[str, re.Pattern[str], _Stand]] = []

@@ -42,10 +42,11 @@ class Taken:
 class Store:
     """Rows and memories of all vendors. Single-threaded; every call is one step of the event loop."""
 
-    def __init__(self, path: Path | None = None) -> None:
+    def __init__(self, path: Path | None = None, *, taken_bytes_max: int = TAKEN_BYTES_MAX) -> None:
         # As lines, not as objects: millions of dicts would keep the garbage collector busier than the calls do.
         self._rows: list[tuple[str, bytes]] = []
         self._size_bytes = 0
+        self._taken_bytes_max = taken_bytes_max
         self._kept: dict[str, tuple[Any, float]] = {}
         self._new: dict[str, tuple[Any, float]] = {}
         self._path = path
@@ -59,7 +60,7 @@ class Store:
 
     @property
     def is_full(self) -> bool:
-        return self._size_bytes >= TAKEN_BYTES_MAX
+        return self._size_bytes >= self._taken_bytes_max
 
     def lines(self, backend: str | None = None) -> Iterator[bytes]:
         """The rows as JSON, each with its line end, oldest first."""

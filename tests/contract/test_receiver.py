@@ -245,6 +245,17 @@ async def test_an_order_that_cannot_be_read_changes_nothing_and_says_why(order: 
             assert await answer.json() == []
 
 
+async def test_a_full_receiver_refuses_instead_of_forgetting() -> None:
+    async with running_receiver(taken_bytes_max=1_000) as (receiver, session):
+        while (await post(session, "/meter", [PAYLOAD]))[0] == 200:
+            assert len(receiver.received) < 10
+        status, body, _ = await post(session, "/meter", [PAYLOAD])
+        assert status == 507
+        assert "DELETE /_received makes room" in body["error"]
+        receiver.forget()
+        assert (await post(session, "/meter", [PAYLOAD]))[0] == 200
+
+
 # -- the journal
 
 
