@@ -120,6 +120,11 @@ class Conversation:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         self.writer.transport.abort()
 
+    def drop(self) -> None:
+        """Be done with it, whatever its state."""
+        if not self.writer.transport.is_closing():
+            self.writer.transport.abort()
+
     async def close(self) -> None:
         self.writer.close()
         with contextlib.suppress(ConnectionError, ssl.SSLError, TimeoutError):
@@ -185,7 +190,7 @@ class RawUpstream:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for conversation in self.open:
-            conversation.writer.transport.abort()
+            conversation.drop()
         if exc[0] is None and self.errors:
             raise self.errors[0]
 
@@ -375,7 +380,7 @@ class Hop:
 
     async def __aexit__(self, *exc: object) -> None:
         for client in self._clients:
-            client.writer.transport.abort()
+            client.drop()
         await self.proxy.aclose()
         if exc[0] is None:
             await until(lambda: self.proxy.open_calls == 0)

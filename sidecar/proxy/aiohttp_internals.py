@@ -1,7 +1,7 @@
 """Everything that the hop takes from aiohttp beyond its documented interface, in one place.
 
 aiohttp gives the hop its request parser, its body reader with flow control, its server's
-bookkeeping, and its connector (pool, DNS cache, happy eyeballs, TLS, Unix sockets). What is not
+bookkeeping, and its connector (DNS cache, happy eyeballs, TLS, Unix sockets). What is not
 needed for a hop (a task a request, request and response objects, a session) is left out by
 overriding the few methods below. `tests/fidelity/test_aiohttp_internals.py` fails when aiohttp
 changes one of them; nothing else in the project touches a name of aiohttp that starts with `_`.
@@ -11,11 +11,10 @@ Seen with aiohttp 3.14.
 
 from __future__ import annotations
 
-import asyncio
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Sequence
 from ssl import SSLContext
-from typing import Any, Final
+from typing import Final
 
 from aiohttp import ClientRequest, ClientTimeout, TCPConnector, UnixConnector, web
 from aiohttp.client_proto import ResponseHandler
@@ -27,14 +26,14 @@ from aiohttp.web_protocol import RequestHandler
 from yarl import URL
 
 __all__ = [
-    "EMPTY_PAYLOAD", "PIPELINE_MAX", "ClientProtocol", "HttpProcessingError", "Pool", "PooledConnection", "RawRequestMessage", "Server",
-    "StreamReader", "UpstreamProtocol", "refusal",
+    "EMPTY_PAYLOAD", "PIPELINE_MAX", "ClientProtocol", "Connector", "HttpProcessingError", "Lease", "Messages",
+    "RawRequestMessage", "Server", "StreamReader", "UpstreamProtocol", "refusal",
 ]  # fmt: skip
 
 PIPELINE_MAX: Final = 32  # requests parsed ahead on one connection; aiohttp's figure
 BODY_BUFFER_BYTES: Final = 131_072  # an unread upload is held at twice this: one full read of a socket fits
 
-PooledConnection = Connection
+Lease = Connection
 Messages = Sequence[tuple[RawRequestMessage, StreamReader]]
 
 
@@ -63,7 +62,7 @@ class ClientProtocol(RequestHandler):
     are read with `StreamReader.read_nowait`; the reader pauses us through `pause_reading`.
     """
 
-    __slots__ = ("upload_paused",)
+    __slots__ = ("_held", "_stopped", "upload_paused")
 
     def __init__(self, server: Server, loop: AbstractEventLoop, *, target_bytes_max: int, field_bytes_max: int,
                  fields_max: int) -> None:  # fmt: skip
@@ -81,7 +80,9 @@ class ClientProtocol(RequestHandler):
             read_bufsize=BODY_BUFFER_BYTES,
             auto_decompress=False,
         )
-        self.upload_paused = False
+        self.upload_paused = False  # by the body reader
+        self._held = False  # by `pause`
+        self._stopped = False  # what the transport was told
 
     async def start(self) -> None:
         """aiohttp's loop over requests: not needed, and not run."""
@@ -110,7 +111,7 @@ class ClientProtocol(RequestHandler):
         if not self.upload_paused and self._parser is not None:
             self.upload_paused = True
             self._parser.pause_reading()
-            self._pause_transport_reading()
+            self._tell_transport()
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Called by the body reader on every read; aiohttp's own would parse from inside of it.
@@ -121,8 +122,23 @@ class ClientProtocol(RequestHandler):
         if not self.upload_paused:
             return False
         self.upload_paused = False
-        self._resume_transport_reading()
+        self._tell_transport()
         return True
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading for a reason of our own."""
+        self._held = paused
+        self._tell_transport()
+
+    def _tell_transport(self) -> None:
+        """One of two reasons is enough to stop; both must be gone to go on."""
+        stop = self._held or self.upload_paused
+        if stop != self._stopped:
+            self._stopped = stop
+            if stop:
+                self._pause_transport_reading()
+            else:
+                self._resume_transport_reading()
 
 
 def refusal(error: HttpProcessingError, target_bytes_max: int) -> str:
@@ -137,27 +153,22 @@ def refusal(error: HttpProcessingError, target_bytes_max: int) -> str:
 
 
 class UpstreamProtocol(ResponseHandler):
-    """An upstream connection as the pool knows it. Mind that it is falsy (it has a length of 0)."""
-
-    def __init__(self, loop: AbstractEventLoop) -> None:
-        super().__init__(loop)
-        self.unusable = False  # never to be pooled again
+    """An upstream connection as the connector knows it. Mind that it is falsy (it has a length of 0)."""
 
     @property
     def should_close(self) -> bool:
-        """Asked by the pool at release."""
-        return self.unusable
+        """Asked at release. Ours are kept elsewhere: what is released is done with."""
+        return True
 
     def eof_received(self) -> None:
         """aiohttp's drops a timer we do not have."""
 
 
-class Pool:
-    """aiohttp's connector, asked with one request object made once.
+class Connector:
+    """aiohttp's connector, asked with one request object made once: DNS cache, happy eyeballs, TLS, Unix sockets.
 
-    `take` gives a pooled connection without a turn of the loop; `connect` makes a new one. A new one
-    asked for by a retry must not come from the pool, where others may be dead as well: it is asked for
-    under another key, and pooled under the usual one.
+    Its pool is not used: taking from it and giving back costs 2.5 µs a call, and it would hand a retry the next
+    connection that may have died. `upstream.Upstream` keeps the idle ones.
     """
 
     def __init__(
@@ -171,61 +182,23 @@ class Pool:
         server_name: str | None,
         socket_path: str | None,
         connect_timeout_s: float,
-        keepalive_s: float,
     ) -> None:
         connector: BaseConnector
         # limit=0: the default of 100 would cap the streams that can be open at once.
         if socket_path is not None:
-            connector = UnixConnector(socket_path, limit=0, keepalive_timeout=keepalive_s, loop=loop)
+            connector = UnixConnector(socket_path, limit=0, loop=loop)
         else:
-            connector = TCPConnector(limit=0, keepalive_timeout=keepalive_s, loop=loop)
+            connector = TCPConnector(limit=0, loop=loop)
         connector._factory = make  # type: ignore[assignment]
         self._connector = connector
         url = URL.build(scheme="https" if tls is not None else "http", host=host, port=port)
         self._request = ClientRequest("GET", url, loop=loop, ssl=tls or True, server_hostname=server_name)
-        self._key = self._request.connection_key
-        self._fresh = _FreshRequest(self._request)
         self._timeout = ClientTimeout(total=None, connect=connect_timeout_s)
 
-    def take(self) -> PooledConnection | None:
-        """A live pooled connection, or None."""
-        if self._key not in self._connector._conns:
-            return None
-        # `_get` is a coroutine for the sake of tracing; without traces it never waits.
-        step = self._connector._get(self._key, [])
-        try:
-            step.send(None)
-        except StopIteration as found:
-            connection: PooledConnection | None = found.value
-            return connection
-        raise RuntimeError("aiohttp's pool waited where it never did; see aiohttp_internals.Pool.take")
-
-    async def connect(self) -> PooledConnection:
+    async def connect(self) -> Lease:
         """A new connection. Raises `TimeoutError`, `OSError` or `aiohttp.ClientError`."""
-        connection = await self._connector.connect(self._fresh, [], self._timeout)  # type: ignore[arg-type]
-        connection._key = self._key
-        return connection
-
-    @property
-    def pooled(self) -> int:
-        """Idle connections at hand."""
-        return len(self._connector._conns.get(self._key, ()))
+        return await self._connector.connect(self._request, [], self._timeout)
 
     async def aclose(self) -> None:
+        """Closes every connection, also those in use."""
         await self._connector.close()
-
-
-class _FreshRequest:
-    """The request object under a key that the pool never holds."""
-
-    def __init__(self, request: ClientRequest) -> None:
-        self._request = request
-        self.connection_key = request.connection_key._replace(proxy_headers_hash=-1)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._request, name)
-
-
-def running_loop() -> AbstractEventLoop:
-    """The loop that the hop belongs to."""
-    return asyncio.get_running_loop()

@@ -14,7 +14,7 @@ from typing import Final
 
 import httptools
 
-from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.headers import HeaderRules, ResponseHead
 from sidecar.usage import ResponseTap
 
 HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
@@ -158,42 +158,43 @@ class Answer:
             if not self._upgrade:
                 raise _NoAnswer("a protocol switch that nobody asked for")
         try:
-            head = self._rules.response(self.fields, status=status, http10=self._http10)
+            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10)
         except ValueError as error:
             raise _NoAnswer("the framing of the answer cannot be read") from error
         self.status = status
         self.names = head.names
         self.started = True
-        bodiless = self._head_only or status == 204 or status == 304 or status == 101
-        parts = head.parts
+        bodiless = self._head_only or status in (204, 304, 101)
         if bodiless:
             # The parser thinks that an unsized answer to HEAD ends with the connection; the head says more.
-            self.reusable = status != 101 and not head.close and (
-                parser.should_keep_alive() or parser.get_http_version() == "1.1"
-            )  # fmt: skip
+            one_more = parser.should_keep_alive() or parser.get_http_version() == "1.1"
+            self.reusable = one_more and not head.close and status != 101
         else:
-            self.reusable = parser.should_keep_alive()
-            if head.length is not None:
-                self._remaining = head.length
-            elif self._http10:
-                self.close_delimited = True
-            else:
-                self._chunked = True
-                if not head.chunked:
-                    parts.append(b"Transfer-Encoding: chunked\r\n")
-            if not head.chunked and head.length is None:
-                self._until_eof = True
-                self.reusable = False
-        extra_lines = self._announce(self)
+            self._frame(head, parser.should_keep_alive())
+        ours = self._announce(self)
         if not self.mute:
-            parts.insert(0, b"HTTP/1.1 %d %b\r\n" % (status, self._reason))
-            parts.append(extra_lines)
-            parts.append(b"\r\n")
-            self.out.append(b"".join(parts))
+            line = b"HTTP/1.1 %d %b\r\n" % (status, self._reason)
+            self.out.append(b"".join((line, *head.parts, ours, b"\r\n")))
         if status == 101:
             self.upgraded = True
         elif bodiless:
             self.done = True
+
+    def _frame(self, head: ResponseHead, keep_alive: bool) -> None:
+        """How the body ends, there and here."""
+        self.reusable = keep_alive
+        if head.length is not None:
+            self._remaining = head.length
+            return
+        if not head.chunked:
+            self._until_eof = True
+            self.reusable = False
+        if self._http10:
+            self.close_delimited = True
+        else:
+            self._chunked = True
+            if not head.chunked:
+                head.parts.append(b"Transfer-Encoding: chunked\r\n")
 
     def on_body(self, piece: bytes) -> None:
         if self.done:
@@ -217,7 +218,7 @@ class Answer:
         if tap is not None and not self.ended:
             try:
                 self.ended = tap.feed(piece)
-            except Exception:  # a tap never raises; were it to, the traffic must not feel it
+            except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
                 self.tap = None
         if not self.mute:
             if self._chunked:
@@ -239,7 +240,7 @@ class Answer:
         if self._interims > INTERIM_MAX:
             raise _NoAnswer("too many interim answers")
         if not self._http10 and not self.mute:  # HTTP/1.0 knows no 1xx
-            head = self._rules.response(self.fields, status=status)
+            head = ResponseHead(self._rules, self.fields, status=status)
             self.out.append(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, self._reason, b"".join(head.parts)))
         self.fields = []
         self._reason = b""

@@ -19,12 +19,14 @@ from sidecar.proxy.aiohttp_internals import (
     PIPELINE_MAX,
     ClientProtocol,
     HttpProcessingError,
+    Messages,
     RawRequestMessage,
     Server,
     StreamReader,
     refusal,
 )
-from sidecar.proxy.call import NEVER, Call, Hop
+from sidecar.proxy.call import Call
+from sidecar.proxy.hop import NEVER, Hop
 from sidecar.proxy.own_answers import OwnAnswer
 from sidecar.proxy.tunnel import Tunnel
 
@@ -45,7 +47,7 @@ class Client(ClientProtocol):
 
     __slots__ = (
         "_behind", "_clients", "_closing", "_deaf", "_head_bytes", "_hop", "_last_bytes", "_no_more", "_own",
-        "_queue", "_read_paused", "_switch_tail", "_switching", "_taking", "_tunnel", "_uploading", "call", "deadline",
+        "_queue", "_switch_tail", "_switching", "_taking", "_tunnel", "_uploading", "call", "deadline",
         "peer",
     )  # fmt: skip
 
@@ -73,7 +75,6 @@ class Client(ClientProtocol):
         self._switching = False  # a protocol switch was asked for, and is not decided
         self._switch_tail = b""
         self._tunnel: Tunnel | None = None
-        self._read_paused = False
         self.call: Call | None = None
         self.deadline = NEVER
 
@@ -118,22 +119,7 @@ class Client(ClientProtocol):
                 self._refuse(own_answers.HEAD_TOO_LARGE, "head_too_large")
                 return
             self._head_bytes = 0
-            uploading = self._uploading
-            if uploading is not None:
-                # A body ended and a request follows in one piece: trailers cannot be told from fields.
-                self._body_ended(safe=False)
-            else:
-                for message, payload in messages:
-                    if self._no_more:
-                        break
-                    self._queue.append((message, payload))
-                    if message.chunked:
-                        self._chunked(payload, data, last=message is messages[-1][0])
-                    if message.upgrade:
-                        self._switch_asked(message, data, switched, tail)
-            if len(self._queue) >= PIPELINE_MAX // 2:
-                self._behind = True
-                self.pause(True)
+            self._line_up(messages, data, switched, tail)
             if self.call is None:
                 self._take()
                 return
@@ -168,17 +154,6 @@ class Client(ClientProtocol):
             except RuntimeError:
                 return
 
-    def pause(self, paused: bool) -> None:
-        """Stop or go on reading a tunnel."""
-        transport = self.transport
-        if paused == self._read_paused or transport is None or transport.is_closing():
-            return
-        self._read_paused = paused
-        if paused:
-            transport.pause_reading()
-        else:
-            transport.resume_reading()
-
     def parse_on(self) -> None:
         """Parse what the parser held back while an upload was paused."""
         if not self._deaf and self.transport is not None:
@@ -210,12 +185,12 @@ class Client(ClientProtocol):
         if transport is None or transport.is_closing():
             return
         if not keep_alive or self._hop.stopping:
-            self._hang_up(linger=not upload_done or self._own is not None)
+            self._hang_up(linger=not upload_done or self._no_more)
             return
         if self._switching:
             self._switch_declined()
         self.deadline = self._hop.now + self._hop.rules.keepalive_timeout_s
-        if not self._taking:
+        if not self._taking and (self._queue or self._behind or self._no_more):
             self._take()
 
     def reject(self, own: OwnAnswer, limit: str) -> None:
@@ -263,6 +238,24 @@ class Client(ClientProtocol):
 
     # -- leaves ----------------------------------------------------------------------------------
 
+    def _line_up(self, messages: Messages, data: bytes, switched: bool, tail: bytes) -> None:
+        """Put what was parsed into the queue, unless it stands behind something that cannot be trusted."""
+        if self._uploading is not None:
+            # A body ended and a request follows in one piece: trailers cannot be told from fields.
+            self._body_ended(safe=False)
+            return
+        for message, payload in messages:
+            if self._no_more:
+                break
+            self._queue.append((message, payload))
+            if message.chunked:
+                self._chunked(payload, data, last=message is messages[-1][0])
+            if message.upgrade:
+                self._switch_asked(message, data, switched, tail)
+        if len(self._queue) >= PIPELINE_MAX // 2:
+            self._behind = True
+            self.pause(True)
+
     def _take(self) -> None:
         """Take up the next requests. A call may be over before `start` returns."""
         self._taking = True
@@ -278,6 +271,7 @@ class Client(ClientProtocol):
                 try:
                     call.start()
                 except Exception:
+                    log.exception("a call could not be let in")
                     self._start_failed(call)
         finally:
             self._taking = False
@@ -290,13 +284,12 @@ class Client(ClientProtocol):
                 self.send(self._own.encode(close=True))
                 self._hang_up(linger=True)
             elif self._no_more and not self._switching:
-                self._hang_up(linger=False)
+                self._hang_up(linger=True)
 
     def _start_failed(self, call: Call) -> None:
         if call in self._hop.calls:
             call.failed()
         else:  # not let in yet: there is nothing to record
-            log.exception("a call could not be let in")
             self.call = None
             self.reject(own_answers.OWN_FAULT, "proxy_fault")
 

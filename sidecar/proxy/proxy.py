@@ -17,9 +17,9 @@ from typing import Final
 
 from sidecar.exchange import Recorder
 from sidecar.proxy.aiohttp_internals import Server
-from sidecar.proxy.call import Attribute, Hop, ProxyMetrics, Route
 from sidecar.proxy.client import Client
 from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.hop import Attribute, Hop, ProxyMetrics, Route
 from sidecar.proxy.rules import ProxyRules, UpstreamAddress
 from sidecar.proxy.upstream import Upstream, client_tls
 from sidecar.usage import Taps
@@ -83,7 +83,7 @@ class Proxy:
         self._sweeper: TimerHandle | None = None
         shortest = min(
             rules.response_timeout_s, rules.idle_timeout_s, rules.head_timeout_s, rules.keepalive_timeout_s,
-            rules.disconnect_drain_s, rules.linger_s,
+            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s,
         )  # fmt: skip
         self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
@@ -238,9 +238,11 @@ class Proxy:
 
     def _sweep(self) -> None:
         hop, clients = self._hop, self._clients
-        assert hop is not None and clients is not None
+        assert hop is not None
+        assert clients is not None
         now = hop.now = hop.loop.time()
         self._sweeper = hop.loop.call_later(self._sweep_s, self._sweep)
+        hop.upstream.sweep(now)
         for call in [call for call in hop.calls if call.deadline < now]:
             try:
                 call.expired()

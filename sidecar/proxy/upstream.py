@@ -7,12 +7,12 @@ nobody owns it, a byte that arrives on it closes it (it would be read as the nex
 from __future__ import annotations
 
 import ssl
-from asyncio import AbstractEventLoop, Transport
+from asyncio import AbstractEventLoop
 from typing import Protocol
 
 from aiohttp import ClientError
 
-from sidecar.proxy.aiohttp_internals import Pool, PooledConnection, UpstreamProtocol
+from sidecar.proxy.aiohttp_internals import Connector, Lease, UpstreamProtocol
 
 
 class Owner(Protocol):
@@ -32,11 +32,13 @@ class Owner(Protocol):
 class UpstreamConnection(UpstreamProtocol):
     """One connection to the upstream."""
 
-    def __init__(self, loop: AbstractEventLoop) -> None:
+    def __init__(self, upstream: Upstream, loop: AbstractEventLoop) -> None:
         super().__init__(loop)
         self.owner: Owner | None = None
-        self.lease: PooledConnection | None = None
-        self.uses = 0
+        self.lease: Lease | None = None
+        self.idle_since = 0.0
+        self.used = False  # it has answered before: its end may have been on the way when it was taken
+        self._upstream = upstream
         self._said_done = False
         self._read_paused = False
 
@@ -63,28 +65,25 @@ class UpstreamConnection(UpstreamProtocol):
             transport.resume_reading()
 
     def release(self) -> None:
-        """Give it back to the pool."""
+        """Give it back, for the next call."""
         if self._read_paused:
             self.pause(False)  # else its end would never be noticed
         self.owner = None
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.release()
+        self._upstream.keep(self)
 
     def discard(self) -> None:
         """Close it; whatever is still to come is not wanted."""
         self.owner = None
-        self.unusable = True
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            # abort, not close: an answer that nobody reads would be sent to its end first.
-            self.abort()
-            lease.close()
+        # abort, not close: what was written and never read would be sent to its end first.
+        self.abort()
+        self._let_go()
 
     def finish(self) -> None:
         """Close it after what was written has left: the end of a tunnel."""
         self.owner = None
-        self.unusable = True
+        self._let_go()
+
+    def _let_go(self) -> None:
         lease, self.lease = self.lease, None
         if lease is not None:
             lease.close()
@@ -96,20 +95,19 @@ class UpstreamConnection(UpstreamProtocol):
         if owner is not None:
             owner.upstream_data(data)
             return
-        self.unusable = True
-        if self.transport is not None:
-            self.transport.close()
+        self._upstream.forget(self)
+        self.discard()
 
     def eof_received(self) -> None:
         self._said_done = True
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
-        lease, self.lease = self.lease, None
-        if lease is not None:
-            lease.close()
+        self._let_go()
         owner, self.owner = self.owner, None
-        if owner is not None:
+        if owner is None:
+            self._upstream.forget(self)
+        else:
             owner.upstream_lost(exc is None and self._said_done, exc is not None)
 
     def pause_writing(self) -> None:
@@ -124,7 +122,7 @@ class UpstreamConnection(UpstreamProtocol):
 
 
 class Upstream:
-    """Where connections come from."""
+    """Where connections come from, and where the idle ones wait."""
 
     def __init__(
         self,
@@ -138,8 +136,12 @@ class Upstream:
         connect_timeout_s: float,
         keepalive_s: float,
     ) -> None:
-        self._pool = Pool(
-            lambda: UpstreamConnection(loop),
+        self._loop = loop
+        self._keepalive_s = keepalive_s
+        self._idle: dict[UpstreamConnection, None] = {}  # in order of use; the last one used is taken next
+        self._now = loop.time()
+        self._connector = Connector(
+            lambda: UpstreamConnection(self, loop),
             loop=loop,
             host=host,
             port=port,
@@ -147,37 +149,72 @@ class Upstream:
             server_name=server_name,
             socket_path=socket_path,
             connect_timeout_s=connect_timeout_s,
-            keepalive_s=keepalive_s,
         )
 
+    @property
+    def idle(self) -> int:
+        """Connections at hand."""
+        return len(self._idle)
+
     def take(self) -> UpstreamConnection | None:
-        """A pooled connection, at once, or None."""
-        lease = self._pool.take()
-        return None if lease is None else _leased(lease)
+        """An idle connection, at once, or None."""
+        idle = self._idle
+        while idle:
+            connection, _ = idle.popitem()
+            if connection.is_connected():
+                return connection
+        return None
 
     async def connect(self) -> UpstreamConnection:
         """A new one. Raises `TimeoutError` or `UnreachableError`."""
         try:
-            return _leased(await self._pool.connect())
+            lease = await self._connector.connect()
         except TimeoutError:
             raise
         except (ClientError, OSError, ValueError) as error:
             raise UnreachableError(type(error).__name__) from error
+        connection = lease.protocol
+        assert isinstance(connection, UpstreamConnection)
+        connection.lease = lease
+        return connection
+
+    def keep(self, connection: UpstreamConnection) -> None:
+        """For the next call. Which connections expire is looked up in `sweep`."""
+        if connection.is_connected():
+            connection.used = True
+            connection.idle_since = self._now
+            self._idle[connection] = None
+        else:
+            connection.discard()
+
+    def forget(self, connection: UpstreamConnection) -> None:
+        """It ended while it was idle."""
+        self._idle.pop(connection, None)
+
+    def sweep(self, now: float) -> None:
+        """Close what has been idle for too long. Called a few times a second; the time it is told is what
+        connections are marked with, so that giving one back asks for no clock."""
+        self._now = now
+        oldest = now - self._keepalive_s
+        expired = []
+        for connection in self._idle:
+            if connection.idle_since >= oldest:
+                break
+            expired.append(connection)
+        for connection in expired:
+            del self._idle[connection]
+            connection.discard()
 
     async def aclose(self) -> None:
-        await self._pool.aclose()
+        """Close all connections."""
+        idle, self._idle = self._idle, {}
+        for connection in idle:
+            connection.discard()
+        await self._connector.aclose()
 
 
 class UnreachableError(Exception):
     """Refused, no such host, or no trust in its certificate."""
-
-
-def _leased(lease: PooledConnection) -> UpstreamConnection:
-    connection = lease.protocol
-    assert isinstance(connection, UpstreamConnection)
-    connection.lease = lease
-    connection.uses += 1
-    return connection
 
 
 def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
@@ -187,8 +224,3 @@ def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | No
     if cert_file is not None:
         context.load_cert_chain(cert_file, key_file)
     return context
-
-
-def is_open(transport: Transport | None) -> bool:
-    """Whether bytes may still be written."""
-    return transport is not None and not transport.is_closing()

@@ -14,9 +14,9 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import TCPConnector, UnixConnector, web
+from aiohttp import web
 from aiohttp.client_proto import ResponseHandler
-from aiohttp.connector import BaseConnector, Connection
+from aiohttp.connector import BaseConnector
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
 from aiohttp.streams import StreamReader
@@ -24,7 +24,7 @@ from aiohttp.web_protocol import RequestHandler
 from rawhttp import Hop, RawUpstream, answering, on_both_loops, reply
 
 import sidecar.proxy
-from sidecar.proxy.aiohttp_internals import ClientProtocol, Pool, Server, UpstreamProtocol, refusal
+from sidecar.proxy.aiohttp_internals import ClientProtocol, Connector, Server, UpstreamProtocol, refusal
 from sidecar.proxy.client import Client
 from sidecar.proxy.upstream import UpstreamConnection
 
@@ -40,10 +40,7 @@ def test_the_version_that_was_read() -> None:
 
 
 def test_the_parts_are_where_they_were() -> None:
-    assert parameters(BaseConnector._get) == ["self", "key", "traces"]
     assert parameters(BaseConnector.connect) == ["self", "req", "traces", "timeout"]
-    assert parameters(BaseConnector._release) == ["self", "key", "protocol", "should_close"]
-    assert parameters(Connection.__init__) == ["self", "connector", "key", "protocol", "loop"]
     assert parameters(RequestHandler.__init__)[:2] == ["self", "manager"]
     for name in ("keepalive_timeout", "access_log", "max_line_size", "max_field_size", "max_headers", "lingering_time",
                  "read_bufsize", "auto_decompress", "loop"):  # fmt: skip
@@ -109,40 +106,32 @@ def test_nobody_else_touches_aiohttps_private_names() -> None:
             assert ours <= {"aiohttp"}, path
 
 
-async def test_the_connectors_take_our_factory() -> None:
-    loop = asyncio.get_running_loop()
-    for connector in (TCPConnector(limit=0), UnixConnector("/nowhere", limit=0)):
-        assert "_factory" in vars(connector)
-        assert hasattr(connector, "_conns")
-        await connector.close()
-    pool = Pool(lambda: UpstreamConnection(loop), loop=loop, host="h", port=1, tls=None, server_name=None,
-                socket_path=None, connect_timeout_s=1, keepalive_s=1)  # fmt: skip
-    assert pool.take() is None
-    assert pool._fresh.connection_key != pool._key
-    await pool.aclose()
-
-
 @on_both_loops
-async def test_the_pool_gives_without_waiting_and_connects_anew() -> None:
+async def test_the_connector_makes_our_connections_and_keeps_none() -> None:
     async with RawUpstream(answering(reply())) as upstream:
         loop = asyncio.get_running_loop()
-        pool = Pool(lambda: UpstreamConnection(loop), loop=loop, host="127.0.0.1", port=upstream.port, tls=None,
-                    server_name=None, socket_path=None, connect_timeout_s=1, keepalive_s=15)  # fmt: skip
-        first = await pool.connect()
-        assert isinstance(first.protocol, UpstreamConnection)
-        first.release()
-        assert pool.pooled == 1
-        second = await pool.connect()
-        assert pool.pooled == 1  # a new one was asked for, and made
-        taken = pool.take()
-        assert taken is not None
-        assert pool.take() is None
-        second.protocol.unusable = True  # type: ignore[union-attr]
-        second.release()
-        assert pool.pooled == 0
-        taken.release()
-        assert pool.pooled == 1
-        await pool.aclose()
+        made: list[UpstreamProtocol] = []
+
+        def make() -> UpstreamProtocol:
+            made.append(UpstreamProtocol(loop))
+            return made[-1]
+
+        connector = Connector(make, loop=loop, host="127.0.0.1", port=upstream.port, tls=None, server_name=None,
+                              socket_path=None, connect_timeout_s=1)  # fmt: skip
+        for count in (1, 2, 3):
+            lease = await connector.connect()
+            assert len(made) == count
+            assert lease.protocol is made[-1]
+            assert made[-1].is_connected()
+            if count == 1:
+                lease.release()
+                assert not made[-1].is_connected()
+            elif count == 2:
+                made[-1].abort()
+                lease.close()
+        await connector.aclose()
+        assert not made[-1].is_connected()
+        lease.close()
 
 
 async def test_the_server_says_so_when_a_setting_is_misspelt() -> None:

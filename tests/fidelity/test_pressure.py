@@ -158,6 +158,6 @@ def test_an_upstream_connection_is_falsy() -> None:
     from sidecar.proxy.upstream import UpstreamConnection
 
     async def main() -> None:
-        assert not UpstreamConnection(asyncio.get_running_loop())
+        assert not UpstreamConnection(None, asyncio.get_running_loop())  # type: ignore[arg-type]
 
     asyncio.run(main())

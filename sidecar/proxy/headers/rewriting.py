@@ -1,0 +1,171 @@
+"""The rules of rewriting, made ready once; targets, client addresses, and what a record says of them."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import Final
+
+from sidecar.proxy.headers.kinds import REQUEST, RESPONSE, Kinds
+from sidecar.proxy.headers.request import RequestHead
+from sidecar.proxy.rules import Forwarded, ProxyRules, UpstreamAddress
+from sidecar.usage import RawHeaders
+
+ADDRESSES_KEPT_MAX: Final = 1024  # clients may claim any address in X-Forwarded-For
+
+_TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?\Z")
+_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
+
+
+@dataclass(slots=True, frozen=True)
+class Peer:
+    """The other end of a client connection: made once, used for all its calls."""
+
+    ip: str | None  # None: a Unix socket
+    trusted: bool
+    scheme: bytes
+    forwarded: bytes  # the field lines that say so, up to the host's value; b"" where none are added
+
+
+class HeaderRules:
+    """`ProxyRules`, made ready for the two passes a call."""
+
+    def __init__(self, rules: ProxyRules, address: UpstreamAddress) -> None:
+        self._address = address
+        self.authority = address.authority
+        self.preserve_host = rules.preserve_host
+        self.mode: Forwarded = rules.forwarded
+        self.via = rules.via.encode("latin-1") if rules.via else None
+        self._trusted = rules.trusted_proxies
+        self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
+        self._base_url = (rules.public_url or address.url).rstrip("/")
+        self._query_values = rules.query_values
+        self.request_kinds = Kinds(REQUEST)
+        self.response_kinds = Kinds(RESPONSE)
+
+    # -- the client ------------------------------------------------------------------------------
+
+    def peer(self, ip: str | None, *, tls: bool) -> Peer:
+        """What is known of a client connection. An address is written as the upstream should see it."""
+        shown = None
+        if ip is not None:
+            address = address_in(ip)
+            shown = str(address) if address is not None else None
+        trusted = shown is None or self._is_trusted(shown)
+        scheme = b"https" if tls else b"http"
+        lines = b""
+        if self.mode == "x-forwarded":
+            client = b"X-Forwarded-For: %b\r\n" % shown.encode() if shown else b""
+            lines = client + b"X-Forwarded-Proto: " + scheme + b"\r\nX-Forwarded-Host: "
+        return Peer(shown, trusted, scheme, lines)
+
+    def client_ip(self, peer: Peer, forwarded_for: bytes | None) -> str | None:
+        """The rightmost address that is no proxy of ours; what an untrusted peer claims is not read."""
+        if not peer.trusted or forwarded_for is None:
+            return peer.ip
+        found = peer.ip
+        for entry in reversed(forwarded_for.split(b",")):
+            address = address_in(entry.strip().decode("latin-1"))
+            if address is None:
+                break
+            found = str(address)
+            if not self._is_trusted(found):
+                break
+        return found
+
+    def _is_trusted(self, ip: str) -> bool:
+        if not self._trusted:
+            return False
+        known = self._trust.get(ip)
+        if known is None:
+            address = ip_address(ip)
+            known = any(address.version == net.version and address in net for net in self._trusted)
+            if len(self._trust) >= ADDRESSES_KEPT_MAX:
+                self._trust.clear()
+            self._trust[ip] = known
+        return known
+
+    # -- requests --------------------------------------------------------------------------------
+
+    def request_line(self, method: str, target: str) -> tuple[bytes, str | None]:
+        """The line that goes upstream, and the authority of an absolute-form target.
+
+        The target stays as it came, byte for byte; an absolute one loses its scheme and authority,
+        which choose no upstream here.
+        """
+        authority = None
+        if not target.startswith("/") and target != "*":
+            match = _ABSOLUTE.match(target)
+            if match is not None:
+                authority = match[1]
+                target = target[match.end() :]
+                if not target.startswith("/"):
+                    target = "/" + target
+        base = b"" if target == "*" else self._address.base
+        return b"%b %b%b HTTP/1.1\r\n" % (
+            method.encode("ascii"), base, target.encode("utf-8", "surrogateescape"),
+        ), authority  # fmt: skip
+
+    def request(
+        self,
+        fields: RawHeaders,
+        peer: Peer,
+        *,
+        upgrade: bool = False,
+        http10: bool = False,
+        authority: str | None = None,
+    ) -> RequestHead:
+        """What goes upstream. `upgrade`: a wanted protocol switch is passed on. `authority`: from an
+        absolute-form target, which stands above the `Host` field (RFC 9112, 3.2.2)."""
+        return RequestHead(self, fields, peer, upgrade=upgrade, http10=http10, authority=authority)
+
+    # -- records ---------------------------------------------------------------------------------
+
+    def record_url(self, target: str) -> tuple[str, str]:
+        """(what a record says, the path alone). Query names stay, their values go unless allowed; an
+        authority and a fragment go whole."""
+        if not target.startswith("/"):
+            match = _ABSOLUTE.match(target)
+            if match is not None:
+                target = target[match.end() :]
+                if not target.startswith("/"):
+                    target = "/" + target
+        if "#" in target:
+            target = target.partition("#")[0]
+        path, mark, query = target.partition("?")
+        url = f"{self._base_url}{path}" if path != "*" else f"{self._base_url}/*"
+        if not mark or not query:
+            return url, path
+        shown = []
+        for pair in query.split("&"):
+            name = pair.partition("=")[0]
+            if name:
+                shown.append(pair if name in self._query_values else name)
+        return (f"{url}?{'&'.join(shown)}" if shown else url), path
+
+
+def trace_id(traceparent: bytes | None) -> str | None:
+    """The W3C trace id, or None where the field is not one."""
+    if traceparent is None:
+        return None
+    match = _TRACEPARENT.match(traceparent)
+    if match is None or match[1] == b"0" * 32:
+        return None
+    return match[1].decode("ascii")
+
+
+def address_in(text: str) -> IPv4Address | IPv6Address | None:
+    """An address as found in X-Forwarded-For: also with a port, in brackets, or IPv4 in IPv6's clothes."""
+    text = text.strip().strip('"')
+    if text.startswith("["):
+        text = text[1:].partition("]")[0]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        address = ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        return address.ipv4_mapped
+    return address

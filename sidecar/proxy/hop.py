@@ -1,0 +1,55 @@
+"""What all calls of one proxy share, and the shapes of what it is given from outside."""
+
+from __future__ import annotations
+
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from sidecar.exchange import Recorder, Subscriber
+from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.rules import ProxyRules
+from sidecar.proxy.upstream import Upstream
+from sidecar.usage import RawHeaders, Taps
+
+if TYPE_CHECKING:
+    from sidecar.proxy.ending import Ending
+
+NEVER: Final = float("inf")  # no deadline
+
+Attribute = Callable[[RawHeaders, str, str | None], tuple[Subscriber | None, Mapping[str, str]]]
+"""(fields, target, client's address) -> who pays, and what else the record says."""
+
+Route = Callable[[str, str], str | None]
+"""(method, path) -> the pattern it belongs to."""
+
+
+class ProxyMetrics(Protocol):
+    """What the hop counts; one call per happening."""
+
+    def request_rejected(self, reason: str) -> None: ...
+    def upstream_retried(self) -> None: ...
+    def drains_changed(self, delta: int) -> None: ...
+    def connections_changed(self, delta: int) -> None: ...
+    def limit_reached(self, name: str) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Hop:
+    """What all calls of one proxy share."""
+
+    rules: ProxyRules
+    headers: HeaderRules
+    upstream: Upstream
+    recorder: Recorder
+    taps: Taps
+    attribute: Attribute
+    route: Route
+    metrics: ProxyMetrics
+    loop: AbstractEventLoop
+    now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
+    calls: set[Ending] = field(default_factory=set)
+    drains: int = 0
+    stopping: bool = False
+    idle: Callable[[], None] | None = None  # called when the last call is over
