@@ -25,7 +25,7 @@ import orjson
 
 from sidecar.cli.output import Format
 from sidecar.cli.usage import report
-from sidecar.ledger import LedgerReader
+from sidecar.ledger import LedgerError, LedgerReader
 from sidecar.receiver import Receiver, Terms
 from sidecar.scripted_llm import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Script, ScriptedLLM, Tokens
 from sidecar.signals import stop_event
@@ -35,6 +35,7 @@ SETTLE_STEP_S: Final = 0.05
 PIECE_DELAY_S: Final = 0.02  # between the pieces of a streamed answer, so that it is one
 ARRIVED_ROWS_MAX: Final = 10
 BODY_CHARS_MAX: Final = 100
+API_KEY: Final = "key-of-the-demo"
 WEBHOOK_SECRET: Final = "worth-nothing-outside-of-the-demo"
 
 
@@ -116,14 +117,15 @@ async def run(
 ) -> int:
     """The demo from beginning to end; the exit code. `keep` stays until Ctrl-C, `settle_s` is waited for delivery."""
     async with AsyncExitStack() as stack:
-        data_dir = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
+        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
+        data_dir = room / "data"
         upstream_url = await stack.enter_async_context(_scripted())
         environ = environment(upstream_url, data_dir)
         receiver, receiver_url = None, ""
         if backend is not None:
             receiver, receiver_url = await stack.enter_async_context(_receiving(backend))
             environ |= BACKENDS[backend](receiver_url)
-            environ["SIDECAR_BACKENDS"] = f"ledger,{backend}"
+            environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(room, backend))}
         sidecar = await stack.enter_async_context(start(environ))
         say(f"scripted upstream  {upstream_url}  (OpenAI and Anthropic; nothing leaves this machine)")
         say(f"sidecar            {sidecar.proxy_url}  in front of it; records go to {data_dir}")
@@ -159,10 +161,25 @@ def environment(upstream_url: str, data_dir: Path) -> dict[str, str]:
 
 BACKENDS: Final[Mapping[str, Callable[[str], dict[str, str]]]] = {
     "meter": lambda url: {"SIDECAR_METER_URL": f"{url}/meter"},
-    "revenium": lambda url: {"SIDECAR_REVENIUM_URL": url, "SIDECAR_REVENIUM_API_KEY": "hak_demo_key"},
+    "revenium": lambda url: {"SIDECAR_REVENIUM_URL": url, "SIDECAR_REVENIUM_API_KEY": API_KEY},
+    "ledgerbee": lambda url: {"SIDECAR_LEDGERBEE_URL": url, "SIDECAR_LEDGERBEE_API_KEY": API_KEY},
+    "stripe": lambda url: {
+        "SIDECAR_STRIPE_URL": url, "SIDECAR_STRIPE_STREAM_URL": url, "SIDECAR_STRIPE_API_KEY": API_KEY,
+    },
+    "flexprice": lambda url: {"SIDECAR_FLEXPRICE_URL": url, "SIDECAR_FLEXPRICE_API_KEY": API_KEY},
+    "openmeter": lambda url: {"SIDECAR_OPENMETER_URL": url},
+    "lago": lambda url: {"SIDECAR_LAGO_URL": url, "SIDECAR_LAGO_API_KEY": API_KEY},
     "webhook": lambda url: {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_WEBHOOK_SECRET": WEBHOOK_SECRET},
-}
+}  # fmt: skip
 """What `--backend` takes, and the settings that point it at the receiver."""
+
+
+def _customers(room: Path, backend: str) -> Path:
+    """The file that says who the demo's subscribers are at the backend, which most backends want to know."""
+    path = room / "sidecar.toml"
+    names = dict.fromkeys(call.subscriber for call in CALLS)
+    path.write_text("".join(f'[subscribers.{name}]\n{backend} = "cus_{name}"\n' for name in names))
+    return path
 
 
 @asynccontextmanager
@@ -231,7 +248,10 @@ async def _settled(admin_url: str, calls: int, settle_s: float) -> dict[str, Any
 def _show_usage(data_dir: Path, say: Say) -> list[str]:
     """The usage table out of the ledger, and where it is not what the upstream reported."""
     by = ("subscriber", "provider", "model")
-    rows = LedgerReader(data_dir / "ledger.db").usage(by)
+    try:
+        rows = LedgerReader(data_dir / "ledger.db").usage(by)
+    except LedgerError as error:
+        return [str(error)]
     say("Usage, from the ledger:")
     say(_indent(report(rows, by, Format.TABLE)))
     say("")
@@ -282,7 +302,7 @@ def _show_arrived(receiver: Receiver, backend: str, balance: Mapping[str, Any], 
     if len(rows) > ARRIVED_ROWS_MAX:
         say(f"  … and {len(rows) - ARRIVED_ROWS_MAX} more")
     say("")
-    bad = [row for row in rows if row.verdict not in ("delivered", "duplicate")]
+    bad = [row for row in rows if row.verdict not in ("delivered", "duplicate", "retry")]
     problems = [f"{row.path} was {row.verdict} by the receiver" for row in bad]
     if not rows and balance["backends"].get(backend, {}).get("delivered"):
         problems.append(f"the balance says delivered, and nothing arrived at {backend}")

@@ -66,7 +66,7 @@ async def test_every_backend_it_knows_gets_the_calls(backend: str) -> None:
     text = "\n".join(said)
     assert f"What arrived at {backend}:" in text
     assert "  delivered  /" in text
-    assert "demo_key" not in text
+    assert demo.API_KEY not in text
     assert demo.WEBHOOK_SECRET not in text
 
 
