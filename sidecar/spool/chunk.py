@@ -193,15 +193,16 @@ class Chunk:
 
     @classmethod
     def reopen(cls, path: Path, number: int) -> Chunk:
-        """A file left by an earlier run; the log is recovered and an older format brought up to date."""
-        check_header(path)
+        """A file left by an earlier run; the log is recovered."""
         try:
             connection = _connect(path)
         except sqlite3.Error as error:
             raise translate(error, path) from error
         try:
+            if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
+                raise SpoolDamaged(f"{path} is not a chunk of a spool")
+            check_version(connection.execute("PRAGMA user_version").fetchone()[0], path)
             _prepare(connection, path)
-            _migrate(connection, path)
             chunk = cls(path, number, connection)
             first_seq, base = meta(connection, "first_seq"), meta(connection, "base_recorded")
             if first_seq is not None:
@@ -252,6 +253,13 @@ class Chunk:
             return said
         self.broken = True
         return said if isinstance(said, SpoolFailed) else SpoolFailed(str(said))
+
+    def migrate(self) -> None:
+        """Bring a file of an older format up to date."""
+        try:
+            _migrate(self._connection, self.path)
+        except sqlite3.Error as error:
+            raise self._failed(error) from error
 
     def seal(self) -> None:
         """Nothing more will come: bring the log into the main file and close. Takes long; not for the writer thread.
@@ -333,12 +341,17 @@ def check_header(path: Path) -> int:
     if int.from_bytes(head[68:72], "big") != APPLICATION_ID:
         raise SpoolDamaged(f"{path} is not a chunk of a spool")
     version = int.from_bytes(head[60:64], "big")
+    check_version(version, path)
+    return version
+
+
+def check_version(version: int, path: Path) -> None:
+    """Refuse a newer format by name."""
     if version > FORMAT:
         raise SpoolError(
             f"{path} has format {version} and this version reads up to {FORMAT}: it was written by a newer release;"
             " run that release, or set SIDECAR_DATA_DIR to another directory"
         )
-    return version
 
 
 def lost_json(lost: Mapping[str, int]) -> str:

@@ -159,6 +159,11 @@ class Leaves:
         return self._main.read(PAGE_BYTES)
 
 
+def has_rows(image: bytes) -> bool:
+    """Whether a page is a leaf of a table with anything in it."""
+    return next(_cells(image, _TABLE_LEAF), None) is not None
+
+
 def _cells(image: bytes, kind: int) -> Iterator[int]:
     """Where the cells of a leaf begin."""
     if len(image) < PAGE_BYTES or image[0] != kind:  # page 1 lists the tables and holds none of our rows

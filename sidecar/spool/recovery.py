@@ -92,8 +92,8 @@ def _inspect(path: Path, number: int, found: Recovered) -> bool:
     if files.size_or_zero(path) <= PAGE_BYTES and log_bytes <= _UNMADE_LOG_BYTES:
         files.remove_chunk(path)
         return False
-    version = check_header(path)
-    if log_bytes == 0 and version == FORMAT:
+    # With a log beside it only SQLite opens the file: closing it would let go of every lock this process has on it.
+    if log_bytes == 0 and check_header(path) == FORMAT:
         with reading(path) as connection:
             if meta(connection, "sealed") is None:
                 raise SpoolDamaged(f"{path} has lost its write-ahead log")
@@ -117,8 +117,9 @@ def _reopen(path: Path, number: int, found: Recovered) -> bool:
         raise
     try:
         sealed = meta(chunk.connection, "sealed") is not None
-        if not sealed and salvage.log_is_damaged(path, salvage.valid_frames(path)):
+        if not sealed and salvage.log_is_damaged(path, _visible_commits(chunk.connection)):
             raise SpoolDamaged(f"{path} has a write-ahead log that breaks off before its end")
+        chunk.migrate()
         if chunk.opening is None:  # made ahead and never used
             chunk.close()
             files.remove_chunk(path)
@@ -128,6 +129,17 @@ def _reopen(path: Path, number: int, found: Recovered) -> bool:
         raise SpoolDamaged(str(error)) from error
     found.to_seal.append(chunk)
     return True
+
+
+def _visible_commits(connection: sqlite3.Connection) -> int:
+    """The transactions that SQLite shows; each has a number of its own."""
+    numbers: list[int] = []
+    for table, key in (("record_group", "first_seq"), ("intent_group", "commit_number")):
+        for way in ("ASC", "DESC"):  # both keys grow with the commits
+            row = connection.execute(f"SELECT commit_number FROM {table} ORDER BY {key} {way} LIMIT 1").fetchone()
+            if row is not None:
+                numbers.append(row[0])
+    return max(numbers) - min(numbers) + 1 if numbers else 0
 
 
 def _begun(path: Path) -> bool:

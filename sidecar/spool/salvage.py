@@ -9,23 +9,23 @@ from __future__ import annotations
 
 import logging
 import os
-import struct
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, BinaryIO, Final
 
 from sidecar.spool import files
 from sidecar.spool.chunk import (
     INTENT_COLUMN_COUNT,
     NO_BOUND,
+    PAGE_BYTES,
     RECORD_COLUMN_COUNT,
     Chunk,
     IntentGroup,
     Opening,
     RecordGroup,
 )
-from sidecar.spool.leaves import Leaves, frames, read_salts
+from sidecar.spool.leaves import Frame, Leaves, frames, has_rows, read_salts
 from sidecar.spool.words import SpoolDamaged
 
 log = logging.getLogger("sidecar.spool")
@@ -79,30 +79,36 @@ def finish_swaps(root: Path, instance: str, slot: Path) -> None:
     files.sync_directory(slot)
 
 
-def log_is_damaged(path: Path, accepted_frames: int) -> bool:
-    """Whether the log of an unsealed chunk holds a commit mark beyond the last frame that SQLite accepts.
+def log_is_damaged(path: Path, visible_commits: int) -> bool:
+    """Whether the log of an unsealed chunk holds more commits than SQLite shows after its recovery.
 
     SQLite takes that for the torn end of an interrupted transaction and opens clean, but a flipped bit in
     the middle looks the same and hides every commit behind it. Reading the rest without SQLite's checksums
-    and with ours tells the two apart, and costs nothing when it was only torn. SQLite accepts nothing where a
-    chunk's first commit was cut short; then there is no such mark, and the log's own head is whole (it is synced
-    before the first frame).
+    and with ours tells the two apart, and costs nothing when it was only torn. Where a chunk's first commit was
+    cut short there is no mark of it, and the log's own head is whole (it is synced before the first frame).
     """
     wal = files.wal_path(path)
     with wal.open("rb") as file:
         if read_salts(file) is None:
             return True
-    return any(frame.current and frame.commit_pages for frame in frames(wal)[accepted_frames:])
+        current = [frame for frame in frames(wal) if frame.current]
+        commits = sum(1 for frame in current if frame.commit_pages)
+        return commits - _begins_with_schema(file, current) > visible_commits
 
 
-def valid_frames(path: Path) -> int:
-    """How many frames of the log SQLite accepts, from the index beside an open chunk (`mxFrame`)."""
-    try:
-        with path.with_name(path.name + "-shm").open("rb") as file:
-            head = file.read(20)
-    except OSError:
-        return 0
-    return int(struct.unpack_from("=I", head, 16)[0]) if len(head) == 20 else 0
+def _begins_with_schema(wal: BinaryIO, current: list[Frame]) -> bool:
+    """Whether the first transaction is the one that made the tables: it brought no row.
+
+    Mostly it is not, because the log is begun anew for the first records; it is when a reader stood in the way.
+    """
+    for frame in current:
+        wal.seek(frame.offset)
+        image = wal.read(PAGE_BYTES)
+        if frame.page > 1 and has_rows(image):
+            return False
+        if frame.commit_pages:
+            return True
+    return False
 
 
 class _Draft:

@@ -113,7 +113,7 @@ def judge(root: Path, admitted: set[str], intended: set[str], released: set[str]
     Spool.open(root, limits=SMALL, instance="a").close()
     found = rows(root, "a")
     times = Counter(row["id"] for row in found)
-    assert max(times.values()) == 1
+    assert max(times.values(), default=0) <= 1
     assert released <= times.keys(), f"{len(released - times.keys())} acknowledged records are gone"
     assert intended <= times.keys(), "a call whose intent was on disk left no record"
     assert times.keys() <= admitted, "a record that nobody asked for"
@@ -214,7 +214,8 @@ def test_buffered_risks_no_more_than_its_bound_on_a_slow_disk(tmp_path, child, s
     slow_s = 0.3
     slow = shim | {"SHIM_SLOW_MS": "300"}
     running = child(tmp_path, SEED, clients=32, durability="buffered", chunk_bytes=1 << 20, env=slow)
-    running.wait_until_said("B", 40)
+    running.wait_until_said("R", 60)
+    running.wait_until_said("B", 60)
     running.kill()
     found = judge(tmp_path, set(running.said["A"]), set(running.said["I"]), set(running.said["R"]))
     on_disk = {row["id"] for row in found}
