@@ -61,7 +61,7 @@ bench: $(BENCH) ## cost per call and per chunk, beside nginx, HAProxy and Envoy 
 lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 	$(PIP) install --quiet uv
 	$(COMPILE) pyproject.toml requirements/build.in -o requirements/run.lock
-	$(COMPILE) pyproject.toml requirements/build.in -c requirements/run.lock --extra test --extra lint \
+	$(COMPILE) pyproject.toml requirements/build.in -c requirements/run.lock --extra test --extra lint --extra cel --extra clients \
 		-o requirements/test.lock
 
 readme: $(TEST) ## write the tables of the README from the code

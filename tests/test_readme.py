@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 import readme_tables
+import yaml
 
 from sidecar.backends import backend_settings
 from sidecar.cli import COMMANDS, parser
 from sidecar.metrics import FAMILIES
-from sidecar.settings import CONFIG, PREFIX, Setting, all_settings, core_settings, load
+from sidecar.settings import CONFIG, PREFIX, Setting, Settings, all_settings, core_settings, load
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -112,6 +113,28 @@ def test_the_toml_file_can_be_used() -> None:
     settings = load({CONFIG: str(ROOT / "config/sidecar.toml")}, backend_settings=backend_settings())
     assert len(settings.routes) == 2
     assert settings.subscribers == {"acme": {"revenium": "acme-corp"}}
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if p.suffix == ".yml"], ids=lambda path: path.name)
+def test_the_yaml_files_can_be_read(path: Path) -> None:
+    for document in yaml.safe_load_all(path.read_text()):
+        assert isinstance(document, dict)
+
+
+def test_every_alert_says_what_to_do() -> None:
+    (group,) = yaml.safe_load((ROOT / "config/alerts.yml").read_text())["groups"]
+    for rule in group["rules"]:
+        assert rule["expr"].count("(") == rule["expr"].count(")"), rule["alert"]
+        assert rule["labels"]["severity"] in ("critical", "warning")
+        assert rule["annotations"].keys() == {"summary", "action"}
+
+
+def test_the_grace_periods_are_longer_than_the_stop() -> None:
+    stop_s = Settings().stop_s
+    service = yaml.safe_load((ROOT / "config/compose.yml").read_text())["services"]["metering-sidecar"]
+    assert float(service["stop_grace_period"].removesuffix("s")) > stop_s
+    pod = yaml.safe_load((ROOT / "config/kubernetes.yml").read_text())["spec"]["template"]["spec"]
+    assert pod["terminationGracePeriodSeconds"] > stop_s
 
 
 def test_the_dashboard_can_be_imported() -> None:
