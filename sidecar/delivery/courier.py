@@ -8,6 +8,7 @@ state file is opened by the caller and belongs to this object while it runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import logging
 import random
@@ -20,8 +21,8 @@ from sidecar.balance import BackendTotals
 from sidecar.delivery.lane import Lane, LaneStatus
 from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
 from sidecar.delivery.removed import part_with
-from sidecar.delivery.retry import ClockWatch, Limits, Now
-from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.retry import BEFORE, ClockWatch, Limits, Now
+from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
 from sidecar.delivery.state.rows import Parked, Place
 from sidecar.verdict import Backend
@@ -53,6 +54,7 @@ class Delivery:
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-state")
         self._accounts = Accounts(state.path)
         self._group = asyncio.TaskGroup()
+        self._running = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
@@ -76,6 +78,7 @@ class Delivery:
             self._accounts.close()
             raise
         await self._group.__aenter__()
+        self._running = True
         for lane, (cursors, requests) in zip(self._lanes.values(), starts, strict=True):
             self._start(lane.run(cursors, requests))
         self._start(self._tick())
@@ -175,8 +178,16 @@ class Delivery:
         since_s: float | None = None,
         resend_unknown: bool = False,
     ) -> int:
-        """Offer parked events again; returns how many go. What may have been taken goes only with `resend_unknown`."""
+        """Offer parked events again; returns how many go. What may have been taken goes only with `resend_unknown`.
+
+        With `since_s`: what was parked since, and records made since that were skipped because their backend was
+        not configured yet. Stops where a backend's retry set is full; what is left goes with the next call.
+        """
         count = after = 0
+        if since_s is not None and ids is None and reason in (None, BEFORE):
+            for name, lane in self._lanes.items():
+                if backend in (None, name):
+                    count += await lane.redrive_before(since_s)
         while True:
             page = await asyncio.to_thread(
                 functools.partial(self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after)
@@ -211,7 +222,8 @@ class Delivery:
             _LOG.warning("the wall clock was set; what may have been taken is not sent again")
             for lane in self._lanes.values():
                 lane.clock_stepped()
-            self._start(self._expire())
+            if self._running:
+                self._start(self._expire())
         return now, stepped
 
     # --- inside -----------------------------------------------------------------------------------
@@ -222,7 +234,11 @@ class Delivery:
         task.add_done_callback(self._tasks.discard)
 
     async def _expire(self) -> None:
-        await self.in_state(self.state.expire_risks)
+        """For a crash before the lanes store it themselves."""
+        try:
+            await self.in_state(self.state.expire_risks)
+        except StateError as error:
+            _LOG.error("a step of the clock could not be stored: %s", error)
 
     async def _check_clock(self) -> None:
         """A wall clock that went back while we were away makes every window's age a guess."""
@@ -240,7 +256,8 @@ class Delivery:
         while True:
             await asyncio.sleep(self.limits.sweep_s)
             now, _ = self.look()
-            await self.in_state(functools.partial(self.state.saw_clock, now.wall_s))
+            with contextlib.suppress(StateError):  # the lanes tell
+                await self.in_state(functools.partial(self.state.saw_clock, now.wall_s))
 
     def _places(self) -> list[Place]:
         """Where each spool ends, and how many records were ever put in it: both of one moment."""

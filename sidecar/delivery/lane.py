@@ -43,15 +43,18 @@ from sidecar.delivery.retry import (
     window_left_s,
 )
 from sidecar.delivery.sources import Source, Sources
-from sidecar.delivery.state import DeliveryState, StateFull, request_size
+from sidecar.delivery.state import DeliveryState, StateError, StateFull, request_size
 from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Sealing, Settlement
 from sidecar.delivery.waiting import Waiting
+from sidecar.spool.words import SpoolError
 from sidecar.verdict import Backend, Dedup, Sealed, Unknown, Verdict
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
 FULL_RETRY_S = 1.0  # how often a full disk is asked again whether a verdict fits
+TROUBLE_RETRY_S = 1.0  # how soon a file that failed is opened again
+SWEEP_SLICE = 200  # requests looked at before the event loop is let go
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +99,7 @@ class _Result:
     verdicts: Sequence[Verdict]
     started: Now
     interrupted: bool = False
+    counted: bool = False  # judged before, by a turn that could not be stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,6 +122,8 @@ class Lane:
         self._waiting = Waiting(one_per_subject=backend.abilities.one_per_subject)
         self._under_way: dict[int, Request] = {}
         self._results: list[_Result] = []
+        self._in_hand: list[_Result] = []  # taken from there, and not stored yet
+        self._trouble: str | None = None  # why nothing can be read or stored
         self._bell = asyncio.Event()
         self.idle = asyncio.Event()  # nothing can be done before something happens
         self.draining = False
@@ -149,12 +155,12 @@ class Lane:
         oldest = min((request.oldest_s for request in requests), default=None)
         pace = self._pace
         full = self._set_is_full()
-        reason = pace.blocked
+        reason = pace.blocked or self._trouble
         if reason is None and full:
             reason = "retry_set_full"
         return LaneStatus(
             backend=self.backend.name,
-            state="blocked" if pace.blocked is not None else "down" if pace.slow or full else "up",
+            state="blocked" if pace.blocked is not None else "down" if pace.slow or full or self._trouble else "up",
             reason=reason,
             oldest_pending_s=None if oldest is None else max(now.wall_s - oldest, 0.0),
             sealed=len(requests),
@@ -164,19 +170,59 @@ class Lane:
         )
 
     async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
-        """Go on where the last run stopped: what is sealed comes first, byte for byte."""
+        """Go on where the last run stopped: what is sealed comes first, byte for byte.
+
+        A file that cannot be read or written stops this lane until it can; anything else that goes wrong is a
+        mistake of ours and ends it.
+        """
+        self._take_up(cursors, requests)
+        while True:
+            try:
+                if not await self._turn():
+                    await self._rest()
+                self._trouble = None
+            except (StateError, SpoolError, OSError) as error:
+                await self._start_over(error)
+
+    def _take_up(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
+        """Believe what is on disk. What this run still knows of attempts under way is not forgotten."""
+        results = {result.request.id: result for result in (*self._in_hand, *self._results)}
+        self._in_hand, self._results = [], []
+        self._sources = Sources(self._shared.reader, self._start_cursor, self._limits.read_bytes)
+        self._waiting = Waiting(one_per_subject=self.backend.abilities.one_per_subject)
         for cursor in cursors:
             self._sources.add(cursor)
+        for request in self._under_way.values():
+            self._waiting.call(request.subject)
         now = self._now()
         for request in requests:
-            if request.under_way:
+            if request.id in self._under_way:
+                continue
+            if request.under_way and request.id in results:
+                self._results.append(replace(results[request.id], request=request))
+            elif request.under_way:
                 self._interrupted(request, now)
             else:
                 wait_s = min(max(request.due_s - now.wall_s, 0.0), self._limits.backoff_cap_s)
                 self._waiting.put_later(request, now.mono_s + wait_s)
+
+    async def _start_over(self, error: Exception) -> None:
+        """Nothing that was not confirmed is believed: wait, open the file again, and read what it says."""
+        state, name = self._shared.state, self.backend.name
         while True:
-            if not await self._turn():
-                await self._rest()
+            if self._trouble != str(error):
+                self._trouble = str(error)
+                self._log(logging.ERROR, f"delivery waits: {error}")
+            await asyncio.sleep(TROUBLE_RETRY_S)
+            try:
+                await self._shared.in_state(state.reopen)
+                cursors = await self._shared.in_state(lambda: state.cursors(name))
+                requests = await self._shared.in_state(lambda: state.open_requests(name))
+            except StateError as again:
+                error = again
+            else:
+                self._take_up(cursors, requests)
+                return
 
     # --- one turn ---------------------------------------------------------------------------------
 
@@ -186,6 +232,7 @@ class Lane:
         if self._expired:
             self._expire()
         results, self._results = self._results, []
+        self._in_hand = results
         settlements = [await self._judge(result, now) for result in results]
         if now.mono_s >= self._next_sweep_s:
             self._next_sweep_s = now.mono_s + self._limits.sweep_s
@@ -195,6 +242,7 @@ class Lane:
         if not (settlements or begin or planned):
             return bool(self._results)
         await self._store(settlements, begin, planned)
+        self._in_hand = []
         return True
 
     async def _store(self, settlements: list[Settlement], begin: list[Request], planned: _Planned | None) -> None:
@@ -246,13 +294,28 @@ class Lane:
         self._ring()
         return count
 
+    async def redrive_before(self, since_s: float) -> int:
+        """Let records go that were made before this backend was first configured, from a time on. Returns how many."""
+        count = 0
+        async for step in redriving.before(self.backend, since_s, self._shared):
+            if self._set_is_full():
+                break
+            now = self._now()
+            ids = await self._blocking(lambda s=step, n=now: self._shared.state.unskip(s, n.wall_s))  # type: ignore[misc]
+            for id_, request in zip(ids, step.requests, strict=True):
+                self._waiting.put_later(_opened(id_, step.cursor, request), now.mono_s)
+            count += step.records
+        self._ring()
+        return count
+
     # --- verdicts ---------------------------------------------------------------------------------
 
     async def _judge(self, result: _Result, now: Now) -> Settlement:
         request, limits = result.request, self._limits
         verdicts: Sequence[Verdict] = result.verdicts
-        if not result.interrupted:
-            verdicts = suspect(self._pace, verdicts, limits)
+        if not (result.interrupted or result.counted):
+            result.verdicts = verdicts = suspect(self._pace, verdicts, limits)
+            result.counted = True
             self._set_pace(next_pace(self._pace, verdicts, now, self._roll(), limits))
             self._shared.metrics.batch_settled(self.backend.name, verdicts, now.mono_s - result.started.mono_s)
         attempt = Attempt(
@@ -261,6 +324,7 @@ class Lane:
             started=result.started,
             ended=now,
             roll=self._roll(),
+            stepped=request.stepped,
         )
         decision = judge(attempt, request.tries, self.backend.abilities, limits)
         if result.interrupted:
@@ -297,7 +361,9 @@ class Lane:
     async def _sweep(self, now: Now) -> list[Settlement]:
         """Look at everything that waits: windows and ages run on while nothing is offered."""
         settlements = []
-        for request in list(self._waiting):
+        for count, request in enumerate(list(self._waiting), 1):
+            if count % SWEEP_SLICE == 0:
+                await asyncio.sleep(0)
             left_s = window_left_s(request.tries, self.backend.abilities, now, self._limits)
             if left_s is not None and 0 < left_s < self._limits.window_warning_s and not request.warned:
                 request.warned = True
@@ -360,7 +426,8 @@ class Lane:
     def _expire(self) -> None:
         self._expired = False
         for request in self._open():
-            if request.tries.risky or request.under_way:
+            request.stepped = request.under_way
+            if request.tries.risky:
                 request.tries = replace(request.tries, expired=True)
         self._next_sweep_s = 0.0
 
@@ -408,7 +475,7 @@ class Lane:
         return self._waiting.later_records >= limits.retry_records or self._waiting.later_bytes >= limits.retry_bytes
 
     def _send(self, request: Request, now: Now) -> None:
-        request.under_way = True
+        request.under_way, request.stepped = True, False
         request.started_s = now.wall_s
         self._under_way[request.id] = request
         self._shared.spawn(self._offer(request, now))
@@ -571,6 +638,7 @@ class Lane:
 
     def _open(self) -> Iterator[Request]:
         yield from self._under_way.values()
+        yield from (result.request for result in self._results)
         yield from self._waiting
 
     async def _blocking(self, work: Callable[[], _T]) -> _T:

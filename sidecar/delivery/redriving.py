@@ -7,22 +7,27 @@ only when the operator accepts doubles, and then as the very same request wherev
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import functools
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
 from sidecar.delivery import sealing
+from sidecar.delivery.ports import SpoolReader
 from sidecar.delivery.retry import Limits, Now, Tries
 from sidecar.delivery.state import DeliveryState
-from sidecar.delivery.state.rows import NewRequest, Parked, Redrive
+from sidecar.delivery.state.rows import NewRequest, Parked, Range, Redrive, Unskip
 from sidecar.verdict import Backend, Dedup
 
 _T = TypeVar("_T")
+_NO_BOUND = 1 << 30  # on requests in one step: it is one slice of records
 
 
 class Owner(Protocol):
     """What is needed of the owner of the lanes."""
 
+    reader: SpoolReader
     state: DeliveryState
     limits: Limits
 
@@ -98,6 +103,45 @@ async def _anew(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Ow
     skipped = {parked.seq: reason for parked, reason in _skips(rows, lost)}
     going = [row for row in rows if row.seq in carried or row.seq in skipped]
     return Redrive(cursor=cursor, parked=going, requests=requests, skipped=skipped) if going else None
+
+
+async def before(backend: Backend, since_s: float, owner: Owner) -> AsyncIterator[Unskip]:
+    """Records made before the backend was first configured, from a time on and as far as the spool still has them."""
+    state, reader, limits = owner.state, owner.reader, owner.limits
+    for skipped in await owner.in_state(lambda: state.ranges(backend.name)):
+        after = skipped.first_seq - 1
+        while after < skipped.last_seq:
+            read = functools.partial(reader.read, skipped.instance, after, bytes_max=limits.read_bytes)
+            groups = [group for group in await asyncio.to_thread(read) if group.first_seq <= skipped.last_seq]
+            if not groups:
+                break
+            items = [
+                sealing.Item(seq, line)
+                for group in groups
+                for seq, line in enumerate(group.lines, group.first_seq)
+                if after < seq <= skipped.last_seq
+            ]
+            after = groups[-1].last_seq
+            for start in range(0, len(items), limits.encode_records):
+                step = await _unskip(backend, skipped, items[start : start + limits.encode_records], since_s, owner)
+                if step is not None:
+                    yield step
+
+
+async def _unskip(
+    backend: Backend, skipped: Range, items: Sequence[sealing.Item], since_s: float, owner: Owner
+) -> Unskip | None:
+    low, high = items[0].seq - 1, items[-1].seq
+    known = await owner.in_state(lambda: owner.state.known(skipped.cursor, low, high))
+    old = sealing.older_than(since_s, [item.seq for item in items], [item.line for item in items])
+    going = [item for item in items if item.seq not in known and item.seq not in old]
+    if not going:
+        return None
+    now_s = owner.look()[0].wall_s
+    plan = await sealing.plan(backend, going, room=_NO_BOUND, again_upto=0, now_s=now_s, limits=owner.limits)
+    return Unskip(
+        cursor=skipped.cursor, range=skipped.id, requests=plan.requests, skipped=plan.skipped, parked=plan.parked
+    )
 
 
 def _harmless(backend: Backend, rows: Sequence[Parked], owner: Owner, *, forced: bool) -> bool:

@@ -17,11 +17,13 @@ import orjson
 
 from sidecar.delivery.ports import SpoolReader
 from sidecar.delivery.retry import REMOVED, Now, Parking, park_all
-from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.rows import Cursor, NewParked, Sealing, Settlement
+from sidecar.spool.words import SpoolError
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
+RETRY_S: Final = 60.0  # after a file that cannot be read or written
 SLICE: Final = 200  # requests or records parked in one transaction: a few milliseconds
 
 
@@ -37,6 +39,17 @@ class Owner(Protocol):
 
 async def part_with(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
     """Park everything sealed for a backend, and everything in the spools up to where they ended at the start."""
+    while True:
+        try:
+            await _park_all(name, owner, ends)
+        except (StateError, SpoolError, OSError) as error:
+            _LOG.error("a removed backend's records cannot be parked yet: %s", error)
+            await asyncio.sleep(RETRY_S)
+        else:
+            return
+
+
+async def _park_all(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
     count = await _park_sealed(name, owner)
     cursors = {cursor.instance: cursor for cursor in await owner.in_state(lambda: owner.state.cursors(name))}
     for instance, end in ends.items():

@@ -198,6 +198,7 @@ class Attempt:
     started: Now
     ended: Now
     roll: float  # chance, 0..1
+    stepped: bool = False  # the wall clock was set while it was under way
 
 
 def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits) -> Decision:
@@ -222,7 +223,12 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
 def _tried(attempt: Attempt, before: Tries) -> Tries:
     tries = replace(before, forced=False) if before.forced else before
     if tries.risk_wall_s is None and any(may_have_been_taken(v) for v in attempt.verdicts):
-        tries = replace(tries, risk_wall_s=attempt.started.wall_s, risk_mono_s=attempt.started.mono_s)
+        tries = replace(
+            tries,
+            risk_wall_s=attempt.started.wall_s,
+            risk_mono_s=attempt.started.mono_s,
+            expired=tries.expired or attempt.stepped,
+        )
     return tries
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sqlite3
 from collections import Counter
 from pathlib import Path
 
@@ -10,8 +11,11 @@ import pytest
 from delivery_fixtures import QUICK, START_S, HandClock, MemorySpool, World, plain, record_id, record_line, until
 from fake_backend import FakeBackend
 
-from sidecar.delivery import Delivery
+from sidecar.delivery import Delivery, DeliveryState, lane
+from sidecar.delivery.state import StateError
+from sidecar.delivery.state.schema import open_reader
 from sidecar.exchange import Outcome
+from sidecar.spool.words import SpoolDamaged, StoredGroup
 from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Refused, Retry, Unknown
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
@@ -31,6 +35,15 @@ def world(tmp_path: Path) -> World:
 
 def settled(world: World, delivery: Delivery, name: str = "fake") -> bool:
     return delivery.totals(world.spool.upto())[name].pending == 0
+
+
+def rows(world: World, table: str) -> int:
+    """What is in a table, as another process sees it."""
+    connection = open_reader(world.path)
+    try:
+        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+    finally:
+        connection.close()
 
 
 async def all_settled(world: World, delivery: Delivery, name: str = "fake") -> dict[str, object]:
@@ -312,6 +325,21 @@ async def test_a_mapping_made_later_lets_parked_records_go(world: World) -> None
     assert set(backend.taken.values()) == {1}
 
 
+async def test_one_parked_record_may_become_several_events(world: World) -> None:
+    world.spool.add(6)
+    unmapped = ["no_customer"]
+    backend = FakeBackend(SINGLE, park=lambda r: unmapped[0] if unmapped else None, events_of=lambda r: ("a", "b", "c"))
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"parked": {"no_customer": 6}}
+        unmapped.clear()
+        assert await delivery.redrive() == 6
+        assert await all_settled(world, delivery) == {"delivered": 6}
+        assert rows(world, "payload") == 0  # nothing that is settled keeps its bytes
+        await delivery.forget({"one": 6})
+        assert world.balance(delivery)["fake"].delivered == 6
+        assert [rows(world, table) for table in ("sealed", "parts", "parked")] == [0, 0, 0]
+
+
 async def test_a_redrive_of_what_needs_no_event_now_is_skipped(world: World) -> None:
     world.spool.add(4)
     reasons = {"park": "no_customer", "skip": None}
@@ -346,6 +374,28 @@ async def test_a_new_backend_begins_behind_what_is_there(world: World) -> None:
         assert plain(world.balance(delivery), "late") == {"skipped": {"before": 20}}
         world.spool.add(5)
         assert await all_settled(world, delivery, "late") == {"delivered": 5, "skipped": {"before": 20}}
+
+
+async def test_older_records_go_to_a_new_backend_by_redrive(world: World) -> None:
+    world.clock = HandClock()
+    world.spool.add(20, at_s=START_S - 100)
+    ids = world.spool.add(15, at_s=START_S - 10)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        await all_settled(world, delivery)
+    late = FakeBackend(SINGLE, name="late", poison={ids[3]}, skip=lambda r: "no_value" if r.id == ids[4] else None)
+    async with world.deliver(FakeBackend(BATCH), late) as delivery:
+        world.spool.add(5)
+        assert await delivery.redrive(backend="late", since_s=START_S - 50) == 15
+        expected = {
+            "delivered": 18,
+            "parked": {"http_400": 1},
+            "skipped": {"before": 20, "no_value": 1},
+        }
+        assert await all_settled(world, delivery, "late") == expected
+        assert await delivery.redrive(backend="late", reason="before", since_s=START_S - 50) == 0
+        assert await delivery.redrive(backend="late", reason="before", since_s=START_S - 1000) == 20
+        assert (await all_settled(world, delivery, "late"))["delivered"] == 38
+    assert set(late.taken.values()) == {1}
 
 
 async def test_what_a_removed_backend_had_still_to_get_is_parked(world: World) -> None:
@@ -421,7 +471,7 @@ async def test_draining_waits_for_no_batch_to_fill_and_for_no_one_who_is_down(wo
 async def test_a_lane_that_dies_takes_its_owner_with_it(world: World) -> None:
     class Broken(MemorySpool):
         def read(self, *_: object, **__: object) -> list[object]:  # type: ignore[override]
-            raise OSError("the spool is gone")
+            raise KeyError("a mistake of ours")
 
     world.spool = Broken()
     world.spool.add(1)
@@ -429,7 +479,101 @@ async def test_a_lane_that_dies_takes_its_owner_with_it(world: World) -> None:
         async with world.deliver(FakeBackend(BATCH)) as delivery:
             delivery.wake()
             await until(lambda: False, limit_s=5.0)
-    assert caught.group_contains(OSError)
+    assert caught.group_contains(KeyError)
+
+
+async def test_a_spool_that_cannot_be_read_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "TROUBLE_RETRY_S", 0.01)
+
+    class Flaky(MemorySpool):
+        def read(self, instance: str, after_seq: int, *, bytes_max: int = 1 << 20) -> list[StoredGroup]:
+            self.reads += 1
+            if self.reads % 3:
+                raise SpoolDamaged("one page is broken")
+            return MemorySpool.read(self, instance, after_seq, bytes_max=bytes_max)
+
+    world.spool = Flaky()
+    world.spool.add(30)
+    backend = FakeBackend(NONE, latency_s=0.002)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: delivery.status()[0].reason == "one page is broken")
+        assert await all_settled(world, delivery) == {"delivered": 30}
+    assert set(backend.taken.values()) == {1}
+
+
+async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lane, "FULL_RETRY_S", 0.01)
+    world.spool.add(400)
+    backend = FakeBackend(NONE, latency_s=0.001)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: len(backend.taken) > 20)
+        connection = delivery.state._conn
+        full = await delivery.in_state(lambda: connection.execute("PRAGMA max_page_count = 1").fetchone())
+        await until(lambda: backend.busy == 0)
+        stuck = len(backend.taken)
+        await asyncio.sleep(0.05)
+        assert len(backend.taken) <= stuck + NONE.concurrency
+        assert full is not None
+        await delivery.in_state(lambda: connection.execute("PRAGMA max_page_count = 1000000").fetchone())
+        assert await all_settled(world, delivery) == {"delivered": 400}
+    assert set(backend.taken.values()) == {1}
+
+
+async def test_a_state_file_that_fails_is_opened_again_and_believed(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lane, "TROUBLE_RETRY_S", 0.01)
+    ids = world.spool.add(300)
+    backends = [FakeBackend(NONE, latency_s=0.001), FakeBackend(SINGLE, name="other", latency_s=0.001)]
+    world.begin("fake", "other")
+    async with world.deliver(*backends) as delivery:
+        delivery.wake()
+        for taken in (20, 60, 150):
+            await until(lambda n=taken: len(backends[0].taken) > n)  # type: ignore[misc]
+            await delivery.in_state(delivery.state._conn.close)
+        await all_settled(world, delivery, "other")
+        assert await all_settled(world, delivery) == {"delivered": 300}
+        assert plain(world.balance(delivery), "other") == {"delivered": 300}
+    assert all(backend.taken == Counter(ids) for backend in backends)
+
+
+def test_a_newer_file_is_refused_by_name(world: World) -> None:
+    with sqlite3.connect(world.path) as connection:
+        connection.execute("PRAGMA user_version = 99")
+    connection.close()
+    with pytest.raises(StateError, match=r"delivery\.db has format 99.*update it"):
+        DeliveryState.open(world.path)
+
+
+def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "delivery.db"
+    path.write_bytes(b"not a database at all" * 500)
+    with pytest.raises(StateError, match=r"damaged.*move it aside"):
+        DeliveryState.open(path)
+
+
+async def test_a_miscounted_row_is_found(world: World) -> None:
+    world.spool.add(10)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        await all_settled(world, delivery)
+    with sqlite3.connect(world.path) as connection:
+        connection.execute("UPDATE counter SET n = n + 1 WHERE term = 'delivered'")
+    connection.close()
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        assert delivery.totals(world.spool.upto())["fake"].total == 11
+        assert ["delivered says 11, the rows 10" in problem for problem in delivery.verify()] == [True]
+
+
+async def test_a_spool_behind_its_cursor_is_told(world: World) -> None:
+    world.spool.add(30)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        await all_settled(world, delivery)
+    world.spool = MemorySpool()
+    world.spool.add(25)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        assert ["5 record numbers were lost" in problem for problem in delivery.verify()] == [True]
 
 
 def test_ids_of_the_fixtures_are_as_long_as_real_ones() -> None:

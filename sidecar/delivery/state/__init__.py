@@ -11,7 +11,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.delivery.retry import BEFORE, MISSING, Fate, Parking, Term, Tries
+from sidecar.delivery.state.accounts import records_between
 from sidecar.delivery.state.books import Books, Shift
 from sidecar.delivery.state.folding import FOLD_RECORDS, fold_cursor
 from sidecar.delivery.state.rows import (
@@ -29,6 +30,7 @@ from sidecar.delivery.state.rows import (
     NewRequest,
     Parked,
     Place,
+    Range,
     Redrive,
     Request,
     Sealing,
@@ -36,6 +38,7 @@ from sidecar.delivery.state.rows import (
     StateBusy,
     StateError,
     StateFull,
+    Unskip,
 )
 from sidecar.delivery.state.schema import open_writer, told, transaction
 from sidecar.verdict import Event, Sealed
@@ -276,6 +279,36 @@ class DeliveryState:
             books.close()
         return ids
 
+    def ranges(self, backend: str, reason: str = BEFORE) -> list[Range]:
+        """What was skipped for a backend without being looked at."""
+        with self._lock, told(self.path):
+            rows = self._conn.execute(
+                "SELECT skipped.id, cursor, instance, first_seq, last_seq, n FROM skipped"
+                " JOIN cursor ON cursor.id = skipped.cursor"
+                " WHERE backend = ? AND reason = ? AND seqs IS NULL AND n > 0 ORDER BY skipped.id",
+                (backend, reason),
+            ).fetchall()
+        return [Range(*row) for row in rows]
+
+    def known(self, cursor: int, after: int, upto: int) -> set[int]:
+        """Which of these numbers have a place of their own already."""
+        with self._lock, told(self.path):
+            return set(records_between(self._conn, cursor, after, upto))
+
+    def unskip(self, step: Unskip, now_s: float) -> list[int]:
+        """Let records out of a range that was skipped: one transaction, as if they were sealed for the first time."""
+        with self._step() as conn:
+            left = conn.execute(
+                "UPDATE skipped SET n = n - ? WHERE id = ? AND n >= ?", (step.records, step.range, step.records)
+            ).rowcount
+            if left != 1:
+                raise StateBusy(f"{self.path}: fewer records are skipped than were to be let go; run it again")
+            books = Books(conn)
+            books.add(step.cursor, Term.SKIPPED, -step.records, BEFORE)
+            ids = self._place(conn, books, step.cursor, step, now_s)
+            books.close()
+        return ids
+
     def fold(self, instance: str, upto_seq: int) -> bool:
         """Forget settled requests of one instance up to a number, a slice a call; False when nothing is left to do.
 
@@ -299,23 +332,36 @@ class DeliveryState:
         cursor = sealing.cursor
         self._move_cursor(conn, cursor, sealing.from_seq, sealing.to_seq)
         books = Books(conn)
-        ids = [
-            self._insert(conn, cursor, new, now_s, under_way=index in sealing.at_once)
-            for index, new in enumerate(sealing.requests)
-        ]
-        for seq, count in Counter(m.seq for new in sealing.requests for m in new.members).items():
-            books.enter(cursor, seq, count)
-            self._has_parts = self._has_parts or count > 1
-        for reason, seqs in sealing.skipped.items():
-            self._insert_skipped(conn, cursor, reason, seqs)
-            books.add(cursor, Term.SKIPPED, len(seqs), reason)
+        ids = self._place(conn, books, cursor, sealing, now_s, sealing.at_once)
         for hole in sealing.holes:
             self._insert_range(conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
             books.add(cursor, Term.SKIPPED, hole.records, MISSING)
-        for new_parked in sealing.parked:
-            self._insert_parked(conn, cursor, new_parked, now_s)
-            books.add(cursor, Term.PARKED, 1, new_parked.reason)
         books.close()
+        return ids
+
+    def _place(
+        self,
+        conn: sqlite3.Connection,
+        books: Books,
+        cursor: int,
+        step: Sealing | Unskip,
+        now_s: float,
+        at_once: Collection[int] = (),
+    ) -> list[int]:
+        """Give records that had no place of their own the one that was decided for them."""
+        ids = [
+            self._insert(conn, cursor, new, now_s, under_way=index in at_once)
+            for index, new in enumerate(step.requests)
+        ]
+        for seq, count in Counter(m.seq for new in step.requests for m in new.members).items():
+            books.enter(cursor, seq, count)
+            self._has_parts = self._has_parts or count > 1
+        for reason, seqs in step.skipped.items():
+            self._insert_skipped(conn, cursor, reason, seqs)
+            books.add(cursor, Term.SKIPPED, len(seqs), reason)
+        for parked in step.parked:
+            self._insert_parked(conn, cursor, parked, now_s)
+            books.add(cursor, Term.PARKED, 1, parked.reason)
         return ids
 
     def _move_cursor(self, conn: sqlite3.Connection, cursor: int, from_seq: int, to_seq: int) -> None:
@@ -372,7 +418,7 @@ class DeliveryState:
         tries = one.decision.tries
         self._still_open(
             conn.execute(
-                "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = max(expired, ?), forced = ?,"
+                "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = ?, forced = ?,"
                 " history = ? WHERE id = ? AND settled = 0",
                 (
                     one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),

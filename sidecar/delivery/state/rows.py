@@ -71,6 +71,7 @@ class Request:
     history: tuple[str, ...]
     sealed: Sealed | None = None
     warned: bool = False  # that its window is about to end
+    stepped: bool = False  # the wall clock was set during this attempt
     held: bool = False  # waits for as long as the backend said, not for our own backoff
 
 
@@ -160,6 +161,34 @@ class Redrive:
     parked: Sequence[Parked]
     requests: Sequence[NewRequest]
     skipped: Mapping[int, str] = field(default_factory=dict)  # seq -> reason: encodes to nothing now
+
+
+@dataclass(frozen=True, slots=True)
+class Range:
+    """Records that were skipped without being looked at; `records` of these numbers are still skipped."""
+
+    id: int
+    cursor: int
+    instance: str
+    first_seq: int
+    last_seq: int
+    records: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unskip:
+    """Records that leave such a range, and what becomes of them."""
+
+    cursor: int
+    range: int
+    requests: Sequence[NewRequest] = ()
+    skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    parked: Sequence[NewParked] = ()
+
+    @property
+    def records(self) -> int:
+        sealed = {member.seq for new in self.requests for member in new.members}
+        return len(sealed) + sum(map(len, self.skipped.values())) + len(self.parked)
 
 
 @dataclass(frozen=True, slots=True)
