@@ -186,7 +186,7 @@ def customer_id(record: Record, customers: Mapping[str, str]) -> str | None:
     A hashed key is nobody's customer id: a vendor would take it and drop the event later.
     """
     own = subscriber_id(record)
-    if own is None:
+    if not own:
         return None
     if own in customers:
         return customers[own]

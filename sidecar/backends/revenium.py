@@ -100,7 +100,7 @@ class ReveniumBackend:
             concurrency=CONCURRENCY,
             resend_unknown=resend_unknown,
         )
-        self.address = _base(url or self._mode.host)
+        self.address = base_address(url or self._mode.host)
         self._is_given = url is not None
         self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
         self._options = Options(
@@ -163,7 +163,7 @@ class ReveniumBackend:
         await self._client.aclose()
 
 
-def _base(url: str) -> str:
+def base_address(url: str) -> str:
     """The host, however much of the vendor's path was given with it: its own packages take all of these."""
     base: str = kinds.http_url.parse(url)
     for tail in (V1, V2, "/meter"):

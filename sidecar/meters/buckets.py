@@ -82,6 +82,12 @@ def bucket_deltas(records: Iterable[Record], meters: Sequence[Meter]) -> list[Bu
     return list(found.values())
 
 
+def amount(delta: BucketDelta, meter: Meter) -> Decimal:
+    """What a delta alone amounts to, with the multiplier: for trying a meter on recorded calls."""
+    value = Decimal(min(len(delta.hashes), UNIQUE_MAX)) if delta.kind is Kind.UNIQUE_COUNT else delta.value
+    return EXACT.multiply(value or Decimal(0), meter.multiplier or Decimal(1))
+
+
 def hash_of(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "replace"), digest_size=HASH_BYTES).hexdigest()
 

@@ -8,12 +8,15 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import functools
 import hashlib
 import hmac
 import re
 import socket
 import ssl
-from collections.abc import AsyncIterator, Mapping
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,9 +43,10 @@ from hypothesis import strategies as st
 from sidecar.backends import BACKENDS, Context, backend_settings
 from sidecar.backends.base import BILLING, Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.backends.http import HttpClient
-from sidecar.exchange import Outcome, Subscriber
+from sidecar.exchange import Outcome, Subscriber, UsageState
 from sidecar.ledger import LedgerStore
 from sidecar.receiver import Do, Fault, Receiver, Terms
+from sidecar.record import Record
 from sidecar.settings import Secret, Setting
 from sidecar.verdict import (
     Backend,
@@ -116,14 +120,21 @@ def values_of(row: tuple[Setting, ...], given_values: Mapping[str, str]) -> dict
     return values
 
 
-def build(name: str, tmp_path: Path, url: str = "http://127.0.0.1:9", **more: str) -> Backend:
+def build(
+    name: str,
+    tmp_path: Path,
+    url: str = "http://127.0.0.1:9",
+    *,
+    open_ledger: Callable[[], LedgerStore] | None = None,
+    **more: str,
+) -> Backend:
     """A backend as the configuration would make it."""
     trial = TRIALS[name]
     row = BACKENDS[trial.backend]
     context = Context(
         data_dir=tmp_path,
         subscribers={"acme": {trial.backend: "cus_acme"}},
-        open_ledger=lambda: LedgerStore(tmp_path / "ledger.db"),
+        open_ledger=open_ledger or (lambda: LedgerStore(tmp_path / "ledger.db")),
     )
     urls = {"url": url, "stream_url": url}
     return row.make(values_of(row.settings, {**urls, **trial.values, **more}), context)
@@ -153,6 +164,71 @@ async def test_encoding_is_deterministic_and_complete(name: str, tmp_path: Path)
     assert set().union(*places) == {r.id for r in given_records}
     await first.aclose()
     await second.aclose()
+
+
+wild = st.text(max_size=60) | st.sampled_from(["", HOSTILE, "\x00", "\ufffe", "=,&%+ \n"])
+wild_usage = st.builds(
+    usage, usage_state=st.sampled_from(UsageState), provider=st.none() | wild, model=st.none() | wild,
+    operation=st.none() | wild, service_tier=st.none() | wild, error=st.none() | wild,
+    input_tokens=st.none() | st.integers(0, 2**63 - 1), output_tokens=st.none() | st.integers(0, 2**63 - 1),
+    cache_read_input_tokens=st.none() | st.integers(0, 2**63 - 1), finish_reasons=st.lists(wild, max_size=2),
+    units=st.dictionaries(wild, st.integers(-(2**53), 2**53) | st.floats(allow_nan=False) | wild, max_size=3),
+    cost_usd=st.none() | wild | st.decimals(allow_nan=False).map(str), raw_usage=st.none() | st.just([1]) | wild,
+    time_to_first_token_ms=st.none() | st.floats(0, 1e9),
+)  # fmt: skip
+wild_records = st.builds(
+    record, st.integers(1, 9), started_ns=st.integers(0, 4 * 10**18), method=wild, url=wild, route=st.none() | wild,
+    request_headers=st.lists(wild, max_size=3), client_ip=st.none() | wild, user_agent=st.none() | wild,
+    trace_id=st.none() | wild, subscriber=st.none() | st.builds(Subscriber, wild, wild),
+    dimensions=st.dictionaries(wild, wild, max_size=3), first_byte_ms=st.none() | st.floats(0, 1e9),
+    duration_ms=st.none() | st.floats(0, 1e9), status=st.none() | st.integers(100, 999),
+    outcome=st.sampled_from(Outcome), request_bytes=st.integers(0, 2**62), parent_id=st.none() | st.just(record_id(9)),
+    usage=st.none() | wild_usage,
+)  # fmt: skip
+
+
+@settings(max_examples=60)
+@given(st.lists(wild_records, min_size=1, max_size=4, unique_by=lambda r: r.id))
+async def test_nothing_that_a_record_may_hold_stops_an_encoder(given_records: list[Record]) -> None:
+    for name in TRIALS:
+        backend = made(name)
+        encoded = backend.encode(given_records)
+        sent = {event.record_id for sealed in encoded.sealed for event in sealed.events}
+        assert sent | set(encoded.skipped) | set(encoded.parked) == {r.id for r in given_records}
+        for sealed in encoded.sealed:
+            assert sealed.path.isascii()
+            assert not re.search(r"[\x00-\x20\x7f]", sealed.path + sealed.key)
+            if sealed.content_type.endswith("json"):
+                assert all(orjson.loads(line) is not None for line in sealed.body.splitlines())
+
+
+@functools.cache
+def made(name: str) -> Backend:
+    """A backend to encode with: it opens no connection, and its ledger has no file."""
+    return build(name, Path("/nonexistent"), open_ledger=lambda: LedgerStore(Path(":memory:")))
+
+
+DIGESTS = """
+import asyncio, hashlib, sys
+from test_backends import TRIALS, made, odd_records
+whole = hashlib.sha256()
+for name in sorted(TRIALS):
+    for sealed in made(name).encode(odd_records()).sealed:
+        whole.update(repr((sealed.key, sealed.path, sealed.headers, sealed.events, sealed.body)).encode())
+print(whole.hexdigest())
+"""
+
+
+def test_bytes_and_keys_are_the_same_in_another_process() -> None:
+    here = Path(__file__).parent
+    found = {
+        subprocess.run(
+            [sys.executable, "-c", DIGESTS], check=True, capture_output=True, text=True, cwd=here.parent.parent,
+            env={"PYTHONHASHSEED": seed, "PYTHONPATH": f"{here}:{here.parent}:{here.parent.parent}"},
+        ).stdout
+        for seed in ("1", "2")
+    }  # fmt: skip
+    assert len(found) == 1
 
 
 async def test_keys_and_ids(name: str, tmp_path: Path) -> None:

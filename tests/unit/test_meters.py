@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from sidecar.exchange import Outcome, Subscriber, UsageState
 from sidecar.ledger import LedgerReader, LedgerStore
-from sidecar.meters.buckets import UNIQUE_MAX, bucket_deltas, from_wire, to_wire
+from sidecar.meters.buckets import UNIQUE_MAX, amount, bucket_deltas, from_wire, to_wire
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter, MetersError, Reset, read_meters
 from sidecar.meters.expression import ExpressionError, compile_expression
 from sidecar.meters.hourly import body_of
@@ -353,6 +353,17 @@ def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
         totals = reader.meter_totals(found)
         assert {who: Fraction(value) for who, value in totals.items()} == plainly(found, given_records)
     store.close()
+
+
+def test_a_meter_can_be_tried_on_records_without_a_ledger() -> None:
+    given_records = [record(n, usage=usage(model=f"m{n % 3}")) for n in range(1, 8)]
+    amounts = {
+        name: [amount(delta, found) for delta in bucket_deltas(given_records, [found])] for name, found in KINDS.items()
+    }
+    assert amounts["count"] == [7]
+    assert amounts["sum"] == [Decimal("67.9")]
+    assert amounts["max"] == [97, 97, 97]
+    assert amounts["unique"] == [3]
 
 
 def test_deltas_survive_the_wire() -> None:

@@ -1,0 +1,705 @@
+"""What is peculiar to one vendor's contract: each rule of its page, against a server or the strict receiver."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, parse_qsl, urlsplit
+
+import orjson
+import pytest
+from backend_fixtures import (
+    HOSTILE,
+    SECRET,
+    T0_NS,
+    Request,
+    ScriptedServer,
+    answer,
+    kinds_of,
+    record,
+    record_id,
+    records,
+    usage,
+)
+
+from sidecar.backends import BACKENDS, Context, native
+from sidecar.backends.flexprice import FlexpriceBackend
+from sidecar.backends.lago import LagoBackend
+from sidecar.backends.ledgerbee import LedgerbeeBackend
+from sidecar.backends.openmeter import OpenmeterBackend
+from sidecar.backends.revenium import ReveniumBackend
+from sidecar.backends.revenium_key import Claim, NoSubscription, ProductKeys
+from sidecar.backends.stripe import StripeBackend
+from sidecar.backends.stripe_meters import Payload
+from sidecar.backends.stripe_reports import Complaint, ReportError, read_report
+from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
+from sidecar.meters.definition import DEFAULT_METERS, read_meters
+from sidecar.receiver import Receiver, Terms
+from sidecar.verdict import Blocked, Delivered, Duplicate, Encoded, Refused, Retry, Unknown
+
+NOBODY = record(1, subscriber=None)
+HASHED = record(2, subscriber=Subscriber("key_" + "0f" * 16, "header:x-api-key"))
+KNOWN = {"acme": "cus_acme", "key_" + "0f" * 16: "cus_hashed"}
+
+
+def only(encoded: Encoded) -> Any:
+    (sealed,) = encoded.sealed
+    return orjson.loads(sealed.body)
+
+
+# Customers
+
+
+@pytest.mark.parametrize("name", ["ledgerbee", "stripe", "flexprice", "openmeter", "lago"])
+async def test_who_cannot_be_billed_is_parked_until_a_mapping_says_who_it_is(name: str, tmp_path: Path) -> None:
+    row = BACKENDS[name]
+    values = {s.name: s.default_value() for s in row.settings}
+    key = next(s for s in row.settings if s.name == "api_key")
+    values["api_key"] = key.value(SECRET)
+    nobody = row.make(values, Context(data_dir=tmp_path))
+    assert nobody.encode([NOBODY, HASHED]).parked == {NOBODY.id: "no_customer", HASHED.id: "no_customer"}
+    mapped = row.make(values, Context(data_dir=tmp_path, subscribers={"key_" + "0f" * 16: {name: "cus_hashed"}}))
+    encoded = mapped.encode([HASHED])
+    assert encoded.parked == {}
+    assert all(b"cus_hashed" in sealed.body for sealed in encoded.sealed)
+    assert all(b"0f0f" not in sealed.body.replace(b'"subscriber":"key_' + b"0f" * 16, b"") for sealed in encoded.sealed)
+    for backend in (nobody, mapped):
+        await backend.aclose()
+
+
+def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
+    plain = record(1, subscriber=Subscriber("tenant-7", "header:x-tenant"))
+    assert only(FlexpriceBackend(api_key="k").encode([plain]))["events"][0]["external_customer_id"] == "tenant-7"
+    assert StripeBackend(api_key="k").encode([plain]).parked == {plain.id: "no_customer"}
+    theirs = record(1, subscriber=Subscriber("cus_7", "header:x-tenant"))
+    assert len(StripeBackend(api_key="k").encode([theirs]).sealed) == 3
+
+
+# Revenium
+
+
+def test_revenium_event_halves_are_joined_and_timed() -> None:
+    backend = ReveniumBackend(api_key="k", mode="event", api_id="asset-1")
+    request, response = (orjson.loads(sealed.body) for sealed in backend.encode([record(1)]).sealed)
+    assert request["requestId"] == response["requestId"] == record_id(1)
+    assert (request["eventType"], response["eventType"]) == ("REQUEST", "RESPONSE")
+    assert response["currentMillis"] - request["currentMillis"] == 1840
+    assert request["currentMillis"] == (T0_NS + 1_000_000) // 1_000_000
+    assert request["uri"] == "/v1/chat/completions"
+    assert (request["responseCode"], response["responseCode"]) == (200, 200)
+    assert (request["requestMessageSize"], response["responseMessageSize"]) == (412, 5120)
+    assert request["assetId"] == "asset-1"
+    assert response["backendLatency"] == 212.4
+    assert "input-tokens=43" in response["metadata"]
+    ids = [sealed.events[0].event_id for sealed in backend.encode([record(1)]).sealed]
+    assert ids == [f"{record_id(1)}:request", f"{record_id(1)}:response"]
+
+
+def test_revenium_rate_and_ingest() -> None:
+    rate = ReveniumBackend(api_key="k", mode="rate", source_id="src-1")
+    body = only(rate.encode([record(1)]))
+    assert body["sourceId"] == "src-1"
+    assert body["subscriberCredentialId"] == "acme"
+    assert body["payload"]["input-tokens"] == "43"
+    assert body["payload"]["api-calls"] == "1"
+    old = ReveniumBackend(api_key="k", mode="rate", source_id="s", rate_field="subscriptionId")
+    assert only(old.encode([record(1)]))["subscriptionId"] == "acme"
+    ingest = ReveniumBackend(api_key="k", mode="ingest", source_id="src 4&5")
+    (sealed,) = ingest.encode([record(1, subscriber=Subscriber("a b", "jwt:sub"))]).sealed
+    assert parse_qs(urlsplit(sealed.path).query) == {"sourceId": ["src 4&5"], "subscriptionId": ["a b"]}
+    assert sealed.headers == (("x-revenium-source-type", "custom"),)
+    assert all(isinstance(value, str) for value in orjson.loads(sealed.body).values())
+    for mode in ("rate", "ingest"):
+        with pytest.raises(ValueError, match="SIDECAR_REVENIUM_SOURCE_ID"):
+            ReveniumBackend(api_key="k", mode=mode)
+    unreachable = record(1, status=502, outcome=Outcome.UNREACHABLE, first_byte_ms=None, usage=None)
+    assert rate.encode([unreachable]).skipped == {unreachable.id: "nothing_to_rate"}
+
+
+def test_revenium_completion_of_a_plain_call() -> None:
+    backend = ReveniumBackend(api_key="k", mode="completions", customers={"acme": "sub-1"})
+    call = record(1, trace_id="abc", dimensions={"agent": "bot", "organization_name": "Acme", "other": "x"})
+    (sealed,) = backend.encode([call]).sealed
+    assert sealed.path == "/meter/v2/ai/completions"
+    body = orjson.loads(sealed.body)
+    assert (body["inputTokenCount"], body["outputTokenCount"], body["totalTokenCount"]) == (43, 97, 140)
+    assert body["cacheReadTokenCount"] == 0
+    assert "cacheCreationTokenCount" not in body, "what was not reported is left out, not zero"
+    assert body["model"] == "gpt-5-mini-2025-08-07"
+    assert body["provider"] == "openai"
+    assert (body["stopReason"], body["operationType"], body["costType"], body["isStreamed"]) == (
+        "END",
+        "CHAT",
+        "AI",
+        True,
+    )
+    assert body["requestTime"] == "2026-11-21T09:00:00.124456Z"
+    assert body["completionStartTime"] == "2026-11-21T09:00:00.336856Z"
+    assert body["responseTime"] == "2026-11-21T09:00:01.965356Z"
+    assert (body["requestDuration"], body["timeToFirstToken"]) == (1840, 212)
+    assert body["subscriber"] == {"id": "sub-1"}
+    assert (body["agent"], body["organizationName"], body["traceId"]) == ("bot", "Acme", "abc")
+    assert "other" not in body
+
+
+def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
+    backend = ReveniumBackend(api_key="k", mode="completions")
+    for call in (
+        record(1, usage=None),
+        record(2, usage=usage(output_tokens=None)),
+        record(3, usage=usage(model=None, request_model=None)),
+    ):
+        (sealed,) = backend.encode([call]).sealed
+        assert sealed.path == "/meter/v2/events"
+        assert orjson.loads(sealed.body)["transactionId"] == call.id
+    body = only(
+        backend.encode([record(1, usage=usage(output_tokens=None, units={"pages": 3, "audio_seconds": "1.50"}))])
+    )
+    assert body["payload"] == {
+        "api-calls": 1, "input-tokens": 43, "total-tokens": 140, "cache-read-input-tokens": 0,
+        "pages": 3, "audio-seconds": 1.5,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("said", "counts"),
+    [
+        (usage(), (43, 97, 140)),
+        (
+            usage(provider="anthropic", input_tokens=1000, cache_read_input_tokens=700, cache_write_input_tokens=200,
+                  output_tokens=50, total_tokens=1050),
+            (100, 50, 150),
+        ),
+        (
+            usage(provider="gcp.gemini", input_tokens=30, output_tokens=90, reasoning_output_tokens=60,
+                  total_tokens=120,
+                  raw_usage={"promptTokenCount": 30, "candidatesTokenCount": 30, "totalTokenCount": 120}),
+            (30, 30, 120),
+        ),
+        (
+            usage(provider="gcp.vertex_ai", input_tokens=30, output_tokens=90, reasoning_output_tokens=60,
+                  total_tokens=120, raw_usage=None),
+            (30, 30, 120),
+        ),
+        (usage(provider="aws.bedrock", input_tokens=5, cache_read_input_tokens=9, output_tokens=1), (0, 1, 1)),
+        (usage(input_tokens=None), None),
+        (usage(output_tokens=None), None),
+        (usage(total_tokens=None), (43, 97, 140)),
+    ],
+)  # fmt: skip
+def test_native_counts_are_the_vendors_own(said: Usage, counts: tuple[int, int, int] | None) -> None:
+    assert native.counts(said) == counts
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, "END"),
+        ({"usage": usage(finish_reasons=["tool_calls"])}, "END"),
+        ({"usage": usage(finish_reasons=["stop_sequence"])}, "END_SEQUENCE"),
+        ({"usage": usage(finish_reasons=["max_tokens"])}, "TOKEN_LIMIT"),
+        ({"usage": usage(finish_reasons=["MAX_TOKENS"])}, "TOKEN_LIMIT"),
+        ({"usage": usage(finish_reasons=["SAFETY"])}, "ERROR"),
+        ({"usage": usage(finish_reasons=["refusal"])}, "ERROR"),
+        ({"usage": usage(finish_reasons=["cancelled"])}, "CANCELLED"),
+        ({"usage": usage(finish_reasons=["something new"])}, "END"),
+        ({"usage": usage(finish_reasons=[])}, "END"),
+        ({"outcome": Outcome.UPSTREAM_TIMEOUT}, "TIMEOUT"),
+        ({"outcome": Outcome.UPSTREAM_BROKE}, "ERROR"),
+        ({"status": 500}, "ERROR"),
+        ({"outcome": Outcome.CLIENT_LEFT, "usage": usage(usage_state=UsageState.PARTIAL)}, "CANCELLED"),
+        ({"outcome": Outcome.CLIENT_LEFT}, "END"),
+    ],
+)
+def test_stop_reasons(changes: Mapping[str, Any], reason: str) -> None:
+    assert native.stop_reason(record(1, **changes)) == reason
+
+
+async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
+    async with ScriptedServer().running() as server:
+        backend = ReveniumBackend(api_key="k", mode="events", url=server.url)
+        (sealed,) = backend.encode([record(1)]).sealed
+        for reply, verdict in (
+            (answer(409, b'{"code": "idempotency_key_mismatch"}'), Refused("idempotency_key_mismatch")),
+            (answer(409, b'{"code": "idempotency_key_in_progress"}', Retry_After="2"), Retry("http_409", 2.0)),
+            (answer(409, b'{"code": "idempotency_key_in_progress"}'), Retry("http_409")),
+            (answer(409, b"?", Retry_After="1"), Retry("http_409", 1.0)),
+            (answer(409), Refused("http_409")),
+            (answer(422, x_should_retry="true"), Retry("http_422")),
+            (answer(422, x_should_retry="false"), Refused("http_422")),
+        ):
+            server.script = lambda _, reply=reply: reply
+            assert await backend.send(sealed) == [verdict]
+        assert server.requests[0].headers["idempotency-key"] == record_id(1)
+        assert server.requests[0].headers["x-api-key"] == "k"
+        await backend.aclose()
+
+
+async def test_revenium_sends_what_another_mode_sealed_where_it_belongs() -> None:
+    async with ScriptedServer().running() as server:
+        (old,) = ReveniumBackend(api_key="k", mode="meter").encode([record(1)]).sealed
+        now = ReveniumBackend(api_key="k", mode="completions", url=server.url)
+        await now.send(old)
+        assert server.requests[0].target == "/meter/v1/api/meter"
+        assert "idempotency-key" not in server.requests[0].headers
+        await now.aclose()
+
+
+async def test_product_keys_are_looked_up_and_their_claim_read() -> None:
+    receiver = Receiver(terms={"revenium": Terms(key="k")})
+    await receiver.start()
+    keys = ProductKeys(api_key="k", url=receiver.url + "/meter")
+    claim = await keys.look_up("acme-quota-3", field="productKey")
+    assert isinstance(claim, Claim)
+    assert (claim.consumer, claim.total_quota, claim.consumed_quota, claim.quota_left) == ("acme-quota-3", 3, 0, 3)
+    assert claim.period_end is not None
+    free = await keys.look_up("acme")
+    assert isinstance(free, Claim)
+    assert free.quota_left is None
+    assert await keys.look_up("unknown-1") == NoSubscription()
+    with pytest.raises(ValueError, match="application"):
+        await keys.look_up("x", field="platformAPIKey")
+    await keys.aclose()
+    stranger = ProductKeys(api_key="other", url=receiver.url)
+    assert await stranger.look_up("acme") == Blocked("forbidden")
+    await stranger.aclose()
+    await receiver.aclose()
+    gone = ProductKeys(api_key="k", url=receiver.url)
+    assert await gone.look_up("acme") == Retry("connect")
+    await gone.aclose()
+    async with ScriptedServer().running() as server:
+        odd = ProductKeys(api_key="k", url=server.url, timeout_s=0.2)
+        for body in (b"", b"[]", b'{"claim": 7}', b'{"claim": "a.b"}', b'{"claim": "a.!.c"}', b'{"claim": "a.W10.c"}'):
+            server.script = lambda _, body=body: answer(200, body)
+            assert await odd.look_up(HOSTILE) == Retry("no_claim")
+        assert "\r" not in server.requests[0].target
+        server.hold = asyncio.Event()
+        assert await odd.look_up("acme") == Retry("timeout")
+        await odd.aclose()
+
+
+# LedgerBee
+
+
+async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
+    async with ScriptedServer(script=lambda _: answer(202, b'{"status": "queued"}')).running() as server:
+        backend = LedgerbeeBackend(
+            api_key="k", url=server.url + "/api", names={"input_tokens": "0199aaaa-0000-7000-8000-000000000001",
+                                                          "api_calls": "calls"},
+        )  # fmt: skip
+        sealed = backend.encode([record(1)]).sealed
+        assert [s.events[0].event_id for s in sealed] == [f"{record_id(1)}:input_tokens", f"{record_id(1)}:api_calls"]
+        for each in sealed:
+            assert await backend.send(each) == [Delivered()]
+        first, second = server.requests
+        assert first.target == "/api/v1/meters/report"
+        assert first.headers["x-api-idempotency-key"] == f"{record_id(1)}:input_tokens"
+        body = orjson.loads(first.body)
+        assert set(body) == {"value", "customerId", "meterId", "timestamp", "metadata"}
+        assert (body["value"], body["timestamp"]) == (43, "2026-11-21T09:00:00.124456Z")
+        assert orjson.loads(second.body)["meterName"] == "calls"
+        server.script = lambda _: answer(200, b'{"status": "duplicate", "idempotencyKey": "x"}')
+        assert await backend.send(sealed[0]) == [Duplicate()]
+        for reply, verdict in (
+            (answer(403, b'{"code": "LICENSE.REQUIRED"}'), Blocked("LICENSE.REQUIRED")),
+            (answer(400, b'{"code": "SHARED_VALIDATION_FAILED"}'), Refused("SHARED_VALIDATION_FAILED")),
+            (answer(400, b'{"code": "a text with spaces, maybe a secret"}'), Refused("http_400")),
+        ):
+            server.script = lambda _, reply=reply: reply
+            assert await backend.send(sealed[0]) == [verdict]
+        await backend.aclose()
+
+
+async def test_ledgerbee_is_examined() -> None:
+    receiver = Receiver(terms={"ledgerbee": Terms(key="k")})
+    await receiver.start()
+    good = LedgerbeeBackend(api_key="k", url=receiver.url)
+    assert await good.examine() == []
+    unknown = LedgerbeeBackend(api_key="k", url=receiver.url, names={"api_calls": "unknown one & more"})
+    assert "no meter unknown one" in (await unknown.examine())[0]
+    stranger = LedgerbeeBackend(api_key="other", url=receiver.url)
+    assert len(await stranger.examine()) == 1
+    await receiver.aclose()
+    assert "does not answer" in (await good.examine())[0]
+    for backend in (good, unknown, stranger):
+        await backend.aclose()
+
+
+def test_values_keep_all_their_digits() -> None:
+    meters = read_meters([{"name": "cost", "aggregation": {"type": "SUM", "field": "cost_usd", "multiplier": "0.001"}}])
+    call = record(1, usage=usage(cost_usd="0.12345678901234567890"))
+    body = LedgerbeeBackend(api_key="k", meters=meters).encode([call]).sealed[0].body
+    assert b'"value":0.0001234567890123456789,' in body
+
+
+# Stripe
+
+
+async def test_stripe_v1_form() -> None:
+    async with ScriptedServer().running() as server:
+        backend = StripeBackend(api_key="sk_test", url=server.url, customers=KNOWN, names=["input_tokens"])
+        (sealed,) = backend.encode([record(1)]).sealed
+        assert await backend.send(sealed) == [Delivered()]
+        (request,) = server.requests
+        assert dict(parse_qsl(request.body.decode())) == {
+            "event_name": "input_tokens",
+            "payload[stripe_customer_id]": "cus_acme",
+            "payload[value]": "43",
+            "identifier": f"{record_id(1)}:input_tokens",
+            "timestamp": str(T0_NS // 10**9),
+        }
+        assert request.headers["content-type"] == "application/x-www-form-urlencoded"
+        assert request.headers["authorization"] == "Bearer sk_test"
+        assert "idempotency-key" not in request.headers
+        assert sealed.subject == "cus_acme:input_tokens"
+        assert backend.abilities.one_per_subject
+        for reply, verdict in (
+            (
+                answer(400, b'{"error": {"message": "An event already exists with identifier x.", "type": "y"}}'),
+                Duplicate(),
+            ),
+            (answer(400, b'{"error": {"code": "timestamp_too_far_in_past"}}'), Refused("timestamp_too_far_in_past")),
+            (answer(400, b'{"error": {"message": "No such customer already exists"}}'), Refused("http_400")),
+            (answer(400, b"already exists identifier"), Refused("http_400")),
+            (answer(409), Retry("http_409")),
+            (answer(400, Stripe_Should_Retry="true"), Retry("http_400")),
+            (answer(500, Stripe_Should_Retry="false"), Retry("http_500")),
+            (answer(429, Stripe_Rate_Limited_Reason="global-rate"), Retry("http_429")),
+        ):
+            server.script = lambda _, reply=reply: reply
+            assert await backend.send(sealed) == [verdict], reply
+        await backend.aclose()
+
+
+def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
+    meters = read_meters(
+        [
+            {"name": "cost", "aggregation": {"type": "SUM", "field": "cost_usd"}},
+            {"name": "calls", "aggregation": {"type": "COUNT"}},
+        ]
+    )
+    call = record(1, usage=usage(cost_usd="0.25"))
+    assert StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([call]).parked == {
+        call.id: "value_not_taken"
+    }
+    whole = record(2, usage=usage(cost_usd="2.00"))
+    assert len(StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([whole]).sealed) == 2
+    allowed = StripeBackend(api_key="k", meters=meters, customers=KNOWN, payload=Payload("customer", "amount", True))
+    fields = dict(parse_qsl(allowed.encode([call]).sealed[0].body.decode()))
+    assert (fields["payload[amount]"], fields["payload[customer]"]) == ("0.25", "cus_acme")
+    huge = record(3, usage=usage(input_tokens=10**15))
+    assert StripeBackend(api_key="k", customers=KNOWN).encode([huge]).parked == {huge.id: "value_not_taken"}
+
+
+@pytest.mark.parametrize("name", ["stripe", "lago", "ledgerbee"])
+def test_a_meter_that_a_backend_cannot_take_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    row = BACKENDS[name]
+    values = {s.name: s.default_value() for s in row.settings}
+    values["api_key"] = next(s for s in row.settings if s.name == "api_key").value("k")
+    tables = [
+        {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}},
+        {"name": "calls", "aggregation": {"type": "COUNT"}},
+    ]
+    context = Context(data_dir=tmp_path, meters=tables)
+    with pytest.raises(ValueError, match=f"the meter models is a UNIQUE_COUNT.*SIDECAR_{name.upper()}_METERS"):
+        row.make(values, context)
+    setting = next(s for s in row.settings if s.name == "meters")
+    assert row.make({**values, "meters": setting.kind.parse("calls")}, context).name == name
+    with pytest.raises(ValueError, match="nonsense is no meter; there are models, calls"):
+        row.make({**values, "meters": setting.kind.parse("nonsense")}, context)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_s = T0_NS / 1e9
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time() -> None:
+    clock = Clock()
+    receiver = Receiver(terms={"stripe": Terms(key="k")}, now=clock)
+    await receiver.start()
+    backend = StripeBackend(
+        api_key="k", mode="stream", url=receiver.url, stream_url=receiver.url, customers=KNOWN, clock=clock
+    )
+    encoded = backend.encode(records(100))
+    assert [len(sealed.events) for sealed in encoded.sealed] == [100, 100, 100]
+    sent = await asyncio.gather(*(backend.send(sealed) for sealed in encoded.sealed))
+    assert sent == [[Delivered()] * 100] * 3
+    assert backend._session._token is not None
+    first = backend._session._token
+    assert "token_receiver_1_" in first, "three requests at once share one session"
+    clock.now_s += 839
+    await backend.send(encoded.sealed[0])
+    assert backend._session._token == first
+    clock.now_s += 2
+    await backend.send(encoded.sealed[0])
+    assert backend._session._token != first, "a token is not used in its last minute"
+    assert len(receiver.billed("stripe")) == 300
+    await backend.aclose()
+    await receiver.aclose()
+
+
+async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None:
+    sessions = 0
+
+    def script(request: Request) -> bytes | None:
+        nonlocal sessions
+        if request.target.endswith("session"):
+            sessions += 1
+            return answer(200, b'{"authentication_token": "tok-%d", "expires_at": "nonsense"}' % sessions)
+        good = request.headers["authorization"] == "Bearer tok-2"
+        return answer(200 if good else 401, b'{"error": {"code": "billing_meter_event_session_expired"}}')
+
+    async with ScriptedServer(script=script).running() as server:
+        backend = StripeBackend(api_key="k", mode="stream", url=server.url, stream_url=server.url, customers=KNOWN)
+        (sealed,) = backend.encode([record(1)]).sealed
+        assert await backend.send(sealed) == [Delivered()] * 3
+        assert sessions == 2
+        assert all("stripe-version" in request.headers for request in server.requests)
+        assert "tok-" not in repr(backend._session)
+        server.script = lambda r: (
+            answer(200, b'{"authentication_token": "t"}') if "session" in r.target else answer(401)
+        )
+        backend._session.forget("tok-2")
+        assert await backend.send(sealed) == [Blocked("unauthorized")] * 3
+        for reply, verdict in (
+            (None, Retry("session_connection_lost")),
+            (answer(503, Retry_After="4"), Retry("http_503", 4.0)),
+            (answer(401), Blocked("unauthorized")),
+            (answer(400), Blocked("no_session")),
+            (answer(200, b"{}"), Blocked("no_session")),
+            (answer(200, b'{"authentication_token": "a\\r\\nb: c"}'), Blocked("no_session")),
+        ):
+            backend._session.forget(str(backend._session._token))
+            server.script = lambda r, reply=reply: reply if "session" in r.target else answer(200)
+            assert await backend.send(sealed) == [verdict] * 3
+        await backend.aclose()
+
+
+async def test_stripe_windows_and_duplicates_at_the_receiver() -> None:
+    clock = Clock()
+    receiver = Receiver(terms={"stripe": Terms(key="k")}, now=clock)
+    await receiver.start()
+    for mode in ("v1", "v2"):
+        backend = StripeBackend(api_key="k", mode=mode, url=receiver.url, customers=KNOWN, names=["api_calls"])
+        assert backend.abilities.age_max_s == 35 * 86_400
+        late, ahead, good = (
+            backend.encode([record(number, started_ns=T0_NS + offset_s * 10**9)]).sealed[0]
+            for number, offset_s in ((1, -35 * 86_400 - 60), (2, 400), (3 if mode == "v1" else 4, 0))
+        )
+        assert await backend.send(late) == [Refused("timestamp_too_far_in_past")]
+        assert await backend.send(ahead) == [Refused("timestamp_in_future")]
+        assert await backend.send(good) == [Delivered()]
+        assert await backend.send(good) == [Duplicate()]
+        event_id = good.events[0].event_id
+        assert await backend.cancel(event_id) == Delivered()
+        assert kinds_of([await backend.cancel("nobody:api_calls")]) == ["Refused"]
+        await backend.aclose()
+    await receiver.aclose()
+
+
+async def test_stripe_meters_are_compared_and_created_and_never_changed() -> None:
+    receiver = Receiver(terms={"stripe": Terms(key="k")})
+    await receiver.start()
+    backend = StripeBackend(api_key="k", url=receiver.url)
+    assert len(await backend.examine()) == 3
+    for meter in DEFAULT_METERS:
+        assert "created" in await backend.provision(meter)
+        assert "it fits" in await backend.provision(meter)
+    assert await backend.examine() == []
+    other = StripeBackend(api_key="k", url=receiver.url, payload=Payload("customer", "amount"))
+    problems = await other.examine()
+    assert any("SIDECAR_STRIPE_CUSTOMER_KEY" in problem for problem in problems)
+    assert any("SIDECAR_STRIPE_VALUE_KEY" in problem for problem in problems)
+    changed = read_meters([{"name": "input_tokens", "aggregation": {"type": "LATEST", "field": "input_tokens"}}])
+    assert "works with sum" in await backend.provision(changed[0])
+    await receiver.aclose()
+    assert "does not answer" in (await backend.examine())[0]
+    async with ScriptedServer().running() as server:
+        row = {"event_name": "api_calls", "event_time_window": "hour", "default_aggregation": {"formula": "count"},
+               "customer_mapping": {"event_payload_key": "stripe_customer_id"}, "id": "mtr_1"}  # fmt: skip
+        server.script = lambda _: answer(200, orjson.dumps({"data": [row], "has_more": True}))
+        windowed = StripeBackend(api_key="k", url=server.url, names=["api_calls"])
+        assert ["overwrite each other" in problem for problem in await windowed.examine()] == [True]
+        assert len(server.requests) == 2, "a list without an end is not followed for ever"
+        await windowed.aclose()
+    await backend.aclose()
+    await other.aclose()
+
+
+def test_stripes_late_complaints_are_read() -> None:
+    document = {
+        "id": "evt_1", "type": "v1.billing.meter.error_report_triggered", "related_object": {"id": "mtr_1"},
+        "data": {
+            "developer_message_summary": "There are 3 invalid events",
+            "reason": {
+                "error_count": 12,
+                "error_types": [
+                    {"code": "meter_event_customer_not_found", "error_count": 10, "sample_errors": [
+                        {"error_message": "…", "request": {"identifier": f"{record_id(1)}:api_calls"}},
+                        {"error_message": "…", "request": {"idempotency_key": f"{record_id(2)}:api_calls"}},
+                        {"error_message": "…", "request": None},
+                    ]},
+                    {"code": "timestamp_too_far_in_past", "error_count": 2, "sample_errors": None},
+                ],
+            },
+        },
+    }  # fmt: skip
+    report = read_report(orjson.dumps(document))
+    assert report.meter == "mtr_1"
+    assert report.error_count == 12
+    assert report.counts == {"meter_event_customer_not_found": 10, "timestamp_too_far_in_past": 2}
+    assert report.complaints == (
+        Complaint(f"{record_id(1)}:api_calls", "meter_event_customer_not_found"),
+        Complaint(f"{record_id(2)}:api_calls", "meter_event_customer_not_found"),
+    )
+    assert [c.record_id for c in report.complaints] == [record_id(1), record_id(2)]
+    assert report.unnamed == 10
+    assert read_report(orjson.dumps(document["data"])).complaints == report.complaints
+
+
+@pytest.mark.parametrize(
+    ("document", "word"),
+    [(b"", "no JSON"), (b"[]", "no JSON object"), (b'{"type": "customer.created"}', "another type"),
+     (b'{"type": "v1.billing.meter.no_meter_found"}', "fetch the whole event"), (b" " * 2**21, "larger than")],
+)  # fmt: skip
+def test_what_is_no_report_is_said(document: bytes, word: str) -> None:
+    with pytest.raises(ReportError, match=word):
+        read_report(document)
+
+
+# Flexprice, OpenMeter, Lago
+
+
+async def test_flexprice_events_have_id_time_and_numbers() -> None:
+    backend = FlexpriceBackend(api_key="k", url="https://api.example.com/v1", environment_id="env-1")
+    assert backend.address == "https://api.example.com"
+    (event,) = only(backend.encode([record(1, usage=usage(cost_usd="0.5", units={"pages": 2}))]))["events"]
+    assert (event["event_id"], event["timestamp"]) == (record_id(1), "2026-11-21T09:00:00.124456Z")
+    assert event["properties"]["input_tokens"] == 43
+    assert event["properties"]["cost_usd"] == 0.5
+    assert event["properties"]["unit_pages"] == 2
+    assert event["properties"]["dimension_feature"] == "search"
+    assert None not in event["properties"].values()
+    assert backend.abilities.events_max == 1000
+    assert backend.abilities.bytes_max == 32 * 2**20
+    receiver = Receiver(terms={"flexprice": Terms(key="k")})
+    await receiver.start()
+    near = FlexpriceBackend(api_key="k", url=receiver.url + "/v1")
+    (thousand,) = near.encode(records(1000)).sealed
+    assert await near.send(thousand) == [Delivered()] * 1000
+    for body in (b'{"events":[]}', b'{"events":[{"event_name":""}]}'):
+        bad = type(thousand)(key="k", events=thousand.events[:1], body=body, path=thousand.path)
+        assert await near.send(bad) == [Refused("validation_error")]
+    await near.aclose()
+    await receiver.aclose()
+
+
+async def test_flexprice_meters_are_created_compared_and_left_alone() -> None:
+    receiver = Receiver(terms={"flexprice": Terms(key="k")})
+    await receiver.start()
+    backend = FlexpriceBackend(api_key="k", url=receiver.url)
+    definitions = read_meters([
+        {"name": "calls", "aggregation": {"type": "COUNT"}, "filters": [{"key": "method", "values": ["GET", "POST"]}]},
+        {"name": "priced", "aggregation": {"type": "SUM", "field": "input_tokens", "multiplier": "0.001"}},
+        {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}, "reset_usage": "NEVER"},
+        {"name": "peak", "aggregation": {"type": "MAX", "field": "status", "bucket_size": "HOUR", "group_by": "model"}},
+    ])  # fmt: skip
+    for meter in definitions:
+        assert "created" in await backend.provision(meter), meter
+        assert "it fits" in await backend.provision(meter)
+    made = {row["name"]: row for row in receiver.billed("flexprice")}
+    assert made["calls"]["filters"] == [{"key": "method", "values": ["GET", "POST"]}]
+    assert made["calls"]["event_name"] == "api_request"
+    assert made["priced"]["aggregation"] == {
+        "type": "SUM_WITH_MULTIPLIER",
+        "field": "input_tokens",
+        "multiplier": "0.001",
+    }
+    assert made["models"]["aggregation"]["type"] == "COUNT_UNIQUE"
+    changed = read_meters([{"name": "calls", "aggregation": {"type": "SUM", "field": "status"}}])
+    assert "differs in aggregation, filters: it is left as it is" in await backend.provision(changed[0])
+    odd = read_meters([{"name": "m", "aggregation": {"type": "MAX", "field": "status", "multiplier": "2"}}])
+    assert "left out" in await backend.provision(odd[0])
+    assert len(receiver.billed("flexprice")) == 4
+    await receiver.aclose()
+    assert "does not answer" in await backend.provision(changed[0])
+    await backend.aclose()
+
+
+async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
+    async with ScriptedServer(script=lambda _: answer(204, b"")).running() as server:
+        backend = OpenmeterBackend(url=server.url, source="site-1", event_type="llm", batch=2)
+        first, second = backend.encode(records(3)).sealed
+        assert await backend.send(first) == [Delivered()] * 2
+        (request,) = server.requests
+        assert request.target == "/api/v1/events"
+        assert request.headers["content-type"] == "application/cloudevents-batch+json"
+        assert "authorization" not in request.headers
+        event = orjson.loads(request.body)[0]
+        assert {k: v for k, v in event.items() if k != "data"} == {
+            "specversion": "1.0", "id": record_id(1), "source": "site-1", "type": "llm", "subject": "acme",
+            "time": "2026-11-21T09:00:00.124456Z", "datacontenttype": "application/json",
+        }  # fmt: skip
+        assert event["data"]["output_tokens"] == 97
+        assert len(orjson.loads(second.body)) == 1
+        server.script = lambda _: answer(412)
+        assert await backend.send(second) == [Refused("http_412")]
+        await backend.aclose()
+        v3 = OpenmeterBackend(url=server.url + "/v3", api="v3", api_key="t")
+        await v3.send(v3.encode(records(1)).sealed[0])
+        assert server.requests[-1].target == "/v3/openmeter/events"
+        assert server.requests[-1].headers["authorization"] == "Bearer t"
+        await v3.aclose()
+
+
+async def test_lago_tells_the_events_of_a_refused_batch_apart() -> None:
+    receiver = Receiver(terms={"lago": Terms(key="k")})
+    await receiver.start()
+    backend = LagoBackend(api_key="k", url=receiver.url, names=["api_calls"], value_key="n")
+    (known,) = backend.encode([record(2)]).sealed
+    assert await backend.send(known) == [Delivered()]
+    (batch,) = backend.encode(records(3)).sealed
+    assert await backend.send(batch) == [Retry("refused_with_others"), Duplicate(), Retry("refused_with_others")]
+    assert len(receiver.billed("lago")) == 1, "nothing of the batch was taken"
+    (rest,) = backend.encode([record(1), record(3)]).sealed
+    assert await backend.send(rest) == [Delivered()] * 2
+    event = receiver.billed("lago")[0]
+    assert event["transaction_id"] == f"{record_id(2)}:api_calls"
+    assert (event["external_subscription_id"], event["code"]) == ("acme", "api_calls")
+    assert event["timestamp"] == "1795251600.125"
+    assert event["properties"]["n"] == "1"
+    await backend.aclose()
+    await receiver.aclose()
+
+
+@pytest.mark.parametrize(
+    ("body", "kinds"),
+    [
+        ({"error_details": {"1": {"timestamp": ["invalid_format"]}}}, ["Retry", "Refused"]),
+        ({"error_details": {"0": {"transaction_id": ["value_already_exist"], "code": ["x"]}}}, ["Refused", "Retry"]),
+        (
+            {"error_details": {"0": {"transaction_id": ["value_already_exist"]}, "1": {"a b": []}}},
+            ["Duplicate", "Refused"],
+        ),
+        ({"error_details": {"7": {"code": ["x"]}}}, ["Refused", "Refused"]),
+        ({"error_details": {"events": ["too_many_events"]}}, ["Refused", "Refused"]),
+        ({"error_details": {}}, ["Refused", "Refused"]),
+        ([], ["Refused", "Refused"]),
+    ],
+)
+async def test_lago_answers_of_every_shape_give_a_verdict_for_each(body: Any, kinds: list[str]) -> None:
+    async with ScriptedServer(script=lambda _: answer(422, orjson.dumps(body))).running() as server:
+        backend = LagoBackend(api_key="k", url=server.url, names=["api_calls"])
+        (sealed,) = backend.encode(records(2)).sealed
+        assert kinds_of(await backend.send(sealed)) == kinds
+        await backend.aclose()
+
+
+def test_unknown_is_no_verdict_that_an_answer_gives() -> None:
+    assert Unknown("timeout") != Retry("timeout")
