@@ -2,7 +2,8 @@
 
 The supervisor binds one SO_REUSEPORT socket a worker and hands it down, so that the kernel spreads connections (one
 shared socket gives nearly all of them to one process) and a restarted worker listens where the dead one did:
-connections that wait in its queue are not refused meanwhile. It serves nothing itself; it bills, and it answers the admin port.
+connections that wait in its queue are not refused meanwhile. It serves nothing itself; it bills, and it answers the
+admin port.
 
 What a dead worker had counted is kept: a sum that went down would look like a restart to Prometheus.
 """

@@ -6,6 +6,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from sidecar.attribution import SUBSCRIBER_CHARS_MAX, Attributor, parse_source
 from sidecar.exchange import Subscriber
 

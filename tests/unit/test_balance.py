@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import pytest
+
 from sidecar.balance import BackendTotals, Balance, add_counts
 
 GOOD = Balance(

@@ -1,6 +1,7 @@
 """The counters: what is counted, that labels stay bounded, and that processes add up."""
 
 from prometheus_client.parser import text_string_to_metric_families
+
 from sidecar.exchange import Exchange, Outcome, Usage, UsageState
 from sidecar.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
 from sidecar.verdict import Delivered, Refused
