@@ -8,9 +8,10 @@ loop only ever hands over (`submit`) and is told (`Batch.done`, `on_committed`);
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
@@ -18,7 +19,6 @@ from typing import Final, Protocol
 from sidecar.spool import files
 from sidecar.spool.chunk import Chunk, read_lost
 from sidecar.spool.intents import settle
-from sidecar.spool.reader import SpoolReader
 from sidecar.spool.recovery import Recovered, recover
 from sidecar.spool.retention import retire_chunks
 from sidecar.spool.words import (
@@ -26,7 +26,6 @@ from sidecar.spool.words import (
     Health,
     Limits,
     Snapshot,
-    SpoolError,
     SpoolFailed,
     SpoolFull,
     SpoolLocked,
@@ -93,8 +92,10 @@ class Spool:
         instance, lock = _take_slot(root, instance)
         try:
             return cls._open_locked(root, instance, lock, metrics, limits or Limits(), remembered_seq(instance), create)
-        except BaseException:
+        except BaseException as error:
             lock.release()
+            if isinstance(error, OSError):
+                raise files.translate(error, f"cannot open the spool {instance}") from error
             raise
 
     @classmethod
@@ -192,7 +193,8 @@ class Spool:
     def _committed(self, committed: Committed) -> None:
         """On the writer thread."""
         assert self._loop is not None
-        self._loop.call_soon_threadsafe(self._told, committed)
+        with contextlib.suppress(RuntimeError):  # the loop is gone: nobody waits for an answer any more
+            self._loop.call_soon_threadsafe(self._told, committed)
 
     def _told(self, committed: Committed) -> None:
         """On the loop: first the numbers, then who waits for them."""
@@ -217,30 +219,32 @@ def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
         except SpoolLocked:
             continue
         try:
-            recovered = recover(root, instance)
-            if recovered.clean:
-                continue
-            writer = Writer(root, recovered.position, limits or Limits())
-            writer.put_away(recovered.to_seal)
-            try:
-                writer.store([_settling_batch(recovered)])
-            finally:
-                writer.stop()
-            adopted.append(instance)
+            if _adopt(root, instance, limits or Limits()):
+                adopted.append(instance)
+        except (SpoolFull, SpoolFailed, OSError) as error:
+            log.error("the spool %s was left as it is: %s", instance, error)  # the next start tries again
         finally:
             lock.release()
     return adopted
 
 
+def _adopt(root: Path, instance: str, limits: Limits) -> bool:
+    """Settle one slot whose lock is held. False: it was in order."""
+    recovered = recover(root, instance)
+    if recovered.clean:
+        return False
+    writer = Writer(root, recovered.position, limits)
+    writer.put_away(recovered.to_seal)
+    try:
+        writer.store([_settling_batch(recovered)])
+    finally:
+        writer.stop()
+    return True
+
+
 def sqlite_version() -> str:
     """The library that keeps the records, for `check`."""
     return sqlite3.sqlite_version
-
-
-def readers(root: Path, instances: Iterable[str] | None = None) -> Mapping[str, SpoolTotals]:
-    """Totals of every slot, from disk."""
-    with SpoolReader(root) as reader:
-        return {name: reader.totals(name) for name in (reader.instances() if instances is None else instances)}
 
 
 def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
@@ -285,6 +289,3 @@ def _begin(writer: Writer, opening: Batch) -> bool:
     except SpoolFull as error:
         writer.note(error)
         return False
-
-
-__all__ = ["Spool", "SpoolError", "adopt_orphans", "readers", "sqlite_version"]

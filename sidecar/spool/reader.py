@@ -30,6 +30,7 @@ from sidecar.spool.chunk import (
     readable_rows,
     translate,
 )
+from sidecar.spool.spans import Place, missing_between, runs, start_of
 from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals, StoredGroup
 
 # Connections kept for the next read: delivery stands in one chunk per instance and backend group at a time.
@@ -94,16 +95,25 @@ class SpoolReader:
             return 0
 
     def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
-        """How many records there are with `after_seq < seq <= upto_seq`, counted from the rows."""
+        """How many records with `after_seq < seq <= upto_seq` were recorded: rows, and what is missing."""
         if upto_seq <= after_seq:
             return 0
         total = 0
         with self._lock:
+            at: Place | None = files.read_retired(files.slot_dir(self.root, instance))
             for info in self._chunks(instance):
-                if info.bound_seq <= after_seq + 1 or info.opening.first_seq > upto_seq:
+                if info.bound_seq <= after_seq + 1:
+                    at = None
                     continue
+                if info.opening.first_seq > upto_seq:
+                    break
+                at = at or (info.opening.first_seq, info.opening.base_recorded)
+                total += missing_between(at, info.opening.first_seq, info.opening.base_recorded, after_seq)
+                at = (max(info.opening.first_seq, at[0]), max(info.opening.base_recorded, at[1]))
                 with self._reading(info.path) as connection:
-                    total += _count(connection, after_seq, min(upto_seq, info.bound_seq - 1))
+                    for run in runs(connection, after_seq, min(upto_seq, info.bound_seq - 1)):
+                        total += missing_between(at, run.first_seq, run.before, after_seq) + run.missing + run.wanted
+                        at = (run.last_seq + 1, max(at[1], run.recorded))
         return total
 
     def totals(self, instance: str) -> SpoolTotals:
@@ -141,14 +151,27 @@ class SpoolReader:
         return f"<SpoolReader: {self.root}>"
 
     def _dated(self, instance: str, since_ns: int) -> Iterator[tuple[int, int, StoredGroup]]:
-        for group in self.groups(instance):
+        for group in self.groups(instance, self._before(instance, since_ns)):
             if group.committed_ns >= since_ns:
                 yield group.committed_ns, group.first_seq, group
+
+    def _before(self, instance: str, since_ns: int) -> int:
+        """A number that everything committed at `since_ns` or later is beyond: older chunks need not be read."""
+        before = 0
+        for info in self.chunks(instance)[:-1] if since_ns else ():
+            try:
+                with self._lock, self._reading(info.path) as connection:
+                    if recovery.newest_commit_ns(connection) >= since_ns:
+                        break
+            except SpoolError:
+                break
+            before = info.bound_seq - 1
+        return before
 
     def _groups(self, instance: str, after_seq: int) -> Iterator[StoredGroup]:
         """Groups and holes beyond `after_seq`. `recorded` is carried from row to row and from chunk to chunk."""
         chunks = self._chunks(instance)
-        at: tuple[int, int] | None = files.read_retired(files.slot_dir(self.root, instance))
+        at: Place | None = files.read_retired(files.slot_dir(self.root, instance))
         for info in chunks:
             if info.bound_seq <= after_seq + 1:
                 at = None  # what is missing in chunks before is no longer asked for
@@ -169,7 +192,7 @@ class SpoolReader:
         """The readable groups of one chunk, from the one before `after_seq + 1` on."""
         with self._reading(info.path) as connection:
             try:
-                start = _start(connection, after_seq)
+                start = start_of(connection, after_seq)
             except sqlite3.DatabaseError:
                 start = 0
             rows = readable_rows(connection, "record_group", "first_seq", RECORD_COLUMNS, start, info.bound_seq)
@@ -257,24 +280,6 @@ class _Reading:
             raise translate(error, self._path) from error
 
 
-def _start(connection: sqlite3.Connection, after_seq: int) -> int:
-    """The first number of the group that holds `after_seq`, or the last before it."""
-    row = connection.execute(
-        "SELECT first_seq FROM record_group WHERE first_seq <= ? ORDER BY first_seq DESC LIMIT 1", (after_seq,)
-    ).fetchone()
-    return int(row[0]) if row else 0
-
-
-def _count(connection: sqlite3.Connection, after_seq: int, upto_seq: int) -> int:
-    start = _start(connection, after_seq)
-    (total,) = connection.execute(
-        "SELECT coalesce(sum(min(last_seq, :upto) - max(first_seq, :first) + 1), 0) FROM record_group"
-        " WHERE first_seq >= :start AND first_seq <= :upto AND last_seq >= :first",
-        {"start": start, "first": after_seq + 1, "upto": upto_seq},
-    ).fetchone()
-    return int(total)
-
-
 def _stored(group: RecordGroup, after_seq: int) -> StoredGroup:
     lines = tuple(group.body.split(b"\n"))
     had = max(after_seq - group.first_seq + 1, 0)
@@ -287,10 +292,8 @@ def _stored(group: RecordGroup, after_seq: int) -> StoredGroup:
     )
 
 
-def _hole(at: tuple[int, int], first_seq: int, recorded: int, after_seq: int) -> Iterator[StoredGroup]:
-    """The records that should stand between `at` (next number, recorded so far) and `first_seq`."""
-    last_seq = first_seq - 1
-    # Of a hole that `after_seq` lies in, what was read before the damage came is not missing.
-    missing = min(recorded - at[1], last_seq - after_seq)
-    if missing > 0:
-        yield StoredGroup(first_seq=max(at[0], after_seq + 1), last_seq=last_seq, lines=(), missing=missing)
+def _hole(at: Place, first_seq: int, recorded: int, after_seq: int) -> Iterator[StoredGroup]:
+    """The records that should stand between `at` and `first_seq`, where there are any."""
+    missing = missing_between(at, first_seq, recorded, after_seq)
+    if missing:
+        yield StoredGroup(first_seq=max(at[0], after_seq + 1), last_seq=first_seq - 1, lines=(), missing=missing)

@@ -40,6 +40,7 @@ log = logging.getLogger("sidecar.spool")
 NUMBERS_SKIPPED: Final = 1_000_000
 # A file this small, with a log this small, is a chunk whose making was interrupted: nothing was ever in it.
 _UNMADE_LOG_BYTES: Final = 64 << 10
+_KEYS: Final = (("record_group", "first_seq"), ("intent_group", "commit_number"))
 
 
 @dataclass(slots=True)
@@ -134,7 +135,7 @@ def _reopen(path: Path, number: int, found: Recovered) -> bool:
 def _visible_commits(connection: sqlite3.Connection) -> int:
     """The transactions that SQLite shows; each has a number of its own."""
     numbers: list[int] = []
-    for table, key in (("record_group", "first_seq"), ("intent_group", "commit_number")):
+    for table, key in _KEYS:
         for way in ("ASC", "DESC"):  # both keys grow with the commits
             row = connection.execute(f"SELECT commit_number FROM {table} ORDER BY {key} {way} LIMIT 1").fetchone()
             if row is not None:
@@ -203,6 +204,15 @@ def open_read_only(path: Path) -> sqlite3.Connection:
 def last_seq(connection: sqlite3.Connection, opening: Opening) -> int:
     row = connection.execute("SELECT last_seq FROM record_group ORDER BY first_seq DESC LIMIT 1").fetchone()
     return int(row[0]) if row else max(opening.first_seq - 1, 0)
+
+
+def newest_commit_ns(connection: sqlite3.Connection) -> int:
+    """When the last commit of a chunk was, by the wall clock."""
+    rows = [
+        connection.execute(f"SELECT committed_ns FROM {table} ORDER BY {key} DESC LIMIT 1").fetchone()
+        for table, key in _KEYS
+    ]
+    return max((int(row[0]) for row in rows if row), default=0)
 
 
 def last_totals(connection: sqlite3.Connection) -> tuple[int, int, int, str]:

@@ -6,15 +6,17 @@ stays, because the totals of the slot stand in it.
 
 from __future__ import annotations
 
-import sqlite3
 import time
 from itertools import pairwise
 from pathlib import Path
+from typing import Final
 
 from sidecar.spool import files
 from sidecar.spool.reader import SpoolReader
-from sidecar.spool.recovery import reading
+from sidecar.spool.recovery import newest_commit_ns, reading
 from sidecar.spool.words import SpoolError
+
+_NEVER_NS: Final = 1 << 62
 
 
 def retire_chunks(root: Path, instance: str, before_seq: int, retention_s: float, retention_bytes: int) -> int:
@@ -53,10 +55,6 @@ def _newest_ns(path: Path) -> int:
     """When the last commit of a chunk was. What cannot be read does not age: only size takes it."""
     try:
         with reading(path) as connection:
-            rows = [
-                connection.execute(f"SELECT committed_ns FROM {table} ORDER BY {key} DESC LIMIT 1").fetchone()
-                for table, key in (("record_group", "first_seq"), ("intent_group", "commit_number"))
-            ]
-    except (SpoolError, sqlite3.Error):
-        return 1 << 62
-    return max((int(row[0]) for row in rows if row), default=1 << 62)
+            return newest_commit_ns(connection) or _NEVER_NS
+    except SpoolError:
+        return _NEVER_NS

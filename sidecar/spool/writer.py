@@ -25,13 +25,13 @@ from typing import Final, Protocol
 from sidecar.spool import files
 from sidecar.spool.chunk import PAGE_BYTES, Chunk, IntentGroup, Opening, RecordGroup, Totals, lost_json
 from sidecar.spool.salvage import replace_chunk
-from sidecar.spool.words import Batch, Health, Limits, SpoolError, SpoolFull, State
+from sidecar.spool.words import Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")
 
 _LOG_FACTOR: Final = 2  # the log may be this many times `chunk_bytes` before the chunk is changed
-# Without a reserve the room that is left belongs to delivery; how often to look whether one is there.
-_RESERVE_LOOK_S: Final = 0.1
+# How often to look whether the reserve and the chunk are still there: a look costs what a small commit may not.
+_LOOK_S: Final = 0.1
 
 
 class CreateChunk(Protocol):
@@ -96,7 +96,7 @@ class Writer:
         self._limits = limits
         self._create = create
         self._reserve = files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes)
-        self._reserve_seen_s = 0.0
+        self._looked_s = 0.0
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._chunk: Chunk | None = None
         self._chunk_log_bytes = 0
@@ -191,6 +191,9 @@ class Writer:
                 return self.store(batches)
             except SpoolError as error:
                 self.note(error)
+            except Exception as error:  # a fault of ours must not end the only thread that writes
+                log.exception("a group could not be written")
+                self.note(SpoolFailed(f"a fault in the writer: {type(error).__name__}"))
             if self._stopping.wait(wait_s):
                 self._gave_up = True
                 log.error("the spool stops with records that the disk did not take", extra={"batches": len(batches)})
@@ -205,7 +208,7 @@ class Writer:
 
     def store(self, batches: list[Batch]) -> _Plan:
         """One try at one transaction. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
-        self._require_reserve()
+        self._look()
         plan = self._plan(batches)
         chunk = self._chunk or self._take_chunk()
         opening = None
@@ -327,12 +330,20 @@ class Writer:
     def _make(self, number: int) -> Chunk:
         return self._create(files.chunk_path(self._slot, number), number, self._at.instance)
 
-    def _require_reserve(self) -> None:
-        """Records may not use the reserve's room: where it was given up it has to be made again first."""
+    def _look(self) -> None:
+        """Records may not use the reserve's room: where it was given up it has to be made again first.
+
+        Another writer of this directory may have given it up, and somebody may have removed our file.
+        """
         now_s = time.monotonic()
-        if self.health.state is not State.FULL and now_s - self._reserve_seen_s < _RESERVE_LOOK_S:
+        if self.health.state is not State.FULL and now_s - self._looked_s < _LOOK_S:
             return
-        self._reserve_seen_s = now_s
+        self._looked_s = now_s
+        if self._chunk is not None and not self._chunk.path.exists():
+            # SQLite would go on writing into a file that nobody can open any more.
+            path = self._chunk.path
+            self._chunk = None
+            raise SpoolFailed(f"{path} was removed while it was written: restore the data directory and restart")
         if self.health.state is State.FULL:
             if not self._reserve.restore():
                 raise SpoolFull(self.health.reason or "no room on the disk")

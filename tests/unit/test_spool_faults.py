@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from spool_fixtures import SMALL, Told, call, ended, failing, only_instance, rec
 
 from sidecar.recorder import SpoolRecorder
 from sidecar.spool import (
+    Batch,
     Limits,
     Spool,
     SpoolReader,
@@ -90,6 +93,28 @@ async def test_closing_gives_up_on_a_disk_that_takes_nothing(tmp_path):
     assert rows(tmp_path, spool.instance) == []
     _in_order(tmp_path)
     Spool.open(tmp_path, limits=SMALL, instance=spool.instance).close()
+
+
+async def test_a_data_directory_that_was_removed_is_noticed(tmp_path):
+    async with Spool.open(tmp_path / "data", limits=replace(SMALL, stop_s=0.1)) as spool:
+        recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
+        await recorded(recorder, call())
+        shutil.rmtree(tmp_path / "data")
+        await until(lambda: _one_more(recorder) and spool.health().state is State.DEGRADED)
+        assert spool.snapshot().totals.holds
+
+
+def _one_more(recorder: SpoolRecorder) -> bool:
+    recorder.admit(exchange := call())
+    return recorder.complete(exchange, None)
+
+
+async def test_a_fault_of_ours_does_not_end_the_thread_that_writes(tmp_path):
+    async with Spool.open(tmp_path, limits=replace(SMALL, stop_s=0.1)) as spool:
+        spool.submit(Batch(first_seq=1, lines=["not bytes"], size_bytes=9, admitted=1))  # type: ignore[list-item]
+        await until(lambda: spool.health().state is State.DEGRADED)
+        assert "TypeError" in (spool.health().reason or "")
+        assert spool._writer._thread.is_alive()
 
 
 async def test_while_one_commit_runs_the_next_group_gathers(tmp_path):
