@@ -1,0 +1,44 @@
+"""The page on backends keeps up: every backend has its section, and the settings in it can be loaded."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sidecar.backends import BACKENDS, Context, backend_settings
+from sidecar.ledger import LedgerStore
+from sidecar.meters.definition import read_meters
+from sidecar.settings import load
+
+DOCS = Path(__file__).parent.parent / "docs"
+SECTIONS = dict(
+    re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "backends.md").read_text(), re.DOTALL | re.MULTILINE)
+)
+
+
+def test_every_backend_has_a_section_and_none_is_made_up() -> None:
+    assert set(SECTIONS) == set(BACKENDS)
+
+
+@pytest.mark.parametrize("name", list(BACKENDS))
+async def test_the_settings_of_a_section_make_that_backend(name: str, tmp_path: Path) -> None:
+    (block,) = re.findall(r"```sh\n(.*?)```", SECTIONS[name], re.DOTALL)
+    environ = dict(line.split("=", 1) for line in block.splitlines())
+    assert len(environ) <= 5
+    environ["SIDECAR_UPSTREAM_URL"] = "https://api.example.com"
+    settings = load(environ, backend_settings=backend_settings())
+    assert settings.backends == (name,)
+    context = Context(data_dir=tmp_path, open_ledger=lambda: LedgerStore(tmp_path / "ledger.db"))
+    backend = BACKENDS[name].make(settings.backend(name), context)
+    assert backend.name == name
+    await backend.aclose()
+
+
+def test_the_toml_of_the_page_is_right() -> None:
+    text = (DOCS / "backends.md").read_text()
+    subscribers, meters = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    assert all(theirs.keys() <= BACKENDS.keys() for theirs in subscribers["subscribers"].values())
+    assert read_meters(meters["meters"])[0].name == "output_tokens"
