@@ -19,7 +19,9 @@ from sidecar.spool.words import SpoolTotals, StoredGroup
 from sidecar.verdict import Backend, Verdict
 
 START_S = datetime(2026, 11, 20, 9, tzinfo=UTC).timestamp()
-QUICK = Limits(linger_s=0.002, backoff_base_s=0.002, down_cap_s=0.01, blocked_base_s=0.005, blocked_cap_s=0.02)
+QUICK = Limits(
+    linger_s=0.002, gather_s=0.001, backoff_base_s=0.002, down_cap_s=0.01, blocked_base_s=0.005, blocked_cap_s=0.02
+)
 
 
 def record_line(

@@ -146,9 +146,9 @@ class FakeBackend:
         match word.split(":"):
             case ["ok"]:
                 return self._take(sealed)
-            case ["stall"]:
+            case ["stall", *then]:  # and then do as another word says
                 await self.released.wait()
-                return self._take(sealed)
+                return await self._misbehave(":".join(then) or "ok", sealed)
             case ["hang"]:
                 await asyncio.Event().wait()
                 raise AssertionError("never")

@@ -133,12 +133,12 @@ class Delivery:
         """Recount everything from rows; every difference in words. Blocks."""
         problems = self._accounts.verify()
         for name in self._lanes:
-            for cursor in self.state.cursors(name):
-                last = self.reader.last_seq(cursor.instance)
-                if cursor.seq > last:
+            for instance, seq in self._accounts.cursors(name).items():
+                last = self.reader.last_seq(instance)
+                if seq > last:
                     problems.append(
-                        f"{name}, instance {cursor.instance}: delivered up to record {cursor.seq}, but the spool ends"
-                        f" at {last}: {cursor.seq - last} record numbers were lost with its file"
+                        f"{name}, instance {instance}: delivered up to record {seq}, but the spool ends at {last}:"
+                        f" {seq - last} record numbers were lost with its file"
                     )
         return problems
 
@@ -146,7 +146,7 @@ class Delivery:
         """For each instance the number up to which no backend needs its spool any more. Blocks."""
         upto = {instance: self.reader.last_seq(instance) for instance in self.reader.instances()}
         for name in self._lanes:
-            known = {cursor.instance: cursor.seq for cursor in self.state.cursors(name)}
+            known = self._accounts.cursors(name)
             upto = {instance: min(seq, known.get(instance, 0)) for instance, seq in upto.items()}
         return upto
 

@@ -118,7 +118,7 @@ class Lane:
         self.backend = backend
         self._shared, self._limits = shared, shared.limits
         self._pace = Pace()
-        self._sources = Sources(shared.reader, self._start_cursor, shared.limits.read_bytes)
+        self._sources = self._new_sources()
         self._waiting = Waiting(one_per_subject=backend.abilities.one_per_subject)
         self._under_way: dict[int, Request] = {}
         self._results: list[_Result] = []
@@ -128,7 +128,6 @@ class Lane:
         self.idle = asyncio.Event()  # nothing can be done before something happens
         self.draining = False
         self._fresh_next = self._want_fresh = False
-        self._filling_since_s: float | None = None  # a batch that is not full began to fill
         self._next_sweep_s = 0.0
         self._per_record = 1.0  # requests that a record gives
         self._expired = False
@@ -188,7 +187,7 @@ class Lane:
         """Believe what is on disk. What this run still knows of attempts under way is not forgotten."""
         results = {result.request.id: result for result in (*self._in_hand, *self._results)}
         self._in_hand, self._results = [], []
-        self._sources = Sources(self._shared.reader, self._start_cursor, self._limits.read_bytes)
+        self._sources = self._new_sources()
         self._waiting = Waiting(one_per_subject=self.backend.abilities.one_per_subject)
         for cursor in cursors:
             self._sources.add(cursor)
@@ -512,8 +511,10 @@ class Lane:
         busy = len(self._under_way) + begun
         free = self._pace.allowed(now, busy, self.backend.abilities.concurrency)
         room = self._room(free, busy, want_fresh)
-        source = await self._sources.next(self._wanted(room), now.mono_s) if room > 0 else None
-        if source is None or self._still_filling(source, now):
+        if room <= 0:
+            return None
+        source = await self._sources.next(self._wanted(room), now.mono_s, hurry=self.draining)
+        if source is None:
             return None
         items = list(itertools.islice(source.items, self._wanted(room)))
         plan = await sealing.plan(
@@ -584,18 +585,10 @@ class Lane:
             return most
         return max(1, min(most, int(room / self._per_record)))
 
-    def _still_filling(self, source: Source, now: Now) -> bool:
-        """Whether a batch that is not full yet should wait a moment for more."""
-        full = min(self.backend.abilities.events_max, self._limits.encode_records)
-        if len(source.items) >= full or self.draining:
-            self._filling_since_s = None
-            return False
-        if self._filling_since_s is None:
-            self._filling_since_s = now.mono_s
-        if now.mono_s - self._filling_since_s < self._limits.linger_s:
-            return True
-        self._filling_since_s = None
-        return False
+    def _new_sources(self) -> Sources:
+        limits = self._limits
+        gap_s = limits.linger_s if self.backend.abilities.events_max > 1 else limits.gather_s
+        return Sources(self._shared.reader, self._start_cursor, read_bytes=limits.read_bytes, gap_s=gap_s)
 
     async def _start_cursor(self, instance: str) -> Cursor:
         state, name = self._shared.state, self.backend.name
@@ -622,11 +615,16 @@ class Lane:
             times.append(max(self._pace.not_before_s, now.mono_s) if not self._under_way else self._next_sweep_s)
         elif self._waiting.next_due_s is not None and len(self._under_way) < self.backend.abilities.concurrency:
             times.append(self._waiting.next_due_s)
-        if self._filling_since_s is not None:
-            times.append(self._filling_since_s + self._limits.linger_s)
-        if not self._sources.listed:
-            times.append(self._sources.next_listing_s)
+        look_s = self._sources.next_look_s
+        if look_s is not None and not self._waits_for_room():
+            times.append(look_s)
         return min(times)
+
+    def _waits_for_room(self) -> bool:
+        """Whether records could not be sealed even if there were some: something else has to happen first."""
+        now, busy = self._now(), len(self._under_way)
+        free = self._pace.allowed(now, busy, self.backend.abilities.concurrency)
+        return self._pace.slow or self._room(free, busy, want_fresh=False) == 0
 
     def _quiet(self) -> bool:
         """Whether nothing is under way and nothing more could be started now."""

@@ -65,7 +65,8 @@ class Limits:
     encode_records: int = 100  # one slice of the event loop: about 1 ms
     parse_records: int = 40  # one slice of reading lines: about 0.5 ms
     read_bytes: int = 1 << 20
-    linger_s: float = 0.1  # how long a batch may fill up before it leaves partly empty
+    linger_s: float = 0.1  # between two looks into a spool that was read to its end: batches fill up meanwhile
+    gather_s: float = 0.01  # the same where one event is a request: a look for each commit would cost the proxy
     send_limit_s: float = 600.0  # a backend has its own time limits; this one frees the slot when they fail
     sweep_s: float = 60.0  # how often windows, ages and the clock are looked at while nothing happens
     history_entries: int = 20  # attempts remembered with a request: the first, and the last of them

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import START_S, HandClock, World, plain
+from delivery_fixtures import START_S, HandClock, World, plain, until
 from fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery, Limits
@@ -21,18 +21,20 @@ NONE = Abilities(dedup=Dedup.NONE)
 
 @pytest.fixture
 def world(tmp_path: Path) -> World:
-    world = World(tmp_path, clock=HandClock(), limits=Limits(linger_s=0.0))
+    world = World(tmp_path, clock=HandClock(), limits=Limits(linger_s=0.0, gather_s=0.0))
     world.begin("fake")
     return world
 
 
-async def pass_time(world: World, delivery: Delivery, hours: float, *, step_h: float = 0.25) -> None:
+async def pass_time(
+    world: World, delivery: Delivery, hours: float, *, step_h: float = 0.25, wait_s: float = 10.0
+) -> None:
     """Let both clocks run, with a look at every quarter of an hour."""
     assert world.clock is not None
     for _ in range(round(hours / step_h)):
         world.clock.go(step_h * HOUR)
         delivery.wake()
-        await delivery.drain(10.0)
+        await delivery.drain(wait_s)
 
 
 def seen(world: World, delivery: Delivery) -> dict[str, object]:
@@ -111,6 +113,23 @@ async def test_a_step_of_the_wall_clock_ends_the_window_and_nothing_else(world: 
         await pass_time(world, delivery, 3)
         assert seen(world, delivery) == {"parked": {"window_ended": 1}, "delivered": 5}
     assert sum(backend.taken.values()) == 6
+
+
+@pytest.mark.parametrize(("then", "parked"), [("lose_after", True), ("retry:dns", False)])
+async def test_a_step_during_an_attempt_counts_only_if_it_may_have_been_taken(
+    world: World, then: str, parked: bool
+) -> None:
+    assert world.clock is not None
+    world.spool.add(1)
+    backend = FakeBackend(KEY, script=[f"stall:{then}"])
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: backend.busy == 1)
+        world.clock.step(2 * HOUR)
+        await pass_time(world, delivery, 0.25, wait_s=0.05)
+        backend.released.set()
+        await pass_time(world, delivery, 0.5)
+        assert seen(world, delivery) == ({"parked": {"window_ended": 1}} if parked else {"delivered": 1})
 
 
 @pytest.mark.parametrize(
@@ -195,6 +214,19 @@ async def test_a_long_outage_ends_soon_after_the_backend_is_back(world: World) -
         backend.behaviour = None
         await pass_time(world, delivery, 0.05, step_h=0.005)
         assert seen(world, delivery) == {"delivered": 20}
+
+
+async def test_what_waits_long_is_hurried_by_the_first_success(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(2)
+    backend = FakeBackend(KEY, behaviour=lambda s: "retry:dns")
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 24, step_h=0.1)
+        backend.behaviour = None
+        while not backend.taken:
+            await pass_time(world, delivery, 0.005, step_h=0.005)
+        await pass_time(world, delivery, 0.001, step_h=0.001)
+        assert seen(world, delivery) == {"delivered": 2}
 
 
 async def test_the_backends_own_wait_is_obeyed(world: World) -> None:

@@ -308,6 +308,7 @@ async def test_redriven_refusals_get_a_new_key_each_time(world: World) -> None:
         assert await delivery.redrive(backend="fake", reason="http_400") == 1
         assert await all_settled(world, delivery) == {"delivered": 5}
         assert delivery.parked() == []
+        assert rows(world, "payload") == 0
     keys = [offer.key for offer in backend.offers if offer.events[0].record_id == ids[2]]
     assert keys == [ids[2], f"{ids[2]}~1", f"{ids[2]}~2"]
 
@@ -374,6 +375,15 @@ async def test_a_new_backend_begins_behind_what_is_there(world: World) -> None:
         assert plain(world.balance(delivery), "late") == {"skipped": {"before": 20}}
         world.spool.add(5)
         assert await all_settled(world, delivery, "late") == {"delivered": 5, "skipped": {"before": 20}}
+
+
+async def test_the_first_backend_ever_begins_behind_what_is_there_too(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    async with world.deliver():
+        world.spool.add(5)
+    async with world.deliver(FakeBackend(BATCH)) as delivery:
+        assert plain(world.balance(delivery)) == {"skipped": {"before": 5}}
+        assert delivery.retired_upto() == {"one": 5}
 
 
 async def test_older_records_go_to_a_new_backend_by_redrive(world: World) -> None:

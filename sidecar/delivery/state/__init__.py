@@ -93,9 +93,11 @@ class DeliveryState:
         """
         with self._step() as conn:
             known = dict(conn.execute("SELECT name, removed FROM backend").fetchall())
+            served = conn.execute("SELECT EXISTS(SELECT 1 FROM meta WHERE name = 'served')").fetchone()[0]
+            conn.execute("INSERT OR IGNORE INTO meta(name, value) VALUES('served', ?)", (now_s,))
             for name in names:
                 if known.get(name, 1) != 0:
-                    self._begin(conn, name, places, first=not known)
+                    self._begin(conn, name, places, first=not served)
             conn.executemany(
                 "INSERT INTO backend(name, since_s) VALUES(?, ?)"
                 " ON CONFLICT DO UPDATE SET since_s = iif(removed = 0, since_s, excluded.since_s), removed = 0",

@@ -110,6 +110,11 @@ class Accounts:
         with self._reading() as conn:
             return [name for (name,) in conn.execute("SELECT name FROM backend WHERE removed = 0 ORDER BY name")]
 
+    def cursors(self, backend: str) -> dict[str, int]:
+        """How far a backend is in each instance's spool."""
+        with self._reading() as conn:
+            return dict(conn.execute("SELECT instance, seq FROM cursor WHERE backend = ?", (backend,)).fetchall())
+
     # --- the balance ------------------------------------------------------------------------------
 
     def sums(self, backends: Sequence[str], upto: Mapping[str, int]) -> dict[str, Sums]:
