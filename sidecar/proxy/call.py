@@ -229,7 +229,7 @@ class Call(Ending):
                 if answer.ended or (answer.started and not self._worth_draining()):
                     self._give_up(Outcome.CLIENT_LEFT)
                 return
-            if answer.started and self.upload_done:
+            if answer.started:
                 self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
             if answer.ended and not self._recorded:
                 self._complete()

@@ -188,6 +188,32 @@ async def test_an_upload_that_stalls() -> None:
         assert (exchange.outcome, exchange.status, exchange.request_bytes) == (Outcome.REFUSED, 408, 3)
 
 
+@on_both_loops
+async def test_silence_one_way_is_no_silence() -> None:
+    """An answer that flows while its upload pauses, and the other way round: either keeps the call open."""
+    answering_now = asyncio.Event()
+
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(STREAM)
+        for _ in range(12):
+            await conversation.send(b"1\r\nx\r\n")
+            await asyncio.sleep(0.05)
+        answering_now.set()
+        await conversation.exactly(12)
+        await conversation.send(b"0\r\n\r\n")
+
+    async with RawUpstream(script) as upstream, Hop(upstream.url, idle_timeout_s=0.25) as hop:
+        client = await hop.client()
+        await client.send(b"POST / HTTP/1.1\r\nHost: me\r\nContent-Length: 12\r\n\r\n")
+        await answering_now.wait()
+        for _ in range(12):
+            await client.send(b"y")
+            await asyncio.sleep(0.05)
+        await client.until(b"0\r\n\r\n")
+        assert (await hop.recorder.ended()).outcome is Outcome.COMPLETE
+
+
 # -- the one retry -------------------------------------------------------------------------------
 
 

@@ -71,6 +71,7 @@ async def test_the_target_is_passed_on_byte_for_byte(target: bytes) -> None:
     [
         (b"GET http://evil.example:81/p?q HTTP/1.1", b"GET /base/p?q HTTP/1.1"),
         (b"GET HTTP://evil.example HTTP/1.1", b"GET /base/ HTTP/1.1"),
+        (b"GET http://user:word@evil.example/ HTTP/1.1", b"GET /base/ HTTP/1.1"),
         (b"GET http://evil.example?q HTTP/1.1", b"GET /base/?q HTTP/1.1"),
         (b"OPTIONS * HTTP/1.1", b"OPTIONS * HTTP/1.1"),
         (b"GET / HTTP/1.1", b"GET /base/ HTTP/1.1"),
@@ -85,6 +86,7 @@ async def test_no_target_changes_the_upstream(line: bytes, sent: bytes) -> None:
         await hop.call(line + b"\r\nHost: me\r\n\r\n")
         assert seen[0].split(b"\r\n")[0] == sent
         assert field_of(seen[0], b"Host") == b"127.0.0.1:%d" % upstream.port
+        assert b"word" not in seen[0]
 
 
 @on_both_loops

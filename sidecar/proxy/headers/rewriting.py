@@ -98,7 +98,7 @@ class HeaderRules:
         if not target.startswith("/") and target != "*":
             match = _ABSOLUTE.match(target)
             if match is not None:
-                authority = match[1]
+                authority = match[1].rpartition("@")[2]  # credentials are not for the upstream's eyes
                 target = target[match.end() :]
                 if not target.startswith("/"):
                     target = "/" + target
