@@ -27,11 +27,14 @@ class Oracle:
     url: Callable[[], str]
     seed: int = 1
     clients: int = 6
+    tenants: tuple[str, ...] = ("tenant-0", "tenant-1", "tenant-2")
+    pause_s: float = 0.0  # between two calls of a client
     sent: int = 0
     owed: dict[str, str] = field(default_factory=dict)  # call -> what kind it was
     _stopping: bool = False
 
     async def run(self) -> None:
+        self._stopping = False
         limit = aiohttp.ClientTimeout(total=10)
         # aiohttp sends a GET again by itself when a kept connection has died: two calls of one name. So GETs get a
         # connection of their own each; POSTs use kept ones.
@@ -53,9 +56,12 @@ class Oracle:
                     self.owed[call] = kind
             except (aiohttp.ClientError, OSError, TimeoutError):
                 await asyncio.sleep(0.02)  # it is down, or was killed under us: nothing is owed
+            if self.pause_s:
+                await asyncio.sleep(self.pause_s)
 
     async def _call(self, session: aiohttp.ClientSession, call: str, kind: str) -> bool:
-        headers = {"x-call": call, "x-tenant": f"tenant-{self.sent % 3}", "authorization": "Bearer sk-test"}
+        tenant = self.tenants[self.sent % len(self.tenants)]
+        headers = {"x-call": call, "x-tenant": tenant, "authorization": "Bearer sk-test"}
         if kind == "models":
             async with session.get(f"{self.url()}/v1/models", headers=headers) as answer:
                 await answer.read()
