@@ -29,7 +29,7 @@ from sidecar.usage.stored import SEEN, CountedIds
 from sidecar.usage.table import READERS, Row
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
-LEADING_BLANKS_MAX_BYTES = 1_048_576  # DeepSeek sends empty lines for minutes before its answer
+LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
 _FRAMES = "application/vnd.amazon.eventstream"
 _LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonl", "application/stream+json")
@@ -62,48 +62,26 @@ class Asked(Protocol):
 class AnswerTap:
     """Implements `sidecar.usage.ResponseTap`."""
 
-    __slots__ = (
-        "_anomaly",
-        "_bytes",
-        "_decoder",
-        "_ended",
-        "_fields",
-        "_first_token_ns",
-        "_fixed",
-        "_framing",
-        "_front",
-        "_lines",
-        "_reader",
-        "_reason",
-        "_request",
-        "_row",
-        "_settled",
-        "_sign",
-        "_status",
-        "_usage",
-    )
+    # Defaults stand on the class: a tap is made for every call, and most of these are never set.
+    _ended: bool = False  # nothing more is read: the end mark was seen, or the reading has failed
+    _settled: bool = False
+    _usage: Usage | None = None
+    _reason: str | None = None
+    _first_token_ns: int = 0
+    _sign: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
+    _bytes: int = 0  # decoded bytes and lines, for an estimate
+    _lines: int = 0
+    _blanks: int = 0  # pieces of nothing but blanks before the answer
+    _decoder: Codings | None = None
+    _framing: Framing | None = None
 
     def __init__(self, fixed: Fixed, request: Asked, status: int, fields: dict[str, str]) -> None:
         self._fixed = fixed
-        self._anomaly = fixed.anomaly
         self._request = request
         self._status = status
         self._fields = fields
         self._row = request.place.row
-        self._ended = False  # nothing more is read: the end mark was seen, or the reading has failed
-        self._settled = False
-        self._usage: Usage | None = None
-        self._reason: str | None = None
-        self._first_token_ns = 0
-        self._sign: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
-        self._bytes = 0  # decoded; counted until the framing is known, and on for an estimate
-        self._lines = 0
-        self._decoder: Codings | None = None
-        self._framing: Framing | None = None
-        if self._row is not None:
-            request.body.settle()
-        self._reader = self._choose()
-        self._front = self._reader
+        self._reader = self._front = self._choose()
         self._open()
 
     @property
@@ -143,7 +121,7 @@ class AnswerTap:
             try:
                 self._usage = self._finish(whole)
             except Exception:  # noqa: BLE001 - see above
-                self._anomaly("reader_failed")
+                self._fixed.anomaly("reader_failed")
             self._framing = self._decoder = None
         return self._usage
 
@@ -162,22 +140,26 @@ class AnswerTap:
         if row is None:
             row = self._row = self._fixed.places.row_by_header(self._fields)
             if row is None:
-                return Undecided(self._anomaly, place.readers)
+                return Undecided(self._fixed.anomaly, place.readers)
         if self._status >= 400:
-            return Failed(self._anomaly)
+            return Failed(self._fixed.anomaly)
         if row.unmetered is not None and row.reads_stored and self._fixed.counted is not None:
-            return BatchFile(self._anomaly) if row.reader is BatchFile else Undecided(self._anomaly, READERS)
-        reader = Unmetered(self._anomaly) if row.reader is BatchFile else row.reader(self._anomaly)
-        reader.expect(self._request.body.choices)
-        reader.head(self._fields)
+            return (
+                BatchFile(self._fixed.anomaly) if row.reader is BatchFile else Undecided(self._fixed.anomaly, READERS)
+            )
+        reader = Unmetered(self._fixed.anomaly) if row.reader is BatchFile else row.reader(self._fixed.anomaly)
+        if row.reader.header_names:
+            reader.head(self._fields)
         return reader
 
     def _open(self) -> None:
         fields, reader = self._fields, self._reader
-        content_type = fields.get("content-type", "").partition(";")[0].strip().lower()
+        content_type = fields.get("content-type", "")
+        if content_type != "application/json":
+            content_type = content_type.partition(";")[0].strip().lower()
         elements = self._request.place.elements
         if elements and content_type != _FRAMES and any(element.json for element in elements):
-            self._front = OwnFields(self._anomaly, reader, elements)
+            self._front = OwnFields(self._fixed.anomaly, reader, elements)
         elif self._row is None and (self._status >= 400 or not self._request.place.readers):
             self._ended = True
             return
@@ -198,8 +180,13 @@ class AnswerTap:
             self._ended = True
 
     def _stream(self, framing: Framing) -> None:
+        """A stream may last: it must not hold its prompt, and it has a first token to wait for."""
         self._framing = framing
         self._sign = self._reader.first_token
+        if self._row is not None:
+            body = self._request.body
+            body.settle()
+            self._reader.expect(body.choices)
 
     def _take(self, piece: bytes) -> bool:
         framing = self._framing
@@ -225,8 +212,8 @@ class AnswerTap:
         if piece[0] != 0x7B:
             piece = piece.lstrip(b" \t\r\n\xef\xbb\xbf")
         if not piece:
-            self._bytes += 1
-            if self._bytes > LEADING_BLANKS_MAX_BYTES:
+            self._blanks += 1
+            if self._blanks > LEADING_BLANKS_MAX:
                 raise Unreadable("answer_unrecognised", None)
             return False
         if piece[0] in b"{[":
@@ -239,7 +226,7 @@ class AnswerTap:
 
     def _give_up(self, kind: str, reason: str | None) -> None:
         if kind:
-            self._anomaly(kind)
+            self._fixed.anomaly(kind)
         self._ended = True
         self._reason = self._reason or reason
 
@@ -273,16 +260,8 @@ class AnswerTap:
             row = row or self._fixed.places.row_of(reader)
         elif not self._believable(reader, whole):
             return None
-        if framing is None:
-            usage = build(reader, streamed=False, ended=False, size_bytes=0, brackets=0)
-        else:
-            usage = build(
-                reader,
-                streamed=framing.streamed,
-                ended=framing.ended,
-                size_bytes=framing.size_bytes,
-                brackets=framing.brackets,
-            )
+        streamed, ended = (framing.streamed, framing.ended) if framing is not None else (False, False)
+        usage = build(reader, streamed=streamed, ended=ended)
         self._complete(usage, reader, row)
         return usage
 

@@ -38,8 +38,6 @@ class Messages(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message_stop",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content_block_delta")
 
-    __slots__ = ()
-
     @classmethod
     def claims(cls, document: Document) -> bool:
         kind = document.get("type")

@@ -28,8 +28,6 @@ class BatchFile(Reader):
         "response": {"status_code": True, "request_id": True, "body": {**ChatCompletions.wanted, **Responses.wanted}},
     }
 
-    __slots__ = ("_answers",)
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._answers: list[Usage] = []
@@ -59,7 +57,7 @@ class BatchFile(Reader):
         if len(self._answers) >= WAITING_MAX:
             self.anomaly("batch_answers_dropped")
             return
-        usage = build(reader, streamed=False, ended=True, size_bytes=0, brackets=1 << 30)
+        usage = build(reader, streamed=False, ended=True)
         usage.provider, usage.operation = provider, operation
         self._answers.append(usage)
 

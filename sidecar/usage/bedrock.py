@@ -29,8 +29,6 @@ _DULL_CHUNK = b'{"bytes":"eyJ0eXBlIjoiY29udGVudF9ibG9ja19kZWx0YSI'  # {"type":"c
 class _Frames(Reader):
     """What both kinds of stream share: exceptions and errors come as frames of their own."""
 
-    __slots__ = ()
-
     def dull_frame(self, head: bytes) -> bool:
         return False
 
@@ -57,8 +55,6 @@ class Converse(_Frames):
         "trace": {"promptRouter": True},
     }
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"contentBlockDelta")
-
-    __slots__ = ()
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -126,8 +122,6 @@ class Invoke(_Frames):
         f"{_HEADERS}{name}-token-count" for name in ("input", "output", "cache-read-input", "cache-write-input")
     )
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
-
-    __slots__ = ("_anthropic", "_metrics")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

@@ -173,18 +173,19 @@ def decoder(header: str, backlog_max_bytes: int = BACKLOG_MAX_BYTES) -> Codings 
 class Codings:
     """A stack of codings being undone."""
 
-    __slots__ = ("_backlog_max_bytes", "_coded", "_decoded", "_stages")
+    __slots__ = ("_backlog_max_bytes", "_coded", "_decoded", "_more", "_stages")
 
     def __init__(self, stages: Sequence[_Stage], backlog_max_bytes: int) -> None:
         self._backlog_max_bytes = backlog_max_bytes
         self._stages = stages
         self._coded = 0
         self._decoded = 0
+        self._more = False  # the last step ended with its budget, not with its input
 
     @property
     def behind(self) -> bool:
         """Whether fed bytes still wait to be decoded: feed empty pieces to work them off."""
-        return any(stage.waiting for stage in self._stages)
+        return self._more
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """Plain parts, one step's worth at most. Raises Unreadable."""
@@ -201,6 +202,7 @@ class Codings:
     def _step(self, budget: int) -> Iterator[bytes]:
         stages = self._stages
         last = len(stages) - 1
+        self._more = False
         while budget > 0:
             for index in range(last, -1, -1):
                 out = stages[index].read(PART_BYTES)
@@ -215,6 +217,7 @@ class Codings:
                 yield out
             else:
                 stages[index + 1].waiting += out
+        self._more = True
 
     def _check(self) -> None:
         if self._decoded > DECODED_MAX_BYTES or (

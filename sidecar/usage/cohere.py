@@ -35,8 +35,6 @@ class Cohere(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message-end", b"stream-end")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content-delta|text-generation")
 
-    __slots__ = ()
-
     @classmethod
     def claims(cls, document: Document) -> bool:
         return "billed_units" in part(document.get("usage")) or "billed_units" in part(document.get("meta"))

@@ -37,7 +37,7 @@ class FrameReader(Protocol):
 class EventStream:
     """Implements `framing.Framing` for binary frames."""
 
-    __slots__ = ("_crc", "_reader", "_rest", "_skip", "brackets", "ended", "size_bytes", "streamed")
+    __slots__ = ("_crc", "_reader", "_rest", "_skip", "ended", "streamed")
 
     def __init__(self, reader: FrameReader) -> None:
         self._reader = reader
@@ -46,8 +46,6 @@ class EventStream:
         self._crc = 0
         self.streamed = True
         self.ended = False
-        self.size_bytes = 0
-        self.brackets = 0
 
     def feed(self, piece: bytes) -> bool:
         if self._skip:
@@ -72,8 +70,6 @@ class EventStream:
             if self._reader.dull_frame(head):
                 continue
             payload = frame[PRELUDE_BYTES + head_size : -4]
-            self.size_bytes = max(self.size_bytes, len(payload))
-            self.brackets = max(self.brackets, payload.count(b"{") + payload.count(b"["))
             if self._reader.frame(_headers(head), payload):
                 return True
         return False

@@ -32,16 +32,6 @@ class Framing(Protocol):
     def streamed(self) -> bool: ...
 
     @property
-    def size_bytes(self) -> int:
-        """Of the largest thing parsed, to know whether its usage object needs a second look."""
-        ...
-
-    @property
-    def brackets(self) -> int:
-        """The most of any thing parsed, for the same reason."""
-        ...
-
-    @property
     def ended(self) -> bool:
         """Whether a plain document was seen to its end."""
         ...
@@ -54,19 +44,16 @@ class Framing(Protocol):
 
 
 class _Base:
-    __slots__ = ("_cut", "_reader", "brackets", "ended", "size_bytes", "streamed")
+    __slots__ = ("_cut", "_reader", "ended", "streamed")
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._cut = False  # the bytes are over, so an unreadable message is no surprise
         self.streamed = True
         self.ended = False
-        self.size_bytes = 0
-        self.brackets = 0
 
     def _parse(self, data: bytes) -> Document | None:
         """One JSON object, or None. What the strict parser refuses is skimmed for what is wanted."""
-        self.size_bytes = max(self.size_bytes, len(data))
         if len(data) > MESSAGE_MAX_BYTES:
             return pruned(data, self._reader.wanted)
         try:
@@ -75,10 +62,7 @@ class _Base:
             document = pruned(data, self._reader.wanted)
             if not document and not self._cut:
                 self._reader.anomaly("message_unreadable")
-        if type(document) is not dict:
-            return None
-        self.brackets = max(self.brackets, data.count(b"{") + data.count(b"["))
-        return document
+        return document if type(document) is dict else None
 
 
 class _Messages(_Base):
@@ -177,11 +161,7 @@ class _Messages(_Base):
             document = orjson.loads(data)
         except ValueError:
             return False
-        if type(document) is not dict or not self._reader.message(document, event):
-            return False
-        self.size_bytes = max(self.size_bytes, len(data))
-        self.brackets = max(self.brackets, data.count(b"{") + data.count(b"["))
-        return True
+        return type(document) is dict and self._reader.message(document, event)
 
     def _messages(self, block: bytes) -> bool:
         reader = self._reader
@@ -211,7 +191,6 @@ class _Messages(_Base):
         after = long.feed(piece)
         if after is None and not long.members.done:
             return False
-        self.size_bytes = max(self.size_bytes, MESSAGE_MAX_BYTES + 1)
         if long.members.document and not long.delivered:
             long.delivered = True
             if long.members.oversized:
@@ -349,14 +328,6 @@ class LinesOrDocument:
     def ended(self) -> bool:
         return self._framing is not None and self._framing.ended
 
-    @property
-    def size_bytes(self) -> int:
-        return self._framing.size_bytes if self._framing is not None else 0
-
-    @property
-    def brackets(self) -> int:
-        return self._framing.brackets if self._framing is not None else 0
-
     def feed(self, piece: bytes) -> bool:
         if self._framing is not None:
             return self._framing.feed(piece)
@@ -410,7 +381,6 @@ class OneDocument(_Base):
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if not body:
             return
-        self.size_bytes = len(body)
         if not self._reader.plausible(body):
             return
         try:
@@ -421,7 +391,6 @@ class OneDocument(_Base):
             self._members.feed(body)
             self._finish_long(self._members)
             return
-        self.brackets = body.count(b"{") + body.count(b"[")
         if type(document) is dict:
             self._reader.document(document)
 
@@ -435,7 +404,6 @@ class OneDocument(_Base):
 
     def _finish_long(self, members: Members) -> None:
         self._members = None
-        self.size_bytes = max(self.size_bytes, DOCUMENT_MAX_BYTES + 1)
         self.ended = members.done
         if members.oversized:
             self._reader.anomaly("value_oversized")
@@ -498,7 +466,6 @@ class Elements(_Base):
         document: Any
         if self._long is not None:
             document = self._long.document
-            self.size_bytes = max(self.size_bytes, MESSAGE_MAX_BYTES + 1)
             self._long = None
         else:
             document = self._parse(bytes(self._element))

@@ -30,8 +30,6 @@ class Gemini(Reader):
     }
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
 
-    __slots__ = ("_characters",)
-
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self._characters: object = None
@@ -89,6 +87,14 @@ class Gemini(Reader):
             usage.units["billable_characters"] = characters
 
 
+class Vertex(Gemini):
+    """The same shape behind Vertex's paths; an answer of an unknown path is taken for Gemini's own."""
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return False
+
+
 def fill_gemini(reader: Reader, usage: Usage, raw: Document) -> None:
     number = reader.number
     prompt = number(raw, "promptTokenCount")
@@ -131,8 +137,6 @@ class Interactions(Reader):
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
-
-    __slots__ = ()
 
     def dull(self, block: bytes) -> bool:
         if b"interaction" in block or b'"usage"' in block or b'"error"' in block:

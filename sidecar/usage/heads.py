@@ -10,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from sidecar.usage import RawHeaders
 
 SPELLINGS_MAX = 2_048  # remembered field names; an upstream that invents names must not fill memory
+ID_MAX_CHARS = 256  # of a request id that is kept; the longest seen has about 60
 VALUE_MAX_BYTES = 1_024  # of a header value that is looked at
 
 # The most telling first: gateways add their own id beside that of what stands behind them.
@@ -101,17 +102,21 @@ class Heads:
 
 
 def request_id(fields: Mapping[str, str]) -> str | None:
-    found = [name for name in fields if name in _ID_RANK]
-    if not found:
-        return None
-    return fields[found[0] if len(found) == 1 else min(found, key=_ID_RANK.__getitem__)][:256] or None
+    best, rank = None, len(_ID_RANK)
+    for name in fields:
+        place = _ID_RANK.get(name, rank)
+        if place < rank:
+            best, rank = name, place
+    return None if best is None else fields[best][:ID_MAX_CHARS] or None
 
 
 def hinted_provider(fields: Mapping[str, str]) -> str | None:
-    found = [name for name in fields if name in _HINTS]
-    if not found:
-        return None
-    return _HINTS[found[0] if len(found) == 1 else min(found, key=_HINT_RANK.__getitem__)]
+    best, rank = None, len(_HINT_RANK)
+    for name in fields:
+        place = _HINT_RANK.get(name, rank)
+        if place < rank:
+            best, rank = name, place
+    return None if best is None else _HINTS[best]
 
 
 def provider_of_host(host: str | None) -> str | None:

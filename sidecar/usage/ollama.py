@@ -23,8 +23,6 @@ class Ollama(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b'"done":true', b'"done": true')
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"(?:content|response|thinking)"\s*:\s*"[^"]')
 
-    __slots__ = ()
-
     @classmethod
     def claims(cls, document: Document) -> bool:
         return document.get("done") is True and "prompt_eval_duration" in document and "eval_count" in document

@@ -10,7 +10,7 @@ the output is settled by the stated total (O2).
 from __future__ import annotations
 
 import re
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from sidecar.exchange import Usage
 from sidecar.usage.members import Tree
@@ -38,11 +38,7 @@ class ChatCompletions(Reader):
         rb'"(?:content|reasoning|reasoning_content|text|arguments|refusal)"\s*:\s*"[^"]'
     )
 
-    __slots__ = ("_choices",)
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._choices = 1  # set from the request's `n`
+    _choices: int = 1  # set from the request's `n`
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -111,8 +107,6 @@ class Embeddings(ChatCompletions):
 
     wanted: ClassVar[Tree] = {"id": True, "object": True, "model": True, "usage": True, "error": True}
     end_signs: ClassVar[tuple[bytes, ...]] = ()
-
-    __slots__ = ()
 
     @classmethod
     def claims(cls, document: Document) -> bool:

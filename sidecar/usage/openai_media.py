@@ -20,8 +20,6 @@ class Media(Reader):
     wanted: ClassVar[Tree] = {"type": True, "usage": True, "error": True, "created": True, "task": True, "model": True}
     end_signs: ClassVar[tuple[bytes, ...]] = (b".done", b".completed")
 
-    __slots__ = ()
-
     def dull(self, block: bytes) -> bool:
         return not (
             b".done" in block or b".completed" in block or b'"error"' in block or b"[DONE]" in block

@@ -34,8 +34,6 @@ class Responses(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in TERMINAL)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
 
-    __slots__ = ()
-
     @classmethod
     def claims(cls, document: Document) -> bool:
         if document.get("object") in ("response", "response.compaction"):

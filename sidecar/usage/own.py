@@ -56,8 +56,6 @@ def from_headers(elements: Sequence[Element], fields: Mapping[str, str]) -> dict
 class OwnFields(Reader):
     """Stands before the reader of the answer (or alone) and picks the own fields out of the same documents."""
 
-    __slots__ = ("_elements", "_signs", "_wanted", "inner", "units")
-
     def __init__(self, anomaly: Callable[[str], None], inner: Reader | None, elements: Sequence[Element]) -> None:
         self.inner = inner
         super().__init__(anomaly)

@@ -17,8 +17,6 @@ class Failed(Reader):
 
     wanted: ClassVar[Tree] = {"error": True, "type": True, "code": True, "status": True, "__type": True}
 
-    __slots__ = ()
-
     def document(self, document: Document) -> None:
         self.seen = True
         if not self.fail(document.get("error")):
@@ -31,8 +29,6 @@ class Unmetered(Reader):
     """An answer that belongs to a model but consumes nothing: only who it is from is noted."""
 
     wanted: ClassVar[Tree] = {"id": True, "model": True, "error": True}
-
-    __slots__ = ()
 
     def dull(self, block: bytes) -> bool:
         return True
@@ -48,8 +44,6 @@ class Batch(Unmetered):
 
     wanted: ClassVar[Tree] = {**Unmetered.wanted, "usage": True}
 
-    __slots__ = ()
-
     def document(self, document: Document) -> None:
         super().document(document)
         self.report(document.get("usage"))
@@ -62,8 +56,6 @@ class Undecided(Reader):
     """An unknown path: the first messages (or the document) must be unmistakable, else nothing is read."""
 
     wanted: ClassVar[Tree] = {}  # large documents of unknown paths are left alone
-
-    __slots__ = ("_candidates", "_left", "chosen")
 
     def __init__(self, anomaly: Callable[[str], None], candidates: Sequence[type[Reader]]) -> None:
         self.chosen: Reader | None = None

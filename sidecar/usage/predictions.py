@@ -24,8 +24,6 @@ class Replicate(Reader):
         "metrics": True,
     }
 
-    __slots__ = ()
-
     def document(self, document: Document) -> None:
         self.seen = "status" in document
         self.identify(document)
@@ -47,8 +45,6 @@ class Fal(Reader):
 
     header_names: ClassVar[tuple[str, ...]] = ("x-fal-billable-units",)
 
-    __slots__ = ()
-
     def head(self, headers: Mapping[str, str]) -> None:
         super().head(headers)
         self.seen = True
@@ -64,8 +60,6 @@ class Fal(Reader):
 class MistralOcr(Reader):
     wanted: ClassVar[Tree] = {"model": True, "usage_info": True, "error": True}
 
-    __slots__ = ()
-
     def document(self, document: Document) -> None:
         self.identify(document)
         self.report(document.get("usage_info"))
@@ -78,8 +72,6 @@ class MistralOcr(Reader):
 class MistralConversations(Reader):
     wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
     end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
-
-    __slots__ = ()
 
     def dull(self, block: bytes) -> bool:
         if b"conversation.response" in block or b'"error"' in block:

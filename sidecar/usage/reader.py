@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar
 
 from sidecar.exchange import Usage, UsageState
 from sidecar.usage.members import Tree
 from sidecar.usage.values import (
-    RAW_USAGE_MAX_BYTES,
-    RAW_USAGE_PLAIN_BRACKETS,
     count,
     error_word,
     keepable,
@@ -29,6 +28,7 @@ Document = dict[str, Any]
 
 CHOICES_MAX = 1_024  # parallel answers of one call whose finish reasons are kept; OpenAI allows 128
 
+_NO_HEADERS: Mapping[str, str] = MappingProxyType({})
 _ESCAPED_LETTER = b"\\u00"
 _ESCAPED_KEY = re.compile(rb"\\u00[4-7]")
 
@@ -45,34 +45,21 @@ class Reader:
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 
-    __slots__ = (
-        "anomaly",
-        "error",
-        "final",
-        "finish_reasons",
-        "headers",
-        "model",
-        "provider",
-        "raw",
-        "reason",
-        "response_id",
-        "seen",
-        "service_tier",
-    )
+    # Defaults stand on the class: a reader is made for every call, and most of these are never set.
+    seen: bool = False  # something of this family's shape was seen
+    final: bool = False  # the provider's end mark for usage was seen (M5)
+    raw: Document | None = None
+    model: str | None = None
+    response_id: str | None = None
+    service_tier: str | None = None
+    error: str | None = None
+    reason: str | None = None
+    provider: str | None = None  # only where the answer gives it away
+    headers: Mapping[str, str] = _NO_HEADERS
 
     def __init__(self, anomaly: Callable[[str], None]) -> None:
         self.anomaly = anomaly
-        self.seen = False  # something of this family's shape was seen
-        self.final = False  # the provider's end mark for usage was seen (M5)
-        self.raw: Document | None = None
-        self.model: str | None = None
-        self.response_id: str | None = None
-        self.service_tier: str | None = None
         self.finish_reasons: dict[int, str] = {}
-        self.error: str | None = None
-        self.reason: str | None = None
-        self.provider: str | None = None  # only where the answer gives it away
-        self.headers: Mapping[str, str] = {}
 
     # What a family overrides.
 
@@ -164,7 +151,7 @@ def escaped_key(block: bytes) -> bool:
     return _ESCAPED_LETTER in block and _ESCAPED_KEY.search(block) is not None
 
 
-def build(reader: Reader, *, streamed: bool, ended: bool, size_bytes: int, brackets: int) -> Usage:
+def build(reader: Reader, *, streamed: bool, ended: bool) -> Usage:
     """The reader's facts as a `Usage`. `ended`: a plain answer was read to its end."""
     usage = Usage(usage_state=UsageState.ABSENT)
     usage.streamed = streamed
@@ -175,14 +162,14 @@ def build(reader: Reader, *, streamed: bool, ended: bool, size_bytes: int, brack
     usage.reason = reader.reason
     reasons = reader.finish_reasons
     if reasons:
-        usage.finish_reasons = [reasons[index] for index in sorted(reasons)]
+        usage.finish_reasons = list(reasons.values()) if len(reasons) == 1 else [reasons[i] for i in sorted(reasons)]
     raw = reader.raw
     if raw is not None:
         reader.fill(usage, raw)
-        if (size_bytes > RAW_USAGE_MAX_BYTES or brackets > RAW_USAGE_PLAIN_BRACKETS) and not keepable(raw):
-            reader.anomaly("raw_usage_dropped")
-        else:
+        if keepable(raw):
             usage.raw_usage = raw
+        else:
+            reader.anomaly("raw_usage_dropped")
     if raw is None or not known(usage):
         if not reader.fill_from_headers(usage):
             return usage

@@ -94,6 +94,11 @@ class RequestReading:
             self._pieces = self._members = self._decoder = None
 
     @property
+    def held_bytes(self) -> int:
+        """How much of the body is still kept."""
+        return sum(map(len, self._pieces or ()))
+
+    @property
     def model(self) -> str | None:
         facts = self.facts()
         return name(facts.get("model"))

@@ -28,8 +28,6 @@ class LlamaCpp(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b'"stop":true', b'"stop": true')
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"content"\s*:\s*"[^"]')
 
-    __slots__ = ()
-
     @classmethod
     def claims(cls, document: Document) -> bool:
         return "tokens_predicted" in document and "tokens_evaluated" in document and "content" in document
@@ -68,8 +66,6 @@ class TextGeneration(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b'"generated_tokens"',)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"token"')
     header_names: ClassVar[tuple[str, ...]] = ("x-prompt-tokens", "x-generated-tokens")
-
-    __slots__ = ()
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -110,8 +106,6 @@ class TextEmbeddings(Cohere):
     """TEI: bare arrays; the count is in a header. The paths are shared with rerankers that answer objects."""
 
     header_names: ClassVar[tuple[str, ...]] = ("x-compute-tokens",)
-
-    __slots__ = ()
 
     @classmethod
     def claims(cls, document: Document) -> bool:

@@ -75,7 +75,7 @@ class _Session:
         raise NotImplementedError
 
     def _usage(self, reader: Reader, operation: str) -> Usage:
-        usage = build(reader, streamed=True, ended=True, size_bytes=0, brackets=1 << 30)
+        usage = build(reader, streamed=True, ended=True)
         usage.provider = self.provider
         usage.operation = operation
         usage.request_model = self.request_model

@@ -13,7 +13,7 @@ from sidecar.usage.anthropic import Messages
 from sidecar.usage.batches import BatchFile
 from sidecar.usage.bedrock import Converse, Invoke
 from sidecar.usage.cohere import Cohere
-from sidecar.usage.gemini import Gemini, Interactions
+from sidecar.usage.gemini import Gemini, Interactions, Vertex
 from sidecar.usage.ollama import Ollama
 from sidecar.usage.openai import ChatCompletions, Embeddings
 from sidecar.usage.openai_media import Media
@@ -149,7 +149,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "Vertex generateContent",
         _verbs(_VERTEX, "generateContent", "streamGenerateContent"),
-        Gemini,
+        Vertex,
         "generate_content",
         "`usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
@@ -169,7 +169,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "Vertex embeddings",
         _verbs(_VERTEX, "embedContent", "batchEmbedContents", "predict"),
-        Gemini,
+        Vertex,
         "embeddings",
         "`usageMetadata`, or the sum of `statistics.token_count`",
         provider="gcp.vertex_ai",
