@@ -16,7 +16,8 @@ import orjson
 from sidecar.exchange import Exchange, Outcome, Subscriber
 from sidecar.recorder import SpoolRecorder
 from sidecar.spool import Limits, Spool, SpoolReader
-from sidecar.spool.chunk import Chunk, IntentGroup, Opening, RecordGroup
+from sidecar.spool.chunk import Chunk
+from sidecar.spool.groups import IntentGroup, Opening, RecordGroup
 
 # Chunks change every few dozen records, groups are a handful of lines, nothing waits long.
 SMALL = Limits(

@@ -245,12 +245,12 @@ class Reserve:
 
     def restore(self) -> bool:
         """Make it again where there is room for it and for records beside it. False: there is not."""
+        draft = self.path.with_name("reserve.draft")  # another name: a reserve that is half there must not count as one
         if self.present:
+            draft.unlink(missing_ok=True)
             return self._room() >= self._margin_bytes
         if self._room() < self._size_bytes + self._margin_bytes:
             return False
-        # Allocated under another name: a reserve that is half there must not count as one.
-        draft = self.path.with_name(f"reserve.{os.getpid()}")
         try:
             fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
             try:

@@ -17,7 +17,9 @@ from types import TracebackType
 from typing import Final, Protocol
 
 from sidecar.spool import files
-from sidecar.spool.chunk import Chunk, read_lost
+from sidecar.spool.chunk import Chunk
+from sidecar.spool.groups import read_lost
+from sidecar.spool.house import CreateChunk
 from sidecar.spool.intents import settle
 from sidecar.spool.recovery import Recovered, recover
 from sidecar.spool.retention import retire_chunks
@@ -32,7 +34,7 @@ from sidecar.spool.words import (
     SpoolTotals,
     Tally,
 )
-from sidecar.spool.writer import Committed, CreateChunk, Writer
+from sidecar.spool.writer import Committed, Writer
 
 log = logging.getLogger("sidecar.spool")
 
@@ -121,7 +123,8 @@ class Spool:
             writer.stop()
             raise
         spool._recorded, spool._last_seq = writer.position.recorded, writer.position.last_seq
-        writer.put_away(recovered.to_seal)
+        for chunk in recovered.to_seal:
+            writer.house.put_away(chunk)
         for path in recovered.empty:
             files.remove_chunk(path)
         return spool
@@ -234,7 +237,8 @@ def _adopt(root: Path, instance: str, limits: Limits) -> bool:
     if recovered.clean:
         return False
     writer = Writer(root, recovered.position, limits)
-    writer.put_away(recovered.to_seal)
+    for chunk in recovered.to_seal:
+        writer.house.put_away(chunk)
     try:
         writer.store([_settling_batch(recovered)])
     finally:

@@ -20,16 +20,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.spool import files, recovery
-from sidecar.spool.chunk import (
-    NO_BOUND,
-    RECORD_COLUMNS,
-    Opening,
-    RecordGroup,
-    meta,
-    read_lost,
-    readable_rows,
-    translate,
-)
+from sidecar.spool.chunk import NO_BOUND, meta, readable_rows, translate
+from sidecar.spool.groups import RECORD_COLUMNS, Opening, RecordGroup, read_lost
 from sidecar.spool.spans import Place, missing_between, runs, start_of
 from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals, StoredGroup
 

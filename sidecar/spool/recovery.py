@@ -16,22 +16,11 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import files, salvage
-from sidecar.spool.chunk import (
-    FORMAT,
-    INTENT_COLUMNS,
-    PAGE_BYTES,
-    Chunk,
-    IntentGroup,
-    Opening,
-    check_header,
-    lost_json,
-    meta,
-    read_lost,
-    translate,
-)
+from sidecar.spool.chunk import FORMAT, PAGE_BYTES, Chunk, check_header, meta, translate
+from sidecar.spool.groups import INTENT_COLUMNS, IntentGroup, Opening, lost_json, read_lost
 from sidecar.spool.intents import intent_id
+from sidecar.spool.plan import Position
 from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolFull
-from sidecar.spool.writer import Position
 
 log = logging.getLogger("sidecar.spool")
 
@@ -164,7 +153,9 @@ def _skip_numbers(found: Recovered, remembered_seq: int, unsure: bool) -> None:
     if remembered_seq > at.last_seq:
         # Delivered, and no longer here: they were recorded. Readers see the hole as `missing`.
         gone = remembered_seq - at.last_seq
-        log.error("the spool lost records that delivery had seen", extra={"instance": at.instance, "records": gone})
+        log.error(
+            "the spool lost records that delivery had seen", extra={"facts": {"instance": at.instance, "records": gone}}
+        )
         at.last_seq = remembered_seq
         at.admitted += gone
         at.recorded += gone

@@ -15,16 +15,8 @@ from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 from sidecar.spool import files
-from sidecar.spool.chunk import (
-    INTENT_COLUMN_COUNT,
-    NO_BOUND,
-    PAGE_BYTES,
-    RECORD_COLUMN_COUNT,
-    Chunk,
-    IntentGroup,
-    Opening,
-    RecordGroup,
-)
+from sidecar.spool.chunk import NO_BOUND, PAGE_BYTES, Chunk
+from sidecar.spool.groups import INTENT_COLUMN_COUNT, RECORD_COLUMN_COUNT, IntentGroup, Opening, RecordGroup
 from sidecar.spool.leaves import Frame, Leaves, frames, has_rows, read_salts
 from sidecar.spool.words import SpoolDamaged
 
@@ -61,7 +53,9 @@ def replace_chunk(root: Path, instance: str, path: Path, number: int, *, upto_se
     if any_left:
         swap.rename(path)
         files.sync_directory(path.parent)
-    log.error("a damaged chunk was set aside", extra={"set_aside": str(moved), "records_salvaged": draft.records})
+    log.error(
+        "a damaged chunk was set aside", extra={"facts": {"set_aside": str(moved), "records_salvaged": draft.records}}
+    )
     return Salvaged(draft.records, moved)
 
 

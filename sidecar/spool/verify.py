@@ -13,7 +13,7 @@ from typing import Any
 import orjson
 
 from sidecar.spool import files
-from sidecar.spool.chunk import INTENT_COLUMNS, RECORD_COLUMNS, IntentGroup, RecordGroup
+from sidecar.spool.groups import INTENT_COLUMNS, RECORD_COLUMNS, IntentGroup, RecordGroup
 from sidecar.spool.reader import ChunkInfo, SpoolReader
 from sidecar.spool.recovery import reading
 from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals

@@ -29,7 +29,7 @@ async def _fill(root: Path, calls: int, limits: Limits = SMALL, *, crash_to: Pat
         for _ in range(calls):
             await recorded(recorder, call())
         if crash_to is not None:
-            await asyncio.to_thread(spool._writer._house.submit(int).result)
+            await asyncio.to_thread(spool._writer.house.quiet)
             crashed_copy(root, crash_to)
     return "a"
 

@@ -246,7 +246,7 @@ async def test_retention_goes_by_age_and_by_size_and_never_beyond_what_is_delive
         recorder = SpoolRecorder(spool, Told())
         for _ in range(150):
             await recorded(recorder, call())
-        await asyncio.to_thread(spool._writer._house.submit(int).result)
+        await asyncio.to_thread(spool._writer.house.quiet)
         with SpoolReader(tmp_path) as reader:
             infos = reader.chunks(spool.instance)
         assert len(infos) > 4
