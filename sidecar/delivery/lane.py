@@ -14,40 +14,31 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import random
 from collections import Counter
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from typing import Any, Protocol, TypeVar
+from typing import TypeVar
 
 from sidecar.delivery import redriving, sealing
-from sidecar.delivery.ports import Metrics, SpoolReader
+from sidecar.delivery.offering import ask
+from sidecar.delivery.owner import Owner
 from sidecar.delivery.retry import (
     MISSING,
-    TOO_OLD,
-    WINDOW_ENDED,
     Attempt,
-    Decision,
-    Fate,
-    Limits,
     Now,
     Pace,
-    Parking,
     judge,
-    may_resend,
     next_pace,
-    park_all,
-    remember,
     suspect,
     window_left_s,
 )
+from sidecar.delivery.settling import Settling
 from sidecar.delivery.sources import Source, Sources
-from sidecar.delivery.state import DeliveryState, StateError, StateFull, request_size
+from sidecar.delivery.state import StateError, StateFull, request_size
 from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Sealing, Settlement
 from sidecar.delivery.waiting import Waiting
 from sidecar.spool.words import SpoolError
-from sidecar.verdict import Backend, Dedup, Sealed, Unknown, Verdict
+from sidecar.verdict import Backend, Dedup, Unknown, Verdict
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
@@ -71,28 +62,6 @@ class LaneStatus:
     waiting_bytes: int
 
 
-class Shared(Protocol):
-    """What all lanes are given by their owner."""
-
-    reader: SpoolReader
-    state: DeliveryState
-    metrics: Metrics
-    chance: random.Random
-    limits: Limits
-
-    async def in_state(self, work: Callable[[], _T]) -> _T:
-        """Do blocking work in the one thread that `delivery.db` belongs to."""
-        ...
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        """Start an attempt as a task of the owner's group."""
-        ...
-
-    def look(self) -> tuple[Now, bool]:
-        """Both clocks, and whether the wall clock has stepped."""
-        ...
-
-
 @dataclass(slots=True)
 class _Result:
     request: Request
@@ -114,12 +83,13 @@ class _Planned:
 class Lane:
     """Runs one backend. `wake` when records were committed; `status` at any time."""
 
-    def __init__(self, backend: Backend, shared: Shared) -> None:
+    def __init__(self, backend: Backend, owner: Owner) -> None:
         self.backend = backend
-        self._shared, self._limits = shared, shared.limits
+        self._owner, self._limits = owner, owner.limits
         self._pace = Pace()
         self._sources = self._new_sources()
         self._waiting = Waiting(one_per_subject=backend.abilities.one_per_subject)
+        self._settling = Settling(backend, owner.limits, self._lines)
         self._under_way: dict[int, Request] = {}
         self._results: list[_Result] = []
         self._in_hand: list[_Result] = []  # taken from there, and not stored yet
@@ -149,7 +119,7 @@ class Lane:
         self._ring()
 
     def status(self) -> LaneStatus:
-        now, _ = self._shared.look()
+        now, _ = self._owner.look()
         requests = list(self._open())
         oldest = min((request.oldest_s for request in requests), default=None)
         pace = self._pace
@@ -207,16 +177,16 @@ class Lane:
 
     async def _start_over(self, error: Exception) -> None:
         """Nothing that was not confirmed is believed: wait, open the file again, and read what it says."""
-        state, name = self._shared.state, self.backend.name
+        state, name = self._owner.state, self.backend.name
         while True:
             if self._trouble != str(error):
                 self._trouble = str(error)
                 self._log(logging.ERROR, f"delivery waits: {error}")
             await asyncio.sleep(TROUBLE_RETRY_S)
             try:
-                await self._shared.in_state(state.reopen)
-                cursors = await self._shared.in_state(lambda: state.cursors(name))
-                requests = await self._shared.in_state(lambda: state.open_requests(name))
+                await self._owner.in_state(state.reopen)
+                cursors = await self._owner.in_state(lambda: state.cursors(name))
+                requests = await self._owner.in_state(lambda: state.open_requests(name))
             except StateError as again:
                 error = again
             else:
@@ -246,7 +216,7 @@ class Lane:
 
     async def _store(self, settlements: list[Settlement], begin: list[Request], planned: _Planned | None) -> None:
         """One transaction: what was said, what is offered again, what is sealed. Then the offers go out."""
-        state, now = self._shared.state, self._now()
+        state, now = self._owner.state, self._now()
         ids = [request.id for request in begin]
         load = [request.id for request in begin if request.sealed is None]
         sealing_step = None if planned is None else planned.step
@@ -273,7 +243,7 @@ class Lane:
         for index, parking in decision.parked.items():
             reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
         for reason, seqs in reasons.items():
-            self._shared.metrics.parked(self.backend.name, reason, len(seqs))
+            self._owner.metrics.parked(self.backend.name, reason, len(seqs))
 
     # --- redrive ----------------------------------------------------------------------------------
 
@@ -282,11 +252,11 @@ class Lane:
         count = 0
         for cursor in dict.fromkeys(row.cursor for row in rows):
             mine = [row for row in rows if row.cursor == cursor]
-            for step in await redriving.steps(self.backend, cursor, mine, self._shared, resend_unknown=resend_unknown):
+            for step in await redriving.steps(self.backend, cursor, mine, self._owner, resend_unknown=resend_unknown):
                 if self._set_is_full():
                     break
                 now = self._now()
-                ids = await self._blocking(lambda s=step, n=now: self._shared.state.redrive(s, n.wall_s))  # type: ignore[misc]
+                ids = await self._blocking(lambda s=step, n=now: self._owner.state.redrive(s, n.wall_s))  # type: ignore[misc]
                 for id_, request in zip(ids, step.requests, strict=True):
                     self._waiting.put_later(_opened(id_, cursor, request), now.mono_s)
                 count += len(step.parked)
@@ -296,11 +266,11 @@ class Lane:
     async def redrive_before(self, since_s: float) -> int:
         """Let records go that were made before this backend was first configured, from a time on. Returns how many."""
         count = 0
-        async for step in redriving.before(self.backend, since_s, self._shared):
+        async for step in redriving.before(self.backend, since_s, self._owner):
             if self._set_is_full():
                 break
             now = self._now()
-            ids = await self._blocking(lambda s=step, n=now: self._shared.state.unskip(s, n.wall_s))  # type: ignore[misc]
+            ids = await self._blocking(lambda s=step, n=now: self._owner.state.unskip(s, n.wall_s))  # type: ignore[misc]
             for id_, request in zip(ids, step.requests, strict=True):
                 self._waiting.put_later(_opened(id_, step.cursor, request), now.mono_s)
             count += step.records
@@ -316,7 +286,7 @@ class Lane:
             result.verdicts = verdicts = suspect(self._pace, verdicts, limits)
             result.counted = True
             self._set_pace(next_pace(self._pace, verdicts, now, self._roll(), limits))
-            self._shared.metrics.batch_settled(self.backend.name, verdicts, now.mono_s - result.started.mono_s)
+            self._owner.metrics.batch_settled(self.backend.name, verdicts, now.mono_s - result.started.mono_s)
         attempt = Attempt(
             verdicts=verdicts,
             records=[member.seq for member in request.members],
@@ -328,34 +298,7 @@ class Lane:
         decision = judge(attempt, request.tries, self.backend.abilities, limits)
         if result.interrupted:
             decision = replace(decision, wait_s=0.0)
-        history = request.history
-        if decision.open or decision.parked or decision.parts:
-            history = remember(history, _entry(now, verdicts), limits)
-        return await self._settlement(request, decision, history, now)
-
-    async def _settlement(self, request: Request, decision: Decision, history: tuple[str, ...], now: Now) -> Settlement:
-        due_s = now.wall_s + decision.wait_s
-        if not decision.parts:
-            return Settlement(request=request, decision=decision, history=history, due_s=due_s)
-        state = self._shared.state
-        lines = await self._blocking(lambda: state.lines(request.id))
-        by_seq = dict(zip(dict.fromkeys(m.seq for m in request.members), lines, strict=True))
-        children: list[NewRequest] = []
-        fates, parked = list(decision.fates), dict(decision.parked)
-        for part in decision.parts:
-            seqs = dict.fromkeys(request.members[i].seq for i in part)
-            made, lost = await sealing.again(
-                self.backend, [(seq, by_seq[seq]) for seq in seqs], tries=decision.tries, due_s=due_s
-            )
-            for new in made:
-                sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
-                children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
-            for i in part:
-                if request.members[i].seq in lost:
-                    fates[i] = Fate.PARKED
-                    parked[i] = Parking(lost[request.members[i].seq].reason, maybe_taken=decision.tries.risky)
-        decision = replace(decision, fates=tuple(fates), parked=parked)
-        return Settlement(request=request, decision=decision, history=history, children=children)
+        return await self._settling.settle(request, decision, verdicts, now)
 
     async def _sweep(self, now: Now) -> list[Settlement]:
         """Look at everything that waits: windows and ages run on while nothing is offered."""
@@ -372,47 +315,12 @@ class Lane:
                     request=request.key,
                     left_s=round(left_s),
                 )
-            settlement = await self._overdue(request, now)
+            settlement = await self._settling.overdue(request, now)
             if settlement is not None:
                 settlements.append(settlement)
         if settlements:
             self._waiting.drop({settlement.request.id for settlement in settlements})
         return settlements
-
-    async def _overdue(self, request: Request, now: Now) -> Settlement | None:
-        """What is too late to be offered again; None while it is not."""
-        abilities, count = self.backend.abilities, len(request.members)
-        if not may_resend(request.tries, abilities, now, self._limits):
-            parking = Parking(WINDOW_ENDED, maybe_taken=True)
-            decision = park_all(request.tries, count, parking)
-        elif (
-            abilities.age_max_s is not None
-            and not request.tries.forced
-            and request.oldest_s < now.wall_s - abilities.age_max_s
-        ):
-            decision = park_all(request.tries, count, Parking(TOO_OLD, maybe_taken=request.tries.risky))
-            if request.records > 1:
-                decision = await self._without_old(request, decision, now.wall_s - abilities.age_max_s)
-        else:
-            return None
-        reason = next(iter(decision.parked.values())).reason
-        history = remember(request.history, f"{_stamp(now)} parked {reason}", self._limits)
-        return await self._settlement(request, decision, history, now)
-
-    async def _without_old(self, request: Request, decision: Decision, limit_s: float) -> Decision:
-        """Park the records of a batch that are too old; the others go on, where a part may be sent alone."""
-        state = self._shared.state
-        if self.backend.abilities.dedup is not Dedup.EVENT_ID and request.tries.risky:
-            return decision
-        lines = await self._blocking(lambda: state.lines(request.id))
-        old = sealing.older_than(limit_s, list(dict.fromkeys(m.seq for m in request.members)), lines)
-        going = tuple(i for i, member in enumerate(request.members) if member.seq not in old)
-        return replace(
-            decision,
-            fates=tuple(Fate.MOVED if i in going else Fate.PARKED for i in range(len(request.members))),
-            parked={i: parking for i, parking in decision.parked.items() if i not in going},
-            parts=(going,) if going else (),
-        )
 
     def _interrupted(self, request: Request, now: Now) -> None:
         """The last run ended during this attempt: it may have been taken, at its start at the earliest."""
@@ -433,7 +341,7 @@ class Lane:
     def _set_pace(self, pace: Pace) -> None:
         before, self._pace = self._pace, pace
         if pace.blocked != before.blocked:
-            self._shared.metrics.blocked(self.backend.name, pace.blocked)
+            self._owner.metrics.blocked(self.backend.name, pace.blocked)
             if pace.blocked is not None:
                 self._log(
                     logging.ERROR,
@@ -461,7 +369,7 @@ class Lane:
             request = self._waiting.take(now.mono_s, fresh_first=fresh_first)
             if request is None:
                 break
-            overdue = await self._overdue(request, now)
+            overdue = await self._settling.overdue(request, now)
             if overdue is not None:
                 settlements.append(overdue)
                 self._waiting.called(request.subject)
@@ -477,31 +385,17 @@ class Lane:
         request.under_way, request.stepped = True, False
         request.started_s = now.wall_s
         self._under_way[request.id] = request
-        self._shared.spawn(self._offer(request, now))
+        self._owner.spawn(self._offer(request, now))
 
     async def _offer(self, request: Request, started: Now) -> None:
         assert request.sealed is not None
         sealed, attempt = request.sealed, request.tries.attempts
-        verdicts = await self._ask(sealed if attempt == sealed.attempt else replace(sealed, attempt=attempt))
+        sealed = sealed if attempt == sealed.attempt else replace(sealed, attempt=attempt)
+        verdicts = await ask(self.backend, sealed, self._limits)
         self._under_way.pop(request.id, None)
         self._waiting.called(request.subject)
         self._results.append(_Result(request, verdicts, started))
         self._ring()
-
-    async def _ask(self, sealed: Sealed) -> Sequence[Verdict]:
-        count = len(sealed.events)
-        try:
-            async with asyncio.timeout(self._limits.send_limit_s):
-                verdicts = await self.backend.send(sealed)
-        except TimeoutError:
-            return [Unknown("no_answer")] * count
-        except Exception as error:  # noqa: BLE001 - a surprise in one backend is one unknown outcome
-            self._log(logging.ERROR, "a backend raised; the outcome is taken for unknown", error=type(error).__name__)
-            return [Unknown(f"raised_{type(error).__name__}")] * count
-        if len(verdicts) != count:
-            self._log(logging.ERROR, "a backend gave another number of verdicts than there are events")
-            return [Unknown("verdicts_missing")] * count
-        return verdicts
 
     # --- sealing ----------------------------------------------------------------------------------
 
@@ -551,7 +445,7 @@ class Lane:
         self._count_sealed(planned.plan)
 
     def _count_sealed(self, plan: sealing.Plan) -> None:
-        metrics, name = self._shared.metrics, self.backend.name
+        metrics, name = self._owner.metrics, self.backend.name
         events = sum(len(request.members) for request in plan.requests)
         if events:
             metrics.sealed(name, events)
@@ -588,10 +482,14 @@ class Lane:
     def _new_sources(self) -> Sources:
         limits = self._limits
         gap_s = limits.linger_s if self.backend.abilities.events_max > 1 else limits.gather_s
-        return Sources(self._shared.reader, self._start_cursor, read_bytes=limits.read_bytes, gap_s=gap_s)
+        return Sources(self._owner.reader, self._start_cursor, read_bytes=limits.read_bytes, gap_s=gap_s)
+
+    async def _lines(self, request: int) -> list[bytes]:
+        state = self._owner.state
+        return await self._blocking(lambda: state.lines(request))
 
     async def _start_cursor(self, instance: str) -> Cursor:
-        state, name = self._shared.state, self.backend.name
+        state, name = self._owner.state, self.backend.name
         return await self._blocking(lambda: state.start_cursor(name, instance))
 
     # --- waiting ----------------------------------------------------------------------------------
@@ -644,7 +542,7 @@ class Lane:
         told = False
         while True:
             try:
-                return await self._shared.in_state(work)
+                return await self._owner.in_state(work)
             except StateFull as error:
                 if not told:
                     self._log(logging.ERROR, str(error))
@@ -652,13 +550,13 @@ class Lane:
                 await asyncio.sleep(FULL_RETRY_S)
 
     def _now(self) -> Now:
-        now, stepped = self._shared.look()
+        now, stepped = self._owner.look()
         if stepped:
             self._expired = True
         return now
 
     def _roll(self) -> float:
-        return self._shared.chance.random()
+        return self._owner.chance.random()
 
     def _ring(self) -> None:
         self.idle.clear()
@@ -687,15 +585,3 @@ def _opened(id_: int, cursor: int, new: NewRequest) -> Request:
         history=new.history,
         sealed=new.sealed,
     )
-
-
-def _stamp(now: Now) -> str:
-    return datetime.fromtimestamp(now.wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-
-
-def _entry(now: Now, verdicts: Sequence[Verdict]) -> str:
-    """One attempt in words: when, and each kind of answer with how many events got it."""
-    kinds = Counter(
-        " ".join(filter(None, (type(verdict).__name__.lower(), getattr(verdict, "reason", "")))) for verdict in verdicts
-    )
-    return " ".join([_stamp(now), ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())])

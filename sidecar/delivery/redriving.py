@@ -9,30 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from sidecar.delivery import sealing
-from sidecar.delivery.ports import SpoolReader
-from sidecar.delivery.retry import Limits, Now, Tries
-from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.owner import Owner
+from sidecar.delivery.retry import Tries
 from sidecar.delivery.state.rows import NewRequest, Parked, Range, Redrive, Unskip
 from sidecar.verdict import Backend, Dedup
 
 _T = TypeVar("_T")
 _NO_BOUND = 1 << 30  # on requests in one step: it is one slice of records
-
-
-class Owner(Protocol):
-    """What is needed of the owner of the lanes."""
-
-    reader: SpoolReader
-    state: DeliveryState
-    limits: Limits
-
-    async def in_state(self, work: Callable[[], _T]) -> _T: ...
-    def look(self) -> tuple[Now, bool]: ...
 
 
 async def steps(

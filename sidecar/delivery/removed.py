@@ -9,15 +9,15 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
 import orjson
 
-from sidecar.delivery.ports import SpoolReader
-from sidecar.delivery.retry import REMOVED, Now, Parking, park_all
-from sidecar.delivery.state import DeliveryState, StateError
+from sidecar.delivery.owner import Owner
+from sidecar.delivery.retry import REMOVED, Parking, park_all
+from sidecar.delivery.state import StateError
 from sidecar.delivery.state.rows import Cursor, NewParked, Sealing, Settlement
 from sidecar.spool.words import SpoolError
 
@@ -25,16 +25,6 @@ _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 RETRY_S: Final = 60.0  # after a file that cannot be read or written
 SLICE: Final = 200  # requests or records parked in one transaction: a few milliseconds
-
-
-class Owner(Protocol):
-    """What is needed of the owner of the lanes."""
-
-    reader: SpoolReader
-    state: DeliveryState
-
-    async def in_state(self, work: Callable[[], _T]) -> _T: ...
-    def look(self) -> tuple[Now, bool]: ...
 
 
 async def part_with(name: str, owner: Owner, ends: Mapping[str, int]) -> None:

@@ -1,0 +1,116 @@
+"""From a decision to what is stored of it: the parts that go on, what is too late, and the words of the history.
+
+What must always hold: each event of a settled request has one final fate, and every record that goes on is in a
+request of its own or is parked with the reason why it could not be. Parts are encoded again from the records that were
+stored with their request, by the encoder that runs now: a part is a new request with a new key, so the bytes
+of the old one bind it to nothing, and records are never cut apart.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+
+from sidecar.delivery import sealing
+from sidecar.delivery.retry import (
+    TOO_OLD,
+    WINDOW_ENDED,
+    Decision,
+    Fate,
+    Limits,
+    Now,
+    Parking,
+    may_resend,
+    park_all,
+    remember,
+)
+from sidecar.delivery.state.rows import NewRequest, Request, Settlement
+from sidecar.verdict import Backend, Dedup, Verdict
+
+Lines = Callable[[int], Awaitable[list[bytes]]]
+"""The records stored with a request, in the order in which its members first name them."""
+
+
+class Settling:
+    """Makes the settlements of one backend."""
+
+    def __init__(self, backend: Backend, limits: Limits, lines: Lines) -> None:
+        self._backend, self._limits, self._lines = backend, limits, lines
+
+    async def settle(self, request: Request, decision: Decision, verdicts: Sequence[Verdict], now: Now) -> Settlement:
+        """What is stored of an attempt. One that went well leaves no history."""
+        history = request.history
+        if decision.open or decision.parked or decision.parts:
+            history = remember(history, _entry(now, verdicts), self._limits)
+        return await self._settlement(request, decision, history, now)
+
+    async def overdue(self, request: Request, now: Now) -> Settlement | None:
+        """What is too late to be offered again; None while it is not."""
+        abilities, count = self._backend.abilities, len(request.members)
+        if not may_resend(request.tries, abilities, now, self._limits):
+            parking = Parking(WINDOW_ENDED, maybe_taken=True)
+            decision = park_all(request.tries, count, parking)
+        elif (
+            abilities.age_max_s is not None
+            and not request.tries.forced
+            and request.oldest_s < now.wall_s - abilities.age_max_s
+        ):
+            decision = park_all(request.tries, count, Parking(TOO_OLD, maybe_taken=request.tries.risky))
+            if request.records > 1:
+                decision = await self._without_old(request, decision, now.wall_s - abilities.age_max_s)
+        else:
+            return None
+        reason = next(iter(decision.parked.values())).reason
+        history = remember(request.history, f"{_stamp(now)} parked {reason}", self._limits)
+        return await self._settlement(request, decision, history, now)
+
+    async def _without_old(self, request: Request, decision: Decision, limit_s: float) -> Decision:
+        """Park the records of a batch that are too old; the others go on, where a part may be sent alone."""
+        if self._backend.abilities.dedup is not Dedup.EVENT_ID and request.tries.risky:
+            return decision
+        lines = await self._lines(request.id)
+        old = sealing.older_than(limit_s, list(dict.fromkeys(m.seq for m in request.members)), lines)
+        going = tuple(i for i, member in enumerate(request.members) if member.seq not in old)
+        return replace(
+            decision,
+            fates=tuple(Fate.MOVED if i in going else Fate.PARKED for i in range(len(request.members))),
+            parked={i: parking for i, parking in decision.parked.items() if i not in going},
+            parts=(going,) if going else (),
+        )
+
+    async def _settlement(self, request: Request, decision: Decision, history: tuple[str, ...], now: Now) -> Settlement:
+        due_s = now.wall_s + decision.wait_s
+        if not decision.parts:
+            return Settlement(request=request, decision=decision, history=history, due_s=due_s)
+        lines = await self._lines(request.id)
+        by_seq = dict(zip(dict.fromkeys(m.seq for m in request.members), lines, strict=True))
+        children: list[NewRequest] = []
+        fates, parked = list(decision.fates), dict(decision.parked)
+        for part in decision.parts:
+            seqs = dict.fromkeys(request.members[i].seq for i in part)
+            made, lost = await sealing.again(
+                self._backend, [(seq, by_seq[seq]) for seq in seqs], tries=decision.tries, due_s=due_s
+            )
+            for new in made:
+                sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
+                children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
+            for i in part:
+                if request.members[i].seq in lost:
+                    fates[i] = Fate.PARKED
+                    parked[i] = Parking(lost[request.members[i].seq].reason, maybe_taken=decision.tries.risky)
+        decision = replace(decision, fates=tuple(fates), parked=parked)
+        return Settlement(request=request, decision=decision, history=history, children=children)
+
+
+def _stamp(now: Now) -> str:
+    return datetime.fromtimestamp(now.wall_s, UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def _entry(now: Now, verdicts: Sequence[Verdict]) -> str:
+    """One attempt in words: when, and each kind of answer with how many events got it."""
+    kinds = Counter(
+        " ".join(filter(None, (type(verdict).__name__.lower(), getattr(verdict, "reason", "")))) for verdict in verdicts
+    )
+    return " ".join([_stamp(now), ", ".join(f"{n} x {kind}" if n > 1 else kind for kind, n in kinds.items())])
