@@ -200,9 +200,19 @@ class Answer:
         if self.done:
             self.extra = True
             return
+        size = len(piece)
         if self._remaining > 0:
-            self._remaining -= len(piece)
-        self._take(piece)
+            self._remaining -= size
+        # From here on as in `_take`, written out: this runs once for every chunk of a stream.
+        self.body_bytes += size
+        tap = self.tap
+        if tap is not None and not self.ended:
+            self._show(tap, piece)
+        if not self.mute:
+            if self._chunked:
+                self.out += (b"%x\r\n" % size, piece, b"\r\n")
+            else:
+                self.out.append(piece)
 
     def on_message_complete(self) -> None:
         if self._interim:
@@ -213,18 +223,19 @@ class Answer:
     # -- leaves ----------------------------------------------------------------------------------
 
     def _take(self, piece: bytes) -> None:
+        """A piece of a sized body."""
         self.body_bytes += len(piece)
         tap = self.tap
         if tap is not None and not self.ended:
-            try:
-                self.ended = tap.feed(piece)
-            except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
-                self.tap = None
+            self._show(tap, piece)
         if not self.mute:
-            if self._chunked:
-                self.out += (b"%x\r\n" % len(piece), piece, b"\r\n")
-            else:
-                self.out.append(piece)
+            self.out.append(piece)
+
+    def _show(self, tap: ResponseTap, piece: bytes) -> None:
+        try:
+            self.ended = tap.feed(piece)
+        except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
+            self.tap = None
 
     def _finish(self) -> None:
         self.done = True

@@ -41,7 +41,7 @@ IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE
 class Call(Ending):
     """One exchange under way."""
 
-    __slots__ = ("_head", "_heard", "_idempotent", "_kept", "_payload", "_retried", "_upgrade", "_upload")
+    __slots__ = ("_head", "_heard", "_idempotent", "_idle_timeout_s", "_kept", "_payload", "_retried", "_upgrade", "_upload")
 
     def __init__(self, hop: Hop, client: Client, message: RawRequestMessage, payload: StreamReader) -> None:
         super().__init__(hop, client, message, upload_done=payload is EMPTY_PAYLOAD)
@@ -49,6 +49,7 @@ class Call(Ending):
         self._upload: Upload | None = None
         self._head = b""
         self._kept: Kept | None = None  # the request as sent, while a retry may need it
+        self._idle_timeout_s = hop.rules.idle_timeout_s
         self._upgrade = False
         self._idempotent = False
         self._heard = False  # a byte of the answer has come
@@ -224,13 +225,12 @@ class Call(Ending):
             self._answered()
         elif answer.upgraded:
             self._switch()
+        elif self._draining:
+            if answer.ended or (answer.started and not self._worth_draining()):
+                self._give_up(Outcome.CLIENT_LEFT)
         else:
-            if self._draining:
-                if answer.ended or (answer.started and not self._worth_draining()):
-                    self._give_up(Outcome.CLIENT_LEFT)
-                return
             if answer.started:
-                self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+                self.deadline = self._hop.now + self._idle_timeout_s
             if answer.ended and not self._recorded:
                 self._complete()
             self._flush()
