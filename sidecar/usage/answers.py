@@ -23,7 +23,7 @@ from sidecar.usage.openai import ChatCompletions
 from sidecar.usage.own import OwnFields, from_headers
 from sidecar.usage.places import Place, Places
 from sidecar.usage.plain import Failed, Undecided, Unmetered
-from sidecar.usage.reader import Reader, build
+from sidecar.usage.reader import Reader, build, clear
 from sidecar.usage.requests import RequestReading
 from sidecar.usage.stored import SEEN, CountedIds
 from sidecar.usage.table import READERS, Row
@@ -275,7 +275,9 @@ class AnswerTap:
 
     def _believable(self, reader: Reader, whole: bool) -> bool:
         """Whether this was a model's answer: seen to be one, or cut off (or unreadable) before that could be seen."""
-        if reader.seen or self._reason is not None or self._status >= 400 or isinstance(reader, Unmetered):
+        if reader.seen or self._reason is not None or self._status >= 400:
+            return True
+        if isinstance(reader, Unmetered | BatchFile):
             return True
         if self._ended:
             return self._framing is None and not self._bytes and self._silent()
@@ -308,7 +310,7 @@ class AnswerTap:
             if not first:
                 usage.usage_state = UsageState.ABSENT
                 usage.reason = row.unmetered if counted is None or not row.reads_stored else SEEN
-                _empty(usage)
+                clear(usage)
         elif usage.usage_state is UsageState.ABSENT:
             usage.reason = usage.reason or self._reason or _why_absent(usage, self._status)
             if self._fixed.estimate and self._status < 400:
@@ -327,16 +329,6 @@ class AnswerTap:
             usage.upstream_request_id = request_id(self._fields)
         usage.units = {**usage.units, **own}
         return usage
-
-
-def _empty(usage: Usage) -> None:
-    """A stored answer that does not count has no numbers: whoever sums them up must not find any."""
-    fresh = Usage(usage_state=usage.usage_state)
-    for field in _COUNTED:
-        setattr(usage, field, getattr(fresh, field))
-
-
-_COUNTED = (*(name for name in Usage.__slots__ if name.endswith("_tokens")), "units", "cost_usd")
 
 
 def _why_absent(usage: Usage, status: int) -> str:

@@ -171,7 +171,9 @@ def build(reader: Reader, *, streamed: bool, ended: bool) -> Usage:
         else:
             reader.anomaly("raw_usage_dropped")
     if raw is None or not known(usage):
+        clear(usage)  # a part without its whole is no report
         if not reader.fill_from_headers(usage):
+            clear(usage)
             return usage
         ended = ended or not streamed
     usage.usage_state = UsageState.FINAL if reader.final or (ended and not streamed) else UsageState.PARTIAL
@@ -180,6 +182,16 @@ def build(reader: Reader, *, streamed: bool, ended: bool) -> Usage:
     if usage.total_tokens is None and usage.input_tokens is not None:
         usage.total_tokens = usage.input_tokens + (usage.output_tokens or 0)
     return usage
+
+
+_COUNTED = (*(name for name in Usage.__slots__ if name.endswith("_tokens")), "cost_usd")
+
+
+def clear(usage: Usage) -> None:
+    """Take all numbers back: whoever sums up what was not counted must not find any."""
+    for field in _COUNTED:
+        setattr(usage, field, None)
+    usage.units = {}
 
 
 def known(usage: Usage) -> bool:

@@ -74,6 +74,14 @@ def test_garbage_is_unreadable_or_nothing(data: bytes, header: str) -> None:
     assert kind == "decoding_failed"
 
 
+@pytest.mark.parametrize("name", sorted(ENCODERS))
+def test_a_body_of_which_only_the_start_came_is_no_work_left(name: str) -> None:
+    for size in range(1, 12):
+        coding = made(name)
+        assert b"".join(coding.feed(ENCODERS[name](b"some text")[:size])) in b"some text"
+        assert not coding.behind
+
+
 @pytest.mark.parametrize("header", ["", "identity", " , identity"])
 def test_nothing_to_undo(header: str) -> None:
     assert decoder(header) is None
