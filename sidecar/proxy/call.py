@@ -41,7 +41,9 @@ IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE
 class Call(Ending):
     """One exchange under way."""
 
-    __slots__ = ("_head", "_heard", "_idempotent", "_idle_timeout_s", "_kept", "_payload", "_retried", "_upgrade", "_upload")
+    __slots__ = (
+        "_head", "_heard", "_idempotent", "_idle_timeout_s", "_kept", "_payload", "_retried", "_upgrade", "_upload",
+    )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Client, message: RawRequestMessage, payload: StreamReader) -> None:
         super().__init__(hop, client, message, upload_done=payload is EMPTY_PAYLOAD)
