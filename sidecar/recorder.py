@@ -37,6 +37,9 @@ log = logging.getLogger("sidecar.recorder")
 INTENT_AGE_S: Final = 0.020
 # durability.md section 1: a record older than this and not on disk makes `buffered` wait like `committed`.
 BUFFERED_AGE_S: Final = 0.020
+# In `buffered` records gather so long before they go to the writer: a commit costs 100 µs of CPU whatever is in it, and
+# one a loop turn made a third of the cost of a call. The other three quarters of the 20 ms are the disk's.
+GATHER_S: Final = 0.005
 # What a waiting line costs beside its bytes (object header, list slots, its share of the batch).
 _LINE_OVERHEAD_BYTES: Final = 128
 
@@ -180,7 +183,7 @@ class SpoolRecorder:
         self._young.clear()
         self._write_intents()
         self._open_batch()  # also when nothing is waiting: the totals are true to the last call
-        self._flush()
+        self._hand_over()
         try:
             async with asyncio.timeout(self._commit_wait_s + 1.0):
                 await self._idle.wait()
@@ -202,6 +205,8 @@ class SpoolRecorder:
             return False
         if self._buffered and not self._refuse_now() and not self._is_late():
             return False
+        if self._buffered and not batch.releases:
+            self._loop.call_soon(self._flush, batch)  # somebody waits: no more gathering
         batch.releases.append(release)
         return True
 
@@ -268,13 +273,16 @@ class SpoolRecorder:
         return batch
 
     def _begin_batch(self) -> Batch:
-        batch = self._filling = Batch(done=self._committed)
-        self._loop.call_soon(self._flush)
+        batch = self._filling = Batch(done=self._committed, since_s=self._loop.time())
+        if self._buffered:
+            self._loop.call_later(GATHER_S, self._flush, batch)
+        else:
+            self._loop.call_soon(self._flush, batch)
         return batch
 
-    def _flush(self) -> None:
-        """Once a loop turn: what gathered in it goes to the writer."""
-        if self._filling is not None:
+    def _flush(self, batch: Batch) -> None:
+        """Once a loop turn, or after `GATHER_S`: what gathered goes to the writer."""
+        if self._filling is batch:
             self._hand_over()
 
     def _hand_over(self) -> None:
@@ -284,7 +292,6 @@ class SpoolRecorder:
         tally = self._tally
         batch.admitted = tally.admitted - tally.unseen
         batch.lost = self._lost_told = tally.lost
-        batch.since_s = self._loop.time()
         self._in_flight.append(batch)
         self._idle.clear()
         self._spool.submit(batch)

@@ -189,13 +189,15 @@ def test_a_sync_that_fails_once_then_a_kill(tmp_path, child, shim):
     root.mkdir()
     order = tmp_path / "fail"
     running = child(root, SEED, env=shim | {"SHIM_FAIL_ONCE": str(order)})
-    for count in (20, 150, 300):
+    # A failing sync may also meet the chunk that is made ahead, which costs nothing; so it is ordered until it has met
+    # one that is written.
+    for count in range(20, 4000, 100):
         running.wait_until_said("R", count)
+        if set_aside := list((root / "set-aside").glob("*/*.db")):
+            break
         order.touch()
-    running.wait_until_said("R", 450)
+    running.wait_until_said("R", count + 100)
     running.kill()
-    assert not order.exists()  # it was obeyed
-    set_aside = list((root / "set-aside").glob("*/*.db"))
     assert set_aside
     shutil.rmtree(root / "set-aside")
     judge(root, *(set(running.said[kind]) for kind in ("A", "I", "R")))
