@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar import parts
+from sidecar import billers
 from sidecar.balance import Balance, add_counts
 from sidecar.delivery import Delivery, DeliveryState, SystemClock
 from sidecar.metrics import Metrics
@@ -98,7 +98,7 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         for instance in adopt_orphans(settings.data_dir):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": instance}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = parts.backends(settings)
+        backends = billers.backends(settings)
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(

@@ -17,8 +17,6 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from sidecar.attribution import Attributor, parse_source
-from sidecar.backends import BACKENDS, Context
-from sidecar.ledger import LedgerStore
 from sidecar.metrics import Metrics
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.recorder import SpoolRecorder
@@ -27,7 +25,6 @@ from sidecar.settings import Settings
 from sidecar.spool import Spool
 from sidecar.usage.table import known_routes
 from sidecar.usage.taps import Pin, UsageTaps
-from sidecar.verdict import Backend
 
 log = logging.getLogger("sidecar.parts")
 
@@ -108,17 +105,6 @@ def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorde
         commit_wait_s=settings.commit_wait_s,
         memory_bytes=settings.spool_memory_bytes,
     )
-
-
-def backends(settings: Settings) -> list[Backend]:
-    """The configured backends, in the order of the setting."""
-    context = Context(
-        data_dir=settings.data_dir,
-        subscribers=settings.subscribers,
-        meters=settings.meters,
-        open_ledger=lambda: LedgerStore(settings.data_dir / "ledger.db"),
-    )
-    return [BACKENDS[name].make(settings.backend(name), context) for name in settings.backends]
 
 
 def hash_key(settings: Settings) -> bytes:

@@ -48,6 +48,7 @@ FLOORS = {
     "sidecar.scripted_llm": 3,
     "sidecar.app": 4,
     "sidecar.parts": 4,
+    "sidecar.billers": 4,
     "sidecar.billing": 4,
     "sidecar.traffic": 4,
     "sidecar.worker": 4,

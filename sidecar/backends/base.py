@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, runtime_checkable
 
 import orjson
 
@@ -110,6 +110,7 @@ def revealed(secret: Secret | None) -> str | None:
     return None if secret is None else secret.reveal()
 
 
+@runtime_checkable
 class Examined(Protocol):
     """A backend that can be asked whether it is set up as we are: what `check --connect` calls."""
 
@@ -118,10 +119,19 @@ class Examined(Protocol):
         ...
 
 
+@dataclass(frozen=True, slots=True)
+class Provision:
+    """What became of one meter at a backend. `fits`: it is there now, as we define it."""
+
+    fits: bool
+    text: str
+
+
+@runtime_checkable
 class Provisioned(Protocol):
     """A backend at which meters can be created: what `meters provision` calls."""
 
-    async def provision(self, meter: Meter) -> str:
+    async def provision(self, meter: Meter) -> Provision:
         """Create the meter where it is missing, compare where it is there, change nothing; says what was done."""
         ...
 

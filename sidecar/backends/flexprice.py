@@ -18,6 +18,7 @@ from sidecar.backends.base import (
     Context,
     Piece,
     Policy,
+    Provision,
     customer_id,
     policy_of,
     policy_settings,
@@ -128,30 +129,29 @@ class FlexpriceBackend:
     async def send(self, sealed: Sealed) -> list[Verdict]:
         return await self._client.offer(self.address + sealed.path, sealed, self._headers, _judge)
 
-    async def provision(self, meter: Meter) -> str:
+    async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its name is free; compare, and change nothing, where it is not."""
         wanted, why = self._definition(meter)
         if wanted is None:
-            return why
+            return Provision(False, why)
         there = await self._client.request("GET", f"{self.address}{METERS}?limit=1000", None, self._headers)
         if not isinstance(there, Answer):
-            return f"flexprice does not answer ({there.reason})"
+            return Provision(False, f"flexprice does not answer ({there.reason})")
         if not there.ok:
-            return f"flexprice does not list its meters (http_{there.status}): check the key"
+            return Provision(False, f"flexprice does not list its meters (http_{there.status}): check the key")
         for row in _rows(there):
             if row.get("name") == meter.name:
                 different = _differences(wanted, row)
-                return (
-                    f"flexprice has the meter {meter.name}, and it fits"
-                    if not different
-                    else f"flexprice's meter {meter.name} differs in {', '.join(different)}: it is left as it is"
-                )
+                if not different:
+                    return Provision(True, f"flexprice has the meter {meter.name}, and it fits")
+                what = ", ".join(different)
+                return Provision(False, f"flexprice's meter {meter.name} differs in {what}: it is left as it is")
         headers = {**self._headers, "content-type": "application/json"}
         made = await self._client.request("POST", self.address + METERS, orjson.dumps(wanted), headers)
         if isinstance(made, Answer) and made.ok:
-            return f"flexprice: created the meter {meter.name}"
+            return Provision(True, f"flexprice: created the meter {meter.name}")
         why = (made.code("code") or f"http_{made.status}") if isinstance(made, Answer) else made.reason
-        return f"flexprice did not create the meter {meter.name} ({why})"
+        return Provision(False, f"flexprice did not create the meter {meter.name} ({why})")
 
     def _definition(self, meter: Meter) -> tuple[dict[str, Any] | None, str]:
         """The meter in their words; what they cannot express is said, not approximated."""

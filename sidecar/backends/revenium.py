@@ -16,6 +16,7 @@ from sidecar.backends import revenium_forms
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
+    PARK,
     Context,
     Policy,
     event_key,
@@ -65,7 +66,8 @@ SETTINGS: Final = (
             "where `meter` and `event` carry the subscriber: `application` or `productkey`"),
     Setting("rate_field", kinds.word_of("credential", "subscription"), "credential",
             "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`"),
-    Setting("resend_unknown", kinds.flag, "false", "v1: send again what was not answered, at the risk of doubles"),
+    Setting("on_unknown", kinds.word_of(PARK, "resend"), PARK,
+            "v1: what was not answered is kept for you (`park`), or sent again at the risk of doubles (`resend`)"),
     TIMEOUT,
     *policy_settings(BILLING),
 )  # fmt: skip
@@ -125,7 +127,7 @@ class ReveniumBackend:
             subscriber_field="productKey" if values["subscriber_field"] == "productkey" else "application",
             rate_field=SUBSCRIPTION_FIELD if values["rate_field"] == "subscription" else CREDENTIAL_FIELD,
             customers=context.customers(cls.name),
-            resend_unknown=values["resend_unknown"],
+            resend_unknown=values["on_unknown"] == "resend",
             policy=policy_of(values),
             client=HttpClient(dedup=_MODES[mode].dedup, timeout_s=values["timeout"]),
         )

@@ -26,6 +26,7 @@ from sidecar.backends.base import (
     Context,
     Piece,
     Policy,
+    Provision,
     chosen_meters,
     customer_id,
     event_key,
@@ -278,7 +279,7 @@ class StripeBackend:
         """Compare the meters at Stripe with ours."""
         return await self._meters_there.compare(self._meters)
 
-    async def provision(self, meter: Meter) -> str:
+    async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its event name is free; never change one that is there."""
         return await self._meters_there.provide(meter)
 

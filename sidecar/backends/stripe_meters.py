@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 from urllib.parse import urlencode
 
+from sidecar.backends.base import Provision
 from sidecar.backends.http import Answer, HttpClient
 from sidecar.meters.definition import Kind, Meter
 
@@ -47,14 +48,20 @@ class StripeMeters:
             return [there]
         return [problem for meter in meters for problem in self._differences(meter, there)]
 
-    async def provide(self, meter: Meter) -> str:
+    async def provide(self, meter: Meter) -> Provision:
         """Create the meter, unless one has its event name; says what was done."""
+        if meter.kind not in FORMULAS:
+            has = ", ".join(FORMULAS)
+            return Provision(False, f"stripe has no {meter.kind}: {meter.name} is left out; it has {has}")
         there = await self._there()
         if isinstance(there, str):
-            return there
+            return Provision(False, there)
         name = meter.event_name or meter.name
         if name in there:
-            return "; ".join(self._differences(meter, there)) or f"stripe has the meter {name}, and it fits"
+            different = self._differences(meter, there)
+            if different:
+                return Provision(False, "; ".join([*different, "it is left as it is"]))
+            return Provision(True, f"stripe has the meter {name}, and it fits")
         fields = {
             "display_name": meter.name,
             "event_name": name,
@@ -66,9 +73,9 @@ class StripeMeters:
         headers = {**self._auth, "content-type": FORM}
         answer = await self._client.request("POST", self._url, urlencode(fields).encode(), headers)
         if isinstance(answer, Answer) and answer.ok:
-            return f"stripe: created the meter {name}"
+            return Provision(True, f"stripe: created the meter {name}")
         why = (answer.code("error", "code") or f"http_{answer.status}") if isinstance(answer, Answer) else answer.reason
-        return f"stripe did not create the meter {name} ({why})"
+        return Provision(False, f"stripe did not create the meter {name} ({why})")
 
     async def _there(self) -> dict[str, Mapping[str, Any]] | str:
         """Active meters by event name, or what is wrong."""

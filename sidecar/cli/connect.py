@@ -1,7 +1,8 @@
 """`check --connect`: can the upstream and the backends be reached from here, and do they know us?
 
-For each address: the name is resolved, a connection is opened and, with https, the certificate verified. No request is
-sent, so nothing is metered, billed or logged anywhere.
+For each address: the name is resolved, a connection is opened and, with https, the certificate verified. A backend
+that can say whether it is set up as we are (`examine`) is asked then, with look-ups that bill nothing: each thing that
+is wrong is a row of its own. The upstream is sent no request.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
+from sidecar import billers
+from sidecar.backends import BACKENDS
+from sidecar.backends.base import Examined
 from sidecar.settings import Settings
 
 LIMIT_S: Final = 10.0  # for name, connection and handshake of one address together
+EXAMINE_LIMIT_S: Final = 60.0  # for all look-ups at one backend: one for each meter
 REACHED: Final = "reached"
 FAILED: Final = "failed"
+WRONG: Final = "wrong"  # it answers, and would not bill what we send
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,20 +32,46 @@ class Tried:
     """What became of one attempt."""
 
     what: str
-    result: str  # one of the two words above
+    result: str  # one of the three words above
     detail: str
 
     @property
     def ok(self) -> bool:
-        return self.result != FAILED
+        return self.result == REACHED
 
 
 async def try_everything(settings: Settings) -> list[Tried]:
     """The upstream and each backend that is switched on, all at the same time."""
-    attempts = [_try(name, _reach_backend(settings, name)) for name in settings.backends]
+    attempts = [_backend(settings, name) for name in settings.backends]
     if settings.upstream_url is not None:
-        attempts.insert(0, _try("upstream", _reach_upstream(settings, settings.upstream_url)))
-    return list(await asyncio.gather(*attempts))
+        attempts.insert(0, _upstream(settings.upstream_url, settings))
+    return [tried for each in await asyncio.gather(*attempts) for tried in each]
+
+
+async def _upstream(url: str, settings: Settings) -> list[Tried]:
+    return [await _try("upstream", _reach_upstream(settings, url))]
+
+
+async def _backend(settings: Settings, name: str) -> list[Tried]:
+    """Whether it can be reached; and where it can, everything that it finds wrong."""
+    if not any(setting.name == "url" for setting in BACKENDS[name].settings):
+        return [Tried(name, REACHED, "on this machine")]
+    made = billers.backend(settings, name)
+    url = settings.backend(name)["url"] or getattr(made, "address", None)
+    try:
+        reached = await _try(name, _reach_backend(name, url))
+        problems = await _examined(name, made) if reached.ok and isinstance(made, Examined) else []
+    finally:
+        await made.aclose()
+    return [reached, *(Tried(name, WRONG, problem) for problem in problems)]
+
+
+async def _examined(name: str, backend: Examined) -> list[str]:
+    try:
+        async with asyncio.timeout(EXAMINE_LIMIT_S):
+            return await backend.examine()
+    except TimeoutError:
+        return [f"{name} did not answer all questions within {EXAMINE_LIMIT_S:g} s: try again"]
 
 
 async def _try(what: str, attempt: Awaitable[str]) -> Tried:
@@ -72,18 +104,8 @@ async def _reach_upstream(settings: Settings, url: str) -> str:
     return await _reach(url, context, settings.upstream_server_name)
 
 
-async def _reach_backend(settings: Settings, name: str) -> str:
+async def _reach_backend(name: str, url: str | None) -> str:
     """The address that is set, else the vendor's own (a backend's `address`)."""
-    from sidecar.backends import BACKENDS, Context
-
-    row, values = BACKENDS[name], settings.backend(name)
-    if not any(setting.name == "url" for setting in row.settings):
-        return "on this machine"
-    url = values["url"]
-    if url is None:
-        made = row.make(values, Context(data_dir=settings.data_dir, subscribers=settings.subscribers))
-        url = getattr(made, "address", None)
-        await made.aclose()
     if url is None:
         raise OSError(f"it has no address: set SIDECAR_{name.upper()}_URL")
     return await _reach(url, ssl.create_default_context() if url.startswith("https://") else None, None)

@@ -1,26 +1,33 @@
-"""Show the meters, and run them over recorded calls.
+"""Show the meters, run them over recorded calls, and create them at a backend.
 
 `test` counts what the spool still keeps, and nothing else is touched by it: a definition can be tried before anything
-is billed by it.
+is billed by it. `provision` creates what is missing there and compares what is not; it changes nothing that is there.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
 from sidecar.meters.buckets import BucketDelta, bucket_deltas
 from sidecar.meters.definition import Kind, Meter, MetersError, read_meters
 from sidecar.meters.hourly import write_amount
 from sidecar.record import Record
 from sidecar.settings import Settings
+
+if TYPE_CHECKING:
+    from sidecar.backends.base import Provisioned
+    from sidecar.verdict import Backend
 
 _LIST: Final = ("name", "type", "of", "filters", "multiplier", "bucket_size", "group_by", "reset_usage")
 _TEST: Final = ("meter", "subscriber", "group", "from", "value")
@@ -34,6 +41,9 @@ def add(parser: argparse.ArgumentParser) -> None:
     tried.add_argument("names", nargs="*", metavar="NAME", help="of meters; none: all")
     add_since(tried)
     add_format(tried, "table", "json", "csv")
+    made = _kind(kinds, "provision", "create them at a backend; what is there is compared, never changed", _make)
+    made.add_argument("names", nargs="*", metavar="NAME", help="of meters; none: all")
+    made.add_argument("--backend", required=True, metavar="NAME", help="one that has meters: flexprice, stripe")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -100,6 +110,38 @@ def _test(arguments: argparse.Namespace, settings: Settings) -> int:
         return OK
     print(render(rows, _TEST, form), end="")
     return OK
+
+
+def _make(arguments: argparse.Namespace, settings: Settings) -> int:
+    from sidecar import billers
+    from sidecar.backends import BACKENDS
+    from sidecar.backends.base import Provisioned
+
+    meters, name = meters_of(settings, arguments.names), arguments.backend
+    if name not in BACKENDS:
+        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", WRONG)
+    if missing := billers.missing(settings, name):
+        raise CommandError(f"{', '.join(missing)} is not set: {name} is asked with it", WRONG)
+    # Which meters are sent is a choice of its own, and no reason not to create another.
+    values = dict(settings.backend(name))
+    values |= {s.name: s.default_value() for s in BACKENDS[name].settings if s.name == "meters"}
+    try:
+        backend = billers.backend(replace(settings, meters=(), backend_values={name: values}), name, billers.NoLedger)
+    except ValueError as error:
+        raise CommandError(str(error), WRONG) from None
+    if not isinstance(backend, Provisioned):
+        raise CommandError(f"{name} has no meters that could be created from here", WRONG)
+    return asyncio.run(_provision(backend, backend, meters))
+
+
+async def _provision(backend: Backend, made_by: Provisioned, meters: Iterable[Meter]) -> int:
+    try:
+        done = [await made_by.provision(meter) for meter in meters]
+    finally:
+        await backend.aclose()
+    for one in done:
+        print(one.text, file=sys.stdout if one.fits else sys.stderr)
+    return OK if all(one.fits for one in done) else NO
 
 
 def _records(data_dir: Path, since: datetime | None) -> Iterator[Record]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sidecar.cli.shared import CommandError, add_data_dir, serving_settings
+from sidecar.cli.shared import WRONG, CommandError, add_data_dir, serving_settings
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -22,7 +22,9 @@ def run(arguments: argparse.Namespace) -> int:
 
     try:
         return app.run(settings)
-    except (LockError, SpoolError, StateError, LedgerError) as error:
+    except (LockError, SpoolError, StateError) as error:
         raise CommandError(str(error)) from None
+    except LedgerError as error:
+        raise CommandError(str(error), WRONG) from None
     except OSError as error:
         raise CommandError(f"cannot start: {error}") from None

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
-from sidecar.settings import BackendSettings, Settings, SettingsError, load
+from sidecar.settings import BackendSettings, Settings, load
 
 OK: Final = 0
 NO: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
@@ -35,15 +35,10 @@ def known_backend_settings() -> BackendSettings:
 
 
 def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
-    """All that `serve` needs, and what only the parts can judge: the meters' definitions."""
-    from sidecar.meters.definition import MetersError, read_meters
+    """All that `serve` needs, with what only the parts can judge: meters, backends, the ledger's file."""
+    from sidecar.billers import faults
 
-    settings = load(overridden(arguments, environ), backend_settings=known_backend_settings())
-    try:
-        read_meters(settings.meters)
-    except MetersError as error:
-        raise SettingsError(error.problems, settings.effective) from None
-    return settings
+    return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=faults)
 
 
 def read_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:

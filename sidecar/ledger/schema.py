@@ -105,6 +105,25 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     return db
 
 
+def ledger_problem(path: Path) -> str | None:
+    """Why a ledger that is there cannot be used, or None. Only looks, also beside the one who writes it."""
+    if not path.exists():
+        return None
+    try:
+        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_S)
+        try:
+            check_version(db, path)
+        finally:
+            db.close()
+    except LedgerError as error:
+        return str(error)
+    except sqlite3.Error as error:
+        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
+            return None
+        return f"{path} cannot be read ({error}): put its copy back, or move it away to begin a new one"
+    return None
+
+
 def check_version(db: sqlite3.Connection, path: Path) -> int:
     version = int(db.execute("PRAGMA user_version").fetchone()[0])
     if version > VERSION:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -44,12 +44,19 @@ class SettingsError(Exception):
         super().__init__("\n  ".join([f"the configuration has {count}:", *problems]))
 
 
-def load(environ: Mapping[str, str], *, backend_settings: BackendSettings, serving: bool = True) -> Settings:
+def load(
+    environ: Mapping[str, str],
+    *,
+    backend_settings: BackendSettings,
+    serving: bool = True,
+    judge: Callable[[Settings], Sequence[str]] | None = None,
+) -> Settings:
     """Read the configuration; raises `SettingsError` with every problem at once.
 
-    `serving=False`, for commands that only read the data directory: nothing has to be set.
+    `serving=False`, for commands that only read the data directory: nothing has to be set. `judge` says what only the
+    parts can see (what could not be read stands at its default then), so that it is told together with the rest.
     """
-    return _Loading(environ, backend_settings, all_settings(backend_settings)).run(serving)
+    return _Loading(environ, backend_settings, all_settings(backend_settings)).run(serving, judge)
 
 
 def all_settings(backend_settings: BackendSettings) -> list[Row]:
@@ -91,7 +98,7 @@ class _Loading:
     problems: list[str] = field(default_factory=list)
     effective: list[Effective] = field(default_factory=list)
 
-    def run(self, serving: bool) -> Settings:
+    def run(self, serving: bool, judge: Callable[[Settings], Sequence[str]] | None = None) -> Settings:
         self._read_toml()
         core: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
@@ -103,6 +110,8 @@ class _Loading:
         self._check_together(settings)
         if serving:
             self._check_needed(settings)
+        if judge is not None:
+            self.problems += judge(settings)
         if self.problems:
             raise SettingsError(self.problems, self.effective)
         return replace(settings, effective=tuple(self.effective))

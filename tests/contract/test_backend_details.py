@@ -509,15 +509,20 @@ async def test_stripe_meters_are_compared_and_created_and_never_changed() -> Non
     backend = StripeBackend(api_key="k", url=receiver.url)
     assert len(await backend.examine()) == 3
     for meter in DEFAULT_METERS:
-        assert "created" in await backend.provision(meter)
-        assert "it fits" in await backend.provision(meter)
+        assert "created" in (await backend.provision(meter)).text
+        assert "it fits" in (await backend.provision(meter)).text
     assert await backend.examine() == []
     other = StripeBackend(api_key="k", url=receiver.url, payload=Payload("customer", "amount"))
     problems = await other.examine()
     assert any("SIDECAR_STRIPE_CUSTOMER_KEY" in problem for problem in problems)
     assert any("SIDECAR_STRIPE_VALUE_KEY" in problem for problem in problems)
     changed = read_meters([{"name": "input_tokens", "aggregation": {"type": "LATEST", "field": "input_tokens"}}])
-    assert "works with sum" in await backend.provision(changed[0])
+    told = await backend.provision(changed[0])
+    assert not told.fits
+    assert "works with sum" in told.text
+    assert "left as it is" in told.text
+    greatest = read_meters([{"name": "longest", "aggregation": {"type": "MAX", "field": "duration_ms"}}])
+    assert not (await backend.provision(greatest[0])).fits
     await receiver.aclose()
     assert "does not answer" in (await backend.examine())[0]
     async with ScriptedServer().running() as server:
@@ -611,8 +616,8 @@ async def test_flexprice_meters_are_created_compared_and_left_alone() -> None:
         {"name": "peak", "aggregation": {"type": "MAX", "field": "status", "bucket_size": "HOUR", "group_by": "model"}},
     ])  # fmt: skip
     for meter in definitions:
-        assert "created" in await backend.provision(meter), meter
-        assert "it fits" in await backend.provision(meter)
+        assert "created" in (await backend.provision(meter)).text, meter
+        assert "it fits" in (await backend.provision(meter)).text
     made = {row["name"]: row for row in receiver.billed("flexprice")}
     assert made["calls"]["filters"] == [{"key": "method", "values": ["GET", "POST"]}]
     assert made["calls"]["event_name"] == "api_request"
@@ -623,12 +628,12 @@ async def test_flexprice_meters_are_created_compared_and_left_alone() -> None:
     }
     assert made["models"]["aggregation"]["type"] == "COUNT_UNIQUE"
     changed = read_meters([{"name": "calls", "aggregation": {"type": "SUM", "field": "status"}}])
-    assert "differs in aggregation, filters: it is left as it is" in await backend.provision(changed[0])
+    assert "differs in aggregation, filters: it is left as it is" in (await backend.provision(changed[0])).text
     odd = read_meters([{"name": "m", "aggregation": {"type": "MAX", "field": "status", "multiplier": "2"}}])
-    assert "left out" in await backend.provision(odd[0])
+    assert "left out" in (await backend.provision(odd[0])).text
     assert len(receiver.billed("flexprice")) == 4
     await receiver.aclose()
-    assert "does not answer" in await backend.provision(changed[0])
+    assert "does not answer" in (await backend.provision(changed[0])).text
     await backend.aclose()
 
 

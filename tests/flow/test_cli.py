@@ -26,7 +26,7 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
-from whole import Whole, environment
+from whole import Whole, environment, running_receiver
 
 from sidecar.backends import BACKENDS, Row
 from sidecar.cli import main
@@ -452,6 +452,94 @@ def test_check_reports_a_meter_that_cannot_be_used(
     monkeypatch.setenv("SIDECAR_CONFIG", str(file))
     assert main(["check"]) == 2
     assert "meter number 1: name is wrong" in capsys.readouterr().err
+
+
+def test_check_tells_the_faults_of_meters_backends_and_settings_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "sidecar.toml"
+    file.write_text('[[meters]]\nname = "longest"\naggregation = { type = "MAX", field = "duration_ms" }\n')
+    for name, value in {
+        "SIDECAR_CONFIG": str(file), "SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_WORKERS": "none",
+        "SIDECAR_BACKENDS": "ledger,revenium,stripe,lago", "SIDECAR_REVENIUM_MODE": "rate",
+        "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_STRIPE_API_KEY": "k",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with closing(sqlite3.connect(tmp_path / "ledger.db")) as ledger:
+        ledger.execute("PRAGMA user_version = 99")
+    for command in ("check", "serve"):
+        assert main([command]) == 2
+        problems = capsys.readouterr().err.splitlines()[1:]
+        assert len(problems) == 6, problems
+        for word in ("SIDECAR_WORKERS", "SIDECAR_UPSTREAM_URL is not set", "SIDECAR_LAGO_API_KEY",
+                     "SIDECAR_REVENIUM_SOURCE_ID is not set", "stripe: the meter longest is a MAX",
+                     "was written by a newer version"):  # fmt: skip
+            assert [word in problem for problem in problems].count(True) == 1, word
+    (tmp_path / "ledger.db").write_bytes(b"no database" * 100)
+    assert main(["check"]) == 2
+    assert "cannot be read" in capsys.readouterr().err
+
+
+async def test_check_connect_says_what_is_wrong_at_a_backend(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with running_receiver() as (_, url):
+        for name, value in {
+            "SIDECAR_UPSTREAM_URL": url, "SIDECAR_BACKENDS": "stripe,ledgerbee", "SIDECAR_STRIPE_URL": url,
+            "SIDECAR_STRIPE_API_KEY": "k", "SIDECAR_LEDGERBEE_URL": url, "SIDECAR_LEDGERBEE_API_KEY": "k",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        assert await asyncio.to_thread(main, ["check", "--connect", "--format", "json"]) == 1
+        rows = json.loads(capsys.readouterr().out)["connect"]
+        wrong = [row["detail"] for row in rows if row["result"] == "wrong"]
+        assert [row["what"] for row in rows if row["result"] == "reached"] == ["upstream", "stripe", "ledgerbee"]
+        assert len(wrong) == 3
+        assert all("meters provision --backend stripe" in text for text in wrong)
+        order = {"display_name": "t", "event_name": "windowed", "default_aggregation[formula]": "sum",
+                 "event_time_window": "day"}  # fmt: skip
+        async with aiohttp.ClientSession(headers={"Authorization": "Bearer k"}) as session:
+            async with session.post(f"{url}/v1/billing/meters", data=order) as made:
+                assert made.status == 200
+        file = tmp_path / "sidecar.toml"
+        file.write_text('[[meters]]\nname = "windowed"\naggregation = { type = "SUM", field = "input_tokens" }\n')
+        monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+        assert await asyncio.to_thread(main, ["check", "--connect"]) == 1
+        assert "overwrite each other: make one without event_time_window" in capsys.readouterr().out
+
+
+async def test_meters_are_provisioned_once_and_never_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def provision(*arguments: str) -> tuple[int, str, str]:
+        code = main(["meters", "provision", *arguments])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    file = tmp_path / "sidecar.toml"
+    table = '[[meters]]\nname = "{}"\naggregation = {{ type = "{}", field = "duration_ms" }}\n'
+    monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+    async with running_receiver() as (receiver, url):
+        for name in ("STRIPE", "FLEXPRICE"):
+            monkeypatch.setenv(f"SIDECAR_{name}_URL", url)
+            backend = name.lower()
+            file.write_text(table.format("took", "SUM") + table.format("longest", "MAX"))
+            code, _, err = await asyncio.to_thread(provision, "--backend", backend)
+            assert (code, err) == (2, f"SIDECAR_{name}_API_KEY is not set: {backend} is asked with it\n")
+            monkeypatch.setenv(f"SIDECAR_{name}_API_KEY", "k")
+            code, out, err = await asyncio.to_thread(provision, "--backend", backend)
+            assert f"{backend}: created the meter took" in out
+            if backend == "stripe":
+                assert (code, err) == (1, "stripe has no MAX: longest is left out; it has COUNT, SUM, LATEST\n")
+            assert "and it fits" in (await asyncio.to_thread(provision, "--backend", backend, "took"))[1]
+            file.write_text(table.format("took", "LATEST"))
+            code, out, err = await asyncio.to_thread(provision, "--backend", backend)
+            assert (code, out) == (1, "")
+            assert "left as it is" in err
+        meters = [row for row in receiver.received if row.path in ("/v1/billing/meters", "/v1/meters")]
+        assert [row.verdict for row in meters] == ["delivered"] * len(meters)
+        assert len(meters) == 3
+    assert provision("--backend", "webhook")[0] == 2
+    assert "is no backend" in provision("--backend", "nope")[2]
 
 
 class _Vendor:
