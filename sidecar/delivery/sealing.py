@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -142,7 +143,46 @@ def redriven_key(key: str, generation: int) -> str:
 
 
 def encode(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
-    """Ask the encoder; where it raises, ask for each record alone and name those that it raises for."""
+    """Ask the encoder, in rows of records so short that no batch begins or ends inside a record.
+
+    A part of a refused batch is encoded again from whole records: a record with events on both sides of a
+    border would then be sent twice.
+    """
+    encoded, failed = _ask(backend, reads)
+    shortest = max(1, backend.abilities.events_max // _most_events(encoded))
+    for most in (shortest, 1):
+        if not _cuts_a_record(encoded):
+            break
+        encoded, failed = _in_rows(backend, reads, most)
+    return encoded, failed
+
+
+def _cuts_a_record(encoded: Encoded) -> bool:
+    """Whether a record has events in two requests, one of which has other records too."""
+    owners = [{event.record_id for event in sealed.events} for sealed in encoded.sealed]
+    if all(len(ids) == 1 for ids in owners):
+        return False
+    return len(set().union(*owners)) < sum(map(len, owners))
+
+
+def _most_events(encoded: Encoded) -> int:
+    counts = Counter(event.record_id for sealed in encoded.sealed for event in sealed.events)
+    return max(counts.values(), default=1)
+
+
+def _in_rows(backend: Backend, reads: Sequence[_Read], most: int) -> tuple[Encoded, set[str]]:
+    whole, failed = Encoded(), set()
+    for start in range(0, len(reads), most):
+        one, bad = _ask(backend, reads[start : start + most])
+        whole.sealed += one.sealed
+        whole.skipped.update(one.skipped)
+        whole.parked.update(one.parked)
+        failed |= bad
+    return whole, failed
+
+
+def _ask(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
+    """One call of the encoder; where it raises, ask for each record alone and name those that it raises for."""
     if not reads:
         return Encoded(), set()
     try:
@@ -157,14 +197,7 @@ def encode(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]
         )
     if len(reads) == 1:
         return Encoded(), {reads[0].record.id}
-    whole, failed = Encoded(), set()
-    for read in reads:
-        one, bad = encode(backend, [read])
-        whole.sealed += one.sealed
-        whole.skipped.update(one.skipped)
-        whole.parked.update(one.parked)
-        failed |= bad
-    return whole, failed
+    return _in_rows(backend, reads, 1)
 
 
 def _parse(item: Item) -> _Read | None:

@@ -15,6 +15,7 @@ from datetime import UTC, datetime
 
 from sidecar.delivery import sealing
 from sidecar.delivery.retry import (
+    PARTLY_TAKEN,
     TOO_OLD,
     WINDOW_ENDED,
     Decision,
@@ -93,13 +94,28 @@ class Settling:
             made, lost = await sealing.again(
                 self._backend, [(seq, by_seq[seq]) for seq in seqs], tries=decision.tries, due_s=due_s
             )
+            events = {(request.members[i].seq, request.members[i].event_id) for i in part}
             for new in made:
+                offered = {(m.seq, m.event_id) for m in new.members}
+                extra = offered - events
+                if not offered & events:
+                    continue
+                if extra and self._backend.abilities.dedup is not Dedup.EVENT_ID:
+                    # It would repeat events that are somebody else's to send.
+                    lost.update({m.seq: sealing.Lost(PARTLY_TAKEN) for m in new.members})
+                    continue
+                if extra and new.tries.risk_wall_s is None:
+                    # Events that were taken go along once more: their window runs from now at the latest.
+                    tries = replace(new.tries, risk_wall_s=now.wall_s, risk_mono_s=now.mono_s)
+                    new = replace(new, tries=tries)
                 sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
                 children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
             for i in part:
-                if request.members[i].seq in lost:
+                why = lost.get(request.members[i].seq)
+                if why is not None:
                     fates[i] = Fate.PARKED
-                    parked[i] = Parking(lost[request.members[i].seq].reason, maybe_taken=decision.tries.risky)
+                    maybe = decision.tries.risky or why.reason == PARTLY_TAKEN
+                    parked[i] = Parking(why.reason, maybe_taken=maybe)
         decision = replace(decision, fates=tuple(fates), parked=parked)
         return Settlement(request=request, decision=decision, history=history, children=children)
 

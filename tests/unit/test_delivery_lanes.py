@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -294,6 +295,22 @@ async def test_several_events_in_a_batch_that_is_split(world: World) -> None:
         assert await all_settled(world, delivery) == {"delivered": 20}
     assert set(backend.taken.values()) == {1}
     assert len(backend.taken) == 60
+
+
+@pytest.mark.parametrize("names", [("a", "b"), ("a", "b", "c", "d")])
+async def test_no_batch_ends_inside_a_record(world: World, names: tuple[str, ...]) -> None:
+    ids = world.spool.add(30)
+    keyed = replace(BATCH, events_max=3)
+    backend = FakeBackend(keyed, events_of=lambda r: names, poison={ids[4], ids[5], ids[20]})
+    async with world.deliver(backend) as delivery:
+        assert await all_settled(world, delivery) == {"delivered": 27, "parked": {"http_400": 3}}
+        backend.poison.clear()
+        assert await delivery.redrive() == 3 * len(names)
+        assert await all_settled(world, delivery) == {"delivered": 30}
+    assert set(backend.taken.values()) == {1}
+    for offer in backend.offers:
+        owners = Counter(event.record_id for event in offer.events)
+        assert len(owners) == 1 or set(owners.values()) == {len(names)}
 
 
 async def test_redriven_refusals_get_a_new_key_each_time(world: World) -> None:
