@@ -49,6 +49,13 @@ SECONDS: Final = (
     120.0,
     600.0,
 )
+REJECTED_REASONS: Final = (
+    "malformed", "bad_chunk", "unknown_method", "target_too_long", "head_too_large", "head_timeout",
+)  # fmt: skip
+LIMITS: Final = (
+    "connections", "calls", "spool_full", "proxy_fault", "drains", "disconnect_drain", "idle_timeout",
+    "response_timeout", "head_timeout",
+)  # fmt: skip
 _TOKEN_KINDS: Final = (
     ("input", "input_tokens"),
     ("output", "output_tokens"),
@@ -309,6 +316,8 @@ class Metrics(Collector):
             if not family.labels and family.kind != "histogram":
                 (self._counters if family.kind == "counter" else self._gauges)[name][()] = 0
         self._counters["sidecar_lost"].update({(reason,): 0 for reason in LOST_REASONS})
+        self._counters["sidecar_rejected"].update({(reason,): 0 for reason in REJECTED_REASONS})
+        self._counters["sidecar_limits_reached"].update({(name,): 0 for name in LIMITS})
         for backend in backends:
             self._gauges["sidecar_blocked"][(backend,)] = 0
             self._counters["sidecar_sealed_events"][(backend,)] = 0

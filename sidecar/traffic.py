@@ -75,6 +75,7 @@ async def serving(
         stack.push_async_callback(proxy.aclose)
         stack.push_async_callback(proxy.stop, settings.stop_s)
         stack.callback(partial(setattr, traffic, "stopping", True))
+        parts.calm_collector()
         yield traffic
 
 
