@@ -9,7 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from typing import Any
 
 import orjson
@@ -58,7 +58,7 @@ def decimal_text(value: object, exponent: int = 0) -> str | None:
         return None
     try:
         number = Decimal(repr(value) if type(value) is float else str(value)).scaleb(exponent)
-    except (InvalidOperation, ValueError):
+    except (ArithmeticError, ValueError):
         return None
     if not number.is_finite() or number < 0 or number.adjusted() > 12 or number.adjusted() < -30:
         return "0" if number.is_finite() and number == 0 else None

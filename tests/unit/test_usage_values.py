@@ -88,6 +88,8 @@ def test_no_value_is_too_odd(value: object) -> None:
         (math.inf, 0, None),
         (True, 0, None),
         ("a lot", 0, None),
+        ("1e999999999999999999", -10, None),
+        ("9e999999", -10, None),
         (10**40, 0, None),
         (None, 0, None),
     ],
