@@ -113,10 +113,26 @@ def read_retired(slot: Path) -> tuple[int, int]:
         return 1, 0
 
 
+_BESIDE: Final = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file
+
+
 def remove_chunk(path: Path) -> None:
-    """Unlink a chunk and SQLite's files beside it. The main file goes last: a log alone means nothing."""
-    for suffix in ("-shm", "-wal", "-journal", ""):
+    """Unlink a chunk and SQLite's files beside it.
+
+    The main file goes first: a log alone means nothing (`remove_strays`), but a main file whose log was unlinked before
+    the power went looks like one that has lost its records.
+    """
+    for suffix in ("", *_BESIDE):
         path.with_name(path.name + suffix).unlink(missing_ok=True)
+
+
+def remove_strays(slot: Path) -> None:
+    """Remove logs without a main file: a removal was interrupted."""
+    there = set(os.listdir(slot))
+    for name in there:
+        main = next((name.removesuffix(suffix) for suffix in _BESIDE if name.endswith(suffix)), None)
+        if main is not None and _CHUNK_NAME.fullmatch(main) and main not in there:
+            (slot / name).unlink(missing_ok=True)
 
 
 def set_aside(root: Path, instance: str, path: Path) -> Path:

@@ -47,6 +47,7 @@ def recover(root: Path, instance: str, *, remembered_seq: int = 0) -> Recovered:
     """Look at a slot whose lock is held. `remembered_seq`: the greatest number that delivery knows of it."""
     slot = files.slot_dir(root, instance)
     salvage.finish_swaps(root, instance, slot)
+    files.remove_strays(slot)
     found = Recovered(Position(instance))
     numbers = files.chunk_numbers(slot)
     found.position.chunk_number = max(numbers, default=0)
