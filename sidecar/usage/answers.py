@@ -17,7 +17,15 @@ from sidecar.usage.bedrock import Converse, Invoke
 from sidecar.usage.codings import Codings, Unreadable, decoder
 from sidecar.usage.estimate import estimate
 from sidecar.usage.frames import EventStream
-from sidecar.usage.framing import Elements, Framing, JsonLines, LinesOrDocument, OneDocument, ServerSentEvents
+from sidecar.usage.framing import (
+    DOCUMENT_MAX_BYTES,
+    Elements,
+    Framing,
+    JsonLines,
+    LinesOrDocument,
+    OneDocument,
+    ServerSentEvents,
+)
 from sidecar.usage.heads import hinted_provider, request_id
 from sidecar.usage.openai import ChatCompletions
 from sidecar.usage.own import OwnFields, from_headers
@@ -74,6 +82,7 @@ class AnswerTap:
     _blanks: int = 0  # pieces of nothing but blanks before the answer
     _decoder: Codings | None = None
     _framing: Framing | None = None
+    _only: bytes = b""  # the first piece of a plain answer, for as long as it is the only one: most are one piece
 
     def __init__(self, fixed: Fixed, request: Asked, status: int, fields: dict[str, str]) -> None:
         self._fixed = fixed
@@ -87,11 +96,13 @@ class AnswerTap:
     @property
     def waiting(self) -> bool:
         reader = self._reader
-        if self._ended or self._settled or self._status >= 400 or reader.final:
+        if self._ended or self._settled or self._status >= 400:
             return False
         if isinstance(reader, Undecided):
-            return reader.chosen is not None
-        if isinstance(reader, Unmetered):
+            if reader.chosen is None:
+                return False
+            reader = reader.chosen
+        if isinstance(reader, Unmetered | BatchFile) or (reader.final and reader.raw is not None):
             return False
         return not (self._framing is not None and self._framing.streamed and self._never_reports())
 
@@ -190,10 +201,7 @@ class AnswerTap:
 
     def _take(self, piece: bytes) -> bool:
         framing = self._framing
-        if framing is None:
-            ended = self._sniff(piece)
-        else:
-            ended = framing.feed(piece)
+        ended = framing.feed(piece) if framing is not None else self._sniff(piece)
         if self._sign is not None and self._sign.search(piece) is not None:
             self._first_token_ns = self._fixed.clock_ns()
             self._sign = None
@@ -206,9 +214,17 @@ class AnswerTap:
 
     def _sniff(self, piece: bytes) -> bool:
         """Decide by the first byte that is not blank; content types are not to be trusted."""
+        if self._only:
+            self._framing = OneDocument(self._front)
+            self._framing.feed(self._only)
+            self._only = b""
+            return self._framing.feed(piece)
         if not piece:
             return False
         row = self._row
+        if piece[0] == 0x7B and row is not None and row.framing == "" and len(piece) <= DOCUMENT_MAX_BYTES:
+            self._only = piece
+            return False
         if piece[0] != 0x7B:
             piece = piece.lstrip(b" \t\r\n\xef\xbb\xbf")
         if not piece:
@@ -245,7 +261,10 @@ class AnswerTap:
         while self.behind:
             self.feed(b"")
         framing = self._framing
-        if framing is not None:
+        if framing is None and self._only:
+            framing = self._framing = OneDocument(self._front)
+            framing.whole(self._only)
+        elif framing is not None:
             framing.finish()
         usage = self._model_usage(framing, whole)
         elements = self._request.place.elements

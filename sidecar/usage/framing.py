@@ -357,8 +357,8 @@ class OneDocument(_Base):
     __slots__ = ("_members", "_pieces", "_size")
 
     def __init__(self, reader: Reader) -> None:
-        super().__init__(reader)
-        self.streamed = False
+        self._reader = reader
+        self.streamed = self.ended = False
         self._pieces: list[bytes] = []
         self._size = 0
         self._members: Members | None = None
@@ -379,20 +379,24 @@ class OneDocument(_Base):
             return
         pieces, self._pieces = self._pieces, []
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if not body:
-            return
-        if not self._reader.plausible(body):
+        if body:
+            self.whole(body)
+
+    def whole(self, body: bytes) -> None:
+        """Read a small answer that came in one piece."""
+        reader = self._reader
+        if not reader.plausible(body):
             return
         try:
             document = orjson.loads(body)
-            self.ended = True
         except ValueError:
-            self._members = Members(self._reader.wanted)
-            self._members.feed(body)
-            self._finish_long(self._members)
+            members = Members(reader.wanted)
+            members.feed(body)
+            self._finish_long(members)
             return
+        self.ended = True
         if type(document) is dict:
-            self._reader.document(document)
+            reader.document(document)
 
     def _compact(self) -> None:
         body = b"".join(self._pieces)

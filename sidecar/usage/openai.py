@@ -22,6 +22,21 @@ _OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)
 _DONE = re.compile(rb"\[DONE\]").search
 
 
+_INPUT_DETAILS = (
+    ("cache_write_tokens", "cache_write_input_tokens"),
+    ("audio_tokens", "audio_input_tokens"),
+    ("text_tokens", "text_input_tokens"),
+    ("image_tokens", "image_input_tokens"),
+)
+_OUTPUT_DETAILS = (
+    ("audio_tokens", "audio_output_tokens"),
+    ("accepted_prediction_tokens", "accepted_prediction_tokens"),
+    ("rejected_prediction_tokens", "rejected_prediction_tokens"),
+    ("text_tokens", "text_output_tokens"),
+    ("image_tokens", "image_output_tokens"),
+)
+
+
 class ChatCompletions(Reader):
     wanted: ClassVar[Tree] = {
         "id": True,
@@ -131,20 +146,13 @@ def fill_chat(reader: Reader, usage: Usage, raw: Document) -> None:
     cached = None
     if type(details := raw.get("prompt_tokens_details")) is dict:
         cached = number(details, "cached_tokens")
-        usage.cache_write_input_tokens = number(details, "cache_write_tokens")
-        usage.audio_input_tokens = number(details, "audio_tokens")
-        if "text_tokens" in details or "image_tokens" in details:
-            usage.text_input_tokens = number(details, "text_tokens")
-            usage.image_input_tokens = number(details, "image_tokens")
+        if len(details) > 1:
+            reader.numbers(usage, details, _INPUT_DETAILS)
     reasoning = None
     if type(details := raw.get("completion_tokens_details")) is dict:
         reasoning = number(details, "reasoning_tokens")
-        usage.audio_output_tokens = number(details, "audio_tokens")
-        usage.accepted_prediction_tokens = number(details, "accepted_prediction_tokens")
-        usage.rejected_prediction_tokens = number(details, "rejected_prediction_tokens")
-        if "text_tokens" in details or "image_tokens" in details:
-            usage.text_output_tokens = number(details, "text_tokens")
-            usage.image_output_tokens = number(details, "image_tokens")
+        if len(details) > 1:
+            reader.numbers(usage, details, _OUTPUT_DETAILS)
     if len(raw) > 5:
         cached, reasoning = _vendor_fields(reader, usage, raw, cached, reasoning)
     elif cached is None and "cached_tokens" in raw:

@@ -114,6 +114,16 @@ class Reader:
             self.anomaly("value_rejected")
         return number
 
+    def numbers(self, usage: Usage, raw: Document, fields: Sequence[tuple[str, str]]) -> None:
+        """Several counts at once: (where it stands, our field). Absent ones stay as they are."""
+        for key, field in fields:
+            value = raw.get(key)
+            if value is None:
+                continue
+            if type(value) is not int or not 0 <= value < 1 << 53:
+                value = self.number(raw, key)
+            setattr(usage, field, value)
+
     def report(self, raw: object) -> bool:
         """Note a usage object; later ones overlay earlier ones."""
         if type(raw) is not dict or not raw:

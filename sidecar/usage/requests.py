@@ -33,16 +33,16 @@ WANTED: Tree = {
 class RequestReading:
     """One request body. Never raises; what cannot be read is simply not known."""
 
-    __slots__ = ("_decoder", "_facts", "_form", "_members", "_pieces", "_size", "bytes_seen")
+    # Defaults stand on the class: most requests are one piece of plain JSON.
+    bytes_seen: int = 0
+    _facts: Mapping[str, Any] | None = None
+    _members: Members | None = None
+    _form: FormFields | None = None
+    _decoder: Codings | None = None
+    _size: int = 0
 
     def __init__(self) -> None:
-        self._facts: Mapping[str, Any] | None = None
-        self._members: Members | None = None
-        self._form: FormFields | None = None
-        self._decoder: Codings | None = None
         self._pieces: list[bytes] | None = []
-        self._size = 0
-        self.bytes_seen = 0
 
     def describe(self, fields: Mapping[str, str]) -> None:
         """Take the head of a body that does not begin like an object, before any of it is fed."""

@@ -391,6 +391,8 @@ def test_waiting_ends_where_nothing_can_come(host: str | None, request_body: byt
     assert response is not None
     response.feed(chunk())
     assert response.waiting is waiting
+    response.feed(chunk(choices=[{"index": 0, "delta": {}, "finish_reason": "stop"}]))
+    assert response.waiting is waiting, "the last content is not the usage"
     response.feed(chunk(choices=[], usage={"prompt_tokens": 1, "completion_tokens": 1}))
     assert not response.waiting
 
