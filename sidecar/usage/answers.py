@@ -15,17 +15,10 @@ from sidecar.exchange import Usage, UsageState
 from sidecar.usage.batches import BatchFile
 from sidecar.usage.bedrock import Converse, Invoke
 from sidecar.usage.codings import Codings, Unreadable, decoder
+from sidecar.usage.documents import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument
 from sidecar.usage.estimate import estimate
 from sidecar.usage.frames import EventStream
-from sidecar.usage.framing import (
-    DOCUMENT_MAX_BYTES,
-    Elements,
-    Framing,
-    JsonLines,
-    LinesOrDocument,
-    OneDocument,
-    ServerSentEvents,
-)
+from sidecar.usage.framing import Framing, JsonLines, ServerSentEvents
 from sidecar.usage.heads import hinted_provider, request_id
 from sidecar.usage.openai import ChatCompletions
 from sidecar.usage.own import OwnFields, from_headers

@@ -1,4 +1,4 @@
-"""Cutting a body into messages: server-sent events, JSON lines, JSON arrays, or the one JSON document.
+"""Cutting a stream into messages: server-sent events and JSON lines.
 
 Where the pieces are cut cannot matter. A framing keeps at most one unfinished message, up to a limit; what is larger is
 read on by `Members`, which keeps only what the reader wants. Messages that a byte search shows to be dull are
@@ -11,15 +11,14 @@ the blank line arrives.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Protocol
 
 import orjson
 
-from sidecar.usage.members import Members, Skipper, Tree, pruned
+from sidecar.usage.members import Members, Tree, pruned
 from sidecar.usage.reader import Document, Reader
 
 MESSAGE_MAX_BYTES = 65_536  # one unfinished message kept whole; larger ones are images and whole responses
-DOCUMENT_MAX_BYTES = 65_536  # a plain answer parsed whole: 0.2 ms at most; larger ones are skimmed
 EVENT_NAME_MAX_BYTES = 128
 
 _BOM = b"\xef\xbb\xbf"
@@ -43,7 +42,7 @@ class Framing(Protocol):
         ...
 
 
-class _Base:
+class Parsing:
     __slots__ = ("_cut", "_reader", "ended", "streamed")
 
     def __init__(self, reader: Reader) -> None:
@@ -65,7 +64,7 @@ class _Base:
         return document if type(document) is dict else None
 
 
-class _Messages(_Base):
+class _Messages(Parsing):
     """What server-sent events and JSON lines have in common: messages that end with a separator."""
 
     __slots__ = ("_long", "_rest", "_skip_lf", "_started")
@@ -104,7 +103,7 @@ class _Messages(_Base):
         elif self._rest.strip():
             rest = bytes(self._rest)
             self._messages(rest)
-            if not _complete(self._data(rest)[0]):
+            if not complete(self._data(rest)[0]):
                 self._reader.final = final
         self._rest.clear()
 
@@ -302,177 +301,10 @@ class _LongEvent(_Long):
         return None
 
 
-def _complete(data: bytes) -> bool:
+def complete(data: bytes) -> bool:
+    """Whether a message is all there: JSON to its end, or the mark that is none."""
     try:
         orjson.loads(data)
     except ValueError:
         return data.strip() == _DONE
     return True
-
-
-class LinesOrDocument:
-    """JSON that may be one object a line although its type does not say so: the second line decides."""
-
-    __slots__ = ("_framing", "_reader", "_start")
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self._start = bytearray()
-        self._framing: JsonLines | OneDocument | None = None
-
-    @property
-    def streamed(self) -> bool:
-        return isinstance(self._framing, JsonLines)
-
-    @property
-    def ended(self) -> bool:
-        return self._framing is not None and self._framing.ended
-
-    def feed(self, piece: bytes) -> bool:
-        if self._framing is not None:
-            return self._framing.feed(piece)
-        self._start += piece
-        line, newline, more = bytes(self._start).partition(b"\n")
-        if newline and not _complete(line):
-            self._framing = OneDocument(self._reader)
-        elif newline and not more.isspace() and more:
-            self._framing = JsonLines(self._reader)
-        elif len(self._start) > MESSAGE_MAX_BYTES:
-            self._framing = OneDocument(self._reader)
-        else:
-            return False
-        start, self._start = bytes(self._start), bytearray()
-        return self._framing.feed(start)
-
-    def finish(self) -> None:
-        if self._framing is None:
-            self._framing = OneDocument(self._reader)
-            self._framing.feed(bytes(self._start))
-        self._framing.finish()
-
-
-class OneDocument(_Base):
-    """A plain answer: kept whole while it is small, skimmed once it is not."""
-
-    __slots__ = ("_members", "_pieces", "_size")
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self.streamed = self.ended = False
-        self._pieces: list[bytes] = []
-        self._size = 0
-        self._members: Members | None = None
-
-    def feed(self, piece: bytes) -> bool:
-        if self._members is not None:
-            self._members.feed(piece)
-            return False
-        self._pieces.append(piece)
-        self._size += len(piece)
-        if self._size > DOCUMENT_MAX_BYTES or len(self._pieces) > 1024:
-            self._compact()
-        return False
-
-    def finish(self) -> None:
-        if self._members is not None:
-            self._finish_long(self._members)
-            return
-        pieces, self._pieces = self._pieces, []
-        body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
-        if body:
-            self.whole(body)
-
-    def whole(self, body: bytes) -> None:
-        """Read a small answer that came in one piece."""
-        reader = self._reader
-        if not reader.plausible(body):
-            return
-        try:
-            document = orjson.loads(body)
-        except ValueError:
-            members = Members(reader.wanted)
-            members.feed(body)
-            self._finish_long(members)
-            return
-        self.ended = True
-        if type(document) is dict:
-            reader.document(document)
-
-    def _compact(self) -> None:
-        body = b"".join(self._pieces)
-        self._pieces = [body]
-        if len(body) > DOCUMENT_MAX_BYTES:
-            self._members = Members(self._reader.wanted)
-            self._members.feed(body)
-            self._pieces = []
-
-    def _finish_long(self, members: Members) -> None:
-        self._members = None
-        self.ended = members.done
-        if members.oversized:
-            self._reader.anomaly("value_oversized")
-        if members.document:
-            self._reader.document(members.document)
-
-
-class Elements(_Base):
-    """One JSON array whose elements are a stream (Gemini without `alt=sse`); a bare object is its only element."""
-
-    __slots__ = ("_array", "_element", "_long", "_skip", "_started")
-
-    def __init__(self, reader: Reader) -> None:
-        super().__init__(reader)
-        self._started = False
-        self._array = False
-        self._skip = Skipper()
-        self._element = bytearray()
-        self._long: Members | None = None
-
-    def feed(self, piece: bytes) -> bool:
-        pos, end = 0, len(piece)
-        while pos < end:
-            if self._skip.depth:
-                after = self._skip.container(piece, pos)
-                self._keep(piece[pos : after if after >= 0 else None])
-                if after < 0:
-                    return False
-                self._deliver()
-                pos = after
-                continue
-            byte = piece[pos]
-            pos += 1
-            if byte == 0x7B:
-                self._started = True
-                self._skip.depth = 1
-                self._element += b"{"
-            elif byte == 0x5B and not self._started:
-                self._started = self._array = True
-            elif byte == 0x5D and self._array:
-                self.ended = True
-                return True
-        return False
-
-    def finish(self) -> None:
-        self._element.clear()
-        self._long = None
-
-    def _keep(self, data: bytes) -> None:
-        if self._long is not None:
-            self._long.feed(data)
-            return
-        self._element += data
-        if len(self._element) > MESSAGE_MAX_BYTES:
-            self._long = Members(self._reader.wanted)
-            self._long.feed(bytes(self._element))
-            self._element.clear()
-
-    def _deliver(self) -> None:
-        document: Any
-        if self._long is not None:
-            document = self._long.document
-            self._long = None
-        else:
-            document = self._parse(bytes(self._element))
-            self._element.clear()
-        if document:
-            self._reader.message(document, "")
