@@ -60,6 +60,11 @@ def recover(root: Path, instance: str, *, remembered_seq: int = 0) -> Recovered:
             newest = number
     if newest is not None:
         _read_newest(files.chunk_path(slot, newest), found)
+    if unsure:
+        # A commit of which only parts could be read had counted its calls as a whole: those that are gone without a
+        # trace are in no term, as after any crash.
+        at = found.position
+        at.admitted = at.recorded + len(at.open_intents or ()) + sum(read_lost(at.lost).values())
     _skip_numbers(found, remembered_seq, unsure)
     found.clean = not (found.to_seal or found.set_aside or found.position.open_intents)
     return found

@@ -140,7 +140,11 @@ class _Draft:
         if groups:
             self._write(groups, None)
         if self._chunk is not None:
-            self._chunk.write([], None, self._opening(leaves.pairs()))
+            opening = self._opening(leaves.pairs())
+            if opening is None:
+                self._drop(self._chunk)
+            else:
+                self._chunk.write([], None, opening)
 
     def seal(self) -> bool:
         """Put the file away; False when nothing was readable and there is none."""
@@ -152,7 +156,14 @@ class _Draft:
     def _wanted(self, columns: int, key: int) -> bool:
         return columns in (RECORD_COLUMN_COUNT, INTENT_COLUMN_COUNT) and (columns, key) not in self._taken
 
-    def _opening(self, pairs: Iterable[tuple[Any, ...]]) -> Opening:
+    def _drop(self, chunk: Chunk) -> None:
+        """Intents and no word of where the file begins: its first transaction was cut short, and the file before this
+        one still has them. Guessing the beginning would count everything anew from there."""
+        chunk.close()
+        files.remove_chunk(self.path)
+        self._chunk = None
+
+    def _opening(self, pairs: Iterable[tuple[Any, ...]]) -> Opening | None:
         """What the file said of its beginning, where that agrees with the groups; else what the first group says."""
         first_seq, recorded = min(self._begins, default=(NO_BOUND, NO_BOUND))
         found: dict[str, int] = {}
@@ -163,7 +174,7 @@ class _Draft:
             opening = Opening(found["first_seq"], found["base_recorded"])
             if 0 < opening.first_seq <= first_seq and 0 <= opening.base_recorded <= recorded:
                 return opening
-        return Opening(first_seq, recorded) if self._begins else Opening(0, 0)
+        return Opening(first_seq, recorded) if self._begins else None
 
     def _write(self, groups: list[RecordGroup], intents: IntentGroup | None) -> None:
         if self._chunk is None:
