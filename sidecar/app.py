@@ -15,8 +15,8 @@ import os
 import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
-from typing import Final, Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -25,6 +25,7 @@ from sidecar import parts, signals
 from sidecar.admin import Readiness, application
 from sidecar.balance import Balance
 from sidecar.billing import Billing, billing
+from sidecar.delivery import mending
 from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
 from sidecar.settings import Address, Settings
@@ -95,6 +96,16 @@ class Sidecar:
         return await self.bills.delivery.redrive(
             backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
         )
+
+    async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
+        outcomes = await mending.cancel(one, self.bills.delivery, self.bills.backends, backend=backend)
+        return [asdict(outcome) for outcome in outcomes]
+
+    async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        names = [mending.Named(*one) for one in named]
+        return [
+            asdict(one) for one in await mending.complain(backend, names, self.bills.delivery, self.bills.backends)
+        ]
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""

@@ -70,5 +70,8 @@ class NoLedger:
     def apply(self, key: str, body: bytes) -> Verdict:
         return Blocked("not_open")
 
+    def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
+        return Blocked("not_open"), ()
+
     def close(self) -> None:
         """Nothing was opened."""

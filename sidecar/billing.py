@@ -21,6 +21,7 @@ from sidecar.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans
 from sidecar.spool.retention import retire_chunks
+from sidecar.verdict import Backend
 
 log = logging.getLogger("sidecar.billing")
 
@@ -36,6 +37,7 @@ class Billing:
     state: DeliveryState
     reader: SpoolReader
     delivery: Delivery
+    backends: Mapping[str, Backend]
 
     def remembered(self) -> dict[str, int]:
         """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
@@ -111,7 +113,8 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         )
         await stack.enter_async_context(delivery)
         stack.push_async_callback(delivery.drain, DRAIN_S)
-        bills = Billing(settings=settings, state=state, reader=reader, delivery=delivery)
+        by_name = {backend.name: backend for backend in backends}
+        bills = Billing(settings=settings, state=state, reader=reader, delivery=delivery, backends=by_name)
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
         yield bills

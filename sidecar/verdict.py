@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from sidecar.record import Record
@@ -146,3 +146,20 @@ class Backend(Protocol):
         ...
 
     async def aclose(self) -> None: ...
+
+
+@dataclass(slots=True, frozen=True)
+class Undone:
+    """What became of taking one event back. `left`: what still has it, in words."""
+
+    verdict: Verdict  # Delivered: it counts no more; Duplicate: it had been taken back before
+    left: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Cancels(Protocol):
+    """A backend that can take back what it has. What it is asked twice must do no harm."""
+
+    async def cancel(self, event: Event, record: Record | None) -> Undone:
+        """Take one event back. `record`: what it was made of, while the spool has it."""
+        ...

@@ -50,6 +50,7 @@ FLOORS = {
     "sidecar.parts": 4,
     "sidecar.billers": 4,
     "sidecar.billing": 4,
+    "sidecar.offline": 4,
     "sidecar.traffic": 4,
     "sidecar.worker": 4,
     "sidecar.wire": 4,

@@ -34,10 +34,14 @@ _HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # how `attribution` writes the
 
 
 class LedgerApply(Protocol):
-    """The embedded store, as much as its backend needs. Both calls block."""
+    """The embedded store, as much as its backend needs. All calls block."""
 
     def apply(self, key: str, body: bytes) -> Verdict:
         """Add the effects of one sealed delivery, once; its own faults come back as a verdict."""
+        ...
+
+    def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
+        """Add effects that take others back, once; and the meters that could not be taken back."""
         ...
 
     def close(self) -> None: ...

@@ -11,14 +11,24 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, batch_key, policy_of, policy_settings
+from sidecar.backends.base import (
+    EVERYTHING,
+    Context,
+    LedgerApply,
+    Policy,
+    batch_key,
+    event_key,
+    policy_of,
+    policy_settings,
+)
 from sidecar.meters.buckets import bucket_deltas, to_wire
-from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.meters.hourly import body_of, deltas
 from sidecar.record import Record
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
 
 BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
+UNDONE: Final = frozenset({Kind.COUNT, Kind.SUM})  # what can be taken out without knowing all that went in
 DEDUP_WINDOW_S: Final = 30 * 86_400.0  # how long the store keeps keys (`sidecar.ledger.store.KEYS_KEPT_S`)
 
 SETTINGS: Final = policy_settings(EVERYTHING)
@@ -64,6 +74,18 @@ class LedgerBackend:
     async def send(self, sealed: Sealed) -> list[Verdict]:
         verdict = await asyncio.to_thread(self._store.apply, sealed.key, sealed.body)
         return [verdict] * len(sealed.events)
+
+    async def cancel(self, event: Event, record: Record | None) -> Undone:
+        """Take one record out of the sums again: hours, COUNT and SUM. What others were before, nobody knows."""
+        if record is None:
+            return Undone(Refused("record_gone"))
+        hours, buckets = deltas([record]), bucket_deltas([record], self._meters)
+        undoable = [bucket for bucket in buckets if bucket.kind in UNDONE]
+        left = [f"the meter {b.key.meter} ({b.kind}) keeps it" for b in buckets if b.kind not in UNDONE]
+        body = body_of([hour.negative() for hour in hours], to_wire([bucket.negative() for bucket in undoable]))
+        verdict, kept = await asyncio.to_thread(self._store.undo, event_key(f"{event.event_id}~undone"), body)
+        left += [f"the meter {name} keeps it: it was defined otherwise at the time, or never had it" for name in kept]
+        return Undone(verdict, tuple(left))
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._store.close)

@@ -54,6 +54,7 @@ from sidecar.verdict import (
     Event,
     Retry,
     Sealed,
+    Undone,
     Verdict,
 )
 
@@ -63,6 +64,8 @@ VERSION: Final = "2024-09-30.acacia"  # the release in which v2 meter events cam
 EVENTS_V1: Final = "/v1/billing/meter_events"
 EVENTS_V2: Final = "/v2/billing/meter_events"
 STREAM: Final = "/v2/billing/meter_event_stream"
+ADJUSTMENTS_V1: Final = "/v1/billing/meter_event_adjustments"
+ADJUSTMENTS_V2: Final = "/v2/billing/meter_event_adjustments"
 STREAM_EVENTS_MAX: Final = 100
 STREAM_BYTES_MAX: Final = 1_000_000  # 100 events have 30 kB; no limit is documented
 PAST_S_MAX: Final = 35 * DAY_S
@@ -259,21 +262,20 @@ class StripeBackend:
             return None
         return refused_with(answer, "error", "code") if answer.status in (400, 404) else None
 
-    async def cancel(self, event_id: str) -> Verdict:
-        """Take an event back, within a day of its receipt. `event_id` is `<record id>:<meter>`."""
-        meter = next((m for m in self._meters if m.name == event_id.rpartition(":")[2]), None)
-        name = event_id.rpartition(":")[2] if meter is None else meter.event_name or meter.name
-        event = Event(event_id.rpartition(":")[0], event_id)
+    async def cancel(self, event: Event, record: Record | None) -> Undone:
+        """Take an event back, within a day of its receipt."""
+        meter = next((m for m in self._meters if m.name == event.event_id.rpartition(":")[2]), None)
+        name = event.event_id.rpartition(":")[2] if meter is None else meter.event_name or meter.name
         if self._mode == "v1":
-            fields = {"event_name": name, "type": "cancel", "cancel[identifier]": event_id}
-            body, path, content_type = urlencode(fields).encode(), "/v1/billing/meter_event_adjustments", FORM
+            fields = {"event_name": name, "type": "cancel", "cancel[identifier]": event.event_id}
+            body, path, content_type = urlencode(fields).encode(), ADJUSTMENTS_V1, FORM
             headers = dict(self._auth)
         else:
-            told = {"event_name": name, "type": "cancel", "cancel": {"identifier": event_id}}
-            body, path, content_type = orjson.dumps(told), "/v2/billing/meter_event_adjustments", "application/json"
+            told = {"event_name": name, "type": "cancel", "cancel": {"identifier": event.event_id}}
+            body, path, content_type = orjson.dumps(told), ADJUSTMENTS_V2, "application/json"
             headers = {**self._auth, **self._version}
-        sealed = Sealed(key=event_key(event_id), events=(event,), body=body, path=path, content_type=content_type)
-        return (await self._client.offer(self.address + path, sealed, headers, self._judge))[0]
+        sealed = Sealed(key=event_key(event.event_id), events=(event,), body=body, path=path, content_type=content_type)
+        return Undone((await self._client.offer(self.address + path, sealed, headers, self._judge))[0])
 
     async def examine(self) -> list[str]:
         """Compare the meters at Stripe with ours."""

@@ -1,7 +1,8 @@
 """Look into the queue, check it and mend it.
 
 `status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` changes what will be
-delivered: it goes through the running instance.
+delivered: it goes through the running instance. `cancel` and `complain` (in `mend`) change what was: they go through the
+running instance too, and take the directory's lock where there is none.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
+from sidecar.cli import mend
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
 
@@ -46,13 +48,18 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--resend-unknown", action="store_true", help="also those that may have been taken, at the risk of doubles"
     )
 
+    mend.add(kinds)
+
     export = _kind(kinds, "export", "write all records as NDJSON", _export)
     add_since(export)
     export.add_argument("--output", "-o", metavar="FILE", type=Path, help="a new file, instead of standard output")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    code: int = arguments.spool_run(arguments, read_settings(arguments).data_dir)
+    settings = read_settings(arguments)
+    if "mend_run" in arguments:
+        return mend.run(arguments, settings)
+    code: int = arguments.spool_run(arguments, settings.data_dir)
     return code
 
 

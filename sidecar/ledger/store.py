@@ -18,10 +18,10 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored
-from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta
+from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
-from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, from_wire, write_amount
+from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
 from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 
 KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
@@ -73,6 +73,30 @@ class LedgerStore:
             except LedgerError:
                 return Blocked("newer_version")
 
+    def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
+        """Add effects that take others back, unless that was done already; and the meters left as they are.
+
+        A meter is left where this ledger never had its value, or has it under another definition as well: then the
+        value may be in the other one.
+        """
+        said = orjson.loads(body)
+        effects, buckets = from_wire(said["hourly"]), buckets_from_wire(said.get("buckets", ()))
+        with self._lock:
+            try:
+                db = self._open()
+                if not all(self._has_hour(db, delta) for delta in effects):
+                    return Refused("not_in_ledger"), ()
+                kept = [delta for delta in buckets if not _is_plain(db, delta)]
+                going = [delta for delta in buckets if delta not in kept]
+                return self._apply(db, key, effects, going), tuple(dict.fromkeys(delta.key.meter for delta in kept))
+            except ArithmeticError:
+                return Refused("sum_not_exact"), ()
+            except sqlite3.Error as error:
+                self._drop()
+                return _verdict_for(error), ()
+            except LedgerError:
+                return Blocked("newer_version"), ()
+
     def close(self) -> None:
         with self._lock:
             self._drop()
@@ -121,10 +145,12 @@ class LedgerStore:
         total = EXACT.add(Decimal(row[0] if row else 0), amount)
         db.execute("INSERT OR REPLACE INTO hourly_units VALUES (?, ?, ?, ?)", (*where, write_amount(total)))
 
+    def _has_hour(self, db: sqlite3.Connection, delta: Delta) -> bool:
+        where = "SELECT 1 FROM hourly JOIN series ON series.id = hourly.series WHERE hour = ? AND key = ?"
+        return db.execute(where, (delta.hour, _series_key(delta.series))).fetchone() is not None
+
     def _series_id(self, db: sqlite3.Connection, delta: Delta) -> int:
-        one = delta.series
-        values = (one.subscriber, one.model, one.provider, one.route, one.status_class)
-        key = orjson.dumps(values).decode()
+        values, key = _series_values(delta.series), _series_key(delta.series)
         found = self._series.get(key)
         if found is None:
             db.execute(
@@ -150,11 +176,32 @@ class LedgerStore:
             db.close()
 
 
+def _series_values(one: Series) -> tuple[str | None, ...]:
+    return one.subscriber, one.model, one.provider, one.route, one.status_class
+
+
+def _series_key(one: Series) -> str:
+    return orjson.dumps(_series_values(one)).decode()
+
+
+def _bucket_values(one: BucketKey) -> tuple[str | int | None, ...]:
+    return one.meter, one.version, one.subscriber, one.group, one.start
+
+
+def _bucket_key(one: BucketKey) -> str:
+    return orjson.dumps(_bucket_values(one)).decode()
+
+
+def _is_plain(db: sqlite3.Connection, delta: BucketDelta) -> bool:
+    """The bucket is there, and its meter was never defined otherwise."""
+    there = db.execute("SELECT 1 FROM buckets WHERE key = ?", (_bucket_key(delta.key),)).fetchone()
+    versions = db.execute("SELECT count(DISTINCT version) FROM buckets WHERE meter = ?", (delta.key.meter,)).fetchone()
+    return there is not None and versions[0] == 1
+
+
 def _put(db: sqlite3.Connection, delta: BucketDelta) -> None:
     """Add to one running value; the same end in any order."""
-    one = delta.key
-    values = (one.meter, one.version, one.subscriber, one.group, one.start)
-    key = orjson.dumps(values).decode()
+    values, key = _bucket_values(delta.key), _bucket_key(delta.key)
     row = db.execute("SELECT id, value, at_us, record_id FROM buckets WHERE key = ?", (key,)).fetchone()
     if row is None:
         cursor = db.execute(

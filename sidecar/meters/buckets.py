@@ -60,6 +60,10 @@ class BucketDelta:
         else:
             self.value = max(self.value, number) if self.kind is Kind.MAX else EXACT.add(self.value, number)
 
+    def negative(self) -> BucketDelta:
+        """What takes a sum back."""
+        return BucketDelta(self.key, self.kind, None if self.value is None else -self.value)
+
 
 def bucket_deltas(records: Iterable[Record], meters: Sequence[Meter]) -> list[BucketDelta]:
     """The effects of these records on these meters, in order of first appearance."""

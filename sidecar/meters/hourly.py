@@ -86,6 +86,17 @@ class Delta:
         if record.usage is not None:
             self._add_usage(record.usage)
 
+    def negative(self) -> Delta:
+        """What takes this back."""
+        return Delta(
+            hour=self.hour,
+            series=self.series,
+            counts={name: -count for name, count in self.counts.items()},
+            tokens={name: -count for name, count in self.tokens.items()},
+            cost_usd=None if self.cost_usd is None else -self.cost_usd,
+            units={name: -amount for name, amount in self.units.items()},
+        )
+
     def _add_usage(self, usage: Usage) -> None:
         absent = usage.usage_state == "absent"
         self.counts["without_usage"] += absent

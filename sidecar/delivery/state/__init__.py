@@ -24,6 +24,7 @@ from sidecar.delivery.state.accounts import records_between
 from sidecar.delivery.state.books import Books, Shift
 from sidecar.delivery.state.folding import FOLD_RECORDS, fold_cursor
 from sidecar.delivery.state.rows import (
+    Amendment,
     Cursor,
     Member,
     NewParked,
@@ -280,6 +281,40 @@ class DeliveryState:
             self._has_parts = True
             books.close()
         return ids
+
+    def amend(self, one: Amendment, now_s: float) -> bool:
+        """Let a delivered event be so no more. False: it has moved meanwhile, or too little is remembered of it."""
+        with self._step() as conn:
+            row = conn.execute(
+                "SELECT cursor, folded_seq, key, generation, fates, members FROM sealed"
+                " JOIN cursor ON cursor.id = sealed.cursor WHERE sealed.id = ? AND settled = 1",
+                (one.request,),
+            ).fetchone()
+            if row is None or one.member.seq <= row[1]:
+                return False
+            cursor, _, key, generation, fates, blob = row
+            index = read_members(blob).index(one.member)
+            was = _FINAL.get(Fate(fates[index]))
+            if was not in (Term.DELIVERED, Term.DUPLICATE):
+                return False
+            fate = Fate.MOVED if one.parking is None else Fate.PARKED
+            changed = fates[:index] + fate.value + fates[index + 1 :]
+            conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", (changed, one.request))
+            if one.parking is not None:
+                self._insert_parked_row(
+                    conn, cursor, one.member, one.parking, one.line, now_s,
+                    key=key, generation=generation, request=one.request, history=(one.note,),
+                )  # fmt: skip
+            shift = Shift(
+                parked=int(one.parking is not None),
+                delivered=-int(was is Term.DELIVERED),
+                duplicate=-int(was is Term.DUPLICATE),
+            )
+            books = Books(conn)
+            if books.shift(cursor, one.member.seq, shift, was=was, skip=one.skip) is Term.SKIPPED:
+                self._insert_skipped(conn, cursor, one.skip, [one.member.seq])
+            books.close()
+        return True
 
     def ranges(self, backend: str, reason: str = BEFORE) -> list[Range]:
         """What was skipped for a backend without being looked at."""

@@ -41,6 +41,7 @@ class Found:
     key: str
     fate: str  # a term, or `open`
     sealed_at_s: float
+    request: int
 
 
 @dataclass(slots=True)
@@ -225,15 +226,15 @@ class Accounts:
         needle = f'"{one}"'.encode()
         found: list[Found] = []
         with self._reading() as conn:
-            for backend, instance, key, at_s, fates, blob in conn.execute(
-                "SELECT backend, instance, key, at_s, fates, members FROM sealed"
+            for backend, instance, request, key, at_s, fates, blob in conn.execute(
+                "SELECT backend, instance, sealed.id, key, at_s, fates, members FROM sealed"
                 " JOIN cursor ON cursor.id = sealed.cursor WHERE instr(members, ?) > 0 ORDER BY sealed.id",
                 (needle,),
             ):
                 for index, row in enumerate(orjson.loads(blob)):
                     if one in (row[1], row[-1]):
                         fate = "open" if fates is None else _FATES[fates[index]]
-                        found.append(Found(backend, instance, row[0], row[1], row[-1], key, fate, at_s))
+                        found.append(Found(backend, instance, row[0], row[1], row[-1], key, fate, at_s, request))
         return found
 
     @contextmanager

@@ -53,7 +53,9 @@ class Books:
             (cursor, seq),
         ).fetchone()
         if row is None:
-            counts = (int(was is Term.OPEN), int(was is Term.PARKED), 0, 0)
+            counts = (
+                int(was is Term.OPEN), int(was is Term.PARKED), int(was is Term.DELIVERED), int(was is Term.DUPLICATE)
+            )  # fmt: skip
             old = (was, reason if was is Term.PARKED else "")
         else:
             counts = row[:4]

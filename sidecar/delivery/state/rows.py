@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sidecar.delivery.retry import Decision, Tries
+from sidecar.delivery.retry import Decision, Parking, Tries
 from sidecar.verdict import Sealed
 
 
@@ -161,6 +161,18 @@ class Redrive:
     parked: Sequence[Parked]
     requests: Sequence[NewRequest]
     skipped: Mapping[int, str] = field(default_factory=dict)  # seq -> reason: encodes to nothing now
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Amendment:
+    """A delivered event that is delivered no more: parked with a reason, or taken back and passed over."""
+
+    request: int
+    member: Member
+    parking: Parking | None = None
+    line: bytes = b""  # the record, where it is parked
+    skip: str = ""  # why it is passed over, where it is not
+    note: str = ""  # for its history
 
 
 @dataclass(frozen=True, slots=True)

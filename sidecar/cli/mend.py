@@ -1,0 +1,149 @@
+"""`spool cancel` and `spool complain`: a call that shall not be billed, and events that were not billed after all."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.cli.instance import ask
+from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir
+from sidecar.settings import Settings, SettingsError
+
+LIMIT_S: Final = 600.0  # a backend is asked once for each event, and may be slow
+REPORTS_BYTES_MAX: Final = 64 << 20  # of a file of reports; each is below 1 MiB
+STDIN: Final = Path("-")
+
+
+def add(kinds: Any) -> None:
+    """The two kinds of `spool`."""
+    cancel = _kind(kinds, "cancel", "take back what was delivered of one call, where its backends can", _cancel)
+    cancel.add_argument("id", metavar="ID", help="of a record, or of one event of it")
+    cancel.add_argument("--backend", metavar="NAME", help="only at this backend")
+
+    text = "park delivered events that a backend reports as not billed"
+    complain = _kind(kinds, "complain", text, _complain)
+    complain.add_argument(
+        "file", metavar="FILE", type=Path, help="Stripe's error reports, one or one a line; - for standard input"
+    )
+
+
+def run(arguments: argparse.Namespace, settings: Settings) -> int:
+    code: int = arguments.mend_run(arguments, settings)
+    return code
+
+
+def _kind(kinds: Any, name: str, text: str, do: Any) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
+    add_data_dir(parser)
+    parser.set_defaults(mend_run=do)
+    return parser
+
+
+def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
+    outcomes = _change("/cancel", {"id": arguments.id, "backend": arguments.backend}, settings)
+    if not outcomes:
+        where = f" at {arguments.backend}" if arguments.backend else ""
+        print(f"nothing is known of {arguments.id}{where}: it was never delivered, or is older than the retention")
+        return NO
+    for one in outcomes:
+        print(f"{one['backend']}  {one['event_id']}  {one['text']}")
+    return OK if all(one["done"] for one in outcomes) else NO
+
+
+def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
+    from sidecar.admin import COMPLAINTS_MAX
+    from sidecar.backends.stripe_reports import ReportError, read_report
+
+    reports = []
+    for number, document in enumerate(_documents(arguments.file), 1):
+        try:
+            reports.append(read_report(document))
+        except ReportError as error:
+            raise CommandError(f"{arguments.file}, report {number}: {error}", WRONG) from None
+    named = list(dict.fromkeys((one.event_id, one.code) for report in reports for one in report.complaints))
+    outcomes: list[dict[str, Any]] = []
+    for start in range(0, len(named), COMPLAINTS_MAX):
+        wish = {"backend": "stripe", "named": named[start : start + COMPLAINTS_MAX]}
+        outcomes += _change("/complain", wish, settings)
+    for one in outcomes:
+        print(f"{one['event_id']}  {one['text']}")
+    bad = [one for one in outcomes if not one["done"]]
+    unnamed = sum(report.unnamed for report in reports)
+    print(f"{len(outcomes) - len(bad):,} of {len(named):,} named events are parked")
+    if len(bad) < len(outcomes):
+        print(
+            "mend what is wrong, then: metering-sidecar spool redrive --backend stripe\n"
+            "not before they are a day old: until then stripe takes them for repeats"
+        )
+    if unnamed:
+        print(f"{unnamed:,} more events are counted and not named: compare the meter at stripe", file=sys.stderr)
+    return OK if not bad and not unnamed else NO
+
+
+def _change(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    """Through the running instance, or with the lock of its directory."""
+    answer = ask(settings.data_dir, path, method="POST", body=wish, limit_s=LIMIT_S)
+    if answer is None:
+        return _without_instance(path, wish, settings)
+    outcomes: list[dict[str, Any]] = answer["outcomes"]
+    return outcomes
+
+
+def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    from sidecar.billers import faults, missing
+    from sidecar.delivery.state import StateError
+    from sidecar.ledger import LedgerError
+    from sidecar.lock import LockError
+    from sidecar.spool import SpoolError
+
+    if not (settings.data_dir / "delivery.db").exists():
+        raise CommandError(f"nothing was ever delivered from {settings.data_dir}: is SIDECAR_DATA_DIR the right one?")
+    problems = [f"{one} is not set" for name in settings.backends for one in missing(settings, name)]
+    if problems := problems + faults(settings):
+        raise SettingsError(problems)
+    try:
+        return asyncio.run(_in_books(path, wish, settings))
+    except (LockError, StateError, SpoolError, LedgerError) as error:
+        raise CommandError(str(error)) from None
+
+
+async def _in_books(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    from dataclasses import asdict
+
+    from sidecar.delivery import mending
+    from sidecar.offline import books
+
+    async with books(settings) as desk:
+        if path == "/cancel":
+            outcomes = await mending.cancel(wish["id"], desk, desk.backends, backend=wish["backend"])
+        else:
+            named = [mending.Named(*one) for one in wish["named"]]
+            outcomes = await mending.complain(wish["backend"], named, desk, desk.backends)
+        return [asdict(one) for one in outcomes]
+
+
+def _documents(path: Path) -> Iterator[bytes]:
+    """One document, or one a line where the whole is none."""
+    import orjson
+
+    try:
+        if path == STDIN:
+            whole = sys.stdin.buffer.read(REPORTS_BYTES_MAX + 1)
+        else:
+            with path.open("rb") as file:
+                whole = file.read(REPORTS_BYTES_MAX + 1)
+    except OSError as error:
+        raise CommandError(f"{path} cannot be read: {error.strerror}", WRONG) from None
+    if len(whole) > REPORTS_BYTES_MAX:
+        raise CommandError(f"{path} has more than {REPORTS_BYTES_MAX >> 20} MiB: give the reports in parts", WRONG)
+    try:
+        orjson.loads(whole)
+    except orjson.JSONDecodeError:
+        lines = [line for line in whole.splitlines() if line.strip()]
+        yield from lines if len(lines) > 1 else [whole]
+    else:
+        yield whole
