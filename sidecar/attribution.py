@@ -13,7 +13,7 @@ from __future__ import annotations
 import base64
 import binascii
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -90,11 +90,6 @@ class Attributor:
         self._wanted |= self._dimensions.keys()
         self._cache: dict[tuple[Source, bytes], Subscriber | None] = {}
 
-    @property
-    def body_fields(self) -> tuple[str, ...]:
-        """Fields of the request body that could name the subscriber, in order."""
-        return tuple(s.name for s in self._sources if s.kind is Kind.BODY)
-
     def __call__(
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]]:
@@ -115,9 +110,14 @@ class Attributor:
                 return subscriber, dimensions
         return None, dimensions
 
-    def from_body(self, field: str, value: str) -> Subscriber:
-        """The subscriber that a field of the request body names."""
-        return Subscriber(self._shorten(value), f"{Kind.BODY}:{field}")
+    def by_body(self, known: Subscriber | None, member: Callable[[str], str | None]) -> Subscriber | None:
+        """Who pays, now that the body was seen: `member` looks into it. What an earlier source knew stays."""
+        for source in self._sources:
+            if known is not None and source.label == known.source:
+                return known
+            if source.kind is Kind.BODY and (value := member(source.name)):
+                return Subscriber(self._shorten(value), source.label)
+        return known
 
     def _from(self, source: Source, found: Mapping[bytes, bytes], target: str) -> Subscriber | None:
         if source.kind is Kind.HEADER:
@@ -125,7 +125,7 @@ class Attributor:
         if source.kind is Kind.JWT:
             return self._from_header(source, found.get(b"authorization"))
         if source.kind is Kind.BODY:
-            return None  # the body is not here yet: see `from_body`
+            return None  # the body is not here yet: see `by_body`
         text = _from_query(source.name, target) if source.kind is Kind.QUERY else _from_path(source.name, target)
         return Subscriber(self._shorten(text), source.label) if text else None
 

@@ -176,7 +176,11 @@ class Metrics(Collector):
     # --- happenings on the way of a call -------------------------------------------------------
 
     def call_ended(self, exchange: Exchange) -> None:
-        """Count one call, its times, bytes and tokens."""
+        """Count one call, its times, bytes and tokens. Of a WebSocket's message only the tokens."""
+        if exchange.parent_id is not None:
+            if exchange.usage is not None:
+                self._count_usage(exchange)
+            return
         status, outcome = exchange.status, exchange.outcome
         method = exchange.method if exchange.method in METHODS else "other"
         status_class = STATUS_CLASSES[0 if status is None else status // 100]

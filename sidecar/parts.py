@@ -18,12 +18,15 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from sidecar.attribution import Attributor, parse_source
+from sidecar.attribution import Kind as SourceKind
 from sidecar.metrics import Metrics
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.recorder import SpoolRecorder
 from sidecar.routes import Routes
+from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool import Spool
+from sidecar.usage.own import Element
 from sidecar.usage.table import known_routes
 from sidecar.usage.taps import Pin, UsageTaps
 
@@ -72,11 +75,13 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
     """The hop with everything that reads along."""
     taps = usage_taps(settings, metrics.usage_anomaly)
     routes = Routes([route.pattern for route in settings.routes], known_routes())
+    attribute = attributor(settings, key)
     return Proxy(
         rules=rules(settings),
         recorder=recorder,
         taps=taps,
-        attribute=attributor(settings, key),
+        attribute=attribute,
+        attribute_by_body=attribute.by_body if body_fields(settings) else None,
         route=routes.match,
         metrics=metrics,
     )
@@ -93,9 +98,24 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
     return UsageTaps(
         upstream_host=urlsplit(settings.upstream_url or "").hostname,
         pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
+        elements=[_element(named) for named in settings.elements],
+        estimate=settings.estimate,
+        body_fields=body_fields(settings),
         clock_ns=time.monotonic_ns,
         anomaly=anomaly,
     )
+
+
+def _element(named: NamedElement) -> Element:
+    if named.source == "header":
+        return Element(named.name, header=named.path.lower())
+    return Element(named.name, json=tuple(named.path.split(".")))
+
+
+def body_fields(settings: Settings) -> tuple[str, ...]:
+    """The members of a request's body that may say who pays."""
+    sources = (parse_source(text) for text in settings.subscriber)
+    return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
 
 
 def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorder:

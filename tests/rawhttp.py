@@ -282,6 +282,12 @@ class _FrameRequestTap:
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
 
+    def member(self, name: str) -> str | None:
+        return None
+
+    def unanswered(self) -> Usage | None:
+        return None
+
 
 class _FrameResponseTap:
     """Usage is `<usage>`, the end mark is `<end>`; both in one piece each."""

@@ -122,6 +122,8 @@ class Ending:
                 exchange.response_bytes = answer.body_bytes
             if answer.tap is not None:
                 exchange.usage = self._usage(answer, whole)
+        if self._request_tap is not None:
+            self._ask_request(self._request_tap)
         return self._hop.recorder.complete(exchange, release)
 
     def _usage(self, answer: Answer, whole: bool) -> Usage | None:
@@ -131,6 +133,21 @@ class Ending:
         except Exception:
             log.exception("the response tap failed; the call is recorded without usage")
             return None
+
+    def _ask_request(self, tap: RequestTap) -> None:
+        """What only the request's body says: who pays, and which model gave no answer."""
+        exchange, answer, by_body = self._exchange, self.answer, self._hop.attribute_by_body
+        try:
+            if by_body is not None:
+                exchange.subscriber = by_body(exchange.subscriber, tap.member)
+            if (answer is None or not answer.started) and exchange.usage is None and self._was_sent_on():
+                exchange.usage = tap.unanswered()
+        except Exception:
+            log.exception("the request tap failed; the call is recorded without what it knew")
+
+    def _was_sent_on(self) -> bool:
+        """Whether the call was the upstream's to answer: what we turned away ourselves asked no model."""
+        return self._exchange.outcome not in (Outcome.REFUSED, Outcome.DENIED)
 
     # -- the client leaves -----------------------------------------------------------------------
 
@@ -239,9 +256,12 @@ class Ending:
         exchange = self._exchange
         exchange.status = own.status
         exchange.response_headers = list(own_answers.FIELD_NAMES)
+        read = self.answer
         answer = self.answer = Answer(
             self._hop.headers, _nothing_more, head_only=False, http10=self._http10, upgrade=False
         )
+        if read is not None:
+            answer.tap = read.tap  # it broke before any of it was passed on, and may still have said what it used
         head_only = self._message.method == "HEAD"
         answer.body_bytes = 0 if head_only else len(own.body)
         answer.done = True

@@ -21,6 +21,9 @@ NEVER: Final = float("inf")  # no deadline
 Attribute = Callable[[RawHeaders, str, str | None], tuple[Subscriber | None, Mapping[str, str]]]
 """(fields, target, client's address) -> who pays, and what else the record says."""
 
+AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
+"""(who the head named, look-up of a member of the request's body) -> who pays."""
+
 Route = Callable[[str, str], str | None]
 """(method, path) -> the pattern it belongs to."""
 
@@ -45,6 +48,7 @@ class Hop:
     recorder: Recorder
     taps: Taps
     attribute: Attribute
+    attribute_by_body: AttributeByBody | None = None  # None: no member of a body could say it
     route: Route
     metrics: ProxyMetrics
     loop: AbstractEventLoop

@@ -19,7 +19,7 @@ from sidecar.exchange import Recorder
 from sidecar.proxy.aiohttp_internals import Server
 from sidecar.proxy.client import Client
 from sidecar.proxy.headers import HeaderRules
-from sidecar.proxy.hop import Attribute, Hop, ProxyMetrics, Route
+from sidecar.proxy.hop import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
 from sidecar.proxy.rules import ProxyRules, UpstreamAddress
 from sidecar.proxy.upstream import Upstream, client_tls
 from sidecar.usage import Taps
@@ -67,12 +67,13 @@ class Proxy:
         recorder: Recorder,
         taps: Taps,
         attribute: Attribute,
+        attribute_by_body: AttributeByBody | None = None,
         route: Route,
         metrics: ProxyMetrics,
     ) -> None:
         self._rules = rules
         self._address = UpstreamAddress.parse(rules.upstream_url)
-        self._parts = (recorder, taps, attribute, route)
+        self._parts = (recorder, taps, attribute, attribute_by_body, route)
         self._metrics = metrics
         self._hop: Hop | None = None
         self._clients: Clients | None = None
@@ -122,7 +123,7 @@ class Proxy:
             connect_timeout_s=rules.connect_timeout_s,
             keepalive_s=rules.upstream_keepalive_s,
         )
-        recorder, taps, attribute, route = self._parts
+        recorder, taps, attribute, attribute_by_body, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
             headers=HeaderRules(rules, address),
@@ -130,6 +131,7 @@ class Proxy:
             recorder=recorder,
             taps=taps,
             attribute=attribute,
+            attribute_by_body=attribute_by_body,
             route=route,
             metrics=self._metrics,
             loop=loop,

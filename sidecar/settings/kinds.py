@@ -364,12 +364,17 @@ def _source(value: str) -> str:
 sources: Final = each("sources such as header:x-tenant, separated by commas", _source)
 
 
+ELEMENT_DEPTH_MAX: Final = 8  # members of a JSON path; deeper ones are not stated numbers but data
+
+
 def _elements(items: Sequence[str]) -> tuple[Element, ...]:
     found: dict[str, Element] = {}
     for name, rest in _pairs(items):
         source, _, where = rest.partition(":")
         if source not in ("header", "json") or not where:
             raise Unfit(f"{name}={rest!r}: expected header:NAME or json:PATH behind the name")
+        if source == "json" and not (all(where.split(".")) and where.count(".") < ELEMENT_DEPTH_MAX):
+            raise Unfit(f"{name}={rest!r}: expected one to {ELEMENT_DEPTH_MAX} member names with dots between them")
         if _name(name) in found:
             raise Unfit(f"the element {name!r} is named twice")
         found[name] = Element(name, source, token(where) if source == "header" else where)

@@ -20,6 +20,14 @@ class RequestTap(Protocol):
 
     def feed(self, piece: bytes) -> None: ...
 
+    def member(self, name: str) -> str | None:
+        """A text (or whole number) at the body's top level, of those that it was told to look for."""
+        ...
+
+    def unanswered(self) -> Usage | None:
+        """For a call that got no answer; None where it is no model call."""
+        ...
+
 
 class ResponseTap(Protocol):
     """Reads along with one response body."""

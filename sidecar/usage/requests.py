@@ -41,7 +41,9 @@ class RequestReading:
     _decoder: Codings | None = None
     _size: int = 0
 
-    def __init__(self) -> None:
+    def __init__(self, more: tuple[str, ...] = ()) -> None:
+        """`more`: further members at the top level that are wanted."""
+        self._more = more
         self._pieces: list[bytes] | None = []
 
     def describe(self, fields: Mapping[str, str]) -> None:
@@ -51,7 +53,7 @@ class RequestReading:
             if coding := fields.get("content-encoding"):
                 self._decoder = decoder(coding)
             if content_type[:10].lower() == "multipart/":
-                self._form = FormFields(content_type, ("model", "stream", "n"))
+                self._form = FormFields(content_type, ("model", "stream", "n", *self._more))
         except Unreadable:
             self._pieces = None
 
@@ -79,7 +81,7 @@ class RequestReading:
         if not self._pieces:
             return {}
         facts = self._whole()
-        return pruned(b"".join(self._pieces), WANTED) if facts is None else facts
+        return pruned(b"".join(self._pieces), self._wanted()) if facts is None else facts
 
     def settle(self) -> None:
         """Keep the facts and let go of the body: an open stream must not hold its prompt. Not while it still comes."""
@@ -90,7 +92,7 @@ class RequestReading:
         else:
             facts = self._whole()
         if facts is not None:
-            self._facts = {key: facts[key] for key in WANTED if key in facts}
+            self._facts = {key: facts[key] for key in (*WANTED, *self._more) if key in facts}
             self._pieces = self._members = self._decoder = None
 
     @property
@@ -118,6 +120,9 @@ class RequestReading:
         number = self.facts().get("n")
         return number if type(number) is int and number > 1 else 1
 
+    def _wanted(self) -> Tree:
+        return {**WANTED, **dict.fromkeys(self._more, True)} if self._more else WANTED
+
     def _whole(self) -> dict[str, Any] | None:
         """The document, if it is one and complete."""
         if not self._pieces:
@@ -144,6 +149,6 @@ class RequestReading:
         body = b"".join(self._pieces or ())
         self._pieces = [body]
         if len(body) > BODY_MAX_BYTES:
-            self._members = Members(WANTED)
+            self._members = Members(self._wanted())
             self._members.feed(body)
             self._pieces = None

@@ -22,6 +22,10 @@ from sidecar.usage.table import ROWS, Row
 __all__ = ["Element", "Pin", "UsageTaps"]
 
 
+NOWHERE = Place(None, None, None, (), ())
+"""A call whose answer is nobody's; its request is read all the same."""
+
+
 def _ignore(kind: str) -> None:
     """Nobody counts anomalies."""
 
@@ -34,10 +38,11 @@ class UsageTaps:
     """Implements `sidecar.usage.Taps`.
 
     `estimate`: rough numbers where there are none. `stored_once`: stored answers and batch results count, once an id
-    (see `stored`). `backlog_max_bytes`: coded bytes that may wait for decoding, the side buffer of a call.
+    (see `stored`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
+    that may wait for decoding, the side buffer of a call.
     """
 
-    __slots__ = ("anomaly", "backlog_max_bytes", "clock_ns", "counted", "estimate", "places")
+    __slots__ = ("anomaly", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places")
 
     def __init__(
         self,
@@ -47,6 +52,7 @@ class UsageTaps:
         elements: Sequence[Element] = (),
         estimate: bool = False,
         stored_once: bool = False,
+        body_fields: Sequence[str] = (),
         backlog_max_bytes: int = BACKLOG_MAX_BYTES,
         clock_ns: Callable[[], int] = _no_clock,
         anomaly: Callable[[str], None] = _ignore,
@@ -55,6 +61,7 @@ class UsageTaps:
         self.anomaly = anomaly
         self.clock_ns = clock_ns
         self.estimate = estimate
+        self.body_fields = tuple(body_fields)
         self.counted = CountedIds() if stored_once else None
         self.backlog_max_bytes = backlog_max_bytes
         self.places = Places(rows, pins, elements, upstream_host)
@@ -63,7 +70,9 @@ class UsageTaps:
         try:
             place = self.places.of(method, target)
             if place is None:
-                return None
+                if not self.body_fields:
+                    return None
+                place = NOWHERE
             return RequestReadingTap(self, place, headers, self.clock_ns())
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
@@ -71,6 +80,8 @@ class UsageTaps:
 
     def response(self, request: RequestTap, status: int, headers: RawHeaders) -> AnswerTap | None:
         if not isinstance(request, RequestReadingTap) or status < 200 or status in (204, 205, 304):
+            return None
+        if request.place is NOWHERE:
             return None
         try:
             return AnswerTap(self, request, status, self.places.heads.pick(headers))
@@ -98,7 +109,7 @@ class RequestReadingTap:
         self._headers: RawHeaders | None = headers
         self.place = place
         self.opened_ns = opened_ns
-        self.body = RequestReading()
+        self.body = RequestReading(taps.body_fields)
 
     def feed(self, piece: bytes) -> None:
         try:
@@ -111,6 +122,16 @@ class RequestReadingTap:
         except Exception:  # noqa: BLE001 - see above
             self._taps.anomaly("tap_failed")
             self.body = RequestReading()
+
+    def member(self, name: str) -> str | None:
+        """A text or a whole number at the body's top level, if `body_fields` has it."""
+        try:
+            self.body.settle()
+            value = self.body.facts().get(name)
+        except Exception:  # noqa: BLE001 - see above
+            self._taps.anomaly("tap_failed")
+            return None
+        return str(value) if type(value) in (str, int) and value != "" else None
 
     def unanswered(self) -> Usage | None:
         """For a call that got no answer: a model call about which nothing is known but what was asked."""

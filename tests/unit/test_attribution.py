@@ -97,3 +97,28 @@ def test_no_bytes_make_it_raise(headers, target):
     every = attributor("header:x-tenant", "jwt:sub", "header:authorization", "query:t", "path:1", "path:3")
     subscriber, _ = every(headers, target, None)
     assert subscriber is None or subscriber.id
+
+
+@pytest.mark.parametrize(
+    ("sources", "known", "body", "expected"),
+    [
+        (["header:x-tenant", "body:user"], None, {"user": "u"}, ("u", "body:user")),
+        (["header:x-tenant", "body:user"], ("t", "header:x-tenant"), {"user": "u"}, ("t", "header:x-tenant")),
+        (["body:user", "header:x-tenant"], ("t", "header:x-tenant"), {"user": "u"}, ("u", "body:user")),
+        (["body:user", "header:x-tenant"], ("t", "header:x-tenant"), {}, ("t", "header:x-tenant")),
+        (["body:user", "body:team"], None, {"team": "x"}, ("x", "body:team")),
+        (["body:user"], None, {}, None),
+    ],
+)
+def test_the_body_names_whom_no_earlier_source_knew(sources, known, body, expected):
+    attribute = Attributor(sources=[parse_source(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
+    found = attribute.by_body(None if known is None else Subscriber(*known), body.get)
+    assert found == (None if expected is None else Subscriber(*expected))
+
+
+def test_an_unfit_name_in_the_body_is_hashed():
+    attribute = Attributor(sources=[parse_source("body:user")], dimensions={}, hash_key=b"k" * 16)
+    for value in ("x" * 10_000, "line\nbreak"):
+        found = attribute.by_body(None, {"user": value}.get)
+        assert found is not None
+        assert found.id.startswith("key_")

@@ -173,6 +173,7 @@ def test_a_value_is_read(variable: str, value: str, attribute: str, expected: An
         ("ROUTES", "v1/things", "is no path pattern"),
         ("PROVIDERS", "/v1/things", "has no name=value"),
         ("ELEMENTS", "rows=x-rows", "expected header:NAME or json:PATH"),
+        ("ELEMENTS", "rows=json:meta..rows", "member names with dots between them"),
         ("TLS_CERT_FILE", "/nowhere/at/all.pem", "there is no such file"),
         ("VIA", "two words", "is no header name"),
         ("HASH_KEY", "short", "expected a text of 16 to 64 bytes"),
