@@ -1,0 +1,375 @@
+"""Deaths and faults at chosen moments, on the whole sidecar: what is hard to hit by chance."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from filled import fill
+from mishaps import Watching, children
+from oracle import CHAT, SETTINGS, STREAM, Oracle, judge
+from tiny import USAGE, chunk, tiny_upstream
+from whole import Whole
+
+from sidecar.receiver.faults import Do, Fault
+from sidecar.spool import SpoolReader
+
+REVENIUM_SLOTS = 16  # requests at once: what may be under way at a kill
+
+
+@asynccontextmanager
+async def halting_upstream(*, after: int, last: bytes | None) -> AsyncIterator[str]:
+    """Streams so many events, then `last`, and never the terminal chunk."""
+
+    async def chat(request: web.Request) -> web.StreamResponse:
+        answer = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await answer.prepare(request)
+        for number in range(after):
+            await answer.write(chunk(choices=[{"index": 0, "delta": {"content": f"w{number}"}, "finish_reason": None}]))
+        if last is not None:
+            await answer.write(chunk(usage=USAGE))
+            await answer.write(last)
+        await asyncio.Event().wait()
+        return answer
+
+    app = web.Application()
+    app.router.add_post("/v1/chat/completions", chat)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    try:
+        yield "http://{}:{}".format(*runner.addresses[0][:2])
+    finally:
+        await runner.cleanup()
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[tuple[Watching, str]]:
+    receiver = Watching()
+    try:
+        yield receiver, await receiver.start()
+    finally:
+        await receiver.aclose()
+
+
+async def until(condition: Callable[[], Any], *, limit_s: float = 30.0) -> None:
+    async with asyncio.timeout(limit_s):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def call(whole: Whole, name: str) -> int:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{whole.proxy_url}/v1/chat/completions", json=CHAT, headers={"x-call": name}) as answer,
+    ):
+        await answer.read()
+        return answer.status
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+async def test_a_kill_between_the_end_mark_and_the_terminal_chunk(tmp_path, workers):
+    async with halting_upstream(after=3, last=b"data: [DONE]\n\n") as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_WORKERS=workers)
+        async with whole:
+            assert whole.process is not None
+            pids = [whole.process.pid, *children(whole.process.pid)]
+            url, headers = f"{whole.proxy_url}/v1/chat/completions", {"x-call": "one"}
+            async with aiohttp.ClientSession() as session, session.post(url, json=STREAM, headers=headers) as answer:
+                async for line in answer.content:
+                    if line.startswith(b"data: [DONE]"):
+                        break  # here every client stops reading
+                else:
+                    raise AssertionError("the end mark never came")
+                for pid in pids:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                await whole.kill()
+            await whole.start()
+            await whole.settled()
+            (record,) = await whole.records()
+            judge({"one": "stream"}, [record])
+
+
+async def test_one_open_stream_on_an_idle_sidecar_then_a_kill(tmp_path):
+    async with halting_upstream(after=1, last=None) as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS)
+        async with whole:
+            url, headers = f"{whole.proxy_url}/v1/chat/completions", {"x-call": "one"}
+            async with aiohttp.ClientSession() as session, session.post(url, json=STREAM, headers=headers) as answer:
+                await answer.content.readline()
+                with SpoolReader(whole.data_dir) as reader:  # nothing else happens that would take the intent along
+                    await until(lambda: any(reader.totals(one).open for one in reader.instances()), limit_s=5)
+                await whole.kill()
+            await whole.start()
+            balance = await whole.settled()
+            (record,) = await whole.records()
+    assert (record["outcome"], record["usage"], record["duration_ms"]) == ("unknown", None, None)
+    assert record["dimensions"]["call"] == "one"
+    assert balance["holds"], balance
+
+
+# --- a full disk ---------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[Path]:
+    path.mkdir()
+    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
+    if made.returncode:
+        pytest.skip("needs the right to mount a tmpfs of its own")
+    try:
+        yield path
+    finally:
+        subprocess.run(["umount", "-l", str(path)], check=True)
+
+
+def fill_up(path: Path) -> Path:
+    filler = path / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    return filler
+
+
+async def test_a_full_disk_while_delivery_has_work_then_a_kill(tmp_path):
+    """Verdicts are still stored, so the kill doubles nothing; the calls behind it are kept once there is room."""
+    with small_disk(tmp_path / "disk", "48m") as root:
+        async with tiny_upstream() as upstream, watching() as (receiver, url):
+            whole = Whole(
+                root / "data",
+                upstream,
+                **SETTINGS,
+                SIDECAR_BACKENDS="webhook",
+                SIDECAR_WEBHOOK_URL=f"{url}/webhook",
+                SIDECAR_WEBHOOK_BATCH="1",
+                SIDECAR_COMMIT_WAIT_S="0.2",
+            )
+            whole.log = tmp_path / "log"
+            async with whole:
+                receiver.faults.set(Fault(do=Do.STATUS, status=503))  # undelivered work piles up
+                for number in range(30):
+                    assert await call(whole, f"before-{number}") == 200
+                filler = fill_up(root)
+                assert await call(whole, "full") == 200  # passes, and waits in memory
+                await said(whole, lambda ready: ready["status"] in ("full", "degraded"))
+                receiver.faults.set()
+                await delivered(whole, "webhook", 30)  # the verdicts had room
+                balance = await whole.get("/balance")
+                assert balance["holds"], balance
+                assert balance["open"] == 1
+                await whole.kill()
+                await whole.start()
+                await delivered(whole, "webhook", 30)
+                assert await call(whole, "still-full") == 200
+                filler.unlink()
+                await said(whole, lambda ready: ready["status"] == "ok")
+                assert await call(whole, "after") == 200
+                balance = await whole.settled()
+                records = await whole.records()
+                assert await whole.stop() == 0, whole.log.read_text()
+    names = Counter(record["dimensions"]["call"] for record in records)
+    assert names == Counter([*(f"before-{number}" for number in range(30)), "still-full", "after"])
+    assert Counter(row["id"] for row in receiver.billed("webhook")) == Counter(record["id"] for record in records)
+    assert balance["holds"], balance
+    assert not any(balance["lost"].values()), balance
+
+
+async def said(whole: Whole, condition: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+    async with asyncio.timeout(30):
+        while not condition(ready := await whole.get("/readyz")):
+            await asyncio.sleep(0.02)
+    return dict(ready)
+
+
+async def delivered(whole: Whole, backend: str, count: int) -> None:
+    async with asyncio.timeout(60):
+        while (await whole.get("/balance"))["backends"][backend]["delivered"] < count:
+            await asyncio.sleep(0.05)
+
+
+# --- much that is pending ------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def with_pending(
+    tmp_path: Path, upstream: str, count: int, **settings: str
+) -> AsyncIterator[tuple[Whole, list[str]]]:
+    """A stopped sidecar that knows its backends, with so many records in its spool that none of them has seen."""
+    whole = Whole(tmp_path / "data", upstream, **settings)
+    await whole.start()
+    assert await whole.stop() == 0, whole.log.read_text()
+    ids = await fill(whole.data_dir, count)
+    try:
+        yield whole, ids
+    finally:
+        await whole.kill()
+
+
+@pytest.mark.parametrize("path", ["/no/such/place", "/_received"])
+async def test_a_wrong_url_parks_none_of_10_000(tmp_path, path):
+    async with tiny_upstream() as upstream, watching() as (receiver, url):
+        settings = {"SIDECAR_BACKENDS": "webhook", "SIDECAR_WEBHOOK_URL": url + path}
+        async with with_pending(tmp_path, upstream, 10_000, **settings) as (whole, ids):
+            await whole.start()
+            ready = await said(whole, lambda ready: any("blocked" in note for note in ready["notes"]))
+            assert "webhook is blocked" in " ".join(ready["notes"])
+            balance = await whole.get("/balance")
+            assert balance["backends"]["webhook"]["pending"] == 10_000
+            assert not any(balance["backends"]["webhook"]["parked"].values())
+            assert await whole.stop() == 0
+            whole.env["SIDECAR_WEBHOOK_URL"] = f"{url}/webhook"
+            await whole.start()
+            balance = await whole.settled()
+            assert balance["holds"], balance
+            assert await whole.stop() == 0
+    assert Counter(row["id"] for row in receiver.billed("webhook")) == Counter(ids)
+
+
+async def test_without_deduplication_a_kill_parks_no_more_than_was_under_way(tmp_path):
+    kills = 3
+    async with tiny_upstream() as upstream, watching() as (receiver, url):
+        settings = {
+            "SIDECAR_BACKENDS": "revenium",
+            "SIDECAR_REVENIUM_URL": url,
+            "SIDECAR_REVENIUM_API_KEY": "key-of-the-tests",
+        }
+        async with with_pending(tmp_path, upstream, 2_000, **settings) as (whole, ids):
+            receiver.faults.set(Fault(do=Do.DELAY, delay_s=0.15))
+            for number in range(kills):
+                seen = receiver.requests["revenium"]
+                await whole.start()
+                await until(lambda seen=seen, number=number: receiver.requests["revenium"] > seen + 40 + number)
+                await whole.kill()
+            receiver.faults.set()
+            await whole.start()
+            balance = await whole.settled(limit_s=60)
+            code, out, err = await whole.command("spool", "parked", "--format", "ndjson")
+            assert code == 0, err
+            assert await whole.stop() == 0
+    parked = {row["record_id"] for row in map(json.loads, out.splitlines())}
+    billed = Counter(row["correlationId"] for row in receiver.billed("revenium"))
+    assert 0 < len(parked) <= kills * REVENIUM_SLOTS
+    assert balance["backends"]["revenium"]["parked"] == {"unknown": len(parked)}
+    assert max(billed.values()) == 1
+    assert set(ids) - parked <= billed.keys() <= set(ids)
+    assert balance["holds"], balance
+
+
+# --- the balance ---------------------------------------------------------------------------------------
+
+
+async def test_a_miscounted_row_makes_balance_exit_1(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream)
+        async with whole:
+            for number in range(5):
+                await call(whole, f"{number}")
+            await whole.settled()
+            assert await whole.stop() == 0
+            assert (await whole.command("balance"))[0] == 0
+            with contextlib.closing(sqlite3.connect(whole.data_dir / "delivery.db")) as connection:
+                connection.execute("UPDATE counter SET n = n + 1 WHERE term = 'delivered'")
+                connection.commit()
+            for running in (False, True):
+                if running:
+                    await whole.start()
+                code, out, err = await whole.command("balance", "--format", "json")
+                assert code == 1, out
+                assert json.loads(out)["holds"] is False
+                assert "ledger: recorded 5 is not 6" in err
+            code, _, err = await whole.command("spool", "verify")
+            assert code == 1
+            assert "ledger" in err
+
+
+async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tmp_path):
+    """`spool verify` reads every row; the counters were kept one by one. After each step they say the same."""
+    async with tiny_upstream() as upstream, watching() as (receiver, url):
+        hooks = {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_METER_URL": f"{url}/meter"}
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, **hooks, SIDECAR_BACKENDS="ledger,webhook")
+        total = 0
+
+        async def some_calls(count: int) -> None:
+            nonlocal total
+            await asyncio.gather(*(call(whole, f"{total + number}") for number in range(count)))
+            total += count
+
+        async def agrees() -> dict[str, Any]:
+            balance = await whole.settled()
+            assert balance["holds"], balance
+            assert balance["recorded"] == total
+            for command in (["spool", "verify"], ["balance"]):
+                code, out, err = await whole.command(*command)
+                assert code == 0, out + err
+            return dict(balance["backends"])
+
+        whole.env["SIDECAR_WORKERS"] = "4"
+        await whole.start()
+        receiver.poison_one("webhook")
+        await some_calls(40)
+        assert sum((await agrees())["webhook"]["parked"].values()) == 1
+        receiver.poison.clear()
+        code, _, err = await whole.command("spool", "redrive")
+        assert code == 0, err
+        assert (await agrees())["webhook"]["delivered"] == total
+        await whole.kill()  # its workers drain, and leave four slots for one to adopt
+
+        whole.env |= {"SIDECAR_WORKERS": "1", "SIDECAR_BACKENDS": "ledger,webhook,meter"}
+        await whole.start()
+        await some_calls(10)
+        backends = await agrees()
+        assert backends["meter"]["skipped"] == {"before": 40}
+        assert await whole.stop() == 0
+
+        whole.env["SIDECAR_BACKENDS"] = "ledger,meter"
+        await whole.start()
+        await some_calls(10)
+        backends = await agrees()
+        assert backends["ledger"]["delivered"] == backends["meter"]["delivered"] + 40 == total
+        assert await whole.stop() == 0
+        code, out, err = await whole.command("spool", "verify")
+        assert code == 0, out + err
+        assert len(await whole.records()) == total
+
+
+async def test_from_four_workers_to_one_under_load(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_WORKERS="4")
+        owed: dict[str, str] = {}
+        await whole.start()
+        for seed, workers in enumerate(("4", "1", "2")):
+            if workers != "4":
+                whole.env["SIDECAR_WORKERS"] = workers
+                await whole.start()
+            oracle = Oracle(lambda: whole.proxy_url, seed=seed, clients=6)
+            load = asyncio.create_task(oracle.run())
+            await until(lambda oracle=oracle: len(oracle.owed) >= 60)
+            if workers == "2":
+                oracle.stop()
+                await load
+                balance = await whole.settled()
+                records = await whole.records()
+                assert await whole.stop() == 0
+            else:
+                await whole.kill()
+                oracle.stop()
+                await load
+            owed |= oracle.owed
+    judge(owed, records)
+    assert balance["holds"], balance
+    assert balance["backends"]["ledger"]["delivered"] == balance["recorded"] == len(records)
+    assert len({record["instance"] for record in records}) == 4
