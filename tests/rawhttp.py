@@ -22,7 +22,7 @@ import pytest
 
 from sidecar.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Proxy, ProxyRules
-from sidecar.usage import RawHeaders
+from sidecar.usage import RawHeaders, SocketTap, Taps
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
 
@@ -321,6 +321,9 @@ class FrameTaps:
     def response(self, request: Any, status: int, headers: RawHeaders) -> _FrameResponseTap | None:
         return _FrameResponseTap() if status == 200 else None
 
+    def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:
+        return None
+
 
 @dataclass
 class Counts:
@@ -363,14 +366,14 @@ def by_first_segment(method: str, path: str) -> str | None:
 class Hop:
     """A proxy in front of a scripted upstream, and clients for it."""
 
-    def __init__(self, upstream_url: str, **rules: Any) -> None:
+    def __init__(self, upstream_url: str, *, taps: Taps | None = None, **rules: Any) -> None:
         self.recorder = ListRecorder()
         self.counts = Counts()
         self.rules = ProxyRules(upstream_url=upstream_url, **rules)
         self.proxy = Proxy(
             rules=self.rules,
             recorder=self.recorder,
-            taps=FrameTaps(),
+            taps=taps or FrameTaps(),
             attribute=by_tenant,
             route=by_first_segment,
             metrics=self.counts,

@@ -28,7 +28,7 @@ from sidecar.proxy.own_answers import OwnAnswer
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upload import Kept, Upload
 from sidecar.proxy.upstream import UnreachableError, UpstreamConnection
-from sidecar.usage import RawHeaders, RequestTap
+from sidecar.usage import RawHeaders, RequestTap, SocketTap
 
 if TYPE_CHECKING:
     from sidecar.proxy.client import Client
@@ -329,20 +329,32 @@ class Call(Ending):
             return
         self._flush()
         self.upload_done = True
-        self._tunnel = Tunnel(self, self._exchange, client, connection)
+        self._tunnel = Tunnel(self, self._exchange, client, connection, self._tap_socket(answer))
         connection.owner = self._tunnel
         self.touch()
         if answer.tail:
             self._tunnel.upstream_data(answer.tail)
-        client.switch(self._tunnel)
+        if not self._over:
+            client.switch(self._tunnel)
+
+    def _tap_socket(self, answer: Answer) -> SocketTap | None:
+        try:
+            return self._hop.taps.websocket(self._message.path, answer.fields)
+        except Exception:
+            log.exception("the socket's tap failed; the tunnel goes on without it")
+            return None
 
     def touch(self) -> None:
         """The tunnel moved."""
         self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
 
-    def tunnel_ended(self, outcome: Outcome) -> None:
-        """The upstream's side of the tunnel is gone: the client's is closed once that is on record."""
+    def upstream_gone(self) -> None:
+        """The tunnel's upstream side is no more; what came of it may still be held."""
         self.connection = None
         self.deadline = NEVER
+
+    def tunnel_ended(self, outcome: Outcome) -> None:
+        """The upstream's side of the tunnel is gone: the client's is closed once that is on record."""
+        self.upstream_gone()
         if self._record(outcome, whole=outcome is Outcome.COMPLETE, release=self._release):
             self._release(True)

@@ -126,6 +126,35 @@ class Ending:
             self._ask_request(self._request_tap)
         return self._hop.recorder.complete(exchange, release)
 
+    def record_message(self, usage: Usage, release: Callable[[bool], None]) -> bool:
+        """A message in the tunnel reported usage: admit its record and hand it over in one step. False: `release` will
+        be called. Sizes and names of fields are those of the tunnel, whose own record has them."""
+        parent = self._exchange
+        message = Exchange(
+            method=parent.method,
+            url=parent.url,
+            route=parent.route,
+            client_ip=parent.client_ip,
+            user_agent=parent.user_agent,
+            trace_id=parent.trace_id,
+            subscriber=parent.subscriber,
+            dimensions=parent.dimensions,
+            parent_id=parent.id,
+        )
+        recorder = self._hop.recorder
+        if not recorder.admit(message):
+            self.message_unrecorded()
+            return True
+        message.outcome = Outcome.COMPLETE
+        message.duration_ms = 0.0
+        message.usage = usage
+        return recorder.complete(message, release)
+
+    def message_unrecorded(self) -> None:
+        """With `SIDECAR_ON_SPOOL_FULL=refuse` nothing is passed on without its record."""
+        self._hop.metrics.limit_reached("spool_full")
+        self._cut(Outcome.STOPPED, "a message could not be recorded")
+
     def _usage(self, answer: Answer, whole: bool) -> Usage | None:
         assert answer.tap is not None
         try:
@@ -323,6 +352,8 @@ class Ending:
         self.deadline = NEVER
         hop = self._hop
         hop.calls.discard(self)
+        if self._tunnel is not None:
+            self._tunnel.closed = True
         # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
         self.answer = None
         if self._draining:

@@ -1,7 +1,8 @@
-"""Two connections joined after a 101: bytes go both ways, unread and unframed.
+"""Two connections joined after a 101: bytes go both ways as they came; where they are a model's, a copy is read along.
 
-One record covers the whole tunnel. Either side's end is the end of both; what was written before it
-still leaves.
+One record covers the whole tunnel; each message that reports usage leaves one more, and in `committed` mode the piece
+that ends such a message waits for that record, and what comes behind it waits its turn. Either side's end is the end of
+both; what was written before it still leaves.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from sidecar.exchange import Exchange, Outcome
+from sidecar.usage import SocketTap
 
 if TYPE_CHECKING:
     from sidecar.proxy.call import Call
@@ -19,29 +21,80 @@ if TYPE_CHECKING:
 class Tunnel:
     """Owner of the upstream connection from the 101 on."""
 
-    __slots__ = ("_call", "_client", "_connection", "_exchange")
+    __slots__ = (
+        "_call", "_client", "_connection", "_exchange", "_full", "_held", "_lost", "_tap", "_waiting", "closed",
+    )  # fmt: skip
 
-    def __init__(self, call: Call, exchange: Exchange, client: Client, connection: UpstreamConnection) -> None:
+    def __init__(
+        self,
+        call: Call,
+        exchange: Exchange,
+        client: Client,
+        connection: UpstreamConnection,
+        tap: SocketTap | None = None,
+    ) -> None:
         self._call = call
         self._exchange = exchange
         self._client = client
         self._connection = connection
+        self._tap = tap
+        self._full = False  # the client does not read as fast as the upstream sends
+        self._waiting = 0  # records of messages that are not on disk yet
+        self._held: list[bytes] = []  # what waits for them
+        self._lost: Outcome | None = None  # the upstream's end came behind what is held
+        self.closed = False  # the call is over
 
     def from_client(self, data: bytes) -> None:
         self._exchange.request_bytes += len(data)
         self._call.touch()
         self._connection.write(data)
+        if self._tap is not None:
+            self._tap.from_client(data)
 
     def upstream_data(self, data: bytes) -> None:
         self._exchange.response_bytes += len(data)
         self._call.touch()
-        self._client.send(data)
+        if self._tap is not None:
+            for usage in self._tap.from_server(data):
+                if not self._call.record_message(usage, self._released):
+                    self._waiting += 1
+                if self.closed:
+                    return
+        if self._waiting:
+            self._held.append(data)
+            self._connection.pause(True)
+        else:
+            self._client.send(data)
+
+    def _released(self, send: bool) -> None:
+        """A message's record is on disk, or it is decided that it goes without, or not at all."""
+        if self.closed:
+            return
+        if not send:
+            self._call.message_unrecorded()
+            return
+        self._waiting -= 1
+        if self._waiting:
+            return
+        held, self._held = self._held, []
+        self._client.send(held[0] if len(held) == 1 else b"".join(held))
+        if self._lost is not None:
+            self._call.tunnel_ended(self._lost)
+        elif not self._full:
+            self._connection.pause(False)
 
     def upstream_full(self, full: bool) -> None:
         self._client.pause(full)
 
     def client_full(self, full: bool) -> None:
-        self._connection.pause(full)
+        self._full = full
+        if not self._waiting:
+            self._connection.pause(full)
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
-        self._call.tunnel_ended(Outcome.UPSTREAM_BROKE if reset else Outcome.COMPLETE)
+        outcome = Outcome.UPSTREAM_BROKE if reset else Outcome.COMPLETE
+        if self._waiting:
+            self._lost = outcome
+            self._call.upstream_gone()
+        else:
+            self._call.tunnel_ended(outcome)

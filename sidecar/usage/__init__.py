@@ -1,4 +1,4 @@
-"""Reading usage out of the bytes that go by. The proxy sees only these three classes.
+"""Reading usage out of the bytes that go by. The proxy sees only these classes.
 
 A tap is handed a copy of every piece and never gives anything back but facts: no exception leaves
 it, whatever the bytes are, and it keeps a bounded amount of them.
@@ -46,6 +46,16 @@ class ResponseTap(Protocol):
         ...
 
 
+class SocketTap(Protocol):
+    """Reads along with both sides of one WebSocket."""
+
+    def from_client(self, data: bytes) -> None: ...
+
+    def from_server(self, data: bytes) -> Sequence[Usage]:
+        """Take a copy of what came; the usage of each message that ended in it and reports some."""
+        ...
+
+
 class Taps(Protocol):
     """Chooses the readers. One for the whole process; holds no state of a call."""
 
@@ -55,4 +65,8 @@ class Taps(Protocol):
 
     def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseTap | None:
         """None where the head already says that there is no usage to read."""
+        ...
+
+    def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:
+        """After a 101 with these fields; None where its messages are nobody's."""
         ...

@@ -18,6 +18,7 @@ from sidecar.usage.requests import RequestReading
 from sidecar.usage.sockets import Session, session
 from sidecar.usage.stored import CountedIds
 from sidecar.usage.table import ROWS, Row
+from sidecar.usage.websocket import SessionTap, is_websocket
 
 __all__ = ["Element", "Pin", "UsageTaps"]
 
@@ -94,6 +95,18 @@ class UsageTaps:
         try:
             place = self.places.of("GET", target)
             return session(target, place.provider if place is not None else self.places.host_provider, self.anomaly)
+        except Exception:  # noqa: BLE001 - see above
+            self.anomaly("tap_failed")
+            return None
+
+
+    def websocket(self, target: str, headers: RawHeaders) -> SessionTap | None:
+        """The tap of a connection that a 101 with this head switched; None where its messages are nobody's."""
+        session = self.socket(target)
+        if session is None or not is_websocket(headers):
+            return None
+        try:
+            return SessionTap.over(session, headers, self.anomaly)
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None

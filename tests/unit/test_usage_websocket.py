@@ -1,0 +1,182 @@
+"""Frames become messages wherever they are cut, and what is no WebSocket ends the reading within its bounds."""
+
+from __future__ import annotations
+
+import tracemalloc
+from itertools import pairwise
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from wsframes import BINARY, CLOSE, PING, PONG, TEXT, Packer, fragments, frame
+
+from sidecar.usage.sockets import MESSAGE_MAX_BYTES
+from sidecar.usage.taps import UsageTaps
+from sidecar.usage.websocket import UNPACKED_MAX_BYTES, Inflater, MessageReader, extensions, is_websocket
+
+MASK = b"\x11\xfe\x00\x37"
+
+
+class Anomalies(list[str]):
+    def __call__(self, kind: str) -> None:
+        self.append(kind)
+
+
+def read(data: bytes, *, masked: bool = False, inflater: Inflater | None = None, cuts: tuple[int, ...] = ()) -> tuple[
+    list[bytes], Anomalies
+]:
+    anomalies = Anomalies()
+    reader = MessageReader(masked=masked, inflater=inflater, anomaly=anomalies)
+    found: list[bytes] = []
+    places = sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)})
+    for start, stop in pairwise(places):
+        found += reader.feed(data[start:stop])
+    return found, anomalies
+
+
+@given(
+    messages=st.lists(st.binary(max_size=300) | st.integers(0, 70_000).map(lambda n: b"z" * n), max_size=5),
+    masked=st.booleans(),
+    packed=st.sampled_from([None, True, False]),
+    shares=st.lists(st.integers(0, 400), max_size=3),
+    cuts=st.lists(st.integers(0, 1 << 20), max_size=8).map(tuple),
+)
+def test_messages_are_found_wherever_the_bytes_are_cut(messages, masked, packed, shares, cuts):
+    mask = MASK if masked else None
+    pack = Packer(takeover=packed) if packed is not None else None
+    wire = b""
+    for message in messages:
+        payload = pack(message) if pack is not None else message
+        places = sorted({0, *(share % (len(payload) + 1) for share in shares), len(payload)})
+        pieces = [payload[a:b] for a, b in pairwise(places)] or [b""]
+        ping = frame(b"still there?", PING, mask=mask)
+        wire += fragments(pieces, mask=mask, reserved=0x40 if pack is not None else 0, between=ping) + ping
+    inflater = Inflater(takeover=packed) if packed is not None else None
+    found, anomalies = read(wire, masked=masked, inflater=inflater, cuts=cuts)
+    assert found == messages
+    assert not anomalies
+
+
+def test_byte_by_byte():
+    wire = frame(b"a" * 70_000, BINARY) + frame(b"b" * 200) + fragments([b"c", b"", b"d"]) + frame(b"")
+    reader = MessageReader(masked=False, inflater=None, anomaly=Anomalies())
+    found = [message for place in range(len(wire)) for message in reader.feed(wire[place : place + 1])]
+    assert found == [b"a" * 70_000, b"b" * 200, b"cd", b""]
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        pytest.param(frame(b"x", mask=MASK), id="masked where it must not be"),
+        pytest.param(frame(b"x", reserved=0x40), id="packed and nobody agreed"),
+        pytest.param(frame(b"x", reserved=0x20), id="reserved"),
+        pytest.param(frame(b"x", 3), id="unknown kind"),
+        pytest.param(frame(b"x", 11), id="unknown control"),
+        pytest.param(frame(b"x", 0), id="continues nothing"),
+        pytest.param(frame(b"x", final=False) + frame(b"y"), id="begins inside another"),
+        pytest.param(frame(b"x", PING, final=False), id="a cut ping"),
+        pytest.param(frame(b"x" * 126, PONG), id="a long pong"),
+        pytest.param(b"\x81\xff" + b"\xff" * 8, id="a masked length beyond all"),
+        pytest.param(b"\x81\x7f" + b"\xff" * 8, id="a length beyond all"),
+    ],
+)
+def test_a_bad_frame_ends_the_reading(broken):
+    found, anomalies = read(frame(b"before") + broken + frame(b"behind"))
+    assert found == [b"before"]
+    assert anomalies == ["websocket_frame"]
+
+
+def test_a_client_that_does_not_mask_is_not_read():
+    assert read(frame(b"x"), masked=True) == ([], ["websocket_frame"])
+
+
+def test_nothing_comes_behind_the_goodbye():
+    assert read(frame(b"a") + frame(b"\x03\xe8", CLOSE) + frame(b"b")) == ([b"a"], [])
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("cut", [False, True])
+def test_a_large_message_is_dropped_and_the_next_one_read(packed, cut):
+    large = b"ab" * (MESSAGE_MAX_BYTES // 2 + 1)
+    pack = Packer()
+    payloads = [pack(m) for m in (b"one", large, b"two two")] if packed else [b"one", large, b"two two"]
+    reserved = 0x40 if packed else 0
+    middle = payloads[1]
+    pieces = [middle[:1000], middle[1000:]] if cut else [middle]
+    first, last = (frame(payload, reserved=reserved) for payload in payloads[::2])
+    wire = first + fragments(pieces, reserved=reserved) + last
+    found, anomalies = read(wire, inflater=Inflater(takeover=True) if packed else None)
+    assert found == [b"one", b"two two"]
+    assert anomalies == ["message_too_large"]
+
+
+def test_the_largest_message_is_read():
+    found, anomalies = read(frame(b"x" * MESSAGE_MAX_BYTES), cuts=(5, 70_000))
+    assert [len(message) for message in found] == [MESSAGE_MAX_BYTES]
+    assert not anomalies
+
+
+def test_a_bomb_ends_the_reading_in_bounded_memory():
+    bomb = frame(Packer()(bytes(64 << 20)), reserved=0x40)
+    assert len(bomb) < 100_000
+    tracemalloc.start()
+    try:
+        found, anomalies = read(bomb, inflater=Inflater(takeover=True))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert (found, anomalies) == ([], ["websocket_too_dense"])
+    assert peak < 3 * UNPACKED_MAX_BYTES
+
+
+def test_many_small_bombs_are_one():
+    pack = Packer(takeover=False)
+    wire = frame(pack(bytes(200_000)), reserved=0x40) * 1_000
+    found, anomalies = read(wire, inflater=Inflater(takeover=False))
+    assert len(found) < 2 * UNPACKED_MAX_BYTES // 200_000
+    assert anomalies == ["websocket_too_dense"]
+
+
+@pytest.mark.parametrize("payload", [b"\xff\xff\xff", b"\x03\x00trailing"])
+def test_broken_packing_ends_the_reading(payload):
+    found, anomalies = read(frame(payload, reserved=0x40) + frame(b"x"), inflater=Inflater(takeover=True))
+    assert (found, anomalies) == ([], ["websocket_coding"])
+
+
+def test_plain_messages_may_stand_between_packed_ones():
+    pack = Packer()
+    wire = frame(pack(b"abc"), reserved=0x40) + frame(b"plain") + frame(pack(b"abcabc"), reserved=0x40)
+    assert read(wire, inflater=Inflater(takeover=True)) == ([b"abc", b"plain", b"abcabc"], [])
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (None, frozenset()),
+        (b"", frozenset()),
+        (b"permessage-deflate", {"permessage-deflate"}),
+        (b" permessage-deflate ; server_no_context_takeover; server_max_window_bits=12",
+         {"permessage-deflate", "server_no_context_takeover", "server_max_window_bits"}),
+        (b"x-webkit-deflate-frame", None),
+        (b"permessage-deflate, x-more", None),
+    ],
+)  # fmt: skip
+def test_what_was_agreed_on(value, expected):
+    assert extensions([] if value is None else [(b"Sec-WebSocket-Extensions", value)]) == expected
+
+
+def test_only_a_websocket_is_read():
+    taps = UsageTaps()
+    assert taps.websocket("/v1/realtime", [(b"Upgrade", b"WebSocket")]) is not None
+    assert taps.websocket("/v1/realtime", [(b"Upgrade", b"h2c")]) is None
+    assert taps.websocket("/chat", [(b"Upgrade", b"websocket")]) is None
+    assert not is_websocket([])
+
+
+@given(st.binary(max_size=400), st.booleans(), st.booleans(), st.lists(st.integers(0, 400), max_size=3).map(tuple))
+@example(b"\xc1\x00", False, True, ())
+def test_fuzz_any_bytes_are_endured(data, masked, packed, cuts):
+    anomalies: tuple[Anomalies, ...] = ()
+    for wire in (data, frame(data, TEXT, mask=MASK if masked else None, reserved=0x40 if packed else 0)):
+        anomalies += (read(wire, masked=masked, inflater=Inflater(takeover=True) if packed else None, cuts=cuts)[1],)
+    assert all(len(kinds) <= 1 for kinds in anomalies)
