@@ -43,6 +43,7 @@ class Watching(Receiver):
         self.requests: Counter[str] = Counter()
         self.repeats: Counter[str] = Counter()
         self.poison: dict[str, str] = {}  # record id -> the backend that never takes it
+        self.keyed: set[str] = set()  # backends that were sent an Idempotency-Key
         self.maybe: Counter[str] = Counter()  # requests for which nobody can say whether they were taken
         self._wanted: set[str] = set()
         self._offered: set[tuple[str, str]] = set()
@@ -66,6 +67,8 @@ class Watching(Receiver):
 
     def _note(self, backend: str, call: Call) -> None:
         self.requests[backend] += 1
+        if call.header("Idempotency-Key"):
+            self.keyed.add(backend)
         named = {_key_of(backend, call): call.fingerprint()}
         if backend == "flexprice":  # no key for a request: each event has its own
             named = {e["event_id"]: hashlib.sha256(orjson.dumps(e)).hexdigest() for e in _json(call)["events"]}

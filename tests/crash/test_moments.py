@@ -269,6 +269,28 @@ async def test_without_deduplication_a_kill_parks_no_more_than_was_under_way(tmp
     assert balance["holds"], balance
 
 
+async def test_a_stop_while_sending_and_a_start_with_less_room(tmp_path):
+    """What was asked to end in the middle of its work goes on where it was, also with less memory and no retention."""
+    async with tiny_upstream() as upstream, watching() as (receiver, url):
+        settings = {"SIDECAR_BACKENDS": "meter,webhook", "SIDECAR_METER_URL": f"{url}/meter"}
+        settings |= {"SIDECAR_WEBHOOK_URL": f"{url}/webhook"}
+        async with with_pending(tmp_path, upstream, 5_000, **settings) as (whole, ids):
+            receiver.faults.set(Fault(do=Do.DELAY, delay_s=6.0))  # longer than the last pass at the end
+            await whole.start()
+            await until(lambda: receiver.requests["meter"] and receiver.requests["webhook"])
+            assert await whole.stop() == 0
+            assert (await whole.command("balance"))[0] == 0
+            receiver.faults.set()
+            whole.env |= {"SIDECAR_SPOOL_MEMORY_BYTES": "1MiB", "SIDECAR_RETENTION": "0s"}
+            await whole.start()
+            balance = await whole.settled()
+            assert await whole.stop() == 0
+    assert balance["holds"], balance
+    assert Counter(row["id"] for row in receiver.billed("webhook")) == Counter(ids)
+    assert Counter(row["correlationId"] for row in receiver.billed("meter")) == Counter(ids)
+    assert all(len(digests) == 1 for digests in receiver.digests.values())
+
+
 # --- the balance ---------------------------------------------------------------------------------------
 
 
