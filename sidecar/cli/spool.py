@@ -1,8 +1,8 @@
 """Look into the queue, check it and mend it.
 
 `status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` changes what will be
-delivered: it goes through the running instance. `cancel` and `complain` (in `mend`) change what was: they go through the
-running instance too, and take the directory's lock where there is none.
+delivered: it goes through the running instance. `cancel` and `complain` (in `mend`) change what was: they go through it
+too, and take the lock of the directory where there is none.
 """
 
 from __future__ import annotations

@@ -22,6 +22,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
+import endtoend  # noqa: E402
 import peers as p  # noqa: E402
 
 LUA = """wrk.method = "POST"
@@ -112,6 +113,8 @@ def main() -> None:
                 f"\nOpen streams: {found['open']}; {found['before_mib']:.1f} MiB resident before load, "
                 f"{found['kib_each']:.1f} KiB each"
             )
+    if "delivery" in arguments.parts:
+        raw["delivery"] = endtoend.measure(arguments.rounds)
     target = HERE / "results"
     target.mkdir(exist_ok=True)
     path = target / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -187,7 +190,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=4, help="length of one measurement (default 4)")
     parser.add_argument("--cases", type=int, default=5, help="how many of the unary cases (default all 5)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
-    parser.add_argument("--parts", default="unary,streams,open")
+    parser.add_argument("--parts", default="unary,streams,open,delivery")
     parser.add_argument("--peers", default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2")
     return parser.parse_args()
 
