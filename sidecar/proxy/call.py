@@ -194,6 +194,14 @@ class Call(Ending):
         if not done:
             self._read_on()
 
+    def _see_upload(self) -> None:
+        upload = self._upload
+        if upload is None or upload.size_bytes or upload.done or upload.reading:
+            return
+        if self._payload.exception() is None:
+            upload.take()
+            self._exchange.request_bytes = upload.size_bytes
+
     def _read_on(self) -> None:
         """A read has made room: let the parser go on with what it holds, in a turn of its own."""
         client = self.client

@@ -167,12 +167,16 @@ class Ending:
         """What only the request's body says: who pays, and which model gave no answer."""
         exchange, answer, by_body = self._exchange, self.answer, self._hop.attribute_by_body
         try:
+            self._see_upload()
             if by_body is not None:
                 exchange.subscriber = by_body(exchange.subscriber, tap.member)
             if (answer is None or not answer.started) and exchange.usage is None and self._was_sent_on():
                 exchange.usage = tap.unanswered()
         except Exception:
             log.exception("the request tap failed; the call is recorded without what it knew")
+
+    def _see_upload(self) -> None:
+        """Let the tap see what has come of a body that went nowhere."""
 
     def _was_sent_on(self) -> bool:
         """Whether the call was the upstream's to answer: what we turned away ourselves asked no model."""

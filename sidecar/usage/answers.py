@@ -293,7 +293,7 @@ class AnswerTap:
             return True
         if self._ended:
             return self._framing is None and not self._bytes and self._silent()
-        return self._framing is None and not whole
+        return not whole
 
     def _silent(self) -> bool:
         """An answer whose type alone says that it has no place for usage: sound, pictures, subtitles."""
