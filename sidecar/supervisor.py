@@ -70,11 +70,13 @@ class Workers:
         environ: Mapping[str, str],
         committed: Callable[[], None],
         remembered: Callable[[], Mapping[str, int]],
+        let_go: Callable[[], None],
     ) -> None:
         self._settings = settings
         self._environ = environ
         self._committed = committed
         self._remembered = remembered
+        self._let_go = let_go
         self._workers: list[_Worker] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._gone = Metrics()  # what dead workers had counted
@@ -197,6 +199,9 @@ class Workers:
             await worker.wire.aclose()
             worker.wire = None
         await worker.process.wait()
+        # A worker that is killed while it commits leaves a commit in SQLite's log of which the log's index, in memory
+        # shared by all who have the file open, knows nothing. The next to open looks again only if it is the first.
+        await asyncio.to_thread(self._let_go)
         self._gone.absorb(worker.counts)
         worker.counts = {}
         self._committed()  # what it committed last
@@ -212,6 +217,7 @@ class Workers:
                 self._committed()
             elif "ready" in message:
                 worker.ready.set()
+                self._committed()  # what it settled or salvaged while it opened
                 log.info("worker %d is ready", worker.number, extra={"facts": {"instance": message["ready"]}})
 
     async def _poll(self) -> None:
@@ -245,10 +251,14 @@ class Workers:
 
 @asynccontextmanager
 async def workers(
-    settings: Settings, *, committed: Callable[[], None], remembered: Callable[[], Mapping[str, int]]
+    settings: Settings,
+    *,
+    committed: Callable[[], None],
+    remembered: Callable[[], Mapping[str, int]],
+    let_go: Callable[[], None],
 ) -> AsyncIterator[Workers]:
-    """All workers, started and ready. Leaving drains them."""
-    them = Workers(settings, environ=os.environ, committed=committed, remembered=remembered)
+    """All workers, started and ready. Leaving drains them. `let_go` closes what this process has open of the spool."""
+    them = Workers(settings, environ=os.environ, committed=committed, remembered=remembered, let_go=let_go)
     try:
         await them.start()
         yield them

@@ -68,6 +68,7 @@ async def serving(
         spool = Spool.open(settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq)
         await stack.enter_async_context(spool)
         spool.on_committed(committed)
+        committed()  # what was settled or salvaged while it opened
         recorder = await stack.enter_async_context(parts.recorder(settings, spool, metrics))
         proxy = parts.proxy(settings, recorder, metrics, key)
         traffic = Traffic(spool=spool, recorder=recorder, proxy=proxy, counted=metrics)

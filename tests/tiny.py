@@ -51,12 +51,12 @@ async def tiny_upstream(*, events: int = 10, gap_s: float = 0.004) -> AsyncItera
         await answer.write(b"data: [DONE]\n\n")
         await answer.write_eof()
 
-    async def models(_: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": []})
+    async def things(_: web.Request) -> web.Response:
+        return web.json_response({"made": True})
 
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
-    app.router.add_get("/v1/models", models)
+    app.router.add_post("/v1/things", things)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)

@@ -84,12 +84,16 @@ class Whole:
 
     async def settled(self, *, limit_s: float = 30.0) -> dict[str, Any]:
         """The balance once nothing is open or pending any more."""
-        async with asyncio.timeout(limit_s):
-            while True:
-                balance: dict[str, Any] = await self.get("/balance")
-                if balance["open"] == 0 and all(b["pending"] == 0 for b in balance["backends"].values()):
-                    return balance
-                await asyncio.sleep(0.05)
+        balance: dict[str, Any] = {}
+        try:
+            async with asyncio.timeout(limit_s):
+                while True:
+                    balance = await self.get("/balance")
+                    if balance["open"] == 0 and all(b["pending"] == 0 for b in balance["backends"].values()):
+                        return balance
+                    await asyncio.sleep(0.05)
+        except TimeoutError:
+            raise AssertionError(f"not settled within {limit_s:.0f} s: {balance}; {self.log.read_text()}") from None
 
     async def command(self, *arguments: str) -> tuple[int, str, str]:
         """Run one of the sidecar's commands with the same environment: exit code, output, errors."""
