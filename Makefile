@@ -49,11 +49,12 @@ format: $(TEST) ## let ruff put imports and simple faults right
 fuzz: $(TEST) ## the readers and decoders against random bytes, for longer than in `make test`
 	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(TESTS)
 
-crash: $(TEST) ## 1,000 rounds of SIGKILL under load
-	CRASH_ROUNDS=$${CRASH_ROUNDS:-1000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 86400 $(ARGS) tests/crash
+crash: $(TEST) ## 1,000 rounds of deaths and faults under load, and every fail point; prints its figures
+	CRASH_ROUNDS=$${CRASH_ROUNDS:-1000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 86400 -rP --show-capture=stdout \
+		$(ARGS) tests/crash
 
-soak: $(TEST) ## minutes of load with a backend that is down
-	$(BIN)/python -m pytest -q -m soak --timeout 7200 $(ARGS) $(TESTS)
+soak: $(TEST) ## minutes of load with a backend that is down, and a million records pending; prints its figures
+	$(BIN)/python -m pytest -q -s -m soak --timeout 7200 $(ARGS) $(TESTS)
 
 bench: $(BENCH) ## cost per call and per chunk, beside nginx, HAProxy and Envoy where they are installed
 	$(BIN)/python tests/bench $(ARGS)

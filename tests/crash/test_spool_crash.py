@@ -130,7 +130,7 @@ def judge(root: Path, admitted: set[str], intended: set[str], released: set[str]
     return found
 
 
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(120 + 4 * ROUNDS)
 def test_what_was_acknowledged_is_there_once(tmp_path, child):
     chance = random.Random(SEED)
     admitted, intended, released = set(), set(), set()

@@ -213,7 +213,7 @@ async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path):
                 f" delivery.db {size_bytes(whole.data_dir, 'delivery.db*') / MIB:.1f} MiB"
             )
             assert balance["holds"], balance
-            assert all(b["delivered"] == RECORDS for b in balance["backends"].values())
+            assert all(b["delivered"] == RECORDS for b in balance["backends"].values()), balance["backends"]
             assert await whole.stop() == 0
         finally:
             await whole.kill()
