@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,18 +24,17 @@ from typing import Any, Final, Protocol
 import aiohttp
 import orjson
 
+from sidecar import arrived
 from sidecar.cli.output import Format
 from sidecar.cli.usage import report
 from sidecar.ledger import LedgerError, LedgerReader
-from sidecar.receiver import Receiver, Terms
+from sidecar.receiver import Receiver, Taken, Terms
 from sidecar.scripted_llm import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Script, ScriptedLLM, Tokens
 from sidecar.signals import stop_event
 
 SETTLE_S: Final = 15.0  # for the records to reach every backend; it takes well under a second
 SETTLE_STEP_S: Final = 0.05
 PIECE_DELAY_S: Final = 0.02  # between the pieces of a streamed answer, so that it is one
-ARRIVED_ROWS_MAX: Final = 10
-BODY_CHARS_MAX: Final = 100
 API_KEY: Final = "key-of-the-demo"
 WEBHOOK_SECRET: Final = "worth-nothing-outside-of-the-demo"
 
@@ -112,10 +112,13 @@ async def run(
     *,
     keep: bool = False,
     backend: str | None = None,
+    mode: str | None = None,
     say: Say = say_at_once,
     settle_s: float = SETTLE_S,
 ) -> int:
     """The demo from beginning to end; the exit code. `keep` stays until Ctrl-C, `settle_s` is waited for delivery."""
+    if mode is not None and backend not in MODES:
+        raise DemoError(f"--mode {mode}: only {' and '.join(MODES)} have modes, and are named with --backend")
     async with AsyncExitStack() as stack:
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
         data_dir = room / "data"
@@ -124,7 +127,7 @@ async def run(
         receiver, receiver_url = None, ""
         if backend is not None:
             receiver, receiver_url = await stack.enter_async_context(_receiving(backend))
-            environ |= BACKENDS[backend](receiver_url)
+            environ |= BACKENDS[backend](receiver_url) | (MODES[backend](mode) if mode else {})
             environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(room, backend))}
         sidecar = await stack.enter_async_context(start(environ))
         say(f"scripted upstream  {upstream_url}  (OpenAI and Anthropic; nothing leaves this machine)")
@@ -172,6 +175,12 @@ BACKENDS: Final[Mapping[str, Callable[[str], dict[str, str]]]] = {
     "webhook": lambda url: {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_WEBHOOK_SECRET": WEBHOOK_SECRET},
 }  # fmt: skip
 """What `--backend` takes, and the settings that point it at the receiver."""
+
+MODES: Final[Mapping[str, Callable[[str], dict[str, str]]]] = {
+    "revenium": lambda mode: {"SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "demo"},
+    "stripe": lambda mode: {"SIDECAR_STRIPE_MODE": mode},
+}
+"""Those that speak more than one interface."""
 
 
 def _customers(room: Path, backend: str) -> Path:
@@ -292,20 +301,47 @@ def _show_balance(balance: Mapping[str, Any], say: Say) -> list[str]:
 
 
 def _show_arrived(receiver: Receiver, backend: str, balance: Mapping[str, Any], say: Say) -> list[str]:
-    """What the receiver took, and whether anything was refused."""
+    """What the receiver took, whether anything was refused, and whether it adds up to what the upstream reported."""
     rows = receiver.received
-    say(f"What arrived at {backend}:")
-    for row in rows[:ARRIVED_ROWS_MAX]:
-        body = orjson.dumps(row.body).decode()
-        body = body if len(body) <= BODY_CHARS_MAX else f"{body[:BODY_CHARS_MAX]}…"
-        say(f"  {row.verdict}  {row.path}  {row.key or '(no key)'}\n      {body}")
-    if len(rows) > ARRIVED_ROWS_MAX:
-        say(f"  … and {len(rows) - ARRIVED_ROWS_MAX} more")
+    taken = [(row.path, row.body) for row in rows if row.verdict == "delivered"]
+    say(f"What arrived at {backend}: {_reasons(Counter(str(row.verdict) for row in rows))}, the first of it:")
+    if not taken:
+        lacking = balance["backends"].get(backend, {}).get("delivered")
+        return _refusals(rows) + ([f"the balance says delivered, and nothing arrived at {backend}"] if lacking else [])
+    say(_indent(arrived.in_full(*taken[0])))
     say("")
+    sums = arrived.totals(taken)
+    say("All of it added up by customer:")
+    say(_indent(arrived.as_table(sums)))
+    say("")
+    own_counts = any("inputTokenCount" in body for _, body in taken if isinstance(body, dict))
+    if own_counts:
+        say("Completions have the tokens as each vendor counts them: Anthropic's input is without what its cache had.")
+        say("")
+    return _refusals(rows) + _not_as_reported(sums, backend, tokens=not own_counts)
+
+
+def _refusals(rows: Iterable[Taken]) -> list[str]:
     bad = [row for row in rows if row.verdict not in ("delivered", "duplicate", "retry")]
-    problems = [f"{row.path} was {row.verdict} by the receiver" for row in bad]
-    if not rows and balance["backends"].get(backend, {}).get("delivered"):
-        problems.append(f"the balance says delivered, and nothing arrived at {backend}")
+    return [f"{row.path} was {row.verdict} by the receiver" for row in bad]
+
+
+def _not_as_reported(sums: Mapping[str, Mapping[str, int]], backend: str, *, tokens: bool) -> list[str]:
+    """Where what arrived is not what the calls were."""
+    problems = []
+    for subscriber in dict.fromkeys(call.subscriber for call in CALLS):
+        customer = subscriber if backend == "webhook" else f"cus_{subscriber}"
+        mine = [call for call in CALLS if call.subscriber == subscriber]
+        reported = [call.tokens for call in mine if call.tokens]
+        wanted = {arrived.CALLS: len(mine)}
+        if tokens:
+            wanted |= {arrived.INPUT: sum(t.input for t in reported), arrived.OUTPUT: sum(t.output for t in reported)}
+        found = sums.get(customer, {})
+        problems += [
+            f"{customer}: {backend} was told {found.get(name, 0)} {name} instead of {value}"
+            for name, value in wanted.items()
+            if found.get(name, 0) != value
+        ]
     return problems
 
 

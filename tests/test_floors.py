@@ -56,6 +56,7 @@ FLOORS = {
     "sidecar.wire": 4,
     "sidecar.supervisor": 4,
     "sidecar.demo": 4,
+    "sidecar.arrived": 4,
     "sidecar.cli": 4,
     "sidecar.__main__": 4,
 }

@@ -14,6 +14,7 @@ from sidecar.settings import load
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="stay up afterwards, to look around")
     parser.add_argument("--backend", metavar="NAME", help="deliver to the stand-in of NAME as well as to the ledger")
+    parser.add_argument("--mode", metavar="NAME", help="which of the interfaces of revenium or stripe")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,6 +27,6 @@ def run(arguments: argparse.Namespace) -> int:
         return app.running(load(environ, backend_settings=known_backend_settings()))
 
     try:
-        return asyncio.run(demo.run(start, keep=arguments.keep, backend=arguments.backend))
+        return asyncio.run(demo.run(start, keep=arguments.keep, backend=arguments.backend, mode=arguments.mode))
     except demo.DemoError as error:
         raise CommandError(str(error), WRONG) from None

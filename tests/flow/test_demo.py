@@ -59,13 +59,21 @@ async def test_the_command_ends_by_itself_with_table_balance_and_where_to_look()
     assert "WRONG" not in text
 
 
-@pytest.mark.parametrize("backend", sorted(demo.BACKENDS))
-async def test_every_backend_it_knows_gets_the_calls(backend: str) -> None:
+MODES = [(name, None) for name in sorted(demo.BACKENDS)] + [
+    *(("revenium", mode) for mode in ("event", "rate", "ingest", "events", "completions")),
+    *(("stripe", mode) for mode in ("v2", "stream")),
+]
+
+
+@pytest.mark.parametrize(("backend", "mode"), MODES)
+async def test_every_backend_it_knows_gets_the_calls(backend: str, mode: str | None) -> None:
     said: list[str] = []
-    assert await demo.run(start_with(), backend=backend, say=said.append) == 0, "\n".join(said)
+    assert await demo.run(start_with(), backend=backend, mode=mode, say=said.append) == 0, "\n".join(said)
     text = "\n".join(said)
-    assert f"What arrived at {backend}:" in text
-    assert "  delivered  /" in text
+    assert re.search(rf"What arrived at {backend}: \d+ \(delivered \d+\)", text)
+    assert re.search(r"^  POST /\S+$", text, re.MULTILINE)
+    tokens = sum(call.tokens.input for call in demo.CALLS if call.tokens and call.subscriber == "acme")
+    assert re.search(rf"^  (cus_)?acme +3 +{tokens:,} ", text, re.MULTILINE), text
     assert demo.API_KEY not in text
     assert demo.WEBHOOK_SECRET not in text
 
@@ -77,6 +85,22 @@ async def test_an_unknown_backend_is_said_before_anything_starts() -> None:
     assert (process.returncode, out) == (2, b"")
     assert "nope" in err.decode()
     assert "webhook" in err.decode()
+
+
+async def test_a_mode_belongs_to_a_backend_that_has_some() -> None:
+    for arguments in (["--mode", "v2"], ["--backend", "lago", "--mode", "v2"], ["--backend", "stripe", "--mode", "v9"]):
+        process = await spawn(*arguments)
+        async with asyncio.timeout(LIMIT_S):
+            _, err = await process.communicate()
+        assert process.returncode == 2, arguments
+        assert "MODE" in err.decode() or "--mode" in err.decode()
+
+
+async def test_it_notices_what_a_backend_was_not_told() -> None:
+    said: list[str] = []
+    only_calls = start_with(SIDECAR_STRIPE_METERS="api_calls")
+    assert await demo.run(only_calls, backend="stripe", say=said.append) == 1
+    assert [line for line in said if line.startswith("WRONG: cus_acme: stripe was told 0 input_tokens instead of")]
 
 
 async def test_it_notices_when_the_figures_are_wrong() -> None:
