@@ -22,7 +22,7 @@ from sidecar.receiver import Receiver
 from sidecar.receiver.contract import Answer, Call, Unit, Verdict
 from sidecar.receiver.faults import Do, Fault
 
-RECORD_ID = re.compile(rb'"(?:id|event_id|correlationId)":"([0-9a-f-]{36})"')
+RECORD_ID = re.compile(rb'"(?:id|event_id|correlationId|transactionId)":"([0-9a-f-]{36})"')
 POISONED = ("webhook", "meter", "flexprice")  # their bodies name records, and a refusal of a batch is split
 
 
@@ -93,8 +93,13 @@ def _key_of(backend: str, call: Call) -> str:
     if backend == "stripe":
         return parse_qs(call.body.decode())["identifier"][0]
     if backend == "revenium":
-        return str(_json(call)["correlationId"])
+        return revenium_id(_json(call))
     return call.header("webhook-id") or call.header("Idempotency-Key")
+
+
+def revenium_id(body: dict[str, Any]) -> str:
+    """The record's id, as v1 and v2 carry it."""
+    return str(body.get("correlationId") or body["transactionId"])
 
 
 def _json(call: Call) -> Any:
