@@ -42,7 +42,7 @@ class Watching(Receiver):
         self.digests: dict[tuple[str, str], set[str]] = defaultdict(set)
         self.requests: Counter[str] = Counter()
         self.repeats: Counter[str] = Counter()
-        self.poison: dict[str, str] = {}  # record id -> the backend that never takes it
+        self.poison: set[tuple[str, str]] = set()  # a backend, and the id of a record that it never takes
         self.keyed: set[str] = set()  # backends that were sent an Idempotency-Key
         self.maybe: Counter[str] = Counter()  # requests for which nobody can say whether they were taken
         self._wanted: set[str] = set()
@@ -82,9 +82,9 @@ class Watching(Receiver):
         name = (backend, _key_of(backend, call) or call.fingerprint())
         if backend in self._wanted and name not in self._offered and ids:
             self._wanted.discard(backend)
-            self.poison[ids[len(ids) // 2]] = backend
+            self.poison.add((backend, ids[len(ids) // 2]))
         self._offered.add(name)
-        if any(self.poison.get(one) == backend for one in ids):
+        if any((backend, one) in self.poison for one in ids):
             return Answer.json(400, {"error": "not this one"}, Unit(None, None, Verdict.REFUSED))
         return super()._ask(call, stand)
 

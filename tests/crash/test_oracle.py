@@ -203,7 +203,7 @@ def judge_backend(
     assert not twice, f"{name} billed {len(twice)} twice: {twice[:5]}"
     assert taken.keys() <= ids, f"{name} was sent ids that no record has: {list(taken.keys() - ids)[:5]}"
     assert parked.keys() <= ids
-    poisoned = {one for one, where in play.receiver.poison.items() if where == name}
+    poisoned = {one for where, one in play.receiver.poison if where == name}
     unknown = {one for one, row in parked.items() if row["reason"] == "unknown"}
     assert poisoned <= parked.keys(), f"{name} has not parked what was refused: {poisoned - parked.keys()}"
     for record in records:
