@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import os
+import resource
 import secrets
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from sidecar.usage.taps import Pin, UsageTaps
 log = logging.getLogger("sidecar.parts")
 
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
+FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
 HASH_KEY_BYTES: Final = 32
 HASH_KEY_FILE: Final = "hash.key"
 
@@ -100,6 +102,7 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
         pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
         elements=[_element(named) for named in settings.elements],
         estimate=settings.estimate,
+        ask_for_usage=settings.ask_for_usage,
         body_fields=body_fields(settings),
         clock_ns=time.monotonic_ns,
         anomaly=anomaly,
@@ -185,3 +188,18 @@ def calm_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(COLLECT_EVERY, 20, 50)
+
+
+def raise_file_limit(connections: int) -> None:
+    """Take all the file descriptors that we may have: an open call needs two, and a soft limit of 1,024 is common."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + FILES_BESIDE
+    top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < top:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning(
+            "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: raise `ulimit -n`, or "
+            "lower the setting; beyond that, connections wait unanswered",
+            connections, wanted, hard,
+        )  # fmt: skip

@@ -22,7 +22,7 @@ import pytest
 
 from sidecar.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Proxy, ProxyRules
-from sidecar.usage import RawHeaders, SocketTap, Taps
+from sidecar.usage import AnswerFilter, RawHeaders, SocketTap, Taps
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
 
@@ -276,11 +276,16 @@ async def until(true: Callable[[], bool]) -> None:
 
 
 class _FrameRequestTap:
+    may_ask = False
+
     def __init__(self) -> None:
         self.size = 0
 
     def feed(self, piece: bytes) -> None:
         self.size += len(piece)
+
+    def with_usage_asked(self, body: bytes) -> bytes | None:
+        raise AssertionError("it did not offer to")
 
     def member(self, name: str) -> str | None:
         return None
@@ -320,6 +325,9 @@ class FrameTaps:
 
     def response(self, request: Any, status: int, headers: RawHeaders) -> _FrameResponseTap | None:
         return _FrameResponseTap() if status == 200 else None
+
+    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+        raise AssertionError("nothing was asked")
 
     def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:
         return None

@@ -82,6 +82,11 @@ class Whole:
         async with aiohttp.ClientSession() as session, session.get(self.admin_url + path) as answer:
             return await answer.json()
 
+    async def text(self, path: str) -> str:
+        """What the admin port says, as it is."""
+        async with aiohttp.ClientSession() as session, session.get(self.admin_url + path) as answer:
+            return await answer.text()
+
     async def settled(self, *, limit_s: float = 30.0) -> dict[str, Any]:
         """The balance once nothing is open or pending any more."""
         balance: dict[str, Any] = {}

@@ -15,7 +15,7 @@ from typing import Final
 import httptools
 
 from sidecar.proxy.headers import HeaderRules, ResponseHead
-from sidecar.usage import ResponseTap
+from sidecar.usage import AnswerFilter, ResponseTap
 
 HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
 HEAD_BYTES_MAX: Final = 262_144  # likewise; nginx gives 8 KiB, Node 16 KiB, some send large cookies
@@ -31,7 +31,7 @@ class Answer:
     __slots__ = (
         "_announce", "_chunked", "_head_bytes", "_head_only", "_http10", "_interim", "_interims", "_parser", "_reason",
         "_remaining", "_rules", "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended",
-        "extra", "fields", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
+        "extra", "fields", "filter", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
         "upgraded",
     )  # fmt: skip
 
@@ -65,6 +65,7 @@ class Answer:
         self.trailers: list[tuple[bytes, bytes]] = []
         self.names: list[str] = []
         self.tap: ResponseTap | None = None
+        self.filter: AnswerFilter | None = None
         self.body_bytes = 0
         self.started = False  # the final head is read
         self.done = False  # the message is whole
@@ -209,7 +210,9 @@ class Answer:
         if tap is not None and not self.ended:
             self._show(tap, piece)
         if not self.mute:
-            if self._chunked:
+            if self.filter is not None:
+                self._filter(self.filter.feed(piece))
+            elif self._chunked:
                 self.out += (b"%x\r\n" % size, piece, b"\r\n")
             else:
                 self.out.append(piece)
@@ -237,8 +240,15 @@ class Answer:
         except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
             self.tap = None
 
+    def _filter(self, piece: bytes) -> None:
+        """What is left of a piece; an empty chunk would end the body."""
+        if piece:
+            self.out.append(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
+
     def _finish(self) -> None:
         self.done = True
+        if self.filter is not None and not self.mute:
+            self._filter(self.filter.finish())
         if self._chunked and not self.mute:
             if self.trailers:
                 lines = [b"%b: %b\r\n" % field for field in self.trailers]

@@ -21,6 +21,7 @@ from sidecar.exchange import Exchange, Outcome
 from sidecar.proxy import own_answers
 from sidecar.proxy.aiohttp_internals import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
 from sidecar.proxy.answer import Answer
+from sidecar.proxy.asking import Gathering, head_of, may_change
 from sidecar.proxy.ending import Ending
 from sidecar.proxy.headers import trace_id
 from sidecar.proxy.hop import NEVER, Hop
@@ -42,13 +43,16 @@ class Call(Ending):
     """One exchange under way."""
 
     __slots__ = (
-        "_head", "_heard", "_idempotent", "_idle_timeout_s", "_kept", "_payload", "_retried", "_upgrade", "_upload",
+        "_asked", "_gathering", "_head", "_heard", "_idempotent", "_idle_timeout_s", "_kept", "_payload", "_retried",
+        "_upgrade", "_upload",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Client, message: RawRequestMessage, payload: StreamReader) -> None:
         super().__init__(hop, client, message, upload_done=payload is EMPTY_PAYLOAD)
         self._payload = payload
         self._upload: Upload | None = None
+        self._gathering: Gathering | None = None
+        self._asked = False  # usage was asked for on the client's behalf
         self._head = b""
         self._kept: Kept | None = None  # the request as sent, while a retry may need it
         self._idle_timeout_s = hop.rules.idle_timeout_s
@@ -95,10 +99,50 @@ class Call(Ending):
             self._answer_own(refused, Outcome.REFUSED)
             return
         self._request_tap = self._tap_request(method, target, raw)
-        if not self.upload_done:
-            self._upload = Upload(self._payload, chunked=bool(message.chunked), tap=self._request_tap)
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
+        tap = self._request_tap
+        if not self.upload_done:
+            if tap is not None and self._may_ask(tap) and may_change(method, raw):
+                self._gathering = Gathering(Upload(self._payload, chunked=False, tap=None), tap)
+                self.deadline = hop.loop.time() + self._idle_timeout_s
+                self._gather()
+                return
+            self._upload = Upload(self._payload, chunked=bool(message.chunked), tap=tap)
+        self._set_out()
+
+    def _gather(self) -> None:
+        gathering, before = self._gathering, self._exchange.request_bytes
+        assert gathering is not None
+        if gathering.upload.reading:
+            return
+        body = gathering.take()
+        size = self._exchange.request_bytes = gathering.upload.size_bytes
+        if body is None:
+            if size > before:
+                self.deadline = self._hop.now + self._idle_timeout_s
+            self._read_on()
+            return
+        self.upload_done = True
+        self._gathering = None
+        if gathering.asked:
+            self._asked = True
+            self._head = self._head_of(len(body))
+        self._head += body
+        self._set_out()
+
+    def _head_of(self, size_bytes: int) -> bytes:
+        """The request's head for a body of another length."""
+        client, message, rules = self.client, self._message, self._hop.headers
+        assert client is not None
+        line, authority = rules.request_line(message.method, message.path)
+        fields = head_of(message.raw_headers, size_bytes)
+        head = rules.request(fields, client.peer, upgrade=False, http10=self._http10, authority=authority)
+        return line + head.lines
+
+    def _set_out(self) -> None:
+        """On a connection that is at hand, or a new one."""
+        hop = self._hop
         connection = hop.upstream.take()
         if connection is None:
             self._task = hop.loop.create_task(self._connect())
@@ -122,6 +166,13 @@ class Call(Ending):
         except Exception:
             log.exception("the request tap failed; the call goes on without it")
             return None
+
+    def _may_ask(self, tap: RequestTap) -> bool:
+        try:
+            return tap.may_ask
+        except Exception:
+            log.exception("the request tap failed; nothing is asked for")
+            return False
 
     async def _connect(self) -> None:
         try:
@@ -175,6 +226,9 @@ class Call(Ending):
 
     def pump(self) -> None:
         """Move what has come of the upload to the upstream, as far as the upstream takes it."""
+        if self._gathering is not None:
+            self._gather()
+            return
         connection, upload = self.connection, self._upload
         if upload is None or self.upload_done or upload.reading:
             return
@@ -254,6 +308,11 @@ class Call(Ending):
                 answer.tap = hop.taps.response(self._request_tap, answer.status, answer.fields)
             except Exception:
                 log.exception("the response tap failed; the call goes on without it")
+        if self._asked:
+            try:
+                answer.filter = hop.taps.answer_filter(answer.status, answer.fields)
+            except Exception:
+                log.exception("the answer could not be filtered; it passes as it is")
         client = self.client
         if client is None:
             return b""

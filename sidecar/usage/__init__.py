@@ -24,6 +24,15 @@ class RequestTap(Protocol):
         """A text (or whole number) at the body's top level, of those that it was told to look for."""
         ...
 
+    def with_usage_asked(self, body: bytes) -> bytes | None:
+        """The whole body with usage asked for; None where it is to stay as it is."""
+        ...
+
+    @property
+    def may_ask(self) -> bool:
+        """Whether `with_usage_asked` could be of use: only where that is switched on."""
+        ...
+
     def unanswered(self) -> Usage | None:
         """For a call that got no answer; None where it is no model call."""
         ...
@@ -56,6 +65,16 @@ class SocketTap(Protocol):
         ...
 
 
+class AnswerFilter(Protocol):
+    """Takes out of an answer what only came because it was asked for on the client's behalf."""
+
+    def feed(self, piece: bytes) -> bytes: ...
+
+    def finish(self) -> bytes:
+        """What is still held."""
+        ...
+
+
 class Taps(Protocol):
     """Chooses the readers. One for the whole process; holds no state of a call."""
 
@@ -65,6 +84,10 @@ class Taps(Protocol):
 
     def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseTap | None:
         """None where the head already says that there is no usage to read."""
+        ...
+
+    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+        """For the answer to a request in which usage was asked for; None where it is to pass as it is."""
         ...
 
     def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:

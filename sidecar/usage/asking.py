@@ -12,14 +12,33 @@ import re
 import orjson
 
 from sidecar.usage.members import Members
+from sidecar.usage.openai import ChatCompletions
+from sidecar.usage.reader import Reader
 from sidecar.usage.values import part
 
 BODY_MAX_BYTES = 1_048_576  # rewritten whole; a larger request is left as it is
 HELD_MAX_BYTES = 65_536  # of an event that is held until it is known; the extra chunk has about 400 bytes
 
+REPORTING = frozenset({"mistral_ai", "groq", "openrouter", "cohere", "perplexity"})
+"""They report unasked, and some refuse what they do not know."""
+
+_ASKED_PATHS = ("/chat/completions", "/completions")
+_UNASKED_PATHS = ("/fim/completions", "/agents/completions")  # Mistral's
+
 _OPEN = re.compile(rb"(?:\xef\xbb\xbf)?[ \t\r\n]*+\{")
 _ASK = b'{"include_usage":true}'
 _EVENT_END = re.compile(rb"(?>\r\n|\r|\n)(?>\r\n|\r|\n)")
+
+
+def may_ask(reader: type[Reader], provider: str | None, target: str) -> bool:
+    """Whether calls of this place are OpenAI-shaped and state a stream's usage only when asked to."""
+    path = target.partition("?")[0].rstrip("/")
+    return (
+        issubclass(reader, ChatCompletions)
+        and provider not in REPORTING
+        and path.endswith(_ASKED_PATHS)
+        and not path.endswith(_UNASKED_PATHS)
+    )
 
 
 def with_usage_asked(body: bytes) -> bytes | None:

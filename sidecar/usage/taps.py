@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from sidecar.exchange import Usage, UsageState
 from sidecar.usage import RawHeaders, RequestTap
 from sidecar.usage.answers import AnswerTap
+from sidecar.usage.asking import UsageChunkFilter, may_ask, with_usage_asked
 from sidecar.usage.codings import BACKLOG_MAX_BYTES
 from sidecar.usage.own import Element
 from sidecar.usage.places import Pin, Place, Places
@@ -39,11 +40,13 @@ class UsageTaps:
     """Implements `sidecar.usage.Taps`.
 
     `estimate`: rough numbers where there are none. `stored_once`: stored answers and batch results count, once an id
-    (see `stored`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
-    that may wait for decoding, the side buffer of a call.
+    (see `stored`). `ask_for_usage`: offer to (see `asking`). `body_fields`: members of requests that somebody will
+    ask for. `backlog_max_bytes`: coded bytes that may wait for decoding, the side buffer of a call.
     """
 
-    __slots__ = ("anomaly", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places")
+    __slots__ = (
+        "anomaly", "ask_for_usage", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -53,6 +56,7 @@ class UsageTaps:
         elements: Sequence[Element] = (),
         estimate: bool = False,
         stored_once: bool = False,
+        ask_for_usage: bool = False,
         body_fields: Sequence[str] = (),
         backlog_max_bytes: int = BACKLOG_MAX_BYTES,
         clock_ns: Callable[[], int] = _no_clock,
@@ -62,6 +66,7 @@ class UsageTaps:
         self.anomaly = anomaly
         self.clock_ns = clock_ns
         self.estimate = estimate
+        self.ask_for_usage = ask_for_usage
         self.body_fields = tuple(body_fields)
         self.counted = CountedIds() if stored_once else None
         self.backlog_max_bytes = backlog_max_bytes
@@ -74,7 +79,10 @@ class UsageTaps:
                 if not self.body_fields:
                     return None
                 place = NOWHERE
-            return RequestReadingTap(self, place, headers, self.clock_ns())
+            tap = RequestReadingTap(self, place, headers, self.clock_ns())
+            if self.ask_for_usage and place.row is not None:
+                tap.may_ask = may_ask(place.row.reader, place.provider, target)
+            return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
             return None
@@ -89,6 +97,17 @@ class UsageTaps:
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
+
+    def answer_filter(self, status: int, headers: RawHeaders) -> UsageChunkFilter | None:
+        """Takes the extra chunk out of a stream; where that cannot be done, it stays, and is counted."""
+        fields = self.places.heads.pick(headers)
+        if status != 200 or not fields.get("content-type", "").lower().startswith("text/event-stream"):
+            return None
+        plain = fields.get("content-encoding", "").lower() in ("", "identity")
+        if plain and not any(name.lower() == b"content-length" for name, _ in headers):
+            return UsageChunkFilter()
+        self.anomaly("usage_chunk_left")
+        return None
 
     def socket(self, target: str) -> Session | None:
         """The reader of a WebSocket's messages; None where they are nobody's."""
@@ -115,12 +134,13 @@ class UsageTaps:
 class RequestReadingTap:
     """Implements `sidecar.usage.RequestTap`."""
 
-    __slots__ = ("_headers", "_taps", "body", "opened_ns", "place")
+    __slots__ = ("_headers", "_taps", "body", "may_ask", "opened_ns", "place")
 
     def __init__(self, taps: UsageTaps, place: Place, headers: RawHeaders, opened_ns: int) -> None:
         self._taps = taps
         self._headers: RawHeaders | None = headers
         self.place = place
+        self.may_ask = False
         self.opened_ns = opened_ns
         self.body = RequestReading(taps.body_fields)
 
@@ -145,6 +165,14 @@ class RequestReadingTap:
             self._taps.anomaly("tap_failed")
             return None
         return str(value) if type(value) in (str, int) and value != "" else None
+
+    def with_usage_asked(self, body: bytes) -> bytes | None:
+        """The whole body with usage asked for; None where it is to stay as it is."""
+        try:
+            return with_usage_asked(body)
+        except Exception:  # noqa: BLE001 - see above
+            self._taps.anomaly("tap_failed")
+            return None
 
     def unanswered(self) -> Usage | None:
         """For a call that got no answer: a model call about which nothing is known but what was asked."""

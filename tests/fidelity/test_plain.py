@@ -500,10 +500,17 @@ async def test_the_meter_id_is_told_where_wanted() -> None:
         assert field_of(head, b"X-Meter-Id") == hop.recorder.records[0].id.encode()
 
 
+@pytest.mark.parametrize("asks", [False, True])
 @on_both_loops
-async def test_a_tap_that_raises_is_not_felt() -> None:
+async def test_a_tap_that_raises_is_not_felt(asks: bool) -> None:
     class Bad:
         waiting = True
+
+        @property
+        def may_ask(self) -> bool:
+            if asks:
+                return True
+            raise RuntimeError("tap")
 
         def request(self, *args: object) -> Bad:
             return self
@@ -515,6 +522,15 @@ async def test_a_tap_that_raises_is_not_felt() -> None:
             raise RuntimeError("tap")
 
         def finish(self, whole: bool) -> None:
+            raise RuntimeError("tap")
+
+        def with_usage_asked(self, body: bytes) -> bytes:
+            raise RuntimeError("tap")
+
+        def unanswered(self) -> None:
+            raise RuntimeError("tap")
+
+        def websocket(self, *args: object) -> None:
             raise RuntimeError("tap")
 
     async with RawUpstream(answering(reply(b"fine"))) as upstream, Hop(upstream.url) as hop:
