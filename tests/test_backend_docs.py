@@ -1,4 +1,4 @@
-"""The page on backends keeps up: every backend has its section, and the settings in it can be loaded."""
+"""What is written on backends keeps up: each has its sections, and the settings in the README's can be loaded."""
 
 from __future__ import annotations
 
@@ -8,19 +8,23 @@ from pathlib import Path
 
 import pytest
 
+from sidecar import demo, receiver
 from sidecar.backends import BACKENDS, Context, backend_settings
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import read_meters
 from sidecar.settings import load
 
 DOCS = Path(__file__).parent.parent / "docs"
-SECTIONS = dict(
-    re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "backends.md").read_text(), re.DOTALL | re.MULTILINE)
-)
+README = (DOCS.parent / "README.md").read_text()
+(CHAPTER,) = re.findall(r"^## Backends\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+SECTIONS = dict(re.findall(r"^### (\w+)\n(.*?)(?=^### |\Z)", CHAPTER, re.DOTALL | re.MULTILINE))
+PAGE = dict(re.findall(r"^## (\w+)\n(.*?)(?=^## |\Z)", (DOCS / "backends.md").read_text(), re.DOTALL | re.MULTILINE))
 
 
-def test_every_backend_has_a_section_and_none_is_made_up() -> None:
-    assert set(SECTIONS) == set(BACKENDS)
+def test_every_backend_has_its_sections_and_none_is_made_up() -> None:
+    assert list(SECTIONS) == list(BACKENDS)
+    assert list(PAGE) == list(BACKENDS)
+    assert all(len(text.strip()) > 100 for text in PAGE.values())
 
 
 @pytest.mark.parametrize("name", list(BACKENDS))
@@ -35,6 +39,16 @@ async def test_the_settings_of_a_section_make_that_backend(name: str, tmp_path: 
     backend = BACKENDS[name].make(settings.backend(name), context)
     assert backend.name == name
     await backend.aclose()
+
+
+def test_every_backend_on_the_network_has_gone_all_the_steps() -> None:
+    """Each has a place at the receiver and in the demo; the file names that the page speaks of are there."""
+    on_the_network = set(BACKENDS) - {"ledger", "file"}
+    assert set(demo.BACKENDS) == on_the_network
+    assert set(receiver.backends()) == on_the_network
+    page = (DOCS / "adding-a-backend.md").read_text()
+    for name in re.findall(r"`((?:sidecar|tests|docs)/[\w/.-]+)`", page):
+        assert (DOCS.parent / name).exists(), name
 
 
 def test_the_toml_of_the_page_is_right() -> None:
