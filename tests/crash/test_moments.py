@@ -11,7 +11,7 @@ import sqlite3
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -320,7 +320,7 @@ async def test_a_miscounted_row_makes_balance_exit_1(tmp_path):
 
 async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tmp_path):
     """`spool verify` reads every row; the counters were kept one by one. After each step they say the same."""
-    async with tiny_upstream() as upstream, watching() as (receiver, url):
+    async with tiny_upstream() as upstream, watching() as (receiver, url), AsyncExitStack() as stack:
         hooks = {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_METER_URL": f"{url}/meter"}
         whole = Whole(tmp_path / "data", upstream, **SETTINGS, **hooks, SIDECAR_BACKENDS="ledger,webhook")
         total = 0
@@ -340,6 +340,7 @@ async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tm
             return dict(balance["backends"])
 
         whole.env["SIDECAR_WORKERS"] = "4"
+        stack.push_async_callback(whole.kill)
         await whole.start()
         receiver.poison_one("webhook")
         await some_calls(40)
@@ -369,29 +370,34 @@ async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tm
 
 
 async def test_from_four_workers_to_one_under_load(tmp_path):
-    async with tiny_upstream() as upstream:
-        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_WORKERS="4")
-        owed: dict[str, str] = {}
-        await whole.start()
-        for seed, workers in enumerate(("4", "1", "2")):
-            if workers != "4":
-                whole.env["SIDECAR_WORKERS"] = workers
-                await whole.start()
-            oracle = Oracle(lambda: whole.proxy_url, seed=seed, clients=6)
-            load = asyncio.create_task(oracle.run())
-            await until(lambda oracle=oracle: len(oracle.owed) >= 60)
-            if workers == "2":
-                oracle.stop()
-                await load
-                balance = await whole.settled()
-                records = await whole.records()
-                assert await whole.stop() == 0
-            else:
-                await whole.kill()
-                oracle.stop()
-                await load
-            owed |= oracle.owed
+    owed: dict[str, str] = {}
+    async with (
+        tiny_upstream() as upstream,
+        Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_WORKERS="4") as whole,
+    ):
+        for seed, workers in enumerate(("1", "2")):
+            owed |= await some_load(whole, seed, die=True)
+            whole.env["SIDECAR_WORKERS"] = workers
+            await whole.start()
+        owed |= await some_load(whole, 2, die=False)
+        balance = await whole.settled()
+        records = await whole.records()
+        assert await whole.stop() == 0
     judge(owed, records)
     assert balance["holds"], balance
     assert balance["backends"]["ledger"]["delivered"] == balance["recorded"] == len(records)
-    assert len({record["instance"] for record in records}) == 4
+    assert 1 < len({record["instance"] for record in records}) <= 4  # the kernel deals the connections out
+
+
+async def some_load(whole: Whole, seed: int, *, die: bool) -> dict[str, str]:
+    """Some sixty calls, and then perhaps death in the middle of them; what is owed."""
+    oracle = Oracle(lambda: whole.proxy_url, seed=seed, clients=6)
+    load = asyncio.create_task(oracle.run())
+    try:
+        await until(lambda: len(oracle.owed) >= 60 or load.done())
+        if die:
+            await whole.kill()
+    finally:
+        oracle.stop()
+        await load
+    return oracle.owed

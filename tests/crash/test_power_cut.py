@@ -169,6 +169,7 @@ async def test_the_whole_after_power_cuts(tmp_path, library, keep):
     receiver = Watching()
     url = await receiver.start()
     owed: dict[str, str] = {}
+    whole: Whole | None = None
     try:
         async with tiny_upstream() as upstream:
             whole = Whole(
@@ -207,6 +208,8 @@ async def test_the_whole_after_power_cuts(tmp_path, library, keep):
                 records = await whole.records()
                 assert await whole.stop() == 0
     finally:
+        if whole is not None and whole.process is not None:
+            await whole.kill()
         await receiver.aclose()
     judge(owed, records)
     assert balance["holds"], balance
