@@ -385,7 +385,8 @@ async def test_from_four_workers_to_one_under_load(tmp_path):
         assert await whole.stop() == 0
     judge(owed, records)
     assert balance["holds"], balance
-    assert balance["backends"]["ledger"]["delivered"] == balance["recorded"] == len(records)
+    ledger = balance["backends"]["ledger"]
+    assert ledger["delivered"] + ledger["duplicate"] == balance["recorded"] == len(records)
     assert 1 < len({record["instance"] for record in records}) <= 4  # the kernel deals the connections out
 
 
