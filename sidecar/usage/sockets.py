@@ -166,6 +166,8 @@ SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
     ("/realtime", Realtime, "openai"),
     ("/responses", ResponsesSocket, "openai"),
     (".BidiGenerateContent", GeminiLive, "gcp.gemini"),
+    (".BidiGenerateContentConstrained", GeminiLive, "gcp.gemini"),  # with a token made for one session
+    (".LlmBidiService/BidiGenerateContent", GeminiLive, "gcp.vertex_ai"),
 )
 """The end of the path, the reader, the provider; `openai` also where Azure stands behind, unless pinned."""
 

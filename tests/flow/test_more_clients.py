@@ -6,12 +6,13 @@ import asyncio
 import contextlib
 import importlib
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
 
 import pytest
-from rawhttp import Conversation, Hop, RawUpstream
+from rawhttp import Conversation, Hop, RawUpstream, until
 from usage_samples import Sample, differences, load
+from websockets.asyncio.server import ServerConnection, serve
 
 from sidecar.usage.taps import UsageTaps
 
@@ -233,3 +234,63 @@ async def test_the_client_reads_the_sample_as_it_does_directly(name: str, monkey
         expected = {key: value for key, value in sample.expected.items() if key not in OF_THE_REQUEST}
         assert not differences(exchange.usage, expected, sample.null_or_zero)
         assert exchange.usage.request_model is not None or name == "openai_moderations.json"
+
+
+async def realtime(url: str) -> list[Any]:
+    found = []
+    client = vendor("openai").AsyncOpenAI(api_key="k", websocket_base_url=f"{url}/v1", max_retries=0)
+    async with client, client.realtime.connect(model="gpt-realtime") as connection:
+        async for event in connection:
+            found.append(plain(event))
+    return found
+
+
+async def live(url: str) -> list[Any]:
+    genai, types = vendor("google.genai"), vendor("google.genai.types")
+    client = genai.Client(api_key="k", http_options=types.HttpOptions(base_url="http://none", api_version="v1beta"))
+    client._api_client._websocket_base_url = lambda *_: url  # it knows no other scheme than wss
+    client._api_client._websocket_ssl_ctx = {}
+    config = {"response_modalities": ["TEXT"]}
+    found = []
+    try:
+        async with client.aio.live.connect(model="gemini-live-2.5", config=config) as session:
+            for _ in SAMPLES["gemini_live.ws.jsonl"].body.splitlines():
+                found.append(plain(await session._receive()))
+    finally:
+        client.close()
+        await client.aio.aclose()
+    return found
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize(("name", "call"), [("openai_realtime.ws.jsonl", realtime), ("gemini_live.ws.jsonl", live)])
+async def test_the_client_reads_the_socket_as_it_does_directly(
+    name: str, call: Callable[[str], Awaitable[list[Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    sample = SAMPLES[name]
+    targets: list[str] = []
+
+    async def answer(socket: ServerConnection) -> None:
+        assert socket.request is not None
+        targets.append(socket.request.path)
+        if call is live:
+            assert b"setup" in (await socket.recv(decode=False))
+            await socket.send('{"setupComplete": {}}')
+        for line in sample.body.decode().splitlines():
+            await socket.send(line)
+
+    async with serve(answer, "127.0.0.1", 0) as server:
+        port = next(iter(server.sockets)).getsockname()[1]
+        async with Hop(f"http://127.0.0.1:{port}", taps=UsageTaps()) as hop:
+            direct = await call(f"ws://127.0.0.1:{port}")
+            through = await call(f"ws://127.0.0.1:{hop.port}")
+            await until(lambda: bool(hop.recorder.records) and hop.recorder.records[-1].parent_id is None)
+    assert direct == through
+    assert direct
+    assert {target.partition("?")[0].lstrip("/") for target in targets} == {sample.path.partition("?")[0].lstrip("/")}
+    assert sample.records is not None
+    for child, expected in zip(hop.recorder.records[:-1], sample.records, strict=True):
+        assert child.usage is not None
+        assert not differences(child.usage, {k: v for k, v in expected.items() if k not in OF_THE_REQUEST})
+        assert child.usage.request_model in ("gpt-realtime", "gemini-live-2.5", None)

@@ -173,6 +173,27 @@ def test_only_a_websocket_is_read():
     assert not is_websocket([])
 
 
+@pytest.mark.parametrize(
+    ("path", "provider"),
+    [
+        ("/ws/google.ai.generativelanguage.v1beta.GenerativeService.BidiGenerateContent?key=k", "gcp.gemini"),
+        ("/ws/google.ai.generativelanguage.v1alpha.GenerativeService.BidiGenerateContentConstrained", "gcp.gemini"),
+        ("/ws/google.cloud.aiplatform.v1beta1.LlmBidiService/BidiGenerateContent", "gcp.vertex_ai"),
+        ("/v1/realtime?model=gpt-realtime", "openai"),
+        ("/openai/realtime?deployment=d", "openai"),
+        ("/v1/responses", "openai"),
+    ],
+)
+def test_the_paths_of_the_clients(path, provider):
+    tap = UsageTaps().websocket(path, [(b"Upgrade", b"websocket")])
+    assert tap is not None
+    lines = (b'{"usageMetadata":{"totalTokenCount":1,"promptTokenCount":1}}',
+             b'{"type":"response.done","response":{"usage":{"input_tokens":1}}}',
+             b'{"type":"response.completed","response":{"usage":{"input_tokens":1}}}')  # fmt: skip
+    (usage,) = tap.from_server(b"".join(map(frame, lines)))
+    assert usage.provider == provider
+
+
 @given(st.binary(max_size=400), st.booleans(), st.booleans(), st.lists(st.integers(0, 400), max_size=3).map(tuple))
 @example(b"\xc1\x00", False, True, ())
 def test_fuzz_any_bytes_are_endured(data, masked, packed, cuts):
