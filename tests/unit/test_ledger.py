@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections import Counter
+from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
@@ -23,9 +24,10 @@ from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
 from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
 from sidecar.ledger.store import KEYS_KEPT_S
+from sidecar.meters.definition import read_meters
 from sidecar.meters.hourly import body_of, deltas, from_wire, read_amount, to_wire, write_amount
 from sidecar.record import Record
-from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry
+from sidecar.verdict import Blocked, Delivered, Duplicate, Event, Refused, Retry
 
 HOUR_NS = 3600 * 10**9
 
@@ -191,6 +193,7 @@ import sys
 from pathlib import Path
 from backend_fixtures import records
 from sidecar.ledger import LedgerStore
+from sidecar.meters.definition import read_meters
 from sidecar.meters.hourly import body_of, deltas
 store = LedgerStore(Path(sys.argv[1]))
 body = body_of(deltas(records(3)))
@@ -251,6 +254,70 @@ def test_reading_while_writing(path: Path) -> None:
 
 
 # Faults
+
+
+METERS = read_meters(
+    [
+        {"name": "calls", "aggregation": {"type": "COUNT"}},
+        {"name": "tokens", "aggregation": {"type": "SUM", "field": "total_tokens", "multiplier": "0.001"}},
+        {"name": "paid", "aggregation": {"type": "SUM", "field": "cost_usd", "bucket_size": "HOUR"}},
+        {"name": "longest", "aggregation": {"type": "MAX", "field": "duration_ms"}},
+        {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}},
+    ]
+)
+SUMS = METERS[:3]
+
+
+def said(reader: LedgerReader) -> list[object]:
+    """Every sum and running total that is not zero: what was taken back leaves a zero where nothing was."""
+    hours = [
+        (row.group, {name: value for name, value in asdict(row).items() if value not in (None, 0, "0")})
+        for row in reader.usage(["hour", "subscriber", "model", "status"])
+        if row.records
+    ]
+    totals = [(m.name, [r for r in reader.meter(m) if Decimal(r.value)]) for m in SUMS]
+    units = {k: {n: v for n, v in u.items() if Decimal(v)} for k, u in reader.units(["subscriber"]).items()}
+    return [hours, totals, {k: u for k, u in units.items() if u}]
+
+
+async def test_what_is_undone_was_never_there(tmp_path: Path) -> None:
+    batch = [r for r in odd_records() if r.started_at]
+    for gone in batch[:9]:
+        with_it, without = tmp_path / f"{gone.seq}.db", tmp_path / f"{gone.seq}-without.db"
+        backend = LedgerBackend(store=LedgerStore(with_it), meters=METERS)
+        other = LedgerBackend(store=LedgerStore(without), meters=METERS)
+        for sealed in backend.encode(batch).sealed:
+            assert set(await backend.send(sealed)) == {Delivered()}
+        for sealed in other.encode([r for r in batch if r is not gone]).sealed:
+            assert set(await other.send(sealed)) == {Delivered()}
+        undone = await backend.cancel(Event(gone.id, gone.id), gone)
+        assert undone.verdict == Delivered()
+        assert all(text.endswith("keeps it") for text in undone.left)
+        assert said(LedgerReader(with_it)) == said(LedgerReader(without)), gone
+        assert (await backend.cancel(Event(gone.id, gone.id), gone)).verdict == Duplicate(), "once, however often"
+        assert said(LedgerReader(with_it)) == said(LedgerReader(without))
+        await backend.aclose()
+        await other.aclose()
+
+
+async def test_what_cannot_be_undone_is_left_and_said(path: Path) -> None:
+    here, never = record(1), record(2, subscriber=Subscriber("nobody-yet", "jwt:sub"))
+    backend = LedgerBackend(store=LedgerStore(path), meters=METERS)
+    (sealed,) = backend.encode([here]).sealed
+    await backend.send(sealed)
+    assert (await backend.cancel(Event(never.id, never.id), never)).verdict == Refused("not_in_ledger")
+    assert (await backend.cancel(Event(here.id, here.id), None)).verdict == Refused("record_gone")
+    await backend.aclose()
+    changed = read_meters([{"name": "calls", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}])
+    later = LedgerBackend(store=LedgerStore(path), meters=changed)
+    (sealed,) = later.encode([record(3)]).sealed
+    await later.send(sealed)
+    undone = await later.cancel(Event(here.id, here.id), here)
+    assert undone.verdict == Delivered()
+    assert ["defined otherwise" in text for text in undone.left] == [True]
+    assert [row.value for row in LedgerReader(path).meter(changed[0])] == ["1"]
+    assert LedgerReader(path).usage()[0].records == 1
+    await later.aclose()
 
 
 def test_a_ledger_that_is_not_there_says_so(path: Path) -> None:

@@ -277,7 +277,7 @@ class DeliveryState:
                 shift = Shift(parked=-len(reasons), pending=going[seq])
                 term = books.shift(step.cursor, seq, shift, was=Term.PARKED, reason=min(reasons), skip=skip)
                 if term is Term.SKIPPED:
-                    self._insert_skipped(conn, step.cursor, skip, [seq])
+                    self._pass_over(conn, books, step.cursor, seq, skip)
             self._has_parts = True
             books.close()
         return ids
@@ -312,7 +312,7 @@ class DeliveryState:
             )
             books = Books(conn)
             if books.shift(cursor, one.member.seq, shift, was=was, skip=one.skip) is Term.SKIPPED:
-                self._insert_skipped(conn, cursor, one.skip, [one.member.seq])
+                self._pass_over(conn, books, cursor, one.member.seq, one.skip)
             books.close()
         return True
 
@@ -577,6 +577,14 @@ class DeliveryState:
         left = conn.execute("SELECT EXISTS(SELECT 1 FROM parked WHERE request = ?)", (parked.request,)).fetchone()
         if not left[0]:
             conn.execute("DELETE FROM payload WHERE request = ?", (parked.request,))
+
+    def _pass_over(self, conn: sqlite3.Connection, books: Books, cursor: int, seq: int, reason: str) -> None:
+        """A record that had events has none any more. Behind the border of `fold` only sums are kept."""
+        (folded,) = conn.execute("SELECT folded_seq FROM cursor WHERE id = ?", (cursor,)).fetchone()
+        if seq <= folded:
+            books.fold(cursor, Term.SKIPPED, reason)
+        else:
+            self._insert_skipped(conn, cursor, reason, [seq])
 
     def _insert_skipped(self, conn: sqlite3.Connection, cursor: int, reason: str, seqs: Sequence[int]) -> None:
         conn.execute(

@@ -36,6 +36,10 @@ class Books:
         if count:
             self.changes[(cursor, 0, term.value, reason)] += count
 
+    def fold(self, cursor: int, term: Term, reason: str) -> None:
+        """A record that keeps no row of its own: it is counted among the folded ones."""
+        self.changes[(cursor, 1, term.value, reason)] += 1
+
     def enter(self, cursor: int, seq: int, events: int) -> None:
         """A record is sealed into so many events."""
         self.add(cursor, Term.OPEN, 1)
