@@ -1,0 +1,274 @@
+"""What the parts of one call cost, in one process and without sockets: `python tests/bench/inner.py [word …]`.
+
+The real client, call, answer and upstream connection run over transports in memory, with and without what meters. Each
+part is timed apart as well. For every part: CPU microseconds of the quickest block of calls (the least disturbed one),
+and how many bytecodes and functions it runs, which no busy machine can falsify. The whole call costs more than the sum of
+its parts: caches and branch predictors hold one part but not all, so what counts is how much is run, not which. In a
+running process, with the kernel between, it is more again. Nothing here is a test: no figure is asserted.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import uvloop
+
+HERE = Path(__file__).parent
+sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
+
+import peers  # noqa: E402
+import streams  # noqa: E402
+
+from sidecar import parts  # noqa: E402
+from sidecar.backends import backend_settings  # noqa: E402
+from sidecar.exchange import Exchange, Outcome, Release, Usage  # noqa: E402
+from sidecar.metrics import Metrics  # noqa: E402
+from sidecar.proxy.aiohttp_internals import Server  # noqa: E402
+from sidecar.proxy.client import Client  # noqa: E402
+from sidecar.proxy.headers import HeaderRules  # noqa: E402
+from sidecar.proxy.hop import Hop  # noqa: E402
+from sidecar.proxy.proxy import Clients  # noqa: E402
+from sidecar.proxy.rules import UpstreamAddress  # noqa: E402
+from sidecar.proxy.upstream import Upstream, UpstreamConnection  # noqa: E402
+from sidecar.record import encode  # noqa: E402
+from sidecar.recorder import SpoolRecorder  # noqa: E402
+from sidecar.routes import Routes  # noqa: E402
+from sidecar.settings import load  # noqa: E402
+from sidecar.spool import Batch, Health, Spool, Tally  # noqa: E402
+from sidecar.usage.table import known_routes  # noqa: E402
+
+BLOCKS = 60
+CALLS = 100  # in a block
+CHUNKS = 2_000  # of a stream
+
+PATH = "/v1/chat/completions"
+UPSTREAM = "http://127.0.0.1:9001"
+BODY = json.dumps({"model": "gpt-5-mini", "messages": [{"role": "user", "content": "x" * 180}]}).encode()
+FIELDS = [
+    (b"Host", b"127.0.0.1:9000"),
+    (b"Content-Type", b"application/json"),
+    (b"Authorization", b"Bearer sk-bench"),
+    (b"Content-Length", b"%d" % len(BODY)),
+]
+
+
+def head(first: bytes, fields: list[tuple[bytes, bytes]]) -> bytes:
+    return first + b"\r\n" + b"".join(b"%b: %b\r\n" % field for field in fields) + b"\r\n"
+
+
+REQUEST = head(b"POST /v1/chat/completions HTTP/1.1", FIELDS) + BODY
+STREAM_REQUEST = (
+    head(b"POST /v1/chat/completions HTTP/1.1", [*FIELDS[:-1], (b"Content-Length", b"%d" % len(streams.BODY))])
+    + streams.BODY
+)
+DOCUMENT = json.dumps(peers.chat_answer()).encode()
+ANSWER_FIELDS = [
+    (b"Server", b"nginx/1.22.1"),
+    (b"Date", b"Tue, 03 Mar 2026 10:00:00 GMT"),
+    (b"Content-Type", b"application/json"),
+    (b"Content-Length", b"%d" % len(DOCUMENT)),
+    (b"Connection", b"keep-alive"),
+]
+ANSWER = head(b"HTTP/1.1 200 OK", ANSWER_FIELDS) + DOCUMENT
+
+
+class Transport(asyncio.Transport):
+    """Takes what is written and throws it away."""
+
+    def __init__(self) -> None:
+        super().__init__({"peername": ("127.0.0.1", 40000)})
+        self.written = 0
+
+    def write(self, data: Any) -> None:
+        self.written += len(data)
+
+    def is_closing(self) -> bool:
+        return False
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self) -> None: ...
+    def close(self) -> None: ...
+    def abort(self) -> None: ...
+
+    def can_write_eof(self) -> bool:
+        return False
+
+
+class NoRecorder:
+    def admit(self, exchange: Exchange) -> bool:
+        exchange.id = "0" * 36
+        return True
+
+    def complete(self, exchange: Exchange, release: Release | None) -> bool:
+        return True
+
+
+class NoTaps:
+    def request(self, method: str, target: str, headers: object) -> None: ...
+
+
+class Memory:
+    """A spool whose disk is never waited for."""
+
+    def __init__(self) -> None:
+        self.tally, self.instance, self.next_seq = Tally(), "a", 1
+
+    def submit(self, batch: Batch) -> None:
+        cast(Any, batch.done)(batch)
+
+    def health(self) -> Health:
+        return Health()
+
+
+class Wires:
+    """One client and one upstream connection of a real proxy, with nothing at their ends."""
+
+    def __init__(self, *, metered: bool) -> None:
+        loop = asyncio.get_running_loop()
+        settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
+        rules, self.metrics = parts.rules(settings), Metrics()
+        upstream = Upstream(
+            loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
+            connect_timeout_s=1, keepalive_s=1e9,
+        )  # fmt: skip
+        self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
+        self.attribute = parts.attributor(settings, b"k" * 32)
+        self.route = Routes([], known_routes()).match
+        self.taps = parts.usage_taps(settings, self.metrics.usage_anomaly)
+        hop = Hop(
+            rules=rules, headers=HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url)), upstream=upstream,
+            recorder=self.recorder if metered else NoRecorder(),
+            taps=self.taps if metered else cast(Any, NoTaps()),
+            attribute=self.attribute if metered else lambda headers, target, ip: (None, {}),
+            route=self.route if metered else lambda method, path: None,
+            metrics=self.metrics, loop=loop, now=loop.time(),
+        )  # fmt: skip
+        clients = Clients(9, self.metrics)
+        self.client = Client(Server(lambda server: Client(server, hop, clients), loop), hop, clients)
+        self.client.connection_made(Transport())
+        self.connection = UpstreamConnection(upstream, loop)
+        self.connection.connection_made(Transport())
+        upstream.keep(self.connection)
+
+    def call(self) -> None:
+        self.client.data_received(REQUEST)
+        self.connection.data_received(ANSWER)
+
+    def tap(self) -> Usage | None:
+        request = self.taps.request("POST", PATH, FIELDS)
+        assert request is not None
+        request.feed(BODY)
+        answer = self.taps.response(request, 200, ANSWER_FIELDS)
+        assert answer is not None
+        answer.feed(DOCUMENT)
+        return answer.finish(True)
+
+    def finished(self) -> Exchange:
+        """An exchange as it reaches the recorder."""
+        subscriber, dimensions = self.attribute(FIELDS, PATH, None)
+        return Exchange(
+            method="POST", url=UPSTREAM + PATH, route=PATH, client_ip="127.0.0.1",
+            request_headers=[name.decode() for name, _ in FIELDS], subscriber=subscriber, dimensions=dimensions,
+            id="0190a5e2-0000-7000-8000-0123456789ab", started_ns=time.time_ns(), first_byte_ms=1.5, duration_ms=2.5,
+            status=200, outcome=Outcome.COMPLETE, response_headers=[name.decode() for name, _ in ANSWER_FIELDS],
+            request_bytes=len(BODY), response_bytes=len(DOCUMENT), usage=self.tap(),
+        )  # fmt: skip
+
+    def record(self, exchange: Exchange) -> None:
+        self.recorder.admit(exchange)
+        self.recorder.complete(exchange, None)
+
+
+def counted(run: Callable[[], object]) -> str:
+    """Bytecodes executed, Python functions and C functions called."""
+    bytecodes = python = c = 0
+
+    def trace(frame: Any, event: str, argument: object) -> object:
+        nonlocal bytecodes
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        bytecodes += event == "opcode"
+        return trace
+
+    def profile(frame: object, event: str, argument: object) -> None:
+        nonlocal python, c
+        python += event == "call"
+        c += event == "c_call"
+
+    sys.settrace(trace)
+    sys.setprofile(profile)
+    run()
+    sys.setprofile(None)
+    sys.settrace(None)
+    return f"{bytecodes:7} {python - 1:6} {c - 1:6}"
+
+
+async def part(name: str, run: Callable[[], object], each: int = 1) -> None:
+    if not wanted(name):
+        return
+    best = float("inf")
+    for _ in range(BLOCKS):
+        before = time.thread_time_ns()
+        for _ in range(CALLS):
+            run()
+        best = min(best, time.thread_time_ns() - before)
+        await asyncio.sleep(0)
+    print(f"{name:24}{best / CALLS / each / 1e3:8.2f} µs   {counted(run) if each == 1 else ''}", flush=True)
+
+
+async def chunks(name: str, *, metered: bool, cut: bool) -> None:
+    """A relayed chunk of a stream. `cut`: its framing does not end where the read does, as on a busy network."""
+    if not wanted(name):
+        return
+    pieces = [streams.chunked(streams.event(number)) for number in range(CHUNKS)]
+    if cut:
+        whole = b"".join(pieces)
+        size = len(pieces[0]) + 1
+        pieces = [whole[at : at + size] for at in range(0, len(whole), size)]
+    best = float("inf")
+    seen = ""
+    for _ in range(BLOCKS // 4):
+        wires = Wires(metered=metered)
+        wires.client.data_received(STREAM_REQUEST)
+        data_received = wires.connection.data_received
+        data_received(streams.HEAD)
+        data_received(pieces[0])
+        seen = counted(lambda: data_received(pieces[1]))  # noqa: B023 - called at once
+        before = time.thread_time_ns()
+        for piece in pieces[2:]:
+            data_received(piece)
+        best = min(best, time.thread_time_ns() - before)
+        data_received(streams.chunked(streams.LAST) + b"0\r\n\r\n")
+        await asyncio.sleep(0)
+    print(f"{name:24}{best / len(pieces) / 1e3:8.2f} µs   {seen}", flush=True)
+
+
+def wanted(name: str) -> bool:
+    return len(sys.argv) < 2 or any(word in name for word in sys.argv[1:])
+
+
+async def main() -> None:
+    parts.calm_collector()
+    plain, metered = Wires(metered=False), Wires(metered=True)
+    exchange = metered.finished()
+    print(f"{'':24}{'CPU':>11}   bytecodes, functions: Python, C")
+    await part("taps", metered.tap)
+    await part("encode", lambda: encode(exchange, seq=1, instance="a"))
+    await part("record", lambda: metered.record(exchange))
+    await part("call_ended", lambda: metered.metrics.call_ended(exchange))
+    await part("attribution", lambda: metered.attribute(FIELDS, PATH, "127.0.0.1"))
+    await part("route", lambda: metered.route("POST", PATH))
+    await part("hop alone", plain.call)
+    await part("call, metered", metered.call)
+    await chunks("chunk alone", metered=False, cut=False)
+    await chunks("chunk, metered", metered=True, cut=False)
+    await chunks("chunk, metered, cut", metered=True, cut=True)
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
