@@ -100,7 +100,8 @@ class ReveniumBackend:
             dedup=self._mode.dedup,
             dedup_window_s=self._mode.dedup_window_s,
             concurrency=CONCURRENCY,
-            resend_unknown=resend_unknown,
+            # With a key the window decides: beyond it a repeat would be a double, and nobody asked for that.
+            resend_unknown=resend_unknown and self._mode.dedup is Dedup.NONE,
         )
         self.address = base_address(url or self._mode.host)
         self._is_given = url is not None

@@ -24,7 +24,7 @@ from backend_fixtures import (
     usage,
 )
 
-from sidecar.backends import BACKENDS, Context, native
+from sidecar.backends import BACKENDS, Context, backend_settings, native
 from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
@@ -37,7 +37,8 @@ from sidecar.backends.stripe_reports import Complaint, ReportError, read_report
 from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.meters.definition import DEFAULT_METERS, read_meters
 from sidecar.receiver import Receiver, Terms
-from sidecar.verdict import Blocked, Delivered, Duplicate, Encoded, Event, Refused, Retry, Undone, Unknown
+from sidecar.settings import load
+from sidecar.verdict import Blocked, Dedup, Delivered, Duplicate, Encoded, Event, Refused, Retry, Undone, Unknown
 
 NOBODY = record(1, subscriber=None)
 HASHED = record(2, subscriber=Subscriber("key_" + "0f" * 16, "header:x-api-key"))
@@ -78,6 +79,22 @@ def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
 
 
 # Revenium
+
+
+@pytest.mark.parametrize("mode", ["meter", "event", "rate", "ingest", "events", "completions"])
+def test_revenium_sends_unknown_ones_again_only_where_told_and_only_without_a_key(mode: str, tmp_path: Path) -> None:
+    def made(**said: str) -> ReveniumBackend:
+        environ = {
+            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_BACKENDS": "revenium", "SIDECAR_REVENIUM_API_KEY": "k",
+            "SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "s", **said,
+        }  # fmt: skip
+        values = load(environ, backend_settings=backend_settings()).backend("revenium")
+        return ReveniumBackend.from_settings(values, Context(data_dir=tmp_path))
+
+    assert not made().abilities.resend_unknown
+    assert not made(SIDECAR_REVENIUM_ON_UNKNOWN="park").abilities.resend_unknown
+    told = made(SIDECAR_REVENIUM_ON_UNKNOWN="resend").abilities
+    assert told.resend_unknown == (told.dedup is Dedup.NONE) == (mode not in ("events", "completions"))
 
 
 def test_revenium_event_halves_are_joined_and_timed() -> None:
