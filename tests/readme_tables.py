@@ -9,6 +9,7 @@ from pathlib import Path
 from sidecar.backends import BACKENDS, backend_settings
 from sidecar.metrics import FAMILIES
 from sidecar.settings import Setting, core_settings
+from sidecar.usage import sockets
 from sidecar.usage.table import render
 
 TOML_ONLY = """\
@@ -47,7 +48,7 @@ def _table(settings: Iterable[tuple[str | None, Setting]]) -> str:
 
 
 def usage_table() -> str:
-    return render().rstrip()
+    return (render() + sockets.render()).rstrip()
 
 
 TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "usage": usage_table, "metrics": metrics_table}

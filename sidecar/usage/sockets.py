@@ -36,6 +36,8 @@ class Session(Protocol):
 class _Session:
     __slots__ = ("_anomaly", "model", "provider", "request_model")
 
+    api: str = ""  # for the README, as is the next
+    where: str = ""
     client_signs: tuple[bytes, ...] = ()
     server_signs: tuple[bytes, ...] = ()
 
@@ -87,6 +89,8 @@ class Realtime(_Session):
 
     __slots__ = ()
 
+    api = "OpenAI realtime"
+    where = "`.response.usage` of each `response.done`, `usage` of each finished input transcription"
     client_signs = (b"session.update",)
     server_signs = (b"response.done", b"input_audio_transcription.completed", b"session.created", b"session.updated")
 
@@ -128,6 +132,8 @@ class ResponsesSocket(_Session):
 
     __slots__ = ()
 
+    api = "OpenAI responses over a WebSocket"
+    where = "`.response.usage` of each terminal event"
     client_signs = (b"response.create",)
     server_signs = tuple(kind.encode() for kind in TERMINAL)
 
@@ -145,6 +151,8 @@ class GeminiLive(_Session):
 
     __slots__ = ()
 
+    api = "Gemini Live"
+    where = "`usageMetadata` of each message that has it"
     client_signs = (b'"setup"',)
     server_signs = (b"usageMetadata",)
 
@@ -179,6 +187,15 @@ def session(target: str, provider: str | None, anomaly: Callable[[str], None]) -
         if path.endswith(end):
             return reader(target, provider or default, anomaly)
     return None
+
+
+def render() -> str:
+    """The rows of the README's table: each message with usage is a record of its own, whatever ends the socket."""
+    rows = []
+    for reader in dict.fromkeys(reader for _, reader, _ in SESSIONS):
+        ends = ", ".join(f"`…{end}`" for end, known, _ in SESSIONS if known is reader)
+        rows.append(f"| {reader.api} | {ends} (WebSocket) | {reader.where} | each message is a record |")
+    return "\n".join(rows) + "\n"
 
 
 def model_of_query(target: str) -> str | None:
