@@ -64,6 +64,7 @@ async def serving(
 ) -> AsyncIterator[Traffic]:
     """Open a slot and the hop behind it. Leaving is the drain: no new calls, open ones finish within
     `SIDECAR_STOP_S`, what they left is committed, the slot is let go. Raises the parts' own errors."""
+    parts.raise_file_limit(settings.connections)
     async with AsyncExitStack() as stack:
         spool = Spool.open(settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq)
         await stack.enter_async_context(spool)

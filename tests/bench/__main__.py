@@ -11,6 +11,7 @@ import argparse
 import json
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -92,6 +93,7 @@ def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) 
 
 def main() -> None:
     arguments = _arguments()
+    _allow_files()
     raw: dict[str, object] = {"at": time.time(), "machine": platform.platform(), "python": platform.python_version()}
     makers: dict[str, Callable[[Path, int], p.Peer]] = {
         "nginx": p.nginx, "haproxy": p.haproxy, "envoy": p.envoy, "litellm": p.litellm,
@@ -182,6 +184,17 @@ def _streams(
                 rows.append({"peer": peer.name} | found)
         print("\n" + table.text("Envoy"), flush=True)
     return rows
+
+
+def _allow_files() -> None:
+    """Descriptors for all open streams, here and in every child; root may go beyond the hard limit."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    for top in (65_536, hard):
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (top, max(top, hard)))
+            return
+        except (ValueError, OSError):
+            continue
 
 
 def _arguments() -> argparse.Namespace:
