@@ -85,8 +85,8 @@ def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
 def test_revenium_sends_unknown_ones_again_only_where_told_and_only_without_a_key(mode: str, tmp_path: Path) -> None:
     def made(**said: str) -> ReveniumBackend:
         environ = {
-            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_BACKENDS": "revenium", "SIDECAR_REVENIUM_API_KEY": "k",
-            "SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "s", **said,
+            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_BACKENDS": "revenium",
+            "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "s", **said,
         }  # fmt: skip
         values = load(environ, backend_settings=backend_settings()).backend("revenium")
         return ReveniumBackend.from_settings(values, Context(data_dir=tmp_path))
