@@ -14,15 +14,17 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import sidecar
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, render, table
 from sidecar.cli.shared import NO, OK, WRONG, add_data_dir, add_format, serving_settings
 from sidecar.settings import Effective, Settings, SettingsError
 
 if TYPE_CHECKING:
     from sidecar.cli.connect import Tried
+
+WIDE_CHARS: Final = 10_000  # more than any detail has
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +94,8 @@ def _print(
     for remark in remarks:
         print(f"note: {remark}")
     if tried:
-        print("\n" + render(tried, ("what", "result", "detail"), Format.TABLE), end="")
+        # What is to be done about it stands at the end of a detail: no terminal is too narrow for that.
+        print("\n" + table(tried, ("what", "result", "detail"), width=WIDE_CHARS), end="")
     print(f"\n{versions()}")
 
 
