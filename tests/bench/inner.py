@@ -2,9 +2,9 @@
 
 The real client, call, answer and upstream connection run over transports in memory, with and without what meters. Each
 part is timed apart as well. For every part: CPU microseconds of the quickest block of calls (the least disturbed one),
-and how many bytecodes and functions it runs, which no busy machine can falsify. The whole call costs more than the sum of
-its parts: caches and branch predictors hold one part but not all, so what counts is how much is run, not which. In a
-running process, with the kernel between, it is more again. Nothing here is a test: no figure is asserted.
+and how many bytecodes and functions it runs, which no busy machine can falsify. The whole call costs more than the sum
+of its parts: caches and branch predictors hold one part but not all, so what counts is how much is run, not which.
+In a running process, with the kernel between, it is more again. Nothing here is a test: no figure is asserted.
 """
 
 from __future__ import annotations
