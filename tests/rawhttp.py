@@ -297,6 +297,8 @@ class _FrameRequestTap:
 class _FrameResponseTap:
     """Usage is `<usage>`, the end mark is `<end>`; both in one piece each."""
 
+    behind = False
+
     def __init__(self) -> None:
         self.size = 0
         self.usage_seen = False

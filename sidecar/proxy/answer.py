@@ -245,6 +245,11 @@ class Answer:
         if piece:
             self.out.append(b"%x\r\n%b\r\n" % (len(piece), piece) if self._chunked else piece)
 
+    def catch_up(self) -> None:
+        """Let the reader go on in what it holds."""
+        if self.tap is not None:
+            self._show(self.tap, b"")
+
     def _finish(self) -> None:
         self.done = True
         if self.filter is not None and not self.mute:

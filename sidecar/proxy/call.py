@@ -339,8 +339,8 @@ class Call(Ending):
                 connection.discard()
         self.deadline = NEVER
         if self._draining:
-            self._record(Outcome.CLIENT_LEFT, whole=True)
-            self._end()
+            self._holding = True
+            self._catch_up()
             return
         if not self._recorded:
             self._complete()

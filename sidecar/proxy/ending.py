@@ -67,10 +67,36 @@ class Ending:
     def _complete(self) -> None:
         """Record a call that the client has had, or is about to have, in full."""
         self._holding = True
-        if self._record(Outcome.COMPLETE, whole=True, release=self._release):
+        if self._is_behind():
+            self._hop.loop.call_soon(self._catch_up)
+        elif self._record(Outcome.COMPLETE, whole=True, release=self._release):
             self._holding = False
-        elif self.connection is not None:
+            return
+        if self.connection is not None:
             self.connection.pause(True)  # what follows an end mark waits outside
+
+    def _is_behind(self) -> bool:
+        """Whether the reader holds coded bytes that it has not looked into yet."""
+        answer = self.answer
+        try:
+            return answer is not None and answer.tap is not None and answer.tap.behind
+        except Exception:
+            log.exception("the response tap failed")
+            return False
+
+    def _catch_up(self) -> None:
+        """Let the reader catch up a step a turn, so that no other call waits for this one's sixty megabytes; then
+        record."""
+        answer = self.answer
+        if self._recorded or self._over or answer is None:
+            return
+        answer.catch_up()
+        if self._is_behind():
+            self._hop.loop.call_soon(self._catch_up)
+            return
+        outcome = Outcome.COMPLETE if self.client is not None else Outcome.CLIENT_LEFT
+        if self._record(outcome, whole=True, release=self._release):
+            self._release(True)
 
     def _release(self, send: bool) -> None:
         """The record is on disk, or it is decided that the answer goes without, or not at all."""
@@ -202,6 +228,8 @@ class Ending:
                 connection.finish()
             self._record(Outcome.COMPLETE if error is None else Outcome.CLIENT_LEFT, whole=error is None)
             self._end()
+        elif self._holding:
+            return  # the answer is whole: `_catch_up` will end the call
         elif self._may_drain():
             self._draining = True
             self._hop.drains += 1

@@ -46,6 +46,11 @@ class ResponseTap(Protocol):
         """Whether reading on could still bring the final usage (for SIDECAR_ON_DISCONNECT=drain)."""
         ...
 
+    @property
+    def behind(self) -> bool:
+        """Whether coded bytes wait to be looked into: `feed(b"")` works off another step, `finish` all of them."""
+        ...
+
     def feed(self, piece: bytes) -> bool:
         """Take a copy of one piece; True when the stream's own end mark ended within this piece."""
         ...
