@@ -15,7 +15,7 @@ from sidecar.exchange import Usage, UsageState
 from sidecar.usage.batches import BatchFile
 from sidecar.usage.bedrock import Converse, Invoke
 from sidecar.usage.codings import Codings, Unreadable, decoder
-from sidecar.usage.documents import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument
+from sidecar.usage.documents import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument, read_whole
 from sidecar.usage.estimate import estimate
 from sidecar.usage.frames import EventStream
 from sidecar.usage.framing import Framing, JsonLines, ServerSentEvents
@@ -251,19 +251,21 @@ class AnswerTap:
     # What comes of it.
 
     def _finish(self, whole: bool) -> Usage | None:
-        while self.behind:
-            self.feed(b"")
+        if self._decoder is not None:
+            while self.behind:
+                self.feed(b"")
         framing = self._framing
-        if framing is None and self._only:
-            framing = self._framing = OneDocument(self._front)
-            framing.whole(self._only)
-        elif framing is not None:
+        streamed = ended = False
+        if framing is not None:
             framing.finish()
-        usage = self._model_usage(framing, whole)
+            streamed, ended = framing.streamed, framing.ended
+        elif self._only:
+            ended = read_whole(self._front, self._only)
+        usage = self._model_usage(whole, streamed=streamed, ended=ended)
         elements = self._request.place.elements
         return self._with_own_fields(usage, whole) if elements else usage
 
-    def _model_usage(self, framing: Framing | None, whole: bool) -> Usage | None:
+    def _model_usage(self, whole: bool, *, streamed: bool, ended: bool) -> Usage | None:
         reader, row = self._reader, self._row
         if isinstance(reader, Undecided):
             if reader.chosen is None:
@@ -272,7 +274,6 @@ class AnswerTap:
             row = row or self._fixed.places.row_of(reader)
         elif not self._believable(reader, whole):
             return None
-        streamed, ended = (framing.streamed, framing.ended) if framing is not None else (False, False)
         usage = build(reader, streamed=streamed, ended=ended)
         self._complete(usage, reader, row)
         return usage
@@ -292,7 +293,7 @@ class AnswerTap:
         if isinstance(reader, Unmetered | BatchFile):
             return True
         if self._ended:
-            return self._framing is None and not self._bytes and self._silent()
+            return self._framing is None and not self._only and not self._bytes and self._silent()
         return not whole
 
     def _silent(self) -> bool:

@@ -82,28 +82,13 @@ class OneDocument(Parsing):
 
     def finish(self) -> None:
         if self._members is not None:
-            self._finish_long(self._members)
+            self.ended = _read_skimmed(self._reader, self._members)
+            self._members = None
             return
         pieces, self._pieces = self._pieces, []
         body = pieces[0] if len(pieces) == 1 else b"".join(pieces)
         if body:
-            self.whole(body)
-
-    def whole(self, body: bytes) -> None:
-        """Read a small answer that came in one piece."""
-        reader = self._reader
-        if not reader.plausible(body):
-            return
-        try:
-            document = orjson.loads(body)
-        except ValueError:
-            members = Members(reader.wanted)
-            members.feed(body)
-            self._finish_long(members)
-            return
-        self.ended = True
-        if type(document) is dict:
-            reader.document(document)
+            self.ended = read_whole(self._reader, body)
 
     def _compact(self) -> None:
         body = b"".join(self._pieces)
@@ -113,13 +98,28 @@ class OneDocument(Parsing):
             self._members.feed(body)
             self._pieces = []
 
-    def _finish_long(self, members: Members) -> None:
-        self._members = None
-        self.ended = members.done
-        if members.oversized:
-            self._reader.anomaly("value_oversized")
-        if members.document:
-            self._reader.document(members.document)
+
+def read_whole(reader: Reader, body: bytes) -> bool:
+    """Read a small answer that is all there is; whether it is complete."""
+    if reader.must_hold not in body:
+        return False
+    try:
+        document = orjson.loads(body)
+    except ValueError:
+        members = Members(reader.wanted)
+        members.feed(body)
+        return _read_skimmed(reader, members)
+    if type(document) is dict:
+        reader.document(document)
+    return True
+
+
+def _read_skimmed(reader: Reader, members: Members) -> bool:
+    if members.oversized:
+        reader.anomaly("value_oversized")
+    if members.document:
+        reader.document(members.document)
+    return members.done
 
 
 class Elements(Parsing):

@@ -66,42 +66,49 @@ _HOSTS = {
 
 _ID_RANK = {name: rank for rank, name in enumerate(REQUEST_IDS)}
 _HINT_RANK = {name: rank for rank, name in enumerate(_HINTS)}
+_ID_NAMES = frozenset(_ID_RANK)
+_HINT_NAMES = frozenset(_HINT_RANK)
 
 NEEDED = frozenset(("content-type", "content-encoding", *REQUEST_IDS, *_HINTS))
+
+
+class _Spellings(dict[bytes, str]):
+    """Field name as spelled -> its lower-case name, or an empty one for a field that nobody needs."""
+
+    def __init__(self, needed: frozenset[str]) -> None:
+        super().__init__()
+        self._needed = needed
+
+    def __missing__(self, raw: bytes) -> str:
+        lower = bytes(raw).decode("latin-1").lower()
+        name = lower if lower in self._needed else ""
+        if len(self) < SPELLINGS_MAX and len(raw) <= 128:
+            self[bytes(raw)] = name
+        return name
 
 
 class Heads:
     """Picks the few fields that matter out of a head."""
 
-    __slots__ = ("_needed", "_spellings")
+    __slots__ = ("_spellings",)
 
     def __init__(self, more: Iterable[str] = ()) -> None:
-        self._needed = NEEDED | {name.lower() for name in more}
-        self._spellings: dict[bytes, str] = {}
+        self._spellings = _Spellings(NEEDED | {name.lower() for name in more})
 
     def pick(self, headers: RawHeaders) -> dict[str, str]:
         """Needed fields by lower-case name; repeated ones are joined as HTTP says."""
-        spelling = self._spellings.get
+        spellings = self._spellings
         found: dict[str, str] = {}
         for raw, value in headers:
-            name = spelling(raw)
-            if name is None:
-                name = self._learn(raw)
-            if name:
+            if name := spellings[raw]:
                 text = (value if len(value) <= VALUE_MAX_BYTES else value[:VALUE_MAX_BYTES]).decode("latin-1").strip()
                 found[name] = f"{found[name]}, {text}" if name in found else text
         return found
 
-    def _learn(self, raw: bytes) -> str:
-        """The lower-case name, or an empty one for a field that nobody needs."""
-        lower = bytes(raw).decode("latin-1").lower()
-        name = lower if lower in self._needed else ""
-        if len(self._spellings) < SPELLINGS_MAX and len(raw) <= 128:
-            self._spellings[bytes(raw)] = name
-        return name
-
 
 def request_id(fields: Mapping[str, str]) -> str | None:
+    if _ID_NAMES.isdisjoint(fields):
+        return None
     best, rank = None, len(_ID_RANK)
     for name in fields:
         place = _ID_RANK.get(name, rank)
@@ -111,6 +118,8 @@ def request_id(fields: Mapping[str, str]) -> str | None:
 
 
 def hinted_provider(fields: Mapping[str, str]) -> str | None:
+    if _HINT_NAMES.isdisjoint(fields):
+        return None
     best, rank = None, len(_HINT_RANK)
     for name in fields:
         place = _HINT_RANK.get(name, rank)

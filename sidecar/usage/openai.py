@@ -22,19 +22,19 @@ _OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)
 _DONE = re.compile(rb"\[DONE\]").search
 
 
-_INPUT_DETAILS = (
-    ("cache_write_tokens", "cache_write_input_tokens"),
-    ("audio_tokens", "audio_input_tokens"),
-    ("text_tokens", "text_input_tokens"),
-    ("image_tokens", "image_input_tokens"),
-)
-_OUTPUT_DETAILS = (
-    ("audio_tokens", "audio_output_tokens"),
-    ("accepted_prediction_tokens", "accepted_prediction_tokens"),
-    ("rejected_prediction_tokens", "rejected_prediction_tokens"),
-    ("text_tokens", "text_output_tokens"),
-    ("image_tokens", "image_output_tokens"),
-)
+_INPUT_DETAILS = {
+    "cache_write_tokens": "cache_write_input_tokens",
+    "audio_tokens": "audio_input_tokens",
+    "text_tokens": "text_input_tokens",
+    "image_tokens": "image_input_tokens",
+}
+_OUTPUT_DETAILS = {
+    "audio_tokens": "audio_output_tokens",
+    "accepted_prediction_tokens": "accepted_prediction_tokens",
+    "rejected_prediction_tokens": "rejected_prediction_tokens",
+    "text_tokens": "text_output_tokens",
+    "image_tokens": "image_output_tokens",
+}
 
 
 class ChatCompletions(Reader):

@@ -56,6 +56,7 @@ class Undecided(Reader):
     """An unknown path: the first messages (or the document) must be unmistakable, else nothing is read."""
 
     wanted: ClassVar[Tree] = {}  # large documents of unknown paths are left alone
+    must_hold: ClassVar[bytes] = b"sage"
 
     def __init__(self, anomaly: Callable[[str], None], candidates: Sequence[type[Reader]]) -> None:
         self.chosen: Reader | None = None
@@ -75,9 +76,6 @@ class Undecided(Reader):
     @property
     def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
         return self.chosen.end_signs if self.chosen is not None else ()
-
-    def plausible(self, body: bytes) -> bool:
-        return b"sage" in body
 
     def dull(self, block: bytes) -> bool:
         if self.chosen is not None:

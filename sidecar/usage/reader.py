@@ -42,6 +42,8 @@ class Reader:
     """Bytes without which no message can be the stream's end mark."""
     first_token: ClassVar[re.Pattern[bytes] | None] = None
     """What the first generated text looks like on the wire, for the time to the first token."""
+    must_hold: ClassVar[bytes] = b""
+    """Bytes without which a small plain answer is not worth parsing."""
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 
@@ -81,10 +83,6 @@ class Reader:
         self.document(document)
         return False
 
-    def plausible(self, body: bytes) -> bool:
-        """Whether a small plain answer is worth parsing."""
-        return True
-
     def expect(self, choices: int) -> None:
         """How many parallel answers the request asked for."""
 
@@ -114,15 +112,14 @@ class Reader:
             self.anomaly("value_rejected")
         return number
 
-    def numbers(self, usage: Usage, raw: Document, fields: Sequence[tuple[str, str]]) -> None:
-        """Several counts at once: (where it stands, our field). Absent ones stay as they are."""
-        for key, field in fields:
-            value = raw.get(key)
-            if value is None:
+    def numbers(self, usage: Usage, raw: Document, fields: Mapping[str, str]) -> None:
+        """Several counts at once: where it stands -> our field. Absent ones stay as they are."""
+        for key, value in raw.items():
+            if value is None or key not in fields:
                 continue
             if type(value) is not int or not 0 <= value < 1 << 53:
                 value = self.number(raw, key)
-            setattr(usage, field, value)
+            setattr(usage, fields[key], value)
 
     def report(self, raw: object) -> bool:
         """Note a usage object; later ones overlay earlier ones."""
@@ -163,13 +160,15 @@ def escaped_key(block: bytes) -> bool:
 
 def build(reader: Reader, *, streamed: bool, ended: bool) -> Usage:
     """The reader's facts as a `Usage`. `ended`: a plain answer was read to its end."""
-    usage = Usage(usage_state=UsageState.ABSENT)
-    usage.streamed = streamed
-    usage.model = reader.model
-    usage.response_id = reader.response_id
-    usage.service_tier = reader.service_tier
-    usage.error = reader.error
-    usage.reason = reader.reason
+    usage = Usage(
+        usage_state=UsageState.ABSENT,
+        streamed=streamed,
+        model=reader.model,
+        response_id=reader.response_id,
+        service_tier=reader.service_tier,
+        error=reader.error,
+        reason=reader.reason,
+    )
     reasons = reader.finish_reasons
     if reasons:
         usage.finish_reasons = list(reasons.values()) if len(reasons) == 1 else [reasons[i] for i in sorted(reasons)]
