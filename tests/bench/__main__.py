@@ -93,7 +93,7 @@ def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) 
 
 def main() -> None:
     arguments = _arguments()
-    _allow_files()
+    files = _allow_files()
     raw: dict[str, object] = {"at": time.time(), "machine": platform.platform(), "python": platform.python_version()}
     makers: dict[str, Callable[[Path, int], p.Peer]] = {
         "nginx": p.nginx, "haproxy": p.haproxy, "envoy": p.envoy, "litellm": p.litellm,
@@ -109,7 +109,10 @@ def main() -> None:
         if "streams" in arguments.parts:
             raw["streams"] = _streams(arguments, makers, chosen, folder)
         if "open" in arguments.parts:
-            found = open_streams(makers["committed"], folder, arguments.open)
+            most = (files - 256) // 2  # the sidecar needs two descriptors a stream
+            if most < arguments.open:
+                print(f"this machine allows {files} descriptors a process: {most} streams instead of {arguments.open}")
+            found = open_streams(makers["committed"], folder, min(arguments.open, most))
             raw["open"] = found
             print(
                 f"\nOpen streams: {found['open']}; {found['before_mib']:.1f} MiB resident before load, "
@@ -186,15 +189,14 @@ def _streams(
     return rows
 
 
-def _allow_files() -> None:
-    """Descriptors for all open streams, here and in every child; root may go beyond the hard limit."""
+def _allow_files() -> int:
+    """Take all the descriptors that there may be, here and in every child; root may go beyond the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    for top in (65_536, hard):
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (top, max(top, hard)))
-            return
-        except (ValueError, OSError):
-            continue
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (65_536, max(65_536, hard)))
+    except (ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return resource.getrlimit(resource.RLIMIT_NOFILE)[0]
 
 
 def _arguments() -> argparse.Namespace:
