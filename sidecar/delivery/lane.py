@@ -50,7 +50,7 @@ SWEEP_SLICE = 200  # requests looked at before the event loop is let go
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneStatus:
-    """How one backend does, for `/readyz`, metrics and the dashboard."""
+    """How one backend does, for `/readyz` and metrics."""
 
     backend: str
     state: str  # up, down, blocked

@@ -1,4 +1,4 @@
-"""The reading side of the ledger, for the `usage` command, the dashboard and the gate.
+"""The reading side of the ledger, for the `usage` command and whoever else wants sums.
 
 Each question opens the file read-only and closes it again. Sums are added up in Python, exactly: a row says
 None where nothing was ever reported, and zero only where zero was.

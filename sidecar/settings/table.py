@@ -125,7 +125,7 @@ class Settings:
     )
     listen: Address = _setting(kinds.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
     admin_listen: Address = _setting(
-        kinds.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance` and the dashboard"
+        kinds.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`"
     )
     data_dir: Path = _setting(
         kinds.path, "./sidecar-data", "spool and ledger; locked by one running instance, on a disk that stays"
