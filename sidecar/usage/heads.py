@@ -101,7 +101,7 @@ class Heads:
         found: dict[str, str] = {}
         for raw, value in headers:
             if name := spellings[raw]:
-                text = (value if len(value) <= VALUE_MAX_BYTES else value[:VALUE_MAX_BYTES]).decode("latin-1").strip()
+                text = value[:VALUE_MAX_BYTES].decode("latin-1").strip()
                 found[name] = f"{found[name]}, {text}" if name in found else text
         return found
 

@@ -22,13 +22,16 @@ _OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)
 _DONE = re.compile(rb"\[DONE\]").search
 
 
+_TOTALS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
 _INPUT_DETAILS = {
+    "cached_tokens": "cache_read_input_tokens",
     "cache_write_tokens": "cache_write_input_tokens",
     "audio_tokens": "audio_input_tokens",
     "text_tokens": "text_input_tokens",
     "image_tokens": "image_input_tokens",
 }
 _OUTPUT_DETAILS = {
+    "reasoning_tokens": "reasoning_output_tokens",
     "audio_tokens": "audio_output_tokens",
     "accepted_prediction_tokens": "accepted_prediction_tokens",
     "rejected_prediction_tokens": "rejected_prediction_tokens",
@@ -140,47 +143,32 @@ class Embeddings(ChatCompletions):
 
 def fill_chat(reader: Reader, usage: Usage, raw: Document) -> None:
     """`prompt_tokens` and its kin."""
-    number = reader.number
-    prompt = number(raw, "prompt_tokens")
-    completion = number(raw, "completion_tokens")
-    cached = None
+    reader.numbers(usage, raw, _TOTALS)
     if type(details := raw.get("prompt_tokens_details")) is dict:
-        cached = number(details, "cached_tokens")
-        if len(details) > 1:
-            reader.numbers(usage, details, _INPUT_DETAILS)
-    reasoning = None
+        reader.numbers(usage, details, _INPUT_DETAILS)
     if type(details := raw.get("completion_tokens_details")) is dict:
-        reasoning = number(details, "reasoning_tokens")
-        if len(details) > 1:
-            reader.numbers(usage, details, _OUTPUT_DETAILS)
+        reader.numbers(usage, details, _OUTPUT_DETAILS)
+    if usage.cache_read_input_tokens is None and "cached_tokens" in raw:
+        usage.cache_read_input_tokens = reader.number(raw, "cached_tokens")  # Moonshot
     if len(raw) > 5:
-        cached, reasoning = _vendor_fields(reader, usage, raw, cached, reasoning)
-    elif cached is None and "cached_tokens" in raw:
-        cached = number(raw, "cached_tokens")
+        _vendor_fields(reader, usage, raw)
+    prompt, completion, reasoning = usage.input_tokens, usage.output_tokens, usage.reasoning_output_tokens
     if (
         reasoning
         and prompt is not None
         and completion is not None
         and count(raw.get("total_tokens")) == prompt + completion + reasoning
     ):
-        completion += reasoning  # O2: only where the stated total says that it was left out (xAI)
-    usage.input_tokens = prompt
-    usage.output_tokens = completion
-    usage.cache_read_input_tokens = cached
-    usage.reasoning_output_tokens = reasoning
+        usage.output_tokens = completion + reasoning  # O2: only where the stated total says that it was left out (xAI)
 
 
-def _vendor_fields(
-    reader: Reader, usage: Usage, raw: Document, cached: int | None, reasoning: int | None
-) -> tuple[int | None, int | None]:
-    if cached is None:
-        cached = reader.number(raw, "cached_tokens")  # Moonshot
+def _vendor_fields(reader: Reader, usage: Usage, raw: Document) -> None:
     if "prompt_cache_hit_tokens" in raw:
         reader.provider = reader.provider or "deepseek"
-        if cached is None:
-            cached = reader.number(raw, "prompt_cache_hit_tokens")  # O4: a part of the prompt
-    if reasoning is None:
-        reasoning = reader.number(raw, "reasoning_tokens")  # Perplexity
+        if usage.cache_read_input_tokens is None:  # O4: a part of the prompt
+            usage.cache_read_input_tokens = reader.number(raw, "prompt_cache_hit_tokens")
+    if usage.reasoning_output_tokens is None:
+        usage.reasoning_output_tokens = reader.number(raw, "reasoning_tokens")  # Perplexity
     if "cost_in_usd_ticks" in raw:
         reader.provider = reader.provider or "x_ai"
         usage.cost_usd = decimal_text(raw["cost_in_usd_ticks"], exponent=-10)
@@ -194,4 +182,3 @@ def _vendor_fields(
     for unit, key in (("search_queries", "num_search_queries"), ("audio_seconds", "prompt_audio_seconds")):
         if (amount := quantity(raw.get(key))) is not None:
             usage.units[unit] = amount
-    return cached, reasoning
