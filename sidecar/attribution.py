@@ -27,7 +27,7 @@ RawHeaders = Sequence[tuple[bytes, bytes]]
 
 SUBSCRIBER_CHARS_MAX: Final = 200  # the longest id kept as it is; a longer one is hashed. Vendors cut at 255.
 DIMENSION_CHARS_MAX: Final = 200  # a longer value is cut: it goes into every record
-CACHED_MAX: Final = 4096  # header values whose answer is remembered; hashing one costs 2 µs
+CACHED_MAX: Final = 4096  # header values of one source whose answer is remembered; hashing one costs 2 µs
 HASH_CHARS: Final = 32  # 128 bits of BLAKE2b: no two keys of a fleet will meet
 SECRET_HEADERS: Final = frozenset(
     {"authorization", "proxy-authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "x-amz-security-token"}
@@ -74,6 +74,9 @@ def parse_source(text: str) -> Source:
     return Source(kind, name.lower() if kind is Kind.HEADER else name, flag == "plain")
 
 
+_Known = dict[bytes, Subscriber | None]
+
+
 class Attributor:
     """Answers `(raw headers, target, client ip)` with the subscriber and the dimensions."""
 
@@ -82,30 +85,44 @@ class Attributor:
         if not 16 <= len(hash_key) <= 64:
             raise ValueError("the hash key must have 16 to 64 bytes")
         self._sources = tuple(sources)
+        # For each source the header it reads (None for one that reads none), and what its values said so far.
+        self._asked: tuple[tuple[Source, bytes | None, _Known], ...] = tuple(
+            (source, _header_of(source), {}) for source in self._sources
+        )
         self._hash_key = hash_key
-        self._wanted = {s.name.encode("latin-1", "replace") for s in sources if s.kind is Kind.HEADER}
-        if any(s.kind is Kind.JWT for s in sources):
-            self._wanted.add(b"authorization")
+        self._wanted = {header for _, header, _ in self._asked if header is not None}
         self._dimensions = {header.lower().encode("latin-1", "replace"): name for name, header in dimensions.items()}
         self._wanted |= self._dimensions.keys()
-        self._cache: dict[tuple[Source, bytes], Subscriber | None] = {}
 
     def __call__(
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]]:
         """Never raises, whatever the bytes are."""
+        wanted = self._wanted
         found: dict[bytes, bytes] = {}
         for raw_name, value in headers:
             name = raw_name.lower()
-            if name in self._wanted and value and name not in found:
+            if name in wanted and value and name not in found:
                 found[name] = value
-        dimensions = {
-            label: found[name].decode("utf-8", "replace")[:DIMENSION_CHARS_MAX]
-            for name, label in self._dimensions.items()
-            if name in found
-        }
-        for source in self._sources:
-            subscriber = self._from(source, found, target)
+        dimensions = {}
+        if self._dimensions:
+            dimensions = {
+                label: found[name].decode("utf-8", "replace")[:DIMENSION_CHARS_MAX]
+                for name, label in self._dimensions.items()
+                if name in found
+            }
+        for source, header, known in self._asked:
+            if header is None:
+                subscriber = self._from_target(source, target)
+            elif header not in found:
+                continue
+            elif (value := found[header]) in known:
+                subscriber = known[value]
+            else:
+                subscriber = self._read(source, value)
+                if len(known) >= CACHED_MAX:
+                    known.clear()
+                known[value] = subscriber
             if subscriber is not None:
                 return subscriber, dimensions
         return None, dimensions
@@ -119,25 +136,11 @@ class Attributor:
                 return Subscriber(self._shorten(value), source.label)
         return known
 
-    def _from(self, source: Source, found: Mapping[bytes, bytes], target: str) -> Subscriber | None:
-        if source.kind is Kind.HEADER:
-            return self._from_header(source, found.get(source.name.encode("latin-1", "replace")))
-        if source.kind is Kind.JWT:
-            return self._from_header(source, found.get(b"authorization"))
+    def _from_target(self, source: Source, target: str) -> Subscriber | None:
         if source.kind is Kind.BODY:
             return None  # the body is not here yet: see `by_body`
         text = _from_query(source.name, target) if source.kind is Kind.QUERY else _from_path(source.name, target)
         return Subscriber(self._shorten(text), source.label) if text else None
-
-    def _from_header(self, source: Source, value: bytes | None) -> Subscriber | None:
-        if value is None:
-            return None
-        key = (source, value)
-        if key not in self._cache:
-            if len(self._cache) >= CACHED_MAX:
-                self._cache.clear()
-            self._cache[key] = self._read(source, value)
-        return self._cache[key]
 
     def _read(self, source: Source, value: bytes) -> Subscriber | None:
         if source.kind is Kind.JWT:
@@ -157,6 +160,12 @@ class Attributor:
     def _hash(self, value: bytes) -> str:
         digest = hashlib.blake2b(value, key=self._hash_key, digest_size=HASH_CHARS // 2)
         return f"key_{digest.hexdigest()}"
+
+
+def _header_of(source: Source) -> bytes | None:
+    if source.kind is Kind.JWT:
+        return b"authorization"
+    return source.name.encode("latin-1", "replace") if source.kind is Kind.HEADER else None
 
 
 def _credential(value: bytes) -> bytes:

@@ -14,6 +14,7 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import attrgetter
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -56,13 +57,8 @@ LIMITS: Final = (
     "connections", "calls", "spool_full", "proxy_fault", "drains", "disconnect_drain", "idle_timeout",
     "response_timeout", "head_timeout",
 )  # fmt: skip
-_TOKEN_KINDS: Final = (
-    ("input", "input_tokens"),
-    ("output", "output_tokens"),
-    ("cache_read_input", "cache_read_input_tokens"),
-    ("cache_write_input", "cache_write_input_tokens"),
-    ("reasoning_output", "reasoning_output_tokens"),
-)
+_TOKEN_KINDS: Final = ("input", "output", "cache_read_input", "cache_write_input", "reasoning_output")
+_tokens: Final = attrgetter(*(f"{kind}_tokens" for kind in _TOKEN_KINDS))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +95,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
     "sidecar_balance_holds": Family("gauge", "1 when admitted = recorded + open + lost and every backend adds up"),
     "sidecar_spool_degraded": Family("gauge", "1 while the promise of the durability mode is suspended"),
+    "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
     "sidecar_send_seconds": Family("histogram", "One request to a backend", ("backend",)),
@@ -144,6 +141,7 @@ class Gauges:
     open: int = 0
     holds: bool = True
     degraded: bool = False
+    disk_free_bytes: int = 0
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
@@ -307,10 +305,9 @@ class Metrics(Collector):
                 self._models.add(model)
             else:
                 model = "other"
-        state = (usage.usage_state.value, provider, model)
+        state = (usage.usage_state, provider, model)
         self._usage[state] = self._usage.get(state, 0) + 1
-        for kind, attribute in _TOKEN_KINDS:
-            tokens = getattr(usage, attribute)
+        for kind, tokens in zip(_TOKEN_KINDS, _tokens(usage), strict=True):
             if tokens:
                 key = (kind, provider, model)
                 self._tokens[key] = self._tokens.get(key, 0) + tokens
@@ -334,6 +331,7 @@ class Metrics(Collector):
         self._gauges["sidecar_open"][()] = gauges.open
         self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
+        self._gauges["sidecar_disk_free_bytes"][()] = gauges.disk_free_bytes
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
         self._gauges["sidecar_parked_now"] = {(name, why): value for (name, why), value in gauges.parked.items()}
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
