@@ -24,7 +24,7 @@ from sidecar import log as logs
 from sidecar import parts, signals
 from sidecar.admin import Readiness, application
 from sidecar.balance import Balance
-from sidecar.billing import Billing, billing
+from sidecar.billing import Billing, Room, billing
 from sidecar.delivery import mending
 from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
@@ -77,6 +77,7 @@ class Sidecar:
             degraded=(await self.intake.readiness()).state in ("degraded", "full"),
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
+            disk_free_bytes=self.bills.free_bytes,
             oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
         )
         together = await self.intake.metrics()
@@ -111,6 +112,8 @@ class Sidecar:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
         intake = await self.intake.readiness()
         notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
+        if self.bills.room is not Room.ENOUGH:
+            notes.append(self.bills.room.value)
         return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes])
 
 

@@ -12,6 +12,7 @@ import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final
 
 from sidecar import billers
@@ -19,14 +20,30 @@ from sidecar.balance import Balance, add_counts
 from sidecar.delivery import Delivery, DeliveryState, SystemClock
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings
-from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans
+from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans, disk_free_bytes
 from sidecar.spool.retention import retire_chunks
 from sidecar.verdict import Backend
 
 log = logging.getLogger("sidecar.billing")
 
 DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
+LOOK_EVERY_S: Final = 5.0  # a disk of 200 MB/s loses 1 GiB, the default mark, in that time
 RETIRE_EVERY_S: Final = 60.0  # how often delivered chunks are looked at; retention is counted in days
+
+
+class Room(StrEnum):
+    """How the disk does; the text is what an operator is told."""
+
+    ENOUGH = "the disk has room"
+    LOW = "the disk is filling up: make room, or lower SIDECAR_RETENTION"
+    SHORT = "the disk is nearly full: delivered records are let go before SIDECAR_RETENTION is over; make room"
+
+
+def room_left(free_bytes: int, mark_bytes: int) -> Room:
+    """The first two of three steps; the third, a full disk, is the spool's own."""
+    if free_bytes >= mark_bytes:
+        return Room.ENOUGH
+    return Room.LOW if free_bytes >= mark_bytes // 2 else Room.SHORT
 
 
 @dataclass(slots=True, kw_only=True)
@@ -38,6 +55,8 @@ class Billing:
     reader: SpoolReader
     delivery: Delivery
     backends: Mapping[str, Backend]
+    room: Room = Room.ENOUGH
+    free_bytes: int = 0
 
     def remembered(self) -> dict[str, int]:
         """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
@@ -65,13 +84,30 @@ class Billing:
         )
 
     async def keep_retiring(self) -> None:
-        """Remove what is delivered everywhere and older or more than is to be kept, for ever."""
+        """Look at the disk and let go of what is delivered and old, for ever."""
+        waited_s = 0.0
         while True:
-            await asyncio.sleep(RETIRE_EVERY_S)
+            await asyncio.sleep(LOOK_EVERY_S)
+            waited_s += LOOK_EVERY_S
             try:
-                await self.retire()
+                await self.look_at_disk()
+                if self.room is Room.SHORT or waited_s >= RETIRE_EVERY_S:
+                    waited_s = 0.0
+                    await self.retire()
             except (OSError, SpoolError) as error:
                 log.warning("delivered chunks could not be removed: %s", error)
+
+    async def look_at_disk(self) -> None:
+        """See how much room is left; say so once when it becomes less or more."""
+        self.free_bytes = await asyncio.to_thread(disk_free_bytes, self.settings.data_dir)
+        room = room_left(self.free_bytes, self.settings.disk_low_bytes)
+        if room is not self.room:
+            self.room = room
+            facts = {"free_bytes": self.free_bytes, "disk_low_bytes": self.settings.disk_low_bytes}
+            if room is Room.ENOUGH:
+                log.info("the disk has room again", extra={"facts": facts})
+            else:
+                log.error(room.value, extra={"facts": facts})
 
     async def retire(self) -> None:
         """Remove chunks that every backend is done with, as far as retention allows, and what is remembered of them."""
@@ -82,9 +118,10 @@ class Billing:
     def _retire_chunks(self) -> dict[str, int]:
         """The number up to which each slot has nothing any more, where something went."""
         settings = self.settings
+        keep_s = 0.0 if self.room is Room.SHORT else settings.retention
         gone: dict[str, int] = {}
         for instance, upto in self.delivery.retired_upto().items():
-            if retire_chunks(settings.data_dir, instance, upto + 1, settings.retention, settings.retention_bytes) and (
+            if retire_chunks(settings.data_dir, instance, upto + 1, keep_s, settings.retention_bytes) and (
                 left := self.reader.chunks(instance)
             ):
                 gone[instance] = left[0].opening.first_seq - 1
@@ -115,6 +152,7 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         stack.push_async_callback(delivery.drain, DRAIN_S)
         by_name = {backend.name: backend for backend in backends}
         bills = Billing(settings=settings, state=state, reader=reader, delivery=delivery, backends=by_name)
+        await bills.look_at_disk()
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
         yield bills

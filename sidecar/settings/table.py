@@ -147,6 +147,9 @@ class Settings:
     )
     retention: float = _setting(kinds.duration(), "7d", "how long delivered records are kept")
     retention_bytes: int = _setting(kinds.size(), "10737418240", "room for delivered records; the oldest go first")
+    disk_low_bytes: int = _setting(
+        kinds.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"
+    )
 
     upstream_connect_timeout_s: float = _setting(kinds.duration(0.001), "10", "to connect to the upstream; then 504")
     upstream_timeout_s: float = _setting(kinds.duration(0.001), "600", "to the head of the answer; then 504")
