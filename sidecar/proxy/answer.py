@@ -103,14 +103,11 @@ class Answer:
             self.broken = "the head of the answer is too large"
 
     def _feed_sized(self, data: bytes) -> None:
-        remaining = self._remaining - len(data)
-        if remaining < 0:
+        if len(data) > self._remaining:
             self.extra = True
             data = data[: self._remaining]
-            remaining = 0
-        self._remaining = remaining
-        self._take(data)
-        if not remaining:
+        self.on_body(data)
+        if not self._remaining:
             self.done = True
             self._parser = None
 
@@ -204,11 +201,13 @@ class Answer:
         size = len(piece)
         if self._remaining > 0:
             self._remaining -= size
-        # From here on as in `_take`, written out: this runs once for every chunk of a stream.
         self.body_bytes += size
         tap = self.tap
         if tap is not None and not self.ended:
-            self._show(tap, piece)
+            try:
+                self.ended = tap.feed(piece)
+            except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
+                self.tap = None
         if not self.mute:
             if self.filter is not None:
                 self._filter(self.filter.feed(piece))
@@ -225,21 +224,6 @@ class Answer:
 
     # -- leaves ----------------------------------------------------------------------------------
 
-    def _take(self, piece: bytes) -> None:
-        """A piece of a sized body."""
-        self.body_bytes += len(piece)
-        tap = self.tap
-        if tap is not None and not self.ended:
-            self._show(tap, piece)
-        if not self.mute:
-            self.out.append(piece)
-
-    def _show(self, tap: ResponseTap, piece: bytes) -> None:
-        try:
-            self.ended = tap.feed(piece)
-        except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
-            self.tap = None
-
     def _filter(self, piece: bytes) -> None:
         """What is left of a piece; an empty chunk would end the body."""
         if piece:
@@ -248,7 +232,10 @@ class Answer:
     def catch_up(self) -> None:
         """Let the reader go on in what it holds."""
         if self.tap is not None:
-            self._show(self.tap, b"")
+            try:
+                self.ended = self.tap.feed(b"")
+            except Exception:  # noqa: BLE001 - see `on_body`
+                self.tap = None
 
     def _finish(self) -> None:
         self.done = True

@@ -72,34 +72,36 @@ class Call(Sending):
 
     def upstream_data(self, data: bytes) -> None:
         try:
-            self._take_answer(data)
+            answer = self.answer
+            assert answer is not None
+            if not self._heard:
+                self._hear()
+            answer.feed(data)
+            if answer.broken is not None:
+                self._upstream_broke(answer.broken)
+            elif answer.done:
+                self._answered()
+            elif answer.upgraded:
+                self._switch()
+            elif self._draining:
+                if answer.ended or (answer.started and not self._worth_draining()):
+                    self._give_up(Outcome.CLIENT_LEFT)
+            else:
+                if answer.started:
+                    self.deadline = self._hop.now + self._idle_timeout_s
+                if answer.ended and not self._recorded:
+                    self._complete()
+                self._flush()
         except Exception:
             log.exception("a call could not be handled")
             self.failed()
 
-    def _take_answer(self, data: bytes) -> None:
-        answer, exchange = self.answer, self._exchange
-        assert answer is not None
-        if not self._heard:
-            self._heard = True
-            self._kept = None
-            exchange.first_byte_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
-        answer.feed(data)
-        if answer.broken is not None:
-            self._upstream_broke(answer.broken)
-        elif answer.done:
-            self._answered()
-        elif answer.upgraded:
-            self._switch()
-        elif self._draining:
-            if answer.ended or (answer.started and not self._worth_draining()):
-                self._give_up(Outcome.CLIENT_LEFT)
-        else:
-            if answer.started:
-                self.deadline = self._hop.now + self._idle_timeout_s
-            if answer.ended and not self._recorded:
-                self._complete()
-            self._flush()
+    def _hear(self) -> None:
+        """The first byte of the answer has come."""
+        self._heard = True
+        self._kept = None
+        exchange = self._exchange
+        exchange.first_byte_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
 
     def _announce(self, answer: Answer) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""

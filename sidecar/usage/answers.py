@@ -109,7 +109,10 @@ class AnswerTap:
             return False
         try:
             if self._decoder is None:
-                return self._take(piece)
+                if self._framing is None or self._sign is not None or self._fixed.estimate:
+                    return self._take(piece)
+                ended = self._ended = self._framing.feed(piece)  # all that most pieces of a stream need
+                return ended
             for part in self._decoder.feed(piece):
                 if self._take(part):
                     return True
