@@ -130,14 +130,15 @@ class SpoolRecorder:
         self._metrics.call_ended(exchange)
         self._seq += 1
         # With `refuse` nothing more is let in by now, and what was let in is taken: it is bounded by the calls open.
-        if self._memory_full() and not self._refuse:
+        if self._waiting_bytes >= self._memory_bytes and not self._refuse:
             self._lose(id_, intended)
             return True
         line = encode(exchange, seq=self._seq, instance=self._instance)
         batch = self._batch_for(self._seq)
         batch.lines.append(line)
-        batch.size_bytes += len(line) + _LINE_OVERHEAD_BYTES
-        self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
+        size = len(line) + _LINE_OVERHEAD_BYTES
+        batch.size_bytes += size
+        self._waiting_bytes += size
         if intended:
             batch.closes.append(id_)
         else:
