@@ -14,7 +14,6 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, generate_latest
@@ -57,8 +56,13 @@ LIMITS: Final = (
     "connections", "calls", "spool_full", "proxy_fault", "drains", "disconnect_drain", "idle_timeout",
     "response_timeout", "head_timeout",
 )  # fmt: skip
-_TOKEN_KINDS: Final = ("input", "output", "cache_read_input", "cache_write_input", "reasoning_output")
-_tokens: Final = attrgetter(*(f"{kind}_tokens" for kind in _TOKEN_KINDS))
+_TOKEN_KINDS: Final = (
+    ("input", "input_tokens"),
+    ("output", "output_tokens"),
+    ("cache_read_input", "cache_read_input_tokens"),
+    ("cache_write_input", "cache_write_input_tokens"),
+    ("reasoning_output", "reasoning_output_tokens"),
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -307,7 +311,8 @@ class Metrics(Collector):
                 model = "other"
         state = (usage.usage_state, provider, model)
         self._usage[state] = self._usage.get(state, 0) + 1
-        for kind, tokens in zip(_TOKEN_KINDS, _tokens(usage), strict=True):
+        for kind, attribute in _TOKEN_KINDS:
+            tokens = getattr(usage, attribute)
             if tokens:
                 key = (kind, provider, model)
                 self._tokens[key] = self._tokens.get(key, 0) + tokens
