@@ -23,6 +23,10 @@ class Routes:
         self._patterns = (Patterns(map(_entry, configured)), Patterns(map(_entry, known)))
         self._found: dict[tuple[str, str], str | None] = {}
 
+    @property
+    def remembered(self) -> int:
+        return len(self._found)
+
     def match(self, method: str, path: str) -> str | None:
         """The pattern of this path; a query is not looked at."""
         key = (method, path)

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.attribution import SUBSCRIBER_CHARS_MAX, Attributor, parse_source
+from sidecar.attribution import CACHED_MAX, SUBSCRIBER_CHARS_MAX, Attributor, parse_source
 from sidecar.exchange import Subscriber
 
 KEY = b"k" * 32
@@ -114,6 +114,19 @@ def test_the_body_names_whom_no_earlier_source_knew(sources, known, body, expect
     attribute = Attributor(sources=[parse_source(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
     found = attribute.by_body(None if known is None else Subscriber(*known), body.get)
     assert found == (None if expected is None else Subscriber(*expected))
+
+
+def test_each_source_remembers_for_itself_and_only_so_much():
+    attribute = attributor("header:x-api-key:plain", "header:x-api-key")
+    assert attribute([(b"X-Api-Key", b"k")], "/", None)[0] == Subscriber("k", "header:x-api-key")
+    hashed = attributor("header:x-tenant", "header:x-api-key")
+    for number in range(CACHED_MAX + 10):
+        name = str(number).encode()
+        assert hashed([(b"x-tenant", name)], "/", None)[0] == Subscriber(str(number), "header:x-tenant")
+    first = hashed([(b"x-api-key", b"0")], "/", None)[0]
+    assert first is not None
+    assert first.source == "header:x-api-key"
+    assert first.id.startswith("key_")
 
 
 def test_an_unfit_name_in_the_body_is_hashed():

@@ -1,6 +1,7 @@
 """The record's line: it reads back as it was written, and no content makes it fail."""
 
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -43,6 +44,33 @@ def test_null_is_never_zero_and_zero_is_never_null():
     assert row["output_tokens"] == 0
     assert "cache_read_input_tokens" not in row
     assert json.loads(encode(exchange(), seq=1, instance="i"))["usage"] is None
+
+
+_CORE = (
+    "usage_state", "provider", "operation", "streamed", "model", "request_model", "response_id",
+    "input_tokens", "output_tokens", "total_tokens",
+)  # fmt: skip
+_CONTAINERS = {
+    "units": st.sampled_from([{}, {"pages": 0}]),
+    "finish_reasons": st.sampled_from([[], ["stop"]]),
+    "raw_usage": st.sampled_from([None, 0, False, "", [], {}, [0], {"a": None}]),
+}
+_PLAIN = [f.name for f in fields(Usage) if f.name not in (*_CONTAINERS, "usage_state")]
+
+
+@given(
+    values=st.builds(
+        lambda plain, containers: plain | containers,
+        st.dictionaries(st.sampled_from(_PLAIN), st.sampled_from([None, 0, False, "", 1, 0.0])),
+        st.fixed_dictionaries({}, optional=_CONTAINERS),
+    )
+)
+def test_the_core_is_always_there_and_of_the_rest_what_was_reported(values):
+    usage = Usage(usage_state=UsageState.FINAL, **values)
+    row = json.loads(encode(exchange(usage=usage), seq=1, instance="i"))["usage"]
+    given_ = {f.name: getattr(usage, f.name) for f in fields(Usage)}
+    assert row == {k: v for k, v in given_.items() if k in _CORE or (v is not None and v not in ([], {}))}
+    assert list(row) == [f.name for f in fields(Usage) if f.name in row]
 
 
 def test_the_time_has_microseconds_and_says_utc():

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.patterns import Patterns
-from sidecar.routes import Routes
+from sidecar.routes import FOUND_MAX, PATH_CHARS_MAX, Routes
 from sidecar.usage.table import ROWS, known_routes, render
 
 ROUTES = Routes(["/v1/users/{id}", "GET /v1/users/{id}/keys", "/health"], known_routes())
@@ -43,6 +43,16 @@ def test_a_label_is_one_of_a_fixed_set(method: str, path: str) -> None:
     label = ROUTES.match(method, path)
     patterns = {route.partition(" ")[2] for route in known_routes()}
     assert label is None or label in patterns | {"/v1/users/{id}", "/v1/users/{id}/keys", "/health"}
+
+
+def test_what_is_remembered_has_a_bound_and_changes_no_answer() -> None:
+    routes = Routes(["/v1/users/{id}"])
+    for _ in range(2):
+        for number in range(FOUND_MAX + 10):
+            assert routes.match("GET", f"/v1/users/{number}?q={number}") == "/v1/users/{id}"
+            assert routes.match("GET", f"/v1/{number}") is None
+    assert routes.match("GET", "/v1/users/" + "x" * PATH_CHARS_MAX) == "/v1/users/{id}"
+    assert routes.remembered <= FOUND_MAX
 
 
 @pytest.mark.parametrize("pattern", ["users", "", "/a/{b", "/a/*/b", "/a/", "/{a}/{a}/b", "/{a}/{b}", "/a}"])
