@@ -22,7 +22,6 @@ _OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)
 _DONE = re.compile(rb"\[DONE\]").search
 
 
-_TOTALS = {"prompt_tokens": "input_tokens", "completion_tokens": "output_tokens"}
 _INPUT_DETAILS = {
     "cached_tokens": "cache_read_input_tokens",
     "cache_write_tokens": "cache_write_input_tokens",
@@ -143,7 +142,8 @@ class Embeddings(ChatCompletions):
 
 def fill_chat(reader: Reader, usage: Usage, raw: Document) -> None:
     """`prompt_tokens` and its kin."""
-    reader.numbers(usage, raw, _TOTALS)
+    usage.input_tokens = reader.number(raw, "prompt_tokens")
+    usage.output_tokens = reader.number(raw, "completion_tokens")
     if type(details := raw.get("prompt_tokens_details")) is dict:
         reader.numbers(usage, details, _INPUT_DETAILS)
     if type(details := raw.get("completion_tokens_details")) is dict:

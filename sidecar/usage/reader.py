@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 from sidecar.exchange import Usage, UsageState
 from sidecar.usage.members import Tree
 from sidecar.usage.values import (
+    COUNT_MAX,
     count,
     error_word,
     keepable,
@@ -115,11 +116,10 @@ class Reader:
     def numbers(self, usage: Usage, raw: Document, fields: Mapping[str, str]) -> None:
         """Several counts at once: where it stands -> our field. Absent ones stay as they are."""
         for key, value in raw.items():
-            if value is None or key not in fields:
-                continue
-            if type(value) is not int or not 0 <= value < 1 << 53:
-                value = self.number(raw, key)
-            setattr(usage, fields[key], value)
+            if key in fields and value is not None:
+                if type(value) is not int or not 0 <= value <= COUNT_MAX:
+                    value = self.number(raw, key)
+                setattr(usage, fields[key], value)
 
     def report(self, raw: object) -> bool:
         """Note a usage object; later ones overlay earlier ones."""
