@@ -37,7 +37,7 @@ run: $(RUN) ## serve for real: make run UPSTREAM=https://api.example.com
 	@$(if $(UPSTREAM),SIDECAR_UPSTREAM_URL='$(UPSTREAM)') exec $(BIN)/metering-sidecar serve $(ARGS)
 
 test: $(TEST) ## the whole test suite (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
-	$(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
 
 lint: $(TEST) ## ruff and mypy
 	$(BIN)/ruff check .
@@ -47,7 +47,11 @@ format: $(TEST) ## let ruff put imports and simple faults right
 	$(BIN)/ruff check --fix .
 
 fuzz: $(TEST) ## the readers and decoders against random bytes, for longer than in `make test`
-	FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(TESTS)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} \
+		$(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(TESTS)
+	@$(PIP) install --quiet --quiet '.[fuzz]' && $(PIP) install --quiet --no-deps --no-build-isolation --editable . && \
+		$(BIN)/python tests/fuzz_usage.py -max_total_time=$${FUZZ_SECONDS:-600} || \
+		{ $(BIN)/python -c 'import atheris' 2>/dev/null && exit 1; echo 'atheris does not install here: left out'; }
 
 crash: $(TEST) ## 1,000 rounds of deaths and faults under load, and every fail point; prints its figures
 	CRASH_ROUNDS=$${CRASH_ROUNDS:-1000} $(BIN)/python -m pytest -q -n $(JOBS) --timeout 86400 -rP --show-capture=stdout \
