@@ -157,7 +157,7 @@ def _unary(
         stack.callback(upstream.stop)
         running = _started(stack, makers, chosen, folder, upstream.port)
         for peer in running:  # warm: pools filled, code specialised
-            wrk(peer, "/v1/chat/completions", seconds=1, connections=32, script=script)
+            wrk(peer, "/v1/chat/completions", seconds=8 if peer.name == "LiteLLM" else 1, connections=32, script=script)
         for title, path, lua, connections in cases[: arguments.cases]:
             table, latency = p.Table(title, "CPU µs per call"), p.Table(title, "p99 ms")
             for _ in range(arguments.rounds):

@@ -254,7 +254,8 @@ def litellm(folder: Path, upstream: int) -> Peer:
     params = {"model": "openai/gpt-5-mini", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "sk-none"}
     config.write_text(json.dumps({"model_list": [{"model_name": "gpt-5-mini", "litellm_params": params}]}))
     command = [binary, "--config", str(config), "--port", str(port), "--num_workers", "1"]
-    return start("LiteLLM", command, port, folder, {"LITELLM_LOG": "ERROR"}, metered=True)
+    env = {"LITELLM_LOG": "ERROR", "LITELLM_MASTER_KEY": "sk-bench"}  # it does not start without a key
+    return start("LiteLLM", command, port, folder, env, metered=True)
 
 
 @dataclass
