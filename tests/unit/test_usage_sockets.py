@@ -119,6 +119,25 @@ def test_batch_results_count_once_an_id_where_that_is_asked_for(name: str) -> No
 
 
 @pytest.mark.parametrize("name", ["openai_batch_output.jsonl", "anthropic_batch_results.jsonl"])
+def test_where_a_batch_file_is_cut_does_not_matter(name: str) -> None:
+    sample = SAMPLES[name]
+    assert sample.records is not None
+    for cut in range(len(sample.body) + 1):
+        taps = UsageTaps(stored_once=True)
+        request = taps.request(sample.method, sample.path, [])
+        assert request is not None
+        response = taps.response(request, 200, sample.response_headers)
+        assert response is not None
+        response.feed(sample.body[:cut])
+        response.feed(sample.body[cut:])
+        response.finish(True)
+        found = response.answers()
+        assert len(found) == len(sample.records), cut
+        for answer, wanted in zip(found, sample.records, strict=True):
+            assert not differences(answer, wanted), cut
+
+
+@pytest.mark.parametrize("name", ["openai_batch_output.jsonl", "anthropic_batch_results.jsonl"])
 def test_batch_results_are_not_counted_by_default(name: str) -> None:
     sample = SAMPLES[name]
     taps = UsageTaps()
