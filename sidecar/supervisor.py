@@ -258,7 +258,9 @@ async def workers(
     let_go: Callable[[], None],
 ) -> AsyncIterator[Workers]:
     """All workers, started and ready. Leaving drains them. `let_go` closes what this process has open of the spool."""
-    them = Workers(settings, environ=os.environ, committed=committed, remembered=remembered, let_go=let_go)
+    # What the command line changed must hold for the workers too: they read the environment.
+    environ = {**os.environ, "SIDECAR_DATA_DIR": str(settings.data_dir.absolute())}
+    them = Workers(settings, environ=environ, committed=committed, remembered=remembered, let_go=let_go)
     try:
         await them.start()
         yield them

@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import os
+
 from hypothesis import HealthCheck, settings
 
 # No deadline: two cores are shared by all workers, and a time limit per example would test the machine.
-settings.register_profile("suite", deadline=None, print_blob=True, suppress_health_check=[HealthCheck.too_slow])
+# In CI the examples are the same each time, so that a change is judged by what it changes; by hand they are new ones.
+settings.register_profile(
+    "suite",
+    deadline=None,
+    print_blob=True,
+    derandomize=bool(os.environ.get("CI")),
+    suppress_health_check=[HealthCheck.too_slow],
+)
 settings.load_profile("suite")

@@ -34,6 +34,7 @@ class Whole:
             "SIDECAR_LOG_LEVEL": "WARNING",
             **settings,
         }
+        self.arguments: tuple[str, ...] = ()  # of `serve`
         self.process: asyncio.subprocess.Process | None = None
         self.proxy_url = ""
         self.admin_url = ""
@@ -42,8 +43,9 @@ class Whole:
     async def start(self) -> Whole:
         """Start, and wait until it says in its lock file where it listens."""
         with self.log.open("ab") as log:
+            command = (sys.executable, "-m", "sidecar", "serve", *self.arguments)
             self.process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sidecar", "serve", env=environment(self.env), cwd=ROOT, stderr=log, stdout=log
+                *command, env=environment(self.env), cwd=ROOT, stderr=log, stdout=log
             )
         async with asyncio.timeout(START_LIMIT_S):
             while not self._find():

@@ -103,3 +103,14 @@ async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_pat
 
     judge(oracle.owed, records)
     assert balance["holds"], balance
+
+
+async def test_workers_use_the_directory_that_the_command_line_names(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "not-this-one", upstream, SIDECAR_WORKERS="2", **SETTINGS)
+        whole.data_dir = tmp_path / "this-one"
+        whole.arguments = ("--data-dir", str(whole.data_dir))
+        async with whole:
+            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["this-one"]
+            assert len(list((whole.data_dir / "spool").iterdir())) == 2
+            assert await whole.stop() == 0
