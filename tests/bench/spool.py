@@ -7,6 +7,7 @@ call in both modes, and the latency of a commit over changes of chunk.
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import sys
 import tempfile
@@ -90,8 +91,9 @@ async def loop_share(root: Path, mode: str, calls: int = 40_000, a_turn: int = 3
 
 async def latency(root: Path, chunk_bytes: int, calls: int = 10_000) -> None:
     took: list[float] = []
+    told = Told()
     async with (
-        Spool.open(root, limits=Limits(chunk_bytes=chunk_bytes)) as spool,
+        Spool.open(root, limits=Limits(chunk_bytes=chunk_bytes), metrics=told) as spool,
         SpoolRecorder(spool, Told()) as recorder,
     ):
         for _ in range(calls):
@@ -104,6 +106,19 @@ async def latency(root: Path, chunk_bytes: int, calls: int = 10_000) -> None:
         await asyncio.to_thread(spool._writer.house.quiet)
         chunks = spool._writer.position.chunk_number
     print(f"one call at a time over {chunks} chunks: {quantiles(took)}")
+    print(f"  its commits alone: {quantiles([seconds for _, _, seconds in told.commits])}")
+
+
+def appended_and_synced(path: Path, size_bytes: int = 4096, times: int = 10_000) -> None:
+    """The peer: what a plain file takes to append and sync the same on this disk."""
+    took: list[float] = []
+    with path.open("wb", buffering=0) as file:
+        for _ in range(times):
+            started_s = time.perf_counter()
+            file.write(b"x" * size_bytes)
+            os.fdatasync(file.fileno())
+            took.append(time.perf_counter() - started_s)
+    print(f"a plain file, {size_bytes} bytes appended and synced: {quantiles(took)}")
 
 
 def main(records: int) -> None:
@@ -114,6 +129,7 @@ def main(records: int) -> None:
             asyncio.run(loop_share(Path(base, mode), mode))
         for chunk_mib in (64, 8):
             asyncio.run(latency(Path(base, f"latency-{chunk_mib}"), chunk_mib << 20))
+        appended_and_synced(Path(base, "plain"))
 
 
 if __name__ == "__main__":
