@@ -84,8 +84,9 @@ class Billing:
         )
 
     async def keep_retiring(self) -> None:
-        """Look at the disk and let go of what is delivered and old, for ever."""
-        waited_s = 0.0
+        """Look at the disk and let go of what is delivered and old, for ever. Also soon after a start: one that is
+        restarted often must not keep everything."""
+        waited_s = RETIRE_EVERY_S
         while True:
             await asyncio.sleep(LOOK_EVERY_S)
             waited_s += LOOK_EVERY_S

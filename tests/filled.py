@@ -10,15 +10,15 @@ from pathlib import Path
 from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 from sidecar.ids import CHANCE_BYTES, Ids
 from sidecar.record import encode
-from sidecar.spool import Batch, Spool
+from sidecar.spool import Batch, Limits, Spool
 
 BATCH_LINES = 2_000
 AHEAD_MAX = 4  # batches handed over and not committed yet: bounds memory
 
 
-async def fill(data_dir: Path, count: int) -> list[str]:
+async def fill(data_dir: Path, count: int, limits: Limits | None = None) -> list[str]:
     """Add finished calls of one tenant to the slot that nobody holds; their ids."""
-    async with Spool.open(data_dir) as spool:
+    async with Spool.open(data_dir, limits=limits) as spool:
         template = encode(exchange(id_="I" * 36), seq=1 << 60, instance=spool.instance)
         before, middle, after = split(template)
         new_ids, now_ns = Ids(os.urandom(CHANCE_BYTES)), time.time_ns()

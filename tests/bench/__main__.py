@@ -24,12 +24,14 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import endtoend  # noqa: E402
+import latency as lat  # noqa: E402
 import peers as p  # noqa: E402
 
-LUA = """wrk.method = "POST"
+BODY = '{"model":"gpt-5-mini","messages":[{"role":"user","content":"%s"}]}'
+LUA = f"""wrk.method = "POST"
 wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer sk-bench"
-wrk.body = '{"model":"gpt-5-mini","messages":[{"role":"user","content":"%s"}]}'
+wrk.body = '{BODY}'
 """
 
 
@@ -98,6 +100,7 @@ def main() -> None:
     makers: dict[str, Callable[[Path, int], p.Peer]] = {
         "nginx": p.nginx, "haproxy": p.haproxy, "envoy": p.envoy, "litellm": p.litellm,
         "buffered": p.sidecar("buffered"), "committed": p.sidecar("committed"), "buffered2": p.sidecar("buffered", 2),
+        "down": p.sidecar("committed", down=True),
     }  # fmt: skip
     chosen = [name for name in makers if name in arguments.peers.split(",")]
     with ExitStack() as stack:
@@ -108,6 +111,8 @@ def main() -> None:
             raw["unary"] = _unary(arguments, makers, chosen, folder, script)
         if "streams" in arguments.parts:
             raw["streams"] = _streams(arguments, makers, chosen, folder)
+        if "latency" in arguments.parts:
+            raw["latency"] = _latency(arguments, makers, chosen, folder)
         if "open" in arguments.parts:
             most = (files - 256) // 2  # the sidecar needs two descriptors a stream
             if most < arguments.open:
@@ -189,6 +194,36 @@ def _streams(
     return rows
 
 
+def _latency(
+    arguments: argparse.Namespace, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    body = folder / "chat.json"
+    body.write_text(BODY % ("x" * 180))
+    tables = {share: p.Table(f"added at {lat.CALLS_PER_S} calls/s, {share:.0%}", "ms") for share in (0.5, 0.99)}
+    with ExitStack() as stack:
+        upstream = p.nginx_upstream(folder)
+        stack.callback(upstream.stop)
+        running = _started(stack, makers, chosen, folder, upstream.port)
+        try:
+            for peer in running:
+                lat.load(peer.port, body, folder, seconds=1)
+            for _ in range(arguments.rounds):
+                direct = lat.load(upstream.port, body, folder, seconds=arguments.seconds)
+                for peer in running:
+                    took = lat.load(peer.port, body, folder, seconds=arguments.seconds)
+                    for share, table in tables.items():
+                        added = lat.quantile(took, share) - lat.quantile(direct, share)
+                        table.add(peer.name, added)
+                        rows.append({"peer": peer.name, "share": share, "added_ms": added})
+        except FileNotFoundError as missing:
+            print(f"not measured: {missing} is not installed")
+            return rows
+        for table in tables.values():
+            print("\n" + table.text("Envoy", places=3), flush=True)
+    return rows
+
+
 def _allow_files() -> int:
     """Take all the descriptors that there may be, here and in every child; root may go beyond the hard limit."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -205,8 +240,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=int, default=4, help="length of one measurement (default 4)")
     parser.add_argument("--cases", type=int, default=5, help="how many of the unary cases (default all 5)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
-    parser.add_argument("--parts", default="unary,streams,open,delivery")
-    parser.add_argument("--peers", default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2")
+    parser.add_argument("--parts", default="unary,streams,latency,open,delivery")
+    parser.add_argument("--peers", default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2",
+                        help="and `down`: committed, with a backend that takes nothing")
     return parser.parse_args()
 
 

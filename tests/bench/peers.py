@@ -226,11 +226,13 @@ def envoy(folder: Path, upstream: int) -> Peer:
     return start("Envoy", command, port, folder)
 
 
-def sidecar(durability: str, workers: int = 1) -> Callable[[Path, int], Peer]:
+def sidecar(durability: str, workers: int = 1, *, down: bool = False) -> Callable[[Path, int], Peer]:
+    """`down`: with a second backend where nobody listens."""
+
     def run(folder: Path, upstream: int) -> Peer:
         port, admin = free_port(), free_port()
-        name = f"sidecar {durability}" + (f" ×{workers}" if workers > 1 else "")
-        data = folder / f"data-{durability}-{workers}"
+        name = f"sidecar {durability}" + (f" ×{workers}" if workers > 1 else "") + (", one down" if down else "")
+        data = folder / f"data-{durability}-{workers}-{down}"
         env = {
             "SIDECAR_UPSTREAM_URL": f"http://127.0.0.1:{upstream}",
             "SIDECAR_LISTEN": f"127.0.0.1:{port}",
@@ -240,6 +242,8 @@ def sidecar(durability: str, workers: int = 1) -> Callable[[Path, int], Peer]:
             "SIDECAR_WORKERS": str(workers),
             "SIDECAR_CONNECTIONS": "30000",
         }
+        if down:
+            env |= {"SIDECAR_BACKENDS": "ledger,webhook", "SIDECAR_WEBHOOK_URL": f"http://127.0.0.1:{free_port()}/"}
         return start(name, [sys.executable, "-m", "sidecar", "serve"], port, folder, env, metered=True)
 
     return run
@@ -272,12 +276,12 @@ class Table:
     def medians(self) -> dict[str, float]:
         return {name: sorted(values)[len(values) // 2] for name, values in self.rows.items()}
 
-    def text(self, reference: str) -> str:
+    def text(self, reference: str, places: int = 1) -> str:
         medians = self.medians()
         base = medians.get(reference)
         lines = [f"{self.title} ({self.unit})", f"{'':24}{'median':>10}{'min':>10}{'max':>10}{'/ ' + reference:>12}"]
         for name, median in sorted(medians.items(), key=lambda item: item[1]):
             ratio = f"{median / base:.2f}" if base else "–"
             values = self.rows[name]
-            lines.append(f"{name:24}{median:>10.1f}{min(values):>10.1f}{max(values):>10.1f}{ratio:>12}")
+            lines.append(f"{name:24}{median:>10.{places}f}{min(values):>10.{places}f}{max(values):>10.{places}f}{ratio:>12}")
         return "\n".join(lines)

@@ -25,7 +25,7 @@ from tiny import USAGE, chunk, tiny_upstream
 from whole import Whole
 
 from sidecar.receiver.faults import Do, Fault
-from sidecar.spool import SpoolReader
+from sidecar.spool import Limits, SpoolReader
 
 REVENIUM_SLOTS = 16  # requests at once: what may be under way at a kill
 
@@ -206,13 +206,13 @@ async def delivered(whole: Whole, backend: str, count: int) -> None:
 
 @asynccontextmanager
 async def with_pending(
-    tmp_path: Path, upstream: str, count: int, **settings: str
+    tmp_path: Path, upstream: str, count: int, limits: Limits | None = None, **settings: str
 ) -> AsyncIterator[tuple[Whole, list[str]]]:
     """A stopped sidecar that knows its backends, with so many records in its spool that none of them has seen."""
     whole = Whole(tmp_path / "data", upstream, **settings)
     await whole.start()
     assert await whole.stop() == 0, whole.log.read_text()
-    ids = await fill(whole.data_dir, count)
+    ids = await fill(whole.data_dir, count, limits)
     try:
         yield whole, ids
     finally:
@@ -367,6 +367,54 @@ async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tm
         code, out, err = await whole.command("spool", "verify")
         assert code == 0, out + err
         assert len(await whole.records()) == total
+
+
+async def test_the_recount_agrees_after_retention(tmp_path):
+    """Chunks that are delivered go, and what was counted of them stays: over a kill, and a redrive after it."""
+    count, small = 20_000, Limits(chunk_bytes=1 << 20)
+    async with tiny_upstream() as upstream, watching() as (receiver, url):
+        settings = {
+            "SIDECAR_BACKENDS": "ledger,webhook",
+            "SIDECAR_WEBHOOK_URL": f"{url}/webhook",
+            "SIDECAR_RETENTION": "0s",
+        }
+        async with with_pending(tmp_path, upstream, count, small, **settings) as (whole, ids):
+            (slot,) = (path for path in (whole.data_dir / "spool").iterdir() if path.is_dir())
+            chunks = sorted(slot.glob("*.db"))
+            assert len(chunks) > 2
+
+            async def agrees() -> dict[str, Any]:
+                balance = await whole.settled(limit_s=60)
+                assert balance["holds"], balance
+                await until(lambda: not any(path.exists() for path in chunks[:-1]), limit_s=60)
+                assert await whole.get("/balance") == balance
+                for command in (["spool", "verify"], ["balance"]):
+                    code, out, err = await whole.command(*command)
+                    assert code == 0, out + err
+                return balance
+
+            receiver.poison_one("webhook")
+            await whole.start()
+            assert await call(whole, "one") == 200
+            before = await agrees()
+            assert before["recorded"] == before["backends"]["ledger"]["delivered"] == count + 1
+            assert sum(before["backends"]["webhook"]["parked"].values()) == 1
+            assert len(await whole.records()) < count
+            await whole.kill()
+            code, out, err = await whole.command("spool", "verify")
+            assert code == 0, out + err
+
+            receiver.poison.clear()
+            await whole.start()
+            assert await agrees() == before
+            code, out, err = await whole.command("spool", "redrive")
+            assert code == 0, out + err
+            after = await agrees()
+            assert after["backends"]["webhook"]["delivered"] == count + 1
+    billed = Counter(row["id"] for row in receiver.billed("webhook"))
+    assert len(billed) == count + 1
+    assert max(billed.values()) == 1
+    assert billed.keys() > set(ids)
 
 
 async def test_from_four_workers_to_one_under_load(tmp_path):
