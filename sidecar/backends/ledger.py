@@ -21,14 +21,13 @@ from sidecar.backends.base import (
     policy_of,
     policy_settings,
 )
-from sidecar.meters.buckets import bucket_deltas, to_wire
-from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
-from sidecar.meters.hourly import body_of, deltas
+from sidecar.meters.buckets import SUMS, bucket_deltas, to_wire
+from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.record import Record
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
 
 BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
-UNDONE: Final = frozenset({Kind.COUNT, Kind.SUM})  # what can be taken out without knowing all that went in
 DEDUP_WINDOW_S: Final = 30 * 86_400.0  # how long the store keeps keys (`sidecar.ledger.store.KEYS_KEPT_S`)
 
 SETTINGS: Final = policy_settings(EVERYTHING)
@@ -67,7 +66,8 @@ class LedgerBackend:
         for start in range(0, len(wanted), BATCH_MAX):
             batch = wanted[start : start + BATCH_MAX]
             events = tuple(Event(r.id, r.id) for r in batch)
-            body = body_of(deltas(batch), to_wire(bucket_deltas(batch, self._meters)))
+            groups = grouped(batch)
+            body = body_of(deltas(groups), to_wire(bucket_deltas(groups.items(), self._meters)))
             encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body))
         return encoded
 
@@ -79,9 +79,10 @@ class LedgerBackend:
         """Take one record out of the sums again: hours, COUNT and SUM. What others were before, nobody knows."""
         if record is None:
             return Undone(Refused("record_gone"))
-        hours, buckets = deltas([record]), bucket_deltas([record], self._meters)
-        undoable = [bucket for bucket in buckets if bucket.kind in UNDONE]
-        left = [f"the meter {b.key.meter} ({b.kind}) keeps it" for b in buckets if b.kind not in UNDONE]
+        groups = grouped([record])
+        hours, buckets = deltas(groups), bucket_deltas(groups.items(), self._meters)
+        undoable = [bucket for bucket in buckets if bucket.kind in SUMS]  # the others hang on all that went in
+        left = [f"the meter {b.key.meter} ({b.kind}) keeps it" for b in buckets if b.kind not in SUMS]
         body = body_of([hour.negative() for hour in hours], to_wire([bucket.negative() for bucket in undoable]))
         verdict, kept = await asyncio.to_thread(self._store.undo, event_key(f"{event.event_id}~undone"), body)
         left += [f"the meter {name} keeps it: it was defined otherwise at the time, or never had it" for name in kept]

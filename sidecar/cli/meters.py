@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
-from sidecar.meters.buckets import BucketDelta, bucket_deltas
+from sidecar.meters.buckets import BucketDelta, Groups, bucket_deltas
 from sidecar.meters.definition import Kind, Meter, MetersError, read_meters
-from sidecar.meters.hourly import write_amount
+from sidecar.meters.hourly import grouped, write_amount
 from sidecar.record import Record
 from sidecar.settings import Settings
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from sidecar.verdict import Backend
 
 _LIST: Final = ("name", "type", "of", "filters", "multiplier", "bucket_size", "group_by", "reset_usage")
+SLICE_RECORDS: Final = 1000  # read before they are added up: a megabyte or two
 _TEST: Final = ("meter", "subscriber", "group", "from", "value")
 
 
@@ -93,7 +95,7 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _test(arguments: argparse.Namespace, settings: Settings) -> int:
     meters = {meter.name: meter for meter in meters_of(settings, arguments.names)}
-    deltas = bucket_deltas(_records(settings.data_dir, arguments.since), tuple(meters.values()))
+    deltas = bucket_deltas(_groups(_records(settings.data_dir, arguments.since)), tuple(meters.values()))
     rows = [
         {
             "meter": delta.key.meter,
@@ -150,6 +152,12 @@ def _records(data_dir: Path, since: datetime | None) -> Iterator[Record]:
     with spool_of(data_dir) as reader:
         for line in reader.lines(since_ns=0 if since is None else max(int(since.timestamp() * 1e9), 0)):
             yield Record.from_json(line)
+
+
+def _groups(records: Iterator[Record]) -> Groups:
+    """Slice by slice: a spool does not fit into memory."""
+    while part := list(islice(records, SLICE_RECORDS)):
+        yield from grouped(part).items()
 
 
 def _start(start: int) -> str | None:

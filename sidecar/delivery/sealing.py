@@ -57,10 +57,6 @@ class _Read:
     item: Item
     record: Record
 
-    @property
-    def started_s(self) -> float:
-        return self.record.started_at.timestamp()
-
 
 async def plan(
     backend: Backend, items: Sequence[Item], *, room: int, again_upto: int, now_s: float, limits: Limits
@@ -126,7 +122,7 @@ async def again(
 def older_than(limit_s: float, seqs: Sequence[int], lines: Sequence[bytes]) -> set[int]:
     """The numbers of those records whose event time is before a limit."""
     reads = [_parse(Item(seq, line)) for seq, line in zip(seqs, lines, strict=True)]
-    return {read.item.seq for read in reads if read is not None and read.started_s < limit_s}
+    return {read.item.seq for read in reads if read is not None and read.record.started_s < limit_s}
 
 
 def child_key(parent: str, index: int) -> str:
@@ -209,7 +205,7 @@ def _parse(item: Item) -> _Read | None:
 
 def _kept_back(backend: Backend, read: _Read, again_upto: int, now_s: float, limits: Limits) -> NewParked | None:
     """What no encoder needs to see: too old for the backend, or perhaps delivered before."""
-    abilities, started_s = backend.abilities, read.started_s
+    abilities, started_s = backend.abilities, read.record.started_s
     reason, maybe = "", False
     if abilities.age_max_s is not None and started_s < now_s - abilities.age_max_s:
         reason = TOO_OLD
@@ -259,7 +255,7 @@ def _place(
 
 def _request(backend: Backend, sealed: Sealed, by_id: dict[str, _Read], now_s: float) -> NewRequest:
     reads = {event.record_id: by_id[event.record_id] for event in sealed.events}
-    starts = [read.started_s for read in reads.values()]
+    starts = [read.record.started_s for read in reads.values()]
     future_s = backend.abilities.future_max_s
     # Only where the clock was put back: a backend that refuses the future is asked when it is the present.
     due_s = 0.0 if future_s is None or max(starts) <= now_s + future_s else max(starts) - future_s

@@ -12,13 +12,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any, Final
 
-from sidecar.meters.definition import Kind, Meter
-from sidecar.meters.hourly import EXACT, hour_of, subscriber_of, write_amount
+from sidecar.meters.definition import METERS_MAX, Kind, Meter
+from sidecar.meters.hourly import EXACT, Series, write_amount
 from sidecar.record import Record
 
+Groups = Iterable[tuple[tuple[int, Series], Sequence[Record]]]
+"""What `hourly.grouped` makes: records by hour (Unix seconds of its start) and series."""
+
 UNIQUE_MAX: Final = 10_000  # of one bucket: 160 kB on disk
+SUMS: Final = frozenset({Kind.COUNT, Kind.SUM})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND: Final = timedelta(microseconds=1)
 HASH_BYTES: Final = 8  # two of 10,000 values meet once in 3.7 * 10^11 buckets
@@ -55,35 +60,66 @@ class BucketDelta:
             at = ((record.started_at - _EPOCH) // _MICROSECOND, record.id)
             if self.value is None or at > (self.at_us, self.record_id):
                 self.value, (self.at_us, self.record_id) = number, at
-        elif self.value is None:
-            self.value = number
+        elif self.kind is Kind.MAX:
+            self.value = number if self.value is None else max(self.value, number)
         else:
-            self.value = max(self.value, number) if self.kind is Kind.MAX else EXACT.add(self.value, number)
+            self.plus(number)
+
+    def plus(self, number: Decimal) -> None:
+        """Add to a sum or a count."""
+        self.value = number if self.value is None else EXACT.add(self.value, number)
 
     def negative(self) -> BucketDelta:
         """What takes a sum back."""
         return BucketDelta(self.key, self.kind, None if self.value is None else -self.value)
 
 
-def bucket_deltas(records: Iterable[Record], meters: Sequence[Meter]) -> list[BucketDelta]:
-    """The effects of these records on these meters, in order of first appearance."""
+def bucket_deltas(groups: Groups, meters: Sequence[Meter]) -> list[BucketDelta]:
+    """The effects of grouped records on these meters, in order of first appearance."""
     found: dict[BucketKey, BucketDelta] = {}
     # A bucket never starts within an hour, so its start is worked out once for each meter and hour.
-    known: list[tuple[Meter, str, dict[int, int]]] = [(meter, meter.version, {}) for meter in meters]
-    for record in records:
-        subscriber, hour = subscriber_of(record), hour_of(record)
+    known: list[tuple[Meter, str, dict[int, int]]] = [(meter, _version(meter), {}) for meter in meters]
+    for (hour, series), records in groups:
         for meter, version, starts in known:
-            value = meter.value(record)
-            if value is None or isinstance(value, bool):
+            measured = meter.measured(records)
+            if not measured:
                 continue
             if hour not in starts:
-                starts[hour] = meter.bucket(record.started_at)
-            key = BucketKey(meter.name, version, subscriber, meter.group(record), starts[hour])
-            delta = found.get(key)
-            if delta is None:
-                delta = found[key] = BucketDelta(key, meter.kind)
-            delta.add(value, record)
+                starts[hour] = meter.bucket(measured[0].started_at)
+            start = starts[hour]
+            if meter.kind in SUMS and meter.group_by is None:
+                numbers = meter.numbers(measured)
+                if numbers:
+                    key = BucketKey(meter.name, version, series.subscriber, None, start)
+                    _delta_at(found, key, meter).plus(_sum(numbers))
+                continue
+            for record in measured:
+                value = meter.value(record)
+                if value is not None and not isinstance(value, bool):
+                    key = BucketKey(meter.name, version, series.subscriber, meter.group(record), start)
+                    _delta_at(found, key, meter).add(value, record)
     return list(found.values())
+
+
+def _delta_at(found: dict[BucketKey, BucketDelta], key: BucketKey, meter: Meter) -> BucketDelta:
+    delta = found.get(key)
+    if delta is None:
+        delta = found[key] = BucketDelta(key, meter.kind)
+    return delta
+
+
+def _sum(numbers: Sequence[int | Decimal]) -> Decimal:
+    """Exact: whole numbers as such, decimals in a context that would say so."""
+    total = Decimal(sum([number for number in numbers if type(number) is int]))
+    for number in numbers:
+        if type(number) is Decimal:
+            total = EXACT.add(total, number)
+    return total
+
+
+@lru_cache(maxsize=METERS_MAX)
+def _version(meter: Meter) -> str:
+    return meter.version
 
 
 def amount(delta: BucketDelta, meter: Meter) -> Decimal:

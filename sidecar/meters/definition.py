@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -27,7 +27,7 @@ import orjson
 
 from sidecar.meters.expression import Expression, ExpressionError, compile_expression
 from sidecar.meters.hourly import EXACT, read_amount, write_amount
-from sidecar.meters.properties import TEXTS, Value, answered, is_property, text_of, value_of
+from sidecar.meters.properties import TEXTS, Value, answered, is_property, reader_of, text_of, value_of
 from sidecar.record import Record
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
@@ -69,8 +69,9 @@ class Filter:
     key: str
     values: tuple[str, ...]
 
-    def takes(self, record: Record) -> bool:
-        return text_of(value_of(record, self.key)) in self.values
+    def taken(self, records: Iterable[Record]) -> list[Record]:
+        read = reader_of(self.key)
+        return [record for record in records if text_of(read(record)) in self.values]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,21 +90,27 @@ class Meter:
     reset: Reset = Reset.BILLING_PERIOD
     anchor_day: int = 1
 
-    def measures(self, record: Record) -> bool:
-        return answered(record) and all(each.takes(record) for each in self.filters)
+    def measured(self, records: Iterable[Record]) -> list[Record]:
+        """Those of them that this meter measures."""
+        found = [record for record in records if answered(record)]
+        for each in self.filters:
+            found = each.taken(found)
+        return found
 
     def value(self, record: Record) -> Value:
         """What this record adds, before the multiplier: a number, a text for UNIQUE_COUNT; None: nothing."""
-        if not self.measures(record):
+        if not self.measured((record,)):
             return None
-        if self.kind is Kind.COUNT:
-            return 1
         if self.kind is Kind.UNIQUE_COUNT:
             return text_of(value_of(record, self.field or ""))
-        if self.expression is not None:
-            return self.expression.value(record)
-        value = value_of(record, self.field or "")
-        return value if isinstance(value, (int, Decimal)) and not isinstance(value, bool) else None
+        return next(iter(self.numbers((record,))), None)
+
+    def numbers(self, records: Sequence[Record]) -> list[int | Decimal]:
+        """What measured records add, before the multiplier, without those that have no number."""
+        if self.kind is Kind.COUNT:
+            return [1] * len(records)
+        read = reader_of(self.field or "") if self.expression is None else self.expression.value
+        return [value for value in map(read, records) if type(value) is int or type(value) is Decimal]
 
     def quantity(self, record: Record) -> int | Decimal | None:
         """What a backend that takes one number per event is told; None: no event, never a zero."""

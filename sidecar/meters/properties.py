@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from functools import partial
 from typing import Any, Final
 
 from sidecar.exchange import Outcome
@@ -114,8 +115,16 @@ def is_property(name: str) -> bool:
 def value_of(record: Record, name: str) -> Value:
     """One property, or None where the record does not know it."""
     getter = FIXED.get(name)
-    if getter is not None:
-        return getter(record)
+    return _named(record, name) if getter is None else getter(record)
+
+
+def reader_of(name: str) -> Callable[[Record], Value]:
+    """The same for many records: what reads this one property."""
+    return FIXED.get(name) or partial(_named, name=name)
+
+
+def _named(record: Record, name: str) -> Value:
+    """A dimension or a unit."""
     if name.startswith(DIMENSION):
         return next((v for n, v in record.dimensions.items() if _identifier(DIMENSION, n) == name), None)
     if name.startswith(UNIT) and record.usage is not None:

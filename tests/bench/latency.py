@@ -24,7 +24,7 @@ def load(port: int, body: Path, folder: Path, *, seconds: int) -> list[float]:
     log.unlink(missing_ok=True)
     command = [
         *(binary, "--h1", f"-n{CALLS_PER_S * seconds}", f"-c{CONNECTIONS}", f"--rps={CALLS_PER_S // CONNECTIONS}"),
-        *("-r1", "--rate-period=1ms"),  # the connections begin one after the other: else they all call at once, for ever
+        *("-r1", "--rate-period=1ms"),  # begin one after the other: else all call at once, for ever
         *("-d", str(body), "-H", "Content-Type: application/json", "-H", "Authorization: Bearer sk-bench"),
         *("--log-file", str(log), f"http://127.0.0.1:{port}/v1/chat/completions"),
     ]

@@ -25,7 +25,7 @@ from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
 from sidecar.ledger.store import KEYS_KEPT_S
 from sidecar.meters.definition import read_meters
-from sidecar.meters.hourly import body_of, deltas, from_wire, read_amount, to_wire, write_amount
+from sidecar.meters.hourly import body_of, deltas, from_wire, grouped, read_amount, to_wire, write_amount
 from sidecar.record import Record
 from sidecar.verdict import Blocked, Delivered, Duplicate, Event, Refused, Retry
 
@@ -38,7 +38,7 @@ def path(tmp_path: Path) -> Path:
 
 
 def put(store: LedgerStore, batch: list[Record], key: str = "k") -> object:
-    return store.apply(key, body_of(deltas(batch)))
+    return store.apply(key, body_of(deltas(grouped(batch))))
 
 
 def test_sums_by_any_group(path: Path) -> None:
@@ -107,7 +107,7 @@ def test_an_odd_amount_is_no_amount(odd: object) -> None:
 @given(st.lists(st.decimals(min_value=-(10**17), max_value=10**17, places=12), min_size=1, max_size=30))
 def test_money_adds_up_as_fractions_do(amounts: list[Decimal]) -> None:
     batch = [record(n, usage=usage(cost_usd=write_amount(a))) for n, a in enumerate(amounts, 1)]
-    (delta,) = deltas(batch)
+    (delta,) = deltas(grouped(batch))
     assert delta.cost_usd is not None
     assert Fraction(delta.cost_usd) == sum(map(Fraction, amounts))
     (again,) = from_wire(orjson.loads(orjson.dumps(to_wire([delta]))))
@@ -115,7 +115,7 @@ def test_money_adds_up_as_fractions_do(amounts: list[Decimal]) -> None:
 
 
 def test_the_effects_of_odd_records_survive_the_wire(path: Path) -> None:
-    batch = deltas(odd_records())
+    batch = deltas(grouped(odd_records()))
     assert from_wire(orjson.loads(body_of(batch))["hourly"]) == batch
     store = LedgerStore(path)
     assert store.apply("k", body_of(batch)) == Delivered()
@@ -155,13 +155,13 @@ def test_any_order_and_any_repeats_give_the_same_sums(chance: random.Random) -> 
     everything = odd_records() + records(40)
     cuts = sorted(chance.sample(range(1, len(everything)), 5))
     parts = [everything[a:b] for a, b in zip([0, *cuts], [*cuts, len(everything)], strict=True)]
-    sends = [(str(number), body_of(deltas(part))) for number, part in enumerate(parts)] * 2
+    sends = [(str(number), body_of(deltas(grouped(part)))) for number, part in enumerate(parts)] * 2
     chance.shuffle(sends)
     store = LedgerStore(Path(":memory:"))
     for key, body in sends:
         store.apply(key, body)
     whole = LedgerStore(Path(":memory:"))
-    whole.apply("all", body_of(deltas(everything)))
+    whole.apply("all", body_of(deltas(grouped(everything))))
     assert dump(store) == dump(whole)
     store.close()
     whole.close()
@@ -194,9 +194,9 @@ from pathlib import Path
 from backend_fixtures import records
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import read_meters
-from sidecar.meters.hourly import body_of, deltas
+from sidecar.meters.hourly import body_of, deltas, grouped
 store = LedgerStore(Path(sys.argv[1]))
-body = body_of(deltas(records(3)))
+body = body_of(deltas(grouped(records(3))))
 for number in range(int(sys.argv[2]), 1000):
     store.apply(str(number), body)
     print(number, flush=True)
@@ -390,7 +390,7 @@ def test_a_locked_ledger_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_a_sum_that_would_not_be_exact_is_refused_whole(path: Path) -> None:
     store = LedgerStore(path)
     put(store, records(1), "a")
-    body = orjson.loads(body_of(deltas([record(2, usage=usage(cost_usd="1"))])))
+    body = orjson.loads(body_of(deltas(grouped([record(2, usage=usage(cost_usd="1"))]))))
     body["hourly"][0]["cost_usd"] = "1e200"
     assert store.apply("b", orjson.dumps(body)) == Delivered()
     body["hourly"][0]["cost_usd"] = "0.1"

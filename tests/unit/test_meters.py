@@ -21,7 +21,7 @@ from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.buckets import UNIQUE_MAX, amount, bucket_deltas, from_wire, to_wire
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter, MetersError, Reset, read_meters
 from sidecar.meters.expression import ExpressionError, compile_expression
-from sidecar.meters.hourly import body_of
+from sidecar.meters.hourly import body_of, grouped
 from sidecar.meters.properties import FIXED, as_json, is_property, properties, value_of
 from sidecar.record import Record
 
@@ -341,7 +341,8 @@ def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
     for part in parts:
         chance.shuffle(part)
     sends = [
-        (str(number), body_of([], to_wire(bucket_deltas(part, [*KINDS.values()])))) for number, part in enumerate(parts)
+        (str(number), body_of([], to_wire(bucket_deltas(grouped(part).items(), [*KINDS.values()]))))
+        for number, part in enumerate(parts)
     ] * 2
     chance.shuffle(sends)
     store = LedgerStore(Path(":memory:"))
@@ -358,7 +359,8 @@ def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
 def test_a_meter_can_be_tried_on_records_without_a_ledger() -> None:
     given_records = [record(n, usage=usage(model=f"m{n % 3}")) for n in range(1, 8)]
     amounts = {
-        name: [amount(delta, found) for delta in bucket_deltas(given_records, [found])] for name, found in KINDS.items()
+        name: [amount(delta, found) for delta in bucket_deltas(grouped(given_records).items(), [found])]
+        for name, found in KINDS.items()
     }
     assert amounts["count"] == [7]
     assert amounts["sum"] == [Decimal("67.9")]
@@ -367,7 +369,7 @@ def test_a_meter_can_be_tried_on_records_without_a_ledger() -> None:
 
 
 def test_deltas_survive_the_wire() -> None:
-    batch = bucket_deltas(odd_records(), [*KINDS.values(), *DEFAULT_METERS])
+    batch = bucket_deltas(grouped(odd_records()).items(), [*KINDS.values(), *DEFAULT_METERS])
     assert batch
     assert from_wire(orjson.loads(orjson.dumps(to_wire(batch)))) == batch
 
@@ -377,11 +379,11 @@ def test_the_ledger_answers_for_the_definition_as_it_is_now(tmp_path: Path) -> N
     store = LedgerStore(path)
     given_records = [record(n, started_ns=T0_NS + n * 6 * HOUR_NS) for n in range(4)]
     old, new = meter(), meter(aggregation={"bucket_size": "DAY"})
-    store.apply("a", body_of([], to_wire(bucket_deltas(given_records, [old]))))
+    store.apply("a", body_of([], to_wire(bucket_deltas(grouped(given_records).items(), [old]))))
     reader = LedgerReader(path)
     assert [(r.subscriber, r.value) for r in reader.meter(old)] == [("acme", "388")]
     assert reader.meter(new) == []
-    store.apply("b", body_of([], to_wire(bucket_deltas(given_records, [new]))))
+    store.apply("b", body_of([], to_wire(bucket_deltas(grouped(given_records).items(), [new]))))
     rows = reader.meter(new)
     assert [(str(r.start), r.value) for r in rows] == [
         ("2026-11-21 00:00:00+00:00", "291"), ("2026-11-22 00:00:00+00:00", "97"),
@@ -398,7 +400,7 @@ def test_a_set_of_unique_values_is_capped_and_says_so(tmp_path: Path) -> None:
     store = LedgerStore(tmp_path / "ledger.db")
     for start in range(0, UNIQUE_MAX + 500, 2000):
         batch = [record(1, usage=usage(model=f"m{n}")) for n in range(start, min(start + 2000, UNIQUE_MAX + 500))]
-        store.apply(str(start), body_of([], to_wire(bucket_deltas(batch, [found]))))
+        store.apply(str(start), body_of([], to_wire(bucket_deltas(grouped(batch).items(), [found]))))
     (row,) = LedgerReader(tmp_path / "ledger.db").meter(found)
     assert (row.value, row.capped, row.start) == (str(UNIQUE_MAX), True, None)
     assert found.reset is Reset.NEVER
