@@ -9,9 +9,9 @@ one is made for every call and freezing costs seven times as much (0.3 against 2
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 
 class Outcome(StrEnum):
@@ -79,6 +79,9 @@ class Usage:
     error: str | None = None  # the vendor's error type, also under status 200
     reason: str | None = None  # why usage is absent or partial, in our words
     raw_usage: Any = None  # the vendor's own usage object, verbatim
+
+
+USAGE_FIELDS: Final = tuple(f.name for f in fields(Usage))
 
 
 @dataclass(slots=True, frozen=True)

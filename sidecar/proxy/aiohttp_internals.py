@@ -12,15 +12,14 @@ Seen with aiohttp 3.14.
 from __future__ import annotations
 
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from ssl import SSLContext
-from typing import Final
+from typing import Final, Protocol
 
-from aiohttp import ClientRequest, ClientTimeout, TCPConnector, UnixConnector, web
+from aiohttp import ClientRequest, ClientTimeout, HttpVersion, TCPConnector, UnixConnector, web
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import BaseConnector, Connection
 from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
-from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
 from aiohttp.web_protocol import RequestHandler
 from yarl import URL
@@ -34,6 +33,29 @@ PIPELINE_MAX: Final = 32  # requests parsed ahead on one connection; aiohttp's f
 BODY_BUFFER_BYTES: Final = 131_072  # an unread upload is held at twice this: one full read of a socket fits
 
 Lease = Connection
+
+
+class RawRequestMessage(Protocol):
+    """A request's head as aiohttp's parser gives it: of two classes, one in C and one in Python."""
+
+    @property
+    def method(self) -> str: ...
+    @property
+    def path(self) -> str: ...
+    @property
+    def version(self) -> HttpVersion: ...
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+    @property
+    def raw_headers(self) -> Sequence[tuple[bytes, bytes]]: ...
+    @property
+    def should_close(self) -> bool: ...
+    @property
+    def upgrade(self) -> bool: ...
+    @property
+    def chunked(self) -> bool: ...
+
+
 Messages = Sequence[tuple[RawRequestMessage, StreamReader]]
 
 

@@ -94,7 +94,7 @@ class OneDocument(Parsing):
         body = b"".join(self._pieces)
         self._pieces = [body]
         if len(body) > DOCUMENT_MAX_BYTES:
-            self._members = Members(self._reader.wanted)
+            self._members = Members(self._reader.places())
             self._members.feed(body)
             self._pieces = []
 
@@ -106,7 +106,7 @@ def read_whole(reader: Reader, body: bytes) -> bool:
     try:
         document = orjson.loads(body)
     except ValueError:
-        members = Members(reader.wanted)
+        members = Members(reader.places())
         members.feed(body)
         return _read_skimmed(reader, members)
     if type(document) is dict:
@@ -169,7 +169,7 @@ class Elements(Parsing):
             return
         self._element += data
         if len(self._element) > MESSAGE_MAX_BYTES:
-            self._long = Members(self._reader.wanted)
+            self._long = Members(self._reader.places())
             self._long.feed(bytes(self._element))
             self._element.clear()
 

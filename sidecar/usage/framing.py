@@ -54,11 +54,11 @@ class Parsing:
     def _parse(self, data: bytes) -> Document | None:
         """One JSON object, or None. What the strict parser refuses is skimmed for what is wanted."""
         if len(data) > MESSAGE_MAX_BYTES:
-            return pruned(data, self._reader.wanted)
+            return pruned(data, self._reader.places())
         try:
             document = orjson.loads(data)
         except ValueError:
-            document = pruned(data, self._reader.wanted)
+            document = pruned(data, self._reader.places())
             if not document and not self._cut:
                 self._reader.anomaly("message_unreadable")
         return document if type(document) is dict else None
@@ -93,18 +93,18 @@ class _Messages(Parsing):
     def finish(self) -> None:
         """The last message may lack its separator. If it lacks its end, it proves nothing to be final."""
         self._cut = True
-        final = self._reader.final
+        proven = self._reader.proven()
         if self._long is not None:
             if self._long.members.document and not self._long.delivered:
                 self._reader.message(self._long.members.document, self._long.event)
             if not self._long.members.done:
-                self._reader.final = final
+                self._reader.restore(proven)
             self._long = None
         elif self._rest.strip():
             rest = bytes(self._rest)
             self._messages(rest)
             if not complete(self._data(rest)[0]):
-                self._reader.final = final
+                self._reader.restore(proven)
         self._rest.clear()
 
     def _feed(self, piece: bytes) -> bool:
@@ -149,7 +149,7 @@ class _Messages(Parsing):
 
     def _early(self) -> bool:
         """The end mark may be complete although its separator is still to come."""
-        rest, signs = self._rest, self._reader.end_signs
+        rest, signs = self._rest, self._reader.signs()
         last = rest[-1] if rest[-1] != 0x0A else rest[-2] if len(rest) > 1 else 0
         if last not in _CLOSERS or not any(sign in rest for sign in signs):
             return False
@@ -232,7 +232,7 @@ class ServerSentEvents(_Messages):
         return b"", event
 
     def _new_long(self) -> _Long:
-        return _LongEvent(self._reader.wanted)
+        return _LongEvent(self._reader.places())
 
 
 class JsonLines(_Messages):
@@ -243,7 +243,7 @@ class JsonLines(_Messages):
         return data.removeprefix(b"data:"), ""
 
     def _new_long(self) -> _Long:
-        return _Long(self._reader.wanted)
+        return _Long(self._reader.places())
 
 
 class _Long:

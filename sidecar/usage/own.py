@@ -61,27 +61,23 @@ class OwnFields(Reader):
         super().__init__(anomaly)
         self._elements = [element for element in elements if element.json]
         self._signs = [f'"{element.json[-1]}"'.encode() for element in self._elements]
-        self._wanted: Tree = dict(inner.wanted) if inner is not None else {}
+        self._places: Tree = dict(inner.places()) if inner is not None else {}
         for element in self._elements:
-            _graft(self._wanted, element.json)
+            _graft(self._places, element.json)
         self.units: dict[str, int | float] = {}
 
-    @property
-    def wanted(self) -> Tree:  # type: ignore[override]
-        return self._wanted
+    def places(self) -> Tree:
+        return self._places
 
-    @property
-    def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
-        return self.inner.end_signs if self.inner is not None else ()
+    def signs(self) -> tuple[bytes, ...]:
+        return self.inner.signs() if self.inner is not None else ()
 
-    @property
-    def final(self) -> bool:
-        return self.inner is not None and self.inner.final
+    def proven(self) -> bool:
+        return self.inner is not None and self.inner.proven()
 
-    @final.setter
-    def final(self, value: bool) -> None:
+    def restore(self, final: bool) -> None:
         if self.inner is not None:
-            self.inner.final = value
+            self.inner.restore(final)
 
     def dull(self, block: bytes) -> bool:
         if any(sign in block for sign in self._signs):

@@ -64,18 +64,15 @@ class Undecided(Reader):
         self._candidates = candidates
         self._left = UNDECIDED_MESSAGES_MAX
 
-    @property
-    def final(self) -> bool:
-        return self.chosen is not None and self.chosen.final
+    def signs(self) -> tuple[bytes, ...]:
+        return self.chosen.signs() if self.chosen is not None else ()
 
-    @final.setter
-    def final(self, value: bool) -> None:
+    def proven(self) -> bool:
+        return self.chosen is not None and self.chosen.proven()
+
+    def restore(self, final: bool) -> None:
         if self.chosen is not None:
-            self.chosen.final = value
-
-    @property
-    def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
-        return self.chosen.end_signs if self.chosen is not None else ()
+            self.chosen.restore(final)
 
     def dull(self, block: bytes) -> bool:
         if self.chosen is not None:

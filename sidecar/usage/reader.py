@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, ClassVar
 
-from sidecar.exchange import Usage, UsageState
+from sidecar.exchange import USAGE_FIELDS, Usage, UsageState
 from sidecar.usage.members import Tree
 from sidecar.usage.values import (
     COUNT_MAX,
@@ -63,6 +63,22 @@ class Reader:
     def __init__(self, anomaly: Callable[[str], None]) -> None:
         self.anomaly = anomaly
         self.finish_reasons: dict[int, str] = {}
+
+    # What a reader that stands before another one overrides.
+
+    def places(self) -> Tree:
+        return self.wanted
+
+    def signs(self) -> tuple[bytes, ...]:
+        return self.end_signs
+
+    def proven(self) -> bool:
+        """Whether the provider's end mark for usage was seen."""
+        return self.final
+
+    def restore(self, final: bool) -> None:
+        """The last message was cut off: what it proved does not count."""
+        self.final = final
 
     # What a family overrides.
 
@@ -193,7 +209,7 @@ def build(reader: Reader, *, streamed: bool, ended: bool) -> Usage:
     return usage
 
 
-_COUNTED = (*(name for name in Usage.__slots__ if name.endswith("_tokens")), "cost_usd")
+_COUNTED = (*(field for field in USAGE_FIELDS if field.endswith("_tokens")), "cost_usd")
 
 
 def clear(usage: Usage) -> None:
