@@ -173,9 +173,8 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
 
 
 def _read_usage(row: dict[str, Any]) -> Usage:
+    row["usage_state"] = _STATES[row["usage_state"]]
     try:
-        usage = Usage(**row)
+        return Usage(**row)
     except TypeError:  # a key that a later version added
-        usage = Usage(**{name: row[name] for name in USAGE_FIELDS if name in row})
-    usage.usage_state = _STATES[usage.usage_state]
-    return usage
+        return Usage(**{name: row[name] for name in USAGE_FIELDS if name in row})

@@ -37,9 +37,11 @@ log = logging.getLogger("sidecar.recorder")
 INTENT_AGE_S: Final = 0.020
 # durability.md section 1: a record older than this and not on disk makes `buffered` wait like `committed`.
 BUFFERED_AGE_S: Final = 0.020
-# In `buffered` records gather so long before they go to the writer: a commit costs 100 µs of CPU whatever is in it, and
-# one a loop turn made a third of the cost of a call. The other three quarters of the 20 ms are the disk's.
-GATHER_S: Final = 0.005
+# In `buffered` records gather before they go to the writer: a commit costs 100 µs of CPU whatever is in it, and the
+# hand-over between two threads as much again. How long depends on what the disk needs of the 20 ms.
+GATHER_S_MAX: Final = 0.015
+GATHER_S_MIN: Final = 0.002
+COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
 # What a waiting line costs beside its bytes (object header, list slots, its share of the batch).
 _LINE_OVERHEAD_BYTES: Final = 128
 
@@ -52,6 +54,18 @@ class Durability(StrEnum):
 class OnSpoolFull(StrEnum):
     PASS = "pass"
     REFUSE = "refuse"
+
+
+class Gathering:
+    """How long records may wait for company, so that a commit of twice the usual time still fits into the bound."""
+
+    def __init__(self) -> None:
+        self._commit_s = 0.0
+        self.seconds = GATHER_S_MAX
+
+    def committed(self, took_s: float) -> None:
+        self._commit_s += (took_s - self._commit_s) / COMMITS_REMEMBERED
+        self.seconds = min(max(BUFFERED_AGE_S - 2 * self._commit_s, GATHER_S_MIN), GATHER_S_MAX)
 
 
 class RecorderMetrics(Protocol):
@@ -92,6 +106,7 @@ class SpoolRecorder:
         self._look: asyncio.TimerHandle | None = None
         self._filling: Batch | None = None  # this loop turn's
         self._in_flight: deque[Batch] = deque()  # handed over and not yet on disk, oldest first
+        self._gathering = Gathering()
         self._waiting_bytes = 0
         self._overdue: asyncio.TimerHandle | None = None
         self._lost_told = spool.tally.lost  # as of the last batch
@@ -276,13 +291,13 @@ class SpoolRecorder:
     def _begin_batch(self) -> Batch:
         batch = self._filling = Batch(done=self._committed, since_s=self._loop.time())
         if self._buffered:
-            self._loop.call_later(GATHER_S, self._flush, batch)
+            self._loop.call_later(self._gathering.seconds, self._flush, batch)
         else:
             self._loop.call_soon(self._flush, batch)
         return batch
 
     def _flush(self, batch: Batch) -> None:
-        """Once a loop turn, or after `GATHER_S`: what gathered goes to the writer."""
+        """Once a loop turn, or when they have gathered for long enough: they go to the writer."""
         if self._filling is batch:
             self._hand_over()
 
@@ -293,6 +308,7 @@ class SpoolRecorder:
         tally = self._tally
         batch.admitted = tally.admitted - tally.unseen
         batch.lost = self._lost_told = tally.lost
+        batch.handed_s = self._loop.time()
         self._in_flight.append(batch)
         self._idle.clear()
         self._spool.submit(batch)
@@ -303,6 +319,7 @@ class SpoolRecorder:
         """On the loop, in order: it is on disk."""
         assert self._in_flight[0] is batch
         self._in_flight.popleft()
+        self._gathering.committed(self._loop.time() - batch.handed_s)
         self._waiting_bytes -= batch.size_bytes
         self._tally.open -= len(batch.lines)
         if self._degraded is not None:

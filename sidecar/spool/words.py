@@ -114,6 +114,7 @@ class Batch:
     admitted: int = 0  # admitted - unseen, as of the hand-over
     lost: Mapping[str, int] = field(default_factory=dict)
     since_s: float = 0.0  # loop time of the oldest entry
+    handed_s: float = 0.0  # and of the hand-over
     releases: list[Callable[[bool], None]] = field(default_factory=list)
     done: Callable[[Batch], None] | None = None  # called on the loop, once, after the commit
 

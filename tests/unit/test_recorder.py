@@ -10,7 +10,7 @@ from spool_fixtures import SMALL, Told, call, ended, failing, recorded, rows, st
 
 from sidecar.exchange import Outcome, Usage, UsageState
 from sidecar.record import Record
-from sidecar.recorder import SpoolRecorder
+from sidecar.recorder import BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
 from sidecar.spool import Spool, SpoolReader, State
 
 
@@ -131,6 +131,20 @@ async def test_buffered_does_not_wait_until_the_disk_is_late(held):
     recorder.admit(later := call())
     assert recorder.complete(later, answers) is True
     assert told.uncommitted == 0
+
+
+def test_gathering_leaves_the_disk_the_time_that_it_needs():
+    gathering = Gathering()
+    gathering.committed(0.010)
+    assert gathering.seconds == GATHER_S_MAX, "one slow commit says little"
+    for _ in range(50):
+        gathering.committed(0.006)
+    assert gathering.seconds == pytest.approx(BUFFERED_AGE_S - 0.012, abs=1e-4)
+    gathering.committed(0.3)
+    assert gathering.seconds == GATHER_S_MIN, "a disk that stands still is believed at once"
+    for _ in range(50):
+        gathering.committed(0.0004)
+    assert gathering.seconds == GATHER_S_MAX
 
 
 async def test_pass_waits_once_and_then_no_more_until_a_commit(held):
