@@ -24,6 +24,7 @@ from sidecar.delivery.state.rows import Parked
 from sidecar.delivery.state.schema import open_reader, told
 
 WINDOW_RECORDS: Final = 20_000  # of one cursor counted at a time: some 10 MB
+FIND_REQUESTS: Final = 10_000  # searched in one read, so that no log has to be kept for the whole search
 PAGE: Final = 500  # parked events read at a time
 
 Place = tuple[str, str]  # term, reason
@@ -153,7 +154,8 @@ class Accounts:
     def verify(self) -> list[str]:
         """Count everything again from rows. Returns each difference in words; empty when all is well."""
         problems: list[str] = []
-        with self._reading() as conn:
+        with self._apart() as conn:
+            conn.execute("BEGIN")  # all of one moment
             for cursor, backend, instance, seq, folded in _cursors(conn):
                 kept = _counters(conn, cursor, folded=0)
                 rows = _counters(conn, cursor, folded=1)
@@ -225,17 +227,30 @@ class Accounts:
         """
         needle = f'"{one}"'.encode()
         found: list[Found] = []
-        with self._reading() as conn:
-            for backend, instance, request, key, at_s, fates, blob in conn.execute(
-                "SELECT backend, instance, sealed.id, key, at_s, fates, members FROM sealed"
-                " JOIN cursor ON cursor.id = sealed.cursor WHERE instr(members, ?) > 0 ORDER BY sealed.id",
-                (needle,),
-            ):
-                for index, row in enumerate(orjson.loads(blob)):
-                    if one in (row[1], row[-1]):
-                        fate = "open" if fates is None else _FATES[fates[index]]
-                        found.append(Found(backend, instance, row[0], row[1], row[-1], key, fate, at_s, request))
+        with self._apart() as conn:
+            (last,) = conn.execute("SELECT coalesce(max(id), 0) FROM sealed").fetchone()
+            for after in range(0, last, FIND_REQUESTS):
+                for backend, instance, request, key, at_s, fates, blob in conn.execute(
+                    "SELECT backend, instance, sealed.id, key, at_s, fates, members FROM sealed"
+                    " JOIN cursor ON cursor.id = sealed.cursor"
+                    " WHERE sealed.id > ? AND sealed.id <= ? AND instr(members, ?) > 0 ORDER BY sealed.id",
+                    (after, after + FIND_REQUESTS, needle),
+                ):
+                    for index, row in enumerate(orjson.loads(blob)):
+                        if one in (row[1], row[-1]):
+                            fate = "open" if fates is None else _FATES[fates[index]]
+                            found.append(Found(backend, instance, row[0], row[1], row[-1], key, fate, at_s, request))
         return found
+
+    @contextmanager
+    def _apart(self) -> Iterator[sqlite3.Connection]:
+        """A connection of its own, for what may take minutes: nobody who asks for the balance waits behind it."""
+        conn = open_reader(self._path)
+        try:
+            with told(self._path):
+                yield conn
+        finally:
+            conn.close()
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
