@@ -12,6 +12,7 @@ zero from the start, so that "no loss" and "nobody counts" look different.
 from __future__ import annotations
 
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -237,8 +238,8 @@ class Metrics(Collector):
 
     def batch_settled(self, backend: str, verdicts: Sequence[Verdict], seconds: float) -> None:
         """One request to a backend was answered, or was not."""
-        for verdict in verdicts:
-            self._count("sidecar_verdicts", (backend, type(verdict).__name__.lower()))
+        for kind, count in Counter(map(type, verdicts)).items():
+            self._count("sidecar_verdicts", (backend, kind.__name__.lower()), count)
         self._histograms["sidecar_send_seconds"].setdefault((backend,), Histogram()).observe(seconds)
 
     def parked(self, backend: str, reason: str, count: int) -> None:
