@@ -19,13 +19,13 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable
-from enum import StrEnum
 from types import TracebackType
 from typing import Final, Protocol
 
 from sidecar.exchange import Exchange, Release
 from sidecar.ids import CHANCE_BYTES, Ids
 from sidecar.record import encode
+from sidecar.settings import Durability, OnSpoolFull
 from sidecar.spool.intents import encode_intent
 from sidecar.spool.owner import Spool
 from sidecar.spool.words import Batch, Health, State
@@ -44,16 +44,6 @@ GATHER_S_MIN: Final = 0.002
 COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
 # What a waiting line costs beside its bytes (object header, list slots, its share of the batch).
 _LINE_OVERHEAD_BYTES: Final = 128
-
-
-class Durability(StrEnum):
-    COMMITTED = "committed"
-    BUFFERED = "buffered"
-
-
-class OnSpoolFull(StrEnum):
-    PASS = "pass"
-    REFUSE = "refuse"
 
 
 class Gathering:
