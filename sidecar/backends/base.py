@@ -1,13 +1,12 @@
-"""What every backend file builds on: its surroundings, which calls it is owed, and the shape of its requests.
+"""What every backend file builds on: its surroundings, which calls it is owed, who pays, and the values it is sent.
 
-A backend file knows one wire contract. Which calls may be billed at all, how events are cut into
-requests, and how a key is made from its members are the same for all of them and stand here. All of it is
-pure: the same records give the same bytes and keys, whoever asks and whenever.
+A backend file knows one wire contract. Which calls may be billed at all, to whom and with which numbers is the
+same for all of them and stands here; how events are cut into requests stands in `sealing`. All of it is pure.
+A record that is not handed on has been put where it belongs, with its reason.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,15 +20,14 @@ import orjson
 from sidecar.exchange import Outcome
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import write_amount
+from sidecar.meters.properties import answered
 from sidecar.record import Record
 from sidecar.settings import Secret, Setting, kinds
-from sidecar.verdict import Encoded, Event, Sealed, Verdict
+from sidecar.verdict import Encoded, Verdict
 
-KEY_CHARS_MAX: Final = 90  # of the 100 that every backend takes: the rest is for `.0` of a split, `~n` of a redrive
 TEXT_CHARS_MAX: Final = 255  # what vendors store of a text; Revenium's own package cuts here as well
 DAY_S: Final = 86_400.0
 
-_PLAIN_KEY: Final = re.compile(rf"[!-~]{{1,{KEY_CHARS_MAX}}}")
 _HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # how `attribution` writes the keyed hash of a credential
 
 
@@ -164,6 +162,39 @@ def quantities(record: Record, meters: Sequence[Meter]) -> list[tuple[Meter, int
     return [(meter, quantity) for meter, quantity in measured if quantity is not None]
 
 
+def answered_calls(
+    records: Iterable[Record], policy: Policy, customers: Mapping[str, str], encoded: Encoded
+) -> Iterator[tuple[Record, str]]:
+    """For a vendor whose meters work on all that is known of a call: each call to bill, and who pays."""
+    for record in records:
+        if policy.place(record, encoded):
+            if not answered(record):
+                encoded.skipped[record.id] = "unanswered"
+            elif customer := _payer(record, customers, encoded):
+                yield record, customer
+
+
+def metered_calls(
+    records: Iterable[Record], policy: Policy, customers: Mapping[str, str], meters: Sequence[Meter], encoded: Encoded
+) -> Iterator[tuple[Record, str, list[tuple[Meter, int | Decimal]]]]:
+    """For a vendor that takes one number an event: each call to bill, who pays, and its numbers."""
+    for record in records:
+        if policy.place(record, encoded):
+            amounts = quantities(record, meters)
+            if not amounts:
+                encoded.skipped[record.id] = "no_value"
+            elif customer := _payer(record, customers, encoded):
+                yield record, customer, amounts
+
+
+def _payer(record: Record, customers: Mapping[str, str], encoded: Encoded) -> str | None:
+    """Who pays; while nobody is known to, the record is parked: a mapping can still say who."""
+    customer = customer_id(record, customers)
+    if not customer:
+        encoded.parked[record.id] = "no_customer"
+    return customer
+
+
 def json_number(quantity: int | Decimal) -> orjson.Fragment:
     """A number with all its digits: a float would lose some."""
     return orjson.Fragment(plain_number(quantity).encode())
@@ -216,100 +247,3 @@ def label_id(record: Record, customers: Mapping[str, str]) -> str | None:
 def clip(text: str, chars: int = TEXT_CHARS_MAX) -> str:
     """Cut as the vendors' own packages do, on a character border."""
     return text if len(text) <= chars else text[:chars]
-
-
-def event_key(event_id: str) -> str:
-    """A request key from one event's id. Ids are ours and plain; anything else is replaced by its digest."""
-    return event_id if _PLAIN_KEY.fullmatch(event_id) else f"h-{_digest((event_id,), 32)}"
-
-
-def batch_key(events: Sequence[Event]) -> str:
-    """A request key from all its members: first id, their number, and a digest of every id in order."""
-    first = events[0].event_id
-    head = first if re.fullmatch(r"[!-~]{1,40}", first) else _digest((first,), 16)
-    return f"{head}-{len(events)}-{_digest((e.event_id for e in events), 16)}"
-
-
-def _digest(ids: Iterable[str], chars: int) -> str:
-    whole = hashlib.sha256()
-    for one in ids:
-        data = one.encode("utf-8", "replace")
-        whole.update(len(data).to_bytes(4, "big") + data)
-    return whole.hexdigest()[:chars]
-
-
-@dataclass(frozen=True, slots=True)
-class Piece:
-    """One event and its bytes, before requests are cut."""
-
-    event: Event
-    data: bytes
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Frame:
-    """How pieces become a body: what stands before, between and behind them."""
-
-    opening: bytes = b""
-    between: bytes = b""
-    closing: bytes = b""
-
-    def body(self, pieces: Sequence[Piece]) -> bytes:
-        return self.opening + self.between.join(piece.data for piece in pieces) + self.closing
-
-    def size(self, data_bytes: int, count: int) -> int:
-        return len(self.opening) + data_bytes + len(self.between) * max(count - 1, 0) + len(self.closing)
-
-
-JSON_ARRAY: Final = Frame(opening=b"[", between=b",", closing=b"]")
-JSON_EVENTS: Final = Frame(opening=b'{"events":[', between=b",", closing=b"]}")
-LINES: Final = Frame(between=b"\n", closing=b"\n")
-
-
-def seal_batches(
-    pieces: Iterable[Piece],
-    encoded: Encoded,
-    *,
-    frame: Frame,
-    events_max: int,
-    bytes_max: int | None,
-    path: str = "",
-    content_type: str = "application/json",
-    headers: tuple[tuple[str, str], ...] = (),
-) -> Encoded:
-    """Cut pieces into requests within both limits, in order. A piece too large by itself parks its record."""
-    for batch in _cut(_fitting(pieces, encoded, frame, bytes_max), frame, events_max, bytes_max):
-        events = tuple(piece.event for piece in batch)
-        encoded.sealed.append(
-            Sealed(
-                key=batch_key(events),
-                events=events,
-                body=frame.body(batch),
-                path=path,
-                content_type=content_type,
-                headers=headers,
-            )
-        )
-    return encoded
-
-
-def _fitting(pieces: Iterable[Piece], encoded: Encoded, frame: Frame, bytes_max: int | None) -> Iterator[Piece]:
-    for piece in pieces:
-        if bytes_max is not None and frame.size(len(piece.data), 1) > bytes_max:
-            encoded.parked[piece.event.record_id] = "too_large"
-        else:
-            yield piece
-
-
-def _cut(pieces: Iterable[Piece], frame: Frame, events_max: int, bytes_max: int | None) -> Iterator[list[Piece]]:
-    batch: list[Piece] = []
-    size = 0
-    for piece in pieces:
-        over = bytes_max is not None and frame.size(size + len(piece.data), len(batch) + 1) > bytes_max
-        if batch and (len(batch) >= events_max or over):
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += len(piece.data)
-    if batch:
-        yield batch

@@ -26,16 +26,8 @@ from threading import Lock
 from time import time
 from typing import Any, Final
 
-from sidecar.backends.base import (
-    EVERYTHING,
-    LINES,
-    Context,
-    Piece,
-    Policy,
-    policy_of,
-    policy_settings,
-    seal_batches,
-)
+from sidecar.backends.base import EVERYTHING, Context, Policy, policy_of, policy_settings
+from sidecar.backends.sealing import seal_lines
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import (
@@ -46,7 +38,6 @@ from sidecar.verdict import (
     Delivered,
     Duplicate,
     Encoded,
-    Event,
     Retry,
     Sealed,
     Verdict,
@@ -115,16 +106,7 @@ class FileBackend:
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:
-        encoded = Encoded()
-        pieces = (Piece(Event(r.id, r.id), r.json) for r in records if self._policy.place(r, encoded))
-        return seal_batches(
-            pieces,
-            encoded,
-            frame=LINES,
-            events_max=self.abilities.events_max,
-            bytes_max=self.abilities.bytes_max,
-            content_type="application/x-ndjson",
-        )
+        return seal_lines(records, self._policy, self.abilities)
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         try:

@@ -14,22 +14,20 @@ import orjson
 
 from sidecar.backends.base import (
     BILLING,
-    JSON_EVENTS,
     Context,
-    Piece,
     Policy,
     Provision,
-    customer_id,
+    answered_calls,
     policy_of,
     policy_settings,
     revealed,
     rfc3339,
-    seal_batches,
 )
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.sealing import JSON_EVENTS, Piece, seal_batches
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import write_amount
-from sidecar.meters.properties import answered, as_json, properties
+from sidecar.meters.properties import as_json, properties
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
@@ -101,17 +99,10 @@ class FlexpriceBackend:
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
-        pieces: list[Piece] = []
-        for record in records:
-            if not self._policy.place(record, encoded):
-                continue
-            customer = customer_id(record, self._customers)
-            if not answered(record):
-                encoded.skipped[record.id] = "unanswered"
-            elif customer is None:
-                encoded.parked[record.id] = "no_customer"
-            else:
-                pieces.append(Piece(Event(record.id, record.id), self._event(record, customer)))
+        pieces = (
+            Piece(Event(record.id, record.id), self._event(record, customer))
+            for record, customer in answered_calls(records, self._policy, self._customers, encoded)
+        )
         return seal_batches(pieces, encoded, frame=JSON_EVENTS, events_max=EVENTS_MAX, bytes_max=BYTES_MAX, path=BULK)
 
     def _event(self, record: Record, customer: str) -> bytes:

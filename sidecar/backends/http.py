@@ -30,6 +30,7 @@ from sidecar.verdict import Blocked, Dedup, Delivered, Refused, Retry, Sealed, U
 
 CONNECT_TIMEOUT_S: Final = 10.0  # as for upstreams; a backend that takes longer is not there
 ANSWER_TIMEOUT_S: Final = 30.0  # from the first byte sent; vendors' own packages use 10 to 80
+BODY_BYTES_MAX: Final = 1_000_000  # where a vendor states none: nginx refuses bodies above 1 MiB unless told otherwise
 ANSWER_BYTES_MAX: Final = 256 * 1024  # of an answer that is looked at; a report over 1000 events is below 200 KiB
 IDLE_S: Final = 15.0  # how long an unused connection is kept; aiohttp's own default
 IDLE_NO_DEDUP_S: Final = 2.0  # where a repeat is billed twice, no connection that the server may just be closing

@@ -15,25 +15,22 @@ import orjson
 
 from sidecar.backends.base import (
     BILLING,
-    JSON_EVENTS,
     Context,
-    Piece,
     Policy,
     chosen_meters,
     clip,
-    customer_id,
+    metered_calls,
     plain_number,
     policy_of,
     policy_settings,
-    quantities,
     revealed,
-    seal_batches,
 )
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.sealing import JSON_EVENTS, Piece, meter_event, seal_batches
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Duplicate, Encoded, Event, Refused, Retry, Sealed, Verdict
+from sidecar.verdict import Abilities, Atomicity, Dedup, Duplicate, Encoded, Refused, Retry, Sealed, Verdict
 
 HOST: Final = "https://api.getlago.com"
 BATCH: Final = "/api/v1/events/batch"
@@ -101,22 +98,16 @@ class LagoBackend:
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
-        pieces: list[Piece] = []
-        for record in records:
-            if not self._policy.place(record, encoded):
-                continue
-            amounts = quantities(record, self._meters)
-            subscription = customer_id(record, self._customers)
-            if not amounts:
-                encoded.skipped[record.id] = "no_value"
-            elif not subscription:
-                encoded.parked[record.id] = "no_customer"
-            else:
-                pieces += [self._piece(record, subscription, meter, amount) for meter, amount in amounts]
+        calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
+        pieces = (
+            self._piece(record, subscription, meter, amount)
+            for record, subscription, amounts in calls
+            for meter, amount in amounts
+        )
         return seal_batches(pieces, encoded, frame=JSON_EVENTS, events_max=EVENTS_MAX, bytes_max=BYTES_MAX, path=BATCH)
 
     def _piece(self, record: Record, subscription: str, meter: Meter, amount: Any) -> Piece:
-        event = Event(record.id, f"{record.id}:{meter.name}")
+        event = meter_event(record, meter)
         told = {
             "transaction_id": event.event_id,
             "external_subscription_id": subscription,

@@ -21,20 +21,19 @@ from sidecar.backends.base import (
     Policy,
     chosen_meters,
     clip,
-    customer_id,
-    event_key,
     json_number,
+    metered_calls,
     policy_of,
     policy_settings,
-    quantities,
     revealed,
     rfc3339,
 )
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.sealing import event_key, meter_event
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Blocked, Dedup, Duplicate, Encoded, Event, Sealed, Verdict
+from sidecar.verdict import Abilities, Blocked, Dedup, Duplicate, Encoded, Sealed, Verdict
 
 HOST: Final = "https://api.ledgerbee.com"
 REPORT: Final = "/api/v1/meters/report"
@@ -114,17 +113,9 @@ class LedgerbeeBackend:
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
-        for record in records:
-            if not self._policy.place(record, encoded):
-                continue
-            amounts = quantities(record, self._meters)
-            customer = customer_id(record, self._customers)
-            if not amounts:
-                encoded.skipped[record.id] = "no_value"
-            elif customer is None:
-                encoded.parked[record.id] = "no_customer"
-            else:
-                encoded.sealed += [self._sealed(record, customer, meter, amount) for meter, amount in amounts]
+        calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
+        for record, customer, amounts in calls:
+            encoded.sealed += [self._sealed(record, customer, meter, amount) for meter, amount in amounts]
         return encoded
 
     def _sealed(self, record: Record, customer: str, meter: Meter, amount: Any) -> Sealed:
@@ -136,7 +127,7 @@ class LedgerbeeBackend:
             "timestamp": rfc3339(record.started_at),
             "metadata": _metadata(record),
         }
-        event = Event(record.id, f"{record.id}:{meter.name}")
+        event = meter_event(record, meter)
         return Sealed(key=event_key(event.event_id), events=(event,), body=orjson.dumps(body), path=REPORT)
 
     async def send(self, sealed: Sealed) -> list[Verdict]:

@@ -10,27 +10,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from sidecar.backends.base import (
-    BILLING,
-    DAY_S,
-    JSON_ARRAY,
-    Context,
-    Piece,
-    Policy,
-    label_id,
-    policy_of,
-    policy_settings,
-    revealed,
-    seal_batches,
-)
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.base import BILLING, DAY_S, Context, Policy, label_id, policy_of, policy_settings, revealed
+from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.sealing import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.transaction import payload_bytes
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
 
 BATCH_DEFAULT: Final = 100  # design.md, section 7
-BODY_BYTES_MAX: Final = 1_000_000  # nginx refuses bodies above 1 MiB unless told otherwise
 
 SETTINGS: Final = (
     Setting("url", kinds.http_url_query, help="where to POST the batches, as it is", required=True),

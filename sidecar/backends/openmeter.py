@@ -16,19 +16,17 @@ import orjson
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
-    JSON_ARRAY,
     Context,
-    Piece,
     Policy,
-    customer_id,
+    answered_calls,
     policy_of,
     policy_settings,
     revealed,
     rfc3339,
-    seal_batches,
 )
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.meters.properties import answered, as_json, properties
+from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.sealing import JSON_ARRAY, Piece, seal_batches
+from sidecar.meters.properties import as_json, properties
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
@@ -37,7 +35,6 @@ HOST: Final = "https://openmeter.cloud"
 PATHS: Final = {"v1": "/api/v1/events", "v3": "/openmeter/events"}
 CONTENT_TYPE: Final = "application/cloudevents-batch+json"
 BATCH_DEFAULT: Final = 500  # no limit is stated; 100 to 1000 is what deployments are sized for
-BODY_BYTES_MAX: Final = 1_000_000  # of the proxy in front of a deployment, usually
 
 SETTINGS: Final = (
     Setting("url", kinds.http_url, HOST, "the deployment; for v3 with what stands before `/openmeter/events`"),
@@ -104,17 +101,10 @@ class OpenmeterBackend:
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
-        pieces: list[Piece] = []
-        for record in records:
-            if not self._policy.place(record, encoded):
-                continue
-            customer = customer_id(record, self._customers)
-            if not answered(record):
-                encoded.skipped[record.id] = "unanswered"
-            elif not customer:
-                encoded.parked[record.id] = "no_customer"
-            else:
-                pieces.append(Piece(Event(record.id, record.id), self._event(record, customer)))
+        pieces = (
+            Piece(Event(record.id, record.id), self._event(record, customer))
+            for record, customer in answered_calls(records, self._policy, self._customers, encoded)
+        )
         return seal_batches(
             pieces,
             encoded,

@@ -22,23 +22,20 @@ import orjson
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
-    JSON_EVENTS,
     Context,
-    Piece,
     Policy,
     Provision,
     chosen_meters,
-    customer_id,
-    event_key,
+    metered_calls,
     plain_number,
     policy_of,
     policy_settings,
-    quantities,
     revealed,
     rfc3339,
-    seal_batches,
+    subscriber_id,
 )
 from sidecar.backends.http import ANSWER_TIMEOUT_S, HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.sealing import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
 from sidecar.backends.stripe_meters import FORM, FORMULAS, PAYLOAD, Payload, StripeMeters
 from sidecar.backends.stripe_session import StreamSession
 from sidecar.meters.definition import DEFAULT_METERS, Meter
@@ -157,14 +154,9 @@ class StripeBackend:
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
         pieces: list[Piece] = []
-        for record in records:
-            if not self._policy.place(record, encoded):
-                continue
-            amounts = quantities(record, self._meters)
-            customer = self._customer(record)
-            if not amounts:
-                encoded.skipped[record.id] = "no_value"
-            elif customer is None:
+        calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
+        for record, customer, amounts in calls:
+            if not self._is_theirs(record, customer):
                 encoded.parked[record.id] = "no_customer"
             elif not all(self._is_taken(amount) for _, amount in amounts):
                 encoded.parked[record.id] = "value_not_taken"
@@ -181,11 +173,9 @@ class StripeBackend:
             path=STREAM,
         )
 
-    def _customer(self, record: Record) -> str | None:
-        """As mapped, or an id that is plainly Stripe's: all others would be dropped there."""
-        customer = customer_id(record, self._customers)
-        mapped = record.subscriber is not None and record.subscriber.id in self._customers
-        return customer if customer is not None and (mapped or customer.startswith("cus_")) else None
+    def _is_theirs(self, record: Record, customer: str) -> bool:
+        """Mapped, or an id that is plainly Stripe's: all others would be dropped there."""
+        return customer.startswith("cus_") or subscriber_id(record) in self._customers
 
     def _is_taken(self, amount: int | Decimal) -> bool:
         whole = isinstance(amount, int) or amount == amount.to_integral_value()
@@ -194,7 +184,7 @@ class StripeBackend:
         ) <= DIGITS_MAX
 
     def _sealed(self, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> Sealed:
-        event = _event(record, meter)
+        event = meter_event(record, meter)
         name = meter.event_name or meter.name
         if self._mode == "v2":
             body, path, content_type = self._json(event, record, customer, meter, amount), EVENTS_V2, "application/json"
@@ -217,7 +207,7 @@ class StripeBackend:
         )
 
     def _piece(self, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> Piece:
-        event = _event(record, meter)
+        event = meter_event(record, meter)
         return Piece(event, self._json(event, record, customer, meter, amount))
 
     def _json(self, event: Event, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> bytes:
@@ -287,10 +277,6 @@ class StripeBackend:
 
     async def aclose(self) -> None:
         await self._client.aclose()
-
-
-def _event(record: Record, meter: Meter) -> Event:
-    return Event(record.id, f"{record.id}:{meter.name}")
 
 
 def _is_known(answer: Answer) -> bool:

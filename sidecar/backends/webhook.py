@@ -22,26 +22,14 @@ from collections.abc import Callable, Mapping, Sequence
 from time import time
 from typing import Any, Final
 
-from sidecar.backends.base import (
-    DAY_S,
-    EVERYTHING,
-    LINES,
-    Context,
-    Piece,
-    Policy,
-    policy_of,
-    policy_settings,
-    revealed,
-    seal_batches,
-)
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.base import DAY_S, EVERYTHING, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.sealing import seal_lines
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
 
 BATCH_DEFAULT: Final = 100
-BODY_BYTES_MAX: Final = 1_000_000  # nginx refuses bodies above 1 MiB unless told otherwise
-CONTENT_TYPE: Final = "application/x-ndjson"
 SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
 
 
@@ -111,16 +99,7 @@ class WebhookBackend:
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:
-        encoded = Encoded()
-        pieces = (Piece(Event(r.id, r.id), r.json) for r in records if self._policy.place(r, encoded))
-        return seal_batches(
-            pieces,
-            encoded,
-            frame=LINES,
-            events_max=self.abilities.events_max,
-            bytes_max=self.abilities.bytes_max,
-            content_type=CONTENT_TYPE,
-        )
+        return seal_lines(records, self._policy, self.abilities)
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         stamp = int(self._clock())
