@@ -14,9 +14,9 @@ from typing import TypeVar
 from sidecar import billers
 from sidecar.delivery import DeliveryState, SystemClock
 from sidecar.delivery.ports import read_clock
-from sidecar.delivery.retry import Now
 from sidecar.delivery.state.accounts import Accounts, Found
 from sidecar.delivery.state.rows import Parked
+from sidecar.delivery.words import Now
 from sidecar.lock import DataLock
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings

@@ -1,14 +1,14 @@
 """From the spool to the backends: persist, seal, send, verdict, retire.
 
-`retry` decides and touches nothing, `state` keeps what must outlive a crash in `delivery.db`, `sealing` and
-`redriving` turn records into requests, `lane` runs one backend, `courier` owns the lanes. A backend's own
+`retry`, `pace` and `window` decide and touch nothing, `state` keeps what must outlive a crash in `delivery.db`,
+`sealing` and `redriving` turn records into requests, `lane` runs one backend, `courier` owns the lanes. A backend's own
 contract is in `sidecar.backends`; who calls `wake` and what the totals are compared with is the application's.
 """
 
 from sidecar.delivery.courier import Delivery
 from sidecar.delivery.lane import LaneStatus
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Clock, SpoolReader, SystemClock
-from sidecar.delivery.retry import Limits
 from sidecar.delivery.state import DeliveryState
 
 __all__ = ["Clock", "Delivery", "DeliveryState", "LaneStatus", "Limits", "SpoolReader", "SystemClock"]

@@ -19,12 +19,14 @@ from typing import Any, Self, TypeVar
 
 from sidecar.balance import BackendTotals
 from sidecar.delivery.lane import Lane, LaneStatus
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
 from sidecar.delivery.removed import part_with
-from sidecar.delivery.retry import BEFORE, ClockWatch, Limits, Now
 from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
 from sidecar.delivery.state.rows import Parked, Place
+from sidecar.delivery.window import ClockWatch
+from sidecar.delivery.words import BEFORE, Now
 from sidecar.verdict import Backend
 
 _LOG = logging.getLogger(__name__)

@@ -5,8 +5,8 @@ beginning of this attempt, is on disk; its verdict is forgotten here only after 
 share nothing but the file and its thread, so one that is stuck holds no other up; inside a lane a
 stuck request waits in a set of its own while fresh ones go by.
 
-Everything that decides is in `retry`; this file reads the spool, waits, sends and stores. One task runs a lane
-turn by turn; each attempt under way is a task of its own that only leaves its result here.
+Everything that decides is in `retry`, `window` and `pace`; this file reads the spool, waits, sends and stores. One task
+runs a lane turn by turn; each attempt under way is a task of its own that only leaves its result here.
 """
 
 from __future__ import annotations
@@ -22,21 +22,15 @@ from typing import TypeVar
 from sidecar.delivery import redriving, sealing
 from sidecar.delivery.offering import ask
 from sidecar.delivery.owner import Owner
-from sidecar.delivery.retry import (
-    MISSING,
-    Attempt,
-    Now,
-    Pace,
-    judge,
-    next_pace,
-    suspect,
-    window_left_s,
-)
+from sidecar.delivery.pace import Pace, next_pace, suspect
+from sidecar.delivery.retry import Attempt, judge
 from sidecar.delivery.settling import Settling
 from sidecar.delivery.sources import Source, Sources
 from sidecar.delivery.state import StateError, StateFull, request_size
 from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Sealing, Settlement
 from sidecar.delivery.waiting import Waiting
+from sidecar.delivery.window import window_left_s
+from sidecar.delivery.words import MISSING, Now
 from sidecar.spool.words import SpoolError
 from sidecar.verdict import Backend, Dedup, Unknown, Verdict
 

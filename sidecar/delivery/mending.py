@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from typing import Final, Protocol, TypeVar
 
 from sidecar.delivery.ports import Metrics, SpoolReader
-from sidecar.delivery.retry import Now, Parking
 from sidecar.delivery.state import DeliveryState
 from sidecar.delivery.state.accounts import PAGE, Found
 from sidecar.delivery.state.rows import Amendment, Member, Parked, Redrive
+from sidecar.delivery.words import Now, Parking
 from sidecar.record import Record
 from sidecar.verdict import Backend, Cancels, Delivered, Duplicate, Event, Verdict
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Sequence
 
-from sidecar.delivery.retry import Limits
+from sidecar.delivery.limits import Limits
 from sidecar.verdict import Backend, Sealed, Unknown, Verdict
 
 _LOG = logging.getLogger(__name__)

@@ -6,9 +6,10 @@ import random
 from collections.abc import Callable, Coroutine
 from typing import Any, Protocol, TypeVar
 
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Metrics, SpoolReader
-from sidecar.delivery.retry import Limits, Now
 from sidecar.delivery.state import DeliveryState
+from sidecar.delivery.words import Now
 
 _T = TypeVar("_T")
 

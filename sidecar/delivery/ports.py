@@ -6,7 +6,7 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from sidecar.delivery.retry import Now
+from sidecar.delivery.words import Now
 from sidecar.verdict import Verdict
 
 

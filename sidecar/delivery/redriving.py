@@ -15,8 +15,8 @@ from typing import TypeVar
 
 from sidecar.delivery import sealing
 from sidecar.delivery.owner import Owner
-from sidecar.delivery.retry import Tries
 from sidecar.delivery.state.rows import NewRequest, Parked, Range, Redrive, Unskip
+from sidecar.delivery.words import Tries
 from sidecar.verdict import Backend, Dedup
 
 _T = TypeVar("_T")

@@ -16,9 +16,10 @@ from typing import Final, TypeVar
 import orjson
 
 from sidecar.delivery.owner import Owner
-from sidecar.delivery.retry import REMOVED, Parking, park_all
+from sidecar.delivery.retry import park_all
 from sidecar.delivery.state import StateError
 from sidecar.delivery.state.rows import Cursor, NewParked, Sealing, Settlement
+from sidecar.delivery.words import REMOVED, Parking
 from sidecar.spool.words import SpoolError
 
 _LOG = logging.getLogger(__name__)

@@ -14,8 +14,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from sidecar.delivery.retry import ENCODE_FAILED, SALVAGED, TOO_OLD, UNREADABLE, Limits, Tries
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.state.rows import Hole, Member, NewParked, NewRequest
+from sidecar.delivery.words import ENCODE_FAILED, SALVAGED, TOO_OLD, UNREADABLE, Tries
 from sidecar.record import Record
 from sidecar.verdict import Backend, Dedup, Encoded, Sealed
 

@@ -14,20 +14,11 @@ from dataclasses import replace
 from datetime import UTC, datetime
 
 from sidecar.delivery import sealing
-from sidecar.delivery.retry import (
-    PARTLY_TAKEN,
-    TOO_OLD,
-    WINDOW_ENDED,
-    Decision,
-    Fate,
-    Limits,
-    Now,
-    Parking,
-    may_resend,
-    park_all,
-    remember,
-)
+from sidecar.delivery.limits import Limits
+from sidecar.delivery.retry import Decision, park_all
 from sidecar.delivery.state.rows import NewRequest, Request, Settlement
+from sidecar.delivery.window import may_resend
+from sidecar.delivery.words import PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
 from sidecar.verdict import Backend, Dedup, Verdict
 
 Lines = Callable[[int], Awaitable[list[bytes]]]
@@ -118,6 +109,14 @@ class Settling:
                     parked[i] = Parking(why.reason, maybe_taken=maybe)
         decision = replace(decision, fates=tuple(fates), parked=parked)
         return Settlement(request=request, decision=decision, history=history, children=children)
+
+
+def remember(history: tuple[str, ...], entry: str, limits: Limits) -> tuple[str, ...]:
+    """A request's attempts, in words: the first stays, and the latest."""
+    grown = (*history, entry)
+    if len(grown) <= limits.history_entries:
+        return grown
+    return (grown[0], *grown[-(limits.history_entries - 1) :])
 
 
 def _stamp(now: Now) -> str:

@@ -1,4 +1,7 @@
-"""Every rule of `delivery.retry` as a table: what follows from a verdict, a clock, a row of failures."""
+"""Every rule of `delivery.retry`, `window` and `pace` as a table.
+
+What follows from a verdict, from a clock, from a row of failures.
+"""
 
 from __future__ import annotations
 
@@ -8,30 +11,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.delivery.retry import (
-    PARTLY_TAKEN,
-    SUSPECT,
-    UNKNOWN,
-    WINDOW_ENDED,
-    Attempt,
-    ClockWatch,
-    Decision,
-    Fate,
-    Limits,
-    Now,
-    Pace,
-    Parking,
-    Term,
-    Tries,
-    backoff_s,
-    judge,
-    may_resend,
-    next_pace,
-    remember,
-    suspect,
-    window_left_s,
-    worst,
-)
+from sidecar.delivery.limits import Limits
+from sidecar.delivery.pace import Pace, next_pace, suspect
+from sidecar.delivery.retry import Attempt, Decision, backoff_s, judge
+from sidecar.delivery.settling import remember
+from sidecar.delivery.window import ClockWatch, may_resend, window_left_s
+from sidecar.delivery.words import PARTLY_TAKEN, SUSPECT, UNKNOWN, WINDOW_ENDED, Fate, Now, Parking, Term, Tries, worst
 from sidecar.verdict import (
     Abilities,
     Atomicity,

@@ -13,8 +13,8 @@ from fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery
 from sidecar.delivery.mending import CANCELLED, Named, cancel, complain
-from sidecar.delivery.retry import Parking
 from sidecar.delivery.state.rows import Amendment, Member
+from sidecar.delivery.words import Parking
 from sidecar.record import Record
 from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Event, Refused, Retry, Sealed, Undone, Verdict
 

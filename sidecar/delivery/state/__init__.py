@@ -19,7 +19,6 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.delivery.retry import BEFORE, MISSING, Fate, Parking, Term, Tries
 from sidecar.delivery.state.accounts import records_between
 from sidecar.delivery.state.books import Books, Shift
 from sidecar.delivery.state.folding import FOLD_RECORDS, fold_cursor
@@ -42,6 +41,7 @@ from sidecar.delivery.state.rows import (
     Unskip,
 )
 from sidecar.delivery.state.schema import open_writer, told, transaction
+from sidecar.delivery.words import BEFORE, MISSING, Fate, Parking, Term, Tries
 from sidecar.verdict import Event, Sealed
 
 __all__ = ["DeliveryState", "StateBusy", "StateError", "StateFull", "Turned"]

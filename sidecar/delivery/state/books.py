@@ -10,7 +10,7 @@ import sqlite3
 from collections import Counter
 from dataclasses import dataclass, field
 
-from sidecar.delivery.retry import Term, worst
+from sidecar.delivery.words import Term, worst
 
 Key = tuple[int, int, str, str]  # cursor, folded, term, reason
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sidecar.delivery.retry import Decision, Parking, Tries
+from sidecar.delivery.retry import Decision
+from sidecar.delivery.words import Parking, Tries
 from sidecar.verdict import Sealed
 
 

@@ -1,0 +1,33 @@
+"""Every number of delivery in one place, so that each has a name, a unit and an origin. Tests make them small."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Limits:
+    """What delivery keeps to, with where each number is from."""
+
+    backoff_base_s: float = 1.0  # mean first wait 0.5 s: a restart of a backend is over within a few of them
+    backoff_cap_s: float = 3600.0  # durability.md, section 6
+    retry_after_cap_s: float = 21_600.0  # a wait of more than six hours is taken for a mistake
+    window_margin_s: float = 3600.0  # windows end an hour early: clocks of two houses, and work under way
+    window_warning_s: float = 21_600.0  # durability.md, section 6: six hours before
+    clock_step_s: float = 60.0  # what the wall clock may differ from the monotonic one before it has stepped
+    down_after: int = 5  # requests failed in a row with nothing taken: the backend is down, one probe at a time
+    down_cap_s: float = 30.0  # how late a recovery may be noticed; P8 wants an hour drained in ten minutes
+    blocked_base_s: float = 30.0  # an operator has to act; asking more often changes nothing
+    blocked_cap_s: float = 600.0
+    suspect_after: int = 20  # durability.md, section 6
+    window_requests: int = 64  # sealed requests that wait for a free slot or are under way; durability.md, section 2
+    retry_records: int = 10_000  # durability.md, section 2: the set that waits for another attempt
+    retry_bytes: int = 64 << 20
+    encode_records: int = 100  # one slice of the event loop: about 1 ms
+    parse_records: int = 40  # one slice of reading lines: about 0.5 ms
+    read_bytes: int = 1 << 20
+    linger_s: float = 0.1  # between two looks into a spool that was read to its end: batches fill up meanwhile
+    gather_s: float = 0.01  # the same where one event is a request: a look for each commit would cost the proxy
+    send_limit_s: float = 600.0  # a backend has its own time limits; this one frees the slot when they fail
+    sweep_s: float = 60.0  # how often windows, ages and the clock are looked at while nothing happens
+    history_entries: int = 20  # attempts remembered with a request: the first, and the last of them

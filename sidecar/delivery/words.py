@@ -1,0 +1,86 @@
+"""The words of delivery: what can become of an event, where its record then stands, and why something is set aside.
+
+Nothing is decided here. The letters of `Fate`, the names of `Term` and the reasons are stored in `delivery.db` and
+shown to operators, so they stay as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+# Reasons of ours for parking; the others are the backend's own words.
+UNKNOWN: Final = "unknown"  # may have been taken, and the backend would not recognise a repeat
+WINDOW_ENDED: Final = "window_ended"  # may have been taken, and too long ago to be recognised
+TOO_OLD: Final = "too_old"  # older than the backend takes
+SALVAGED: Final = "salvaged"  # whether it was delivered before is not known any more
+REMOVED: Final = "removed"  # its backend is no longer configured
+PARTLY_TAKEN: Final = "partly_taken"  # some events of the request were taken, and a repeat would double them
+UNREADABLE: Final = "unreadable"  # the stored line is no record
+ENCODE_FAILED: Final = "encode_failed"  # the backend's encoder raised, or forgot the record
+SUSPECT: Final = "suspect"  # blocked: everything is refused for one reason, which is more likely ours
+MISSING: Final = "missing"  # skipped: recorded once, and no longer readable in a damaged spool
+BEFORE: Final = "before"  # skipped: made before the backend was first configured
+
+
+@dataclass(frozen=True, slots=True)
+class Now:
+    """Both clocks, read at one moment."""
+
+    wall_s: float
+    mono_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Tries:
+    """What has been tried. `risk_*`: start of the first attempt that may have been taken."""
+
+    attempts: int = 0
+    risk_wall_s: float | None = None
+    risk_mono_s: float | None = None  # None with a wall time: that was another run
+    expired: bool = False  # the clock stepped: how much of the window is left is not known, so nothing is
+    forced: bool = False  # redriven by an operator who accepts doubles: the next attempt is free
+
+    @property
+    def risky(self) -> bool:
+        return self.expired or self.risk_wall_s is not None
+
+
+class Fate(StrEnum):
+    """What has become of one wire event inside a request. The letters are what is stored."""
+
+    DELIVERED = "d"
+    DUPLICATE = "u"
+    PARKED = "p"
+    MOVED = "m"  # on to a request of its own: a part of a split, or a redrive
+    OPEN = "o"  # never stored: the request stays as it is
+
+
+@dataclass(frozen=True, slots=True)
+class Parking:
+    reason: str
+    maybe_taken: bool = False  # a redrive may bill it twice: only with --resend-unknown
+
+
+class Term(StrEnum):
+    """The place of a record in the balance. `open`: sealed and not settled, a part of `pending`."""
+
+    PARKED = "parked"
+    OPEN = "open"
+    DELIVERED = "delivered"
+    DUPLICATE = "duplicate"
+    SKIPPED = "skipped"
+
+
+def worst(*, parked: int, pending: int, delivered: int, duplicate: int) -> Term:
+    """A record counts once, by the worst of its events."""
+    if parked:
+        return Term.PARKED
+    if pending:
+        return Term.OPEN
+    if delivered:
+        return Term.DELIVERED
+    if duplicate:
+        return Term.DUPLICATE
+    raise ValueError("a record without any event has no place in the balance")
