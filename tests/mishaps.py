@@ -12,6 +12,8 @@ import random
 import re
 import signal
 from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
@@ -87,6 +89,16 @@ class Watching(Receiver):
         if any((backend, one) in self.poison for one in ids):
             return Answer.json(400, {"error": "not this one"}, Unit(None, None, Verdict.REFUSED))
         return super()._ask(call, stand)
+
+
+@asynccontextmanager
+async def watching() -> AsyncIterator[tuple[Watching, str]]:
+    """The watching receiver in the test's own loop, and its address."""
+    receiver = Watching()
+    try:
+        yield receiver, await receiver.start()
+    finally:
+        await receiver.aclose()
 
 
 def _key_of(backend: str, call: Call) -> str:

@@ -8,9 +8,8 @@ import json
 import os
 import signal
 import sqlite3
-import subprocess
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,8 +18,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 from filled import fill
-from mishaps import Watching, children
+from mishaps import children, watching
 from oracle import CHAT, SETTINGS, STREAM, Oracle, judge
+from small_disk import fill_up, small_disk
 from tiny import USAGE, chunk, tiny_upstream
 from whole import Whole
 
@@ -54,15 +54,6 @@ async def halting_upstream(*, after: int, last: bytes | None) -> AsyncIterator[s
         yield "http://{}:{}".format(*runner.addresses[0][:2])
     finally:
         await runner.cleanup()
-
-
-@asynccontextmanager
-async def watching() -> AsyncIterator[tuple[Watching, str]]:
-    receiver = Watching()
-    try:
-        yield receiver, await receiver.start()
-    finally:
-        await receiver.aclose()
 
 
 async def until(condition: Callable[[], Any], *, limit_s: float = 30.0) -> None:
@@ -123,26 +114,6 @@ async def test_one_open_stream_on_an_idle_sidecar_then_a_kill(tmp_path):
 
 
 # --- a full disk ---------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def small_disk(path: Path, size: str) -> Iterator[Path]:
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if made.returncode:
-        pytest.skip("needs the right to mount a tmpfs of its own")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def fill_up(path: Path) -> Path:
-    filler = path / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    return filler
 
 
 async def test_a_full_disk_while_delivery_has_work_then_a_kill(tmp_path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from filled import fill
-from mishaps import Watching
+from mishaps import watching
 from oracle import CHAT
 from tiny import tiny_upstream
 from whole import ROOT, Whole, environment
@@ -47,15 +47,6 @@ def size_bytes(root: Path, pattern: str = "**/*") -> int:
 def quantiles(seconds: list[float]) -> str:
     found = sorted(seconds)
     return ", ".join(f"p{q} {found[int(len(found) * q / 100)] * 1e3:.1f} ms" for q in (50, 99))
-
-
-@asynccontextmanager
-async def watching() -> AsyncIterator[tuple[Watching, str]]:
-    receiver = Watching()
-    try:
-        yield receiver, await receiver.start()
-    finally:
-        await receiver.aclose()
 
 
 class Load:

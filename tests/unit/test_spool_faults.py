@@ -6,11 +6,11 @@ import asyncio
 import contextlib
 import os
 import shutil
-import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from small_disk import fill_up, small_disk
 from spool_fixtures import SMALL, Told, call, ended, failing, only_instance, recorded, rows, stalling, until
 
 from sidecar.recorder import SpoolRecorder
@@ -134,34 +134,13 @@ async def test_while_one_commit_runs_the_next_group_gathers(tmp_path):
     assert [row["seq"] for row in rows(tmp_path, spool.instance)] == list(range(1, 31))
 
 
-@contextlib.contextmanager
-def _small_disk(path: Path, size: str):
-    """A file system of its own, so that filling it hurts nobody."""
-    path.mkdir()
-    made = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(path)], capture_output=True)
-    if made.returncode:
-        pytest.skip("needs the right to mount a tmpfs of its own")
-    try:
-        yield path
-    finally:
-        subprocess.run(["umount", "-l", str(path)], check=True)
-
-
-def _fill_up(path: Path) -> Path:
-    filler = path / "filler"
-    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
-        while True:
-            file.write(bytes(4096))
-    return filler
-
-
 async def test_a_full_disk_leaves_room_for_verdicts_and_recovers_by_itself(tmp_path):
-    with _small_disk(tmp_path / "disk", "4m") as root:
+    with small_disk(tmp_path / "disk", "4m") as root:
         async with Spool.open(root, limits=SMALL) as spool:
             recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
             await recorded(recorder, call())
             assert (root / "reserve").stat().st_size == SMALL.reserve_bytes
-            filler = _fill_up(root)
+            filler = fill_up(root)
             calls = [call(url="https://api.example.com/" + "x" * 2000) for _ in range(50)]
             for exchange in calls:
                 assert recorder.admit(exchange)
@@ -185,13 +164,13 @@ async def test_a_full_disk_leaves_room_for_verdicts_and_recovers_by_itself(tmp_p
 
 
 async def test_a_disk_that_is_full_at_start_does_not_keep_the_service_down(tmp_path):
-    with _small_disk(tmp_path / "disk", "4m") as root:
+    with small_disk(tmp_path / "disk", "4m") as root:
         async with Spool.open(root, limits=SMALL) as spool:
             recorder = SpoolRecorder(spool, Told())
             recorder.admit(call(route="/open"))
             await recorder.aclose()
         (root / "reserve").unlink()
-        filler = _fill_up(root)
+        filler = fill_up(root)
         async with Spool.open(root, limits=SMALL) as spool:
             assert spool.health().state is State.FULL
             assert spool.settled == 1
