@@ -435,6 +435,12 @@ class Hop:
         await client.close()
         return answer
 
+    async def last(self, request: bytes) -> bytes:
+        """One request on a connection of its own; all that comes until the proxy closes it."""
+        client = await self.client()
+        await client.send(request)
+        return await client.rest()
+
 
 def answering(answer: bytes, *, seen: list[bytes] | None = None) -> Script:
     """A script: take whole requests, give the same answer to each, keep the requests."""

@@ -9,7 +9,7 @@ import socket
 import pytest
 from rawhttp import Conversation, Hop, Outcome, RawUpstream, Script, answering, on_both_loops, reply, until
 
-from sidecar.exchange import UsageState
+from sidecar.exchange import Exchange, UsageState
 from sidecar.proxy.answer import Answer
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
@@ -181,9 +181,8 @@ async def test_silence_in_a_body_is_cut() -> None:
 @on_both_loops
 async def test_an_upload_that_stalls() -> None:
     async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, idle_timeout_s=0.1) as hop:
-        client = await hop.client()
-        await client.send(b"POST / HTTP/1.1\r\nHost: me\r\nContent-Length: 10\r\n\r\nabc")
-        assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
+        answer = await hop.last(b"POST / HTTP/1.1\r\nHost: me\r\nContent-Length: 10\r\n\r\nabc")
+        assert answer.startswith(b"HTTP/1.1 408 ")
         exchange = await hop.recorder.ended()
         assert (exchange.outcome, exchange.status, exchange.request_bytes) == (Outcome.REFUSED, 408, 3)
 
@@ -314,6 +313,27 @@ def _streams(go: asyncio.Event, *pieces: bytes) -> Script:
     return script
 
 
+def _sends(piece: bytes) -> Script:
+    """A head and one piece, and then nothing: the proxy is expected to leave."""
+
+    async def script(conversation: Conversation) -> None:
+        await conversation.message()
+        await conversation.send(STREAM + b"%x\r\n%b\r\n" % (len(piece), piece))
+        with pytest.raises((EOFError, ConnectionError)):
+            await conversation.head()
+
+    return script
+
+
+async def _left(hop: Hop, mark: bytes, request: bytes = POST) -> Exchange:
+    """Leave as soon as `mark` has come; what is recorded of that."""
+    client = await hop.client()
+    await client.send(request)
+    await client.until(mark)
+    await client.close()
+    return await hop.recorder.ended()
+
+
 @pytest.mark.parametrize("rude", [False, True])
 @on_both_loops
 async def test_left_mid_stream_the_upstream_is_read_to_the_usage(rude: bool) -> None:
@@ -369,11 +389,7 @@ async def test_left_before_the_head_the_upstream_is_read_to_the_usage() -> None:
 @on_both_loops
 async def test_left_and_stopped(path: bytes, rules: dict[str, object]) -> None:
     async with RawUpstream(_streams(asyncio.Event())) as upstream, Hop(upstream.url, **rules) as hop:
-        client = await hop.client()
-        await client.send(POST.replace(b"/model", path))
-        await client.until(b"<first>")
-        await client.close()
-        exchange = await hop.recorder.ended()
+        exchange = await _left(hop, b"<first>", POST.replace(b"/model", path))
         assert (exchange.outcome, exchange.status, exchange.response_bytes) == (Outcome.CLIENT_LEFT, 200, 7)
         assert exchange.usage is None or exchange.usage.usage_state is UsageState.PARTIAL
         await until(lambda: upstream.open[0].reader.at_eof() or upstream.open[0].reader.exception() is not None)
@@ -382,18 +398,8 @@ async def test_left_and_stopped(path: bytes, rules: dict[str, object]) -> None:
 
 @on_both_loops
 async def test_left_after_the_usage_there_is_nothing_to_read_on_for() -> None:
-    async def script(conversation: Conversation) -> None:
-        await conversation.message()
-        await conversation.send(STREAM + b"7\r\n<usage>\r\n")
-        with pytest.raises((EOFError, ConnectionError)):
-            await conversation.head()
-
-    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
-        client = await hop.client()
-        await client.send(POST)
-        await client.until(b"<usage>")
-        await client.close()
-        exchange = await hop.recorder.ended()
+    async with RawUpstream(_sends(b"<usage>")) as upstream, Hop(upstream.url) as hop:
+        exchange = await _left(hop, b"<usage>")
         assert exchange.outcome is Outcome.CLIENT_LEFT
         assert exchange.usage is not None
         assert exchange.usage.usage_state is UsageState.FINAL
@@ -401,18 +407,8 @@ async def test_left_after_the_usage_there_is_nothing_to_read_on_for() -> None:
 
 @on_both_loops
 async def test_left_after_the_end_mark_is_complete() -> None:
-    async def script(conversation: Conversation) -> None:
-        await conversation.message()
-        await conversation.send(STREAM + b"c\r\n<usage><end>\r\n")
-        with pytest.raises((EOFError, ConnectionError)):
-            await conversation.head()
-
-    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
-        client = await hop.client()
-        await client.send(POST)
-        await client.until(b"<end>")
-        await client.close()
-        assert (await hop.recorder.ended()).outcome is Outcome.COMPLETE
+    async with RawUpstream(_sends(b"<usage><end>")) as upstream, Hop(upstream.url) as hop:
+        assert (await _left(hop, b"<end>")).outcome is Outcome.COMPLETE
         await until(lambda: upstream.open[0].reader.at_eof() or upstream.open[0].reader.exception() is not None)
 
 
@@ -422,12 +418,7 @@ async def test_a_drain_has_an_end() -> None:
         RawUpstream(_streams(asyncio.Event())) as upstream,
         Hop(upstream.url, disconnect_drain_s=0.1) as hop,
     ):
-        client = await hop.client()
-        await client.send(POST)
-        await client.until(b"<first>")
-        await client.close()
-        exchange = await hop.recorder.ended()
-        assert exchange.outcome is Outcome.CLIENT_LEFT
+        assert (await _left(hop, b"<first>")).outcome is Outcome.CLIENT_LEFT
         assert hop.counts.limits == ["disconnect_drain"]
 
 

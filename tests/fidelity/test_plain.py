@@ -216,9 +216,8 @@ async def test_http_1_0_clients() -> None:
 @on_both_loops
 async def test_an_http_1_0_client_without_keep_alive_is_closed() -> None:
     async with RawUpstream(answering(reply(b"x"))) as upstream, Hop(upstream.url) as hop:
-        client = await hop.client()
-        await client.send(b"GET / HTTP/1.0\r\n\r\n")
-        assert await client.rest() == b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
+        answer = await hop.last(b"GET / HTTP/1.0\r\n\r\n")
+        assert answer == b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\nConnection: close\r\n\r\nx"
 
 
 @on_both_loops

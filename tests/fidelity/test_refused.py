@@ -60,9 +60,7 @@ async def test_malformed_requests(name: str, caplog: pytest.LogCaptureFixture) -
     seen: list[bytes] = []
     caplog.set_level(logging.DEBUG)
     async with RawUpstream(answering(reply(), seen=seen)) as upstream, Hop(upstream.url) as hop:
-        client = await hop.client()
-        await client.send(request)
-        answer = await client.rest()
+        answer = await hop.last(request)
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer
         head, _, body = answer.partition(b"\r\n\r\n")
         assert json.loads(body)["error"]["type"]
@@ -92,9 +90,7 @@ REFUSED = {
 async def test_what_the_parser_lets_through_is_refused_and_recorded(name: str) -> None:
     request, status = REFUSED[name]
     async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url) as hop:
-        client = await hop.client()
-        await client.send(request)
-        answer = await client.rest()
+        answer = await hop.last(request)
         assert answer.startswith(b"HTTP/1.1 %d " % status), answer
         assert upstream.connections == 0
         if name != "gzip and chunked":  # aiohttp refuses the repeated field by itself
