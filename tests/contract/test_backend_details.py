@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
@@ -45,6 +46,23 @@ HASHED = record(2, subscriber=Subscriber("key_" + "0f" * 16, "header:x-api-key")
 KNOWN = {"acme": "cus_acme", "key_" + "0f" * 16: "cus_hashed"}
 
 
+Vendor = Callable[..., Awaitable[Receiver]]
+
+
+@pytest.fixture
+async def vendor() -> AsyncIterator[Vendor]:
+    """Starts a stand-in of one vendor that knows the key `k`."""
+    async with AsyncExitStack() as stack:
+
+        async def start(name: str, **options: Any) -> Receiver:
+            receiver = Receiver(terms={name: Terms(key="k")}, **options)
+            await receiver.start()
+            stack.push_async_callback(receiver.aclose)
+            return receiver
+
+        yield start
+
+
 def only(encoded: Encoded) -> Any:
     (sealed,) = encoded.sealed
     return orjson.loads(sealed.body)
@@ -66,7 +84,9 @@ async def test_who_cannot_be_billed_is_parked_until_a_mapping_says_who_it_is(nam
     assert encoded.parked == {}
     assert all(b"cus_hashed" in sealed.body for sealed in encoded.sealed)
     assert all(b"0f0f" not in sealed.body.replace(b'"subscriber":"key_' + b"0f" * 16, b"") for sealed in encoded.sealed)
-    for backend in (nobody, mapped):
+    emptied = row.make(values, Context(data_dir=tmp_path, subscribers={"key_" + "0f" * 16: {name: ""}}))
+    assert emptied.encode([HASHED]).parked == {HASHED.id: "no_customer"}, "nobody is billed under an empty name"
+    for backend in (nobody, mapped, emptied):
         await backend.aclose()
 
 
@@ -264,9 +284,8 @@ async def test_revenium_sends_what_another_mode_sealed_where_it_belongs() -> Non
         await now.aclose()
 
 
-async def test_product_keys_are_looked_up_and_their_claim_read() -> None:
-    receiver = Receiver(terms={"revenium": Terms(key="k")})
-    await receiver.start()
+async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -> None:
+    receiver = await vendor("revenium")
     keys = ProductKeys(api_key="k", url=receiver.url + "/meter")
     claim = await keys.look_up("acme-quota-3", field="productKey")
     assert isinstance(claim, Claim)
@@ -329,9 +348,8 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
         await backend.aclose()
 
 
-async def test_ledgerbee_is_examined() -> None:
-    receiver = Receiver(terms={"ledgerbee": Terms(key="k")})
-    await receiver.start()
+async def test_ledgerbee_is_examined(vendor: Vendor) -> None:
+    receiver = await vendor("ledgerbee")
     good = LedgerbeeBackend(api_key="k", url=receiver.url)
     assert await good.examine() == []
     unknown = LedgerbeeBackend(api_key="k", url=receiver.url, names={"api_calls": "unknown one & more"})
@@ -436,10 +454,9 @@ class Clock:
         return self.now_s
 
 
-async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time() -> None:
+async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time(vendor: Vendor) -> None:
     clock = Clock()
-    receiver = Receiver(terms={"stripe": Terms(key="k")}, now=clock)
-    await receiver.start()
+    receiver = await vendor("stripe", now=clock)
     backend = StripeBackend(
         api_key="k", mode="stream", url=receiver.url, stream_url=receiver.url, customers=KNOWN, clock=clock
     )
@@ -458,7 +475,6 @@ async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time() -
     assert backend._session._token != first, "a token is not used in its last minute"
     assert len(receiver.billed("stripe")) == 300
     await backend.aclose()
-    await receiver.aclose()
 
 
 async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None:
@@ -498,10 +514,9 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
         await backend.aclose()
 
 
-async def test_stripe_windows_and_duplicates_at_the_receiver() -> None:
+async def test_stripe_windows_and_duplicates_at_the_receiver(vendor: Vendor) -> None:
     clock = Clock()
-    receiver = Receiver(terms={"stripe": Terms(key="k")}, now=clock)
-    await receiver.start()
+    receiver = await vendor("stripe", now=clock)
     for mode in ("v1", "v2"):
         backend = StripeBackend(api_key="k", mode=mode, url=receiver.url, customers=KNOWN, names=["api_calls"])
         assert backend.abilities.age_max_s == 35 * 86_400
@@ -518,12 +533,10 @@ async def test_stripe_windows_and_duplicates_at_the_receiver() -> None:
         unknown = await backend.cancel(Event("nobody", "nobody:api_calls"), None)
         assert unknown == Undone(Refused("resource_missing" if mode == "v1" else "not_found"))
         await backend.aclose()
-    await receiver.aclose()
 
 
-async def test_stripe_meters_are_compared_and_created_and_never_changed() -> None:
-    receiver = Receiver(terms={"stripe": Terms(key="k")})
-    await receiver.start()
+async def test_stripe_meters_are_compared_and_created_and_never_changed(vendor: Vendor) -> None:
+    receiver = await vendor("stripe")
     backend = StripeBackend(api_key="k", url=receiver.url)
     assert len(await backend.examine()) == 3
     for meter in DEFAULT_METERS:
@@ -599,7 +612,7 @@ def test_what_is_no_report_is_said(document: bytes, word: str) -> None:
 # Flexprice, OpenMeter, Lago
 
 
-async def test_flexprice_events_have_id_time_and_numbers() -> None:
+async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None:
     backend = FlexpriceBackend(api_key="k", url="https://api.example.com/v1", environment_id="env-1")
     assert backend.address == "https://api.example.com"
     (event,) = only(backend.encode([record(1, usage=usage(cost_usd="0.5", units={"pages": 2}))]))["events"]
@@ -611,8 +624,7 @@ async def test_flexprice_events_have_id_time_and_numbers() -> None:
     assert None not in event["properties"].values()
     assert backend.abilities.events_max == 1000
     assert backend.abilities.bytes_max == 32 * 2**20
-    receiver = Receiver(terms={"flexprice": Terms(key="k")})
-    await receiver.start()
+    receiver = await vendor("flexprice")
     near = FlexpriceBackend(api_key="k", url=receiver.url + "/v1")
     (thousand,) = near.encode(records(1000)).sealed
     assert await near.send(thousand) == [Delivered()] * 1000
@@ -620,12 +632,10 @@ async def test_flexprice_events_have_id_time_and_numbers() -> None:
         bad = type(thousand)(key="k", events=thousand.events[:1], body=body, path=thousand.path)
         assert await near.send(bad) == [Refused("validation_error")]
     await near.aclose()
-    await receiver.aclose()
 
 
-async def test_flexprice_meters_are_created_compared_and_left_alone() -> None:
-    receiver = Receiver(terms={"flexprice": Terms(key="k")})
-    await receiver.start()
+async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vendor) -> None:
+    receiver = await vendor("flexprice")
     backend = FlexpriceBackend(api_key="k", url=receiver.url)
     definitions = read_meters([
         {"name": "calls", "aggregation": {"type": "COUNT"}, "filters": [{"key": "method", "values": ["GET", "POST"]}]},
@@ -681,9 +691,8 @@ async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
         await v3.aclose()
 
 
-async def test_lago_tells_the_events_of_a_refused_batch_apart() -> None:
-    receiver = Receiver(terms={"lago": Terms(key="k")})
-    await receiver.start()
+async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) -> None:
+    receiver = await vendor("lago")
     backend = LagoBackend(api_key="k", url=receiver.url, names=["api_calls"], value_key="n")
     (known,) = backend.encode([record(2)]).sealed
     assert await backend.send(known) == [Delivered()]
@@ -698,7 +707,6 @@ async def test_lago_tells_the_events_of_a_refused_batch_apart() -> None:
     assert event["timestamp"] == "1795251600.125"
     assert event["properties"]["n"] == "1"
     await backend.aclose()
-    await receiver.aclose()
 
 
 @pytest.mark.parametrize(

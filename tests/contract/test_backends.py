@@ -322,11 +322,21 @@ async def test_who_is_given_what(name: str, tmp_path: Path) -> None:
 # What leaves, and what comes back
 
 
+@contextlib.asynccontextmanager
+async def at_a_server(trial_name: str, tmp_path: Path) -> AsyncIterator[tuple[ScriptedServer, Backend]]:
+    """A backend that sends to a server which answers as told."""
+    async with ScriptedServer().running() as server:
+        backend = build(trial_name, tmp_path, server.url)
+        try:
+            yield server, backend
+        finally:
+            await backend.aclose()
+
+
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
 async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> None:
     trial = TRIALS[trial_name]
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(2)).sealed[0]
         expected = {**COMMON, **dict.fromkeys(trial.ok, "Delivered"), **trial.verdicts}
         for status, kind in expected.items():
@@ -336,13 +346,11 @@ async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> N
             assert all(getattr(v, "reason", "") != "no" for v in verdicts)
         assert server.requests[0].body == sealed.body, "the sealed bytes are what is sent"
         assert {r.body for r in server.requests} == {sealed.body}
-        await backend.aclose()
 
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
 async def test_the_secret_travels_in_a_header_only(trial_name: str, tmp_path: Path) -> None:
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         for sealed in backend.encode([record(1), record(3, user_agent=HOSTILE)]).sealed:
             await backend.send(sealed)
         for request in server.requests:
@@ -352,7 +360,6 @@ async def test_the_secret_travels_in_a_header_only(trial_name: str, tmp_path: Pa
             assert request.headers["content-type"] == sealed.content_type
             assert request.headers["user-agent"].startswith("metering-sidecar/")
             assert "cookie" not in request.headers
-        await backend.aclose()
 
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
@@ -413,8 +420,7 @@ async def test_a_port_that_never_answers_the_handshake_is_a_retry(tmp_path: Path
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
 async def test_retry_after_is_read_in_each_form(trial_name: str, tmp_path: Path) -> None:
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         for header, value, after_s in (
             ("Retry_After", "7", 7.0),
@@ -427,7 +433,6 @@ async def test_retry_after_is_read_in_each_form(trial_name: str, tmp_path: Path)
         ):
             server.script = lambda _, h=header, v=value: answer(429, **{h: v})
             assert (await backend.send(sealed))[0] == Retry("http_429", after_s), (header, value)
-        await backend.aclose()
 
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
@@ -443,8 +448,7 @@ async def test_a_redirect_is_never_followed(trial_name: str, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
 async def test_a_broken_answer_body_does_not_undo_the_status(trial_name: str, tmp_path: Path) -> None:
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         server.script = lambda _: Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
         assert kinds_of(await backend.send(sealed))[0] == "Delivered"
@@ -452,13 +456,11 @@ async def test_a_broken_answer_body_does_not_undo_the_status(trial_name: str, tm
         assert kinds_of(await backend.send(sealed))[0] == "Refused"
         server.script = lambda _: answer(200, b"x" * 2_000_000)
         assert kinds_of(await backend.send(sealed))[0] == "Delivered"
-        await backend.aclose()
 
 
 @pytest.mark.parametrize("trial_name", ["meter", "revenium-meter"])
 async def test_connections_are_reused_but_not_idle_ones_without_deduplication(trial_name: str, tmp_path: Path) -> None:
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         for _ in range(3):
             await backend.send(sealed)
@@ -466,7 +468,6 @@ async def test_connections_are_reused_but_not_idle_ones_without_deduplication(tr
         await asyncio.sleep(2.1)
         await backend.send(sealed)
         assert server.connections == (2 if backend.abilities.dedup is Dedup.NONE else 1)
-        await backend.aclose()
 
 
 # The receiver, strict as the vendors
@@ -552,8 +553,7 @@ async def test_faults_of_the_vendor_bill_nothing_twice(trial_name: str, tmp_path
 
 @pytest.mark.parametrize("trial_name", CODED)
 async def test_a_404_with_the_vendors_own_code_refuses_and_without_one_blocks(trial_name: str, tmp_path: Path) -> None:
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         path, code = CODED[trial_name]
         body: Any = code
@@ -563,7 +563,6 @@ async def test_a_404_with_the_vendors_own_code_refuses_and_without_one_blocks(tr
         assert await backend.send(sealed) == [Refused(code)] * len(sealed.events)
         server.script = lambda _: answer(404, b"<html>no such page</html>")
         assert kinds_of(await backend.send(sealed)) == ["Blocked"] * len(sealed.events)
-        await backend.aclose()
 
 
 # Keys
