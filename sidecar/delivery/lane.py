@@ -26,8 +26,9 @@ from sidecar.delivery.pace import Pace, next_pace, suspect
 from sidecar.delivery.retry import Attempt, judge
 from sidecar.delivery.settling import Settling
 from sidecar.delivery.sources import Source, Sources
-from sidecar.delivery.state import StateError, StateFull, request_size
-from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Sealing, Settlement
+from sidecar.delivery.state import StateError, StateFull
+from sidecar.delivery.state.requests import opened
+from sidecar.delivery.state.rows import Cursor, Parked, Request, Sealing, Settlement
 from sidecar.delivery.waiting import Waiting
 from sidecar.delivery.window import window_left_s
 from sidecar.delivery.words import MISSING, Now
@@ -232,7 +233,7 @@ class Lane:
             self._waiting.put_later(request, now.mono_s + decision.wait_s)
             return
         for id_, child in zip(children, settlement.children, strict=True):
-            self._waiting.put_later(_opened(id_, request.cursor, child), now.mono_s + decision.wait_s)
+            self._waiting.put_later(opened(id_, request.cursor, child), now.mono_s + decision.wait_s)
         reasons: dict[str, set[int]] = {}
         for index, parking in decision.parked.items():
             reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
@@ -252,7 +253,7 @@ class Lane:
                 now = self._now()
                 ids = await self._blocking(lambda s=step, n=now: self._owner.state.redrive(s, n.wall_s))  # type: ignore[misc]
                 for id_, request in zip(ids, step.requests, strict=True):
-                    self._waiting.put_later(_opened(id_, cursor, request), now.mono_s)
+                    self._waiting.put_later(opened(id_, cursor, request), now.mono_s)
                 count += len(step.parked)
         self._ring()
         return count
@@ -266,7 +267,7 @@ class Lane:
             now = self._now()
             ids = await self._blocking(lambda s=step, n=now: self._owner.state.unskip(s, n.wall_s))  # type: ignore[misc]
             for id_, request in zip(ids, step.requests, strict=True):
-                self._waiting.put_later(_opened(id_, step.cursor, request), now.mono_s)
+                self._waiting.put_later(opened(id_, step.cursor, request), now.mono_s)
             count += step.records
         self._ring()
         return count
@@ -428,7 +429,7 @@ class Lane:
     def _sealed(self, planned: _Planned, ids: Sequence[int], now: Now) -> None:
         planned.source.move(planned.plan.taken, planned.plan.upto_seq)
         for index, (id_, new) in enumerate(zip(ids, planned.plan.requests, strict=True)):
-            request = _opened(id_, planned.step.cursor, new)
+            request = opened(id_, planned.step.cursor, new)
             if index in planned.step.at_once:
                 request.tries = replace(request.tries, attempts=request.tries.attempts + 1)
                 self._send(request, now)
@@ -558,24 +559,3 @@ class Lane:
 
     def _log(self, level: int, text: str, **facts: object) -> None:
         _LOG.log(level, text, extra={"facts": {"backend": self.backend.name, **facts}})
-
-
-def _opened(id_: int, cursor: int, new: NewRequest) -> Request:
-    """A request as it stands in the file right after it was stored."""
-    return Request(
-        id=id_,
-        cursor=cursor,
-        key=new.sealed.key,
-        subject=new.sealed.subject,
-        members=new.members,
-        records=len(new.lines),
-        size_bytes=request_size(new),
-        oldest_s=new.oldest_s,
-        tries=new.tries,
-        due_s=new.due_s,
-        under_way=False,
-        started_s=0.0,
-        generation=new.generation,
-        history=new.history,
-        sealed=new.sealed,
-    )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from sidecar.delivery.words import Term, worst
@@ -31,6 +32,7 @@ class Books:
 
     conn: sqlite3.Connection
     changes: Counter[Key] = field(default_factory=Counter)
+    any_parts: bool | None = None  # whether `parts` has a row at all; None: not looked at yet
 
     def add(self, cursor: int, term: Term, count: int, reason: str = "") -> None:
         if count:
@@ -45,6 +47,19 @@ class Books:
         self.add(cursor, Term.OPEN, 1)
         if events > 1:
             self._store(cursor, seq, (events, 0, 0, 0), "")
+
+    def has_parts(self, cursor: int, seqs: Collection[int]) -> bool:
+        """Whether a record around these has a row of its own. Where no record has several events, none has."""
+        if self.any_parts is None:
+            (some,) = self.conn.execute("SELECT EXISTS(SELECT 1 FROM parts)").fetchone()
+            self.any_parts = some == 1
+        if not self.any_parts:
+            return False
+        (some,) = self.conn.execute(
+            "SELECT EXISTS(SELECT 1 FROM parts WHERE cursor = ? AND seq BETWEEN ? AND ?)",
+            (cursor, min(seqs), max(seqs)),
+        ).fetchone()
+        return bool(some)
 
     def shift(self, cursor: int, seq: int, shift: Shift, *, was: Term, reason: str = "", skip: str = "") -> Term:
         """Move events of one record. `was` is the place of its only event, where it has no row.
@@ -102,6 +117,7 @@ class Books:
         if not any(counts):
             self.conn.execute("DELETE FROM parts WHERE cursor = ? AND seq = ?", (cursor, seq))
             return
+        self.any_parts = True
         self.conn.execute(
             "INSERT INTO parts(cursor, seq, pending, parked, delivered, duplicate, reason) VALUES(?, ?, ?, ?, ?, ?, ?)"
             " ON CONFLICT DO UPDATE SET pending = excluded.pending, parked = excluded.parked,"

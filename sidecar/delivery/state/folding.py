@@ -17,7 +17,19 @@ FOLD_RECORDS: Final = 2_000  # of one cursor in one transaction: a few milliseco
 _LIVE: Final = (Term.PARKED.value, Term.OPEN.value)
 
 
-def fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> None:
+def fold(conn: sqlite3.Connection, instance: str, upto_seq: int) -> bool:
+    """Forget what is settled of one instance up to a number, a slice of each cursor; whether more is left to do."""
+    more = False
+    for cursor, seq, folded in conn.execute(
+        "SELECT id, seq, folded_seq FROM cursor WHERE instance = ?", (instance,)
+    ).fetchall():
+        high = min(upto_seq, seq, folded + FOLD_RECORDS)
+        _fold_cursor(conn, cursor, folded, max(high, folded))
+        more = more or high < min(upto_seq, seq)
+    return more
+
+
+def _fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> None:
     """Move the border from `low` to `high`, and drop what has become settled behind it."""
     gone: Counter[tuple[str, str]] = Counter()
     for seq, record in records_between(conn, cursor, low, high).items():

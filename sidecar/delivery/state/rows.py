@@ -121,6 +121,15 @@ class Settlement:
     children: Sequence[NewRequest] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Turned:
+    """What one turn stored: ids of children by settlement and of new requests; the bytes of those due again."""
+
+    children: Sequence[Sequence[int]]
+    sealed: Sequence[int]
+    loaded: Mapping[int, Sealed]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Cursor:
     """How far one backend is in one instance's spool."""
