@@ -1,7 +1,7 @@
 """What every backend file builds on: its surroundings, which calls it is owed, who pays, and the values it is sent.
 
 A backend file knows one wire contract. Which calls may be billed at all, to whom and with which numbers is the
-same for all of them and stands here; how events are cut into requests stands in `sealing`. All of it is pure.
+same for all of them and stands here; how events are cut into requests stands in `batches`. All of it is pure.
 A record that is not handed on has been put where it belongs, with its reason.
 """
 

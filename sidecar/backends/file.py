@@ -27,7 +27,7 @@ from time import time
 from typing import Any, Final
 
 from sidecar.backends.base import EVERYTHING, Context, Policy, policy_of, policy_settings
-from sidecar.backends.sealing import seal_lines
+from sidecar.backends.batches import seal_lines
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import (

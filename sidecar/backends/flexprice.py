@@ -23,8 +23,8 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
+from sidecar.backends.batches import JSON_EVENTS, Piece, seal_batches
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.backends.sealing import JSON_EVENTS, Piece, seal_batches
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import as_json, properties

@@ -25,8 +25,8 @@ from sidecar.backends.base import (
     policy_settings,
     revealed,
 )
+from sidecar.backends.batches import JSON_EVENTS, Piece, meter_event, seal_batches
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.backends.sealing import JSON_EVENTS, Piece, meter_event, seal_batches
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds

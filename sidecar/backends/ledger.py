@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, policy_of, policy_settings
-from sidecar.backends.sealing import batch_key, event_key
+from sidecar.backends.batches import batch_key, event_key
 from sidecar.meters.buckets import SUMS, bucket_deltas, to_wire
 from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.meters.hourly import body_of, deltas, grouped

@@ -28,8 +28,8 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
+from sidecar.backends.batches import event_key, meter_event
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.backends.sealing import event_key, meter_event
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds

@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sidecar.backends.base import BILLING, DAY_S, Context, Policy, label_id, policy_of, policy_settings, revealed
+from sidecar.backends.batches import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.backends.sealing import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.transaction import payload_bytes
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds

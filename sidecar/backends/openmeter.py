@@ -24,8 +24,8 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
+from sidecar.backends.batches import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.backends.sealing import JSON_ARRAY, Piece, seal_batches
 from sidecar.meters.properties import as_json, properties
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds

@@ -14,9 +14,9 @@ from typing import Any, Final
 
 from sidecar.backends import revenium_forms
 from sidecar.backends.base import BILLING, DAY_S, PARK, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.batches import event_key
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient
 from sidecar.backends.revenium_forms import CREDENTIAL_FIELD, SUBSCRIPTION_FIELD, V1, V2, Form, Options
-from sidecar.backends.sealing import event_key
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import Abilities, Dedup, Encoded, Event, Refused, Retry, Sealed, Verdict

@@ -34,8 +34,8 @@ from sidecar.backends.base import (
     rfc3339,
     subscriber_id,
 )
+from sidecar.backends.batches import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
 from sidecar.backends.http import ANSWER_TIMEOUT_S, HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.backends.sealing import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
 from sidecar.backends.stripe_meters import FORM, FORMULAS, PAYLOAD, Payload, StripeMeters
 from sidecar.backends.stripe_session import StreamSession
 from sidecar.meters.definition import DEFAULT_METERS, Meter

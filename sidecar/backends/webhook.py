@@ -23,8 +23,8 @@ from time import time
 from typing import Any, Final
 
 from sidecar.backends.base import DAY_S, EVERYTHING, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.batches import seal_lines
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.backends.sealing import seal_lines
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
 from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict

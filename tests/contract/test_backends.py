@@ -42,8 +42,8 @@ from hypothesis import strategies as st
 
 from sidecar.backends import BACKENDS, Context, backend_settings
 from sidecar.backends.base import BILLING
+from sidecar.backends.batches import Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.backends.http import HttpClient
-from sidecar.backends.sealing import Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.exchange import Outcome, Subscriber, UsageState
 from sidecar.ledger import LedgerStore
 from sidecar.receiver import Do, Fault, Receiver, Terms

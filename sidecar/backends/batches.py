@@ -25,7 +25,7 @@ _PLAIN_KEY: Final = re.compile(rf"[!-~]{{1,{KEY_CHARS_MAX}}}")
 
 
 def meter_event(record: Record, meter: Meter) -> Event:
-    """What one record adds to one meter. The id's last part tells the meter: `cancel` and complaints read it back."""
+    """What one record adds to one meter. Both are read back from the id, by `cancel` and by a vendor's complaints."""
     return Event(record.id, f"{record.id}:{meter.name}")
 
 
