@@ -125,8 +125,8 @@ def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorde
     return SpoolRecorder(
         spool,
         metrics,
-        durability=settings.durability.value,
-        on_full=settings.on_spool_full.value,
+        durability=settings.durability,
+        on_full=settings.on_spool_full,
         commit_wait_s=settings.commit_wait_s,
         memory_bytes=settings.spool_memory_bytes,
     )
