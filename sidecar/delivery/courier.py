@@ -18,7 +18,7 @@ from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sidecar.balance import BackendTotals
-from sidecar.delivery.lane import Lane, LaneStatus
+from sidecar.delivery.lane import Lane
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
 from sidecar.delivery.removed import part_with
@@ -26,7 +26,7 @@ from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
 from sidecar.delivery.state.rows import Parked, Place
 from sidecar.delivery.window import ClockWatch
-from sidecar.delivery.words import BEFORE, Now
+from sidecar.delivery.words import BEFORE, LaneStatus, Now
 from sidecar.verdict import Backend
 
 _LOG = logging.getLogger(__name__)

@@ -1,4 +1,4 @@
-"""From a decision to what is stored of it: the parts that go on, what is too late, and the words of the history.
+"""From an answer to what is stored of it: the decision, the parts that go on, what is too late, the history in words.
 
 What must always hold: each event of a settled request has one final fate, and every record that goes on is in a
 request of its own or is parked with the reason why it could not be. Parts are encoded again from the records that were
@@ -8,18 +8,25 @@ of the old one bind it to nothing, and records are never cut apart.
 
 from __future__ import annotations
 
+import asyncio
+import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
+from typing import Final
 
 from sidecar.delivery import sealing
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.retry import Decision, park_all
+from sidecar.delivery.offering import Answer
+from sidecar.delivery.retry import Attempt, Decision, judge, park_all
 from sidecar.delivery.state.rows import NewRequest, Request, Settlement
-from sidecar.delivery.window import may_resend
+from sidecar.delivery.window import may_resend, window_left_s
 from sidecar.delivery.words import PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
 from sidecar.verdict import Backend, Dedup, Verdict
+
+_LOG = logging.getLogger(__name__)
+SWEEP_SLICE: Final = 200  # requests looked at before the event loop is let go
 
 Lines = Callable[[int], Awaitable[list[bytes]]]
 """The records stored with a request, in the order in which its members first name them."""
@@ -31,12 +38,46 @@ class Settling:
     def __init__(self, backend: Backend, limits: Limits, lines: Lines) -> None:
         self._backend, self._limits, self._lines = backend, limits, lines
 
-    async def settle(self, request: Request, decision: Decision, verdicts: Sequence[Verdict], now: Now) -> Settlement:
-        """What is stored of an attempt. One that went well leaves no history."""
+    async def settle(self, answer: Answer, now: Now, roll: float) -> Settlement:
+        """Judge an answer: what is stored of the attempt. One that went well leaves no history."""
+        request = answer.request
+        attempt = Attempt(
+            verdicts=answer.verdicts,
+            records=[member.seq for member in request.members],
+            started=answer.started,
+            ended=now,
+            roll=roll,
+            stepped=request.stepped,
+        )
+        decision = judge(attempt, request.tries, self._backend.abilities, self._limits)
+        if answer.interrupted:
+            decision = replace(decision, wait_s=0.0)
         history = request.history
         if decision.open or decision.parked or decision.parts:
-            history = remember(history, _entry(now, verdicts), self._limits)
+            history = remember(history, _entry(now, answer.verdicts), self._limits)
         return await self._settlement(request, decision, history, now)
+
+    async def sweep(self, waiting: Sequence[Request], now: Now) -> list[Settlement]:
+        """Look at everything that waits: windows and ages run on while nothing is offered."""
+        settlements = []
+        for count, request in enumerate(waiting, 1):
+            if count % SWEEP_SLICE == 0:
+                await asyncio.sleep(0)
+            self._warn(request, now)
+            settlement = await self.overdue(request, now)
+            if settlement is not None:
+                settlements.append(settlement)
+        return settlements
+
+    def _warn(self, request: Request, now: Now) -> None:
+        left_s = window_left_s(request.tries, self._backend.abilities, now, self._limits)
+        if left_s is not None and 0 < left_s < self._limits.window_warning_s and not request.warned:
+            request.warned = True
+            facts = {"backend": self._backend.name, "request": request.key, "left_s": round(left_s)}
+            _LOG.warning(
+                "requests that may have been taken will be parked when the backend stops recognising them",
+                extra={"facts": facts},
+            )
 
     async def overdue(self, request: Request, now: Now) -> Settlement | None:
         """What is too late to be offered again; None while it is not."""

@@ -10,13 +10,15 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.state.rows import Request
 
 
 class Waiting:
     """The requests of one backend that are not under way."""
 
-    def __init__(self, *, one_per_subject: bool) -> None:
+    def __init__(self, limits: Limits, *, one_per_subject: bool) -> None:
+        self._limits = limits
         self.fresh: deque[Request] = deque()
         self.later_records = self.later_bytes = 0
         self._later: list[tuple[float, int, Request]] = []  # monotonic due time, id
@@ -39,6 +41,11 @@ class Waiting:
     @property
     def next_due_s(self) -> float | None:
         return self._later[0][0] if self._later else None
+
+    @property
+    def full(self) -> bool:
+        """Whether so much waits for another attempt that nothing may be added."""
+        return self.later_records >= self._limits.retry_records or self.later_bytes >= self._limits.retry_bytes
 
     @property
     def later(self) -> int:

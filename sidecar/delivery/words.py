@@ -1,4 +1,4 @@
-"""The words of delivery: what can become of an event, where its record then stands, and why something is set aside.
+"""The words of delivery: what becomes of an event, where its record stands, why it is set aside, how a backend does.
 
 Nothing is decided here. The letters of `Fate`, the names of `Term` and the reasons are stored in `delivery.db` and
 shown to operators, so they stay as they are.
@@ -84,3 +84,17 @@ def worst(*, parked: int, pending: int, delivered: int, duplicate: int) -> Term:
     if duplicate:
         return Term.DUPLICATE
     raise ValueError("a record without any event has no place in the balance")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneStatus:
+    """How one backend does, for `/readyz` and metrics."""
+
+    backend: str
+    state: str  # up, down, blocked
+    reason: str | None
+    oldest_pending_s: float | None  # age of the oldest record that is not settled
+    sealed: int  # requests stored and not settled
+    under_way: int
+    waiting_records: int  # sealed and due for another attempt later
+    waiting_bytes: int

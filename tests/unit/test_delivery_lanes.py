@@ -12,7 +12,7 @@ import pytest
 from delivery_fixtures import QUICK, START_S, HandClock, MemorySpool, World, plain, record_id, record_line, until
 from fake_backend import FakeBackend
 
-from sidecar.delivery import Delivery, DeliveryState, lane
+from sidecar.delivery import Delivery, DeliveryState, lane, storing
 from sidecar.delivery.state import StateError
 from sidecar.delivery.state.schema import open_reader
 from sidecar.exchange import Outcome
@@ -533,7 +533,7 @@ async def test_a_spool_that_cannot_be_read_is_asked_again(world: World, monkeypa
 
 
 async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "FULL_RETRY_S", 0.01)
+    monkeypatch.setattr(storing, "FULL_RETRY_S", 0.01)
     world.spool.add(400)
     backend = FakeBackend(NONE, latency_s=0.001)
     async with world.deliver(backend) as delivery:
