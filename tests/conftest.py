@@ -1,8 +1,9 @@
-"""What all suites share: how hypothesis searches."""
+"""What all suites share: how hypothesis searches, and that Ctrl-C is not ignored."""
 
 from __future__ import annotations
 
 import os
+import signal
 
 from hypothesis import HealthCheck, settings
 
@@ -16,3 +17,7 @@ settings.register_profile(
     suppress_health_check=[HealthCheck.too_slow],
 )
 settings.load_profile("suite")
+
+# A shell that runs the suite in the background has it ignore Ctrl-C, and so its children, of which some are sent one.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
