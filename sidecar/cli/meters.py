@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from sidecar.verdict import Backend
 
 _LIST: Final = ("name", "type", "of", "filters", "multiplier", "bucket_size", "group_by", "reset_usage")
-SLICE_RECORDS: Final = 1000  # read before they are added up: a megabyte or two
 _TEST: Final = ("meter", "subscriber", "group", "from", "value")
+SLICE_RECORDS: Final = 1000  # read before they are added up: a megabyte or two
 
 
 def add(parser: argparse.ArgumentParser) -> None:

@@ -12,10 +12,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
-from functools import lru_cache
 from typing import Any, Final
 
-from sidecar.meters.definition import METERS_MAX, Kind, Meter
+from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, Series, write_amount
 from sidecar.record import Record
 
@@ -78,7 +77,7 @@ def bucket_deltas(groups: Groups, meters: Sequence[Meter]) -> list[BucketDelta]:
     """The effects of grouped records on these meters, in order of first appearance."""
     found: dict[BucketKey, BucketDelta] = {}
     # A bucket never starts within an hour, so its start is worked out once for each meter and hour.
-    known: list[tuple[Meter, str, dict[int, int]]] = [(meter, _version(meter), {}) for meter in meters]
+    known: list[tuple[Meter, str, dict[int, int]]] = [(meter, meter.version, {}) for meter in meters]
     for (hour, series), records in groups:
         for meter, version, starts in known:
             measured = meter.measured(records)
@@ -94,8 +93,8 @@ def bucket_deltas(groups: Groups, meters: Sequence[Meter]) -> list[BucketDelta]:
                     _delta_at(found, key, meter).plus(_sum(numbers))
                 continue
             for record in measured:
-                value = meter.value(record)
-                if value is not None and not isinstance(value, bool):
+                value = meter.read(record)
+                if value is not None:
                     key = BucketKey(meter.name, version, series.subscriber, meter.group(record), start)
                     _delta_at(found, key, meter).add(value, record)
     return list(found.values())
@@ -115,11 +114,6 @@ def _sum(numbers: Sequence[int | Decimal]) -> Decimal:
         if type(number) is Decimal:
             total = EXACT.add(total, number)
     return total
-
-
-@lru_cache(maxsize=METERS_MAX)
-def _version(meter: Meter) -> str:
-    return meter.version
 
 
 def amount(delta: BucketDelta, meter: Meter) -> Decimal:

@@ -99,8 +99,10 @@ class Meter:
 
     def value(self, record: Record) -> Value:
         """What this record adds, before the multiplier: a number, a text for UNIQUE_COUNT; None: nothing."""
-        if not self.measured((record,)):
-            return None
+        return self.read(record) if self.measured((record,)) else None
+
+    def read(self, record: Record) -> int | str | Decimal | None:
+        """The same of a record that is measured."""
         if self.kind is Kind.UNIQUE_COUNT:
             return text_of(value_of(record, self.field or ""))
         return next(iter(self.numbers((record,))), None)
