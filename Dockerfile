@@ -6,7 +6,7 @@ RUN python -m venv /opt/sidecar
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
 # The locked packages first: they change less often than our own files.
 COPY requirements/run.lock requirements/run.lock
-RUN /opt/sidecar/bin/pip install --require-hashes -r requirements/run.lock
+RUN /opt/sidecar/bin/pip install --no-deps --require-hashes -r requirements/run.lock
 COPY pyproject.toml README.md LICENSE ./
 COPY sidecar sidecar
 # What was needed to build is not needed to run.

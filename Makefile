@@ -77,13 +77,13 @@ clean: ## remove the environment and what tools left behind
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"
-	@$(PIP) install --quiet --quiet --require-hashes -r requirements/run.lock
+	@$(PIP) install --quiet --quiet --no-deps --require-hashes -r requirements/run.lock
 	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(TEST): requirements/test.lock $(RUN)
 	@echo "installing the test tools into $(VENV) (once) …"
-	@$(PIP) install --quiet --quiet --require-hashes -r requirements/test.lock
+	@$(PIP) install --quiet --quiet --no-deps --require-hashes -r requirements/test.lock
 	@touch $@
 
 $(BENCH): $(TEST)

@@ -21,6 +21,7 @@ FLOORS = {
     "sidecar.settings": 0,
     "sidecar.balance": 0,
     "sidecar.patterns": 0,
+    "sidecar.target": 0,
     "sidecar.proxy.rules": 0,
     "sidecar.delivery.words": 0,
     "sidecar.delivery.limits": 0,

@@ -10,12 +10,12 @@ from typing import Final
 from sidecar.proxy.headers.kinds import REQUEST, RESPONSE, Kinds
 from sidecar.proxy.headers.request import RequestHead
 from sidecar.proxy.rules import Forwarded, ProxyRules, UpstreamAddress
+from sidecar.target import origin_form
 from sidecar.usage import RawHeaders
 
 ADDRESSES_KEPT_MAX: Final = 1024  # clients may claim any address in X-Forwarded-For
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?\Z")
-_ABSOLUTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 
 
 @dataclass(slots=True, frozen=True)
@@ -94,14 +94,7 @@ class HeaderRules:
         The target stays as it came, byte for byte; an absolute one loses its scheme and authority,
         which choose no upstream here.
         """
-        authority = None
-        if not target.startswith("/") and target != "*":
-            match = _ABSOLUTE.match(target)
-            if match is not None:
-                authority = match[1].rpartition("@")[2]  # credentials are not for the upstream's eyes
-                target = target[match.end() :]
-                if not target.startswith("/"):
-                    target = "/" + target
+        target, authority = origin_form(target)
         base = b"" if target == "*" else self._address.base
         return b"%b %b%b HTTP/1.1\r\n" % (
             method.encode("ascii"), base, target.encode("utf-8", "surrogateescape"),
@@ -125,12 +118,7 @@ class HeaderRules:
     def record_url(self, target: str) -> tuple[str, str]:
         """(what a record says, the path alone). Query names stay, their values go unless allowed; an
         authority and a fragment go whole."""
-        if not target.startswith("/"):
-            match = _ABSOLUTE.match(target)
-            if match is not None:
-                target = target[match.end() :]
-                if not target.startswith("/"):
-                    target = "/" + target
+        target, _ = origin_form(target)
         if "#" in target:
             target = target.partition("#")[0]
         path, mark, query = target.partition("?")
