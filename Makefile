@@ -5,15 +5,19 @@ comma := ,
 VENV ?= .venv
 BIN := $(VENV)/bin
 PYTHON ?=
+PIP_VERSION ?=
 JOBS ?= 2
 TESTS ?= tests
 ARGS ?=
 
 # Packages are installed at the versions and hashes of requirements/*.lock. A stamp in the environment remembers
-# that it was done, so a second `make` starts at once and works without a network.
+# that it was done, so a second `make` starts at once and works without a network. The locks are complete, so nothing
+# is to be resolved (--no-deps): pip before 23.3 would look for the newest release of a package whose extra another
+# one asks for, and then miss its hash.
 RUN := $(VENV)/.stamp-run
 TEST := $(VENV)/.stamp-test
 BENCH := $(VENV)/.stamp-bench
+LOCKED := install --quiet --quiet --no-deps --require-hashes -r
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-emit-index-url --no-annotate --no-header
@@ -23,7 +27,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock readme clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs readme clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -69,21 +73,32 @@ lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 	$(COMPILE) pyproject.toml requirements/build.in -c requirements/run.lock --extra test --extra lint --extra cel --extra clients \
 		-o requirements/test.lock
 
+# The pip that each Python from 3.11 on brought along at its oldest and newest, and the newest of all.
+PIPS ?= 22.3.1 23.0.1 23.2.1 24.2 newest
+installs: ## the locks install and run with every pip that a Python may bring along (PIPS=…)
+	@for pip in $(PIPS); do \
+		venv=$(VENV)-pip-$$pip; rm -rf $$venv; \
+		$(MAKE) --no-print-directory VENV=$$venv PIP_VERSION=$$pip $$venv/.stamp-test && \
+		$$venv/bin/python -m pip --version | cut -d ' ' -f 1-2 && $$venv/bin/python -m pip check && \
+		$$venv/bin/metering-sidecar --help >/dev/null || exit 1; \
+		rm -rf $$venv; \
+	done
+
 readme: $(TEST) ## write the tables of the README from the code
 	$(BIN)/python tests/readme_tables.py
 
 clean: ## remove the environment and what tools left behind
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-data
+	rm -rf $(VENV) $(VENV)-pip-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-data
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"
-	@$(PIP) install --quiet --quiet --no-deps --require-hashes -r requirements/run.lock
+	@$(PIP) $(LOCKED) requirements/run.lock
 	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
 $(TEST): requirements/test.lock $(RUN)
 	@echo "installing the test tools into $(VENV) (once) …"
-	@$(PIP) install --quiet --quiet --no-deps --require-hashes -r requirements/test.lock
+	@$(PIP) $(LOCKED) requirements/test.lock
 	@touch $@
 
 $(BENCH): $(TEST)
@@ -91,13 +106,16 @@ $(BENCH): $(TEST)
 	@$(PIP) install --quiet --quiet --no-deps --no-build-isolation --editable .
 	@touch $@
 
+# PIP_VERSION puts another pip in place of the one that the Python came with.
+SET_PIP := $(if $(PIP_VERSION),$(PIP) install --quiet --quiet $(if $(filter newest,$(PIP_VERSION)),--upgrade pip,pip==$(PIP_VERSION)),true)
+
 # A `python3.12` on the path may be an empty shell (version managers leave such), and a Python may come without
 # `venv`: each candidate is tried by using it.
 $(BIN)/python:
 	@for python in $(PYTHON) python3.13 python3.12 python3.11 python3.14 python3 python; do \
 		"$$python" -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 || continue; \
 		echo "making $(VENV) with $$("$$python" -V)"; \
-		"$$python" -m venv $(VENV) && exit 0; \
+		"$$python" -m venv $(VENV) && $(SET_PIP) && exit 0; \
 		rm -rf $(VENV); \
 	done; \
 	echo 'no Python 3.11 or later with the venv module was found; install one (Debian: python3 python3-venv)' >&2; \
