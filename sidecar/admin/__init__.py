@@ -14,6 +14,7 @@ from typing import Final, Protocol
 from aiohttp import web
 
 from sidecar.admin.answers import json_answer
+from sidecar.admin.guard import Guard
 from sidecar.balance import Balance
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
@@ -38,8 +39,8 @@ class Instance(Protocol):
     async def readiness(self) -> Readiness: ...
 
 
-def application(instance: Instance) -> web.Application:
-    """`/healthz` `/readyz` `/metrics` `/balance`."""
+def application(instance: Instance, guard: Guard) -> web.Application:
+    """`/healthz` `/readyz` `/metrics` `/balance`, for whom `guard` lets through."""
 
     async def healthz(_: web.Request) -> web.Response:
         return json_answer({"status": "alive"})
@@ -56,7 +57,7 @@ def application(instance: Instance) -> web.Application:
         found = await instance.balance()
         return json_answer(found.to_dict() | {"problems": found.problems})
 
-    app = web.Application()
+    app = web.Application(middlewares=[guard.middleware])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
