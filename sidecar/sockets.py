@@ -1,13 +1,14 @@
-"""Unix sockets in a directory whose path may be long, and who is at the other end.
+"""Sockets that listen: what is said when they cannot, and Unix sockets in a directory whose path may be long.
 
-A socket's address has room for about a hundred bytes; a data directory's path may be longer. The kernel is then given
-the directory through a descriptor (`/proc/self/fd/N/NAME`), which is short. Nobody but the owner can ever connect to
-what `listen_privately` makes: the mode is set before anybody can be let in.
+A Unix socket's address has room for about a hundred bytes; a data directory's path may be longer. The kernel is then
+given the directory through a descriptor (`/proc/self/fd/N/NAME`), which is short. Nobody but the owner can ever connect
+to what `listen_privately` makes: the mode is set before anybody can be let in.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import stat
@@ -15,6 +16,8 @@ import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
+
+from sidecar.settings import Address
 
 CONTROL: Final = "control.sock"  # in the data directory: what changes something goes over it
 PATH_BYTES_MAX: Final = 103  # of an address: Linux has 108, macOS 104, the last one is zero
@@ -27,6 +30,57 @@ _XUCRED_BYTES: Final = 76  # version, uid, then a number of groups
 
 class SocketError(OSError):
     """The socket cannot be made or reached. The text says why, and what to do about it."""
+
+
+@contextlib.contextmanager
+def listening(address: Address, setting: str) -> Iterator[None]:
+    """Around the opening of a port: makes room where a socket file was left behind, and turns what goes wrong into a
+    `SocketError` that names the address and the setting."""
+    try:
+        if address.path is not None:
+            _make_room(Path(address.path))
+        yield
+    except SocketError as error:
+        raise SocketError(f"{error}; or set {setting}") from None
+    except OSError as error:
+        raise SocketError(f"{_why(error, address)}; set {setting}") from None
+
+
+def _make_room(path: Path) -> None:
+    """One that nobody listens on any more goes; that of another program stays, and so does anything else."""
+    if not path.exists() and not path.is_symlink():
+        return
+    if not stat.S_ISSOCK(path.stat().st_mode):
+        raise SocketError(f"unix:{path} is there and is no socket: move it away")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as trial:
+        trial.setblocking(False)
+        try:
+            trial.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink(missing_ok=True)
+            return
+        except BlockingIOError:  # its queue is full: it is very much alive
+            pass
+    raise SocketError(f"unix:{path} is in use by another program: stop it")
+
+
+def _why(error: OSError, address: Address) -> str:
+    number = error.errno
+    if isinstance(error, socket.gaierror):
+        return f"{address}: {address.host} is no address and no name that this machine knows"
+    if number == errno.EADDRINUSE:
+        return f"{address} is in use by another program"
+    if number == errno.EADDRNOTAVAIL:
+        return f"{address} is no address of this machine"
+    if number in (errno.EACCES, errno.EPERM):
+        if address.path is None and 0 < address.port < 1024:
+            return f"{address}: user {os.geteuid()} may not use a port below 1024"
+        return f"{address} may not be used by user {os.geteuid()}"
+    if address.path is not None and number in (errno.ENOENT, errno.ENOTDIR):
+        return f"{address}: there is no directory {Path(address.path).parent}"
+    if number == errno.EAFNOSUPPORT:
+        return f"{address}: this machine has no such kind of address"
+    return f"cannot listen on {address}: {os.strerror(number) if number else error}"
 
 
 def listen_privately(path: Path) -> socket.socket:
