@@ -3,8 +3,8 @@
 One process serves and bills; with `SIDECAR_WORKERS` above 1 the serving half runs in workers and this one supervises.
 
 Leaving `running` stops taking calls, lets those in flight finish, commits what they left, makes one last delivery
-pass and lets go of the data directory. A loop that dies takes the same way out with a non-zero exit code, instead of
-leaving a proxy that no longer bills.
+pass, closes the admin port and lets go of the data directory. A loop that dies takes the same way out with a non-zero
+exit code, instead of leaving a proxy that no longer bills.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import asdict, dataclass
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from aiohttp import web
@@ -23,20 +24,26 @@ from aiohttp import web
 from sidecar import log as logs
 from sidecar import parts, signals
 from sidecar.admin import Readiness, application
+from sidecar.admin.control import control
+from sidecar.admin.guard import Guard, open_port
 from sidecar.balance import Balance
 from sidecar.billing import Billing, Room, billing
 from sidecar.delivery import mending
-from sidecar.lock import DataLock
+from sidecar.delivery.state import StateError
+from sidecar.ledger import LedgerError
+from sidecar.lock import DataLock, LockError
 from sidecar.metrics import Gauges, Metrics
-from sidecar.settings import Address, Settings
-from sidecar.spool import Snapshot, ground_warning
-from sidecar.supervisor import workers
-from sidecar.traffic import listen, serving, url_of
+from sidecar.settings import Settings
+from sidecar.sockets import CONTROL, SocketError, listen_privately, listening, remove
+from sidecar.spool import Snapshot, SpoolError, ground_warning
+from sidecar.supervisor import WorkerError, workers
+from sidecar.traffic import listen, only_fault, serving, url_of
 
 log = logging.getLogger("sidecar.app")
 
 OK: Final = 0
 FAILED: Final = 1
+START_FAULTS: Final = (LockError, SpoolError, StateError, LedgerError, WorkerError, OSError)
 ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
 
 
@@ -63,9 +70,24 @@ class Sidecar:
     counted: Metrics  # what delivery counts
     proxy_url: str = ""
     admin_url: str = ""
+    stopping: bool = False  # from the wish to stop on, while calls are still taken too
+    _last: Balance | None = None
 
     async def balance(self) -> Balance:
-        return await self.bills.balance(await self.intake.snapshots())
+        try:
+            found = await self.bills.balance(await self.intake.snapshots())
+        except Exception:
+            # The admin port outlives what it shows: at the very end it says what was last so.
+            if not self.stopping or self._last is None:
+                raise
+            return self._last
+        self._last = found
+        return found
+
+    async def stop(self) -> None:
+        """We are leaving: not ready any more, for whatever reason."""
+        self.stopping = True
+        await self.balance()
 
     async def metrics(self) -> bytes:
         balance = await self.balance()
@@ -78,6 +100,9 @@ class Sidecar:
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
             disk_free_bytes=self.bills.free_bytes,
+            disk_bytes=self.bills.disk_bytes,
+            disk_low_bytes=self.bills.settings.disk_low_bytes,
+            chunks_set_aside=self.bills.set_aside,
             oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
         )
         together = await self.intake.metrics()
@@ -111,6 +136,8 @@ class Sidecar:
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
         intake = await self.intake.readiness()
+        if self.stopping:
+            intake = replace(intake, ready=False, state="stopping")
         notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
         if self.bills.room is not Room.ENOUGH:
             notes.append(self.bills.room.value)
@@ -120,8 +147,9 @@ class Sidecar:
 @asynccontextmanager
 async def running(settings: Settings) -> AsyncIterator[Sidecar]:
     """The start-up list; read it backwards for the drain. Raises the parts' own errors, which say what to do."""
-    async with AsyncExitStack() as stack:
-        lock = stack.enter_context(DataLock.take(settings.data_dir, wait_s=settings.stop_s))
+    # `last` closes after `stack`: the admin port answers while calls end and the last deliveries go out.
+    async with AsyncExitStack() as last, AsyncExitStack() as stack:
+        lock = last.enter_context(DataLock.take(settings.data_dir, wait_s=settings.stop_s))
         warning = ground_warning(settings.data_dir)
         if warning:
             log.warning(warning)
@@ -129,7 +157,9 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
         bills = await stack.enter_async_context(billing(settings, metrics))
         intake, url = await _open_intake(stack, settings, lock, bills, metrics)
         sidecar = Sidecar(bills=bills, intake=intake, counted=metrics, proxy_url=url)
-        sidecar.admin_url = await open_admin(stack, settings.admin_listen, sidecar)
+        await open_control(stack, settings.data_dir / CONTROL, sidecar)
+        sidecar.admin_url = await open_admin(last, settings, sidecar)
+        stack.push_async_callback(sidecar.stop)
         lock.announce(admin=sidecar.admin_url, proxy=sidecar.proxy_url)
         log.info("ready", extra={"facts": {"proxy": sidecar.proxy_url, "admin": sidecar.admin_url}})
         yield sidecar
@@ -159,9 +189,11 @@ async def _open_intake(
     return traffic, await listen(traffic.proxy, settings.listen, tls=settings.tls_cert_file is not None)
 
 
-async def open_admin(stack: AsyncExitStack, address: Address, sidecar: Sidecar) -> str:
+async def open_admin(stack: AsyncExitStack, settings: Settings, sidecar: Sidecar) -> str:
     """Open the admin port; it is closed with the stack. Answers where it is, as a URL."""
-    runner = web.AppRunner(application(sidecar), access_log=None, shutdown_timeout=ADMIN_STOP_S)
+    address = settings.admin_listen
+    guard = Guard.of(address, settings.admin_token, settings.admin_hosts)
+    runner = web.AppRunner(application(sidecar, guard), access_log=None, shutdown_timeout=ADMIN_STOP_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site: web.BaseSite
@@ -169,21 +201,75 @@ async def open_admin(stack: AsyncExitStack, address: Address, sidecar: Sidecar) 
         site = web.UnixSite(runner, address.path)
     else:
         site = web.TCPSite(runner, address.host, address.port)
-    await site.start()
+    with listening(address, "SIDECAR_ADMIN_LISTEN"):
+        await site.start()
+    if (open_to := open_port(settings)) is not None:
+        log.warning(open_to)
     return url_of(runner.addresses[0])
 
 
+async def open_control(stack: AsyncExitStack, path: Path, sidecar: Sidecar) -> None:
+    """Let the instance's own user change something, over a socket in the data directory; closed with the stack.
+
+    Where there can be none (a full disk, a mount that knows no sockets) calls are served all the same.
+    """
+    try:
+        listener = listen_privately(path)
+    except SocketError as error:
+        log.warning("%s; commands that change something need the instance to be stopped", error)
+        return
+    stack.callback(_let_go, path)
+    runner = web.AppRunner(control(sidecar), access_log=None, shutdown_timeout=ADMIN_STOP_S)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener).start()
+
+
+def _let_go(path: Path) -> None:
+    with suppress(OSError):
+        remove(path)
+
+
 async def serve(settings: Settings) -> int:
-    """Run until SIGTERM or SIGINT; a second one ends it at once. SIGHUP reads the listener's certificate anew."""
-    loop = asyncio.get_running_loop()
+    """Run until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
+    SIGHUP reads the listener's certificate anew. Raises what kept it from starting, a part's own error."""
+    opened = False
     with signals.stop_event() as stop:
-        async with running(settings) as sidecar:
-            loop.add_signal_handler(signal.SIGHUP, sidecar.intake.reload)
-            await stop.wait()
-            log.info("stopping", extra={"facts": {"stop_s": settings.stop_s}})
-            for number in signals.STOPPERS:
-                loop.add_signal_handler(number, _end_at_once, sidecar.intake)
+        try:
+            async with running(settings) as sidecar:
+                opened = True
+                await _serve_until(stop, sidecar, settings)
+        except BaseExceptionGroup as group:
+            # What a start raises passes the groups of the parts that are open already.
+            fault = None if opened else only_fault(group, START_FAULTS)
+            if fault is None:
+                raise
+            raise fault from None
     return OK
+
+
+async def _serve_until(stop: asyncio.Event, sidecar: Sidecar, settings: Settings) -> None:
+    loop = asyncio.get_running_loop()
+    loop.add_signal_handler(signal.SIGHUP, _reload, sidecar.intake)
+    await stop.wait()
+    sidecar.stopping = True
+    log.info("stopping", extra={"facts": {"stop_delay_s": settings.stop_delay_s, "stop_s": settings.stop_s}})
+    if settings.stop_delay_s:
+        # Whoever sends us calls learns by /readyz that they shall go elsewhere; those that come meanwhile are served.
+        hurry = asyncio.Event()
+        for number in signals.STOPPERS:
+            loop.add_signal_handler(number, hurry.set)
+        with suppress(TimeoutError):
+            async with asyncio.timeout(settings.stop_delay_s):
+                await hurry.wait()
+        log.info("taking no more calls")
+    for number in signals.STOPPERS:
+        loop.add_signal_handler(number, _end_at_once, sidecar.intake)
+
+
+def _reload(intake: Intake) -> None:
+    log.info("SIGHUP: the listener's certificate is read anew; secrets and all other settings are those of the start")
+    intake.reload()
 
 
 def _end_at_once(intake: Intake) -> None:

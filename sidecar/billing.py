@@ -20,7 +20,7 @@ from sidecar.balance import Balance, add_counts
 from sidecar.delivery import Delivery, DeliveryState, SystemClock
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings
-from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans, disk_free_bytes
+from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans, count_set_aside, disk_room
 from sidecar.spool.retention import retire_chunks
 from sidecar.verdict import Backend
 
@@ -57,6 +57,8 @@ class Billing:
     backends: Mapping[str, Backend]
     room: Room = Room.ENOUGH
     free_bytes: int = 0
+    disk_bytes: int = 0
+    set_aside: int = 0  # damaged chunks that were copied and are kept
 
     def remembered(self) -> dict[str, int]:
         """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
@@ -100,7 +102,10 @@ class Billing:
 
     async def look_at_disk(self) -> None:
         """See how much room is left; say so once when it becomes less or more."""
-        self.free_bytes = await asyncio.to_thread(disk_free_bytes, self.settings.data_dir)
+        root = self.settings.data_dir
+        self.free_bytes, self.disk_bytes, self.set_aside = await asyncio.to_thread(
+            lambda: (*disk_room(root), count_set_aside(root))
+        )
         room = room_left(self.free_bytes, self.settings.disk_low_bytes)
         if room is not self.room:
             self.room = room

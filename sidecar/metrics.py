@@ -11,17 +11,19 @@ zero from the start, so that "no loss" and "nobody counts" look different.
 
 from __future__ import annotations
 
+import platform
 from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
+import sidecar
 from sidecar.exchange import Exchange, Outcome
 from sidecar.verdict import Verdict
 
@@ -101,6 +103,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_balance_holds": Family("gauge", "1 when admitted = recorded + open + lost and every backend adds up"),
     "sidecar_spool_degraded": Family("gauge", "1 while the promise of the durability mode is suspended"),
     "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
+    "sidecar_disk_bytes": Family("gauge", "Size of that disk"),
+    "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
+    "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
     "sidecar_send_seconds": Family("histogram", "One request to a backend", ("backend",)),
@@ -110,6 +115,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_parked_now": Family("gauge", "Records that are parked", ("backend", "reason")),
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
+    "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
 Key = tuple[str, ...]
@@ -147,6 +153,9 @@ class Gauges:
     holds: bool = True
     degraded: bool = False
     disk_free_bytes: int = 0
+    disk_bytes: int = 0
+    disk_low_bytes: int = 0
+    chunks_set_aside: int = 0
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
@@ -259,6 +268,7 @@ class Metrics(Collector):
         self._set_gauges(gauges)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
+        registry.register(ProcessCollector(registry=None))  # `process_*` of this process
         return generate_latest(registry)
 
     def collect(self) -> Iterable[Metric]:
@@ -338,6 +348,11 @@ class Metrics(Collector):
         self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
         self._gauges["sidecar_disk_free_bytes"][()] = gauges.disk_free_bytes
+        self._gauges["sidecar_disk_bytes"][()] = gauges.disk_bytes
+        self._gauges["sidecar_disk_low_bytes"][()] = gauges.disk_low_bytes
+        self._gauges["sidecar_chunks_set_aside"][()] = gauges.chunks_set_aside
+        # Here and not where a process counts: the sum over workers is no version.
+        self._gauges["sidecar_build_info"] = {(sidecar.__version__, platform.python_version()): 1}
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
         self._gauges["sidecar_parked_now"] = {(name, why): value for (name, why), value in gauges.parked.items()}
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}

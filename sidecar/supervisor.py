@@ -15,10 +15,9 @@ import itertools
 import logging
 import os
 import socket
-import stat
 import sys
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -26,9 +25,10 @@ from typing import Any, Final
 from sidecar.admin import Readiness
 from sidecar.metrics import Metrics
 from sidecar.settings import Address, Settings
+from sidecar.sockets import listening, remove
 from sidecar.spool import Snapshot, SpoolTotals
 from sidecar.traffic import url_of
-from sidecar.wire import Wire
+from sidecar.wire import CANNOT_START, Wire
 
 log = logging.getLogger("sidecar.supervisor")
 
@@ -82,6 +82,8 @@ class Workers:
         self._gone = Metrics()  # what dead workers had counted
         self._asks = itertools.count(1)
         self._stopping = False
+        self._started = False
+        self._refused = asyncio.Event()  # a worker said that it cannot start
         self.url = ""
 
     def __repr__(self) -> str:
@@ -128,17 +130,27 @@ class Workers:
     # --- their life --------------------------------------------------------------------------------
 
     async def start(self) -> None:
-        """Bind, start all, wait until each is ready. Raises `OSError` or `WorkerError`."""
+        """Bind, start all, wait until each is ready. Raises `SocketError` or `WorkerError`."""
         listeners, self.url = _bind(self._settings.listen, self._settings.workers, self._settings.tls_cert_file)
         self._workers = [_Worker(number, listener) for number, listener in enumerate(listeners)]
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
-        waits = [asyncio.create_task(worker.ready.wait()) for worker in self._workers]
+        ready = asyncio.create_task(self._all_ready())
+        refused = asyncio.create_task(self._refused.wait())
         try:
-            async with asyncio.timeout(START_S):
-                await asyncio.gather(*waits)
-        except TimeoutError:
-            raise WorkerError(f"the workers are not ready after {START_S:.0f} s: see their log lines above") from None
+            done, _ = await asyncio.wait((ready, refused), timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            ready.cancel()
+            refused.cancel()
+        if self._refused.is_set():
+            raise WorkerError("a worker cannot start: its log line above says why")
+        if not done:
+            raise WorkerError(f"the workers are not ready after {START_S:.0f} s: see their log lines above")
+        self._started = True
         self._tasks.append(asyncio.create_task(self._poll()))
+
+    async def _all_ready(self) -> None:
+        for worker in self._workers:
+            await worker.ready.wait()
 
     async def stop(self) -> None:
         """Let every worker drain; end those by force that take longer than they may."""
@@ -147,6 +159,9 @@ class Workers:
         for worker in self._workers:
             if worker.wire is not None:
                 worker.wire.send({"do": "stop"})
+        # Ours too: as long as one of us holds a listening socket, connections wait in its queue for nobody.
+        for worker in self._workers:
+            worker.listener.close()
         processes = [w.process for w in self._workers if w.process is not None and w.process.returncode is None]
         try:
             async with asyncio.timeout(self._settings.stop_s + 2 * ASK_S):
@@ -162,9 +177,8 @@ class Workers:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        for worker in self._workers:
-            worker.listener.close()
-        _unbind(self._settings.listen)
+        if self.url and self._settings.listen.path:
+            remove(Path(self._settings.listen.path))
 
     async def _keep(self, worker: _Worker) -> None:
         """Run one worker, again and again until we stop."""
@@ -176,11 +190,16 @@ class Workers:
             if self._stopping:
                 return
             code = None if worker.process is None else worker.process.returncode
+            if code == CANNOT_START and not self._started:
+                self._refused.set()
+                return
             log.error("worker %d ended with %s: it is started again", worker.number, code)
             pause_s = RESTART_S_MIN if loop.time() - began_s > STEADY_S else min(pause_s * 2, RESTART_S_MAX)
             await asyncio.sleep(pause_s)
 
     async def _run_once(self, worker: _Worker) -> None:
+        if self._stopping:  # while it waited to be started again
+            return
         ours, theirs = socket.socketpair()
         with theirs:
             fds = (worker.listener.fileno(), theirs.fileno())
@@ -269,11 +288,20 @@ async def workers(
 
 
 def _bind(address: Address, count: int, tls: Path | None) -> tuple[list[socket.socket], str]:
-    """One listening socket a worker, and the URL; all on one address. Raises `OSError`."""
-    if address.path:
-        return [_bind_unix(address.path)] * count, f"unix:{address.path}"
+    """One listening socket a worker, and the URL; all on one address. Raises `SocketError`."""
+    with listening(address, "SIDECAR_LISTEN"):
+        if address.path:
+            return [_bind_unix(address.path)] * count, f"unix:{address.path}"
+        return _bind_tcp(address, count, tls)
+
+
+def _bind_tcp(address: Address, count: int, tls: Path | None) -> tuple[list[socket.socket], str]:
     info = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     family, kind, proto, _, where = info[0]
+    with socket.socket(family, kind, proto) as trial:
+        # Sockets that share a port would share it with another program of the same user that does so too.
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        trial.bind(where)
     bound: list[socket.socket] = []
     try:
         for _ in range(count):
@@ -291,15 +319,7 @@ def _bind(address: Address, count: int, tls: Path | None) -> tuple[list[socket.s
     return bound, url_of((str(where[0]), int(where[1])), tls=tls is not None)
 
 
-def _unbind(address: Address) -> None:
-    if address.path:
-        Path(address.path).unlink(missing_ok=True)
-
-
 def _bind_unix(path: str) -> socket.socket:
-    with suppress(FileNotFoundError):
-        if stat.S_ISSOCK(os.stat(path).st_mode):
-            os.unlink(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(path)

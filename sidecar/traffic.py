@@ -17,6 +17,7 @@ from sidecar.metrics import Metrics
 from sidecar.proxy import Proxy
 from sidecar.recorder import SpoolRecorder
 from sidecar.settings import Address, Settings
+from sidecar.sockets import listening
 from sidecar.spool import Snapshot, Spool
 
 
@@ -82,10 +83,20 @@ async def serving(
 
 
 async def listen(proxy: Proxy, address: Address, *, tls: bool) -> str:
-    """Open the port for calls; where it is, as a URL."""
-    if address.path:
-        return url_of(await proxy.listen(path=address.path))
-    return url_of(await proxy.listen(host=address.host, port=address.port), tls=tls)
+    """Open the port for calls; where it is, as a URL. Raises `SocketError`."""
+    with listening(address, "SIDECAR_LISTEN"):
+        if address.path:
+            return url_of(await proxy.listen(path=address.path))
+        return url_of(await proxy.listen(host=address.host, port=address.port), tls=tls)
+
+
+def only_fault(
+    group: BaseExceptionGroup[BaseException], known: tuple[type[BaseException], ...]
+) -> BaseException | None:
+    """What went wrong at a start, out of the groups of the parts that were open already: an error that says itself what
+    is to be done. None where anything else is among them."""
+    faults = [only_fault(e, known) if isinstance(e, BaseExceptionGroup) else e for e in group.exceptions]
+    return faults[0] if all(isinstance(fault, known) for fault in faults) else None
 
 
 def url_of(bound: tuple[str, int] | str, *, tls: bool = False) -> str:

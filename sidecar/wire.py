@@ -15,6 +15,7 @@ from typing import Any, Final
 
 import orjson
 
+CANNOT_START: Final = 3  # a worker's exit code: it has said why, and another try would say the same
 LINE_BYTES_MAX: Final = 16 << 20  # a worker's counts with every label at its cap are under 1 MiB
 
 

@@ -20,14 +20,16 @@ from typing import Any, Final
 from sidecar import log as logs
 from sidecar import parts
 from sidecar.backends import backend_settings
-from sidecar.lock import DataLock
+from sidecar.lock import DataLock, LockError
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings, load
-from sidecar.traffic import Traffic, serving
-from sidecar.wire import Wire
+from sidecar.spool import SpoolError
+from sidecar.traffic import Traffic, only_fault, serving
+from sidecar.wire import CANNOT_START, Wire
 
 log = logging.getLogger("sidecar.worker")
 
+START_FAULTS: Final = (LockError, SpoolError, OSError)
 TELL_S: Final = 0.005  # commits within this time are told as one: delivery reads whole groups anyway
 
 
@@ -47,7 +49,9 @@ class _Teller:
         self._wire.send({"committed": True})
 
 
-async def work(settings: Settings, listener: socket.socket, wire_socket: socket.socket) -> None:
+async def work(
+    settings: Settings, listener: socket.socket, wire_socket: socket.socket, opened: asyncio.Event
+) -> None:
     """Serve on the given socket until told to stop."""
     wire = await Wire.over(wire_socket)
     first = await wire.receive()
@@ -56,7 +60,8 @@ async def work(settings: Settings, listener: socket.socket, wire_socket: socket.
     remembered: dict[str, int] = first["remembered"]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
-    loop.add_signal_handler(signal.SIGTERM, stop.set)
+    # A service manager signals every process of a service: then the supervisor waits as long as we do.
+    loop.add_signal_handler(signal.SIGTERM, loop.call_later, settings.stop_delay_s, stop.set)
     # A terminal sends Ctrl-C to the whole group; when we stop is the supervisor's to say.
     loop.add_signal_handler(signal.SIGINT, lambda: None)
     loop.add_signal_handler(signal.SIGHUP, lambda: None)
@@ -69,6 +74,7 @@ async def work(settings: Settings, listener: socket.socket, wire_socket: socket.
             remembered_seq=lambda instance: remembered.get(instance, 0),
         ) as traffic:
             await traffic.proxy.listen(sock=listener)
+            opened.set()
             wire.send({"ready": traffic.spool.instance})
             listening = asyncio.create_task(_obey(wire, traffic, stop))
             await stop.wait()
@@ -76,6 +82,20 @@ async def work(settings: Settings, listener: socket.socket, wire_socket: socket.
         wire.send({"committed": True})
     listening.cancel()
     await wire.aclose()
+
+
+async def start(settings: Settings, listener: socket.socket, wire_socket: socket.socket) -> int:
+    """`work`, and the exit code: a worker that could not open its parts says why in one line."""
+    opened = asyncio.Event()
+    try:
+        await work(settings, listener, wire_socket, opened)
+    except (BaseExceptionGroup, *START_FAULTS) as error:
+        fault = only_fault(error, START_FAULTS) if isinstance(error, BaseExceptionGroup) else error
+        if opened.is_set() or fault is None:
+            raise
+        log.error("this worker cannot start: %s", fault)
+        return CANNOT_START
+    return 0
 
 
 async def _obey(wire: Wire, traffic: Traffic, stop: asyncio.Event) -> None:
@@ -110,8 +130,7 @@ def main() -> int:
     listener = socket.socket(fileno=listener_fd)
     wire_socket = socket.socket(fileno=wire_fd)
     with asyncio.Runner(loop_factory=parts.loop_factory()) as runner:
-        runner.run(work(settings, listener, wire_socket))
-    return 0
+        return runner.run(start(settings, listener, wire_socket))
 
 
 if __name__ == "__main__":

@@ -52,9 +52,10 @@ def run(arguments: argparse.Namespace) -> int:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault of the settings and still worth knowing before the first call."""
+    from sidecar.admin.guard import open_port
     from sidecar.spool.files import ground_warning
 
-    found = []
+    found = [] if (warning := open_port(settings)) is None else [warning]
     there = _nearest(settings.data_dir)
     if not os.access(there, os.W_OK | os.X_OK):
         found.append(f"the data directory {settings.data_dir} cannot be written by user {os.geteuid()}")

@@ -17,12 +17,16 @@ def run(arguments: argparse.Namespace) -> int:
     from sidecar import app
     from sidecar.delivery.state import StateError
     from sidecar.ledger import LedgerError
-    from sidecar.lock import LockError
+    from sidecar.lock import LockError, NotWritableError
+    from sidecar.sockets import SocketError
     from sidecar.spool import SpoolError
+    from sidecar.supervisor import WorkerError
 
     try:
         return app.run(settings)
-    except (LockError, SpoolError, StateError) as error:
+    except NotWritableError as error:
+        raise CommandError(str(error), WRONG) from None
+    except (LockError, SpoolError, StateError, SocketError, WorkerError) as error:
         raise CommandError(str(error)) from None
     except LedgerError as error:
         raise CommandError(str(error), WRONG) from None

@@ -35,10 +35,14 @@ def known_backend_settings() -> BackendSettings:
 
 
 def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
-    """All that `serve` needs, with what only the parts can judge: meters, backends, the ledger's file."""
-    from sidecar.billers import faults
+    """All that `serve` needs, with what only the parts can judge: meters, backends, the ledger's file,
+    certificates."""
+    from sidecar import billers, certificates
 
-    return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=faults)
+    def judge(settings: Settings) -> list[str]:
+        return [*billers.faults(settings), *certificates.faults(settings)]
+
+    return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 
 
 def read_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:

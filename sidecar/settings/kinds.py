@@ -93,6 +93,16 @@ class Address:
     port: int = 0
     path: str | None = None
 
+    @property
+    def private(self) -> bool:
+        """Whether nobody on another machine can reach it: loopback, or a Unix socket."""
+        if self.path is not None or self.host.lower() == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix:{self.path}"
@@ -409,5 +419,23 @@ def _key_text(value: str) -> str:
 
 
 key_text: Final = Kind("a text of 16 to 64 bytes, such as the output of: openssl rand -hex 24", _key_text)
+
+
+def _bearer(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9._~+/=-]{16,256}", value, re.ASCII):
+        raise ValueError
+    return value
+
+
+bearer: Final = Kind("16 to 256 letters, digits and ._~+/=-, such as the output of: openssl rand -hex 24", _bearer)
+
+
+def _host_name(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,252}", value, re.ASCII):
+        raise Unfit(f"{value!r} is no host name (without a port, and without a scheme)")
+    return value.lower()
+
+
+hosts: Final = each("host names, separated by commas", _host_name)
 
 header_token: Final = Kind("one word without spaces", token)

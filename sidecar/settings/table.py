@@ -125,7 +125,13 @@ class Settings:
     )
     listen: Address = _setting(kinds.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
     admin_listen: Address = _setting(
-        kinds.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`"
+        kinds.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
+    )
+    admin_token: Secret | None = _secret(
+        kinds.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
+    )
+    admin_hosts: tuple[str, ...] = _setting(
+        kinds.hosts, None, "further names by which the admin port may be called; its own addresses always may"
     )
     data_dir: Path = _setting(
         kinds.path, "./sidecar-data", "spool and ledger; locked by one running instance, on a disk that stays"
@@ -156,7 +162,10 @@ class Settings:
     idle_timeout_s: float = _setting(kinds.duration(0.001), "600", "between two pieces of a body; then cut")
     head_timeout_s: float = _setting(kinds.duration(0.001), "30", "for a client to send its request's head")
     keepalive_timeout_s: float = _setting(kinds.duration(), "75", "an idle client connection is kept")
-    stop_s: float = _setting(kinds.duration(), "30", "how long open calls may finish after SIGTERM")
+    stop_s: float = _setting(kinds.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
+    stop_delay_s: float = _setting(
+        kinds.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+    )
     on_disconnect: OnDisconnect = _setting(
         kinds.one_of(OnDisconnect), "drain",
         "the client left mid-stream: `drain` (read on while usage is still to come) or `stop`; per route in TOML",

@@ -4,7 +4,7 @@
 after a crash and after damage, `retention` what goes and when, `verify` the recount.
 """
 
-from sidecar.spool.files import FileLock, disk_free_bytes, ground_warning
+from sidecar.spool.files import FileLock, count_set_aside, disk_room, ground_warning
 from sidecar.spool.owner import Spool, adopt_orphans, sqlite_version
 from sidecar.spool.reader import SpoolReader
 from sidecar.spool.verify import SlotReport, verify, verify_slot
@@ -43,7 +43,8 @@ __all__ = [
     "StoredGroup",
     "Tally",
     "adopt_orphans",
-    "disk_free_bytes",
+    "count_set_aside",
+    "disk_room",
     "ground_warning",
     "sqlite_version",
     "verify",

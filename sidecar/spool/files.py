@@ -150,6 +150,14 @@ def set_aside(root: Path, instance: str, path: Path) -> Path:
     return target
 
 
+def count_set_aside(root: Path) -> int:
+    """How many damaged chunks are kept there, until somebody has looked at them and moved them away."""
+    try:
+        return sum(1 for _ in (root / "set-aside").iterdir())
+    except FileNotFoundError:
+        return 0
+
+
 def make_directory(path: Path) -> None:
     """Make it and what leads to it, readable by the owner alone, and sync each new name."""
     missing = []
@@ -299,9 +307,10 @@ def _allocate(fd: int, size_bytes: int) -> None:
         os.pwrite(fd, block[: size_bytes - offset], offset)
 
 
-def disk_free_bytes(path: Path) -> int:
-    """Room left for us where `path` is."""
-    return shutil.disk_usage(path).free
+def disk_room(path: Path) -> tuple[int, int]:
+    """Room left for us where `path` is, and the size of that disk."""
+    usage = shutil.disk_usage(path)
+    return usage.free, usage.total
 
 
 def ground_warning(path: Path) -> str | None:

@@ -1,0 +1,49 @@
+"""Whether the certificates that the settings name can be used: told before anything is opened, and by `check`."""
+
+from __future__ import annotations
+
+import ssl
+from pathlib import Path
+
+from sidecar.settings import Settings
+
+
+def faults(settings: Settings) -> list[str]:
+    """What is wrong with them, each by the name of its setting."""
+    found = []
+    for prefix, cert, key in (
+        ("SIDECAR_TLS", settings.tls_cert_file, settings.tls_key_file),
+        ("SIDECAR_UPSTREAM", settings.upstream_cert_file, settings.upstream_key_file),
+    ):
+        # One of the two alone is a fault that the settings tell themselves.
+        if cert is not None and key is not None and (why := _chain_fault(cert, key)) is not None:
+            found.append(f"{prefix}_CERT_FILE and {prefix}_KEY_FILE: {why}")
+    if settings.upstream_ca_file is not None:
+        try:
+            ssl.create_default_context(cafile=str(settings.upstream_ca_file))
+        except OSError as error:
+            found.append(f"SIDECAR_UPSTREAM_CA_FILE: expected certificates (PEM): {_reason(error)}")
+    return found
+
+
+class _EncryptedError(Exception):
+    pass
+
+
+def _chain_fault(cert: Path, key: Path) -> str | None:
+    def ask() -> str:
+        raise _EncryptedError  # nobody is there to be asked for its password
+
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=ask)
+    except _EncryptedError:
+        return "the key is encrypted: expected one that needs no password"
+    except OSError as error:
+        return f"expected a certificate chain and its key (PEM): {_reason(error)}"
+    return None
+
+
+def _reason(error: OSError) -> str:
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not PEM").replace("_", " ").lower()
+    return error.strerror or str(error)
