@@ -78,6 +78,7 @@ class Sidecar:
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
             disk_free_bytes=self.bills.free_bytes,
+            ledger_bytes=self.bills.ledger_bytes,
             oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
         )
         together = await self.intake.metrics()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 from sidecar import billers
@@ -57,6 +58,7 @@ class Billing:
     backends: Mapping[str, Backend]
     room: Room = Room.ENOUGH
     free_bytes: int = 0
+    ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
     def remembered(self) -> dict[str, int]:
         """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
@@ -101,6 +103,7 @@ class Billing:
     async def look_at_disk(self) -> None:
         """See how much room is left; say so once when it becomes less or more."""
         self.free_bytes = await asyncio.to_thread(disk_free_bytes, self.settings.data_dir)
+        self.ledger_bytes = await asyncio.to_thread(_size, self.settings.data_dir / billers.LEDGER)
         room = room_left(self.free_bytes, self.settings.disk_low_bytes)
         if room is not self.room:
             self.room = room
@@ -157,3 +160,10 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
         yield bills
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # no ledger is kept here, or it cannot be looked at; its own errors say that
