@@ -58,6 +58,7 @@ ASKED_FIRST: Final = {
 SCHEMES: Final = (b"bearer", b"token", b"basic")
 _BLANKS: Final = b" \t\n\r\x0b\x0c\x1c\x1d\x1e\x1f\x85\xa0"  # what upstreams of some language take for a blank
 _SCHEMED: Final = re.compile(rb"([A-Za-z][A-Za-z0-9_-]*)[%b]+([^%b].*)" % (_BLANKS, _BLANKS), re.DOTALL)
+_SIGNED: Final = re.compile(rb"\bCredential=([^/,\s]+)")  # AWS: the rest is a signature, another one for each call
 _SCHEMED_HEADERS: Final = frozenset({"authorization", "proxy-authorization"})
 
 
@@ -270,7 +271,11 @@ def _credential(header: str, value: bytes) -> bytes:
         return _one_base64(rest)
     if scheme in SCHEMES:
         return rest
-    return scheme.capitalize() + b" " + rest if header in _SCHEMED_HEADERS else value
+    if header not in _SCHEMED_HEADERS:
+        return value
+    if scheme.startswith(b"aws4-") and (key := _SIGNED.search(rest)) is not None:
+        return key[1]
+    return scheme.capitalize() + b" " + rest
 
 
 def _one_base64(text: bytes) -> bytes:

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 NEVER: Final = float("inf")  # no deadline
 
 Attribute = Callable[[RawHeaders, str, str | None], tuple[Subscriber | None, Mapping[str, str]]]
-"""(fields, target, client's address) -> who pays, and what else the record says."""
+"""(fields that go upstream, target, client's address) -> who pays, and what else the record says."""
 
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
 """(who the head named, look-up of a member of the request's body) -> who pays."""

@@ -116,6 +116,13 @@ def test_dimensions_come_from_named_headers():
         ("authorization", [b"Key k", b"KEY k", b"key  k", b"key\tk"]),
         ("authorization", [b"Basic UkVBTEtFWQ==", b"basic UkVBTEtFWQ", b"Basic  UkVBTEtFWR=="]),
         ("x-api-key", [b"k", b" k\t", b"Bearer k"]),
+        (
+            "authorization",
+            [
+                b"AWS4-HMAC-SHA256 Credential=AKID/20261101/eu-1/bedrock/aws4_request, SignedHeaders=h, Signature=1",
+                b"AWS4-HMAC-SHA256  SignedHeaders=h,Credential=AKID/20261102/eu-1/bedrock/aws4_request,Signature=2",
+            ],
+        ),
     ],
 )
 def test_one_credential_in_any_spelling_is_one_subscriber(header: str, values: list[bytes]) -> None:
