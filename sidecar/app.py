@@ -103,6 +103,7 @@ class Sidecar:
             disk_bytes=self.bills.disk_bytes,
             disk_low_bytes=self.bills.settings.disk_low_bytes,
             chunks_set_aside=self.bills.set_aside,
+            ledger_bytes=self.bills.ledger_bytes,
             oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
         )
         together = await self.intake.metrics()

@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import Final
 
 from sidecar import billers
@@ -59,6 +60,7 @@ class Billing:
     free_bytes: int = 0
     disk_bytes: int = 0
     set_aside: int = 0  # damaged chunks that were copied and are kept
+    ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
     def remembered(self) -> dict[str, int]:
         """Of each slot, the greatest number that any backend was handed: a spool that has less has lost some."""
@@ -103,8 +105,8 @@ class Billing:
     async def look_at_disk(self) -> None:
         """See how much room is left; say so once when it becomes less or more."""
         root = self.settings.data_dir
-        self.free_bytes, self.disk_bytes, self.set_aside = await asyncio.to_thread(
-            lambda: (*disk_room(root), count_set_aside(root))
+        self.free_bytes, self.disk_bytes, self.set_aside, self.ledger_bytes = await asyncio.to_thread(
+            lambda: (*disk_room(root), count_set_aside(root), _size(root / billers.LEDGER))
         )
         room = room_left(self.free_bytes, self.settings.disk_low_bytes)
         if room is not self.room:
@@ -162,3 +164,10 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
         yield bills
+
+
+def _size(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except OSError:
+        return 0  # no ledger is kept here, or it cannot be looked at; its own errors say that

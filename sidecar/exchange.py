@@ -28,6 +28,19 @@ class Outcome(StrEnum):
     UNKNOWN = "unknown"  # found open after a crash
 
 
+# What a record keeps of a text that a client or an upstream chooses. A longer one is cut, with CUT at its end.
+URL_CHARS_MAX: Final = 2_048  # base, path and query names; signed URLs are longer by their values, which stay out
+USER_AGENT_CHARS_MAX: Final = 512  # browsers in applications reach 400
+HEADER_NAME_CHARS_MAX: Final = 128  # each; how many there may be is the head's limit
+USAGE_CHARS_MAX: Final = 512  # each model, id or word of an answer; the longest seen (a Bedrock ARN) is about 200
+CUT: Final = "…"
+
+
+def cut(text: str, chars_max: int) -> str:
+    """The text at that length at most, and to be seen as cut."""
+    return text if len(text) <= chars_max else text[: chars_max - 1] + CUT
+
+
 class UsageState(StrEnum):
     """How much of the consumption is known."""
 
@@ -82,6 +95,7 @@ class Usage:
 
 
 USAGE_FIELDS: Final = tuple(f.name for f in fields(Usage))
+USAGE_TEXTS: Final = ("model", "request_model", "response_id", "upstream_request_id", "service_tier", "error")
 
 
 @dataclass(slots=True, frozen=True)

@@ -24,10 +24,11 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
-from sidecar.exchange import Exchange, Outcome
+from sidecar.exchange import Exchange, Outcome, cut
 from sidecar.verdict import Verdict
 
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
+LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer than 60
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STATUS_CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "other", "other", "other", "other")
@@ -56,8 +57,12 @@ REJECTED_REASONS: Final = (
     "malformed", "bad_chunk", "unknown_method", "target_too_long", "head_too_large", "head_timeout",
 )  # fmt: skip
 LIMITS: Final = (
-    "connections", "calls", "spool_full", "proxy_fault", "drains", "disconnect_drain", "idle_timeout",
-    "response_timeout", "head_timeout",
+    "connections", "calls", "spool_full", "proxy_fault", "drains", "drains_share", "disconnect_drain", "idle_timeout",
+    "response_timeout", "head_timeout", "url_chars", "user_agent_chars", "header_name_chars", "usage_chars",
+)  # fmt: skip
+ATTRIBUTION_ANOMALIES: Final = ("credentials_conflict", "header_repeated", "query_repeated", "dimension_cut")
+UPSTREAM_FAILURES: Final = (
+    "dns", "tls", "refused", "timeout", "reset", "not_http", "no_route", "no_resources", "other",
 )  # fmt: skip
 _TOKEN_KINDS: Final = (
     ("input", "input_tokens"),
@@ -86,8 +91,10 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_tokens": Family("counter", "Tokens that answers reported", ("kind", "provider", "model")),
     "sidecar_usage": Family("counter", "Model calls, by what is known of their usage", ("state", "provider", "model")),
     "sidecar_usage_anomalies": Family("counter", "Odd content met while reading usage", ("kind",)),
+    "sidecar_attribution_anomalies": Family("counter", "Odd heads met while finding out who pays", ("kind",)),
     "sidecar_rejected": Family("counter", "Requests refused before they became a call", ("reason",)),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
+    "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
     "sidecar_limits_reached": Family("counter", "How often a named limit was reached", ("limit",)),
     "sidecar_connections": Family("gauge", "Client connections that are open"),
     "sidecar_drains": Family("gauge", "Answers read on although their client left"),
@@ -106,6 +113,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_bytes": Family("gauge", "Size of that disk"),
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
+    "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
     "sidecar_send_seconds": Family("histogram", "One request to a backend", ("backend",)),
@@ -119,6 +127,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
 }  # fmt: skip
 
 Key = tuple[str, ...]
+
+
+def label(text: str) -> str:
+    """A label's value, of which no byte moves a cursor, ends a line or fills a screen, whoever chose it."""
+    clean = text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return cut(clean, LABEL_CHARS_MAX)
 
 
 class Histogram:
@@ -156,6 +170,7 @@ class Gauges:
     disk_bytes: int = 0
     disk_low_bytes: int = 0
     chunks_set_aside: int = 0
+    ledger_bytes: int = 0
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
@@ -170,7 +185,7 @@ class Metrics(Collector):
             n: {} for n, f in FAMILIES.items() if f.kind == "histogram"
         }
         self._gauges: dict[str, dict[Key, float]] = {n: {} for n, f in FAMILIES.items() if f.kind == "gauge"}
-        self._models: set[str] = set()
+        self._models: dict[str, str] = {}  # as answers name them -> the label
         # Found once: the dictionaries that every call touches.
         self._calls = self._counters["sidecar_calls"]
         self._request_bytes = self._counters["sidecar_request_bytes"]
@@ -213,6 +228,14 @@ class Metrics(Collector):
 
     def upstream_retried(self) -> None:
         self._counters["sidecar_upstream_retries"][()] += 1
+
+    def upstream_failed(self, reason: str) -> None:
+        """No connection, or one that ended, or what came was no answer."""
+        self._count_capped("sidecar_upstream_failures", (reason,))
+
+    def attribution_anomaly(self, kind: str) -> None:
+        """A client said two things at once, or more than a record keeps."""
+        self._count_capped("sidecar_attribution_anomalies", (kind,))
 
     def limit_reached(self, name: str) -> None:
         self._count_capped("sidecar_limits_reached", (name,))
@@ -306,8 +329,10 @@ class Metrics(Collector):
 
     def _count_capped(self, name: str, key: Key, count: float = 1) -> None:
         counts = self._counters[name]
-        if key not in counts and len(counts) >= REASONS_MAX:
-            key = (*key[:-1], "other")
+        if key not in counts:
+            key = tuple(map(label, key))
+            if key not in counts and len(counts) >= REASONS_MAX:
+                key = (*key[:-1], "other")
         counts[key] = counts.get(key, 0) + count
 
     def _count_usage(self, exchange: Exchange) -> None:
@@ -315,11 +340,12 @@ class Metrics(Collector):
         assert usage is not None
         provider = usage.provider or "other"
         model = usage.model or usage.request_model or "other"
-        if model not in self._models:
+        known = self._models.get(model)
+        if known is None:
+            known = "other"
             if len(self._models) < MODELS_MAX:
-                self._models.add(model)
-            else:
-                model = "other"
+                known = self._models[model] = label(model)
+        model = known
         state = (usage.usage_state, provider, model)
         self._usage[state] = self._usage.get(state, 0) + 1
         for kind, attribute in _TOKEN_KINDS:
@@ -335,6 +361,8 @@ class Metrics(Collector):
         self._counters["sidecar_lost"].update({(reason,): 0 for reason in LOST_REASONS})
         self._counters["sidecar_rejected"].update({(reason,): 0 for reason in REJECTED_REASONS})
         self._counters["sidecar_limits_reached"].update({(name,): 0 for name in LIMITS})
+        self._counters["sidecar_upstream_failures"].update({(reason,): 0 for reason in UPSTREAM_FAILURES})
+        self._counters["sidecar_attribution_anomalies"].update({(kind,): 0 for kind in ATTRIBUTION_ANOMALIES})
         for backend in backends:
             self._gauges["sidecar_blocked"][(backend,)] = 0
             self._counters["sidecar_sealed_events"][(backend,)] = 0
@@ -353,8 +381,12 @@ class Metrics(Collector):
         self._gauges["sidecar_chunks_set_aside"][()] = gauges.chunks_set_aside
         # Here and not where a process counts: the sum over workers is no version.
         self._gauges["sidecar_build_info"] = {(sidecar.__version__, platform.python_version()): 1}
+        self._gauges["sidecar_ledger_bytes"][()] = gauges.ledger_bytes
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
-        self._gauges["sidecar_parked_now"] = {(name, why): value for (name, why), value in gauges.parked.items()}
+        parked: Counter[Key] = Counter()
+        for (name, why), value in gauges.parked.items():
+            parked[(name, label(why))] += value
+        self._gauges["sidecar_parked_now"] = dict(parked)
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:

@@ -20,13 +20,15 @@ from urllib.parse import urlsplit
 
 from sidecar.attribution import Attributor, parse_source
 from sidecar.attribution import Kind as SourceKind
+from sidecar.log import Seldom
 from sidecar.metrics import Metrics
-from sidecar.proxy import Proxy, ProxyRules
+from sidecar.proxy import Proxy, ProxyRules, UpstreamAddress
 from sidecar.recorder import SpoolRecorder
 from sidecar.routes import Routes
 from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool import Spool
+from sidecar.usage.heads import provider_of_host
 from sidecar.usage.own import Element
 from sidecar.usage.table import known_routes
 from sidecar.usage.taps import Pin, UsageTaps
@@ -77,7 +79,7 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
     """The hop with everything that reads along."""
     taps = usage_taps(settings, metrics.usage_anomaly)
     routes = Routes([route.pattern for route in settings.routes], known_routes())
-    attribute = attributor(settings, key)
+    attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
     return Proxy(
         rules=rules(settings),
         recorder=recorder,
@@ -89,9 +91,34 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
     )
 
 
-def attributor(settings: Settings, key: bytes) -> Attributor:
+def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
     sources = [parse_source(text) for text in settings.subscriber]
-    return Attributor(sources=sources, dimensions=settings.dimensions, hash_key=key)
+    url = settings.upstream_url
+    return Attributor(
+        sources=sources,
+        dimensions=settings.dimensions,
+        hash_key=key,
+        provider=provider_of_host(urlsplit(url or "").hostname),
+        base="" if url is None else UpstreamAddress.parse(url).base.decode("ascii"),
+        anomaly=anomaly,
+    )
+
+
+class WhoPays:
+    """Counts what is odd about who pays, and says once in a while that somebody sends two credentials."""
+
+    def __init__(self, count: Callable[[str], None]) -> None:
+        self._count = count
+        self._seldom = Seldom()
+
+    def __call__(self, kind: str) -> None:
+        self._count(kind)
+        if kind == "credentials_conflict" and (since := self._seldom.due(kind, time.monotonic())) is not None:
+            log.warning(
+                "calls bear more than one credential: name the header that your API authenticates by in "
+                "SIDECAR_SUBSCRIBER, or a client chooses by which it is billed",
+                extra={"facts": {"kind": kind, "calls": since}},
+            )
 
 
 def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:

@@ -5,7 +5,8 @@ costs two dictionary look-ups for a path that nobody knows, because most calls t
 
 A pattern is a path in which `{name}` stands for one non-empty piece without a slash (`/v1/files/{id}/content`,
 `/v1/models/{model}:generateContent`); a leading `*` stands for any prefix (`*/chat/completions`). A trailing slash
-of the path is not part of it. What is matched is the path as it stands on the wire: percent escapes stay.
+of the path is not part of it. What is matched is the path in its normal form (`target`): escapes of reserved
+characters stay.
 """
 
 from __future__ import annotations

@@ -34,9 +34,33 @@ def normal_path(target: str, base: str = "") -> str:
     return _without_dots(path) if "/." in path else path
 
 
+def client_path(target: str, base: str = "") -> str:
+    """The path below the upstream's `base`, in its normal form: which route it is, and whom it names.
+
+    Dot segments are removed where the upstream removes them, behind its base. A target that climbs out of the base
+    (`/../other`) is what the upstream sees, base and all: there is no path below.
+    """
+    return below(base, path_of(target))
+
+
+def below(base: str, path: str) -> str:
+    """`client_path` of a target that is taken apart already: `path` has no authority, query or fragment."""
+    if path == "*" or _SPELLED.search(path) is None:
+        return path
+    if not base:
+        return normal_path(path)
+    whole, front = normal_path(path, base), normal_path(base)
+    return (whole.removeprefix(front) or "/") if f"{whole}/".startswith(f"{front}/") else whole
+
+
 def path_of(target: str) -> str:
     """The path of a target as it stands there, without authority, query and fragment."""
     return origin_form(target)[0].partition("?")[0].partition("#")[0]
+
+
+def query_of(target: str) -> str:
+    """The query of a target as it stands there. A `?` behind the fragment's `#` begins none."""
+    return origin_form(target)[0].partition("#")[0].partition("?")[2]
 
 
 def origin_form(target: str) -> tuple[str, str | None]:

@@ -21,7 +21,8 @@ from typing import Any
 import pytest
 
 from sidecar.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
-from sidecar.proxy import Proxy, ProxyRules
+from sidecar.proxy import Attribute, Proxy, ProxyRules, Route
+from sidecar.proxy.hop import AttributeByBody
 from sidecar.usage import AnswerFilter, RawHeaders, SocketTap, Taps
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
@@ -341,6 +342,7 @@ class Counts:
 
     rejected: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     retries: int = 0
     drains: int = 0
     connections: int = 0
@@ -350,6 +352,9 @@ class Counts:
 
     def upstream_retried(self) -> None:
         self.retries += 1
+
+    def upstream_failed(self, reason: str) -> None:
+        self.failures.append(reason)
 
     def drains_changed(self, delta: int) -> None:
         self.drains += delta
@@ -376,7 +381,16 @@ def by_first_segment(method: str, path: str) -> str | None:
 class Hop:
     """A proxy in front of a scripted upstream, and clients for it."""
 
-    def __init__(self, upstream_url: str, *, taps: Taps | None = None, **rules: Any) -> None:
+    def __init__(
+        self,
+        upstream_url: str,
+        *,
+        taps: Taps | None = None,
+        attribute: Attribute | None = None,
+        attribute_by_body: AttributeByBody | None = None,
+        route: Route | None = None,
+        **rules: Any,
+    ) -> None:
         self.recorder = ListRecorder()
         self.counts = Counts()
         self.rules = ProxyRules(upstream_url=upstream_url, **rules)
@@ -384,8 +398,9 @@ class Hop:
             rules=self.rules,
             recorder=self.recorder,
             taps=taps or FrameTaps(),
-            attribute=by_tenant,
-            route=by_first_segment,
+            attribute=attribute or by_tenant,
+            attribute_by_body=attribute_by_body,
+            route=route or by_first_segment,
             metrics=self.counts,
         )
         self.port = 0

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 NARROWEST_CHARS: Final = 12  # what the last column keeps, however narrow the terminal
 GAP: Final = "  "
+_FORMULA: Final = frozenset(("=", "+", "-", "@"))  # how a spreadsheet's formula begins
 
 
 class Format(StrEnum):
@@ -100,8 +101,12 @@ def shown(value: Any, none: str = "–") -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.1f}"
-    # What came over the wire must not move the cursor or forge a line.
-    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(value))
+    return _visible(str(value))
+
+
+def _visible(text: str) -> str:
+    """What came over the wire must not move the cursor or forge a line."""
+    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def _is_numeric(values: Iterable[Any]) -> bool:
@@ -123,5 +128,9 @@ def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 
 def _defused(value: Any) -> Any:
-    """A client's text that a spreadsheet would run as a formula is kept from being one."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
+    """A client's text that a spreadsheet would run as a formula is kept from being one, and a control character from
+    being read as such; a line end is data, in quotes. What is no plain value is written as its text."""
+    if isinstance(value, (int, float, Decimal)):
+        return value
+    text = "\n".join(map(_visible, str(value).split("\n")))
+    return f"'{text}" if text.lstrip()[:1] in _FORMULA else text

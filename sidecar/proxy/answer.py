@@ -14,7 +14,7 @@ from typing import Final
 
 import httptools
 
-from sidecar.proxy.headers import HeaderRules, ResponseHead
+from sidecar.proxy.headers import METER_ID, HeaderRules, ResponseHead
 from sidecar.usage import AnswerFilter, ResponseTap
 
 HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
@@ -243,7 +243,8 @@ class Answer:
             self._filter(self.filter.finish())
         if self._chunked and not self.mute:
             if self.trailers:
-                lines = [b"%b: %b\r\n" % field for field in self.trailers]
+                ours = METER_ID if self._rules.meter_id else None
+                lines = [b"%b: %b\r\n" % field for field in self.trailers if field[0].lower() != ours]
                 self.out.append(b"0\r\n" + b"".join(lines) + b"\r\n")
             else:
                 self.out.append(b"0\r\n\r\n")

@@ -20,10 +20,11 @@ from time import monotonic_ns
 from sidecar.exchange import Exchange, Outcome, Usage
 from sidecar.proxy.answer import Answer
 from sidecar.proxy.hop import NEVER
+from sidecar.proxy.recording import cut_usage
 from sidecar.proxy.sending import Sending
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upload import Kept
-from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
 from sidecar.usage import SocketTap
 
 log = logging.getLogger(__name__)
@@ -78,7 +79,7 @@ class Call(Sending):
                 self._hear()
             answer.feed(data)
             if answer.broken is not None:
-                self._upstream_broke(answer.broken)
+                self._upstream_broke(answer.broken, NOT_HTTP)
             elif answer.done:
                 self._answered()
             elif answer.upgraded:
@@ -153,7 +154,7 @@ class Call(Sending):
             self._end()
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
-        self.connection = None
+        connection, self.connection = self.connection, None
         answer = self.answer
         assert answer is not None
         if not self._heard and self._may_retry():
@@ -163,7 +164,7 @@ class Call(Sending):
             return
         answer.eof(clean)
         if answer.broken is not None:
-            self._upstream_broke(answer.broken)
+            self._upstream_broke(answer.broken, RESET if connection is None else connection.why_lost)
         else:
             self._answered()
 
@@ -234,6 +235,7 @@ class Call(Sending):
         if not recorder.admit(message):
             self.message_unrecorded()
             return True
+        cut_usage(usage, self._hop.metrics.limit_reached)
         message.outcome = Outcome.COMPLETE
         message.duration_ms = 0.0
         message.usage = usage

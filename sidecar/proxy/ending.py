@@ -9,6 +9,7 @@ from __future__ import annotations
 from sidecar.exchange import Outcome
 from sidecar.proxy import own_answers
 from sidecar.proxy.answer import Answer
+from sidecar.proxy.drains import REASONS
 from sidecar.proxy.hop import NEVER
 from sidecar.proxy.own_answers import OwnAnswer
 from sidecar.proxy.recording import Recording
@@ -43,24 +44,27 @@ class Ending(Recording):
             return  # the answer is whole: `_catch_up` will end the call
         elif self._may_drain():
             self._draining = True
-            self._hop.drains += 1
             self._hop.metrics.drains_changed(1)
             self.deadline = self._hop.loop.time() + self._hop.rules.disconnect_drain_s
             if self.connection is not None:
                 self.connection.pause(False)
         else:
-            self._give_up(Outcome.CLIENT_LEFT)
+            self._give_up(Outcome.CLIENT_LEFT, self._not_drained)
 
     def _may_drain(self) -> bool:
-        """Whether the upstream is read on for the sake of the usage in what is still to come."""
+        """Whether the upstream is read on for the sake of the usage in what is still to come. Takes a slot for it."""
         hop = self._hop
         if not self.upload_done or self.connection is None or self._request_tap is None:
             return False
         if hop.rules.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
             return False
-        if hop.drains >= hop.rules.drains_max:
-            hop.metrics.limit_reached("drains")
+        owners = hop.drains.owners(self._payer(), self._exchange.client_ip)
+        limit = hop.drains.take(owners)
+        if limit is not None:
+            self._not_drained = REASONS[limit]
+            hop.not_drained(limit)
             return False
+        self._drain_owners = owners
         return True
 
     def _worth_draining(self) -> bool:
@@ -108,13 +112,14 @@ class Ending(Recording):
         if not self._over:
             self._answer_own(own_answers.OWN_FAULT, Outcome.UPSTREAM_BROKE)
 
-    def _upstream_broke(self, error: str) -> None:
+    def _upstream_broke(self, error: str, reason: str) -> None:
         if self._draining:
             self._give_up(Outcome.CLIENT_LEFT, error)
         elif self._head_sent:
             self._cut(Outcome.UPSTREAM_BROKE, error)
         else:
-            self._answer_own(own_answers.BROKEN, Outcome.UPSTREAM_BROKE, error)
+            self._hop.upstream_failed(reason, error)
+            self._answer_own(own_answers.BROKEN, Outcome.UPSTREAM_BROKE, f"{error} ({reason})")
 
     def _answer_own(self, own: OwnAnswer, outcome: Outcome, error: str | None = None) -> None:
         """An answer of ours instead of the upstream's, where none has begun."""

@@ -93,7 +93,7 @@ class Proxy:
         if hop is None or clients is None:
             return "<Proxy: not started>"
         state = "stopping" if hop.stopping else "open"
-        return f"<Proxy: {state}, {len(clients.open)} connections, {len(hop.calls)} calls, {hop.drains} drains>"
+        return f"<Proxy: {state}, {len(clients.open)} connections, {len(hop.calls)} calls, {hop.drains.taken} drains>"
 
     @property
     def open_calls(self) -> int:
@@ -126,7 +126,7 @@ class Proxy:
         recorder, taps, attribute, attribute_by_body, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
-            headers=HeaderRules(rules, address),
+            headers=HeaderRules(rules, address, self._metrics.limit_reached),
             upstream=upstream,
             recorder=recorder,
             taps=taps,

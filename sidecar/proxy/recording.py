@@ -11,10 +11,11 @@ import asyncio
 import logging
 from asyncio import Task
 from collections.abc import Callable
+from operator import attrgetter
 from time import monotonic_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
-from sidecar.exchange import Exchange, Outcome, Usage
+from sidecar.exchange import USAGE_CHARS_MAX, USAGE_TEXTS, Exchange, Outcome, Subscriber, Usage, UsageState, cut
 from sidecar.proxy.aiohttp_internals import RawRequestMessage
 from sidecar.proxy.answer import Answer
 from sidecar.proxy.hop import NEVER, Hop
@@ -27,14 +28,16 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_texts: Final = attrgetter(*USAGE_TEXTS)
+
 
 class Recording:
     """What a call is made of, and its record."""
 
     __slots__ = (
-        "_draining", "_exchange", "_full", "_head_sent", "_holding", "_hop", "_http10", "_keep_alive", "_message",
-        "_over", "_recorded", "_request_tap", "_send_full", "_task", "_tunnel", "answer", "client", "connection",
-        "deadline", "upload_done",
+        "_drain_owners", "_draining", "_exchange", "_full", "_head_sent", "_holding", "_hop", "_http10", "_keep_alive",
+        "_message", "_not_drained", "_over", "_recorded", "_request_tap", "_send_full", "_task", "_tunnel", "answer",
+        "client", "connection", "deadline", "upload_done",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Client, message: RawRequestMessage, *, upload_done: bool) -> None:
@@ -51,6 +54,8 @@ class Recording:
         self._full = False  # the client does not read as fast as the answer comes
         self._send_full = False  # the upstream does not read as fast as the upload comes
         self._draining = False
+        self._drain_owners: tuple[tuple[str, int], ...] = ()  # on whose account
+        self._not_drained: str | None = None  # why it was not read on, though it should have been
         self._task: Task[None] | None = None
         self._tunnel: Tunnel | None = None
         self.client: Client | None = client
@@ -145,6 +150,8 @@ class Recording:
                 exchange.usage = self._usage(answer, whole)
         if self._request_tap is not None:
             self._ask_request(self._request_tap)
+        if exchange.usage is not None:
+            self._look_over(exchange.usage)
         return self._hop.recorder.complete(exchange, release)
 
     def _usage(self, answer: Answer, whole: bool) -> Usage | None:
@@ -166,6 +173,23 @@ class Recording:
                 exchange.usage = tap.unanswered()
         except Exception:
             log.exception("the request tap failed; the call is recorded without what it knew")
+
+    def _payer(self) -> Subscriber | None:
+        """Who pays, as far as that is known now that the request has come."""
+        tap, by_body, known = self._request_tap, self._hop.attribute_by_body, self._exchange.subscriber
+        if tap is None or by_body is None:
+            return known
+        try:
+            return by_body(known, tap.member)
+        except Exception:
+            log.exception("the request tap failed; who pays is not known yet")
+            return known
+
+    def _look_over(self, usage: Usage) -> None:
+        """Cut what is too long for a record, and say why nothing is known where the rest was not read."""
+        cut_usage(usage, self._hop.metrics.limit_reached)
+        if self._not_drained is not None and usage.usage_state in (UsageState.ABSENT, UsageState.PARTIAL):
+            usage.reason = self._not_drained
 
     def _see_upload(self) -> None:
         """Let the tap see what has come of a body that went nowhere."""
@@ -197,10 +221,21 @@ class Recording:
         # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
         self.answer = None
         if self._draining:
-            hop.drains -= 1
+            hop.drains.give_back(self._drain_owners)
             hop.metrics.drains_changed(-1)
         client, self.client = self.client, None
         if client is not None:
             client.call_over(self._keep_alive, self.upload_done)
         if hop.idle is not None and not hop.calls:
             hop.idle()
+
+
+def cut_usage(usage: Usage, limit_reached: Callable[[str], None]) -> None:
+    """Most texts are cut where they are read; a model in the path, and what a new reader forgets, is cut here."""
+    texts = _texts(usage)
+    if sum(map(len, filter(None, texts))) < USAGE_CHARS_MAX:  # nearly always: the six together have some 200
+        return
+    for name, text in zip(USAGE_TEXTS, texts, strict=True):
+        if text is not None and len(text) >= USAGE_CHARS_MAX:
+            limit_reached("usage_chars")
+            setattr(usage, name, cut(text, USAGE_CHARS_MAX))

@@ -14,7 +14,7 @@ from sidecar.proxy.headers import trace_id
 from sidecar.proxy.hop import Hop
 from sidecar.proxy.own_answers import OwnAnswer
 from sidecar.proxy.upload import Kept, Upload
-from sidecar.proxy.upstream import UnreachableError, UpstreamConnection
+from sidecar.proxy.upstream import TIMEOUT, UnreachableError, UpstreamConnection
 from sidecar.usage import RawHeaders, RequestTap
 
 if TYPE_CHECKING:
@@ -60,15 +60,15 @@ class Sending(Ending):
         head = rules.request(raw, client.peer, upgrade=self._upgrade, http10=self._http10, authority=authority)
         client_ip = rules.client_ip(client.peer, head.forwarded_for)
         url, path = rules.record_url(target)
-        subscriber, dimensions = hop.attribute(raw, target, client_ip)
-        agent = head.user_agent
+        fields = head.fields
+        subscriber, dimensions = hop.attribute(fields, target, client_ip)
         exchange = self._exchange = Exchange(
             method=method,
             url=url,
             route=hop.route(method, path),
             request_headers=head.names,
             client_ip=client_ip,
-            user_agent=None if agent is None else agent.decode("utf-8", "replace"),
+            user_agent=rules.agent(head.user_agent),
             trace_id=None if head.traceparent is None else trace_id(head.traceparent),
             subscriber=subscriber,
             dimensions=dimensions,
@@ -82,7 +82,7 @@ class Sending(Ending):
         if refused is not None:
             self._answer_own(refused, Outcome.REFUSED)
             return
-        self._request_tap = self._tap_request(method, target, raw)
+        self._request_tap = self._tap_request(method, target, fields)
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
         tap = self._request_tap
@@ -162,10 +162,10 @@ class Sending(Ending):
         try:
             connection = await self._hop.upstream.connect()
         except TimeoutError:
-            self._answer_own(own_answers.CONNECT_TIMEOUT, Outcome.UNREACHABLE)
+            within = f"no connection within {self._hop.rules.connect_timeout_s:g} s"
+            self._unreachable(own_answers.CONNECT_TIMEOUT, TIMEOUT, within)
         except UnreachableError as error:
-            log.debug("upstream unreachable: %s", error)
-            self._answer_own(own_answers.UNREACHABLE, Outcome.UNREACHABLE)
+            self._unreachable(own_answers.UNREACHABLE, error.reason, error.words)
         else:
             if self._over:
                 connection.release()
@@ -173,6 +173,10 @@ class Sending(Ending):
                 self._send(connection)
         finally:
             self._task = None
+
+    def _unreachable(self, own: OwnAnswer, reason: str, words: str) -> None:
+        self._hop.upstream_failed(reason, words)
+        self._answer_own(own, Outcome.UNREACHABLE, f"{own.message} ({reason})")
 
     def pump(self) -> None:
         """Move what has come of the upload to the upstream, as far as the upstream takes it."""

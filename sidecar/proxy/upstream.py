@@ -6,13 +6,41 @@ nobody owns it, a byte that arrives on it closes it (it would be read as the nex
 
 from __future__ import annotations
 
+import errno
+import os
 import ssl
 from asyncio import AbstractEventLoop
-from typing import Protocol
+from typing import Final, Protocol
 
-from aiohttp import ClientError
+from aiohttp import (
+    ClientConnectorCertificateError,
+    ClientConnectorDNSError,
+    ClientConnectorError,
+    ClientError,
+    ClientSSLError,
+    ServerFingerprintMismatch,
+)
 
 from sidecar.proxy.aiohttp_internals import Connector, Lease, UpstreamProtocol
+
+# Why a call got no answer, as its record and the metric say it.
+DNS: Final = "dns"
+TLS: Final = "tls"
+REFUSED: Final = "refused"
+TIMEOUT: Final = "timeout"
+RESET: Final = "reset"  # it ended before the answer did
+NOT_HTTP: Final = "not_http"  # what came is no answer
+NO_ROUTE: Final = "no_route"
+NO_RESOURCES: Final = "no_resources"  # ours: descriptors, ports, memory
+OTHER: Final = "other"
+
+_BY_NUMBER: Final = {
+    errno.ECONNREFUSED: REFUSED, errno.ENOENT: REFUSED, errno.EACCES: REFUSED,  # the last two: a Unix socket
+    errno.ETIMEDOUT: TIMEOUT, errno.ECONNRESET: RESET, errno.ECONNABORTED: RESET, errno.EPIPE: RESET,
+    errno.ENETUNREACH: NO_ROUTE, errno.EHOSTUNREACH: NO_ROUTE, errno.ENETDOWN: NO_ROUTE, errno.EHOSTDOWN: NO_ROUTE,
+    errno.EADDRNOTAVAIL: NO_RESOURCES, errno.EMFILE: NO_RESOURCES, errno.ENFILE: NO_RESOURCES,
+    errno.ENOBUFS: NO_RESOURCES, errno.ENOMEM: NO_RESOURCES,
+}  # fmt: skip
 
 
 class Owner(Protocol):
@@ -37,6 +65,7 @@ class UpstreamConnection(UpstreamProtocol):
         self.owner: Owner | None = None
         self.lease: Lease | None = None
         self.idle_since = 0.0
+        self.why_lost = RESET  # one of the words above
         self.used = False  # it has answered before: its end may have been on the way when it was taken
         self._upstream = upstream
         self._said_done = False
@@ -95,6 +124,7 @@ class UpstreamConnection(UpstreamProtocol):
         if owner is not None:
             owner.upstream_data(data)
             return
+        self.why_lost = NOT_HTTP  # who speaks before he is asked: SSH, SMTP and the like
         self._upstream.forget(self)
         self.discard()
 
@@ -103,6 +133,8 @@ class UpstreamConnection(UpstreamProtocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
+        if isinstance(exc, ssl.SSLError):
+            self.why_lost = TLS  # a certificate of ours that was wanted is told after the handshake
         self._let_go()
         owner, self.owner = self.owner, None
         if owner is None:
@@ -172,7 +204,7 @@ class Upstream:
         except TimeoutError:
             raise
         except (ClientError, OSError, ValueError) as error:
-            raise UnreachableError(type(error).__name__) from error
+            raise UnreachableError(*why_unreachable(error)) from error
         connection = lease.protocol
         assert isinstance(connection, UpstreamConnection)
         connection.lease = lease
@@ -214,7 +246,37 @@ class Upstream:
 
 
 class UnreachableError(Exception):
-    """Refused, no such host, or no trust in its certificate."""
+    """Refused, no such host, or no trust in its certificate. `reason` is one of the words above, `words` say more."""
+
+    def __init__(self, reason: str, words: str) -> None:
+        super().__init__(words)
+        self.reason = reason
+        self.words = words
+
+
+def why_unreachable(error: Exception) -> tuple[str, str]:
+    """The reason, and what a person is told; nothing in it came over the wire."""
+    if isinstance(error, (ClientConnectorDNSError, UnicodeError)):
+        return DNS, getattr(error, "strerror", None) or "there is no such host"
+    if isinstance(error, ClientConnectorCertificateError):
+        said = getattr(error.certificate_error, "verify_message", None) or "it is not valid"
+        return TLS, f"its certificate is not accepted: {said}"
+    cause: Exception = error.os_error if isinstance(error, ClientConnectorError) else error
+    if isinstance(error, (ClientSSLError, ServerFingerprintMismatch)) or isinstance(cause, ssl.SSLError):
+        return TLS, f"the TLS handshake failed: {getattr(cause, 'reason', None) or 'no reason was given'}"
+    number = _number(cause)
+    return _BY_NUMBER.get(number, OTHER), os.strerror(number) if number > 0 else type(cause).__name__
+
+
+def _number(error: BaseException) -> int:
+    """The system's error number. uvloop and aiohttp make errors without one, which are told by their class."""
+    if isinstance(error, OSError) and error.errno:
+        return error.errno
+    if isinstance(error, ConnectionRefusedError):
+        return errno.ECONNREFUSED
+    if isinstance(error, TimeoutError):
+        return errno.ETIMEDOUT
+    return errno.ECONNRESET if isinstance(error, ConnectionError) else 0
 
 
 def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:

@@ -32,6 +32,10 @@ _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
 _TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
 _NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
 _PLACE: Final = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
+# Fields between a client and us (RFC 9110, 7.6.1): what they say is not what the upstream gets.
+HOP_BY_HOP: Final = frozenset(
+    {"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "http2-settings"}
+)
 _HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
 
 
@@ -349,6 +353,8 @@ def _dimensions(items: Sequence[str]) -> Mapping[str, str]:
         name, header = _pairs([item])[0] if "=" in item else (item, item)
         if _name(name) in found:
             raise Unfit(f"the dimension {name!r} is named twice")
+        if token(header) in HOP_BY_HOP:
+            raise Unfit(f"{item!r}: the upstream never gets this field: expected another")
         found[name] = token(header)
     return found
 
@@ -357,16 +363,20 @@ dimensions: Final = many("dimension=header pairs, separated by commas", _dimensi
 
 
 def _source(value: str) -> str:
+    if value == "credential":
+        return value
     kind, _, rest = value.partition(":")
     name, _, plain = rest.partition(":")
     if kind not in ("header", "jwt", "query", "path", "body") or not name or plain not in ("", "plain"):
         raise Unfit(
             f"{value!r} is no source: expected header:NAME, jwt:CLAIM, query:NAME, path:NUMBER or body:FIELD, "
-            "and :plain at most behind it"
+            "and :plain at most behind it; or credential"
         )
     if kind == "path" and not re.fullmatch(r"[1-9]\d?", name, re.ASCII):
         raise Unfit(f"{value!r}: expected path:NUMBER, the first segment being 1")
     if kind == "header":
+        if token(name) in HOP_BY_HOP:
+            raise Unfit(f"{value!r}: the upstream never gets this field, so it names nobody: expected another")
         return f"header:{token(name)}" + (":plain" if plain else "")
     return value
 

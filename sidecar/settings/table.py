@@ -171,7 +171,9 @@ class Settings:
         "the client left mid-stream: `drain` (read on while usage is still to come) or `stop`; per route in TOML",
     )  # fmt: skip
     disconnect_drain_s: float = _setting(kinds.duration(), "30", "the longest such reading on")
-    drains: int = _setting(kinds.count(0, 100_000), "100", "calls read on after their client left, at once")
+    drains: int = _setting(
+        kinds.count(0, 100_000), "256", "calls read on after their client left, at once; a quarter for each subscriber"
+    )
     head_bytes: int = _setting(kinds.size(1024, 1 << 20), "65536", "largest head of a request; then 431")
     target_bytes: int = _setting(kinds.size(256, 1 << 20), "16384", "longest request target; then 414")
     connections: int = _setting(kinds.count(1, 1_000_000), "10240", "client connections at once, for each worker")
@@ -192,8 +194,9 @@ class Settings:
     )
 
     subscriber: tuple[str, ...] = _setting(
-        kinds.sources, "header:x-api-key,header:authorization",
-        "who pays, the first source that knows: `header:` `jwt:` `query:` `body:` `path:`; credentials are hashed",
+        kinds.sources, "credential",
+        "who pays, the first source that knows: `header:` `jwt:` `query:` `body:` `path:`, or `credential`: the one "
+        "that the upstream's API asks for; credentials are hashed",
     )  # fmt: skip
     hash_key: Secret | None = _secret(
         kinds.key_text, "key of those hashes, equal across a fleet; made and kept in the data directory if not set"

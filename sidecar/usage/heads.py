@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from sidecar.exchange import cut
 from sidecar.usage import RawHeaders
 
 SPELLINGS_MAX = 2_048  # remembered field names; an upstream that invents names must not fill memory
@@ -114,7 +115,7 @@ def request_id(fields: Mapping[str, str]) -> str | None:
         place = _ID_RANK.get(name, rank)
         if place < rank:
             best, rank = name, place
-    return None if best is None else fields[best][:ID_MAX_CHARS] or None
+    return None if best is None else cut(fields[best], ID_MAX_CHARS) or None
 
 
 def hinted_provider(fields: Mapping[str, str]) -> str | None:

@@ -14,8 +14,10 @@ from typing import Any
 
 import orjson
 
+from sidecar.exchange import USAGE_CHARS_MAX, cut
+
 COUNT_MAX = 2**53 - 1  # the largest integer that every JSON reader holds exactly
-NAME_MAX_CHARS = 512  # model names and ids; the longest seen (an encoded Bedrock ARN) is about 200
+NAME_MAX_CHARS = USAGE_CHARS_MAX
 TOLERANT_MAX_BYTES = 65_536  # what the slow, forgiving parser may be given: 0.5 ms at most
 RAW_USAGE_MAX_BYTES = 32_768  # of one record's raw_usage; the largest known one (per-iteration) is about 2 KiB
 
@@ -69,7 +71,7 @@ def decimal_text(value: object, exponent: int = 0) -> str | None:
 def name(value: object) -> str | None:
     """A model, an id, a reason: non-empty text of sane length, else None (an empty one never replaces a known one)."""
     if type(value) is str and value:
-        return value if len(value) <= NAME_MAX_CHARS else value[:NAME_MAX_CHARS]
+        return cut(value, NAME_MAX_CHARS)
     return None
 
 

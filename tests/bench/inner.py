@@ -138,7 +138,7 @@ class Wires:
             connect_timeout_s=1, keepalive_s=1e9,
         )  # fmt: skip
         self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
-        self.attribute = parts.attributor(settings, b"k" * 32)
+        self.attribute = parts.attributor(settings, b"k" * 32, lambda kind: None)
         self.route = Routes([], known_routes()).match
         self.taps = parts.usage_taps(settings, self.metrics.usage_anomaly)
         hop = Hop(

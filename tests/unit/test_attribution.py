@@ -7,7 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.attribution import CACHED_MAX, SUBSCRIBER_CHARS_MAX, Attributor, parse_source
+from sidecar.attribution import (
+    CACHED_MAX,
+    CREDENTIALS,
+    DIMENSION_CHARS_MAX,
+    SUBSCRIBER_CHARS_MAX,
+    Attributor,
+    credential_sources,
+    parse_source,
+)
 from sidecar.exchange import Subscriber
 
 KEY = b"k" * 32
@@ -42,8 +50,30 @@ def token(**claims: object) -> bytes:
         ("path:2", [], "/v1/ac%6De/chat?x", Subscriber("acme", "path:2")),
         ("path:9", [], "/v1/acme", None),
         ("body:user", [], "/", None),
+        # The last field counts, also an empty one.
+        ("header:x-tenant", [(b"X-Tenant", b"a"), (b"x-tenant", b"b")], "/", Subscriber("b", "header:x-tenant")),
+        ("header:x-tenant", [(b"X-Tenant", b"a"), (b"x-tenant", b"")], "/", None),
+        ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", token(sub="b"))], "/",
+         Subscriber("b", "jwt:sub")),
+        ("jwt:sub", [(b"Authorization", token(sub="u").replace(b" ", b"\t \t"))], "/", Subscriber("u", "jwt:sub")),
+        # A query name in any spelling; with two values it names nobody.
+        ("query:tenant", [], "/v1?%74enant=acme", Subscriber("acme", "query:tenant")),
+        ("query:my tenant", [], "/v1?my+tenant=acme", Subscriber("acme", "query:my tenant")),
+        ("query:tenant", [], "/v1?tenant=a&tenant=a", Subscriber("a", "query:tenant")),
+        ("query:tenant", [], "/v1?tenant=a&tenant=b", None),
+        ("query:tenant", [], "/v1?tenant=a&%74enant=", None),
+        ("query:tenant", [], "http://h?tenant=a", Subscriber("a", "query:tenant")),
+        ("query:tenant", [], "/v1#?tenant=a", None),
+        ("query:tenant", [], "/v1?a=b;tenant=a", None),
+        # A path in its normal form.
+        ("path:2", [], "http://victim/t/acme/x", Subscriber("acme", "path:2")),
+        ("path:2", [], "/a/victim/../../t/acme", Subscriber("acme", "path:2")),
+        ("path:2", [], "/t/./%61cme", Subscriber("acme", "path:2")),
+        ("path:2", [], "/t/a%2Fb", Subscriber("a/b", "path:2")),
+        ("path:1", [], "*", None),
+        ("path:1", [], "victim:443", None),
     ],
-)
+)  # fmt: skip
 def test_a_source_answers(source, headers, target, expected):
     assert attributor(source)(headers, target, None)[0] == expected
 
@@ -78,7 +108,112 @@ def test_dimensions_come_from_named_headers():
     assert dimensions == {"feature": "search"}
 
 
-@pytest.mark.parametrize("text", ["", "header", "header:", "cookie:x", "path:0", "path:x", "header:x:loud"])
+@pytest.mark.parametrize(
+    ("header", "values"),
+    [
+        ("authorization", [b"Bearer k", b"bearer k", b"BEARER\tk", b"Bearer   k ", b"Bearer\x0bk", b"Bearer\xa0k"]),
+        ("authorization", [b"Bearer k", b"k", b"token k"]),
+        ("authorization", [b"Key k", b"KEY k", b"key  k", b"key\tk"]),
+        ("authorization", [b"Basic UkVBTEtFWQ==", b"basic UkVBTEtFWQ", b"Basic  UkVBTEtFWR=="]),
+        ("x-api-key", [b"k", b" k\t", b"Bearer k"]),
+        (
+            "authorization",
+            [
+                b"AWS4-HMAC-SHA256 Credential=AKID/20261101/eu-1/bedrock/aws4_request, SignedHeaders=h, Signature=1",
+                b"AWS4-HMAC-SHA256  SignedHeaders=h,Credential=AKID/20261102/eu-1/bedrock/aws4_request,Signature=2",
+            ],
+        ),
+    ],
+)
+def test_one_credential_in_any_spelling_is_one_subscriber(header: str, values: list[bytes]) -> None:
+    attribute = attributor(f"header:{header}")
+    assert len({attribute([(header.encode(), value)], "/", None)[0] for value in values}) == 1
+
+
+@pytest.mark.parametrize(
+    ("header", "one", "other"),
+    [
+        ("authorization", b"Bearer k", b"Bearer K"),
+        ("authorization", b"Key k", b"Bearer k"),
+        ("authorization", b"Bearer k l", b"Bearer k  l"),
+        ("authorization", b"Basic UkVBTEtFWQ==", b"Basic UkVBTEtFWg=="),
+        ("cookie", b"a=1; b=2", b"A=1; b=2"),
+        ("x-api-key", b"key k", b"KEY k"),
+    ],
+)
+def test_credentials_that_differ_are_two_subscribers(header: str, one: bytes, other: bytes) -> None:
+    attribute = attributor(f"header:{header}")
+    assert attribute([(header.encode(), one)], "/", None) != attribute([(header.encode(), other)], "/", None)
+
+
+def test_long_runs_of_blanks_cost_their_length() -> None:
+    attribute = attributor("header:authorization")
+    assert attribute([(b"Authorization", b"Bearer" + b" " * 500_000 + b"k" + b"\t" * 500_000)], "/", None)[0]
+    assert attribute([(b"Authorization", b"a" * 500_000 + b"!" + b" " * 500_000 + b"k")], "/", None)[0]
+
+
+@pytest.mark.parametrize(
+    ("provider", "real"),
+    [
+        (None, b"authorization"),
+        ("openai", b"authorization"),
+        ("gcp.vertex_ai", b"authorization"),
+        ("anthropic", b"x-api-key"),
+        ("azure.ai.openai", b"api-key"),
+        ("azure.ai.inference", b"api-key"),
+        ("gcp.gemini", b"x-goog-api-key"),
+    ],
+)
+def test_of_several_credentials_the_one_that_the_upstream_asks_for_counts(provider: str | None, real: bytes) -> None:
+    """Whatever is made up beside it, and wherever it stands, the subscriber stays."""
+    seen: list[str] = []
+    attribute = Attributor(
+        sources=[parse_source("credential")], dimensions={}, hash_key=KEY, provider=provider, anomaly=seen.append
+    )
+    alone = attribute([(real, b"k")], "/", None)[0]
+    assert alone is not None
+    assert alone.source == f"header:{real.decode()}"
+    assert seen == []
+    for made_up in (name.encode() for name in CREDENTIALS if name.encode() != real):
+        assert attribute([(made_up, b"z"), (real, b"k")], "/", None)[0] == alone
+        assert attribute([(real, b"Bearer k"), (made_up, b"z")], "/", None)[0] == alone
+        assert attribute([(real, b"k"), (made_up, b"k")], "/", None)[0] == alone
+        only = attribute([(made_up, b"z")], "/", None)[0]
+        assert only is not None
+        assert only.source == f"header:{made_up.decode()}"
+    assert seen == ["credentials_conflict"] * 6
+
+
+def test_each_credential_header_is_asked_once() -> None:
+    for provider in (None, "anthropic", "nobody"):
+        assert sorted(source.name for source in credential_sources(provider)) == sorted(CREDENTIALS)
+
+
+def test_only_credentials_that_were_asked_for_are_compared() -> None:
+    seen: list[str] = []
+    both = [(b"x-api-key", b"a"), (b"authorization", b"b"), (b"x-tenant", b"t")]
+    for sources in (["header:x-api-key"], ["header:x-tenant", "credential"], ["header:x-api-key:plain", "jwt:sub"]):
+        named = [parse_source(source) for source in sources]
+        Attributor(sources=named, dimensions={}, hash_key=KEY, anomaly=seen.append)(both, "/", None)
+    assert seen == []
+
+
+def test_what_is_odd_is_counted_once_a_call() -> None:
+    seen: list[str] = []
+    attribute = Attributor(
+        sources=[parse_source("query:t"), parse_source("header:x-t")],
+        dimensions={"d": "x-d", "again": "x-d"},
+        hash_key=KEY,
+        anomaly=seen.append,
+    )
+    _, dimensions = attribute([(b"x-t", b"a"), (b"x-t", b"b"), (b"x-d", b"v" * 300)], "/?t=1&t=2", None)
+    assert sorted(seen) == ["dimension_cut", "dimension_cut", "header_repeated", "query_repeated"]
+    assert dimensions["d"] == dimensions["again"] == "v" * (DIMENSION_CHARS_MAX - 1) + "…"
+
+
+@pytest.mark.parametrize(
+    "text", ["", "header", "header:", "cookie:x", "path:0", "path:x", "header:x:loud", "jwt", "credential:x"]
+)
 def test_a_source_that_cannot_be_read_says_what_was_expected(text):
     with pytest.raises(ValueError, match="expected"):
         parse_source(text)

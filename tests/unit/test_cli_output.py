@@ -54,6 +54,22 @@ def test_json_and_ndjson_keep_null() -> None:
     assert [json.loads(line) for line in lines] == ROWS
 
 
+@pytest.mark.parametrize("form", [Format.CSV, Format.TABLE])
+def test_no_control_character_gets_out(form: Format) -> None:
+    """A terminal would obey it, a spreadsheet or a parser stop at it."""
+    odd = "".join(map(chr, [*range(32), *range(127, 160)])).replace("\n", "") + "\u202e\u2066\ufeff\udc00"
+    out = render([{"who": f"a{odd}b", "tags": [f"x{odd}"]}], ("who", "tags"), form)
+    assert all(line.isprintable() for line in out.replace("\r\n", "\n").split("\n"))
+    assert "a" + "�" * len(odd) + "b" in out or form is Format.TABLE
+
+
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1"])
+def test_no_formula_gets_into_a_spreadsheet(text: str) -> None:
+    ((cell,),) = list(csv.reader(io.StringIO(render([{"a": text}], ("a",), Format.CSV), newline="")))[1:]
+    assert cell.lstrip("'� ")[:1] in "=+-@"
+    assert cell[0] in "'�"
+
+
 def test_csv_reads_back_and_runs_no_formula() -> None:
     rows = [{"who": '=HYPERLINK("http://x")', "n": -5}, {"who": 'a,"b"\nc', "n": None}]
     back = list(csv.reader(io.StringIO(render(rows, ("who", "n"), Format.CSV), newline="")))

@@ -67,6 +67,22 @@ def test_labels_stay_bounded():
     assert sum(parked.values()) == REASONS_MAX + 50
 
 
+def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end():
+    metrics = Metrics()
+    for model in ("x\x00y", "\x1b[31mred", "a\nb", "a\r\u202eb", "lone \udc00", "long " * 1_000):
+        metrics.call_ended(call(model=model))
+        metrics.parked("stripe", model, 1)
+        metrics.parked("stripe", model, 1)
+        metrics.usage_anomaly(model)
+    gauges = Gauges(parked={("stripe", "a\x00"): 1, ("stripe", "a\x01"): 2})
+    text = metrics.exposition(gauges).decode()
+    assert all(line.isprintable() and len(line) < 400 for line in text.splitlines())
+    seen = samples(metrics, gauges)
+    assert seen[("sidecar_usage_total", ("model", "x�y"), ("provider", "openai"), ("state", "final"))] == 1
+    assert seen[("sidecar_parked_total", ("backend", "stripe"), ("reason", "�[31mred"))] == 2
+    assert seen[("sidecar_parked_now", ("backend", "stripe"), ("reason", "a�"))] == 3
+
+
 def test_two_processes_add_up():
     one, two, both = Metrics(backends=["ledger"]), Metrics(backends=["ledger"]), Metrics(backends=["ledger"])
     for metrics in (one, two):
@@ -84,9 +100,11 @@ def test_two_processes_add_up():
 
 def test_the_figures_of_the_moment_come_with_the_scrape():
     gauges = Gauges(admitted=7, recorded=6, open=1, holds=False, pending={"ledger": 4}, parked={("ledger", "no"): 2})
+    gauges.ledger_bytes = 9
     seen = samples(Metrics(), gauges)
     assert seen[("sidecar_admitted_total",)] == 7
     assert seen[("sidecar_balance_holds",)] == 0
+    assert seen[("sidecar_ledger_bytes",)] == 9
     assert seen[("sidecar_pending", ("backend", "ledger"))] == 4
     assert seen[("sidecar_parked_now", ("backend", "ledger"), ("reason", "no"))] == 2
 

@@ -67,7 +67,7 @@ def test_defaults_are_the_documented_ones() -> None:
     assert (s.commit_wait_s, s.spool_memory_bytes) == (1, 64 << 20)
     assert (s.retention, s.retention_bytes, s.disconnect_drain_s) == (7 * 86_400, 10 << 30, 30)
     assert (s.preserve_host, s.forwarded, s.via, s.meter_id_header) == (False, "x-forwarded", None, False)
-    assert s.subscriber == ("header:x-api-key", "header:authorization")
+    assert s.subscriber == ("credential",)
     assert s.hash_key is None
     assert (s.estimate, s.ask_for_usage, s.log_level) == (False, False, "INFO")
 
@@ -169,6 +169,9 @@ def test_a_value_is_read(variable: str, value: str, attribute: str, expected: An
         ("SUBSCRIBER", "x-tenant", "expected header:NAME"),
         ("SUBSCRIBER", "path:0", "the first segment being 1"),
         ("SUBSCRIBER", "header:x y", "is no header name"),
+        ("SUBSCRIBER", "header:Connection", "the upstream never gets this field"),
+        ("SUBSCRIBER", "credential:x", "or credential"),
+        ("DIMENSIONS", "hop=keep-alive", "the upstream never gets this field"),
         ("DIMENSIONS", "a=x-1,a=x-2", "named twice"),
         ("ROUTES", "v1/things", "is no path pattern"),
         ("PROVIDERS", "/v1/things", "has no name=value"),

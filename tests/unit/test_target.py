@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.target import normal_path, origin_form
+from sidecar.target import client_path, normal_path, origin_form, query_of
 
 
 @pytest.mark.parametrize(
@@ -74,6 +74,43 @@ def test_the_base_path_stands_in_front_before_dots_go(target: str, base: str, pa
 )
 def test_an_absolute_target_loses_its_authority(target: str, expected: tuple[str, str | None]) -> None:
     assert origin_form(target) == expected
+
+
+@pytest.mark.parametrize(
+    ("target", "base", "path"),
+    [
+        ("/t/acme", "", "/t/acme"),
+        ("/t/acme?x#y", "/v1", "/t/acme"),
+        ("http://victim/t/acme", "/v1", "/t/acme"),
+        ("//t/%61cme/.", "/v1", "/t/acme/"),
+        ("/x/../t/acme", "/v1", "/t/acme"),
+        ("/../v1/t/acme", "/v1", "/t/acme"),  # out of the base and back into it
+        ("/./t/acme", "/%76%31", "/t/acme"),
+        ("/../t/acme", "/a/b", "/a/t/acme"),  # out of it: what the upstream sees
+        ("/../v10/x", "/v1", "/v10/x"),
+        ("/.", "/v1", "/"),
+        ("/", "/v1", "/"),
+        ("*", "/v1", "*"),
+        ("http://victim", "/v1", "/"),
+    ],
+)
+def test_the_path_below_the_base(target: str, base: str, path: str) -> None:
+    assert client_path(target, base) == path
+
+
+@pytest.mark.parametrize(
+    ("target", "query"),
+    [
+        ("/x", ""),
+        ("/x?a=b", "a=b"),
+        ("/x?a?b#c?d", "a?b"),
+        ("/x#?a", ""),
+        ("http://h?a", "a"),
+        ("http://h/x?a#b", "a"),
+    ],
+)
+def test_the_query(target: str, query: str) -> None:
+    assert query_of(target) == query
 
 
 _SEGMENT = st.text(string.ascii_letters + string.digits + "-._~:@%20/", max_size=8)

@@ -109,7 +109,8 @@ def test_names_are_never_empty_and_never_long() -> None:
     assert name("") is None
     assert name(7) is None
     assert name("gpt") == "gpt"
-    assert name("x" * 5000) == "x" * NAME_MAX_CHARS
+    assert name("x" * NAME_MAX_CHARS) == "x" * NAME_MAX_CHARS
+    assert name("x" * 5000) == "x" * (NAME_MAX_CHARS - 1) + "…"  # to be seen as cut
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,6 @@ from __future__ import annotations
 from sidecar.proxy.headers.kinds import NAMES_KEPT_MAX
 from sidecar.proxy.headers.request import RequestHead
 from sidecar.proxy.headers.response import ResponseHead
-from sidecar.proxy.headers.rewriting import HeaderRules, Peer, trace_id
+from sidecar.proxy.headers.rewriting import METER_ID, HeaderRules, Peer, trace_id
 
-__all__ = ["NAMES_KEPT_MAX", "HeaderRules", "Peer", "RequestHead", "ResponseHead", "trace_id"]
+__all__ = ["METER_ID", "NAMES_KEPT_MAX", "HeaderRules", "Peer", "RequestHead", "ResponseHead", "trace_id"]

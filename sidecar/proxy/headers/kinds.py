@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Final
+
+from sidecar.exchange import HEADER_NAME_CHARS_MAX, cut
 
 # What a field name means to the hop.
 PLAIN: Final = 0
@@ -42,14 +45,18 @@ NAME_KEPT_BYTES_MAX: Final = 64
 
 
 class Kinds(dict[bytes, tuple[int, str]]):
-    """Field name as spelled -> (what it means, its text): one look-up a field."""
+    """Field name as spelled -> (what it means, its text in a record): one look-up a field. `too_long` is told of a
+    name that a record does not keep whole."""
 
-    def __init__(self, meanings: dict[bytes, int]) -> None:
+    def __init__(self, meanings: dict[bytes, int], too_long: Callable[[], None]) -> None:
         super().__init__()
         self._meanings = meanings
+        self._too_long = too_long
 
     def __missing__(self, name: bytes) -> tuple[int, str]:
-        kind = (self._meanings.get(name.lower(), PLAIN), name.decode("latin-1"))
+        if len(name) > HEADER_NAME_CHARS_MAX:
+            self._too_long()
+        kind = (self._meanings.get(name.lower(), PLAIN), cut(name.decode("latin-1"), HEADER_NAME_CHARS_MAX))
         if len(name) <= NAME_KEPT_BYTES_MAX:
             if len(self) >= NAMES_KEPT_MAX:
                 self.clear()

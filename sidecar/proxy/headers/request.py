@@ -16,13 +16,15 @@ if TYPE_CHECKING:
 class RequestHead:
     """What one request head says, and the bytes that go upstream instead of it.
 
-    Each field that means something to the hop has a handler; all others are passed on as they are.
+    Each field that means something to the hop has a handler; all others are passed on as they are. `fields` are what
+    there is to be read for the record: the client's own, without those that its `Connection` takes out, and with the
+    host of an absolute target in the place of `Host`, as the upstream is told of it.
     """
 
     __slots__ = (
         "_authority", "_connection", "_forwarded", "_forwarded_host", "_forwarded_proto", "_host_seen", "_http10",
-        "_parts", "_peer", "_rules", "_upgrade", "_via", "forwarded_for", "host", "idempotency_key", "lines", "names",
-        "traceparent", "transfer_encoding", "user_agent",
+        "_parts", "_peer", "_rules", "_upgrade", "_via", "fields", "forwarded_for", "host", "idempotency_key", "lines",
+        "names", "traceparent", "transfer_encoding", "user_agent",
     )  # fmt: skip
 
     def __init__(
@@ -46,9 +48,12 @@ class RequestHead:
         self.idempotency_key = False
         self.transfer_encoding: bytes | None = None
         self.names: list[str] = []
+        self.fields = fields
         self._build(fields, frozenset())
         if self._connection and self._connection not in QUIET_TOKENS:
             self._build_without(named(self._connection), fields)
+        if authority is not None:
+            self._tell_host(authority.encode("latin-1"))
         self._add_own()
         self.lines = b"".join(self._parts)
 
@@ -70,7 +75,13 @@ class RequestHead:
         if drop:
             self.names, self._forwarded, self._via = [], [], []
             self.forwarded_for = self.transfer_encoding = self._forwarded_proto = self._forwarded_host = None
+            self.user_agent = self.traceparent = None
+            self.idempotency_key = False
             self._build(fields, drop)
+            self.fields = [field for field in fields if field[0].lower() not in drop]
+
+    def _tell_host(self, authority: bytes) -> None:
+        self.fields = [field for field in self.fields if field[0].lower() != b"host"] + [(b"Host", authority)]
 
     def _pass(self, name: bytes, value: bytes) -> None:
         self._parts += (name, b": ", value, b"\r\n")

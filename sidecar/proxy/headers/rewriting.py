@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
-from sidecar.proxy.headers.kinds import REQUEST, RESPONSE, Kinds
+from sidecar.exchange import URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.proxy.headers.kinds import HOP, REQUEST, RESPONSE, Kinds
 from sidecar.proxy.headers.request import RequestHead
 from sidecar.proxy.rules import Forwarded, ProxyRules, UpstreamAddress
-from sidecar.target import origin_form
+from sidecar.target import below, origin_form
 from sidecar.usage import RawHeaders
 
+METER_ID: Final = b"x-meter-id"
 ADDRESSES_KEPT_MAX: Final = 1024  # clients may claim any address in X-Forwarded-For
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?\Z")
@@ -28,10 +32,16 @@ class Peer:
     forwarded: bytes  # the field lines that say so, up to the host's value; b"" where none are added
 
 
-class HeaderRules:
-    """`ProxyRules`, made ready for the two passes a call."""
+def _ignore(limit: str) -> None:
+    """A limit that nobody counts."""
 
-    def __init__(self, rules: ProxyRules, address: UpstreamAddress) -> None:
+
+class HeaderRules:
+    """`ProxyRules`, made ready for the two passes a call. `limit_reached` is told what a record does not keep whole."""
+
+    def __init__(
+        self, rules: ProxyRules, address: UpstreamAddress, limit_reached: Callable[[str], None] = _ignore
+    ) -> None:
         self._address = address
         self.authority = address.authority
         self.preserve_host = rules.preserve_host
@@ -41,8 +51,13 @@ class HeaderRules:
         self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
         self._base_url = (rules.public_url or address.url).rstrip("/")
         self._query_values = rules.query_values
-        self.request_kinds = Kinds(REQUEST)
-        self.response_kinds = Kinds(RESPONSE)
+        self._base = address.base.decode("ascii")
+        self._limit_reached = limit_reached
+        too_long = partial(limit_reached, "header_name_chars")
+        self.meter_id = rules.meter_id_header
+        self.request_kinds = Kinds(REQUEST, too_long)
+        # The field is ours then: one of the upstream's beside it could be taken for it.
+        self.response_kinds = Kinds(RESPONSE | {METER_ID: HOP} if self.meter_id else RESPONSE, too_long)
 
     # -- the client ------------------------------------------------------------------------------
 
@@ -116,21 +131,35 @@ class HeaderRules:
     # -- records ---------------------------------------------------------------------------------
 
     def record_url(self, target: str) -> tuple[str, str]:
-        """(what a record says, the path alone). Query names stay, their values go unless allowed; an
-        authority and a fragment go whole."""
+        """(what a record says, the path in its normal form). The record has the path as it was spelled; query names
+        stay, their values go unless allowed; an authority and a fragment go whole."""
         target, _ = origin_form(target)
         if "#" in target:
             target = target.partition("#")[0]
-        path, mark, query = target.partition("?")
+        path, _, query = target.partition("?")
         url = f"{self._base_url}{path}" if path != "*" else f"{self._base_url}/*"
-        if not mark or not query:
-            return url, path
+        if query and (names := self._shown(query)):
+            url = f"{url}?{names}"
+        if len(url) > URL_CHARS_MAX:
+            self._limit_reached("url_chars")
+            url = cut(url, URL_CHARS_MAX)
+        return url, below(self._base, path)
+
+    def _shown(self, query: str) -> str:
         shown = []
         for pair in query.split("&"):
             name = pair.partition("=")[0]
             if name:
                 shown.append(pair if name in self._query_values else name)
-        return (f"{url}?{'&'.join(shown)}" if shown else url), path
+        return "&".join(shown)
+
+    def agent(self, field: bytes | None) -> str | None:
+        """`User-Agent` as a record has it."""
+        if field is None:
+            return None
+        if len(field) > USER_AGENT_CHARS_MAX:
+            self._limit_reached("user_agent_chars")
+        return cut(field.decode("utf-8", "replace"), USER_AGENT_CHARS_MAX)
 
 
 def trace_id(traceparent: bytes | None) -> str | None:
