@@ -23,7 +23,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from sidecar.exchange import Exchange, Outcome
-from sidecar.verdict import Verdict
+from sidecar.verdict import Blocked, Retry, Unknown, Verdict
 
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
@@ -103,6 +103,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
+    "sidecar_send_failures": Family(
+        "counter", "Requests that a backend did not settle: `refused`, `dns`, `http_503`, …", ("backend", "reason")
+    ),
     "sidecar_send_seconds": Family("histogram", "One request to a backend", ("backend",)),
     "sidecar_parked": Family("counter", "Records parked", ("backend", "reason")),
     "sidecar_skipped": Family("counter", "Records that have no event at a backend", ("backend", "reason")),
@@ -240,6 +243,9 @@ class Metrics(Collector):
         """One request to a backend was answered, or was not."""
         for kind, count in Counter(map(type, verdicts)).items():
             self._count("sidecar_verdicts", (backend, kind.__name__.lower()), count)
+        failure = next((v.reason for v in verdicts if isinstance(v, Retry | Unknown | Blocked)), None)
+        if failure is not None:
+            self._count_capped("sidecar_send_failures", (backend, failure))
         self._histograms["sidecar_send_seconds"].setdefault((backend,), Histogram()).observe(seconds)
 
     def parked(self, backend: str, reason: str, count: int) -> None:

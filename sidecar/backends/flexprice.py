@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     Context,
@@ -118,7 +119,7 @@ class FlexpriceBackend:
         )
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
-        return await self._client.offer(self.address + sealed.path, sealed, self._headers, _judge)
+        return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["flexprice"], _judge)
 
     async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its name is free; compare, and change nothing, where it is not."""
