@@ -198,7 +198,7 @@ def _read(text: bytes, sealed: Sealed, yes: Yes) -> tuple[Any, Verdict | list[Ve
 
 _FOREIGN: Final = Blocked(UNEXPECTED, maybe_taken=True)
 _HTML: Final = re.compile(
-    rb"\s*<(!doctype\s+html|!--|html|head|body|title|script|meta|link|style|center|h[1-6]|div|p|br|form|iframe|pre|b)\b",
+    rb"<(!--|(!doctype\s+html|html|head|body|title|script|meta|link|style|center|h[1-6]|div|p|br|form|iframe|pre|b)\b)",
     re.IGNORECASE,
 )
 _TAG: Final = re.compile(rb"<[a-z!/]", re.IGNORECASE)
@@ -246,7 +246,8 @@ def _misfit(said: Any, sealed: Sealed, yes: Yes) -> Verdict | None:
     if any(isinstance(said.get(name), str) and said[name] not in ids for name in yes.own):
         return Unknown("others_answer")
     count = len(sealed.events)
-    if any(denials.number_of(said.get(name)) not in (None, count) for name in yes.counts):
+    as_sent = (None, count, count - denials.repeats_of(said))
+    if any(denials.number_of(said.get(name)) not in as_sent for name in yes.counts):
         return Unknown("counts_differ")
     if yes.echoes is not None and not isinstance(said.get(yes.echoes[0]), list):
         return _FOREIGN

@@ -69,10 +69,13 @@ def says_no(said: Any, sent: int) -> str | None:
 
 def all_known(said: Mapping[str, Any]) -> bool:
     """Whether it says that everything was there before: none taken now, and so many repeats."""
-    found = {_plain(name): value for name, value in said.items()}
-    repeats = max((number_of(found.get(name)) or 0 for name in _KNOWN), default=0)
-    taken = [count for name in _TAKEN if (count := number_of(found.get(name))) is not None]
-    return repeats > 0 and taken != [] and max(taken) == 0
+    taken = [number_of(value) for name, value in said.items() if _plain(name) in _TAKEN]
+    return repeats_of(said) > 0 and taken != [] and set(taken) == {0}
+
+
+def repeats_of(said: Mapping[str, Any]) -> int:
+    """How many it says were there before."""
+    return max((number_of(value) or 0 for name, value in said.items() if _plain(name) in _KNOWN), default=0)
 
 
 def number_of(value: Any) -> int | None:
@@ -131,7 +134,7 @@ class _Reading:
         found: dict[int, Verdict] = {}
         for where, row in pairs:
             place = self._place(where) if isinstance(where, dict) else None
-            verdict = (_of_row(row) if isinstance(row, dict) else None) or Refused("rejected")
+            verdict = (_of_row(row) if isinstance(row, dict) else None) or Refused(_code_of(row) or "rejected")
             if place is None or place is False or type(verdict) is Delivered:
                 return None
             found.setdefault(place, verdict)
@@ -159,9 +162,7 @@ class _Reading:
 def _of_row(row: Mapping[str, Any]) -> Verdict | None:
     """What one row says; None where it says nothing that we know."""
     plain = {_plain(name): value for name, value in row.items()}
-    error = plain.get("error")
-    inner = {_plain(name): value for name, value in error.items()} if isinstance(error, dict) else {}
-    code = next((c for c in (plain.get("code"), inner.get("code"), inner.get("type"), error) if _is_code(c)), None)
+    inner, code = _inner(plain), _code_of(row)
     words = [value for name in (*_STATES, "code", "error") if isinstance(value := plain.get(name), str)]
     if any(_KNOWN_WORD.fullmatch(word.strip()) for word in [*words, str(inner.get("code", ""))]):
         return Duplicate()
@@ -174,9 +175,24 @@ def _of_row(row: Mapping[str, Any]) -> Verdict | None:
     return Delivered() if good or any(plain.get(name) is True for name in _FLAGS) else None
 
 
+def _inner(plain: Mapping[str, Any]) -> dict[str, Any]:
+    error = plain.get("error")
+    return {_plain(name): value for name, value in error.items()} if isinstance(error, dict) else {}
+
+
+def _code_of(row: Any) -> str | None:
+    """The vendor's code in a row, if it looks like one: never free text."""
+    if not isinstance(row, dict):
+        return None
+    plain = {_plain(name): value for name, value in row.items()}
+    inner = _inner(plain)
+    places = (plain.get("code"), inner.get("code"), inner.get("type"), plain.get("error"))
+    return next((code for code in places if isinstance(code, str) and _CODE.fullmatch(code)), None)
+
+
 def _no_of(part: Mapping[str, Any], sent: int) -> str | None:
     """Why one object is no yes."""
-    known = max((number_of(value) or 0 for name, value in part.items() if _plain(name) in _KNOWN), default=0)
+    known = repeats_of(part)
     for name, value in part.items():
         plain, count = _plain(name), number_of(value)
         if plain in _ERRORS and not _is_nothing(value):
@@ -218,7 +234,3 @@ def _http_status(value: Any) -> int | None:
     if isinstance(value, str) and value.isascii() and value.isdigit() and len(value) == 3:
         value = int(value)
     return value if type(value) is int and 100 <= value <= 599 else None
-
-
-def _is_code(value: Any) -> bool:
-    return isinstance(value, str) and _CODE.fullmatch(value) is not None
