@@ -151,6 +151,9 @@ class LedgerbeeBackend:
                 break
             if code == "METER_NOT_FOUND":
                 problems.append(f"ledgerbee has no meter {theirs}: create it, or set SIDECAR_LEDGERBEE_METERS")
+            elif answer.ok and not isinstance(answer.json(), dict):
+                problems.append("ledgerbee's address answers with something else than its API: check the URL")
+                break
             elif answer.ok and not _has_subscriptions(answer):
                 problems.append(f"ledgerbee: no subscription uses the meter {theirs}: what is reported bills nobody")
         return problems

@@ -21,6 +21,7 @@ from backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, bu
 
 from sidecar.backends.answers import ANSWERS, said_yes
 from sidecar.backends.http import Answer
+from sidecar.meters.definition import DEFAULT_METERS
 from sidecar.receiver import Do, Fault, Lie
 from sidecar.verdict import (
     KEY_MISMATCH,
@@ -291,6 +292,24 @@ async def test_stripes_idempotency_error_and_a_repeat_of_somebody_else(tmp_path:
         ):
             server.script = lambda _, error=error: answer(400, orjson.dumps({"error": error}))
             assert await backend.send(sealed) == [verdict], error
+
+
+# Questions that are no deliveries
+
+
+async def test_a_page_is_neither_a_meter_that_was_made_nor_a_backend_that_is_well(tmp_path: Path) -> None:
+    async with ScriptedServer(script=lambda _: answer(200, b"<html>sign in</html>")).running() as server:
+        for trial_name in ("stripe-v1", "flexprice"):
+            backend: Any = build(trial_name, tmp_path, server.url)
+            told = await backend.provision(DEFAULT_METERS[0])
+            assert not told.fits
+            server.script = lambda request: answer(200, b"<html>" if request.method == "POST" else b'{"data": []}')
+            assert "did not create" in (await backend.provision(DEFAULT_METERS[0])).text
+            server.script = lambda _: answer(200, b"<html>sign in</html>")
+            await backend.aclose()
+        bee: Any = build("ledgerbee", tmp_path, server.url)
+        assert ["something else than its API" in problem for problem in await bee.examine()] == [True]
+        await bee.aclose()
 
 
 # What is certainly not taken, though bytes have left
