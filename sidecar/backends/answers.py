@@ -242,8 +242,8 @@ def _misfit(said: Any, sealed: Sealed, yes: Yes) -> Verdict | None:
         value = said.get(name)
         if value is not None and str(value).lower() not in words:
             return _FOREIGN
-    ids = {sealed.key, *(event.event_id for event in sealed.events)}
-    if any(isinstance(said.get(name), str) and said[name] not in ids for name in yes.own):
+    named = [said[name] for name in yes.own if isinstance(said.get(name), str)]
+    if named and not {sealed.key, *(event.event_id for event in sealed.events)}.issuperset(named):
         return Unknown("others_answer")
     count = len(sealed.events)
     as_sent = (None, count, count - denials.repeats_of(said))

@@ -8,7 +8,9 @@ Vendors, proxies and collectors word it alike, so the words stand here once for 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Final
 
 from sidecar.verdict import Delivered, Duplicate, Refused, Retry, Sealed, Unknown, Verdict
@@ -105,10 +107,16 @@ class _Reading:
     """One answer's rows against the events of one request."""
 
     def __init__(self, sealed: Sealed) -> None:
+        self._sealed = sealed
         self._count = len(sealed.events)
-        self._places = {event.event_id: place for place, event in enumerate(sealed.events)}
-        records = [event.record_id for event in sealed.events]
-        self._places |= {one: place for place, one in enumerate(records) if records.count(one) == 1}
+
+    @cached_property
+    def _places(self) -> Mapping[str, int]:
+        """Event by its id, or by its record's where that has only one. Seldom asked for: most answers name none."""
+        events = self._sealed.events
+        of_record = Counter(event.record_id for event in events)
+        places = {event.record_id: place for place, event in enumerate(events) if of_record[event.record_id] == 1}
+        return places | {event.event_id: place for place, event in enumerate(events)}
 
     def results(self, rows: Sequence[Any]) -> list[Verdict] | None:
         """A row for each event, good and bad, by index, id or order."""

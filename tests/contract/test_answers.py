@@ -12,12 +12,15 @@ import ssl
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import orjson
 import pytest
 from backend_fixtures import Cut, Request, ScriptedServer, answer, kinds_of, listening, record, records, vendor_yes
 from backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from sidecar.backends.answers import ANSWERS, said_yes
 from sidecar.backends.http import Answer
@@ -251,6 +254,51 @@ def test_an_event_that_is_named_has_its_own_verdict(body: Any, kinds: Sequence[s
     assert kinds_of(found if isinstance(found, list) else [found]) == list(kinds)
     if "code" in orjson.dumps(body).decode() and isinstance(found, list):
         assert any(getattr(v, "reason", "") in ("bad", "no_customer", "http_429") for v in found)
+
+
+anything = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**40), 2**40) | st.floats(allow_nan=False) | st.text(max_size=8)
+    | st.sampled_from(["ok", "error", "duplicate", "queued", "billing.meter_event", "metering", *IDS]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(
+        st.sampled_from(["error", "errors", "results", "index", "i", "id", "status", "code", "accepted", "failed",
+                         "success", "events", "data", "duplicates", "message", "0", "transaction_id", "object"])
+        | st.text(max_size=5), inner, max_size=5),
+    max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300)
+@given(anything, st.sampled_from(sorted(ANSWERS)), st.sampled_from([200, 202, 203, 204, 207]), st.integers(1, 4))
+def test_whatever_an_answer_holds_there_is_a_verdict_for_each_event(
+    body: Any, row: str, status: int, count: int
+) -> None:
+    for data in (orjson.dumps(body), orjson.dumps(body)[:-1]):
+        found = judged(row, data, status, count=count)
+        each = found if isinstance(found, list) else [found] * count
+        assert len(each) == count
+        assert all(len(getattr(verdict, "reason", "")) <= 64 for verdict in each), "a word or a code, never a text"
+        if data and not isinstance(body, dict) and row != "webhook":
+            assert not any(isinstance(verdict, Delivered | Duplicate) for verdict in each) or isinstance(body, list)
+        if isinstance(body, dict) and body.get("error") is True and data == orjson.dumps(body):
+            assert not any(isinstance(verdict, Delivered) for verdict in each) or isinstance(found, list)
+
+
+def test_a_large_batch_is_judged_in_a_moment() -> None:
+    """By rows and ids: twice the events may take four times as long, not sixteen."""
+    took = []
+    for count in (2_000, 4_000):
+        sealed = Sealed(key="k", events=tuple(Event(f"r{n}", f"e{n}") for n in range(count)), body=b"")
+        rows = orjson.dumps({"results": [{"id": f"r{n}", "status": 200 if n else 422} for n in range(count)]})
+        times = []
+        for _ in range(3):
+            began = perf_counter()
+            found = said_yes(Answer(200, {}, rows), sealed, ANSWERS["meter"])
+            times.append(perf_counter() - began)
+        took.append(min(times))
+        assert isinstance(found, list)
+        assert found[0] == Refused("http_422")
+        assert found[1:] == [Delivered()] * (count - 1)
+    assert took[1] < 8 * took[0]
 
 
 def test_lago_names_what_it_took() -> None:
