@@ -55,13 +55,15 @@ _GATEWAY: Final = frozenset({502, 504})  # the server behind the gateway may hav
 
 # A refusal that is about the request's key. 422 is the IETF draft's for other bytes, 409 most vendors', 400 Stripe's.
 _MISMATCH: Final = frozenset({400, 409, 412, 422})
-_KEY: Final = re.compile(rb"idempoten|webhook-id", re.IGNORECASE)
+_KEY: Final = re.compile(r"idempoten|webhook-id", re.IGNORECASE)
+_NO_KEY: Final = re.compile(r"required|missing", re.IGNORECASE)
+_SAYS: Final = ("code", "type", "title", "message", "error", "detail")  # an answer may also repeat what was sent
 _RUNNING: Final = re.compile(rb"in[_ -]?progress|in[_ -]?use|concurrent|still running|being processed", re.IGNORECASE)
 LOOKED_BYTES: Final = 4096  # of a refusal, for such words
 
 # How web servers answer plain HTTP on their TLS port, in a 400 of their own: nginx, Go, Apache, Tomcat.
 _WANTS_TLS: Final = re.compile(
-    rb"plain HTTP request was sent to HTTPS|HTTP request to an HTTPS|speaking plain HTTP to an SSL|requires TLS",
+    rb"plain HTTP request was sent to HTTPS|HTTP request to an HTTPS|speaking plain HTTP to an SSL|host and port requires TLS",
     re.IGNORECASE,
 )
 
@@ -82,7 +84,15 @@ class Answer:
     @property
     def names_key(self) -> bool:
         """Whether a refusal speaks of our key: something came under it before, with other bytes."""
-        return self.status in _MISMATCH and _KEY.search(self.body[:LOOKED_BYTES]) is not None
+        if self.status not in _MISMATCH:
+            return False
+        said = self.json()
+        error = said.get("error") if isinstance(said, dict) else None
+        parts = [part for part in (said, error) if isinstance(part, dict)]
+        texts = [value for part in parts for name in _SAYS if isinstance(value := part.get(name), str)]
+        if said is None and len(self.body) <= LOOKED_BYTES:
+            texts = [self.body.decode(errors="replace")]
+        return any(_KEY.search(text) and not _NO_KEY.search(text) for text in texts)
 
     def json(self) -> Any:
         """The body as JSON, or None: vendors answer with HTML pages where nobody expects them."""

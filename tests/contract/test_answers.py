@@ -322,6 +322,8 @@ async def test_a_refusal_that_names_the_key_is_told_apart(trial_name: str, tmp_p
             (answer(409, b"", Retry_After="1"), Retry("http_409", 1.0)),
             (answer(409, b'{"code": "idempotency_key_in_progress"}'), Retry("http_409")),
             (answer(422, b'{"message": "no such field"}'), Refused("http_422")),
+            (answer(422, b'{"message": "Idempotency-Key is required"}'), Refused("http_422")),
+            (answer(422, b'{"item": {"requestHeaders": ["Idempotency-Key"]}}'), Refused("http_422")),
         ):
             server.script = lambda _, reply=reply: reply
             assert await backend.send(sealed) == [verdict], reply
