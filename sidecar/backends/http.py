@@ -63,7 +63,8 @@ LOOKED_BYTES: Final = 4096  # of a refusal, for such words
 
 # How web servers answer plain HTTP on their TLS port, in a 400 of their own: nginx, Go, Apache, Tomcat.
 _WANTS_TLS: Final = re.compile(
-    rb"plain HTTP request was sent to HTTPS|HTTP request to an HTTPS|speaking plain HTTP to an SSL|host and port requires TLS",
+    rb"plain HTTP request was sent to HTTPS|HTTP request to an HTTPS|speaking plain HTTP to an SSL"
+    rb"|host and port requires TLS",
     re.IGNORECASE,
 )
 
