@@ -25,7 +25,7 @@ from prometheus_client.registry import Collector
 
 import sidecar
 from sidecar.exchange import Exchange, Outcome, cut
-from sidecar.verdict import Verdict
+from sidecar.verdict import Blocked, Retry, Unknown, Verdict
 
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
 LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer than 60
@@ -116,6 +116,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
+    "sidecar_send_failures": Family(
+        "counter", "Requests that a backend did not settle: `refused`, `dns`, `http_503`, …", ("backend", "reason")
+    ),
     "sidecar_send_seconds": Family("histogram", "One request to a backend", ("backend",)),
     "sidecar_parked": Family("counter", "Records parked", ("backend", "reason")),
     "sidecar_skipped": Family("counter", "Records that have no event at a backend", ("backend", "reason")),
@@ -272,6 +275,9 @@ class Metrics(Collector):
         """One request to a backend was answered, or was not."""
         for kind, count in Counter(map(type, verdicts)).items():
             self._count("sidecar_verdicts", (backend, kind.__name__.lower()), count)
+        failure = next((v.reason for v in verdicts if isinstance(v, Retry | Unknown | Blocked)), None)
+        if failure is not None:
+            self._count_capped("sidecar_send_failures", (backend, failure))
         self._histograms["sidecar_send_seconds"].setdefault((backend,), Histogram()).observe(seconds)
 
     def parked(self, backend: str, reason: str, count: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from sidecar.record import Record
@@ -40,11 +40,17 @@ class Refused:
     reason: str  # a short fixed word or the backend's code; no body text
 
 
+KEY_MISMATCH: Final = "key_mismatch"
+"""The reason of a refusal that is about the request's key: something came under it before, with other bytes. So the
+events may be there already, and nothing of them is sent under another key unless an operator accepts doubles."""
+
+
 @dataclass(slots=True, frozen=True)
 class Blocked:
     """Nothing of ours will be taken until an operator acts (401, 403, licence, wrong URL): keep all."""
 
     reason: str
+    maybe_taken: bool = field(default=False, compare=False)  # a 2xx in a foreign form: this one may be there
 
 
 @dataclass(slots=True, frozen=True)

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl
+
+import orjson
 
 from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 from sidecar.record import Record, encode
@@ -120,11 +124,69 @@ def answer(status: int, body: bytes = b"{}", **headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+@contextlib.asynccontextmanager
+async def listening(
+    serve: Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]], tls: ssl.SSLContext | None = None
+) -> AsyncIterator[int]:
+    """A port that serves so, connection by connection, and leaves none behind."""
+    tasks: set[asyncio.Task[None]] = set()
+
+    async def accept(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        tasks.add(task)
+        try:
+            await serve(reader, writer)
+        except (OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
+            pass
+        finally:
+            tasks.discard(task)
+            writer.close()
+
+    server = await asyncio.start_server(accept, "127.0.0.1", 0, ssl=tls)
+    try:
+        yield server.sockets[0].getsockname()[1]
+    finally:
+        server.close()
+        for task in list(tasks):
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def vendor_yes(request: Request) -> bytes:
+    """What the vendor whose path this is answers to something that it takes."""
+    path = request.target.partition("?")[0]
+    match path.rpartition("/v1/api")[2] if "/meter/v1/api" in path else path:
+        case "/v1/billing/meter_events":
+            identifier = dict(parse_qsl(request.body.decode())).get("identifier")
+            return answer(200, orjson.dumps({"object": "billing.meter_event", "identifier": identifier}))
+        case "/v2/billing/meter_events":
+            identifier = orjson.loads(request.body)["identifier"]
+            return answer(200, orjson.dumps({"object": "v2.billing.meter_event", "identifier": identifier}))
+        case "/v2/billing/meter_event_session":
+            return answer(200, b'{"authentication_token": "t"}')
+        case "/event":
+            return answer(201)
+        case "/meter/v2/events" | "/meter/v2/ai/completions":
+            return answer(200, b'{"id": "x", "label": "x", "resourceType": "metering", "signature": "s"}')
+        case "/api/v1/meters/report":
+            return answer(202, b'{"status": "queued", "requestId": "r"}')
+        case "/v1/events/bulk":
+            return answer(202, b'{"message": "Events accepted for processing"}')
+        case "/api/v1/events":
+            return answer(204, b"")
+        case "/openmeter/events" | "/v3/openmeter/events":
+            return answer(202, b"")
+        case "/api/v1/events/batch":
+            return answer(200, request.body)  # it gives back what it took
+    return answer(200)
+
+
 @dataclass
 class ScriptedServer:
     """A backend on a real socket. `script` gives the bytes to answer with; None cuts the connection."""
 
-    script: Script = lambda _: answer(200)
+    script: Script = vendor_yes
     requests: list[Request] = field(default_factory=list)
     connections: int = 0
     url: str = ""
@@ -132,34 +194,17 @@ class ScriptedServer:
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[ScriptedServer]:
-        tasks: set[asyncio.Task[None]] = set()
-
-        async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-            task = asyncio.current_task()
-            assert task is not None
-            tasks.add(task)
-            self.connections += 1
-            try:
-                await self._serve(reader, writer)
-            except (ConnectionError, asyncio.IncompleteReadError, asyncio.CancelledError):
-                pass
-            finally:
-                tasks.discard(task)
-                writer.close()
-
-        server = await asyncio.start_server(serve, "127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
-        try:
+        async with listening(self._serve) as port:
+            self.url = f"http://127.0.0.1:{port}"
             yield self
-        finally:
-            server.close()
-            for task in list(tasks):
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.connections += 1
         while True:
-            head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
+            begin = await reader.readexactly(1)
+            if begin == b"\x16":
+                return  # asked whether it speaks TLS
+            head = (begin + await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
             first, *lines = head.rstrip("\r\n").split("\r\n")
             method, target, _ = first.split(" ")
             pairs = (line.split(":", 1) for line in lines)

@@ -1,4 +1,7 @@
-"""The tables of the README that come from the code. `python tests/readme_tables.py` writes them (`make readme`)."""
+"""The tables of the README and of the docs that come from the code.
+
+`python tests/readme_tables.py` writes them (`make readme`).
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from sidecar.backends import BACKENDS, backend_settings
+from sidecar.backends import BACKENDS, answers, backend_settings
 from sidecar.metrics import FAMILIES
 from sidecar.settings import Setting, core_settings
 from sidecar.usage import sockets
@@ -17,6 +20,7 @@ TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[s
 `backend = "its id there"`, `[[meters]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables too."""
 
 README = Path(__file__).parent.parent / "README.md"
+BACKENDS_PAGE = README.parent / "docs" / "backends.md"
 
 
 def settings_tables() -> str:
@@ -54,14 +58,18 @@ def usage_table() -> str:
 TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "usage": usage_table, "metrics": metrics_table}
 
 
-def written(text: str) -> str:
-    """The README with its tables as the code has them now."""
-    for name, table in TABLES.items():
+PAGE_TABLES: dict[str, Callable[[], str]] = {"answers": answers.table}
+
+
+def written(text: str, tables: dict[str, Callable[[], str]] = TABLES) -> str:
+    """The page with its tables as the code has them now."""
+    for name, table in tables.items():
         found = re.compile(rf"(<!-- {name}: [^\n]*-->\n).*?(<!-- {name} end -->)", re.DOTALL)
         text, count = found.subn(lambda match, table=table: f"{match[1]}\n{table()}\n\n{match[2]}", text)  # type: ignore[misc]
-        assert count == 1, f"the README has no place for the {name} table"
+        assert count == 1, f"there is no place for the {name} table"
     return text
 
 
 if __name__ == "__main__":
     README.write_text(written(README.read_text()))
+    BACKENDS_PAGE.write_text(written(BACKENDS_PAGE.read_text(), PAGE_TABLES))

@@ -7,9 +7,10 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from readme_tables import BACKENDS_PAGE, PAGE_TABLES, written
 
 from sidecar import demo, receiver
-from sidecar.backends import BACKENDS, Context, backend_settings
+from sidecar.backends import BACKENDS, Context, answers, backend_settings
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import read_meters
 from sidecar.settings import load
@@ -49,6 +50,12 @@ def test_every_backend_on_the_network_has_gone_all_the_steps() -> None:
     page = (DOCS / "adding-a-backend.md").read_text()
     for name in re.findall(r"`((?:sidecar|tests|docs)/[\w/.-]+)`", page):
         assert (DOCS.parent / name).exists(), name
+
+
+def test_what_counts_as_delivered_is_written_as_the_code_has_it() -> None:
+    page = BACKENDS_PAGE.read_text()
+    assert written(page, PAGE_TABLES) == page, "python tests/readme_tables.py writes the table anew"
+    assert {name.partition(" ")[0] for name in answers.ANSWERS} == set(BACKENDS) - {"ledger", "file"}
 
 
 def test_the_toml_of_the_page_is_right() -> None:

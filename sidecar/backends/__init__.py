@@ -2,7 +2,7 @@
 
 To add one, write `sidecar/backends/<name>.py` with a class that keeps the `Backend` contract of
 `sidecar.verdict`, its `SETTINGS` and a `from_settings`; add the row; add it to
-`tests/contract/test_backends.py`. Nothing else knows backends by name.
+`tests/backend_trials.py`. Nothing else knows backends by name.
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     Context,
@@ -118,7 +119,7 @@ class FlexpriceBackend:
         )
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
-        return await self._client.offer(self.address + sealed.path, sealed, self._headers, _judge)
+        return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["flexprice"], _judge)
 
     async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its name is free; compare, and change nothing, where it is not."""
@@ -128,8 +129,8 @@ class FlexpriceBackend:
         there = await self._client.request("GET", f"{self.address}{METERS}?limit=1000", None, self._headers)
         if not isinstance(there, Answer):
             return Provision(False, f"flexprice does not answer ({there.reason})")
-        if not there.ok:
-            return Provision(False, f"flexprice does not list its meters (http_{there.status}): check the key")
+        if not there.ok or not isinstance(there.json(), dict | list):
+            return Provision(False, f"flexprice does not list its meters (http_{there.status}): check URL and key")
         for row in _rows(there):
             if row.get("name") == meter.name:
                 different = _differences(wanted, row)
@@ -139,7 +140,7 @@ class FlexpriceBackend:
                 return Provision(False, f"flexprice's meter {meter.name} differs in {what}: it is left as it is")
         headers = {**self._headers, "content-type": "application/json"}
         made = await self._client.request("POST", self.address + METERS, orjson.dumps(wanted), headers)
-        if isinstance(made, Answer) and made.ok:
+        if isinstance(made, Answer) and made.ok and _is_meter(made):
             return Provision(True, f"flexprice: created the meter {meter.name}")
         why = (made.code("code") or f"http_{made.status}") if isinstance(made, Answer) else made.reason
         return Provision(False, f"flexprice did not create the meter {meter.name} ({why})")
@@ -177,6 +178,11 @@ def _judge(answer: Answer, _: Sealed) -> Verdict | None:
     if answer.status == 404 and answer.code("code") is None:
         return None
     return refused_with(answer, "code") if answer.status in (400, 404, 409, 422) else None
+
+
+def _is_meter(answer: Answer) -> bool:
+    said = answer.json()
+    return isinstance(said, dict) and any(isinstance(said.get(name), str) for name in ("id", "name"))
 
 
 def _rows(answer: Answer) -> list[Mapping[str, Any]]:

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     Context,
@@ -118,7 +119,7 @@ class LagoBackend:
         return Piece(event, orjson.dumps(told))
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
-        return await self._client.offer(self.address + sealed.path, sealed, self._headers, _judge)
+        return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["lago"], _judge)
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
@@ -33,7 +34,7 @@ from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refu
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Blocked, Dedup, Duplicate, Encoded, Sealed, Verdict
+from sidecar.verdict import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict
 
 HOST: Final = "https://api.ledgerbee.com"
 REPORT: Final = "/api/v1/meters/report"
@@ -132,7 +133,7 @@ class LedgerbeeBackend:
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         headers = {**self._headers, "x-api-idempotency-key": sealed.key}
-        return await self._client.offer(self.address + sealed.path, sealed, headers, _judge)
+        return await self._client.offer(self.address + sealed.path, sealed, headers, ANSWERS["ledgerbee"], _judge)
 
     async def examine(self) -> list[str]:
         """Ask for the subscriptions of each meter: the look-up says whether key, licence and meter are right."""
@@ -150,6 +151,9 @@ class LedgerbeeBackend:
                 break
             if code == "METER_NOT_FOUND":
                 problems.append(f"ledgerbee has no meter {theirs}: create it, or set SIDECAR_LEDGERBEE_METERS")
+            elif answer.ok and not isinstance(answer.json(), dict):
+                problems.append("ledgerbee's address answers with something else than its API: check the URL")
+                break
             elif answer.ok and not _has_subscriptions(answer):
                 problems.append(f"ledgerbee: no subscription uses the meter {theirs}: what is reported bills nobody")
         return problems
@@ -179,9 +183,6 @@ def _metadata(record: Record) -> dict[str, str | int]:
 
 def _judge(answer: Answer, _: Sealed) -> Verdict | None:
     code = answer.code("code")
-    if answer.status == 200:
-        said = answer.json()
-        return Duplicate() if isinstance(said, dict) and said.get("status") == "duplicate" else None
     if answer.status == 404 and code is not None:
         return refused_with(answer, "code")  # METER_NOT_FOUND: the vendor's own word, so the address is right
     if answer.status == 403 and code is not None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import BILLING, DAY_S, Context, Policy, label_id, policy_of, policy_settings, revealed
 from sidecar.backends.batches import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
@@ -88,7 +89,7 @@ class MeterBackend:
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         headers = {**self._auth, "idempotency-key": sealed.key}
-        return await self._client.offer(self._url, sealed, headers)
+        return await self._client.offer(self._url, sealed, headers, ANSWERS["meter"])
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
@@ -130,7 +131,7 @@ class OpenmeterBackend:
         )
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
-        return await self._client.offer(self.address + sealed.path, sealed, self._headers)
+        return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["openmeter"])
 
     async def aclose(self) -> None:
         await self._client.aclose()

@@ -13,13 +13,14 @@ from time import time
 from typing import Any, Final
 
 from sidecar.backends import revenium_forms
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import BILLING, DAY_S, PARK, Context, Policy, policy_of, policy_settings, revealed
 from sidecar.backends.batches import event_key
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient
 from sidecar.backends.revenium_forms import CREDENTIAL_FIELD, SUBSCRIPTION_FIELD, V1, V2, Form, Options
 from sidecar.record import Record
 from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Dedup, Encoded, Event, Refused, Retry, Sealed, Verdict
+from sidecar.verdict import Abilities, Dedup, Encoded, Event, Retry, Sealed, Verdict
 
 HOST_V1: Final = "https://api.revenium.io"
 HOST_V2: Final = "https://api.revenium.ai"
@@ -45,6 +46,10 @@ _MODES: Final[Mapping[str, Mode]] = {
     "events": Mode(forms=revenium_forms.events, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
     "completions": Mode(forms=revenium_forms.completions, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
 }
+
+_YES_V1: Final = dict.fromkeys(
+    (f"{V1}/event", f"{V1}/meter/rate", f"{V1}/meter/ingest"), "revenium v1 /event, /meter/rate, /meter/ingest"
+)
 
 SETTINGS: Final = (
     Setting("url", kinds.http_url, help="the host; the mode's own when not set", also=("REVENIUM_METERING_BASE_URL",)),
@@ -151,7 +156,8 @@ class ReveniumBackend:
         if is_v2:
             headers["idempotency-key"] = sealed.key
         host = self.address if self._is_given else HOST_V2 if is_v2 else HOST_V1
-        return await self._client.offer(host + sealed.path, sealed, headers, _judge)
+        yes = "revenium v2" if is_v2 else _YES_V1.get(sealed.path.partition("?")[0], "revenium v1 /meter")
+        return await self._client.offer(host + sealed.path, sealed, headers, ANSWERS[yes], _judge)
 
     async def aclose(self) -> None:
         await self._client.aclose()
@@ -167,10 +173,8 @@ def base_address(url: str) -> str:
 
 
 def _judge(answer: Answer, _: Sealed) -> Verdict | None:
-    """The two conflicts of a key, and the header with which the service overrules its status."""
+    """The conflict of a key that passes, and the header with which the service overrules its status."""
     code = answer.code("code") or answer.code("error", "code")
-    if answer.status == 409 and code == "idempotency_key_mismatch":
-        return Refused(code)
     again = answer.headers.get("x-should-retry", "").lower() == "true" and 400 <= answer.status < 500
     if again or (answer.status == 409 and code == "idempotency_key_in_progress"):
         return Retry(f"http_{answer.status}", answer.retry_after_s(time()))

@@ -11,6 +11,7 @@ for one that does not exist is answered with 200 and dropped later.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from decimal import Decimal
 from time import time
@@ -19,6 +20,7 @@ from urllib.parse import urlencode
 
 import orjson
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     BILLING,
     DAY_S,
@@ -52,6 +54,7 @@ from sidecar.verdict import (
     Retry,
     Sealed,
     Undone,
+    Unknown,
     Verdict,
 )
 
@@ -70,6 +73,7 @@ FUTURE_S_MAX: Final = 300.0
 CONCURRENCY: Final = 32  # of 1,000 calls a second that an account may make
 DIGITS_MAX: Final = 15  # before Stripe reports `meter_event_value_too_many_digits`; its number is not documented
 TAKES: Final = frozenset(FORMULAS)
+_IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNORECASE)
 
 SETTINGS: Final = (
     Setting("url", kinds.http_url, HOST, "the API's host"),
@@ -223,8 +227,10 @@ class StripeBackend:
     async def send(self, sealed: Sealed) -> list[Verdict]:
         if sealed.path == STREAM:
             return await self._stream(sealed)
-        headers = dict(self._auth) if sealed.path == EVENTS_V1 else {**self._auth, **self._version}
-        return await self._client.offer(self.address + sealed.path, sealed, headers, self._judge)
+        is_v1 = sealed.path == EVENTS_V1
+        headers = dict(self._auth) if is_v1 else {**self._auth, **self._version}
+        yes = ANSWERS["stripe v1" if is_v1 else "stripe v2"]
+        return await self._client.offer(self.address + sealed.path, sealed, headers, yes, self._judge)
 
     async def _stream(self, sealed: Sealed) -> list[Verdict]:
         """With the session's token; once more with a new one when it has run out, since nothing was taken then."""
@@ -234,17 +240,17 @@ class StripeBackend:
             if not isinstance(token, str):
                 return [token] * len(sealed.events)
             headers = {"authorization": f"Bearer {token}", **self._version}
-            verdicts = await self._client.offer(self._stream_address + STREAM, sealed, headers, self._judge)
+            yes = ANSWERS["stripe stream"]
+            verdicts = await self._client.offer(self._stream_address + STREAM, sealed, headers, yes, self._judge)
             if verdicts[0] != Blocked("unauthorized"):
                 return verdicts
             self._session.forget(token)
         return verdicts
 
-    def _judge(self, answer: Answer, _: Sealed) -> Verdict | None:
-        if answer.ok:
-            return None
-        if answer.status == 400 and _is_known(answer):
-            return Duplicate()
+    def _judge(self, answer: Answer, sealed: Sealed) -> Verdict | None:
+        if answer.status == 400 and (known := _known(answer)) is not None:
+            # Another's id in a refusal of ours says nothing about ours.
+            return Duplicate() if known in ("", sealed.events[0].event_id) else Unknown("others_answer")
         should = answer.headers.get("stripe-should-retry", "").lower()
         if answer.status == 409 or (should == "true" and 400 <= answer.status < 500):
             return Retry(f"http_{answer.status}", answer.retry_after_s(self._clock()))
@@ -265,7 +271,8 @@ class StripeBackend:
             body, path, content_type = orjson.dumps(told), ADJUSTMENTS_V2, "application/json"
             headers = {**self._auth, **self._version}
         sealed = Sealed(key=event_key(event.event_id), events=(event,), body=body, path=path, content_type=content_type)
-        return Undone((await self._client.offer(self.address + path, sealed, headers, self._judge))[0])
+        yes = ANSWERS["stripe adjustments"]
+        return Undone((await self._client.offer(self.address + path, sealed, headers, yes, self._judge))[0])
 
     async def examine(self) -> list[str]:
         """Compare the meters at Stripe with ours."""
@@ -279,13 +286,18 @@ class StripeBackend:
         await self._client.aclose()
 
 
-def _is_known(answer: Answer) -> bool:
-    """The identifier was used before. v1 says so in words only, so the words are matched loosely."""
+def _known(answer: Answer) -> str | None:
+    """The identifier that was used before, or nothing where it is not named; None where that is not what is said.
+
+    v1 says so in words only, so the words are matched loosely.
+    """
     said = answer.json()
     error = said.get("error") if isinstance(said, dict) else None
     if not isinstance(error, dict):
-        return False
-    if error.get("code") == "duplicate_meter_event":
-        return True
-    message = str(error.get("message", "")).lower()
-    return "already exists" in message and "identifier" in message
+        return None
+    message = str(error.get("message", ""))
+    lower = message.lower()
+    if error.get("code") != "duplicate_meter_event" and not ("already exists" in lower and "identifier" in lower):
+        return None
+    named = _IDENTIFIER.search(message)
+    return named[1].rstrip(".") if named is not None else ""

@@ -72,7 +72,8 @@ class StripeMeters:
         }
         headers = {**self._auth, "content-type": FORM}
         answer = await self._client.request("POST", self._url, urlencode(fields).encode(), headers)
-        if isinstance(answer, Answer) and answer.ok:
+        said = answer.json() if isinstance(answer, Answer) and answer.ok else None
+        if isinstance(said, dict) and said.get("event_name") == name:
             return Provision(True, f"stripe: created the meter {name}")
         why = (answer.code("error", "code") or f"http_{answer.status}") if isinstance(answer, Answer) else answer.reason
         return Provision(False, f"stripe did not create the meter {name} ({why})")

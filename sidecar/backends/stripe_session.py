@@ -53,6 +53,8 @@ class StreamSession:
         answer = await self._client.request("POST", self._url, b"{}", self._headers)
         if not isinstance(answer, Answer):
             return answer if isinstance(answer, Blocked) else Retry(f"session_{answer.reason}")
+        if answer.ok and answer.cut is not None:
+            return Retry(f"session_{answer.cut}")
         said = answer.json()
         token = said.get("authentication_token") if isinstance(said, dict) else None
         if answer.ok and isinstance(token, str) and token.isascii() and token.isprintable():

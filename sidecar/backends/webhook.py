@@ -22,6 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from time import time
 from typing import Any, Final
 
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import DAY_S, EVERYTHING, Context, Policy, policy_of, policy_settings, revealed
 from sidecar.backends.batches import seal_lines
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
@@ -107,7 +108,7 @@ class WebhookBackend:
         if self._secrets:
             signatures = (sign(secret, sealed.key, stamp, sealed.body) for secret in self._secrets)
             headers["webhook-signature"] = " ".join(signatures)
-        return await self._client.offer(self._url, sealed, headers)
+        return await self._client.offer(self._url, sealed, headers, ANSWERS["webhook"])
 
     async def aclose(self) -> None:
         await self._client.aclose()

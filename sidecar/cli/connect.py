@@ -18,6 +18,7 @@ from urllib.parse import urlsplit
 from sidecar import billers
 from sidecar.backends import BACKENDS
 from sidecar.backends.base import Examined
+from sidecar.backends.http import fault_of
 from sidecar.settings import Settings
 
 LIMIT_S: Final = 10.0  # for name, connection and handshake of one address together
@@ -78,16 +79,26 @@ async def _try(what: str, attempt: Awaitable[str]) -> Tried:
     try:
         async with asyncio.timeout(LIMIT_S):
             return Tried(what, REACHED, await attempt)
-    except TimeoutError:
-        return Tried(what, FAILED, f"no connection within {LIMIT_S:g} s")
-    except ssl.SSLCertVerificationError as error:
-        return Tried(what, FAILED, f"its certificate is not accepted: {error.verify_message}")
-    except ssl.SSLError as error:
-        return Tried(what, FAILED, f"the TLS handshake failed: {error.reason or error}")
+    except NoAddress as error:
+        return Tried(what, FAILED, str(error))
     except OSError as error:
-        # asyncio puts a text of its own where the system's would say more; names that are not found have theirs.
-        number = error.errno or 0
-        return Tried(what, FAILED, os.strerror(number) if number > 0 else error.strerror or str(error))
+        return Tried(what, FAILED, f"{fault_of(error)}: {_words(error)}")  # the word that delivery has for it as well
+
+
+class NoAddress(Exception):
+    """There is nothing to connect to; the text says what to set."""
+
+
+def _words(error: OSError) -> str:
+    if isinstance(error, TimeoutError):
+        return f"no connection within {LIMIT_S:g} s"
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"its certificate is not accepted: {error.verify_message}"
+    if isinstance(error, ssl.SSLError):
+        return f"the TLS handshake failed: {error.reason or error}"
+    # asyncio puts a text of its own where the system's would say more; names that are not found have theirs.
+    number = error.errno or 0
+    return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
 async def _reach_upstream(settings: Settings, url: str) -> str:
@@ -107,7 +118,7 @@ async def _reach_upstream(settings: Settings, url: str) -> str:
 async def _reach_backend(name: str, url: str | None) -> str:
     """The address that is set, else the vendor's own (a backend's `address`)."""
     if url is None:
-        raise OSError(f"it has no address: set SIDECAR_{name.upper()}_URL")
+        raise NoAddress(f"it has no address: set SIDECAR_{name.upper()}_URL")
     return await _reach(url, ssl.create_default_context() if url.startswith("https://") else None, None)
 
 

@@ -79,7 +79,7 @@ class Lane:
         requests = list(self._open())
         oldest = min((request.oldest_s for request in requests), default=None)
         pacing, full = self._pacing, self._waiting.full
-        reason = pacing.blocked or self._trouble
+        reason = pacing.blocked or self._trouble or pacing.failing
         if reason is None and full:
             reason = "retry_set_full"
         return LaneStatus(

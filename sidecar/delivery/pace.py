@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.retry import asked_wait_s, whole_refusal
 from sidecar.delivery.words import SUSPECT, Now
-from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Verdict
+from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry, Unknown, Verdict
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -25,6 +25,7 @@ class Pace:
     """
 
     failures: int = 0  # requests in a row that came to nothing
+    reason: str | None = None  # why the last of them did
     refusals: int = 0  # requests in a row refused whole, for `refusal`
     refusal: str = ""
     blocked: str | None = None
@@ -50,6 +51,11 @@ def suspect(pace: Pace, verdicts: Sequence[Verdict], limits: Limits) -> Sequence
     return verdicts
 
 
+def failure_of(verdicts: Sequence[Verdict]) -> str | None:
+    """Why a request came to nothing, in the word of its first event that was neither taken nor refused."""
+    return next((v.reason for v in verdicts if isinstance(v, Retry | Unknown | Blocked)), None)
+
+
 def next_pace(pace: Pace, verdicts: Sequence[Verdict], now: Now, roll: float, limits: Limits) -> Pace:
     """The pace after one request's verdicts (those that `suspect` left)."""
     if any(isinstance(v, Delivered | Duplicate) for v in verdicts):
@@ -72,10 +78,11 @@ def next_pace(pace: Pace, verdicts: Sequence[Verdict], now: Now, roll: float, li
         return Pace(refusals=refusals, refusal=refusal)
     if any(isinstance(v, Refused) for v in verdicts):
         return Pace()
-    failures = pace.failures + 1
+    failures, reason = pace.failures + 1, failure_of(verdicts)
     if pace.blocked is None and failures < limits.down_after:
-        return replace(pace, failures=failures)
+        return replace(pace, failures=failures, reason=reason)
     cap_s = limits.blocked_cap_s if pace.blocked is not None else limits.down_cap_s
     wait_s = min(cap_s, limits.backoff_base_s * 2.0 ** min(pace.probes, 20)) * (0.5 + roll / 2)
     after_s = min(asked_wait_s(verdicts) or 0.0, limits.retry_after_cap_s)
-    return replace(pace, failures=failures, probes=pace.probes + 1, not_before_s=now.mono_s + max(wait_s, after_s))
+    pace = replace(pace, failures=failures, reason=reason)
+    return replace(pace, probes=pace.probes + 1, not_before_s=now.mono_s + max(wait_s, after_s))

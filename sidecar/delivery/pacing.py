@@ -34,6 +34,11 @@ class Pacing:
         return self._pace.blocked
 
     @property
+    def failing(self) -> str | None:
+        """While down: why the last request came to nothing."""
+        return self._pace.reason if self._pace.slow else None
+
+    @property
     def next_probe_s(self) -> float:
         """While slow: not asked before, by the monotonic clock."""
         return self._pace.not_before_s
@@ -61,7 +66,8 @@ class Pacing:
                     refusal=pace.refusal or None,
                 )
         if pace.slow and not before.slow and pace.blocked is None:
-            self._log(logging.WARNING, "a backend is down; it is asked again from time to time")
+            text = f"{self._backend.name} is down: {pace.reason}; it is asked again from time to time"
+            self._log(logging.WARNING, text, reason=pace.reason)
         if before.slow and not pace.slow:
             self._log(logging.INFO, "a backend takes records again")
 

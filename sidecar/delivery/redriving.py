@@ -17,7 +17,7 @@ from sidecar.delivery import sealing
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.state.rows import NewRequest, Parked, Range, Redrive, Unskip
 from sidecar.delivery.words import Tries
-from sidecar.verdict import Backend, Dedup
+from sidecar.verdict import KEY_MISMATCH, Backend, Dedup
 
 _T = TypeVar("_T")
 _NO_BOUND = 1 << 30  # on requests in one step: it is one slice of records
@@ -45,7 +45,8 @@ async def _whole_requests(rows: Sequence[Parked], owner: Owner) -> list[Redrive]
     """Requests of which every event is parked as perhaps taken: they go as they went, bytes and key."""
     by_request: dict[int, list[Parked]] = {}
     for row in rows:
-        if row.request is not None and row.maybe_taken:
+        # What was refused for its key would be refused so again: that goes anew, as the operator accepts doubles.
+        if row.request is not None and row.maybe_taken and row.reason != KEY_MISMATCH:
             by_request.setdefault(row.request, []).append(row)
     made = []
     for request, parked in by_request.items():

@@ -16,7 +16,19 @@ from typing import Final
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.window import may_resend
 from sidecar.delivery.words import PARTLY_TAKEN, UNKNOWN, WINDOW_ENDED, Fate, Now, Parking, Tries
-from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Duplicate, Refused, Retry, Unknown, Verdict
+from sidecar.verdict import (
+    KEY_MISMATCH,
+    Abilities,
+    Atomicity,
+    Blocked,
+    Dedup,
+    Delivered,
+    Duplicate,
+    Refused,
+    Retry,
+    Unknown,
+    Verdict,
+)
 
 _SERVER_ERROR: Final = re.compile(r"(?<![0-9])5[0-9]{2}(?![0-9])")
 _TOO_LARGE: Final = frozenset({"too_large", "http_413", "413"})
@@ -58,7 +70,7 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
         return Decision(open=False, tries=before, fates=(Fate.DELIVERED,) * len(attempt.verdicts))
     tries = _tried(attempt, before)
     whole = whole_refusal(attempt.verdicts)
-    if whole is not None and len(set(attempt.records)) > 1:
+    if whole is not None and whole != KEY_MISMATCH and len(set(attempt.records)) > 1:
         return _halve(attempt, whole, before, tries, abilities)
     fates, parked = _fates(attempt, before, tries, abilities, limits)
     after_s = asked_wait_s(attempt.verdicts)
@@ -86,8 +98,8 @@ def backoff_s(attempts: int, roll: float, limits: Limits, after_s: float | None 
 
 
 def may_have_been_taken(verdict: Verdict) -> bool:
-    """An unknown outcome, and a server error: the work may have been done before it."""
-    if isinstance(verdict, Unknown):
+    """An unknown outcome, and a server error: the work may have been done before it. Also a yes in a foreign form."""
+    if isinstance(verdict, Unknown) or (isinstance(verdict, Blocked) and verdict.maybe_taken):
         return True
     return isinstance(verdict, Retry) and _SERVER_ERROR.search(verdict.reason) is not None
 
@@ -159,10 +171,13 @@ def _fates(
             case Duplicate():
                 fates.append(Fate.DUPLICATE)
             case Refused(reason):
-                unsure = before.risky and abilities.dedup is Dedup.NONE
+                # Something is there under this key: another key would not be recognised as a repeat of it.
+                unsure = reason == KEY_MISMATCH or (before.risky and abilities.dedup is Dedup.NONE)
                 parked[index] = Parking(reason, maybe_taken=unsure)
                 fates.append(Fate.PARKED)
-            case Unknown() if abilities.dedup is Dedup.NONE and not abilities.resend_unknown:
+            case Unknown() | Blocked(maybe_taken=True) if (
+                abilities.dedup is Dedup.NONE and not abilities.resend_unknown
+            ):
                 parked[index] = Parking(UNKNOWN, maybe_taken=True)
                 fates.append(Fate.PARKED)
             case _ if not resend:

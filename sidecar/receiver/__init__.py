@@ -5,10 +5,11 @@ vendor is one file in `vendors/` and one row in its table.
 """
 
 from sidecar.receiver.contract import Terms, Verdict
-from sidecar.receiver.faults import Do, Fault, FaultError, Faults
+from sidecar.receiver.faults import Do, Fault, FaultError, Faults, Lie
 from sidecar.receiver.server import Receiver, backends, serve
 from sidecar.receiver.store import StoreError, Taken
 
 __all__ = [
-    "Do", "Fault", "FaultError", "Faults", "Receiver", "StoreError", "Taken", "Terms", "Verdict", "backends", "serve",
+    "Do", "Fault", "FaultError", "Faults", "Lie", "Receiver", "StoreError", "Taken", "Terms", "Verdict", "backends",
+    "serve",
 ]  # fmt: skip

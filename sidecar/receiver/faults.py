@@ -1,4 +1,4 @@
-"""Faults on order: slow, refusing, gone before or after accepting; for a share of the calls, by seed.
+"""Faults on order: slow, refusing, lying, gone before or after accepting; for a share of the calls, by seed.
 
 `POST /_faults` takes one rule or a list of them and puts them in the place of the old ones. The rules are asked in
 order; each delay counts, the first other hit decides. Whether the n-th call that a rule sees is hit depends on the
@@ -7,6 +7,7 @@ seed, the rule's place and n alone, so the same traffic meets the same faults.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +26,20 @@ class Do(StrEnum):
     STATUS_AFTER = "status_after"  # take it, and answer `status` nevertheless
     CUT_BEFORE = "cut_before"  # close the connection; nothing is taken
     CUT_AFTER = "cut_after"  # take it, and close the connection without a word
+    LIE = "lie"  # answer with a 2xx that is no yes (`lie` says which); nothing is taken
+
+
+class Lie(StrEnum):
+    """What stands in a 2xx of somebody who took nothing."""
+
+    HTML = "html"  # a page that says so
+    LOGIN = "login"  # a page that is not called one
+    PROXY = "proxy"  # 203: what a proxy made of it
+    ERROR_UNDER_200 = "error_under_200"  # the vendor's own error
+    FEWER = "fewer"  # none of what was sent, by count
+    WRONG_SHAPE = "wrong_shape"  # JSON of another form; a yes where no body is promised
+    PACKED = "packed"  # compressed, and not said so
+    CUT = "cut"  # the beginning of an object
 
 
 class FaultError(ValueError):
@@ -44,6 +59,7 @@ class Fault:
     status: int = 503
     retry_after_s: int | None = None
     delay_s: float = 0.0
+    lie: str = Lie.HTML
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.share <= 1.0:
@@ -52,6 +68,8 @@ class Fault:
             raise FaultError(f"status={self.status}: expected an error status, 400 to 599")
         if not 0.0 <= self.delay_s <= DELAY_S_MAX:
             raise FaultError(f"delay_s={self.delay_s}: expected seconds, 0 to {DELAY_S_MAX:.0f}")
+        if self.lie not in list(Lie):
+            raise FaultError(f"lie={self.lie!r}: expected one of {', '.join(Lie)}")
         if self.times is not None and self.times < 1:
             raise FaultError(f"times={self.times}: expected a whole number from 1, or null for no end")
 
@@ -107,9 +125,32 @@ class Faults:
         return hit
 
 
+_PAGE: Final = b"<!DOCTYPE html>\n<html><head><title>Sign in</title></head><body>Sign in to go on.</body></html>"
+
+
+def lie_of(lie: str, error: bytes) -> tuple[int, bytes, str]:
+    """Status, body and content type (none: as the server sees fit) of a lie. `error`: how the vendor words one."""
+    match lie:
+        case Lie.HTML:
+            return 200, _PAGE, "text/html; charset=utf-8"
+        case Lie.LOGIN:
+            return 200, _PAGE, ""
+        case Lie.PROXY:
+            return 203, _PAGE, "TEXT/HTML"
+        case Lie.ERROR_UNDER_200:
+            return 200, error, "application/json"
+        case Lie.FEWER:
+            return 202, b'{"success": 0, "failed": 1, "accepted": 0}', "application/json"
+        case Lie.WRONG_SHAPE:
+            return 200, b'["thank you"]', "application/json"
+        case Lie.PACKED:
+            return 200, gzip.compress(b"{}", mtime=0), "application/json"
+    return 200, b'{"status": "queu', "application/json"
+
+
 _TYPES: Final[Mapping[str, tuple[type, ...]]] = {
     "do": (str,), "share": (int, float), "seed": (int,), "times": (int,), "backend": (str,), "path": (str,),
-    "status": (int,), "retry_after_s": (int,), "delay_s": (int, float),
+    "status": (int,), "retry_after_s": (int,), "delay_s": (int, float), "lie": (str,),
 }  # fmt: skip
 _NULLABLE: Final = frozenset({"times", "backend", "path", "retry_after_s"})
 

@@ -26,7 +26,7 @@ import orjson
 from aiohttp import web
 
 from sidecar.receiver.contract import Answer, Call, Route, Terms, Unit, Vendor, Verdict
-from sidecar.receiver.faults import Do, Fault, FaultError, Faults, parse
+from sidecar.receiver.faults import Do, Fault, FaultError, Faults, lie_of, parse
 from sidecar.receiver.store import TAKEN_BYTES_MAX, Store, StoreError, Taken
 from sidecar.receiver.vendors import VENDORS
 from sidecar.signals import stop_event
@@ -170,6 +170,9 @@ class Receiver:
             return _cut(request)
         if fault is not None and fault.do is Do.STATUS:
             return self._fail(call, stand, fault)
+        if fault is not None and fault.do is Do.LIE:
+            status, body, content_type = lie_of(fault.lie, stand.vendor.fault_body(500))
+            return _web(Answer(status, body, content_type))
         response = self._settle(call, stand, self._ask(call, stand))
         if fault is not None and fault.do is Do.CUT_AFTER:
             return _cut(request)
@@ -279,7 +282,7 @@ async def serve(
 
 def _web(answer: Answer) -> web.Response:
     headers = dict(answer.headers)
-    if answer.body:
+    if answer.body and answer.content_type:
         headers["Content-Type"] = answer.content_type
     return web.Response(status=answer.status, body=answer.body, headers=headers)
 

@@ -39,7 +39,19 @@ from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.meters.definition import DEFAULT_METERS, read_meters
 from sidecar.receiver import Receiver, Terms
 from sidecar.settings import load
-from sidecar.verdict import Blocked, Dedup, Delivered, Duplicate, Encoded, Event, Refused, Retry, Undone, Unknown
+from sidecar.verdict import (
+    KEY_MISMATCH,
+    Blocked,
+    Dedup,
+    Delivered,
+    Duplicate,
+    Encoded,
+    Event,
+    Refused,
+    Retry,
+    Undone,
+    Unknown,
+)
 
 NOBODY = record(1, subscriber=None)
 HASHED = record(2, subscriber=Subscriber("key_" + "0f" * 16, "header:x-api-key"))
@@ -259,11 +271,13 @@ async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
         backend = ReveniumBackend(api_key="k", mode="events", url=server.url)
         (sealed,) = backend.encode([record(1)]).sealed
         for reply, verdict in (
-            (answer(409, b'{"code": "idempotency_key_mismatch"}'), Refused("idempotency_key_mismatch")),
+            (answer(409, b'{"code": "idempotency_key_mismatch"}'), Refused(KEY_MISMATCH)),
             (answer(409, b'{"code": "idempotency_key_in_progress"}', Retry_After="2"), Retry("http_409", 2.0)),
             (answer(409, b'{"code": "idempotency_key_in_progress"}'), Retry("http_409")),
             (answer(409, b"?", Retry_After="1"), Retry("http_409", 1.0)),
-            (answer(409), Refused("http_409")),
+            (answer(409), Refused(KEY_MISMATCH)),
+            (answer(422, b'{"title": "Idempotency-Key is already used"}'), Refused(KEY_MISMATCH)),
+            (answer(422), Refused("http_422")),
             (answer(422, x_should_retry="true"), Retry("http_422")),
             (answer(422, x_should_retry="false"), Refused("http_422")),
         ):
@@ -303,7 +317,7 @@ async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -
     await stranger.aclose()
     await receiver.aclose()
     gone = ProductKeys(api_key="k", url=receiver.url)
-    assert await gone.look_up("acme") == Retry("connect")
+    assert await gone.look_up("acme") == Retry("refused")
     await gone.aclose()
     async with ScriptedServer().running() as server:
         odd = ProductKeys(api_key="k", url=server.url, timeout_s=0.2)
@@ -336,7 +350,11 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
         assert set(body) == {"value", "customerId", "meterId", "timestamp", "metadata"}
         assert (body["value"], body["timestamp"]) == (43, "2026-11-21T09:00:00.124456Z")
         assert orjson.loads(second.body)["meterName"] == "calls"
-        server.script = lambda _: answer(200, b'{"status": "duplicate", "idempotencyKey": "x"}')
+        for key, verdict in ((sealed[0].key, Duplicate()), ("another", Unknown("others_answer"))):
+            said = orjson.dumps({"status": "duplicate", "idempotencyKey": key})
+            server.script = lambda _, said=said: answer(200, said)
+            assert await backend.send(sealed[0]) == [verdict]
+        server.script = lambda _: answer(200, b'{"status": "duplicate"}')
         assert await backend.send(sealed[0]) == [Duplicate()]
         for reply, verdict in (
             (answer(403, b'{"code": "LICENSE.REQUIRED"}'), Blocked("LICENSE.REQUIRED")),
@@ -486,7 +504,7 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
             sessions += 1
             return answer(200, b'{"authentication_token": "tok-%d", "expires_at": "nonsense"}' % sessions)
         good = request.headers["authorization"] == "Bearer tok-2"
-        return answer(200 if good else 401, b'{"error": {"code": "billing_meter_event_session_expired"}}')
+        return answer(200) if good else answer(401, b'{"error": {"code": "billing_meter_event_session_expired"}}')
 
     async with ScriptedServer(script=script).running() as server:
         backend = StripeBackend(api_key="k", mode="stream", url=server.url, stream_url=server.url, customers=KNOWN)
@@ -501,7 +519,7 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
         backend._session.forget("tok-2")
         assert await backend.send(sealed) == [Blocked("unauthorized")] * 3
         for reply, verdict in (
-            (None, Retry("session_connection_lost")),
+            (None, Retry("session_reset")),
             (answer(503, Retry_After="4"), Retry("http_503", 4.0)),
             (answer(401), Blocked("unauthorized")),
             (answer(400), Blocked("no_session")),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import contextlib
 import functools
 import hashlib
 import hmac
@@ -16,8 +15,6 @@ import socket
 import ssl
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,6 @@ import pytest
 from backend_fixtures import (
     HOSTILE,
     SECRET,
-    T0_NS,
     Cut,
     ScriptedServer,
     answer,
@@ -37,18 +33,20 @@ from backend_fixtures import (
     records,
     usage,
 )
+from backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.backends import BACKENDS, Context, backend_settings
+from sidecar.backends import BACKENDS, backend_settings
+from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import BILLING
 from sidecar.backends.batches import Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.backends.http import HttpClient
 from sidecar.exchange import Outcome, Subscriber, UsageState
 from sidecar.ledger import LedgerStore
-from sidecar.receiver import Do, Fault, Receiver, Terms
+from sidecar.receiver import Do, Fault
 from sidecar.record import Record
-from sidecar.settings import Secret, Setting
+from sidecar.settings import Secret
 from sidecar.verdict import (
     Backend,
     Blocked,
@@ -64,40 +62,6 @@ from sidecar.verdict import (
     Verdict,
 )
 
-
-@dataclass(frozen=True)
-class Trial:
-    """One way to run one backend. `verdicts`: status -> what it must mean, where it differs from the common rule."""
-
-    backend: str
-    values: Mapping[str, str] = field(default_factory=dict)
-    http: bool = True
-    verdicts: Mapping[int, str] = field(default_factory=dict)
-    ok: tuple[int, ...] = (200, 201, 202, 204)
-
-
-KEYED = {"api_key": SECRET}
-NO_DEDUP = {502: "Unknown", 504: "Unknown"}
-TRIALS = {
-    "ledger": Trial("ledger", http=False),
-    "file": Trial("file", http=False),
-    "meter": Trial("meter", KEYED),
-    "webhook": Trial("webhook", {"secret": SECRET}),
-    **{
-        f"revenium-{mode}": Trial("revenium", {**KEYED, "mode": mode, "source_id": "s 1/ä"}, verdicts=NO_DEDUP)
-        for mode in ("meter", "event", "rate", "ingest")
-    },
-    **{f"revenium-{mode}": Trial("revenium", {**KEYED, "mode": mode}) for mode in ("events", "completions")},
-    "ledgerbee": Trial("ledgerbee", KEYED),
-    "stripe-v1": Trial("stripe", KEYED, verdicts={409: "Retry"}),
-    "stripe-v2": Trial("stripe", {**KEYED, "mode": "v2"}, verdicts={409: "Retry"}),
-    "stripe-stream": Trial("stripe", {**KEYED, "mode": "stream"}, http=False),
-    "flexprice": Trial("flexprice", KEYED),
-    "openmeter": Trial("openmeter", KEYED),
-    "openmeter-v3": Trial("openmeter", {**KEYED, "api": "v3"}),
-    "openmeter-forgetful": Trial("openmeter", {**KEYED, "dedup_window": "0"}, verdicts=NO_DEDUP),
-    "lago": Trial("lago", KEYED),
-}
 # Kept apart, since the vendor says 404 with a code of its own where the address is right.
 CODED = {
     "ledgerbee": ("code", "METER_NOT_FOUND"),
@@ -110,37 +74,6 @@ COMMON = {
     408: "Retry", 409: "Refused", 410: "Blocked", 413: "Refused", 415: "Blocked", 422: "Refused", 425: "Retry",
     429: "Retry", 500: "Retry", 502: "Retry", 503: "Retry", 504: "Retry", 599: "Retry",
 }  # fmt: skip
-HTTP_TRIALS = [name for name, trial in TRIALS.items() if trial.http]
-
-
-def values_of(row: tuple[Setting, ...], given_values: Mapping[str, str]) -> dict[str, Any]:
-    values = {s.name: s.default_value() for s in row}
-    for s in row:
-        if s.name in given_values:
-            values[s.name] = s.value(s.kind.parse(given_values[s.name]))
-    return values
-
-
-def build(
-    name: str,
-    tmp_path: Path,
-    url: str = "http://127.0.0.1:9",
-    *,
-    open_ledger: Callable[[], LedgerStore] | None = None,
-    **more: str,
-) -> Backend:
-    """A backend as the configuration would make it."""
-    trial = TRIALS[name]
-    row = BACKENDS[trial.backend]
-    context = Context(
-        data_dir=tmp_path,
-        subscribers={"acme": {trial.backend: "cus_acme"}},
-        open_ledger=open_ledger or (lambda: LedgerStore(tmp_path / "ledger.db")),
-    )
-    urls = {"url": url, "stream_url": url}
-    return row.make(values_of(row.settings, {**urls, **trial.values, **more}), context)
-
-
 @pytest.fixture(params=list(TRIALS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)
@@ -322,25 +255,13 @@ async def test_who_is_given_what(name: str, tmp_path: Path) -> None:
 # What leaves, and what comes back
 
 
-@contextlib.asynccontextmanager
-async def at_a_server(trial_name: str, tmp_path: Path) -> AsyncIterator[tuple[ScriptedServer, Backend]]:
-    """A backend that sends to a server which answers as told."""
-    async with ScriptedServer().running() as server:
-        backend = build(trial_name, tmp_path, server.url)
-        try:
-            yield server, backend
-        finally:
-            await backend.aclose()
-
-
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
 async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> None:
     trial = TRIALS[trial_name]
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(2)).sealed[0]
-        expected = {**COMMON, **dict.fromkeys(trial.ok, "Delivered"), **trial.verdicts}
-        for status, kind in expected.items():
-            server.script = lambda _, status=status: answer(status, b"" if status == 204 else b'{"message": "no"}')
+        for status, kind in {**COMMON, **trial.verdicts}.items():
+            server.script = lambda _, status=status: answer(status, b'{"message": "no"}')
             verdicts = await backend.send(sealed)
             assert kinds_of(verdicts) == [kind] * len(sealed.events), f"{status}: {verdicts}"
             assert all(getattr(v, "reason", "") != "no" for v in verdicts)
@@ -367,11 +288,11 @@ async def test_no_answer_is_unknown_and_no_connection_is_a_retry(trial_name: str
     async with ScriptedServer(script=lambda _: None).running() as server:
         backend = build(trial_name, tmp_path, server.url)
         sealed = backend.encode(records(1)).sealed[0]
-        assert await backend.send(sealed) == [Unknown("connection_lost")] * len(sealed.events)
+        assert await backend.send(sealed) == [Unknown("reset")] * len(sealed.events)
         server.script = lambda _: Cut(b"HTTP/1.1 20")
         assert kinds_of(await backend.send(sealed))[0] == "Unknown"
         url = server.url
-    assert await backend.send(sealed) == [Retry("connect")] * len(sealed.events)
+    assert await backend.send(sealed) == [Retry("refused")] * len(sealed.events)
     await backend.aclose()
     nowhere = build(trial_name, tmp_path, url.replace("127.0.0.1", "no-such-host.invalid"))
     assert await nowhere.send(sealed) == [Retry("dns")] * len(sealed.events)
@@ -414,7 +335,7 @@ async def test_a_port_that_never_answers_the_handshake_is_a_retry(tmp_path: Path
         client = HttpClient(dedup=Dedup.NONE, timeout_s=0.2, connect_timeout_s=0.2)
         sealed = Sealed(key="k", events=(Event("r", "r"),), body=b"{}")
         url = f"https://127.0.0.1:{silent.getsockname()[1]}/"
-        assert await client.offer(url, sealed, {}) == [Retry("connect_timeout")]
+        assert await client.offer(url, sealed, {}, ANSWERS["meter"]) == [Retry("timeout")]
         await client.aclose()
 
 
@@ -447,15 +368,19 @@ async def test_a_redirect_is_never_followed(trial_name: str, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("trial_name", HTTP_TRIALS)
-async def test_a_broken_answer_body_does_not_undo_the_status(trial_name: str, tmp_path: Path) -> None:
+async def test_a_broken_answer_body_undoes_a_yes_and_no_refusal(trial_name: str, tmp_path: Path) -> None:
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
-        server.script = lambda _: Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n{")
-        assert kinds_of(await backend.send(sealed))[0] == "Delivered"
+        for begun in (b"", b"{"):
+            server.script = lambda _, begun=begun: Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + begun)
+            assert await backend.send(sealed) == [Unknown("reset")] * len(sealed.events)
         server.script = lambda _: Cut(b"HTTP/1.1 400 Bad\r\nContent-Length: 1000\r\n\r\n{")
         assert kinds_of(await backend.send(sealed))[0] == "Refused"
+        endless: Verdict = Unknown("answer_too_long") if trial_name == "webhook" else Blocked("unexpected_answer")
         server.script = lambda _: answer(200, b"x" * 2_000_000)
-        assert kinds_of(await backend.send(sealed))[0] == "Delivered"
+        assert await backend.send(sealed) == [endless] * len(sealed.events)
+        server.script = lambda _: answer(200, b"{" + b" " * 2_000_000)
+        assert await backend.send(sealed) == [Unknown("answer_too_long")] * len(sealed.events)
 
 
 @pytest.mark.parametrize("trial_name", ["meter", "revenium-meter"])
@@ -471,22 +396,6 @@ async def test_connections_are_reused_but_not_idle_ones_without_deduplication(tr
 
 
 # The receiver, strict as the vendors
-
-
-@contextlib.asynccontextmanager
-async def receiving(backend: str, key: str | None = SECRET) -> AsyncIterator[Receiver]:
-    """A stand-in that knows one key, and whose clock is that of the records."""
-    terms = Terms(key=key) if backend != "webhook" else Terms()
-    receiver = Receiver(terms={backend: terms}, now=lambda: T0_NS / 1e9 + 60)
-    await receiver.start()
-    try:
-        yield receiver
-    finally:
-        await receiver.aclose()
-
-
-PATHS = {"meter": "/meter", "webhook": "/webhook"}  # where the stand-in has what has no path of its own
-RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file")]
 
 
 @pytest.mark.parametrize("trial_name", RECEIVED)

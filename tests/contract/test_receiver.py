@@ -14,7 +14,7 @@ import aiohttp
 import pytest
 from scripted import running_receiver
 
-from sidecar.receiver import Do, Fault, FaultError, Receiver, StoreError, Terms, backends
+from sidecar.receiver import Do, Fault, FaultError, Lie, Receiver, StoreError, Terms, backends
 from sidecar.receiver.faults import DELAY_S_MAX, RULES_MAX, Faults, parse
 
 PAYLOAD = {
@@ -157,6 +157,18 @@ async def test_cut_before_takes_nothing_and_cut_after_takes_it() -> None:
         assert receiver.billed("meter") == [PAYLOAD]
 
 
+@pytest.mark.parametrize("lie", list(Lie))
+async def test_a_lie_is_a_2xx_that_takes_nothing(lie: Lie) -> None:
+    async with running_receiver() as (receiver, session):
+        rule = {"do": "lie", "lie": lie, "times": 1}
+        assert (await post(session, "/_faults", rule))[0] == 200
+        async with session.post("/meter", json=[PAYLOAD], headers=KEY) as reply:
+            assert 200 <= reply.status < 300
+            assert await reply.read() != b'{"accepted":1}'
+        assert receiver.received == []
+        assert (await post(session, "/meter", [PAYLOAD]))[:2] == (200, {"accepted": 1})
+
+
 async def test_status_after_takes_it_and_complains() -> None:
     async with running_receiver() as (receiver, session):
         receiver.faults.set(Fault(do=Do.STATUS_AFTER, status=500, times=1))
@@ -225,6 +237,7 @@ def test_rules_are_asked_in_order_and_delays_add_up() -> None:
         ({"do": "status", "share": 1.1}, "share=1.1: expected a number from 0 to 1"),
         ({"do": "status", "share": True}, "share=True: expected float"),
         ({"do": "status", "status": 200}, "status=200: expected an error status"),
+        ({"do": "lie", "lie": "white"}, "lie='white': expected one of html, login"),
         ({"do": "delay", "delay_s": DELAY_S_MAX + 1}, "expected seconds, 0 to 3600"),
         ({"do": "status", "times": 0}, "times=0: expected a whole number from 1"),
         ({"do": "status", "sead": 1}, "'sead' is no part of a rule; known are do, share"),

@@ -596,7 +596,7 @@ def test_check_connect_tries_upstream_and_backends(
     assert {name: row["result"] for name, row in tried.items()} == {
         "upstream": "reached", "ledger": "reached", "meter": "failed", "vendor": "reached", "nowhere": "failed",
     }  # fmt: skip
-    assert tried["meter"]["detail"] == "Connection refused"
+    assert tried["meter"]["detail"] == "refused: Connection refused"
     assert tried["nowhere"]["detail"] == "it has no address: set SIDECAR_NOWHERE_URL"
 
 

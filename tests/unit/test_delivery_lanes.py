@@ -17,7 +17,18 @@ from sidecar.delivery.state import StateError
 from sidecar.delivery.state.schema import open_reader
 from sidecar.exchange import Outcome
 from sidecar.spool.words import SpoolDamaged, StoredGroup
-from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Refused, Retry, Unknown
+from sidecar.verdict import (
+    KEY_MISMATCH,
+    Abilities,
+    Atomicity,
+    Blocked,
+    Dedup,
+    Delivered,
+    Refused,
+    Retry,
+    Sealed,
+    Unknown,
+)
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)
@@ -167,6 +178,69 @@ async def test_a_lost_answer_is_parked_where_a_repeat_would_double(world: World)
         assert await all_settled(world, delivery) == {"delivered": 50}
     assert backend.offers[-1].body == next(o.body for o in backend.offers if o.key == ids[7])
     assert backend.taken[ids[7]] == 2
+
+
+@pytest.mark.parametrize("abilities", [SINGLE, BATCH, EVENTS])
+async def test_a_refusal_for_its_key_parks_what_may_be_there(world: World, abilities: Abilities) -> None:
+    """Taken, the answer lost, and then refused for the key: no part of it goes under another key unasked."""
+    ids = world.spool.add(10)
+    backend = FakeBackend(abilities)
+
+    def behave(sealed: Sealed) -> str | None:
+        if ids[3] not in {event.record_id for event in sealed.events} or "~" in sealed.key:
+            return None
+        return "lose_after" if sealed.attempt == 1 else f"refuse:{KEY_MISMATCH}"
+
+    backend.behaviour = behave
+    async with world.deliver(backend) as delivery:
+        settled_as = await all_settled(world, delivery)
+        lost = 1 if abilities is SINGLE else 10
+        assert settled_as.pop("parked") == {KEY_MISMATCH: lost}
+        assert all(parked.maybe_taken for parked in delivery.parked())
+        assert await delivery.redrive() == 0
+        assert len({key for key, in_ in keys_of(backend).items() if ids[3] in in_}) == 1
+        assert await delivery.redrive(resend_unknown=True) == lost
+        assert await all_settled(world, delivery) in ({"delivered": 10}, {"delivered": 10 - lost, "duplicate": lost})
+    assert len({key for key, in_ in keys_of(backend).items() if ids[3] in in_}) == 2, "refused again under the old one"
+
+
+def keys_of(backend: FakeBackend) -> dict[str, set[str]]:
+    return {offer.key: {event.record_id for event in offer.events} for offer in backend.offers}
+
+
+async def test_a_yes_in_a_foreign_form_parks_what_may_be_there_and_keeps_the_rest(world: World) -> None:
+    world.spool.add(50)
+    foreign = [Blocked("unexpected_answer", maybe_taken=True)]
+    backend = FakeBackend(NONE, behaviour=lambda s: foreign)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: ("fake", "unexpected_answer") in world.metrics.blocks)
+        await until(lambda: len(backend.offers) > 6)
+        totals = world.balance(delivery)["fake"]
+        assert set(totals.parked) == {"unknown"}
+        assert max(map(len, keys_of(backend).values())) == 1
+        assert len(backend.offers) == len(keys_of(backend)), "none is offered twice: that would double it"
+        backend.behaviour = None
+        await all_settled(world, delivery)
+        assert world.balance(delivery)["fake"].delivered >= 30
+
+
+async def test_why_a_backend_is_down_is_said(world: World, caplog: pytest.LogCaptureFixture) -> None:
+    world.spool.add(50)
+    backend = FakeBackend(SINGLE, behaviour=lambda s: "retry:refused")
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: delivery.status()[0].state == "down")
+        assert delivery.status()[0].reason == "refused"
+        said = [record for record in caplog.records if record.levelname == "WARNING"]
+        words = "fake is down: refused; it is asked again from time to time"
+        assert [record.getMessage() for record in said] == [words]
+        assert said[0].facts == {"backend": "fake", "reason": "refused"}  # type: ignore[attr-defined]
+        backend.behaviour = lambda s: "retry:dns"
+        await until(lambda: delivery.status()[0].reason == "dns")
+        backend.behaviour = None
+        assert await all_settled(world, delivery) == {"delivered": 50}
+        assert delivery.status()[0].reason is None
 
 
 async def test_an_operator_may_accept_doubles(world: World) -> None:

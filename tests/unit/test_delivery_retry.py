@@ -18,6 +18,7 @@ from sidecar.delivery.settling import remember
 from sidecar.delivery.window import ClockWatch, may_resend, window_left_s
 from sidecar.delivery.words import PARTLY_TAKEN, SUSPECT, UNKNOWN, WINDOW_ENDED, Fate, Now, Parking, Term, Tries, worst
 from sidecar.verdict import (
+    KEY_MISMATCH,
     Abilities,
     Atomicity,
     Blocked,
@@ -79,6 +80,10 @@ RISKY = Tries(attempts=2, risk_wall_s=START.wall_s, risk_mono_s=START.mono_s)
         (Duplicate(), KEY, U, None),
         (Refused("http_422"), KEY, P, Parking("http_422")),
         (Refused("http_422"), NONE, P, Parking("http_422")),
+        (Refused(KEY_MISMATCH), KEY, P, Parking(KEY_MISMATCH, maybe_taken=True)),
+        (Blocked("unexpected_answer", maybe_taken=True), NONE, P, Parking(UNKNOWN, maybe_taken=True)),
+        (Blocked("unexpected_answer", maybe_taken=True), KEY, None, None),
+        (Blocked("unexpected_answer"), NONE, None, None),
         (Unknown("timeout"), NONE, P, Parking(UNKNOWN, maybe_taken=True)),
         (Unknown("timeout"), KEY, None, None),
         (Unknown("timeout"), Abilities(dedup=Dedup.NONE, resend_unknown=True), None, None),
@@ -104,7 +109,9 @@ def test_one_event(verdict: Verdict, abilities: Abilities, fate: Fate | None, pa
         (Retry("http_429"), False),
         (Retry("http_409"), False),
         (Retry("dns"), False),
-        (Retry("connect_timeout"), False),
+        (Retry("timeout"), False),
+        (Retry("not_http"), False),
+        (Blocked("unexpected_answer", maybe_taken=True), True),
         (Retry("code_15003"), False),
         (Blocked("forbidden"), False),
     ],
@@ -114,6 +121,29 @@ def test_the_window_runs_from_the_first_attempt_that_may_have_been_taken(verdict
     assert decision.tries.risk_wall_s == (later(99).wall_s if risk else None)
     again = asked([Unknown("timeout")], KEY, before=decision.tries, after_s=500.0)
     assert again.tries.risk_wall_s == later(99 if risk else 499).wall_s
+
+
+@pytest.mark.parametrize("abilities", [KEYED_BATCH, EVENT_BATCH, BARE_BATCH, PREFIX_KEY])
+@pytest.mark.parametrize("before", [None, Tries(attempts=2, risk_wall_s=START.wall_s, risk_mono_s=START.mono_s)])
+def test_a_refusal_for_its_key_is_never_cut_into_other_keys(abilities: Abilities, before: Tries | None) -> None:
+    decision = asked([Refused(KEY_MISMATCH)] * 4, abilities, before=before)
+    assert decision.fates == (P, P, P, P)
+    assert not decision.parts
+    assert set(decision.parked.values()) == {Parking(KEY_MISMATCH, maybe_taken=True)}
+
+
+@pytest.mark.parametrize(
+    ("verdict", "reason"),
+    [(Retry("refused"), "refused"), (Unknown("timeout"), "timeout"), (Retry("http_503"), "http_503")],
+)
+def test_a_pace_that_is_slowed_remembers_why(verdict: Verdict, reason: str) -> None:
+    pace = Pace()
+    for second in range(LIMITS.down_after):
+        pace = next_pace(pace, [verdict], later(second), 0.5, LIMITS)
+    assert (pace.slow, pace.reason) == (True, reason)
+    pace = next_pace(pace, [Retry("dns")], later(1000), 0.5, LIMITS)
+    assert pace.reason == "dns", "the latest is what an operator has to look at"
+    assert next_pace(pace, [Delivered()], later(2000), 0.5, LIMITS).reason is None
 
 
 def test_a_refused_connection_is_tried_again_for_ever() -> None:

@@ -4,7 +4,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.exchange import Exchange, Outcome, Usage, UsageState
 from sidecar.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
-from sidecar.verdict import Delivered, Refused
+from sidecar.verdict import Delivered, Refused, Retry, Unknown
 
 
 def call(*, model="m", status=200, route="/v1/chat/completions", method="POST"):
@@ -96,6 +96,18 @@ def test_two_processes_add_up():
     assert seen[("sidecar_connections",)] == 4
     assert seen[("sidecar_verdicts_total", ("backend", "ledger"), ("verdict", "refused"))] == 2
     assert seen[("sidecar_send_seconds_count", ("backend", "ledger"))] == 2
+
+
+def test_why_requests_came_to_nothing_is_counted():
+    metrics = Metrics(backends=["meter"])
+    for verdicts in ([Retry("refused")] * 3, [Unknown("timeout")], [Delivered(), Unknown("timeout")], [Refused("no")]):
+        metrics.batch_settled("meter", verdicts, 0.01)
+    seen = {key: value for key, value in samples(metrics).items() if key[0] == "sidecar_send_failures_total"}
+    name = "sidecar_send_failures_total"
+    assert seen == {
+        (name, ("backend", "meter"), ("reason", "refused")): 1,
+        (name, ("backend", "meter"), ("reason", "timeout")): 2,
+    }
 
 
 def test_the_figures_of_the_moment_come_with_the_scrape():
