@@ -16,12 +16,12 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from sidecar.attribution import Attributor, parse_source
 from sidecar.attribution import Kind as SourceKind
 from sidecar.metrics import Metrics
 from sidecar.proxy import Proxy, ProxyRules
+from sidecar.proxy.rules import UpstreamAddress
 from sidecar.recorder import SpoolRecorder
 from sidecar.routes import Routes
 from sidecar.settings import Element as NamedElement
@@ -97,8 +97,10 @@ def attributor(settings: Settings, key: bytes) -> Attributor:
 def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
     pins = dict(settings.providers)
     pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    upstream = UpstreamAddress.parse(settings.upstream_url) if settings.upstream_url else None
     return UsageTaps(
-        upstream_host=urlsplit(settings.upstream_url or "").hostname,
+        upstream_host=None if upstream is None else upstream.host,
+        upstream_base="" if upstream is None else upstream.base.decode(),
         pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
         elements=[_element(named) for named in settings.elements],
         estimate=settings.estimate,

@@ -1,20 +1,25 @@
 """What the path of a call says: which row of the table, which model, whose answer, which own fields.
 
-A path is looked up once and remembered, within a limit: most APIs have few paths, and those with ids in
-them are unknown to the table anyway.
+The upstream decides by what a path means, not by how it is spelled, and it sees its own base path in front of the
+client's. So a path is looked up in its normal form behind that base. It is looked up once and remembered, within a
+limit: most APIs have few paths, and those with ids in them are unknown to the table anyway.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 from urllib.parse import unquote
 
 from sidecar.patterns import ANY_METHOD, Patterns
+from sidecar.target import normal_path
 from sidecar.usage.heads import Heads, provider_of_host
 from sidecar.usage.own import Element
 from sidecar.usage.reader import Reader
 from sidecar.usage.table import READERS, Row, entries
+
+T = TypeVar("T")
 
 PATHS_MAX = 1_024  # remembered look-ups
 PATH_MAX_CHARS = 128  # of a remembered path: longer ones have ids in them
@@ -42,7 +47,9 @@ class Place:
 class Places:
     """Finds the `Place` of a call; None where no answer can hold anything to count."""
 
-    __slots__ = ("_by_header", "_by_reader", "_elements", "_paths", "_pins", "_remembered", "heads", "host_provider")
+    __slots__ = (
+        "_base", "_by_header", "_by_reader", "_elements", "_paths", "_pins", "_remembered", "heads", "host_provider",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -50,7 +57,9 @@ class Places:
         pins: Sequence[Pin],
         elements: Sequence[Element],
         upstream_host: str | None,
+        upstream_base: str = "",
     ) -> None:
+        self._base = upstream_base.rstrip("/")
         self._paths = Patterns(entries(tuple(rows)))
         self._pins = Patterns([(ANY_METHOD, pin.pattern, pin.provider) for pin in pins])
         self._elements = [(element, _pattern(element)) for element in elements]
@@ -61,13 +70,19 @@ class Places:
         names = [name for row in rows for name in row.reader.header_names]
         self.heads = Heads([*names, *(element.header for element in elements if element.header is not None)])
 
+    @property
+    def remembered(self) -> int:
+        return len(self._remembered)
+
     def of(self, method: str, target: str) -> Place | None:
-        key = f"{method} {target}"
+        key = f"{method} {target.partition('?')[0]}"
         try:
             return self._remembered[key]
         except KeyError:
-            place = self._find(method, target.partition("?")[0])
-            if len(self._remembered) < PATHS_MAX and len(target) <= PATH_MAX_CHARS:
+            place = self._find(method, target)
+            if len(key) <= PATH_MAX_CHARS:
+                if len(self._remembered) >= PATHS_MAX:
+                    self._remembered.clear()  # whoever spells paths in many ways must not fill it for good
                 self._remembered[key] = place
             return place
 
@@ -82,13 +97,14 @@ class Places:
         """The row that a reader of an unknown path stands for."""
         return self._by_reader.get(type(reader))
 
-    def _find(self, method: str, path: str) -> Place | None:
-        if path.startswith(("http://", "https://")):
-            path = "/" + path.split("/", 3)[3] if path.count("/") >= 3 else "/"
-        pin = self._pins.match(method, path)
+    def _find(self, method: str, target: str) -> Place | None:
+        paths = self._meant(target)
+        pin = _first(self._pins, method, paths)
         provider = pin[0] if pin is not None else self.host_provider
-        own = tuple(element for element, paths in self._elements if paths is None or paths.match(method, path))
-        found = self._paths.match(method, path)
+        own = tuple(
+            element for element, known in self._elements if known is None or _first(known, method, paths) is not None
+        )
+        found = _first(self._paths, method, paths)
         if found is not None:
             row, parts = found
             model = parts.get("model") or parts.get("deployment")
@@ -96,6 +112,20 @@ class Places:
         if method == "POST":
             return Place(None, None, provider, own, READERS)
         return Place(None, None, provider, own, ()) if own and method != "HEAD" else None
+
+    def _meant(self, target: str) -> tuple[str, ...]:
+        """The path as the upstream takes it, then as the client meant it: patterns are written for either."""
+        path = normal_path(target)
+        if not self._base or path == "*":
+            return (path,)
+        return (normal_path(target, self._base), path)
+
+
+def _first(patterns: Patterns[T], method: str, paths: tuple[str, ...]) -> tuple[T, dict[str, str]] | None:
+    for path in paths:
+        if (found := patterns.match(method, path)) is not None:
+            return found
+    return None
 
 
 def _pattern(element: Element) -> Patterns[bool] | None:

@@ -39,9 +39,10 @@ def _no_clock() -> int:
 class UsageTaps:
     """Implements `sidecar.usage.Taps`.
 
-    `estimate`: rough numbers where there are none. `stored_once`: stored answers and batch results count, once an id
-    (see `stored`). `ask_for_usage`: offer to (see `asking`). `body_fields`: members of requests that somebody will
-    ask for. `backlog_max_bytes`: coded bytes that may wait for decoding, the side buffer of a call.
+    `upstream_host`, `upstream_base`: of the upstream's URL; the base is its path. `estimate`: rough numbers where there
+    are none. `stored_once`: stored answers and batch results count, once an id (see `stored`). `ask_for_usage`: offer
+    to (see `asking`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
+    that may wait for decoding, the side buffer of a call.
     """
 
     __slots__ = (
@@ -52,6 +53,7 @@ class UsageTaps:
         self,
         *,
         upstream_host: str | None = None,
+        upstream_base: str = "",
         pins: Sequence[Pin] = (),
         elements: Sequence[Element] = (),
         estimate: bool = False,
@@ -70,7 +72,7 @@ class UsageTaps:
         self.body_fields = tuple(body_fields)
         self.counted = CountedIds() if stored_once else None
         self.backlog_max_bytes = backlog_max_bytes
-        self.places = Places(rows, pins, elements, upstream_host)
+        self.places = Places(rows, pins, elements, upstream_host, upstream_base)
 
     def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | None:
         try:
@@ -117,7 +119,6 @@ class UsageTaps:
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
-
 
     def websocket(self, target: str, headers: RawHeaders) -> SessionTap | None:
         """The tap of a connection that a 101 with this head switched; None where its messages are nobody's."""
