@@ -15,8 +15,8 @@ from typing import Any, ClassVar
 
 from sidecar.exchange import Usage
 from sidecar.usage.anthropic import Messages
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
-from sidecar.usage.openai import fill_chat
 from sidecar.usage.reader import Document, Reader, known
 from sidecar.usage.values import count, error_word, lenient_loads, name, overlay, part
 
@@ -197,7 +197,7 @@ class Invoke(_Frames):
         elif "inputTokens" in raw:
             fill_converse(self, usage, raw)
         elif "prompt_tokens" in raw:
-            fill_chat(self, usage, raw)
+            fill_tokens(self, usage, raw)
         elif "inputTextTokenCount" in raw:
             usage.input_tokens = self.number(raw, "inputTextTokenCount")
             usage.output_tokens = self.number(raw, "tokenCount")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
-from sidecar.usage.openai_responses import fill_responses
 from sidecar.usage.reader import Document, Reader, escaped_key
 
 _LAST = ("transcript.text.done", "speech.audio.done", "image_generation.completed", "image_edit.completed")
@@ -48,4 +48,4 @@ class Media(Reader):
         self.report(document.get("usage"))
 
     def fill(self, usage: Usage, raw: Document) -> None:
-        fill_responses(self, usage, raw)
+        fill_tokens(self, usage, raw)

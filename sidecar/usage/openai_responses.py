@@ -1,7 +1,6 @@
 """OpenAI's responses shape: `input_tokens`/`output_tokens`, and streams of typed events.
 
-The same counts are spoken by audio, images, batches and realtime, which is why `fill_responses` stands alone. In a
-stream the usage is inside `.response` of the one terminal event; every other event is waved through by its bytes.
+In a stream the usage is inside `.response` of the one terminal event; every other event is waved through by its bytes.
 """
 
 from __future__ import annotations
@@ -10,11 +9,13 @@ import re
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
-from sidecar.usage.values import name, part, quantity
+from sidecar.usage.values import name, part
 
-TERMINAL = ("response.completed", "response.incomplete", "response.failed")
+# The last two are other servers': realtime's name of the end, and that of an answer that was cancelled (unverified).
+TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.done", "response.cancelled")
 
 _RESPONSE: Tree = {
     "id": True,
@@ -44,7 +45,7 @@ class Responses(Reader):
     def dull(self, block: bytes) -> bool:
         if self.response_id is None or b'"error"' in block or b"event: error" in block:
             return False
-        if b"response.completed" in block or b"response.incomplete" in block or b"response.failed" in block:
+        if any(sign in block for sign in self.end_signs):
             return False
         return 92 not in block or not escaped_key(block)
 
@@ -81,32 +82,4 @@ class Responses(Reader):
         self.report(document.get("usage"))
 
     def fill(self, usage: Usage, raw: Document) -> None:
-        fill_responses(self, usage, raw)
-
-
-def fill_responses(reader: Reader, usage: Usage, raw: Document) -> None:
-    """`input_tokens` and its kin; details are spelled `input_tokens_details` or `input_token_details`."""
-    number = reader.number
-    if raw.get("type") == "duration":
-        if (seconds := quantity(raw.get("seconds"))) is not None:
-            usage.units["audio_seconds"] = seconds
-        return
-    usage.input_tokens = number(raw, "input_tokens")
-    usage.output_tokens = number(raw, "output_tokens")
-    details = raw.get("input_tokens_details") or raw.get("input_token_details")
-    if type(details) is dict:
-        usage.cache_read_input_tokens = number(details, "cached_tokens")
-        usage.cache_write_input_tokens = number(details, "cache_write_tokens")
-        if usage.cache_read_input_tokens is None:  # Perplexity's responses surface
-            usage.cache_read_input_tokens = number(details, "cache_read_input_tokens")
-        if usage.cache_write_input_tokens is None:
-            usage.cache_write_input_tokens = number(details, "cache_creation_input_tokens")
-        usage.text_input_tokens = number(details, "text_tokens")
-        usage.image_input_tokens = number(details, "image_tokens")
-        usage.audio_input_tokens = number(details, "audio_tokens")
-    details = raw.get("output_tokens_details") or raw.get("output_token_details")
-    if type(details) is dict:
-        usage.reasoning_output_tokens = number(details, "reasoning_tokens")
-        usage.text_output_tokens = number(details, "text_tokens")
-        usage.image_output_tokens = number(details, "image_tokens")
-        usage.audio_output_tokens = number(details, "audio_tokens")
+        fill_tokens(self, usage, raw)

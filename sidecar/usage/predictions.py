@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
-from sidecar.usage.openai import fill_chat
 from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import name, part, quantity
 
@@ -97,4 +97,4 @@ class MistralConversations(Reader):
         self.report(document.get("usage"))
 
     def fill(self, usage: Usage, raw: Document) -> None:
-        fill_chat(self, usage, raw)
+        fill_tokens(self, usage, raw)

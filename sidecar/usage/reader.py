@@ -224,6 +224,7 @@ def known(usage: Usage) -> bool:
     return (
         usage.input_tokens is not None
         or usage.output_tokens is not None
+        or usage.total_tokens is not None
         or bool(usage.units)
         or usage.cost_usd is not None
     )
@@ -241,4 +242,5 @@ def fill_modalities(usage: Usage, direction: str, details: object, *, amount: st
         modality = entry.get("modality")
         number = count(entry.get(amount))
         if type(modality) is str and modality.lower() in MODALITIES and number is not None:
-            setattr(usage, f"{modality.lower()}_{direction}_tokens", number)
+            field = f"{modality.lower()}_{direction}_tokens"
+            setattr(usage, field, (getattr(usage, field) or 0) + number)  # one entry a piece of the prompt, or a kind
