@@ -109,8 +109,8 @@ def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
     settle_total(usage, raw)
     if type(tools := raw.get("server_tool_use")) is dict:
         for unit in _UNITS:
-            if (amount := reader.number(tools, unit)) is not None:
-                usage.units[unit] = amount
+            if (used := reader.number(tools, unit)) is not None:
+                usage.units[unit] = used
     if tier := name(raw.get("service_tier")):
         usage.service_tier = tier
 

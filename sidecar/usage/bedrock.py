@@ -23,6 +23,7 @@ from sidecar.usage.values import count, error_word, lenient_loads, name, overlay
 _METRICS = "amazon-bedrock-invocationMetrics"
 _HEADERS = "x-amzn-bedrock-"
 _TTL = {"5m": "cache_write_5m_input_tokens", "1h": "cache_write_1h_input_tokens"}
+_ADDED = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
 _DULL_CHUNK = b'{"bytes":"eyJ0eXBlIjoiY29udGVudF9ibG9ja19kZWx0YSI'  # {"type":"content_block_delta"
 
 
@@ -82,6 +83,42 @@ class Converse(_Frames):
 
     def fill(self, usage: Usage, raw: Document) -> None:
         fill_converse(self, usage, raw)
+
+
+class Agents(Converse):
+    """`InvokeAgent`: usage stands in the traces alone, where they were asked for; one for each call of a model.
+
+    Whatever kind of trace it is (orchestration, routing, before, after), the counts are in the metadata of its model
+    invocation: `{"trace": {"orchestrationTrace": {"modelInvocationOutput": {"metadata": {"usage": …}}}}}` (from
+    memory of AWS's reference, unverified). Those of a collaborator come as traces of its own. They are added up. The
+    answer is the `chunk` behind them; there is no other end mark.
+    """
+
+    wanted: ClassVar[Tree] = {}
+    first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return False
+
+    def dull_frame(self, head: bytes) -> bool:
+        return False
+
+    def take(self, event: str, payload: bytes) -> bool:
+        if event == "trace":
+            self._trace(part(part(lenient_loads(payload)).get("trace")))
+        elif event in ("chunk", "returnControl"):
+            self.final = True
+        return False
+
+    def _trace(self, trace: Document) -> None:
+        for kind in trace.values():
+            output = part(part(kind).get("modelInvocationOutput"))
+            used = part(part(output.get("metadata")).get("usage"))
+            for key in _ADDED:
+                if (amount := self.number(used, key)) is not None:
+                    self.raw = self.raw or {}
+                    self.raw[key] = self.raw.get(key, 0) + amount
 
 
 def fill_converse(reader: Reader, usage: Usage, raw: Document) -> None:

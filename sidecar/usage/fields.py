@@ -232,9 +232,9 @@ def _anthropic_names(raw: Document) -> bool:
 
     Where a total is stated, that decides.
     """
-    return (
-        "cache_read_input_tokens" in raw or "cache_creation_input_tokens" in raw
-    ) and not any(key in raw for key in ("prompt_tokens", "total_tokens", "input_tokens_details"))
+    return ("cache_read_input_tokens" in raw or "cache_creation_input_tokens" in raw) and not any(
+        key in raw for key in ("prompt_tokens", "total_tokens", "input_tokens_details")
+    )
 
 
 def _first(reader: Reader, raw: Document, names: tuple[str, str]) -> int | None:

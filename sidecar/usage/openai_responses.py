@@ -14,8 +14,11 @@ from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import name, part
 
-# The last two are other servers': realtime's name of the end, and that of an answer that was cancelled (unverified).
-TERMINAL = ("response.completed", "response.incomplete", "response.failed", "response.done", "response.cancelled")
+TERMINAL = ("response.completed", "response.incomplete", "response.failed")
+
+# A stream is one answer, so other servers' words for its end are taken as well: realtime's, and that of an answer that
+# was cancelled (unverified). A socket holds many answers, and whoever sends both words there must not count twice.
+_ENDS = (*TERMINAL, "response.done", "response.cancelled")
 
 _RESPONSE: Tree = {
     "id": True,
@@ -32,7 +35,7 @@ _RESPONSE: Tree = {
 
 class Responses(Reader):
     wanted: ClassVar[Tree] = {**_RESPONSE, "type": True, "code": True, "response": _RESPONSE}
-    end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in TERMINAL)
+    end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in _ENDS)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
 
     @classmethod
@@ -60,8 +63,8 @@ class Responses(Reader):
             self.fail(error or {"type": document.get("code"), "code": document.get("code")})
         elif type(response) is dict and kind.startswith("response."):
             self.document(response)
-            self.final = kind in TERMINAL
-        return kind in TERMINAL
+            self.final = kind in _ENDS
+        return kind in _ENDS
 
     def document(self, document: Document) -> None:
         if document.get("object") in ("response", "response.compaction") or "usage" in document:

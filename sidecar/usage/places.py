@@ -64,7 +64,7 @@ class Places:
         self._pins = Patterns([(ANY_METHOD, pin.pattern, pin.provider) for pin in pins])
         self._elements = [(element, _pattern(element)) for element in elements]
         self.host_provider = provider_of_host(upstream_host)
-        self._by_header = [row for row in rows if not row.paths]
+        self._by_header = [row for row in rows if not row.paths and row.reader.header_names]
         self._by_reader = {row.reader: row for row in reversed(rows) if row.unmetered is None}
         self._remembered: dict[str, Place | None] = {}
         names = [name for row in rows for name in row.reader.header_names]

@@ -1,8 +1,7 @@
-"""Things billed by time, pages or units of their own: Replicate, fal, Mistral's OCR and conversations."""
+"""Things billed by time, pages or units of their own: Replicate, Mistral's OCR and conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from sidecar.exchange import Usage
@@ -38,23 +37,6 @@ class Replicate(Reader):
         seconds = quantity(raw.get("predict_time"))
         if seconds is not None:
             usage.units["predict_seconds"] = seconds
-
-
-class Fal(Reader):
-    """Any path: one header says how many units are billed; what a unit is depends on the model."""
-
-    header_names: ClassVar[tuple[str, ...]] = ("x-fal-billable-units",)
-
-    def head(self, headers: Mapping[str, str]) -> None:
-        super().head(headers)
-        self.seen = True
-
-    def fill_from_headers(self, usage: Usage) -> bool:
-        units = quantity(self.headers.get("x-fal-billable-units"))
-        if units is None:
-            return False
-        usage.units["billable_units"] = units
-        return True
 
 
 class MistralOcr(Reader):

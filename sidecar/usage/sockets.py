@@ -87,28 +87,38 @@ class _Session:
 class Realtime(_Session):
     """OpenAI realtime: every `response.done`, and every transcription, which another model does at its own price."""
 
-    __slots__ = ()
+    __slots__ = ("_asked_transcriber", "_transcriber")
 
     api = "OpenAI realtime"
     where = "`.response.usage` of each `response.done`, `usage` of each finished input transcription"
-    client_signs = (b"session.update",)
+    client_signs = (b"session.update",)  # a session for transcriptions alone has `transcription_` before it
     server_signs = (b"response.done", b"input_audio_transcription.completed", b"session.created", b"session.updated")
 
+    def __init__(self, target: str, provider: str | None, anomaly: Callable[[str], None]) -> None:
+        super().__init__(target, provider, anomaly)
+        self._transcriber: str | None = None  # the model that writes down what was said, asked for and in use
+        self._asked_transcriber: str | None = None
+
     def _asked(self, document: Document) -> None:
-        self.request_model = name(part(document.get("session")).get("model")) or self.request_model
+        session = part(document.get("session"))
+        self.request_model = name(session.get("model")) or self.request_model
+        self._asked_transcriber = _transcriber(session) or self._asked_transcriber
 
     def _answered(self, document: Document) -> Usage | None:
         kind = document.get("type")
-        if kind in ("session.created", "session.updated"):
-            self.model = name(part(document.get("session")).get("model")) or self.model
+        if type(kind) is str and kind.endswith(("session.created", "session.updated")):
+            session = part(document.get("session"))
+            self.model = name(session.get("model")) or self.model
+            self._transcriber = _transcriber(session) or self._transcriber
             return None
         if kind == "response.done":
             return self._response(part(document.get("response")))
         if kind == "conversation.item.input_audio_transcription.completed":
             reader = Media(self._anomaly)
             reader.message({"type": "transcript.text.done", "usage": document.get("usage")}, "")
+            reader.model = self._transcriber
             usage = self._usage(reader, "transcription")
-            usage.request_model = None
+            usage.request_model = self._asked_transcriber
             usage.response_id = name(document.get("item_id"))
             return usage
         return None
@@ -125,6 +135,26 @@ class Realtime(_Session):
             reader.error = reader.error or "failed"
         reader.final = True
         return self._usage(reader, "realtime")
+
+
+class MistralTranscriptions(_Session):
+    """Mistral's realtime transcription: one `transcription.done` at the end (its package; the seconds that it states
+    are reported to be unreliable)."""
+
+    __slots__ = ()
+
+    api = "Mistral realtime transcription"
+    where = "`usage` of `transcription.done`"
+    server_signs = (b"transcription.done", b"session.created", b"session.updated")
+
+    def _answered(self, document: Document) -> Usage | None:
+        if document.get("type") != "transcription.done":
+            self.model = name(part(document.get("session")).get("model")) or self.model
+            return None
+        reader = Media(self._anomaly)
+        reader.model = self.model
+        reader.message(document, "")
+        return self._usage(reader, "transcription")
 
 
 class ResponsesSocket(_Session):
@@ -171,6 +201,7 @@ class GeminiLive(_Session):
 
 
 SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
+    ("/transcriptions/realtime", MistralTranscriptions, "mistral_ai"),
     ("/realtime", Realtime, "openai"),
     ("/responses", ResponsesSocket, "openai"),
     (".BidiGenerateContent", GeminiLive, "gcp.gemini"),
@@ -178,6 +209,12 @@ SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
     (".LlmBidiService/BidiGenerateContent", GeminiLive, "gcp.vertex_ai"),
 )
 """The end of the path, the reader, the provider; `openai` also where Azure stands behind, unless pinned."""
+
+
+def _transcriber(session: Document) -> str | None:
+    """The model of the input's transcription: nested in the sound's settings, or beside them in the beta's spelling."""
+    given = part(part(part(session.get("audio")).get("input")).get("transcription"))
+    return name(given.get("model")) or name(part(session.get("input_audio_transcription")).get("model"))
 
 
 def session(target: str, provider: str | None, anomaly: Callable[[str], None]) -> Session | None:

@@ -11,15 +11,34 @@ from dataclasses import dataclass
 
 from sidecar.usage.anthropic import Messages
 from sidecar.usage.batches import BatchFile
-from sidecar.usage.bedrock import Converse, Invoke
+from sidecar.usage.bedrock import Agents, Converse, Invoke
 from sidecar.usage.cohere import Cohere
-from sidecar.usage.gemini import Gemini, Interactions, Vertex
+from sidecar.usage.gemini import CloudCode, Gemini, Interactions, Vertex
+from sidecar.usage.natives import (
+    AssistantRuns,
+    Cortex,
+    DashScope,
+    DashScopeApps,
+    Deepgram,
+    DeepgramSpeak,
+    ElevenLabs,
+    Fal,
+    JinaReader,
+    LmStudio,
+    Oci,
+    Qianfan,
+    Reka,
+    SGLang,
+    Watsonx,
+    WatsonxChat,
+    WorkersAi,
+)
 from sidecar.usage.ollama import Ollama
 from sidecar.usage.openai import ChatCompletions, Embeddings
 from sidecar.usage.openai_media import Media
 from sidecar.usage.openai_responses import Responses
 from sidecar.usage.plain import Batch, Unmetered
-from sidecar.usage.predictions import Fal, MistralConversations, MistralOcr, Replicate
+from sidecar.usage.predictions import MistralConversations, MistralOcr, Replicate
 from sidecar.usage.reader import Reader
 from sidecar.usage.servers import LlamaCpp, TextEmbeddings, TextGeneration
 
@@ -55,6 +74,10 @@ def _any(*paths: str) -> tuple[str, ...]:
 
 
 _GOOGLE = ("*/models/{model}", "*/tunedModels/{model}", "*/endpoints/{model}")
+_CLOUD_CODE = (
+    "*/v1internal",
+    "*/v1internal/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
+)
 _VERTEX = (
     "*/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
     "*/projects/{project}/locations/{location}/endpoints/{model}",
@@ -147,6 +170,25 @@ ROWS: tuple[Row, ...] = (
         provider="gcp.vertex_ai",
     ),
     Row(
+        "Others on Vertex (Mistral, AI21)",
+        tuple(f"*/publishers/{{publisher}}/models/{{model}}:{verb}" for verb in ("rawPredict", "streamRawPredict")),
+        ChatCompletions,
+        "chat",
+        "as OpenAI chat completions",
+        "`[DONE]`",
+        provider="gcp.vertex_ai",
+    ),
+    Row(
+        "Cloud Code (Gemini CLI)",
+        _verbs(_CLOUD_CODE, "generateContent", "streamGenerateContent"),
+        CloudCode,
+        "generate_content",
+        "`response.usageMetadata`, the last one",
+        "the end of the body, or the array's `]`",
+        provider="gcp.gen_ai",
+        framing="array",
+    ),
+    Row(
         "Vertex generateContent",
         _verbs(_VERTEX, "generateContent", "streamGenerateContent"),
         Vertex,
@@ -210,6 +252,23 @@ ROWS: tuple[Row, ...] = (
         provider="aws.bedrock",
     ),
     Row(
+        "Bedrock agents",
+        _any("/agents/{agent}/agentAliases/{alias}/sessions/{session}/text"),
+        Agents,
+        "invoke_agent",
+        "the sum of `modelInvocationOutput.metadata.usage` of the traces, where they were asked for",
+        provider="aws.bedrock",
+    ),
+    Row(
+        "LM Studio chat",
+        ("/api/v1/chat",),
+        LmStudio,
+        "chat",
+        "`stats`; streamed: `.result.stats`",
+        "`chat.end`",
+        provider="lm_studio",
+    ),
+    Row(
         "Cohere chat",
         _any("/v2/chat", "/v1/chat"),
         Cohere,
@@ -233,6 +292,21 @@ ROWS: tuple[Row, ...] = (
         Cohere,
         "rerank",
         "`meta.billed_units`, or `usage.total_tokens`",
+    ),
+    Row(
+        "Rankings: NVIDIA NIM",
+        (*_any("/v1/ranking"), "*/reranking"),
+        Embeddings,
+        "rerank",
+        "`usage`",
+        provider="nvidia.nim",
+    ),
+    Row(
+        "vLLM score, pooling and classify",
+        (*_any("/score", "/pooling"), "/classify"),
+        Embeddings,
+        "embeddings",
+        "`usage`",
     ),
     Row(
         "Mistral conversations",
@@ -290,6 +364,149 @@ ROWS: tuple[Row, ...] = (
         provider="replicate",
     ),
     Row("fal", (), Fal, "prediction", "the header `x-fal-billable-units`, on any path", provider="fal"),
+    Row(
+        "Cloudflare Workers AI",
+        ("*/ai/run/{model}",),
+        WorkersAi,
+        "chat",
+        "`result.usage`; streamed: `usage` of the last event",
+        "`[DONE]`",
+        provider="cloudflare.workers_ai",
+    ),
+    Row(
+        "IBM watsonx generation, embeddings and rerank",
+        _any(
+            "/ml/v1/text/generation",
+            "/ml/v1/text/generation_stream",
+            "/ml/v1/deployments/{deployment}/text/generation",
+            "/ml/v1/deployments/{deployment}/text/generation_stream",
+            "/ml/v1/text/embeddings",
+            "/ml/v1/text/rerank",
+        ),
+        Watsonx,
+        "text_completion",
+        "`results[].input_token_count`, `generated_token_count`",
+        provider="ibm.watsonx.ai",
+    ),
+    Row(
+        "IBM watsonx chat",
+        _any(
+            "/ml/v1/text/chat",
+            "/ml/v1/text/chat_stream",
+            "/ml/v1/deployments/{deployment}/text/chat",
+            "/ml/v1/deployments/{deployment}/text/chat_stream",
+        ),
+        WatsonxChat,
+        "chat",
+        "`usage`",
+        provider="ibm.watsonx.ai",
+    ),
+    Row(
+        "Snowflake Cortex",
+        ("*/cortex/inference:complete", "*/cortex/inference/complete"),
+        Cortex,
+        "chat",
+        "`usage`, the last one",
+        provider="snowflake.cortex",
+    ),
+    Row(
+        "Oracle OCI chat and embeddings",
+        ("*/actions/chat", "*/actions/embedText"),
+        Oci,
+        "chat",
+        "`chatResponse.usage`; streamed: the event with `usage`, where it was asked for",
+        provider="oracle.oci",
+    ),
+    Row(
+        "DashScope generation",
+        ("*/services/aigc/{task}/generation",),
+        DashScope,
+        "chat",
+        "`usage`, the last one",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "DashScope embeddings and rerank",
+        (
+            "*/services/embeddings/{kind}/text-embedding",
+            "*/services/embeddings/{kind}/multimodal-embedding",
+            "*/services/rerank/{kind}/text-rerank",
+        ),
+        DashScope,
+        "embeddings",
+        "`usage`",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "DashScope applications",
+        ("*/api/v1/apps/{app}/completion",),
+        DashScopeApps,
+        "invoke_agent",
+        "the sum of `usage.models[]`",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "Baidu Qianfan (v1)",
+        ("*/wenxinworkshop/chat/{model}", "*/wenxinworkshop/completions/{model}", "*/wenxinworkshop/plugin/{model}"),
+        Qianfan,
+        "chat",
+        "`usage`",
+        "`is_end: true`",
+        provider="baidu.qianfan",
+    ),
+    Row(
+        "Baidu Qianfan embeddings and rerank (v1)",
+        ("*/wenxinworkshop/embeddings/{model}", "*/wenxinworkshop/reranker/{model}"),
+        Embeddings,
+        "embeddings",
+        "`usage`",
+        provider="baidu.qianfan",
+    ),
+    Row(
+        "SGLang generate",
+        (),
+        SGLang,
+        "text_completion",
+        "`meta_info`, known by its shape (`/generate` is TGI's as well); of a batch, the sum",
+        "`[DONE]`",
+        provider="sglang",
+    ),
+    Row("Reka chat", (), Reka, "chat", "`usage`, known by its shape (`/v1/chat` is Cohere's as well)", provider="reka"),
+    Row(
+        "OpenAI assistants, streamed runs",
+        (
+            "*/threads/runs",
+            "*/threads/{thread}/runs",
+            "*/threads/{thread}/runs/{run}/submit_tool_outputs",
+        ),
+        AssistantRuns,
+        "invoke_agent",
+        "`usage` of the run's last event",
+        "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
+        provider="openai",
+    ),
+    Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
+    Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),
+    Row(
+        "Deepgram speak", _any("/v1/speak"), DeepgramSpeak, "speech", "the header `dg-char-count`", provider="deepgram"
+    ),
+    Row(
+        "ElevenLabs speech",
+        _any(
+            "/v1/text-to-speech/{voice}",
+            "/v1/text-to-speech/{voice}/stream",
+            "/v1/text-to-speech/{voice}/with-timestamps",
+            "/v1/text-to-speech/{voice}/stream/with-timestamps",
+            "/v1/speech-to-speech/{voice}",
+            "/v1/speech-to-speech/{voice}/stream",
+            "/v1/text-to-dialogue",
+            "/v1/sound-generation",
+        ),
+        ElevenLabs,
+        "speech",
+        "the header `character-cost`",
+        provider="elevenlabs",
+    ),
     Row(
         "Anthropic token counts",
         (*_any("/v1/messages/count_tokens"), "*/publishers/anthropic/models/count-tokens:rawPredict"),

@@ -123,8 +123,8 @@ def overlay(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
 
 def _some(value: object, depth: int = 0) -> bool:
     """Whether there is a number above zero in it: lists of details can be all zeros as well."""
-    if type(value) is list or type(value) is dict:
-        inner = value if type(value) is list else value.values()
+    if isinstance(value, list | dict):
+        inner = value if isinstance(value, list) else value.values()
         return depth < _DETAIL_DEPTH_MAX and any(_some(item, depth + 1) for item in inner)
     return bool(quantity(value))
 
