@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 from sidecar.exchange import Usage
 from sidecar.usage.anthropic import Messages
-from sidecar.usage.fields import fill_tokens
+from sidecar.usage.fields import fill_tokens, settle_total
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, known
 from sidecar.usage.values import count, error_word, lenient_loads, name, overlay, part
@@ -139,6 +139,7 @@ def fill_converse(reader: Reader, usage: Usage, raw: Document) -> None:
         field = _TTL.get(str(part(entry).get("ttl")))
         if field is not None and (amount := number(entry, "inputTokens")) is not None:
             setattr(usage, field, (getattr(usage, field) or 0) + amount)
+    settle_total(usage, {"total_tokens": raw.get("totalTokens")})
 
 
 class Invoke(_Frames):

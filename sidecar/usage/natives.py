@@ -155,22 +155,31 @@ class SGLang(Native):
     With several samples of one prompt (`n`) each of them states the prompt: that is not to be seen in an answer.
     """
 
+    numbers_at = (
+        "meta_info.prompt_tokens",
+        "meta_info.completion_tokens",
+        "meta_info.cached_tokens",
+        "meta_info.reasoning_tokens",
+    )
+    id_at = ("meta_info.id", "index")
+    finish_at = ("meta_info.finish_reason",)
     told_by = (("meta_info.prompt_tokens", "meta_info.completion_tokens"),)
-    _KEYS = ("prompt_tokens", "completion_tokens", "cached_tokens", "reasoning_tokens")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._parts: dict[object, tuple[int, Document]] = {}  # id -> its place, its counts
         self._sums: dict[str, int] = {}
         self._going_on = 0
+        self._unnamed = 0  # elements of a list that had no id, and have ended
 
     def document(self, document: Document) -> None:
         meta = part(document.get("meta_info"))
-        counts = {key: meta[key] for key in self._KEYS if key in meta}
+        keys = (path.rpartition(".")[2] for path in self.numbers_at)
+        counts = {key: meta[key] for key in keys if key in meta}
         if not counts:
             self._fails(document)
             return
-        key = name(meta.get("id")) or count(document.get("index"))
+        key: object = name(meta.get("id")) or (count(document.get("index")), self._unnamed)
         if key not in self._parts and len(self._parts) >= CHOICES_MAX:
             self.anomaly("batch_answers_dropped")
             return
@@ -186,6 +195,7 @@ class SGLang(Native):
         reason = meta.get("finish_reason")
         if place not in self.finish_reasons and self.finished(place, part(reason).get("type", reason)):
             self._going_on -= 1
+            self._unnamed += type(key) is tuple
         self.final = self._going_on == 0
 
 

@@ -20,7 +20,7 @@ from sidecar.usage.values import part
 _LAST = ("transcript.text.done", "speech.audio.done", "image_generation.completed", "image_edit.completed")
 _LAST_WITH_USAGE = (".done", ".completed")  # others' last events, where they state it
 
-_USED = re.compile(rb'"usage"(?!:\s*+null)').search
+_OF_INTEREST = re.compile(rb'"(?:usage|finish_reason)"(?!:\s*+null)').search
 
 
 class Media(Reader):
@@ -35,6 +35,7 @@ class Media(Reader):
         "duration": True,
         "model": True,
         "choices": [{"index": True, "finish_reason": True}],
+        "data": [{}],  # that it is there
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b".done", b".completed", b"[DONE]")
 
@@ -56,7 +57,7 @@ class Media(Reader):
             or b".completed" in block
             or b'"error"' in block
             or b"[DONE]" in block
-            or _USED(block) is not None
+            or _OF_INTEREST(block) is not None
         ) and not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:

@@ -301,9 +301,10 @@ ROWS: tuple[Row, ...] = (
         "`usage`",
         provider="nvidia.nim",
     ),
+    Row("vLLM score", ("/score", *_any("/v1/score")), Embeddings, "rerank", "`usage`"),
     Row(
-        "vLLM score, pooling and classify",
-        (*_any("/score", "/pooling"), "/classify"),
+        "vLLM pooling and classify",
+        ("/pooling", *_any("/v1/pooling"), "/classify"),
         Embeddings,
         "embeddings",
         "`usage`",
