@@ -26,6 +26,7 @@ _MESSAGE: Tree = {
     "error": True,
 }
 _UNITS = ("web_search_requests", "web_fetch_requests")
+_OPENAIS = frozenset(("prompt_tokens", "completion_tokens"))
 _COUNTS = (
     ("input_tokens", "input_tokens"),
     ("output_tokens", "output_tokens"),
@@ -85,7 +86,7 @@ class Messages(Reader):
 
 
 def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
-    if not raw.get("input_tokens") and count(raw.get("prompt_tokens")):
+    if not (count(raw.get("input_tokens")) or count(raw.get("output_tokens"))) and not _OPENAIS.isdisjoint(raw):
         fill_tokens(reader, usage, raw)  # an imitator that kept OpenAI's names, and with them its meaning
         return
     counts = {ours: number for ours, theirs in _COUNTS if (number := reader.number(raw, theirs)) is not None}

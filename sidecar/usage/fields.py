@@ -20,7 +20,7 @@ from typing import Any
 
 from sidecar.exchange import Usage
 from sidecar.usage.reader import Document, Reader
-from sidecar.usage.values import count, decimal_text, part, quantity
+from sidecar.usage.values import count, decimal_text, part, plain_decimal, quantity
 
 _READ, _WRITE = "cache_read_input_tokens", "cache_write_input_tokens"
 
@@ -269,7 +269,7 @@ def _total_of(cost: Document) -> Any:
     return next((cost[key] for key in _COST_TOTALS if cost.get(key) is not None), None)
 
 
-def _sum(one: str, other: str) -> str | None:
+def _sum(one: str, other: str) -> str:
     with localcontext() as context:
-        context.prec = 80  # of two numbers of at most 13 digits before and 31 behind the point
-        return decimal_text(format(Decimal(one) + Decimal(other), "f"))
+        context.prec = 100  # two numbers of at most 13 digits before the point and some 70 behind it
+        return plain_decimal(Decimal(one) + Decimal(other))

@@ -67,6 +67,11 @@ def decimal_text(value: object, exponent: int = 0) -> str | None:
         number = Decimal((sign, digits, place + exponent))  # `scaleb` would round to 28 digits
     if not number.is_finite() or number < 0 or number.adjusted() > 12 or number.adjusted() < -30:
         return "0" if number.is_finite() and number == 0 else None
+    return plain_decimal(number)
+
+
+def plain_decimal(number: Decimal) -> str:
+    """Without an exponent and without zeros at the end."""
     text = format(number, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
