@@ -50,7 +50,7 @@ class Watsonx(Native):
 class WatsonxChat(ChatCompletions):
     """OpenAI's shape without its `object`, and the model under another name as well."""
 
-    wanted: ClassVar[Tree] = {**ChatCompletions.wanted, "model_id": True}
+    wanted: ClassVar[Tree] = {**ChatCompletions.wanted, "model_id": True, "created_at": True}
 
     @classmethod
     def claims(cls, document: Document) -> bool:
