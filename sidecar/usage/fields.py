@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from decimal import Decimal, localcontext
-from itertools import chain, combinations
+from itertools import combinations
 from typing import Any
 
 from sidecar.exchange import Usage
 from sidecar.usage.reader import Document, Reader
-from sidecar.usage.values import count, decimal_text, part, plain_decimal, quantity
+from sidecar.usage.values import COUNT_MAX, count, decimal_text, part, plain_decimal, quantity
 
 _READ, _WRITE = "cache_read_input_tokens", "cache_write_input_tokens"
 
@@ -108,7 +108,7 @@ _COSTS: tuple[tuple[str, int], ...] = (  # name, power of ten
 _COST_TOTALS = ("total_cost", "total", "total_cost_usd", "usd")  # where a cost is an object
 _DOLLARS = (None, "USD", "usd")
 _NO_FIELD = ("citation_tokens",)  # Perplexity: read by the model, billed, and no part that we name
-_NAMED = frozenset(chain(_DETAILS, _BESIDE, _SPLITS, _UNITS, (name for name, _ in _COSTS), ("cost_details", "is_byok")))
+_MONEY = frozenset((*(name for name, _ in _COSTS), "cost_details"))
 
 
 def fill_tokens(reader: Reader, usage: Usage, raw: Document) -> None:
@@ -119,7 +119,7 @@ def fill_tokens(reader: Reader, usage: Usage, raw: Document) -> None:
     else:
         usage.input_tokens = _first(reader, raw, _INPUT)
         usage.output_tokens = _first(reader, raw, _OUTPUT)
-    if not raw.keys() <= _PLAIN:
+    if len(raw) > 3 or not raw.keys() <= _PLAIN:
         fill_parts(reader, usage, raw)
         if _anthropic_names(raw) and usage.input_tokens is not None:
             usage.input_tokens += (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
@@ -128,26 +128,32 @@ def fill_tokens(reader: Reader, usage: Usage, raw: Document) -> None:
 
 
 def fill_parts(reader: Reader, usage: Usage, raw: Document) -> None:
-    """All that stands beside the two wholes: details, cache counts, units, the cost."""
-    named = raw.keys() & _NAMED
-    if not named:
-        return
-    for key, fields in _DETAILS.items():
-        if key in named and type(details := raw[key]) is dict:
-            _take(reader, usage, details, fields)
-            if fields is _IN:
-                _split(reader, usage, details)
-    _take(reader, usage, raw, _BESIDE)
-    _split(reader, usage, raw)
-    for key, unit in _UNITS.items():
-        if key in named and (amount := quantity(raw[key])) is not None:
-            usage.units[unit] = amount
-    for key, provider in _GIVES_AWAY.items():
-        if key in named:
+    """All that stands beside the two wholes: details, cache counts, units, the cost. One look at each member."""
+    beside = costs = False
+    for key, value in raw.items():
+        if key in _PLAIN or value is None:
+            continue
+        if (fields := _DETAILS.get(key)) is not None:
+            if type(value) is dict:
+                _take(reader, usage, value, fields)
+        elif key in _BESIDE or key in _SPLITS:
+            beside = True
+        elif (unit := _UNITS.get(key)) is not None:
+            if (amount := quantity(value)) is not None:
+                usage.units[unit] = amount
+        elif key in _MONEY:
+            costs = True
+        if (provider := _GIVES_AWAY.get(key)) is not None:
             reader.provider = reader.provider or provider
-    usage.cost_usd = stated_cost(raw)
-    if type(raw.get("cost")) is dict:
-        reader.provider = reader.provider or "perplexity"
+    if beside:
+        _take(reader, usage, raw, _BESIDE)
+    if costs:
+        usage.cost_usd = stated_cost(raw)
+        if type(raw.get("cost")) is dict:
+            reader.provider = reader.provider or "perplexity"
+    kept = usage.cache_write_5m_input_tokens, usage.cache_write_1h_input_tokens
+    if usage.cache_write_input_tokens is None and kept != (None, None):
+        usage.cache_write_input_tokens = sum(amount or 0 for amount in kept)  # stated only by how long it is kept
 
 
 def stated_cost(raw: Document) -> str | None:
@@ -172,13 +178,13 @@ def settle_parts(usage: Usage) -> None:
     said, reasoning = usage.output_tokens, usage.reasoning_output_tokens
     if said is not None and reasoning is not None and reasoning > said:
         usage.output_tokens = said + reasoning
-    for outside in (
-        (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0),
-        usage.audio_input_tokens or 0,
-        usage.image_input_tokens or 0,
-    ):
-        if usage.input_tokens is not None and outside > usage.input_tokens:
-            usage.input_tokens += outside
+    entered = usage.input_tokens
+    if entered is None:
+        return
+    cached = (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
+    for outside in (cached, usage.audio_input_tokens or 0, usage.image_input_tokens or 0):
+        if outside > entered:
+            usage.input_tokens = entered = entered + outside
 
 
 def settle_total(usage: Usage, raw: Document) -> None:
@@ -192,6 +198,8 @@ def settle_total(usage: Usage, raw: Document) -> None:
         return
     entered, said = usage.input_tokens, usage.output_tokens
     rest = total - (entered or 0) - (said or 0)
+    if rest == 0 and entered is not None:
+        return
     if entered is None and said is None:
         usage.total_tokens = total
     elif entered is None:
@@ -232,9 +240,8 @@ def _anthropic_names(raw: Document) -> bool:
 
     Where a total is stated, that decides.
     """
-    return ("cache_read_input_tokens" in raw or "cache_creation_input_tokens" in raw) and not any(
-        key in raw for key in ("prompt_tokens", "total_tokens", "input_tokens_details")
-    )
+    named = "cache_read_input_tokens" in raw or "cache_creation_input_tokens" in raw
+    return named and not ("prompt_tokens" in raw or "total_tokens" in raw or "input_tokens_details" in raw)
 
 
 def _first(reader: Reader, raw: Document, names: tuple[str, str]) -> int | None:
@@ -246,21 +253,14 @@ def _first(reader: Reader, raw: Document, names: tuple[str, str]) -> int | None:
 def _take(reader: Reader, usage: Usage, raw: Document, fields: Mapping[str, str]) -> None:
     """Parts of one object; a number that is known already is not replaced by its copy, nor by a zero."""
     for key, value in raw.items():
-        if value is not None and (field := fields.get(key)) is not None and not getattr(usage, field):
-            number = reader.number(raw, key)
+        field = fields.get(key)
+        if field is None:
+            if key in _SPLITS and fields is not _LASTING and type(value) is dict:
+                _take(reader, usage, value, _LASTING)
+        elif value is not None and not getattr(usage, field):
+            number = value if type(value) is int and 0 <= value <= COUNT_MAX else reader.number(raw, key)
             if number is not None:
                 setattr(usage, field, number)
-
-
-def _split(reader: Reader, usage: Usage, raw: Document) -> None:
-    """A cache write by how long it is kept; the sum where no total of it is stated."""
-    for key in _SPLITS:
-        split = raw.get(key)
-        if type(split) is dict:
-            _take(reader, usage, split, _LASTING)
-            kept = [usage.cache_write_5m_input_tokens, usage.cache_write_1h_input_tokens]
-            if usage.cache_write_input_tokens is None and kept != [None, None]:
-                usage.cache_write_input_tokens = sum(amount or 0 for amount in kept)
 
 
 def _total_of(cost: Document) -> Any:
