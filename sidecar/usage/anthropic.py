@@ -86,8 +86,9 @@ class Messages(Reader):
 
 
 def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
-    if not (count(raw.get("input_tokens")) or count(raw.get("output_tokens"))) and not _OPENAIS.isdisjoint(raw):
-        fill_tokens(reader, usage, raw)  # an imitator that kept OpenAI's names, and with them its meaning
+    own = count(raw.get("input_tokens")) or count(raw.get("output_tokens"))
+    if not own and (not _OPENAIS.isdisjoint(raw) or not ("input_tokens" in raw or "output_tokens" in raw)):
+        fill_tokens(reader, usage, raw)  # an imitator that kept OpenAI's (or others') names, and with them the meaning
         return
     counts = {ours: number for ours, theirs in _COUNTS if (number := reader.number(raw, theirs)) is not None}
     iterations = raw.get("iterations")

@@ -111,6 +111,9 @@ class Agents(Converse):
             self.final = True
         return False
 
+    def document(self, document: Document) -> None:
+        """What comes in no frames is no agent's answer: the paths are other APIs' as well."""
+
     def _trace(self, trace: Document) -> None:
         for kind in trace.values():
             output = part(part(kind).get("modelInvocationOutput"))

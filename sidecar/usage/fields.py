@@ -29,6 +29,30 @@ _INPUT = ("prompt_tokens", "input_tokens")
 _OUTPUT = ("completion_tokens", "output_tokens")
 _PLAIN = frozenset((*_INPUT, *_OUTPUT, "total_tokens"))
 
+_ELSEWHERE = {  # where none of these stands there: the names of families with a reader of their own, by gateways
+    "promptTokens": "prompt_tokens",
+    "completionTokens": "completion_tokens",
+    "inputTokens": "input_tokens",
+    "outputTokens": "output_tokens",
+    "totalTokens": "total_tokens",
+    "promptTokenCount": "prompt_tokens",
+    "candidatesTokenCount": "completion_tokens",
+    "totalTokenCount": "total_tokens",
+    "prompt_token_count": "prompt_tokens",
+    "candidates_token_count": "completion_tokens",
+    "total_token_count": "total_tokens",
+    "input_token_count": "input_tokens",
+    "output_token_count": "output_tokens",
+    "generation_token_count": "completion_tokens",
+    "generated_token_count": "completion_tokens",
+    "prompt_eval_count": "prompt_tokens",
+    "eval_count": "completion_tokens",
+    "cacheReadInputTokens": "cache_read_input_tokens",
+    "cacheWriteInputTokens": "cache_creation_input_tokens",
+    "cachedContentTokenCount": "cached_tokens",
+    "thoughtsTokenCount": "reasoning_tokens",
+}
+
 _CACHE = {
     "cached_tokens": _READ,
     "cache_read_tokens": _READ,
@@ -86,6 +110,7 @@ _UNITS = {
     "num_search_queries": "search_queries",
     "prompt_audio_seconds": "audio_seconds",
     "audio_seconds": "audio_seconds",
+    "seconds": "audio_seconds",  # OpenAI's and vLLM's `type: duration`
     "rerank_units": "search_units",
     "generated_images": "images",
     "image_count": "images",
@@ -113,12 +138,11 @@ _MONEY = frozenset((*(name for name, _ in _COSTS), "cost_details"))
 
 def fill_tokens(reader: Reader, usage: Usage, raw: Document) -> None:
     """A usage object in OpenAI's manner; both of its dialects, mixed or not."""
-    if raw.get("type") == "duration":
-        if (seconds := quantity(raw.get("seconds"))) is not None:
-            usage.units["audio_seconds"] = seconds
-    else:
-        usage.input_tokens = _first(reader, raw, _INPUT)
-        usage.output_tokens = _first(reader, raw, _OUTPUT)
+    usage.input_tokens = _first(reader, raw, _INPUT)
+    usage.output_tokens = _first(reader, raw, _OUTPUT)
+    if _PLAIN.isdisjoint(raw) and not _ELSEWHERE.keys().isdisjoint(raw):
+        fill_tokens(reader, usage, {_ELSEWHERE.get(key, key): value for key, value in raw.items()})
+        return
     if len(raw) > 3 or not raw.keys() <= _PLAIN:
         fill_parts(reader, usage, raw)
         if _anthropic_names(raw) and usage.input_tokens is not None:

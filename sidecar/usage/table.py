@@ -253,7 +253,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Bedrock agents",
-        _any("/agents/{agent}/agentAliases/{alias}/sessions/{session}/text"),
+        (*_any("/agents/{agent}/agentAliases/{alias}/sessions/{session}/text"), "/agents/{session}"),
         Agents,
         "invoke_agent",
         "the sum of `modelInvocationOutput.metadata.usage` of the traces, where they were asked for",
@@ -518,7 +518,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Gemini token counts",
-        _verbs(_GOOGLE, "countTokens", "computeTokens"),
+        _verbs((*_GOOGLE, "*/v1internal"), "countTokens", "computeTokens"),
         Unmetered,
         "count_tokens",
         provider="gcp.gemini",

@@ -232,6 +232,23 @@ def test_names_of_either_dialect_are_read_on_either_route(reader: type[Reader]) 
     assert counts(read(reader, other)) == (52, 6, 58)
 
 
+@pytest.mark.parametrize(
+    "used",
+    [
+        {"promptTokens": 52, "completionTokens": 6},
+        {"inputTokens": 52, "outputTokens": 6, "totalTokens": 58},
+        {"promptTokenCount": 52, "candidatesTokenCount": 6, "totalTokenCount": 58},
+        {"prompt_token_count": 52, "generation_token_count": 6},
+        {"prompt_eval_count": 52, "eval_count": 6},
+        {"promptTokenCount": 52, "candidatesTokenCount": 2, "thoughtsTokenCount": 4, "totalTokenCount": 58},
+        {"inputTokens": 2, "cacheReadInputTokens": 50, "outputTokens": 6},
+    ],
+)
+@pytest.mark.parametrize("reader", [ChatCompletions, Responses, Media, Messages])
+def test_the_names_of_other_families_are_better_than_none(reader: type[Reader], used: Document) -> None:
+    assert counts(read(reader, used)) == (52, 6, 58)
+
+
 def test_anthropics_own_object_on_another_route_keeps_its_meaning() -> None:
     used = {"input_tokens": 5000, "output_tokens": 33, "cache_read_input_tokens": 900}
     assert counts(read(ChatCompletions, used)) == (5900, 33, 5933)
