@@ -95,6 +95,7 @@ class Agents(Converse):
     """
 
     wanted: ClassVar[Tree] = {}
+    frame_events: ClassVar[tuple[str, ...]] = ("trace", "returnControl")  # `chunk` is `InvokeModel`'s as well
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
 
     @classmethod
