@@ -89,8 +89,8 @@ class Agents(Converse):
     """`InvokeAgent`: usage stands in the traces alone, where they were asked for; one for each call of a model.
 
     Whatever kind of trace it is (orchestration, routing, before, after), the counts are in the metadata of its model
-    invocation: `{"trace": {"orchestrationTrace": {"modelInvocationOutput": {"metadata": {"usage": …}}}}}` (from
-    memory of AWS's reference, unverified). Those of a collaborator come as traces of its own. They are added up. The
+    invocation: `{"trace": {"orchestrationTrace": {"modelInvocationOutput": {"metadata": {"usage": …}}}}}` (seen
+    in public code that reads it). Those of a collaborator come as traces of its own. They are added up. The
     answer is the `chunk` behind them; there is no other end mark.
     """
 

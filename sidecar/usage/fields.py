@@ -6,9 +6,9 @@ one vendor states is read in every shape. Names are data: a name that is wrong c
 
 Where the names are from: OpenAI's, Anthropic's, Mistral's, Groq's and Perplexity's packages; LiteLLM's `Usage` for the
 `cache_creation_*` ones; public captures for DashScope (`prompt_tokens_details.cache_creation_input_tokens`), Writer
-(`prompt_token_details`), xAI (`cost_in_usd_ticks`). Unverified, from memory of vendors' pages: `estimated_cost`
-(DeepInfra), `rerank_units` (Pinecone), `generated_images` (Ark), `image_count` (DashScope), `cached_input_tokens`,
-`cached_prompt_tokens`, and the spellings of a cost beside `cost` and `cost.total_cost`.
+(`prompt_token_details`), xAI (`cost_in_usd_ticks`), DeepInfra (`estimated_cost`). Unverified, from memory of vendors'
+pages: `rerank_units` (Pinecone), `generated_images` (Ark), `image_count` (DashScope), `cached_input_tokens`,
+`cached_prompt_tokens`, and the spellings of a cost beside these, `cost` and `cost.total_cost`.
 """
 
 from __future__ import annotations

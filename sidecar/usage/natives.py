@@ -1,10 +1,11 @@
 """The vendors' own APIs, one class of data each (see `native`), and the few that need a line of code.
 
-Where the places are from. Seen in public captures or threads: Workers AI (`result.usage`), watsonx generation, Oracle
-OCI (plain and streamed), SGLang (`meta_info`), LM Studio (its documentation). From a published package: Reka. From
-memory of the vendors' pages, unverified: the streams of watsonx (running counts, `not_finished` on the way), LM Studio
-(`chat.end`) and Reka (running counts); DashScope, Qianfan, Jina's reader, Deepgram, Snowflake Cortex, the headers of
-ElevenLabs and Deepgram. A place that is wrong is a line here, and costs a call without usage, which is counted.
+Where the places are from. Seen in public captures, threads or code that reads them: Workers AI (`result.usage`),
+watsonx (its streams run their counts, state the input once and zeros after it, and say `not_finished` on the way),
+Oracle OCI (plain and streamed), SGLang (`meta_info`), LM Studio (`stats`, and `chat.end`), Qianfan, the headers of
+ElevenLabs and Deepgram. From a published package: Reka. Unverified, from memory of the vendors' pages: Reka's stream
+(running counts), DashScope, Jina's reader, Deepgram's `metadata`, the order of Snowflake Cortex's events. A place that
+is wrong is a line here, and costs a call without usage, which is counted.
 """
 
 from __future__ import annotations
