@@ -44,7 +44,13 @@ class Messages(Reader):
     def claims(cls, document: Document) -> bool:
         kind = document.get("type")
         message = document.get("message") if kind == "message_start" else document if kind == "message" else None
-        return "input_tokens" in part(part(message).get("usage")) and part(message).get("role") == "assistant"
+        return "input_tokens" in part(part(message).get("usage"))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        if type(kind) is not str:
+            kind = event
+        return kind in ("message", "message_start", "message_delta", "message_stop", "error")
 
     def dull(self, block: bytes) -> bool:
         if b"message_" in block or b'"error"' in block or b"event: error" in block:

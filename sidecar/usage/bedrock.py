@@ -30,10 +30,7 @@ _DULL_CHUNK = b'{"bytes":"eyJ0eXBlIjoiY29udGVudF9ibG9ja19kZWx0YSI'  # {"type":"c
 class _Frames(Reader):
     """What both kinds of stream share: exceptions and errors come as frames of their own."""
 
-    def dull_frame(self, head: bytes) -> bool:
-        return False
-
-    def frame(self, headers: dict[str, str], payload: bytes) -> bool:
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
         self.seen = True
         kind = headers.get(":message-type", "event")
         if kind == "event":
@@ -57,9 +54,13 @@ class Converse(_Frames):
     }
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"contentBlockDelta")
 
+    frame_events: ClassVar[tuple[str, ...]] = (
+        *("messageStart", "contentBlockStart", "contentBlockDelta", "contentBlockStop", "messageStop", "metadata"),
+    )
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "inputTokens" in part(document.get("usage")) and "stopReason" in document and "output" in document
+        return "inputTokens" in part(document.get("usage")) and "stopReason" in document
 
     def dull_frame(self, head: bytes) -> bool:
         return b"contentBlock" in head and b"exception" not in head
@@ -164,6 +165,19 @@ class Invoke(_Frames):
         f"{_HEADERS}{name}-token-count" for name in ("input", "output", "cache-read-input", "cache-write-input")
     )
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
+
+    frame_events: ClassVar[tuple[str, ...]] = ("chunk",)
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "inputTextTokenCount" in document or (
+            "prompt_token_count" in document and "generation_token_count" in document
+        )
+
+    def recognises(self, document: Document, event: str) -> bool:
+        """The body is the model's own, and whatever is known of it is read here."""
+        known = ("usage", "inputTextTokenCount", "prompt_token_count", "generation_token_count", "choices")
+        return any(key in document for key in known) or document.get("type") in ("message", "error")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)

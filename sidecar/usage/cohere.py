@@ -44,9 +44,23 @@ class Cohere(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message-end", b"stream-end")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content-delta|text-generation")
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"_units", b"stream-")
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "billed_units" in part(document.get("usage")) or "billed_units" in part(document.get("meta"))
+        """Billed units, and the beginnings and ends of both kinds of stream."""
+        usage = part(document.get("usage"))
+        if "billed_units" in usage or "billed_units" in part(document.get("meta")):
+            return True
+        if document.get("type") in ("message-start", "message-end"):
+            return type(document.get("delta")) is dict
+        kind = document.get("event_type")
+        return kind in ("stream-start", "stream-end") and (
+            "generation_id" in document or type(document.get("response")) is dict
+        )
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return self.claims(document) or "event_type" in document or document.get("type") in ("content-delta", "debug")
 
     def dull(self, block: bytes) -> bool:
         if b"message-" in block or b"stream-" in block or b"error" in block:
@@ -98,6 +112,8 @@ class Cohere(Reader):
                 usage.input_tokens = usage.total_tokens  # of a reranker: nothing is generated
             return
         billed = part(raw.get("billed_units"))
+        if "output_tokens" not in billed:
+            self.operation = "embeddings" if "input_tokens" in billed else "rerank"
         usage.input_tokens = self.number(billed, "input_tokens")
         usage.output_tokens = self.number(billed, "output_tokens")
         usage.image_input_tokens = self.number(billed, "image_tokens")

@@ -31,6 +31,7 @@ _ANSWER: Tree = {
 class Gemini(Reader):
     wanted: ClassVar[Tree] = {**_ANSWER, "response": _ANSWER}
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
+    arrays_stream: ClassVar[bool] = True
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -38,9 +39,14 @@ class Gemini(Reader):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "promptTokenCount" in part(document.get("usageMetadata")) and (
-            "candidates" in document or "modelVersion" in document
-        )
+        usage = part(document.get("usageMetadata"))
+        if "promptTokenCount" not in usage and "totalTokenCount" not in usage:
+            return False
+        known = ("candidates", "modelVersion", "responseId", "embedding", "embeddings")
+        return len(usage) > 1 or any(key in document for key in known)
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return "candidates" in document or "usageMetadata" in document or "promptFeedback" in document
 
     def dull(self, block: bytes) -> bool:
         if b'"usageMetadata"' in block or b'"finishReason"' in block or b'"error"' in block:
@@ -154,6 +160,17 @@ class Interactions(Reader):
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"interaction")
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        kind = document.get("event_type")
+        if type(kind) is str and kind.startswith("interaction."):
+            return type(document.get("interaction")) is dict
+        return "total_input_tokens" in part(document.get("usage"))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return self.claims(document) or "interaction" in document or document.get("object") == "interaction"
 
     def dull(self, block: bytes) -> bool:
         if b"interaction" in block or b'"usage"' in block or b'"error"' in block:

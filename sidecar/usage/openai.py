@@ -15,7 +15,7 @@ from sidecar.exchange import Usage
 from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
-from sidecar.usage.values import name, part
+from sidecar.usage.values import count, name, part
 
 # One search instead of many: a member of interest that is not null.
 _OF_INTEREST = re.compile(rb'"(?:usage"(?!:\s*+null)|finish_reason"(?!:\s*+null)|error")').search
@@ -41,13 +41,18 @@ class ChatCompletions(Reader):
 
     _choices: int = 1  # set from the request's `n`
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b'"choices"')
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        kind = document.get("object")
-        return (
-            kind in ("chat.completion", "chat.completion.chunk", "text_completion")
-            and type(document.get("choices")) is list
-        )
+        if type(document.get("choices")) is not list:
+            return False
+        if document.get("object") in ("chat.completion", "chat.completion.chunk", "text_completion"):
+            return True
+        return count(part(document.get("usage")).get("prompt_tokens")) is not None  # some leave `object` out
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return type(document.get("choices")) is list
 
     def expect(self, choices: int) -> None:
         """How many parallel answers were asked for: running totals are final only when all of them have ended."""
@@ -115,7 +120,18 @@ class Embeddings(ChatCompletions):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return False  # `object: list` is everywhere
+        """`object: list` is everywhere; one of embeddings that cost tokens is not."""
+        usage = part(document.get("usage"))
+        if document.get("object") != "list" or not ("prompt_tokens" in usage or "total_tokens" in usage):
+            return False
+        if "data" not in document:  # skimmed
+            return "choices" not in document
+        data = document["data"]
+        first = data[0] if type(data) is list and data else data
+        return part(first).get("object") == "embedding"
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return self.claims(document)
 
     def document(self, document: Document) -> None:
         super().document(document)

@@ -38,12 +38,23 @@ class Responses(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in _ENDS)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b'"response"', b'"response.')
+
     @classmethod
     def claims(cls, document: Document) -> bool:
         if document.get("object") in ("response", "response.compaction"):
-            return "usage" in document and "output" in document
+            return "usage" in document
         kind = document.get("type")
-        return kind == "response.created" and part(document.get("response")).get("object") == "response"
+        if type(kind) is not str or not kind.startswith("response."):
+            return False
+        inner = part(document.get("response"))
+        return inner.get("object") == "response" or (kind in TERMINAL and bool(part(inner.get("usage"))))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        if type(kind) is not str:
+            kind = event
+        return kind.startswith("response.") or document.get("object") in ("response", "response.compaction")
 
     def dull(self, block: bytes) -> bool:
         if self.response_id is None or b'"error"' in block or b"event: error" in block:

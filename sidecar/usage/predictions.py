@@ -23,6 +23,12 @@ class Replicate(Reader):
         "metrics": True,
     }
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"predict_time",)
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "predict_time" in part(document.get("metrics")) and "status" in document
+
     def document(self, document: Document) -> None:
         self.seen = "status" in document
         self.identify(document)
@@ -42,6 +48,10 @@ class Replicate(Reader):
 class MistralOcr(Reader):
     wanted: ClassVar[Tree] = {"model": True, "usage_info": True, "error": True}
 
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "pages_processed" in part(document.get("usage_info"))
+
     def document(self, document: Document) -> None:
         self.identify(document)
         self.report(document.get("usage_info"))
@@ -54,6 +64,18 @@ class MistralOcr(Reader):
 class MistralConversations(Reader):
     wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
     end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"conversation")
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        kind = document.get("type")
+        if type(kind) is str and kind.startswith("conversation.response."):
+            return "conversation_id" in document or "usage" in document
+        return "conversation_id" in document and bool(part(document.get("usage")))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        return "conversation_id" in document or (type(kind) is str and kind.startswith("conversation."))
 
     def dull(self, block: bytes) -> bool:
         if b"conversation.response" in block or b'"error"' in block:

@@ -43,12 +43,18 @@ class Reader:
     """Bytes without which no message can be the stream's end mark."""
     first_token: ClassVar[re.Pattern[bytes] | None] = None
     """What the first generated text looks like on the wire, for the time to the first token."""
-    must_hold: ClassVar[bytes] = b""
-    """Bytes without which a small plain answer is not worth parsing."""
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"oken")
+    """Bytes without one of which no message can be claimed: usage, message, tokens, Token."""
+    frame_events: ClassVar[tuple[str, ...]] = ()
+    """The events of Amazon's binary frames that are of this family."""
+    arrays_stream: ClassVar[bool] = False
+    """Whether an array is a stream of its elements, and not the answers to several prompts."""
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 
     # Defaults stand on the class: a reader is made for every call, and most of these are never set.
+    settled: Reader | None = None  # who is to be asked in this one's place from now on (see `choosing`)
+    concerned: bool = True  # whether what cannot be read is a loss: not where it may be nobody's
     seen: bool = False  # something of this family's shape was seen
     final: bool = False  # the provider's end mark for usage was seen (M5)
     raw: Document | None = None
@@ -58,6 +64,7 @@ class Reader:
     error: str | None = None
     reason: str | None = None
     provider: str | None = None  # only where the answer gives it away
+    operation: str | None = None  # only where the answer gives it away, and the address does not
     headers: Mapping[str, str] = _NO_HEADERS
 
     def __init__(self, anomaly: Callable[[str], None]) -> None:
@@ -80,6 +87,10 @@ class Reader:
         """The last message was cut off: what it proved does not count."""
         self.final = final
 
+    def may_hold(self, body: bytes) -> bool:
+        """Whether a small plain answer is worth parsing."""
+        return True
+
     # What a family overrides.
 
     def head(self, headers: Mapping[str, str]) -> None:
@@ -89,6 +100,18 @@ class Reader:
     @classmethod
     def claims(cls, document: Document) -> bool:
         """Whether a document or message of an unknown path is unmistakably of this family."""
+        return False
+
+    def recognises(self, document: Document, event: str) -> bool:
+        """Whether a document or message is of this family, where the address already says so."""
+        return self.claims(document)
+
+    def dull_frame(self, head: bytes) -> bool:
+        """Whether a binary frame with these header bytes can hold nothing of interest."""
+        return False
+
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
+        """Take one binary frame; True when it is the stream's end mark."""
         return False
 
     def dull(self, block: bytes) -> bool:

@@ -24,12 +24,16 @@ from sidecar.usage.websocket import SessionTap, is_websocket
 __all__ = ["Element", "Pin", "UsageTaps"]
 
 
-NOWHERE = Place(None, None, None, (), ())
+NOWHERE = Place(None, None, None, ())
 """A call whose answer is nobody's; its request is read all the same."""
 
 
 def _ignore(kind: str) -> None:
     """Nobody counts anomalies."""
+
+
+def _say_nothing(method: str, target: str) -> None:
+    """Nobody is told of unclaimed answers."""
 
 
 def _no_clock() -> int:
@@ -42,11 +46,13 @@ class UsageTaps:
     `upstream_host`, `upstream_base`: of the upstream's URL; the base is its path. `estimate`: rough numbers where there
     are none. `stored_once`: stored answers and batch results count, once an id (see `stored`). `ask_for_usage`: offer
     to (see `asking`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
-    that may wait for decoding, the side buffer of a call.
+    that may wait for decoding, the side buffer of a call. `unclaimed`: is told the method and the target of an answer
+    that speaks of usage and that no reader knows.
     """
 
     __slots__ = (
         "anomaly", "ask_for_usage", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places",
+        "unclaimed",
     )  # fmt: skip
 
     def __init__(
@@ -63,9 +69,11 @@ class UsageTaps:
         backlog_max_bytes: int = BACKLOG_MAX_BYTES,
         clock_ns: Callable[[], int] = _no_clock,
         anomaly: Callable[[str], None] = _ignore,
+        unclaimed: Callable[[str, str], None] = _say_nothing,
         rows: Sequence[Row] = ROWS,
     ) -> None:
         self.anomaly = anomaly
+        self.unclaimed = unclaimed
         self.clock_ns = clock_ns
         self.estimate = estimate
         self.ask_for_usage = ask_for_usage
@@ -81,7 +89,7 @@ class UsageTaps:
                 if not self.body_fields:
                     return None
                 place = NOWHERE
-            tap = RequestReadingTap(self, place, headers, self.clock_ns())
+            tap = RequestReadingTap(self, place, method, target, headers, self.clock_ns())
             if self.ask_for_usage and place.row is not None:
                 tap.may_ask = may_ask(place.row.reader, place.provider, target)
             return tap
@@ -135,10 +143,14 @@ class UsageTaps:
 class RequestReadingTap:
     """Implements `sidecar.usage.RequestTap`."""
 
-    __slots__ = ("_headers", "_taps", "body", "may_ask", "opened_ns", "place")
+    __slots__ = ("_headers", "_taps", "body", "may_ask", "method", "opened_ns", "place", "target")
 
-    def __init__(self, taps: UsageTaps, place: Place, headers: RawHeaders, opened_ns: int) -> None:
+    def __init__(
+        self, taps: UsageTaps, place: Place, method: str, target: str, headers: RawHeaders, opened_ns: int
+    ) -> None:
         self._taps = taps
+        self.method = method
+        self.target = target
         self._headers: RawHeaders | None = headers
         self.place = place
         self.may_ask = False
