@@ -122,7 +122,8 @@ class AnswerTap:
             return False
         try:
             if self._decoder is None:
-                if self._framing is None or self._sign is not None or self._fixed.estimate or self._mentions is not None:
+                watched = self._sign is not None or self._mentions is not None or self._fixed.estimate
+                if watched or self._framing is None:
                     return self._take(piece)
                 ended = self._ended = self._framing.feed(piece)  # all that most pieces of a stream need
                 return ended
@@ -165,6 +166,8 @@ class AnswerTap:
         if row is None:
             return Choice(fixed.anomaly, fixed.places.everybody)
         if self._status >= 400:
+            if row.hint_only:
+                self._row = None
             return Failed(fixed.anomaly)
         if row.unmetered is not None:
             if row.reads_stored and fixed.counted is not None:
@@ -280,7 +283,8 @@ class AnswerTap:
     def _expects_json(self) -> bool:
         """Types under which JSON or events are usual: anything else there is odd."""
         content_type = self._fields.get("content-type", "").partition(";")[0].strip().lower()
-        return not content_type or content_type.endswith("json") or content_type.startswith(("text/", "application/oct"))
+        usual = ("text/", "application/octet")
+        return not content_type or content_type.endswith("json") or content_type.startswith(usual)
 
     def _give_up(self, kind: str, reason: str | None) -> None:
         if kind:
@@ -321,6 +325,8 @@ class AnswerTap:
         choice, reader, row = self._choice, self._reader, self._row
         if reader is None:
             return self._nobodys(row)
+        if row is not None and row.hint_only and (choice is None or choice.reader is None):
+            return None
         if choice is not None and choice.reader is not None:
             if choice.reader is not choice.hint:
                 row = self._handed_over(choice.reader)

@@ -40,7 +40,7 @@ def begins(start: bytes) -> bool | None:
     if len(start) < PRELUDE_BYTES:
         return None if start[:1] in (b"\x00", b"\x01") else False
     total, _, crc = _PRELUDE.unpack_from(start)
-    return total >= PRELUDE_BYTES + 4 and zlib.crc32(start[:8]) == crc
+    return bool(total >= PRELUDE_BYTES + 4 and zlib.crc32(start[:8]) == crc)
 
 
 class EventStream:

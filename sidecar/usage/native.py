@@ -48,6 +48,11 @@ class Native(Reader):
             if path:
                 _want(wanted, path)
         cls.wanted = wanted
+        cls.claim_signs = (
+            *(b"sage", b"oken"),
+            *(group[-1].rpartition(".")[2].removesuffix("[]").encode() for group in cls.told_by),
+            *(kind for kind in cls.must if b"." in kind),  # names of events
+        )
         cls.end_signs = (*Native.end_signs, *(kind.encode() for kind in cls.last_events))
 
     @classmethod

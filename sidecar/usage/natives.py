@@ -256,6 +256,7 @@ class AssistantRuns(Reader):
         "incomplete_details": True,
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"thread.run",)
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b'"thread.run"',)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"thread\.message\.delta")
 
     _ENDS = ("completed", "incomplete", "failed", "cancelled", "expired")

@@ -105,6 +105,11 @@ class Places:
                 self._remembered[key] = place
             return place
 
+    def provider_of(self, method: str, target: str) -> str | None:
+        """Pinned, or known by the upstream's host."""
+        pin = _first(self._pins, method, self.meant(target))
+        return pin[0] if pin is not None else self.host_provider
+
     def row_by_header(self, fields: Mapping[str, str]) -> Row | None:
         """The row whose answers give themselves away by a header, on any path."""
         for row in self._by_header:
@@ -117,7 +122,7 @@ class Places:
         return self._by_reader.get(type(reader))
 
     def _find(self, method: str, target: str) -> Place | None:
-        paths = self._meant(target)
+        paths = self.meant(target)
         pin = _first(self._pins, method, paths)
         provider = pin[0] if pin is not None else self.host_provider
         own = tuple(
@@ -128,9 +133,9 @@ class Places:
         if found is not None:
             row, parts = found
             if posted and row.unmetered is not None and any(map(_ODD.search, paths)):
-                return Place(None, None, provider, own, claimable=True)  # free of charge only where that is beyond doubt
+                return Place(None, None, provider, own, claimable=True)  # free only where that is beyond doubt
             if pin is not None and row.unmetered is None and row.provider not in (None, pin[0]):
-                row = self._pinned(pin[0])
+                row = self._pinned(pin[0]) or row
             model = parts.get("model") or parts.get("deployment")
             return Place(row, unquote(model) if model else None, provider, own, claimable=row.unmetered is None)
         if posted:
@@ -144,7 +149,7 @@ class Places:
                 return row if row.paths else None  # without paths: known by a header of the answer
         return next(row for row in self._rows if row.api == PINNED_ROW)
 
-    def _meant(self, target: str) -> tuple[str, ...]:
+    def meant(self, target: str) -> tuple[str, ...]:
         """The path as the upstream takes it, then as the client meant it: patterns are written for either."""
         path = normal_path(target)
         if not self._base or path == "*":

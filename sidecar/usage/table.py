@@ -55,8 +55,8 @@ class Row:
     where: str = ""  # for the README: where the usage stands
     end_mark: str = ""  # for the README: what ends a stream
     provider: str | None = None  # where the path alone gives it away
-    method: str = "POST"
-    framing: str = ""  # "array": a JSON array is a stream of its elements; "lines": JSON may be one object a line
+    method: str = "POST"  # several with blanks between them
+    hint_only: bool = False  # paths that others use as well: a call is a model's only where its answer is
     unmetered: str | None = None  # why nothing is counted
     reads_stored: bool = False  # a stored answer, which may be counted once an id
 
@@ -122,14 +122,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI embeddings, Voyage, Jina",
-        (*_openai("/embeddings"), *_any("/v1/multimodalembeddings", "/v1/contextualizedembeddings")),
+        (*_openai("/embeddings"), "*/embeddings", *_any("/v1/multimodalembeddings", "/v1/contextualizedembeddings")),
         Embeddings,
         "embeddings",
         "`usage`",
     ),
     Row(
         "OpenAI transcriptions and translations",
-        _openai("/audio/transcriptions", "/audio/translations"),
+        (*_openai("/audio/transcriptions", "/audio/translations"), "*/audio/transcriptions", "*/audio/translations"),
         Media,
         "transcription",
         "`usage`: tokens or seconds (formats without JSON state none)",
@@ -137,7 +137,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI speech",
-        _openai("/audio/speech"),
+        (*_openai("/audio/speech"), "*/audio/speech"),
         Media,
         "speech",
         "events only: `usage` of the last one",
@@ -145,7 +145,10 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI images",
-        _openai("/images/generations", "/images/edits", "/images/variations"),
+        (
+            *_openai("/images/generations", "/images/edits", "/images/variations"),
+            *("*/images/generations", "*/images/edits", "*/images/variations"),
+        ),
         Media,
         "image_generation",
         "`usage`",
@@ -186,7 +189,6 @@ ROWS: tuple[Row, ...] = (
         "`response.usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
         provider="gcp.gen_ai",
-        framing="array",
     ),
     Row(
         "Vertex generateContent",
@@ -196,7 +198,6 @@ ROWS: tuple[Row, ...] = (
         "`usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
         provider="gcp.vertex_ai",
-        framing="array",
     ),
     Row(
         "Gemini generateContent",
@@ -206,7 +207,6 @@ ROWS: tuple[Row, ...] = (
         "`usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
         provider="gcp.gemini",
-        framing="array",
     ),
     Row(
         "Vertex embeddings",
@@ -276,7 +276,6 @@ ROWS: tuple[Row, ...] = (
         "`usage.billed_units` (v2), `meta.billed_units` (v1)",
         "`message-end` (v2), `stream-end` (v1)",
         provider="cohere",
-        framing="lines",
     ),
     Row(
         "Cohere embed and classify",
@@ -311,7 +310,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Mistral conversations",
-        (*_any("/v1/conversations"), "/v1/conversations/{id}", "*/v1/conversations/{id}"),
+        _any("/v1/conversations", "/v1/conversations/{id}", "/v1/conversations/{id}/restart"),
         MistralConversations,
         "invoke_agent",
         "`usage`",
@@ -327,7 +326,6 @@ ROWS: tuple[Row, ...] = (
         "`prompt_eval_count`, `eval_count` of the line with `done: true`",
         "`done: true`",
         provider="ollama",
-        framing="lines",
     ),
     Row("Ollama embed", _any("/api/embed"), Ollama, "embeddings", "`prompt_eval_count`", provider="ollama"),
     Row(
@@ -533,6 +531,24 @@ ROWS: tuple[Row, ...] = (
         unmetered=FREE,
     ),
     Row(
+        "Responses behind other prefixes",
+        ("*/responses", "*/responses/compact"),
+        Responses,
+        "chat",
+        "as OpenAI responses, where it is one",
+        "`response.completed`, `.incomplete`, `.failed`",
+        hint_only=True,
+    ),
+    Row(
+        "Messages behind other prefixes",
+        ("*/messages",),
+        Messages,
+        "chat",
+        "as Anthropic messages, where it is one",
+        "`message_stop`",
+        hint_only=True,
+    ),
+    Row(
         "Other token counts",
         _any("/v1/responses/input_tokens", "/tokenize", "/v1/tokenize", "/v1/detokenize", "/detokenize"),
         Unmetered,
@@ -547,13 +563,34 @@ ROWS: tuple[Row, ...] = (
                 "/v1/responses/{id}", "/v1/chat/completions/{id}", "/v1beta/interactions/{id}", "/v1/predictions/{id}"
             ),
             *_any("/v1/threads/{thread}/runs/{id}", "/v1/threads/{thread}/runs/{run}/steps/{id}"),
+            *_any("/v1/responses/{id}/cancel", "/v1beta/interactions/{id}/cancel", "/v1/predictions/{id}/cancel"),
+            *_any("/v1/threads/{thread}/runs/{run}/cancel"),
             "/openai/v1/responses/{id}",
         ),
         Unmetered,
         "fetch_response",
-        method="GET",
+        method="GET POST",
         unmetered=STORED,
         reads_stored=True,
+    ),
+    Row(
+        "Stored answers behind other prefixes",
+        (
+            *("*/responses/{id}", "*/responses/{id}/cancel", "*/chat/completions/{id}", "*/interactions/{id}/cancel"),
+            *("*/threads/{thread}/runs/{id}", "*/threads/{thread}/runs/{run}/cancel"),
+        ),
+        Unmetered,
+        "fetch_response",
+        hint_only=True,
+        unmetered=STORED,
+        reads_stored=True,
+    ),
+    Row(
+        "Batches made and cancelled",
+        _any("/v1/batches", "/v1/batches/{id}/cancel", "/v1/messages/batches", "/v1/messages/batches/{id}/cancel"),
+        Batch,
+        "fetch_batch",
+        unmetered="its answers are counted nowhere but in its results",
     ),
     Row(
         "Batch objects",
@@ -570,7 +607,6 @@ ROWS: tuple[Row, ...] = (
         "fetch_batch",
         "each line's own answer, where each line is to be counted once",
         method="GET",
-        framing="lines",
         reads_stored=True,
         unmetered="can be fetched again and again: each line is an answer of its own",
     ),
@@ -582,7 +618,7 @@ READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in RO
 
 def entries(rows: tuple[Row, ...] = ROWS) -> list[tuple[str, str, Row]]:
     """What `Patterns` wants to know."""
-    return [(row.method, path, row) for row in rows for path in row.paths]
+    return [(method, path, row) for row in rows for path in row.paths for method in row.method.split()]
 
 
 def known_routes(rows: tuple[Row, ...] = ROWS) -> list[str]:

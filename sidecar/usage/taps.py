@@ -46,8 +46,10 @@ class UsageTaps:
     `upstream_host`, `upstream_base`: of the upstream's URL; the base is its path. `estimate`: rough numbers where there
     are none. `stored_once`: stored answers and batch results count, once an id (see `stored`). `ask_for_usage`: offer
     to (see `asking`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
-    that may wait for decoding, the side buffer of a call. `unclaimed`: is told the method and the target of an answer
-    that speaks of usage and that no reader knows.
+    that may wait for decoding, the side buffer of a call.
+
+    `unclaimed` may be set to what is told the method and the target of an answer that speaks of usage and that no
+    reader knows.
     """
 
     __slots__ = (
@@ -69,11 +71,10 @@ class UsageTaps:
         backlog_max_bytes: int = BACKLOG_MAX_BYTES,
         clock_ns: Callable[[], int] = _no_clock,
         anomaly: Callable[[str], None] = _ignore,
-        unclaimed: Callable[[str, str], None] = _say_nothing,
         rows: Sequence[Row] = ROWS,
     ) -> None:
         self.anomaly = anomaly
-        self.unclaimed = unclaimed
+        self.unclaimed: Callable[[str, str], None] = _say_nothing
         self.clock_ns = clock_ns
         self.estimate = estimate
         self.ask_for_usage = ask_for_usage
@@ -91,7 +92,7 @@ class UsageTaps:
                 place = NOWHERE
             tap = RequestReadingTap(self, place, method, target, headers, self.clock_ns())
             if self.ask_for_usage and place.row is not None:
-                tap.may_ask = may_ask(place.row.reader, place.provider, target)
+                tap.may_ask = may_ask(place.row.reader, place.provider, self.places.meant(target)[0])
             return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
@@ -122,8 +123,7 @@ class UsageTaps:
     def socket(self, target: str) -> Session | None:
         """The reader of a WebSocket's messages; None where they are nobody's."""
         try:
-            place = self.places.of("GET", target)
-            return session(target, place.provider if place is not None else self.places.host_provider, self.anomaly)
+            return session(target, self.places.provider_of("GET", target), self.anomaly, self.places.meant(target)[0])
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
@@ -190,7 +190,7 @@ class RequestReadingTap:
     def unanswered(self) -> Usage | None:
         """For a call that got no answer: a model call about which nothing is known but what was asked."""
         row = self.place.row
-        if row is None or row.unmetered is not None:
+        if row is None or row.unmetered is not None or row.hint_only:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason="no answer came")
         usage.provider = self.place.provider or row.provider
