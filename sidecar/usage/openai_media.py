@@ -41,15 +41,13 @@ class Media(Reader):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        """A transcription's last event or chunk; pictures by the members of their usage."""
+        """A transcription: its last event, its chunks, or the two members that no other usage has."""
         usage = part(document.get("usage"))
-        if document.get("type") in ("transcription.done", *_LAST):
+        if document.get("type") in ("transcription.done", "transcript.text.done"):
             return bool(usage)
-        if document.get("object") == "transcription.chunk":
-            return type(document.get("choices")) is list
-        if "created" not in document or type(document.get("data")) is not list or "object" in document:
-            return False
-        return any(key in usage for key in ("output_tokens", "generated_images", "cost_in_usd_ticks"))
+        if "choices" in document:
+            return document.get("object") == "transcription.chunk"
+        return usage.get("type") in ("tokens", "duration") or "prompt_audio_seconds" in usage
 
     def dull(self, block: bytes) -> bool:
         return not (
@@ -98,3 +96,24 @@ class Media(Reader):
 
     def fill(self, usage: Usage, raw: Document) -> None:
         fill_tokens(self, usage, raw)
+
+
+class Speech(Media):
+    """Text made into sound."""
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return document.get("type") == "speech.audio.done" and bool(document.get("usage"))
+
+
+class Images(Media):
+    """Pictures: a list of data without a name, and what it cost."""
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        usage = part(document.get("usage"))
+        if document.get("type") in ("image_generation.completed", "image_edit.completed"):
+            return bool(usage)
+        if "created" not in document or type(document.get("data")) is not list or "object" in document:
+            return False
+        return any(key in usage for key in ("output_tokens", "generated_images", "cost_in_usd_ticks"))

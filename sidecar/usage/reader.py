@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from sidecar.exchange import USAGE_FIELDS, Usage, UsageState
 from sidecar.usage.members import Tree
 from sidecar.usage.values import (
-    COUNT_MAX,
     count,
     error_word,
     keepable,
@@ -151,14 +150,6 @@ class Reader:
         if number is None:
             self.anomaly("value_rejected")
         return number
-
-    def numbers(self, usage: Usage, raw: Document, fields: Mapping[str, str]) -> None:
-        """Several counts at once: where it stands -> our field. Absent ones stay as they are."""
-        for key, value in raw.items():
-            if key in fields and value is not None:
-                if type(value) is not int or not 0 <= value <= COUNT_MAX:
-                    value = self.number(raw, key)
-                setattr(usage, fields[key], value)
 
     def report(self, raw: object) -> bool:
         """Note a usage object; later ones overlay earlier ones."""

@@ -35,7 +35,7 @@ from sidecar.usage.natives import (
 )
 from sidecar.usage.ollama import Ollama
 from sidecar.usage.openai import ChatCompletions, Embeddings
-from sidecar.usage.openai_media import Media
+from sidecar.usage.openai_media import Images, Media, Speech
 from sidecar.usage.openai_responses import Responses
 from sidecar.usage.plain import Batch, Unmetered
 from sidecar.usage.predictions import MistralConversations, MistralOcr, Replicate
@@ -138,7 +138,7 @@ ROWS: tuple[Row, ...] = (
     Row(
         "OpenAI speech",
         (*_openai("/audio/speech"), "*/audio/speech"),
-        Media,
+        Speech,
         "speech",
         "events only: `usage` of the last one",
         "`speech.audio.done`",
@@ -149,7 +149,7 @@ ROWS: tuple[Row, ...] = (
             *_openai("/images/generations", "/images/edits", "/images/variations"),
             *("*/images/generations", "*/images/edits", "*/images/variations"),
         ),
-        Media,
+        Images,
         "image_generation",
         "`usage`",
         "`image_generation.completed`, `image_edit.completed`",
@@ -482,7 +482,6 @@ ROWS: tuple[Row, ...] = (
         "invoke_agent",
         "`usage` of the run's last event",
         "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
-        provider="openai",
     ),
     Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
     Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),

@@ -16,7 +16,7 @@ from sidecar.usage.members import pruned
 from sidecar.usage.native import Native
 from sidecar.usage.natives import AssistantRuns, SGLang, WatsonxChat
 from sidecar.usage.reader import Document, Reader, build
-from sidecar.usage.table import READERS
+from sidecar.usage.table import READERS, ROWS
 from sidecar.usage.taps import UsageTaps
 
 FRAMES = "application/vnd.amazon.eventstream"
@@ -433,6 +433,30 @@ def test_vllms_chunks_are_read_as_chat() -> None:
     usage = streamed("/v1/audio/transcriptions", events(text, text, end, last, "[DONE]"))
     assert (*counted(usage), usage.model, usage.finish_reasons) == ("final", 1503, 28, 1531, "whisper", ["stop"])
     assert counted(read("/v1/audio/translations", events(text), whole=False)) == ("partial", 1503, None, 1503)
+
+
+@pytest.mark.parametrize(
+    ("body", "operation"),
+    [
+        ({"text": "x", "usage": {"prompt_audio_seconds": 31, "prompt_tokens": 5, "total_tokens": 9}}, "transcription"),
+        ({"text": "x", "usage": {"type": "duration", "seconds": 9}}, "transcription"),
+        ({"text": "x", "usage": {"type": "tokens", "input_tokens": 9, "output_tokens": 2}}, "transcription"),
+        (
+            {"created": 1, "data": [{"url": "u"}], "usage": {"generated_images": 1, "output_tokens": 5}},
+            "image_generation",
+        ),
+        ({"created": 1, "data": [{"url": "u"}], "usage": {"cost_in_usd_ticks": 700}}, "image_generation"),
+    ],
+)
+def test_sound_and_pictures_are_known_by_their_shape(body: Document, operation: str) -> None:
+    usage = read("/some/gateway", body)
+    assert usage is not None
+    assert (usage.usage_state, usage.operation) == ("final", operation)
+
+
+def test_no_row_that_is_read_says_openai() -> None:
+    """It is what an answer is taken for that nothing gives away; a row of that name would be what a pin means."""
+    assert not [row.api for row in ROWS if row.provider == "openai"]
 
 
 # Nobody takes another's answer.
