@@ -27,6 +27,7 @@ from sidecar.routes import Routes
 from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool import Spool
+from sidecar.unclaimed import Unclaimed
 from sidecar.usage.own import Element
 from sidecar.usage.table import known_routes
 from sidecar.usage.taps import Pin, UsageTaps
@@ -35,6 +36,9 @@ log = logging.getLogger("sidecar.parts")
 
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
 FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
+IDLE_PIN: Final = (
+    "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
+)
 HASH_KEY_BYTES: Final = 32
 HASH_KEY_FILE: Final = "hash.key"
 
@@ -76,7 +80,12 @@ def rules(settings: Settings) -> ProxyRules:
 def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: bytes) -> Proxy:
     """The hop with everything that reads along."""
     taps = usage_taps(settings, metrics.usage_anomaly)
+    for pin in idle_pins(settings):
+        log.warning(
+            "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
+        )
     routes = Routes([route.pattern for route in settings.routes], known_routes())
+    taps.unclaimed = Unclaimed(routes.match, taps.upstream_host, time.monotonic)
     attribute = attributor(settings, key)
     return Proxy(
         rules=rules(settings),
@@ -94,14 +103,23 @@ def attributor(settings: Settings, key: bytes) -> Attributor:
     return Attributor(sources=sources, dimensions=settings.dimensions, hash_key=key)
 
 
-def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
+def pins_of(settings: Settings) -> list[Pin]:
     pins = dict(settings.providers)
     pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    return [Pin(pattern, provider) for pattern, provider in pins.items()]
+
+
+def idle_pins(settings: Settings) -> list[Pin]:
+    """Pins that can match nothing."""
+    return [pin for pin in pins_of(settings) if pin.idle]
+
+
+def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
     upstream = UpstreamAddress.parse(settings.upstream_url) if settings.upstream_url else None
     return UsageTaps(
         upstream_host=None if upstream is None else upstream.host,
         upstream_base="" if upstream is None else upstream.base.decode(),
-        pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
+        pins=pins_of(settings),
         elements=[_element(named) for named in settings.elements],
         estimate=settings.estimate,
         ask_for_usage=settings.ask_for_usage,

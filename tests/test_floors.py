@@ -29,6 +29,7 @@ FLOORS = {
     "sidecar.proxy.headers": 1,
     "sidecar.usage": 1,
     "sidecar.routes": 1,
+    "sidecar.unclaimed": 1,
     "sidecar.attribution": 1,
     "sidecar.meters": 1,
     "sidecar.delivery.window": 1,

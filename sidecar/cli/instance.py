@@ -32,6 +32,29 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None, limit_s: float = LIMIT_S) -> Any:
     """The running instance's JSON answer; None where none is running."""
+    found = _answer(data_dir, path, method, body, limit_s)
+    if found is None:
+        return None
+    admin, content = found
+    try:
+        return json.loads(content)
+    except ValueError:
+        raise CommandError(f"{admin}{path} answered with no JSON: is this a metering sidecar?") from None
+
+
+def counter(data_dir: Path, series: str, *, limit_s: float = LIMIT_S) -> int | None:
+    """One series of the running instance's metrics, as it is written there; None where none is running."""
+    found = _answer(data_dir, "/metrics", "GET", None, limit_s)
+    if found is None:
+        return None
+    for line in found[1].decode("utf-8", "replace").splitlines():
+        name, _, value = line.rpartition(" ")
+        if name == series:
+            return int(float(value))
+    return 0
+
+
+def _answer(data_dir: Path, path: str, method: str, body: Any, limit_s: float) -> tuple[str, bytes] | None:
     note = running(data_dir)
     if note is None:
         return None
@@ -49,10 +72,7 @@ def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None, lim
         connection.close()
     if answer.status >= 400:
         raise CommandError(f"{note.admin}{path} answered {answer.status}: {_reason(content)}")
-    try:
-        return json.loads(content)
-    except ValueError:
-        raise CommandError(f"{note.admin}{path} answered with no JSON: is this a metering sidecar?") from None
+    return note.admin, content
 
 
 def _connection(admin: str, limit_s: float) -> http.client.HTTPConnection:

@@ -38,6 +38,9 @@ class Claims:
         tree: Tree = {}
         for reader in readers:
             tree = united(tree, reader.wanted)
+        for key in ENVELOPES:  # an array of that name is what was made, and has nothing to say
+            if not isinstance(tree.get(key), dict):
+                tree.pop(key, None)
         self.tree = united(tree, dict.fromkeys(ENVELOPES, tree))
 
     def of(self, document: Document) -> type[Reader] | None:

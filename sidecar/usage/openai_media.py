@@ -114,6 +114,6 @@ class Images(Media):
         usage = part(document.get("usage"))
         if document.get("type") in ("image_generation.completed", "image_edit.completed"):
             return bool(usage)
-        if "created" not in document or type(document.get("data")) is not list or "object" in document:
+        if "created" not in document or type(document.get("data", [])) is not list or "object" in document:
             return False
         return any(key in usage for key in ("output_tokens", "generated_images", "cost_in_usd_ticks"))

@@ -137,7 +137,8 @@ class Places:
             if pin is not None and row.unmetered is None and row.provider not in (None, pin[0]):
                 row = self._pinned(pin[0]) or row
             model = parts.get("model") or parts.get("deployment")
-            return Place(row, unquote(model) if model else None, provider, own, claimable=row.unmetered is None)
+            claimable = posted or row.unmetered is None
+            return Place(row, unquote(model) if model else None, provider, own, claimable)
         if posted:
             return Place(self._pinned(pin[0]) if pin is not None else None, None, provider, own, claimable=True)
         return Place(None, None, provider, own) if own and method != "HEAD" else None

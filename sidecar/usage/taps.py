@@ -54,7 +54,7 @@ class UsageTaps:
 
     __slots__ = (
         "anomaly", "ask_for_usage", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places",
-        "unclaimed",
+        "unclaimed", "upstream_host",
     )  # fmt: skip
 
     def __init__(
@@ -74,6 +74,7 @@ class UsageTaps:
         rows: Sequence[Row] = ROWS,
     ) -> None:
         self.anomaly = anomaly
+        self.upstream_host = upstream_host
         self.unclaimed: Callable[[str, str], None] = _say_nothing
         self.clock_ns = clock_ns
         self.estimate = estimate
