@@ -18,6 +18,7 @@ from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import part
 
 _LAST = ("transcript.text.done", "speech.audio.done", "image_generation.completed", "image_edit.completed")
+_EVENTS = ("transcript.", "transcription.", "speech.", "audio.", "image_")  # the beginnings of their names
 _LAST_WITH_USAGE = (".done", ".completed")  # others' last events, where they state it
 
 _OF_INTEREST = re.compile(rb'"(?:usage|finish_reason)"(?!:\s*+null)').search
@@ -48,6 +49,15 @@ class Media(Reader):
         if "choices" in document:
             return document.get("object") == "transcription.chunk"
         return usage.get("type") in ("tokens", "duration") or "prompt_audio_seconds" in usage
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        if type(kind) is not str:
+            kind = event
+        if kind:
+            return kind.startswith(_EVENTS)
+        plain = any(key in document for key in ("text", "data", "created", "task"))
+        return (plain and "choices" not in document) or self.claims(document)
 
     def dull(self, block: bytes) -> bool:
         return not (
