@@ -317,7 +317,7 @@ class AnswerTap:
         usage = self._model_usage(whole, streamed=streamed, ended=ended)
         if self._request.place.elements:
             usage = self._with_own_fields(usage, whole)
-        if self._mentions is not None and (usage is None or not known(usage)):
+        if whole and self._mentions is not None and (usage is None or not known(usage)):  # cut off is not unknown
             usage = self._unclaimed(usage)
         return usage
 
