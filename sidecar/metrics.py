@@ -365,6 +365,7 @@ class Metrics(Collector):
             if not family.labels and family.kind != "histogram":
                 (self._counters if family.kind == "counter" else self._gauges)[name][()] = 0
         self._counters["sidecar_lost"].update({(reason,): 0 for reason in LOST_REASONS})
+        self._counters["sidecar_usage_anomalies"][("answer_unclaimed",)] = 0  # an alert asks for its increase
         self._counters["sidecar_rejected"].update({(reason,): 0 for reason in REJECTED_REASONS})
         self._counters["sidecar_limits_reached"].update({(name,): 0 for name in LIMITS})
         self._counters["sidecar_upstream_failures"].update({(reason,): 0 for reason in UPSTREAM_FAILURES})

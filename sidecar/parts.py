@@ -16,7 +16,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Final
-from urllib.parse import urlsplit
 
 from sidecar.attribution import Attributor, parse_source
 from sidecar.attribution import Kind as SourceKind
@@ -28,6 +27,8 @@ from sidecar.routes import Routes
 from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool import Spool
+from sidecar.target import client_path
+from sidecar.unclaimed import Unclaimed
 from sidecar.usage.heads import provider_of_host
 from sidecar.usage.own import Element
 from sidecar.usage.table import known_routes
@@ -37,6 +38,9 @@ log = logging.getLogger("sidecar.parts")
 
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
 FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
+IDLE_PIN: Final = (
+    "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
+)
 HASH_KEY_BYTES: Final = 32
 HASH_KEY_FILE: Final = "hash.key"
 
@@ -78,8 +82,16 @@ def rules(settings: Settings) -> ProxyRules:
 def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: bytes) -> Proxy:
     """The hop with everything that reads along."""
     taps = usage_taps(settings, metrics.usage_anomaly)
+    for pin in idle_pins(settings):
+        log.warning(
+            "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
+        )
     routes = Routes([route.pattern for route in settings.routes], known_routes())
     attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
+    _, base = _upstream(settings)
+    taps.unclaimed = Unclaimed(
+        lambda method, target: routes.match(method, client_path(target, base)), taps.upstream_host, time.monotonic
+    )
     return Proxy(
         rules=rules(settings),
         recorder=recorder,
@@ -93,13 +105,13 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
 
 def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
     sources = [parse_source(text) for text in settings.subscriber]
-    url = settings.upstream_url
+    host, base = _upstream(settings)
     return Attributor(
         sources=sources,
         dimensions=settings.dimensions,
         hash_key=key,
-        provider=provider_of_host(urlsplit(url or "").hostname),
-        base="" if url is None else UpstreamAddress.parse(url).base.decode("ascii"),
+        provider=provider_of_host(host),
+        base=base,
         anomaly=anomaly,
     )
 
@@ -121,12 +133,23 @@ class WhoPays:
             )
 
 
-def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
+def pins_of(settings: Settings) -> list[Pin]:
     pins = dict(settings.providers)
     pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    return [Pin(pattern, provider) for pattern, provider in pins.items()]
+
+
+def idle_pins(settings: Settings) -> list[Pin]:
+    """Pins that can match nothing."""
+    return [pin for pin in pins_of(settings) if pin.idle]
+
+
+def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
+    host, base = _upstream(settings)
     return UsageTaps(
-        upstream_host=urlsplit(settings.upstream_url or "").hostname,
-        pins=[Pin(pattern, provider) for pattern, provider in pins.items()],
+        upstream_host=host,
+        upstream_base=base,
+        pins=pins_of(settings),
         elements=[_element(named) for named in settings.elements],
         estimate=settings.estimate,
         ask_for_usage=settings.ask_for_usage,
@@ -134,6 +157,14 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
         clock_ns=time.monotonic_ns,
         anomaly=anomaly,
     )
+
+
+def _upstream(settings: Settings) -> tuple[str | None, str]:
+    """The upstream's host, and the path of its URL."""
+    if not settings.upstream_url:
+        return None, ""
+    address = UpstreamAddress.parse(settings.upstream_url)
+    return address.host, address.base.decode("ascii")
 
 
 def _element(named: NamedElement) -> Element:

@@ -48,6 +48,7 @@ FLOORS = {
     "sidecar.certificates": 2,
     "sidecar.proxy": 3,
     "sidecar.recorder": 3,
+    "sidecar.unclaimed": 3,
     "sidecar.gate": 3,
     "sidecar.delivery": 3,
     "sidecar.admin": 3,

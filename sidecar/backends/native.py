@@ -15,6 +15,7 @@ from sidecar.record import Record
 
 _WITHOUT_CACHE: Final = ("anthropic", "aws.bedrock")
 _GOOGLE: Final = "gcp."
+_OTHERS_NAMES: Final = {"prompt_tokens", "input_tokens"}  # of models on Vertex that answer in their maker's shape
 
 _STOP_REASONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("stop", "tool_calls", "function_call", "end_turn", "tool_use", "pause_turn", "completed"), "END"),
@@ -52,8 +53,8 @@ def counts(usage: Usage) -> tuple[int, int, int] | None:
         plain = max(plain, 0)
         return plain, written, plain + written
     total = usage.total_tokens if type(usage.total_tokens) is int else read + written
-    if provider.startswith(_GOOGLE):
-        said = usage.raw_usage if isinstance(usage.raw_usage, dict) else {}
+    said = usage.raw_usage if isinstance(usage.raw_usage, dict) else {}
+    if provider.startswith(_GOOGLE) and not _OTHERS_NAMES & said.keys():
         return (
             _said(said, "promptTokenCount", read),
             _said(said, "candidatesTokenCount", max(written - (usage.reasoning_output_tokens or 0), 0)),

@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 def notes(settings: Settings) -> list[str]:
     """What is no fault of the settings and still worth knowing before the first call."""
     from sidecar.admin.guard import open_port
+    from sidecar.parts import IDLE_PIN, idle_pins
     from sidecar.spool.files import ground_warning
 
     found = [] if (warning := open_port(settings)) is None else [warning]
@@ -61,6 +62,7 @@ def notes(settings: Settings) -> list[str]:
         found.append(f"the data directory {settings.data_dir} cannot be written by user {os.geteuid()}")
     if (warning := ground_warning(there)) is not None:
         found.append(warning)
+    found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
     return found
 
 

@@ -31,6 +31,23 @@ class _UnixConnection(http.client.HTTPConnection):
 
 def ask(data_dir: Path, path: str, *, limit_s: float = LIMIT_S) -> Any:
     """What the admin port of the running instance answers to a GET, as JSON; None where none is running."""
+    found = _get(data_dir, path, limit_s)
+    return None if found is None else _json(*found)
+
+
+def counter(data_dir: Path, series: str, *, limit_s: float = LIMIT_S) -> int | None:
+    """One series of the running instance's metrics, as it is written there; None where none is running."""
+    found = _get(data_dir, "/metrics", limit_s)
+    if found is None:
+        return None
+    for line in found[1].decode("utf-8", "replace").splitlines():
+        name, _, value = line.rpartition(" ")
+        if name == series:
+            return int(float(value))
+    return 0
+
+
+def _get(data_dir: Path, path: str, limit_s: float) -> tuple[str, bytes] | None:
     note = running(data_dir)
     if note is None:
         return None
@@ -50,10 +67,13 @@ def change(data_dir: Path, path: str, wish: Any, *, limit_s: float) -> Any:
             f"process {note.pid} runs on {data_dir} and has no {CONTROL} in it (it is starting or stopping, or its log "
             "says why): try again, or stop it first"
         )
-    return _exchange(_UnixConnection(socket, limit_s), f"process {note.pid}", str(socket), path, wish)
+    return _json(*_exchange(_UnixConnection(socket, limit_s), f"process {note.pid}", str(socket), path, wish))
 
 
-def _exchange(connection: http.client.HTTPConnection, who: str, where: str, path: str, wish: Any = None) -> Any:
+def _exchange(
+    connection: http.client.HTTPConnection, who: str, where: str, path: str, wish: Any = None
+) -> tuple[str, bytes]:
+    """Whom it was asked of, and the body of the answer."""
     try:
         if wish is None:
             connection.request("GET", path)
@@ -69,10 +89,14 @@ def _exchange(connection: http.client.HTTPConnection, who: str, where: str, path
         connection.close()
     if answer.status >= 400:
         raise CommandError(f"{where}{path} answered {answer.status}: {_reason(content)}")
+    return where + path, content
+
+
+def _json(where: str, content: bytes) -> Any:
     try:
         return json.loads(content)
     except ValueError:
-        raise CommandError(f"{where}{path} answered with no JSON: is this a metering sidecar?") from None
+        raise CommandError(f"{where} answered with no JSON: is this a metering sidecar?") from None
 
 
 def _connection(admin: str, limit_s: float) -> http.client.HTTPConnection:

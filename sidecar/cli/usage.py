@@ -11,6 +11,7 @@ from dataclasses import asdict
 from decimal import Decimal
 from typing import Any, Final
 
+from sidecar.cli.instance import counter
 from sidecar.cli.meters import meters_of
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import OK, WRONG, CommandError, add_data_dir, add_format, add_since, moment, read_settings
@@ -27,6 +28,8 @@ HEADS: Final = {
     "cost_usd": "cost USD",
 }  # fmt: skip
 METER: Final = ("subscriber", "group", "from", "value", "note")
+UNCLAIMED: Final = 'sidecar_usage_anomalies_total{kind="answer_unclaimed"}'
+UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for none
 ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
 
 
@@ -58,7 +61,21 @@ def run(arguments: argparse.Namespace) -> int:
     except LedgerError as error:
         raise CommandError(str(error), WRONG if "cannot be grouped" in str(error) else 1) from None
     print(report(rows, by, Format(arguments.format)), end="")
+    if arguments.format == Format.TABLE and (line := _unclaimed(settings)):
+        print(line)
     return OK
+
+
+def _unclaimed(settings: Settings) -> str | None:
+    """What the running sidecar saw and could not count: sums alone would not show that something is missing."""
+    try:
+        count = counter(settings.data_dir, UNCLAIMED, limit_s=UNCLAIMED_LIMIT_S)
+    except CommandError:
+        return None
+    if not count:
+        return None
+    said = "1 answer speaks" if count == 1 else f"{count} answers speak"
+    return f"note: since this sidecar started {said} of usage in a way that no reader knows; nothing of it is counted"
 
 
 def _of_meter(ledger: LedgerReader, settings: Settings, arguments: argparse.Namespace) -> str:

@@ -1,8 +1,9 @@
 """One answer: choosing how it is read, reading it, and what comes of it.
 
-The answer decides how it is read: its content type, and where that may lie its first byte. The path says which reader
-is asked; where the path is unknown, all are, and one must claim what it sees. What no reader recognises gives no usage
-at all, never a wrong number. Whatever goes wrong ends the reading, not the call.
+The answer decides how it is read: by its first bytes, whatever its content type says, unless that is a picture's or a
+sound's. The path says which reader is asked first (see `choosing`); what that one does not recognise is any reader's to
+claim. What nobody recognises gives no usage at all, never a wrong number; where it speaks of usage all the same, that
+is said. Whatever goes wrong ends the reading, not the call.
 """
 
 from __future__ import annotations
@@ -13,32 +14,30 @@ from typing import Protocol
 
 from sidecar.exchange import Usage, UsageState
 from sidecar.usage.batches import BatchFile
-from sidecar.usage.bedrock import Converse, Invoke
+from sidecar.usage.choosing import Choice, Mentions
 from sidecar.usage.codings import Codings, Unreadable, decoder
 from sidecar.usage.documents import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument, read_whole
 from sidecar.usage.estimate import estimate
-from sidecar.usage.frames import EventStream
+from sidecar.usage.frames import EventStream, begins
 from sidecar.usage.framing import Framing, JsonLines, ServerSentEvents
 from sidecar.usage.heads import hinted_provider, request_id
 from sidecar.usage.openai import ChatCompletions
 from sidecar.usage.own import OwnFields, from_headers
 from sidecar.usage.places import Place, Places
-from sidecar.usage.plain import Failed, Undecided, Unmetered
-from sidecar.usage.reader import Reader, build, clear
+from sidecar.usage.plain import Failed, Unmetered
+from sidecar.usage.reader import Reader, build, clear, known
 from sidecar.usage.requests import RequestReading
 from sidecar.usage.stored import SEEN, CountedIds
-from sidecar.usage.table import READERS, Row
+from sidecar.usage.table import Row
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
+_SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
 _FRAMES = "application/vnd.amazon.eventstream"
 _LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonl", "application/stream+json")
-_JSON_FRAMINGS: dict[str, Callable[[Reader], Framing]] = {
-    "": OneDocument,
-    "array": Elements,
-    "lines": LinesOrDocument,
-}
+_CLOUDS = ("aws.bedrock", "gcp.vertex_ai")  # whose paths say where a model runs, whoever made it
+UNCLAIMED = "the answer speaks of usage in a way that no reader knows"
 
 
 class Fixed(Protocol):
@@ -51,10 +50,16 @@ class Fixed(Protocol):
     places: Places
     backlog_max_bytes: int
 
+    def unclaimed(self, method: str, target: str) -> None:
+        """Say that an answer spoke of usage and nobody knew it."""
+        ...
+
 
 class Asked(Protocol):
     """The request that is being answered."""
 
+    method: str
+    target: str
     place: Place
     body: RequestReading
     opened_ns: int
@@ -76,6 +81,9 @@ class AnswerTap:
     _decoder: Codings | None = None
     _framing: Framing | None = None
     _only: bytes = b""  # the first piece of a plain answer, for as long as it is the only one: most are one piece
+    _start: bytes = b""  # what may be the beginning of a binary frame
+    _mentions: Mentions | None = None  # where it is not known yet whose answer it is
+    _choice: Choice | None = None
 
     def __init__(self, fixed: Fixed, request: Asked, status: int, fields: dict[str, str]) -> None:
         self._fixed = fixed
@@ -83,18 +91,23 @@ class AnswerTap:
         self._status = status
         self._fields = fields
         self._row = request.place.row
-        self._reader = self._front = self._choose()
+        self._front = self._asked_first = self._choose()
+        if isinstance(self._front, Choice):
+            self._choice = self._front
+            if 200 <= status < 300 and request.method == "POST":
+                self._mentions = Mentions()
         self._open()
+
+    @property
+    def _reader(self) -> Reader | None:
+        """Whose answer it is, as far as is known."""
+        return self._choice.best if self._choice is not None else self._asked_first
 
     @property
     def waiting(self) -> bool:
         reader = self._reader
-        if self._ended or self._settled or self._status >= 400:
+        if self._ended or self._settled or self._status >= 400 or reader is None:
             return False
-        if isinstance(reader, Undecided):
-            if reader.chosen is None:
-                return False
-            reader = reader.chosen
         if isinstance(reader, Unmetered | BatchFile) or (reader.final and reader.raw is not None):
             return False
         return not (self._framing is not None and self._framing.streamed and self._never_reports())
@@ -109,7 +122,8 @@ class AnswerTap:
             return False
         try:
             if self._decoder is None:
-                if self._framing is None or self._sign is not None or self._fixed.estimate:
+                watched = self._sign is not None or self._mentions is not None or self._fixed.estimate
+                if watched or self._framing is None:
                     return self._take(piece)
                 ended = self._ended = self._framing.feed(piece)  # all that most pieces of a stream need
                 return ended
@@ -135,39 +149,49 @@ class AnswerTap:
     def answers(self) -> list[Usage]:
         """For files that hold many answers: those read since the last call, each to be counted once an id."""
         counted = self._fixed.counted
-        if counted is None or not isinstance(self._reader, BatchFile):
+        reader = self._reader
+        if counted is None or not isinstance(reader, BatchFile):
             return []
-        return [usage for usage in self._reader.take() if counted.first(usage)]
+        return [usage for usage in reader.take() if counted.first(usage)]
 
     # How the answer is read.
 
     def _choose(self) -> Reader:
-        """The reader that the path, or a header, names."""
-        row, place = self._row, self._request.place
+        """The reader that the path, or a header, names; and whoever may claim what that one does not recognise."""
+        fixed, row = self._fixed, self._row
+        if row is not None and row.unmetered is not None and self._request.method == "POST" and self._asks_anew(row):
+            row = self._row = None
         if row is None:
-            row = self._row = self._fixed.places.row_by_header(self._fields)
-            if row is None:
-                return Undecided(self._fixed.anomaly, place.readers)
+            row = self._row = fixed.places.row_by_header(self._fields)
+        if row is None:
+            return Choice(fixed.anomaly, fixed.places.everybody)
         if self._status >= 400:
-            return Failed(self._fixed.anomaly)
-        if row.unmetered is not None and row.reads_stored and self._fixed.counted is not None:
-            return (
-                BatchFile(self._fixed.anomaly) if row.reader is BatchFile else Undecided(self._fixed.anomaly, READERS)
-            )
-        reader = Unmetered(self._fixed.anomaly) if row.reader is BatchFile else row.reader(self._fixed.anomaly)
-        if row.reader.header_names:
+            if row.hint_only:
+                self._row = None
+            return Failed(fixed.anomaly)
+        if row.unmetered is not None:
+            if row.reads_stored and fixed.counted is not None:
+                stored = BatchFile(fixed.anomaly) if row.reader is BatchFile else None
+                return stored or Choice(fixed.anomaly, fixed.places.everybody)
+            return Unmetered(fixed.anomaly) if row.reader is BatchFile else row.reader(fixed.anomaly)
+        reader = row.reader(fixed.anomaly)
+        if reader.header_names:
             reader.head(self._fields)
-        return reader
+        return Choice(fixed.anomaly, fixed.places.everybody, reader)
+
+    def _asks_anew(self, row: Row) -> bool:
+        """A POST that puts a question to a model is no look at a stored answer, whatever its path looks like."""
+        return row.reads_stored and self._request.body.asks_a_model
 
     def _open(self) -> None:
-        fields, reader = self._fields, self._reader
+        fields = self._fields
         content_type = fields.get("content-type", "")
         if content_type != "application/json":
             content_type = content_type.partition(";")[0].strip().lower()
         elements = self._request.place.elements
         if elements and content_type != _FRAMES and any(element.json for element in elements):
-            self._front = OwnFields(self._fixed.anomaly, reader, elements)
-        elif self._row is None and (self._status >= 400 or not self._request.place.readers):
+            self._front = OwnFields(self._fixed.anomaly, self._asked_first, elements)
+        elif self._row is None and (self._status >= 400 or not self._request.place.claimable):
             self._ended = True
             return
         coding = fields.get("content-encoding")
@@ -179,25 +203,27 @@ class AnswerTap:
                 return
         if self._status >= 400:
             self._framing = OneDocument(self._front)
-        elif content_type == _FRAMES and isinstance(reader, Converse | Invoke):
-            self._stream(EventStream(reader))
-        elif content_type in _LINES and (self._row is None or self._row.framing == "lines"):
+        elif content_type == _FRAMES and self._choice is not None:
+            self._stream(EventStream(self._choice))
+        elif content_type in _LINES:
             self._stream(JsonLines(self._front))
-        elif content_type and not _may_hide_json(content_type):
+        elif content_type.startswith(_SILENT):
             self._ended = True
 
     def _stream(self, framing: Framing) -> None:
         """A stream may last: it must not hold its prompt, and it has a first token to wait for."""
         self._framing = framing
-        self._sign = self._reader.first_token
-        if self._row is not None:
-            body = self._request.body
-            body.settle()
-            self._reader.expect(body.choices)
+        self._sign = self._front.first_token if self._choice is None else self._choice.first_token
+        body = self._request.body
+        body.settle()
+        if self._choice is not None:
+            self._choice.expect(body.choices)
 
     def _take(self, piece: bytes) -> bool:
         framing = self._framing
         ended = framing.feed(piece) if framing is not None else self._sniff(piece)
+        if self._mentions is not None:
+            self._look(piece)
         if self._sign is not None and self._sign.search(piece) is not None:
             self._first_token_ns = self._fixed.clock_ns()
             self._sign = None
@@ -208,17 +234,28 @@ class AnswerTap:
             self._ended = True
         return ended
 
+    def _look(self, piece: bytes) -> None:
+        """Whether the answer speaks of usage, for as long as nobody has recognised it."""
+        assert self._mentions is not None
+        if self._choice is not None and self._choice.reader is not None:
+            self._mentions = None
+        elif not self._only:  # what is one piece is looked through at the end, if need be
+            self._mentions.feed(piece)
+
     def _sniff(self, piece: bytes) -> bool:
         """Decide by the first byte that is not blank; content types are not to be trusted."""
         if self._only:
-            self._framing = OneDocument(self._front)
-            self._framing.feed(self._only)
-            self._only = b""
+            only, self._only = self._only, b""
+            if self._mentions is not None:
+                self._mentions.feed(only)
+            self._framing = LinesOrDocument(self._front)
+            self._framing.feed(only)
             return self._framing.feed(piece)
+        if self._start:
+            piece, self._start = self._start + piece, b""
         if not piece:
             return False
-        row = self._row
-        if piece[0] == 0x7B and row is not None and row.framing == "" and len(piece) <= DOCUMENT_MAX_BYTES:
+        if piece[0] == 0x7B and len(piece) <= DOCUMENT_MAX_BYTES and b"}\n" not in piece[:-1]:
             self._only = piece
             return False
         if piece[0] != 0x7B:
@@ -228,13 +265,26 @@ class AnswerTap:
             if self._blanks > LEADING_BLANKS_MAX:
                 raise Unreadable("answer_unrecognised", None)
             return False
-        if piece[0] in b"{[":
-            self._framing = _JSON_FRAMINGS[row.framing if row is not None else ""](self._front)
+        if piece[0] == 0x7B:
+            self._framing = LinesOrDocument(self._front)
+        elif piece[0] == 0x5B:
+            self._framing = Elements(self._front)
         elif piece[0] in b"dei:r":
             self._stream(ServerSentEvents(self._front))
+        elif self._choice is not None and (framed := begins(piece)) is not False:
+            if framed is None:
+                self._start = piece
+                return False
+            self._stream(EventStream(self._choice))
         else:
-            raise Unreadable("answer_unrecognised" if row is not None else "", None)
+            raise Unreadable("answer_unrecognised" if self._row is not None and self._expects_json() else "", None)
         return self._framing.feed(piece) if self._framing is not None else False
+
+    def _expects_json(self) -> bool:
+        """Types under which JSON or events are usual: anything else there is odd."""
+        content_type = self._fields.get("content-type", "").partition(";")[0].strip().lower()
+        usual = ("text/", "application/octet")
+        return not content_type or content_type.endswith("json") or content_type.startswith(usual)
 
     def _give_up(self, kind: str, reason: str | None) -> None:
         if kind:
@@ -265,28 +315,57 @@ class AnswerTap:
         elif self._only:
             ended = read_whole(self._front, self._only)
         usage = self._model_usage(whole, streamed=streamed, ended=ended)
-        elements = self._request.place.elements
-        return self._with_own_fields(usage, whole) if elements else usage
+        if self._request.place.elements:
+            usage = self._with_own_fields(usage, whole)
+        if whole and self._mentions is not None and (usage is None or not known(usage)):  # cut off is not unknown
+            usage = self._unclaimed(usage)
+        return usage
 
     def _model_usage(self, whole: bool, *, streamed: bool, ended: bool) -> Usage | None:
-        reader, row = self._reader, self._row
-        if isinstance(reader, Undecided):
-            if reader.chosen is None:
-                return self._unclaimed(row)
-            reader = reader.chosen
-            row = row or self._fixed.places.row_of(reader)
+        choice, reader, row = self._choice, self._reader, self._row
+        if reader is None:
+            return self._nobodys(row)
+        if row is not None and row.hint_only and (choice is None or choice.reader is None):
+            return None
+        if choice is not None and choice.reader is not None:
+            if choice.reader is not choice.hint:
+                row = self._handed_over(choice.reader)
         elif not self._believable(reader, whole):
             return None
         usage = build(reader, streamed=streamed, ended=ended)
         self._complete(usage, reader, row)
         return usage
 
-    def _unclaimed(self, row: Row | None) -> Usage | None:
+    def _handed_over(self, reader: Reader) -> Row | None:
+        """The row of the reader that claimed the answer. A cloud's path still says whose cloud it is."""
+        mine = self._row
+        row = self._fixed.places.row_of(reader)
+        if mine is not None and mine.unmetered is not None:
+            return mine
+        if mine is not None and mine.provider in _CLOUDS:
+            reader.provider = mine.provider
+        return row
+
+    def _nobodys(self, row: Row | None) -> Usage | None:
         """No reader claimed it: nobody's answer, or a stored one of unknown shape."""
         if row is None:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason=row.unmetered)
         usage.provider = self._request.place.provider or row.provider
+        return usage
+
+    def _unclaimed(self, usage: Usage | None) -> Usage | None:
+        """An answer that speaks of usage and that nobody recognised: it must not go by in silence."""
+        choice, mentions = self._choice, self._mentions
+        if choice is None or choice.reader is not None or mentions is None or self._row is not self._request.place.row:
+            return usage
+        mentions.feed(self._only)
+        if not mentions.found or (usage is not None and usage.error is not None):
+            return usage
+        self._fixed.anomaly("answer_unclaimed")
+        self._fixed.unclaimed(self._request.method, self._request.target)
+        if usage is not None:
+            usage.reason = UNCLAIMED
         return usage
 
     def _believable(self, reader: Reader, whole: bool) -> bool:
@@ -301,7 +380,7 @@ class AnswerTap:
 
     def _silent(self) -> bool:
         """An answer whose type alone says that it has no place for usage: sound, pictures, subtitles."""
-        return self._fields.get("content-type", "").startswith(("audio/", "image/", "video/", "application/octet"))
+        return self._fields.get("content-type", "").lower().startswith((*_SILENT, "application/octet"))
 
     def _complete(self, usage: Usage, reader: Reader, row: Row | None) -> None:
         place, body = self._request.place, self._request.body
@@ -317,7 +396,7 @@ class AnswerTap:
         if self._first_token_ns and usage.streamed and self._request.opened_ns:
             usage.time_to_first_token_ms = (self._first_token_ns - self._request.opened_ns) / 1e6
         if row is not None:
-            usage.operation = row.operation
+            usage.operation = row.operation if row is self._row else reader.operation or row.operation
         if self._status >= 400:
             usage.error = usage.error or f"http_{self._status}"
         counted = self._fixed.counted
@@ -353,8 +432,3 @@ def _why_absent(usage: Usage, status: int) -> str:
     if usage.error is not None:
         return "the answer is an error"
     return "the stream ended without usage" if usage.streamed else "the answer states no usage"
-
-
-def _may_hide_json(content_type: str) -> bool:
-    """Types under which JSON or events have been seen; an image or a sound holds neither."""
-    return content_type.endswith("json") or content_type.startswith(("text/", "application/octet"))

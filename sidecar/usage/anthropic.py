@@ -11,9 +11,10 @@ import re
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_parts, fill_tokens, settle_parts, settle_total
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
-from sidecar.usage.values import name, part
+from sidecar.usage.values import count, name, part
 
 _MESSAGE: Tree = {
     "id": True,
@@ -25,6 +26,7 @@ _MESSAGE: Tree = {
     "error": True,
 }
 _UNITS = ("web_search_requests", "web_fetch_requests")
+_OPENAIS = frozenset(("prompt_tokens", "completion_tokens"))
 _COUNTS = (
     ("input_tokens", "input_tokens"),
     ("output_tokens", "output_tokens"),
@@ -42,7 +44,13 @@ class Messages(Reader):
     def claims(cls, document: Document) -> bool:
         kind = document.get("type")
         message = document.get("message") if kind == "message_start" else document if kind == "message" else None
-        return "input_tokens" in part(part(message).get("usage")) and part(message).get("role") == "assistant"
+        return "input_tokens" in part(part(message).get("usage"))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        if type(kind) is not str:
+            kind = event
+        return kind in ("message", "message_start", "message_delta", "message_stop", "error")
 
     def dull(self, block: bytes) -> bool:
         if b"message_" in block or b'"error"' in block or b"event: error" in block:
@@ -84,36 +92,39 @@ class Messages(Reader):
 
 
 def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
-    number = reader.number
-    counts = {ours: number(raw, theirs) for ours, theirs in _COUNTS}
+    own = count(raw.get("input_tokens")) or count(raw.get("output_tokens"))
+    if not own and (not _OPENAIS.isdisjoint(raw) or not ("input_tokens" in raw or "output_tokens" in raw)):
+        fill_tokens(reader, usage, raw)  # an imitator that kept OpenAI's (or others') names, and with them the meaning
+        return
+    counts = {ours: number for ours, theirs in _COUNTS if (number := reader.number(raw, theirs)) is not None}
     iterations = raw.get("iterations")
     if type(iterations) is list:
         for entry in iterations:
             if part(entry).get("type") == "compaction":
                 _add(reader, counts, entry)
-    plain, read, write = counts["input_tokens"], counts["cache_read_input_tokens"], counts["cache_write_input_tokens"]
-    usage.input_tokens = None if plain is None else plain + (read or 0) + (write or 0)
-    usage.output_tokens = counts["output_tokens"]
-    usage.cache_read_input_tokens = read
-    usage.cache_write_input_tokens = write
-    if type(created := raw.get("cache_creation")) is dict:
-        usage.cache_write_5m_input_tokens = number(created, "ephemeral_5m_input_tokens")
-        usage.cache_write_1h_input_tokens = number(created, "ephemeral_1h_input_tokens")
-        split = (usage.cache_write_5m_input_tokens or 0) + (usage.cache_write_1h_input_tokens or 0)
-        if write is not None and split != write:  # the split of an earlier report than the total's
-            usage.cache_write_5m_input_tokens = usage.cache_write_1h_input_tokens = None
-    if type(details := raw.get("output_tokens_details")) is dict:
-        usage.reasoning_output_tokens = number(details, "thinking_tokens")
+    for field, amount in counts.items():
+        setattr(usage, field, amount)
+    fill_parts(reader, usage, raw)
+    if "cache_creation" in raw and "cache_write_input_tokens" not in counts:
+        counts["cache_write_input_tokens"] = usage.cache_write_input_tokens or 0
+    if usage.input_tokens is not None:  # O1: what the cache read and wrote stands beside the input
+        usage.input_tokens += counts.get("cache_read_input_tokens", 0) + counts.get("cache_write_input_tokens", 0)
+    write = usage.cache_write_input_tokens
+    split = (usage.cache_write_5m_input_tokens or 0) + (usage.cache_write_1h_input_tokens or 0)
+    if write is not None and split != write:  # the split of an earlier report than the total's
+        usage.cache_write_5m_input_tokens = usage.cache_write_1h_input_tokens = None
+    settle_parts(usage)
+    settle_total(usage, raw)
     if type(tools := raw.get("server_tool_use")) is dict:
         for unit in _UNITS:
-            if (amount := number(tools, unit)) is not None:
-                usage.units[unit] = amount
+            if (used := reader.number(tools, unit)) is not None:
+                usage.units[unit] = used
     if tier := name(raw.get("service_tier")):
         usage.service_tier = tier
 
 
-def _add(reader: Reader, counts: dict[str, int | None], entry: Document) -> None:
+def _add(reader: Reader, counts: dict[str, int], entry: Document) -> None:
     for ours, theirs in _COUNTS:
         more = reader.number(entry, theirs)
         if more is not None:
-            counts[ours] = (counts[ours] or 0) + more
+            counts[ours] = counts.get(ours, 0) + more

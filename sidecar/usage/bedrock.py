@@ -15,24 +15,22 @@ from typing import Any, ClassVar
 
 from sidecar.exchange import Usage
 from sidecar.usage.anthropic import Messages
+from sidecar.usage.fields import fill_tokens, settle_total
 from sidecar.usage.members import Tree
-from sidecar.usage.openai import fill_chat
 from sidecar.usage.reader import Document, Reader, known
 from sidecar.usage.values import count, error_word, lenient_loads, name, overlay, part
 
 _METRICS = "amazon-bedrock-invocationMetrics"
 _HEADERS = "x-amzn-bedrock-"
 _TTL = {"5m": "cache_write_5m_input_tokens", "1h": "cache_write_1h_input_tokens"}
+_ADDED = ("inputTokens", "outputTokens", "cacheReadInputTokens", "cacheWriteInputTokens")
 _DULL_CHUNK = b'{"bytes":"eyJ0eXBlIjoiY29udGVudF9ibG9ja19kZWx0YSI'  # {"type":"content_block_delta"
 
 
 class _Frames(Reader):
     """What both kinds of stream share: exceptions and errors come as frames of their own."""
 
-    def dull_frame(self, head: bytes) -> bool:
-        return False
-
-    def frame(self, headers: dict[str, str], payload: bytes) -> bool:
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
         self.seen = True
         kind = headers.get(":message-type", "event")
         if kind == "event":
@@ -56,9 +54,13 @@ class Converse(_Frames):
     }
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"contentBlockDelta")
 
+    frame_events: ClassVar[tuple[str, ...]] = (
+        *("messageStart", "contentBlockStart", "contentBlockDelta", "contentBlockStop", "messageStop", "metadata"),
+    )
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "inputTokens" in part(document.get("usage")) and "stopReason" in document and "output" in document
+        return "inputTokens" in part(document.get("usage")) and "stopReason" in document
 
     def dull_frame(self, head: bytes) -> bool:
         return b"contentBlock" in head and b"exception" not in head
@@ -84,6 +86,46 @@ class Converse(_Frames):
         fill_converse(self, usage, raw)
 
 
+class Agents(Converse):
+    """`InvokeAgent`: usage stands in the traces alone, where they were asked for; one for each call of a model.
+
+    Whatever kind of trace it is (orchestration, routing, before, after), the counts are in the metadata of its model
+    invocation: `{"trace": {"orchestrationTrace": {"modelInvocationOutput": {"metadata": {"usage": …}}}}}` (seen
+    in public code that reads it). Those of a collaborator come as traces of its own. They are added up. The
+    answer is the `chunk` behind them; there is no other end mark.
+    """
+
+    wanted: ClassVar[Tree] = {}
+    frame_events: ClassVar[tuple[str, ...]] = ("trace", "returnControl")  # `chunk` is `InvokeModel`'s as well
+    first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return False
+
+    def dull_frame(self, head: bytes) -> bool:
+        return False
+
+    def take(self, event: str, payload: bytes) -> bool:
+        if event == "trace":
+            self._trace(part(part(lenient_loads(payload)).get("trace")))
+        elif event in ("chunk", "returnControl"):
+            self.final = True
+        return False
+
+    def document(self, document: Document) -> None:
+        """What comes in no frames is no agent's answer: the paths are other APIs' as well."""
+
+    def _trace(self, trace: Document) -> None:
+        for kind in trace.values():
+            output = part(part(kind).get("modelInvocationOutput"))
+            used = part(part(output.get("metadata")).get("usage"))
+            for key in _ADDED:
+                if (amount := self.number(used, key)) is not None:
+                    self.raw = self.raw or {}
+                    self.raw[key] = self.raw.get(key, 0) + amount
+
+
 def fill_converse(reader: Reader, usage: Usage, raw: Document) -> None:
     number = reader.number
     read = number(raw, "cacheReadInputTokens")
@@ -102,6 +144,7 @@ def fill_converse(reader: Reader, usage: Usage, raw: Document) -> None:
         field = _TTL.get(str(part(entry).get("ttl")))
         if field is not None and (amount := number(entry, "inputTokens")) is not None:
             setattr(usage, field, (getattr(usage, field) or 0) + amount)
+    settle_total(usage, {"total_tokens": raw.get("totalTokens")})
 
 
 class Invoke(_Frames):
@@ -122,6 +165,19 @@ class Invoke(_Frames):
         f"{_HEADERS}{name}-token-count" for name in ("input", "output", "cache-read-input", "cache-write-input")
     )
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
+
+    frame_events: ClassVar[tuple[str, ...]] = ("chunk",)
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "inputTextTokenCount" in document or (
+            "prompt_token_count" in document and "generation_token_count" in document
+        )
+
+    def recognises(self, document: Document, event: str) -> bool:
+        """The body is the model's own, and whatever is known of it is read here."""
+        known = ("usage", "inputTextTokenCount", "prompt_token_count", "generation_token_count", "choices")
+        return any(key in document for key in known) or document.get("type") in ("message", "error")
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -197,7 +253,7 @@ class Invoke(_Frames):
         elif "inputTokens" in raw:
             fill_converse(self, usage, raw)
         elif "prompt_tokens" in raw:
-            fill_chat(self, usage, raw)
+            fill_tokens(self, usage, raw)
         elif "inputTextTokenCount" in raw:
             usage.input_tokens = self.number(raw, "inputTextTokenCount")
             usage.output_tokens = self.number(raw, "tokenCount")

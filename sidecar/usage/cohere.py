@@ -1,6 +1,6 @@
 """Cohere, both versions: what is billed (`billed_units`), not what the model saw (`tokens`).
 
-Reranking speaks this shape too; Jina and Voyage answer the same paths with OpenAI's `usage.total_tokens`.
+Reranking speaks this shape too; Jina, Voyage and Pinecone answer the same paths with a `usage` in OpenAI's manner.
 """
 
 from __future__ import annotations
@@ -9,12 +9,21 @@ import re
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import name, part, quantity
 
 _UNITS = ("search_units", "classifications", "images")
 _END: Tree = {"usage": True, "finish_reason": True, "error": True}
+
+
+_KINDS = (
+    *("message-start", "content-start", "content-delta", "content-end", "tool-plan-delta", "tool-call-start"),
+    *("tool-call-delta", "tool-call-end", "citation-start", "citation-end", "message-end"),  # v2
+    *("stream-start", "text-generation", "search-queries-generation", "search-results", "tool-calls-chunk"),
+    *("tool-calls-generation", "citation-generation", "debug", "stream-end"),  # v1
+)
 
 
 class Cohere(Reader):
@@ -35,9 +44,23 @@ class Cohere(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message-end", b"stream-end")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content-delta|text-generation")
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"_units", b"stream-")
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "billed_units" in part(document.get("usage")) or "billed_units" in part(document.get("meta"))
+        """Billed units, and the beginnings and ends of both kinds of stream."""
+        usage = part(document.get("usage"))
+        if "billed_units" in usage or "billed_units" in part(document.get("meta")):
+            return True
+        if document.get("type") in ("message-start", "message-end"):
+            return type(document.get("delta")) is dict
+        kind = document.get("event_type")
+        return kind in ("stream-start", "stream-end") and (
+            "generation_id" in document or type(document.get("response")) is dict
+        )
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return self.claims(document) or "event_type" in document or document.get("type") in ("content-delta", "debug")
 
     def dull(self, block: bytes) -> bool:
         if b"message-" in block or b"stream-" in block or b"error" in block:
@@ -48,7 +71,7 @@ class Cohere(Reader):
         kind = document.get("type") or document.get("event_type")
         if type(kind) is not str:
             kind = event
-        self.seen = True
+        self.seen = self.seen or kind in _KINDS
         if kind == "message-end":
             end = part(document.get("delta"))
             self.identify(document)
@@ -78,16 +101,19 @@ class Cohere(Reader):
             self.provider = "cohere"
             counted = {key: meta[key] for key in ("billed_units", "tokens", "cached_tokens") if key in meta}
             self.report(counted)
-        self.report(document.get("usage"))
-        self.seen = self.seen or "results" in document or "message" in document or "embeddings" in document
+        if "choices" not in document:  # with choices it is another API behind the same path
+            self.report(document.get("usage"))
+            self.seen = self.seen or "results" in document or "message" in document or "embeddings" in document
 
     def fill(self, usage: Usage, raw: Document) -> None:
         if "billed_units" not in raw and "tokens" not in raw:
-            usage.input_tokens = self.number(raw, "prompt_tokens")
-            if usage.input_tokens is None:
-                usage.input_tokens = self.number(raw, "total_tokens")
+            fill_tokens(self, usage, raw)
+            if usage.output_tokens is None and usage.input_tokens is None:
+                usage.input_tokens = usage.total_tokens  # of a reranker: nothing is generated
             return
         billed = part(raw.get("billed_units"))
+        if "output_tokens" not in billed:
+            self.operation = "embeddings" if "input_tokens" in billed else "rerank"
         usage.input_tokens = self.number(billed, "input_tokens")
         usage.output_tokens = self.number(billed, "output_tokens")
         usage.image_input_tokens = self.number(billed, "image_tokens")

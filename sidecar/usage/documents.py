@@ -1,4 +1,4 @@
-"""Plain answers: one JSON document, or an array (or lines) of them that its content type does not give away.
+"""Answers of JSON: one document, or an array (or lines) of them that their content type does not give away.
 
 A small document is kept and parsed once, at the end; a large one is skimmed by `Members` while it passes, so that sixty
 megabytes cost no parse and next to no memory.
@@ -20,11 +20,12 @@ DOCUMENT_MAX_BYTES = 65_536  # a plain answer parsed whole: 0.2 ms at most; larg
 class LinesOrDocument:
     """JSON that may be one object a line although its type does not say so: the second line decides."""
 
-    __slots__ = ("_framing", "_reader", "_start")
+    __slots__ = ("_after", "_framing", "_reader", "_start")
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
         self._start = bytearray()
+        self._after = -1  # where the second line begins
         self._framing: JsonLines | OneDocument | None = None
 
     @property
@@ -38,18 +39,21 @@ class LinesOrDocument:
     def feed(self, piece: bytes) -> bool:
         if self._framing is not None:
             return self._framing.feed(piece)
-        self._start += piece
-        line, newline, more = bytes(self._start).partition(b"\n")
-        if newline and not complete(line):
+        start = self._start
+        newline = piece.find(b"\n") if self._after < 0 else -1
+        if newline >= 0:
+            self._after = len(start) + newline + 1
+        start += piece
+        if newline >= 0 and not complete(bytes(start[: self._after])):
             self._framing = OneDocument(self._reader)
-        elif newline and not more.isspace() and more:
+        elif self._after >= 0 and start[self._after :].strip():
             self._framing = JsonLines(self._reader)
-        elif len(self._start) > MESSAGE_MAX_BYTES:
+        elif len(start) > MESSAGE_MAX_BYTES:
             self._framing = OneDocument(self._reader)
         else:
             return False
-        start, self._start = bytes(self._start), bytearray()
-        return self._framing.feed(start)
+        self._start = bytearray()
+        return self._framing.feed(bytes(start))
 
     def finish(self) -> None:
         if self._framing is None:
@@ -101,7 +105,7 @@ class OneDocument(Parsing):
 
 def read_whole(reader: Reader, body: bytes) -> bool:
     """Read a small answer that is all there is; whether it is complete."""
-    if reader.must_hold not in body:
+    if not reader.may_hold(body):
         return False
     try:
         document = orjson.loads(body)
@@ -115,51 +119,56 @@ def read_whole(reader: Reader, body: bytes) -> bool:
 
 
 def _read_skimmed(reader: Reader, members: Members) -> bool:
-    if members.oversized:
-        reader.anomaly("value_oversized")
     if members.document:
         reader.document(members.document)
+    if members.oversized and reader.concerned:
+        reader.anomaly("value_oversized")
     return members.done
 
 
 class Elements(Parsing):
-    """One JSON array whose elements are a stream (Gemini without `alt=sse`); a bare object is its only element."""
+    """One JSON array: a stream of its elements (Gemini without `alt=sse`), or the answers to several prompts.
 
-    __slots__ = ("_array", "_element", "_long", "_skip", "_started")
+    An array of anything but objects (bare embeddings) has nothing to say and is passed over.
+    """
+
+    __slots__ = ("_element", "_long", "_passing", "_skip", "_started")
 
     def __init__(self, reader: Reader) -> None:
         super().__init__(reader)
         self._started = False
-        self._array = False
+        self._passing = False
         self._skip = Skipper()
         self._element = bytearray()
         self._long: Members | None = None
 
     def feed(self, piece: bytes) -> bool:
         pos, end = 0, len(piece)
-        while pos < end:
+        while pos < end and not self._passing:
             if self._skip.depth:
                 after = self._skip.container(piece, pos)
                 self._keep(piece[pos : after if after >= 0 else None])
                 if after < 0:
                     return False
-                self._deliver()
+                self._element_ended()
                 pos = after
                 continue
             byte = piece[pos]
             pos += 1
-            if byte == 0x7B:
-                self._started = True
+            if byte == 0x7B and self._started:
                 self._skip.depth = 1
                 self._element += b"{"
             elif byte == 0x5B and not self._started:
-                self._started = self._array = True
-            elif byte == 0x5D and self._array:
-                self.ended = True
-                return True
+                self._started = True
+            elif byte == 0x5D:
+                self.ended = self._passing = True
+                return self._reader.arrays_stream
+            elif byte not in b" \t\r\n,\xef\xbb\xbf":
+                self._passing = self.ended = True
         return False
 
     def finish(self) -> None:
+        self.streamed = self._reader.arrays_stream
         self._element.clear()
         self._long = None
 
@@ -173,7 +182,7 @@ class Elements(Parsing):
             self._long.feed(bytes(self._element))
             self._element.clear()
 
-    def _deliver(self) -> None:
+    def _element_ended(self) -> None:
         document: Any
         if self._long is not None:
             document = self._long.document
@@ -182,4 +191,4 @@ class Elements(Parsing):
             document = self._parse(bytes(self._element))
             self._element.clear()
         if document:
-            self._reader.message(document, "")
+            self._deliver(document, "")

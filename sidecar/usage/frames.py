@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Mapping
 from typing import Protocol
 
 from sidecar.usage.codings import Unreadable
@@ -29,9 +30,17 @@ class FrameReader(Protocol):
         """Whether a frame with these header bytes can hold nothing of interest."""
         ...
 
-    def frame(self, headers: dict[str, str], payload: bytes) -> bool:
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
         """Take one frame; True when it is the stream's end mark."""
         ...
+
+
+def begins(start: bytes) -> bool | None:
+    """Whether these are the first bytes of a frame, whatever their type says; None while too few of them are there."""
+    if len(start) < PRELUDE_BYTES:
+        return None if start[:1] in (b"\x00", b"\x01") else False
+    total, _, crc = _PRELUDE.unpack_from(start)
+    return bool(total >= PRELUDE_BYTES + 4 and zlib.crc32(start[:8]) == crc)
 
 
 class EventStream:

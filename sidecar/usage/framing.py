@@ -51,6 +51,14 @@ class Parsing:
         self.streamed = True
         self.ended = False
 
+    def _deliver(self, document: Document, event: str) -> bool:
+        """Hand a message over; once it is known whose answer it is, that reader is asked directly."""
+        reader = self._reader
+        ended = reader.message(document, event)
+        if reader.settled is not None:
+            self._reader = reader.settled
+        return ended
+
     def _parse(self, data: bytes) -> Document | None:
         """One JSON object, or None. What the strict parser refuses is skimmed for what is wanted."""
         if len(data) > MESSAGE_MAX_BYTES:
@@ -59,7 +67,7 @@ class Parsing:
             document = orjson.loads(data)
         except ValueError:
             document = pruned(data, self._reader.places())
-            if not document and not self._cut:
+            if not document and not self._cut and self._reader.concerned:
                 self._reader.anomaly("message_unreadable")
         return document if type(document) is dict else None
 
@@ -96,7 +104,7 @@ class _Messages(Parsing):
         proven = self._reader.proven()
         if self._long is not None:
             if self._long.members.document and not self._long.delivered:
-                self._reader.message(self._long.members.document, self._long.event)
+                self._deliver(self._long.members.document, self._long.event)
             if not self._long.members.done:
                 self._reader.restore(proven)
             self._long = None
@@ -128,7 +136,7 @@ class _Messages(Parsing):
             block = bytes(rest[:end])
             del rest[:end]
             if self._messages(block):
-                return True
+                return self._over()
         if not rest:
             return False
         if len(rest) > MESSAGE_MAX_BYTES:
@@ -136,7 +144,13 @@ class _Messages(Parsing):
             start = bytes(rest)
             rest.clear()
             return self._feed_long(start)
-        return self._early()
+        return self._early() and self._over()
+
+    def _over(self) -> bool:
+        """The end mark has passed: what stands behind it in the same piece is not read, as later pieces are not."""
+        self._rest.clear()
+        self._long = None
+        return True
 
     def _only_lf(self, piece: bytes) -> bytes:
         """Line ends are LF, CRLF or CR, and a CRLF may be cut; a bare CR never stands inside JSON."""
@@ -160,14 +174,14 @@ class _Messages(Parsing):
             document = orjson.loads(data)
         except ValueError:
             return False
-        return type(document) is dict and self._reader.message(document, event)
+        return type(document) is dict and self._deliver(document, event)
 
     def _messages(self, block: bytes) -> bool:
-        reader = self._reader
-        if reader.dull(block):
+        if self._reader.dull(block):
             return False
         ended = False
         for message in block.split(self.separator):
+            reader = self._reader
             if not message or message.isspace():
                 continue
             data, event = self._data(message)
@@ -178,7 +192,7 @@ class _Messages(Parsing):
             elif not reader.dull(message):
                 document = self._parse(data)
                 if document is not None:
-                    ended = reader.message(document, event) or ended
+                    ended = self._deliver(document, event) or ended
             if ended:
                 return True
         return False
@@ -192,10 +206,10 @@ class _Messages(Parsing):
             return False
         if long.members.document and not long.delivered:
             long.delivered = True
-            if long.members.oversized:
+            if self._deliver(long.members.document, long.event):
+                return self._over()
+            if long.members.oversized and self._reader.concerned:
                 self._reader.anomaly("value_oversized")
-            if self._reader.message(long.members.document, long.event):
-                return True
         if after is None:
             return False
         self._long = None

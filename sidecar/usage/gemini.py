@@ -15,20 +15,23 @@ from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key, fill_modalities
 from sidecar.usage.values import count, name, part
 
+_ANSWER: Tree = {
+    "responseId": True,
+    "modelVersion": True,
+    "usageMetadata": True,
+    "error": True,
+    "promptFeedback": {"blockReason": True},
+    "candidates": [{"index": True, "finishReason": True}],
+    "embedding": {"statistics": True},
+    "predictions": [{"embeddings": {"statistics": True}}],
+    "metadata": {"billableCharacterCount": True},
+}
+
 
 class Gemini(Reader):
-    wanted: ClassVar[Tree] = {
-        "responseId": True,
-        "modelVersion": True,
-        "usageMetadata": True,
-        "error": True,
-        "promptFeedback": {"blockReason": True},
-        "candidates": [{"index": True, "finishReason": True}],
-        "embedding": {"statistics": True},
-        "predictions": [{"embeddings": {"statistics": True}}],
-        "metadata": {"billableCharacterCount": True},
-    }
+    wanted: ClassVar[Tree] = {**_ANSWER, "response": _ANSWER}
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
+    arrays_stream: ClassVar[bool] = True
 
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
@@ -36,9 +39,14 @@ class Gemini(Reader):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "promptTokenCount" in part(document.get("usageMetadata")) and (
-            "candidates" in document or "modelVersion" in document
-        )
+        usage = part(document.get("usageMetadata"))
+        if "promptTokenCount" not in usage and "totalTokenCount" not in usage:
+            return False
+        known = ("candidates", "modelVersion", "responseId", "embedding", "embeddings")
+        return len(usage) > 1 or any(key in document for key in known)
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return "candidates" in document or "usageMetadata" in document or "promptFeedback" in document
 
     def dull(self, block: bytes) -> bool:
         if b'"usageMetadata"' in block or b'"finishReason"' in block or b'"error"' in block:
@@ -53,6 +61,8 @@ class Gemini(Reader):
         return False
 
     def document(self, document: Document) -> None:
+        if "candidates" not in document and type(inner := document.get("response")) is dict:
+            document = inner  # Cloud Code's envelope
         self.identify(document, "responseId", "modelVersion")
         if self.fail(document.get("error")):
             self.seen = True
@@ -87,6 +97,14 @@ class Gemini(Reader):
             usage.units["billable_characters"] = characters
 
 
+class CloudCode(Gemini):
+    """Behind the paths of Cloud Code, as coding agents ask it: the same answer inside `response` (seen in captures)."""
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return Gemini.claims(part(document.get("response")))
+
+
 class Vertex(Gemini):
     """The same shape behind Vertex's paths; an answer of an unknown path is taken for Gemini's own."""
 
@@ -101,7 +119,8 @@ def fill_gemini(reader: Reader, usage: Usage, raw: Document) -> None:
     tools = number(raw, "toolUsePromptTokenCount")
     thoughts = number(raw, "thoughtsTokenCount")
     live = "responseTokenCount" in raw
-    said = number(raw, "responseTokenCount" if live else "candidatesTokenCount")
+    said_at = "responseTokenCount" if live else "candidatesTokenCount"
+    said = number(raw, said_at)
     total = count(raw.get("totalTokenCount"))
     if prompt is None and tools is None and total is not None and said is not None:
         prompt = max(0, total - said - (thoughts or 0))  # a zero that the wire leaves out, or a part of the total
@@ -112,13 +131,17 @@ def fill_gemini(reader: Reader, usage: Usage, raw: Document) -> None:
         said = thoughts
     elif said is None and entered is not None and total == entered:
         said = 0 if "candidatesTokensDetails" not in raw else None
+    rejected = said is None and raw.get(said_at) is not None
+    if entered is not None and total is not None and total > entered + (said or 0) and not rejected:
+        said = total - entered  # O2: thoughts that only the total knows of
     usage.input_tokens = entered
     usage.output_tokens = said
     usage.tool_use_input_tokens = tools
     usage.reasoning_output_tokens = thoughts
     usage.cache_read_input_tokens = number(raw, "cachedContentTokenCount")
-    fill_modalities(usage, "input", raw.get("promptTokensDetails"))
-    fill_modalities(usage, "output", raw.get("responseTokensDetails" if live else "candidatesTokensDetails"))
+    sides = (("input", "prompt"), ("output", "response" if live else "candidates"))
+    for direction, side in sides:  # embeddings leave out an s
+        fill_modalities(usage, direction, raw.get(f"{side}TokensDetails") or raw.get(f"{side}TokenDetails"))
 
 
 class Interactions(Reader):
@@ -137,6 +160,17 @@ class Interactions(Reader):
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"interaction")
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        kind = document.get("event_type")
+        if type(kind) is str and kind.startswith("interaction."):
+            return type(document.get("interaction")) is dict
+        return "total_input_tokens" in part(document.get("usage"))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return self.claims(document) or "interaction" in document or document.get("object") == "interaction"
 
     def dull(self, block: bytes) -> bool:
         if b"interaction" in block or b'"usage"' in block or b'"error"' in block:
@@ -177,8 +211,12 @@ class Interactions(Reader):
         total = count(raw.get("total_tokens"))
         if said is not None and thoughts and total != (entered or 0) + (tools or 0) + said:
             said += thoughts
-        if entered is not None and tools and total == entered + tools + (said or 0):
+        rest = 0 if total is None or entered is None else total - entered - (said or 0)
+        if entered is not None and tools and rest >= tools:
             entered += tools
+            rest -= tools
+        if rest > 0 and (said is not None or raw.get("total_output_tokens") is None):
+            said = (said or 0) + rest  # O2
         usage.input_tokens = entered
         usage.output_tokens = said
         usage.tool_use_input_tokens = tools

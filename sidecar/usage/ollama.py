@@ -23,9 +23,14 @@ class Ollama(Reader):
     end_signs: ClassVar[tuple[bytes, ...]] = (b'"done":true', b'"done": true')
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"(?:content|response|thinking)"\s*:\s*"[^"]')
 
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"eval_count",)
+
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return document.get("done") is True and "prompt_eval_duration" in document and "eval_count" in document
+        return document.get("done") is not False and ("eval_count" in document or "prompt_eval_count" in document)
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return "done" in document or self.claims(document)
 
     def dull(self, block: bytes) -> bool:
         if self.model is None or b'"error"' in block:

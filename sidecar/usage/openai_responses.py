@@ -1,7 +1,6 @@
 """OpenAI's responses shape: `input_tokens`/`output_tokens`, and streams of typed events.
 
-The same counts are spoken by audio, images, batches and realtime, which is why `fill_responses` stands alone. In a
-stream the usage is inside `.response` of the one terminal event; every other event is waved through by its bytes.
+In a stream the usage is inside `.response` of the one terminal event; every other event is waved through by its bytes.
 """
 
 from __future__ import annotations
@@ -10,11 +9,16 @@ import re
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader, escaped_key
-from sidecar.usage.values import name, part, quantity
+from sidecar.usage.values import name, part
 
 TERMINAL = ("response.completed", "response.incomplete", "response.failed")
+
+# A stream is one answer, so other servers' words for its end are taken as well: realtime's, and that of an answer that
+# was cancelled (unverified). A socket holds many answers, and whoever sends both words there must not count twice.
+_ENDS = (*TERMINAL, "response.done", "response.cancelled")
 
 _RESPONSE: Tree = {
     "id": True,
@@ -31,20 +35,31 @@ _RESPONSE: Tree = {
 
 class Responses(Reader):
     wanted: ClassVar[Tree] = {**_RESPONSE, "type": True, "code": True, "response": _RESPONSE}
-    end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in TERMINAL)
+    end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in _ENDS)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
+
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b'"response"', b'"response.')
 
     @classmethod
     def claims(cls, document: Document) -> bool:
         if document.get("object") in ("response", "response.compaction"):
-            return "usage" in document and "output" in document
+            return "usage" in document
         kind = document.get("type")
-        return kind == "response.created" and part(document.get("response")).get("object") == "response"
+        if type(kind) is not str or not kind.startswith("response."):
+            return False
+        inner = part(document.get("response"))
+        return inner.get("object") == "response" or (kind in TERMINAL and bool(part(inner.get("usage"))))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        if type(kind) is not str:
+            kind = event
+        return kind.startswith("response.") or document.get("object") in ("response", "response.compaction")
 
     def dull(self, block: bytes) -> bool:
         if self.response_id is None or b'"error"' in block or b"event: error" in block:
             return False
-        if b"response.completed" in block or b"response.incomplete" in block or b"response.failed" in block:
+        if any(sign in block for sign in self.end_signs):
             return False
         return 92 not in block or not escaped_key(block)
 
@@ -59,8 +74,8 @@ class Responses(Reader):
             self.fail(error or {"type": document.get("code"), "code": document.get("code")})
         elif type(response) is dict and kind.startswith("response."):
             self.document(response)
-            self.final = kind in TERMINAL
-        return kind in TERMINAL
+            self.final = kind in _ENDS
+        return kind in _ENDS
 
     def document(self, document: Document) -> None:
         if document.get("object") in ("response", "response.compaction") or "usage" in document:
@@ -81,32 +96,4 @@ class Responses(Reader):
         self.report(document.get("usage"))
 
     def fill(self, usage: Usage, raw: Document) -> None:
-        fill_responses(self, usage, raw)
-
-
-def fill_responses(reader: Reader, usage: Usage, raw: Document) -> None:
-    """`input_tokens` and its kin; details are spelled `input_tokens_details` or `input_token_details`."""
-    number = reader.number
-    if raw.get("type") == "duration":
-        if (seconds := quantity(raw.get("seconds"))) is not None:
-            usage.units["audio_seconds"] = seconds
-        return
-    usage.input_tokens = number(raw, "input_tokens")
-    usage.output_tokens = number(raw, "output_tokens")
-    details = raw.get("input_tokens_details") or raw.get("input_token_details")
-    if type(details) is dict:
-        usage.cache_read_input_tokens = number(details, "cached_tokens")
-        usage.cache_write_input_tokens = number(details, "cache_write_tokens")
-        if usage.cache_read_input_tokens is None:  # Perplexity's responses surface
-            usage.cache_read_input_tokens = number(details, "cache_read_input_tokens")
-        if usage.cache_write_input_tokens is None:
-            usage.cache_write_input_tokens = number(details, "cache_creation_input_tokens")
-        usage.text_input_tokens = number(details, "text_tokens")
-        usage.image_input_tokens = number(details, "image_tokens")
-        usage.audio_input_tokens = number(details, "audio_tokens")
-    details = raw.get("output_tokens_details") or raw.get("output_token_details")
-    if type(details) is dict:
-        usage.reasoning_output_tokens = number(details, "reasoning_tokens")
-        usage.text_output_tokens = number(details, "text_tokens")
-        usage.image_output_tokens = number(details, "image_tokens")
-        usage.audio_output_tokens = number(details, "audio_tokens")
+        fill_tokens(self, usage, raw)

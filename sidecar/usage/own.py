@@ -66,6 +66,10 @@ class OwnFields(Reader):
             _graft(self._places, element.json)
         self.units: dict[str, int | float] = {}
 
+    @property
+    def arrays_stream(self) -> bool:  # type: ignore[override]
+        return self.inner is not None and self.inner.arrays_stream
+
     def places(self) -> Tree:
         return self._places
 

@@ -1,15 +1,12 @@
-"""Readers of answers from which no tokens are taken: errors, free estimates, stored answers, unknown shapes."""
+"""Readers of answers from which no tokens are taken: errors, free estimates, stored answers."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 from sidecar.exchange import Usage
 from sidecar.usage.members import Tree
 from sidecar.usage.reader import Document, Reader
-
-UNDECIDED_MESSAGES_MAX = 4  # messages after which a stream of unknown shape is left alone
 
 
 class Failed(Reader):
@@ -50,51 +47,3 @@ class Batch(Unmetered):
 
     def fill(self, usage: Usage, raw: Document) -> None:
         """Nothing: `raw_usage` alone says what the batch used."""
-
-
-class Undecided(Reader):
-    """An unknown path: the first messages (or the document) must be unmistakable, else nothing is read."""
-
-    wanted: ClassVar[Tree] = {}  # large documents of unknown paths are left alone
-    must_hold: ClassVar[bytes] = b"sage"
-
-    def __init__(self, anomaly: Callable[[str], None], candidates: Sequence[type[Reader]]) -> None:
-        self.chosen: Reader | None = None
-        super().__init__(anomaly)
-        self._candidates = candidates
-        self._left = UNDECIDED_MESSAGES_MAX
-
-    def signs(self) -> tuple[bytes, ...]:
-        return self.chosen.signs() if self.chosen is not None else ()
-
-    def proven(self) -> bool:
-        return self.chosen is not None and self.chosen.proven()
-
-    def restore(self, final: bool) -> None:
-        if self.chosen is not None:
-            self.chosen.restore(final)
-
-    def dull(self, block: bytes) -> bool:
-        if self.chosen is not None:
-            return self.chosen.dull(block)
-        return self._left <= 0
-
-    def done(self) -> bool:
-        return self.chosen.done() if self.chosen is not None else False
-
-    def message(self, document: Document, event: str) -> bool:
-        if self.chosen is None and not self._choose(document):
-            return False
-        return self.chosen.message(document, event) if self.chosen is not None else False
-
-    def document(self, document: Document) -> None:
-        if self._choose(document) and self.chosen is not None:
-            self.chosen.document(document)
-
-    def _choose(self, document: Document) -> bool:
-        self._left -= 1
-        for candidate in self._candidates:
-            if candidate.claims(document):
-                self.chosen = candidate(self.anomaly)
-                return True
-        return False

@@ -1,13 +1,12 @@
-"""Things billed by time, pages or units of their own: Replicate, fal, Mistral's OCR and conversations."""
+"""Things billed by time, pages or units of their own: Replicate, Mistral's OCR and conversations."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import ClassVar
 
 from sidecar.exchange import Usage
+from sidecar.usage.fields import fill_tokens
 from sidecar.usage.members import Tree
-from sidecar.usage.openai import fill_chat
 from sidecar.usage.reader import Document, Reader, escaped_key
 from sidecar.usage.values import name, part, quantity
 
@@ -23,6 +22,12 @@ class Replicate(Reader):
         "error": True,
         "metrics": True,
     }
+
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"predict_time",)
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "predict_time" in part(document.get("metrics")) and "status" in document
 
     def document(self, document: Document) -> None:
         self.seen = "status" in document
@@ -40,25 +45,12 @@ class Replicate(Reader):
             usage.units["predict_seconds"] = seconds
 
 
-class Fal(Reader):
-    """Any path: one header says how many units are billed; what a unit is depends on the model."""
-
-    header_names: ClassVar[tuple[str, ...]] = ("x-fal-billable-units",)
-
-    def head(self, headers: Mapping[str, str]) -> None:
-        super().head(headers)
-        self.seen = True
-
-    def fill_from_headers(self, usage: Usage) -> bool:
-        units = quantity(self.headers.get("x-fal-billable-units"))
-        if units is None:
-            return False
-        usage.units["billable_units"] = units
-        return True
-
-
 class MistralOcr(Reader):
     wanted: ClassVar[Tree] = {"model": True, "usage_info": True, "error": True}
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return "pages_processed" in part(document.get("usage_info"))
 
     def document(self, document: Document) -> None:
         self.identify(document)
@@ -72,6 +64,18 @@ class MistralOcr(Reader):
 class MistralConversations(Reader):
     wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
     end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"conversation")
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        kind = document.get("type")
+        if type(kind) is str and kind.startswith("conversation.response."):
+            return "conversation_id" in document or "usage" in document
+        return "conversation_id" in document and bool(part(document.get("usage")))
+
+    def recognises(self, document: Document, event: str) -> bool:
+        kind = document.get("type")
+        return "conversation_id" in document or (type(kind) is str and kind.startswith("conversation."))
 
     def dull(self, block: bytes) -> bool:
         if b"conversation.response" in block or b'"error"' in block:
@@ -97,4 +101,4 @@ class MistralConversations(Reader):
         self.report(document.get("usage"))
 
     def fill(self, usage: Usage, raw: Document) -> None:
-        fill_chat(self, usage, raw)
+        fill_tokens(self, usage, raw)

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 from sidecar.exchange import USAGE_FIELDS, Usage, UsageState
 from sidecar.usage.members import Tree
 from sidecar.usage.values import (
-    COUNT_MAX,
     count,
     error_word,
     keepable,
@@ -43,12 +42,18 @@ class Reader:
     """Bytes without which no message can be the stream's end mark."""
     first_token: ClassVar[re.Pattern[bytes] | None] = None
     """What the first generated text looks like on the wire, for the time to the first token."""
-    must_hold: ClassVar[bytes] = b""
-    """Bytes without which a small plain answer is not worth parsing."""
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"oken")
+    """Bytes without one of which no message can be claimed: usage, message, tokens, Token."""
+    frame_events: ClassVar[tuple[str, ...]] = ()
+    """The events of Amazon's binary frames that are of this family."""
+    arrays_stream: ClassVar[bool] = False
+    """Whether an array is a stream of its elements, and not the answers to several prompts."""
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 
     # Defaults stand on the class: a reader is made for every call, and most of these are never set.
+    settled: Reader | None = None  # who is to be asked in this one's place from now on (see `choosing`)
+    concerned: bool = True  # whether what cannot be read is a loss: not where it may be nobody's
     seen: bool = False  # something of this family's shape was seen
     final: bool = False  # the provider's end mark for usage was seen (M5)
     raw: Document | None = None
@@ -58,6 +63,7 @@ class Reader:
     error: str | None = None
     reason: str | None = None
     provider: str | None = None  # only where the answer gives it away
+    operation: str | None = None  # only where the answer gives it away, and the address does not
     headers: Mapping[str, str] = _NO_HEADERS
 
     def __init__(self, anomaly: Callable[[str], None]) -> None:
@@ -80,6 +86,10 @@ class Reader:
         """The last message was cut off: what it proved does not count."""
         self.final = final
 
+    def may_hold(self, body: bytes) -> bool:
+        """Whether a small plain answer is worth parsing."""
+        return True
+
     # What a family overrides.
 
     def head(self, headers: Mapping[str, str]) -> None:
@@ -89,6 +99,18 @@ class Reader:
     @classmethod
     def claims(cls, document: Document) -> bool:
         """Whether a document or message of an unknown path is unmistakably of this family."""
+        return False
+
+    def recognises(self, document: Document, event: str) -> bool:
+        """Whether a document or message is of this family, where the address already says so."""
+        return self.claims(document)
+
+    def dull_frame(self, head: bytes) -> bool:
+        """Whether a binary frame with these header bytes can hold nothing of interest."""
+        return False
+
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
+        """Take one binary frame; True when it is the stream's end mark."""
         return False
 
     def dull(self, block: bytes) -> bool:
@@ -128,14 +150,6 @@ class Reader:
         if number is None:
             self.anomaly("value_rejected")
         return number
-
-    def numbers(self, usage: Usage, raw: Document, fields: Mapping[str, str]) -> None:
-        """Several counts at once: where it stands -> our field. Absent ones stay as they are."""
-        for key, value in raw.items():
-            if key in fields and value is not None:
-                if type(value) is not int or not 0 <= value <= COUNT_MAX:
-                    value = self.number(raw, key)
-                setattr(usage, fields[key], value)
 
     def report(self, raw: object) -> bool:
         """Note a usage object; later ones overlay earlier ones."""
@@ -224,6 +238,7 @@ def known(usage: Usage) -> bool:
     return (
         usage.input_tokens is not None
         or usage.output_tokens is not None
+        or usage.total_tokens is not None
         or bool(usage.units)
         or usage.cost_usd is not None
     )
@@ -241,4 +256,5 @@ def fill_modalities(usage: Usage, direction: str, details: object, *, amount: st
         modality = entry.get("modality")
         number = count(entry.get(amount))
         if type(modality) is str and modality.lower() in MODALITIES and number is not None:
-            setattr(usage, f"{modality.lower()}_{direction}_tokens", number)
+            field = f"{modality.lower()}_{direction}_tokens"
+            setattr(usage, field, (getattr(usage, field) or 0) + number)  # one entry a piece of the prompt, or a kind

@@ -30,6 +30,9 @@ WANTED: Tree = {
 }
 
 
+_QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
+
+
 class RequestReading:
     """One request body. Never raises; what cannot be read is simply not known."""
 
@@ -119,6 +122,11 @@ class RequestReading:
         """How many parallel answers were asked for."""
         number = self.facts().get("n")
         return number if type(number) is int and number > 1 else 1
+
+    @property
+    def asks_a_model(self) -> bool:
+        """Whether it puts a question: a body that only changes or ends something stored has none, and is small."""
+        return self._size > BODY_MAX_BYTES or not _QUESTIONS.isdisjoint(self.facts())
 
     def _wanted(self) -> Tree:
         return {**WANTED, **dict.fromkeys(self._more, True)} if self._more else WANTED

@@ -30,7 +30,10 @@ class LlamaCpp(Reader):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return "tokens_predicted" in document and "tokens_evaluated" in document and "content" in document
+        return "tokens_predicted" in document and "tokens_evaluated" in document
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return "tokens_predicted" in document
 
     def message(self, document: Document, event: str) -> bool:
         self.document(document)
@@ -71,6 +74,9 @@ class TextGeneration(Reader):
     def claims(cls, document: Document) -> bool:
         return "generated_text" in document and "generated_tokens" in part(document.get("details"))
 
+    def recognises(self, document: Document, event: str) -> bool:
+        return "generated_text" in document or "token" in document
+
     def dull(self, block: bytes) -> bool:
         if not self.seen or b'"generated_tokens"' in block or b'"error"' in block:
             return False
@@ -110,6 +116,9 @@ class TextEmbeddings(Cohere):
     @classmethod
     def claims(cls, document: Document) -> bool:
         return False
+
+    def recognises(self, document: Document, event: str) -> bool:
+        return Cohere.claims(document)
 
     def head(self, headers: Mapping[str, str]) -> None:
         super().head(headers)

@@ -1,34 +1,43 @@
 """WebSocket sessions: one socket, many answers, one `Usage` for each.
 
-The caller hands over every whole message of either side, text or bytes, with fragments joined and compression undone.
-Sound is the bulk of them and is recognised by a byte search; only messages that may hold usage (or the
-model's name) are parsed.
+The caller hands over every whole message of either side, text or bytes, with fragments joined and compression undone;
+of one too large to keep, what was wanted of it. Sound is the bulk of them and is recognised by a byte search; only
+messages that may hold usage (or the model's name) are parsed.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import ClassVar, Protocol
 from urllib.parse import parse_qs, unquote
 
 from sidecar.exchange import Usage
 from sidecar.usage.gemini import Gemini
+from sidecar.usage.members import Tree
 from sidecar.usage.openai_media import Media
 from sidecar.usage.openai_responses import TERMINAL, Responses
 from sidecar.usage.reader import Document, Reader, build
 from sidecar.usage.values import lenient_loads, name, part
 
-MESSAGE_MAX_BYTES = 262_144  # parsed; the largest known event with usage (a whole response) is about 100 KiB
+_SESSION: Tree = {
+    "model": True,
+    "audio": {"input": {"transcription": True}},
+    "input_audio_transcription": True,
+}
 
 
 class Session(Protocol):
     """One socket."""
 
-    def client(self, message: bytes | str) -> None:
+    client_places: ClassVar[Tree]
+    """What is wanted of a message to the provider that is too large to keep; and of one from it."""
+    server_places: ClassVar[Tree]
+
+    def client(self, message: bytes | str | Document) -> None:
         """A message to the provider: it may name the model."""
         ...
 
-    def server(self, message: bytes | str) -> Usage | None:
+    def server(self, message: bytes | str | Document) -> Usage | None:
         """A message from the provider, and the usage that it reports, if it does."""
         ...
 
@@ -40,6 +49,8 @@ class _Session:
     where: str = ""
     client_signs: tuple[bytes, ...] = ()
     server_signs: tuple[bytes, ...] = ()
+    client_places: ClassVar[Tree] = {}
+    server_places: ClassVar[Tree] = {}
 
     def __init__(self, target: str, provider: str | None, anomaly: Callable[[str], None]) -> None:
         self._anomaly = anomaly
@@ -47,12 +58,12 @@ class _Session:
         self.request_model = model_of_query(target)
         self.model: str | None = None
 
-    def client(self, message: bytes | str) -> None:
+    def client(self, message: bytes | str | Document) -> None:
         document = self._document(message, self.client_signs)
         if document is not None:
             self._asked(document)
 
-    def server(self, message: bytes | str) -> Usage | None:
+    def server(self, message: bytes | str | Document) -> Usage | None:
         document = self._document(message, self.server_signs)
         try:
             return self._answered(document) if document is not None else None
@@ -60,12 +71,11 @@ class _Session:
             self._anomaly("reader_failed")
             return None
 
-    def _document(self, message: bytes | str, signs: tuple[bytes, ...]) -> Document | None:
+    def _document(self, message: bytes | str | Document, signs: tuple[bytes, ...]) -> Document | None:
+        if isinstance(message, dict):
+            return message
         data = message.encode("utf-8", "replace") if isinstance(message, str) else bytes(message)
         if not any(sign in data for sign in signs):
-            return None
-        if len(data) > MESSAGE_MAX_BYTES:
-            self._anomaly("message_too_large")
             return None
         document = lenient_loads(data)
         return document if type(document) is dict else None
@@ -87,28 +97,46 @@ class _Session:
 class Realtime(_Session):
     """OpenAI realtime: every `response.done`, and every transcription, which another model does at its own price."""
 
-    __slots__ = ()
+    __slots__ = ("_asked_transcriber", "_transcriber")
 
     api = "OpenAI realtime"
     where = "`.response.usage` of each `response.done`, `usage` of each finished input transcription"
-    client_signs = (b"session.update",)
+    client_places: ClassVar[Tree] = {"session": _SESSION}
+    server_places: ClassVar[Tree] = {
+        "type": True,
+        "item_id": True,
+        "usage": True,
+        "session": _SESSION,
+        "response": {"id": True, "model": True, "status": True, "status_details": True, "usage": True},
+    }
+    client_signs = (b"session.update",)  # a session for transcriptions alone has `transcription_` before it
     server_signs = (b"response.done", b"input_audio_transcription.completed", b"session.created", b"session.updated")
 
+    def __init__(self, target: str, provider: str | None, anomaly: Callable[[str], None]) -> None:
+        super().__init__(target, provider, anomaly)
+        self._transcriber: str | None = None  # the model that writes down what was said, asked for and in use
+        self._asked_transcriber: str | None = None
+
     def _asked(self, document: Document) -> None:
-        self.request_model = name(part(document.get("session")).get("model")) or self.request_model
+        session = part(document.get("session"))
+        self.request_model = name(session.get("model")) or self.request_model
+        self._asked_transcriber = _transcriber(session) or self._asked_transcriber
 
     def _answered(self, document: Document) -> Usage | None:
         kind = document.get("type")
-        if kind in ("session.created", "session.updated"):
-            self.model = name(part(document.get("session")).get("model")) or self.model
+        if type(kind) is str and kind.endswith(("session.created", "session.updated")):
+            session = part(document.get("session"))
+            self.model = name(session.get("model")) or self.model
+            self._transcriber = _transcriber(session) or self._transcriber
             return None
         if kind == "response.done":
             return self._response(part(document.get("response")))
         if kind == "conversation.item.input_audio_transcription.completed":
             reader = Media(self._anomaly)
             reader.message({"type": "transcript.text.done", "usage": document.get("usage")}, "")
+            reader.model = self._transcriber
             usage = self._usage(reader, "transcription")
-            usage.request_model = None
+            usage.request_model = self._asked_transcriber
             usage.response_id = name(document.get("item_id"))
             return usage
         return None
@@ -127,6 +155,27 @@ class Realtime(_Session):
         return self._usage(reader, "realtime")
 
 
+class MistralTranscriptions(_Session):
+    """Mistral's realtime transcription: one `transcription.done` at the end (its package; the seconds that it states
+    are reported to be unreliable)."""
+
+    __slots__ = ()
+
+    api = "Mistral realtime transcription"
+    where = "`usage` of `transcription.done`"
+    server_signs = (b"transcription.done", b"session.created", b"session.updated")
+    server_places: ClassVar[Tree] = {**Media.wanted, "session": _SESSION}
+
+    def _answered(self, document: Document) -> Usage | None:
+        if document.get("type") != "transcription.done":
+            self.model = name(part(document.get("session")).get("model")) or self.model
+            return None
+        reader = Media(self._anomaly)
+        reader.model = self.model
+        reader.message(document, "")
+        return self._usage(reader, "transcription")
+
+
 class ResponsesSocket(_Session):
     """OpenAI responses over a WebSocket: the same events as in a stream, many responses a socket."""
 
@@ -134,6 +183,8 @@ class ResponsesSocket(_Session):
 
     api = "OpenAI responses over a WebSocket"
     where = "`.response.usage` of each terminal event"
+    client_places: ClassVar[Tree] = {"model": True, "response": {"model": True}}
+    server_places: ClassVar[Tree] = Responses.wanted
     client_signs = (b"response.create",)
     server_signs = tuple(kind.encode() for kind in TERMINAL)
 
@@ -153,6 +204,8 @@ class GeminiLive(_Session):
 
     api = "Gemini Live"
     where = "`usageMetadata` of each message that has it"
+    client_places: ClassVar[Tree] = {"setup": {"model": True}}
+    server_places: ClassVar[Tree] = Gemini.wanted
     client_signs = (b'"setup"',)
     server_signs = (b"usageMetadata",)
 
@@ -171,6 +224,7 @@ class GeminiLive(_Session):
 
 
 SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
+    ("/transcriptions/realtime", MistralTranscriptions, "mistral_ai"),
     ("/realtime", Realtime, "openai"),
     ("/responses", ResponsesSocket, "openai"),
     (".BidiGenerateContent", GeminiLive, "gcp.gemini"),
@@ -180,9 +234,17 @@ SESSIONS: tuple[tuple[str, type[_Session], str], ...] = (
 """The end of the path, the reader, the provider; `openai` also where Azure stands behind, unless pinned."""
 
 
-def session(target: str, provider: str | None, anomaly: Callable[[str], None]) -> Session | None:
-    """The reader of a WebSocket to this target; None where its messages are nobody's."""
-    path = target.partition("?")[0].rstrip("/")
+def _transcriber(session: Document) -> str | None:
+    """The model of the input's transcription: nested in the sound's settings, or beside them in the beta's spelling."""
+    given = part(part(part(session.get("audio")).get("input")).get("transcription"))
+    return name(given.get("model")) or name(part(session.get("input_audio_transcription")).get("model"))
+
+
+def session(
+    target: str, provider: str | None, anomaly: Callable[[str], None], path: str | None = None
+) -> Session | None:
+    """The reader of a WebSocket to this target, whose path means `path`; None where its messages are nobody's."""
+    path = (target.partition("?")[0] if path is None else path).rstrip("/")
     for end, reader, default in SESSIONS:
         if path.endswith(end):
             return reader(target, provider or default, anomaly)

@@ -11,15 +11,34 @@ from dataclasses import dataclass
 
 from sidecar.usage.anthropic import Messages
 from sidecar.usage.batches import BatchFile
-from sidecar.usage.bedrock import Converse, Invoke
+from sidecar.usage.bedrock import Agents, Converse, Invoke
 from sidecar.usage.cohere import Cohere
-from sidecar.usage.gemini import Gemini, Interactions, Vertex
+from sidecar.usage.gemini import CloudCode, Gemini, Interactions, Vertex
+from sidecar.usage.natives import (
+    AssistantRuns,
+    Cortex,
+    DashScope,
+    DashScopeApps,
+    Deepgram,
+    DeepgramSpeak,
+    ElevenLabs,
+    Fal,
+    JinaReader,
+    LmStudio,
+    Oci,
+    Qianfan,
+    Reka,
+    SGLang,
+    Watsonx,
+    WatsonxChat,
+    WorkersAi,
+)
 from sidecar.usage.ollama import Ollama
 from sidecar.usage.openai import ChatCompletions, Embeddings
-from sidecar.usage.openai_media import Media
+from sidecar.usage.openai_media import Images, Media, Speech
 from sidecar.usage.openai_responses import Responses
 from sidecar.usage.plain import Batch, Unmetered
-from sidecar.usage.predictions import Fal, MistralConversations, MistralOcr, Replicate
+from sidecar.usage.predictions import MistralConversations, MistralOcr, Replicate
 from sidecar.usage.reader import Reader
 from sidecar.usage.servers import LlamaCpp, TextEmbeddings, TextGeneration
 
@@ -36,8 +55,8 @@ class Row:
     where: str = ""  # for the README: where the usage stands
     end_mark: str = ""  # for the README: what ends a stream
     provider: str | None = None  # where the path alone gives it away
-    method: str = "POST"
-    framing: str = ""  # "array": a JSON array is a stream of its elements; "lines": JSON may be one object a line
+    method: str = "POST"  # several with blanks between them
+    hint_only: bool = False  # paths that others use as well: a call is a model's only where its answer is
     unmetered: str | None = None  # why nothing is counted
     reads_stored: bool = False  # a stored answer, which may be counted once an id
 
@@ -55,6 +74,10 @@ def _any(*paths: str) -> tuple[str, ...]:
 
 
 _GOOGLE = ("*/models/{model}", "*/tunedModels/{model}", "*/endpoints/{model}")
+_CLOUD_CODE = (
+    "*/v1internal",
+    "*/v1internal/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
+)
 _VERTEX = (
     "*/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
     "*/projects/{project}/locations/{location}/endpoints/{model}",
@@ -99,14 +122,14 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI embeddings, Voyage, Jina",
-        (*_openai("/embeddings"), *_any("/v1/multimodalembeddings", "/v1/contextualizedembeddings")),
+        (*_openai("/embeddings"), "*/embeddings", *_any("/v1/multimodalembeddings", "/v1/contextualizedembeddings")),
         Embeddings,
         "embeddings",
         "`usage`",
     ),
     Row(
         "OpenAI transcriptions and translations",
-        _openai("/audio/transcriptions", "/audio/translations"),
+        (*_openai("/audio/transcriptions", "/audio/translations"), "*/audio/transcriptions", "*/audio/translations"),
         Media,
         "transcription",
         "`usage`: tokens or seconds (formats without JSON state none)",
@@ -114,16 +137,19 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "OpenAI speech",
-        _openai("/audio/speech"),
-        Media,
+        (*_openai("/audio/speech"), "*/audio/speech"),
+        Speech,
         "speech",
         "events only: `usage` of the last one",
         "`speech.audio.done`",
     ),
     Row(
         "OpenAI images",
-        _openai("/images/generations", "/images/edits", "/images/variations"),
-        Media,
+        (
+            *_openai("/images/generations", "/images/edits", "/images/variations"),
+            *("*/images/generations", "*/images/edits", "*/images/variations"),
+        ),
+        Images,
         "image_generation",
         "`usage`",
         "`image_generation.completed`, `image_edit.completed`",
@@ -147,6 +173,24 @@ ROWS: tuple[Row, ...] = (
         provider="gcp.vertex_ai",
     ),
     Row(
+        "Others on Vertex (Mistral, AI21)",
+        tuple(f"*/publishers/{{publisher}}/models/{{model}}:{verb}" for verb in ("rawPredict", "streamRawPredict")),
+        ChatCompletions,
+        "chat",
+        "as OpenAI chat completions",
+        "`[DONE]`",
+        provider="gcp.vertex_ai",
+    ),
+    Row(
+        "Cloud Code (Gemini CLI)",
+        _verbs(_CLOUD_CODE, "generateContent", "streamGenerateContent"),
+        CloudCode,
+        "generate_content",
+        "`response.usageMetadata`, the last one",
+        "the end of the body, or the array's `]`",
+        provider="gcp.gen_ai",
+    ),
+    Row(
         "Vertex generateContent",
         _verbs(_VERTEX, "generateContent", "streamGenerateContent"),
         Vertex,
@@ -154,7 +198,6 @@ ROWS: tuple[Row, ...] = (
         "`usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
         provider="gcp.vertex_ai",
-        framing="array",
     ),
     Row(
         "Gemini generateContent",
@@ -164,7 +207,6 @@ ROWS: tuple[Row, ...] = (
         "`usageMetadata`, the last one",
         "the end of the body, or the array's `]`",
         provider="gcp.gemini",
-        framing="array",
     ),
     Row(
         "Vertex embeddings",
@@ -210,6 +252,23 @@ ROWS: tuple[Row, ...] = (
         provider="aws.bedrock",
     ),
     Row(
+        "Bedrock agents",
+        (*_any("/agents/{agent}/agentAliases/{alias}/sessions/{session}/text"), "/agents/{session}"),
+        Agents,
+        "invoke_agent",
+        "the sum of `modelInvocationOutput.metadata.usage` of the traces, where they were asked for",
+        provider="aws.bedrock",
+    ),
+    Row(
+        "LM Studio chat",
+        ("/api/v1/chat",),
+        LmStudio,
+        "chat",
+        "`stats`; streamed: `.result.stats`",
+        "`chat.end`",
+        provider="lm_studio",
+    ),
+    Row(
         "Cohere chat",
         _any("/v2/chat", "/v1/chat"),
         Cohere,
@@ -217,7 +276,6 @@ ROWS: tuple[Row, ...] = (
         "`usage.billed_units` (v2), `meta.billed_units` (v1)",
         "`message-end` (v2), `stream-end` (v1)",
         provider="cohere",
-        framing="lines",
     ),
     Row(
         "Cohere embed and classify",
@@ -235,8 +293,24 @@ ROWS: tuple[Row, ...] = (
         "`meta.billed_units`, or `usage.total_tokens`",
     ),
     Row(
+        "Rankings: NVIDIA NIM",
+        (*_any("/v1/ranking"), "*/reranking"),
+        Embeddings,
+        "rerank",
+        "`usage`",
+        provider="nvidia.nim",
+    ),
+    Row("vLLM score", ("/score", *_any("/v1/score")), Embeddings, "rerank", "`usage`"),
+    Row(
+        "vLLM pooling and classify",
+        ("/pooling", *_any("/v1/pooling"), "/classify"),
+        Embeddings,
+        "embeddings",
+        "`usage`",
+    ),
+    Row(
         "Mistral conversations",
-        (*_any("/v1/conversations"), "/v1/conversations/{id}", "*/v1/conversations/{id}"),
+        _any("/v1/conversations", "/v1/conversations/{id}", "/v1/conversations/{id}/restart"),
         MistralConversations,
         "invoke_agent",
         "`usage`",
@@ -252,7 +326,6 @@ ROWS: tuple[Row, ...] = (
         "`prompt_eval_count`, `eval_count` of the line with `done: true`",
         "`done: true`",
         provider="ollama",
-        framing="lines",
     ),
     Row("Ollama embed", _any("/api/embed"), Ollama, "embeddings", "`prompt_eval_count`", provider="ollama"),
     Row(
@@ -291,6 +364,148 @@ ROWS: tuple[Row, ...] = (
     ),
     Row("fal", (), Fal, "prediction", "the header `x-fal-billable-units`, on any path", provider="fal"),
     Row(
+        "Cloudflare Workers AI",
+        ("*/ai/run/{model}",),
+        WorkersAi,
+        "chat",
+        "`result.usage`; streamed: `usage` of the last event",
+        "`[DONE]`",
+        provider="cloudflare.workers_ai",
+    ),
+    Row(
+        "IBM watsonx generation, embeddings and rerank",
+        _any(
+            "/ml/v1/text/generation",
+            "/ml/v1/text/generation_stream",
+            "/ml/v1/deployments/{deployment}/text/generation",
+            "/ml/v1/deployments/{deployment}/text/generation_stream",
+            "/ml/v1/text/embeddings",
+            "/ml/v1/text/rerank",
+        ),
+        Watsonx,
+        "text_completion",
+        "`results[].input_token_count`, `generated_token_count`",
+        provider="ibm.watsonx.ai",
+    ),
+    Row(
+        "IBM watsonx chat",
+        _any(
+            "/ml/v1/text/chat",
+            "/ml/v1/text/chat_stream",
+            "/ml/v1/deployments/{deployment}/text/chat",
+            "/ml/v1/deployments/{deployment}/text/chat_stream",
+        ),
+        WatsonxChat,
+        "chat",
+        "`usage`",
+        provider="ibm.watsonx.ai",
+    ),
+    Row(
+        "Snowflake Cortex",
+        ("*/cortex/inference:complete", "*/cortex/inference/complete"),
+        Cortex,
+        "chat",
+        "`usage`, the last one",
+        provider="snowflake.cortex",
+    ),
+    Row(
+        "Oracle OCI chat and embeddings",
+        ("*/actions/chat", "*/actions/embedText"),
+        Oci,
+        "chat",
+        "`chatResponse.usage`; streamed: the event with `usage`, where it was asked for",
+        provider="oracle.oci",
+    ),
+    Row(
+        "DashScope generation",
+        ("*/services/aigc/{task}/generation",),
+        DashScope,
+        "chat",
+        "`usage`, the last one",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "DashScope embeddings and rerank",
+        (
+            "*/services/embeddings/{kind}/text-embedding",
+            "*/services/embeddings/{kind}/multimodal-embedding",
+            "*/services/rerank/{kind}/text-rerank",
+        ),
+        DashScope,
+        "embeddings",
+        "`usage`",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "DashScope applications",
+        ("*/api/v1/apps/{app}/completion",),
+        DashScopeApps,
+        "invoke_agent",
+        "the sum of `usage.models[]`",
+        provider="alibaba.dashscope",
+    ),
+    Row(
+        "Baidu Qianfan (v1)",
+        ("*/wenxinworkshop/chat/{model}", "*/wenxinworkshop/completions/{model}", "*/wenxinworkshop/plugin/{model}"),
+        Qianfan,
+        "chat",
+        "`usage`",
+        "`is_end: true`",
+        provider="baidu.qianfan",
+    ),
+    Row(
+        "Baidu Qianfan embeddings and rerank (v1)",
+        ("*/wenxinworkshop/embeddings/{model}", "*/wenxinworkshop/reranker/{model}"),
+        Embeddings,
+        "embeddings",
+        "`usage`",
+        provider="baidu.qianfan",
+    ),
+    Row(
+        "SGLang generate",
+        (),
+        SGLang,
+        "text_completion",
+        "`meta_info`, known by its shape (`/generate` is TGI's as well); of a batch, the sum",
+        "`[DONE]`",
+        provider="sglang",
+    ),
+    Row("Reka chat", (), Reka, "chat", "`usage`, known by its shape (`/v1/chat` is Cohere's as well)", provider="reka"),
+    Row(
+        "OpenAI assistants, streamed runs",
+        (
+            "*/threads/runs",
+            "*/threads/{thread}/runs",
+            "*/threads/{thread}/runs/{run}/submit_tool_outputs",
+        ),
+        AssistantRuns,
+        "invoke_agent",
+        "`usage` of the run's last event",
+        "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
+    ),
+    Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
+    Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),
+    Row(
+        "Deepgram speak", _any("/v1/speak"), DeepgramSpeak, "speech", "the header `dg-char-count`", provider="deepgram"
+    ),
+    Row(
+        "ElevenLabs speech",
+        _any(
+            "/v1/text-to-speech/{voice}",
+            "/v1/text-to-speech/{voice}/stream",
+            "/v1/text-to-speech/{voice}/with-timestamps",
+            "/v1/text-to-speech/{voice}/stream/with-timestamps",
+            "/v1/speech-to-speech/{voice}",
+            "/v1/speech-to-speech/{voice}/stream",
+            "/v1/text-to-dialogue",
+            "/v1/sound-generation",
+        ),
+        ElevenLabs,
+        "speech",
+        "the header `character-cost`",
+        provider="elevenlabs",
+    ),
+    Row(
         "Anthropic token counts",
         (*_any("/v1/messages/count_tokens"), "*/publishers/anthropic/models/count-tokens:rawPredict"),
         Unmetered,
@@ -300,7 +515,7 @@ ROWS: tuple[Row, ...] = (
     ),
     Row(
         "Gemini token counts",
-        _verbs(_GOOGLE, "countTokens", "computeTokens"),
+        _verbs((*_GOOGLE, "*/v1internal"), "countTokens", "computeTokens"),
         Unmetered,
         "count_tokens",
         provider="gcp.gemini",
@@ -313,6 +528,24 @@ ROWS: tuple[Row, ...] = (
         "count_tokens",
         provider="aws.bedrock",
         unmetered=FREE,
+    ),
+    Row(
+        "Responses behind other prefixes",
+        ("*/responses", "*/responses/compact"),
+        Responses,
+        "chat",
+        "as OpenAI responses, where it is one",
+        "`response.completed`, `.incomplete`, `.failed`",
+        hint_only=True,
+    ),
+    Row(
+        "Messages behind other prefixes",
+        ("*/messages",),
+        Messages,
+        "chat",
+        "as Anthropic messages, where it is one",
+        "`message_stop`",
+        hint_only=True,
     ),
     Row(
         "Other token counts",
@@ -329,13 +562,34 @@ ROWS: tuple[Row, ...] = (
                 "/v1/responses/{id}", "/v1/chat/completions/{id}", "/v1beta/interactions/{id}", "/v1/predictions/{id}"
             ),
             *_any("/v1/threads/{thread}/runs/{id}", "/v1/threads/{thread}/runs/{run}/steps/{id}"),
+            *_any("/v1/responses/{id}/cancel", "/v1beta/interactions/{id}/cancel", "/v1/predictions/{id}/cancel"),
+            *_any("/v1/threads/{thread}/runs/{run}/cancel"),
             "/openai/v1/responses/{id}",
         ),
         Unmetered,
         "fetch_response",
-        method="GET",
+        method="GET POST",
         unmetered=STORED,
         reads_stored=True,
+    ),
+    Row(
+        "Stored answers behind other prefixes",
+        (
+            *("*/responses/{id}", "*/responses/{id}/cancel", "*/chat/completions/{id}", "*/interactions/{id}/cancel"),
+            *("*/threads/{thread}/runs/{id}", "*/threads/{thread}/runs/{run}/cancel"),
+        ),
+        Unmetered,
+        "fetch_response",
+        hint_only=True,
+        unmetered=STORED,
+        reads_stored=True,
+    ),
+    Row(
+        "Batches made and cancelled",
+        _any("/v1/batches", "/v1/batches/{id}/cancel", "/v1/messages/batches", "/v1/messages/batches/{id}/cancel"),
+        Batch,
+        "fetch_batch",
+        unmetered="its answers are counted nowhere but in its results",
     ),
     Row(
         "Batch objects",
@@ -352,7 +606,6 @@ ROWS: tuple[Row, ...] = (
         "fetch_batch",
         "each line's own answer, where each line is to be counted once",
         method="GET",
-        framing="lines",
         reads_stored=True,
         unmetered="can be fetched again and again: each line is an answer of its own",
     ),
@@ -364,7 +617,7 @@ READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in RO
 
 def entries(rows: tuple[Row, ...] = ROWS) -> list[tuple[str, str, Row]]:
     """What `Patterns` wants to know."""
-    return [(row.method, path, row) for row in rows for path in row.paths]
+    return [(method, path, row) for row in rows for path in row.paths for method in row.method.split()]
 
 
 def known_routes(rows: tuple[Row, ...] = ROWS) -> list[str]:

@@ -24,12 +24,16 @@ from sidecar.usage.websocket import SessionTap, is_websocket
 __all__ = ["Element", "Pin", "UsageTaps"]
 
 
-NOWHERE = Place(None, None, None, (), ())
+NOWHERE = Place(None, None, None, ())
 """A call whose answer is nobody's; its request is read all the same."""
 
 
 def _ignore(kind: str) -> None:
     """Nobody counts anomalies."""
+
+
+def _say_nothing(method: str, target: str) -> None:
+    """Nobody is told of unclaimed answers."""
 
 
 def _no_clock() -> int:
@@ -39,19 +43,25 @@ def _no_clock() -> int:
 class UsageTaps:
     """Implements `sidecar.usage.Taps`.
 
-    `estimate`: rough numbers where there are none. `stored_once`: stored answers and batch results count, once an id
-    (see `stored`). `ask_for_usage`: offer to (see `asking`). `body_fields`: members of requests that somebody will
-    ask for. `backlog_max_bytes`: coded bytes that may wait for decoding, the side buffer of a call.
+    `upstream_host`, `upstream_base`: of the upstream's URL; the base is its path. `estimate`: rough numbers where there
+    are none. `stored_once`: stored answers and batch results count, once an id (see `stored`). `ask_for_usage`: offer
+    to (see `asking`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
+    that may wait for decoding, the side buffer of a call.
+
+    `unclaimed` may be set to what is told the method and the target of an answer that speaks of usage and that no
+    reader knows.
     """
 
     __slots__ = (
         "anomaly", "ask_for_usage", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places",
+        "unclaimed", "upstream_host",
     )  # fmt: skip
 
     def __init__(
         self,
         *,
         upstream_host: str | None = None,
+        upstream_base: str = "",
         pins: Sequence[Pin] = (),
         elements: Sequence[Element] = (),
         estimate: bool = False,
@@ -64,13 +74,15 @@ class UsageTaps:
         rows: Sequence[Row] = ROWS,
     ) -> None:
         self.anomaly = anomaly
+        self.upstream_host = upstream_host
+        self.unclaimed: Callable[[str, str], None] = _say_nothing
         self.clock_ns = clock_ns
         self.estimate = estimate
         self.ask_for_usage = ask_for_usage
         self.body_fields = tuple(body_fields)
         self.counted = CountedIds() if stored_once else None
         self.backlog_max_bytes = backlog_max_bytes
-        self.places = Places(rows, pins, elements, upstream_host)
+        self.places = Places(rows, pins, elements, upstream_host, upstream_base)
 
     def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | None:
         try:
@@ -79,9 +91,9 @@ class UsageTaps:
                 if not self.body_fields:
                     return None
                 place = NOWHERE
-            tap = RequestReadingTap(self, place, headers, self.clock_ns())
+            tap = RequestReadingTap(self, place, method, target, headers, self.clock_ns())
             if self.ask_for_usage and place.row is not None:
-                tap.may_ask = may_ask(place.row.reader, place.provider, target)
+                tap.may_ask = may_ask(place.row.reader, place.provider, self.places.meant(target)[0])
             return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
@@ -112,12 +124,10 @@ class UsageTaps:
     def socket(self, target: str) -> Session | None:
         """The reader of a WebSocket's messages; None where they are nobody's."""
         try:
-            place = self.places.of("GET", target)
-            return session(target, place.provider if place is not None else self.places.host_provider, self.anomaly)
+            return session(target, self.places.provider_of("GET", target), self.anomaly, self.places.meant(target)[0])
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
-
 
     def websocket(self, target: str, headers: RawHeaders) -> SessionTap | None:
         """The tap of a connection that a 101 with this head switched; None where its messages are nobody's."""
@@ -134,10 +144,14 @@ class UsageTaps:
 class RequestReadingTap:
     """Implements `sidecar.usage.RequestTap`."""
 
-    __slots__ = ("_headers", "_taps", "body", "may_ask", "opened_ns", "place")
+    __slots__ = ("_headers", "_taps", "body", "may_ask", "method", "opened_ns", "place", "target")
 
-    def __init__(self, taps: UsageTaps, place: Place, headers: RawHeaders, opened_ns: int) -> None:
+    def __init__(
+        self, taps: UsageTaps, place: Place, method: str, target: str, headers: RawHeaders, opened_ns: int
+    ) -> None:
         self._taps = taps
+        self.method = method
+        self.target = target
         self._headers: RawHeaders | None = headers
         self.place = place
         self.may_ask = False
@@ -177,7 +191,7 @@ class RequestReadingTap:
     def unanswered(self) -> Usage | None:
         """For a call that got no answer: a model call about which nothing is known but what was asked."""
         row = self.place.row
-        if row is None or row.unmetered is not None:
+        if row is None or row.unmetered is not None or row.hint_only:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason="no answer came")
         usage.provider = self.place.provider or row.provider

@@ -21,6 +21,8 @@ NAME_MAX_CHARS = USAGE_CHARS_MAX
 TOLERANT_MAX_BYTES = 65_536  # what the slow, forgiving parser may be given: 0.5 ms at most
 RAW_USAGE_MAX_BYTES = 32_768  # of one record's raw_usage; the largest known one (per-iteration) is about 2 KiB
 
+_DETAIL_DEPTH_MAX = 4  # of a usage object's lists; the deepest known (iterations with their cache's split) has 3
+
 _DIGITS = re.compile(r"[0-9]{1,16}")
 _LONE_SURROGATE = re.compile(rb"\\u[dD][89a-fA-F][0-9a-fA-F]{2}")
 _ERROR_WORD = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]{1,79}")
@@ -59,11 +61,19 @@ def decimal_text(value: object, exponent: int = 0) -> str | None:
     if type(value) not in (int, float, str) or (type(value) is str and len(value) > 40):
         return None
     try:
-        number = Decimal(repr(value) if type(value) is float else str(value)).scaleb(exponent)
+        number = Decimal(repr(value) if type(value) is float else str(value))
     except (ArithmeticError, ValueError):
         return None
+    sign, digits, place = number.as_tuple()
+    if exponent and isinstance(place, int):
+        number = Decimal((sign, digits, place + exponent))  # `scaleb` would round to 28 digits
     if not number.is_finite() or number < 0 or number.adjusted() > 12 or number.adjusted() < -30:
         return "0" if number.is_finite() and number == 0 else None
+    return plain_decimal(number)
+
+
+def plain_decimal(number: Decimal) -> str:
+    """Without an exponent and without zeros at the end."""
     text = format(number, "f")
     return text.rstrip("0").rstrip(".") if "." in text else text
 
@@ -93,7 +103,10 @@ def error_word(error: object) -> str:
 
 
 def overlay(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
-    """`new` over `old`, field by field: absent and null keep what was known (M2); running totals replace (M1)."""
+    """`new` over `old`, field by field: absent and null keep what was known (M2); running totals replace (M1).
+
+    A total that was positive does not fall to zero: gateways end a stream with zeros that they never filled in.
+    """
     if old is None:
         return new
     merged = dict(old)
@@ -103,13 +116,24 @@ def overlay(old: dict[str, Any] | None, new: dict[str, Any]) -> dict[str, Any]:
             merged[key] = value
         elif value is None:
             continue
-        elif type(value) is dict:
-            merged[key] = overlay(known, value) if type(known) is dict else value
-        elif count(value) is None and count(known) is not None and quantity(value) is None:
-            continue  # a broken number is "not reported" and takes nothing away
+        elif type(value) is dict and type(known) is dict:
+            merged[key] = overlay(known, value)
+        elif type(value) is list and type(known) is list:
+            merged[key] = value if _some(value) or not _some(known) else known
         else:
+            amount = quantity(known)
+            if amount is not None and not (quantity(value) or (amount == 0 and quantity(value) is not None)):
+                continue  # a zero, or a broken number, which is "not reported": neither takes anything away
             merged[key] = value
     return merged
+
+
+def _some(value: object, depth: int = 0) -> bool:
+    """Whether there is a number above zero in it: lists of details can be all zeros as well."""
+    if isinstance(value, list | dict):
+        inner = value if isinstance(value, list) else value.values()
+        return depth < _DETAIL_DEPTH_MAX and any(_some(item, depth + 1) for item in inner)
+    return bool(quantity(value))
 
 
 def part(value: object) -> dict[str, Any]:

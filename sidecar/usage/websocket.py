@@ -2,7 +2,8 @@
 
 What is read is a copy; the tunnel passes the bytes on whatever is found here. So a frame that breaks the protocol, a
 coding that nobody agreed on or a message that unpacks to too much ends the reading of that side, never the tunnel.
-Memory is bounded by one message; time by what came, because unpacking has an allowance that grows with it.
+Memory is bounded by one message, and of a larger one only what is wanted is kept; time by what came, because unpacking
+has an allowance that grows with it.
 """
 
 from __future__ import annotations
@@ -12,8 +13,11 @@ from collections.abc import Callable, Sequence
 
 from sidecar.exchange import Usage
 from sidecar.usage import RawHeaders
-from sidecar.usage.sockets import MESSAGE_MAX_BYTES, Session
+from sidecar.usage.members import Members, Tree
+from sidecar.usage.reader import Document
+from sidecar.usage.sockets import Session
 
+MESSAGE_MAX_BYTES = 262_144  # of a message kept whole; a larger one (a response with a picture) is skimmed as it passes
 UNPACKED_MAX_BYTES = 4_194_304  # that may come of one piece at once: 10 ms of unpacking
 UNPACKED_RATIO = 64  # and for each byte that comes, on and on; JSON unpacks to 5 to 20, silent sound in base64 to 60
 HEAD_MAX_BYTES = 14  # of a frame: two bytes, a length of eight, a mask of four
@@ -67,10 +71,14 @@ class MessageReader:
 
     __slots__ = (
         "_anomaly", "_data", "_final", "_head", "_in_message", "_inflater", "_left", "_mask", "_masked", "_packed",
-        "_parts", "_size", "_too_large", "over",
+        "_parts", "_places", "_size", "_skimmed", "over",
     )  # fmt: skip
 
-    def __init__(self, *, masked: bool, inflater: Inflater | None, anomaly: Callable[[str], None]) -> None:
+    def __init__(
+        self, *, masked: bool, inflater: Inflater | None, anomaly: Callable[[str], None], places: Tree | None = None
+    ) -> None:
+        """`places`: what is wanted of a message that is too large to keep."""
+        self._places = places or {}
         self._masked = masked
         self._inflater = inflater
         self._anomaly = anomaly
@@ -83,11 +91,11 @@ class MessageReader:
         self._packed = False
         self._parts: list[bytes] = []
         self._size = 0
-        self._too_large = False
+        self._skimmed: Members | None = None  # a message that is too large to keep
         self.over = False  # nothing more is read
 
-    def feed(self, data: bytes) -> list[bytes]:
-        found: list[bytes] = []
+    def feed(self, data: bytes) -> list[bytes | Document]:
+        found: list[bytes | Document] = []
         if self.over:
             return found
         try:
@@ -97,7 +105,7 @@ class MessageReader:
             self._close()
         return found
 
-    def _read(self, data: bytes, found: list[bytes]) -> None:
+    def _read(self, data: bytes, found: list[bytes | Document]) -> None:
         if self._head:
             data = self._head + data
             self._head = b""
@@ -160,44 +168,49 @@ class MessageReader:
             self._in_message = True
             self._packed = packed
         if not self._packed and self._size + size > MESSAGE_MAX_BYTES:
-            self._drop_message()
+            self._skim()
 
     def _take(self, data: bytes, pos: int, stop: int) -> None:
         """A piece of a message's payload."""
-        if self._too_large and not self._packed:
-            return
         piece = data[pos:stop]
         if self._masked:
             piece = self._unmask(piece)
         if self._packed:
             assert self._inflater is not None
-            piece = self._inflater.feed(piece)  # also of a message that is dropped: the next one builds on it
+            piece = self._inflater.feed(piece)
         self._keep(piece)
 
     def _keep(self, piece: bytes) -> None:
         self._size += len(piece)
-        if self._size > MESSAGE_MAX_BYTES:
-            self._drop_message()
+        if self._skimmed is None and self._size > MESSAGE_MAX_BYTES:
+            self._skim()
+        if self._skimmed is not None:
+            self._skimmed.feed(piece)
         elif piece:
             self._parts.append(piece)
 
-    def _end_message(self, found: list[bytes]) -> None:
+    def _end_message(self, found: list[bytes | Document]) -> None:
         if self._packed:
             assert self._inflater is not None
             self._keep(self._inflater.end())
-        if not self._too_large:
-            parts = self._parts
+        parts, skimmed = self._parts, self._skimmed
+        if skimmed is None:
             found.append(parts[0] if len(parts) == 1 else b"".join(parts))
+        elif skimmed.document:
+            if skimmed.oversized:
+                self._anomaly("value_oversized")
+            found.append(skimmed.document)
         self._parts = []
         self._size = 0
-        self._in_message = self._too_large = False
+        self._in_message = False
+        self._skimmed = None
 
-    def _drop_message(self) -> None:
-        if not self._too_large:
-            self._too_large = True
+    def _skim(self) -> None:
+        if self._skimmed is None:
+            self._skimmed = Members(self._places)
+            for piece in self._parts:
+                self._skimmed.feed(piece)
             self._parts = []
-            if not self._masked:  # a client's are sound and pictures; a provider's may hold numbers
-                self._anomaly("message_too_large")
 
     def _unmask(self, piece: bytes) -> bytes:
         size, mask = len(piece), self._mask
@@ -208,7 +221,7 @@ class MessageReader:
     def _close(self) -> None:
         self.over = True
         self._parts = []
-        self._inflater = None
+        self._skimmed = self._inflater = None
 
 
 class SessionTap:
@@ -233,8 +246,18 @@ class SessionTap:
             return None
         return cls(
             session,
-            MessageReader(masked=True, inflater=_inflater(agreed, "client_no_context_takeover"), anomaly=anomaly),
-            MessageReader(masked=False, inflater=_inflater(agreed, "server_no_context_takeover"), anomaly=anomaly),
+            MessageReader(
+                masked=True,
+                inflater=_inflater(agreed, "client_no_context_takeover"),
+                anomaly=anomaly,
+                places=session.client_places,
+            ),
+            MessageReader(
+                masked=False,
+                inflater=_inflater(agreed, "server_no_context_takeover"),
+                anomaly=anomaly,
+                places=session.server_places,
+            ),
             anomaly,
         )
 

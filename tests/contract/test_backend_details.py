@@ -232,6 +232,11 @@ def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
                   total_tokens=120, raw_usage=None),
             (30, 30, 120),
         ),
+        (
+            usage(provider="gcp.vertex_ai", input_tokens=30, output_tokens=90, reasoning_output_tokens=60,
+                  total_tokens=120, raw_usage={"prompt_tokens": 30, "completion_tokens": 90, "total_tokens": 120}),
+            (30, 90, 120),
+        ),
         (usage(provider="aws.bedrock", input_tokens=5, cache_read_input_tokens=9, output_tokens=1), (0, 1, 1)),
         (usage(input_tokens=None), None),
         (usage(output_tokens=None), None),

@@ -15,16 +15,19 @@ from collections.abc import Callable
 
 import orjson
 import pytest
+from usage_samples import CASES, Sample, load
 from usage_samples import SAMPLES as FOLDER
-from usage_samples import Sample, load
 
 from sidecar.exchange import Usage
+from sidecar.usage.reader import build
+from sidecar.usage.table import READERS
 from sidecar.usage.taps import UsageTaps
-from sidecar.usage.values import COUNT_MAX
+from sidecar.usage.values import COUNT_MAX, lenient_loads
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))
 SEED = int(os.environ.get("FUZZ_SEED", "0")) or random.SystemRandom().randrange(1 << 32)
-SAMPLES = [sample for sample in load().values() if not sample.websocket]
+SAMPLES = [sample for folder in (FOLDER, CASES) for sample in load(folder).values() if not sample.websocket]
+SMALL = [sample.body for sample in SAMPLES if len(sample.body) < 8192]
 BODIES = [sample.body for sample in SAMPLES]
 ODD = [
     b"null", b"true", b"-1", b"1.5", b"1e999", b"NaN", b"9" * 30, b'"12"', b"[]", b"{}", b'"\\ud800"', b'""', b"[" * 50,
@@ -100,7 +103,7 @@ def one_round(chance: random.Random, taps: UsageTaps, sample: Sample) -> Usage |
     return usage
 
 
-def believable(usage: Usage) -> None:
+def believable(usage: Usage, *, reason: bool = True) -> None:
     written = orjson.dumps(usage)
     assert len(written) < 200_000
     counts = {name: getattr(usage, name) for name in Usage.__slots__ if name.endswith("_tokens")}
@@ -108,7 +111,7 @@ def believable(usage: Usage) -> None:
         assert value is None or (type(value) is int and 0 <= value <= 8 * COUNT_MAX), name
     if usage.usage_state == "absent":
         assert not any(counts.values())
-        assert usage.reason
+        assert usage.reason or not reason
     elif usage.input_tokens is not None and usage.output_tokens is not None:
         assert usage.total_tokens == usage.input_tokens + usage.output_tokens
 
@@ -138,3 +141,34 @@ def test_no_bytes_can_hurt() -> None:
         assert not failed, f"round {rounds} of FUZZ_SEED={SEED}: {failed}"
     assert read > rounds // 4, "most of what is played should still look like something"
     assert FOLDER.is_dir()
+
+
+def documents(chance: random.Random) -> list[dict[str, object]]:
+    """Of a recording that was changed: the whole of it, or each of its events."""
+    body = mutated(chance, chance.choice(SMALL))
+    pieces = (body, *body.splitlines())
+    found = (lenient_loads(piece.removeprefix(b"data:").strip()) for piece in pieces)
+    return [document for document in found if type(document) is dict]
+
+
+@pytest.mark.timeout(SECONDS + 60)
+def test_no_document_can_hurt_any_reader_wherever_it_comes_from() -> None:
+    """Answers are handed from reader to reader, so each of them meets everybody's."""
+    chance = random.Random(SEED + 1)
+    until = time.monotonic() + SECONDS / 4
+    rounds = 0
+    while time.monotonic() < until or rounds < 2 * len(READERS):
+        kind = READERS[rounds % len(READERS)]
+        reader = kind(lambda word: None)
+        reader.head({name: chance.choice(("7", "", "x", "1e9")) for name in kind.header_names})
+        rounds += 1
+        try:
+            for document in documents(chance):
+                assert type(kind.claims(document)) is bool
+                if chance.random() < 0.3:
+                    reader.document(document)
+                else:
+                    reader.message(document, chance.choice(("", "error", "result", "message_start")))
+            believable(build(reader, streamed=chance.random() < 0.5, ended=True), reason=False)
+        except Exception as error:
+            raise AssertionError(f"round {rounds} of FUZZ_SEED={SEED}: {kind.__name__}") from error

@@ -77,11 +77,58 @@ def test_a_failed_response_has_an_error() -> None:
     assert (usage.usage_state, usage.error) == ("absent", "a_b")
 
 
+HEARD = b"""{"type":"conversation.item.input_audio_transcription.completed","item_id":"i1","usage":{"type":"tokens",
+"input_tokens":30,"output_tokens":15,"total_tokens":45}}"""
+
+
+@pytest.mark.parametrize(
+    "session",
+    [
+        {"type": "transcription", "audio": {"input": {"transcription": {"model": "gpt-4o-transcribe"}}}},
+        {"model": "gpt-realtime", "audio": {"input": {"transcription": {"model": "gpt-4o-transcribe"}}}},
+        {"model": "gpt-realtime", "input_audio_transcription": {"model": "gpt-4o-transcribe"}},
+    ],
+)
+@pytest.mark.parametrize("kind", ["session.created", "session.updated", "transcription_session.updated"])
+def test_a_transcription_names_the_model_that_made_it(session: dict[str, object], kind: str) -> None:
+    realtime = UsageTaps().socket("/v1/realtime?model=gpt-realtime")
+    assert realtime is not None
+    assert realtime.server(orjson.dumps({"type": kind, "session": session})) is None
+    usage = realtime.server(HEARD)
+    assert usage is not None
+    assert (usage.model, usage.request_model, usage.total_tokens) == ("gpt-4o-transcribe", None, 45)
+    realtime.client(orjson.dumps({"type": "session.update", "session": session}))
+    usage = realtime.server(HEARD)
+    assert usage is not None
+    assert usage.request_model == "gpt-4o-transcribe"
+
+
+@pytest.mark.parametrize(
+    "path", ["/v1/audio/transcriptions/realtime?model=voxtral", "/mistral/audio/transcriptions/realtime"]
+)
+def test_mistrals_realtime_transcription_is_counted_at_its_end(path: str) -> None:
+    socket = UsageTaps().socket(path)
+    assert socket is not None
+    assert socket.server(b'{"type":"session.created","session":{"model":"voxtral-2602"}}') is None
+    assert socket.server(b'{"type":"transcription.text.delta","text":"transcription.done"}') is None
+    used = b'{"prompt_audio_seconds":3,"prompt_tokens":5,"total_tokens":71,"completion_tokens":66}'
+    usage = socket.server(b'{"type":"transcription.done","text":"x","usage":' + used + b"}")
+    assert usage is not None
+    assert (usage.usage_state, usage.total_tokens, usage.units) == ("final", 71, {"audio_seconds": 3})
+    assert (usage.model, usage.provider, usage.operation) == ("voxtral-2602", "mistral_ai", "transcription")
+    unstated = socket.server(b'{"type":"transcription.done","text":"x","usage":{"prompt_audio_seconds":null}}')
+    assert unstated is not None
+    assert (unstated.usage_state, unstated.model) == ("absent", "voxtral-2602")
+
+
 def test_other_sockets_are_nobodys() -> None:
     assert UsageTaps().socket("/chat/room") is None
 
 
-@given(st.sampled_from(["/v1/realtime", "/v1/responses", "/x.BidiGenerateContent"]), st.binary(max_size=80))
+@given(
+    st.sampled_from(["/v1/realtime", "/v1/responses", "/x.BidiGenerateContent", "/transcriptions/realtime"]),
+    st.binary(max_size=80),
+)
 def test_garbage_is_endured(path: str, data: bytes) -> None:
     session = UsageTaps().socket(path)
     assert session is not None

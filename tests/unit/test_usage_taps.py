@@ -711,3 +711,51 @@ def test_a_tap_is_quick_enough_to_be_called_often() -> None:
     for _ in range(200_000):
         response.feed(b"x")
     assert time.monotonic() - started < 50
+
+
+@pytest.mark.parametrize("first", [b"", chunk()])
+@pytest.mark.parametrize("end", [b"", b"data: [DONE]\n\n"])
+def test_an_error_event_without_an_error_member_is_an_error(first: bytes, end: bytes) -> None:
+    body = first + b'event: error\ndata: {"code":"Throttling","message":"x","request_id":"r"}\n\n' + end
+    for size in (1, 65_536):
+        usage = answer(body, headers=(SSE,), size=size)
+        assert usage is not None
+        assert (usage.usage_state, usage.error, usage.input_tokens) == ("absent", "Throttling", None)
+
+
+def test_an_answer_that_mentions_a_code_is_no_error() -> None:
+    usage = answer(chat(prompt_tokens=5, completion_tokens=2) | {"code": "OK"})
+    assert usage is not None
+    assert (usage.error, usage.total_tokens) == (None, 7)
+
+
+@pytest.mark.parametrize("kind", ["completed", "incomplete", "failed", "done", "cancelled"])
+def test_a_stream_of_responses_ends_under_each_of_its_names(kind: str) -> None:
+    used = {"input_tokens": 111, "output_tokens": 11, "total_tokens": 122}
+    inner = {"id": "r", "object": "response", "model": "m", "output": []}
+    begun = {"type": "response.created", "response": inner | {"status": "in_progress", "usage": None}}
+    ended = {"type": f"response.{kind}", "response": inner | {"status": "completed", "usage": used}}
+    body = b"".join(b"data: " + orjson.dumps(event) + b"\n\n" for event in (begun, ended))
+    usage = answer(body, path="/v1/responses", headers=(SSE,))
+    assert usage is not None
+    assert (usage.usage_state, usage.total_tokens) == ("final", 122)
+
+
+@pytest.mark.parametrize("publisher", ["mistralai", "ai21"])
+def test_models_of_others_on_vertex_are_vertex(publisher: str) -> None:
+    path = f"/v1/projects/p/locations/l/publishers/{publisher}/models/m-1:rawPredict"
+    usage = answer(chat(prompt_tokens=61, completion_tokens=13), path=path)
+    assert usage is not None
+    assert (usage.provider, usage.total_tokens, usage.request_model) == ("gcp.vertex_ai", 74, "asked")
+
+
+@pytest.mark.parametrize("path", ["/v1/chat", "/v2/chat", "/v1/rerank"])
+def test_a_path_of_coheres_does_not_make_another_answer_coheres(path: str) -> None:
+    """What has choices is somebody else's, and must never be read by half."""
+    body = chat(prompt_tokens=223, completion_tokens=1187, total_tokens=1410)
+    usage = answer(body, path=path)
+    assert usage is None or (usage.input_tokens, usage.output_tokens) == (223, 1187)
+    plain = {"model": "m", "text": "x", "usage": {"prompt_tokens": 223, "completion_tokens": 1187}}
+    usage = answer(plain, path=path)
+    assert usage is not None
+    assert (usage.input_tokens, usage.output_tokens) == (223, 1187)
