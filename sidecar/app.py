@@ -71,7 +71,7 @@ class Sidecar:
         return await self.bills.balance(await self.intake.snapshots())
 
     async def metrics(self) -> bytes:
-        balance = await self.balance()
+        balance, status = await self.balance(), self.bills.delivery.status()
         gauges = Gauges(
             admitted=balance.admitted,
             recorded=balance.recorded,
@@ -81,7 +81,8 @@ class Sidecar:
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
             disk_free_bytes=self.bills.free_bytes,
-            oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
+            oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in status},
+            retry_after_s={s.backend: s.paused_s for s in status},
         )
         together = await self.intake.metrics()
         if together is not self.counted:
@@ -101,6 +102,14 @@ class Sidecar:
             backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
         )
 
+    async def retry(self, backend: str) -> dict[str, Any]:
+        """End all waits of a backend. Raises `LookupError`, in words, for one that is not configured."""
+        if backend not in self.bills.backends:
+            there = ", ".join(self.bills.backends) or "none"
+            raise LookupError(f"{backend} is not one of the backends of this instance ({there})")
+        ended = self.bills.delivery.end_waits(backend)
+        return asdict(ended) | {"any": ended.any}
+
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
         outcomes = await mending.cancel(one, self.bills.delivery, self.bills.backends, backend=backend)
         return [asdict(outcome) for outcome in outcomes]
@@ -113,11 +122,15 @@ class Sidecar:
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
-        intake = await self.intake.readiness()
-        notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
+        intake, status = await self.intake.readiness(), self.bills.delivery.status()
+        notes = [f"{s.backend} is {s.state}: {s.reason}" for s in status if s.state != "up"]
         if self.bills.room is not Room.ENOUGH:
             notes.append(self.bills.room.value)
-        return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes])
+        backends = [
+            {"backend": s.backend, "state": s.state, "reason": s.reason, "retry_after_s": round(s.paused_s, 1)}
+            for s in status
+        ]
+        return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes], backends=backends)
 
 
 @asynccontextmanager

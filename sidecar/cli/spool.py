@@ -24,7 +24,7 @@ from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_fo
 PAGE: Final = 500  # parked events read at a time
 REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
-_BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped")
+_BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
 _PARKED: Final = ("parked_at", "backend", "reason", "event_id", "maybe_taken", "attempts")
 
 
@@ -95,6 +95,7 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
                     "size_bytes": sum(_size(chunk.path) for chunk in chunks),
                 }
             )
+    now = _now(data_dir)
     backends = [
         {
             "backend": name,
@@ -103,6 +104,9 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
             "pending": totals.pending,
             "parked": sum(totals.parked.values()),
             "skipped": sum(totals.skipped.values()),
+            "state": now.get(name, {}).get("state"),
+            "reason": now.get(name, {}).get("reason"),
+            "retry_after_s": now.get(name, {}).get("retry_after_s") or None,
         }
         for name, totals in balance_of(data_dir).backends.items()
     ]
@@ -111,7 +115,22 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
     else:
         print(render(instances, _SPOOL, Format.TABLE))
         print(render(backends, _BACKENDS, Format.TABLE), end="")
+        for one in backends:
+            if one["reason"]:
+                print(f"{one['backend']} is {one['state']}: {one['reason']}")
     return OK
+
+
+def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """How each backend does, as the running instance says; nothing where none runs or none answers."""
+    from sidecar.cli.instance import ask
+
+    try:
+        answer = ask(data_dir, "/readyz") or {}
+    except CommandError:
+        return {}  # what is on disk can be shown all the same
+    rows: list[dict[str, Any]] = answer.get("backends") or []
+    return {str(row.get("backend")): row for row in rows}
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:

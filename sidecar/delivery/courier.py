@@ -26,7 +26,7 @@ from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
 from sidecar.delivery.state.rows import Parked, Place
 from sidecar.delivery.window import ClockWatch
-from sidecar.delivery.words import BEFORE, LaneStatus, Now
+from sidecar.delivery.words import BEFORE, Ended, LaneStatus, Now
 from sidecar.verdict import Backend
 
 _LOG = logging.getLogger(__name__)
@@ -201,6 +201,10 @@ class Delivery:
             if len(page) < PAGE:
                 return count
             after = page[-1].id
+
+    def end_waits(self, backend: str) -> Ended:
+        """Offer a backend what waits for it now. Raises `KeyError` for one that is not configured."""
+        return self._lanes[backend].end_waits()
 
     async def forget(self, upto: Mapping[str, int]) -> None:
         """Let go of what is remembered of settled records up to these numbers: their chunks are gone."""
