@@ -20,12 +20,13 @@ from dataclasses import replace
 
 from sidecar.delivery import redriving
 from sidecar.delivery.offering import Answer, Offering
+from sidecar.delivery.outcomes import Became, Redriven
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.pacing import Pacing
 from sidecar.delivery.settling import Settling
 from sidecar.delivery.state import StateError
 from sidecar.delivery.state.requests import opened
-from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Settlement
+from sidecar.delivery.state.rows import Cursor, NewParked, NewRequest, Parked, Redrive, Request, Settlement
 from sidecar.delivery.storing import Storing
 from sidecar.delivery.supply import Planned, Supply
 from sidecar.delivery.waiting import Waiting
@@ -87,7 +88,8 @@ class Lane:
             state = "blocked"
         elif paused_s and self._trouble is None:
             state = "paused"
-            reason = f"it asked to be left alone ({paused_s:.0f} s are left; `spool retry --backend {self.backend.name}`)"
+            command = f"metering-sidecar spool retry --backend {self.backend.name}"
+            reason = f"it asked to be left alone, {paused_s:.0f} s are left (`{command}` ends it)"
         else:
             state = "down" if pacing.slow or full or self._trouble else "up"
         return LaneStatus(
@@ -192,24 +194,42 @@ class Lane:
         for index, parking in decision.parked.items():
             reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
         for reason, seqs in reasons.items():
-            self._owner.metrics.parked(self.backend.name, reason, len(seqs))
+            self._owner.parked_some(self.backend.name, reason, len(seqs))
 
     # --- what an operator mends ---------------------------------------------------------------------------
 
-    async def redrive(self, rows: Sequence[Parked], *, resend_unknown: bool) -> int:
-        """Let parked events of this backend go again, as far as the set of what waits has room. Returns how many."""
-        count = 0
+    async def redrive(self, rows: Sequence[Parked], told: Redriven, *, resend_unknown: bool) -> None:
+        """Let parked events of this backend go again, as far as the set of what waits has room; says what became."""
         for cursor in dict.fromkeys(row.cursor for row in rows):
             mine = [row for row in rows if row.cursor == cursor]
             for step in await redriving.steps(self.backend, cursor, mine, self._owner, resend_unknown=resend_unknown):
-                if self._waiting.full:
-                    break
-                now = self._now()
-                ids = await self._storing.redrive(step, now.wall_s)
-                self._put_later(cursor, ids, step.requests, now.mono_s)
-                count += len(step.parked)
+                full = self._waiting.full and step.redrive is not None and bool(step.redrive.requests)
+                if step.redrive is not None and not full:
+                    await self._let_go(step.redrive)
+                for one in step.outcomes:
+                    told.add(replace(one, became=Became.NO_ROOM) if full else one)
         self._ring()
+
+    async def take_back(self, rows: Sequence[Parked]) -> int:
+        """Let go what was parked while this backend was left out; waits for room. Returns how many events went."""
+        count = 0
+        for cursor in dict.fromkeys(row.cursor for row in rows):
+            mine = [row for row in rows if row.cursor == cursor]
+            for step in await redriving.back(self.backend, cursor, mine, self._owner):
+                while self._waiting.full:  # noqa: ASYNC110 - rare, and nothing else needs to be told of room
+                    await asyncio.sleep(TROUBLE_RETRY_S)
+                if step.redrive is not None:
+                    await self._let_go(step.redrive)
+                    self._ring()
+                count += sum(one.became is Became.OFFERED for one in step.outcomes)
         return count
+
+    async def _let_go(self, step: Redrive) -> None:
+        now = self._now()
+        ids = await self._storing.redrive(step, now.wall_s)
+        self._put_later(step.cursor, ids, step.requests, now.mono_s)
+        for reason, seqs in _by_reason(step.again).items():
+            self._owner.parked_some(self.backend.name, reason, len(seqs))
 
     def end_waits(self) -> Ended:
         """Offer what waits now, because somebody knows that the backend is ready."""
@@ -403,3 +423,11 @@ class Lane:
 
     def _error(self, text: str) -> None:
         _LOG.error(text, extra={"facts": {"backend": self.backend.name}})
+
+
+def _by_reason(parked: Sequence[NewParked]) -> dict[str, set[int]]:
+    """The records that were parked, by the reason."""
+    reasons: dict[str, set[int]] = {}
+    for one in parked:
+        reasons.setdefault(one.reason, set()).add(one.seq)
+    return reasons

@@ -22,6 +22,8 @@ ENCODE_FAILED: Final = "encode_failed"  # the backend's encoder raised, or forgo
 SUSPECT: Final = "suspect"  # blocked: everything is refused for one reason, which is more likely ours
 MISSING: Final = "missing"  # skipped: recorded once, and no longer readable in a damaged spool
 BEFORE: Final = "before"  # skipped: made before the backend was first configured
+GAP: Final = "gap"  # skipped: made while the backend was left out, and not wanted
+RETIRED: Final = "retired"  # skipped: made while the backend was left out, and gone with its chunk before it was back
 
 
 @dataclass(frozen=True, slots=True)
