@@ -90,7 +90,7 @@ class Sidecar:
         await self.balance()
 
     async def metrics(self) -> bytes:
-        balance = await self.balance()
+        balance, status = await self.balance(), self.bills.delivery.status()
         gauges = Gauges(
             admitted=balance.admitted,
             recorded=balance.recorded,
@@ -98,13 +98,14 @@ class Sidecar:
             holds=balance.holds,
             degraded=(await self.intake.readiness()).state in ("degraded", "full"),
             pending={name: totals.pending for name, totals in balance.backends.items()},
-            parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
+            parked=await asyncio.to_thread(self.bills.delivery.parked_now),
             disk_free_bytes=self.bills.free_bytes,
             disk_bytes=self.bills.disk_bytes,
             disk_low_bytes=self.bills.settings.disk_low_bytes,
             chunks_set_aside=self.bills.set_aside,
             ledger_bytes=self.bills.ledger_bytes,
-            oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
+            oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in status},
+            retry_after_s={s.backend: s.paused_s for s in status},
         )
         together = await self.intake.metrics()
         if together is not self.counted:
@@ -119,10 +120,27 @@ class Sidecar:
         ids: Sequence[str] | None,
         since_s: float | None,
         resend_unknown: bool,
-    ) -> int:
-        return await self.bills.delivery.redrive(
+    ) -> dict[str, Any]:
+        """Offer parked events again; what became of each. Raises `LookupError` for a backend that nobody knows."""
+        delivery = self.bills.delivery
+        if backend is not None and backend not in self.bills.backends:
+            known = {name for name, _ in await asyncio.to_thread(delivery.parked_now)}
+            if backend not in known:
+                raise LookupError(self._no_backend(backend))
+        told = await delivery.offer_again(
             backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
         )
+        return told.to_dict()
+
+    async def retry(self, backend: str) -> dict[str, Any]:
+        """End all waits of a backend. Raises `LookupError`, in words, for one that is not configured."""
+        if backend not in self.bills.backends:
+            raise LookupError(self._no_backend(backend))
+        ended = self.bills.delivery.end_waits(backend)
+        return asdict(ended) | {"any": ended.any}
+
+    def _no_backend(self, name: str) -> str:
+        return f"{name} is not one of the backends of this instance ({', '.join(self.bills.backends) or 'none'})"
 
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
         outcomes = await mending.cancel(one, self.bills.delivery, self.bills.backends, backend=backend)
@@ -136,13 +154,17 @@ class Sidecar:
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
-        intake = await self.intake.readiness()
+        intake, status = await self.intake.readiness(), self.bills.delivery.status()
         if self.stopping:
             intake = replace(intake, ready=False, state="stopping")
-        notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
+        notes = [f"{s.backend} is {s.state}: {s.reason}" for s in status if s.state != "up"]
         if self.bills.room is not Room.ENOUGH:
             notes.append(self.bills.room.value)
-        return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes])
+        backends: list[dict[str, object]] = [
+            {"backend": s.backend, "state": s.state, "reason": s.reason, "retry_after_s": round(s.paused_s, 1)}
+            for s in status
+        ]
+        return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes], backends=backends)
 
 
 @asynccontextmanager

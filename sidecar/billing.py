@@ -155,6 +155,7 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
             metrics=metrics,
             clock=SystemClock(),
             chance=random.Random(),  # noqa: S311 - jitter, no secret
+            skip_gaps=settings.backend_gaps == "skip",
         )
         await stack.enter_async_context(delivery)
         stack.push_async_callback(delivery.drain, DRAIN_S)

@@ -125,6 +125,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_pending": Family("gauge", "Records on disk that a backend has not settled", ("backend",)),
     "sidecar_parked_now": Family("gauge", "Records that are parked", ("backend", "reason")),
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
+    "sidecar_retry_after_seconds": Family("gauge", "What is left of a wait that a backend asked for", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
@@ -177,6 +178,7 @@ class Gauges:
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
+    retry_after_s: dict[str, float] = field(default_factory=dict)
 
 
 class Metrics(Collector):
@@ -372,6 +374,7 @@ class Metrics(Collector):
         self._counters["sidecar_attribution_anomalies"].update({(kind,): 0 for kind in ATTRIBUTION_ANOMALIES})
         for backend in backends:
             self._gauges["sidecar_blocked"][(backend,)] = 0
+            self._gauges["sidecar_retry_after_seconds"][(backend,)] = 0
             self._counters["sidecar_sealed_events"][(backend,)] = 0
             for verdict in ("delivered", "duplicate", "retry", "refused", "blocked", "unknown"):
                 self._counters["sidecar_verdicts"][(backend, verdict)] = 0
@@ -395,6 +398,7 @@ class Metrics(Collector):
             parked[(name, label(why))] += value
         self._gauges["sidecar_parked_now"] = dict(parked)
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
+        self._gauges["sidecar_retry_after_seconds"] = {(n,): v for n, v in gauges.retry_after_s.items()}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:
         if family.kind == "histogram":

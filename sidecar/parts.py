@@ -10,6 +10,7 @@ import gc
 import hashlib
 import logging
 import os
+import re
 import resource
 import secrets
 import time
@@ -43,6 +44,7 @@ IDLE_PIN: Final = (
 )
 HASH_KEY_BYTES: Final = 32
 HASH_KEY_FILE: Final = "hash.key"
+HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # as `attribution` writes the keyed hash of a credential
 
 
 def rules(settings: Settings) -> ProxyRules:
@@ -201,12 +203,25 @@ def hash_key(settings: Settings) -> bytes:
     try:
         kept = bytes.fromhex(path.read_text("ascii").strip())
     except FileNotFoundError:
+        _tell_new_key(settings, path)
         return _make_hash_key(path)
     except ValueError:
         kept = b""
     if len(kept) != HASH_KEY_BYTES:
         raise OSError(f"{path} is damaged: put its copy back, or remove it, after which credentials hash anew")
     return kept
+
+
+def _tell_new_key(settings: Settings, path: Path) -> None:
+    """A lost key makes another customer of everybody; mapped ids that begin so show that there was one."""
+    mapped = sum(HASHED.fullmatch(name) is not None for name in settings.subscribers)
+    if mapped:
+        log.warning(
+            "%s was not there and a new one is made: %d of [subscribers] are hashes of another key and match nobody; "
+            "put the old file back, or map the new ids (`metering-sidecar spool parked` shows them)",
+            path,
+            mapped,
+        )
 
 
 def _make_hash_key(path: Path) -> bytes:

@@ -124,14 +124,23 @@ class Sealed:
     attempt: int = 1  # which try this is; the one field that delivery changes
 
 
+@dataclass(slots=True, frozen=True)
+class Withheld:
+    """Why one event cannot be sent as it is: parked, while the other events of its record go."""
+
+    reason: str
+    detail: str = ""  # for the operator: a meter and its value; nothing of a body
+
+
 @dataclass(slots=True, kw_only=True)
 class Encoded:
     """What became of the records offered to `Backend.encode`. Each record is in exactly one place,
-    except that one record may have events in several sealed requests."""
+    except that one record may have events in several sealed requests, and others withheld."""
 
     sealed: list[Sealed] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)  # record id -> reason: no wire event
     parked: dict[str, str] = field(default_factory=dict)  # record id -> reason: cannot be encoded
+    withheld: dict[Event, Withheld] = field(default_factory=dict)  # these are not to be sent
 
 
 class Backend(Protocol):

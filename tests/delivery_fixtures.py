@@ -56,6 +56,7 @@ class MemorySpool:
 
     groups: dict[str, list[StoredGroup]] = field(default_factory=dict)
     reads: int = 0
+    retired: dict[str, int] = field(default_factory=dict)
 
     def append(self, lines: Sequence[bytes], instance: str = "one", *, salvaged: bool = False) -> None:
         groups = self.groups.setdefault(instance, [])
@@ -77,6 +78,13 @@ class MemorySpool:
         self.groups.setdefault(instance, []).append(
             StoredGroup(first_seq=first, last_seq=first + numbers - 1, lines=(), missing=missing)
         )
+
+    def retire(self, upto: int, instance: str = "one") -> None:
+        """Whole groups go; how many records were ever put in stays known."""
+        groups = self.groups[instance]
+        gone = [group for group in groups if group.last_seq <= upto]
+        self.retired[instance] = self.retired.get(instance, 0) + sum(len(group.lines) for group in gone)
+        self.groups[instance] = groups[len(gone) :]
 
     def instances(self) -> list[str]:
         return sorted(self.groups)
@@ -103,7 +111,8 @@ class MemorySpool:
         )
 
     def totals(self, instance: str) -> SpoolTotals:
-        return SpoolTotals(recorded=sum(len(g.lines) + g.missing for g in self.groups.get(instance, [])))
+        there = sum(len(g.lines) + g.missing for g in self.groups.get(instance, []))
+        return SpoolTotals(recorded=there + self.retired.get(instance, 0))
 
     def upto(self) -> dict[str, int]:
         return {instance: self.last_seq(instance) for instance in self.groups}
@@ -167,6 +176,7 @@ class World:
     limits: Limits = QUICK
     metrics: CountingMetrics = field(default_factory=CountingMetrics)
     seed: int = 1
+    skip_gaps: bool = False
 
     @property
     def path(self) -> Path:
@@ -190,6 +200,7 @@ class World:
                 clock=self.clock,
                 chance=random.Random(self.seed),
                 limits=self.limits,
+                skip_gaps=self.skip_gaps,
             )
             async with delivery:
                 yield delivery

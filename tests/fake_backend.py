@@ -35,6 +35,7 @@ from sidecar.verdict import (
     Sealed,
     Unknown,
     Verdict,
+    Withheld,
 )
 
 Behaviour = Callable[[Sealed], "list[Verdict] | str | None"]
@@ -62,6 +63,7 @@ class FakeBackend:
     subject_of: Callable[[Record], str] = lambda record: ""
     skip: Callable[[Record], str | None] = lambda record: None
     park: Callable[[Record], str | None] = lambda record: None
+    withhold: Callable[[Record, str], str | None] = lambda record, name: None  # of one event
     path: Path | None = None
     on_send: Callable[[str], None] = lambda moment: None  # crash tests die here
     latency_s: float = 0.0
@@ -104,7 +106,12 @@ class FakeBackend:
             elif (reason := self.park(record)) is not None:
                 encoded.parked[record.id] = reason
             else:
-                pieces += [(Event(record.id, _event_id(record, name)), record) for name in self.events_of(record)]
+                for name in self.events_of(record):
+                    event = Event(record.id, _event_id(record, name))
+                    if (reason := self.withhold(record, name)) is not None:
+                        encoded.withheld[event] = Withheld(reason, f"meter {name}")
+                    else:
+                        pieces.append((event, record))
         for start in range(0, len(pieces), self.abilities.events_max):
             encoded.sealed.append(self._seal(pieces[start : start + self.abilities.events_max]))
         return encoded

@@ -27,6 +27,7 @@ class Readiness:
     ready: bool
     state: str  # ok, degraded, full, stopping
     notes: Sequence[str] = field(default_factory=tuple)
+    backends: Sequence[dict[str, object]] = field(default_factory=tuple)  # how each does, for programs
 
 
 class Instance(Protocol):
@@ -47,7 +48,7 @@ def application(instance: Instance, guard: Guard) -> web.Application:
 
     async def readyz(_: web.Request) -> web.Response:
         readiness = await instance.readiness()
-        body = {"status": readiness.state, "notes": list(readiness.notes)}
+        body = {"status": readiness.state, "notes": list(readiness.notes), "backends": list(readiness.backends)}
         return json_answer(body, status=200 if readiness.ready else 503)
 
     async def metrics(_: web.Request) -> web.Response:

@@ -36,7 +36,9 @@ class Controlled(Protocol):
         ids: Sequence[str] | None,
         since_s: float | None,
         resend_unknown: bool,
-    ) -> int: ...
+    ) -> dict[str, Any]: ...
+
+    async def retry(self, backend: str) -> dict[str, Any]: ...
 
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]: ...
 
@@ -71,8 +73,22 @@ async def redrive(instance: Controlled, wish: Wish) -> Done:
     ids = wish["ids"]
     if ids is not None and not all(isinstance(one, str) for one in ids):
         raise WishError("ids: expected a list of ids")
-    count = await instance.redrive(**{**wish, "resend_unknown": bool(wish["resend_unknown"])})
-    return Done({"redriven": count}, {"redriven": count})
+    try:
+        told = await instance.redrive(**{**wish, "resend_unknown": bool(wish["resend_unknown"])})
+    except LookupError as error:
+        raise WishError(str(error)) from None
+    return Done(told, {"redriven": told["redriven"], "counts": told["counts"], "not_found": len(told["not_found"])})
+
+
+async def retry(instance: Controlled, wish: Wish) -> Done:
+    """End the waits of a backend."""
+    if not wish["backend"]:
+        raise WishError("backend: expected the name of one")
+    try:
+        told = await instance.retry(wish["backend"])
+    except LookupError as error:
+        raise WishError(str(error)) from None
+    return Done(told, told)
 
 
 async def cancel(instance: Controlled, wish: Wish) -> Done:
@@ -99,6 +115,7 @@ CHANGES: Final[Mapping[str, Change]] = {
     "redrive": Change(
         {"backend": str, "reason": str, "ids": list, "since_s": NUMBER, "resend_unknown": bool}, redrive
     ),
+    "retry": Change({"backend": str}, retry),
     "cancel": Change({"id": str, "backend": str}, cancel),
     "complain": Change({"backend": str, "named": list}, complain),
 }

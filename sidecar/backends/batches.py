@@ -16,7 +16,7 @@ from typing import Final
 from sidecar.backends.base import Policy
 from sidecar.meters.definition import Meter
 from sidecar.record import Record
-from sidecar.verdict import Abilities, Encoded, Event, Sealed
+from sidecar.verdict import Abilities, Encoded, Event, Sealed, Withheld
 
 KEY_CHARS_MAX: Final = 90  # of the 100 that every backend takes: the rest is for `.0` of a split, `~n` of a redrive
 NDJSON: Final = "application/x-ndjson"
@@ -80,7 +80,7 @@ def seal_batches(
     content_type: str = "application/json",
     headers: tuple[tuple[str, str], ...] = (),
 ) -> Encoded:
-    """Cut pieces into requests within both limits, in order. A piece too large by itself parks its record."""
+    """Cut pieces into requests within both limits, in order. A piece too large by itself is parked alone."""
     for batch in _cut(_fitting(pieces, encoded, frame, bytes_max), frame, events_max, bytes_max):
         events = tuple(piece.event for piece in batch)
         encoded.sealed.append(
@@ -112,7 +112,10 @@ def seal_lines(records: Iterable[Record], policy: Policy, abilities: Abilities) 
 def _fitting(pieces: Iterable[Piece], encoded: Encoded, frame: Frame, bytes_max: int | None) -> Iterator[Piece]:
     for piece in pieces:
         if bytes_max is not None and frame.size(len(piece.data), 1) > bytes_max:
-            encoded.parked[piece.event.record_id] = "too_large"
+            if piece.event.event_id == piece.event.record_id:
+                encoded.parked[piece.event.record_id] = "too_large"
+            else:
+                encoded.withheld[piece.event] = Withheld("too_large", f"{len(piece.data)} bytes")
         else:
             yield piece
 

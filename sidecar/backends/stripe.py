@@ -56,6 +56,7 @@ from sidecar.verdict import (
     Undone,
     Unknown,
     Verdict,
+    Withheld,
 )
 
 HOST: Final = "https://api.stripe.com"
@@ -162,12 +163,15 @@ class StripeBackend:
         for record, customer, amounts in calls:
             if not self._is_theirs(record, customer):
                 encoded.parked[record.id] = "no_customer"
-            elif not all(self._is_taken(amount) for _, amount in amounts):
-                encoded.parked[record.id] = "value_not_taken"
-            elif self._mode == "stream":
-                pieces += [self._piece(record, customer, meter, amount) for meter, amount in amounts]
-            else:
-                encoded.sealed += [self._sealed(record, customer, meter, amount) for meter, amount in amounts]
+                continue
+            for meter, amount in amounts:
+                if not self._is_taken(amount):
+                    told = f"meter {meter.name} = {plain_number(amount)}"
+                    encoded.withheld[meter_event(record, meter)] = Withheld("value_not_taken", told)
+                elif self._mode == "stream":
+                    pieces.append(self._piece(record, customer, meter, amount))
+                else:
+                    encoded.sealed.append(self._sealed(record, customer, meter, amount))
         return seal_batches(
             pieces,
             encoded,

@@ -1,8 +1,8 @@
 """Look into the queue, check it and mend it.
 
-`status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` changes what will be
-delivered: it goes through the running instance. `cancel` and `complain` (in `mend`) change what was: they go through it
-too, and take the lock of the directory where there is none.
+`status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` and `retry` change what
+will be delivered: they go through the running instance. `cancel` and `complain` (in `mend`) change what was: they go
+through it too, and take the lock of the directory where there is none.
 """
 
 from __future__ import annotations
@@ -17,15 +17,14 @@ from typing import Any, BinaryIO, Final
 
 import orjson
 
-from sidecar.cli import mend
+from sidecar.cli import mend, redrive
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
 
 PAGE: Final = 500  # parked events read at a time
-REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
-_BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped")
-_PARKED: Final = ("parked_at", "backend", "reason", "event_id", "maybe_taken", "attempts")
+_BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
+_PARKED: Final = ("parked_at", "backend", "reason", "subscriber", "maybe_taken", "attempts", "event_id")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -40,13 +39,22 @@ def add(parser: argparse.ArgumentParser) -> None:
     _add_choice(parked)
     add_format(parked, "table", "json", "csv", "ndjson")
 
-    redrive = _kind(kinds, "redrive", "offer parked records again", _redrive)
-    _add_choice(redrive)
-    add_since(redrive)
-    redrive.add_argument("ids", nargs="*", metavar="ID", help="of records or events; none: all that fit")
-    redrive.add_argument(
+    again = _kind(kinds, "redrive", "offer parked records again, and say what became of each", redrive.redrive)
+    _add_choice(again)
+    add_since(again)
+    again.add_argument("ids", nargs="*", metavar="ID", help="of records or events; none: all that fit")
+    again.add_argument(
         "--resend-unknown", action="store_true", help="also those that may have been taken, at the risk of doubles"
     )
+
+    again.epilog = (
+        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked"
+    )
+
+    text = "offer what waits for a backend now: end its Retry-After and every backoff"
+    retry = _kind(kinds, "retry", text, redrive.retry)
+    retry.add_argument("--backend", metavar="NAME", required=True, help="which one")
+    retry.epilog = "exit codes: 0, done; 1, nothing waits, or there is no such backend; 2, no instance is running"
 
     mend.add(kinds)
 
@@ -95,6 +103,7 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
                     "size_bytes": sum(_size(chunk.path) for chunk in chunks),
                 }
             )
+    now = _now(data_dir)
     backends = [
         {
             "backend": name,
@@ -103,6 +112,9 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
             "pending": totals.pending,
             "parked": sum(totals.parked.values()),
             "skipped": sum(totals.skipped.values()),
+            "state": now.get(name, {}).get("state"),
+            "reason": now.get(name, {}).get("reason"),
+            "retry_after_s": now.get(name, {}).get("retry_after_s") or None,
         }
         for name, totals in balance_of(data_dir).backends.items()
     ]
@@ -111,7 +123,22 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
     else:
         print(render(instances, _SPOOL, Format.TABLE))
         print(render(backends, _BACKENDS, Format.TABLE), end="")
+        for one in backends:
+            if one["reason"]:
+                print(f"{one['backend']} is {one['state']}: {one['reason']}")
     return OK
+
+
+def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
+    """How each backend does, as the running instance says; nothing where none runs or none answers."""
+    from sidecar.cli.instance import ask
+
+    try:
+        answer = ask(data_dir, "/readyz") or {}
+    except CommandError:
+        return {}  # what is on disk can be shown all the same
+    rows: list[dict[str, Any]] = answer.get("backends") or []
+    return {str(row.get("backend")): row for row in rows}
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -156,6 +183,7 @@ def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict
                     "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
                     "backend": one.backend,
                     "reason": one.reason,
+                    "subscriber": _subscriber(one.line),
                     "event_id": one.event_id,
                     "maybe_taken": one.maybe_taken,
                     "attempts": len(one.history),
@@ -169,21 +197,13 @@ def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict
             after = page[-1].id
 
 
-def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.instance import change
-
-    wish = {
-        "backend": arguments.backend,
-        "reason": arguments.reason,
-        "ids": arguments.ids or None,
-        "since_s": None if arguments.since is None else arguments.since.timestamp(),
-        "resend_unknown": arguments.resend_unknown,
-    }
-    answer = change(data_dir, "/redrive", wish, limit_s=REDRIVE_S)
-    if answer is None:
-        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
-    print(f"{answer['redriven']:,} events offered again")
-    return OK
+def _subscriber(line: bytes) -> str | None:
+    """Who pays, in our own ids: what `[subscribers]` has to map where no customer is known."""
+    try:
+        found = orjson.loads(line)["subscriber"]["id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found)
 
 
 def _export(arguments: argparse.Namespace, data_dir: Path) -> int:

@@ -20,13 +20,16 @@ from typing import Any, Self, TypeVar
 from sidecar.balance import BackendTotals
 from sidecar.delivery.lane import Lane
 from sidecar.delivery.limits import Limits
+from sidecar.delivery.outcomes import EACH_MAX, Became, OneOutcome, Redriven
 from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
-from sidecar.delivery.removed import part_with
+from sidecar.delivery.removed import part_with, take_back
 from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
+from sidecar.delivery.state.cursors import Configured
 from sidecar.delivery.state.rows import Parked, Place
+from sidecar.delivery.telling import ParkingLog, Told
 from sidecar.delivery.window import ClockWatch
-from sidecar.delivery.words import BEFORE, LaneStatus, Now
+from sidecar.delivery.words import BEFORE, GAP, RETIRED, Ended, LaneStatus, Now
 from sidecar.verdict import Backend
 
 _LOG = logging.getLogger(__name__)
@@ -46,7 +49,10 @@ class Delivery:
         clock: Clock | None = None,
         chance: random.Random | None = None,
         limits: Limits | None = None,
+        skip_gaps: bool = False,
     ) -> None:
+        self._skip_gaps = skip_gaps
+        self._parking_log = ParkingLog()
         self.reader, self.state, self.metrics = reader, state, metrics
         self.limits = limits or Limits()
         self.chance = chance or random.Random()  # noqa: S311 - jitter, no secret
@@ -70,7 +76,11 @@ class Delivery:
             await self._check_clock()
             places = await asyncio.to_thread(self._places)
             names, now = list(self._lanes), self.look()[0]
-            gone = await self.in_state(lambda: self.state.configure(names, places, now.wall_s))
+            configure = functools.partial(
+                self.state.configure, names, places, now.wall_s, count=self.reader.count, skip_gaps=self._skip_gaps
+            )
+            found = await self.in_state(configure)
+            self._say(found)
             starts = [
                 await self.in_state(lambda n=name: (self.state.cursors(n), self.state.open_requests(n)))  # type: ignore[misc]
                 for name in names
@@ -84,7 +94,9 @@ class Delivery:
         for lane, (cursors, requests) in zip(self._lanes.values(), starts, strict=True):
             self._start(lane.run(cursors, requests))
         self._start(self._tick())
-        for name in sorted(gone):
+        for name, lane in self._lanes.items() if not self._skip_gaps else ():
+            self._start(take_back(name, lane, self))
+        for name in sorted(found.gone):
             self._start(part_with(name, self, {place.instance: place.last_seq for place in places}))
         return self
 
@@ -165,13 +177,21 @@ class Delivery:
         """A page of parked events with reason, body and history, in the order of their parking. Blocks."""
         return self._accounts.parked(backend=backend, reason=reason, ids=ids, since_s=since_s, after=after, limit=limit)
 
+    def parked_now(self) -> dict[tuple[str, str], int]:
+        """Records parked by backend and reason, those of backends that are left out included. Blocks."""
+        return self._accounts.parked_now()
+
     def find(self, one: str) -> list[Found]:
         """Where an event or record with this id went, as long as it is remembered (`forget`). Blocks."""
         return self._accounts.find(one)
 
     # --- mending ----------------------------------------------------------------------------------
 
-    async def redrive(
+    async def redrive(self, **choice: Any) -> int:
+        """Offer parked events again (`offer_again`); returns how many go."""
+        return (await self.offer_again(**choice)).offered
+
+    async def offer_again(
         self,
         *,
         backend: str | None = None,
@@ -179,28 +199,76 @@ class Delivery:
         ids: Sequence[str] | None = None,
         since_s: float | None = None,
         resend_unknown: bool = False,
-    ) -> int:
-        """Offer parked events again; returns how many go. What may have been taken goes only with `resend_unknown`.
+    ) -> Redriven:
+        """Offer parked events again, and say what became of each. What may have been taken goes only with
+        `resend_unknown`.
 
         With `since_s`: what was parked since, and records made since that were skipped because their backend was
-        not configured yet. Stops where a backend's retry set is full; what is left goes with the next call.
+        not configured then. Stops where a backend's retry set is full; what is left goes with the next call.
         """
-        count = after = 0
-        if since_s is not None and ids is None and reason in (None, BEFORE):
+        told = Redriven()
+        if since_s is not None and ids is None and reason in (None, BEFORE, GAP):
             for name, lane in self._lanes.items():
                 if backend in (None, name):
-                    count += await lane.redrive_before(since_s)
+                    told.unskipped += await lane.redrive_before(since_s)
+        wanted = None if ids is None else list(dict.fromkeys(ids))
+        for start in range(0, 1 if wanted is None else len(wanted), PAGE):
+            some = None if wanted is None else wanted[start : start + PAGE]
+            await self._redrive_some(told, backend, reason, some, since_s, resend_unknown=resend_unknown)
+        missing = [one for one in wanted or () if one not in told.seen]
+        told.not_found = [
+            (one, await asyncio.to_thread(self._whereabouts, one) if index < EACH_MAX else "")
+            for index, one in enumerate(missing)
+        ]
+        return told
+
+    async def _redrive_some(
+        self,
+        told: Redriven,
+        backend: str | None,
+        reason: str | None,
+        ids: Sequence[str] | None,
+        since_s: float | None,
+        *,
+        resend_unknown: bool,
+    ) -> None:
+        # What is parked again for another reason stands behind `last`, and is not looked at twice.
+        last, after = await asyncio.to_thread(self._accounts.last_parked), 0
         while True:
-            page = await asyncio.to_thread(
-                functools.partial(self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after)
+            look = functools.partial(
+                self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after
             )
+            read = await asyncio.to_thread(look)
+            page = [row for row in read if row.id <= last]
+            for row in page if ids is not None else ():
+                told.seen.update((row.record_id, row.event_id))
             for name in dict.fromkeys(row.backend for row in page):
+                rows = [row for row in page if row.backend == name]
                 if name in self._lanes:
-                    rows = [row for row in page if row.backend == name]
-                    count += await self._lanes[name].redrive(rows, resend_unknown=resend_unknown)
+                    await self._lanes[name].redrive(rows, told, resend_unknown=resend_unknown)
+                    continue
+                for row in rows:
+                    told.add(
+                        OneOutcome(
+                            backend=name, event_id=row.event_id, record_id=row.record_id,
+                            became=Became.NOT_CONFIGURED, reason=row.reason,
+                        )
+                    )  # fmt: skip
             if len(page) < PAGE:
-                return count
+                return
             after = page[-1].id
+
+    def _whereabouts(self, one: str) -> str:
+        """What is known of an id that is not among the parked events that were chosen. Blocks."""
+        parked = self.parked(ids=[one], limit=1)
+        if parked:
+            return f"parked at {parked[0].backend} as {parked[0].reason}, so not among those chosen"
+        found = [each for each in self.find(one) if each.fate != "moved"]
+        return f"{'pending' if found[-1].fate == 'open' else found[-1].fate} at {found[-1].backend}" if found else ""
+
+    def end_waits(self, backend: str) -> Ended:
+        """Offer a backend what waits for it now. Raises `KeyError` for one that is not configured."""
+        return self._lanes[backend].end_waits()
 
     async def forget(self, upto: Mapping[str, int]) -> None:
         """Let go of what is remembered of settled records up to these numbers: their chunks are gone."""
@@ -216,6 +284,12 @@ class Delivery:
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         self._start(work)
+
+    def parked_some(self, backend: str, reason: str, records: int) -> None:
+        self.metrics.parked(backend, reason, records)
+        told = self._parking_log.parked(backend, reason, records, self.look()[0].mono_s)
+        if told is not None:
+            _tell(told)
 
     def look(self) -> tuple[Now, bool]:
         now = read_clock(self._clock)
@@ -258,8 +332,33 @@ class Delivery:
         while True:
             await asyncio.sleep(self.limits.sweep_s)
             now, _ = self.look()
+            for told in self._parking_log.due(now.mono_s):
+                _tell(told)
             with contextlib.suppress(StateError):  # the lanes tell
                 await self.in_state(functools.partial(self.state.saw_clock, now.wall_s))
+
+    def _say(self, found: Configured) -> None:
+        """What this start passes over is in the log and in a metric; so is what it brings back."""
+        for name, skipped in found.before.items():
+            if skipped:
+                self.metrics.skipped(name, BEFORE, skipped)
+                _LOG.info(
+                    "a backend is new: it begins with what is recorded from now on",
+                    extra={"facts": {"backend": name, "skipped": skipped}},
+                )
+        for name, back in found.back.items():
+            facts = {"backend": name, "pending": back.pending, "skipped": back.skipped, "retired": back.retired}
+            for reason, records in ((GAP, back.skipped), (RETIRED, back.retired)):
+                if records:
+                    self.metrics.skipped(name, reason, records)
+            if back.skipped or back.retired:
+                _LOG.warning(
+                    "a backend was left out for a while; not everything that was recorded meanwhile is delivered to it",
+                    extra={"facts": facts | {"bring_it": f"spool redrive --backend {name} --since TIME"}},
+                )
+            else:
+                text = "a backend was left out for a while; what was recorded meanwhile is delivered to it"
+                _LOG.warning(text, extra={"facts": facts})
 
     def _places(self) -> list[Place]:
         """Where each spool ends, and how many records were ever put in it: both of one moment."""
@@ -272,3 +371,9 @@ class Delivery:
                     break
             found.append(Place(instance, last, recorded))
         return found
+
+
+def _tell(told: Told) -> None:
+    facts = {"backend": told.backend, "reason": told.reason, "records": told.records}
+    text = "records are parked: see `metering-sidecar spool parked`"
+    _LOG.warning(text if told.first else "more records were parked since this was last said", extra={"facts": facts})

@@ -20,16 +20,17 @@ from dataclasses import replace
 
 from sidecar.delivery import redriving
 from sidecar.delivery.offering import Answer, Offering
+from sidecar.delivery.outcomes import Became, Redriven
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.pacing import Pacing
 from sidecar.delivery.settling import Settling
 from sidecar.delivery.state import StateError
 from sidecar.delivery.state.requests import opened
-from sidecar.delivery.state.rows import Cursor, NewRequest, Parked, Request, Settlement
+from sidecar.delivery.state.rows import Cursor, NewParked, NewRequest, Parked, Redrive, Request, Settlement
 from sidecar.delivery.storing import Storing
 from sidecar.delivery.supply import Planned, Supply
 from sidecar.delivery.waiting import Waiting
-from sidecar.delivery.words import LaneStatus, Now
+from sidecar.delivery.words import Ended, LaneStatus, Now
 from sidecar.spool.words import SpoolError
 from sidecar.verdict import Backend, Dedup
 
@@ -79,18 +80,28 @@ class Lane:
         requests = list(self._open())
         oldest = min((request.oldest_s for request in requests), default=None)
         pacing, full = self._pacing, self._waiting.full
+        paused_s = pacing.paused_s(now)
         reason = pacing.blocked or self._trouble or pacing.failing
         if reason is None and full:
             reason = "retry_set_full"
+        if pacing.blocked is not None:
+            state = "blocked"
+        elif paused_s and self._trouble is None:
+            state = "paused"
+            command = f"metering-sidecar spool retry --backend {self.backend.name}"
+            reason = f"it asked to be left alone, {paused_s:.0f} s are left (`{command}` ends it)"
+        else:
+            state = "down" if pacing.slow or full or self._trouble else "up"
         return LaneStatus(
             backend=self.backend.name,
-            state="blocked" if pacing.blocked is not None else "down" if pacing.slow or full or self._trouble else "up",
+            state=state,
             reason=reason,
             oldest_pending_s=None if oldest is None else max(now.wall_s - oldest, 0.0),
             sealed=len(requests),
             under_way=len(self._offering.under_way),
             waiting_records=self._waiting.later_records,
             waiting_bytes=self._waiting.later_bytes,
+            paused_s=paused_s,
         )
 
     async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
@@ -100,6 +111,8 @@ class Lane:
         mistake of ours and ends it.
         """
         self._take_up(cursors, requests)
+        # How long the last run meant to wait says nothing of the backend now: the first answers tell.
+        self._waiting.hurry(self._now(), held_too=True)
         while True:
             try:
                 if not await self._turn():
@@ -181,24 +194,50 @@ class Lane:
         for index, parking in decision.parked.items():
             reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
         for reason, seqs in reasons.items():
-            self._owner.metrics.parked(self.backend.name, reason, len(seqs))
+            self._owner.parked_some(self.backend.name, reason, len(seqs))
 
-    # --- redrive ----------------------------------------------------------------------------------
+    # --- what an operator mends ---------------------------------------------------------------------------
 
-    async def redrive(self, rows: Sequence[Parked], *, resend_unknown: bool) -> int:
-        """Let parked events of this backend go again, as far as the set of what waits has room. Returns how many."""
-        count = 0
+    async def redrive(self, rows: Sequence[Parked], told: Redriven, *, resend_unknown: bool) -> None:
+        """Let parked events of this backend go again, as far as the set of what waits has room; says what became."""
         for cursor in dict.fromkeys(row.cursor for row in rows):
             mine = [row for row in rows if row.cursor == cursor]
             for step in await redriving.steps(self.backend, cursor, mine, self._owner, resend_unknown=resend_unknown):
-                if self._waiting.full:
-                    break
-                now = self._now()
-                ids = await self._storing.redrive(step, now.wall_s)
-                self._put_later(cursor, ids, step.requests, now.mono_s)
-                count += len(step.parked)
+                full = self._waiting.full and step.redrive is not None and bool(step.redrive.requests)
+                if step.redrive is not None and not full:
+                    await self._let_go(step.redrive)
+                for one in step.outcomes:
+                    told.add(replace(one, became=Became.NO_ROOM) if full else one)
         self._ring()
+
+    async def take_back(self, rows: Sequence[Parked]) -> int:
+        """Let go what was parked while this backend was left out; waits for room. Returns how many events went."""
+        count = 0
+        for cursor in dict.fromkeys(row.cursor for row in rows):
+            mine = [row for row in rows if row.cursor == cursor]
+            for step in await redriving.back(self.backend, cursor, mine, self._owner):
+                while self._waiting.full:  # noqa: ASYNC110 - rare, and nothing else needs to be told of room
+                    await asyncio.sleep(TROUBLE_RETRY_S)
+                if step.redrive is not None:
+                    await self._let_go(step.redrive)
+                    self._ring()
+                count += sum(one.became is Became.OFFERED for one in step.outcomes)
         return count
+
+    async def _let_go(self, step: Redrive) -> None:
+        now = self._now()
+        ids = await self._storing.redrive(step, now.wall_s)
+        self._put_later(step.cursor, ids, step.requests, now.mono_s)
+        for reason, seqs in _by_reason(step.again).items():
+            self._owner.parked_some(self.backend.name, reason, len(seqs))
+
+    def end_waits(self) -> Ended:
+        """Offer what waits now, because somebody knows that the backend is ready."""
+        now, status = self._now(), self.status()
+        count = self._waiting.hurry(now, held_too=True)
+        self._pacing.end_waits(now)
+        self._ring()
+        return Ended(was=status.state, paused_s=status.paused_s, requests=count)
 
     async def redrive_before(self, since_s: float) -> int:
         """Let records go that were made before this backend was first configured, from a time on. Returns how many."""
@@ -226,7 +265,7 @@ class Lane:
             answer.verdicts = self._pacing.hear(answer.verdicts, answer.started, now, self._roll())
             answer.counted = True
             if was_slow and not self._pacing.slow:
-                self._waiting.hurry(self._now().mono_s)
+                self._waiting.hurry(self._now())
         return await self._settling.settle(answer, now, self._roll())
 
     def _expire(self) -> None:
@@ -246,9 +285,10 @@ class Lane:
         if self._pacing.slow and allowed:
             fresh_first, self._fresh_next = self._fresh_next, not self._fresh_next
             self._want_fresh = fresh_first and not self._waiting.fresh
+        early = self._pacing.may_probe(now, len(self._offering.under_way))
         chosen: list[Request] = []
         while len(chosen) < allowed and not self._want_fresh:
-            request = self._waiting.take(now.mono_s, fresh_first=fresh_first)
+            request = self._waiting.take(now, fresh_first=fresh_first, early=early and not chosen)
             if request is None:
                 break
             overdue = await self._settling.overdue(request, now)
@@ -324,26 +364,40 @@ class Lane:
         """The monotonic time of the next look."""
         times = [self._next_sweep_s]
         busy = len(self._offering.under_way)
-        if self._pacing.slow:
-            times.append(max(self._pacing.next_probe_s, now.mono_s) if not busy else self._next_sweep_s)
+        if not busy and self._pacing.early_s and self._waiting.can_go_early(now):
+            times.append(self._pacing.early_s)
+        if self._pacing.slow or self._pacing.paused_s(now):
+            times.append(self._next_probe_s(now) if not busy else self._next_sweep_s)
         elif self._waiting.next_due_s is not None and busy < self.backend.abilities.concurrency:
             times.append(self._waiting.next_due_s)
         look_s = self._supply.next_look_s
         if look_s is not None and not self._waits_for_room():
             times.append(look_s)
-        return min(times)
+        return max(min(times), now.mono_s)
+
+    def _next_probe_s(self, now: Now) -> float:
+        """While slow or paused: when there may be something to probe with, and it may go."""
+        times = [self._next_sweep_s]
+        if self._waiting.queued:
+            times.append(now.mono_s)
+        if self._waiting.next_due_s is not None:
+            times.append(self._waiting.next_due_s)
+        if self._supply.unread:
+            times.append(self._supply.next_look_s or now.mono_s)
+        return max(min(times), self._pacing.next_probe_s)
 
     def _waits_for_room(self) -> bool:
         """Whether records could not be sealed even if there were some: something else has to happen first."""
         busy = len(self._offering.under_way)
         free = self._pacing.allowed(self._now(), busy)
-        return self._pacing.slow or self._room(free, busy, want_fresh=False) == 0
+        slow = self._pacing.slow or self._pacing.paused_s(self._now()) > 0
+        return slow or self._room(free, busy, want_fresh=False) == 0
 
     def _quiet(self) -> bool:
         """Whether nothing is under way and nothing more could be started now."""
         if self._offering.under_way or self._offering.has_answers or self._bell.is_set():
             return False
-        if self._pacing.slow or self._waiting.full:
+        if self._pacing.slow or self._waiting.full or self._pacing.paused_s(self._now()):
             return True
         return not (self._waiting.queued or self._supply.unread)
 
@@ -369,3 +423,11 @@ class Lane:
 
     def _error(self, text: str) -> None:
         _LOG.error(text, extra={"facts": {"backend": self.backend.name}})
+
+
+def _by_reason(parked: Sequence[NewParked]) -> dict[str, set[int]]:
+    """The records that were parked, by the reason."""
+    reasons: dict[str, set[int]] = {}
+    for one in parked:
+        reasons.setdefault(one.reason, set()).add(one.seq)
+    return reasons

@@ -11,14 +11,16 @@ class Limits:
 
     backoff_base_s: float = 1.0  # mean first wait 0.5 s: a restart of a backend is over within a few of them
     backoff_cap_s: float = 3600.0  # durability.md, section 6
-    retry_after_cap_s: float = 21_600.0  # a wait of more than six hours is taken for a mistake
+    retry_after_cap_s: float = 900.0  # a quarter of an hour: a balancer that says a day is back long before
     window_margin_s: float = 3600.0  # windows end an hour early: clocks of two houses, and work under way
     window_warning_s: float = 21_600.0  # durability.md, section 6: six hours before
     clock_step_s: float = 60.0  # what the wall clock may differ from the monotonic one before it has stepped
     down_after: int = 5  # requests failed in a row with nothing taken: the backend is down, one probe at a time
-    down_cap_s: float = 30.0  # how late a recovery may be noticed; P8 wants an hour drained in ten minutes
-    blocked_base_s: float = 30.0  # an operator has to act; asking more often changes nothing
-    blocked_cap_s: float = 600.0
+    probe_soon_s: float = 4.0  # a recovery is noticed within 5 s at first: a second is left for the probe itself
+    probe_soon_for_s: float = 600.0  # how long "at first" is: most restarts and roll-outs are over by then
+    down_cap_s: float = 25.0  # and within 30 s later
+    blocked_base_s: float = 15.0  # an operator has to act; but a maintenance page is a block too, and ends by itself
+    blocked_cap_s: float = 25.0
     suspect_after: int = 20  # durability.md, section 6
     window_requests: int = 64  # sealed requests that wait for a free slot or are under way; durability.md, section 2
     retry_records: int = 10_000  # durability.md, section 2: the set that waits for another attempt

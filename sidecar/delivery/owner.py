@@ -31,6 +31,10 @@ class Owner(Protocol):
         """Start an attempt as a task of the owner's group."""
         ...
 
+    def parked_some(self, backend: str, reason: str, records: int) -> None:
+        """Count what was parked, and say so from time to time."""
+        ...
+
     def look(self) -> tuple[Now, bool]:
         """Both clocks, and whether the wall clock has stepped."""
         ...

@@ -1,6 +1,8 @@
 """Parting with a backend that is no longer configured: all that it had still to get is parked, and stays visible.
 
-Runs once after a start without it, in small steps beside the lanes, and goes on where it stopped. Records made
+Taking it up again: what was parked so is pending again.
+
+Parting runs once after a start without it, in small steps beside the lanes, and goes on where it stopped. Records made
 later are none of its business.
 """
 
@@ -9,16 +11,16 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Final, TypeVar
+from typing import Final, Protocol, TypeVar
 
 import orjson
 
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.retry import park_all
 from sidecar.delivery.state import StateError
-from sidecar.delivery.state.rows import Cursor, NewParked, Sealing, Settlement
+from sidecar.delivery.state.rows import Cursor, NewParked, Parked, Sealing, Settlement
 from sidecar.delivery.words import REMOVED, Parking
 from sidecar.spool.words import SpoolError
 
@@ -38,6 +40,45 @@ async def part_with(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
             await asyncio.sleep(RETRY_S)
         else:
             return
+
+
+class Returning(Protocol):
+    """A lane, as far as it is needed here."""
+
+    async def take_back(self, rows: Sequence[Parked]) -> int: ...
+
+
+class Desk(Owner, Protocol):
+    def parked(self, *, backend: str | None, reason: str | None, after: int, limit: int) -> list[Parked]: ...
+
+
+async def take_back(name: str, lane: Returning, owner: Desk) -> None:
+    """Let go what was parked because a backend was left out: it is configured again. Runs once after every start, so
+    that one that was cut short is finished; what may have been taken and would not be recognised stays."""
+    count: int | None = None
+    while count is None:
+        try:
+            count = await _take_back(name, lane, owner)
+        except (StateError, SpoolError, OSError) as error:
+            _LOG.error("what a backend had still to get when it was left out cannot be taken up yet: %s", error)
+            await asyncio.sleep(RETRY_S)
+    if count:
+        _LOG.warning(
+            "a backend is configured again; what was parked when it was left out is pending again",
+            extra={"facts": {"backend": name, "events": count}},
+        )
+
+
+async def _take_back(name: str, lane: Returning, owner: Desk) -> int:
+    count = after = 0
+    while True:
+        look = functools.partial(owner.parked, backend=name, reason=REMOVED, after=after, limit=SLICE)
+        page = await asyncio.to_thread(look)
+        if page:
+            count += await lane.take_back(page)
+        if len(page) < SLICE:
+            return count
+        after = page[-1].id
 
 
 async def _park_all(name: str, owner: Owner, ends: Mapping[str, int]) -> None:

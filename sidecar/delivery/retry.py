@@ -31,6 +31,7 @@ from sidecar.verdict import (
 )
 
 _SERVER_ERROR: Final = re.compile(r"(?<![0-9])5[0-9]{2}(?![0-9])")
+_PAUSE: Final = re.compile(r"(?<![0-9])(429|503)(?![0-9])")
 _TOO_LARGE: Final = frozenset({"too_large", "http_413", "413"})
 
 
@@ -74,10 +75,11 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
         return _halve(attempt, whole, before, tries, abilities)
     fates, parked = _fates(attempt, before, tries, abilities, limits)
     after_s = asked_wait_s(attempt.verdicts)
+    own_s = backoff_s(tries.attempts, attempt.roll, limits)
     wait_s = backoff_s(tries.attempts, attempt.roll, limits, after_s)
     left = [i for i, fate in enumerate(fates) if fate is Fate.OPEN]
     if len(left) == len(fates):
-        return Decision(open=True, tries=tries, wait_s=wait_s, held=after_s is not None)
+        return Decision(open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s)
     if not left:
         return Decision(open=False, tries=tries, fates=tuple(fates), parked=parked)
     return _part(attempt, fates, parked, left, tries, abilities, wait_s)
@@ -116,6 +118,12 @@ def asked_wait_s(verdicts: Sequence[Verdict]) -> float | None:
     """The longest wait that the backend asked for itself."""
     waits = [v.after_s for v in verdicts if isinstance(v, Retry) and v.after_s is not None]
     return max(waits, default=None)
+
+
+def asked_pause_s(verdicts: Sequence[Verdict], limits: Limits) -> float:
+    """How long nothing at all is to be offered: what a 429 or 503 says is meant for the client, not for a request."""
+    paused = [v for v in verdicts if isinstance(v, Retry) and _PAUSE.search(v.reason)]
+    return min(asked_wait_s(paused) or 0.0, limits.retry_after_cap_s)
 
 
 def _tried(attempt: Attempt, before: Tries) -> Tries:

@@ -51,6 +51,18 @@ class Lost:
 
     reason: str
     skipped: bool = False  # there is nothing to bill, as opposed to: it cannot be encoded
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class LostEvents:
+    """What gives no request when records are encoded again: whole records, and single events of others."""
+
+    records: dict[int, Lost] = field(default_factory=dict)
+    events: dict[tuple[int, str], Lost] = field(default_factory=dict)
+
+    def why(self, seq: int, event_id: str) -> Lost | None:
+        return self.records.get(seq) or self.events.get((seq, event_id))
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,14 +111,14 @@ async def plan(
 
 async def again(
     backend: Backend, lines: Sequence[tuple[int, bytes]], *, tries: Tries, due_s: float
-) -> tuple[list[NewRequest], dict[int, Lost]]:
-    """Requests of exactly these records, and the reason for each record that gives none."""
+) -> tuple[list[NewRequest], LostEvents]:
+    """Requests of exactly these records, and the reason for each record, or event of one, that is in none."""
     reads = []
-    lost: dict[int, Lost] = {}
+    lost = LostEvents()
     for seq, line in lines:
         read = _parse(Item(seq, line))
         if read is None:
-            lost[seq] = Lost(UNREADABLE)
+            lost.records[seq] = Lost(UNREADABLE)
         else:
             reads.append(read)
     await asyncio.sleep(0)
@@ -114,9 +126,12 @@ async def again(
     made = Plan()
     _place(made, backend, reads, encoded, failed, 0.0)
     for parked in made.parked:
-        lost[parked.seq] = Lost(parked.reason)
+        if parked.event_id:
+            lost.events[(parked.seq, parked.event_id)] = Lost(parked.reason, detail=parked.detail)
+        else:
+            lost.records[parked.seq] = Lost(parked.reason)
     for reason, seqs in made.skipped.items():
-        lost.update(dict.fromkeys(seqs, Lost(reason, skipped=True)))
+        lost.records.update(dict.fromkeys(seqs, Lost(reason, skipped=True)))
     return [replace(new, tries=tries, due_s=due_s) for new in made.requests], lost
 
 
@@ -174,6 +189,7 @@ def _in_rows(backend: Backend, reads: Sequence[_Read], most: int) -> tuple[Encod
         whole.sealed += one.sealed
         whole.skipped.update(one.skipped)
         whole.parked.update(one.parked)
+        whole.withheld.update(one.withheld)
         failed |= bad
     return whole, failed
 
@@ -184,7 +200,9 @@ def _ask(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
         return Encoded(), set()
     try:
         encoded = backend.encode([read.record for read in reads])
-        if {e.record_id for sealed in encoded.sealed for e in sealed.events} <= {read.record.id for read in reads}:
+        named = {e.record_id for sealed in encoded.sealed for e in sealed.events}
+        named.update(event.record_id for event in encoded.withheld)
+        if named <= {read.record.id for read in reads}:
             return encoded, set()
         raise LookupError("events of records that were not offered")
     except Exception as error:  # noqa: BLE001 - one record must not stop the others
@@ -232,15 +250,24 @@ def _place(
     made: Plan, backend: Backend, reads: Sequence[_Read], encoded: Encoded, failed: set[str], now_s: float
 ) -> None:
     by_id = {read.record.id: read for read in reads}
-    sealed_ids: set[str] = set()
+    placed: set[str] = set()
     for sealed in encoded.sealed:
         if not sealed.events:
             continue
         made.requests.append(_request(backend, sealed, by_id, now_s))
-        sealed_ids.update(event.record_id for event in sealed.events)
+        placed.update(event.record_id for event in sealed.events)
+    for event, why in encoded.withheld.items():
+        read = by_id[event.record_id]
+        made.parked.append(
+            NewParked(
+                seq=read.item.seq, record_id=event.record_id, event_id=event.event_id, reason=why.reason,
+                line=read.item.line, history=(f"not sent: {why.detail or why.reason}",), detail=why.detail,
+            )
+        )  # fmt: skip
+        placed.add(event.record_id)
     for read in reads:
         record, seq = read.record, read.item.seq
-        if record.id in sealed_ids:
+        if record.id in placed:
             continue
         if record.id in encoded.skipped and record.id not in encoded.parked:
             made.skipped.setdefault(encoded.skipped[record.id], []).append(seq)

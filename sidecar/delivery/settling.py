@@ -22,7 +22,7 @@ from sidecar.delivery.offering import Answer
 from sidecar.delivery.retry import Attempt, Decision, judge, park_all
 from sidecar.delivery.state.rows import NewRequest, Request, Settlement
 from sidecar.delivery.window import may_resend, window_left_s
-from sidecar.delivery.words import PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
+from sidecar.delivery.words import ENCODE_FAILED, PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
 from sidecar.verdict import Backend, Dedup, Verdict
 
 _LOG = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class Settling:
                     continue
                 if extra and self._backend.abilities.dedup is not Dedup.EVENT_ID:
                     # It would repeat events that are somebody else's to send.
-                    lost.update({m.seq: sealing.Lost(PARTLY_TAKEN) for m in new.members})
+                    lost.events.update({one: sealing.Lost(PARTLY_TAKEN) for one in offered & events})
                     continue
                 if extra and new.tries.risk_wall_s is None:
                     # Events that were taken go along once more: their window runs from now at the latest.
@@ -142,9 +142,12 @@ class Settling:
                     new = replace(new, tries=tries)
                 sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
                 children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
+            carried = {(m.seq, m.event_id) for child in children for m in child.members}
             for i in part:
-                why = lost.get(request.members[i].seq)
-                if why is not None:
+                one = (request.members[i].seq, request.members[i].event_id)
+                if one not in carried:
+                    # No reason: an encoder of another version or setting makes no such event any more.
+                    why = lost.why(*one) or sealing.Lost(ENCODE_FAILED)
                     fates[i] = Fate.PARKED
                     maybe = decision.tries.risky or why.reason == PARTLY_TAKEN
                     parked[i] = Parking(why.reason, maybe_taken=maybe)

@@ -98,8 +98,9 @@ class Supply:
             _LOG.error(
                 "records were lost with a damaged spool file", extra={"facts": {"backend": name, "records": missing}}
             )
-        for reason, count in Counter(parked.reason for parked in plan.parked).items():
-            metrics.parked(name, reason, count)
+        reasons = {(parked.seq, parked.reason) for parked in plan.parked}
+        for reason, count in Counter(reason for _, reason in reasons).items():
+            self._owner.parked_some(name, reason, count)
         if plan.requests and plan.taken:
             # Learned from the last ones: how many requests a record gives (one for each meter, say).
             self._per_record = max(len(plan.requests) / plan.taken, 0.01)

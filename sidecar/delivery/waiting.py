@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.state.rows import Request
+from sidecar.delivery.words import Now
 
 
 class Waiting:
@@ -57,9 +58,16 @@ class Waiting:
         self.later_bytes += request.size_bytes
         heapq.heappush(self._later, (due_s, request.id, request))
 
-    def take(self, now_s: float, *, fresh_first: bool = False) -> Request | None:
-        """The next request to offer; its subject counts as called from now on."""
+    def take(self, now: Now, *, fresh_first: bool = False, early: bool = False) -> Request | None:
+        """The next request to offer; its subject counts as called from now on.
+
+        `early`: before its time is over where nothing else may go, to see whether the backend takes anything.
+        """
+        now_s = now.mono_s
         while True:
+            if early and not (self._later and self._later[0][0] <= now_s) and not (fresh_first and self.fresh):
+                self._bring_forward(now)
+            early = False
             if self._later and self._later[0][0] <= now_s and not (fresh_first and self.fresh):
                 request = heapq.heappop(self._later)[2]
                 self.later_records -= request.records
@@ -101,12 +109,38 @@ class Waiting:
                 del self._behind[subject]
         self._replace([entry for entry in self._later if entry[1] not in ids])
 
-    def hurry(self, now_s: float) -> None:
-        """Its backend is back: long backoffs need not be waited out. A wait that it asked for still holds."""
-        self._replace([(due if r.held else min(due, now_s), id_, r) for due, id_, r in self._later])
+    def hurry(self, now: Now, *, held_too: bool = False) -> int:
+        """Its backend is back: long backoffs need not be waited out. Returns how many were cut short.
+
+        A wait that it asked for still holds, unless an operator knows better; so does one for an event's own time.
+        """
+        count, entries = 0, []
+        for due, id_, request in self._later:
+            cut = due > now.mono_s and not _is_ahead(request, now) and (held_too or not request.held)
+            count += cut
+            request.held = request.held and not cut
+            entries.append((now.mono_s if cut else due, id_, request))
+        self._replace(entries)
+        return count
+
+    def can_go_early(self, now: Now) -> bool:
+        """Whether something waits for nothing but its own backoff."""
+        return any(not r.held and not _is_ahead(r, now) for _, _, r in self._later)
+
+    def _bring_forward(self, now: Now) -> None:
+        """Let the first request that waits for nothing but its own backoff be due now."""
+        eligible = [entry for entry in self._later if not entry[2].held and not _is_ahead(entry[2], now)]
+        if eligible:
+            first = min(eligible)
+            self._replace([(now.mono_s, *e[1:]) if e[1] == first[1] else e for e in self._later])
 
     def _replace(self, entries: list[tuple[float, int, Request]]) -> None:
         heapq.heapify(entries)
         self._later = entries
         self.later_records = sum(entry[2].records for entry in entries)
         self.later_bytes = sum(entry[2].size_bytes for entry in entries)
+
+
+def _is_ahead(request: Request, now: Now) -> bool:
+    """Whether its events are from the future: never offered, and due at a time of their own."""
+    return request.tries.attempts == 0 and request.due_s > now.wall_s

@@ -22,6 +22,8 @@ ENCODE_FAILED: Final = "encode_failed"  # the backend's encoder raised, or forgo
 SUSPECT: Final = "suspect"  # blocked: everything is refused for one reason, which is more likely ours
 MISSING: Final = "missing"  # skipped: recorded once, and no longer readable in a damaged spool
 BEFORE: Final = "before"  # skipped: made before the backend was first configured
+GAP: Final = "gap"  # skipped: made while the backend was left out, and not wanted
+RETIRED: Final = "retired"  # skipped: made while the backend was left out, and gone with its chunk before it was back
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +93,24 @@ class LaneStatus:
     """How one backend does, for `/readyz` and metrics."""
 
     backend: str
-    state: str  # up, down, blocked
+    state: str  # up, paused (it asked for it), down, blocked
     reason: str | None
     oldest_pending_s: float | None  # age of the oldest record that is not settled
     sealed: int  # requests stored and not settled
     under_way: int
     waiting_records: int  # sealed and due for another attempt later
     waiting_bytes: int
+    paused_s: float = 0.0  # how much is left of the wait that it asked for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ended:
+    """Which waits of a backend an operator has ended."""
+
+    was: str  # its state before: up, paused, down, blocked
+    paused_s: float  # what was left of the wait that it asked for
+    requests: int  # whose own waits were cut short
+
+    @property
+    def any(self) -> bool:
+        return self.was != "up" or self.requests > 0

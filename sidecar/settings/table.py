@@ -152,6 +152,9 @@ class Settings:
         kinds.size(1 << 20), "67108864", "records kept in memory while the disk takes none"
     )
     retention: float = _setting(kinds.duration(), "7d", "how long delivered records are kept")
+    backend_gaps: str = _setting(
+        kinds.word_of("deliver", "skip"), "deliver", "records made while a backend was left out: `deliver` or `skip`"
+    )
     retention_bytes: int = _setting(kinds.size(), "10737418240", "room for delivered records; the oldest go first")
     disk_low_bytes: int = _setting(
         kinds.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"

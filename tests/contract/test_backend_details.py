@@ -439,16 +439,22 @@ def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
         ]
     )
     call = record(1, usage=usage(cost_usd="0.25"))
-    assert StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([call]).parked == {
-        call.id: "value_not_taken"
-    }
+    encoded = StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([call])
+    assert encoded.parked == {}
+    assert [(e.event_id, why.reason, why.detail) for e, why in encoded.withheld.items()] == [
+        (f"{call.id}:cost", "value_not_taken", "meter cost = 0.25")
+    ]
+    assert [e.event_id for s in encoded.sealed for e in s.events] == [f"{call.id}:calls"]  # the other meter goes
     whole = record(2, usage=usage(cost_usd="2.00"))
     assert len(StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([whole]).sealed) == 2
     allowed = StripeBackend(api_key="k", meters=meters, customers=KNOWN, payload=Payload("customer", "amount", True))
     fields = dict(parse_qsl(allowed.encode([call]).sealed[0].body.decode()))
     assert (fields["payload[amount]"], fields["payload[customer]"]) == ("0.25", "cus_acme")
     huge = record(3, usage=usage(input_tokens=10**15))
-    assert StripeBackend(api_key="k", customers=KNOWN).encode([huge]).parked == {huge.id: "value_not_taken"}
+    encoded = StripeBackend(api_key="k", customers=KNOWN).encode([huge])
+    assert {e.event_id: why.reason for e, why in encoded.withheld.items()} == {
+        f"{huge.id}:input_tokens": "value_not_taken"
+    }
 
 
 @pytest.mark.parametrize("name", ["stripe", "lago", "ledgerbee"])

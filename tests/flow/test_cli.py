@@ -397,9 +397,10 @@ def test_a_redrive_goes_through_the_running_instance(
 ) -> None:
     seen = []
 
-    def redrive(wish: Any) -> dict[str, int]:
+    def redrive(wish: Any) -> dict[str, Any]:
         seen.append(wish)
-        return {"redriven": 1007}
+        counts = [{"became": "offered", "reason": "", "events": 1007}]
+        return {"redriven": 1007, "unskipped": 0, "counts": counts, "each": [], "not_found": []}
 
     admin["POST /redrive"] = 200, redrive
     assert main(["spool", "redrive", "--backend", "meter", "--resend-unknown", "id-1"]) == 0

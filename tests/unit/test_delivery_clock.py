@@ -229,13 +229,125 @@ async def test_what_waits_long_is_hurried_by_the_first_success(world: World) -> 
         assert seen(world, delivery) == {"delivered": 2}
 
 
-async def test_the_backends_own_wait_is_obeyed(world: World) -> None:
-    assert world.clock is not None
+async def go(world: World, delivery: Delivery, seconds: float, *, step_s: float = 0.5) -> None:
+    """Let seconds go by, with a look at every half of one."""
+    await pass_time(world, delivery, seconds / HOUR, step_h=step_s / HOUR)
+
+
+@pytest.mark.parametrize(("asked", "held_s"), [("600", 600.0), ("86400", 900.0)])
+async def test_the_backends_own_wait_is_obeyed_up_to_a_quarter_of_an_hour(
+    world: World, asked: str, held_s: float
+) -> None:
     world.spool.add(1)
-    backend = FakeBackend(KEY, script=["retry:http_429:1800"])
+    backend = FakeBackend(KEY, script=[f"retry:http_429:{asked}"])
     async with world.deliver(backend) as delivery:
         await delivery.drain(5.0)
-        await pass_time(world, delivery, 0.48, step_h=0.01)
+        await go(world, delivery, held_s - 10.0, step_s=10.0)
         assert len(backend.offers) == 1
-        await pass_time(world, delivery, 0.04, step_h=0.01)
-        assert len(backend.offers) == 2
+        await go(world, delivery, 20.0, step_s=10.0)
+        assert seen(world, delivery) == {"delivered": 1}
+
+
+@pytest.mark.parametrize("reason", ["http_429", "http_503"])
+async def test_a_retry_after_pauses_the_whole_backend_and_an_operator_can_end_it(world: World, reason: str) -> None:
+    world.spool.add(3)
+    other = FakeBackend(KEY, name="other")
+    backend = FakeBackend(KEY, script=[f"retry:{reason}:86400"] * 3)
+    world.begin("fake", "other")
+    async with world.deliver(backend, other) as delivery:
+        await delivery.drain(5.0)
+        world.spool.add(20)  # these were never offered, so nothing but the pause of the backend holds them
+        await go(world, delivery, 600.0, step_s=10.0)
+        assert len(backend.offers) == 3
+        status = {one.backend: one for one in delivery.status()}
+        assert (status["fake"].state, round(status["fake"].paused_s)) == ("paused", 300)
+        assert "left alone" in str(status["fake"].reason)
+        assert (status["other"].state, status["other"].paused_s) == ("up", 0.0)
+        assert sum(other.taken.values()) == 23
+        ended = delivery.end_waits("fake")
+        assert (ended.was, ended.any, ended.requests) == ("paused", True, 3)
+        await go(world, delivery, 1.0)
+        assert seen(world, delivery) == {"delivered": 23}
+        assert not delivery.end_waits("fake").any
+        with pytest.raises(KeyError):
+            delivery.end_waits("nobody")
+
+
+async def test_a_wait_of_a_conflict_holds_its_own_request_only(world: World) -> None:
+    world.spool.add(1)
+    backend = FakeBackend(KEY, script=["retry:http_409:300"])
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+        world.spool.add(3)
+        await go(world, delivery, 5.0)
+        assert seen(world, delivery) == {"delivered": 3, "pending": 1}
+        await go(world, delivery, 300.0, step_s=10.0)
+        assert seen(world, delivery) == {"delivered": 4}
+
+
+async def test_an_answer_from_before_a_wait_was_ended_pauses_nothing(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(2)
+    backend = FakeBackend(KEY, script=["stall:retry:http_503:600"])
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: backend.busy == 1 and sum(backend.taken.values()) == 1)
+        world.clock.go(1.0)
+        delivery.end_waits("fake")
+        backend.released.set()
+        await until(lambda: backend.busy == 0)
+        await delivery.drain(5.0)
+        assert {status.state for status in delivery.status()} == {"up"}
+
+
+@pytest.mark.parametrize("failing", [1, 4, 200])
+@pytest.mark.parametrize(("out_s", "within_s"), [(20.0, 5.0), (590.0, 5.0), (HOUR, 30.0)])
+@pytest.mark.parametrize("word", ["retry:connect", "lose_before", "retry:http_503"])
+async def test_a_recovery_is_noticed_however_many_requests_failed(
+    world: World, failing: int, out_s: float, within_s: float, word: str
+) -> None:
+    world.spool.add(failing)
+    backend = FakeBackend(EVENTS if failing > 100 else KEY, behaviour=lambda s: word)
+    async with world.deliver(backend) as delivery:
+        await go(world, delivery, out_s, step_s=1.0 if out_s < HOUR else 5.0)
+        assert len(backend.offers) < 60 + out_s / 2  # one probe at a time
+        backend.behaviour = None
+        await go(world, delivery, within_s)
+        assert backend.taken
+        await go(world, delivery, 1.0)
+        assert seen(world, delivery) == {"delivered": failing}
+
+
+async def test_a_second_outage_is_no_longer_than_the_first(world: World) -> None:
+    """A request that has failed often before waits no longer for it when the backend fails again."""
+    world.spool.add(1)
+    backend = FakeBackend(KEY, behaviour=lambda s: "retry:http_500")
+    async with world.deliver(backend) as delivery:
+        await go(world, delivery, 400.0, step_s=1.0)
+        first = backend.offers[0].key
+        backend.behaviour = lambda s: "retry:http_500" if s.key == first else None
+        world.spool.add(1)
+        await go(world, delivery, 30.0)
+        assert sum(backend.taken.values()) == 1
+        backend.behaviour = lambda s: "retry:connect"
+        await go(world, delivery, 60.0)
+        backend.behaviour = None
+        await go(world, delivery, 5.0)
+        assert seen(world, delivery) == {"delivered": 2}
+
+
+async def test_a_restart_ends_waits_but_not_those_of_events_from_the_future(world: World) -> None:
+    assert world.clock is not None
+    world.spool.add(2)
+    world.spool.add(1, at_s=START_S + HOUR)
+    abilities = Abilities(dedup=Dedup.REQUEST_KEY, future_max_s=300.0)
+    backend = FakeBackend(abilities, behaviour=lambda s: "retry:http_503:600")
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+    backend.behaviour = None
+    async with world.deliver(backend) as delivery:
+        await delivery.drain(5.0)
+        assert seen(world, delivery) == {"delivered": 2, "pending": 1}
+        assert not delivery.end_waits("fake").any
+        await delivery.drain(5.0)
+        assert seen(world, delivery) == {"delivered": 2, "pending": 1}

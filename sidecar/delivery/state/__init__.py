@@ -20,6 +20,7 @@ from pathlib import Path
 from sidecar.delivery.state import amending, cursors, folding, placing, requests, verdicts
 from sidecar.delivery.state.accounts import records_between
 from sidecar.delivery.state.books import Books
+from sidecar.delivery.state.cursors import Configured, Count
 from sidecar.delivery.state.rows import (
     Amendment,
     Cursor,
@@ -37,7 +38,6 @@ from sidecar.delivery.state.rows import (
     Unskip,
 )
 from sidecar.delivery.state.schema import open_writer, told, transaction
-from sidecar.delivery.words import BEFORE
 
 __all__ = ["DeliveryState", "StateBusy", "StateError", "StateFull"]
 
@@ -66,15 +66,24 @@ class DeliveryState:
 
     # --- backends and cursors ---------------------------------------------------------------------
 
-    def configure(self, names: Sequence[str], places: Sequence[Place], now_s: float) -> list[str]:
-        """Note which backends are configured now, and give new ones their cursors. Returns those to part with.
+    def configure(
+        self,
+        names: Sequence[str],
+        places: Sequence[Place],
+        now_s: float,
+        *,
+        count: Count = lambda instance, after, upto: upto - after,
+        skip_gaps: bool = False,
+    ) -> Configured:
+        """Note which backends are configured now, and give new ones their cursors.
 
         In a file that has served before, a new backend begins behind the records that are there.
         In an empty one (the first start, or its predecessor is lost) it begins with them all, and what is there
-        already counts as perhaps delivered.
+        already counts as perhaps delivered. One that was left out for a while goes on where it stopped, unless
+        gaps are to be skipped. `count` asks a spool how many records it still has between two numbers.
         """
         with self._step() as books:
-            return cursors.configure(books, names, places, now_s)
+            return cursors.configure(books, names, places, now_s, count=count, skip_gaps=skip_gaps)
 
     def parted(self, name: str) -> None:
         """A removed backend's remainder is parked: there is nothing left to do for it."""
@@ -169,10 +178,10 @@ class DeliveryState:
         with self._step() as books:
             return amending.amend(books, one, now_s)
 
-    def ranges(self, backend: str, reason: str = BEFORE) -> list[Range]:
+    def ranges(self, backend: str) -> list[Range]:
         """What was skipped for a backend without being looked at."""
         with self._held() as conn:
-            return placing.ranges(conn, backend, reason)
+            return placing.ranges(conn, backend)
 
     def known(self, cursor: int, after: int, upto: int) -> set[int]:
         """Which of these numbers have a place of their own already."""

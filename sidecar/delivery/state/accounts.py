@@ -219,6 +219,11 @@ class Accounts:
             for r in rows
         ]  # fmt: skip
 
+    def last_parked(self) -> int:
+        """The number of the last event that was parked."""
+        with self._reading() as conn:
+            return int(conn.execute("SELECT coalesce(max(id), 0) FROM parked").fetchone()[0])
+
     def find(self, one: str) -> list[Found]:
         """Every event with this id or of this record that is remembered: for complaints and cancellations.
 

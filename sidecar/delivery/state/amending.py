@@ -11,9 +11,9 @@ from collections import Counter
 from sidecar.delivery.state import requests
 from sidecar.delivery.state.aside import park, release, skip
 from sidecar.delivery.state.books import Books, Shift
-from sidecar.delivery.state.rows import Amendment, Redrive
+from sidecar.delivery.state.rows import Amendment, Member, Redrive
 from sidecar.delivery.state.verdicts import TAKEN
-from sidecar.delivery.words import Fate, Term
+from sidecar.delivery.words import Fate, Parking, Term
 
 
 def redrive(books: Books, step: Redrive, now_s: float) -> list[int]:
@@ -24,9 +24,16 @@ def redrive(books: Books, step: Redrive, now_s: float) -> list[int]:
     for parked in step.parked:
         leaving.setdefault(parked.seq, []).append(parked.reason)
         release(books.conn, parked)
+    for one in step.again:
+        member = Member(one.seq, one.record_id, one.event_id or one.record_id)
+        park(
+            books.conn, step.cursor, member, Parking(one.reason, one.maybe_taken), one.line, now_s,
+            generation=one.generation, history=one.history,
+        )  # fmt: skip
+    staying = Counter(one.seq for one in step.again)
     for seq, reasons in leaving.items():
         reason = step.skipped.get(seq, "")
-        shift = Shift(parked=-len(reasons), pending=going[seq])
+        shift = Shift(parked=staying[seq] - len(reasons), pending=going[seq])
         term = books.shift(step.cursor, seq, shift, was=Term.PARKED, reason=min(reasons), skip=reason)
         if term is Term.SKIPPED:
             _pass_over(books, step.cursor, seq, reason)

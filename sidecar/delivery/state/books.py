@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 from sidecar.delivery.words import Term, worst
@@ -42,11 +42,12 @@ class Books:
         """A record that keeps no row of its own: it is counted among the folded ones."""
         self.changes[(cursor, 1, term.value, reason)] += 1
 
-    def enter(self, cursor: int, seq: int, events: int) -> None:
-        """A record is sealed into so many events."""
-        self.add(cursor, Term.OPEN, 1)
-        if events > 1:
-            self._store(cursor, seq, (events, 0, 0, 0), "")
+    def enter(self, cursor: int, seq: int, events: int, parked: Sequence[str] = ()) -> None:
+        """A record is sealed into so many events; others of it, or all, are parked for these reasons."""
+        term, reason = (Term.PARKED, min(parked)) if parked else (Term.OPEN, "")
+        self.add(cursor, term, 1, reason)
+        if events + len(parked) > 1:
+            self._store(cursor, seq, (events, len(parked), 0, 0), reason)
 
     def has_parts(self, cursor: int, seqs: Collection[int]) -> bool:
         """Whether a record around these has a row of its own. Where no record has several events, none has."""

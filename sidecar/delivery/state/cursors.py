@@ -8,34 +8,61 @@ stores what the records behind the cursor became.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Final
 
 from sidecar.delivery.state.aside import skip_range
 from sidecar.delivery.state.books import Books
 from sidecar.delivery.state.rows import Cursor, Place, StateBusy
-from sidecar.delivery.words import BEFORE, Term
+from sidecar.delivery.words import BEFORE, GAP, RETIRED, Term
 
 _PARTED: Final = 2  # `backend.removed`: 1 while its remainder is being parked, 2 when that is done
 
 
-def configure(books: Books, names: Sequence[str], places: Sequence[Place], now_s: float) -> list[str]:
-    """Note which backends are configured now, and give new ones their cursors. Returns those to part with."""
-    conn = books.conn
+Count = Callable[[str, int, int], int]
+"""Of an instance's spool: how many records it has with `after < seq <= upto`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Back:
+    """What was recorded while a backend was left out."""
+
+    pending: int  # to be delivered now
+    skipped: int  # passed over, as the setting says
+    retired: int  # passed over, because retention has taken it
+
+
+@dataclass(slots=True)
+class Configured:
+    """What a start has found. Counts of records by backend, where there are any."""
+
+    gone: list[str] = field(default_factory=list)  # configured no more: to part with
+    before: dict[str, int] = field(default_factory=dict)  # skipped: made before it was first configured
+    back: dict[str, Back] = field(default_factory=dict)  # configured again
+
+
+def configure(
+    books: Books, names: Sequence[str], places: Sequence[Place], now_s: float, *, count: Count, skip_gaps: bool
+) -> Configured:
+    """Note which backends are configured now, and give new ones their cursors."""
+    conn, found = books.conn, Configured()
     known = dict(conn.execute("SELECT name, removed FROM backend").fetchall())
     served = conn.execute("SELECT EXISTS(SELECT 1 FROM meta WHERE name = 'served')").fetchone()[0]
     conn.execute("INSERT OR IGNORE INTO meta(name, value) VALUES('served', ?)", (now_s,))
     for name in names:
-        if known.get(name, 1) != 0:
-            _begin(books, name, places, first=not served)
+        if name not in known:
+            found.before[name] = _begin(books, name, places, first=not served)
+        elif known[name] != 0:
+            found.back[name] = _return(books, name, places, count, skip=skip_gaps)
     conn.executemany(
         "INSERT INTO backend(name, since_s) VALUES(?, ?)"
         " ON CONFLICT DO UPDATE SET since_s = iif(removed = 0, since_s, excluded.since_s), removed = 0",
         [(name, now_s) for name in names],
     )
-    gone = [name for name, removed in known.items() if name not in names and removed != _PARTED]
-    conn.executemany("UPDATE backend SET removed = 1 WHERE name = ?", [(name,) for name in gone])
-    return gone
+    found.gone = [name for name, removed in known.items() if name not in names and removed != _PARTED]
+    conn.executemany("UPDATE backend SET removed = 1 WHERE name = ?", [(name,) for name in found.gone])
+    return found
 
 
 def part(conn: sqlite3.Connection, name: str) -> None:
@@ -66,22 +93,49 @@ def move(conn: sqlite3.Connection, cursor: int, from_seq: int, to_seq: int) -> N
         raise StateBusy(f"a cursor is not at {from_seq}, where its lane believes it to be")
 
 
-def _begin(books: Books, name: str, places: Sequence[Place], *, first: bool) -> None:
-    """Where a backend that was not served before begins: at the start of everything, or behind what is there."""
-    conn = books.conn
-    known = {cursor.instance: cursor for cursor in of_backend(conn, name)}
+def _begin(books: Books, name: str, places: Sequence[Place], *, first: bool) -> int:
+    """Where a new backend begins: at the start of everything, or behind what is there. How many it passes over."""
+    skipped = 0
     for place in places:
         if first:
-            start(conn, name, place.instance, again_upto=place.last_seq)
+            start(books.conn, name, place.instance, again_upto=place.last_seq)
+        else:
+            skipped += _pass(books, start(books.conn, name, place.instance), place, BEFORE)
+    return skipped
+
+
+def _return(books: Books, name: str, places: Sequence[Place], count: Count, *, skip: bool) -> Back:
+    """A backend that was left out goes on where it stopped.
+
+    What retention has taken meanwhile cannot be delivered: it comes first in its spool, and is passed over as well.
+    """
+    known = {cursor.instance: cursor for cursor in of_backend(books.conn, name)}
+    pending = skipped = retired = 0
+    for place in places:
+        cursor = known.get(place.instance) or start(books.conn, name, place.instance)
+        missed = place.recorded - _counted(books.conn, cursor.id)
+        if skip or missed <= 0:
+            skipped += _pass(books, cursor, place, GAP)
             continue
-        cursor = known.get(place.instance) or start(conn, name, place.instance)
-        counted = _counted(conn, cursor.id)
-        if place.last_seq > cursor.seq:
-            move(conn, cursor.id, cursor.seq, place.last_seq)
-        if place.recorded > counted:
-            missed = place.recorded - counted
-            skip_range(conn, cursor.id, BEFORE, cursor.seq + 1, place.last_seq, missed)
-            books.add(cursor.id, Term.SKIPPED, missed, BEFORE)
+        there = min(count(place.instance, cursor.seq, place.last_seq), missed)
+        pending += there
+        if there < missed:
+            # No cursor moves over them: the first record that is there is where its lane goes on reading.
+            skip_range(books.conn, cursor.id, RETIRED, cursor.seq + 1, cursor.seq + 1, missed - there)
+            books.add(cursor.id, Term.SKIPPED, missed - there, RETIRED)
+            retired += missed - there
+    return Back(pending=pending, skipped=skipped, retired=retired)
+
+
+def _pass(books: Books, cursor: Cursor, place: Place, reason: str) -> int:
+    """Move a cursor to the end of its spool, and count what it passes over."""
+    missed = max(place.recorded - _counted(books.conn, cursor.id), 0)
+    if place.last_seq > cursor.seq:
+        move(books.conn, cursor.id, cursor.seq, place.last_seq)
+    if missed:
+        skip_range(books.conn, cursor.id, reason, cursor.seq + 1, place.last_seq, missed)
+        books.add(cursor.id, Term.SKIPPED, missed, reason)
+    return missed
 
 
 def _counted(conn: sqlite3.Connection, cursor: int) -> int:

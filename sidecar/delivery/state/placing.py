@@ -14,7 +14,7 @@ from sidecar.delivery.state import cursors, requests
 from sidecar.delivery.state.aside import park, skip, skip_range
 from sidecar.delivery.state.books import Books
 from sidecar.delivery.state.rows import Member, Range, Sealing, StateBusy, Unskip
-from sidecar.delivery.words import BEFORE, MISSING, Parking, Term
+from sidecar.delivery.words import BEFORE, GAP, MISSING, Parking, Term
 
 
 def seal(books: Books, sealing: Sealing, now_s: float) -> list[int]:
@@ -28,13 +28,13 @@ def seal(books: Books, sealing: Sealing, now_s: float) -> list[int]:
     return ids
 
 
-def ranges(conn: sqlite3.Connection, backend: str, reason: str) -> list[Range]:
+def ranges(conn: sqlite3.Connection, backend: str) -> list[Range]:
     """What was skipped for a backend without being looked at."""
     rows = conn.execute(
-        "SELECT skipped.id, cursor, instance, first_seq, last_seq, n FROM skipped"
+        "SELECT skipped.id, cursor, instance, first_seq, last_seq, n, reason FROM skipped"
         " JOIN cursor ON cursor.id = skipped.cursor"
-        " WHERE backend = ? AND reason = ? AND seqs IS NULL AND n > 0 ORDER BY skipped.id",
-        (backend, reason),
+        " WHERE backend = ? AND reason IN (?, ?) AND seqs IS NULL AND n > 0 ORDER BY skipped.id",
+        (backend, BEFORE, GAP),
     ).fetchall()
     return [Range(*row) for row in rows]
 
@@ -46,7 +46,7 @@ def unskip(books: Books, step: Unskip, now_s: float) -> list[int]:
     ).rowcount
     if left != 1:
         raise StateBusy("fewer records are skipped than were to be let go; run it again")
-    books.add(step.cursor, Term.SKIPPED, -step.records, BEFORE)
+    books.add(step.cursor, Term.SKIPPED, -step.records, step.reason)
     return _place(books, step.cursor, step, now_s)
 
 
@@ -56,13 +56,17 @@ def _place(books: Books, cursor: int, step: Sealing | Unskip, now_s: float, at_o
     ids = [
         requests.insert(conn, cursor, new, now_s, under_way=index in at_once) for index, new in enumerate(step.requests)
     ]
-    for seq, count in Counter(m.seq for new in step.requests for m in new.members).items():
-        books.enter(cursor, seq, count)
+    pending = Counter(m.seq for new in step.requests for m in new.members)
+    parked_of: dict[int, list[str]] = {}
+    for parked in step.parked:
+        member = Member(parked.seq, parked.record_id, parked.event_id or parked.record_id)
+        park(
+            conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s, history=parked.history
+        )
+        parked_of.setdefault(parked.seq, []).append(parked.reason)
+    for seq in pending.keys() | parked_of.keys():
+        books.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
     for reason, seqs in step.skipped.items():
         skip(conn, cursor, reason, seqs)
         books.add(cursor, Term.SKIPPED, len(seqs), reason)
-    for parked in step.parked:
-        member = Member(parked.seq, parked.record_id, parked.record_id)
-        park(conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s)
-        books.add(cursor, Term.PARKED, 1, parked.reason)
     return ids

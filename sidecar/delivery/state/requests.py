@@ -103,7 +103,8 @@ def lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
 def stored(conn: sqlite3.Connection, request: int) -> NewRequest | None:
     """A settled request as it was sealed, while its bytes are kept."""
     row = conn.execute(
-        "SELECT members, oldest_s, generation, lines FROM sealed JOIN payload ON payload.request = sealed.id"
+        "SELECT members, oldest_s, generation, lines, attempts, risk_s, expired, started_s FROM sealed"
+        " JOIN payload ON payload.request = sealed.id"
         " WHERE sealed.id = ?",
         (request,),
     ).fetchone()
@@ -115,6 +116,8 @@ def stored(conn: sqlite3.Connection, request: int) -> NewRequest | None:
         lines=tuple(_split_lines(row[3])),
         oldest_s=row[1],
         generation=row[2],
+        # Whoever settled it may not have heard how its last attempt ended: then that one counts.
+        tries=Tries(attempts=row[4], risk_wall_s=row[7] if row[4] and row[5] is None else row[5], expired=bool(row[6])),
     )
 
 

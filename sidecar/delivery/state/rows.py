@@ -78,13 +78,17 @@ class Request:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NewParked:
-    """A record that could not become a request."""
+    """A record that could not become a request; or one event of it, where `event_id` names it."""
 
     seq: int
     record_id: str
+    event_id: str = ""
     reason: str
     line: bytes
     maybe_taken: bool = False
+    generation: int = 0
+    history: tuple[str, ...] = ()
+    detail: str = ""  # more about the reason; not stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +175,7 @@ class Redrive:
     parked: Sequence[Parked]
     requests: Sequence[NewRequest]
     skipped: Mapping[int, str] = field(default_factory=dict)  # seq -> reason: encodes to nothing now
+    again: Sequence[NewParked] = ()  # in the place of some of them: what cannot go for another reason than before
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,6 +200,7 @@ class Range:
     first_seq: int
     last_seq: int
     records: int
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -203,14 +209,16 @@ class Unskip:
 
     cursor: int
     range: int
+    reason: str  # that of the range
     requests: Sequence[NewRequest] = ()
     skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)
     parked: Sequence[NewParked] = ()
 
     @property
     def records(self) -> int:
-        sealed = {member.seq for new in self.requests for member in new.members}
-        return len(sealed) + sum(map(len, self.skipped.values())) + len(self.parked)
+        placed = {member.seq for new in self.requests for member in new.members}
+        placed.update(parked.seq for parked in self.parked)
+        return len(placed) + sum(map(len, self.skipped.values()))
 
 
 @dataclass(frozen=True, slots=True)

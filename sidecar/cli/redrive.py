@@ -1,0 +1,100 @@
+"""`spool redrive` and `spool retry`: what is parked is offered again, what waits is offered now. Through the running
+instance alone, because it is the one that delivers.
+
+A redrive says what became of each event where they are few, and counts them by reason where they are many. Exit codes:
+0, everything went, or what did not is said; 1, an id is not parked, or nothing that was chosen could go; 2, it could
+not be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.cli.shared import NO, OK, WRONG, CommandError
+
+REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
+RETRY_S: Final = 30.0
+
+# What became of it -> how it is said of a number of events, with the reason for which they are parked.
+_SAID: Final = {
+    "offered": "offered",
+    "skipped": "passed over: nothing is sent for them any more",
+    "still_parked": "still parked: {reason}",
+    "maybe_taken": "may have been taken ({reason}): --resend-unknown offers them, at the risk of doubles",
+    "siblings_taken": "still parked: {reason} (they would take along what {backend} has: --resend-unknown)",
+    "no_room": "still parked: {reason} (too much waits for another attempt: run it again later)",
+    "not_configured": "still parked: {reason} (their backend is not in SIDECAR_BACKENDS)",
+}
+_WENT: Final = ("offered", "skipped")
+
+
+def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.instance import change
+
+    wish = {
+        "backend": arguments.backend,
+        "reason": arguments.reason,
+        "ids": arguments.ids or None,
+        "since_s": None if arguments.since is None else arguments.since.timestamp(),
+        "resend_unknown": arguments.resend_unknown,
+    }
+    answer = change(data_dir, "/redrive", wish, limit_s=REDRIVE_S)
+    if answer is None:
+        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
+    print(summary(answer))
+    for one in _each(answer):
+        print(one)
+    for missing in answer["not_found"]:
+        known = missing["known"] or "not known: never recorded here, or older than the retention"
+        print(f"{missing['id']}  not found among what is parked: {known}", file=sys.stderr)
+    stays = any(one["became"] not in _WENT for one in answer["counts"])
+    return NO if answer["not_found"] or (stays and not answer["redriven"]) else OK
+
+
+def summary(answer: dict[str, Any]) -> str:
+    """All of it in one sentence."""
+    if all(one["became"] == "offered" for one in answer["counts"]):
+        return f"{answer['redriven']:,} events offered again"
+    offered = sum(one["events"] for one in answer["counts"] if one["became"] == "offered")
+    parts = [f"{offered:,} offered"]
+    if answer["unskipped"]:
+        parts.append(f"{answer['unskipped']:,} skipped records offered")
+    few = len(answer["each"]) == sum(one["events"] for one in answer["counts"])
+    for one in answer["counts"]:
+        if one["became"] == "offered":
+            continue
+        said = _SAID.get(one["became"], one["became"]).format(reason=one["reason"], backend="their backend")
+        alike = [e for e in answer["each"] if (e["became"], e["reason"]) == (one["became"], one["reason"])]
+        detail = alike[0]["detail"] if few and len(alike) == 1 else ""
+        parts.append(f"{one['events']:,} {said}{f' ({detail})' if detail else ''}")
+    return ", ".join(parts)
+
+
+def _each(answer: dict[str, Any]) -> list[str]:
+    """What became of each, where all of them can be told."""
+    each = answer["each"]
+    if all(one["became"] == "offered" for one in each) or len(each) < sum(one["events"] for one in answer["counts"]):
+        return []
+    lines = []
+    for one in each:
+        said = one["became"].replace("_", " ")
+        why = one["reason"] if one["became"] not in _WENT else ""
+        lines.append("  ".join(filter(None, (one["backend"], one["event_id"], said, why, one["detail"]))))
+    return lines
+
+
+def retry(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.instance import change
+
+    answer = change(data_dir, "/retry", {"backend": arguments.backend}, limit_s=RETRY_S)
+    if answer is None:
+        raise CommandError(f"no instance is running on {data_dir}: nothing waits; a start begins without waits", WRONG)
+    if not answer["any"]:
+        print(f"nothing waits at {arguments.backend}")
+        return NO
+    was = f"was paused for {answer['paused_s']:.0f} s more" if answer["paused_s"] else f"was {answer['was']}"
+    print(f"{arguments.backend} {was}; {answer['requests']:,} waiting requests are offered now")
+    return OK
