@@ -25,6 +25,7 @@ FLOORS = {
     "sidecar.proxy.rules": 0,
     "sidecar.delivery.words": 0,
     "sidecar.delivery.limits": 0,
+    "sidecar.disk": 0,
     "sidecar.ids": 1,
     "sidecar.proxy.headers": 1,
     "sidecar.usage": 1,

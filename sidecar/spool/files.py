@@ -11,6 +11,7 @@ SQLite syncs the directory for the files it makes; names that are made or moved 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,13 +22,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
-from sidecar.spool.words import SpoolError, SpoolFull, SpoolLocked
+from sidecar.disk import PRIVATE, Trouble, narrow, trouble
+from sidecar.spool.words import SpoolError, SpoolFailed, SpoolFull, SpoolLocked
 
 _CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
 _INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 # On these a sync promises nothing that outlives the host (tmpfs, overlay in memory) or locks are not to be trusted.
 _SHAKY_GROUND: Final = {
     "tmpfs": "it is memory and is gone after a restart",
@@ -96,12 +97,19 @@ def size_or_zero(path: Path) -> int:
 def write_retired(slot: Path, first_seq: int, recorded: int) -> None:
     """Say what the oldest chunk that retention leaves begins with: what is missing after it was not retired."""
     draft = slot / "retired.draft"
-    with draft.open("w", encoding="ascii") as file:
+    with open_private(draft) as file:
         json.dump({"first_seq": first_seq, "recorded": recorded}, file)
         file.flush()
         os.fsync(file.fileno())
     draft.rename(slot / "retired")
     sync_directory(slot)
+
+
+def open_private(path: Path) -> TextIO:
+    """A new text file, or one begun anew, that is its owner's alone whatever the umask."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
+    os.fchmod(fd, PRIVATE)
+    return os.fdopen(fd, "w", encoding="ascii")
 
 
 def read_retired(slot: Path) -> tuple[int, int]:
@@ -140,7 +148,7 @@ def set_aside(root: Path, instance: str, path: Path) -> Path:
     base = root / "set-aside"
     make_directory(base)
     target = base / f"{instance}-{path.stem}-{time.time_ns()}"
-    target.mkdir()
+    target.mkdir(mode=0o700)
     for suffix in ("-wal", "-shm", ""):
         source = path.with_name(path.name + suffix)
         if source.exists():
@@ -161,6 +169,7 @@ def make_directory(path: Path) -> None:
     try:
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)  # whatever the umask took from us
             sync_directory(directory.parent)
     except OSError as error:
         raise translate(error, f"cannot make the directory {missing[0] if missing else path}") from error
@@ -183,13 +192,16 @@ def sync_directory(path: Path) -> None:
 
 def translate(error: OSError, what: str) -> SpoolError:
     """Say an operating system's error in words that tell what to do."""
-    if error.errno in _NO_ROOM:
-        return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return SpoolError(
-            f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
-            " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
-        )
+    match trouble(error, Path()):
+        case Trouble.FULL:
+            return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
+        case Trouble.READ_ONLY:
+            return SpoolError(f"{what}: its file system is read-only; mount it for writing, or set SIDECAR_DATA_DIR")
+        case Trouble.DENIED:
+            return SpoolError(
+                f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
+                " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
+            )
     return SpoolError(f"{what}: {error.strerror or error}")
 
 
@@ -201,6 +213,7 @@ class FileLock:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            narrow(path)
         except OSError as error:
             raise translate(error, f"cannot open the lock {path}") from error
         try:
@@ -251,19 +264,32 @@ class Reserve:
         self.path = root / "reserve"
         self._size_bytes = size_bytes
         self._margin_bytes = margin_bytes
+        self._failed: OSError | None = None  # why it could not be made, where it was not for want of room
 
     @property
     def present(self) -> bool:
         return self._size_bytes == 0 or size_or_zero(self.path) >= self._size_bytes
 
     def give_up(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk keeps it
+            self.path.unlink(missing_ok=True)
+
+    def missing(self) -> SpoolError:
+        """Why it could not be made."""
+        if self._failed is not None and not isinstance(
+            said := translate(self._failed, f"{self.path} cannot be made"), SpoolFull
+        ):
+            return SpoolFailed(str(said))
+        needed = (self._size_bytes + self._margin_bytes) >> 20
+        return SpoolFull(f"{self.path} cannot be made: free at least {needed} MiB on its disk")
 
     def restore(self) -> bool:
         """Make it again where there is room for it and for records beside it. False: there is not."""
+        self._failed = None
         draft = self.path.with_name("reserve.draft")  # another name: a reserve that is half there must not count as one
         if self.present:
-            draft.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             return self._room() >= self._margin_bytes
         if self._room() < self._size_bytes + self._margin_bytes:
             return False
@@ -276,8 +302,10 @@ class Reserve:
             finally:
                 os.close(fd)
             draft.rename(self.path)
-        except OSError:
-            draft.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed = error
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             return False
         return True
 

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import files
-from sidecar.spool.chunk import PAGE_BYTES, Chunk
+from sidecar.spool.chunk import PAGE_BYTES, REMOVED, Chunk
 from sidecar.spool.groups import IntentGroup, Opening
 from sidecar.spool.house import CreateChunk, House
 from sidecar.spool.plan import Plan, Position, make_plan
@@ -61,6 +61,7 @@ class Writer:
         self._at = position
         self._open: dict[str, bytes] = dict(position.open_intents or {})
         self._limits = limits
+        self._root = root
         self._reserve = files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes)
         self._looked_s = 0.0
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -71,6 +72,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._stopping = threading.Event()
         self._gave_up = False
+        self._last_try = False
         self._report: Callable[[Committed], None] = lambda committed: None
         self.house = House(root, position.instance, create, lambda: self.health.state is State.FULL)
         self.health = Health()  # replaced as a whole, so any thread may read it
@@ -149,20 +151,20 @@ class Writer:
             except Exception as error:  # a fault of ours must not end the only thread that writes
                 log.exception("a group could not be written")
                 self.note(SpoolFailed(f"a fault in the writer: {type(error).__name__}"))
-            if self._stopping.wait(wait_s):
+            if self._last_try:
                 self._gave_up = True
-                log.error(
-                    "the spool stops with records that the disk did not take",
-                    extra={"facts": {"batches": len(batches)}},
-                )
                 return None
+            if self._stopping.wait(wait_s):
+                self._last_try = True
+                self._reserve.give_up()
             wait_s = min(wait_s * 2, self._limits.retry_s_max)
 
     def note(self, error: SpoolError) -> None:
+        """Keep the first reason: what fails after it mostly follows from it."""
         health = Health(State.FULL if isinstance(error, SpoolFull) else State.DEGRADED, str(error))
         if self.health.state is not health.state:
             log.error("records wait in memory: %s", error)
-        self.health = health
+            self.health = health
 
     def store(self, batches: list[Batch]) -> Plan:
         """One try at one transaction. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
@@ -236,19 +238,23 @@ class Writer:
         if self.health.state is not State.FULL and now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
+        if not self._root.is_dir():
+            # Before anything else: whatever fails next in a directory that is not there says nothing of the reason.
+            self._chunk = None
+            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
         if self._chunk is not None and not self._chunk.path.exists():
             # SQLite would go on writing into a file that nobody can open any more.
             path = self._chunk.path
             self._chunk = None
-            raise SpoolFailed(f"{path} was removed while it was written: restore the data directory and restart")
+            raise SpoolFailed(f"{path} is not there: {REMOVED}")
+        if self._last_try:
+            return  # what is not written now is lost: records may use the reserve's room after all
         if self.health.state is State.FULL:
             if not self._reserve.restore():
-                raise SpoolFull(self.health.reason or "no room on the disk")
+                missing = self._reserve.missing()
+                raise SpoolFull(self.health.reason or str(missing)) if isinstance(missing, SpoolFull) else missing
         elif not self._reserve.present and not self._reserve.restore():
-            raise SpoolFull(
-                f"{self._reserve.path} cannot be made: free at least"
-                f" {(self._limits.reserve_bytes + self._limits.recover_margin_bytes) >> 20} MiB on its disk"
-            )
+            raise self._reserve.missing()
 
     def _abandon(self, chunk: Chunk) -> None:
         """A file that failed: leave it; what it confirmed is copied out of it, off this thread."""
