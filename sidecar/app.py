@@ -49,6 +49,9 @@ class Intake(Protocol):
 
     async def readiness(self) -> Readiness: ...
 
+    @property
+    def lost_at_stop(self) -> bool: ...
+
     def reload(self) -> None: ...
 
     def end_at_once(self) -> None: ...
@@ -183,7 +186,8 @@ async def serve(settings: Settings) -> int:
             log.info("stopping", extra={"facts": {"stop_s": settings.stop_s}})
             for number in signals.STOPPERS:
                 loop.add_signal_handler(number, _end_at_once, sidecar.intake)
-    return OK
+    # Records that the disk did not take until the end: whoever stopped us has to hear of it.
+    return FAILED if sidecar.intake.lost_at_stop else OK
 
 
 def _end_at_once(intake: Intake) -> None:

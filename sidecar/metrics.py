@@ -29,7 +29,7 @@ MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely 
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STATUS_CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "other", "other", "other", "other")
-LOST_REASONS: Final = ("spool_full", "spool_failed")
+LOST_REASONS: Final = ("spool_full", "spool_failed", "stopped")
 SECONDS: Final = (
     0.0005,
     0.001,

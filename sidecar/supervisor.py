@@ -40,6 +40,8 @@ RESTART_S_MIN: Final = 0.1  # first pause before a dead worker is started again;
 RESTART_S_MAX: Final = 5.0
 STEADY_S: Final = 60.0  # a worker that lived so long starts again without a pause
 
+LOST: Final = 3  # a worker's exit code where records were left over that the disk did not take
+
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all workers is the state of the whole
 
 
@@ -82,6 +84,7 @@ class Workers:
         self._gone = Metrics()  # what dead workers had counted
         self._asks = itertools.count(1)
         self._stopping = False
+        self.lost_at_stop = False  # a worker ended with records that the disk did not take
         self.url = ""
 
     def __repr__(self) -> str:
@@ -159,6 +162,7 @@ class Workers:
                     )
                     process.kill()
                     await process.wait()
+        self.lost_at_stop = any(process.returncode == LOST for process in processes)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

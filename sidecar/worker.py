@@ -23,6 +23,7 @@ from sidecar.backends import backend_settings
 from sidecar.lock import DataLock
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings, load
+from sidecar.supervisor import LOST
 from sidecar.traffic import Traffic, serving
 from sidecar.wire import Wire
 
@@ -47,12 +48,12 @@ class _Teller:
         self._wire.send({"committed": True})
 
 
-async def work(settings: Settings, listener: socket.socket, wire_socket: socket.socket) -> None:
-    """Serve on the given socket until told to stop."""
+async def work(settings: Settings, listener: socket.socket, wire_socket: socket.socket) -> int:
+    """Serve on the given socket until told to stop; the exit code."""
     wire = await Wire.over(wire_socket)
     first = await wire.receive()
     if first is None:
-        return  # the supervisor is gone already
+        return 0  # the supervisor is gone already
     remembered: dict[str, int] = first["remembered"]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -76,6 +77,7 @@ async def work(settings: Settings, listener: socket.socket, wire_socket: socket.
         wire.send({"committed": True})
     listening.cancel()
     await wire.aclose()
+    return LOST if traffic.lost_at_stop else 0
 
 
 async def _obey(wire: Wire, traffic: Traffic, stop: asyncio.Event) -> None:
@@ -110,8 +112,7 @@ def main() -> int:
     listener = socket.socket(fileno=listener_fd)
     wire_socket = socket.socket(fileno=wire_fd)
     with asyncio.Runner(loop_factory=parts.loop_factory()) as runner:
-        runner.run(work(settings, listener, wire_socket))
-    return 0
+        return runner.run(work(settings, listener, wire_socket))
 
 
 if __name__ == "__main__":

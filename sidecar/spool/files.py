@@ -238,6 +238,10 @@ class FileLock:
         except OSError:
             pass
 
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
+
     def release(self) -> None:
         """Let go. The file stays: unlinking it would let two processes lock two files of one name."""
         if self._fd >= 0:

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.spool import files, recovery
+from sidecar.spool import files, last_words, recovery
 from sidecar.spool.chunk import NO_BOUND, meta, readable_rows, translate
 from sidecar.spool.groups import RECORD_COLUMNS, Opening, RecordGroup, read_lost
 from sidecar.spool.spans import Place, missing_between, runs, start_of
@@ -110,17 +110,19 @@ class SpoolReader:
 
     def totals(self, instance: str) -> SpoolTotals:
         """As the last commit left them; `open` are the intents on disk without a completion."""
+        note = last_words.read(files.slot_dir(self.root, instance))
         with self._lock:
+            admitted = recorded = open_calls = 0
+            lost = "{}"
             for info in reversed(self._chunks(instance)):
                 with self._reading(info.path) as connection:
                     _, admitted, recorded, lost = recovery.last_totals(connection)
-                    return SpoolTotals(
-                        admitted=admitted,
-                        recorded=recorded,
-                        open=len(recovery.open_intents(connection)),
-                        lost=read_lost(lost),
-                    )
-            return SpoolTotals()
+                    open_calls = len(recovery.open_intents(connection))
+                break
+        together, gone = last_words.add(
+            note, admitted=admitted, recorded=recorded, open_calls=open_calls, lost=read_lost(lost)
+        )
+        return SpoolTotals(admitted=together, recorded=recorded, open=open_calls, lost=gone)
 
     def chunks(self, instance: str) -> list[ChunkInfo]:
         """The begun chunks of a slot, oldest first."""

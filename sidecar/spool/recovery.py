@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from sidecar.spool import files, salvage
+from sidecar.spool import files, last_words, salvage
 from sidecar.spool.chunk import FORMAT, PAGE_BYTES, Chunk, check_header, meta, translate
 from sidecar.spool.groups import INTENT_COLUMNS, IntentGroup, Opening, lost_json, read_lost
 from sidecar.spool.intents import intent_id
@@ -40,6 +40,8 @@ class Recovered:
     to_seal: list[Chunk] = field(default_factory=list)  # left by a crash; put away off the writer thread
     set_aside: list[Path] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)  # chunks without records: may go once a new one has begun
+    noted: bool = False  # the last life left word of what it could not write: to be forgotten once that is committed
+    stopped: int = 0  # how many calls that adds to what is lost
     clean: bool = True  # nothing is open and nothing is to be mended: the slot can stay as it is
 
 
@@ -66,7 +68,20 @@ def recover(root: Path, instance: str, *, remembered_seq: int = 0) -> Recovered:
         at = found.position
         at.admitted = at.recorded + len(at.open_intents or ()) + sum(read_lost(at.lost).values())
     _skip_numbers(found, remembered_seq, unsure)
-    found.clean = not (found.to_seal or found.set_aside or found.position.open_intents)
+    note = last_words.read(slot)
+    if note is not None:
+        at = found.position
+        at.admitted, lost = last_words.add(
+            note,
+            admitted=at.admitted,
+            recorded=at.recorded,
+            open_calls=len(at.open_intents or ()),
+            lost=read_lost(at.lost),
+        )
+        found.stopped = sum(lost.values()) - sum(read_lost(at.lost).values())
+        at.lost = lost_json(lost)
+    found.noted = note is not None
+    found.clean = not (found.to_seal or found.set_aside or found.position.open_intents or found.noted)
     return found
 
 

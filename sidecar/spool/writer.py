@@ -33,6 +33,7 @@ log = logging.getLogger("sidecar.spool")
 _LOG_FACTOR: Final = 2  # the log may be this many times `chunk_bytes` before the chunk is changed
 # How often to look whether the reserve and the chunk are still there: a commit takes 0.1 ms, so not before each.
 _LOOK_S: Final = 0.1
+_LAST_TRY_S: Final = 2.0  # at the end: what may fit into the reserve's room is 64 MiB at most
 
 
 @dataclass(slots=True, frozen=True)
@@ -82,6 +83,11 @@ class Writer:
         return self._at
 
     @property
+    def open_intents(self) -> dict[str, bytes]:
+        """What the disk knows to be open: it is settled by the next start, and so not lost."""
+        return self._open
+
+    @property
     def submit(self) -> Callable[[Batch], None]:
         """Hand a batch over. Never waits."""
         return self._queue.put
@@ -98,7 +104,7 @@ class Writer:
             self._queue.put(None)
             self._thread.join(self._limits.stop_s)
             self._stopping.set()
-            self._thread.join(self._limits.retry_s_max)
+            self._thread.join(max(self._limits.retry_s_max, _LAST_TRY_S))
         self._stopping.set()
         if self._thread.is_alive():  # a sync that does not come back
             self.house.leave()
