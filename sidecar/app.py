@@ -29,7 +29,7 @@ from sidecar.delivery import mending
 from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
 from sidecar.settings import Address, Settings
-from sidecar.spool import Snapshot, ground_warning
+from sidecar.spool import Snapshot, ground_warning, make_room
 from sidecar.supervisor import workers
 from sidecar.traffic import listen, serving, url_of
 
@@ -128,6 +128,8 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
         warning = ground_warning(settings.data_dir)
         if warning:
             log.warning(warning)
+        if make_room(settings.data_dir):
+            log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         metrics = Metrics(backends=settings.backends)
         bills = await stack.enter_async_context(billing(settings, metrics))
         intake, url = await _open_intake(stack, settings, lock, bills, metrics)

@@ -4,7 +4,7 @@
 after a crash and after damage, `retention` what goes and when, `verify` the recount.
 """
 
-from sidecar.spool.files import FileLock, disk_free_bytes, ground_warning
+from sidecar.spool.files import FileLock, disk_free_bytes, ground_warning, make_room
 from sidecar.spool.owner import Spool, adopt_orphans, sqlite_version
 from sidecar.spool.reader import SpoolReader
 from sidecar.spool.verify import SlotReport, verify, verify_slot
@@ -45,6 +45,7 @@ __all__ = [
     "adopt_orphans",
     "disk_free_bytes",
     "ground_warning",
+    "make_room",
     "sqlite_version",
     "verify",
     "verify_slot",

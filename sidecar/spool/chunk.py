@@ -24,7 +24,7 @@ from typing import Any, Final
 from sidecar.disk import Trouble, make_private, trouble
 from sidecar.spool import files
 from sidecar.spool.groups import IntentGroup, Opening, RecordGroup
-from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
+from sidecar.spool.words import REMOVED, SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
 
 FORMAT: Final = 1  # user_version: raise it with a step in MIGRATIONS
 APPLICATION_ID: Final = 0x4D53_504C  # "MSPL"
@@ -33,8 +33,6 @@ _HEADER: Final = b"SQLite format 3\0"
 # big groups (400,000 against 300,000) at three times the log for single ones, with the same latency: so small pages.
 PAGE_BYTES: Final = 4096
 NO_BOUND: Final = (1 << 63) - 1  # beyond every number
-# For a directory that went while it was written. No word of a restart: what waits in memory would be lost with it.
-REMOVED: Final = "its directory was removed or moved; put it back, and what waits in memory is written by itself"
 _BUSY_S: Final = 5.0  # readers are short; only a stranger's shell on the file can make us wait
 
 # From format n to n + 1, run in one transaction, file by file. Format 1 is the first.

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
-from sidecar.disk import PRIVATE, Trouble, narrow, trouble
-from sidecar.spool.words import SpoolError, SpoolFailed, SpoolFull, SpoolLocked
+from sidecar.disk import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
+from sidecar.spool.words import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
 
 _CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
 _INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
@@ -197,6 +197,8 @@ def translate(error: OSError, what: str) -> SpoolError:
             return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
         case Trouble.READ_ONLY:
             return SpoolError(f"{what}: its file system is read-only; mount it for writing, or set SIDECAR_DATA_DIR")
+        case Trouble.GONE:
+            return SpoolFailed(f"{what}: {REMOVED}")
         case Trouble.DENIED:
             return SpoolError(
                 f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
@@ -268,6 +270,7 @@ class Reserve:
         self.path = root / "reserve"
         self._size_bytes = size_bytes
         self._margin_bytes = margin_bytes
+        self._spares = root / "reserve.files"
         self._failed: OSError | None = None  # why it could not be made, where it was not for want of room
 
     @property
@@ -277,6 +280,8 @@ class Reserve:
     def give_up(self) -> None:
         with contextlib.suppress(OSError):  # a read-only disk keeps it
             self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self._spares)
 
     def missing(self) -> SpoolError:
         """Why it could not be made."""
@@ -294,8 +299,8 @@ class Reserve:
         if self.present:
             with contextlib.suppress(OSError):
                 draft.unlink(missing_ok=True)
-            return self._room() >= self._margin_bytes
-        if self._room() < self._size_bytes + self._margin_bytes:
+            return self.room() >= self._margin_bytes
+        if self.room() < self._size_bytes + self._margin_bytes:
             return False
         try:
             fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -305,6 +310,9 @@ class Reserve:
                 os.ftruncate(fd, self._size_bytes)
             finally:
                 os.close(fd)
+            self._spares.mkdir(mode=0o700, exist_ok=True)
+            for number in range(START_FILES):  # a disk may run out of files before it runs out of bytes
+                (self._spares / f"{number:02d}").touch(mode=PRIVATE)
             draft.rename(self.path)
         except OSError as error:
             self._failed = error
@@ -313,13 +321,28 @@ class Reserve:
             return False
         return True
 
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Free bytes where it is."""
         try:
             stat = os.statvfs(self.path.parent)
         except OSError:
             return 0
         blocks = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
         return blocks * stat.f_frsize
+
+
+def make_room(root: Path) -> bool:
+    """Let the reserve go where there is no room to open what a start opens. Whether that had to be.
+
+    A stop in good order leaves no logs behind, so a start has to make them: without this a disk that filled up
+    meanwhile would keep the service down.
+    """
+    reserve = root / "reserve"
+    number = probe(root, size_bytes=START_BYTES, files=START_FILES)
+    if number is None or trouble(OSError(number, ""), root) is not Trouble.FULL or not reserve.exists():
+        return False
+    Reserve(root, 0, 0).give_up()
+    return True
 
 
 def _allocate(fd: int, size_bytes: int) -> None:

@@ -220,7 +220,7 @@ class Spool:
             )
 
     def _write_note(self, note: last_words.Note) -> str | None:
-        """Why it could not be written; None where it was. On a thread of its own, because a stuck disk may not let go."""
+        """Why it could not be written; None where it was. On a thread of its own: a stuck disk may not let go."""
         said: list[str | None] = []
 
         def write() -> None:

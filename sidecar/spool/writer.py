@@ -22,17 +22,18 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import files
-from sidecar.spool.chunk import PAGE_BYTES, REMOVED, Chunk
+from sidecar.spool.chunk import PAGE_BYTES, Chunk
 from sidecar.spool.groups import IntentGroup, Opening
 from sidecar.spool.house import CreateChunk, House
 from sidecar.spool.plan import Plan, Position, make_plan
-from sidecar.spool.words import Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
+from sidecar.spool.words import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")
 
 _LOG_FACTOR: Final = 2  # the log may be this many times `chunk_bytes` before the chunk is changed
 # How often to look whether the reserve and the chunk are still there: a commit takes 0.1 ms, so not before each.
 _LOOK_S: Final = 0.1
+_START_BYTES: Final = 4 << 20  # left alone for the next start
 _LAST_TRY_S: Final = 2.0  # at the end: what may fit into the reserve's room is 64 MiB at most
 
 
@@ -254,7 +255,11 @@ class Writer:
             self._chunk = None
             raise SpoolFailed(f"{path} is not there: {REMOVED}")
         if self._last_try:
-            return  # what is not written now is lost: records may use the reserve's room after all
+            # What is not written now is lost, so records may use the reserve's room after all, but for what the next
+            # start needs to open its files.
+            if self._reserve.room() < min(self._limits.reserve_bytes // 8, _START_BYTES):
+                raise SpoolFull(self.health.reason or "no room on the disk")
+            return
         if self.health.state is State.FULL:
             if not self._reserve.restore():
                 missing = self._reserve.missing()

@@ -1,4 +1,4 @@
-"""The operator's file: nothing that stands in it is cut off, nothing of ours stands in it twice, one process writes it."""
+"""The operator's file: nothing that stands in it is cut off, nothing of ours stands twice, one process writes it."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ async def put(backend: FileBackend, *numbers: int) -> list[object]:
 
 
 def ids(base: Path) -> list[str]:
-    files = sorted(base.glob("out.2*.ndjson")) + [base / "out.ndjson"]
+    files = [*sorted(base.glob("out.2*.ndjson")), base / "out.ndjson"]
     return [orjson.loads(line)["id"] for path in files for line in path.read_bytes().splitlines()]
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +98,21 @@ async def test_a_data_directory_that_was_removed_is_noticed(tmp_path):
     async with Spool.open(tmp_path / "data", limits=replace(SMALL, stop_s=0.1)) as spool:
         recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
         await recorded(recorder, call())
-        shutil.rmtree(tmp_path / "data")
+        # At once: what is removed file by file may lose a race against a writer that makes one.
+        (tmp_path / "data").rename(tmp_path / "gone")
         await until(lambda: _one_more(recorder) and spool.health().state is State.DEGRADED)
+        for _ in range(20):
+            assert _one_more(recorder) is True
+            await asyncio.sleep(0.005)
+            health = spool.health()
+            assert health.state is State.DEGRADED  # the first reason, not what fails because of it
+            assert "was removed or moved; put it back" in (health.reason or "")
+            assert "restart" not in (health.reason or "")
         assert spool.snapshot().totals.holds
+        (tmp_path / "gone").rename(tmp_path / "data")
+        await until(lambda: spool.health().state is State.OK)
+        await until(lambda: spool.snapshot().totals.open == 0)
+    assert len(rows(tmp_path / "data", spool.instance)) == spool.snapshot().totals.admitted
 
 
 def _one_more(recorder: SpoolRecorder) -> bool:
