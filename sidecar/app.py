@@ -14,8 +14,9 @@ import logging
 import os
 import signal
 from collections.abc import AsyncIterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final, Protocol
 
 from aiohttp import web
@@ -23,12 +24,14 @@ from aiohttp import web
 from sidecar import log as logs
 from sidecar import parts, signals
 from sidecar.admin import Readiness, application
+from sidecar.admin.control import control
 from sidecar.balance import Balance
 from sidecar.billing import Billing, Room, billing
 from sidecar.delivery import mending
 from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
 from sidecar.settings import Address, Settings
+from sidecar.sockets import CONTROL, SocketError, listen_privately, remove
 from sidecar.spool import Snapshot, ground_warning, make_room
 from sidecar.supervisor import workers
 from sidecar.traffic import listen, serving, url_of
@@ -134,6 +137,7 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
         bills = await stack.enter_async_context(billing(settings, metrics))
         intake, url = await _open_intake(stack, settings, lock, bills, metrics)
         sidecar = Sidecar(bills=bills, intake=intake, counted=metrics, proxy_url=url)
+        await open_control(stack, settings.data_dir / CONTROL, sidecar)
         sidecar.admin_url = await open_admin(stack, settings.admin_listen, sidecar)
         lock.announce(admin=sidecar.admin_url, proxy=sidecar.proxy_url)
         log.info("ready", extra={"facts": {"proxy": sidecar.proxy_url, "admin": sidecar.admin_url}})
@@ -176,6 +180,28 @@ async def open_admin(stack: AsyncExitStack, address: Address, sidecar: Sidecar) 
         site = web.TCPSite(runner, address.host, address.port)
     await site.start()
     return url_of(runner.addresses[0])
+
+
+async def open_control(stack: AsyncExitStack, path: Path, sidecar: Sidecar) -> None:
+    """Let the instance's own user change something, over a socket in the data directory; closed with the stack.
+
+    Where there can be none (a full disk, a mount that knows no sockets) calls are served all the same.
+    """
+    try:
+        listener = listen_privately(path)
+    except SocketError as error:
+        log.warning("%s; commands that change something need the instance to be stopped", error)
+        return
+    stack.callback(_let_go, path)
+    runner = web.AppRunner(control(sidecar), access_log=None, shutdown_timeout=ADMIN_STOP_S)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    await web.SockSite(runner, listener).start()
+
+
+def _let_go(path: Path) -> None:
+    with suppress(OSError):
+        remove(path)
 
 
 async def serve(settings: Settings) -> int:

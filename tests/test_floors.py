@@ -45,6 +45,7 @@ FLOORS = {
     "sidecar.lock": 2,
     "sidecar.delivery.state": 2,
     "sidecar.signals": 2,
+    "sidecar.sockets": 2,
     "sidecar.proxy": 3,
     "sidecar.recorder": 3,
     "sidecar.gate": 3,

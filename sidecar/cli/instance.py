@@ -1,4 +1,5 @@
-"""Talking to the instance that runs on a data directory, through the admin port that its lock names.
+"""Talking to the instance that runs on a data directory: questions go to the admin port that its lock names, what
+changes something goes over the control socket beside the lock.
 
 A proxy set in the environment is never used: the admin port is on this machine.
 """
@@ -7,57 +8,76 @@ from __future__ import annotations
 
 import http.client
 import json
-import socket
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from sidecar.cli.shared import CommandError
 from sidecar.lock import running
+from sidecar.sockets import CONTROL, connect, is_socket
 
 LIMIT_S: Final = 10.0  # for questions; what is asked to do something says its own
 ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "every interface" is no address to call
 
 
 class _UnixConnection(http.client.HTTPConnection):
-    def __init__(self, path: str, limit_s: float) -> None:
+    def __init__(self, path: Path, limit_s: float) -> None:
         super().__init__("localhost", timeout=limit_s)
-        self._path = path
+        self._path, self._limit_s = path, limit_s
 
     def connect(self) -> None:
-        self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self.sock.settimeout(self.timeout)
-        self.sock.connect(self._path)
+        self.sock = connect(self._path, timeout_s=self._limit_s)
 
 
-def ask(data_dir: Path, path: str, *, method: str = "GET", body: Any = None, limit_s: float = LIMIT_S) -> Any:
-    """The running instance's JSON answer; None where none is running."""
+def ask(data_dir: Path, path: str, *, limit_s: float = LIMIT_S) -> Any:
+    """What the admin port of the running instance answers to a GET, as JSON; None where none is running."""
     note = running(data_dir)
     if note is None:
         return None
     if note.admin is None:
         raise CommandError(f"process {note.pid} is starting on {data_dir} and has no admin port yet: try again")
-    connection = _connection(note.admin, limit_s)
+    return _exchange(_connection(note.admin, limit_s), f"process {note.pid}", note.admin, path)
+
+
+def change(data_dir: Path, path: str, wish: Any, *, limit_s: float) -> Any:
+    """What the running instance answers to a wish (`sidecar.admin.control`), as JSON; None where none is running."""
+    note = running(data_dir)
+    if note is None:
+        return None
+    socket = data_dir / CONTROL
+    if not is_socket(socket):
+        raise CommandError(
+            f"process {note.pid} runs on {data_dir} and has no {CONTROL} in it (it is starting or stopping, or its log "
+            "says why): try again, or stop it first"
+        )
+    return _exchange(_UnixConnection(socket, limit_s), f"process {note.pid}", str(socket), path, wish)
+
+
+def _exchange(connection: http.client.HTTPConnection, who: str, where: str, path: str, wish: Any = None) -> Any:
     try:
-        payload = None if body is None else json.dumps(body).encode()
-        connection.request(method, path, payload, {"Content-Type": "application/json"} if payload else {})
+        if wish is None:
+            connection.request("GET", path)
+        else:
+            connection.request("POST", path, json.dumps(wish).encode(), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         content = answer.read()
+    except PermissionError:
+        raise CommandError(f"{where} may only be used by the user whose process it is ({who})") from None
     except (OSError, http.client.HTTPException) as error:
-        raise CommandError(f"process {note.pid} does not answer at {note.admin}{path}: {error}") from None
+        raise CommandError(f"{who} does not answer at {where}{path}: {error}") from None
     finally:
         connection.close()
     if answer.status >= 400:
-        raise CommandError(f"{note.admin}{path} answered {answer.status}: {_reason(content)}")
+        raise CommandError(f"{where}{path} answered {answer.status}: {_reason(content)}")
     try:
         return json.loads(content)
     except ValueError:
-        raise CommandError(f"{note.admin}{path} answered with no JSON: is this a metering sidecar?") from None
+        raise CommandError(f"{where}{path} answered with no JSON: is this a metering sidecar?") from None
 
 
 def _connection(admin: str, limit_s: float) -> http.client.HTTPConnection:
     if admin.startswith("unix:"):
-        return _UnixConnection(admin.removeprefix("unix:"), limit_s)
+        return _UnixConnection(Path(admin.removeprefix("unix:")), limit_s)
     parts = urlsplit(admin if "://" in admin else f"http://{admin}")
     host = parts.hostname or "127.0.0.1"
     return http.client.HTTPConnection(ANYWHERE.get(host, host), parts.port or 80, timeout=limit_s)

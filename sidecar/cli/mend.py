@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.cli.instance import ask
+from sidecar.cli.instance import change
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir
 from sidecar.settings import Settings, SettingsError
 
@@ -55,7 +55,7 @@ def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
-    from sidecar.admin import COMPLAINTS_MAX
+    from sidecar.admin.control import COMPLAINTS_MAX
     from sidecar.backends.stripe_reports import ReportError, read_report
 
     reports = []
@@ -86,7 +86,7 @@ def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
 
 def _change(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
     """Through the running instance, or with the lock of its directory."""
-    answer = ask(settings.data_dir, path, method="POST", body=wish, limit_s=LIMIT_S)
+    answer = change(settings.data_dir, path, wish, limit_s=LIMIT_S)
     if answer is None:
         return _without_instance(path, wish, settings)
     outcomes: list[dict[str, Any]] = answer["outcomes"]

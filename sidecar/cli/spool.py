@@ -170,7 +170,7 @@ def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict
 
 
 def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.instance import ask
+    from sidecar.cli.instance import change
 
     wish = {
         "backend": arguments.backend,
@@ -179,7 +179,7 @@ def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
         "since_s": None if arguments.since is None else arguments.since.timestamp(),
         "resend_unknown": arguments.resend_unknown,
     }
-    answer = ask(data_dir, "/redrive", method="POST", body=wish, limit_s=REDRIVE_S)
+    answer = change(data_dir, "/redrive", wish, limit_s=REDRIVE_S)
     if answer is None:
         raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
     print(f"{answer['redriven']:,} events offered again")

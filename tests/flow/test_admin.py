@@ -56,10 +56,8 @@ async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path):
                 assert code == 0
                 assert "meter" in out
                 await session.delete(f"{url}/_faults")
-                refused = await session.post(f"{whole.admin_url}/redrive", data="backend=meter")
-                assert refused.status == 415
-                odd = await session.post(f"{whole.admin_url}/redrive", json={"everything": True})
-                assert odd.status == 400
+                assert (await whole.change("/redrive", data="backend=meter"))[0] == 415
+                assert (await whole.change("/redrive", json={"everything": True}))[0] == 400
             code, out, err = await whole.command("spool", "redrive", "--backend", "meter")
             assert code == 0, err
             balance = await whole.settled()

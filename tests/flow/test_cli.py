@@ -33,6 +33,7 @@ from sidecar.cli import main
 from sidecar.lock import DataLock
 from sidecar.scripted_llm import ScriptedLLM
 from sidecar.settings import Setting, kinds
+from sidecar.sockets import CONTROL, listen_privately
 from sidecar.spool import SpoolReader
 
 CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "hi"}]}
@@ -332,17 +333,42 @@ class _Admin(BaseHTTPRequestHandler):
         pass
 
 
+class _Control(HTTPServer):
+    """The same over the control socket."""
+
+    address_family = socket.AF_UNIX
+
+    def server_bind(self) -> None:
+        self.socket.close()
+        self.socket = listen_privately(Path(str(self.server_address)))
+
+    def server_activate(self) -> None:
+        pass  # it listens already
+
+    def get_request(self) -> tuple[socket.socket, Any]:
+        return self.socket.accept()[0], ("control", 0)
+
+
 @pytest.fixture
 def admin(data_dir: Path) -> Iterator[dict[str, tuple[int, Any]]]:
-    """Somebody who holds the data directory and answers at the address in its lock."""
+    """Somebody who holds the data directory, and answers at the address in its lock and at its control socket."""
     _Admin.answers = {}
+    path = data_dir / CONTROL
     with HTTPServer(("127.0.0.1", 0), _Admin) as server, DataLock.take(data_dir) as lock:
+        control = _Control(str(path), _Admin)  # type: ignore[arg-type]
         lock.announce(admin=f"http://127.0.0.1:{server.server_port}")
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
+        threads = [
+            threading.Thread(target=one.serve_forever, kwargs={"poll_interval": 0.01}) for one in (server, control)
+        ]
+        for thread in threads:
+            thread.start()
         yield _Admin.answers
-        server.shutdown()
-        thread.join()
+        for one in (server, control):
+            one.shutdown()
+        for thread in threads:
+            thread.join()
+        control.server_close()
+        path.unlink()
 
 
 def test_a_running_instance_is_asked_and_a_broken_balance_exits_1(

@@ -195,11 +195,8 @@ async def test_complaints_are_taken_without_an_instance_and_odd_ones_are_told(tm
             ("/cancel", {"id": ""}),
             ("/cancel", ["id"]),
         ):
-            async with aiohttp.ClientSession() as session:
-                async with session.post(whole.admin_url + path, json=wish) as answer:
-                    assert answer.status == 400, wish
-                async with session.post(whole.admin_url + path, data="id=1") as answer:
-                    assert answer.status == 415
+            assert (await whole.change(path, json=wish))[0] == 400, wish
+            assert (await whole.change(path, data="id=1"))[0] == 415
         assert await whole.stop() == 0
         odd = tmp_path / "odd.json"
         odd.write_text("{}")

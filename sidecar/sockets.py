@@ -1,0 +1,105 @@
+"""Unix sockets in a directory whose path may be long, and who is at the other end.
+
+A socket's address has room for about a hundred bytes; a data directory's path may be longer. The kernel is then given
+the directory through a descriptor (`/proc/self/fd/N/NAME`), which is short. Nobody but the owner can ever connect to
+what `listen_privately` makes: the mode is set before anybody can be let in.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+CONTROL: Final = "control.sock"  # in the data directory: what changes something goes over it
+PATH_BYTES_MAX: Final = 103  # of an address: Linux has 108, macOS 104, the last one is zero
+OWN_DESCRIPTORS: Final = Path("/proc/self/fd")
+BACKLOG: Final = 16  # commands that wait: somebody types them
+_SOL_LOCAL: Final = 0  # macOS, sys/un.h: LOCAL_PEERCRED is asked of this level
+_LOCAL_PEERCRED: Final = 1
+_XUCRED_BYTES: Final = 76  # version, uid, then a number of groups
+
+
+class SocketError(OSError):
+    """The socket cannot be made or reached. The text says why, and what to do about it."""
+
+
+def listen_privately(path: Path) -> socket.socket:
+    """A socket at this path that only its owner can connect to. One left by a process that is gone is replaced.
+
+    Who calls this holds the directory alone. Raises `SocketError`.
+    """
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(OSError):
+            os.fchmod(listener.fileno(), 0o600)  # Linux makes the file with the mode of the socket
+        with _short(path) as address:
+            remove(path)
+            listener.bind(address)
+        # Elsewhere it was made with the umask's; until `listen` nobody gets in all the same.
+        path.chmod(0o600)
+        listener.listen(BACKLOG)
+    except OSError as error:
+        listener.close()
+        if error.errno is not None and path.exists() and not is_socket(path):
+            raise SocketError(f"{path} is there and is no socket: move it away") from None
+        raise SocketError(f"{path} cannot be made: {error.strerror or error}") from None
+    return listener
+
+
+def connect(path: Path, *, timeout_s: float) -> socket.socket:
+    """A connection to the socket at this path. Raises `OSError`."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        sock.settimeout(timeout_s)
+        with _short(path) as address:
+            sock.connect(address)
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def remove(path: Path) -> None:
+    """A socket file goes; what is anything else stays. Raises `OSError`."""
+    if is_socket(path):
+        path.unlink(missing_ok=True)
+
+
+def is_socket(path: Path) -> bool:
+    """Not through a symbolic link: what that names is somebody else's."""
+    try:
+        return stat.S_ISSOCK(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def peer_uid(fd: int) -> int | None:
+    """The user at the other end of a Unix socket, as the kernel says; None where it does not say."""
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if hasattr(socket, "SO_PEERCRED"):
+                return int(struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1])
+            return int(struct.unpack_from("2I", sock.getsockopt(_SOL_LOCAL, _LOCAL_PEERCRED, _XUCRED_BYTES))[1])
+    except (OSError, struct.error):
+        return None
+
+
+@contextlib.contextmanager
+def _short(path: Path) -> Iterator[str]:
+    """An address of the kernel's length for this path."""
+    if len(os.fsencode(path)) <= PATH_BYTES_MAX:
+        yield str(path)
+        return
+    if not OWN_DESCRIPTORS.is_dir():
+        raise SocketError(f"its path is longer than {PATH_BYTES_MAX} bytes; set SIDECAR_DATA_DIR to a shorter one")
+    fd = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        yield f"{OWN_DESCRIPTORS}/{fd}/{path.name}"
+    finally:
+        os.close(fd)
