@@ -30,6 +30,7 @@ from sidecar.billing import Billing, Room, billing
 from sidecar.delivery import mending
 from sidecar.lock import DataLock
 from sidecar.metrics import Gauges, Metrics
+from sidecar.place import As
 from sidecar.settings import Address, Settings
 from sidecar.sockets import CONTROL, SocketError, listen_privately, remove
 from sidecar.spool import Snapshot, ground_warning, make_room
@@ -83,6 +84,7 @@ class Sidecar:
             degraded=(await self.intake.readiness()).state in ("degraded", "full"),
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked={(name, why): n for name, totals in balance.backends.items() for why, n in totals.parked.items()},
+            copied=self.bills.copied is not None,
             disk_free_bytes=self.bills.free_bytes,
             oldest_pending_s={s.backend: s.oldest_pending_s or 0.0 for s in self.bills.delivery.status()},
         )
@@ -114,10 +116,16 @@ class Sidecar:
             asdict(one) for one in await mending.complain(backend, names, self.bills.delivery, self.bills.backends)
         ]
 
+    async def adopt(self, how: As) -> dict[str, int] | None:
+        """None where nothing was noticed, so that there is nothing to decide."""
+        return None if self.bills.copied is None else await self.bills.adopt(how)
+
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
         intake = await self.intake.readiness()
         notes = [f"{s.backend} is {s.state}: {s.reason}" for s in self.bills.delivery.status() if s.state != "up"]
+        if self.bills.copied is not None:
+            notes.insert(0, self.bills.copied.text)
         if self.bills.room is not Room.ENOUGH:
             notes.append(self.bills.room.value)
         return Readiness(ready=intake.ready, state=intake.state, notes=[*intake.notes, *notes])

@@ -100,6 +100,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
     "sidecar_balance_holds": Family("gauge", "1 when admitted = recorded + open + lost and every backend adds up"),
     "sidecar_spool_degraded": Family("gauge", "1 while the promise of the durability mode is suspended"),
+    "sidecar_directory_copied": Family("gauge", "1 while a copied data directory waits for `spool adopt`"),
     "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
@@ -146,6 +147,7 @@ class Gauges:
     open: int = 0
     holds: bool = True
     degraded: bool = False
+    copied: bool = False
     disk_free_bytes: int = 0
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -337,6 +339,7 @@ class Metrics(Collector):
         self._gauges["sidecar_open"][()] = gauges.open
         self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
+        self._gauges["sidecar_directory_copied"][()] = int(gauges.copied)
         self._gauges["sidecar_disk_free_bytes"][()] = gauges.disk_free_bytes
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
         self._gauges["sidecar_parked_now"] = {(name, why): value for (name, why), value in gauges.parked.items()}

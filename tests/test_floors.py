@@ -43,6 +43,7 @@ FLOORS = {
     "sidecar.metrics": 2,
     "sidecar.log": 2,
     "sidecar.lock": 2,
+    "sidecar.place": 3,
     "sidecar.delivery.state": 2,
     "sidecar.signals": 2,
     "sidecar.sockets": 2,

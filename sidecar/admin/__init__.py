@@ -54,7 +54,7 @@ def application(instance: Instance) -> web.Application:
 
     async def balance(_: web.Request) -> web.Response:
         found = await instance.balance()
-        return json_answer(found.to_dict() | {"problems": found.problems})
+        return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
 
     app = web.Application()
     app.router.add_get("/healthz", healthz)

@@ -15,6 +15,7 @@ import orjson
 from aiohttp import web
 
 from sidecar.admin.answers import json_answer
+from sidecar.place import As
 from sidecar.sockets import peer_uid
 
 log = logging.getLogger("sidecar.control")
@@ -41,6 +42,8 @@ class Controlled(Protocol):
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]: ...
 
     async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
+
+    async def adopt(self, how: As) -> dict[str, int] | None: ...
 
 
 class WishError(ValueError):
@@ -94,12 +97,25 @@ async def complain(instance: Controlled, wish: Wish) -> Done:
     return Done({"outcomes": outcomes}, _counted(outcomes))
 
 
+async def adopt(instance: Controlled, wish: Wish) -> Done:
+    """Say what a copied data directory is."""
+    try:
+        how = As(wish["as"])
+    except ValueError:
+        raise WishError("as: expected original or copy") from None
+    counts = await instance.adopt(how)
+    if counts is None:
+        raise WishError("this data directory was not noticed to be a copy; stop the instance to adopt it all the same")
+    return Done({"parked": counts}, {"parked": counts})
+
+
 NUMBER: Final = (int, float)
 CHANGES: Final[Mapping[str, Change]] = {
     "redrive": Change(
         {"backend": str, "reason": str, "ids": list, "since_s": NUMBER, "resend_unknown": bool}, redrive
     ),
     "cancel": Change({"id": str, "backend": str}, cancel),
+    "adopt": Change({"as": str}, adopt),
     "complain": Change({"backend": str, "named": list}, complain),
 }
 

@@ -107,6 +107,7 @@ class FileBackend:
             dedup=Dedup.REQUEST_KEY,
             concurrency=1,
             knows_duplicates=True,
+            knows_records=True,
             bills=False,
         )
         self._policy = policy

@@ -8,6 +8,7 @@ too, and take the lock of the directory where there is none.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -47,6 +48,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     redrive.add_argument(
         "--resend-unknown", action="store_true", help="also those that may have been taken, at the risk of doubles"
     )
+
+    adopt = _kind(kinds, "adopt", "say what a data directory is that was copied or put back", _adopt)
+    adopt.add_argument(
+        "--as", dest="how", choices=("original", "copy"), required=True,
+        help="original: the only one that goes on, which delivers what is pending; copy: that is left to another",
+    )  # fmt: skip
 
     mend.add(kinds)
 
@@ -184,6 +191,37 @@ def _redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
         raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
     print(f"{answer['redriven']:,} events offered again")
     return OK
+
+
+def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.instance import change
+
+    answer = change(data_dir, "/adopt", {"as": arguments.how}, limit_s=REDRIVE_S)
+    if answer is None:
+        answer = {"parked": _adopt_stopped(arguments.how, data_dir)}
+    if arguments.how == "original":
+        print("adopted as the original: what is pending is delivered as before")
+    else:
+        parked = ", ".join(f"{name} {count:,}" for name, count in answer["parked"].items() if count)
+        print(f"adopted as a copy: what was pending is parked (copied): {parked or 'nothing was'}")
+    return OK
+
+
+def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
+    from sidecar.delivery.state import StateError
+    from sidecar.lock import LockError
+    from sidecar.offline import adopt
+    from sidecar.place import As
+    from sidecar.spool import SpoolError
+
+    if not (data_dir / "delivery.db").exists():
+        raise CommandError(f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", WRONG)
+    try:
+        return asyncio.run(adopt(data_dir, As(how)))
+    except (LockError, StateError, SpoolError) as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"{data_dir} cannot be written: {error.strerror}") from None
 
 
 def _export(arguments: argparse.Namespace, data_dir: Path) -> int:

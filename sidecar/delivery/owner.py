@@ -10,6 +10,7 @@ from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Metrics, SpoolReader
 from sidecar.delivery.state import DeliveryState
 from sidecar.delivery.words import Now
+from sidecar.verdict import Backend
 
 _T = TypeVar("_T")
 
@@ -29,6 +30,10 @@ class Owner(Protocol):
 
     def spawn(self, work: Coroutine[Any, Any, None]) -> None:
         """Start an attempt as a task of the owner's group."""
+        ...
+
+    def held(self, backend: Backend) -> str | None:
+        """Why a backend is sent nothing just now, although it could be."""
         ...
 
     def look(self) -> tuple[Now, bool]:

@@ -51,6 +51,13 @@ def slot_dir(root: Path, instance: str) -> Path:
     return spool_dir(root) / instance
 
 
+FROZEN: Final = "copied"  # in a slot that another instance may go on numbering in: not to be written here
+
+
+def is_frozen(root: Path, instance: str) -> bool:
+    return (slot_dir(root, instance) / FROZEN).exists()
+
+
 def instances(root: Path) -> list[str]:
     """The slots there are, in the order of their names."""
     try:
@@ -361,7 +368,7 @@ def disk_free_bytes(path: Path) -> int:
 
 def ground_warning(path: Path) -> str | None:
     """What is wrong with the file system under `path`, or None where nothing is known to be."""
-    kind = _file_system(path)
+    kind = file_system(path)
     why = _SHAKY_GROUND.get(kind) or ("it is served by a program" if kind.startswith("fuse") else None)
     if why is None:
         return None
@@ -371,7 +378,7 @@ def ground_warning(path: Path) -> str | None:
     )
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
     """Linux's name for the file system that holds `path`; empty elsewhere."""
     best, kind = "", ""
     resolved = str(path.resolve())

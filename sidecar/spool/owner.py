@@ -263,6 +263,8 @@ def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
     """Settle the slots that nobody holds; what is in order already stays untouched. Answers those looked after."""
     adopted: list[str] = []
     for instance in files.instances(root):
+        if files.is_frozen(root, instance):
+            continue  # its open calls may go on elsewhere, and so may its numbers
         try:
             lock = files.FileLock(files.slot_dir(root, instance) / "lock")
         except SpoolLocked:
@@ -299,7 +301,8 @@ def sqlite_version() -> str:
 
 
 def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
-    names = [files.check_instance(instance)] if instance is not None else files.instances(root)
+    free = [name for name in files.instances(root) if not files.is_frozen(root, name)]
+    names = [files.check_instance(instance)] if instance is not None else free
     for name in names:
         slot = files.slot_dir(root, name)
         files.make_directory(slot)
