@@ -170,8 +170,7 @@ def look_at_place(settings: Settings, state: DeliveryState) -> place.Noticed | N
     noticed = None if memory is None else memory.noticed
     why, whole = place.suspicion(data_dir, memory, state.all_cursors(), made_anew=state.created)
     if why:
-        with SpoolReader(data_dir) as reader:
-            ends = {instance: reader.last_seq(instance) for instance in reader.instances()}
+        ends = place.ends_of(data_dir)
         found = place.notice(data_dir, why, whole=whole, since_s=state.last_clock(), ends=ends)
         noticed = found if noticed is None else place.merged(noticed, found)
     if noticed is not None:

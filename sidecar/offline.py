@@ -75,7 +75,7 @@ async def adopt(data_dir: Path, how: place.As) -> dict[str, int]:
         stack.callback(state.close)
         reader = stack.enter_context(SpoolReader(data_dir))
         noticed = place.noticed_in(data_dir)
-        ends = {instance: reader.last_seq(instance) for instance in reader.instances()}
+        ends = place.ends_of(data_dir)
         if how is place.As.COPY:
             place.freeze(data_dir, ends)
             whole = noticed is None or noticed.whole

@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.disk import PRIVATE
-from sidecar.spool import files
+from sidecar.spool import SpoolError, SpoolReader, files
+from sidecar.spool.chunk import NO_BOUND
 
 NAME: Final = "place"
 WATCHED: Final = ("lock", "delivery.db")  # made once and never made anew, unless somebody takes them away
@@ -117,6 +118,18 @@ def suspicion(
         if behind:
             return f"delivery.db is older than it was: {behind[0].replace(' ', ', instance ')}", False
     return "", True
+
+
+def ends_of(data_dir: Path) -> dict[str, int]:
+    """The spools that are there and their last numbers; beyond every number, where a file cannot be read."""
+    with SpoolReader(data_dir) as reader:
+        ends = {}
+        for instance in reader.instances():
+            try:
+                ends[instance] = reader.last_seq(instance)
+            except SpoolError:
+                ends[instance] = NO_BOUND
+        return ends
 
 
 def freeze(data_dir: Path, instances: Mapping[str, int]) -> None:

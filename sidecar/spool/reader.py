@@ -82,8 +82,11 @@ class SpoolReader:
         """The greatest committed number; 0 when there is none."""
         with self._lock:
             for info in reversed(self._chunks(instance)):
-                with self._reading(info.path) as connection:
-                    return recovery.last_seq(connection, info.opening)
+                try:
+                    with self._reading(info.path) as connection:
+                        return recovery.last_seq(connection, info.opening)
+                except SpoolDamaged:
+                    continue  # mended by whoever opens the slot; until then what is before it counts
             return 0
 
     def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
@@ -115,9 +118,12 @@ class SpoolReader:
             admitted = recorded = open_calls = 0
             lost = "{}"
             for info in reversed(self._chunks(instance)):
-                with self._reading(info.path) as connection:
-                    _, admitted, recorded, lost = recovery.last_totals(connection)
-                    open_calls = len(recovery.open_intents(connection))
+                try:
+                    with self._reading(info.path) as connection:
+                        _, admitted, recorded, lost = recovery.last_totals(connection)
+                        open_calls = len(recovery.open_intents(connection))
+                except SpoolDamaged:
+                    continue
                 break
         together, gone = last_words.add(
             note, admitted=admitted, recorded=recorded, open_calls=open_calls, lost=read_lost(lost)

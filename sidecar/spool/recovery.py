@@ -60,8 +60,15 @@ def recover(root: Path, instance: str, *, remembered_seq: int = 0) -> Recovered:
         unsure = unsure or (damaged and newest is None)
         if begun and newest is None:
             newest = number
-    if newest is not None:
-        _read_newest(files.chunk_path(slot, newest), found)
+    while newest is not None:
+        try:
+            _read_newest(files.chunk_path(slot, newest), found)
+            break
+        except SpoolDamaged as error:
+            # Its first page is whole and one further in is not: only reading all of it tells.
+            log.error("a chunk is damaged: %s", error)
+            newest = _salvage_newest(root, instance, slot, newest, found)
+            unsure = True
     if unsure:
         # A commit of which only parts could be read had counted its calls as a whole: those that are gone without a
         # trace are in no term, as after any crash.
@@ -95,6 +102,20 @@ def _care_for(root: Path, instance: str, slot: Path, number: int, found: Recover
     done = salvage.replace_chunk(root, instance, path, number)
     found.set_aside.append(done.set_aside)
     return path.exists() and _begun(path), True
+
+
+def _salvage_newest(root: Path, instance: str, slot: Path, number: int, found: Recovered) -> int | None:
+    """Replace it by what can be read; the newest chunk that was begun, which may be the one before it then."""
+    path = files.chunk_path(slot, number)
+    for chunk in [chunk for chunk in found.to_seal if chunk.path == path]:
+        chunk.close()
+        found.to_seal.remove(chunk)
+    found.empty = [one for one in found.empty if one != path]
+    found.set_aside.append(salvage.replace_chunk(root, instance, path, number).set_aside)
+    for older in reversed([one for one in files.chunk_numbers(slot) if one <= number]):
+        if _begun(files.chunk_path(slot, older)):
+            return older
+    return None
 
 
 def _inspect(path: Path, number: int, found: Recovered) -> bool:
