@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 PROBE_BYTES: Final = 64 << 10  # the shared memory of a log is 32 KiB
+DATABASE_FILES: Final = 4  # a database, its log, its shared memory, and one that is made ahead
 START_BYTES: Final = 1 << 20  # what opening everything takes, with some to spare
 START_FILES: Final = 16  # logs, shared memories and first files of spool, delivery and ledger
 PRIVATE: Final = 0o600
@@ -62,7 +63,7 @@ def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
     if extended in _SYNCS or extended in _ROTTEN:
         return Trouble.FAILED
     if code in _OPEN_CODES or code == sqlite3.SQLITE_IOERR:
-        found = _of_errno(probe(path.parent))
+        found = _of_errno(probe(path.parent, files=DATABASE_FILES))
         if found is not Trouble.FAILED:
             return found
         return Trouble.DENIED if code in _OPEN_CODES else Trouble.FAILED
