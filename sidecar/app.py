@@ -116,9 +116,9 @@ class Sidecar:
             asdict(one) for one in await mending.complain(backend, names, self.bills.delivery, self.bills.backends)
         ]
 
-    async def adopt(self, how: As) -> dict[str, int] | None:
+    async def adopt(self, how: str) -> dict[str, int] | None:
         """None where nothing was noticed, so that there is nothing to decide."""
-        return None if self.bills.copied is None else await self.bills.adopt(how)
+        return None if self.bills.copied is None else await self.bills.adopt(As(how))
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""

@@ -100,7 +100,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
     "sidecar_balance_holds": Family("gauge", "1 when admitted = recorded + open + lost and every backend adds up"),
     "sidecar_spool_degraded": Family("gauge", "1 while the promise of the durability mode is suspended"),
-    "sidecar_directory_copied": Family("gauge", "1 while a copied data directory waits for `spool adopt`"),
+    "sidecar_directory_copied": Family("gauge", "1 while a copied data directory waits to be adopted"),
     "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),

@@ -15,7 +15,6 @@ import orjson
 from aiohttp import web
 
 from sidecar.admin.answers import json_answer
-from sidecar.place import As
 from sidecar.sockets import peer_uid
 
 log = logging.getLogger("sidecar.control")
@@ -43,7 +42,7 @@ class Controlled(Protocol):
 
     async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
 
-    async def adopt(self, how: As) -> dict[str, int] | None: ...
+    async def adopt(self, how: str) -> dict[str, int] | None: ...
 
 
 class WishError(ValueError):
@@ -99,11 +98,9 @@ async def complain(instance: Controlled, wish: Wish) -> Done:
 
 async def adopt(instance: Controlled, wish: Wish) -> Done:
     """Say what a copied data directory is."""
-    try:
-        how = As(wish["as"])
-    except ValueError:
-        raise WishError("as: expected original or copy") from None
-    counts = await instance.adopt(how)
+    if wish["as"] not in ("original", "copy"):
+        raise WishError("as: expected original or copy")
+    counts = await instance.adopt(wish["as"])
     if counts is None:
         raise WishError("this data directory was not noticed to be a copy; stop the instance to adopt it all the same")
     return Done({"parked": counts}, {"parked": counts})
