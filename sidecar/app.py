@@ -33,9 +33,10 @@ from sidecar.delivery.state import StateError
 from sidecar.ledger import LedgerError
 from sidecar.lock import DataLock, LockError
 from sidecar.metrics import Gauges, Metrics
+from sidecar.place import As
 from sidecar.settings import Settings
 from sidecar.sockets import CONTROL, SocketError, listen_privately, listening, remove
-from sidecar.spool import Snapshot, SpoolError, ground_warning
+from sidecar.spool import Snapshot, SpoolError, ground_warning, make_room
 from sidecar.supervisor import WorkerError, workers
 from sidecar.traffic import listen, only_fault, serving, url_of
 
@@ -55,6 +56,9 @@ class Intake(Protocol):
     async def metrics(self) -> Metrics: ...
 
     async def readiness(self) -> Readiness: ...
+
+    @property
+    def lost_at_stop(self) -> bool: ...
 
     def reload(self) -> None: ...
 
@@ -99,6 +103,7 @@ class Sidecar:
             degraded=(await self.intake.readiness()).state in ("degraded", "full"),
             pending={name: totals.pending for name, totals in balance.backends.items()},
             parked=await asyncio.to_thread(self.bills.delivery.parked_now),
+            copied=self.bills.copied is not None,
             disk_free_bytes=self.bills.free_bytes,
             disk_bytes=self.bills.disk_bytes,
             disk_low_bytes=self.bills.settings.disk_low_bytes,
@@ -152,12 +157,18 @@ class Sidecar:
             asdict(one) for one in await mending.complain(backend, names, self.bills.delivery, self.bills.backends)
         ]
 
+    async def adopt(self, how: str) -> dict[str, int] | None:
+        """None where nothing was noticed, so that there is nothing to decide."""
+        return None if self.bills.copied is None else await self.bills.adopt(As(how))
+
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
         intake, status = await self.intake.readiness(), self.bills.delivery.status()
         if self.stopping:
             intake = replace(intake, ready=False, state="stopping")
         notes = [f"{s.backend} is {s.state}: {s.reason}" for s in status if s.state != "up"]
+        if self.bills.copied is not None:
+            notes.insert(0, self.bills.copied.text)
         if self.bills.room is not Room.ENOUGH:
             notes.append(self.bills.room.value)
         backends: list[dict[str, object]] = [
@@ -176,6 +187,8 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
         warning = ground_warning(settings.data_dir)
         if warning:
             log.warning(warning)
+        if make_room(settings.data_dir):
+            log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         metrics = Metrics(backends=settings.backends)
         bills = await stack.enter_async_context(billing(settings, metrics))
         intake, url = await _open_intake(stack, settings, lock, bills, metrics)
@@ -268,7 +281,8 @@ async def serve(settings: Settings) -> int:
             if fault is None:
                 raise
             raise fault from None
-    return OK
+    # Records that the disk did not take until the end: whoever stopped us has to hear of it.
+    return FAILED if sidecar.intake.lost_at_stop else OK
 
 
 async def _serve_until(stop: asyncio.Event, sidecar: Sidecar, settings: Settings) -> None:

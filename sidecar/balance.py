@@ -39,6 +39,7 @@ class Balance:
     open: int = 0
     lost: Mapping[str, int] = field(default_factory=dict)
     backends: Mapping[str, BackendTotals] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()  # what an operator has to know of it and has to decide
 
     @property
     def problems(self) -> list[str]:

@@ -16,9 +16,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from sidecar import billers
+from sidecar import billers, place
 from sidecar.balance import Balance, add_counts
 from sidecar.delivery import Delivery, DeliveryState, SystemClock
+from sidecar.delivery.state import StateError
 from sidecar.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans, count_set_aside, disk_room
@@ -27,6 +28,7 @@ from sidecar.verdict import Backend
 
 log = logging.getLogger("sidecar.billing")
 
+LEDGER: Final = "ledger"
 DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
 LOOK_EVERY_S: Final = 5.0  # a disk of 200 MB/s loses 1 GiB, the default mark, in that time
 RETIRE_EVERY_S: Final = 60.0  # how often delivered chunks are looked at; retention is counted in days
@@ -56,6 +58,7 @@ class Billing:
     reader: SpoolReader
     delivery: Delivery
     backends: Mapping[str, Backend]
+    copied: place.Noticed | None = None  # the directory is a copy, and nobody has decided yet
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -85,7 +88,30 @@ class Billing:
             open=sum(t.open for t in totals),
             lost=add_counts(t.lost for t in totals),
             backends=self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
+            notes=() if self.copied is None else (self.copied.text,),
         )
+
+    async def adopt(self, how: place.As) -> dict[str, int]:
+        """The operator has decided what this directory is; how many records were left to another, by backend."""
+        noticed = self.copied
+        if noticed is None:
+            return {}
+        counts = await self.delivery.adopt(noticed.ends if how is place.As.COPY else None)
+        if how is place.As.ORIGINAL:
+            await asyncio.to_thread(place.thaw, self.settings.data_dir, noticed.ends)
+            await asyncio.to_thread(adopt_orphans, self.settings.data_dir)
+            self.delivery.wake()
+        self.copied = None
+        await self.remember_place()
+        log.warning("the data directory is adopted", extra={"facts": {"as": how.value, "parked": counts}})
+        return counts
+
+    async def remember_place(self) -> None:
+        """Keep how far delivery has come: a `delivery.db` that is put back later is behind that."""
+        try:
+            await asyncio.to_thread(remember_place, self.settings, self.state, self.copied)
+        except (OSError, StateError) as error:
+            log.warning("how far delivery has come could not be kept beside it: %s", error)
 
     async def keep_retiring(self) -> None:
         """Look at the disk and let go of what is delivered and old, for ever. Also soon after a start: one that is
@@ -98,6 +124,7 @@ class Billing:
                 await self.look_at_disk()
                 if self.room is Room.SHORT or waited_s >= RETIRE_EVERY_S:
                     waited_s = 0.0
+                    await self.remember_place()
                     await self.retire()
             except (OSError, SpoolError) as error:
                 log.warning("delivered chunks could not be removed: %s", error)
@@ -136,12 +163,36 @@ class Billing:
         return gone
 
 
+def remember_place(settings: Settings, state: DeliveryState, copied: place.Noticed | None) -> None:
+    place.store(settings.data_dir, state.all_cursors(), copied)
+
+
+def look_at_place(settings: Settings, state: DeliveryState) -> place.Noticed | None:
+    """Whether the directory is what was left here; what was found, now or before, is kept until somebody decides.
+
+    Before any spool is written: those of a copy are frozen first.
+    """
+    data_dir = settings.data_dir
+    memory = place.load(data_dir)
+    noticed = None if memory is None else memory.noticed
+    why, whole = place.suspicion(data_dir, memory, state.all_cursors(), made_anew=state.created)
+    if why:
+        ends = place.ends_of(data_dir)
+        found = place.notice(data_dir, why, whole=whole, since_s=state.last_clock(), ends=ends)
+        noticed = found if noticed is None else place.merged(noticed, found)
+    if noticed is not None:
+        log.error(noticed.text)
+    remember_place(settings, state, noticed)
+    return noticed
+
+
 @asynccontextmanager
 async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing]:
     """Start delivering. Leaving makes one last pass, bounded by `DRAIN_S`. Raises the parts' own errors."""
     async with AsyncExitStack() as stack:
         state = DeliveryState.open(settings.data_dir / "delivery.db")
         stack.callback(state.close)
+        copied = await asyncio.to_thread(look_at_place, settings, state)
         for instance in adopt_orphans(settings.data_dir):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": instance}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
@@ -156,11 +207,18 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
             clock=SystemClock(),
             chance=random.Random(),  # noqa: S311 - jitter, no secret
             skip_gaps=settings.backend_gaps == "skip",
+            copied_s=None if copied is None else copied.since_s,
+            copied_text="" if copied is None else copied.text,
+            # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
+            safe=(LEDGER,) if copied is None or copied.whole else (),
         )
         await stack.enter_async_context(delivery)
         stack.push_async_callback(delivery.drain, DRAIN_S)
         by_name = {backend.name: backend for backend in backends}
-        bills = Billing(settings=settings, state=state, reader=reader, delivery=delivery, backends=by_name)
+        bills = Billing(
+            settings=settings, state=state, reader=reader, delivery=delivery, backends=by_name, copied=copied
+        )
+        stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)

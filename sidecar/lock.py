@@ -21,6 +21,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from sidecar.disk import PRIVATE, Trouble, narrow, trouble
+
 LAYOUT: Final = 1  # of the data directory; raised when an older program could no longer read it
 NAME: Final = "lock"
 # A command that looks whether an instance is running holds the lock for microseconds; a start must not fail on that.
@@ -126,8 +128,15 @@ class DataLock:
         path = data_dir / NAME
         try:
             _make(data_dir)
-            return cls(path, os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+            narrow(path)
+            return cls(path, fd)
         except OSError as error:
+            if trouble(error, path) is Trouble.FULL:
+                raise NotWritableError(
+                    f"the data directory {data_dir} cannot be made: no room is left on its disk; free some, "
+                    "or set SIDECAR_DATA_DIR to another disk"
+                ) from None
             raise NotWritableError(
                 f"the data directory {data_dir} cannot be used by user {os.geteuid()}: {error.strerror}; "
                 "give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
@@ -219,6 +228,7 @@ def _make(directory: Path) -> None:
         directory = directory.parent
     for path in reversed(missing):
         path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)  # whatever the umask took from us
         fd = os.open(path.parent, os.O_RDONLY)
         try:
             with contextlib.suppress(OSError):  # not every file system syncs directories

@@ -32,7 +32,7 @@ LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer t
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STATUS_CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "other", "other", "other", "other")
-LOST_REASONS: Final = ("spool_full", "spool_failed")
+LOST_REASONS: Final = ("spool_full", "spool_failed", "stopped")
 SECONDS: Final = (
     0.0005,
     0.001,
@@ -109,6 +109,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
     "sidecar_balance_holds": Family("gauge", "1 when admitted = recorded + open + lost and every backend adds up"),
     "sidecar_spool_degraded": Family("gauge", "1 while the promise of the durability mode is suspended"),
+    "sidecar_directory_copied": Family("gauge", "1 while a copied data directory waits to be adopted"),
     "sidecar_disk_free_bytes": Family("gauge", "Room left where the data directory is"),
     "sidecar_disk_bytes": Family("gauge", "Size of that disk"),
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
@@ -170,6 +171,7 @@ class Gauges:
     open: int = 0
     holds: bool = True
     degraded: bool = False
+    copied: bool = False
     disk_free_bytes: int = 0
     disk_bytes: int = 0
     disk_low_bytes: int = 0
@@ -385,6 +387,7 @@ class Metrics(Collector):
         self._gauges["sidecar_open"][()] = gauges.open
         self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
+        self._gauges["sidecar_directory_copied"][()] = int(gauges.copied)
         self._gauges["sidecar_disk_free_bytes"][()] = gauges.disk_free_bytes
         self._gauges["sidecar_disk_bytes"][()] = gauges.disk_bytes
         self._gauges["sidecar_disk_low_bytes"][()] = gauges.disk_low_bytes

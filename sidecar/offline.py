@@ -7,12 +7,13 @@ stays so.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
-from sidecar import billers
-from sidecar.delivery import DeliveryState, SystemClock
+from sidecar import billers, billing, place
+from sidecar.delivery import DeliveryState, SystemClock, removed
 from sidecar.delivery.ports import read_clock
 from sidecar.delivery.state.accounts import Accounts, Found
 from sidecar.delivery.state.rows import Parked
@@ -47,6 +48,44 @@ class Books:
 
     def parked(self, *, backend: str | None, ids: Sequence[str] | None, after: int, limit: int) -> list[Parked]:
         return self.accounts.parked(backend=backend, ids=ids, after=after, limit=limit)
+
+
+@dataclass(slots=True)
+class _Parking:
+    """What parking alone needs (`delivery.removed`)."""
+
+    reader: SpoolReader
+    state: DeliveryState
+
+    async def in_state(self, work: Callable[[], _T]) -> _T:
+        return work()
+
+    def look(self) -> tuple[Now, bool]:
+        return read_clock(SystemClock()), False
+
+
+async def adopt(data_dir: Path, how: place.As) -> dict[str, int]:
+    """Decide what a data directory is while no instance runs on it, also where nothing was noticed: after a snapshot of
+    a whole volume was put back, nothing in it can tell. How many records are left to another instance, by backend.
+    """
+    counts: dict[str, int] = {}
+    with ExitStack() as stack:
+        stack.enter_context(DataLock.take(data_dir))
+        state = DeliveryState.open(data_dir / "delivery.db")
+        stack.callback(state.close)
+        reader = stack.enter_context(SpoolReader(data_dir))
+        noticed = place.noticed_in(data_dir)
+        ends = place.ends_of(data_dir)
+        if how is place.As.COPY:
+            place.freeze(data_dir, ends)
+            whole = noticed is None or noticed.whole
+            for name in state.served():
+                if not (whole and name == billing.LEDGER):
+                    counts[name] = await removed.leave(name, _Parking(reader, state), ends)
+        else:
+            place.thaw(data_dir, ends if noticed is None else noticed.ends)
+        place.store(data_dir, state.all_cursors(), None)
+    return counts
 
 
 @asynccontextmanager

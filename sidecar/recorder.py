@@ -194,7 +194,8 @@ class SpoolRecorder:
             async with asyncio.timeout(self._commit_wait_s + 1.0):
                 await self._idle.wait()
         except TimeoutError:
-            log.error("stopping with %d batches that are not on disk yet", len(self._in_flight))
+            calls = sum(len(batch.lines) for batch in self._in_flight)
+            log.error("stopping with %d records that are not on disk yet", calls)
         if self._overdue is not None:
             self._overdue.cancel()
             self._overdue = None

@@ -28,7 +28,7 @@ from sidecar.settings import Address, Settings
 from sidecar.sockets import listening, remove
 from sidecar.spool import Snapshot, SpoolTotals
 from sidecar.traffic import url_of
-from sidecar.wire import CANNOT_START, Wire
+from sidecar.wire import CANNOT_START, LOST, Wire
 
 log = logging.getLogger("sidecar.supervisor")
 
@@ -39,6 +39,7 @@ START_S: Final = 60.0  # a worker recovers its slot first; a million records tak
 RESTART_S_MIN: Final = 0.1  # first pause before a dead worker is started again; doubles while it keeps dying
 RESTART_S_MAX: Final = 5.0
 STEADY_S: Final = 60.0  # a worker that lived so long starts again without a pause
+
 
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all workers is the state of the whole
 
@@ -84,6 +85,7 @@ class Workers:
         self._stopping = False
         self._started = False
         self._refused = asyncio.Event()  # a worker said that it cannot start
+        self.lost_at_stop = False  # a worker ended with records that the disk did not take
         self.url = ""
 
     def __repr__(self) -> str:
@@ -174,6 +176,7 @@ class Workers:
                     )
                     process.kill()
                     await process.wait()
+        self.lost_at_stop = any(process.returncode == LOST for process in processes)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)

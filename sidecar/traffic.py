@@ -38,6 +38,11 @@ class Traffic:
     async def metrics(self) -> Metrics:
         return self.counted
 
+    @property
+    def lost_at_stop(self) -> bool:
+        """Whether records were left over that the disk did not take: known once the spool is closed."""
+        return self.spool.unwritten > 0
+
     async def readiness(self) -> Readiness:
         health = self.recorder.health()
         notes = (health.reason,) if health.reason else ()
@@ -69,6 +74,8 @@ async def serving(
     async with AsyncExitStack() as stack:
         spool = Spool.open(settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq)
         await stack.enter_async_context(spool)
+        if spool.stopped:
+            metrics.lost("stopped", spool.stopped)
         spool.on_committed(committed)
         committed()  # what was settled or salvaged while it opened
         recorder = await stack.enter_async_context(parts.recorder(settings, spool, metrics))

@@ -95,6 +95,7 @@ class Abilities:
     one_per_subject: bool = False  # one call at a time for each Sealed.subject
     knows_duplicates: bool = False
     bills: bool = True  # False: also takes denied, refused and unsettled calls (ledger, file, webhook)
+    knows_records: bool = False  # recognises each record again, whatever request it comes in
     resend_unknown: bool = False  # the operator's word that doubles are acceptable
 
 

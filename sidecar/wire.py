@@ -16,6 +16,7 @@ from typing import Any, Final
 import orjson
 
 CANNOT_START: Final = 3  # a worker's exit code: it has said why, and another try would say the same
+LOST: Final = 4  # a worker's exit code: records were left over that the disk did not take
 LINE_BYTES_MAX: Final = 16 << 20  # a worker's counts with every label at its cap are under 1 MiB
 
 

@@ -25,7 +25,7 @@ from sidecar.metrics import Metrics
 from sidecar.settings import Settings, load
 from sidecar.spool import SpoolError
 from sidecar.traffic import Traffic, only_fault, serving
-from sidecar.wire import CANNOT_START, Wire
+from sidecar.wire import CANNOT_START, LOST, Wire
 
 log = logging.getLogger("sidecar.worker")
 
@@ -51,12 +51,12 @@ class _Teller:
 
 async def work(
     settings: Settings, listener: socket.socket, wire_socket: socket.socket, opened: asyncio.Event
-) -> None:
-    """Serve on the given socket until told to stop."""
+) -> int:
+    """Serve on the given socket until told to stop; the exit code."""
     wire = await Wire.over(wire_socket)
     first = await wire.receive()
     if first is None:
-        return  # the supervisor is gone already
+        return 0  # the supervisor is gone already
     remembered: dict[str, int] = first["remembered"]
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -82,20 +82,20 @@ async def work(
         wire.send({"committed": True})
     listening.cancel()
     await wire.aclose()
+    return LOST if traffic.lost_at_stop else 0
 
 
 async def start(settings: Settings, listener: socket.socket, wire_socket: socket.socket) -> int:
     """`work`, and the exit code: a worker that could not open its parts says why in one line."""
     opened = asyncio.Event()
     try:
-        await work(settings, listener, wire_socket, opened)
+        return await work(settings, listener, wire_socket, opened)
     except (BaseExceptionGroup, *START_FAULTS) as error:
         fault = only_fault(error, START_FAULTS) if isinstance(error, BaseExceptionGroup) else error
         if opened.is_set() or fault is None:
             raise
         log.error("this worker cannot start: %s", fault)
         return CANNOT_START
-    return 0
 
 
 async def _obey(wire: Wire, traffic: Traffic, stop: asyncio.Event) -> None:

@@ -23,9 +23,9 @@ def small_disk(path: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "-l", str(path)], check=True)
 
 
-def fill_up(path: Path) -> Path:
+def fill_up(path: Path, name: str = "filler") -> Path:
     """Take every free block; what to delete to have them back."""
-    filler = path / "filler"
+    filler = path / name
     with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
         while True:
             file.write(bytes(4096))

@@ -56,7 +56,7 @@ def application(instance: Instance, guard: Guard) -> web.Application:
 
     async def balance(_: web.Request) -> web.Response:
         found = await instance.balance()
-        return json_answer(found.to_dict() | {"problems": found.problems})
+        return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
 
     app = web.Application(middlewares=[guard.middleware])
     app.router.add_get("/healthz", healthz)

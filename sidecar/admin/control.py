@@ -44,6 +44,8 @@ class Controlled(Protocol):
 
     async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
 
+    async def adopt(self, how: str) -> dict[str, int] | None: ...
+
 
 class WishError(ValueError):
     """What was asked for cannot be read. The text says what was expected."""
@@ -110,6 +112,16 @@ async def complain(instance: Controlled, wish: Wish) -> Done:
     return Done({"outcomes": outcomes}, _counted(outcomes))
 
 
+async def adopt(instance: Controlled, wish: Wish) -> Done:
+    """Say what a copied data directory is."""
+    if wish["as"] not in ("original", "copy"):
+        raise WishError("as: expected original or copy")
+    counts = await instance.adopt(wish["as"])
+    if counts is None:
+        raise WishError("this data directory was not noticed to be a copy; stop the instance to adopt it all the same")
+    return Done({"parked": counts}, {"parked": counts})
+
+
 NUMBER: Final = (int, float)
 CHANGES: Final[Mapping[str, Change]] = {
     "redrive": Change(
@@ -117,6 +129,7 @@ CHANGES: Final[Mapping[str, Change]] = {
     ),
     "retry": Change({"backend": str}, retry),
     "cancel": Change({"id": str, "backend": str}, cancel),
+    "adopt": Change({"as": str}, adopt),
     "complain": Change({"backend": str, "named": list}, complain),
 }
 

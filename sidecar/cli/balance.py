@@ -27,12 +27,15 @@ def run(arguments: argparse.Namespace) -> int:
         from sidecar.cli.files import balance_of
 
         balance = balance_of(data_dir)
-        found = balance.to_dict() | {"problems": balance.problems}
+        found = balance.to_dict() | {"problems": balance.problems, "notes": list(balance.notes)}
     problems = found.pop("problems", [])
+    notes = found.pop("notes", [])
     if arguments.format == Format.JSON:
         print(json.dumps(found, indent=2))
     else:
         print(report(found), end="")
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
     for problem in problems:
         print(f"does not hold: {problem}", file=sys.stderr)
     return OK if found["holds"] else NO

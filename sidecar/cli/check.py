@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import sqlite3
+import stat
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -60,10 +61,24 @@ def notes(settings: Settings) -> list[str]:
     there = _nearest(settings.data_dir)
     if not os.access(there, os.W_OK | os.X_OK):
         found.append(f"the data directory {settings.data_dir} cannot be written by user {os.geteuid()}")
+    if settings.data_dir.exists() and (others := open_to_others(settings.data_dir)) is not None:
+        found.append(others)
     if (warning := ground_warning(there)) is not None:
         found.append(warning)
     found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
     return found
+
+
+def open_to_others(path: Path) -> str | None:
+    """What others may do with a data directory that is there. Our files in it are 0600 all the same."""
+    mode = stat.S_IMODE(path.stat().st_mode)
+    may = [word for bit, word in ((0o055, "look into"), (0o022, "change")) if mode & bit]
+    if not may:
+        return None
+    return (
+        f"the data directory {path} has mode {mode:04o}: others than user {path.stat().st_uid} may {' and '.join(may)} "
+        f"it; chmod 700 {path} unless they are to (the files in it are 0600)"
+    )
 
 
 def versions() -> str:

@@ -15,6 +15,7 @@ from sidecar.cli.shared import CommandError
 from sidecar.delivery.state.accounts import Accounts, totals_of
 from sidecar.delivery.state.rows import StateError
 from sidecar.delivery.state.schema import open_reader, told
+from sidecar.place import noticed_in
 from sidecar.spool import SpoolError, SpoolReader
 
 DELIVERY: Final = "delivery.db"
@@ -62,6 +63,7 @@ def balance_of(data_dir: Path) -> Balance:
             open=sum(t.open for t in totals),
             lost=add_counts(t.lost for t in totals),
             backends={name: totals_of(one, reader.count) for name, one in sums.items()},
+            notes=() if (noticed := noticed_in(data_dir)) is None else (noticed.text,),
         )
 
 

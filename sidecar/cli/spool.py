@@ -8,6 +8,7 @@ through it too, and take the lock of the directory where there is none.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
 
 PAGE: Final = 500  # parked events read at a time
+ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
 _PARKED: Final = ("parked_at", "backend", "reason", "subscriber", "maybe_taken", "attempts", "event_id")
@@ -55,6 +57,11 @@ def add(parser: argparse.ArgumentParser) -> None:
     retry = _kind(kinds, "retry", text, redrive.retry)
     retry.add_argument("--backend", metavar="NAME", required=True, help="which one")
     retry.epilog = "exit codes: 0, done; 1, nothing waits, or there is no such backend; 2, no instance is running"
+    adopt = _kind(kinds, "adopt", "say what a data directory is that was copied or put back", _adopt)
+    adopt.add_argument(
+        "--as", dest="how", choices=("original", "copy"), required=True,
+        help="original: the only one that goes on, which delivers what is pending; copy: that is left to another",
+    )  # fmt: skip
 
     mend.add(kinds)
 
@@ -204,6 +211,37 @@ def _subscriber(line: bytes) -> str | None:
     except (ValueError, KeyError, TypeError):
         return None
     return str(found)
+
+
+def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.instance import change
+
+    answer = change(data_dir, "/adopt", {"as": arguments.how}, limit_s=ADOPT_S)
+    if answer is None:
+        answer = {"parked": _adopt_stopped(arguments.how, data_dir)}
+    if arguments.how == "original":
+        print("adopted as the original: what is pending is delivered as before")
+    else:
+        parked = ", ".join(f"{name} {count:,}" for name, count in answer["parked"].items() if count)
+        print(f"adopted as a copy: what was pending is parked (copied): {parked or 'nothing was'}")
+    return OK
+
+
+def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
+    from sidecar.delivery.state import StateError
+    from sidecar.lock import LockError
+    from sidecar.offline import adopt
+    from sidecar.place import As
+    from sidecar.spool import SpoolError
+
+    if not (data_dir / "delivery.db").exists():
+        raise CommandError(f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", WRONG)
+    try:
+        return asyncio.run(adopt(data_dir, As(how)))
+    except (LockError, StateError, SpoolError) as error:
+        raise CommandError(str(error)) from None
+    except OSError as error:
+        raise CommandError(f"{data_dir} cannot be written: {error.strerror}") from None
 
 
 def _export(arguments: argparse.Namespace, data_dir: Path) -> int:

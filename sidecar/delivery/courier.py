@@ -12,12 +12,13 @@ import contextlib
 import functools
 import logging
 import random
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 from sidecar.balance import BackendTotals
+from sidecar.delivery.copied import may_double
 from sidecar.delivery.lane import Lane
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.outcomes import EACH_MAX, Became, OneOutcome, Redriven
@@ -50,13 +51,22 @@ class Delivery:
         chance: random.Random | None = None,
         limits: Limits | None = None,
         skip_gaps: bool = False,
+        copied_s: float | None = None,
+        copied_text: str = "",
+        safe: Collection[str] = (),
     ) -> None:
+        """`skip_gaps`: a backend that was left out does not get what was recorded meanwhile.
+
+        `copied_s`: the files were copied, about then, and nobody has decided yet what they are (`adopt`).
+        `safe`: backends whose own books were copied together with ours.
+        """
         self._skip_gaps = skip_gaps
         self._parking_log = ParkingLog()
         self.reader, self.state, self.metrics = reader, state, metrics
         self.limits = limits or Limits()
         self.chance = chance or random.Random()  # noqa: S311 - jitter, no secret
         self._clock = clock or SystemClock()
+        self._copied_s, self._copied_text, self._safe = copied_s, copied_text, frozenset(safe)
         self._watch = ClockWatch(read_clock(self._clock))
         self._lanes = {backend.name: Lane(backend, self) for backend in backends}
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-state")
@@ -270,6 +280,18 @@ class Delivery:
         """Offer a backend what waits for it now. Raises `KeyError` for one that is not configured."""
         return self._lanes[backend].end_waits()
 
+    async def adopt(self, leave: Mapping[str, int] | None) -> dict[str, int]:
+        """The operator has decided. `leave`: spools whose pending records are another's; how many were parked."""
+        counts: dict[str, int] = {}
+        if leave is not None:
+            for name, lane in self._lanes.items():
+                if name not in self._safe:
+                    counts[name] = await lane.leave(leave)
+        self._copied_s = None
+        for lane in self._lanes.values():
+            lane.wake()
+        return counts
+
     async def forget(self, upto: Mapping[str, int]) -> None:
         """Let go of what is remembered of settled records up to these numbers: their chunks are gone."""
         for instance, seq in upto.items():
@@ -290,6 +312,13 @@ class Delivery:
         told = self._parking_log.parked(backend, reason, records, self.look()[0].mono_s)
         if told is not None:
             _tell(told)
+
+    def held(self, backend: Backend) -> str | None:
+        if self._copied_s is None or backend.name in self._safe:
+            return None
+        now_s, margin_s = self._clock.wall_s(), self.limits.window_margin_s
+        unsure = may_double(backend.abilities, copied_s=self._copied_s, now_s=now_s, margin_s=margin_s)
+        return self._copied_text if unsure else None
 
     def look(self) -> tuple[Now, bool]:
         now = read_clock(self._clock)

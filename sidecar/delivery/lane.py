@@ -15,10 +15,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from sidecar.delivery import redriving
+from sidecar.delivery import redriving, removed
+from sidecar.delivery.copied import COPIED
 from sidecar.delivery.offering import Answer, Offering
 from sidecar.delivery.outcomes import Became, Redriven
 from sidecar.delivery.owner import Owner
@@ -58,6 +59,7 @@ class Lane:
         self._fresh_next = self._want_fresh = False
         self._next_sweep_s = 0.0
         self._expired = False
+        self._leaving: tuple[Mapping[str, int], asyncio.Future[int]] | None = None
 
     def __repr__(self) -> str:
         return (
@@ -80,11 +82,11 @@ class Lane:
         requests = list(self._open())
         oldest = min((request.oldest_s for request in requests), default=None)
         pacing, full = self._pacing, self._waiting.full
-        paused_s = pacing.paused_s(now)
-        reason = pacing.blocked or self._trouble or pacing.failing
+        paused_s, held = pacing.paused_s(now), self._owner.held(self.backend)
+        reason = held or pacing.blocked or self._trouble or pacing.failing
         if reason is None and full:
             reason = "retry_set_full"
-        if pacing.blocked is not None:
+        if held is not None or pacing.blocked is not None:
             state = "blocked"
         elif paused_s and self._trouble is None:
             state = "paused"
@@ -115,6 +117,8 @@ class Lane:
         self._waiting.hurry(self._now(), held_too=True)
         while True:
             try:
+                if self._leaving is not None:
+                    await self._leave()
                 if not await self._turn():
                     await self._rest()
                 self._trouble = None
@@ -147,6 +151,30 @@ class Lane:
                 self._take_up(cursors, requests)
                 return
 
+    async def leave(self, ends: Mapping[str, int]) -> int:
+        """Park what is pending of these spools, as soon as nothing is under way. Returns how many records."""
+        self._leaving = ends, asyncio.get_running_loop().create_future()
+        self._ring()
+        return await self._leaving[1]
+
+    async def _leave(self) -> None:
+        assert self._leaving is not None
+        if self._offering.under_way or self._offering.has_answers:
+            return
+        ends, told = self._leaving
+        count = await removed.leave(self.backend.name, self._owner, ends)
+        if count:
+            self._owner.metrics.parked(self.backend.name, COPIED, count)
+        self._take_up(*await self._storing.open_again())
+        self._leaving = None
+        told.set_result(count)
+        self._ring()
+
+    @property
+    def _held(self) -> bool:
+        """Whether nothing may be sealed or offered; what comes back is settled all the same."""
+        return self._leaving is not None or self._owner.held(self.backend) is not None
+
     # --- one turn ---------------------------------------------------------------------------------
 
     async def _turn(self) -> bool:
@@ -155,14 +183,15 @@ class Lane:
         if self._expired:
             self._expire()
         settlements = [await self._judge(answer, now) for answer in self._offering.take()]
-        if now.mono_s >= self._next_sweep_s:
+        held = self._held
+        if not held and now.mono_s >= self._next_sweep_s:
             self._next_sweep_s = now.mono_s + self._limits.sweep_s
             overdue = await self._settling.sweep(list(self._waiting), now)
             if overdue:
                 self._waiting.drop({settlement.request.id for settlement in overdue})
             settlements += overdue
-        begin = await self._choose(now, settlements)
-        planned = await self._plan(now, len(begin))
+        begin = [] if held else await self._choose(now, settlements)
+        planned = None if held else await self._plan(now, len(begin))
         if not (settlements or begin or planned):
             return self._offering.has_answers
         await self._store(settlements, begin, planned)
@@ -362,6 +391,8 @@ class Lane:
 
     def _due_s(self, now: Now) -> float:
         """The monotonic time of the next look."""
+        if self._held:
+            return now.mono_s + self._limits.sweep_s  # the bell tells when somebody has decided
         times = [self._next_sweep_s]
         busy = len(self._offering.under_way)
         if not busy and self._pacing.early_s and self._waiting.can_go_early(now):
@@ -397,7 +428,7 @@ class Lane:
         """Whether nothing is under way and nothing more could be started now."""
         if self._offering.under_way or self._offering.has_answers or self._bell.is_set():
             return False
-        if self._pacing.slow or self._waiting.full or self._pacing.paused_s(self._now()):
+        if self._pacing.slow or self._waiting.full or self._held or self._pacing.paused_s(self._now()):
             return True
         return not (self._waiting.queued or self._supply.unread)
 

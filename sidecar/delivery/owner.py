@@ -10,6 +10,7 @@ from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Metrics, SpoolReader
 from sidecar.delivery.state import DeliveryState
 from sidecar.delivery.words import Now
+from sidecar.verdict import Backend
 
 _T = TypeVar("_T")
 
@@ -33,6 +34,10 @@ class Owner(Protocol):
 
     def parked_some(self, backend: str, reason: str, records: int) -> None:
         """Count what was parked, and say so from time to time."""
+        ...
+
+    def held(self, backend: Backend) -> str | None:
+        """Why a backend is sent nothing just now, although it could be."""
         ...
 
     def look(self) -> tuple[Now, bool]:

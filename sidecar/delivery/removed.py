@@ -11,23 +11,39 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Final, Protocol, TypeVar
 
 import orjson
 
+from sidecar.delivery.copied import COPIED
 from sidecar.delivery.owner import Owner
+from sidecar.delivery.ports import SpoolReader
 from sidecar.delivery.retry import park_all
-from sidecar.delivery.state import StateError
+from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.rows import Cursor, NewParked, Parked, Sealing, Settlement
-from sidecar.delivery.words import REMOVED, Parking
+from sidecar.delivery.words import REMOVED, Now, Parking
 from sidecar.spool.words import SpoolError
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")
 RETRY_S: Final = 60.0  # after a file that cannot be read or written
 SLICE: Final = 200  # requests or records parked in one transaction: a few milliseconds
+
+
+class Books(Protocol):
+    """What parking needs: a running delivery has it, and so has a command that holds the lock."""
+
+    @property
+    def reader(self) -> SpoolReader: ...
+
+    @property
+    def state(self) -> DeliveryState: ...
+
+    async def in_state(self, work: Callable[[], _T]) -> _T: ...
+
+    def look(self) -> tuple[Now, bool]: ...
 
 
 async def part_with(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
@@ -81,6 +97,17 @@ async def _take_back(name: str, lane: Returning, owner: Desk) -> int:
         after = page[-1].id
 
 
+async def leave(name: str, owner: Books, ends: Mapping[str, int]) -> int:
+    """Park what a backend had still to get of these spools, up to these numbers: another instance delivers it."""
+    cursors = {cursor.instance: cursor for cursor in await owner.in_state(lambda: owner.state.cursors(name))}
+    mine = {cursor.id for instance, cursor in cursors.items() if instance in ends}
+    count = await _park_sealed(name, owner, COPIED, mine)
+    for instance, end in ends.items():
+        if instance in cursors:
+            count += await _park_rest(cursors[instance], owner, end, COPIED)
+    return count
+
+
 async def _park_all(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
     count = await _park_sealed(name, owner)
     cursors = {cursor.instance: cursor for cursor in await owner.in_state(lambda: owner.state.cursors(name))}
@@ -97,14 +124,16 @@ async def _park_all(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
         )
 
 
-async def _park_sealed(name: str, owner: Owner) -> int:
+async def _park_sealed(name: str, owner: Books, reason: str = REMOVED, of: Collection[int] | None = None) -> int:
     state, count = owner.state, 0
     requests = await owner.in_state(lambda: state.open_requests(name))
+    if of is not None:
+        requests = [request for request in requests if request.cursor in of]
     for start in range(0, len(requests), SLICE):
         settlements = []
         for request in requests[start : start + SLICE]:
-            maybe = request.tries.risky or request.under_way
-            decision = park_all(request.tries, len(request.members), Parking(REMOVED, maybe_taken=maybe))
+            maybe = request.tries.risky or request.under_way or reason == COPIED
+            decision = park_all(request.tries, len(request.members), Parking(reason, maybe_taken=maybe))
             settlements.append(Settlement(request=request, decision=decision, history=request.history))
             count += request.records
         now = owner.look()[0].wall_s
@@ -112,7 +141,7 @@ async def _park_sealed(name: str, owner: Owner) -> int:
     return count
 
 
-async def _park_rest(cursor: Cursor, owner: Owner, end: int) -> int:
+async def _park_rest(cursor: Cursor, owner: Books, end: int, reason: str = REMOVED) -> int:
     reader, state, count = owner.reader, owner.state, 0
     while cursor.seq < end:
         groups = await asyncio.to_thread(functools.partial(reader.read, cursor.instance, cursor.seq))
@@ -126,7 +155,10 @@ async def _park_rest(cursor: Cursor, owner: Owner, end: int) -> int:
             break
         for start in range(0, len(lines), SLICE):
             piece = lines[start : start + SLICE]
-            parked = [NewParked(seq=s, record_id=_id(line, s), reason=REMOVED, line=line) for s, line in piece]
+            parked = [
+                NewParked(seq=s, record_id=_id(line, s), reason=reason, line=line, maybe_taken=reason == COPIED)
+                for s, line in piece
+            ]
             step = Sealing(cursor=cursor.id, from_seq=cursor.seq, to_seq=piece[-1][0], parked=parked)
             await owner.in_state(functools.partial(state.seal, step, owner.look()[0].wall_s))
             cursor = replace(cursor, seq=piece[-1][0])

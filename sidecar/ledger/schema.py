@@ -14,6 +14,7 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
+from sidecar.disk import Trouble, make_private, trouble
 from sidecar.meters.hourly import COUNTS, JSON_INT_MAX, TOKENS
 
 VERSION: Final = 1
@@ -77,6 +78,7 @@ class LedgerError(Exception):
 
 def open_to_write(path: Path) -> sqlite3.Connection:
     """The one writing connection, with tables of this version."""
+    make_private(path)
     db = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_S)
     try:
         db.execute("PRAGMA journal_mode = WAL")
@@ -95,7 +97,7 @@ def open_to_read(path: Path) -> sqlite3.Connection:
     """A connection for one short look. Raises `LedgerError` when there is nothing to read."""
     if not path.exists():
         raise LedgerError(f"{path} does not exist yet: the ledger is made with the first delivery to it")
-    db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_S)
+    db = _connect_to_read(path)
     try:
         if check_version(db, path) == 0:
             raise LedgerError(f"{path} holds no ledger yet: it is made with the first delivery to it")
@@ -110,7 +112,7 @@ def ledger_problem(path: Path) -> str | None:
     if not path.exists():
         return None
     try:
-        db = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True, isolation_level=None, timeout=BUSY_S)
+        db = _connect_to_read(path)
         try:
             check_version(db, path)
         finally:
@@ -118,10 +120,35 @@ def ledger_problem(path: Path) -> str | None:
     except LedgerError as error:
         return str(error)
     except sqlite3.Error as error:
-        if (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            return None
-        return f"{path} cannot be read ({error}): put its copy back, or move it away to begin a new one"
+        return told(error, path)
     return None
+
+
+def told(error: OSError | sqlite3.Error, path: Path) -> str | None:
+    """Why a ledger cannot be used, in words that tell what to do; None where that passes by itself.
+
+    Only of one that is damaged it is said that it may be moved away: the sums of all others are whole.
+    """
+    match trouble(error, path):
+        case Trouble.FULL | Trouble.BUSY:
+            return None
+        case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+            return f"{path} is damaged ({error}): put its copy back, or move it away to begin a new one"
+        case Trouble.READ_ONLY:
+            return f"{path} cannot be opened: its file system is read-only; mount it for writing (the ledger is whole)"
+        case Trouble.DENIED:
+            return f"{path} cannot be opened ({error}): give this user the data directory and what is in it"
+    return f"{path} cannot be read ({error}): look at its disk, and leave the ledger where it is"
+
+
+def _connect_to_read(path: Path) -> sqlite3.Connection:
+    """Without a log beside it nobody has it open and it needs none: on a full or read-only disk none can be made."""
+    log = path.with_name(path.name + "-wal")
+    quiet = not log.exists() or log.stat().st_size == 0
+    return sqlite3.connect(
+        f"{path.resolve().as_uri()}?mode=ro{'&immutable=1' if quiet else ''}",
+        uri=True, isolation_level=None, timeout=BUSY_S,
+    )  # fmt: skip
 
 
 def check_version(db: sqlite3.Connection, path: Path) -> int:

@@ -17,7 +17,8 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored
+from sidecar.disk import Trouble, trouble
+from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored, told
 from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
@@ -32,8 +33,6 @@ _WRITE_HOUR: Final = (
     f"INSERT OR REPLACE INTO hourly (hour, series, {', '.join(SUMS)}, cost_usd) "
     f"VALUES ({', '.join('?' * (len(SUMS) + 3))})"
 )
-_DAMAGED: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
-_DENIED: Final = frozenset({sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_PERM})
 
 
 class LedgerStore:
@@ -46,10 +45,13 @@ class LedgerStore:
         self._lock = Lock()
         self._series: dict[str, int] = {}
         self._pruned_s = 0.0
+        self._db: sqlite3.Connection | None = None
         try:
-            self._db: sqlite3.Connection | None = open_to_write(path)
-        except sqlite3.Error as error:
-            raise LedgerError(f"{path} cannot be opened ({error}): see that the data directory is writable") from error
+            self._db = open_to_write(path)
+        except (OSError, sqlite3.Error) as error:
+            # A full disk gets better: what is delivered meanwhile is told to come again.
+            if (said := told(error, path)) is not None:
+                raise LedgerError(said) from error
 
     def __repr__(self) -> str:
         return f"<LedgerStore {self._path}>"
@@ -67,9 +69,9 @@ class LedgerStore:
                 return self._apply(self._open(), key, effects, buckets)
             except ArithmeticError:
                 return Refused("sum_not_exact")
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
                 self._drop()
-                return _verdict_for(error)
+                return _verdict_for(error, self._path)
             except LedgerError:
                 return Blocked("newer_version")
 
@@ -91,9 +93,9 @@ class LedgerStore:
                 return self._apply(db, key, effects, going), tuple(dict.fromkeys(delta.key.meter for delta in kept))
             except ArithmeticError:
                 return Refused("sum_not_exact"), ()
-            except sqlite3.Error as error:
+            except (OSError, sqlite3.Error) as error:
                 self._drop()
-                return _verdict_for(error), ()
+                return _verdict_for(error, self._path), ()
             except LedgerError:
                 return Blocked("newer_version"), ()
 
@@ -237,12 +239,14 @@ def _text(value: Decimal | None) -> str | None:
     return None if value is None else write_amount(value)
 
 
-def _verdict_for(error: sqlite3.Error) -> Verdict:
-    code = (getattr(error, "sqlite_errorcode", 0) or 0) & 0xFF
-    if code in _DAMAGED:
-        return Blocked("ledger_damaged")
-    if code in _DENIED:
-        return Blocked("not_writable")
-    if code == sqlite3.SQLITE_FULL:
-        return Retry("disk_full")
-    return Retry("busy" if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED) else "write_failed")
+def _verdict_for(error: OSError | sqlite3.Error, path: Path) -> Verdict:
+    match trouble(error, path):
+        case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+            return Blocked("ledger_damaged")
+        case Trouble.DENIED | Trouble.READ_ONLY | Trouble.GONE:
+            return Blocked("not_writable")
+        case Trouble.FULL:
+            return Retry("disk_full")
+        case Trouble.BUSY:
+            return Retry("busy")
+    return Retry("write_failed")

@@ -4,7 +4,7 @@
 after a crash and after damage, `retention` what goes and when, `verify` the recount.
 """
 
-from sidecar.spool.files import FileLock, count_set_aside, disk_room, ground_warning
+from sidecar.spool.files import FileLock, count_set_aside, disk_room, ground_warning, make_room
 from sidecar.spool.owner import Spool, adopt_orphans, sqlite_version
 from sidecar.spool.reader import SpoolReader
 from sidecar.spool.verify import SlotReport, verify, verify_slot
@@ -46,6 +46,7 @@ __all__ = [
     "count_set_aside",
     "disk_room",
     "ground_warning",
+    "make_room",
     "sqlite_version",
     "verify",
     "verify_slot",

@@ -21,9 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from sidecar.disk import Trouble, make_private, trouble
 from sidecar.spool import files
 from sidecar.spool.groups import IntentGroup, Opening, RecordGroup
-from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
+from sidecar.spool.words import REMOVED, SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
 
 FORMAT: Final = 1  # user_version: raise it with a step in MIGRATIONS
 APPLICATION_ID: Final = 0x4D53_504C  # "MSPL"
@@ -72,9 +73,12 @@ class Chunk:
     def create(cls, path: Path, number: int, instance: str) -> Chunk:
         """A new, empty file, its schema on disk. Raises `SpoolFull` or another `SpoolError`."""
         try:
+            make_private(path)
             connection = _connect(path)
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        except OSError as error:
+            raise files.translate(error, f"cannot make {path}") from error
         try:
             connection.execute(f"PRAGMA page_size = {PAGE_BYTES}")
             # Nothing is at stake before the schema's commit, and on a slow disk each sync here would be felt.
@@ -99,9 +103,12 @@ class Chunk:
     def reopen(cls, path: Path, number: int) -> Chunk:
         """A file left by an earlier run; the log is recovered."""
         try:
+            make_private(path)
             connection = _connect(path)
         except sqlite3.Error as error:
             raise translate(error, path) from error
+        except OSError as error:
+            raise files.translate(error, f"cannot open {path}") from error
         try:
             if connection.execute("PRAGMA application_id").fetchone()[0] != APPLICATION_ID:
                 raise SpoolDamaged(f"{path} is not a chunk of a spool")
@@ -260,13 +267,17 @@ def check_version(version: int, path: Path) -> None:
 
 def translate(error: sqlite3.Error, path: Path) -> SpoolError:
     """An SQLite error in the spool's words."""
-    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-    if code == sqlite3.SQLITE_FULL:
-        return SpoolFull(f"no room for {path}: free some disk space; records wait in memory until there is")
-    if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB) or (code == 0 and "UTF-8" in str(error)):
-        return SpoolDamaged(f"{path} is damaged: {error}")
-    if code in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM):
-        return SpoolFailed(f"{path} cannot be written ({error}): check the directory's owner, mode and mount")
+    match trouble(error, path):
+        case Trouble.FULL:
+            return SpoolFull(f"no room for {path}: free some disk space; records wait in memory until there is")
+        case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+            return SpoolDamaged(f"{path} is damaged: {error}")
+        case Trouble.READ_ONLY:
+            return SpoolFailed(f"{path} cannot be written: its file system is read-only; mount it for writing")
+        case Trouble.GONE:
+            return SpoolFailed(f"{path} cannot be written: {REMOVED}")
+        case Trouble.DENIED:
+            return SpoolFailed(f"{path} cannot be written ({error}): check the directory's owner, mode and mount")
     return SpoolFailed(f"writing {path} failed: {getattr(error, 'sqlite_errorname', '')} {error}".strip())
 
 

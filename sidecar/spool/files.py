@@ -11,6 +11,7 @@ SQLite syncs the directory for the files it makes; names that are made or moved 
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -21,13 +22,13 @@ import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Final
+from typing import Final, TextIO
 
-from sidecar.spool.words import SpoolError, SpoolFull, SpoolLocked
+from sidecar.disk import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
+from sidecar.spool.words import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
 
 _CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
 _INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
-_NO_ROOM: Final = (errno.ENOSPC, errno.EDQUOT)
 # On these a sync promises nothing that outlives the host (tmpfs, overlay in memory) or locks are not to be trusted.
 _SHAKY_GROUND: Final = {
     "tmpfs": "it is memory and is gone after a restart",
@@ -48,6 +49,13 @@ def spool_dir(root: Path) -> Path:
 
 def slot_dir(root: Path, instance: str) -> Path:
     return spool_dir(root) / instance
+
+
+FROZEN: Final = "copied"  # in a slot that another instance may go on numbering in: not to be written here
+
+
+def is_frozen(root: Path, instance: str) -> bool:
+    return (slot_dir(root, instance) / FROZEN).exists()
 
 
 def instances(root: Path) -> list[str]:
@@ -96,12 +104,19 @@ def size_or_zero(path: Path) -> int:
 def write_retired(slot: Path, first_seq: int, recorded: int) -> None:
     """Say what the oldest chunk that retention leaves begins with: what is missing after it was not retired."""
     draft = slot / "retired.draft"
-    with draft.open("w", encoding="ascii") as file:
+    with open_private(draft) as file:
         json.dump({"first_seq": first_seq, "recorded": recorded}, file)
         file.flush()
         os.fsync(file.fileno())
     draft.rename(slot / "retired")
     sync_directory(slot)
+
+
+def open_private(path: Path) -> TextIO:
+    """A new text file, or one begun anew, that is its owner's alone whatever the umask."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
+    os.fchmod(fd, PRIVATE)
+    return os.fdopen(fd, "w", encoding="ascii")
 
 
 def read_retired(slot: Path) -> tuple[int, int]:
@@ -140,7 +155,7 @@ def set_aside(root: Path, instance: str, path: Path) -> Path:
     base = root / "set-aside"
     make_directory(base)
     target = base / f"{instance}-{path.stem}-{time.time_ns()}"
-    target.mkdir()
+    target.mkdir(mode=0o700)
     for suffix in ("-wal", "-shm", ""):
         source = path.with_name(path.name + suffix)
         if source.exists():
@@ -169,6 +184,7 @@ def make_directory(path: Path) -> None:
     try:
         for directory in reversed(missing):
             directory.mkdir(mode=0o700, exist_ok=True)
+            directory.chmod(0o700)  # whatever the umask took from us
             sync_directory(directory.parent)
     except OSError as error:
         raise translate(error, f"cannot make the directory {missing[0] if missing else path}") from error
@@ -191,13 +207,18 @@ def sync_directory(path: Path) -> None:
 
 def translate(error: OSError, what: str) -> SpoolError:
     """Say an operating system's error in words that tell what to do."""
-    if error.errno in _NO_ROOM:
-        return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return SpoolError(
-            f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
-            " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
-        )
+    match trouble(error, Path()):
+        case Trouble.FULL:
+            return SpoolFull(f"{what}: no room is left on the disk; free some, writing goes on by itself")
+        case Trouble.READ_ONLY:
+            return SpoolError(f"{what}: its file system is read-only; mount it for writing, or set SIDECAR_DATA_DIR")
+        case Trouble.GONE:
+            return SpoolFailed(f"{what}: {REMOVED}")
+        case Trouble.DENIED:
+            return SpoolError(
+                f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
+                " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
+            )
     return SpoolError(f"{what}: {error.strerror or error}")
 
 
@@ -209,6 +230,7 @@ class FileLock:
         self.path = path
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            narrow(path)
         except OSError as error:
             raise translate(error, f"cannot open the lock {path}") from error
         try:
@@ -232,6 +254,10 @@ class FileLock:
             os.pwrite(self._fd, json.dumps(note).encode() + b"\n", 0)
         except OSError:
             pass
+
+    @property
+    def held(self) -> bool:
+        return self._fd >= 0
 
     def release(self) -> None:
         """Let go. The file stays: unlinking it would let two processes lock two files of one name."""
@@ -259,21 +285,37 @@ class Reserve:
         self.path = root / "reserve"
         self._size_bytes = size_bytes
         self._margin_bytes = margin_bytes
+        self._spares = root / "reserve.files"
+        self._failed: OSError | None = None  # why it could not be made, where it was not for want of room
 
     @property
     def present(self) -> bool:
         return self._size_bytes == 0 or size_or_zero(self.path) >= self._size_bytes
 
     def give_up(self) -> None:
-        self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a read-only disk keeps it
+            self.path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            shutil.rmtree(self._spares)
+
+    def missing(self) -> SpoolError:
+        """Why it could not be made."""
+        if self._failed is not None and not isinstance(
+            said := translate(self._failed, f"{self.path} cannot be made"), SpoolFull
+        ):
+            return SpoolFailed(str(said))
+        needed = (self._size_bytes + self._margin_bytes) >> 20
+        return SpoolFull(f"{self.path} cannot be made: free at least {needed} MiB on its disk")
 
     def restore(self) -> bool:
         """Make it again where there is room for it and for records beside it. False: there is not."""
+        self._failed = None
         draft = self.path.with_name("reserve.draft")  # another name: a reserve that is half there must not count as one
         if self.present:
-            draft.unlink(missing_ok=True)
-            return self._room() >= self._margin_bytes
-        if self._room() < self._size_bytes + self._margin_bytes:
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
+            return self.room() >= self._margin_bytes
+        if self.room() < self._size_bytes + self._margin_bytes:
             return False
         try:
             fd = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
@@ -283,19 +325,39 @@ class Reserve:
                 os.ftruncate(fd, self._size_bytes)
             finally:
                 os.close(fd)
+            self._spares.mkdir(mode=0o700, exist_ok=True)
+            for number in range(START_FILES):  # a disk may run out of files before it runs out of bytes
+                (self._spares / f"{number:02d}").touch(mode=PRIVATE)
             draft.rename(self.path)
-        except OSError:
-            draft.unlink(missing_ok=True)
+        except OSError as error:
+            self._failed = error
+            with contextlib.suppress(OSError):
+                draft.unlink(missing_ok=True)
             return False
         return True
 
-    def _room(self) -> int:
+    def room(self) -> int:
+        """Free bytes where it is."""
         try:
             stat = os.statvfs(self.path.parent)
         except OSError:
             return 0
         blocks = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
         return blocks * stat.f_frsize
+
+
+def make_room(root: Path) -> bool:
+    """Let the reserve go where there is no room to open what a start opens. Whether that had to be.
+
+    A stop in good order leaves no logs behind, so a start has to make them: without this a disk that filled up
+    meanwhile would keep the service down.
+    """
+    reserve = root / "reserve"
+    number = probe(root, size_bytes=START_BYTES, files=START_FILES)
+    if number is None or trouble(OSError(number, ""), root) is not Trouble.FULL or not reserve.exists():
+        return False
+    Reserve(root, 0, 0).give_up()
+    return True
 
 
 def _allocate(fd: int, size_bytes: int) -> None:
@@ -315,7 +377,7 @@ def disk_room(path: Path) -> tuple[int, int]:
 
 def ground_warning(path: Path) -> str | None:
     """What is wrong with the file system under `path`, or None where nothing is known to be."""
-    kind = _file_system(path)
+    kind = file_system(path)
     why = _SHAKY_GROUND.get(kind) or ("it is served by a program" if kind.startswith("fuse") else None)
     if why is None:
         return None
@@ -325,7 +387,7 @@ def ground_warning(path: Path) -> str | None:
     )
 
 
-def _file_system(path: Path) -> str:
+def file_system(path: Path) -> str:
     """Linux's name for the file system that holds `path`; empty elsewhere."""
     best, kind = "", ""
     resolved = str(path.resolve())

@@ -11,12 +11,13 @@ import asyncio
 import contextlib
 import logging
 import sqlite3
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
 
-from sidecar.spool import files
+from sidecar.spool import files, last_words
 from sidecar.spool.chunk import Chunk
 from sidecar.spool.groups import read_lost
 from sidecar.spool.house import CreateChunk
@@ -38,6 +39,7 @@ from sidecar.spool.writer import Committed, Writer
 
 log = logging.getLogger("sidecar.spool")
 
+LAST_WORDS_S: Final = 2.0  # how long the end of a life waits for a disk to take the count of what it did not take
 _NEW_CHUNK_TRIES: Final = 3  # at opening: a sync that fails once must not keep the service from starting
 
 
@@ -62,6 +64,8 @@ class Spool:
         self.instance = instance
         self.settled = settled  # calls found open after a crash, now records with outcome `unknown`
         self.set_aside = tuple(recovered.set_aside)  # damaged files met at opening
+        self.stopped = recovered.stopped  # calls that the last life lost at its end
+        self.unwritten = 0  # calls that the disk did not take until the end: known after `close`
         self._lock = lock
         self._writer = writer
         self._metrics = metrics
@@ -117,11 +121,18 @@ class Spool:
         writer = Writer(root, recovered.position, limits, create=create)
         spool = cls(root, instance, lock, writer, recovered, len(opening.lines), metrics)
         try:
-            if not _begin(writer, opening):
+            if _begin(writer, opening):
+                last_words.forget(files.slot_dir(root, instance))
+            else:
                 spool._wait_with(opening)
         except BaseException:
             writer.stop()
             raise
+        if recovered.stopped:
+            log.error(
+                "calls of the last run are lost: its records waited in memory when it was stopped",
+                extra={"facts": {"calls": recovered.stopped, "instance": instance}},
+            )
         spool._recorded, spool._last_seq = writer.position.recorded, writer.position.last_seq
         for chunk in recovered.to_seal:
             writer.house.put_away(chunk)
@@ -185,9 +196,44 @@ class Spool:
 
     def close(self) -> None:
         """The same without a loop."""
-        if not self._writer.stop():
-            log.error("records in memory were lost: the disk took nothing until the end of the wait")
+        if not self._writer.stop() and self._lock.held:
+            self._leave_word()
         self._lock.release()
+
+    def _leave_word(self) -> None:
+        """The disk took nothing until the end of the wait: say what is lost, there and in the log."""
+        at, tally = self._writer.position, self.tally
+        lost = {**read_lost(at.lost), **tally.lost}
+        kept = at.recorded + len(self._writer.open_intents) + sum(lost.values())
+        self.unwritten = max(tally.admitted - kept, 0)
+        reason = self._writer.health.reason or "the disk took nothing"
+        wrote = self._write_note(last_words.Note(tally.admitted, dict(lost)))
+        if self.unwritten:
+            log.error(
+                "%d calls were served and their records are lost: %s; %s",
+                self.unwritten,
+                reason,
+                "the balance says so after the next start (lost: stopped)"
+                if wrote is None
+                else f"not even their number could be kept ({wrote}): no balance will say so",
+                extra={"facts": {"calls": self.unwritten, "kept_in_balance": wrote is None}},
+            )
+
+    def _write_note(self, note: last_words.Note) -> str | None:
+        """Why it could not be written; None where it was. On a thread of its own: a stuck disk may not let go."""
+        said: list[str | None] = []
+
+        def write() -> None:
+            try:
+                last_words.write(files.slot_dir(self.root, self.instance), note)
+                said.append(None)
+            except OSError as error:
+                said.append(error.strerror or str(error))
+
+        thread = threading.Thread(target=write, name="spool-last-words", daemon=True)
+        thread.start()
+        thread.join(LAST_WORDS_S)
+        return said[0] if said else "the disk does not answer"
 
     def __repr__(self) -> str:
         totals = self.snapshot().totals
@@ -217,6 +263,8 @@ def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
     """Settle the slots that nobody holds; what is in order already stays untouched. Answers those looked after."""
     adopted: list[str] = []
     for instance in files.instances(root):
+        if files.is_frozen(root, instance):
+            continue  # its open calls may go on elsewhere, and so may its numbers
         try:
             lock = files.FileLock(files.slot_dir(root, instance) / "lock")
         except SpoolLocked:
@@ -241,6 +289,7 @@ def _adopt(root: Path, instance: str, limits: Limits) -> bool:
         writer.house.put_away(chunk)
     try:
         writer.store([_settling_batch(recovered)])
+        last_words.forget(files.slot_dir(root, instance))
     finally:
         writer.stop()
     return True
@@ -252,7 +301,8 @@ def sqlite_version() -> str:
 
 
 def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
-    names = [files.check_instance(instance)] if instance is not None else files.instances(root)
+    free = [name for name in files.instances(root) if not files.is_frozen(root, name)]
+    names = [files.check_instance(instance)] if instance is not None else free
     for name in names:
         slot = files.slot_dir(root, name)
         files.make_directory(slot)

@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.spool import files, recovery
+from sidecar.spool import files, last_words, recovery
 from sidecar.spool.chunk import NO_BOUND, meta, readable_rows, translate
 from sidecar.spool.groups import RECORD_COLUMNS, Opening, RecordGroup, read_lost
 from sidecar.spool.spans import Place, missing_between, runs, start_of
@@ -82,8 +82,11 @@ class SpoolReader:
         """The greatest committed number; 0 when there is none."""
         with self._lock:
             for info in reversed(self._chunks(instance)):
-                with self._reading(info.path) as connection:
-                    return recovery.last_seq(connection, info.opening)
+                try:
+                    with self._reading(info.path) as connection:
+                        return recovery.last_seq(connection, info.opening)
+                except SpoolDamaged:
+                    continue  # mended by whoever opens the slot; until then what is before it counts
             return 0
 
     def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
@@ -110,17 +113,22 @@ class SpoolReader:
 
     def totals(self, instance: str) -> SpoolTotals:
         """As the last commit left them; `open` are the intents on disk without a completion."""
+        note = last_words.read(files.slot_dir(self.root, instance))
         with self._lock:
+            admitted = recorded = open_calls = 0
+            lost = "{}"
             for info in reversed(self._chunks(instance)):
-                with self._reading(info.path) as connection:
-                    _, admitted, recorded, lost = recovery.last_totals(connection)
-                    return SpoolTotals(
-                        admitted=admitted,
-                        recorded=recorded,
-                        open=len(recovery.open_intents(connection)),
-                        lost=read_lost(lost),
-                    )
-            return SpoolTotals()
+                try:
+                    with self._reading(info.path) as connection:
+                        _, admitted, recorded, lost = recovery.last_totals(connection)
+                        open_calls = len(recovery.open_intents(connection))
+                except SpoolDamaged:
+                    continue
+                break
+        together, gone = last_words.add(
+            note, admitted=admitted, recorded=recorded, open_calls=open_calls, lost=read_lost(lost)
+        )
+        return SpoolTotals(admitted=together, recorded=recorded, open=open_calls, lost=gone)
 
     def chunks(self, instance: str) -> list[ChunkInfo]:
         """The begun chunks of a slot, oldest first."""

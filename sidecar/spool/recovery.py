@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from sidecar.spool import files, salvage
+from sidecar.spool import files, last_words, salvage
 from sidecar.spool.chunk import FORMAT, PAGE_BYTES, Chunk, check_header, meta, translate
 from sidecar.spool.groups import INTENT_COLUMNS, IntentGroup, Opening, lost_json, read_lost
 from sidecar.spool.intents import intent_id
@@ -40,6 +40,8 @@ class Recovered:
     to_seal: list[Chunk] = field(default_factory=list)  # left by a crash; put away off the writer thread
     set_aside: list[Path] = field(default_factory=list)
     empty: list[Path] = field(default_factory=list)  # chunks without records: may go once a new one has begun
+    noted: bool = False  # the last life left word of what it could not write: to be forgotten once that is committed
+    stopped: int = 0  # how many calls that adds to what is lost
     clean: bool = True  # nothing is open and nothing is to be mended: the slot can stay as it is
 
 
@@ -58,15 +60,35 @@ def recover(root: Path, instance: str, *, remembered_seq: int = 0) -> Recovered:
         unsure = unsure or (damaged and newest is None)
         if begun and newest is None:
             newest = number
-    if newest is not None:
-        _read_newest(files.chunk_path(slot, newest), found)
+    while newest is not None:
+        try:
+            _read_newest(files.chunk_path(slot, newest), found)
+            break
+        except SpoolDamaged as error:
+            # Its first page is whole and one further in is not: only reading all of it tells.
+            log.error("a chunk is damaged: %s", error)
+            newest = _salvage_newest(root, instance, slot, newest, found)
+            unsure = True
     if unsure:
         # A commit of which only parts could be read had counted its calls as a whole: those that are gone without a
         # trace are in no term, as after any crash.
         at = found.position
         at.admitted = at.recorded + len(at.open_intents or ()) + sum(read_lost(at.lost).values())
     _skip_numbers(found, remembered_seq, unsure)
-    found.clean = not (found.to_seal or found.set_aside or found.position.open_intents)
+    note = last_words.read(slot)
+    if note is not None:
+        at = found.position
+        at.admitted, lost = last_words.add(
+            note,
+            admitted=at.admitted,
+            recorded=at.recorded,
+            open_calls=len(at.open_intents or ()),
+            lost=read_lost(at.lost),
+        )
+        found.stopped = sum(lost.values()) - sum(read_lost(at.lost).values())
+        at.lost = lost_json(lost)
+    found.noted = note is not None
+    found.clean = not (found.to_seal or found.set_aside or found.position.open_intents or found.noted)
     return found
 
 
@@ -80,6 +102,20 @@ def _care_for(root: Path, instance: str, slot: Path, number: int, found: Recover
     done = salvage.replace_chunk(root, instance, path, number)
     found.set_aside.append(done.set_aside)
     return path.exists() and _begun(path), True
+
+
+def _salvage_newest(root: Path, instance: str, slot: Path, number: int, found: Recovered) -> int | None:
+    """Replace it by what can be read; the newest chunk that was begun, which may be the one before it then."""
+    path = files.chunk_path(slot, number)
+    for chunk in [chunk for chunk in found.to_seal if chunk.path == path]:
+        chunk.close()
+        found.to_seal.remove(chunk)
+    found.empty = [one for one in found.empty if one != path]
+    found.set_aside.append(salvage.replace_chunk(root, instance, path, number).set_aside)
+    for older in reversed([one for one in files.chunk_numbers(slot) if one <= number]):
+        if _begun(files.chunk_path(slot, older)):
+            return older
+    return None
 
 
 def _inspect(path: Path, number: int, found: Recovered) -> bool:

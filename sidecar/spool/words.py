@@ -10,6 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Final
+
+# For a directory that went while it was written. No word of a restart: what waits in memory would be lost with it.
+REMOVED: Final = "its directory was removed or moved; put it back, and what waits in memory is written by itself"
 
 
 class SpoolError(Exception):

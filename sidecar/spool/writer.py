@@ -26,13 +26,15 @@ from sidecar.spool.chunk import PAGE_BYTES, Chunk
 from sidecar.spool.groups import IntentGroup, Opening
 from sidecar.spool.house import CreateChunk, House
 from sidecar.spool.plan import Plan, Position, make_plan
-from sidecar.spool.words import Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
+from sidecar.spool.words import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")
 
 _LOG_FACTOR: Final = 2  # the log may be this many times `chunk_bytes` before the chunk is changed
 # How often to look whether the reserve and the chunk are still there: a commit takes 0.1 ms, so not before each.
 _LOOK_S: Final = 0.1
+_START_BYTES: Final = 4 << 20  # left alone for the next start
+_LAST_TRY_S: Final = 2.0  # at the end: what may fit into the reserve's room is 64 MiB at most
 
 
 @dataclass(slots=True, frozen=True)
@@ -61,6 +63,7 @@ class Writer:
         self._at = position
         self._open: dict[str, bytes] = dict(position.open_intents or {})
         self._limits = limits
+        self._root = root
         self._reserve = files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes)
         self._looked_s = 0.0
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
@@ -71,6 +74,7 @@ class Writer:
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._stopping = threading.Event()
         self._gave_up = False
+        self._last_try = False
         self._report: Callable[[Committed], None] = lambda committed: None
         self.house = House(root, position.instance, create, lambda: self.health.state is State.FULL)
         self.health = Health()  # replaced as a whole, so any thread may read it
@@ -78,6 +82,11 @@ class Writer:
     @property
     def position(self) -> Position:
         return self._at
+
+    @property
+    def open_intents(self) -> dict[str, bytes]:
+        """What the disk knows to be open: it is settled by the next start, and so not lost."""
+        return self._open
 
     @property
     def submit(self) -> Callable[[Batch], None]:
@@ -96,7 +105,7 @@ class Writer:
             self._queue.put(None)
             self._thread.join(self._limits.stop_s)
             self._stopping.set()
-            self._thread.join(self._limits.retry_s_max)
+            self._thread.join(max(self._limits.retry_s_max, _LAST_TRY_S))
         self._stopping.set()
         if self._thread.is_alive():  # a sync that does not come back
             self.house.leave()
@@ -149,20 +158,20 @@ class Writer:
             except Exception as error:  # a fault of ours must not end the only thread that writes
                 log.exception("a group could not be written")
                 self.note(SpoolFailed(f"a fault in the writer: {type(error).__name__}"))
-            if self._stopping.wait(wait_s):
+            if self._last_try:
                 self._gave_up = True
-                log.error(
-                    "the spool stops with records that the disk did not take",
-                    extra={"facts": {"batches": len(batches)}},
-                )
                 return None
+            if self._stopping.wait(wait_s):
+                self._last_try = True
+                self._reserve.give_up()
             wait_s = min(wait_s * 2, self._limits.retry_s_max)
 
     def note(self, error: SpoolError) -> None:
+        """Keep the first reason: what fails after it mostly follows from it."""
         health = Health(State.FULL if isinstance(error, SpoolFull) else State.DEGRADED, str(error))
         if self.health.state is not health.state:
             log.error("records wait in memory: %s", error)
-        self.health = health
+            self.health = health
 
     def store(self, batches: list[Batch]) -> Plan:
         """One try at one transaction. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
@@ -236,19 +245,27 @@ class Writer:
         if self.health.state is not State.FULL and now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
+        if not self._root.is_dir():
+            # Before anything else: whatever fails next in a directory that is not there says nothing of the reason.
+            self._chunk = None
+            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
         if self._chunk is not None and not self._chunk.path.exists():
             # SQLite would go on writing into a file that nobody can open any more.
             path = self._chunk.path
             self._chunk = None
-            raise SpoolFailed(f"{path} was removed while it was written: restore the data directory and restart")
+            raise SpoolFailed(f"{path} is not there: {REMOVED}")
+        if self._last_try:
+            # What is not written now is lost, so records may use the reserve's room after all, but for what the next
+            # start needs to open its files.
+            if self._reserve.room() < min(self._limits.reserve_bytes // 8, _START_BYTES):
+                raise SpoolFull(self.health.reason or "no room on the disk")
+            return
         if self.health.state is State.FULL:
             if not self._reserve.restore():
-                raise SpoolFull(self.health.reason or "no room on the disk")
+                missing = self._reserve.missing()
+                raise SpoolFull(self.health.reason or str(missing)) if isinstance(missing, SpoolFull) else missing
         elif not self._reserve.present and not self._reserve.restore():
-            raise SpoolFull(
-                f"{self._reserve.path} cannot be made: free at least"
-                f" {(self._limits.reserve_bytes + self._limits.recover_margin_bytes) >> 20} MiB on its disk"
-            )
+            raise self._reserve.missing()
 
     def _abandon(self, chunk: Chunk) -> None:
         """A file that failed: leave it; what it confirmed is copied out of it, off this thread."""

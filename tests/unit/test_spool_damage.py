@@ -319,3 +319,25 @@ async def test_the_totals_go_on_when_every_chunk_but_the_newest_is_gone(tmp_path
         assert report.in_order, report.problems
         assert (report.before, report.records) == (60, 1)
         assert spool.health().state is State.OK
+
+
+@pytest.mark.parametrize("left", ["sealed", "with its log"])
+@pytest.mark.parametrize("with_what", [bytes(4096), b"\xff" * 4096])
+async def test_a_bad_page_anywhere_in_the_newest_file_still_starts(tmp_path, left, with_what):
+    """First page, schema, inner pages, leaves: what can be read is kept, and the numbers go on behind it."""
+    await _fill(tmp_path / "root", 120, BIG, crash_to=tmp_path / "copy")
+    source = tmp_path / ("root" if left == "sealed" else "copy")
+    path = chunk_path(slot_dir(source, "a"), 1)
+    victim_name = path.name if left == "sealed" else wal_path(path).name
+    size = (path.parent / victim_name).stat().st_size
+    for page in range(0, size // 4096, 3 if left == "sealed" else 40):
+        root = shutil.copytree(source, tmp_path / f"{page}")
+        victim = slot_dir(root, "a") / victim_name
+        with victim.open("r+b") as file:
+            file.seek(page * 4096)
+            file.write(with_what)
+        spool = await _goes_on(root, BIG)
+        assert spool.snapshot().totals.holds
+        if page > 0 and left == "sealed":
+            assert len(rows(root, "a")) > 60
+        shutil.rmtree(root)

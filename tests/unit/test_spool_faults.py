@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -99,9 +98,21 @@ async def test_a_data_directory_that_was_removed_is_noticed(tmp_path):
     async with Spool.open(tmp_path / "data", limits=replace(SMALL, stop_s=0.1)) as spool:
         recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
         await recorded(recorder, call())
-        shutil.rmtree(tmp_path / "data")
+        # At once: what is removed file by file may lose a race against a writer that makes one.
+        (tmp_path / "data").rename(tmp_path / "gone")
         await until(lambda: _one_more(recorder) and spool.health().state is State.DEGRADED)
+        for _ in range(20):
+            assert _one_more(recorder) is True
+            await asyncio.sleep(0.005)
+            health = spool.health()
+            assert health.state is State.DEGRADED  # the first reason, not what fails because of it
+            assert "was removed or moved; put it back" in (health.reason or "")
+            assert "restart" not in (health.reason or "")
         assert spool.snapshot().totals.holds
+        (tmp_path / "gone").rename(tmp_path / "data")
+        await until(lambda: spool.health().state is State.OK)
+        await until(lambda: spool.snapshot().totals.open == 0)
+    assert len(rows(tmp_path / "data", spool.instance)) == spool.snapshot().totals.admitted
 
 
 def _one_more(recorder: SpoolRecorder) -> bool:
@@ -306,3 +317,56 @@ def test_ground_that_does_not_keep_records_is_named(tmp_path):
     if os.path.ismount("/dev/shm"):
         assert "SIDECAR_DATA_DIR" in (ground_warning(Path("/dev/shm/not/there/yet")) or "")
     assert sqlite_version().count(".") == 2
+
+
+async def test_what_a_full_disk_did_not_take_until_the_end_is_in_the_balance(tmp_path, caplog):
+    """Somebody else takes the reserve's room as soon as it is given up: nothing but the count can be kept."""
+    with small_disk(tmp_path / "disk", "4m") as root:
+        limits = replace(SMALL, stop_s=0.1)
+        spool = Spool.open(root, limits=limits)
+        async with spool:
+            recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.02)
+            await recorded(recorder, call())
+            fillers = [fill_up(root)]
+            for _ in range(400):
+                recorder.admit(exchange := call(url="https://api.example.com/" + "x" * 2000))
+                recorder.complete(exchange, None)
+                await asyncio.sleep(0)
+            await until(lambda: not (root / "reserve").exists())
+            fillers.append(fill_up(root, "more"))
+            with fillers[0].open("r+b") as file:  # a page: what the count needs
+                file.truncate(fillers[0].stat().st_size - 8192)
+            await recorder.aclose()
+        kept = len(rows(root, spool.instance))
+        assert spool.unwritten == 401 - kept > 0
+        assert f"{spool.unwritten} calls were served and their records are lost" in caplog.text
+        with SpoolReader(root) as reader:
+            totals = reader.totals(spool.instance)
+        assert totals.holds
+        assert (totals.admitted, totals.lost) == (401, {"stopped": spool.unwritten})
+        for filler in fillers:
+            filler.unlink()
+        for _ in range(2):  # told once, however often it is opened
+            async with Spool.open(root, limits=SMALL, instance=spool.instance) as again:
+                totals = again.snapshot().totals
+                assert totals.holds
+                assert totals.lost == {"stopped": spool.unwritten}
+        assert again.stopped == 0
+        await asyncio.sleep(0)
+        _in_order(root)
+
+
+async def test_the_reserve_takes_the_last_records(tmp_path):
+    with small_disk(tmp_path / "disk", "4m") as root:
+        async with Spool.open(root, limits=replace(SMALL, stop_s=0.1, reserve_bytes=1 << 20)) as spool:
+            recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.02)
+            await recorded(recorder, call())
+            fill_up(root)
+            for _ in range(100):
+                recorder.admit(exchange := call(url="https://api.example.com/" + "x" * 2000))
+                recorder.complete(exchange, None)
+                await asyncio.sleep(0)
+            await until(lambda: spool.health().state is State.FULL)
+            await recorder.aclose()
+        assert spool.unwritten == 0
+        assert len(rows(root, spool.instance)) == 101

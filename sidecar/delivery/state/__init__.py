@@ -111,6 +111,23 @@ class DeliveryState:
             )
         return None if row is None else float(row[0])
 
+    def last_clock(self) -> float | None:
+        """The wall clock when delivery last looked at it."""
+        with self._held() as conn:
+            row = conn.execute("SELECT value FROM meta WHERE name = 'wall_s'").fetchone()
+        return None if row is None else float(row[0])
+
+    def all_cursors(self) -> dict[str, int]:
+        """How far each backend is in each spool, by "backend instance"."""
+        with self._held() as conn:
+            rows = conn.execute("SELECT backend, instance, seq FROM cursor").fetchall()
+        return {f"{backend} {instance}": int(seq) for backend, instance, seq in rows}
+
+    def served(self) -> list[str]:
+        """The backends that this file works for."""
+        with self._held() as conn:
+            return [name for (name,) in conn.execute("SELECT name FROM backend WHERE removed = 0 ORDER BY name")]
+
     def expire_risks(self) -> int:
         """The clock stepped: no open request that may have been taken is recognised for sure any more."""
         with self._step() as books:

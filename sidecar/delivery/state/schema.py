@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.delivery.state.rows import StateBusy, StateError, StateFull
+from sidecar.disk import Trouble, make_private, trouble
 
 VERSION: Final = 1
 BUSY_TIMEOUT_S: Final = 10.0  # another writer can only be a second instance, which the lock forbids
@@ -64,6 +65,7 @@ def open_writer(path: Path) -> tuple[sqlite3.Connection, bool]:
     """The one writing connection, and whether the file was made by this call."""
     created = not path.exists() or path.stat().st_size == 0
     with told(path):
+        make_private(path)
         conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
         try:
             _prepare(conn, path)
@@ -133,15 +135,21 @@ def told(path: Path) -> Iterator[None]:
     """SQLite's errors in our words; nobody else names them."""
     try:
         yield
-    except sqlite3.Error as error:
-        code = getattr(error, "sqlite_errorcode", 0) & 0xFF
-        if code == sqlite3.SQLITE_FULL:
-            raise StateFull(f"{path}: no room on the disk; make some, delivery goes on by itself") from error
-        if code in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
-            raise StateError(
-                f"{path} is damaged ({error}): move it aside and start again; what may have been delivered before "
-                "is then parked unless the backend recognises repeats"
-            ) from error
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
-            raise StateBusy(f"{path} is in use by another process; stop it") from error
+    except (OSError, sqlite3.Error) as error:
+        match trouble(error, path):
+            case Trouble.FULL:
+                raise StateFull(f"{path}: no room on the disk; make some, delivery goes on by itself") from error
+            case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+                raise StateError(
+                    f"{path} is damaged ({error}): move it aside and start again; what may have been delivered before "
+                    "is then parked unless the backend recognises repeats"
+                ) from error
+            case Trouble.BUSY:
+                raise StateBusy(f"{path} is in use by another process; stop it") from error
+            case Trouble.READ_ONLY:
+                raise StateError(f"{path}: its file system is read-only; mount it for writing") from error
+            case Trouble.DENIED:
+                raise StateError(f"{path} cannot be opened ({error}): give this user the data directory") from error
+            case Trouble.GONE:
+                raise StateError(f"{path}: its directory was removed or moved; put it back") from error
         raise StateError(f"{path}: {error}") from error
