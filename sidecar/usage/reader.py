@@ -45,6 +45,8 @@ class Reader:
     """What the first generated text looks like on the wire, for the time to the first token."""
     must_hold: ClassVar[bytes] = b""
     """Bytes without which a small plain answer is not worth parsing."""
+    counts_each: ClassVar[bool] = False
+    """Every message counts for itself, so none may be passed over for its cost; else the last ones say it all."""
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 
