@@ -18,7 +18,7 @@ HEADERS_MAX_BYTES = 131_072  # botocore's limit
 PAYLOAD_MAX_BYTES = 25_165_824  # botocore's limit, 24 MiB
 KEPT_MAX_BYTES = 262_144  # of a frame that is read; a larger one is passed over, its checksum still checked
 
-FRAMES_FREE = 2_048  # before their number must be in proportion to their length
+FRAMES_FREE = 1_024  # before their number must be in proportion to their length
 FRAME_BYTES = 64  # that pay for one; the smallest of a real stream have twice that
 FRAMES_A_PIECE = 16  # paid for by each piece, which costs more than they do
 

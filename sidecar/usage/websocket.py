@@ -16,7 +16,7 @@ from sidecar.usage.sockets import MESSAGE_MAX_BYTES, Session
 
 UNPACKED_MAX_BYTES = 4_194_304  # that may come of one piece at once: 10 ms of unpacking
 UNPACKED_RATIO = 64  # and for each byte that comes, on and on; JSON unpacks to 5 to 20, silent sound in base64 to 60
-FRAMES_FREE = 2_048  # of one side, before their number must be in proportion to their length
+FRAMES_FREE = 1_024  # of one side, before their number must be in proportion to their length
 FRAME_BYTES = 64  # that pay for one; the smallest messages of a model have about as many
 FRAMES_A_PIECE = 16  # paid for by each piece, which costs more than they do
 HEAD_MAX_BYTES = 14  # of a frame: two bytes, a length of eight, a mask of four
