@@ -31,6 +31,9 @@ from sidecar.usage.stored import SEEN, CountedIds
 from sidecar.usage.table import Row
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
+FINISH_STEPS_MAX = 8  # of decoding, at the end of an answer that was cut off: 4 MiB, about 10 ms
+SIGN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
+SIGN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
 _SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
@@ -77,6 +80,7 @@ class AnswerTap:
     _sign: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
     _bytes: int = 0  # decoded bytes and lines, for an estimate
     _lines: int = 0
+    _searched: int = 0  # bytes looked through for the first token
     _blanks: int = 0  # pieces of nothing but blanks before the answer
     _decoder: Codings | None = None
     _framing: Framing | None = None
@@ -114,7 +118,7 @@ class AnswerTap:
 
     @property
     def behind(self) -> bool:
-        """Whether decoded bytes wait: `feed(b"")` works off another step of them, `finish` all of them."""
+        """Whether decoded bytes wait: `feed(b"")` works off another step of them, `finish` only a few."""
         return self._decoder is not None and not self._ended and self._decoder.behind
 
     def feed(self, piece: bytes) -> bool:
@@ -224,9 +228,14 @@ class AnswerTap:
         ended = framing.feed(piece) if framing is not None else self._sniff(piece)
         if self._mentions is not None:
             self._look(piece)
-        if self._sign is not None and self._sign.search(piece) is not None:
-            self._first_token_ns = self._fixed.clock_ns()
-            self._sign = None
+        if self._sign is not None:
+            if len(piece) > SIGN_PIECE_BYTES:
+                self._searched += len(piece)
+            if self._searched > SIGN_MAX_BYTES:
+                self._sign = None
+            elif self._sign.search(piece) is not None:
+                self._first_token_ns = self._fixed.clock_ns()
+                self._sign = None
         if self._fixed.estimate:
             self._bytes += len(piece)
             self._lines += piece.count(b"\n")
@@ -305,13 +314,18 @@ class AnswerTap:
 
     def _finish(self, whole: bool) -> Usage | None:
         if self._decoder is not None:
-            while self.behind:
-                self.feed(b"")
+            for _ in range(FINISH_STEPS_MAX):
+                if self.behind:
+                    self.feed(b"")
+            if self.behind:
+                self._give_up("decoded_too_large", "the decoded answer is too large for what was sent")
         framing = self._framing
         streamed = ended = False
         if framing is not None:
-            framing.finish()
+            framing.finish(whole and self._reason is None)
             streamed, ended = framing.streamed, framing.ended
+            if framing.busy:
+                self._reason = self._reason or "the answer has more parts than its length allows: not all was read"
         elif self._only:
             ended = read_whole(self._front, self._only)
         usage = self._model_usage(whole, streamed=streamed, ended=ended)

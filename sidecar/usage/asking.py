@@ -13,7 +13,7 @@ import orjson
 
 from sidecar.usage.members import Members
 from sidecar.usage.openai import ChatCompletions
-from sidecar.usage.reader import Reader
+from sidecar.usage.reader import Document, Reader
 from sidecar.usage.values import part
 
 BODY_MAX_BYTES = 1_048_576  # rewritten whole; a larger request is left as it is
@@ -48,11 +48,12 @@ def with_usage_asked(body: bytes) -> bytes | None:
     """
     if len(body) > BODY_MAX_BYTES or b'"stream"' not in body:
         return None
-    try:
-        document = orjson.loads(body)
-    except ValueError:
+    members = Members({"stream": True, "stream_options": True})
+    members.feed(body)
+    if members.busy or members.document.get("stream") is not True:
         return None
-    if type(document) is not dict or document.get("stream") is not True:
+    document = _object(body)
+    if document.get("stream") is not True:
         return None
     options = document.get("stream_options")
     if "stream_options" not in document:
@@ -65,11 +66,20 @@ def with_usage_asked(body: bytes) -> bytes | None:
     members = Members({"stream_options": True})
     members.feed(body)
     start, end = members.span
-    if end <= start:
+    if members.busy or end <= start:
         return None
     if not options:
         return b"".join((body[:start], _ASK, body[end:]))
     return b"".join((body[: start + 1], b'"include_usage":true,', body[start + 1 :]))
+
+
+def _object(body: bytes) -> Document:
+    """The whole body; an empty object where it is none."""
+    try:
+        document = orjson.loads(body)
+    except ValueError:
+        return {}
+    return document if type(document) is dict else {}
 
 
 class UsageChunkFilter:

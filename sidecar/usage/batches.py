@@ -28,6 +28,8 @@ class BatchFile(Reader):
         "response": {"status_code": True, "request_id": True, "body": {**ChatCompletions.wanted, **Responses.wanted}},
     }
 
+    counts_each: ClassVar[bool] = True
+
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._answers: list[Usage] = []

@@ -96,6 +96,10 @@ class Choice(Reader):
     def arrays_stream(self) -> bool:  # type: ignore[override]
         return self.best is not None and self.best.arrays_stream
 
+    @property
+    def counts_each(self) -> bool:  # type: ignore[override]
+        return self.best is not None and self.best.counts_each
+
     def places(self) -> Tree:
         return self._everybody.tree if self.settled is None else self.settled.places()
 
@@ -196,6 +200,10 @@ class Envelope(Reader):
     @property
     def arrays_stream(self) -> bool:  # type: ignore[override]
         return self._inner.arrays_stream
+
+    @property
+    def counts_each(self) -> bool:  # type: ignore[override]
+        return self._inner.counts_each
 
     def places(self) -> Tree:
         inner = self._inner.places()

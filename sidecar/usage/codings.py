@@ -26,6 +26,7 @@ else:
 PART_BYTES = 65_536  # output handed on at a time; what aiohttp reads from a socket at most
 STEP_BYTES = 524_288  # output made for one piece, however small: about half a millisecond of inflating
 STEP_RATIO = 32  # … and for a large one; JSON seldom shrinks by more than 20
+STEP_MAX_BYTES = 4_194_304  # … and for the largest: 10 ms with reading it, whatever it holds
 BACKLOG_MAX_BYTES = 1_048_576  # compressed bytes that wait: the side buffer of a call
 DECODED_MAX_BYTES = 4_294_967_296  # of one body: nothing larger has been seen as JSON
 RATIO_MAX = 200  # decoded : coded, looked at only beyond the next limit
@@ -193,7 +194,7 @@ class Codings:
         self._coded += len(piece)
         first.waiting = first.waiting + piece if first.waiting else piece
         try:
-            yield from self._step(max(STEP_BYTES, STEP_RATIO * len(piece)))
+            yield from self._step(min(STEP_MAX_BYTES, max(STEP_BYTES, STEP_RATIO * len(piece))))
         except (zlib.error, brotli.error, zstd.ZstdError, EOFError, MemoryError):
             raise Unreadable("decoding_failed", "the content coding could not be undone") from None
         if len(first.waiting) > self._backlog_max_bytes:

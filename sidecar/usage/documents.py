@@ -10,9 +10,10 @@ from typing import Any
 
 import orjson
 
-from sidecar.usage.framing import MESSAGE_MAX_BYTES, JsonLines, Parsing, complete
-from sidecar.usage.members import Members, Skipper
+from sidecar.usage.framing import LAST_MESSAGES, MESSAGE_MAX_BYTES, PARSED_STEPS, JsonLines, Parsing, complete
+from sidecar.usage.members import STEPS_EARNED, STEPS_FREE, Members, Skipper
 from sidecar.usage.reader import Reader
+from sidecar.usage.tail import Tail
 
 DOCUMENT_MAX_BYTES = 65_536  # a plain answer parsed whole: 0.2 ms at most; larger ones are skimmed
 
@@ -36,6 +37,10 @@ class LinesOrDocument:
     def ended(self) -> bool:
         return self._framing is not None and self._framing.ended
 
+    @property
+    def busy(self) -> bool:
+        return self._framing is not None and self._framing.busy
+
     def feed(self, piece: bytes) -> bool:
         if self._framing is not None:
             return self._framing.feed(piece)
@@ -55,11 +60,11 @@ class LinesOrDocument:
         self._start = bytearray()
         return self._framing.feed(bytes(start))
 
-    def finish(self) -> None:
+    def finish(self, whole: bool = True) -> None:
         if self._framing is None:
             self._framing = OneDocument(self._reader)
             self._framing.feed(bytes(self._start))
-        self._framing.finish()
+        self._framing.finish(whole)
 
 
 class OneDocument(Parsing):
@@ -69,7 +74,7 @@ class OneDocument(Parsing):
 
     def __init__(self, reader: Reader) -> None:
         self._reader = reader
-        self.streamed = self.ended = False
+        self.streamed = self.ended = self.busy = False
         self._pieces: list[bytes] = []
         self._size = 0
         self._members: Members | None = None
@@ -84,8 +89,11 @@ class OneDocument(Parsing):
             self._compact()
         return False
 
-    def finish(self) -> None:
+    def finish(self, whole: bool = True) -> None:
         if self._members is not None:
+            if not whole:
+                self._members.cut()
+            self.busy = self._members.busy
             self.ended = _read_skimmed(self._reader, self._members)
             self._members = None
             return
@@ -121,6 +129,8 @@ def read_whole(reader: Reader, body: bytes) -> bool:
 def _read_skimmed(reader: Reader, members: Members) -> bool:
     if members.document:
         reader.document(members.document)
+    if members.busy and reader.concerned:
+        reader.anomaly("document_too_busy")
     if members.oversized and reader.concerned:
         reader.anomaly("value_oversized")
     return members.done
@@ -129,10 +139,11 @@ def _read_skimmed(reader: Reader, members: Members) -> bool:
 class Elements(Parsing):
     """One JSON array: a stream of its elements (Gemini without `alt=sse`), or the answers to several prompts.
 
-    An array of anything but objects (bare embeddings) has nothing to say and is passed over.
+    An array of anything but objects (bare embeddings) has nothing to say and is passed over. Elements are rationed as
+    messages are (see `framing`): of an array that has more, the last ones are read.
     """
 
-    __slots__ = ("_element", "_long", "_passing", "_skip", "_started")
+    __slots__ = ("_element", "_long", "_passing", "_skip", "_started", "_steps", "_tail")
 
     def __init__(self, reader: Reader) -> None:
         super().__init__(reader)
@@ -141,18 +152,32 @@ class Elements(Parsing):
         self._skip = Skipper()
         self._element = bytearray()
         self._long: Members | None = None
+        self._steps = STEPS_FREE
+        self._tail: Tail | None = None
 
     def feed(self, piece: bytes) -> bool:
+        if self._tail is not None:
+            self._tail.feed(piece)
+            return False
         pos, end = 0, len(piece)
+        self._steps += (end * STEPS_EARNED) >> 20
         while pos < end and not self._passing:
+            if self._steps < self._skip.steps:
+                self._hurry(piece[pos:])
+                return False
             if self._skip.depth:
+                self._skip.limit = self._steps
                 after = self._skip.container(piece, pos)
+                if after < 0 and self._steps < self._skip.steps:
+                    continue
                 self._keep(piece[pos : after if after >= 0 else None])
                 if after < 0:
                     return False
                 self._element_ended()
+                self._steps -= PARSED_STEPS + ((after - pos) >> 7)
                 pos = after
                 continue
+            self._steps -= 1
             byte = piece[pos]
             pos += 1
             if byte == 0x7B and self._started:
@@ -167,10 +192,27 @@ class Elements(Parsing):
                 self._passing = self.ended = True
         return False
 
-    def finish(self) -> None:
+    def finish(self, whole: bool = True) -> None:
         self.streamed = self._reader.arrays_stream
         self._element.clear()
         self._long = None
+        value = self._tail.value(()) if self._tail is not None and whole else None
+        self._tail = None
+        if value is not None:
+            self.ended = True
+            for document in value[-LAST_MESSAGES:] if type(value) is list else [value]:
+                if type(document) is dict:
+                    self._deliver(document, "")
+
+    def _hurry(self, rest: bytes) -> None:
+        """Read no more than the end, from here on."""
+        self.busy = True
+        if self._reader.concerned:
+            self._reader.anomaly("stream_too_busy")
+        self._element.clear()
+        self._long = None
+        self._tail = Tail()
+        self._tail.feed(rest)
 
     def _keep(self, data: bytes) -> None:
         if self._long is not None:

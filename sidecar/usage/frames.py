@@ -19,6 +19,10 @@ HEADERS_MAX_BYTES = 131_072  # botocore's limit
 PAYLOAD_MAX_BYTES = 25_165_824  # botocore's limit, 24 MiB
 KEPT_MAX_BYTES = 262_144  # of a frame that is read; a larger one is passed over, its checksum still checked
 
+FRAMES_FREE = 1_024  # before their number must be in proportion to their length
+FRAME_BYTES = 64  # that pay for one; the smallest of a real stream have twice that
+FRAMES_A_PIECE = 16  # paid for by each piece, which costs more than they do
+
 _PRELUDE = struct.Struct("!III")
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # value bytes by header type; 6 and 7 state theirs
 
@@ -46,21 +50,23 @@ def begins(start: bytes) -> bool | None:
 class EventStream:
     """Implements `framing.Framing` for binary frames."""
 
-    __slots__ = ("_crc", "_reader", "_rest", "_skip", "ended", "streamed")
+    __slots__ = ("_crc", "_left", "_reader", "_rest", "_skip", "busy", "ended", "streamed")
 
     def __init__(self, reader: FrameReader) -> None:
         self._reader = reader
         self._rest = bytearray()
         self._skip = 0  # bytes still to pass of a frame too large to keep
         self._crc = 0
+        self._left = FRAMES_FREE
         self.streamed = True
-        self.ended = False
+        self.ended = self.busy = False
 
     def feed(self, piece: bytes) -> bool:
         if self._skip:
             piece = self._pass_over(piece)
         rest = self._rest
         rest += piece
+        self._left = min(FRAMES_FREE, self._left + FRAMES_A_PIECE) + len(piece) // FRAME_BYTES
         while not self._skip and len(rest) >= PRELUDE_BYTES:
             total, head_size = _check(rest)
             if total > KEPT_MAX_BYTES:
@@ -71,6 +77,10 @@ class EventStream:
                 continue
             if len(rest) < total:
                 return False
+            self._left -= 1
+            if self._left < 0:
+                self.busy = True
+                raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
             frame = bytes(rest[:total])
             del rest[:total]
             if zlib.crc32(frame[:-4]) != int.from_bytes(frame[-4:], "big"):
@@ -83,7 +93,7 @@ class EventStream:
                 return True
         return False
 
-    def finish(self) -> None:
+    def finish(self, whole: bool = True) -> None:
         self._rest.clear()
 
     def _pass_over(self, piece: bytes) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Collection
 
 HEAD_MAX_BYTES = 4_096  # of one part; browsers and clients send about 150
 FIELD_MAX_BYTES = 512  # of a kept field: a model's name
+PARTS_MAX = 512  # of a form; what comes behind so many is left unread
 BOUNDARY_MAX_CHARS = 200  # RFC 2046 allows 70
 
 _BOUNDARY = re.compile(r'boundary\s*=\s*(?:"([^"]+)"|([^;\s]+))', re.IGNORECASE)
@@ -20,12 +21,14 @@ _FILE = re.compile(rb"[;\s]filename\*?\s*=", re.IGNORECASE)
 class FormFields:
     """Feed the body; `fields` holds what was found."""
 
-    __slots__ = ("_delimiter", "_name", "_rest", "_state", "_value", "_wanted", "fields")
+    __slots__ = ("_delimiter", "_left", "_name", "_rest", "_state", "_value", "_wanted", "fields", "too_many")
 
     def __init__(self, content_type: str, wanted: Collection[str]) -> None:
         self.fields: dict[str, str] = {}
         found = _BOUNDARY.search(content_type)
         boundary = (found[1] or found[2]) if found is not None else ""
+        self.too_many = False  # parts: some were left unread
+        self._left = PARTS_MAX
         self._wanted = wanted
         self._rest = b"\r\n"  # the first delimiter has no line end before it
         self._delimiter = b"\r\n--" + boundary.encode("utf-8", "replace")
@@ -54,6 +57,11 @@ class FormFields:
         if self._name is not None and len(self._value) <= FIELD_MAX_BYTES:
             self.fields[self._name] = self._value.removeprefix(b"\r\n").decode("utf-8", "replace")
         self._name, self._value, self._state = None, b"", "head"
+        self._left -= 1
+        if self._left < 0:
+            self.too_many = True
+            self._state = "over"
+            return b""
         return data[at + len(self._delimiter) :]
 
     def _head(self, data: bytes) -> bytes | None:

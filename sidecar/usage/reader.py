@@ -48,6 +48,8 @@ class Reader:
     """The events of Amazon's binary frames that are of this family."""
     arrays_stream: ClassVar[bool] = False
     """Whether an array is a stream of its elements, and not the answers to several prompts."""
+    counts_each: ClassVar[bool] = False
+    """Every message counts for itself, so none may be passed over for its cost; else the last ones say it all."""
     header_names: ClassVar[tuple[str, ...]] = ()
     """Response headers (lower case) that this reader wants to see."""
 

@@ -7,7 +7,7 @@ answer is read; it names the model where the answer does not.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import orjson
@@ -43,10 +43,12 @@ class RequestReading:
     _form: FormFields | None = None
     _decoder: Codings | None = None
     _size: int = 0
+    _busy: bool = False
 
-    def __init__(self, more: tuple[str, ...] = ()) -> None:
+    def __init__(self, more: tuple[str, ...] = (), anomaly: Callable[[str], None] | None = None) -> None:
         """`more`: further members at the top level that are wanted."""
         self._more = more
+        self._anomaly = anomaly
         self._pieces: list[bytes] | None = []
 
     def describe(self, fields: Mapping[str, str]) -> None:
@@ -91,7 +93,8 @@ class RequestReading:
         if self._facts is not None or self._form is not None:
             return
         if self._members is not None:
-            facts: Mapping[str, Any] | None = self._members.document if self._members.done else None
+            members = self._members
+            facts: Mapping[str, Any] | None = members.document if members.done and not members.busy else None
         else:
             facts = self._whole()
         if facts is not None:
@@ -145,18 +148,28 @@ class RequestReading:
     def _take(self, part: bytes) -> None:
         if self._form is not None:
             self._form.feed(part)
+            if self._form.too_many and not self._busy:
+                self._say_busy()
         elif self._members is not None:
             self._members.feed(part)
+            if self._members.busy and not self._busy:
+                self._say_busy()
         elif self._pieces is not None:
             self._pieces.append(part)
             self._size += len(part)
             if self._size > BODY_MAX_BYTES or len(self._pieces) > 1024:
                 self._compact()
 
+    def _say_busy(self) -> None:
+        """Only the beginning and the end are read: what the middle said is not known."""
+        self._busy = True
+        if self._anomaly is not None:
+            self._anomaly("request_too_busy")
+
     def _compact(self) -> None:
         body = b"".join(self._pieces or ())
         self._pieces = [body]
         if len(body) > BODY_MAX_BYTES:
             self._members = Members(self._wanted())
-            self._members.feed(body)
             self._pieces = None
+            self._take(body)

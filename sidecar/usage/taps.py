@@ -156,7 +156,7 @@ class RequestReadingTap:
         self.place = place
         self.may_ask = False
         self.opened_ns = opened_ns
-        self.body = RequestReading(taps.body_fields)
+        self.body = RequestReading(taps.body_fields, taps.anomaly)
 
     def feed(self, piece: bytes) -> None:
         try:

@@ -20,6 +20,9 @@ from sidecar.usage.sockets import Session
 MESSAGE_MAX_BYTES = 262_144  # of a message kept whole; a larger one (a response with a picture) is skimmed as it passes
 UNPACKED_MAX_BYTES = 4_194_304  # that may come of one piece at once: 10 ms of unpacking
 UNPACKED_RATIO = 64  # and for each byte that comes, on and on; JSON unpacks to 5 to 20, silent sound in base64 to 60
+FRAMES_FREE = 1_024  # of one side, before their number must be in proportion to their length
+FRAME_BYTES = 64  # that pay for one; the smallest messages of a model have about as many
+FRAMES_A_PIECE = 16  # paid for by each piece, which costs more than they do
 HEAD_MAX_BYTES = 14  # of a frame: two bytes, a length of eight, a mask of four
 
 _EMPTY_BLOCK = b"\x00\x00\xff\xff"  # what a sender leaves off at a message's end
@@ -70,8 +73,8 @@ class MessageReader:
     """One side's frames, cut anywhere. `feed` gives the messages that ended in what it was fed."""
 
     __slots__ = (
-        "_anomaly", "_data", "_final", "_head", "_in_message", "_inflater", "_left", "_mask", "_masked", "_packed",
-        "_parts", "_places", "_size", "_skimmed", "over",
+        "_anomaly", "_data", "_final", "_frames", "_head", "_in_message", "_inflater", "_left", "_mask", "_masked",
+        "_packed", "_parts", "_places", "_size", "_skimmed", "over",
     )  # fmt: skip
 
     def __init__(
@@ -86,6 +89,7 @@ class MessageReader:
         self._left = 0  # of a frame's payload
         self._data = False  # the frame is a message's, and not a control frame
         self._final = False
+        self._frames = FRAMES_FREE
         self._mask = b""
         self._in_message = False
         self._packed = False
@@ -110,8 +114,12 @@ class MessageReader:
             data = self._head + data
             self._head = b""
         pos, end = 0, len(data)
+        self._frames = min(FRAMES_FREE, self._frames + FRAMES_A_PIECE) + end // FRAME_BYTES
         while pos < end:
             if not self._left:
+                self._frames -= 1
+                if self._frames < 0:
+                    raise Unreadable("websocket_too_busy")
                 after = self._open_frame(data, pos, end)
                 if after < 0:
                     self._head = data[pos:]
