@@ -34,7 +34,8 @@ class Claims:
 
     def __init__(self, readers: Sequence[type[Reader]]) -> None:
         self.readers = tuple(readers)
-        self.signs = tuple(dict.fromkeys(sign for reader in readers for sign in reader.claim_signs))
+        signs = {sign for reader in readers for sign in reader.claim_signs}
+        self.signs = tuple(sorted(sign for sign in signs if not any(o in sign for o in signs - {sign})))
         tree: Tree = {}
         for reader in readers:
             tree = united(tree, reader.wanted)

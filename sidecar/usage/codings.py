@@ -104,22 +104,27 @@ class _Deflate:
 
 
 class _Brotli:
-    __slots__ = ("_decoder", "waiting")
+    """It takes in more than it gives out, and says that it takes more while it still holds some back."""
+
+    __slots__ = ("_decoder", "_held", "waiting")
 
     def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
+        self._held = False  # the last output may not have been all of it
         self.waiting = b""
 
     def read(self, room: int) -> bytes:
         decoder = self._decoder
-        if decoder.can_accept_more_data():
-            if not self.waiting or decoder.is_finished():
-                self.waiting = b""
-                return b""
+        if decoder.is_finished():
+            self.waiting = b""
+            return b""
+        data = b""
+        if decoder.can_accept_more_data() and self.waiting:
             data, self.waiting = self.waiting, b""
-        else:
-            data = b""
+        elif not self._held:
+            return b""
         out: bytes = decoder.process(data, output_buffer_limit=room)
+        self._held = bool(out) or not decoder.can_accept_more_data()
         return out
 
 

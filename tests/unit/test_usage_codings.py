@@ -154,3 +154,19 @@ def test_zstd_windows_are_bounded() -> None:
     wide = stream.compress(b"x" * 100) + stream.flush()
     with pytest.raises(Unreadable):
         undo(made("zstd"), wide, 1000)
+
+
+@pytest.mark.parametrize("size", [70_000, 100_000, 300_000, 2_000_000])
+@pytest.mark.parametrize("step", [0, 61, 1013, 65_536])
+def test_brotli_that_was_flushed_often_gives_all_of_it_in_one_piece(size: int, step: int) -> None:
+    """Its decoder holds output back while it says that it takes more input."""
+    body = (b'{"text":"' + b"i" * size + b'","usage":1}') * 2
+    pack = brotli.Compressor()
+    pieces = [body[start : start + step] for start in range(0, len(body), step)] if step else [body]
+    coded = b"".join(pack.process(piece) + pack.flush() for piece in pieces) + pack.finish()
+    undone = decoder("br")
+    assert undone is not None
+    out = b"".join(undone.feed(coded))
+    while undone.behind:
+        out += b"".join(undone.feed(b""))
+    assert out == body
