@@ -25,6 +25,7 @@ EVENT_NAME_MAX_BYTES = 128
 # each piece read. One that comes message by message loses nothing by that; one that comes all at once, its middle.
 LAST_MESSAGES = 8
 PARSED_STEPS = 4  # of parsing a message and taking what it says
+UNSETTLED_STEPS = 16  # … while it is shown to every reader, because nobody knows yet whose answer it is
 UNREADABLE_STEPS = 32  # of a message that the strict parser refuses
 SEARCHED_A_STEP = 256  # bytes that the search for what is of interest passes in a step
 BATCH = 64  # messages split off a piece at a time
@@ -259,7 +260,7 @@ class _Messages(Parsing):
             return reader.done()
         if reader.dull(message):
             return False
-        self._steps -= PARSED_STEPS + len(data) // SEARCHED_A_STEP
+        self._steps -= (PARSED_STEPS if reader.decided else UNSETTLED_STEPS) + len(data) // SEARCHED_A_STEP
         document = self._parse(data)
         return document is not None and self._deliver(document, event)
 

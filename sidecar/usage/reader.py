@@ -54,6 +54,7 @@ class Reader:
     """Response headers (lower case) that this reader wants to see."""
 
     # Defaults stand on the class: a reader is made for every call, and most of these are never set.
+    decided: bool = True  # whether it is known whose answer it is
     settled: Reader | None = None  # who is to be asked in this one's place from now on (see `choosing`)
     concerned: bool = True  # whether what cannot be read is a loss: not where it may be nobody's
     seen: bool = False  # something of this family's shape was seen
