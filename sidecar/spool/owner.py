@@ -301,17 +301,22 @@ def sqlite_version() -> str:
 
 
 def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
-    free = [name for name in files.instances(root) if not files.is_frozen(root, name)]
-    names = [files.check_instance(instance)] if instance is not None else free
-    for name in names:
-        slot = files.slot_dir(root, name)
-        files.make_directory(slot)
-        try:
-            return name, files.FileLock(slot / "lock")
-        except SpoolLocked:
-            if instance is not None:
-                raise
-    return _take_slot(root, files.new_instance())
+    if instance is not None:
+        return instance, _lock_slot(root, files.check_instance(instance))
+    for name in files.instances(root):
+        if not files.is_frozen(root, name):
+            with contextlib.suppress(SpoolLocked):
+                return name, _lock_slot(root, name)
+    while True:
+        name = files.new_instance()
+        with contextlib.suppress(SpoolLocked):  # another worker that starts now found our new slot before we locked it
+            return name, _lock_slot(root, name)
+
+
+def _lock_slot(root: Path, name: str) -> files.FileLock:
+    slot = files.slot_dir(root, name)
+    files.make_directory(slot)
+    return files.FileLock(slot / "lock")
 
 
 def _settling_batch(recovered: Recovered) -> Batch:

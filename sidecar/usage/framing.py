@@ -230,7 +230,7 @@ class _Messages(Parsing):
         return False
 
     def _unreadable(self, data: bytes) -> Document:
-        self._steps -= UNREADABLE_STEPS
+        self._steps -= UNREADABLE_STEPS if self._reader.decided else 4 * UNREADABLE_STEPS
         return {} if self._strict else super()._unreadable(data)
 
     def _last(self, block: bytes) -> bool:

@@ -132,7 +132,9 @@ async def test_writes_to_a_closed_connection_do_no_harm() -> None:
         await until(lambda: upstream.connections == 1)
         await hop.recorder.let_in()
         server_side = next(iter(hop.proxy._clients.open))  # type: ignore[union-attr]
-        connection = next(iter(hop.proxy._hop.calls)).connection  # type: ignore[union-attr]
+        call = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
+        await until(lambda: call.connection is not None)  # the upstream may see it before the hop does
+        connection = call.connection
         assert connection is not None
         assert server_side.transport is not None
         server_side.transport.abort()

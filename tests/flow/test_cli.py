@@ -504,7 +504,7 @@ def test_check_tells_the_faults_of_meters_backends_and_settings_together(
             assert [word in problem for problem in problems].count(True) == 1, word
     (tmp_path / "ledger.db").write_bytes(b"no database" * 100)
     assert main(["check"]) == 2
-    assert "cannot be read" in capsys.readouterr().err
+    assert "ledger.db is damaged (file is not a database)" in capsys.readouterr().err
 
 
 async def test_check_connect_says_what_is_wrong_at_a_backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -13,6 +14,8 @@ from pathlib import Path
 import pytest
 
 from sidecar.lock import LAYOUT, DataLock, InUseError, LockError, NewerError, Note, NotWritableError, running
+from sidecar.spool import FileLock, Spool
+from sidecar.spool.files import make_directory, slot_dir
 
 HOLDER = """
 import sys, time
@@ -125,3 +128,23 @@ def test_all_of_them_are_lock_errors() -> None:
     assert issubclass(InUseError, LockError)
     assert issubclass(NewerError, LockError)
     assert issubclass(NotWritableError, LockError)
+
+
+def test_a_new_slot_that_another_worker_found_first_is_left_to_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two workers start on an empty directory: one makes a slot, the other looks for a free one before it is locked."""
+    names = iter(("00000001", "00000002"))
+
+    def new_instance() -> str:
+        name = next(names)
+        if name == "00000001":
+            make_directory(slot_dir(tmp_path, name))
+            found_first.append(FileLock(slot_dir(tmp_path, name) / "lock"))
+        return name
+
+    found_first: list[FileLock] = []
+    monkeypatch.setattr("sidecar.spool.files.new_instance", new_instance)
+    with contextlib.closing(Spool.open(tmp_path)) as spool:
+        assert spool.instance == "00000002"
+    found_first[0].release()
