@@ -37,6 +37,7 @@ class Native(Reader):
     last_events: ClassVar[tuple[str, ...]] = ()  # types of the message that ends a stream
     usage_is_last: ClassVar[bool] = False  # the usage comes once, at the end
     told_by: ClassVar[tuple[tuple[Path, ...], ...]] = ()  # with all places of one of these it is this vendor's
+    _telling: ClassVar[tuple[tuple[str, tuple[Path, ...]], ...]] = ()
     must: ClassVar[tuple[bytes, ...]] = ()  # one of these stands in every message of interest
     first_token: ClassVar[re.Pattern[bytes] | None] = _TEXT
     end_signs: ClassVar[tuple[bytes, ...]] = (b"[DONE]",)
@@ -48,6 +49,8 @@ class Native(Reader):
             if path:
                 _want(wanted, path)
         cls.wanted = wanted
+        # Most documents are none of ours: one look for the first member of a place tells, before the place is walked.
+        cls._telling = tuple((group[0].partition(".")[0].removesuffix("[]"), group) for group in cls.told_by)
         cls.claim_signs = (
             *(b"sage", b"oken"),
             *(group[-1].rpartition(".")[2].removesuffix("[]").encode() for group in cls.told_by),
@@ -57,7 +60,10 @@ class Native(Reader):
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return any(all(_first(document, path) is not None for path in group) for group in cls.told_by)
+        for begins, group in cls._telling:
+            if begins in document and all(_first(document, path) is not None for path in group):
+                return True
+        return False
 
     def dull(self, block: bytes) -> bool:
         if not self.seen or not self.must or any(sign in block for sign in self.must):
