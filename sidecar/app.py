@@ -284,7 +284,8 @@ async def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
     SIGHUP reads the listener's certificate anew. Raises what kept it from starting, a part's own error.
 
-    Where there is no room to begin and `SIDECAR_ON_SPOOL_FULL` is `pass`, calls are served all the same, by one process.
+    Where there is no room to begin and `SIDECAR_ON_SPOOL_FULL` is `pass`, calls are served all the same, by one
+    process.
     """
     with signals.stop_event() as stop:
         try:
