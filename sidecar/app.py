@@ -16,6 +16,7 @@ import signal
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol
 
@@ -23,18 +24,20 @@ from aiohttp import web
 
 from sidecar import log as logs
 from sidecar import parts, signals
-from sidecar.admin import Readiness, application
+from sidecar.admin import Instance, Readiness, application
 from sidecar.admin.control import control
 from sidecar.admin.guard import Guard, open_port
 from sidecar.balance import Balance
 from sidecar.billing import Billing, Room, billing
 from sidecar.delivery import mending
 from sidecar.delivery.state import StateError
+from sidecar.disk import Trouble
+from sidecar.early import Early, NoRoomError, no_room, serving_early, text_of
 from sidecar.ledger import LedgerError
 from sidecar.lock import DataLock, LockError
 from sidecar.metrics import Gauges, Metrics
 from sidecar.place import As
-from sidecar.settings import Settings
+from sidecar.settings import OnSpoolFull, Settings
 from sidecar.sockets import CONTROL, SocketError, listen_privately, listening, remove
 from sidecar.spool import Snapshot, SpoolError, ground_warning, make_room
 from sidecar.supervisor import WorkerError, workers
@@ -179,22 +182,30 @@ class Sidecar:
 
 
 @asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[Sidecar]:
-    """The start-up list; read it backwards for the drain. Raises the parts' own errors, which say what to do."""
+async def running(settings: Settings, early: Early | None = None) -> AsyncIterator[Sidecar]:
+    """The start-up list; read it backwards for the drain. Raises the parts' own errors, which say what to do.
+
+    `early`: what serves already; it becomes a part of the whole.
+    """
     # `last` closes after `stack`: the admin port answers while calls end and the last deliveries go out.
     async with AsyncExitStack() as last, AsyncExitStack() as stack:
-        lock = last.enter_context(DataLock.take(settings.data_dir, wait_s=settings.stop_s))
+        taking = partial(DataLock.take, settings.data_dir, wait_s=settings.stop_s)
+        lock = last.enter_context(await asyncio.to_thread(taking))
         warning = ground_warning(settings.data_dir)
         if warning:
             log.warning(warning)
         if make_room(settings.data_dir):
             log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
-        metrics = Metrics(backends=settings.backends)
+        metrics = Metrics(backends=settings.backends) if early is None else early.counted
         bills = await stack.enter_async_context(billing(settings, metrics))
-        intake, url = await _open_intake(stack, settings, lock, bills, metrics)
+        intake, url = await _open_intake(stack, settings, lock, bills, metrics, early)
         sidecar = Sidecar(bills=bills, intake=intake, counted=metrics, proxy_url=url)
         await open_control(stack, settings.data_dir / CONTROL, sidecar)
-        sidecar.admin_url = await open_admin(last, settings, sidecar)
+        if early is None:
+            sidecar.admin_url = await open_admin(last, settings, sidecar)
+        else:
+            last.push_async_callback(early.admin.aclose)
+            sidecar.admin_url, early.whole = early.admin_url, sidecar
         stack.push_async_callback(sidecar.stop)
         lock.announce(admin=sidecar.admin_url, proxy=sidecar.proxy_url)
         log.info("ready", extra={"facts": {"proxy": sidecar.proxy_url, "admin": sidecar.admin_url}})
@@ -203,7 +214,7 @@ async def running(settings: Settings) -> AsyncIterator[Sidecar]:
 
 
 async def _open_intake(
-    stack: AsyncExitStack, settings: Settings, lock: DataLock, bills: Billing, metrics: Metrics
+    stack: AsyncExitStack, settings: Settings, lock: DataLock, bills: Billing, metrics: Metrics, early: Early | None
 ) -> tuple[Intake, str]:
     """Let calls in, here or in workers; the intake and its address."""
     if settings.workers > 1:
@@ -216,16 +227,19 @@ async def _open_intake(
     traffic = await stack.enter_async_context(
         serving(
             settings,
-            key=parts.hash_key(settings),
+            key=parts.hash_key(settings, None if early is None else early.key),
             metrics=metrics,
             committed=bills.delivery.wake,
             remembered_seq=lambda instance: bills.remembered().get(instance, 0),
+            early=early,
         )
     )
+    if early is not None:
+        return traffic, early.url
     return traffic, await listen(traffic.proxy, settings.listen, tls=settings.tls_cert_file is not None)
 
 
-async def open_admin(stack: AsyncExitStack, settings: Settings, sidecar: Sidecar) -> str:
+async def open_admin(stack: AsyncExitStack, settings: Settings, sidecar: Instance) -> str:
     """Open the admin port; it is closed with the stack. Answers where it is, as a URL."""
     address = settings.admin_listen
     guard = Guard.of(address, settings.admin_token, settings.admin_hosts)
@@ -268,19 +282,52 @@ def _let_go(path: Path) -> None:
 
 async def serve(settings: Settings) -> int:
     """Run until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
-    SIGHUP reads the listener's certificate anew. Raises what kept it from starting, a part's own error."""
-    opened = False
+    SIGHUP reads the listener's certificate anew. Raises what kept it from starting, a part's own error.
+
+    Where there is no room to begin and `SIDECAR_ON_SPOOL_FULL` is `pass`, calls are served all the same, by one
+    process.
+    """
     with signals.stop_event() as stop:
         try:
-            async with running(settings) as sidecar:
-                opened = True
-                await _serve_until(stop, sidecar, settings)
-        except BaseExceptionGroup as group:
-            # What a start raises passes the groups of the parts that are open already.
-            fault = None if opened else only_fault(group, START_FAULTS)
-            if fault is None:
-                raise
-            raise fault from None
+            return await _whole(settings, stop, None)
+        except _Unable as unable:
+            found = unable.found
+        if settings.on_spool_full is OnSpoolFull.REFUSE:
+            raise NoRoomError(f"cannot start: {text_of(settings.data_dir, found)}")
+        settings = replace(settings, workers=1)
+        async with serving_early(settings, found) as early:
+            early.admin_url = await open_admin(early.admin, settings, early)
+            while await early.room(stop):
+                try:
+                    return await _whole(settings, stop, early)
+                except _Unable as unable:
+                    log.warning("still no room to begin: %s", unable)
+        return FAILED if early.waiting else OK
+
+
+class _Unable(Exception):
+    """A start that found no room, or nothing that may be written."""
+
+    def __init__(self, fault: BaseException, found: Trouble) -> None:
+        super().__init__(str(fault))
+        self.found = found
+
+
+async def _whole(settings: Settings, stop: asyncio.Event, early: Early | None) -> int:
+    opened = False
+    try:
+        async with running(settings, early) as sidecar:
+            opened = True
+            await _serve_until(stop, sidecar, settings)
+    except (BaseExceptionGroup, *START_FAULTS) as error:
+        # What a start raises passes the groups of the parts that are open already.
+        fault = only_fault(error, START_FAULTS) if isinstance(error, BaseExceptionGroup) else error
+        if opened or fault is None:
+            raise
+        found = None if early is not None and early.taken else no_room(settings.data_dir, fault)
+        if found is not None:
+            raise _Unable(fault, found) from fault
+        raise fault from None
     # Records that the disk did not take until the end: whoever stopped us has to hear of it.
     return FAILED if sidecar.intake.lost_at_stop else OK
 

@@ -190,10 +190,10 @@ def look_at_place(settings: Settings, state: DeliveryState) -> place.Noticed | N
 async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing]:
     """Start delivering. Leaving makes one last pass, bounded by `DRAIN_S`. Raises the parts' own errors."""
     async with AsyncExitStack() as stack:
-        state = DeliveryState.open(settings.data_dir / "delivery.db")
+        state = await asyncio.to_thread(DeliveryState.open, settings.data_dir / "delivery.db")
         stack.callback(state.close)
         copied = await asyncio.to_thread(look_at_place, settings, state)
-        for instance in adopt_orphans(settings.data_dir):
+        for instance in await asyncio.to_thread(adopt_orphans, settings.data_dir):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": instance}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         backends = billers.backends(settings)

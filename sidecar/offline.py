@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Final, TypeVar
 
 from sidecar import billers, billing, place
 from sidecar.delivery import DeliveryState, SystemClock, removed
@@ -64,6 +64,9 @@ class _Parking:
         return read_clock(SystemClock()), False
 
 
+SAID: Final = "somebody said so"  # that it is a copy, where nothing in it could tell
+
+
 async def adopt(data_dir: Path, how: place.As) -> dict[str, int]:
     """Decide what a data directory is while no instance runs on it, also where nothing was noticed: after a snapshot of
     a whole volume was put back, nothing in it can tell. How many records are left to another instance, by backend.
@@ -75,15 +78,18 @@ async def adopt(data_dir: Path, how: place.As) -> dict[str, int]:
         stack.callback(state.close)
         reader = stack.enter_context(SpoolReader(data_dir))
         noticed = place.noticed_in(data_dir)
-        ends = place.ends_of(data_dir)
+        # What was recorded here since it was noticed is nobody else's: that is no part of what was copied.
+        ends = place.ends_of(data_dir) if noticed is None else noticed.ends
         if how is place.As.COPY:
-            place.freeze(data_dir, ends)
-            whole = noticed is None or noticed.whole
+            if noticed is None:
+                noticed = place.notice(data_dir, SAID, whole=True, since_s=state.last_clock(), ends=ends)
+                # Kept before anything is parked: cut short here, it is a copy still, and nothing of it is delivered.
+                place.store(data_dir, state.all_cursors(), noticed)
             for name in state.served():
-                if not (whole and name == billing.LEDGER):
+                if not (noticed.whole and name == billing.LEDGER):
                     counts[name] = await removed.leave(name, _Parking(reader, state), ends)
         else:
-            place.thaw(data_dir, ends if noticed is None else noticed.ends)
+            place.thaw(data_dir, ends)
         place.store(data_dir, state.all_cursors(), None)
     return counts
 

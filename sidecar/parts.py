@@ -23,11 +23,11 @@ from sidecar.attribution import Kind as SourceKind
 from sidecar.log import Seldom
 from sidecar.metrics import Metrics
 from sidecar.proxy import Proxy, ProxyRules, UpstreamAddress
-from sidecar.recorder import SpoolRecorder
+from sidecar.recorder import IntakeSpool, SpoolRecorder
 from sidecar.routes import Routes
 from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
-from sidecar.spool import Spool
+from sidecar.spool.files import translate
 from sidecar.target import client_path
 from sidecar.unclaimed import Unclaimed
 from sidecar.usage.heads import provider_of_host
@@ -181,7 +181,7 @@ def body_fields(settings: Settings) -> tuple[str, ...]:
     return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
 
 
-def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorder:
+def recorder(settings: Settings, spool: IntakeSpool, metrics: Metrics) -> SpoolRecorder:
     return SpoolRecorder(
         spool,
         metrics,
@@ -192,19 +192,37 @@ def recorder(settings: Settings, spool: Spool, metrics: Metrics) -> SpoolRecorde
     )
 
 
-def hash_key(settings: Settings) -> bytes:
+def hash_key(settings: Settings, made: bytes | None = None) -> bytes:
     """The key of the subscribers' hashes: as set, else made once and kept in the data directory.
 
-    A key that was set is condensed to 32 bytes, so that any length of text will do. Raises `OSError`.
+    `made`: the one that is used already, and could not be kept before. Raises `OSError`, or `SpoolError` where it
+    cannot be kept.
     """
+    kept = kept_hash_key(settings)
+    if kept is not None:
+        return kept
+    path = settings.data_dir / HASH_KEY_FILE
+    _tell_new_key(settings, path)
+    try:
+        return _keep_hash_key(path, made or new_hash_key())
+    except OSError as error:
+        raise translate(error, f"cannot keep {path}") from error
+
+
+def new_hash_key() -> bytes:
+    return secrets.token_bytes(HASH_KEY_BYTES)
+
+
+def kept_hash_key(settings: Settings) -> bytes | None:
+    """The key that was set, condensed to 32 bytes so that any length of text will do, or the one in the data directory;
+    None where there is none yet. Raises `OSError`."""
     if settings.hash_key is not None:
         return hashlib.blake2b(settings.hash_key.reveal().encode(), digest_size=HASH_KEY_BYTES).digest()
     path = settings.data_dir / HASH_KEY_FILE
     try:
         kept = bytes.fromhex(path.read_text("ascii").strip())
     except FileNotFoundError:
-        _tell_new_key(settings, path)
-        return _make_hash_key(path)
+        return None
     except ValueError:
         kept = b""
     if len(kept) != HASH_KEY_BYTES:
@@ -224,21 +242,20 @@ def _tell_new_key(settings: Settings, path: Path) -> None:
         )
 
 
-def _make_hash_key(path: Path) -> bytes:
-    key = secrets.token_bytes(HASH_KEY_BYTES)
+def _keep_hash_key(path: Path, key: bytes) -> bytes:
     # Linked into place whole: two workers that start at once both end up with the one that was first.
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-    with os.fdopen(fd, "w") as file:
-        file.write(key.hex() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
     try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(key.hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
         os.link(temporary, path)
     except FileExistsError:
         key = bytes.fromhex(path.read_text("ascii").strip())
     finally:
-        temporary.unlink()
+        temporary.unlink(missing_ok=True)
     return key
 
 

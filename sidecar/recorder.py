@@ -27,8 +27,7 @@ from sidecar.ids import CHANCE_BYTES, Ids
 from sidecar.record import encode
 from sidecar.settings import Durability, OnSpoolFull
 from sidecar.spool.intents import encode_intent
-from sidecar.spool.owner import Spool
-from sidecar.spool.words import Batch, Health, State
+from sidecar.spool.words import Batch, Health, State, Tally
 
 log = logging.getLogger("sidecar.recorder")
 
@@ -64,12 +63,25 @@ class RecorderMetrics(Protocol):
     def released_uncommitted(self, count: int) -> None: ...
 
 
+class IntakeSpool(Protocol):
+    """A spool as far as it is needed here."""
+
+    tally: Tally
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def next_seq(self) -> int: ...
+    def submit(self, batch: Batch) -> None: ...
+    def health(self) -> Health: ...
+
+
 class SpoolRecorder:
     """`exchange.Recorder`, over a spool."""
 
     def __init__(
         self,
-        spool: Spool,
+        spool: IntakeSpool,
         metrics: RecorderMetrics,
         *,
         durability: Durability | str = Durability.COMMITTED,
@@ -162,6 +174,10 @@ class SpoolRecorder:
         if self._memory_full():
             return Health(State.FULL, "the memory behind the disk is full")
         return Health(State.DEGRADED, self._degraded) if self._degraded is not None else spool
+
+    def suspend(self, reason: str) -> None:
+        """No commit is to be waited for until there was one."""
+        self._degraded = reason
 
     @property
     def refusing(self) -> bool:

@@ -6,10 +6,12 @@ There is one in the only process, or one in each worker. It knows nothing of bac
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 from sidecar import parts
 from sidecar.admin import Readiness
@@ -58,6 +60,14 @@ class Traffic:
         """Nothing to see to: this process is the one that ends."""
 
 
+class Intaking(Protocol):
+    """A hop that serves before there is a spool."""
+
+    @property
+    def instance(self) -> str: ...
+    def take(self, spool: Spool) -> tuple[SpoolRecorder, Proxy]: ...
+
+
 @asynccontextmanager
 async def serving(
     settings: Settings,
@@ -66,22 +76,31 @@ async def serving(
     metrics: Metrics,
     committed: Callable[[], None],
     remembered_seq: Callable[[str], int] = lambda instance: 0,
-    instance: str | None = None,
+    early: Intaking | None = None,
 ) -> AsyncIterator[Traffic]:
     """Open a slot and the hop behind it. Leaving is the drain: no new calls, open ones finish within
-    `SIDECAR_STOP_S`, what they left is committed, the slot is let go. Raises the parts' own errors."""
+    `SIDECAR_STOP_S`, what they left is committed, the slot is let go. `early`: the hop that serves already. Raises the
+    parts' own errors."""
     parts.raise_file_limit(settings.connections)
     async with AsyncExitStack() as stack:
-        spool = Spool.open(settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq)
+        instance = None if early is None else early.instance
+        opening = partial(
+            Spool.open, settings.data_dir, instance=instance, metrics=metrics, remembered_seq=remembered_seq
+        )
+        spool = await asyncio.to_thread(opening)
         await stack.enter_async_context(spool)
         if spool.stopped:
             metrics.lost("stopped", spool.stopped)
         spool.on_committed(committed)
         committed()  # what was settled or salvaged while it opened
-        recorder = await stack.enter_async_context(parts.recorder(settings, spool, metrics))
-        proxy = parts.proxy(settings, recorder, metrics, key)
+        if early is not None:
+            recorder, proxy = early.take(spool)
+            stack.push_async_exit(recorder)
+        else:
+            recorder = await stack.enter_async_context(parts.recorder(settings, spool, metrics))
+            proxy = parts.proxy(settings, recorder, metrics, key)
+            await proxy.start()
         traffic = Traffic(spool=spool, recorder=recorder, proxy=proxy, counted=metrics)
-        await proxy.start()
         stack.push_async_callback(proxy.aclose)
         stack.push_async_callback(proxy.stop, settings.stop_s)
         stack.callback(partial(setattr, traffic, "stopping", True))

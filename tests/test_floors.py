@@ -57,6 +57,7 @@ FLOORS = {
     "sidecar.receiver": 3,
     "sidecar.scripted_llm": 3,
     "sidecar.app": 4,
+    "sidecar.early": 4,
     "sidecar.parts": 4,
     "sidecar.billers": 4,
     "sidecar.billing": 4,

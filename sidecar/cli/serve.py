@@ -16,6 +16,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from sidecar import app
     from sidecar.delivery.state import StateError
+    from sidecar.early import NoRoomError
     from sidecar.ledger import LedgerError
     from sidecar.lock import LockError, NotWritableError
     from sidecar.sockets import SocketError
@@ -26,7 +27,7 @@ def run(arguments: argparse.Namespace) -> int:
         return app.run(settings)
     except NotWritableError as error:
         raise CommandError(str(error), WRONG) from None
-    except (LockError, SpoolError, StateError, SocketError, WorkerError) as error:
+    except (NoRoomError, LockError, SpoolError, StateError, SocketError, WorkerError) as error:
         raise CommandError(str(error)) from None
     except LedgerError as error:
         raise CommandError(str(error), WRONG) from None

@@ -340,7 +340,8 @@ class Reserve:
         """Free bytes where it is."""
         try:
             stat = os.statvfs(self.path.parent)
-        except OSError:
+        except OSError as error:
+            self._failed = error  # a directory that has just gone is not one without room
             return 0
         blocks = stat.f_bfree if os.geteuid() == 0 else stat.f_bavail
         return blocks * stat.f_frsize

@@ -59,6 +59,12 @@ class House:
             log.warning("the next chunk could not be made ahead: %s", error)
             return None
 
+    def let_go(self) -> None:
+        """Forget the chunk that was ordered: its file is gone, or will be."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._thread.submit(self._discard, ahead)
+
     def make(self, number: int) -> Chunk:
         """A new chunk, at once. Raises `SpoolError`."""
         return self._create(
@@ -85,9 +91,7 @@ class House:
 
     def stop(self, deadline_s: float) -> None:
         """Finish what was ordered, as far as the disk lets us until then (monotonic time)."""
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            self._thread.submit(self._discard, ahead)
+        self.let_go()
         self._thread.submit(self._seal_rest, deadline_s)
         self._thread.shutdown(wait=True)
 

@@ -242,17 +242,16 @@ class Writer:
         Another writer of this directory may have given it up, and somebody may have removed our file.
         """
         now_s = time.monotonic()
-        if self.health.state is not State.FULL and now_s - self._looked_s < _LOOK_S:
+        if self.health.state is State.OK and now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
         if not self._root.is_dir():
             # Before anything else: whatever fails next in a directory that is not there says nothing of the reason.
-            self._chunk = None
+            self._let_go()
             raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
         if self._chunk is not None and not self._chunk.path.exists():
-            # SQLite would go on writing into a file that nobody can open any more.
             path = self._chunk.path
-            self._chunk = None
+            self._let_go()
             raise SpoolFailed(f"{path} is not there: {REMOVED}")
         if self._last_try:
             # What is not written now is lost, so records may use the reserve's room after all, but for what the next
@@ -266,6 +265,14 @@ class Writer:
                 raise SpoolFull(self.health.reason or str(missing)) if isinstance(missing, SpoolFull) else missing
         elif not self._reserve.present and not self._reserve.restore():
             raise self._reserve.missing()
+
+    def _let_go(self) -> None:
+        """Our files are gone: SQLite would go on writing into what nobody can open any more, also into the chunk that
+        was made ahead. Closed now, while no other file stands in their place: it takes a log away by its name."""
+        gone, self._chunk = self._chunk, None
+        if gone is not None:
+            gone.close()
+        self.house.let_go()
 
     def _abandon(self, chunk: Chunk) -> None:
         """A file that failed: leave it; what it confirmed is copied out of it, off this thread."""

@@ -17,6 +17,10 @@ import pytest
 from tiny import tiny_upstream
 from whole import Whole, running_receiver
 
+from sidecar import offline
+from sidecar.delivery import removed
+from sidecar.place import As
+
 
 async def calls(whole: Whole, count: int) -> None:
     async with aiohttp.ClientSession() as session:
@@ -147,6 +151,52 @@ async def test_adopted_while_nothing_runs(tmp_path, how):
         balance = await copy.settled()
         assert balance["backends"]["webhook"]["parked"] == ({"copied": 10} if how == "copy" else {})
         assert balance["backends"]["ledger"]["delivered"] == 10
+
+
+async def test_what_a_copy_recorded_itself_is_delivered_also_when_it_is_adopted_while_stopped(tmp_path):
+    async with copied(tmp_path) as (original, copy, url):
+        await copy.start()
+        await calls(copy, 5)
+        await until_pending(copy, 15)
+        assert await copy.stop() == 0
+        code, out, err = await copy.command("spool", "adopt", "--as", "copy")
+        assert (code, "webhook 10" in out) == (0, True), out + err
+        await copy.start()
+        balance = await copy.settled()
+        assert balance["holds"]
+        assert balance["backends"]["webhook"]["parked"] == {"copied": 10}
+        assert balance["backends"]["webhook"]["delivered"] == 5
+        assert set(Counter(await taken(url, "webhook")).values()) == {1}
+        code, out, _ = await copy.command("spool", "redrive", "--reason", "copied", "--resend-unknown")
+        assert code == 0, out  # the operator's own wish: what the original has sent too is there twice
+        balance = await copy.settled()
+        assert balance["holds"]
+        assert balance["backends"]["webhook"]["parked"] == {}
+        for whole in (original, copy):
+            code, out, _ = await whole.command("spool", "verify")
+            assert code == 0, out
+
+
+async def test_an_adoption_that_is_cut_short_leaves_a_copy(tmp_path, monkeypatch):
+    """Nothing was noticed, the operator says that it is a copy, and the command dies before it has parked all."""
+    async with copied(tmp_path) as (_, copy, url):
+        (copy.data_dir / "place").unlink()  # as after a snapshot of a whole volume: nothing tells
+        before = Counter(await taken(url, "webhook"))
+
+        async def cut_short(*_: object) -> int:
+            raise InterruptedError
+
+        monkeypatch.setattr(removed, "leave", cut_short)
+        with pytest.raises(InterruptedError):
+            await offline.adopt(copy.data_dir, As.COPY)
+        await copy.start()
+        await until_pending(copy, 10)
+        assert "was copied or put back" in (await copy.get("/readyz"))["notes"][0]
+        assert Counter(await taken(url, "webhook")) == before
+        code, out, _ = await copy.command("spool", "adopt", "--as", "copy")
+        assert (code, "webhook 10" in out) == (0, True)
+        assert (await copy.settled())["holds"]
+        assert Counter(await taken(url, "webhook")) == before
 
 
 async def test_what_is_no_copy_is_not_taken_for_one(tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -113,6 +114,58 @@ async def test_a_data_directory_that_was_removed_is_noticed(tmp_path):
         await until(lambda: spool.health().state is State.OK)
         await until(lambda: spool.snapshot().totals.open == 0)
     assert len(rows(tmp_path / "data", spool.instance)) == spool.snapshot().totals.admitted
+
+
+async def test_a_chunk_made_ahead_is_not_written_in_a_directory_that_is_gone(tmp_path):
+    """It was open before the directory went: writing it works, and what is in it can be opened by nobody."""
+    async with Spool.open(tmp_path / "data", limits=replace(SMALL, stop_s=0.1)) as spool:
+        recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
+        while not spool._writer.house.has_ahead:
+            await recorded(recorder, call())
+        await asyncio.to_thread(spool._writer.house.quiet)
+        (tmp_path / "data").rename(tmp_path / "gone")
+        spool._writer._looked_s = 0.0  # it looks ten times a second: let it be now
+        _one_more(recorder)
+        await until(lambda: spool.health().state is State.DEGRADED)
+        before = spool.snapshot().totals.recorded
+        for _ in range(30):
+            _one_more(recorder)
+            await asyncio.sleep(0.005)
+        assert spool.health().state is State.DEGRADED
+        assert spool.snapshot().totals.recorded == before
+        (tmp_path / "gone").rename(tmp_path / "data")
+        await until(lambda: spool.snapshot().totals.open == 0)
+    assert len(rows(tmp_path / "data", spool.instance)) == spool.snapshot().totals.admitted
+    with Spool_settled(tmp_path / "data") as settled:
+        assert settled == 0
+    _in_order(tmp_path / "data")
+
+
+async def test_a_directory_removed_file_by_file_is_noticed(tmp_path):
+    """What was in it is gone with it; what comes from then on waits, and is written once there is a directory again."""
+    data = tmp_path / "data"
+    async with Spool.open(data, limits=replace(SMALL, stop_s=0.1)) as spool:
+        recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
+        await recorded(recorder, call())
+        async with asyncio.timeout(20):
+            while data.exists():  # a writer that makes a file meanwhile is cleared away too
+                await asyncio.to_thread(shutil.rmtree, data, ignore_errors=True)
+                assert _one_more(recorder) is True
+        await until(lambda: _one_more(recorder) and spool.health().state is State.DEGRADED)
+        before = spool.snapshot().totals.recorded
+        for _ in range(30):
+            assert _one_more(recorder) is True
+            await asyncio.sleep(0.005)
+        health = spool.health()
+        assert health.state is State.DEGRADED
+        assert "was removed or moved; put it back" in (health.reason or "")
+        assert spool.snapshot().totals.holds
+        assert spool.snapshot().totals.recorded == before
+        slot_dir(data, spool.instance).mkdir(parents=True)
+        await until(lambda: spool.health().state is State.OK)
+        await until(lambda: spool.snapshot().totals.open == 0)
+    totals = spool.snapshot().totals
+    assert len(rows(data, spool.instance)) >= totals.admitted - before
 
 
 def _one_more(recorder: SpoolRecorder) -> bool:
