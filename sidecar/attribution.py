@@ -10,7 +10,8 @@ leaves out what the client's `Connection` takes out), and the target in its norm
 more than one way, or say two things at once; by that it must not choose who pays:
 
 - A header that occurs twice: the *last* field counts, also an empty one. A gateway in front appends the field that it
-  vouches for, behind whatever the client made up. A list with commas is one value.
+  vouches for, behind whatever the client made up. A list with commas is one value. Of a credential's header an empty
+  field, or a scheme without a key, says nothing: it opened no door, so another field did.
 - A query name that occurs twice with different values names nobody: upstreams take the first, the last or all of them.
 - Several credentials at once: `credential` asks first for the one that the upstream's API authenticates by.
 
@@ -161,9 +162,9 @@ class Attributor:
         found: dict[bytes, bytes] = {}
         for raw_name, value in headers:
             name = raw_name.lower()
-            if name in wanted and found.setdefault(name, value) != value:
+            if name in wanted and (before := found.setdefault(name, value)) != value:
                 self._anomaly("credentials_conflict" if name in self._credentials else "header_repeated")
-                found[name] = value
+                found[name] = _later(name, before, value)
         dimensions = {}
         if self._dimensions:
             dimensions = {
@@ -257,6 +258,12 @@ def _header_of(source: Source) -> bytes | None:
 
 def _is_secret(source: Source) -> bool:
     return source.kind is Kind.HEADER and source.name in SECRET_HEADERS and not source.plain
+
+
+def _later(header: bytes, before: bytes, value: bytes) -> bytes:
+    """Which of two fields of one header counts: the later, but of a credential's none that holds no key."""
+    name = header.decode("latin-1")
+    return value if name not in SECRET_HEADERS or _credential(name, value) else before
 
 
 def _credential(header: str, value: bytes) -> bytes:

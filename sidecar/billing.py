@@ -7,6 +7,7 @@ that is in use.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import random
 from collections.abc import AsyncIterator, Mapping
@@ -193,7 +194,8 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
         state = await asyncio.to_thread(DeliveryState.open, settings.data_dir / "delivery.db")
         stack.callback(state.close)
         copied = await asyncio.to_thread(look_at_place, settings, state)
-        for instance in await asyncio.to_thread(adopt_orphans, settings.data_dir):
+        told = functools.partial(metrics.lost, "stopped")
+        for instance in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": instance}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         backends = billers.backends(settings)

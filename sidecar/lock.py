@@ -132,6 +132,11 @@ class DataLock:
             narrow(path)
             return cls(path, fd)
         except OSError as error:
+            if trouble(error, path) is Trouble.READ_ONLY:
+                raise NotWritableError(
+                    f"the data directory {data_dir} is on a file system that is read-only; mount it for writing "
+                    "(what is in it is whole), or set SIDECAR_DATA_DIR to another one"
+                ) from None
             if trouble(error, path) is Trouble.FULL:
                 raise NotWritableError(
                     f"the data directory {data_dir} cannot be made: no room is left on its disk; free some, "

@@ -87,6 +87,8 @@ def _exchange(
         raise CommandError(f"{who} does not answer at {where}{path}: {error}") from None
     finally:
         connection.close()
+    if answer.status == 400 and wish is not None:
+        raise CommandError(_reason(content))  # what was asked is wrong, not the instance: only that is of use
     if answer.status >= 400:
         raise CommandError(f"{where}{path} answered {answer.status}: {_reason(content)}")
     return where + path, content

@@ -166,8 +166,13 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
+    from sidecar.cli.files import spool_of
+
     form = Format(arguments.format)
     rows = list(_parked_rows(arguments, data_dir))
+    if not rows:
+        with spool_of(data_dir):  # else it is no data directory, and nothing can be said of it
+            pass
     if form is Format.TABLE and not rows:
         print("nothing is parked")
         return OK

@@ -103,19 +103,20 @@ async def leave(name: str, owner: Books, ends: Mapping[str, int]) -> int:
     mine = {cursor.id for instance, cursor in cursors.items() if instance in ends}
     count = await _park_sealed(name, owner, COPIED, mine)
     for instance, end in ends.items():
-        if instance in cursors:
-            count += await _park_rest(cursors[instance], owner, end, COPIED)
+        count += await _park_rest(cursors.get(instance) or await _begun(name, owner, instance), owner, end, COPIED)
     return count
+
+
+async def _begun(name: str, owner: Books, instance: str) -> Cursor:
+    """A place in a spool that nothing was read of: its records are as pending as any."""
+    return await owner.in_state(functools.partial(owner.state.start_cursor, name, instance))
 
 
 async def _park_all(name: str, owner: Owner, ends: Mapping[str, int]) -> None:
     count = await _park_sealed(name, owner)
     cursors = {cursor.instance: cursor for cursor in await owner.in_state(lambda: owner.state.cursors(name))}
     for instance, end in ends.items():
-        cursor = cursors.get(instance)
-        if cursor is None:
-            cursor = await owner.in_state(functools.partial(owner.state.start_cursor, name, instance))
-        count += await _park_rest(cursor, owner, end)
+        count += await _park_rest(cursors.get(instance) or await _begun(name, owner, instance), owner, end)
     await owner.in_state(functools.partial(owner.state.parted, name))
     if count:
         _LOG.warning(

@@ -1,12 +1,14 @@
 """What a process could not write before it ended, in a small file of the slot: the records are gone, the count is not.
 
-Where the disk takes no records until the end, the reserve is given up and this is written into its room. The next start
+Where the disk takes no records until the end, this is written over blanks that have stood there since the start: the
+room that the reserve leaves may be taken by somebody else at once, a block that is ours already cannot. The next start
 adds the loss to the balance (`lost{stopped}`), and so does whoever reads the slot before that. The arithmetic may be
 done any number of times: what was lost is what was admitted and stands in no other term.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -14,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from sidecar.disk import PRIVATE
 from sidecar.spool import files
 
 NAME: Final = "unwritten"
+SIZE: Final = 4096  # a block: no more is needed, and no file system keeps less
 STOPPED: Final = "stopped"  # reason: in memory when the process ended, and on no disk
 
 
@@ -30,12 +34,27 @@ class Note:
 
 def write(slot: Path, note: Note) -> None:
     """Raises `OSError` where not even this can be written."""
-    draft = slot / f"{NAME}.draft"
-    with files.open_private(draft) as file:
-        json.dump({"admitted": note.admitted, "lost": dict(note.lost)}, file)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.rename(slot / NAME)
+    text = json.dumps({"admitted": note.admitted, "lost": dict(note.lost)})
+    _put(slot, text.encode("ascii"))
+
+
+def keep_room(slot: Path) -> None:
+    """Have blanks there instead of a note, so that a note needs no room. Without room now, that is tried at the end."""
+    path = slot / NAME
+    with contextlib.suppress(OSError):
+        if not path.exists() or path.stat().st_size != SIZE or path.read_bytes().strip():
+            _put(slot, b"")
+
+
+def _put(slot: Path, text: bytes) -> None:
+    """In place: a new file, and a rename, would need room in the directory too. A note is shorter than a sector."""
+    fd = os.open(slot / NAME, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+    try:
+        os.fchmod(fd, PRIVATE)
+        os.pwrite(fd, text.ljust(SIZE), 0)
+        os.fsync(fd)
+    finally:
+        os.close(fd)
     files.sync_directory(slot)
 
 

@@ -122,17 +122,13 @@ class Spool:
         spool = cls(root, instance, lock, writer, recovered, len(opening.lines), metrics)
         try:
             if _begin(writer, opening):
-                last_words.forget(files.slot_dir(root, instance))
+                last_words.keep_room(files.slot_dir(root, instance))
             else:
                 spool._wait_with(opening)
         except BaseException:
             writer.stop()
             raise
-        if recovered.stopped:
-            log.error(
-                "calls of the last run are lost: its records waited in memory when it was stopped",
-                extra={"facts": {"calls": recovered.stopped, "instance": instance}},
-            )
+        _tell_stopped(recovered.stopped, instance)
         spool._recorded, spool._last_seq = writer.position.recorded, writer.position.last_seq
         for chunk in recovered.to_seal:
             writer.house.put_away(chunk)
@@ -259,8 +255,13 @@ class Spool:
                 callback()
 
 
-def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
-    """Settle the slots that nobody holds; what is in order already stays untouched. Answers those looked after."""
+def adopt_orphans(
+    root: Path, *, limits: Limits | None = None, stopped: Callable[[int], None] = lambda calls: None
+) -> list[str]:
+    """Settle the slots that nobody holds; what is in order already stays untouched. Answers those looked after.
+
+    `stopped` hears of calls that the last life of a slot lost at its end.
+    """
     adopted: list[str] = []
     for instance in files.instances(root):
         if files.is_frozen(root, instance):
@@ -270,8 +271,10 @@ def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
         except SpoolLocked:
             continue
         try:
-            if _adopt(root, instance, limits or Limits()):
+            if (lost := _adopt(root, instance, limits or Limits())) is not None:
                 adopted.append(instance)
+                if lost:
+                    stopped(lost)
         except (SpoolFull, SpoolFailed, OSError) as error:
             log.error("the spool %s was left as it is: %s", instance, error)  # the next start tries again
         finally:
@@ -279,11 +282,11 @@ def adopt_orphans(root: Path, *, limits: Limits | None = None) -> list[str]:
     return adopted
 
 
-def _adopt(root: Path, instance: str, limits: Limits) -> bool:
-    """Settle one slot whose lock is held. False: it was in order."""
+def _adopt(root: Path, instance: str, limits: Limits) -> int | None:
+    """Settle one slot whose lock is held. How many calls its last life had lost; None: it was in order."""
     recovered = recover(root, instance)
     if recovered.clean:
-        return False
+        return None
     writer = Writer(root, recovered.position, limits)
     for chunk in recovered.to_seal:
         writer.house.put_away(chunk)
@@ -292,7 +295,16 @@ def _adopt(root: Path, instance: str, limits: Limits) -> bool:
         last_words.forget(files.slot_dir(root, instance))
     finally:
         writer.stop()
-    return True
+    _tell_stopped(recovered.stopped, instance)
+    return recovered.stopped
+
+
+def _tell_stopped(calls: int, instance: str) -> None:
+    if calls:
+        log.error(
+            "calls of the last run are lost: its records waited in memory when it was stopped",
+            extra={"facts": {"calls": calls, "instance": instance}},
+        )
 
 
 def sqlite_version() -> str:

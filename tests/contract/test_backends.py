@@ -139,7 +139,7 @@ async def test_nothing_that_a_record_may_hold_stops_an_encoder(given_records: li
 @functools.cache
 def made(name: str) -> Backend:
     """A backend to encode with: it opens no connection, and its ledger has no file."""
-    return build(name, Path("/nonexistent"), open_ledger=lambda: LedgerStore(Path(":memory:")))
+    return build(name, Path("/nonexistent"), open_ledger=lambda: LedgerStore(Path("/nonexistent/ledger.db")))
 
 
 DIGESTS = """

@@ -247,7 +247,9 @@ def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) 
     assert "no instance is running" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", [["usage"], ["records"], ["balance"], ["spool", "status"], ["spool", "verify"]])
+@pytest.mark.parametrize(
+    "command", [["usage"], ["records"], ["balance"], *(["spool", kind] for kind in ("status", "verify", "parked"))]
+)
 def test_an_empty_directory_is_a_clear_answer(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -390,6 +392,15 @@ def test_an_instance_that_says_no_is_quoted(
     admin["GET /balance"] = 500, {"error": "the spool is being mended"}
     assert main(["balance"]) == 1
     assert "answered 500: the spool is being mended" in capsys.readouterr().err
+
+
+def test_a_wish_that_is_wrong_is_told_why_and_nothing_else(
+    admin: dict[str, tuple[int, Any]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = {"error": "nobody is not one of the backends of this instance (meter)"}
+    admin["POST /redrive"] = 400, lambda wish: said
+    assert main(["spool", "redrive", "--backend", "nobody"]) == 1
+    assert capsys.readouterr().err == "nobody is not one of the backends of this instance (meter)\n"
 
 
 def test_a_redrive_goes_through_the_running_instance(

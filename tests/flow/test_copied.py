@@ -6,10 +6,11 @@ import asyncio
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 
 import aiohttp
@@ -123,6 +124,31 @@ async def test_a_copy_waits_and_is_left_to_the_original(tmp_path):
         assert len(numbers) == 10 + 3 + 5 + 2 + 2
         code, out, _ = await copy.command("spool", "verify")
         assert code == 0, out
+
+
+@pytest.mark.parametrize("running", [True, False])
+async def test_what_delivery_had_not_begun_in_the_copy_is_left_too(tmp_path, running):
+    """`delivery.db` is read before the spool while a directory is copied live: it may not know of the spool yet."""
+    async with copied(tmp_path) as (_, copy, url):
+        with closing(sqlite3.connect(tmp_path / "copy" / "delivery.db")) as db, db:
+            (cursor,) = db.execute("SELECT id FROM cursor WHERE backend = 'webhook'").fetchone()
+            db.execute("DELETE FROM payload WHERE request IN (SELECT id FROM sealed WHERE cursor = ?)", (cursor,))
+            for table in ("sealed", "counter"):
+                db.execute(f"DELETE FROM {table} WHERE cursor = ?", (cursor,))
+            db.execute("DELETE FROM cursor WHERE id = ?", (cursor,))
+        if running:
+            await copy.start()
+            await until_pending(copy, 10)
+        code, out, err = await copy.command("spool", "adopt", "--as", "copy")
+        assert code == 0, err
+        assert "webhook 10" in out
+        if not running:
+            await copy.start()
+        await calls(copy, 5)
+        balance = await copy.settled()
+        assert balance["backends"]["webhook"]["parked"] == {"copied": 10}
+        assert balance["backends"]["webhook"]["delivered"] == 5
+        assert set(Counter(await taken(url, "webhook")).values()) == {1}
 
 
 async def test_an_original_goes_on_as_before(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import socket
 import stat
 import subprocess
@@ -233,9 +234,12 @@ async def test_a_file_system_that_is_read_only_serves_where_it_was_written_befor
                 await whole.kill()
 
 
-async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_path):
+@pytest.mark.parametrize("pages", [0, 2])
+async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_path, pages):
+    """Without room for anything, and with some for the lock alone."""
     with small_disk(tmp_path / "disk", "4m") as root:
-        fill_up(root)
+        filler = fill_up(root)
+        os.truncate(filler, filler.stat().st_size - pages * 4096)
         async with tiny_upstream() as upstream:
             whole = Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", SIDECAR_ON_SPOOL_FULL="refuse")
             code, _, err = await whole.command("serve")
@@ -243,6 +247,8 @@ async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_
             said = [line for line in err.splitlines() if not line.startswith("{")]
             assert len(said) == 1, err
             assert "room" in said[0]
+            assert "set SIDECAR_DATA_DIR to another disk" in said[0]
+            assert "by itself" not in said[0]
             assert "move it away" not in err
 
 
@@ -256,6 +262,19 @@ def test_a_key_that_cannot_be_kept_is_said_by_name(tmp_path):
         filler.unlink()
         made = parts.new_hash_key()
         assert parts.hash_key(settings, made) == made == parts.hash_key(settings)
+
+
+async def test_a_disk_that_is_read_only_at_the_start_is_named(tmp_path):
+    with small_disk(tmp_path / "disk", "64m") as root:
+        async with tiny_upstream() as upstream:
+            whole = Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", SIDECAR_ON_SPOOL_FULL="refuse")
+            await whole.start()
+            await whole.stop()
+            subprocess.run(["mount", "-o", "remount,ro", str(root)], check=True)
+            code, _, err = await whole.command("serve")
+            assert code == 2
+            assert "read-only; mount it for writing" in err
+            assert "user" not in err.splitlines()[-1]
 
 
 async def test_every_file_is_its_owners_alone(tmp_path):

@@ -56,6 +56,12 @@ def token(**claims: object) -> bytes:
         ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", token(sub="b"))], "/",
          Subscriber("b", "jwt:sub")),
         ("jwt:sub", [(b"Authorization", token(sub="u").replace(b" ", b"\t \t"))], "/", Subscriber("u", "jwt:sub")),
+        # But a credential's field without a key is no credential: the one before it opened the door.
+        ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", b"")], "/", Subscriber("a", "jwt:sub")),
+        ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", b"Bearer ")], "/",
+         Subscriber("a", "jwt:sub")),
+        ("header:x-api-key:plain", [(b"x-api-key", b"c"), (b"x-api-key", b" ")], "/",
+         Subscriber("c", "header:x-api-key")),
         # A query name in any spelling; with two values it names nobody.
         ("query:tenant", [], "/v1?%74enant=acme", Subscriber("acme", "query:tenant")),
         ("query:my tenant", [], "/v1?my+tenant=acme", Subscriber("acme", "query:my tenant")),
@@ -270,3 +276,17 @@ def test_an_unfit_name_in_the_body_is_hashed():
         found = attribute.by_body(None, {"user": value}.get)
         assert found is not None
         assert found.id.startswith("key_")
+
+
+@pytest.mark.parametrize("nothing", [b"", b" \t", b"Bearer", b"bearer \t", b"Basic "])
+@pytest.mark.parametrize("header", CREDENTIALS)
+def test_an_empty_field_beside_the_real_credential_changes_nothing_and_is_counted(header: str, nothing: bytes) -> None:
+    """Most upstreams take the first of two, so the real one opened the door: it must not go unbilled by that."""
+    seen: list[str] = []
+    attribute = Attributor(sources=[parse_source("credential")], dimensions={}, hash_key=KEY, anomaly=seen.append)
+    name, real = header.encode(), b"Bearer k"
+    payer, _ = attribute([(name, real)], "/", None)
+    assert payer is not None
+    assert attribute([(name, real), (name.title(), nothing)], "/", None)[0] == payer
+    assert seen == ["credentials_conflict"]
+    assert attribute([(name, nothing), (name, real)], "/", None)[0] == payer

@@ -151,16 +151,19 @@ def test_a_delivery_counts_once(path: Path) -> None:
 
 @settings(max_examples=25)
 @given(st.randoms(use_true_random=False))
-def test_any_order_and_any_repeats_give_the_same_sums(chance: random.Random) -> None:
+def test_any_order_and_any_repeats_give_the_same_sums(
+    tmp_path_factory: pytest.TempPathFactory, chance: random.Random
+) -> None:
     everything = odd_records() + records(40)
     cuts = sorted(chance.sample(range(1, len(everything)), 5))
     parts = [everything[a:b] for a, b in zip([0, *cuts], [*cuts, len(everything)], strict=True)]
     sends = [(str(number), body_of(deltas(grouped(part)))) for number, part in enumerate(parts)] * 2
     chance.shuffle(sends)
-    store = LedgerStore(Path(":memory:"))
+    directory = tmp_path_factory.mktemp("ledgers")
+    store = LedgerStore(directory / "parts.db")
     for key, body in sends:
         store.apply(key, body)
-    whole = LedgerStore(Path(":memory:"))
+    whole = LedgerStore(directory / "whole.db")
     whole.apply("all", body_of(deltas(grouped(everything))))
     assert dump(store) == dump(whole)
     store.close()

@@ -333,7 +333,7 @@ calls = st.builds(
 @settings(max_examples=40)
 @given(st.lists(calls, min_size=1, max_size=25, unique_by=lambda r: r.id), st.randoms(use_true_random=False))
 def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
-    given_records: list[Record], chance: random.Random
+    tmp_path_factory: pytest.TempPathFactory, given_records: list[Record], chance: random.Random
 ) -> None:
     parts: list[list[Record]] = [[], [], []]
     for each in given_records:
@@ -345,8 +345,9 @@ def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
         for number, part in enumerate(parts)
     ] * 2
     chance.shuffle(sends)
-    store = LedgerStore(Path(":memory:"))
-    reader = LedgerReader(Path(":memory:"))
+    path = tmp_path_factory.mktemp("ledger") / "ledger.db"
+    store = LedgerStore(path)
+    reader = LedgerReader(path)
     for key, body in sends:
         store.apply(key, body)
     reader._ask = lambda question, values: store._open().execute(question, values).fetchall()  # type: ignore[method-assign]

@@ -22,6 +22,7 @@ from sidecar.spool import (
     State,
     adopt_orphans,
     ground_warning,
+    last_words,
     sqlite_version,
     verify,
 )
@@ -386,9 +387,7 @@ async def test_what_a_full_disk_did_not_take_until_the_end_is_in_the_balance(tmp
                 recorder.complete(exchange, None)
                 await asyncio.sleep(0)
             await until(lambda: not (root / "reserve").exists())
-            fillers.append(fill_up(root, "more"))
-            with fillers[0].open("r+b") as file:  # a page: what the count needs
-                file.truncate(fillers[0].stat().st_size - 8192)
+            fillers.append(fill_up(root, "more"))  # to the last page: the count has room of its own
             await recorder.aclose()
         kept = len(rows(root, spool.instance))
         assert spool.unwritten == 401 - kept > 0
@@ -407,6 +406,34 @@ async def test_what_a_full_disk_did_not_take_until_the_end_is_in_the_balance(tmp
         assert again.stopped == 0
         await asyncio.sleep(0)
         _in_order(root)
+
+
+async def test_the_count_of_what_is_lost_needs_no_room(tmp_path):
+    """Somebody else has taken every block, those of the reserve too."""
+    with small_disk(tmp_path / "disk", "4m") as root:
+        async with Spool.open(root, limits=SMALL) as spool:
+            slot = root / "spool" / spool.instance
+            (root / "reserve").unlink(missing_ok=True)
+            fill_up(root)
+            with pytest.raises(OSError, match="No space left"):
+                (root / "more").write_bytes(b"x")
+            assert last_words.read(slot) is None
+            last_words.write(slot, last_words.Note(12, {"spool_full": 3}))
+            assert last_words.read(slot) == last_words.Note(12, {"spool_full": 3})
+
+
+async def test_a_loss_at_the_end_is_told_by_whoever_settles_the_slot(tmp_path, caplog):
+    async with Spool.open(tmp_path, limits=SMALL) as spool:
+        recorder = SpoolRecorder(spool, Told())
+        await recorded(recorder, call())
+        await recorder.aclose()
+    last_words.write(slot_dir(tmp_path, spool.instance), last_words.Note(8, {}))
+    told: list[int] = []
+    assert adopt_orphans(tmp_path, limits=SMALL, stopped=told.append) == [spool.instance]
+    assert told == [7]
+    assert "calls of the last run are lost" in caplog.text
+    assert adopt_orphans(tmp_path, limits=SMALL, stopped=told.append) == []
+    assert told == [7]
 
 
 async def test_the_reserve_takes_the_last_records(tmp_path):

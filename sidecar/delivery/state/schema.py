@@ -64,14 +64,21 @@ CREATE TABLE counter(
 def open_writer(path: Path) -> tuple[sqlite3.Connection, bool]:
     """The one writing connection, and whether the file was made by this call."""
     created = not path.exists() or path.stat().st_size == 0
-    with told(path):
-        make_private(path)
-        conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
-        try:
-            _prepare(conn, path)
-        except BaseException:
-            conn.close()
-            raise
+    try:
+        with told(path):
+            make_private(path)
+            conn = sqlite3.connect(path, isolation_level=None, check_same_thread=False, timeout=BUSY_TIMEOUT_S)
+            try:
+                _prepare(conn, path)
+            except BaseException:
+                conn.close()
+                raise
+    except StateFull as error:
+        if created:  # nothing runs yet that could go on by itself
+            raise StateFull(
+                f"{path} cannot be made: no room on its disk; free some, or set SIDECAR_DATA_DIR to another disk"
+            ) from error
+        raise
     return conn, created
 
 
