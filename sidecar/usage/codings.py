@@ -51,8 +51,11 @@ class _Stage(Protocol):
     waiting: bytes
     members: int
     """Begun since it was last looked."""
-    paused: bool
-    """It stopped between members and not for want of input."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stopped between members and not for want of input."""
+        ...
 
     def read(self, room: int) -> bytes:
         """Up to about `room` bytes of output; empty when it needs input."""

@@ -25,14 +25,14 @@ PAYLOAD_MAX_BYTES = 25_165_824  # botocore's limit, 24 MiB
 KEPT_MAX_BYTES = 262_144  # of a frame that is read; a larger one is passed over, its checksum still checked
 
 # Units of a tenth of a microsecond, as in `websocket`; the smallest frames of a real stream have 120 bytes.
-UNITS_FREE = 8_192  # before the number of frames must be in proportion to their length
+UNITS_FREE = 1_024  # before the number of frames must be in proportion to their length
 UNIT_BYTES = 32  # that earn one
 UNITS_A_PIECE = 32  # earned by each piece, which costs more than they do
 UNITS_A_HEAD = 16  # of a frame whose head did not come before
-READS_FREE = 512  # frames that are unpacked
-READ_BYTES = 512  # that earn one
+READS_FREE = 256  # frames that are unpacked
+READ_BYTES = 1_024  # that earn one
 READS_A_PIECE = 4  # earned by each piece
-LAST_FRAMES = 8  # of each piece, which are read all the same
+LAST_FRAMES = 16  # of each piece, which are looked at all the same
 KNOWN_MAX = 64  # preludes, and heads, that are kept
 KNOWN_HEAD_BYTES = 512  # of a head that is kept; real ones have 60 to 120
 HEADERS_MAX = 64  # of a frame that are looked at; real ones have three or four
@@ -89,7 +89,7 @@ class EventStream:
             piece = self._pass_over(piece)
         data = self._rest + piece if self._rest and not self._skip else piece
         pos, end = 0, len(data)
-        late: deque[tuple[int, int, int]] = deque(maxlen=LAST_FRAMES)
+        late: deque[int] = deque(maxlen=LAST_FRAMES)  # where they begin
         while not self._skip and end - pos >= PRELUDE_BYTES:
             known = self._preludes.get(data[pos : pos + PRELUDE_BYTES])
             total, head_size = known if known is not None else self._check(data, pos)
@@ -107,20 +107,21 @@ class EventStream:
             if self._units < 0:
                 self.busy = True
                 raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
-            if data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] not in self._dull:
-                if self._reads <= 0:
-                    late.append((pos, head_size, after))
-                elif self._read(data, pos, head_size, after):
-                    return True
+            if self._reads <= 0:
+                late.append(pos)
+            elif self._read(data, pos, head_size, after):
+                return True
             pos = after
         if not self._skip:
             self._rest = data[pos:]
         return bool(late) and self._read_late(data, late)
 
     def _read(self, data: bytes, pos: int, head_size: int, after: int) -> bool:
+        head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
+        if head in self._dull:
+            return False
         if zlib.crc32(data[pos : after - 4]) != int.from_bytes(data[after - 4 : after], "big"):
             raise Unreadable("frame_damaged", "a frame's checksum is wrong")
-        head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
         if self._reader.dull_frame(head):
             if len(self._dull) < KNOWN_MAX and head_size <= KNOWN_HEAD_BYTES:
                 self._dull.add(head)
@@ -130,12 +131,15 @@ class EventStream:
         self._reads -= 1
         return self._reader.frame(self._headers(head), data[pos + PRELUDE_BYTES + head_size : after - 4])
 
-    def _read_late(self, data: bytes, late: deque[tuple[int, int, int]]) -> bool:
+    def _read_late(self, data: bytes, late: deque[int]) -> bool:
         """The stream is beyond its ration: the last frames of what came."""
         self.busy = True
-        waiting = list(late)
-        late.clear()
-        return any(self._read(data, *place) for place in waiting)
+        while late:
+            pos = late.popleft()
+            total, head_size, _ = _PRELUDE.unpack_from(data, pos)
+            if self._read(data, pos, head_size, pos + total):
+                return True
+        return False
 
     def _check(self, data: bytes, pos: int) -> tuple[int, int]:
         total, head_size, crc = _PRELUDE.unpack_from(data, pos)

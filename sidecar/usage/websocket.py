@@ -34,9 +34,9 @@ UNITS_FREE = 8_192  # of one side, before their number must be in proportion to 
 UNIT_BYTES = 32  # that earn one
 UNITS_A_PIECE = 32  # earned by each piece, which costs more than they do
 UNITS_A_MESSAGE = 2  # of a message that is taken out: as much as the smallest that report usage earn
-UNITS_A_FRAGMENT = 6  # of a frame that is no whole message, on top of that: real ones have a KiB and more
-LOOKS_FREE = 1_024  # messages of a client that are unmasked to see what they say
-LOOK_BYTES = 512  # that earn one
+UNITS_A_FRAGMENT = 24  # of a frame that is no whole message: real ones have a KiB and more
+LOOKS_FREE = 512  # messages of a client that are unmasked to see what they say
+LOOK_BYTES = 1_024  # that earn one
 LOOKS_A_PIECE = 4  # earned by each piece
 LOOKS_A_MESSAGE = 8  # of one that has to be parsed
 SPEAKING_BYTES = 32  # of the smallest message that can name a model
@@ -317,7 +317,9 @@ class MessageReader:
             self._keep(self._inflater.end())
         parts, skimmed = self._parts, self._skimmed
         if skimmed is None:
-            found.append(parts[0] if len(parts) == 1 else b"".join(parts))
+            message = parts[0] if len(parts) == 1 else b"".join(parts)
+            if self._signs is None or any(sign in message for sign in self._signs):
+                found.append(message)
         elif skimmed.document:
             if skimmed.oversized:
                 self._anomaly("value_oversized")

@@ -245,7 +245,7 @@ def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds, times, cuts):
             wire += frame(DONE % (number, number, number + 1))
         elif kind == "fragments":
             said = DONE % (number, number, number + 1)
-            wire += fragments([said[:20], said[20:]], between=frame(b"", PING))
+            wire += fragments([said[:-1] + b" " * 1_000, said[-1:] + b" " * 1_000], between=frame(b"", PING))
         elif kind == "large":
             wire += frame(b'{"type":"response.done","pad":"' + b"x" * 70_000 + b'",' + (DONE % (number, number, 0))[1:])
         else:
