@@ -2,7 +2,7 @@
 
 What a whole call costs the sidecar is measured in `flow/test_busy_bodies.py`, at its own process. Here only the reading
 runs, which is a small part of that, so a stand-in for the rest of the way is added to both sides (`carried`): the bound
-is that of the whole call, and the shapes are many. Ratios of processor time within one run; nothing is an absolute time.
+is that of the whole call, and the shapes are many. Ratios of processor time within one run, and nothing absolute.
 """
 
 from __future__ import annotations
