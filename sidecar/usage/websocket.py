@@ -37,8 +37,8 @@ UNITS_A_MESSAGE = 2  # of a message that is taken out: as much as the smallest t
 UNITS_A_FRAGMENT = 24  # of a frame that is no whole message: real ones have a KiB and more
 LOOKS_FREE = 512  # messages of a client that are unmasked to see what they say
 LOOK_BYTES = 1_024  # that earn one
-LOOKS_A_PIECE = 4  # earned by each piece
-LOOKS_A_MESSAGE = 8  # of one that has to be parsed
+LOOKS_A_PIECE = 20  # earned by each piece
+LOOKS_A_MESSAGE = 16  # of one that has to be parsed
 SPEAKING_BYTES = 32  # of the smallest message that can name a model
 UNMASKED_BYTES = 4_096  # of one that is unmasked to be looked through; in a larger one the masked sign is looked for
 

@@ -286,8 +286,8 @@ def test_more_frames_than_any_session_has_end_the_reading(unit):
 def test_what_a_client_says_beyond_its_ration_is_left_unread_and_the_rest_goes_on():
     anomalies = Anomalies()
     tap = UsageTaps(anomaly=anomalies).websocket("/v1/realtime?model=asked", [(b"Upgrade", b"websocket")])
-    tap.from_client(frame(b"x" * 60, mask=MASK) * (LOOKS_FREE + 600))
-    tap.from_client(frame(b'{"type":"session.update","session":{"model":"unread"}}', mask=MASK))
+    unread = frame(b'{"type":"session.update","session":{"model":"unread"}}', mask=MASK)
+    tap.from_client(frame(b"x" * 60, mask=MASK) * (LOOKS_FREE + 600) + unread)
     assert anomalies == ["websocket_too_busy"]
     tap.from_client(frame(b"\0" * 60_000, BINARY, mask=MASK))
     tap.from_client(frame(b'{"type":"session.update","session":{"model":"new"}}', mask=MASK))
