@@ -225,7 +225,7 @@ class MessageReader:
             units -= 1
             if units < 0:
                 raise Unreadable("websocket_too_busy")
-            if size >= speaking and first in _DATA:
+            if size >= speaking and first in _DATA and (self._looks > 0 or not self._busy):
                 self._look(data, after - size, after, found)
             pos = after
         self._units = units

@@ -163,7 +163,7 @@ async def ratio(
     """How many times what plain text costs, byte for byte; `size`: how many times the size. Best of a few, because
     other work on the machine only ever adds."""
     least_busy = least_plain = 1 << 62
-    for round_ in range(6):
+    for round_ in range(16):
         least_plain = min(least_plain, await caller.cost_ns(plain))
         least_busy = min(least_busy, await caller.cost_ns(busy))
         if round_ >= 2 and least_busy <= RATIO_MAX * size * least_plain:
