@@ -241,6 +241,10 @@ class Call(Sending):
         message.usage = usage
         return recorder.complete(message, release)
 
+    def soon(self, do: Callable[[], None]) -> None:
+        """In the next turn of the loop."""
+        self._hop.loop.call_soon(do)
+
     def message_unrecorded(self) -> None:
         """With `SIDECAR_ON_SPOOL_FULL=refuse` nothing is passed on without its record."""
         self._hop.metrics.limit_reached("spool_full")

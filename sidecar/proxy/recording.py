@@ -217,7 +217,7 @@ class Recording:
         hop = self._hop
         hop.calls.discard(self)
         if self._tunnel is not None:
-            self._tunnel.closed = True
+            self._tunnel.close()
         # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
         self.answer = None
         if self._draining:

@@ -1,8 +1,9 @@
 """Two connections joined after a 101: bytes go both ways as they came; where they are a model's, a copy is read along.
 
 One record covers the whole tunnel; each message that reports usage leaves one more, and in `committed` mode the piece
-that ends such a message waits for that record, and what comes behind it waits its turn. Either side's end is the end of
-both; what was written before it still leaves.
+that ends such a message waits for that record, and what comes behind it waits its turn. Of a piece with a great many of
+them a step is read in each turn of the loop, so that others have theirs. Either side's end is the end of both; what was
+written before it still leaves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Tunnel:
     """Owner of the upstream connection from the 101 on."""
 
     __slots__ = (
-        "_call", "_client", "_connection", "_exchange", "_full", "_held", "_lost", "_tap", "_waiting", "closed",
+        "_call", "_client", "_connection", "_exchange", "_full", "_going_on", "_held", "_lost", "_tap", "_waiting",
+        "closed",
     )  # fmt: skip
 
     def __init__(
@@ -39,7 +41,8 @@ class Tunnel:
         self._connection = connection
         self._tap = tap
         self._full = False  # the client does not read as fast as the upstream sends
-        self._waiting = 0  # records of messages that are not on disk yet
+        self._waiting = 0  # records of messages that are not on disk yet, and one for what is still to be read
+        self._going_on = False  # the next turn reads on
         self._held: list[bytes] = []  # what waits for them
         self._lost: Outcome | None = None  # the upstream's end came behind what is held
         self.closed = False  # the call is over
@@ -55,16 +58,39 @@ class Tunnel:
         self._exchange.response_bytes += len(data)
         self._call.touch()
         if self._tap is not None:
-            for usage in self._tap.from_server(data):
-                if not self._call.record_message(usage, self._released):
-                    self._waiting += 1
-                if self.closed:
-                    return
+            self._read(self._tap, data)
+            if self.closed:
+                return
         if self._waiting:
             self._held.append(data)
             self._connection.pause(True)
         else:
             self._client.send(data)
+
+    def _read(self, tap: SocketTap, data: bytes) -> None:
+        """Read along, and go on with what is more than a step in the next turn: what came waits for that as well."""
+        for usage in tap.from_server(data):
+            if not self._call.record_message(usage, self._released):
+                self._waiting += 1
+            if self.closed:
+                return
+        if tap.behind and not self._going_on:
+            self._going_on = True
+            self._waiting += 1
+            self._call.soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._going_on = False
+        if self._tap is not None and not self.closed:
+            self._read(self._tap, b"")
+            self._released(True)
+
+    def close(self) -> None:
+        """The call is over. What has come counts all the same."""
+        self.closed = True
+        while self._tap is not None and self._tap.behind:
+            for usage in self._tap.from_server(b""):
+                self._call.record_message(usage, self._released)
 
     def _released(self, send: bool) -> None:
         """A message's record is on disk, or it is decided that it goes without, or not at all."""

@@ -63,10 +63,15 @@ class ResponseTap(Protocol):
 class SocketTap(Protocol):
     """Reads along with both sides of one WebSocket."""
 
+    @property
+    def behind(self) -> bool:
+        """Whether messages from the server wait: `from_server(b"")` takes another step's worth of them."""
+        ...
+
     def from_client(self, data: bytes) -> None: ...
 
     def from_server(self, data: bytes) -> Sequence[Usage]:
-        """Take a copy of what came; the usage of each message that ended in it and reports some."""
+        """Take a copy of what came; the usage of each message that ended in it and reports some, a step's worth."""
         ...
 
 

@@ -31,7 +31,7 @@ from sidecar.usage.stored import SEEN, CountedIds
 from sidecar.usage.table import Row
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
-FINISH_STEPS_MAX = 8  # of decoding, at the end of an answer that was cut off: 4 MiB, about 10 ms
+FINISH_STEPS_MAX = 6  # of decoding, at the end of an answer that was cut off: 3 MiB, about 10 ms
 SIGN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
 SIGN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer

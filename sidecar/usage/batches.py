@@ -13,7 +13,7 @@ from sidecar.usage.anthropic import Messages
 from sidecar.usage.members import Tree
 from sidecar.usage.openai import ChatCompletions, Embeddings
 from sidecar.usage.openai_responses import Responses
-from sidecar.usage.reader import Document, Reader, build
+from sidecar.usage.reader import Document, Reader, build, escaped_key
 from sidecar.usage.values import part
 
 WAITING_MAX = 1_024  # answers that nobody has fetched yet; more are counted as dropped
@@ -33,6 +33,9 @@ class BatchFile(Reader):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._answers: list[Usage] = []
+
+    def dull(self, block: bytes) -> bool:
+        return b'"usage"' not in block and (92 not in block or not escaped_key(block))
 
     def message(self, document: Document, event: str) -> bool:
         self.document(document)

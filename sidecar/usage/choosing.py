@@ -30,10 +30,11 @@ _COUNT = re.compile(rb'oken(?:s|[Uu]sage|_usage|_?[cC]ount)"\s*+:\s*+(?:"?[0-9]|
 class Claims:
     """All readers, and what they look at to know their answers. Made once."""
 
-    __slots__ = ("readers", "signs", "tree")
+    __slots__ = ("_framed", "readers", "signs", "tree")
 
     def __init__(self, readers: Sequence[type[Reader]]) -> None:
         self.readers = tuple(readers)
+        self._framed = {event: reader for reader in reversed(self.readers) for event in reader.frame_events}
         signs = {sign for reader in readers for sign in reader.claim_signs}
         self.signs = tuple(sorted(sign for sign in signs if not any(o in sign for o in signs - {sign})))
         tree: Tree = {}
@@ -51,10 +52,7 @@ class Claims:
         return None
 
     def of_frame(self, event: str) -> type[Reader] | None:
-        for reader in self.readers:
-            if event in reader.frame_events:
-                return reader
-        return None
+        return self._framed.get(event)
 
     def may_hold(self, block: bytes) -> bool:
         """Whether any reader could know these bytes."""

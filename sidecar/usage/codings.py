@@ -26,7 +26,10 @@ else:
 PART_BYTES = 65_536  # output handed on at a time; what aiohttp reads from a socket at most
 STEP_BYTES = 524_288  # output made for one piece, however small: about half a millisecond of inflating
 STEP_RATIO = 32  # … and for a large one; JSON seldom shrinks by more than 20
-STEP_MAX_BYTES = 4_194_304  # … and for the largest: 10 ms with reading it, whatever it holds
+STEP_MAX_BYTES = 3_145_728  # … and for the largest: 10 ms with reading it, whatever it holds
+WINDOW_BYTES = 16_384  # of what waits that is looked at at a time: each member copies what is left of it
+MEMBERS_A_READ = 16  # after which it is looked whether the step is over
+MEMBER_BYTES = 8_192  # output that a member costs as much as, however empty it is
 BACKLOG_MAX_BYTES = 1_048_576  # compressed bytes that wait: the side buffer of a call
 DECODED_MAX_BYTES = 4_294_967_296  # of one body: nothing larger has been seen as JSON
 RATIO_MAX = 200  # decoded : coded, looked at only beyond the next limit
@@ -46,6 +49,13 @@ class Unreadable(Exception):
 
 class _Stage(Protocol):
     waiting: bytes
+    members: int
+    """Begun since it was last looked."""
+
+    @property
+    def paused(self) -> bool:
+        """Whether it stopped between members and not for want of input."""
+        ...
 
     def read(self, room: int) -> bytes:
         """Up to about `room` bytes of output; empty when it needs input."""
@@ -55,30 +65,44 @@ class _Stage(Protocol):
 class _Zlib:
     """gzip and deflate, with as many members as come."""
 
-    __slots__ = ("_inflate", "_new", "_once", "waiting")
+    __slots__ = ("_inflate", "_new", "_once", "_over", "_window", "members", "paused", "waiting")
 
     def __init__(self, wbits: int, *, once: bool) -> None:
         self._new: Callable[[], Any] = lambda: zlib.decompressobj(wbits)
         self._inflate: Any = None
         self._once = once
+        self._over = False  # the only member ended: what comes behind it is none of ours
+        self._window = b""
+        self.members = 0
+        self.paused = False
         self.waiting = b""
 
     def read(self, room: int) -> bytes:
-        while True:
-            if self._inflate is None:
-                self.waiting = self.waiting.lstrip(b"\0")  # members may be padded with zeros
-                if not self.waiting:
+        self.paused = False
+        for _ in range(MEMBERS_A_READ):
+            if self._over:
+                self._window = self.waiting = b""
+            if not self._window:
+                self._window, self.waiting = self.waiting[:WINDOW_BYTES], self.waiting[WINDOW_BYTES:]
+                if not self._window:
                     return b""
+            if self._inflate is None:
+                self._window = self._window.lstrip(b"\0")  # members may be padded with zeros
+                if not self._window:
+                    continue
                 self._inflate = self._new()
-            out: bytes = self._inflate.decompress(self.waiting, room)
+                self.members += 1
+            out: bytes = self._inflate.decompress(self._window, room)
             if not self._inflate.eof:
-                self.waiting = self._inflate.unconsumed_tail
-                return out
-            self.waiting = b"" if self._once else self._inflate.unused_data
-            if not self._once:
+                self._window = self._inflate.unconsumed_tail
+            else:
+                self._window = self._inflate.unused_data
                 self._inflate = None
-            if out or not self.waiting:
+                self._over = self._once
+            if out:
                 return out
+        self.paused = True
+        return b""
 
 
 class _Deflate:
@@ -86,9 +110,15 @@ class _Deflate:
 
     __slots__ = ("_stage", "waiting")
 
+    members = 0
+
     def __init__(self) -> None:
         self._stage: _Zlib | None = None
         self.waiting = b""
+
+    @property
+    def paused(self) -> bool:
+        return self._stage is not None and self._stage.paused
 
     def read(self, room: int) -> bytes:
         if self._stage is None:
@@ -96,8 +126,7 @@ class _Deflate:
                 return b""
             wrapped = self.waiting[0] & 0x0F == 8 and int.from_bytes(self.waiting[:2], "big") % 31 == 0
             self._stage = _Zlib(zlib.MAX_WBITS if wrapped else -zlib.MAX_WBITS, once=True)
-        self._stage.waiting += self.waiting
-        self.waiting = b""
+        self._stage.waiting, self.waiting = self.waiting, b""
         out = self._stage.read(room)
         self.waiting, self._stage.waiting = self._stage.waiting, b""
         return out
@@ -107,6 +136,9 @@ class _Brotli:
     """It takes in more than it gives out, and says that it takes more while it still holds some back."""
 
     __slots__ = ("_decoder", "_held", "waiting")
+
+    members = 0
+    paused = False
 
     def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
@@ -129,30 +161,37 @@ class _Brotli:
 
 
 class _Zstd:
-    __slots__ = ("_decoder", "waiting")
+    __slots__ = ("_decoder", "_window", "members", "paused", "waiting")
 
     def __init__(self) -> None:
         self._decoder: Any = None
+        self._window = b""
+        self.members = 0
+        self.paused = False
         self.waiting = b""
 
     def read(self, room: int) -> bytes:
-        while True:
-            if self._decoder is None:
-                if not self.waiting:
+        self.paused = False
+        for _ in range(MEMBERS_A_READ):
+            needs_input = self._decoder is None or self._decoder.needs_input
+            if needs_input and not self._window:
+                self._window, self.waiting = self.waiting[:WINDOW_BYTES], self.waiting[WINDOW_BYTES:]
+                if not self._window:
                     return b""
+            if self._decoder is None:
                 self._decoder = zstd.ZstdDecompressor(
                     options={zstd.DecompressionParameter.window_log_max: ZSTD_WINDOW_LOG_MAX}
                 )
-            if self._decoder.needs_input and not self.waiting:
-                return b""
-            data, self.waiting = self.waiting, b""
+                self.members += 1
+            data, self._window = self._window, b""
             out: bytes = self._decoder.decompress(data, room)
             if self._decoder.eof:
-                self.waiting = self._decoder.unused_data
+                self._window = self._decoder.unused_data
                 self._decoder = None
-                if not out:
-                    continue
-            return out
+            if out:
+                return out
+        self.paused = True
+        return b""
 
 
 _STAGES: dict[str, Callable[[], _Stage]] = {
@@ -211,11 +250,17 @@ class Codings:
         self._more = False
         while budget > 0:
             for index in range(last, -1, -1):
-                out = stages[index].read(PART_BYTES)
-                if out:
+                stage = stages[index]
+                out = stage.read(PART_BYTES)
+                if stage.members:
+                    budget -= stage.members * MEMBER_BYTES
+                    stage.members = 0
+                if out or stage.paused:
                     break
             else:
                 return
+            if not out:
+                continue
             budget -= len(out)
             self._decoded += len(out)
             self._check()

@@ -10,9 +10,18 @@ from typing import Any
 
 import orjson
 
-from sidecar.usage.framing import LAST_MESSAGES, MESSAGE_MAX_BYTES, PARSED_STEPS, JsonLines, Parsing, complete
+from sidecar.usage.framing import (
+    LAST_MESSAGES,
+    MESSAGE_MAX_BYTES,
+    PARSED_STEPS,
+    UNREADABLE_STEPS,
+    UNSETTLED_STEPS,
+    JsonLines,
+    Parsing,
+    complete,
+)
 from sidecar.usage.members import STEPS_EARNED, STEPS_FREE, Members, Skipper
-from sidecar.usage.reader import Reader
+from sidecar.usage.reader import Document, Reader
 from sidecar.usage.tail import Tail
 
 DOCUMENT_MAX_BYTES = 65_536  # a plain answer parsed whole: 0.2 ms at most; larger ones are skimmed
@@ -173,8 +182,8 @@ class Elements(Parsing):
                 self._keep(piece[pos : after if after >= 0 else None])
                 if after < 0:
                     return False
+                self._steps -= (PARSED_STEPS if self._reader.decided else UNSETTLED_STEPS) + ((after - pos) >> 7)
                 self._element_ended()
-                self._steps -= PARSED_STEPS + ((after - pos) >> 7)
                 pos = after
                 continue
             self._steps -= 1
@@ -203,6 +212,10 @@ class Elements(Parsing):
             for document in value[-LAST_MESSAGES:] if type(value) is list else [value]:
                 if type(document) is dict:
                     self._deliver(document, "")
+
+    def _unreadable(self, data: bytes) -> Document:
+        self._steps -= UNREADABLE_STEPS
+        return super()._unreadable(data)
 
     def _hurry(self, rest: bytes) -> None:
         """Read no more than the end, from here on."""

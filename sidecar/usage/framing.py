@@ -24,13 +24,14 @@ EVENT_NAME_MAX_BYTES = 128
 # Messages are rationed in steps as members are: see there. A stream that is beyond its ration has the last messages of
 # each piece read. One that comes message by message loses nothing by that; one that comes all at once, its middle.
 LAST_MESSAGES = 8
-PARSED_STEPS = 4  # of parsing a message and taking what it says
-UNSETTLED_STEPS = 16  # … while it is shown to every reader, because nobody knows yet whose answer it is
-UNREADABLE_STEPS = 32  # of a message that the strict parser refuses
+PARSED_STEPS = 8  # of parsing a message and taking what it says
+UNSETTLED_STEPS = 24  # … while it is shown to every reader, because nobody knows yet whose answer it is
+UNREADABLE_STEPS = 48  # of a message that the strict parser refuses
 SEARCHED_A_STEP = 256  # bytes that the search for what is of interest passes in a step
 BATCH = 64  # messages split off a piece at a time
 HURRIED_STEPS = 64  # for the members of a large message beyond the ration
 HURRIED_BYTES = 4_096  # larger ones are skimmed then
+COUNTED_BYTES = 96  # of the smallest message that counts for itself; real ones have three times that
 LINES_FREE = 1_024  # of one event; real ones have one or a few
 LINE_BYTES = 1_024  # … and one more for so many bytes
 
@@ -224,8 +225,9 @@ class _Messages(Parsing):
                 messages.append(block)
                 block = b""
             self._steps -= len(messages) // 4
+            smallest = COUNTED_BYTES if self._reader.counts_each else 0
             for message in messages:
-                if self._message(message):
+                if len(message) >= smallest and self._message(message):
                     return True
         return False
 

@@ -46,6 +46,7 @@ SPLITS_A_STEP = 24  # quotes around brackets in text, or deep brackets: dearer
 UNLIMITED = sys.maxsize
 SMALL_BYTES = 512  # of a wanted object with no other inside, which is parsed at once
 COPIED_A_STEP = 2_048  # of a string with escapes
+ESCAPES_A_STEP = 256  # … that holds more of them than letters
 
 _RUN = re.compile(rb'[^"{}\[\]]*+(?:"[^"\\]*+(?:\\.[^"\\]*+)*+"[^"{}\[\]]*+)*+', re.DOTALL)
 _STRING_REST = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
@@ -96,7 +97,7 @@ class Skipper:
         while pos < end:
             stretch = data[pos : pos + BULK_BYTES]
             plain = stretch.replace(b"\\\\", b"  ")
-            self.steps += len(plain) // COPIED_A_STEP
+            self.steps += len(plain) // (COPIED_A_STEP if _is_text(stretch) else ESCAPES_A_STEP)
             quote = plain.replace(b'\\"', b"  ").find(b'"')
             if quote >= 0:
                 self.in_string = False
@@ -173,6 +174,10 @@ class Skipper:
             self.in_string = True
             self.escaped = plain.endswith(b"\\")
         return True
+
+
+def _is_text(stretch: bytes) -> bool:
+    return 2 * len(stretch.translate(None, b'"\\')) >= len(stretch)
 
 
 def _lowest(brackets: bytes) -> tuple[int, int]:

@@ -32,6 +32,9 @@ class Session(Protocol):
     client_places: ClassVar[Tree]
     """What is wanted of a message to the provider that is too large to keep; and of one from it."""
     server_places: ClassVar[Tree]
+    client_signs: tuple[bytes, ...]
+    """Bytes without one of which a message to the provider has nothing to say; and one from it."""
+    server_signs: tuple[bytes, ...]
 
     def client(self, message: bytes | str | Document) -> None:
         """A message to the provider: it may name the model."""

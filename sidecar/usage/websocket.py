@@ -2,12 +2,18 @@
 
 What is read is a copy; the tunnel passes the bytes on whatever is found here. So a frame that breaks the protocol, a
 coding that nobody agreed on or a message that unpacks to too much ends the reading of that side, never the tunnel.
-Memory is bounded by one message, and of a larger one only what is wanted is kept; time by what came, because unpacking
-has an allowance that grows with it.
+Memory is bounded by one message, and of a larger one only what is wanted is kept; time by what came, because frames
+and unpacking have allowances that grow with it.
+
+Most messages are small, whole and say nothing of interest: where it is told by which signs the others are known, the
+reader passes those from head to head without taking them out. What the provider says with such a sign counts, and is
+never passed over: of many at once a step's worth is given out, and the rest waits (`behind`). What the client says only
+names a model: of more than its length allows, the rest is left unread.
 """
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -20,10 +26,24 @@ from sidecar.usage.sockets import Session
 MESSAGE_MAX_BYTES = 262_144  # of a message kept whole; a larger one (a response with a picture) is skimmed as it passes
 UNPACKED_MAX_BYTES = 4_194_304  # that may come of one piece at once: 10 ms of unpacking
 UNPACKED_RATIO = 64  # and for each byte that comes, on and on; JSON unpacks to 5 to 20, silent sound in base64 to 60
-FRAMES_FREE = 1_024  # of one side, before their number must be in proportion to their length
-FRAME_BYTES = 64  # that pay for one; the smallest messages of a model have about as many
-FRAMES_A_PIECE = 16  # paid for by each piece, which costs more than they do
-HEAD_MAX_BYTES = 14  # of a frame: two bytes, a length of eight, a mask of four
+STEP_MESSAGES = 128  # given out at once; each may become a record
+
+# Frames are rationed in units of a tenth of a microsecond, what it takes to pass over one. Plain text costs a call
+# thirteen of them a KiB on its way; real messages have 60 bytes and more.
+UNITS_FREE = 8_192  # of one side, before their number must be in proportion to their length
+UNIT_BYTES = 32  # that earn one
+UNITS_A_PIECE = 32  # earned by each piece, which costs more than they do
+UNITS_A_MESSAGE = 2  # of a message that is taken out: as much as the smallest that report usage earn
+UNITS_A_FRAGMENT = 24  # of a frame that is no whole message: real ones have a KiB and more
+LOOKS_FREE = 512  # messages of a client that are unmasked to see what they say
+LOOK_BYTES = 1_024  # that earn one
+LOOKS_A_PIECE = 20  # earned by each piece
+LOOKS_A_MESSAGE = 16  # of one that has to be parsed
+SPEAKING_BYTES = 32  # of the smallest message that can name a model
+UNMASKED_BYTES = 4_096  # of one that is unmasked to be looked through; in a larger one the masked sign is looked for
+
+_DATA = (0x81, 0x82)  # text and bytes whole in one frame, nothing reserved
+_BEATS = (0x89, 0x8A)  # ping and pong
 
 _EMPTY_BLOCK = b"\x00\x00\xff\xff"  # what a sender leaves off at a message's end
 _DEFLATE = "permessage-deflate"
@@ -73,14 +93,22 @@ class MessageReader:
     """One side's frames, cut anywhere. `feed` gives the messages that ended in what it was fed."""
 
     __slots__ = (
-        "_anomaly", "_data", "_final", "_frames", "_head", "_in_message", "_inflater", "_left", "_mask", "_masked",
-        "_packed", "_parts", "_places", "_size", "_skimmed", "over",
+        "_anomaly", "_busy", "_data", "_final", "_head", "_in_message", "_inflater", "_left", "_looks", "_mask",
+        "_masked", "_packed", "_parts", "_places", "_signs", "_size", "_skimmed", "_units", "behind", "over",
     )  # fmt: skip
 
     def __init__(
-        self, *, masked: bool, inflater: Inflater | None, anomaly: Callable[[str], None], places: Tree | None = None
+        self,
+        *,
+        masked: bool,
+        inflater: Inflater | None,
+        anomaly: Callable[[str], None],
+        places: Tree | None = None,
+        signs: Sequence[bytes] | None = None,
     ) -> None:
-        """`places`: what is wanted of a message that is too large to keep."""
+        """`places`: what is wanted of a message that is too large to keep. `signs`: bytes without one of which a
+        message is not wanted; None: every message is given out."""
+        self._signs = signs
         self._places = places or {}
         self._masked = masked
         self._inflater = inflater
@@ -89,13 +117,16 @@ class MessageReader:
         self._left = 0  # of a frame's payload
         self._data = False  # the frame is a message's, and not a control frame
         self._final = False
-        self._frames = FRAMES_FREE
+        self._units = UNITS_FREE
+        self._looks = LOOKS_FREE
+        self._busy = False  # messages of the client were left unread, and that was said
         self._mask = b""
         self._in_message = False
         self._packed = False
         self._parts: list[bytes] = []
         self._size = 0
         self._skimmed: Members | None = None  # a message that is too large to keep
+        self.behind = False  # a step's worth was given out: feed nothing to get the next
         self.over = False  # nothing more is read
 
     def feed(self, data: bytes) -> list[bytes | Document]:
@@ -110,20 +141,33 @@ class MessageReader:
         return found
 
     def _read(self, data: bytes, found: list[bytes | Document]) -> None:
+        if not self.behind:  # else what it earned is still to be spent
+            self._units = min(UNITS_FREE, self._units + UNITS_A_PIECE)
+        self._units += len(data) // UNIT_BYTES
+        self._looks = min(LOOKS_FREE, self._looks + LOOKS_A_PIECE) + len(data) // LOOK_BYTES
+        self.behind = False
         if self._head:
             data = self._head + data
             self._head = b""
         pos, end = 0, len(data)
-        self._frames = min(FRAMES_FREE, self._frames + FRAMES_A_PIECE) + end // FRAME_BYTES
+        whole = self._signs is not None and (self._masked or self._inflater is None)
         while pos < end:
             if not self._left:
-                self._frames -= 1
-                if self._frames < 0:
-                    raise Unreadable("websocket_too_busy")
+                if whole and not self._in_message:
+                    pos = self._masked_ones(data, pos, found) if self._masked else self._plain_ones(data, pos, found)
+                    if pos == end:
+                        return
+                if len(found) >= STEP_MESSAGES and not self._masked:
+                    self.behind = True
+                    self._head = data[pos:]
+                    return
                 after = self._open_frame(data, pos, end)
                 if after < 0:
                     self._head = data[pos:]
                     return
+                self._units -= UNITS_A_MESSAGE if self._final and data[pos] & 0x0F else UNITS_A_FRAGMENT
+                if self._units < 0:
+                    raise Unreadable("websocket_too_busy")
                 pos = after
             stop = min(end, pos + self._left)
             if self._data:
@@ -134,6 +178,76 @@ class MessageReader:
                 return
             if not self._left and self._data and self._final:
                 self._end_message(found)
+
+    def _plain_ones(self, data: bytes, pos: int, found: list[bytes | Document]) -> int:
+        """Pass over messages that are whole and unmasked, and give out those with a sign; where that ends."""
+        end, units = len(data), self._units
+        signs = dict.fromkeys(self._signs or (), -1)
+        sign = _next(data, pos, signs)
+        while pos + 2 <= end and len(found) < STEP_MESSAGES:
+            first, size = data[pos], data[pos + 1]
+            after = pos + 2 + size
+            if size >= 126:
+                if size != 126 or pos + 4 > end:
+                    break
+                size = data[pos + 2] << 8 | data[pos + 3]
+                after = pos + 4 + size
+            if after > end or (first not in _DATA and (first not in _BEATS or size > 125)):
+                break
+            units -= 1
+            if sign < after:
+                if first in _DATA:
+                    units -= UNITS_A_MESSAGE - 1
+                    found.append(data[after - size : after])
+                sign = _next(data, after, signs)
+            if units < 0:
+                raise Unreadable("websocket_too_busy")
+            pos = after
+        self._units = units
+        return pos
+
+    def _masked_ones(self, data: bytes, pos: int, found: list[bytes | Document]) -> int:
+        """The same for a client's, each of which has a mask of its own."""
+        end, units = len(data), self._units
+        speaking = SPEAKING_BYTES if self._signs else sys.maxsize
+        while pos + 6 <= end:
+            first, size = data[pos], data[pos + 1] - 0x80
+            after = pos + 6 + size
+            if size >= 126:
+                if size != 126 or pos + 8 > end:
+                    break
+                size = data[pos + 2] << 8 | data[pos + 3]
+                after = pos + 8 + size
+            if size < 0 or after > end:
+                break
+            if first not in _DATA and (first not in _BEATS or size > 125):
+                break
+            units -= 1
+            if units < 0:
+                raise Unreadable("websocket_too_busy")
+            if size >= speaking and first in _DATA and (self._looks > 0 or not self._busy):
+                self._look(data, after - size, after, found)
+            pos = after
+        self._units = units
+        return pos
+
+    def _look(self, data: bytes, pos: int, stop: int, found: list[bytes | Document]) -> None:
+        """Give a client's message out if it has a sign."""
+        if self._looks <= 0:
+            if not self._busy:
+                self._busy = True
+                self._anomaly("websocket_too_busy")
+            return
+        self._looks -= 1
+        signs, mask = self._signs or (), data[pos - 4 : pos]
+        if stop - pos > UNMASKED_BYTES:
+            key = mask * (max(map(len, signs)) // 4 + 2)
+            if all(data.find(_xor(sign, key[at:]), pos, stop) < 0 for sign in signs for at in range(4)):
+                return
+        message = _xor(data[pos:stop], mask * ((stop - pos) // 4 + 1))
+        if any(sign in message for sign in signs):
+            self._looks -= LOOKS_A_MESSAGE
+            found.append(message)
 
     def _open_frame(self, data: bytes, pos: int, end: int) -> int:
         """Read a frame's head; the place behind it, or -1 where it is cut."""
@@ -203,7 +317,9 @@ class MessageReader:
             self._keep(self._inflater.end())
         parts, skimmed = self._parts, self._skimmed
         if skimmed is None:
-            found.append(parts[0] if len(parts) == 1 else b"".join(parts))
+            message = parts[0] if len(parts) == 1 else b"".join(parts)
+            if self._signs is None or any(sign in message for sign in self._signs):
+                found.append(message)
         elif skimmed.document:
             if skimmed.oversized:
                 self._anomaly("value_oversized")
@@ -222,14 +338,30 @@ class MessageReader:
 
     def _unmask(self, piece: bytes) -> bytes:
         size, mask = len(piece), self._mask
-        key = (mask * (size // 4 + 1))[:size]
         self._mask = mask[size % 4 :] + mask[: size % 4]
-        return (int.from_bytes(piece, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+        return _xor(piece, mask * (size // 4 + 1))
 
     def _close(self) -> None:
         self.over = True
+        self.behind = False
         self._parts = []
         self._skimmed = self._inflater = None
+
+
+def _next(data: bytes, pos: int, signs: dict[bytes, int]) -> int:
+    """Where the next of the signs is, from `pos` on; `signs` has where each was found last."""
+    nearest = len(data)
+    for sign, at in signs.items():
+        if at < pos:
+            at = data.find(sign, pos)
+            signs[sign] = at = at if at >= 0 else len(data)
+        nearest = min(nearest, at)
+    return nearest
+
+
+def _xor(data: bytes, key: bytes) -> bytes:
+    size = len(data)
+    return (int.from_bytes(data, "little") ^ int.from_bytes(key[:size], "little")).to_bytes(size, "little")
 
 
 class SessionTap:
@@ -259,15 +391,22 @@ class SessionTap:
                 inflater=_inflater(agreed, "client_no_context_takeover"),
                 anomaly=anomaly,
                 places=session.client_places,
+                signs=session.client_signs,
             ),
             MessageReader(
                 masked=False,
                 inflater=_inflater(agreed, "server_no_context_takeover"),
                 anomaly=anomaly,
                 places=session.server_places,
+                signs=session.server_signs,
             ),
             anomaly,
         )
+
+    @property
+    def behind(self) -> bool:
+        """Whether messages of the server still wait: `from_server(b"")` works off another step of them."""
+        return self._server.behind
 
     def from_client(self, data: bytes) -> None:
         try:

@@ -275,3 +275,29 @@ async def test_a_kill_right_after_the_message_leaves_its_record(tmp_path):
         assert (parent["id"], parent["outcome"]) == (children[0]["parent_id"], "unknown")
         assert parent["usage"] is None
     assert ",15," in usage  # the sum of 1 to 5
+
+
+@pytest.mark.parametrize("client_leaves", [False, True])
+@on_both_loops
+async def test_many_that_count_at_once_are_all_recorded_before_they_leave(client_leaves: bool) -> None:
+    """A step of them is read in a turn of the loop; neither the end of the socket nor the client's loses the rest."""
+    wire = b"".join(map(done, range(1, 901)))
+
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(AGREE % b"" + wire)
+        if client_leaves:
+            await conversation.rest()
+
+    async with RawUpstream(script) as upstream, Hop(upstream.url, taps=UsageTaps()) as hop:
+        client = await hop.client()
+        await client.send(ASK % b"/v1/realtime")
+        await client.head()
+        if client_leaves:
+            await client.exactly(len(wire))
+            client.reset()
+        else:
+            assert await client.rest() == wire
+        await until(lambda: len(hop.recorder.records) == 901)
+        counted = [record.usage.input_tokens for record in hop.recorder.records if record.usage is not None]
+        assert counted == list(range(1, 901))

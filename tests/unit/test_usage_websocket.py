@@ -12,7 +12,10 @@ from wsframes import BINARY, CLOSE, PING, PONG, TEXT, Packer, fragments, frame
 
 from sidecar.usage.taps import UsageTaps
 from sidecar.usage.websocket import (
+    LOOKS_FREE,
     MESSAGE_MAX_BYTES,
+    STEP_MESSAGES,
+    UNITS_FREE,
     UNPACKED_MAX_BYTES,
     Inflater,
     MessageReader,
@@ -207,3 +210,105 @@ def test_fuzz_any_bytes_are_endured(data, masked, packed, cuts):
     for wire in (data, frame(data, TEXT, mask=MASK if masked else None, reserved=0x40 if packed else 0)):
         anomalies += (read(wire, masked=masked, inflater=Inflater(takeover=True) if packed else None, cuts=cuts)[1],)
     assert all(len(kinds) <= 1 for kinds in anomalies)
+
+
+DONE = (
+    b'{"type":"response.done","response":{"id":"resp_%d","status":"completed",'
+    b'"usage":{"input_tokens":%d,"output_tokens":1,"total_tokens":%d}}}'
+)
+DELTA = b'{"type":"response.output_text.delta","event_id":"event_%d","delta":"word"}'
+LIVE = b'{"usageMetadata":{"promptTokenCount":1,"responseTokenCount":2,"totalTokenCount":3}}'
+
+
+def fed(path, wire, cuts=()):
+    """All usages of what the server says, each step's worth taken; and how many steps it took at most for a piece."""
+    anomalies = Anomalies()
+    tap = UsageTaps(anomaly=anomalies).websocket(path, [(b"Upgrade", b"websocket")])
+    found = []
+    places = sorted({0, *(cut % (len(wire) + 1) for cut in cuts), len(wire)})
+    for start, stop in pairwise(places):
+        found += tap.from_server(wire[start:stop])
+        while tap.behind:
+            found += tap.from_server(b"")
+    return found, anomalies
+
+
+@given(
+    kinds=st.lists(st.sampled_from(["done", "delta", "ping", "sound", "fragments", "large"]), min_size=1, max_size=60),
+    times=st.integers(1, 40),
+    cuts=st.lists(st.integers(0, 1 << 22), max_size=8),
+)
+def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds, times, cuts):
+    wire = b""
+    for number, kind in enumerate(kinds * times):
+        if kind == "done":
+            wire += frame(DONE % (number, number, number + 1))
+        elif kind == "fragments":
+            said = DONE % (number, number, number + 1)
+            wire += fragments([said[:-1] + b" " * 1_000, said[-1:] + b" " * 1_000], between=frame(b"", PING))
+        elif kind == "large":
+            wire += frame(b'{"type":"response.done","pad":"' + b"x" * 70_000 + b'",' + (DONE % (number, number, 0))[1:])
+        else:
+            payload = DELTA % number if kind == "delta" else b"" if kind == "ping" else b"\x00" * 900
+            wire += frame(payload, {"delta": TEXT, "ping": PING, "sound": BINARY}[kind])
+    found, anomalies = fed("/v1/realtime", wire, cuts)
+    expected = [n for n, kind in enumerate(kinds * times) if kind in ("done", "fragments", "large")]
+    assert [usage.input_tokens for usage in found] == expected
+    assert not anomalies
+
+
+@pytest.mark.parametrize("size", [70, 1_000, 65_536, 1 << 30])
+def test_a_long_session_of_the_smallest_messages_counts_to_its_end(size):
+    wire = b"".join(frame(DELTA % number) * 8 + frame(LIVE) for number in range(5_000))
+    found, anomalies = fed("/ws/x.BidiGenerateContent", wire, tuple(range(0, len(wire), size)))
+    assert len(found) == 5_000
+    assert not anomalies
+
+
+def test_of_many_that_count_a_step_is_given_out_and_the_rest_waits():
+    tap = UsageTaps().websocket("/v1/realtime", [(b"Upgrade", b"websocket")])
+    wire = b"".join(frame(DONE % (number, number, number)) for number in range(3 * STEP_MESSAGES))
+    given_out = [len(tap.from_server(wire[:-5]))]
+    while tap.behind:
+        given_out.append(len(tap.from_server(b"")))
+    assert given_out == [STEP_MESSAGES, STEP_MESSAGES, STEP_MESSAGES - 1]
+    assert [usage.input_tokens for usage in tap.from_server(wire[-5:])] == [3 * STEP_MESSAGES - 1]
+    assert not tap.behind
+
+
+@pytest.mark.parametrize("unit", [frame(b""), frame(b"", PING), frame(b"", 0, final=False), frame(b"x")])
+def test_more_frames_than_any_session_has_end_the_reading(unit):
+    start = frame(b"x", final=False) if unit[0] == 0 else b""
+    found, anomalies = fed("/v1/realtime", start + unit * (4 * UNITS_FREE) + frame(DONE % (1, 1, 1)))
+    assert (found, anomalies) == ([], ["websocket_too_busy"])
+
+
+def test_what_a_client_says_beyond_its_ration_is_left_unread_and_the_rest_goes_on():
+    anomalies = Anomalies()
+    tap = UsageTaps(anomaly=anomalies).websocket("/v1/realtime?model=asked", [(b"Upgrade", b"websocket")])
+    unread = frame(b'{"type":"session.update","session":{"model":"unread"}}', mask=MASK)
+    tap.from_client(frame(b"x" * 60, mask=MASK) * (LOOKS_FREE + 600) + unread)
+    assert anomalies == ["websocket_too_busy"]
+    tap.from_client(frame(b"\0" * 60_000, BINARY, mask=MASK))
+    tap.from_client(frame(b'{"type":"session.update","session":{"model":"new"}}', mask=MASK))
+    (usage,) = tap.from_server(frame(DONE % (1, 1, 1)))
+    assert usage.request_model == "new"
+    assert anomalies == ["websocket_too_busy"]
+
+
+@given(
+    sizes=st.lists(st.integers(0, 200) | st.integers(3_900, 4_300) | st.integers(65_400, 65_700), max_size=12),
+    mask=st.binary(min_size=4, max_size=4),
+    behind=st.integers(0, 4_200),
+    cuts=st.lists(st.integers(0, 1 << 20), max_size=5),
+)
+def test_what_a_client_says_is_found_under_any_mask(sizes, mask, behind, cuts):
+    tap = UsageTaps().websocket("/v1/realtime", [(b"Upgrade", b"websocket")])
+    wire = b"".join(frame(b"s" * size, BINARY, mask=mask) for size in sizes)
+    said = b'{"pad":"' + b"e" * behind + b'","type":"session.update","session":{"model":"new"}}'
+    wire += frame(said, mask=mask) + frame(b"", PING, mask=mask)
+    places = sorted({0, *(cut % (len(wire) + 1) for cut in cuts), len(wire)})
+    for start, stop in pairwise(places):
+        tap.from_client(wire[start:stop])
+    (usage,) = tap.from_server(frame(DONE % (1, 1, 1)))
+    assert usage.request_model == "new"
