@@ -10,8 +10,9 @@ leaves out what the client's `Connection` takes out), and the target in its norm
 more than one way, or say two things at once; by that it must not choose who pays:
 
 - A header that occurs twice: the *last* field counts, also an empty one. A gateway in front appends the field that it
-  vouches for, behind whatever the client made up. A list with commas is one value. Of a credential's header an empty
-  field, or a scheme without a key, says nothing: it opened no door, so another field did.
+  vouches for, behind whatever the client made up. A list with commas is one value. Of a credential's header the *first*
+  field that holds a key counts: no gateway adds a second one, and servers authenticate by the first (Go's `Header.Get`,
+  Node, which drops the others). An empty field, or a scheme without a key, opened no door.
 - A query name that occurs twice with different values names nobody: upstreams take the first, the last or all of them.
 - Several credentials at once: `credential` asks first for the one that the upstream's API authenticates by.
 
@@ -164,7 +165,7 @@ class Attributor:
             name = raw_name.lower()
             if name in wanted and (before := found.setdefault(name, value)) != value:
                 self._anomaly("credentials_conflict" if name in self._credentials else "header_repeated")
-                found[name] = _later(name, before, value)
+                found[name] = _counting(name, before, value)
         dimensions = {}
         if self._dimensions:
             dimensions = {
@@ -260,10 +261,10 @@ def _is_secret(source: Source) -> bool:
     return source.kind is Kind.HEADER and source.name in SECRET_HEADERS and not source.plain
 
 
-def _later(header: bytes, before: bytes, value: bytes) -> bytes:
-    """Which of two fields of one header counts: the later, but of a credential's none that holds no key."""
+def _counting(header: bytes, before: bytes, value: bytes) -> bytes:
+    """Which of two fields of one header counts."""
     name = header.decode("latin-1")
-    return value if name not in SECRET_HEADERS or _credential(name, value) else before
+    return before if name in SECRET_HEADERS and _credential(name, before) else value
 
 
 def _credential(header: str, value: bytes) -> bytes:

@@ -6,7 +6,7 @@ A backend is added by a row in `TRIALS`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -67,8 +67,6 @@ def build(
     name: str,
     tmp_path: Path,
     url: str = "http://127.0.0.1:9",
-    *,
-    open_ledger: Callable[[], LedgerStore] | None = None,
     **more: str,
 ) -> Backend:
     """A backend as the configuration would make it."""
@@ -77,7 +75,7 @@ def build(
     context = Context(
         data_dir=tmp_path,
         subscribers={"acme": {trial.backend: "cus_acme"}},
-        open_ledger=open_ledger or (lambda: LedgerStore(tmp_path / "ledger.db")),
+        open_ledger=lambda: LedgerStore(tmp_path / "ledger.db"),
     )
     urls = {"url": url, "stream_url": url}
     return row.make(values_of(row.settings, {**urls, **trial.values, **more}), context)

@@ -6,15 +6,18 @@ A backend is added by a row in `TRIALS`; what is peculiar to its wire form has a
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import functools
 import hashlib
 import hmac
 import re
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,6 @@ from sidecar.backends.base import BILLING
 from sidecar.backends.batches import Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.backends.http import HttpClient
 from sidecar.exchange import Outcome, Subscriber, UsageState
-from sidecar.ledger import LedgerStore
 from sidecar.receiver import Do, Fault
 from sidecar.record import Record
 from sidecar.settings import Secret
@@ -138,8 +140,10 @@ async def test_nothing_that_a_record_may_hold_stops_an_encoder(given_records: li
 
 @functools.cache
 def made(name: str) -> Backend:
-    """A backend to encode with: it opens no connection, and its ledger has no file."""
-    return build(name, Path("/nonexistent"), open_ledger=lambda: LedgerStore(Path("/nonexistent/ledger.db")))
+    """A backend to encode with: it opens no connection, and its ledger is gone with the process."""
+    directory = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return build(name, directory)
 
 
 DIGESTS = """

@@ -50,13 +50,15 @@ def token(**claims: object) -> bytes:
         ("path:2", [], "/v1/ac%6De/chat?x", Subscriber("acme", "path:2")),
         ("path:9", [], "/v1/acme", None),
         ("body:user", [], "/", None),
-        # The last field counts, also an empty one.
+        # The last field counts, also an empty one; of a credential the first, by which servers authenticate.
         ("header:x-tenant", [(b"X-Tenant", b"a"), (b"x-tenant", b"b")], "/", Subscriber("b", "header:x-tenant")),
         ("header:x-tenant", [(b"X-Tenant", b"a"), (b"x-tenant", b"")], "/", None),
         ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", token(sub="b"))], "/",
-         Subscriber("b", "jwt:sub")),
+         Subscriber("a", "jwt:sub")),
         ("jwt:sub", [(b"Authorization", token(sub="u").replace(b" ", b"\t \t"))], "/", Subscriber("u", "jwt:sub")),
-        # But a credential's field without a key is no credential: the one before it opened the door.
+        # A credential's field without a key is no credential: the other one opened the door.
+        ("jwt:sub", [(b"Authorization", b"Bearer"), (b"authorization", token(sub="b"))], "/",
+         Subscriber("b", "jwt:sub")),
         ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", b"")], "/", Subscriber("a", "jwt:sub")),
         ("jwt:sub", [(b"Authorization", token(sub="a")), (b"authorization", b"Bearer ")], "/",
          Subscriber("a", "jwt:sub")),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Callable
 
@@ -156,8 +157,10 @@ def test_zstd_windows_are_bounded() -> None:
         undo(made("zstd"), wide, 1000)
 
 
-@pytest.mark.parametrize("size", [70_000, 100_000, 300_000, 2_000_000])
-@pytest.mark.parametrize("step", [0, 61, 1013, 65_536])
+@pytest.mark.parametrize(
+    ("size", "step"),
+    [*itertools.product((70_000, 100_000, 300_000), (0, 61, 1013, 65_536)), (2_000_000, 0), (2_000_000, 65_536)],
+)
 def test_brotli_that_was_flushed_often_gives_all_of_it_in_one_piece(size: int, step: int) -> None:
     """Its decoder holds output back while it says that it takes more input."""
     body = (b'{"text":"' + b"i" * size + b'","usage":1}') * 2
