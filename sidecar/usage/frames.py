@@ -26,7 +26,7 @@ KEPT_MAX_BYTES = 262_144  # of a frame that is read; a larger one is passed over
 
 # Units of a tenth of a microsecond, as in `websocket`; the smallest frames of a real stream have 120 bytes.
 UNITS_FREE = 1_024  # before the number of frames must be in proportion to their length
-UNIT_BYTES = 32  # that earn one
+UNIT_BYTES = 64  # that earn one
 UNITS_A_PIECE = 32  # earned by each piece, which costs more than they do
 UNITS_A_HEAD = 16  # of a frame whose head did not come before
 READS_FREE = 256  # frames that are unpacked
@@ -90,8 +90,9 @@ class EventStream:
         data = self._rest + piece if self._rest and not self._skip else piece
         pos, end = 0, len(data)
         late: deque[int] = deque(maxlen=LAST_FRAMES)  # where they begin
+        preludes, dull, units, spent = self._preludes, self._dull, self._units, self._reads <= 0
         while not self._skip and end - pos >= PRELUDE_BYTES:
-            known = self._preludes.get(data[pos : pos + PRELUDE_BYTES])
+            known = preludes.get(data[pos : pos + PRELUDE_BYTES])
             total, head_size = known if known is not None else self._check(data, pos)
             if total > KEPT_MAX_BYTES:
                 if late and self._read_late(data, late):
@@ -103,23 +104,25 @@ class EventStream:
             after = pos + total
             if after > end:
                 break
-            self._units -= 1
-            if self._units < 0:
+            units -= 1
+            if units < 0:
                 self.busy = True
                 raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
-            if self._reads <= 0:
+            if spent:
                 late.append(pos)
-            elif self._read(data, pos, head_size, after):
-                return True
+            elif data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] not in dull:
+                self._units = units
+                if self._read(data, pos, head_size, after):
+                    return True
+                units, spent = self._units, self._reads <= 0
             pos = after
+        self._units = units
         if not self._skip:
             self._rest = data[pos:]
         return bool(late) and self._read_late(data, late)
 
     def _read(self, data: bytes, pos: int, head_size: int, after: int) -> bool:
         head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
-        if head in self._dull:
-            return False
         if zlib.crc32(data[pos : after - 4]) != int.from_bytes(data[after - 4 : after], "big"):
             raise Unreadable("frame_damaged", "a frame's checksum is wrong")
         if self._reader.dull_frame(head):
@@ -137,6 +140,8 @@ class EventStream:
         while late:
             pos = late.popleft()
             total, head_size, _ = _PRELUDE.unpack_from(data, pos)
+            if data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] in self._dull:
+                continue
             if self._read(data, pos, head_size, pos + total):
                 return True
         return False
