@@ -15,15 +15,31 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
 from sidecar.backends import denials
 from sidecar.verdict import Blocked, Delivered, Duplicate, Sealed, Unknown, Verdict
 
-if TYPE_CHECKING:
-    from sidecar.backends.http import Answer
+
+class Answer(Protocol):
+    """What came back, as far as a yes is looked for in it (`http.Answer`)."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]: ...
+
+    @property
+    def body(self) -> bytes: ...
+
+    @property
+    def cut(self) -> str | None:
+        """Why the body is not whole."""
+        ...
+
 
 UNEXPECTED: Final = "unexpected_answer"
 
