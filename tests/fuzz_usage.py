@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
 
 with atheris.instrument_imports(include=["sidecar.usage"]):
-    from sidecar.usage.taps import UsageTaps
+    from sidecar.usage.readers import UsageTaps
 
 from test_usage_fuzz import SAMPLES, believable  # noqa: E402
 

@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from sidecar.backends import BACKENDS, answers, backend_settings
-from sidecar.metrics import FAMILIES
+from sidecar.runtime.metrics import FAMILIES
 from sidecar.settings import Setting, core_settings
-from sidecar.usage import sockets
-from sidecar.usage.table import render
+from sidecar.usage.providers import realtime
+from sidecar.usage.providers.table import render
 
 TOML_ONLY = """\
 TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with
@@ -52,7 +52,7 @@ def _table(settings: Iterable[tuple[str | None, Setting]]) -> str:
 
 
 def usage_table() -> str:
-    return (render() + sockets.render()).rstrip()
+    return (render() + realtime.render()).rstrip()
 
 
 TABLES: dict[str, Callable[[], str]] = {"settings": settings_tables, "usage": usage_table, "metrics": metrics_table}

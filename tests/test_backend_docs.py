@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from readme_tables import BACKENDS_PAGE, PAGE_TABLES, written
 
-from sidecar import demo, receiver
 from sidecar.backends import BACKENDS, Context, answers, backend_settings
+from sidecar.dev import demo, mock_backends
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import read_meters
 from sidecar.settings import load
@@ -46,7 +46,7 @@ def test_every_backend_on_the_network_has_gone_all_the_steps() -> None:
     """Each has a place at the receiver and in the demo; the file names that the page speaks of are there."""
     on_the_network = set(BACKENDS) - {"ledger", "file"}
     assert set(demo.BACKENDS) == on_the_network
-    assert set(receiver.backends()) == on_the_network
+    assert set(mock_backends.backends()) == on_the_network
     page = (DOCS / "adding-a-backend.md").read_text()
     for name in re.findall(r"`((?:sidecar|tests|docs)/[\w/.-]+)`", page):
         assert (DOCS.parent / name).exists(), name

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sidecar import __version__
-from sidecar.metrics import FAMILIES, Gauges, Metrics
+from sidecar.runtime.metrics import FAMILIES, Gauges, Metrics
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"

@@ -14,7 +14,7 @@ import yaml
 
 from sidecar.backends import backend_settings
 from sidecar.cli import COMMANDS, parser
-from sidecar.metrics import FAMILIES
+from sidecar.runtime.metrics import FAMILIES
 from sidecar.settings import CONFIG, PREFIX, Setting, Settings, all_settings, core_settings, load
 
 ROOT = Path(__file__).parent.parent

@@ -1,8 +1,8 @@
 """The billing systems: one file each, and one row in this table.
 
 To add one, write `sidecar/backends/<name>.py` with a class that keeps the `Backend` contract of
-`sidecar.verdict`, its `SETTINGS` and a `from_settings`; add the row; add it to
-`tests/backend_trials.py`. Nothing else knows backends by name.
+`sidecar.model.delivery`, its `SETTINGS` and a `from_settings`; add the row; add it to
+`tests/support/backend_trials.py`. Nothing else knows backends by name.
 """
 
 from __future__ import annotations
@@ -11,21 +11,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sidecar.backends import (
-    file,
-    flexprice,
-    lago,
-    ledger,
-    ledgerbee,
-    meter,
-    openmeter,
-    revenium,
-    stripe,
-    webhook,
-)
+from sidecar.backends import file, flexprice, lago, ledger, ledgerbee, meter, openmeter, webhook
 from sidecar.backends.base import Context
+from sidecar.backends.revenium import backend as revenium
+from sidecar.backends.stripe import backend as stripe
+from sidecar.model.delivery import Backend
 from sidecar.settings import Setting
-from sidecar.verdict import Backend
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from typing import Any, Final, Protocol
 import orjson
 
 from sidecar.backends import denials
-from sidecar.verdict import Blocked, Delivered, Duplicate, Sealed, Unknown, Verdict
+from sidecar.model.delivery import Blocked, Delivered, Duplicate, Sealed, Unknown, Verdict
 
 
 class Answer(Protocol):

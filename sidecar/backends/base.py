@@ -17,13 +17,13 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import orjson
 
-from sidecar.exchange import Outcome
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import answered
-from sidecar.record import Record
-from sidecar.settings import Secret, Setting, kinds
-from sidecar.verdict import Encoded, Verdict
+from sidecar.model.delivery import Encoded, Verdict
+from sidecar.model.exchange import Outcome
+from sidecar.model.record import Record
+from sidecar.settings import Secret, Setting, types
 
 TEXT_CHARS_MAX: Final = 255  # what vendors store of a text; Revenium's own package cuts here as well
 DAY_S: Final = 86_400.0
@@ -94,7 +94,7 @@ EVERYTHING: Final = Policy(denied=SEND, refused=SEND, unsettled=SEND)
 
 def policy_settings(policy: Policy) -> tuple[Setting, ...]:
     """The switches of one backend: which calls it is given beside the plainly billable ones."""
-    do = kinds.word_of(SEND, SKIP, PARK)
+    do = types.word_of(SEND, SKIP, PARK)
     return (
         Setting("denied", do, policy.denied, "calls that the gate turned away: `send`, `skip` or `park`"),
         Setting("refused", do, policy.refused, "calls that were refused as bad requests"),

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any, Final
 
-from sidecar.verdict import Delivered, Duplicate, Refused, Retry, Sealed, Unknown, Verdict
+from sidecar.model.delivery import Delivered, Duplicate, Refused, Retry, Sealed, Unknown, Verdict
 
 # Members that are there only when something went wrong; false, 0, empty, "none" and the like are no error.
 _ERRORS: Final = frozenset({

@@ -35,11 +35,8 @@ from typing import Any, Final
 import orjson
 
 from sidecar.backends.base import EVERYTHING, Context, Policy, policy_of, policy_settings
-from sidecar.backends.batches import seal_lines
-from sidecar.disk import Trouble, make_private, trouble
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import (
+from sidecar.backends.batching import seal_lines
+from sidecar.model.delivery import (
     Abilities,
     Atomicity,
     Blocked,
@@ -51,6 +48,9 @@ from sidecar.verdict import (
     Sealed,
     Verdict,
 )
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
+from sidecar.storage.files import Trouble, make_private, trouble
 
 BATCH_MAX: Final = 1000
 BODY_BYTES_MAX: Final = 8 * 1024 * 1024  # one write and sync stays short on a slow disk
@@ -80,8 +80,8 @@ CREATE TABLE IF NOT EXISTS beyond (
 log = logging.getLogger("sidecar.backends.file")
 
 SETTINGS: Final = (
-    Setting("path", kinds.path, help="the file; `records.ndjson` in the data directory when not set"),
-    Setting("rotate_bytes", kinds.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed"),
+    Setting("path", types.path, help="the file; `records.ndjson` in the data directory when not set"),
+    Setting("rotate_bytes", types.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed"),
     *policy_settings(EVERYTHING),
 )
 

@@ -24,14 +24,14 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
-from sidecar.backends.batches import JSON_EVENTS, Piece, seal_batches
+from sidecar.backends.batching import JSON_EVENTS, Piece, seal_batches
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import as_json, properties
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 HOST: Final = "https://us.api.flexprice.io"  # as the vendor's package; https://api.cloud.flexprice.io is India's
 BULK: Final = "/v1/events/bulk"
@@ -42,10 +42,10 @@ CONCURRENCY: Final = 4  # of 100 bulk requests a minute that the hosted service 
 SOURCE: Final = "metering-sidecar"
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url, HOST, "with or without `/v1`; `https://api.cloud.flexprice.io` in India"),
+    Setting("url", types.http_url, HOST, "with or without `/v1`; `https://api.cloud.flexprice.io` in India"),
     Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True, required=True,
             also=("FLEXPRICE_API_KEY",)),
-    Setting("event_name", kinds.text, "api_request", "the event's name, as the meters have it"),
+    Setting("event_name", types.text, "api_request", "the event's name, as the meters have it"),
     Setting("environment_id", HEADER_TEXT, help="sent as `X-Environment-ID`, where the key is not bound to one"),
     TIMEOUT,
     *policy_settings(BILLING),
@@ -76,7 +76,7 @@ class FlexpriceBackend:
         policy: Policy = BILLING,
         client: HttpClient | None = None,
     ) -> None:
-        self.address: str = kinds.http_url.parse(url).removesuffix("/v1")
+        self.address: str = types.http_url.parse(url).removesuffix("/v1")
         self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
         if environment_id is not None:
             self._headers["x-environment-id"] = HEADER_TEXT.parse(environment_id)

@@ -31,8 +31,8 @@ import orjson
 
 from sidecar import __version__
 from sidecar.backends.answers import Yes, said_yes
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import KEY_MISMATCH, Blocked, Dedup, Refused, Retry, Sealed, Unknown, Verdict
+from sidecar.model.delivery import KEY_MISMATCH, Blocked, Dedup, Refused, Retry, Sealed, Unknown, Verdict
+from sidecar.settings import Setting, types
 
 CONNECT_TIMEOUT_S: Final = 10.0  # as for upstreams; a backend that takes longer is not there
 ANSWER_TIMEOUT_S: Final = 30.0  # from the first byte sent; vendors' own packages use 10 to 80
@@ -156,14 +156,14 @@ def refused_with(answer: Answer, *path: str) -> Refused:
 
 def _header_text(value: str) -> str:
     if not _HEADER_VALUE.fullmatch(value):
-        raise kinds.Unfit("expected printable ASCII, without spaces or line ends around it")
+        raise types.Unfit("expected printable ASCII, without spaces or line ends around it")
     return value
 
 
-HEADER_TEXT: Final = kinds.Kind("a text that a header can carry", _header_text)
+HEADER_TEXT: Final = types.Kind("a text that a header can carry", _header_text)
 
 TIMEOUT: Final = Setting(
-    "timeout", kinds.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the answer to one request may take"
+    "timeout", types.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the answer to one request may take"
 )
 
 

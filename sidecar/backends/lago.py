@@ -26,12 +26,12 @@ from sidecar.backends.base import (
     policy_settings,
     revealed,
 )
-from sidecar.backends.batches import JSON_EVENTS, Piece, meter_event, seal_batches
+from sidecar.backends.batching import JSON_EVENTS, Piece, meter_event, seal_batches
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Duplicate, Encoded, Refused, Retry, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Duplicate, Encoded, Refused, Retry, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 HOST: Final = "https://api.getlago.com"
 BATCH: Final = "/api/v1/events/batch"
@@ -41,11 +41,11 @@ TAKES: Final = frozenset({Kind.COUNT, Kind.SUM, Kind.LATEST, Kind.MAX})
 _THERE: Final = {"transaction_id": ["value_already_exist"]}
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own"),
+    Setting("url", types.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own"),
     Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True, required=True,
             also=("LAGO_API_KEY",)),
-    Setting("meters", kinds.names, help="the meters to send; all of them when not set"),
-    Setting("value_key", kinds.text, "value", "the property that the billable metrics aggregate"),
+    Setting("meters", types.names, help="the meters to send; all of them when not set"),
+    Setting("value_key", types.text, "value", "the property that the billable metrics aggregate"),
     TIMEOUT,
     *policy_settings(BILLING),
 )  # fmt: skip
@@ -76,7 +76,7 @@ class LagoBackend:
         policy: Policy = BILLING,
         client: HttpClient | None = None,
     ) -> None:
-        self.address: str = kinds.http_url.parse(url).removesuffix("/api/v1")
+        self.address: str = types.http_url.parse(url).removesuffix("/api/v1")
         self._headers = {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
         self._meters = chosen_meters(self.name, meters, names, TAKES)
         self._value_key = value_key

@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, policy_of, policy_settings
-from sidecar.backends.batches import batch_key, event_key
+from sidecar.backends.batching import batch_key, event_key
 from sidecar.meters.buckets import SUMS, bucket_deltas, to_wire
 from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.meters.hourly import body_of, deltas, grouped
-from sidecar.record import Record
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
+from sidecar.model.record import Record
 
 BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
 DEDUP_WINDOW_S: Final = 30 * 86_400.0  # how long the store keeps keys (`sidecar.ledger.store.KEYS_KEPT_S`)

@@ -29,12 +29,12 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
-from sidecar.backends.batches import event_key, meter_event
+from sidecar.backends.batching import event_key, meter_event
 from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 HOST: Final = "https://api.ledgerbee.com"
 REPORT: Final = "/api/v1/meters/report"
@@ -49,20 +49,20 @@ def _meter_pairs(items: Sequence[str]) -> Mapping[str, str]:
     for item in items:
         ours, equals, theirs = item.partition("=")
         if not ours.strip() or (equals and not theirs.strip()):
-            raise kinds.Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
+            raise types.Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
         found[ours.strip()] = theirs.strip() or ours.strip()
     return found
 
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url, HOST, "the API's host"),
+    Setting("url", types.http_url, HOST, "the API's host"),
     Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`; scope `meter-report`", secret=True, required=True),
     Setting(
         "meters",
-        kinds.many("meters as name or name=its name or id there, separated by commas", _meter_pairs),
+        types.many("meters as name or name=its name or id there, separated by commas", _meter_pairs),
         help="the meters to report; all of them, by their own names, when not set",
     ),
-    Setting("dedup_window", kinds.duration(), "24h", "how long LedgerBee remembers a key (not documented)"),
+    Setting("dedup_window", types.duration(), "24h", "how long LedgerBee remembers a key (not documented)"),
     TIMEOUT,
     *policy_settings(BILLING),
 )
@@ -91,7 +91,7 @@ class LedgerbeeBackend:
             concurrency=CONCURRENCY,
             knows_duplicates=True,
         )
-        self.address: str = kinds.http_url.parse(url).removesuffix("/api/v1").removesuffix("/api")
+        self.address: str = types.http_url.parse(url).removesuffix("/api/v1").removesuffix("/api")
         self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
         self._names = dict(names or {})
         self._meters = chosen_meters(self.name, meters, tuple(self._names), TAKES)

@@ -12,20 +12,20 @@ from typing import Any, Final
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import BILLING, DAY_S, Context, Policy, label_id, policy_of, policy_settings, revealed
-from sidecar.backends.batches import JSON_ARRAY, Piece, seal_batches
+from sidecar.backends.batching import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.backends.transaction import payload_bytes
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.backends.revenium.transaction import payload_bytes
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 BATCH_DEFAULT: Final = 100  # design.md, section 7
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url_query, help="where to POST the batches, as it is", required=True),
+    Setting("url", types.http_url_query, help="where to POST the batches, as it is", required=True),
     Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True),
-    Setting("batch", kinds.count(1, 10_000), str(BATCH_DEFAULT), "most payloads in one request"),
-    Setting("dedup_window", kinds.duration(), "24h", "how long the collector remembers an `Idempotency-Key`"),
+    Setting("batch", types.count(1, 10_000), str(BATCH_DEFAULT), "most payloads in one request"),
+    Setting("dedup_window", types.duration(), "24h", "how long the collector remembers an `Idempotency-Key`"),
     TIMEOUT,
     *policy_settings(BILLING),
 )
@@ -54,7 +54,7 @@ class MeterBackend:
             dedup=Dedup.REQUEST_KEY,
             dedup_window_s=dedup_window_s,
         )
-        self._url = kinds.http_url_query.parse(url)
+        self._url = types.http_url_query.parse(url)
         self._auth = {} if api_key is None else {"x-api-key": HEADER_TEXT.parse(api_key)}
         self._customers = dict(customers or {})
         self._policy = policy

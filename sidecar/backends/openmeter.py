@@ -25,12 +25,12 @@ from sidecar.backends.base import (
     revealed,
     rfc3339,
 )
-from sidecar.backends.batches import JSON_ARRAY, Piece, seal_batches
+from sidecar.backends.batching import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
 from sidecar.meters.properties import as_json, properties
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 HOST: Final = "https://openmeter.cloud"
 PATHS: Final = {"v1": "/api/v1/events", "v3": "/openmeter/events"}
@@ -38,13 +38,13 @@ CONTENT_TYPE: Final = "application/cloudevents-batch+json"
 BATCH_DEFAULT: Final = 500  # no limit is stated; 100 to 1000 is what deployments are sized for
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url, HOST, "the deployment; for v3 with what stands before `/openmeter/events`"),
+    Setting("url", types.http_url, HOST, "the deployment; for v3 with what stands before `/openmeter/events`"),
     Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True),
-    Setting("api", kinds.word_of(*PATHS), "v1", "`v3` for the API that Kong hosts"),
-    Setting("source", kinds.text, "metering-sidecar", "the events' `source`: one for the whole installation, for ever"),
-    Setting("event_type", kinds.text, "api_request", "the events' `type`, as the meters have it"),
-    Setting("batch", kinds.count(1, 10_000), str(BATCH_DEFAULT), "most events in one request"),
-    Setting("dedup_window", kinds.duration(), "24h", "how long the deployment remembers an event; 0: not at all"),
+    Setting("api", types.word_of(*PATHS), "v1", "`v3` for the API that Kong hosts"),
+    Setting("source", types.text, "metering-sidecar", "the events' `source`: one for the whole installation, for ever"),
+    Setting("event_type", types.text, "api_request", "the events' `type`, as the meters have it"),
+    Setting("batch", types.count(1, 10_000), str(BATCH_DEFAULT), "most events in one request"),
+    Setting("dedup_window", types.duration(), "24h", "how long the deployment remembers an event; 0: not at all"),
     TIMEOUT,
     *policy_settings(BILLING),
 )
@@ -77,7 +77,7 @@ class OpenmeterBackend:
             dedup=dedup,
             dedup_window_s=dedup_window_s or None,
         )
-        self.address: str = kinds.http_url.parse(url)
+        self.address: str = types.http_url.parse(url)
         self._path = PATHS[api]
         self._headers = {} if api_key is None else {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
         self._source, self._type = source, event_type

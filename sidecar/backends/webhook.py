@@ -24,11 +24,11 @@ from typing import Any, Final
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import DAY_S, EVERYTHING, Context, Policy, policy_of, policy_settings, revealed
-from sidecar.backends.batches import seal_lines
+from sidecar.backends.batching import seal_lines
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
-from sidecar.record import Record
-from sidecar.settings import Setting, kinds
-from sidecar.verdict import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
 
 BATCH_DEFAULT: Final = 100
 SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
@@ -40,16 +40,16 @@ def _secret_text(value: str) -> str:
 
 
 SETTINGS: Final = (
-    Setting("url", kinds.http_url_query, help="where to POST the records, as it is", required=True),
+    Setting("url", types.http_url_query, help="where to POST the records, as it is", required=True),
     Setting(
         "secret",
-        kinds.Kind("signing secrets", _secret_text),
+        types.Kind("signing secrets", _secret_text),
         help="signs each request; several with spaces between",
         secret=True,
     ),
     Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True),
-    Setting("batch", kinds.count(1, 10_000), str(BATCH_DEFAULT), "most records in one request"),
-    Setting("dedup_window", kinds.duration(), "24h", "how long the receiver remembers a `webhook-id`"),
+    Setting("batch", types.count(1, 10_000), str(BATCH_DEFAULT), "most records in one request"),
+    Setting("dedup_window", types.duration(), "24h", "how long the receiver remembers a `webhook-id`"),
     TIMEOUT,
     *policy_settings(EVERYTHING),
 )
@@ -80,7 +80,7 @@ class WebhookBackend:
             dedup_window_s=dedup_window_s,
             bills=False,
         )
-        self._url = kinds.http_url_query.parse(url)
+        self._url = types.http_url_query.parse(url)
         self._secrets = [] if secret is None else read_secrets(secret)
         self._auth = {} if api_key is None else {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
         self._policy = policy
@@ -124,7 +124,7 @@ def read_secrets(text: str) -> list[bytes]:
     """The signing secrets; raises `Unfit` without repeating them."""
     secrets = [_read_secret(one) for one in text.split()]
     if not secrets or any(len(secret) < SECRET_BYTES_MIN for secret in secrets):
-        raise kinds.Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
+        raise types.Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
     return secrets
 
 
@@ -134,4 +134,4 @@ def _read_secret(text: str) -> bytes:
     try:
         return base64.b64decode(text.removeprefix("whsec_"), validate=True)
     except binascii.Error:
-        raise kinds.Unfit("expected base64 behind whsec_") from None
+        raise types.Unfit("expected base64 behind whsec_") from None

@@ -53,8 +53,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault of the settings and still worth knowing before the first call."""
-    from sidecar.admin.guard import open_port
-    from sidecar.parts import IDLE_PIN, idle_pins
+    from sidecar.runtime.admin.guard import open_port
+    from sidecar.runtime.factory import IDLE_PIN, idle_pins
     from sidecar.spool.files import ground_warning
 
     found = [] if (warning := open_port(settings)) is None else [warning]

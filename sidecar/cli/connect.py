@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from sidecar import billers
 from sidecar.backends import BACKENDS
 from sidecar.backends.base import Examined
 from sidecar.backends.http import fault_of
+from sidecar.runtime import backend_factory
 from sidecar.settings import Settings
 
 LIMIT_S: Final = 10.0  # for name, connection and handshake of one address together
@@ -57,7 +57,7 @@ async def _backend(settings: Settings, name: str) -> list[Tried]:
     """Whether it can be reached; and where it can, everything that it finds wrong."""
     if not any(setting.name == "url" for setting in BACKENDS[name].settings):
         return [Tried(name, REACHED, "on this machine")]
-    made = billers.backend(settings, name)
+    made = backend_factory.backend(settings, name)
     url = settings.backend(name)["url"] or getattr(made, "address", None)
     try:
         reached = await _try(name, _reach_backend(name, url))

@@ -18,10 +18,11 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sidecar import app, demo, log
+    from sidecar.dev import demo
+    from sidecar.runtime import app, logging
 
     # What the demo has to say stands in its table; its clients hang up on purpose.
-    log.set_up("ERROR")
+    logging.set_up("ERROR")
 
     def start(environ: Mapping[str, str]) -> AbstractAsyncContextManager[demo.Running]:
         return app.running(load(environ, backend_settings=known_backend_settings()))

@@ -10,12 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Final
 
-from sidecar.balance import Balance, add_counts
 from sidecar.cli.shared import CommandError
 from sidecar.delivery.state.accounts import Accounts, totals_of
 from sidecar.delivery.state.rows import StateError
 from sidecar.delivery.state.schema import open_reader, told
-from sidecar.place import noticed_in
+from sidecar.model.balance import Balance, add_counts
+from sidecar.runtime.directory_identity import noticed_in
 from sidecar.spool import SpoolError, SpoolReader
 
 DELIVERY: Final = "delivery.db"

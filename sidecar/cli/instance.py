@@ -13,8 +13,8 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from sidecar.cli.shared import CommandError
-from sidecar.lock import running
-from sidecar.sockets import CONTROL, connect, is_socket
+from sidecar.runtime.instance_lock import running
+from sidecar.storage.sockets import CONTROL, connect, is_socket
 
 LIMIT_S: Final = 10.0  # for questions; what is asked to do something says its own
 ANYWHERE: Final = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # "every interface" is no address to call
@@ -30,13 +30,13 @@ class _UnixConnection(http.client.HTTPConnection):
 
 
 def ask(data_dir: Path, path: str, *, limit_s: float = LIMIT_S) -> Any:
-    """What the admin port of the running instance answers to a GET, as JSON; None where none is running."""
+    """What the admin port of the running instance answers to a GET, as JSON; None where none runs."""
     found = _get(data_dir, path, limit_s)
     return None if found is None else _json(*found)
 
 
 def counter(data_dir: Path, series: str, *, limit_s: float = LIMIT_S) -> int | None:
-    """One series of the running instance's metrics, as it is written there; None where none is running."""
+    """One series of the running instance's metrics, as it is written there; None where none runs."""
     found = _get(data_dir, "/metrics", limit_s)
     if found is None:
         return None
@@ -57,7 +57,7 @@ def _get(data_dir: Path, path: str, limit_s: float) -> tuple[str, bytes] | None:
 
 
 def change(data_dir: Path, path: str, wish: Any, *, limit_s: float) -> Any:
-    """What the running instance answers to a wish (`sidecar.admin.control`), as JSON; None where none is running."""
+    """What the running instance answers to a wish (see `runtime.admin.control`), as JSON; None where none runs."""
     note = running(data_dir)
     if note is None:
         return None

@@ -55,8 +55,8 @@ def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
-    from sidecar.admin.control import COMPLAINTS_MAX
-    from sidecar.backends.stripe_reports import ReportError, read_report
+    from sidecar.backends.stripe.reports import ReportError, read_report
+    from sidecar.runtime.admin.control import COMPLAINTS_MAX
 
     reports = []
     for number, document in enumerate(_documents(arguments.file), 1):
@@ -94,10 +94,10 @@ def _change(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[st
 
 
 def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    from sidecar.billers import faults, missing
     from sidecar.delivery.state import StateError
     from sidecar.ledger import LedgerError
-    from sidecar.lock import LockError
+    from sidecar.runtime.backend_factory import faults, missing
+    from sidecar.runtime.instance_lock import LockError
     from sidecar.spool import SpoolError
 
     if not (settings.data_dir / "delivery.db").exists():
@@ -114,15 +114,15 @@ def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> li
 async def _in_books(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
-    from sidecar.delivery import mending
-    from sidecar.offline import books
+    from sidecar.delivery import corrections
+    from sidecar.runtime.offline import books
 
     async with books(settings) as desk:
         if path == "/cancel":
-            outcomes = await mending.cancel(wish["id"], desk, desk.backends, backend=wish["backend"])
+            outcomes = await corrections.cancel(wish["id"], desk, desk.backends, backend=wish["backend"])
         else:
-            named = [mending.Named(*one) for one in wish["named"]]
-            outcomes = await mending.complain(wish["backend"], named, desk, desk.backends)
+            named = [corrections.Named(*one) for one in wish["named"]]
+            outcomes = await corrections.complain(wish["backend"], named, desk, desk.backends)
         return [asdict(one) for one in outcomes]
 
 

@@ -23,12 +23,12 @@ from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_fo
 from sidecar.meters.buckets import BucketDelta, Groups, bucket_deltas
 from sidecar.meters.definition import Kind, Meter, MetersError, read_meters
 from sidecar.meters.hourly import grouped, write_amount
-from sidecar.record import Record
+from sidecar.model.record import Record
 from sidecar.settings import Settings
 
 if TYPE_CHECKING:
     from sidecar.backends.base import Provisioned
-    from sidecar.verdict import Backend
+    from sidecar.model.delivery import Backend
 
 _LIST: Final = ("name", "type", "of", "filters", "multiplier", "bucket_size", "group_by", "reset_usage")
 _TEST: Final = ("meter", "subscriber", "group", "from", "value")
@@ -115,20 +115,21 @@ def _test(arguments: argparse.Namespace, settings: Settings) -> int:
 
 
 def _make(arguments: argparse.Namespace, settings: Settings) -> int:
-    from sidecar import billers
     from sidecar.backends import BACKENDS
     from sidecar.backends.base import Provisioned
+    from sidecar.runtime import backend_factory
 
     meters, name = meters_of(settings, arguments.names), arguments.backend
     if name not in BACKENDS:
         raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", WRONG)
-    if missing := billers.missing(settings, name):
+    if missing := backend_factory.missing(settings, name):
         raise CommandError(f"{', '.join(missing)} is not set: {name} is asked with it", WRONG)
     # Which meters are sent is a choice of its own, and no reason not to create another.
     values = dict(settings.backend(name))
     values |= {s.name: s.default_value() for s in BACKENDS[name].settings if s.name == "meters"}
     try:
-        backend = billers.backend(replace(settings, meters=(), backend_values={name: values}), name, billers.NoLedger)
+        alone = replace(settings, meters=(), backend_values={name: values})
+        backend = backend_factory.backend(alone, name, backend_factory.NoLedger)
     except ValueError as error:
         raise CommandError(str(error), WRONG) from None
     if not isinstance(backend, Provisioned):

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from sidecar.cli.shared import OK, WRONG, CommandError
-from sidecar.settings import Unfit, kinds
+from sidecar.settings import Unfit, types
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,12 +17,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sidecar.receiver import StoreError, backends, serve
+    from sidecar.dev.mock_backends import StoreError, backends, serve
 
     try:
-        address = kinds.address.parse(arguments.listen)
+        address = types.address.parse(arguments.listen)
     except ValueError as error:
-        why = str(error) if isinstance(error, Unfit) else f"expected {kinds.address.expected}"
+        why = str(error) if isinstance(error, Unfit) else f"expected {types.address.expected}"
         raise CommandError(f"--listen {arguments.listen}: {why}", WRONG) from None
     if address.path is not None:
         raise CommandError("--listen: expected a host and a port; the receiver has no Unix socket", WRONG)

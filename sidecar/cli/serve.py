@@ -14,14 +14,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = serving_settings(arguments)
 
-    from sidecar import app
     from sidecar.delivery.state import StateError
-    from sidecar.early import NoRoomError
     from sidecar.ledger import LedgerError
-    from sidecar.lock import LockError, NotWritableError
-    from sidecar.sockets import SocketError
+    from sidecar.runtime import app
+    from sidecar.runtime.early import NoRoomError
+    from sidecar.runtime.instance_lock import LockError, NotWritableError
+    from sidecar.runtime.supervisor import WorkerError
     from sidecar.spool import SpoolError
-    from sidecar.supervisor import WorkerError
+    from sidecar.storage.sockets import SocketError
 
     try:
         return app.run(settings)

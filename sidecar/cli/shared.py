@@ -37,10 +37,10 @@ def known_backend_settings() -> BackendSettings:
 def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
     """All that `serve` needs, with what only the parts can judge: meters, backends, the ledger's file,
     certificates."""
-    from sidecar import billers, certificates
+    from sidecar.runtime import backend_factory, certificates
 
     def judge(settings: Settings) -> list[str]:
-        return [*billers.faults(settings), *certificates.faults(settings)]
+        return [*backend_factory.faults(settings), *certificates.faults(settings)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 

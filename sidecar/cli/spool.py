@@ -234,9 +234,9 @@ def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
     from sidecar.delivery.state import StateError
-    from sidecar.lock import LockError
-    from sidecar.offline import adopt
-    from sidecar.place import As
+    from sidecar.runtime.directory_identity import As
+    from sidecar.runtime.instance_lock import LockError
+    from sidecar.runtime.offline import adopt
     from sidecar.spool import SpoolError
 
     if not (data_dir / "delivery.db").exists():

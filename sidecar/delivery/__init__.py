@@ -6,10 +6,10 @@
 `sidecar.backends`; who calls `wake` and what the totals are compared with is the application's.
 """
 
-from sidecar.delivery.courier import Delivery
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Clock, SpoolReader, SystemClock
+from sidecar.delivery.service import Delivery
 from sidecar.delivery.state import DeliveryState
-from sidecar.delivery.words import LaneStatus
+from sidecar.delivery.types import LaneStatus
 
 __all__ = ["Clock", "Delivery", "DeliveryState", "LaneStatus", "Limits", "SpoolReader", "SystemClock"]

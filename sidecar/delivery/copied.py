@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from sidecar.verdict import Abilities, Dedup
+from sidecar.model.delivery import Abilities, Dedup
 
 COPIED: Final = "copied"  # parked: pending when the directory was copied, and left to the original
 

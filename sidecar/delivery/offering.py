@@ -15,8 +15,8 @@ from dataclasses import dataclass, replace
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.state.rows import Request
-from sidecar.delivery.words import Now
-from sidecar.verdict import Backend, Sealed, Unknown, Verdict
+from sidecar.delivery.types import Now
+from sidecar.model.delivery import Backend, Sealed, Unknown, Verdict
 
 _LOG = logging.getLogger(__name__)
 

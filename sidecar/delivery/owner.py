@@ -9,8 +9,8 @@ from typing import Any, Protocol, TypeVar
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.ports import Metrics, SpoolReader
 from sidecar.delivery.state import DeliveryState
-from sidecar.delivery.words import Now
-from sidecar.verdict import Backend
+from sidecar.delivery.types import Now
+from sidecar.model.delivery import Backend
 
 _T = TypeVar("_T")
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
+from sidecar.delivery.circuit_breaker import Pace, ended, next_pace, suspect
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.pace import Pace, ended, next_pace, suspect
 from sidecar.delivery.ports import Metrics
-from sidecar.delivery.words import Now
-from sidecar.verdict import Backend, Delivered, Duplicate, Verdict
+from sidecar.delivery.types import Now
+from sidecar.model.delivery import Backend, Delivered, Duplicate, Verdict
 
 _LOG = logging.getLogger(__name__)
 

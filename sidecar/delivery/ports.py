@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from typing import Protocol
 
-from sidecar.delivery.words import Now
-from sidecar.verdict import Verdict
+from sidecar.delivery.types import Now
+from sidecar.model.delivery import Verdict
 
 
 class StoredGroup(Protocol):

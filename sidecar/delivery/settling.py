@@ -16,14 +16,14 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Final
 
-from sidecar.delivery import sealing
+from sidecar.delivery import encoding
+from sidecar.delivery.dedup_window import may_resend, window_left_s
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.offering import Answer
-from sidecar.delivery.retry import Attempt, Decision, judge, park_all
+from sidecar.delivery.retry_policy import Attempt, Decision, judge, park_all
 from sidecar.delivery.state.rows import NewRequest, Request, Settlement
-from sidecar.delivery.window import may_resend, window_left_s
-from sidecar.delivery.words import ENCODE_FAILED, PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
-from sidecar.verdict import Backend, Dedup, Verdict
+from sidecar.delivery.types import ENCODE_FAILED, PARTLY_TAKEN, TOO_OLD, WINDOW_ENDED, Fate, Now, Parking
+from sidecar.model.delivery import Backend, Dedup, Verdict
 
 _LOG = logging.getLogger(__name__)
 SWEEP_SLICE: Final = 200  # requests looked at before the event loop is let go
@@ -104,7 +104,7 @@ class Settling:
         if self._backend.abilities.dedup is not Dedup.EVENT_ID and request.tries.risky:
             return decision
         lines = await self._lines(request.id)
-        old = sealing.older_than(limit_s, list(dict.fromkeys(m.seq for m in request.members)), lines)
+        old = encoding.older_than(limit_s, list(dict.fromkeys(m.seq for m in request.members)), lines)
         going = tuple(i for i, member in enumerate(request.members) if member.seq not in old)
         return replace(
             decision,
@@ -123,7 +123,7 @@ class Settling:
         fates, parked = list(decision.fates), dict(decision.parked)
         for part in decision.parts:
             seqs = dict.fromkeys(request.members[i].seq for i in part)
-            made, lost = await sealing.again(
+            made, lost = await encoding.again(
                 self._backend, [(seq, by_seq[seq]) for seq in seqs], tries=decision.tries, due_s=due_s
             )
             events = {(request.members[i].seq, request.members[i].event_id) for i in part}
@@ -134,20 +134,20 @@ class Settling:
                     continue
                 if extra and self._backend.abilities.dedup is not Dedup.EVENT_ID:
                     # It would repeat events that are somebody else's to send.
-                    lost.events.update({one: sealing.Lost(PARTLY_TAKEN) for one in offered & events})
+                    lost.events.update({one: encoding.Lost(PARTLY_TAKEN) for one in offered & events})
                     continue
                 if extra and new.tries.risk_wall_s is None:
                     # Events that were taken go along once more: their window runs from now at the latest.
                     tries = replace(new.tries, risk_wall_s=now.wall_s, risk_mono_s=now.mono_s)
                     new = replace(new, tries=tries)
-                sealed = replace(new.sealed, key=sealing.child_key(request.key, len(children)))
+                sealed = replace(new.sealed, key=encoding.child_key(request.key, len(children)))
                 children.append(replace(new, sealed=sealed, generation=request.generation, history=history))
             carried = {(m.seq, m.event_id) for child in children for m in child.members}
             for i in part:
                 one = (request.members[i].seq, request.members[i].event_id)
                 if one not in carried:
                     # No reason: an encoder of another version or setting makes no such event any more.
-                    why = lost.why(*one) or sealing.Lost(ENCODE_FAILED)
+                    why = lost.why(*one) or encoding.Lost(ENCODE_FAILED)
                     fates[i] = Fate.PARKED
                     maybe = decision.tries.risky or why.reason == PARTLY_TAKEN
                     parked[i] = Parking(why.reason, maybe_taken=maybe)

@@ -12,8 +12,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+from sidecar.delivery.encoding import Item
 from sidecar.delivery.ports import SpoolReader
-from sidecar.delivery.sealing import Item
 from sidecar.delivery.state.rows import Cursor, Hole
 
 RELIST_S: Final = 1.0  # how often a wake may look for spools of new instances

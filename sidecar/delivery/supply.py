@@ -12,12 +12,12 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 
-from sidecar.delivery import sealing
+from sidecar.delivery import encoding
 from sidecar.delivery.owner import Owner
 from sidecar.delivery.sources import Source, Sources
 from sidecar.delivery.state.rows import Cursor, Sealing
-from sidecar.delivery.words import MISSING, Now
-from sidecar.verdict import Backend
+from sidecar.delivery.types import MISSING, Now
+from sidecar.model.delivery import Backend
 
 _LOG = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ class Planned:
     """Records that are about to be sealed."""
 
     source: Source
-    plan: sealing.Plan
+    plan: encoding.Plan
     at_once: set[int] = field(default_factory=set)  # which requests are offered as soon as they are stored
 
     def step(self) -> Sealing:
@@ -78,7 +78,7 @@ class Supply:
         if source is None:
             return None
         items = list(itertools.islice(source.items, wanted))
-        plan = await sealing.plan(
+        plan = await encoding.plan(
             self._backend, items, room=room, again_upto=source.again_upto, now_s=now.wall_s, limits=limits
         )
         return Planned(source, plan)

@@ -1,6 +1,6 @@
 """The embedded usage store: `ledger.db`, written by one process, read by any."""
 
-from sidecar.ledger.reader import LedgerReader, MeterRow, UsageRow
+from sidecar.ledger.queries import LedgerReader, MeterRow, UsageRow
 from sidecar.ledger.schema import LedgerError, ledger_problem
 from sidecar.ledger.store import LedgerStore
 

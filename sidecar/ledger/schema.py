@@ -14,8 +14,8 @@ import sqlite3
 from pathlib import Path
 from typing import Final
 
-from sidecar.disk import Trouble, make_private, trouble
 from sidecar.meters.hourly import COUNTS, JSON_INT_MAX, TOKENS
+from sidecar.storage.files import Trouble, make_private, trouble
 
 VERSION: Final = 1
 BUSY_S: Final = 5.0  # another process may be finishing; longer means that it is stuck

@@ -17,13 +17,13 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.disk import Trouble, trouble
 from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored, told
 from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
-from sidecar.verdict import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
+from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
+from sidecar.storage.files import Trouble, trouble
 
 KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
 PRUNE_EVERY_S: Final = 3600

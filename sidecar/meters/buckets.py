@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, Series, write_amount
-from sidecar.record import Record
+from sidecar.model.record import Record
 
 Groups = Iterable[tuple[tuple[int, Series], Sequence[Record]]]
 """What `hourly.grouped` makes: records by hour (Unix seconds of its start) and series."""

@@ -28,7 +28,7 @@ import orjson
 from sidecar.meters.expression import Expression, ExpressionError, compile_expression
 from sidecar.meters.hourly import EXACT, read_amount, write_amount
 from sidecar.meters.properties import TEXTS, Value, answered, is_property, reader_of, text_of, value_of
-from sidecar.record import Record
+from sidecar.model.record import Record
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
 EVENT_NAME: Final = re.compile(r"[!-~]([ -~]{0,98}[!-~])?")  # Stripe's limit is the lowest

@@ -18,7 +18,7 @@ from typing import Any, Final
 
 from sidecar.meters.hourly import read_amount
 from sidecar.meters.properties import DIMENSION, FLAGS, TEXTS, WHOLE, Value, is_property, value_of
-from sidecar.record import Record
+from sidecar.model.record import Record
 
 EXPRESSION_CHARS_MAX: Final = 1000  # far above what a price needs; parsing is not linear
 

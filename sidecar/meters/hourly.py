@@ -19,8 +19,8 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.exchange import Outcome, UsageState
-from sidecar.record import Record
+from sidecar.model.exchange import Outcome, UsageState
+from sidecar.model.record import Record
 
 HOUR_S: Final = 3600
 NAME_CHARS_MAX: Final = 256  # of a series name: ids are at most 200, a model name comes from the wire

@@ -13,9 +13,9 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
-from sidecar.exchange import Outcome
 from sidecar.meters.hourly import TOKENS, read_amount, subscriber_of
-from sidecar.record import Record
+from sidecar.model.exchange import Outcome
+from sidecar.model.record import Record
 
 Value = str | int | Decimal | bool | None
 DIMENSION: Final = "dimension_"

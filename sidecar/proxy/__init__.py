@@ -4,8 +4,8 @@ Reading order: `rules` (what it is told), `headers` and `answer` (pure), `upstre
 connection each), `call` (one exchange between the two), `ending` (its end), `proxy` (the whole).
 """
 
-from sidecar.proxy.hop import Attribute, ProxyMetrics, Route
-from sidecar.proxy.proxy import Proxy
-from sidecar.proxy.rules import ProxyRules, UpstreamAddress
+from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.proxy.context import Attribute, ProxyMetrics, Route
+from sidecar.proxy.server import Proxy
 
 __all__ = ["Attribute", "Proxy", "ProxyMetrics", "ProxyRules", "Route", "UpstreamAddress"]

@@ -17,13 +17,13 @@ import logging
 from collections.abc import Callable
 from time import monotonic_ns
 
-from sidecar.exchange import Exchange, Outcome, Usage
-from sidecar.proxy.answer import Answer
-from sidecar.proxy.hop import NEVER
+from sidecar.model.exchange import Exchange, Outcome, Usage
+from sidecar.proxy.context import NEVER
 from sidecar.proxy.recording import cut_usage
+from sidecar.proxy.request_body import Kept
+from sidecar.proxy.response_parser import Answer
 from sidecar.proxy.sending import Sending
 from sidecar.proxy.tunnel import Tunnel
-from sidecar.proxy.upload import Kept
 from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
 from sidecar.usage import SocketTap
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from ipaddress import IPv6Address, ip_address
 from typing import Final
 
-from sidecar.exchange import Subscriber
+from sidecar.model.exchange import Subscriber
 
 SHARE: Final = 4  # one subscriber gets a quarter
 ADDRESS_SHARE: Final = 2  # one address gets half: behind it may be a gateway with many subscribers

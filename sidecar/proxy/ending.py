@@ -6,13 +6,13 @@ record, which `recording` makes.
 
 from __future__ import annotations
 
-from sidecar.exchange import Outcome
-from sidecar.proxy import own_answers
-from sidecar.proxy.answer import Answer
+from sidecar.model.exchange import Outcome
+from sidecar.proxy import local_responses
+from sidecar.proxy.context import NEVER
 from sidecar.proxy.drains import REASONS
-from sidecar.proxy.hop import NEVER
-from sidecar.proxy.own_answers import OwnAnswer
+from sidecar.proxy.local_responses import OwnAnswer
 from sidecar.proxy.recording import Recording
+from sidecar.proxy.response_parser import Answer
 
 
 class Ending(Recording):
@@ -90,10 +90,10 @@ class Ending(Recording):
             self._cut(Outcome.CLIENT_LEFT, "the client stopped reading")
         elif not self.upload_done and not self._send_full:
             hop.metrics.limit_reached("idle_timeout")
-            self._answer_own(own_answers.TOO_SLOW, Outcome.REFUSED)
+            self._answer_own(local_responses.TOO_SLOW, Outcome.REFUSED)
         elif answer is None or not answer.started:
             hop.metrics.limit_reached("response_timeout")
-            self._answer_own(own_answers.RESPONSE_TIMEOUT, Outcome.UPSTREAM_TIMEOUT)
+            self._answer_own(local_responses.RESPONSE_TIMEOUT, Outcome.UPSTREAM_TIMEOUT)
         else:
             hop.metrics.limit_reached("idle_timeout")
             self._cut(Outcome.UPSTREAM_TIMEOUT, "the upstream fell silent")
@@ -110,7 +110,7 @@ class Ending(Recording):
     def failed(self) -> None:
         """A fault of ours: the call still ends once, and what was sent of its answer is cut, not added to."""
         if not self._over:
-            self._answer_own(own_answers.OWN_FAULT, Outcome.UPSTREAM_BROKE)
+            self._answer_own(local_responses.OWN_FAULT, Outcome.UPSTREAM_BROKE)
 
     def _upstream_broke(self, error: str, reason: str) -> None:
         if self._draining:
@@ -119,7 +119,7 @@ class Ending(Recording):
             self._cut(Outcome.UPSTREAM_BROKE, error)
         else:
             self._hop.upstream_failed(reason, error)
-            self._answer_own(own_answers.BROKEN, Outcome.UPSTREAM_BROKE, f"{error} ({reason})")
+            self._answer_own(local_responses.BROKEN, Outcome.UPSTREAM_BROKE, f"{error} ({reason})")
 
     def _answer_own(self, own: OwnAnswer, outcome: Outcome, error: str | None = None) -> None:
         """An answer of ours instead of the upstream's, where none has begun."""
@@ -132,7 +132,7 @@ class Ending(Recording):
         self._drop_upstream()
         exchange = self._exchange
         exchange.status = own.status
-        exchange.response_headers = list(own_answers.FIELD_NAMES)
+        exchange.response_headers = list(local_responses.FIELD_NAMES)
         read = self.answer
         answer = self.answer = Answer(
             self._hop.headers, _nothing_more, head_only=False, http10=self._http10, upgrade=False

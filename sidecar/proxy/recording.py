@@ -15,16 +15,16 @@ from operator import attrgetter
 from time import monotonic_ns
 from typing import TYPE_CHECKING, Final
 
-from sidecar.exchange import USAGE_CHARS_MAX, USAGE_TEXTS, Exchange, Outcome, Subscriber, Usage, UsageState, cut
-from sidecar.proxy.aiohttp_internals import RawRequestMessage
-from sidecar.proxy.answer import Answer
-from sidecar.proxy.hop import NEVER, Hop
+from sidecar.model.exchange import USAGE_CHARS_MAX, USAGE_TEXTS, Exchange, Outcome, Subscriber, Usage, UsageState, cut
+from sidecar.proxy.aiohttp_compat import RawRequestMessage
+from sidecar.proxy.context import NEVER, Hop
+from sidecar.proxy.response_parser import Answer
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import UpstreamConnection
 from sidecar.usage import RequestTap
 
 if TYPE_CHECKING:
-    from sidecar.proxy.client import Client
+    from sidecar.proxy.client_connection import Client
 
 log = logging.getLogger(__name__)
 

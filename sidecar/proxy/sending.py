@@ -5,20 +5,20 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Final
 
-from sidecar.exchange import Exchange, Outcome
-from sidecar.proxy import own_answers
-from sidecar.proxy.aiohttp_internals import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
-from sidecar.proxy.asking import Gathering, head_of, may_change
+from sidecar.model.exchange import Exchange, Outcome
+from sidecar.proxy import local_responses
+from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
+from sidecar.proxy.context import Hop
 from sidecar.proxy.ending import Ending
 from sidecar.proxy.headers import trace_id
-from sidecar.proxy.hop import Hop
-from sidecar.proxy.own_answers import OwnAnswer
-from sidecar.proxy.upload import Kept, Upload
+from sidecar.proxy.include_usage import Gathering, head_of, may_change
+from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.request_body import Kept, Upload
 from sidecar.proxy.upstream import TIMEOUT, UnreachableError, UpstreamConnection
 from sidecar.usage import RawHeaders, RequestTap
 
 if TYPE_CHECKING:
-    from sidecar.proxy.client import Client
+    from sidecar.proxy.client_connection import Client
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Sending(Ending):
         )
         if not hop.recorder.admit(exchange):
             self._recorded = self._over = True
-            client.reject(own_answers.SPOOL_FULL, "spool_full")
+            client.reject(local_responses.SPOOL_FULL, "spool_full")
             return
         hop.calls.add(self)
         refused = self._refused(head.transfer_encoding)
@@ -137,11 +137,11 @@ class Sending(Ending):
         """What the parser lets through and we do not."""
         message = self._message
         if message.version.major != 1 or message.version.minor > 1:
-            return own_answers.BAD_VERSION
+            return local_responses.BAD_VERSION
         if coding is not None and (self._http10 or coding.strip().lower() != b"chunked"):
-            return own_answers.AMBIGUOUS
+            return local_responses.AMBIGUOUS
         if message.method == "CONNECT":
-            return own_answers.UNKNOWN_METHOD
+            return local_responses.UNKNOWN_METHOD
         return None
 
     def _tap_request(self, method: str, target: str, raw: RawHeaders) -> RequestTap | None:
@@ -163,9 +163,9 @@ class Sending(Ending):
             connection = await self._hop.upstream.connect()
         except TimeoutError:
             within = f"no connection within {self._hop.rules.connect_timeout_s:g} s"
-            self._unreachable(own_answers.CONNECT_TIMEOUT, TIMEOUT, within)
+            self._unreachable(local_responses.CONNECT_TIMEOUT, TIMEOUT, within)
         except UnreachableError as error:
-            self._unreachable(own_answers.UNREACHABLE, error.reason, error.words)
+            self._unreachable(local_responses.UNREACHABLE, error.reason, error.words)
         else:
             if self._over:
                 connection.release()

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from sidecar.exchange import Exchange, Outcome
+from sidecar.model.exchange import Exchange, Outcome
 from sidecar.usage import SocketTap
 
 if TYPE_CHECKING:
     from sidecar.proxy.call import Call
-    from sidecar.proxy.client import Client
+    from sidecar.proxy.client_connection import Client
     from sidecar.proxy.upstream import UpstreamConnection
 
 

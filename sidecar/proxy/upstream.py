@@ -21,7 +21,7 @@ from aiohttp import (
     ServerFingerprintMismatch,
 )
 
-from sidecar.proxy.aiohttp_internals import Connector, Lease, UpstreamProtocol
+from sidecar.proxy.aiohttp_compat import Connector, Lease, UpstreamProtocol
 
 # Why a call got no answer, as its record and the metric say it.
 DNS: Final = "dns"

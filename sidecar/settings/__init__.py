@@ -3,8 +3,8 @@
 A backend declares its own settings in its file:
 
     SETTINGS = (
-        Setting("api_key", kinds.text, help="secret key", secret=True, required=True, also=("STRIPE_API_KEY",)),
-        Setting("mode", kinds.word_of("v1", "v2"), "v1", "which of the vendor's interfaces"),
+        Setting("api_key", types.text, help="secret key", secret=True, required=True, also=("STRIPE_API_KEY",)),
+        Setting("mode", types.word_of("v1", "v2"), "v1", "which of the vendor's interfaces"),
     )
 
 and is given `settings.backend("stripe")`: `{"api_key": Secret(***), "mode": "v1"}`.
@@ -12,10 +12,9 @@ and is given `settings.backend("stripe")`: `{"api_key": Secret(***), "mode": "v1
 
 from __future__ import annotations
 
-from sidecar.settings import kinds
-from sidecar.settings.kinds import Address, Element, Kind, Many, Secret, Unfit
-from sidecar.settings.loading import CONFIG, BackendSettings, SettingsError, all_settings, load
-from sidecar.settings.table import (
+from sidecar.settings import types
+from sidecar.settings.loader import CONFIG, BackendSettings, SettingsError, all_settings, load
+from sidecar.settings.schema import (
     PREFIX,
     Durability,
     Effective,
@@ -28,6 +27,7 @@ from sidecar.settings.table import (
     Settings,
     core_settings,
 )
+from sidecar.settings.types import Address, Element, Kind, Many, Secret, Unfit
 
 __all__ = [
     "CONFIG",
@@ -51,6 +51,6 @@ __all__ = [
     "Unfit",
     "all_settings",
     "core_settings",
-    "kinds",
     "load",
+    "types",
 ]

@@ -21,10 +21,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.disk import Trouble, make_private, trouble
 from sidecar.spool import files
 from sidecar.spool.groups import IntentGroup, Opening, RecordGroup
 from sidecar.spool.words import REMOVED, SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
+from sidecar.storage.files import Trouble, make_private, trouble
 
 FORMAT: Final = 1  # user_version: raise it with a step in MIGRATIONS
 APPLICATION_ID: Final = 0x4D53_504C  # "MSPL"

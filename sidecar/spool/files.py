@@ -24,8 +24,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
-from sidecar.disk import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
 from sidecar.spool.words import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
+from sidecar.storage.files import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
 
 _CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
 _INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")

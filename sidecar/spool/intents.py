@@ -10,8 +10,8 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.exchange import Exchange, Outcome
-from sidecar.record import encode
+from sidecar.model.exchange import Exchange, Outcome
+from sidecar.model.record import encode
 
 _UNSEEN: Final[dict[str, Any]] = {
     "first_byte_ms": None,

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sidecar.disk import PRIVATE
 from sidecar.spool import files
+from sidecar.storage.files import PRIVATE
 
 NAME: Final = "unwritten"
 SIZE: Final = 4096  # a block: no more is needed, and no file system keeps less

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
-from sidecar.exchange import Usage
+from sidecar.model.exchange import Usage
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """Header fields as they stood on the wire: exact bytes, order and case."""

@@ -8,7 +8,7 @@ byte and line counts, so that where the answer was cut cannot matter.
 
 from __future__ import annotations
 
-from sidecar.exchange import Usage, UsageState
+from sidecar.model.exchange import Usage, UsageState
 
 BYTES_PER_TOKEN = 4  # English text in current vocabularies; code and other scripts have more tokens
 LINES_PER_EVENT = 2  # a data line and a blank one; an event with a name has three

@@ -18,8 +18,8 @@ from decimal import Decimal, localcontext
 from itertools import combinations
 from typing import Any
 
-from sidecar.exchange import Usage
-from sidecar.usage.reader import Document, Reader
+from sidecar.model.exchange import Usage
+from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import COUNT_MAX, count, decimal_text, part, plain_decimal, quantity
 
 _READ, _WRITE = "cache_read_input_tokens", "cache_write_input_tokens"

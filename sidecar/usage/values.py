@@ -14,7 +14,7 @@ from typing import Any
 
 import orjson
 
-from sidecar.exchange import USAGE_CHARS_MAX, cut
+from sidecar.model.exchange import USAGE_CHARS_MAX, cut
 
 COUNT_MAX = 2**53 - 1  # the largest integer that every JSON reader holds exactly
 NAME_MAX_CHARS = USAGE_CHARS_MAX

@@ -15,12 +15,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from delivery_fixtures import World
-from fake_backend import FakeBackend
+from support.delivery_fixtures import World
+from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Limits
-from sidecar.record import Record
-from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Encoded, Sealed, Verdict
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Delivered, Encoded, Sealed, Verdict
+from sidecar.model.record import Record
 
 KINDS = {
     "batches of 100": Abilities(events_max=100, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID),

@@ -67,10 +67,10 @@ def _child(*arguments: str | Path) -> str:
 
 
 async def deliver(room: Path, name: str, url: str, records: int) -> dict[str, Any]:
-    from sidecar import billers
     from sidecar.backends import backend_settings
     from sidecar.delivery import Delivery, DeliveryState
-    from sidecar.metrics import Metrics
+    from sidecar.runtime import backend_factory
+    from sidecar.runtime.metrics import Metrics
     from sidecar.settings import load
     from sidecar.spool import SpoolReader
 
@@ -84,7 +84,7 @@ async def deliver(room: Path, name: str, url: str, records: int) -> dict[str, An
     state = DeliveryState.open(room / "delivery.db")
     state.configure([name], [], time.time())  # as if it had been there first: else all may have been delivered before
     await prepare(room, records)
-    backend = billers.backend(settings, name)
+    backend = backend_factory.backend(settings, name)
     with SpoolReader(room) as reader:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
         async with Delivery(reader=reader, state=state, backends=[backend], metrics=Metrics(backends=[name])) as work:
@@ -104,7 +104,7 @@ async def deliver(room: Path, name: str, url: str, records: int) -> dict[str, An
 
 async def prepare(room: Path, records: int) -> None:
     """A spool with so many calls of a model in it."""
-    from backend_fixtures import record, record_id
+    from support.backend_fixtures import record, record_id
 
     from sidecar.spool import Batch, Spool
 

@@ -25,23 +25,23 @@ sys.path[:0] = [str(HERE), str(HERE.parent.parent)]
 import peers  # noqa: E402
 import streams  # noqa: E402
 
-from sidecar import parts  # noqa: E402
 from sidecar.backends import backend_settings  # noqa: E402
-from sidecar.exchange import Exchange, Outcome, Release, Usage  # noqa: E402
-from sidecar.metrics import Metrics  # noqa: E402
-from sidecar.proxy.aiohttp_internals import Server  # noqa: E402
-from sidecar.proxy.client import Client  # noqa: E402
+from sidecar.model.exchange import Exchange, Outcome, Release, Usage  # noqa: E402
+from sidecar.model.record import encode  # noqa: E402
+from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
+from sidecar.proxy.client_connection import Client  # noqa: E402
+from sidecar.proxy.config import UpstreamAddress  # noqa: E402
+from sidecar.proxy.context import Hop  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
-from sidecar.proxy.hop import Hop  # noqa: E402
-from sidecar.proxy.proxy import Clients  # noqa: E402
-from sidecar.proxy.rules import UpstreamAddress  # noqa: E402
+from sidecar.proxy.route import Routes  # noqa: E402
+from sidecar.proxy.server import Clients  # noqa: E402
 from sidecar.proxy.upstream import Upstream, UpstreamConnection  # noqa: E402
-from sidecar.record import encode  # noqa: E402
-from sidecar.recorder import SpoolRecorder  # noqa: E402
-from sidecar.routes import Routes  # noqa: E402
+from sidecar.runtime import factory  # noqa: E402
+from sidecar.runtime.metrics import Metrics  # noqa: E402
 from sidecar.settings import load  # noqa: E402
 from sidecar.spool import Batch, Health, Spool, Tally  # noqa: E402
-from sidecar.usage.table import known_routes  # noqa: E402
+from sidecar.spool.recorder import SpoolRecorder  # noqa: E402
+from sidecar.usage.providers.table import known_routes  # noqa: E402
 
 BLOCKS = 60
 CALLS = 100  # in a block
@@ -132,15 +132,15 @@ class Wires:
     def __init__(self, *, metered: bool) -> None:
         loop = asyncio.get_running_loop()
         settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
-        rules, self.metrics = parts.rules(settings), Metrics()
+        rules, self.metrics = factory.rules(settings), Metrics()
         upstream = Upstream(
             loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
             connect_timeout_s=1, keepalive_s=1e9,
         )  # fmt: skip
         self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
-        self.attribute = parts.attributor(settings, b"k" * 32, lambda kind: None)
+        self.attribute = factory.attributor(settings, b"k" * 32, lambda kind: None)
         self.route = Routes([], known_routes()).match
-        self.taps = parts.usage_taps(settings, self.metrics.usage_anomaly)
+        self.taps = factory.usage_taps(settings, self.metrics.usage_anomaly)
         hop = Hop(
             rules=rules, headers=HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url)), upstream=upstream,
             recorder=self.recorder if metered else NoRecorder(),
@@ -253,7 +253,7 @@ def wanted(name: str) -> bool:
 
 
 async def main() -> None:
-    parts.calm_collector()
+    factory.calm_collector()
     plain, metered = Wires(metered=False), Wires(metered=True)
     exchange = metered.finished()
     print(f"{'':24}{'CPU':>11}   bytecodes, functions: Python, C")

@@ -15,11 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from spool_fixtures import Told, call
+from support.spool_fixtures import Told, call
 
-from sidecar.record import encode
-from sidecar.recorder import SpoolRecorder
+from sidecar.model.record import encode
 from sidecar.spool import Batch, Limits, Spool, SpoolReader
+from sidecar.spool.recorder import SpoolRecorder
 
 LINES_A_BATCH = 1000
 BATCHES_WAITING_MAX = 8

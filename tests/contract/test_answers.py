@@ -17,16 +17,26 @@ from typing import Any
 
 import orjson
 import pytest
-from backend_fixtures import Cut, Request, ScriptedServer, answer, kinds_of, listening, record, records, vendor_yes
-from backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backend_fixtures import (
+    Cut,
+    Request,
+    ScriptedServer,
+    answer,
+    kinds_of,
+    listening,
+    record,
+    records,
+    vendor_yes,
+)
+from support.backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
 
 from sidecar.backends.answers import ANSWERS, said_yes
 from sidecar.backends.http import Answer
+from sidecar.dev.mock_backends import Do, Fault, Lie
 from sidecar.meters.definition import DEFAULT_METERS
-from sidecar.receiver import Do, Fault, Lie
-from sidecar.verdict import (
+from sidecar.model.delivery import (
     KEY_MISMATCH,
     Blocked,
     Delivered,

@@ -11,7 +11,7 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 
 import orjson
 import pytest
-from backend_fixtures import (
+from support.backend_fixtures import (
     HOSTILE,
     SECRET,
     T0_NS,
@@ -25,21 +25,19 @@ from backend_fixtures import (
     usage,
 )
 
-from sidecar.backends import BACKENDS, Context, backend_settings, native
+from sidecar.backends import BACKENDS, Context, backend_settings
 from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
-from sidecar.backends.revenium import ReveniumBackend
-from sidecar.backends.revenium_key import Claim, NoSubscription, ProductKeys
-from sidecar.backends.stripe import StripeBackend
-from sidecar.backends.stripe_meters import Payload
-from sidecar.backends.stripe_reports import Complaint, ReportError, read_report
-from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
+from sidecar.backends.revenium.backend import ReveniumBackend, completion
+from sidecar.backends.revenium.product_key import Claim, NoSubscription, ProductKeys
+from sidecar.backends.stripe.backend import StripeBackend
+from sidecar.backends.stripe.meters import Payload
+from sidecar.backends.stripe.reports import Complaint, ReportError, read_report
+from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.meters.definition import DEFAULT_METERS, read_meters
-from sidecar.receiver import Receiver, Terms
-from sidecar.settings import load
-from sidecar.verdict import (
+from sidecar.model.delivery import (
     KEY_MISMATCH,
     Blocked,
     Dedup,
@@ -52,6 +50,8 @@ from sidecar.verdict import (
     Undone,
     Unknown,
 )
+from sidecar.model.exchange import Outcome, Subscriber, Usage, UsageState
+from sidecar.settings import load
 
 NOBODY = record(1, subscriber=None)
 HASHED = record(2, subscriber=Subscriber("key_" + "0f" * 16, "header:x-api-key"))
@@ -244,7 +244,7 @@ def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
     ],
 )  # fmt: skip
 def test_native_counts_are_the_vendors_own(said: Usage, counts: tuple[int, int, int] | None) -> None:
-    assert native.counts(said) == counts
+    assert completion.counts(said) == counts
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,7 @@ def test_native_counts_are_the_vendors_own(said: Usage, counts: tuple[int, int, 
     ],
 )
 def test_stop_reasons(changes: Mapping[str, Any], reason: str) -> None:
-    assert native.stop_reason(record(1, **changes)) == reason
+    assert completion.stop_reason(record(1, **changes)) == reason
 
 
 async def test_revenium_v2_conflicts(tmp_path: Path) -> None:

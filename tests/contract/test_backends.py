@@ -23,7 +23,9 @@ from typing import Any
 
 import orjson
 import pytest
-from backend_fixtures import (
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support.backend_fixtures import (
     HOSTILE,
     SECRET,
     Cut,
@@ -36,20 +38,15 @@ from backend_fixtures import (
     records,
     usage,
 )
-from backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from support.backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_server, build, receiving
 
 from sidecar.backends import BACKENDS, backend_settings
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import BILLING
-from sidecar.backends.batches import Frame, Piece, batch_key, event_key, seal_batches
+from sidecar.backends.batching import Frame, Piece, batch_key, event_key, seal_batches
 from sidecar.backends.http import HttpClient
-from sidecar.exchange import Outcome, Subscriber, UsageState
-from sidecar.receiver import Do, Fault
-from sidecar.record import Record
-from sidecar.settings import Secret
-from sidecar.verdict import (
+from sidecar.dev.mock_backends import Do, Fault
+from sidecar.model.delivery import (
     Backend,
     Blocked,
     Dedup,
@@ -63,6 +60,9 @@ from sidecar.verdict import (
     Unknown,
     Verdict,
 )
+from sidecar.model.exchange import Outcome, Subscriber, UsageState
+from sidecar.model.record import Record
+from sidecar.settings import Secret
 
 # Kept apart, since the vendor says 404 with a code of its own where the address is right.
 CODED = {

@@ -15,7 +15,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from scripted import running_receiver
+from support.scripted import running_receiver
 
 V1 = "/meter/v1/api"
 HEADERS = {"Content-Type": "application/json", "x-api-key": "YOUR_API_KEY"}

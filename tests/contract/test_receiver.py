@@ -12,10 +12,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from scripted import running_receiver
+from support.scripted import running_receiver
 
-from sidecar.receiver import Do, Fault, FaultError, Lie, Receiver, StoreError, Terms, backends
-from sidecar.receiver.faults import DELAY_S_MAX, RULES_MAX, Faults, parse
+from sidecar.dev.mock_backends import Do, Fault, FaultError, Lie, Receiver, StoreError, Terms, backends
+from sidecar.dev.mock_backends.faults import DELAY_S_MAX, RULES_MAX, Faults, parse
 
 PAYLOAD = {
     "method": "POST",
@@ -332,7 +332,7 @@ async def test_it_starts_again_on_the_port_it_had(tmp_path: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 async def test_the_command_runs_until_it_is_told_to_stop(tmp_path: Path, number: signal.Signals) -> None:
     program = (
-        "import asyncio, sys, pathlib, sidecar.receiver as r\n"
+        "import asyncio, sys, pathlib, sidecar.dev.mock_backends as r\n"
         "asyncio.run(r.serve(port=0, store=pathlib.Path(sys.argv[1]), ready=lambda url: print(url, flush=True)))"
     )
     process = await asyncio.create_subprocess_exec(

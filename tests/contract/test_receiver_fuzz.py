@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict
-from scripted import running_receiver
+from support.scripted import running_receiver
 
-from sidecar.receiver.contract import Answer, Call, Route, Terms
-from sidecar.receiver.store import Store
-from sidecar.receiver.vendors import VENDORS
+from sidecar.dev.mock_backends.contract import Answer, Call, Route, Terms
+from sidecar.dev.mock_backends.store import Store
+from sidecar.dev.mock_backends.vendors import VENDORS
 
 NOW = "2026-11-20T09:00:00Z"
 # One good body for every path that takes one; the fuzzer breaks it in places.

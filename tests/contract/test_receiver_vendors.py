@@ -12,13 +12,13 @@ from urllib.parse import urlencode
 
 import aiohttp
 import pytest
-from scripted import running_receiver
+from support.scripted import running_receiver
 
-from sidecar.receiver import Do, Fault, Receiver, Terms
-from sidecar.receiver.vendors.flexprice import BULK_MAX
-from sidecar.receiver.vendors.lago import BATCH_MAX as LAGO_MAX
-from sidecar.receiver.vendors.stripe_v2 import BATCH_MAX as STREAM_MAX
-from sidecar.receiver.vendors.webhook import secret_bytes, signature
+from sidecar.dev.mock_backends import Do, Fault, Receiver, Terms
+from sidecar.dev.mock_backends.vendors.flexprice import BULK_MAX
+from sidecar.dev.mock_backends.vendors.lago import BATCH_MAX as LAGO_MAX
+from sidecar.dev.mock_backends.vendors.stripe_v2 import BATCH_MAX as STREAM_MAX
+from sidecar.dev.mock_backends.vendors.webhook import secret_bytes, signature
 
 NOW_S = 1_795_000_000.0
 DAY_S = 86_400.0

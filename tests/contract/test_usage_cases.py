@@ -10,10 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import pytest
-from usage_samples import CASES, Sample, coded, differences, load, play, ways, wrong_in
-from wsframes import Packer, frame
+from support.usage_samples import CASES, Sample, coded, differences, load, play, ways, wrong_in
+from support.wsframes import Packer, frame
 
-from sidecar.usage.taps import UsageTaps
+from sidecar.usage.readers import UsageTaps
 
 ALL = load(CASES)
 CODINGS = ("", "gzip", "br", "zstd", "deflate")

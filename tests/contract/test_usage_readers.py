@@ -12,9 +12,9 @@ import pytest
 from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from usage_samples import Sample, differences, load, pinned, play
+from support.usage_samples import Sample, differences, load, pinned, play
 
-from sidecar.exchange import Usage
+from sidecar.model.exchange import Usage
 
 SAMPLES = load()
 READ = [sample for sample in SAMPLES.values() if sample.records is None]

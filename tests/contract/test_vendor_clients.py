@@ -10,9 +10,9 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from scripted import running_receiver
+from support.scripted import running_receiver
 
-from sidecar.receiver import Do, Fault, Receiver
+from sidecar.dev.mock_backends import Do, Fault, Receiver
 
 STRIPE_EVENT = {
     "event_name": "tokens",

@@ -17,8 +17,8 @@ from typing import Any
 
 import orjson
 import pytest
-from delivery_child import MODES, RECORDS
-from fake_backend import FakeBackend
+from support.delivery_child import MODES, RECORDS
+from support.fake_backend import FakeBackend
 
 TESTS = Path(__file__).parent.parent
 # Spread over a whole run of about 400 statements and 60 offers; `make crash` takes every one.
@@ -31,7 +31,7 @@ class Zygote:
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(TESTS / "delivery_child.py")],
+            [sys.executable, str(TESTS / "support" / "delivery_child.py")],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=TESTS.parent,

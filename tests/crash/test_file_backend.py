@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 
 import orjson
-from backend_fixtures import record, record_id
+from support.backend_fixtures import record, record_id
 
 from sidecar.backends.file import FileBackend
 
@@ -20,7 +20,7 @@ ROUNDS = 12
 SENDER = """
 import asyncio, sys
 from pathlib import Path
-from backend_fixtures import record
+from support.backend_fixtures import record
 from sidecar.backends.file import FileBackend
 
 async def main(data_dir: str, first: int) -> None:

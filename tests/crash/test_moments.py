@@ -17,14 +17,14 @@ from typing import Any
 import aiohttp
 import pytest
 from aiohttp import web
-from filled import fill
-from mishaps import children, watching
-from oracle import CHAT, SETTINGS, STREAM, Oracle, judge
-from small_disk import fill_up, small_disk
-from tiny import USAGE, chunk, tiny_upstream
-from whole import Whole
+from support.filled import fill
+from support.mishaps import children, watching
+from support.oracle import CHAT, SETTINGS, STREAM, Oracle, judge
+from support.small_disk import fill_up, small_disk
+from support.tiny import USAGE, chunk, tiny_upstream
+from support.whole import Whole
 
-from sidecar.receiver.faults import Do, Fault
+from sidecar.dev.mock_backends.faults import Do, Fault
 from sidecar.spool import Limits, SpoolReader
 
 REVENIUM_SLOTS = 16  # requests at once: what may be under way at a kill

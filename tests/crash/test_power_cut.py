@@ -21,12 +21,12 @@ import aiohttp
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mishaps import Watching
-from oracle import SETTINGS, Oracle, judge
-from power_cut import Disk, Step, acknowledge, build, preload, read_steps, taken_over
-from spool_fixtures import SMALL, rows
-from tiny import tiny_upstream
-from whole import Whole
+from support.mishaps import Watching
+from support.oracle import SETTINGS, Oracle, judge
+from support.power_cut import Disk, Step, acknowledge, build, preload, read_steps, taken_over
+from support.spool_fixtures import SMALL, rows
+from support.tiny import tiny_upstream
+from support.whole import Whole
 
 from sidecar.spool import Spool, SpoolReader, verify
 
@@ -35,8 +35,8 @@ CUTS = int(os.environ.get("CRASH_ROUNDS", "25")) * 3
 CHILD = """
 import asyncio, os, sys
 from pathlib import Path
-from spool_fixtures import SMALL, Told, call
-from sidecar.recorder import SpoolRecorder
+from support.spool_fixtures import SMALL, Told, call
+from sidecar.spool.recorder import SpoolRecorder
 from sidecar.spool import Spool
 
 async def main():

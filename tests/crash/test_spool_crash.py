@@ -14,13 +14,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from spool_fixtures import SMALL, rows
+from support.spool_fixtures import SMALL, rows
 
 from sidecar.spool import Spool, SpoolReader, verify
 
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "8"))
 SEED = int(os.environ.get("CRASH_SEED", "20261121"))
-CHILD = Path(__file__).parent.parent / "spool_child.py"
+CHILD = Path(__file__).parent.parent / "support" / "spool_child.py"
 # A disk whose syncs fail or take their time, on order of files named in the environment.
 SHIM = r"""
 #define _GNU_SOURCE

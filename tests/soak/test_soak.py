@@ -17,13 +17,13 @@ from pathlib import Path
 
 import aiohttp
 import pytest
-from filled import fill
-from mishaps import watching
-from oracle import CHAT
-from tiny import tiny_upstream
-from whole import ROOT, Whole, environment
+from support.filled import fill
+from support.mishaps import watching
+from support.oracle import CHAT
+from support.tiny import tiny_upstream
+from support.whole import ROOT, Whole, environment
 
-from sidecar.receiver.faults import Do, Fault
+from sidecar.dev.mock_backends.faults import Do, Fault
 
 SECONDS = float(os.environ.get("SOAK_S", "600"))
 RECORDS = int(os.environ.get("SOAK_RECORDS", "1000000"))

@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.attribution import (
+from sidecar.model.exchange import Subscriber
+from sidecar.proxy.subscriber import (
     CACHED_MAX,
     CREDENTIALS,
     DIMENSION_CHARS_MAX,
@@ -16,7 +17,6 @@ from sidecar.attribution import (
     credential_sources,
     parse_source,
 )
-from sidecar.exchange import Subscriber
 
 KEY = b"k" * 32
 

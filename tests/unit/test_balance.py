@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from sidecar.balance import BackendTotals, Balance, add_counts
+from sidecar.model.balance import BackendTotals, Balance, add_counts
 
 GOOD = Balance(
     admitted=10,

@@ -6,11 +6,11 @@ import logging
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import START_S, HandClock, World, plain, until
-from fake_backend import FakeBackend
+from support.delivery_fixtures import START_S, HandClock, World, plain, until
+from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery, Limits
-from sidecar.verdict import Abilities, Atomicity, Dedup
+from sidecar.model.delivery import Abilities, Atomicity, Dedup
 
 HOUR = 3600.0
 DAY = 24 * HOUR

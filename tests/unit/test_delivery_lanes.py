@@ -9,15 +9,23 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import QUICK, START_S, HandClock, MemorySpool, World, plain, record_id, record_line, until
-from fake_backend import FakeBackend
+from support.delivery_fixtures import (
+    QUICK,
+    START_S,
+    HandClock,
+    MemorySpool,
+    World,
+    plain,
+    record_id,
+    record_line,
+    until,
+)
+from support.fake_backend import FakeBackend
 
-from sidecar.delivery import Delivery, DeliveryState, lane, storing
+from sidecar.delivery import Delivery, DeliveryState, storing, worker
 from sidecar.delivery.state import StateError
 from sidecar.delivery.state.schema import open_reader
-from sidecar.exchange import Outcome
-from sidecar.spool.words import SpoolDamaged, StoredGroup
-from sidecar.verdict import (
+from sidecar.model.delivery import (
     KEY_MISMATCH,
     Abilities,
     Atomicity,
@@ -29,6 +37,8 @@ from sidecar.verdict import (
     Sealed,
     Unknown,
 )
+from sidecar.model.exchange import Outcome
+from sidecar.spool.words import SpoolDamaged, StoredGroup
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)
@@ -587,7 +597,7 @@ async def test_a_lane_that_dies_takes_its_owner_with_it(world: World) -> None:
 
 
 async def test_a_spool_that_cannot_be_read_is_asked_again(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "TROUBLE_RETRY_S", 0.01)
+    monkeypatch.setattr(worker, "TROUBLE_RETRY_S", 0.01)
 
     class Flaky(MemorySpool):
         def read(self, instance: str, after_seq: int, *, bytes_max: int = 1 << 20) -> list[StoredGroup]:
@@ -628,7 +638,7 @@ async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pyt
 async def test_a_state_file_that_fails_is_opened_again_and_believed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lane, "TROUBLE_RETRY_S", 0.01)
+    monkeypatch.setattr(worker, "TROUBLE_RETRY_S", 0.01)
     ids = world.spool.add(300)
     backends = [FakeBackend(NONE, latency_s=0.001), FakeBackend(SINGLE, name="other", latency_s=0.001)]
     world.begin("fake", "other")

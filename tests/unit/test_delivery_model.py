@@ -10,10 +10,10 @@ import random
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import World, until
-from fake_backend import FakeBackend, faults
+from support.delivery_fixtures import World, until
+from support.fake_backend import FakeBackend, faults
 
-from sidecar.verdict import Abilities, Atomicity, Dedup
+from sidecar.model.delivery import Abilities, Atomicity, Dedup
 
 WORDS = ["retry:http_503", "retry:http_429:0.001", "retry:dns", "lose_after", "lose_before", "raise", "block:forbidden"]
 

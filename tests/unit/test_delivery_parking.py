@@ -7,13 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import QUICK, START_S, HandClock, World, plain, until
-from fake_backend import FakeBackend
+from support.delivery_fixtures import QUICK, START_S, HandClock, World, plain, until
+from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery
 from sidecar.delivery.outcomes import Became
 from sidecar.delivery.telling import EVERY_S, KINDS_MAX, ParkingLog, Told
-from sidecar.verdict import Abilities, Atomicity, Dedup
+from sidecar.model.delivery import Abilities, Atomicity, Dedup
 
 SINGLE = Abilities(dedup=Dedup.EVENT_ID, dedup_window_s=86_400.0)
 NONE = Abilities(dedup=Dedup.NONE)

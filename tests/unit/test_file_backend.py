@@ -11,15 +11,15 @@ from pathlib import Path
 
 import orjson
 import pytest
-from backend_fixtures import record, record_id
+from support.backend_fixtures import record, record_id
 
 from sidecar.backends.file import FileBackend
-from sidecar.verdict import Blocked, Delivered, Duplicate
+from sidecar.model.delivery import Blocked, Delivered, Duplicate
 
 HOLDER = """
 import asyncio, sys
 from pathlib import Path
-from backend_fixtures import record
+from support.backend_fixtures import record
 from sidecar.backends.file import FileBackend
 
 async def main() -> None:

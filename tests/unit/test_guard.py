@@ -8,9 +8,9 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from sidecar.admin import Readiness, application
-from sidecar.admin.guard import CUSTOMER_PATHS, Guard, open_port
-from sidecar.balance import Balance
+from sidecar.model.balance import Balance
+from sidecar.runtime.admin import Readiness, application
+from sidecar.runtime.admin.guard import CUSTOMER_PATHS, Guard, open_port
 from sidecar.settings import Address, Secret, SettingsError, load
 
 TOKEN = "a-token-of-the-test"

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar import ids
-from sidecar.ids import CHANCE_BYTES, ID_LENGTH, Ids
+from sidecar.model import record_id
+from sidecar.model.record_id import CHANCE_BYTES, ID_LENGTH, Ids
 
 CHANCE = bytes(range(CHANCE_BYTES))
 UUID_7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}")
@@ -32,7 +32,7 @@ def test_never_twice_and_never_backwards_under_any_clock(clock):
 
 
 def test_the_counter_wraps_without_repeating_while_the_clock_stands_still(monkeypatch):
-    monkeypatch.setattr(ids, "_COUNTER_WRAP", 8)
+    monkeypatch.setattr(record_id, "_COUNTER_WRAP", 8)
     maker = Ids(CHANCE)
     made = [maker.next(NOW_NS) for _ in range(50)]
     assert len(set(made)) == 50

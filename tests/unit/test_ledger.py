@@ -16,18 +16,18 @@ from pathlib import Path
 
 import orjson
 import pytest
-from backend_fixtures import T0_NS, odd_records, record, records, usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backend_fixtures import T0_NS, odd_records, record, records, usage
 
 from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
-from sidecar.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
 from sidecar.ledger.store import KEYS_KEPT_S
 from sidecar.meters.definition import read_meters
 from sidecar.meters.hourly import body_of, deltas, from_wire, grouped, read_amount, to_wire, write_amount
-from sidecar.record import Record
-from sidecar.verdict import Blocked, Delivered, Duplicate, Event, Refused, Retry
+from sidecar.model.delivery import Blocked, Delivered, Duplicate, Event, Refused, Retry
+from sidecar.model.exchange import Outcome, Subscriber, Usage, UsageState
+from sidecar.model.record import Record
 
 HOUR_NS = 3600 * 10**9
 
@@ -194,7 +194,7 @@ def test_keys_are_kept_for_the_backends_window_and_no_longer(path: Path) -> None
 KILLED = """
 import sys
 from pathlib import Path
-from backend_fixtures import records
+from support.backend_fixtures import records
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import read_meters
 from sidecar.meters.hourly import body_of, deltas, grouped

@@ -13,14 +13,23 @@ from pathlib import Path
 
 import pytest
 
-from sidecar.lock import LAYOUT, DataLock, InUseError, LockError, NewerError, Note, NotWritableError, running
+from sidecar.runtime.instance_lock import (
+    LAYOUT,
+    DataLock,
+    InUseError,
+    LockError,
+    NewerError,
+    Note,
+    NotWritableError,
+    running,
+)
 from sidecar.spool import FileLock, Spool
 from sidecar.spool.files import make_directory, slot_dir
 
 HOLDER = """
 import sys, time
 from pathlib import Path
-from sidecar.lock import DataLock
+from sidecar.runtime.instance_lock import DataLock
 lock = DataLock.take(Path(sys.argv[1]))
 lock.announce(admin="http://127.0.0.1:9464", proxy="http://127.0.0.1:8080")
 print("held", flush=True)

@@ -8,15 +8,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from delivery_fixtures import World, plain, until
-from fake_backend import FakeBackend
+from support.delivery_fixtures import World, plain, until
+from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery
-from sidecar.delivery.mending import CANCELLED, Named, cancel, complain
+from sidecar.delivery.corrections import CANCELLED, Named, cancel, complain
 from sidecar.delivery.state.rows import Amendment, Member
-from sidecar.delivery.words import Parking
-from sidecar.record import Record
-from sidecar.verdict import Abilities, Atomicity, Dedup, Delivered, Event, Refused, Retry, Sealed, Undone, Verdict
+from sidecar.delivery.types import Parking
+from sidecar.model.delivery import (
+    Abilities,
+    Atomicity,
+    Dedup,
+    Delivered,
+    Event,
+    Refused,
+    Retry,
+    Sealed,
+    Undone,
+    Verdict,
+)
+from sidecar.model.record import Record
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID)
 SINGLE = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)

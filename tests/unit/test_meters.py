@@ -12,18 +12,18 @@ from typing import Any
 
 import orjson
 import pytest
-from backend_fixtures import T0_NS, odd_records, record, usage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.backend_fixtures import T0_NS, odd_records, record, usage
 
-from sidecar.exchange import Outcome, Subscriber, UsageState
 from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.buckets import UNIQUE_MAX, amount, bucket_deltas, from_wire, to_wire
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter, MetersError, Reset, read_meters
 from sidecar.meters.expression import ExpressionError, compile_expression
 from sidecar.meters.hourly import body_of, grouped
 from sidecar.meters.properties import FIXED, as_json, is_property, properties, value_of
-from sidecar.record import Record
+from sidecar.model.exchange import Outcome, Subscriber, UsageState
+from sidecar.model.record import Record
 
 HOUR_NS = 3600 * 10**9
 

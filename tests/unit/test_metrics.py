@@ -2,9 +2,9 @@
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.exchange import Exchange, Outcome, Usage, UsageState
-from sidecar.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
-from sidecar.verdict import Delivered, Refused, Retry, Unknown
+from sidecar.model.delivery import Delivered, Refused, Retry, Unknown
+from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
+from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
 
 
 def call(*, model="m", status=200, route="/v1/chat/completions", method="POST"):

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.proxy.answer import Answer
+from sidecar.proxy.config import ProxyRules, UpstreamAddress
 from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
-from sidecar.proxy.own_answers import BAD_REQUEST
-from sidecar.proxy.rules import ProxyRules, UpstreamAddress
+from sidecar.proxy.local_responses import BAD_REQUEST
+from sidecar.proxy.response_parser import Answer
 
 Fields = list[tuple[bytes, bytes]]
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
-from sidecar.record import Record, encode
+from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
+from sidecar.model.record import Record, encode
 
 ID = "0199f7a0-0000-7000-8000-000000000001"
 

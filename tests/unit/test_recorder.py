@@ -6,12 +6,12 @@ import asyncio
 from typing import Any
 
 import pytest
-from spool_fixtures import SMALL, Told, call, ended, failing, recorded, rows, stalling, until
+from support.spool_fixtures import SMALL, Told, call, ended, failing, recorded, rows, stalling, until
 
-from sidecar.exchange import Outcome, Usage, UsageState
-from sidecar.record import Record
-from sidecar.recorder import BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
+from sidecar.model.exchange import Outcome, Usage, UsageState
+from sidecar.model.record import Record
 from sidecar.spool import Spool, SpoolReader, State
+from sidecar.spool.recorder import BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
 
 
 class Answers:

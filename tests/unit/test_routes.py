@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.patterns import Patterns
-from sidecar.routes import FOUND_MAX, PATH_CHARS_MAX, Routes
-from sidecar.usage.table import ROWS, known_routes, render
+from sidecar.model.path_pattern import Patterns
+from sidecar.proxy.route import FOUND_MAX, PATH_CHARS_MAX, Routes
+from sidecar.usage.providers.table import ROWS, known_routes, render
 
 ROUTES = Routes(["/v1/users/{id}", "GET /v1/users/{id}/keys", "/health"], known_routes())
 

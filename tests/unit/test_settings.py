@@ -27,21 +27,21 @@ from sidecar.settings import (
     SettingsError,
     all_settings,
     core_settings,
-    kinds,
     load,
+    types,
 )
 
 BACKENDS: dict[str, tuple[Setting, ...]] = {
     "ledger": (),
     "other": (),
     "meter": (
-        Setting("url", kinds.http_url_query, required=True),
-        Setting("batch", kinds.count(1, 1000), "100"),
+        Setting("url", types.http_url_query, required=True),
+        Setting("batch", types.count(1, 1000), "100"),
     ),
     "stripe": (
-        Setting("api_key", kinds.text, secret=True, required=True, also=("STRIPE_API_KEY",)),
-        Setting("mode", kinds.word_of("v1", "v2", "stream"), "v1"),
-        Setting("meters", kinds.names),
+        Setting("api_key", types.text, secret=True, required=True, also=("STRIPE_API_KEY",)),
+        Setting("mode", types.word_of("v1", "v2", "stream"), "v1"),
+        Setting("meters", types.names),
     ),
 }
 UPSTREAM = {"SIDECAR_UPSTREAM_URL": "https://api.example.com"}
@@ -319,7 +319,7 @@ def test_the_vendors_variable_is_read_when_ours_is_absent() -> None:
 
 
 def test_two_settings_for_one_variable_are_a_fault_of_ours() -> None:
-    clash = (Setting("key", kinds.text, secret=True), Setting("key_file", kinds.path))
+    clash = (Setting("key", types.text, secret=True), Setting("key_file", types.path))
     with pytest.raises(ValueError, match="SIDECAR_X_KEY_FILE would stand for two settings"):
         all_settings({"x": clash})
 
@@ -507,4 +507,4 @@ def test_any_toml_is_read_or_refused_in_words(values: dict[str, Any]) -> None:
     | st.builds(Address, path=st.from_regex(r"/[a-z]{1,20}", fullmatch=True))
 )
 def test_an_address_reads_back_as_it_is_written(address: Address) -> None:
-    assert kinds.address.parse(str(address)) == address
+    assert types.address.parse(str(address)) == address

@@ -11,12 +11,12 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spool_fixtures import SMALL, Told, call, crashed_copy, flip, open_small, recorded, rows, until
+from support.spool_fixtures import SMALL, Told, call, crashed_copy, flip, open_small, recorded, rows, until
 
-from sidecar.recorder import SpoolRecorder
 from sidecar.spool import Limits, Spool, SpoolDamaged, SpoolError, SpoolLocked, SpoolReader, State, verify
 from sidecar.spool import chunk as chunks
 from sidecar.spool.files import chunk_numbers, chunk_path, slot_dir, wal_path
+from sidecar.spool.recorder import SpoolRecorder
 from sidecar.spool.recovery import NUMBERS_SKIPPED
 
 BIG = Limits(reserve_bytes=0, recover_margin_bytes=0)  # one chunk for everything

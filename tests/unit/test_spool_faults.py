@@ -10,10 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from small_disk import fill_up, small_disk
-from spool_fixtures import SMALL, Told, call, ended, failing, only_instance, recorded, rows, stalling, until
+from support.small_disk import fill_up, small_disk
+from support.spool_fixtures import SMALL, Told, call, ended, failing, only_instance, recorded, rows, stalling, until
 
-from sidecar.recorder import SpoolRecorder
 from sidecar.spool import (
     Batch,
     Limits,
@@ -27,6 +26,7 @@ from sidecar.spool import (
     verify,
 )
 from sidecar.spool.files import Reserve, chunk_numbers, slot_dir
+from sidecar.spool.recorder import SpoolRecorder
 
 
 def _in_order(root: Path) -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from spool_fixtures import SMALL, Told, call, crashed_copy, ended, only_instance, rows, until
+from support.spool_fixtures import SMALL, Told, call, crashed_copy, ended, only_instance, rows, until
 
-from sidecar.recorder import SpoolRecorder
 from sidecar.spool import Spool, SpoolReader, verify
+from sidecar.spool.recorder import SpoolRecorder
 
 STEPS = st.lists(
     st.one_of(

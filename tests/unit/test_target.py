@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.target import client_path, normal_path, origin_form, query_of
+from sidecar.model.target import client_path, normal_path, origin_form, query_of
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from usage_samples import load
+from support.usage_samples import load
 
-from sidecar.usage.asking import BODY_MAX_BYTES, UsageChunkFilter, with_usage_asked
+from sidecar.usage.include_usage import BODY_MAX_BYTES, UsageChunkFilter, with_usage_asked
 
 SAMPLES = load()
 ASKED = {"include_usage": True}

@@ -11,16 +11,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from usage_samples import Sample, load, play, sliced
-from wsframes import frame
+from support.usage_samples import Sample, load, play, sliced
+from support.wsframes import frame
 
-from sidecar.exchange import Usage
-from sidecar.target import normal_path
-from sidecar.unclaimed import SAY_EVERY_S, Unclaimed
+from sidecar.model.exchange import Usage
+from sidecar.model.target import normal_path
+from sidecar.runtime.unclaimed import SAY_EVERY_S, Unclaimed
 from sidecar.usage.choosing import Claims, Mentions, united
-from sidecar.usage.places import PATHS_MAX, Pin
-from sidecar.usage.table import READERS, ROWS
-from sidecar.usage.taps import UsageTaps
+from sidecar.usage.endpoints import PATHS_MAX, Pin
+from sidecar.usage.providers.table import READERS, ROWS
+from sidecar.usage.readers import UsageTaps
 
 SAMPLES = load()
 POSTED = [s for s in SAMPLES.values() if s.method == "POST" and not s.websocket]

@@ -12,7 +12,7 @@ from backports import zstd
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.usage.codings import (
+from sidecar.usage.formats.content_encoding import (
     BACKLOG_MAX_BYTES,
     PART_BYTES,
     STEP_BYTES,

@@ -1,6 +1,6 @@
 """A body costs its length: the catalogue of shapes, as a guard for the readers alone.
 
-What a whole call costs the sidecar is measured in `flow/test_busy_bodies.py`, at its own process. Here only the reading
+What a whole call costs the sidecar is measured in `end_to_end/test_busy_bodies.py`, at its own process. Here only the reading
 runs, which is a small part of that, so a stand-in for the rest of the way is added to both sides (`carried`): the bound
 is that of the whole call, and the shapes are many. Ratios of processor time within one run, and nothing absolute.
 """
@@ -14,13 +14,13 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from busy import DOCUMENTS, STREAMS, TEXT, USAGE, filled, members_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.busy import DOCUMENTS, STREAMS, TEXT, USAGE, filled, members_of
 
-from sidecar.usage.members import Members, Tree
-from sidecar.usage.tail import Tail
-from sidecar.usage.taps import UsageTaps
+from sidecar.usage.formats.json_scanner import Members, Tree
+from sidecar.usage.formats.json_tail import Tail
+from sidecar.usage.readers import UsageTaps
 
 PIECE = 65_536
 TURNS_MIN, TURNS_MAX = 2, 16

@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 import orjson
 import pytest
-from usage_samples import CASES, Sample, load
-from usage_samples import SAMPLES as FOLDER
+from support.usage_samples import CASES, Sample, load
+from support.usage_samples import SAMPLES as FOLDER
 
-from sidecar.exchange import Usage
-from sidecar.usage.reader import build
-from sidecar.usage.table import READERS
-from sidecar.usage.taps import UsageTaps
+from sidecar.model.exchange import Usage
+from sidecar.usage.providers.base import build
+from sidecar.usage.providers.table import READERS
+from sidecar.usage.readers import UsageTaps
 from sidecar.usage.values import COUNT_MAX, lenient_loads
 
 SECONDS = float(os.environ.get("FUZZ_SECONDS", "12"))

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.usage.members import BULK_BYTES, ELEMENTS_MAX, VALUE_MAX_BYTES, Members, Tree, pruned
+from sidecar.usage.formats.json_scanner import BULK_BYTES, ELEMENTS_MAX, VALUE_MAX_BYTES, Members, Tree, pruned
 
 WANTED: Tree = {
     "usage": True,

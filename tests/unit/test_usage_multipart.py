@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.usage.multipart import FIELD_MAX_BYTES, HEAD_MAX_BYTES, FormFields
+from sidecar.usage.formats.multipart import FIELD_MAX_BYTES, HEAD_MAX_BYTES, FormFields
 
 TYPE = 'multipart/form-data; boundary="--frontier x"'
 DELIMITER = b"----frontier x"

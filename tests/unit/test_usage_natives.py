@@ -8,16 +8,16 @@ from typing import Any
 
 import orjson
 import pytest
-from usage_samples import CASES, SAMPLES, load
+from support.usage_samples import CASES, SAMPLES, load
 
-from sidecar.exchange import Usage
-from sidecar.usage.gemini import CloudCode
-from sidecar.usage.members import pruned
-from sidecar.usage.native import Native
-from sidecar.usage.natives import AssistantRuns, SGLang, WatsonxChat
-from sidecar.usage.reader import Document, Reader, build
-from sidecar.usage.table import READERS, ROWS
-from sidecar.usage.taps import UsageTaps
+from sidecar.model.exchange import Usage
+from sidecar.usage.formats.json_scanner import pruned
+from sidecar.usage.providers.base import Document, Reader, build
+from sidecar.usage.providers.gemini import CloudCode
+from sidecar.usage.providers.native import Native
+from sidecar.usage.providers.natives import AssistantRuns, SGLang, WatsonxChat
+from sidecar.usage.providers.table import READERS, ROWS
+from sidecar.usage.readers import UsageTaps
 
 FRAMES = "application/vnd.amazon.eventstream"
 

@@ -6,10 +6,10 @@ import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from usage_samples import Sample, differences, load
+from support.usage_samples import Sample, differences, load
 
-from sidecar.exchange import Usage
-from sidecar.usage.taps import UsageTaps
+from sidecar.model.exchange import Usage
+from sidecar.usage.readers import UsageTaps
 
 SAMPLES = load()
 

@@ -9,8 +9,8 @@ from typing import Any
 import orjson
 import pytest
 
-from sidecar.exchange import Usage
-from sidecar.usage.taps import Element, Pin, UsageTaps
+from sidecar.model.exchange import Usage
+from sidecar.usage.readers import Element, Pin, UsageTaps
 
 JSON = (b"Content-Type", b"application/json")
 SSE = (b"content-type", b"text/event-stream")

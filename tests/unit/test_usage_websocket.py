@@ -8,10 +8,9 @@ from itertools import pairwise
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from wsframes import BINARY, CLOSE, PING, PONG, TEXT, Packer, fragments, frame
+from support.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Packer, fragments, frame
 
-from sidecar.usage.taps import UsageTaps
-from sidecar.usage.websocket import (
+from sidecar.usage.formats.websocket import (
     LOOKS_FREE,
     MESSAGE_MAX_BYTES,
     STEP_MESSAGES,
@@ -22,6 +21,7 @@ from sidecar.usage.websocket import (
     extensions,
     is_websocket,
 )
+from sidecar.usage.readers import UsageTaps
 
 MASK = b"\x11\xfe\x00\x37"
 

@@ -18,10 +18,10 @@ from typing import Final
 
 import orjson
 
-from sidecar.balance import BackendTotals
 from sidecar.delivery.state.rows import Parked
 from sidecar.delivery.state.schema import open_reader, told
-from sidecar.delivery.words import Fate, Term, worst
+from sidecar.delivery.types import Fate, Term, worst
+from sidecar.model.balance import BackendTotals
 
 WINDOW_RECORDS: Final = 20_000  # of one cursor counted at a time: some 10 MB
 FIND_REQUESTS: Final = 10_000  # searched in one read, so that no log has to be kept for the whole search

@@ -13,7 +13,7 @@ from sidecar.delivery.state.aside import park, release, skip
 from sidecar.delivery.state.books import Books, Shift
 from sidecar.delivery.state.rows import Amendment, Member, Redrive
 from sidecar.delivery.state.verdicts import TAKEN
-from sidecar.delivery.words import Fate, Parking, Term
+from sidecar.delivery.types import Fate, Parking, Term
 
 
 def redrive(books: Books, step: Redrive, now_s: float) -> list[int]:

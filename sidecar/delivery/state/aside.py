@@ -13,7 +13,7 @@ import orjson
 
 from sidecar.delivery.state.requests import drop_bytes, read_members, write_history
 from sidecar.delivery.state.rows import Member, Parked, StateBusy
-from sidecar.delivery.words import Fate, Parking
+from sidecar.delivery.types import Fate, Parking
 
 
 def park(

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
-from sidecar.delivery.words import Term, worst
+from sidecar.delivery.types import Term, worst
 
 Key = tuple[int, int, str, str]  # cursor, folded, term, reason
 

@@ -15,7 +15,7 @@ from typing import Final
 from sidecar.delivery.state.aside import skip_range
 from sidecar.delivery.state.books import Books
 from sidecar.delivery.state.rows import Cursor, Place, StateBusy
-from sidecar.delivery.words import BEFORE, GAP, RETIRED, Term
+from sidecar.delivery.types import BEFORE, GAP, RETIRED, Term
 
 _PARTED: Final = 2  # `backend.removed`: 1 while its remainder is being parked, 2 when that is done
 

@@ -11,7 +11,7 @@ from collections import Counter
 from typing import Final
 
 from sidecar.delivery.state.accounts import Record, records_between
-from sidecar.delivery.words import Fate, Term, worst
+from sidecar.delivery.types import Fate, Term, worst
 
 FOLD_RECORDS: Final = 2_000  # of one cursor in one transaction: a few milliseconds
 _LIVE: Final = (Term.PARKED.value, Term.OPEN.value)

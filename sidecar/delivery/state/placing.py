@@ -14,7 +14,7 @@ from sidecar.delivery.state import cursors, requests
 from sidecar.delivery.state.aside import park, skip, skip_range
 from sidecar.delivery.state.books import Books
 from sidecar.delivery.state.rows import Member, Range, Sealing, StateBusy, Unskip
-from sidecar.delivery.words import BEFORE, GAP, MISSING, Parking, Term
+from sidecar.delivery.types import BEFORE, GAP, MISSING, Parking, Term
 
 
 def seal(books: Books, sealing: Sealing, now_s: float) -> list[int]:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import orjson
 
 from sidecar.delivery.state.rows import Member, NewRequest, Request, StateError
-from sidecar.delivery.words import Tries
-from sidecar.verdict import Event, Sealed
+from sidecar.delivery.types import Tries
+from sidecar.model.delivery import Event, Sealed
 
 
 def insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:

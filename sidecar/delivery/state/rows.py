@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from sidecar.delivery.retry import Decision
-from sidecar.delivery.words import Parking, Tries
-from sidecar.verdict import Sealed
+from sidecar.delivery.retry_policy import Decision
+from sidecar.delivery.types import Parking, Tries
+from sidecar.model.delivery import Sealed
 
 
 class StateError(Exception):

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.delivery.state.rows import StateBusy, StateError, StateFull
-from sidecar.disk import Trouble, make_private, trouble
+from sidecar.storage.files import Trouble, make_private, trouble
 
 VERSION: Final = 1
 BUSY_TIMEOUT_S: Final = 10.0  # another writer can only be a second instance, which the lock forbids

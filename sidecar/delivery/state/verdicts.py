@@ -14,7 +14,7 @@ from sidecar.delivery.state import requests
 from sidecar.delivery.state.aside import park
 from sidecar.delivery.state.books import Books, Shift
 from sidecar.delivery.state.rows import Settlement, StateBusy
-from sidecar.delivery.words import Fate, Term
+from sidecar.delivery.types import Fate, Term
 
 TAKEN: Final = {Fate.DELIVERED: Term.DELIVERED, Fate.DUPLICATE: Term.DUPLICATE}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.exchange import HEADER_NAME_CHARS_MAX, cut
+from sidecar.model.exchange import HEADER_NAME_CHARS_MAX, cut
 
 # What a field name means to the hop.
 PLAIN: Final = 0

@@ -9,11 +9,11 @@ from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
-from sidecar.exchange import URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.model.exchange import URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.model.target import below, origin_form
+from sidecar.proxy.config import Forwarded, ProxyRules, UpstreamAddress
 from sidecar.proxy.headers.kinds import HOP, REQUEST, RESPONSE, Kinds
 from sidecar.proxy.headers.request import RequestHead
-from sidecar.proxy.rules import Forwarded, ProxyRules, UpstreamAddress
-from sidecar.target import below, origin_form
 from sidecar.usage import RawHeaders
 
 METER_ID: Final = b"x-meter-id"

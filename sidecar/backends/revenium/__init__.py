@@ -1,0 +1,1 @@
+"""Revenium: the backend, the forms of its interfaces, and its product-key check."""

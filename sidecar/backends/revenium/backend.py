@@ -1,0 +1,181 @@
+"""`revenium`: Revenium's metering API, one request a record.
+
+The v1 modes have no key and no event time: what was sent and not answered cannot be sent again without
+risking a double, so it is parked unless the operator says otherwise, and gateway errors count as no
+answer. How each mode describes a call stands in `_MODES`; the rest is the same for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Any, Final
+
+from sidecar.backends.answers import ANSWERS
+from sidecar.backends.base import BILLING, DAY_S, PARK, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.batching import event_key
+from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient
+from sidecar.backends.revenium import forms
+from sidecar.backends.revenium.forms import CREDENTIAL_FIELD, SUBSCRIPTION_FIELD, V1, V2, Form, Options
+from sidecar.model.delivery import Abilities, Dedup, Encoded, Event, Retry, Sealed, Verdict
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
+
+HOST_V1: Final = "https://api.revenium.io"
+HOST_V2: Final = "https://api.revenium.ai"
+CONCURRENCY: Final = 16  # the vendor's own package replays with 16 at once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Mode:
+    """One of the vendor's interfaces."""
+
+    forms: Callable[[Record, Options], list[Form]]
+    host: str = HOST_V1
+    dedup: Dedup = Dedup.NONE
+    dedup_window_s: float | None = None
+    needs_source: bool = False
+
+
+_MODES: Final[Mapping[str, Mode]] = {
+    "meter": Mode(forms=forms.meter),
+    "event": Mode(forms=forms.event),
+    "rate": Mode(forms=forms.rate, needs_source=True),
+    "ingest": Mode(forms=forms.ingest, needs_source=True),
+    "events": Mode(forms=forms.events, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
+    "completions": Mode(forms=forms.completions, host=HOST_V2, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY_S),
+}
+
+_YES_V1: Final = dict.fromkeys(
+    (f"{V1}/event", f"{V1}/meter/rate", f"{V1}/meter/ingest"), "revenium v1 /event, /meter/rate, /meter/ingest"
+)
+
+SETTINGS: Final = (
+    Setting("url", types.http_url, help="the host; the mode's own when not set", also=("REVENIUM_METERING_BASE_URL",)),
+    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True, required=True,
+            also=("REVENIUM_METERING_API_KEY",)),
+    Setting("mode", types.word_of(*_MODES), "meter", "which of the vendor's interfaces"),
+    Setting("api_id", types.text, help="the source's id for `meter` and `event`; found by URL when not set"),
+    Setting("source_id", types.text, help="the source's id for `rate` and `ingest` (required) and the v2 modes"),
+    Setting("subscriber_field", types.word_of("application", "productkey"), "application",
+            "where `meter` and `event` carry the subscriber: `application` or `productkey`"),
+    Setting("rate_field", types.word_of("credential", "subscription"), "credential",
+            "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`"),
+    Setting("on_unknown", types.word_of(PARK, "resend"), PARK,
+            "v1: what was not answered is kept for you (`park`), or sent again at the risk of doubles (`resend`)"),
+    TIMEOUT,
+    *policy_settings(BILLING),
+)  # fmt: skip
+
+
+class ReveniumBackend:
+    """One record, one request."""
+
+    name = "revenium"
+
+    def __init__(
+        self,
+        *,
+        api_key: str,
+        url: str | None = None,
+        mode: str = "meter",
+        api_id: str | None = None,
+        source_id: str | None = None,
+        subscriber_field: str = "application",
+        rate_field: str = CREDENTIAL_FIELD,
+        customers: Mapping[str, str] | None = None,
+        resend_unknown: bool = False,
+        policy: Policy = BILLING,
+        client: HttpClient | None = None,
+    ) -> None:
+        self._mode = _MODES[mode]
+        if self._mode.needs_source and not source_id:
+            raise ValueError(f"SIDECAR_REVENIUM_SOURCE_ID is not set: the mode {mode} needs it")
+        self.abilities = Abilities(
+            dedup=self._mode.dedup,
+            dedup_window_s=self._mode.dedup_window_s,
+            concurrency=CONCURRENCY,
+            # With a key the window decides: beyond it a repeat would be a double, and nobody asked for that.
+            resend_unknown=resend_unknown and self._mode.dedup is Dedup.NONE,
+        )
+        self.address = base_address(url or self._mode.host)
+        self._is_given = url is not None
+        self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
+        self._options = Options(
+            customers=dict(customers or {}),
+            subscriber_field=subscriber_field,
+            rate_field=rate_field,
+            api_id=api_id,
+            source_id=source_id,
+        )
+        self._policy = policy
+        self._client = client or HttpClient(dedup=self._mode.dedup)
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> ReveniumBackend:
+        mode = values["mode"]
+        return cls(
+            api_key=revealed(values["api_key"]) or "",
+            url=values["url"],
+            mode=mode,
+            api_id=values["api_id"],
+            source_id=values["source_id"],
+            subscriber_field="productKey" if values["subscriber_field"] == "productkey" else "application",
+            rate_field=SUBSCRIPTION_FIELD if values["rate_field"] == "subscription" else CREDENTIAL_FIELD,
+            customers=context.customers(cls.name),
+            resend_unknown=values["on_unknown"] == "resend",
+            policy=policy_of(values),
+            client=HttpClient(dedup=_MODES[mode].dedup, timeout_s=values["timeout"]),
+        )
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        for record in records:
+            if self._policy.place(record, encoded):
+                forms = self._mode.forms(record, self._options)
+                if not forms:
+                    encoded.skipped[record.id] = "nothing_to_rate"
+                for form in forms:
+                    event = Event(record.id, record.id + form.suffix)
+                    encoded.sealed.append(
+                        Sealed(
+                            key=event_key(event.event_id),
+                            events=(event,),
+                            body=form.body,
+                            path=form.path,
+                            headers=form.headers,
+                        )
+                    )
+        return encoded
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        headers = {**self._headers, **dict(sealed.headers)}
+        # The path decides, not the mode: a request that was sealed under another mode goes where it belongs.
+        is_v2 = sealed.path.startswith(V2)
+        if is_v2:
+            headers["idempotency-key"] = sealed.key
+        host = self.address if self._is_given else HOST_V2 if is_v2 else HOST_V1
+        yes = "revenium v2" if is_v2 else _YES_V1.get(sealed.path.partition("?")[0], "revenium v1 /meter")
+        return await self._client.offer(host + sealed.path, sealed, headers, ANSWERS[yes], _judge)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def base_address(url: str) -> str:
+    """The host, however much of the vendor's path was given with it: its own packages take all of these."""
+    base: str = types.http_url.parse(url)
+    for tail in (V1, V2, "/meter"):
+        if base.endswith(tail):
+            return base.removesuffix(tail)
+    return base
+
+
+def _judge(answer: Answer, _: Sealed) -> Verdict | None:
+    """The conflict of a key that passes, and the header with which the service overrules its status."""
+    code = answer.code("code") or answer.code("error", "code")
+    again = answer.headers.get("x-should-retry", "").lower() == "true" and 400 <= answer.status < 500
+    if again or (answer.status == 409 and code == "idempotency_key_in_progress"):
+        return Retry(f"http_{answer.status}", answer.retry_after_s(time()))
+    return None

@@ -1,0 +1,1 @@
+"""Stripe: the backend, its meters, its late complaints, and the session of its event stream."""

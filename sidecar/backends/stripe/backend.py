@@ -1,0 +1,307 @@
+"""`stripe`: Stripe's billing meters, one event for each record and meter.
+
+Three interfaces: `v1` (one form-encoded event a request), `v2` (one in JSON) and `stream` (up to 100, under a
+session of fifteen minutes and on a host of its own). In all of them the event's `identifier`, made of record
+and meter, is what de-duplicates, for a day. v1 is sent without an `Idempotency-Key`, because Stripe replays the
+stored answer of a key, a 500 included, and no retry would ever get through.
+
+Values are texts, whole numbers unless allowed otherwise, and the customer must be Stripe's own id: an event
+for one that does not exist is answered with 200 and dropped later.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
+from time import time
+from typing import Any, Final
+from urllib.parse import urlencode
+
+import orjson
+
+from sidecar.backends.answers import ANSWERS
+from sidecar.backends.base import (
+    BILLING,
+    DAY_S,
+    Context,
+    Policy,
+    Provision,
+    chosen_meters,
+    metered_calls,
+    plain_number,
+    policy_of,
+    policy_settings,
+    revealed,
+    rfc3339,
+    subscriber_id,
+)
+from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
+from sidecar.backends.http import ANSWER_TIMEOUT_S, HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.stripe.meters import FORM, FORMULAS, PAYLOAD, Payload, StripeMeters
+from sidecar.backends.stripe.session import StreamSession
+from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.model.delivery import (
+    Abilities,
+    Atomicity,
+    Blocked,
+    Dedup,
+    Duplicate,
+    Encoded,
+    Event,
+    Retry,
+    Sealed,
+    Undone,
+    Unknown,
+    Verdict,
+    Withheld,
+)
+from sidecar.model.record import Record
+from sidecar.settings import Setting, types
+
+HOST: Final = "https://api.stripe.com"
+STREAM_HOST: Final = "https://meter-events.stripe.com"
+VERSION: Final = "2024-09-30.acacia"  # the release in which v2 meter events came
+EVENTS_V1: Final = "/v1/billing/meter_events"
+EVENTS_V2: Final = "/v2/billing/meter_events"
+STREAM: Final = "/v2/billing/meter_event_stream"
+ADJUSTMENTS_V1: Final = "/v1/billing/meter_event_adjustments"
+ADJUSTMENTS_V2: Final = "/v2/billing/meter_event_adjustments"
+STREAM_EVENTS_MAX: Final = 100
+STREAM_BYTES_MAX: Final = 1_000_000  # 100 events have 30 kB; no limit is documented
+PAST_S_MAX: Final = 35 * DAY_S
+FUTURE_S_MAX: Final = 300.0
+CONCURRENCY: Final = 32  # of 1,000 calls a second that an account may make
+DIGITS_MAX: Final = 15  # before Stripe reports `meter_event_value_too_many_digits`; its number is not documented
+TAKES: Final = frozenset(FORMULAS)
+_IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNORECASE)
+
+SETTINGS: Final = (
+    Setting("url", types.http_url, HOST, "the API's host"),
+    Setting("stream_url", types.http_url, STREAM_HOST, "the host of the stream"),
+    Setting("api_key", HEADER_TEXT, help="secret or restricted key", secret=True, required=True,
+            also=("STRIPE_API_KEY",)),
+    Setting("mode", types.word_of("v1", "v2", "stream"), "v1", "which of the interfaces"),
+    Setting("customer_key", types.text, "stripe_customer_id", "the payload key of the customer, as at the meters"),
+    Setting("value_key", types.text, "value", "the payload key of the value, as at the meters"),
+    Setting("meters", types.names, help="the meters to send; all of them when not set"),
+    Setting("decimals", types.flag, "false", "send values that are no whole numbers too"),
+    Setting("version", HEADER_TEXT, VERSION, "the `Stripe-Version` of v2 and stream"),
+    TIMEOUT,
+    *policy_settings(BILLING),
+)  # fmt: skip
+
+
+class StripeBackend:
+    """Meter events."""
+
+    name = "stripe"
+
+    def __init__(
+        self,
+        *,
+        api_key: str,
+        mode: str = "v1",
+        url: str = HOST,
+        stream_url: str = STREAM_HOST,
+        payload: Payload = PAYLOAD,
+        version: str = VERSION,
+        meters: Sequence[Meter] = DEFAULT_METERS,
+        names: Sequence[str] = (),
+        customers: Mapping[str, str] | None = None,
+        policy: Policy = BILLING,
+        timeout_s: float = ANSWER_TIMEOUT_S,
+        clock: Callable[[], float] = time,
+    ) -> None:
+        stream = mode == "stream"
+        self.abilities = Abilities(
+            events_max=STREAM_EVENTS_MAX if stream else 1,
+            bytes_max=STREAM_BYTES_MAX if stream else None,
+            atomicity=Atomicity.ALL_OR_NOTHING if stream else Atomicity.SINGLE,
+            dedup=Dedup.EVENT_ID,
+            dedup_window_s=DAY_S,
+            age_max_s=PAST_S_MAX,
+            future_max_s=FUTURE_S_MAX,
+            concurrency=CONCURRENCY,
+            one_per_subject=mode == "v1",
+            knows_duplicates=not stream,
+        )
+        self.address: str = types.http_url.parse(url)
+        self._stream_address: str = types.http_url.parse(stream_url)
+        self._mode = mode
+        self._auth = {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
+        self._version = {"stripe-version": HEADER_TEXT.parse(version)}
+        self._payload = payload
+        self._meters = chosen_meters(self.name, meters, names, TAKES)
+        self._customers = dict(customers or {})
+        self._policy = policy
+        self._clock = clock
+        self._client = HttpClient(dedup=Dedup.EVENT_ID, timeout_s=timeout_s, clock=clock)
+        self._meters_there = StripeMeters(self._client, self.address, self._auth, payload)
+        self._session = StreamSession(self._client, self.address, {**self._auth, **self._version}, clock)
+
+    @classmethod
+    def from_settings(cls, values: Mapping[str, Any], context: Context) -> StripeBackend:
+        return cls(
+            api_key=revealed(values["api_key"]) or "",
+            mode=values["mode"],
+            url=values["url"],
+            stream_url=values["stream_url"],
+            payload=Payload(values["customer_key"], values["value_key"], values["decimals"]),
+            version=values["version"],
+            meters=context.definitions(),
+            names=values["meters"],
+            customers=context.customers(cls.name),
+            policy=policy_of(values),
+            timeout_s=values["timeout"],
+        )
+
+    def encode(self, records: Sequence[Record]) -> Encoded:
+        encoded = Encoded()
+        pieces: list[Piece] = []
+        calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
+        for record, customer, amounts in calls:
+            if not self._is_theirs(record, customer):
+                encoded.parked[record.id] = "no_customer"
+                continue
+            for meter, amount in amounts:
+                if not self._is_taken(amount):
+                    told = f"meter {meter.name} = {plain_number(amount)}"
+                    encoded.withheld[meter_event(record, meter)] = Withheld("value_not_taken", told)
+                elif self._mode == "stream":
+                    pieces.append(self._piece(record, customer, meter, amount))
+                else:
+                    encoded.sealed.append(self._sealed(record, customer, meter, amount))
+        return seal_batches(
+            pieces,
+            encoded,
+            frame=JSON_EVENTS,
+            events_max=STREAM_EVENTS_MAX,
+            bytes_max=STREAM_BYTES_MAX,
+            path=STREAM,
+        )
+
+    def _is_theirs(self, record: Record, customer: str) -> bool:
+        """Mapped, or an id that is plainly Stripe's: all others would be dropped there."""
+        return customer.startswith("cus_") or subscriber_id(record) in self._customers
+
+    def _is_taken(self, amount: int | Decimal) -> bool:
+        whole = isinstance(amount, int) or amount == amount.to_integral_value()
+        return (whole or self._payload.decimals) and len(
+            plain_number(amount).replace(".", "").lstrip("-")
+        ) <= DIGITS_MAX
+
+    def _sealed(self, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> Sealed:
+        event = meter_event(record, meter)
+        name = meter.event_name or meter.name
+        if self._mode == "v2":
+            body, path, content_type = self._json(event, record, customer, meter, amount), EVENTS_V2, "application/json"
+        else:
+            fields = {
+                "event_name": name,
+                f"payload[{self._payload.customer_key}]": customer,
+                f"payload[{self._payload.value_key}]": plain_number(amount),
+                "identifier": event.event_id,
+                "timestamp": str(int(record.started_at.timestamp())),
+            }
+            body, path, content_type = urlencode(fields).encode(), EVENTS_V1, FORM
+        return Sealed(
+            key=event_key(event.event_id),
+            events=(event,),
+            body=body,
+            path=path,
+            content_type=content_type,
+            subject=f"{customer}:{name}",
+        )
+
+    def _piece(self, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> Piece:
+        event = meter_event(record, meter)
+        return Piece(event, self._json(event, record, customer, meter, amount))
+
+    def _json(self, event: Event, record: Record, customer: str, meter: Meter, amount: int | Decimal) -> bytes:
+        return orjson.dumps(
+            {
+                "event_name": meter.event_name or meter.name,
+                "identifier": event.event_id,
+                "payload": {self._payload.customer_key: customer, self._payload.value_key: plain_number(amount)},
+                "timestamp": rfc3339(record.started_at),
+            }
+        )
+
+    async def send(self, sealed: Sealed) -> list[Verdict]:
+        if sealed.path == STREAM:
+            return await self._stream(sealed)
+        is_v1 = sealed.path == EVENTS_V1
+        headers = dict(self._auth) if is_v1 else {**self._auth, **self._version}
+        yes = ANSWERS["stripe v1" if is_v1 else "stripe v2"]
+        return await self._client.offer(self.address + sealed.path, sealed, headers, yes, self._judge)
+
+    async def _stream(self, sealed: Sealed) -> list[Verdict]:
+        """With the session's token; once more with a new one when it has run out, since nothing was taken then."""
+        verdicts: list[Verdict] = []
+        for _ in range(2):
+            token = await self._session.token()
+            if not isinstance(token, str):
+                return [token] * len(sealed.events)
+            headers = {"authorization": f"Bearer {token}", **self._version}
+            yes = ANSWERS["stripe stream"]
+            verdicts = await self._client.offer(self._stream_address + STREAM, sealed, headers, yes, self._judge)
+            if verdicts[0] != Blocked("unauthorized"):
+                return verdicts
+            self._session.forget(token)
+        return verdicts
+
+    def _judge(self, answer: Answer, sealed: Sealed) -> Verdict | None:
+        if answer.status == 400 and (known := _known(answer)) is not None:
+            # Another's id in a refusal of ours says nothing about ours.
+            return Duplicate() if known in ("", sealed.events[0].event_id) else Unknown("others_answer")
+        should = answer.headers.get("stripe-should-retry", "").lower()
+        if answer.status == 409 or (should == "true" and 400 <= answer.status < 500):
+            return Retry(f"http_{answer.status}", answer.retry_after_s(self._clock()))
+        if answer.status == 404 and answer.code("error", "code") is None:
+            return None
+        return refused_with(answer, "error", "code") if answer.status in (400, 404) else None
+
+    async def cancel(self, event: Event, record: Record | None) -> Undone:
+        """Take an event back, within a day of its receipt."""
+        meter = next((m for m in self._meters if m.name == event.event_id.rpartition(":")[2]), None)
+        name = event.event_id.rpartition(":")[2] if meter is None else meter.event_name or meter.name
+        if self._mode == "v1":
+            fields = {"event_name": name, "type": "cancel", "cancel[identifier]": event.event_id}
+            body, path, content_type = urlencode(fields).encode(), ADJUSTMENTS_V1, FORM
+            headers = dict(self._auth)
+        else:
+            told = {"event_name": name, "type": "cancel", "cancel": {"identifier": event.event_id}}
+            body, path, content_type = orjson.dumps(told), ADJUSTMENTS_V2, "application/json"
+            headers = {**self._auth, **self._version}
+        sealed = Sealed(key=event_key(event.event_id), events=(event,), body=body, path=path, content_type=content_type)
+        yes = ANSWERS["stripe adjustments"]
+        return Undone((await self._client.offer(self.address + path, sealed, headers, yes, self._judge))[0])
+
+    async def examine(self) -> list[str]:
+        """Compare the meters at Stripe with ours."""
+        return await self._meters_there.compare(self._meters)
+
+    async def provision(self, meter: Meter) -> Provision:
+        """Create the meter where its event name is free; never change one that is there."""
+        return await self._meters_there.provide(meter)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
+
+
+def _known(answer: Answer) -> str | None:
+    """The identifier that was used before, or nothing where it is not named; None where that is not what is said.
+
+    v1 says so in words only, so the words are matched loosely.
+    """
+    said = answer.json()
+    error = said.get("error") if isinstance(said, dict) else None
+    if not isinstance(error, dict):
+        return None
+    message = str(error.get("message", ""))
+    lower = message.lower()
+    if error.get("code") != "duplicate_meter_event" and not ("already exists" in lower and "identifier" in lower):
+        return None
+    named = _IDENTIFIER.search(message)
+    return named[1].rstrip(".") if named is not None else ""

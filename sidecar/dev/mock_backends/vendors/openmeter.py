@@ -1,0 +1,113 @@
+"""OpenMeter: CloudEvents at `/api/v1/events` (204) and at the v3 path (202).
+
+v1 compares the whole content type, so a `; charset=utf-8` is refused there; v3 reads it properly. An event is known by
+`source` and `id` for 32 days, which is the example configuration: the open-source build de-duplicates nothing unless
+told to. Duplicates get the normal answer. What the vendor's sink would silently drop (a missing attribute) is refused
+here at once: a stand-in that swallows it would hide the mistake.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import orjson
+
+from sidecar.dev.mock_backends.checks import (
+    Field,
+    mapping,
+    media_type,
+    moment,
+    one_of,
+    parse_json,
+    problems,
+    sentence,
+    text,
+)
+from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict, bearer
+
+V1: Final = "/api/v1/events"
+V3: Final = ("/openmeter/events", "/v3/openmeter/events", "/api/v3/openmeter/events")
+WINDOW_S: Final = 768 * 3600.0
+
+ONE: Final = "application/cloudevents+json"
+MANY: Final = "application/cloudevents-batch+json"
+EITHER: Final = "application/json"
+
+FIELDS: Final[Mapping[str, Field]] = {
+    "id": text(required=True, empty=False),
+    "source": text(required=True, empty=False),
+    "specversion": one_of("1.0", required=True),
+    "type": text(required=True, empty=False),
+    "subject": text(required=True, empty=False),
+    "time": moment(),
+    "datacontenttype": one_of("application/json"),
+    "dataschema": text(),
+    "data": mapping(),
+}
+
+
+class OpenMeter:
+    """The two event paths."""
+
+    def __init__(self, memory: Memory, terms: Terms) -> None:
+        self._memory = memory
+        self._terms = terms
+        self.routes = (
+            Route(method="POST", path=V1, handle=self._v1),
+            *(Route(method="POST", path=path, handle=self._v3) for path in V3),
+        )
+
+    def fault_body(self, status: int) -> bytes:
+        return _problem(status, "told to").body
+
+    def _v1(self, call: Call) -> Answer:
+        return self._take(call, call.header("Content-Type"), 204)
+
+    def _v3(self, call: Call) -> Answer:
+        return self._take(call, media_type(call), 202)
+
+    def _take(self, call: Call, kind: str, success: int) -> Answer:
+        if self._terms.key is not None and not self._terms.admits(bearer(call)):
+            return _problem(401, "the token is missing or wrong")
+        if kind not in (ONE, MANY, EITHER):
+            return _problem(400, "invalid content type")
+        try:
+            body = parse_json(call)
+        except ValueError:
+            return _problem(400, "the body is no JSON")
+        events = _events(body, kind)
+        if events is None:
+            return _problem(400, f"the body does not fit {kind}")
+        for place, event in enumerate(events):
+            if found := problems(event, FIELDS):
+                units = (Unit(_key_of(row), row, Verdict.REFUSED) for row in events)
+                return _problem(400, f"event {place}: {sentence(found)}", *units)
+        return Answer(success, units=tuple(self._enter(call, event) for event in events))
+
+    def _enter(self, call: Call, event: dict[str, Any]) -> Unit:
+        name = f"{event['source']}\0{event['id']}"
+        if self._memory.recall(name, call.at_s, WINDOW_S):
+            return Unit(event["id"], event, Verdict.DUPLICATE)
+        self._memory.keep(name, True, call.at_s)
+        return Unit(event["id"], event, Verdict.DELIVERED)
+
+
+def _events(body: Any, kind: str) -> list[dict[str, Any]] | None:
+    """The events of a body whose form its content type allows."""
+    if isinstance(body, dict):
+        return None if kind == MANY else [body]
+    if isinstance(body, list) and body and kind != ONE and all(isinstance(event, dict) for event in body):
+        return body
+    return None
+
+
+def _key_of(event: dict[str, Any]) -> str | None:
+    value = event.get("id")
+    return value if isinstance(value, str) else None
+
+
+def _problem(status: int, detail: str, *units: Unit) -> Answer:
+    title = {400: "Bad Request", 401: "Unauthorized", 429: "Too Many Requests"}.get(status, "Internal Server Error")
+    told = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return Answer(status, orjson.dumps(told), "application/problem+json", units=units)

@@ -1,0 +1,1 @@
+"""Facts that every part shares: frozen values, and pure rules about them. Imports nothing else of the sidecar."""

@@ -1,0 +1,89 @@
+"""What all calls of one proxy share, and the shapes of what it is given from outside."""
+
+from __future__ import annotations
+
+import logging
+from asyncio import AbstractEventLoop
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final, Protocol
+
+from sidecar.model.exchange import Recorder, Subscriber
+from sidecar.proxy.config import ProxyRules
+from sidecar.proxy.drains import REASONS, Drains
+from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.upstream import Upstream
+from sidecar.runtime.logging import Seldom
+from sidecar.usage import RawHeaders, Taps
+
+if TYPE_CHECKING:
+    from sidecar.proxy.ending import Ending
+
+log = logging.getLogger(__name__)
+
+NEVER: Final = float("inf")  # no deadline
+
+Attribute = Callable[[RawHeaders, str, str | None], tuple[Subscriber | None, Mapping[str, str]]]
+"""(fields that go upstream, target, client's address) -> who pays, and what else the record says."""
+
+AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
+"""(who the head named, look-up of a member of the request's body) -> who pays."""
+
+Route = Callable[[str, str], str | None]
+"""(method, path) -> the pattern it belongs to."""
+
+
+class ProxyMetrics(Protocol):
+    """What the hop counts; one call per happening."""
+
+    def request_rejected(self, reason: str) -> None: ...
+    def upstream_retried(self) -> None: ...
+    def upstream_failed(self, reason: str) -> None: ...
+    def drains_changed(self, delta: int) -> None: ...
+    def connections_changed(self, delta: int) -> None: ...
+    def limit_reached(self, name: str) -> None: ...
+
+
+@dataclass(slots=True, kw_only=True)
+class Hop:
+    """What all calls of one proxy share."""
+
+    rules: ProxyRules
+    headers: HeaderRules
+    upstream: Upstream
+    recorder: Recorder
+    taps: Taps
+    attribute: Attribute
+    attribute_by_body: AttributeByBody | None = None  # None: no member of a body could say it
+    route: Route
+    metrics: ProxyMetrics
+    loop: AbstractEventLoop
+    now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
+    calls: set[Ending] = field(default_factory=set)
+    drains: Drains = field(init=False)
+    seldom: Seldom = field(default_factory=Seldom)
+    stopping: bool = False
+    idle: Callable[[], None] | None = None  # called when the last call is over
+
+    def __post_init__(self) -> None:
+        self.drains = Drains(self.rules.drains_max)
+
+    def upstream_failed(self, reason: str, words: str) -> None:
+        """A call got no answer. `words` are ours or the system's, for a person."""
+        self.metrics.upstream_failed(reason)
+        calls = self.seldom.due(f"upstream {reason}", self.loop.time())
+        if calls is not None:
+            log.warning(
+                "the upstream gives no answer: %s", words,
+                extra={"facts": {"reason": reason, "upstream": self.rules.upstream_url, "calls": calls}},
+            )  # fmt: skip
+
+    def not_drained(self, limit: str) -> None:
+        """The answer of a client that left is not read on, though its usage was still to come."""
+        self.metrics.limit_reached(limit)
+        calls = self.seldom.due(limit, self.loop.time())
+        if calls is not None:
+            log.warning(
+                "an answer is not read on, so its usage stays unknown: %s", REASONS[limit],
+                extra={"facts": {"limit": limit, "slots": self.drains.slots, "calls": calls}},
+            )  # fmt: skip

@@ -1,0 +1,270 @@
+"""The proxy as a whole: sockets that listen, connections and calls that are open, and their end.
+
+One sweep a fraction of a second walks over the open calls and connections and lets the expired ones
+know; no call and no connection has a timer of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import socket
+import ssl
+import stat
+from asyncio import AbstractServer, TimerHandle
+from typing import Final
+
+from sidecar.model.exchange import Recorder
+from sidecar.proxy.aiohttp_compat import Server
+from sidecar.proxy.client_connection import Client
+from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.proxy.context import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
+from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.upstream import Upstream, client_tls
+from sidecar.usage import Taps
+
+log = logging.getLogger(__name__)
+
+BACKLOG: Final = 4096  # connections waiting to be accepted; the kernel caps it at somaxconn
+SWEEP_S_MAX: Final = 1.0  # how late a deadline may be noticed
+SWEEP_S_MIN: Final = 0.02
+CUT_S: Final = 1.0  # how long cut connections may take to be gone
+
+
+class Clients:
+    """The open client connections."""
+
+    def __init__(self, connections_max: int, metrics: ProxyMetrics) -> None:
+        self.open: set[Client] = set()
+        self._max = connections_max
+        self._metrics = metrics
+        self.gone: asyncio.Event = asyncio.Event()
+        self.gone.set()
+
+    def opened(self, client: Client) -> bool:
+        """False: one too many; it is told so and closed."""
+        self.open.add(client)
+        self.gone.clear()
+        self._metrics.connections_changed(1)
+        return len(self.open) <= self._max
+
+    def closed(self, client: Client) -> None:
+        if client in self.open:
+            self.open.discard(client)
+            self._metrics.connections_changed(-1)
+            if not self.open:
+                self.gone.set()
+
+
+class Proxy:
+    """`start`, `listen` as often as wanted, `stop`, `aclose`."""
+
+    def __init__(
+        self,
+        *,
+        rules: ProxyRules,
+        recorder: Recorder,
+        taps: Taps,
+        attribute: Attribute,
+        attribute_by_body: AttributeByBody | None = None,
+        route: Route,
+        metrics: ProxyMetrics,
+    ) -> None:
+        self._rules = rules
+        self._address = UpstreamAddress.parse(rules.upstream_url)
+        self._parts = (recorder, taps, attribute, attribute_by_body, route)
+        self._metrics = metrics
+        self._hop: Hop | None = None
+        self._clients: Clients | None = None
+        self._server: Server | None = None
+        self._listeners: list[AbstractServer] = []
+        self._socket_paths: list[str] = []
+        self._tls: ssl.SSLContext | None = None
+        self._sweeper: TimerHandle | None = None
+        shortest = min(
+            rules.response_timeout_s, rules.idle_timeout_s, rules.head_timeout_s, rules.keepalive_timeout_s,
+            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s,
+        )  # fmt: skip
+        self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
+
+    def __repr__(self) -> str:
+        hop, clients = self._hop, self._clients
+        if hop is None or clients is None:
+            return "<Proxy: not started>"
+        state = "stopping" if hop.stopping else "open"
+        return f"<Proxy: {state}, {len(clients.open)} connections, {len(hop.calls)} calls, {hop.drains.taken} drains>"
+
+    @property
+    def open_calls(self) -> int:
+        """Calls under way, those being drained included."""
+        return 0 if self._hop is None else len(self._hop.calls)
+
+    async def start(self) -> None:
+        """Open the connector. Raises `OSError` or `ssl.SSLError` for certificates that cannot be read."""
+        rules, address = self._rules, self._address
+        loop = asyncio.get_running_loop()
+        tls = None
+        if address.tls:
+            tls = client_tls(
+                ca_file=rules.upstream_ca_file,
+                cert_file=rules.upstream_client_cert_file,
+                key_file=rules.upstream_client_key_file,
+            )
+        if rules.listener_cert_file is not None:
+            self._tls = _listener_tls(rules.listener_cert_file, rules.listener_key_file)
+        upstream = Upstream(
+            loop=loop,
+            host=address.host,
+            port=address.port,
+            socket_path=address.socket_path,
+            tls=tls,
+            server_name=rules.upstream_server_name,
+            connect_timeout_s=rules.connect_timeout_s,
+            keepalive_s=rules.upstream_keepalive_s,
+        )
+        recorder, taps, attribute, attribute_by_body, route = self._parts
+        hop = self._hop = Hop(
+            rules=rules,
+            headers=HeaderRules(rules, address, self._metrics.limit_reached),
+            upstream=upstream,
+            recorder=recorder,
+            taps=taps,
+            attribute=attribute,
+            attribute_by_body=attribute_by_body,
+            route=route,
+            metrics=self._metrics,
+            loop=loop,
+            now=loop.time(),
+        )
+        clients = self._clients = Clients(rules.connections_max, self._metrics)
+        self._server = Server(lambda server: Client(server, hop, clients), loop)
+        self._sweeper = loop.call_later(self._sweep_s, self._sweep)
+
+    async def listen(
+        self,
+        *,
+        host: str | None = None,
+        port: int = 0,
+        path: str | None = None,
+        sock: socket.socket | None = None,
+    ) -> tuple[str, int] | str:
+        """Accept calls on a TCP address, a Unix socket's path, or a socket made elsewhere. Says where."""
+        server = self._server
+        if server is None:
+            raise RuntimeError("start the proxy before it listens")
+        loop = asyncio.get_running_loop()
+        tls = self._tls
+        handshake_s = self._rules.head_timeout_s if tls is not None else None
+        if path is not None:
+            _remove_stale(path)
+            listener: AbstractServer = await loop.create_unix_server(
+                server, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+            )
+            self._listeners.append(listener)
+            self._socket_paths.append(path)
+            return path
+        if sock is not None:
+            if sock.family == getattr(socket, "AF_UNIX", None):
+                listener = await loop.create_unix_server(
+                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                )
+            else:
+                listener = await loop.create_server(
+                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                )
+        else:
+            listener = await loop.create_server(
+                server, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+            )
+        self._listeners.append(listener)
+        name = listener.sockets[0].getsockname()
+        return name if isinstance(name, str) else (name[0], name[1])
+
+    def reload_tls(self) -> None:
+        """Read the listener's certificate anew; connections made from now on get it. What cannot be
+        read changes nothing."""
+        rules = self._rules
+        if self._tls is None or rules.listener_cert_file is None:
+            return
+        try:
+            _listener_tls(rules.listener_cert_file, rules.listener_key_file)  # a trial: a failed load is not undone
+            self._tls.load_cert_chain(rules.listener_cert_file, rules.listener_key_file)
+        except (OSError, ssl.SSLError) as error:
+            log.error("the certificate was not reloaded, the old one stays: %s", error)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises."""
+        hop, clients = self._hop, self._clients
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for path in self._socket_paths:
+            _remove_stale(path)
+        self._socket_paths.clear()
+        if hop is None or clients is None or hop.stopping:
+            return
+        hop.stopping = True
+        for client in list(clients.open):
+            client.stop()
+        if hop.calls:
+            idle = asyncio.Event()
+            hop.idle = idle.set
+            try:
+                async with asyncio.timeout(timeout_s):
+                    await idle.wait()
+            except TimeoutError:
+                log.warning("%d calls were cut at the end of the graceful stop", len(hop.calls))
+        for call in list(hop.calls):
+            try:
+                call.stop()
+            except Exception:
+                log.exception("a call could not be cut")
+        # A last answer may still be in a socket's buffer; lingering clients are not waited for long.
+        try:
+            async with asyncio.timeout(CUT_S):
+                await clients.gone.wait()
+        except TimeoutError:
+            for client in list(clients.open):
+                if client.transport is not None:
+                    client.transport.abort()
+
+    async def aclose(self) -> None:
+        """Let go of everything; calls that are still open are cut."""
+        await self.stop(0)
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+            self._sweeper = None
+        if self._hop is not None:
+            await self._hop.upstream.aclose()
+
+    def _sweep(self) -> None:
+        hop, clients = self._hop, self._clients
+        assert hop is not None
+        assert clients is not None
+        now = hop.now = hop.loop.time()
+        self._sweeper = hop.loop.call_later(self._sweep_s, self._sweep)
+        hop.upstream.sweep(now)
+        for call in [call for call in hop.calls if call.deadline < now]:
+            try:
+                call.expired()
+            except Exception:
+                log.exception("a call could not be ended at its deadline")
+        for client in [client for client in clients.open if client.deadline < now]:
+            client.expired()
+
+
+def _listener_tls(cert_file: str, key_file: str | None) -> ssl.SSLContext:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.set_alpn_protocols(["http/1.1"])
+    context.load_cert_chain(cert_file, key_file)
+    return context
+
+
+def _remove_stale(path: str) -> None:
+    """A socket file left by a process that is gone; anything else stays."""
+    try:
+        if stat.S_ISSOCK(os.stat(path).st_mode):
+            os.unlink(path)
+    except OSError:
+        pass

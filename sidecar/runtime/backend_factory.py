@@ -1,0 +1,77 @@
+"""From settings to backends: who makes them, and what keeps them from being made.
+
+Apart from `parts`, so that `check` and the commands that ask a backend need not load the proxy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Final
+
+from sidecar.backends import BACKENDS, Context
+from sidecar.backends.base import LedgerApply
+from sidecar.ledger import LedgerStore, ledger_problem
+from sidecar.meters.definition import MetersError, read_meters
+from sidecar.model.delivery import Backend, Blocked, Verdict
+from sidecar.settings import Settings
+
+LEDGER: Final = "ledger.db"
+
+
+def backends(settings: Settings) -> list[Backend]:
+    """The configured backends, in the order of the setting."""
+    return [backend(settings, name) for name in settings.backends]
+
+
+def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply] | None = None) -> Backend:
+    """One backend. Raises `MetersError`, `ValueError` and `LedgerError`, which say what to do."""
+    context = Context(
+        data_dir=settings.data_dir,
+        subscribers=settings.subscribers,
+        meters=settings.meters,
+        open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
+    )
+    return BACKENDS[name].make(settings.backend(name), context)
+
+
+def faults(settings: Settings) -> list[str]:
+    """What keeps the configured meters, backends and ledger from being used, all of it. Opens nothing for good."""
+    found: list[str] = []
+    try:
+        read_meters(settings.meters)
+    except MetersError as error:
+        found += error.problems
+    for name in settings.backends:
+        row = BACKENDS.get(name)
+        # What is missing or unknown has been said by `load`.
+        if row is None or missing(settings, name):
+            continue
+        try:
+            backend(settings, name, open_ledger=NoLedger)
+        except MetersError:
+            continue  # said above
+        except ValueError as error:
+            text = str(error)
+            found.append(text if text.startswith((name, "SIDECAR_")) else f"{name}: {text}")
+    if "ledger" in settings.backends and (problem := ledger_problem(settings.data_dir / LEDGER)) is not None:
+        found.append(problem)
+    return found
+
+
+def missing(settings: Settings, name: str) -> list[str]:
+    """Settings that a backend needs and that are not set, by the name of their variable."""
+    values = settings.backend(name)
+    return [s.variable(name) for s in BACKENDS[name].settings if s.required and values[s.name] is None]
+
+
+class NoLedger:
+    """In the ledger's place where nothing is delivered: the file may be in use."""
+
+    def apply(self, key: str, body: bytes) -> Verdict:
+        return Blocked("not_open")
+
+    def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
+        return Blocked("not_open"), ()
+
+    def close(self) -> None:
+        """Nothing was opened."""

@@ -1,0 +1,295 @@
+"""From settings to parts: the one place where a setting's name meets a part's argument.
+
+Nothing here runs; what is made here is started and stopped by `app` (one process) and `worker` (one of several).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import hashlib
+import logging
+import os
+import re
+import resource
+import secrets
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from sidecar.model.target import client_path
+from sidecar.proxy import Proxy, ProxyRules, UpstreamAddress
+from sidecar.proxy.route import Routes
+from sidecar.proxy.subscriber import Attributor, parse_source
+from sidecar.proxy.subscriber import Kind as SourceKind
+from sidecar.runtime.logging import Seldom
+from sidecar.runtime.metrics import Metrics
+from sidecar.runtime.unclaimed import Unclaimed
+from sidecar.settings import Element as NamedElement
+from sidecar.settings import Settings
+from sidecar.spool.files import translate
+from sidecar.spool.recorder import IntakeSpool, SpoolRecorder
+from sidecar.usage.custom_fields import Element
+from sidecar.usage.providers.table import known_routes
+from sidecar.usage.readers import Pin, UsageTaps
+from sidecar.usage.response_headers import provider_of_host
+
+log = logging.getLogger("sidecar.parts")
+
+COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
+FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
+IDLE_PIN: Final = (
+    "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
+)
+HASH_KEY_BYTES: Final = 32
+HASH_KEY_FILE: Final = "hash.key"
+HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # as `attribution` writes the keyed hash of a credential
+
+
+def rules(settings: Settings) -> ProxyRules:
+    """What the hop is told."""
+    url = settings.upstream_url or ""
+    return ProxyRules(
+        upstream_url=url,
+        public_url=settings.public_url,
+        preserve_host=settings.preserve_host,
+        forwarded=settings.forwarded.value,
+        via=settings.via,
+        trusted_proxies=settings.trusted_proxies,
+        query_values=frozenset(settings.query_values),
+        meter_id_header=settings.meter_id_header,
+        on_disconnect=settings.on_disconnect.value,
+        on_disconnect_routes={r.pattern: r.on_disconnect.value for r in settings.routes if r.on_disconnect is not None},
+        disconnect_drain_s=settings.disconnect_drain_s,
+        drains_max=settings.drains,
+        connect_timeout_s=settings.upstream_connect_timeout_s,
+        response_timeout_s=settings.upstream_timeout_s,
+        idle_timeout_s=settings.idle_timeout_s,
+        head_timeout_s=settings.head_timeout_s,
+        keepalive_timeout_s=settings.keepalive_timeout_s,
+        head_bytes_max=settings.head_bytes,
+        target_bytes_max=settings.target_bytes,
+        connections_max=settings.connections,
+        stop_s=settings.stop_s,
+        upstream_ca_file=_path(settings.upstream_ca_file),
+        upstream_client_cert_file=_path(settings.upstream_cert_file),
+        upstream_client_key_file=_path(settings.upstream_key_file),
+        upstream_server_name=settings.upstream_server_name,
+        listener_cert_file=_path(settings.tls_cert_file),
+        listener_key_file=_path(settings.tls_key_file),
+    )
+
+
+def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: bytes) -> Proxy:
+    """The hop with everything that reads along."""
+    taps = usage_taps(settings, metrics.usage_anomaly)
+    for pin in idle_pins(settings):
+        log.warning(
+            "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
+        )
+    routes = Routes([route.pattern for route in settings.routes], known_routes())
+    attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
+    _, base = _upstream(settings)
+    taps.unclaimed = Unclaimed(
+        lambda method, target: routes.match(method, client_path(target, base)), taps.upstream_host, time.monotonic
+    )
+    return Proxy(
+        rules=rules(settings),
+        recorder=recorder,
+        taps=taps,
+        attribute=attribute,
+        attribute_by_body=attribute.by_body if body_fields(settings) else None,
+        route=routes.match,
+        metrics=metrics,
+    )
+
+
+def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
+    sources = [parse_source(text) for text in settings.subscriber]
+    host, base = _upstream(settings)
+    return Attributor(
+        sources=sources,
+        dimensions=settings.dimensions,
+        hash_key=key,
+        provider=provider_of_host(host),
+        base=base,
+        anomaly=anomaly,
+    )
+
+
+class WhoPays:
+    """Counts what is odd about who pays, and says once in a while that somebody sends two credentials."""
+
+    def __init__(self, count: Callable[[str], None]) -> None:
+        self._count = count
+        self._seldom = Seldom()
+
+    def __call__(self, kind: str) -> None:
+        self._count(kind)
+        if kind == "credentials_conflict" and (since := self._seldom.due(kind, time.monotonic())) is not None:
+            log.warning(
+                "calls bear more than one credential: name the header that your API authenticates by in "
+                "SIDECAR_SUBSCRIBER, or a client chooses by which it is billed",
+                extra={"facts": {"kind": kind, "calls": since}},
+            )
+
+
+def pins_of(settings: Settings) -> list[Pin]:
+    pins = dict(settings.providers)
+    pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    return [Pin(pattern, provider) for pattern, provider in pins.items()]
+
+
+def idle_pins(settings: Settings) -> list[Pin]:
+    """Pins that can match nothing."""
+    return [pin for pin in pins_of(settings) if pin.idle]
+
+
+def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
+    host, base = _upstream(settings)
+    return UsageTaps(
+        upstream_host=host,
+        upstream_base=base,
+        pins=pins_of(settings),
+        elements=[_element(named) for named in settings.elements],
+        estimate=settings.estimate,
+        ask_for_usage=settings.ask_for_usage,
+        body_fields=body_fields(settings),
+        clock_ns=time.monotonic_ns,
+        anomaly=anomaly,
+    )
+
+
+def _upstream(settings: Settings) -> tuple[str | None, str]:
+    """The upstream's host, and the path of its URL."""
+    if not settings.upstream_url:
+        return None, ""
+    address = UpstreamAddress.parse(settings.upstream_url)
+    return address.host, address.base.decode("ascii")
+
+
+def _element(named: NamedElement) -> Element:
+    if named.source == "header":
+        return Element(named.name, header=named.path.lower())
+    return Element(named.name, json=tuple(named.path.split(".")))
+
+
+def body_fields(settings: Settings) -> tuple[str, ...]:
+    """The members of a request's body that may say who pays."""
+    sources = (parse_source(text) for text in settings.subscriber)
+    return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
+
+
+def recorder(settings: Settings, spool: IntakeSpool, metrics: Metrics) -> SpoolRecorder:
+    return SpoolRecorder(
+        spool,
+        metrics,
+        durability=settings.durability,
+        on_full=settings.on_spool_full,
+        commit_wait_s=settings.commit_wait_s,
+        memory_bytes=settings.spool_memory_bytes,
+    )
+
+
+def hash_key(settings: Settings, made: bytes | None = None) -> bytes:
+    """The key of the subscribers' hashes: as set, else made once and kept in the data directory.
+
+    `made`: the one that is used already, and could not be kept before. Raises `OSError`, or `SpoolError` where it
+    cannot be kept.
+    """
+    kept = kept_hash_key(settings)
+    if kept is not None:
+        return kept
+    path = settings.data_dir / HASH_KEY_FILE
+    _tell_new_key(settings, path)
+    try:
+        return _keep_hash_key(path, made or new_hash_key())
+    except OSError as error:
+        raise translate(error, f"cannot keep {path}") from error
+
+
+def new_hash_key() -> bytes:
+    return secrets.token_bytes(HASH_KEY_BYTES)
+
+
+def kept_hash_key(settings: Settings) -> bytes | None:
+    """The key that was set, condensed to 32 bytes so that any length of text will do, or the one in the data directory;
+    None where there is none yet. Raises `OSError`."""
+    if settings.hash_key is not None:
+        return hashlib.blake2b(settings.hash_key.reveal().encode(), digest_size=HASH_KEY_BYTES).digest()
+    path = settings.data_dir / HASH_KEY_FILE
+    try:
+        kept = bytes.fromhex(path.read_text("ascii").strip())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        kept = b""
+    if len(kept) != HASH_KEY_BYTES:
+        raise OSError(f"{path} is damaged: put its copy back, or remove it, after which credentials hash anew")
+    return kept
+
+
+def _tell_new_key(settings: Settings, path: Path) -> None:
+    """A lost key makes another customer of everybody; mapped ids that begin so show that there was one."""
+    mapped = sum(HASHED.fullmatch(name) is not None for name in settings.subscribers)
+    if mapped:
+        log.warning(
+            "%s was not there and a new one is made: %d of [subscribers] are hashes of another key and match nobody; "
+            "put the old file back, or map the new ids (`metering-sidecar spool parked` shows them)",
+            path,
+            mapped,
+        )
+
+
+def _keep_hash_key(path: Path, key: bytes) -> bytes:
+    # Linked into place whole: two workers that start at once both end up with the one that was first.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with os.fdopen(fd, "w") as file:
+            file.write(key.hex() + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.link(temporary, path)
+    except FileExistsError:
+        key = bytes.fromhex(path.read_text("ascii").strip())
+    finally:
+        temporary.unlink(missing_ok=True)
+    return key
+
+
+def _path(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
+    """uvloop where it is available: half the cost of the standard loop."""
+    try:
+        import uvloop
+    except ImportError:
+        return asyncio.new_event_loop
+    return uvloop.new_event_loop
+
+
+def calm_collector() -> None:
+    """Let the garbage collector look rarely: a call leaves no cycles (measured over 1,000 calls), and a full look
+    at everything that was imported is a pause of 20 ms in somebody's answer."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(COLLECT_EVERY, 20, 50)
+
+
+def raise_file_limit(connections: int) -> None:
+    """Take all the file descriptors that we may have: an open call needs two, and a soft limit of 1,024 is common."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * connections + FILES_BESIDE
+    top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < top:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        log.warning(
+            "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: raise `ulimit -n`, or "
+            "lower the setting; beyond that, connections wait unanswered",
+            connections, wanted, hard,
+        )  # fmt: skip

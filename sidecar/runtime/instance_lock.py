@@ -1,0 +1,242 @@
+"""The data directory belongs to one running instance: its lock, and the note inside that says who has it.
+
+The kernel holds the lock, so a crash lets go of it at once and no stale file keeps anyone out. `lock` itself is never
+removed: two processes could otherwise lock two files of one name. Inside is a line of JSON,
+`{"pid", "admin", "proxy", "layout"}`: who is running, where it listens, and what layout the directory has.
+
+An instance takes the lock alone; with several workers it then shares it (`share`), and each worker joins. So a new
+instance waits until the last worker of an old one is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Final
+
+from sidecar.storage.files import PRIVATE, Trouble, narrow, trouble
+
+LAYOUT: Final = 1  # of the data directory; raised when an older program could no longer read it
+NAME: Final = "lock"
+# A command that looks whether an instance is running holds the lock for microseconds; a start must not fail on that.
+GRACE_S: Final = 0.5
+POLL_S: Final = 0.02
+NOTE_BYTES: Final = 4096
+
+
+class LockError(Exception):
+    """The data directory cannot be used. The text says what to do about it."""
+
+
+class InUseError(LockError):
+    """Another instance is running on it."""
+
+    def __init__(self, text: str, pid: int | None) -> None:
+        super().__init__(text)
+        self.pid = pid
+
+
+class NotWritableError(LockError):
+    """It cannot be made or written."""
+
+
+class NewerError(LockError):
+    """A newer program has made it into something that this one does not know."""
+
+
+@dataclass(frozen=True, slots=True)
+class Note:
+    """What the holder wrote into the lock. The addresses are None until the ports are open."""
+
+    pid: int | None = None
+    admin: str | None = None  # http://host:port, or unix:/path
+    proxy: str | None = None
+    layout: int = LAYOUT
+
+
+class DataLock:
+    """The lock of one data directory, held until `release` or the end of the process."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path = path
+        self._fd = fd
+
+    @classmethod
+    def take(cls, data_dir: Path, *, wait_s: float = 0.0) -> DataLock:
+        """Become its one instance, making the directory if need be.
+
+        `wait_s` is for the workers of an old instance that is gone itself: they finish their calls. An instance that
+        lives is not waited for.
+        """
+        lock = cls._open(data_dir)
+        try:
+            lock._flock(fcntl.LOCK_EX, GRACE_S, orphans_s=wait_s)
+            lock._check_layout()
+            lock.announce()
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    @classmethod
+    def join(cls, data_dir: Path) -> DataLock:
+        """Hold it together with the instance that called us into being (a worker does)."""
+        lock = cls._open(data_dir)
+        try:
+            lock._flock(fcntl.LOCK_SH, GRACE_S)
+        except BaseException:
+            lock.release()
+            raise
+        return lock
+
+    def share(self) -> None:
+        """Let workers join from now on. Nobody can take it alone until the last of all has gone."""
+        self._flock(fcntl.LOCK_SH, GRACE_S)
+
+    def announce(self, *, admin: str | None = None, proxy: str | None = None) -> None:
+        """Say where we listen. A full disk must not keep the service from starting: then nothing is said."""
+        note = {"pid": os.getpid(), "admin": admin, "proxy": proxy, "layout": LAYOUT}
+        line = json.dumps(note).encode() + b"\n"
+        with contextlib.suppress(OSError):
+            # Overwritten before it is cut: a reader sees the old note or the new one with a rest behind, never none.
+            os.pwrite(self._fd, line, 0)
+            os.ftruncate(self._fd, len(line))
+
+    def release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> DataLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.release()
+
+    def __repr__(self) -> str:
+        return f"<DataLock {self.path}: {'held' if self._fd >= 0 else 'released'}>"
+
+    @classmethod
+    def _open(cls, data_dir: Path) -> DataLock:
+        path = data_dir / NAME
+        try:
+            _make(data_dir)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
+            narrow(path)
+            return cls(path, fd)
+        except OSError as error:
+            if trouble(error, path) is Trouble.READ_ONLY:
+                raise NotWritableError(
+                    f"the data directory {data_dir} is on a file system that is read-only; mount it for writing "
+                    "(what is in it is whole), or set SIDECAR_DATA_DIR to another one"
+                ) from None
+            if trouble(error, path) is Trouble.FULL:
+                raise NotWritableError(
+                    f"the data directory {data_dir} cannot be made: no room is left on its disk; free some, "
+                    "or set SIDECAR_DATA_DIR to another disk"
+                ) from None
+            raise NotWritableError(
+                f"the data directory {data_dir} cannot be used by user {os.geteuid()}: {error.strerror}; "
+                "give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
+            ) from None
+
+    def _flock(self, how: int, wait_s: float, *, orphans_s: float = 0.0) -> None:
+        began = time.monotonic()
+        while True:
+            try:
+                fcntl.flock(self._fd, how | fcntl.LOCK_NB)
+                return
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                    raise NotWritableError(
+                        f"{self.path} cannot be locked: {error.strerror}; set SIDECAR_DATA_DIR to a local disk"
+                    ) from None
+            waited_s = time.monotonic() - began
+            if waited_s >= wait_s and (waited_s >= orphans_s or _lives(_read_note(self.path).pid)):
+                raise _in_use(self.path.parent)
+            time.sleep(POLL_S)
+
+    def _check_layout(self) -> None:
+        layout = _read_note(self.path).layout
+        if layout > LAYOUT:
+            raise NewerError(
+                f"the data directory {self.path.parent} was made by a newer version (layout {layout}, "
+                f"this one knows {LAYOUT}): start that version again, or set SIDECAR_DATA_DIR to another directory"
+            )
+
+
+def running(data_dir: Path) -> Note | None:
+    """Who is running on it now; None where nobody is (or nothing is there). Changes nothing."""
+    path = data_dir / NAME
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return _read_note(path)
+    finally:
+        os.close(fd)
+    return None
+
+
+def _lives(pid: int | None) -> bool:
+    """Whether this process is there. In another container it cannot be seen, and counts as gone."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
+
+
+def _in_use(data_dir: Path) -> InUseError:
+    pid = _read_note(data_dir / NAME).pid
+    who = "another instance" if pid is None else f"another instance (process {pid})"
+    return InUseError(
+        f"the data directory {data_dir} is in use by {who}: stop it, or set SIDECAR_DATA_DIR to another directory", pid
+    )
+
+
+def _read_note(path: Path) -> Note:
+    """What stands in the lock, as far as it can be read; a torn or empty note says nothing."""
+    try:
+        row = json.loads(path.read_bytes()[:NOTE_BYTES].split(b"\n", 1)[0])
+        pid, layout = row.get("pid"), row.get("layout")
+        admin, proxy = (row.get(name) for name in ("admin", "proxy"))
+    except (OSError, ValueError, AttributeError):
+        return Note()
+    return Note(
+        pid if isinstance(pid, int) else None,
+        admin if isinstance(admin, str) else None,
+        proxy if isinstance(proxy, str) else None,
+        layout if isinstance(layout, int) else LAYOUT,
+    )
+
+
+def _make(directory: Path) -> None:
+    """Make it for the owner alone, and sync each new name: a power cut may not take the directory with its records."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        path.mkdir(mode=0o700, exist_ok=True)
+        path.chmod(0o700)  # whatever the umask took from us
+        fd = os.open(path.parent, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # not every file system syncs directories
+                os.fsync(fd)
+        finally:
+            os.close(fd)

@@ -1,0 +1,351 @@
+"""Reading the configuration: environment first, then the TOML file that `SIDECAR_CONFIG` names, then defaults.
+
+`load` looks at everything before it says anything, so that one run shows every problem, each by the name of its
+variable. A name that starts with `SIDECAR_` and is no setting is a problem too: a limit that was misspelt and
+therefore never held is worse than a refusal to start. No secret appears in a message.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Final
+
+from sidecar.settings import types
+from sidecar.settings.schema import PREFIX, Effective, OnDisconnect, Route, Setting, Settings, core_settings
+from sidecar.settings.types import Many, Unfit
+
+CONFIG: Final = PREFIX + "CONFIG"
+SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
+SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
+STRUCTURED: Final = ("meters", "subscribers")  # tables of the TOML file that no variable can hold
+
+# Kubernetes puts the addresses of every Service of the namespace into the environment; one that is called
+# `sidecar` or `sidecar-…` would otherwise keep us from starting.
+_SERVICE_LINK: Final = re.compile(
+    r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"
+)
+
+BackendSettings = Mapping[str, Sequence[Setting]]
+Row = tuple[str | None, Setting]  # the backend's name (None: the core) and the setting
+
+
+class SettingsError(Exception):
+    """The configuration cannot be used. Its text is the whole list of problems."""
+
+    def __init__(self, problems: Sequence[str], effective: Sequence[Effective] = ()) -> None:
+        self.problems = tuple(problems)
+        self.effective = tuple(effective)
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        super().__init__("\n  ".join([f"the configuration has {count}:", *problems]))
+
+
+def load(
+    environ: Mapping[str, str],
+    *,
+    backend_settings: BackendSettings,
+    serving: bool = True,
+    judge: Callable[[Settings], Sequence[str]] | None = None,
+) -> Settings:
+    """Read the configuration; raises `SettingsError` with every problem at once.
+
+    `serving=False`, for commands that only read the data directory: nothing has to be set. `judge` says what only the
+    parts can see (what could not be read stands at its default then), so that it is told together with the rest.
+    """
+    return _Loading(environ, backend_settings, all_settings(backend_settings)).run(serving, judge)
+
+
+def all_settings(backend_settings: BackendSettings) -> list[Row]:
+    """The whole table: the core's settings, then each backend's with its name."""
+    rows: list[Row] = [(None, setting) for setting in core_settings()]
+    rows += [(backend, setting) for backend, settings in backend_settings.items() for setting in settings]
+    seen = {CONFIG}
+    for backend, setting in rows:
+        for name in _variables(backend, setting):
+            if name in seen:  # a fault of ours, not of the configuration
+                raise ValueError(f"{name} would stand for two settings")
+            seen.add(name)
+    return rows
+
+
+def _variables(backend: str | None, setting: Setting) -> tuple[str, ...]:
+    variable = setting.variable(backend)
+    return (variable, variable + "_FILE") if setting.secret else (variable,)
+
+
+@dataclass(slots=True)
+class _Found:
+    """What was said of one setting, and where."""
+
+    value: Any
+    origin: str
+    problem: str | None = None  # why there is no value after all
+
+
+@dataclass(slots=True)
+class _Loading:
+    """One run of `load`: the sources, and what has been noticed so far."""
+
+    environ: Mapping[str, str]
+    backend_settings: BackendSettings
+    rows: list[Row]
+    toml: dict[str, Any] = field(default_factory=dict)  # keys that no one has asked for yet
+    toml_name: str = ""
+    problems: list[str] = field(default_factory=list)
+    effective: list[Effective] = field(default_factory=list)
+
+    def run(self, serving: bool, judge: Callable[[Settings], Sequence[str]] | None = None) -> Settings:
+        self._read_toml()
+        core: dict[str, Any] = {}
+        own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
+        for backend, setting in self.rows:
+            (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
+        settings = Settings(**core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own)
+        self._refuse_unknown_variables()
+        self._refuse_unknown_keys()
+        self._check_together(settings)
+        if serving:
+            self._check_needed(settings)
+        if judge is not None:
+            self.problems += judge(settings)
+        if self.problems:
+            raise SettingsError(self.problems, self.effective)
+        return replace(settings, effective=tuple(self.effective))
+
+    # Each setting by itself
+
+    def _value(self, backend: str | None, setting: Setting) -> Any:
+        """The value, or the default where there is none or it cannot be read."""
+        variable = setting.variable(backend)
+        value, shown, origin = setting.default_value(), setting.default or "", "default"
+        found = self._find(backend, setting)
+        if found is not None:
+            shown, origin = "(hidden)" if setting.secret else _as_text(found.value), found.origin
+            try:
+                value = setting.value(_parse(setting, found))
+            except ValueError as error:
+                # What a reader says may quote the value: of a secret only the kind is named.
+                says = isinstance(error, Unfit) and (found.problem or not setting.secret)
+                why = str(error) if says else f"expected {setting.kind.expected}"
+                quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
+                where = "" if origin.startswith("environment") else f" (in {origin})"
+                self.problems.append(f"{variable}{quoted}{where}: {why}")
+        self.effective.append(Effective(variable, shown, origin, setting.help))
+        return value
+
+    def _find(self, backend: str | None, setting: Setting) -> _Found | None:
+        """The environment wins over the file; an empty variable counts as not set."""
+        variable = setting.variable(backend)
+        in_file = self._take(backend, setting.name)
+        in_named_file = self._take(backend, setting.name + "_file") if setting.secret else None
+        text, named = self.environ.get(variable, ""), self.environ.get(variable + "_FILE", "")
+        if setting.secret and text and named:
+            return _Found(None, "environment", f"{variable}_FILE is set as well: keep one of the two")
+        if text:
+            return _Found(text, "environment")
+        if setting.secret and named:
+            return _secret_file(named, f"environment, {variable}_FILE")
+        for other in setting.also:
+            if self.environ.get(other):
+                return _Found(self.environ[other], f"environment, {other}")
+        if in_file is not None:
+            return _Found(in_file, self.toml_name)
+        if in_named_file is not None:
+            return _secret_file(str(in_named_file), self.toml_name)
+        return None
+
+    def _take(self, backend: str | None, name: str) -> Any:
+        """A key of the TOML file: at its top, or in the backend's table. Taken out, so that the unknown remain."""
+        if backend is None:
+            return self.toml.pop(name, None)
+        table = self.toml.get(backend)
+        if isinstance(table, dict) and name in table:
+            return table.pop(name)
+        return self.toml.pop(f"{backend}_{name}", None)
+
+    # The file, and what only it can hold
+
+    def _read_toml(self) -> None:
+        name = self.environ.get(CONFIG, "")
+        self.effective.append(
+            Effective(CONFIG, name, "environment" if name else "default", "a TOML file that may hold the settings")
+        )
+        if not name:
+            return
+        self.toml_name = name
+        try:
+            self.toml = tomllib.loads(Path(name).expanduser().read_text("utf-8"))
+        except OSError as error:
+            self.problems.append(f"{CONFIG}={_quote(name)}: cannot be read: {error.strerror}")
+        except UnicodeDecodeError:
+            self.problems.append(f"{CONFIG}={_quote(name)}: is not UTF-8")
+        except tomllib.TOMLDecodeError as error:
+            # Its message names line and column, and at most one character of the text.
+            self.problems.append(f"{CONFIG}={_quote(name)}: is no TOML: {error}")
+
+    def _subscribers(self) -> dict[str, dict[str, str]]:
+        table = self.toml.pop("subscribers", {})
+        found: dict[str, dict[str, str]] = {}
+        if not isinstance(table, dict):
+            self._wrong("subscribers", "expected tables such as [subscribers.acme] with backend = \"its id there\"")
+            return found
+        for ours, theirs in table.items():
+            if not isinstance(theirs, dict) or not all(isinstance(v, str) and v for v in theirs.values()):
+                self._wrong(f"subscribers.{ours}", 'expected backend = "its id there" pairs')
+                continue
+            for backend in theirs.keys() - self.backend_settings.keys():
+                self._wrong(
+                    f"subscribers.{ours}", f"{backend} is no backend{_suggestion(backend, self.backend_settings)}"
+                )
+            found[ours] = dict(theirs)
+        if found:
+            self.effective.append(Effective("[subscribers]", f"{len(found)} mapped", self.toml_name, ""))
+        return found
+
+    def _meters(self) -> tuple[Mapping[str, Any], ...]:
+        tables = self.toml.pop("meters", [])
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+            self._wrong("meters", "expected [[meters]] tables")
+            return ()
+        if tables:
+            self.effective.append(Effective("[[meters]]", f"{len(tables)} defined", self.toml_name, ""))
+        return tuple(tables)
+
+    def _wrong(self, key: str, why: str) -> None:
+        self.problems.append(f"{key} (in {self.toml_name}): {why}")
+
+    # All together
+
+    def _refuse_unknown_variables(self) -> None:
+        known = {CONFIG} | {name for row in self.rows for name in _variables(*row)}
+        for name in sorted(self.environ):
+            if name.startswith(PREFIX) and name not in known and not _is_service_link(name, self.environ[name]):
+                self.problems.append(f"{name} is not a setting{_suggestion(name, known)}")
+
+    def _refuse_unknown_keys(self) -> None:
+        top = {s.variable(b).removeprefix(PREFIX).lower() for b, s in self.rows} | set(STRUCTURED)
+        for key, value in self.toml.items():
+            if key in self.backend_settings and isinstance(value, dict):
+                names = [s.name for s in self.backend_settings[key]]
+                for name in value:
+                    self._wrong(f"{key}.{name}", f"is not a setting{_suggestion(name, names)}")
+            else:
+                self._wrong(key, f"is not a setting{_suggestion(key, top)}")
+
+    def _check_together(self, settings: Settings) -> None:
+        for name in settings.backends:
+            if name not in self.backend_settings:
+                have = ", ".join(sorted(self.backend_settings))
+                guess = _suggestion(name, self.backend_settings)
+                self.problems.append(f"SIDECAR_BACKENDS: {name} is no backend{guess or f'; there are {have}'}")
+        for side in ("tls", "upstream"):
+            cert, key = (f"{side}_cert_file", f"{side}_key_file")
+            if (getattr(settings, cert) is None) != (getattr(settings, key) is None):
+                have, need = (cert, key) if getattr(settings, cert) is not None else (key, cert)
+                self.problems.append(f"{PREFIX}{need.upper()} is not set: expected beside {PREFIX}{have.upper()}")
+        if settings.listen == settings.admin_listen and (settings.listen.port or settings.listen.path):
+            self.problems.append(f"SIDECAR_ADMIN_LISTEN={settings.listen}: is SIDECAR_LISTEN already")
+        if settings.upstream_url is not None and settings.upstream_url.startswith("http://"):
+            for name in ("upstream_ca_file", "upstream_cert_file", "upstream_server_name"):
+                if getattr(settings, name) is not None:
+                    self.problems.append(f"{PREFIX}{name.upper()} is set, but SIDECAR_UPSTREAM_URL is no https:// one")
+
+    def _check_needed(self, settings: Settings) -> None:
+        said = {line.variable for line in self.effective if line.origin != "default"}
+        if "SIDECAR_UPSTREAM_URL" not in said:
+            self.problems.append("SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address")
+        for backend, setting in self.rows:
+            if setting.required and backend in settings.backends and setting.variable(backend) not in said:
+                also = f" (or {' or '.join(setting.also)})" if setting.also else ""
+                self.problems.append(
+                    f"{setting.variable(backend)}{also} is not set: "
+                    f"the backend {backend} needs it: expected {setting.kind.expected}"
+                )
+
+
+def _parse(setting: Setting, found: _Found) -> Any:
+    """Read a text, or what TOML has read already; raises `ValueError`."""
+    kind, value = setting.kind, found.value
+    if found.problem:
+        raise Unfit(found.problem)
+    if setting.name == "routes" and isinstance(value, dict):
+        return tuple(_route(pattern, table) for pattern, table in value.items())
+    if isinstance(kind, Many) and isinstance(value, list):
+        return kind.parse_items([_scalar(item) for item in value])
+    if isinstance(kind, Many) and isinstance(value, dict):
+        return kind.parse_items([f"{key}={_scalar(item)}" for key, item in value.items()])
+    return kind.parse(_scalar(value).strip())
+
+
+def _scalar(value: Any) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if not isinstance(value, (str, int, float)):
+        raise ValueError
+    return str(value)
+
+
+def _route(pattern: str, table: Any) -> Route:
+    if not isinstance(table, dict):
+        raise Unfit('expected a table for each pattern: [routes."/v1/things/{id}"]')
+    for name in table.keys() - {"on_disconnect", "provider"}:
+        raise Unfit(f"{pattern}: {name} is not a setting of a route (on_disconnect and provider are)")
+    stay, provider = table.get("on_disconnect"), table.get("provider")
+    if stay is not None and stay not in set(OnDisconnect):
+        raise Unfit(f"{pattern}: on_disconnect is one of {', '.join(OnDisconnect)}")
+    if provider is not None and not isinstance(provider, str):
+        raise Unfit(f"{pattern}: provider is a name")
+    return Route(
+        pattern=types.path_pattern(pattern),
+        on_disconnect=None if stay is None else OnDisconnect(stay),
+        provider=provider,
+    )
+
+
+def _secret_file(name: str, origin: str) -> _Found:
+    """The content of the file that a `…_FILE` variable names, without the line end that editors add."""
+    try:
+        with Path(name).expanduser().open("rb") as file:
+            content = file.read(SECRET_FILE_BYTES + 1)
+    except OSError as error:
+        return _Found(None, origin, f"{_quote(name)} cannot be read: {error.strerror}")
+    if len(content) > SECRET_FILE_BYTES:
+        return _Found(None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long")
+    try:
+        text = content.decode().strip()
+    except UnicodeDecodeError:
+        return _Found(None, origin, f"{_quote(name)} is not text")
+    return _Found(text, origin, None if text else f"{_quote(name)} is empty")
+
+
+def _is_service_link(name: str, value: str) -> bool:
+    return _SERVICE_LINK.search(name) is not None and (
+        not name.endswith("_PORT") or "://" in value or value.isdigit()
+    )
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{len(value)} in a table"
+    if isinstance(value, list):
+        return ",".join(_as_text(item) for item in value)
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return str(value)
+
+
+def _quote(text: str) -> str:
+    shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+    return repr(shown)
+
+
+def _suggestion(name: str, known: Collection[str]) -> str:
+    """Without the common beginning, by which every name would be like every other."""
+    prefix = PREFIX if name.startswith(PREFIX) else ""
+    rests = sorted(other.removeprefix(prefix) for other in known)
+    close = get_close_matches(name.removeprefix(prefix), rests, n=1, cutoff=0.7)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""

@@ -1,0 +1,249 @@
+"""Every setting of the core, once: its name, kind, default and meaning. `check`, `--help` and the README read it.
+
+`Settings` is the table: each field carries its `Setting`, and the field's type is checked against the kind's. What
+a backend needs beyond that stands in the backend's own file as a tuple of `Setting` and arrives under
+`Settings.backend(name)`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
+from ipaddress import IPv4Network, IPv6Network
+from pathlib import Path
+from typing import Any, Final, TypeVar, cast, overload
+
+from sidecar.settings import types
+from sidecar.settings.types import Address, Element, Kind, Many, Secret
+
+T = TypeVar("T")
+PREFIX: Final = "SIDECAR_"
+
+
+class Durability(StrEnum):
+    COMMITTED = "committed"
+    BUFFERED = "buffered"
+
+
+class OnSpoolFull(StrEnum):
+    PASS = "pass"
+    REFUSE = "refuse"
+
+
+class OnDisconnect(StrEnum):
+    DRAIN = "drain"
+    STOP = "stop"
+
+
+class Forwarded(StrEnum):
+    X_FORWARDED = "x-forwarded"
+    FORWARDED = "forwarded"
+    NONE = "none"
+
+
+class LogLevel(StrEnum):
+    # As `logging` spells them.
+    DEBUG = "DEBUG"
+    INFO = "INFO"
+    WARNING = "WARNING"
+    ERROR = "ERROR"
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting. `name` is in lower case, without `SIDECAR_` and without the backend's name."""
+
+    name: str
+    kind: Kind[Any]
+    default: str | None = None  # as one would write it; None: nothing is set
+    help: str = ""
+    secret: bool = False  # never shown, wrapped in `Secret`, also read from the file that `…_FILE` names
+    required: bool = False  # of a backend that is switched on; the core's needs are `load`'s business
+    also: tuple[str, ...] = ()  # the vendor's customary variables, read when ours is absent
+
+    def variable(self, backend: str | None = None) -> str:
+        """The environment's name for it."""
+        return PREFIX + (f"{backend}_{self.name}" if backend else self.name).upper()
+
+    def value(self, parsed: Any) -> Any:
+        return Secret(parsed) if self.secret else parsed
+
+    def default_value(self) -> Any:
+        if self.default is not None:
+            return self.value(self.kind.parse(self.default))
+        return self.kind.parse_items(()) if isinstance(self.kind, Many) else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """What is different for the calls whose path fits a pattern. None: as everywhere."""
+
+    pattern: str
+    on_disconnect: OnDisconnect | None = None
+    provider: str | None = None
+
+
+def _routes(items: Sequence[str]) -> tuple[Route, ...]:
+    return tuple(Route(pattern=types.path_pattern(item)) for item in dict.fromkeys(items))
+
+
+@dataclass(frozen=True, slots=True)
+class Effective:
+    """A line of `check`: what a setting is, where it was said, and no secret."""
+
+    variable: str
+    value: str
+    origin: str  # "default", "environment", or the name of the file
+    help: str
+
+
+@overload
+def _setting(kind: Many[T], default: None, text: str) -> T: ...
+@overload
+def _setting(kind: Kind[T], default: str, text: str) -> T: ...
+@overload
+def _setting(kind: Kind[T], default: None, text: str) -> T | None: ...
+def _setting(kind: Kind[Any], default: str | None, text: str) -> Any:
+    return _field(Setting("", kind, default, text))
+
+
+def _secret(kind: Kind[str], text: str) -> Secret | None:
+    return cast("Secret | None", _field(Setting("", kind, None, text, secret=True)))
+
+
+def _field(setting: Setting) -> Any:
+    return field(default_factory=setting.default_value, metadata={"setting": setting})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The configuration, read and checked. Made by `load`."""
+
+    upstream_url: str | None = _setting(
+        types.upstream_url, None, "the API behind: `http(s)://host[:port][/base]` or `unix:/path[:/base]`"
+    )
+    listen: Address = _setting(types.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
+    admin_listen: Address = _setting(
+        types.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
+    )
+    admin_token: Secret | None = _secret(
+        types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
+    )
+    admin_hosts: tuple[str, ...] = _setting(
+        types.hosts, None, "further names by which the admin port may be called; its own addresses always may"
+    )
+    data_dir: Path = _setting(
+        types.path, "./sidecar-data", "spool and ledger; locked by one running instance, on a disk that stays"
+    )
+    backends: tuple[str, ...] = _setting(types.names, "ledger", "who is told of each call, separated by commas")
+    durability: Durability = _setting(
+        types.one_of(Durability), "committed",
+        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after",
+    )  # fmt: skip
+    on_spool_full: OnSpoolFull = _setting(
+        types.one_of(OnSpoolFull), "pass",
+        "neither disk nor memory takes a record: `pass` (served, counted as lost, alarm) or `refuse` (503)",
+    )  # fmt: skip
+    commit_wait_s: float = _setting(
+        types.duration(0.01, 60), "1", "how long an answer waits for its commit before the spool counts as failing"
+    )
+    spool_memory_bytes: int = _setting(
+        types.size(1 << 20), "67108864", "records kept in memory while the disk takes none"
+    )
+    retention: float = _setting(types.duration(), "7d", "how long delivered records are kept")
+    backend_gaps: str = _setting(
+        types.word_of("deliver", "skip"), "deliver", "records made while a backend was left out: `deliver` or `skip`"
+    )
+    retention_bytes: int = _setting(types.size(), "10737418240", "room for delivered records; the oldest go first")
+    disk_low_bytes: int = _setting(
+        types.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"
+    )
+
+    upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
+    upstream_timeout_s: float = _setting(types.duration(0.001), "600", "to the head of the answer; then 504")
+    idle_timeout_s: float = _setting(types.duration(0.001), "600", "between two pieces of a body; then cut")
+    head_timeout_s: float = _setting(types.duration(0.001), "30", "for a client to send its request's head")
+    keepalive_timeout_s: float = _setting(types.duration(), "75", "an idle client connection is kept")
+    stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
+    stop_delay_s: float = _setting(
+        types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+    )
+    on_disconnect: OnDisconnect = _setting(
+        types.one_of(OnDisconnect), "drain",
+        "the client left mid-stream: `drain` (read on while usage is still to come) or `stop`; per route in TOML",
+    )  # fmt: skip
+    disconnect_drain_s: float = _setting(types.duration(), "30", "the longest such reading on")
+    drains: int = _setting(
+        types.count(0, 100_000), "256", "calls read on after their client left, at once; a quarter for each subscriber"
+    )
+    head_bytes: int = _setting(types.size(1024, 1 << 20), "65536", "largest head of a request; then 431")
+    target_bytes: int = _setting(types.size(256, 1 << 20), "16384", "longest request target; then 414")
+    connections: int = _setting(types.count(1, 1_000_000), "10240", "client connections at once, for each worker")
+    workers: int = _setting(types.count(1, 256), "1", "processes that share the port")
+
+    preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
+    trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting(
+        types.networks, None, "networks whose `X-Forwarded-For` is believed"
+    )
+    forwarded: Forwarded = _setting(
+        types.one_of(Forwarded), "x-forwarded", "tell the upstream of the client: `x-forwarded`, `forwarded` or `none`"
+    )
+    via: str | None = _setting(types.header_token, None, "add `Via` both ways under this name")
+    meter_id_header: bool = _setting(types.flag, "false", "tell the client its record's id in `X-Meter-Id`")
+    public_url: str | None = _setting(types.http_url, None, "the base of `url` in records, if not the upstream's")
+    query_values: tuple[str, ...] = _setting(
+        types.texts, None, "query parameters whose values may be recorded; of all others only the names are"
+    )
+
+    subscriber: tuple[str, ...] = _setting(
+        types.sources, "credential",
+        "who pays, the first source that knows: `header:` `jwt:` `query:` `body:` `path:`, or `credential`: the one "
+        "that the upstream's API asks for; credentials are hashed",
+    )  # fmt: skip
+    hash_key: Secret | None = _secret(
+        types.key_text, "key of those hashes, equal across a fleet; made and kept in the data directory if not set"
+    )
+    dimensions: Mapping[str, str] = _setting(
+        types.dimensions, None, "header values to file calls under: `feature=x-feature,team=x-team`"
+    )
+    routes: tuple[Route, ...] = _setting(
+        types.many("path patterns, separated by commas", _routes), None,
+        "path patterns to group calls by: `/v1/things/{id}`; more per route in TOML",
+    )  # fmt: skip
+    providers: Mapping[str, str] = _setting(
+        types.pins, None, "pin the reader of usage: `/my/path=openai` (pattern=provider)"
+    )
+    elements: tuple[Element, ...] = _setting(
+        types.elements, None, "own fields to record: `rows=header:x-rows,pages=json:meta.pages`"
+    )
+    estimate: bool = _setting(types.flag, "false", "estimate tokens where the answer reports none; marked as such")
+    ask_for_usage: bool = _setting(
+        types.flag, "false", "ask for usage in OpenAI-shaped streams that lack it, and take the extra chunk out again"
+    )
+
+    upstream_ca_file: Path | None = _setting(types.readable_file, None, "CA certificates to trust upstream (PEM)")
+    upstream_cert_file: Path | None = _setting(types.readable_file, None, "our certificate for the upstream (PEM)")
+    upstream_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
+    upstream_server_name: str | None = _setting(
+        types.text, None, "the name expected in the upstream's certificate, if not the URL's host"
+    )
+    tls_cert_file: Path | None = _setting(types.readable_file, None, "serve TLS with this chain (PEM); SIGHUP rereads")
+    tls_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
+    log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
+
+    # Structured, from TOML only:
+    subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
+    meters: tuple[Mapping[str, Any], ...] = ()  # checked by `meters`
+
+    backend_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    effective: tuple[Effective, ...] = field(default=(), repr=False, compare=False)
+
+    def backend(self, name: str) -> Mapping[str, Any]:
+        """A backend's own settings by their short names, defaults included; secrets are `Secret`."""
+        return self.backend_values.get(name, {})
+
+
+def core_settings() -> tuple[Setting, ...]:
+    """The core's table, in the order of the README."""
+    return tuple(replace(f.metadata["setting"], name=f.name) for f in fields(Settings) if "setting" in f.metadata)

@@ -1,0 +1,1 @@
+"""Wire formats, without a vendor: framing, JSON, content encodings, WebSocket."""

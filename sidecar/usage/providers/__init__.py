@@ -1,0 +1,1 @@
+"""The vendors: how each one states usage, and the table of where."""

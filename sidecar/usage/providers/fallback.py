@@ -1,0 +1,49 @@
+"""Readers of answers from which no tokens are taken: errors, free estimates, stored answers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from sidecar.model.exchange import Usage
+from sidecar.usage.formats.json_scanner import Tree
+from sidecar.usage.providers.base import Document, Reader
+
+
+class Failed(Reader):
+    """The body of a 4xx or 5xx: the error's type, never a number."""
+
+    wanted: ClassVar[Tree] = {"error": True, "type": True, "code": True, "status": True, "__type": True}
+
+    def document(self, document: Document) -> None:
+        self.seen = True
+        if not self.fail(document.get("error")):
+            self.fail({key: value for key, value in document.items() if key != "error"} or "error")
+        if self.error == "error":
+            self.error = None  # the caller has a better word: the status
+
+
+class Unmetered(Reader):
+    """An answer that belongs to a model but consumes nothing: only who it is from is noted."""
+
+    wanted: ClassVar[Tree] = {"id": True, "model": True, "error": True}
+
+    def dull(self, block: bytes) -> bool:
+        return True
+
+    def document(self, document: Document) -> None:
+        self.seen = True
+        self.identify(document)
+        self.fail(document.get("error"))
+
+
+class Batch(Unmetered):
+    """A batch object: its usage is shown on every poll, so it is kept verbatim and counted nowhere."""
+
+    wanted: ClassVar[Tree] = {**Unmetered.wanted, "usage": True}
+
+    def document(self, document: Document) -> None:
+        super().document(document)
+        self.report(document.get("usage"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        """Nothing: `raw_usage` alone says what the batch used."""

@@ -1,0 +1,60 @@
+"""A filling disk: an alarm first, then delivered records go early; both end by themselves."""
+
+import asyncio
+
+import pytest
+
+from sidecar.backends import backend_settings
+from sidecar.model.exchange import Exchange, Outcome
+from sidecar.runtime.billing import Room, billing, room_left
+from sidecar.runtime.metrics import Metrics
+from sidecar.settings import load
+from sidecar.spool import Spool, SpoolReader
+from sidecar.spool.recorder import SpoolRecorder
+
+TIB = 1 << 40
+
+
+@pytest.mark.parametrize(
+    ("free", "room"),
+    [(100, Room.ENOUGH), (99, Room.LOW), (50, Room.LOW), (49, Room.SHORT), (0, Room.SHORT)],
+)
+def test_the_steps(free, room):
+    assert room_left(free, 100) is room
+
+
+async def fill(data_dir) -> int:
+    """A spool, or one chunk more of it; how many there are."""
+    metrics = Metrics()
+    async with (
+        Spool.open(data_dir, metrics=metrics) as spool,
+        SpoolRecorder(spool, metrics) as recorder,
+    ):
+        for _ in range(300):
+            exchange = Exchange(method="GET", url="http://u/" + "x" * 600, status=200, outcome=Outcome.COMPLETE)
+            assert recorder.admit(exchange)
+            recorder.complete(exchange, None)
+    with SpoolReader(data_dir) as reader:
+        return len(reader.chunks(spool.instance))
+
+
+@pytest.mark.parametrize(("mark", "room"), [("1", Room.ENOUGH), (str(1000 * TIB), Room.SHORT)])
+async def test_delivered_chunks_go_early_when_the_disk_is_nearly_full(tmp_path, mark, room):
+    for _ in range(3):  # each run begins a chunk
+        chunks = await fill(tmp_path)
+    assert chunks == 3
+    environ = {"SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_DISK_LOW_BYTES": mark}
+    settings = load(environ, backend_settings=backend_settings(), serving=False)
+    async with billing(settings, Metrics()) as bills:
+        assert bills.room is room
+        async with asyncio.timeout(10):
+            while set(bills.delivery.retired_upto().values()) != {900}:
+                await asyncio.sleep(0.01)
+        await bills.retire()
+        with SpoolReader(tmp_path) as reader:
+            [instance] = reader.instances()
+            left = len(reader.chunks(instance))
+        balance = await bills.balance({})
+    assert balance.holds, balance.problems
+    assert balance.recorded == 900
+    assert left == (chunks if room is Room.ENOUGH else 1)

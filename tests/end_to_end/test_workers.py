@@ -1,0 +1,116 @@
+"""Several workers: they share the port, one that dies is replaced without a loss, and the sums are sums."""
+
+import asyncio
+import os
+import signal
+from collections import Counter
+from pathlib import Path
+
+import aiohttp
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from support.oracle import SETTINGS, Oracle, judge
+from support.tiny import tiny_upstream
+from support.whole import Whole
+
+
+def children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and no zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+async def metric(whole: Whole, name: str) -> float:
+    async with aiohttp.ClientSession() as session, session.get(f"{whole.admin_url}/metrics") as answer:
+        families = text_string_to_metric_families(await answer.text())
+        return sum(s.value for family in families for s in family.samples if s.name == name)
+
+
+@pytest.mark.timeout(120)
+async def test_workers_share_the_port_and_a_dead_one_is_replaced(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS)
+        async with whole:
+            assert whole.process is not None
+            workers = children(whole.process.pid)
+            assert len(workers) == 2
+            oracle = Oracle(lambda: whole.proxy_url, seed=7, clients=8)
+            load = asyncio.create_task(oracle.run())
+            for _ in range(3):
+                owed = len(oracle.owed)
+                async with asyncio.timeout(30):
+                    while len(oracle.owed) < owed + 40:
+                        await asyncio.sleep(0.01)
+                os.kill(children(whole.process.pid)[0], signal.SIGKILL)
+                async with asyncio.timeout(30):
+                    while len(children(whole.process.pid)) < 2:
+                        await asyncio.sleep(0.01)
+            oracle.stop()
+            await load
+            balance = await whole.settled()
+            records = await whole.records()
+            ended = await metric(whole, "sidecar_calls_total")
+            assert await metric(whole, "sidecar_recorded_total") == len(records)
+            code, out, err = await whole.command("balance")
+            assert code == 0, out + err
+            assert await whole.stop() == 0, whole.log.read_text()
+
+    judge(oracle.owed, records)
+    assert balance["holds"], balance
+    assert balance["backends"]["ledger"]["delivered"] == len(records)
+    # Each worker wrote a slot of its own, and each had calls.
+    assert len(Counter(record["instance"] for record in records)) == 2
+    assert 0 < ended <= len(records)
+
+
+@pytest.mark.timeout(120)
+async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS)
+        await whole.start()
+        assert whole.process is not None
+        workers = children(whole.process.pid)
+        oracle = Oracle(lambda: whole.proxy_url, seed=8)
+        load = asyncio.create_task(oracle.run())
+        async with asyncio.timeout(30):
+            while len(oracle.owed) < 60:
+                await asyncio.sleep(0.01)
+        await whole.kill()
+        await whole.start()  # at once: it waits for the workers of the old one
+        assert not any(is_running(pid) for pid in workers)
+        async with asyncio.timeout(30):
+            while len(oracle.owed) < 120:
+                await asyncio.sleep(0.01)
+        oracle.stop()
+        await load
+        balance = await whole.settled()
+        records = await whole.records()
+        assert await whole.stop() == 0, whole.log.read_text()
+        # With one process only, the slots of the former workers are read all the same.
+        alone = Whole(tmp_path / "data", upstream, **SETTINGS)
+        async with alone:
+            assert (await alone.settled())["recorded"] == len(records)
+            assert await alone.stop() == 0
+
+    judge(oracle.owed, records)
+    assert balance["holds"], balance
+
+
+async def test_workers_use_the_directory_that_the_command_line_names(tmp_path):
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "not-this-one", upstream, SIDECAR_WORKERS="2", **SETTINGS)
+        whole.data_dir = tmp_path / "this-one"
+        whole.arguments = ("--data-dir", str(whole.data_dir))
+        async with whole:
+            assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["this-one"]
+            assert len(list((whole.data_dir / "spool").iterdir())) == 2
+            assert await whole.stop() == 0

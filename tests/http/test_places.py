@@ -1,0 +1,316 @@
+"""TLS and Unix sockets on both sides, a changed certificate, limits with their counters, and the graceful stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import ssl
+from pathlib import Path
+
+import pytest
+import trustme
+from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, on_both_loops, reply, until
+
+GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
+STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+def server_tls(authority: trustme.CA, *, ask_client: bool = False, names: list[str] | None = None) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority.issue_cert("localhost").configure_cert(context)
+    if ask_client:
+        context.verify_mode = ssl.CERT_REQUIRED
+        authority.configure_trust(context)
+    if names is not None:
+        context.sni_callback = lambda sock, name, ctx: names.append(name)
+    return context
+
+
+def pem(authority: trustme.CA, path: Path, name: str = "localhost") -> tuple[str, str]:
+    cert = authority.issue_cert(name)
+    chain, key = path / f"{name}.pem", path / f"{name}.key"
+    chain.write_bytes(b"".join(blob.bytes() for blob in cert.cert_chain_pems))
+    key.write_bytes(cert.private_key_pem.bytes())
+    return str(chain), str(key)
+
+
+@on_both_loops
+async def test_an_upstream_over_tls(authority: trustme.CA, tmp_path: Path) -> None:
+    names: list[str] = []
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    chain, key = pem(authority, tmp_path, "client.example")
+    seen: list[bytes] = []
+    context = server_tls(authority, ask_client=True, names=names)
+    rules = {"upstream_ca_file": str(ca), "upstream_client_cert_file": chain, "upstream_client_key_file": key}
+    async with RawUpstream(answering(reply(b"safe"), seen=seen), tls=context) as upstream:
+        async with Hop(upstream.url, **rules) as hop:
+            for _ in range(2):
+                assert (await hop.call(GET))[1] == b"safe"
+            assert upstream.connections == 1
+            assert names == ["localhost"]
+        address = upstream.url.replace("localhost", "127.0.0.1")
+        async with Hop(address, **rules, upstream_server_name="localhost") as hop:
+            assert (await hop.call(GET))[1] == b"safe"
+            assert names == ["localhost", "localhost"]
+
+
+@pytest.mark.parametrize("how", ["unknown authority", "wrong name", "no client certificate"])
+@on_both_loops
+async def test_an_upstream_that_is_not_trusted(how: str, authority: trustme.CA, tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    (trustme.CA() if how == "unknown authority" else authority).cert_pem.write_to_path(str(ca))
+    context = server_tls(authority, ask_client=how == "no client certificate")
+    if how == "no client certificate":
+        context.maximum_version = ssl.TLSVersion.TLSv1_2  # 1.3 tells only after the handshake
+    rules = {"upstream_ca_file": str(ca)}
+    if how == "wrong name":
+        rules["upstream_server_name"] = "other.example"
+    seen: list[bytes] = []
+    async with RawUpstream(answering(reply(), seen=seen), tls=context) as upstream, Hop(upstream.url, **rules) as hop:
+        head, _ = await hop.call(GET)
+        assert head[:12] == b"HTTP/1.1 502"
+        assert (await hop.recorder.ended()).outcome is Outcome.UNREACHABLE
+        assert seen == []
+
+
+@on_both_loops
+async def test_tls_cut_without_a_close_is_a_cut(authority: trustme.CA, tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    go = asyncio.Event()
+
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(b"HTTP/1.1 200 OK\r\n\r\npartial")
+        await go.wait()
+        conversation.writer.transport.abort()
+
+    async with (
+        RawUpstream(script, tls=server_tls(authority)) as upstream,
+        Hop(upstream.url, upstream_ca_file=str(ca)) as hop,
+    ):
+        client = await hop.client()
+        await client.send(GET)
+        await client.until(b"partial\r\n")
+        go.set()
+        exchange = await hop.recorder.ended()
+        if "uvloop" in type(asyncio.get_running_loop()).__module__:
+            assert await client.rest() == b""
+            assert exchange.outcome is Outcome.UPSTREAM_BROKE
+        else:  # asyncio's own loop tells no difference; the README says so
+            assert exchange.outcome in (Outcome.UPSTREAM_BROKE, Outcome.COMPLETE)
+
+
+@on_both_loops
+async def test_a_listener_with_tls_and_a_new_certificate(authority: trustme.CA, tmp_path: Path) -> None:
+    chain, key = pem(authority, tmp_path)
+    trust = ssl.create_default_context()
+    authority.configure_trust(trust)
+    seen: list[bytes] = []
+    async with (
+        RawUpstream(answering(reply(b"hello"), seen=seen)) as upstream,
+        Hop(upstream.url, listener_cert_file=chain, listener_key_file=key) as hop,
+    ):
+
+        async def serial() -> str:
+            client = await hop.client(tls=trust)
+            certificate = client.writer.get_extra_info("peercert")
+            await client.send(GET)
+            assert (await client.message())[1] == b"hello"
+            await client.close()
+            return str(certificate["serialNumber"])
+
+        first = await serial()
+        assert b"X-Forwarded-Proto: https\r\n" in seen[0]
+        kept = await hop.client(tls=trust)
+        pem(authority, tmp_path)
+        assert await serial() == first
+        hop.proxy.reload_tls()
+        second = await serial()
+        assert second != first
+        Path(chain).write_text("no certificate")
+        hop.proxy.reload_tls()
+        assert await serial() == second
+        await kept.send(GET)
+        assert (await kept.message())[1] == b"hello"
+
+
+@on_both_loops
+async def test_unix_sockets_on_both_sides(tmp_path: Path) -> None:
+    seen: list[bytes] = []
+    inner, outer = str(tmp_path / "inner.sock"), str(tmp_path / "outer.sock")
+    stale = socket.socket(socket.AF_UNIX)
+    stale.bind(outer)
+    stale.close()  # the file stays, as after a crash
+    async with RawUpstream(answering(reply(b"local"), seen=seen), path=inner) as upstream:
+        async with Hop(upstream.url + ":/base") as hop:
+            assert await hop.proxy.listen(path=outer) == outer
+            client = await hop.client(path=outer)
+            for _ in range(2):
+                await client.send(GET.replace(b"\r\n\r\n", b"\r\nX-Forwarded-For: 10.1.1.1\r\n\r\n"))
+                assert (await client.message())[1] == b"local"
+            assert upstream.connections == 1
+            assert seen[0].startswith(b"GET /base/x HTTP/1.1\r\nHost: localhost\r\n")
+            exchange = await hop.recorder.ended(2)
+            assert exchange.client_ip == "10.1.1.1"  # whoever may open the socket is believed
+            await client.close()
+        assert not Path(outer).exists()
+
+
+@on_both_loops
+async def test_a_socket_made_elsewhere() -> None:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        async with RawUpstream(answering(reply(b"here"))) as upstream, Hop(upstream.url) as hop:
+            bound = await hop.proxy.listen(sock=sock.dup())
+            assert bound == sock.getsockname()
+            hop.port = int(bound[1])
+            assert (await hop.call(GET))[1] == b"here"
+
+
+# -- limits --------------------------------------------------------------------------------------
+
+
+@on_both_loops
+async def test_too_many_connections() -> None:
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, connections_max=2) as hop:
+        first, second, third = [await hop.client() for _ in range(3)]
+        assert (await third.rest()).startswith(b"HTTP/1.1 503 ")
+        assert hop.counts.limits == ["connections"]
+        for client in (first, second):
+            await client.send(GET)
+            await client.message()
+        await third.close()
+        await first.close()
+        await until(lambda: hop.counts.connections == 1)
+        assert (await hop.call(GET))[1] == b"ok"
+
+
+@on_both_loops
+async def test_too_many_calls() -> None:
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(STREAM)
+        await asyncio.Event().wait()
+
+    async with RawUpstream(script) as upstream, Hop(upstream.url, calls_max=1) as hop:
+        client = await hop.client()
+        await client.send(GET)
+        await client.head()
+        head, _ = await hop.call(GET)
+        assert head[:12] == b"HTTP/1.1 503"
+        assert hop.counts.limits == ["calls"]
+        assert len(hop.recorder.admitted) == 1
+
+
+@pytest.mark.parametrize("slowly", [False, True])
+@on_both_loops
+async def test_a_head_that_does_not_come_to_an_end(slowly: bool) -> None:
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, head_timeout_s=0.2) as hop:
+        client = await hop.client()
+        await client.send(b"GET / HTTP/1.1\r\nHost: me\r\n")
+        drip = asyncio.ensure_future(_drip(client) if slowly else asyncio.sleep(0))
+        assert (await client.rest()).startswith(b"HTTP/1.1 408 ")
+        assert hop.counts.limits == ["head_timeout"]
+        assert upstream.connections == 0
+        drip.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await drip
+
+
+async def _drip(client: Conversation) -> None:
+    with contextlib.suppress(ConnectionError):
+        while True:
+            client.writer.write(b"X: 1\r\n")
+            await asyncio.sleep(0.01)
+
+
+@on_both_loops
+async def test_an_idle_connection_is_closed() -> None:
+    async with (
+        RawUpstream(answering(reply())) as upstream,
+        Hop(upstream.url, head_timeout_s=0.1, keepalive_timeout_s=0.1) as hop,
+    ):
+        silent, used = await hop.client(), await hop.client()
+        await used.send(GET)
+        await used.message()
+        assert await used.rest() == b""
+        assert await silent.rest() == b""
+
+
+# -- the graceful stop ---------------------------------------------------------------------------
+
+
+def _finishes(go: asyncio.Event):  # type: ignore[no-untyped-def]
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(STREAM + b"5\r\nfirst\r\n")
+        await go.wait()
+        await conversation.send(b"4\r\nlast\r\n0\r\n\r\n")
+
+    return script
+
+
+@on_both_loops
+async def test_a_stop_lets_open_calls_finish_and_takes_no_more() -> None:
+    go = asyncio.Event()
+    async with RawUpstream(_finishes(go)) as upstream, Hop(upstream.url) as hop:
+        idle, busy, waiting = [await hop.client() for _ in range(3)]
+        await busy.send(GET + GET)
+        await busy.until(b"first\r\n")
+        await waiting.send(b"GET / HTTP/1.1\r\n")
+        await until(lambda: any(client._head_bytes for client in hop.proxy._clients.open))  # type: ignore[union-attr]
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        assert await idle.rest() == b""
+        assert await waiting.rest() == b""
+        with pytest.raises(OSError):  # refused
+            await hop.client()
+        assert not stop.done()
+        go.set()
+        assert await busy.rest() == b"4\r\nlast\r\n0\r\n\r\n"
+        await stop
+        assert (await hop.recorder.ended()).outcome is Outcome.COMPLETE
+        await hop.proxy.stop(0)
+
+
+@on_both_loops
+async def test_a_stop_cuts_what_does_not_finish() -> None:
+    async with RawUpstream(_finishes(asyncio.Event())) as upstream, Hop(upstream.url) as hop:
+        client = await hop.client()
+        await client.send(GET)
+        await client.until(b"first\r\n")
+        await hop.proxy.stop(0.05)
+        with pytest.raises(ConnectionResetError):
+            await client.rest()
+        exchange = await hop.recorder.ended()
+        assert (exchange.outcome, exchange.status, exchange.response_bytes) == (Outcome.STOPPED, 200, 5)
+
+
+@on_both_loops
+async def test_a_stop_waits_for_records() -> None:
+    async with RawUpstream(answering(reply(b"whole"))) as upstream, Hop(upstream.url) as hop:
+        hop.recorder.hold = True
+        client = await hop.client()
+        await client.send(GET)
+        await hop.recorder.ended()
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        assert await client.silent()
+        hop.recorder.let_go()
+        assert (await client.rest()).endswith(b"whole")
+        await stop
+
+
+async def test_a_proxy_that_was_never_started_stops() -> None:
+    hop = Hop("http://127.0.0.1:1")
+    assert repr(hop.proxy) == "<Proxy: not started>"
+    await hop.proxy.stop(1)
+    await hop.proxy.aclose()
+    with pytest.raises(RuntimeError):
+        await hop.proxy.listen(host="127.0.0.1")
