@@ -65,9 +65,7 @@ def run(arguments: argparse.Namespace) -> int:
     return OK
 
 
-def _past(
-    reader: SpoolReader, places: dict[str, int], since: datetime | None, limit: int | None
-) -> Iterator[bytes]:
+def _past(reader: SpoolReader, places: dict[str, int], since: datetime | None, limit: int | None) -> Iterator[bytes]:
     lines = _until(reader, places, since)
     return iter(deque(lines, maxlen=limit)) if limit is not None else lines
 

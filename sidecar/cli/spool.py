@@ -78,9 +78,7 @@ def run(arguments: argparse.Namespace) -> int:
     return code
 
 
-def _kind(
-    kinds: Any, name: str, text: str, do: Callable[[argparse.Namespace, Path], int]
-) -> argparse.ArgumentParser:
+def _kind(kinds: Any, name: str, text: str, do: Callable[[argparse.Namespace, Path], int]) -> argparse.ArgumentParser:
     parser: argparse.ArgumentParser = kinds.add_parser(name, help=text, description=text[0].upper() + text[1:] + ".")
     add_data_dir(parser)
     parser.set_defaults(spool_run=do)

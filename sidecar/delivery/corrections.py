@@ -67,9 +67,7 @@ class Named:
     code: str
 
 
-async def cancel(
-    one: str, desk: Desk, backends: Mapping[str, Backend], *, backend: str | None = None
-) -> list[Outcome]:
+async def cancel(one: str, desk: Desk, backends: Mapping[str, Backend], *, backend: str | None = None) -> list[Outcome]:
     """Take back what was made of a record or event; nothing is known of it when the answer is empty."""
     outcomes = []
     for found in await _found(one, desk, backend):
@@ -81,9 +79,7 @@ async def cancel(
     return sorted(outcomes, key=lambda outcome: (outcome.backend, outcome.event_id))
 
 
-async def complain(
-    backend: str, named: Sequence[Named], desk: Desk, backends: Mapping[str, Backend]
-) -> list[Outcome]:
+async def complain(backend: str, named: Sequence[Named], desk: Desk, backends: Mapping[str, Backend]) -> list[Outcome]:
     """Park what a backend says it did not bill after all; an outcome for each that it names."""
     return [await _complained(one, desk, backends.get(backend), backend) for one in named]
 

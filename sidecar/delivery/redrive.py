@@ -73,9 +73,7 @@ async def back(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Own
         tries = stored.tries if maybe else replace(stored.tries, risk_wall_s=None)
         history = (*parked[0].history, "its backend is back")
         again = replace(stored, tries=tries, history=history, generation=parked[0].generation)
-        made.append(
-            Step(Redrive(cursor, parked, [again]), [_outcome(row, Became.OFFERED) for row in parked])
-        )
+        made.append(Step(Redrive(cursor, parked, [again]), [_outcome(row, Became.OFFERED) for row in parked]))
         gone.update(row.id for row in parked)
     left = [row for row in rows if row.id not in gone and not row.maybe_taken]
     made += [

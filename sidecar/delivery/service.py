@@ -245,9 +245,7 @@ class Delivery:
         # What is parked again for another reason stands behind `last`, and is not looked at twice.
         last, after = await asyncio.to_thread(self._accounts.last_parked), 0
         while True:
-            look = functools.partial(
-                self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after
-            )
+            look = functools.partial(self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after)
             read = await asyncio.to_thread(look)
             page = [row for row in read if row.id <= last]
             for row in page if ids is not None else ():

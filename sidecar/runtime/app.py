@@ -219,9 +219,7 @@ async def _open_intake(
     """Let calls in, here or in workers; the intake and its address."""
     if settings.workers > 1:
         lock.share()
-        them = workers(
-            settings, committed=bills.delivery.wake, remembered=bills.remembered, let_go=bills.reader.close
-        )
+        them = workers(settings, committed=bills.delivery.wake, remembered=bills.remembered, let_go=bills.reader.close)
         intake = await stack.enter_async_context(them)
         return intake, intake.url
     traffic = await stack.enter_async_context(

@@ -49,9 +49,7 @@ class _Teller:
         self._wire.send({"committed": True})
 
 
-async def work(
-    settings: Settings, listener: socket.socket, wire_socket: socket.socket, opened: asyncio.Event
-) -> int:
+async def work(settings: Settings, listener: socket.socket, wire_socket: socket.socket, opened: asyncio.Event) -> int:
     """Serve on the given socket until told to stop; the exit code."""
     wire = await Wire.over(wire_socket)
     first = await wire.receive()

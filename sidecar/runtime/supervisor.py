@@ -207,8 +207,10 @@ class Workers:
         with theirs:
             fds = (worker.listener.fileno(), theirs.fileno())
             worker.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "sidecar.runtime.intake_worker"), *map(str, fds),
-                pass_fds=fds, env=dict(self._environ),
+                *(sys.executable, "-m", "sidecar.runtime.intake_worker"),
+                *map(str, fds),
+                pass_fds=fds,
+                env=dict(self._environ),
             )
         worker.wire = await Wire.over(ours)
         worker.wire.send({"remembered": dict(await asyncio.to_thread(self._remembered))})

@@ -191,7 +191,7 @@ class _Loading:
         table = self.toml.pop("subscribers", {})
         found: dict[str, dict[str, str]] = {}
         if not isinstance(table, dict):
-            self._wrong("subscribers", "expected tables such as [subscribers.acme] with backend = \"its id there\"")
+            self._wrong("subscribers", 'expected tables such as [subscribers.acme] with backend = "its id there"')
             return found
         for ours, theirs in table.items():
             if not isinstance(theirs, dict) or not all(isinstance(v, str) and v for v in theirs.values()):
@@ -323,9 +323,7 @@ def _secret_file(name: str, origin: str) -> _Found:
 
 
 def _is_service_link(name: str, value: str) -> bool:
-    return _SERVICE_LINK.search(name) is not None and (
-        not name.endswith("_PORT") or "://" in value or value.isdigit()
-    )
+    return _SERVICE_LINK.search(name) is not None and (not name.endswith("_PORT") or "://" in value or value.isdigit())
 
 
 def _as_text(value: Any) -> str:

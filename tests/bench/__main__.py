@@ -241,8 +241,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=5, help="how many of the unary cases (default all 5)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
     parser.add_argument("--parts", default="unary,streams,latency,open,delivery")
-    parser.add_argument("--peers", default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2",
-                        help="and `down`: committed, with a backend that takes nothing")
+    parser.add_argument(
+        "--peers",
+        default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2",
+        help="and `down`: committed, with a backend that takes nothing",
+    )
     return parser.parse_args()
 
 

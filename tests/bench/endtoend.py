@@ -125,9 +125,7 @@ async def prepare(room: Path, records: int) -> None:
             first = number * GROUP + 1
             lines = [line.replace(old, record_id(seq).encode()) for seq in range(first, first + GROUP)]
             size = sum(map(len, lines))
-            spool.submit(
-                Batch(first_seq=first, lines=lines, size_bytes=size, admitted=first + GROUP - 1, done=settled)
-            )
+            spool.submit(Batch(first_seq=first, lines=lines, size_bytes=size, admitted=first + GROUP - 1, done=settled))
             await asyncio.sleep(0)
         await done.wait()
 

@@ -283,5 +283,7 @@ class Table:
         for name, median in sorted(medians.items(), key=lambda item: item[1]):
             ratio = f"{median / base:.2f}" if base else "–"
             values = self.rows[name]
-            lines.append(f"{name:24}{median:>10.{places}f}{min(values):>10.{places}f}{max(values):>10.{places}f}{ratio:>12}")
+            lines.append(
+                f"{name:24}{median:>10.{places}f}{min(values):>10.{places}f}{max(values):>10.{places}f}{ratio:>12}"
+            )
         return "\n".join(lines)

@@ -76,6 +76,8 @@ COMMON = {
     408: "Retry", 409: "Refused", 410: "Blocked", 413: "Refused", 415: "Blocked", 422: "Refused", 425: "Retry",
     429: "Retry", 500: "Retry", 502: "Retry", 503: "Retry", 504: "Retry", 599: "Retry",
 }  # fmt: skip
+
+
 @pytest.fixture(params=list(TRIALS))
 def name(request: pytest.FixtureRequest) -> str:
     return str(request.param)

@@ -76,8 +76,10 @@ async def test_one_refuses_one_is_blocked_one_is_slow_one_loses_answers_and_the_
             assert not fine["stripe"]["parked"]
             after = await balance_when(
                 whole,
-                lambda b: sum(b["revenium"]["parked"].values()) == CALLS
-                and all(not b[name]["pending"] for name in EVERYONE if name != "stripe"),
+                lambda b: (
+                    sum(b["revenium"]["parked"].values()) == CALLS
+                    and all(not b[name]["pending"] for name in EVERYONE if name != "stripe")
+                ),
             )
             assert after["revenium"]["parked"] == {"http_400": CALLS}
             assert after["stripe"]["pending"] == CALLS

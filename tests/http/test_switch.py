@@ -164,7 +164,10 @@ async def test_websocket_with_real_peers() -> None:
         port = server.sockets[0].getsockname()[1]
         async with Hop(f"http://127.0.0.1:{port}") as hop:
             async with connect(
-                f"ws://127.0.0.1:{hop.port}/ws", subprotocols=["chat.v1", "chat.v2"], max_size=2**25, compression=None  # type: ignore[list-item]
+                f"ws://127.0.0.1:{hop.port}/ws",
+                subprotocols=["chat.v1", "chat.v2"],
+                max_size=2**25,
+                compression=None,  # type: ignore[list-item]
             ) as client:
                 assert client.subprotocol == "chat.v2"
                 await client.send("text é")

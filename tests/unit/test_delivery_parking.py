@@ -18,9 +18,7 @@ from sidecar.model.delivery import Abilities, Atomicity, Dedup
 SINGLE = Abilities(dedup=Dedup.EVENT_ID, dedup_window_s=86_400.0)
 NONE = Abilities(dedup=Dedup.NONE)
 KEY = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400.0)
-BATCH = Abilities(
-    events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400.0
-)
+BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400.0)
 BARE_BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY)
 
 

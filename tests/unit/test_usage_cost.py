@@ -1,6 +1,6 @@
 """A body costs its length: the catalogue of shapes, as a guard for the readers alone.
 
-What a whole call costs the sidecar is measured in `end_to_end/test_busy_bodies.py`, at its own process. Here only the reading
+What a whole call costs the sidecar is measured in `end_to_end/test_busy_bodies.py`, at its own process. Here only reading
 runs, which is a small part of that, so a stand-in for the rest of the way is added to both sides (`carried`): the bound
 is that of the whole call, and the shapes are many. Ratios of processor time within one run, and nothing absolute.
 """
@@ -149,8 +149,9 @@ TEXTS = st.text(st.sampled_from('ab"\\{}[],:é\n'), max_size=9)
 SCALARS = st.none() | st.booleans() | st.integers(-(2**53), 2**53) | TEXTS
 INNER = st.recursive(
     SCALARS,
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(st.sampled_from(["usage", "id", "a", 'q"']), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["usage", "id", "a", 'q"']), inner, max_size=3)
+    ),
     max_leaves=8,
 )
 NAMES = st.sampled_from(["usage", "id", "choices", "response", "b", 'c"', "\\"])

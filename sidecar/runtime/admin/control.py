@@ -124,9 +124,7 @@ async def adopt(instance: Controlled, wish: Wish) -> Done:
 
 NUMBER: Final = (int, float)
 CHANGES: Final[Mapping[str, Change]] = {
-    "redrive": Change(
-        {"backend": str, "reason": str, "ids": list, "since_s": NUMBER, "resend_unknown": bool}, redrive
-    ),
+    "redrive": Change({"backend": str, "reason": str, "ids": list, "since_s": NUMBER, "resend_unknown": bool}, redrive),
     "retry": Change({"backend": str}, retry),
     "cancel": Change({"id": str, "backend": str}, cancel),
     "adopt": Change({"as": str}, adopt),
@@ -161,9 +159,7 @@ def read_wish(body: bytes, fields: Mapping[str, Any]) -> Wish:
     return {name: wish.get(name) for name in fields}
 
 
-def _handler(
-    instance: Controlled, name: str, change: Change
-) -> Callable[[web.Request], Awaitable[web.Response]]:
+def _handler(instance: Controlled, name: str, change: Change) -> Callable[[web.Request], Awaitable[web.Response]]:
     async def handle(request: web.Request) -> web.Response:
         if request.content_type != "application/json":
             return json_answer({"error": "send application/json"}, status=415)
