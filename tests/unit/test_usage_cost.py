@@ -1,8 +1,8 @@
 """A body costs its length: the catalogue of shapes, as a guard for the readers alone.
 
-What a whole call costs the sidecar is measured in `end_to_end/test_busy_bodies.py`, at its own process. Here only reading
-runs, which is a small part of that, so a stand-in for the rest of the way is added to both sides (`carried`): the bound
-is that of the whole call, and the shapes are many. Ratios of processor time within one run, and nothing absolute.
+What a whole call costs the sidecar is measured in `end_to_end/test_busy_bodies.py`, at its own process. Here only
+reading runs, which is a small part of that, so a stand-in for the rest of the way is added to both sides (`carried`): the
+bound is that of the whole call, and the shapes are many. Ratios of processor time within one run, and nothing absolute.
 """
 
 from __future__ import annotations
