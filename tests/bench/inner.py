@@ -189,7 +189,7 @@ def counted(run: Callable[[], object]) -> str:
     """Bytecodes executed, Python functions and C functions called."""
     bytecodes = python = c = 0
 
-    def trace(frame: Any, event: str, argument: object) -> object:
+    def trace(frame: Any, event: str, argument: object) -> Any:
         nonlocal bytecodes
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         bytecodes += event == "opcode"

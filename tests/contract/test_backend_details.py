@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
@@ -30,7 +31,8 @@ from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
-from sidecar.backends.revenium.backend import ReveniumBackend, completion
+from sidecar.backends.revenium import completion
+from sidecar.backends.revenium.backend import ReveniumBackend
 from sidecar.backends.revenium.product_key import Claim, NoSubscription, ProductKeys
 from sidecar.backends.stripe.backend import StripeBackend
 from sidecar.backends.stripe.meters import Payload
@@ -49,6 +51,7 @@ from sidecar.model.delivery import (
     Retry,
     Undone,
     Unknown,
+    Verdict,
 )
 from sidecar.model.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.settings import load
@@ -286,7 +289,7 @@ async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
             (answer(422, x_should_retry="true"), Retry("http_422")),
             (answer(422, x_should_retry="false"), Refused("http_422")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed) == [verdict]
         assert server.requests[0].headers["idempotency-key"] == record_id(1)
         assert server.requests[0].headers["x-api-key"] == "k"
@@ -327,7 +330,7 @@ async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -
     async with ScriptedServer().running() as server:
         odd = ProductKeys(api_key="k", url=server.url, timeout_s=0.2)
         for body in (b"", b"[]", b'{"claim": 7}', b'{"claim": "a.b"}', b'{"claim": "a.!.c"}', b'{"claim": "a.W10.c"}'):
-            server.script = lambda _, body=body: answer(200, body)
+            server.says(answer(200, body))
             assert await odd.look_up(HOSTILE) == Retry("no_claim")
         assert "\r" not in server.requests[0].target
         server.hold = asyncio.Event()
@@ -355,9 +358,10 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
         assert set(body) == {"value", "customerId", "meterId", "timestamp", "metadata"}
         assert (body["value"], body["timestamp"]) == (43, "2026-11-21T09:00:00.124456Z")
         assert orjson.loads(second.body)["meterName"] == "calls"
+        verdict: Verdict
         for key, verdict in ((sealed[0].key, Duplicate()), ("another", Unknown("others_answer"))):
             said = orjson.dumps({"status": "duplicate", "idempotencyKey": key})
-            server.script = lambda _, said=said: answer(200, said)
+            server.says(answer(200, said))
             assert await backend.send(sealed[0]) == [verdict]
         server.script = lambda _: answer(200, b'{"status": "duplicate"}')
         assert await backend.send(sealed[0]) == [Duplicate()]
@@ -366,7 +370,7 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
             (answer(400, b'{"code": "SHARED_VALIDATION_FAILED"}'), Refused("SHARED_VALIDATION_FAILED")),
             (answer(400, b'{"code": "a text with spaces, maybe a secret"}'), Refused("http_400")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed[0]) == [verdict]
         await backend.aclose()
 
@@ -426,7 +430,7 @@ async def test_stripe_v1_form() -> None:
             (answer(500, Stripe_Should_Retry="false"), Retry("http_500")),
             (answer(429, Stripe_Rate_Limited_Reason="global-rate"), Retry("http_429")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed) == [verdict], reply
         await backend.aclose()
 
@@ -506,6 +510,10 @@ async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time(ven
     await backend.aclose()
 
 
+def at_the_session(reply: bytes | None, request: Request) -> bytes | None:
+    return reply if "session" in request.target else answer(200)
+
+
 async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None:
     sessions = 0
 
@@ -538,7 +546,7 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
             (answer(200, b'{"authentication_token": "a\\r\\nb: c"}'), Blocked("no_session")),
         ):
             backend._session.forget(str(backend._session._token))
-            server.script = lambda r, reply=reply: reply if "session" in r.target else answer(200)
+            server.script = partial(at_the_session, reply)
             assert await backend.send(sealed) == [verdict] * 3
         await backend.aclose()
 
@@ -762,4 +770,5 @@ async def test_lago_answers_of_every_shape_give_a_verdict_for_each(body: Any, ki
 
 
 def test_unknown_is_no_verdict_that_an_answer_gives() -> None:
-    assert Unknown("timeout") != Retry("timeout")
+    unknown: Verdict = Unknown("timeout")
+    assert unknown != Retry("timeout")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import brotli
@@ -99,7 +99,7 @@ def test_where_it_is_cut_cannot_matter(sample: Sample) -> None:
     expected = whole(sample)
     _, marks = play(sample, [sample.body])
     body = sample.body
-    places = range(1, len(body))
+    places: Sequence[int] = range(1, len(body))
     if len(body) >= EVERY_BYTE_MAX:
         places = sorted(random.Random(len(body)).sample(places, 200))
     for place in places:

@@ -19,7 +19,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -31,6 +31,7 @@ from support.whole import Whole, environment, running_receiver
 from sidecar.backends import BACKENDS, Row
 from sidecar.cli import main
 from sidecar.dev.mock_llm import ScriptedLLM
+from sidecar.model.delivery import Backend
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.settings import Setting, types
 from sidecar.spool import SpoolReader
@@ -598,8 +599,8 @@ def test_check_connect_tries_upstream_and_backends(
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         reachable, refusing = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in (listening, closed))
-        monkeypatch.setitem(BACKENDS, "vendor", Row(lambda *_: _Vendor(reachable), (url,), ""))
-        monkeypatch.setitem(BACKENDS, "nowhere", Row(lambda *_: _Vendor(None), (url,), ""))
+        monkeypatch.setitem(BACKENDS, "vendor", Row(lambda *_: cast(Backend, _Vendor(reachable)), (url,), ""))
+        monkeypatch.setitem(BACKENDS, "nowhere", Row(lambda *_: cast(Backend, _Vendor(None)), (url,), ""))
         monkeypatch.setenv("SIDECAR_UPSTREAM_URL", reachable)
         monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,vendor,nowhere")
         monkeypatch.setenv("SIDECAR_METER_URL", f"{refusing}/meter")

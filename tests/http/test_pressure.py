@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from typing import Any
 
 import pytest
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, on_both_loops, reply, until
@@ -93,7 +94,7 @@ async def test_a_slow_upstream_slows_the_upload_down(chunked: bool) -> None:
         upload = asyncio.ensure_future(_pour(client, size, poured))
         await until(lambda: poured[0] > 0)
         assert await _stands_still(poured) < size
-        call = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
+        call: Any = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
         assert sum(map(len, call._payload._buffer)) < 2**20
         go.set()
         await upload

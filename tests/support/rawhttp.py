@@ -494,4 +494,5 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
     run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
     run.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
-    return pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])(run)
+    marked: Callable[..., None] = pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])(run)
+    return marked

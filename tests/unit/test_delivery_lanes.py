@@ -36,6 +36,7 @@ from sidecar.model.delivery import (
     Retry,
     Sealed,
     Unknown,
+    Verdict,
 )
 from sidecar.model.exchange import Outcome
 from sidecar.spool.words import SpoolDamaged, StoredGroup
@@ -132,7 +133,11 @@ async def test_a_refused_batch_is_split_until_the_bad_record_stands_alone(world:
 
 async def test_a_report_settles_each_event_apart(world: World) -> None:
     ids = world.spool.add(10)
-    report = [Delivered()] * 4 + [Refused("bad_customer"), Retry("http_429")] + [Delivered()] * 3 + [Unknown("lost")]
+    yes = Delivered()
+    report: list[Verdict] = [
+        *(yes, yes, yes, yes, Refused("bad_customer"), Retry("http_429")),
+        *(yes, yes, yes, Unknown("lost")),
+    ]
     backend = FakeBackend(ITEMS, script=[report])
     async with world.deliver(backend) as delivery:
         assert await all_settled(world, delivery) == {"delivered": 9, "parked": {"bad_customer": 1}}
@@ -220,7 +225,7 @@ def keys_of(backend: FakeBackend) -> dict[str, set[str]]:
 
 async def test_a_yes_in_a_foreign_form_parks_what_may_be_there_and_keeps_the_rest(world: World) -> None:
     world.spool.add(50)
-    foreign = [Blocked("unexpected_answer", maybe_taken=True)]
+    foreign: list[Verdict] = [Blocked("unexpected_answer", maybe_taken=True)]
     backend = FakeBackend(NONE, behaviour=lambda s: foreign)
     async with world.deliver(backend) as delivery:
         delivery.wake()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-def sees(world: World, delivery: Delivery, expected: dict[str, object], name: str = "fake") -> bool:
+def sees(world: World, delivery: Delivery, expected: Mapping[str, object], name: str = "fake") -> bool:
     return plain(world.balance(delivery), name) == expected
 
 

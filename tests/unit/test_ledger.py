@@ -284,7 +284,7 @@ def said(reader: LedgerReader) -> list[object]:
 
 
 async def test_what_is_undone_was_never_there(tmp_path: Path) -> None:
-    batch = [r for r in odd_records() if r.started_at]
+    batch = odd_records()
     for gone in batch[:9]:
         with_it, without = tmp_path / f"{gone.seq}.db", tmp_path / f"{gone.seq}-without.db"
         backend = LedgerBackend(store=LedgerStore(with_it), meters=METERS)

@@ -7,6 +7,7 @@ import shutil
 import sqlite3
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -48,7 +49,7 @@ async def _goes_on(root: Path, limits: Limits = SMALL) -> Spool:
 
 
 @pytest.fixture(scope="module")
-def crashed(tmp_path_factory) -> tuple[Path, list[dict]]:
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A slot of 40 records, one a group, in one chunk whose log was never put away."""
     base = tmp_path_factory.mktemp("crashed")
     (base / "root").mkdir()
@@ -58,7 +59,9 @@ def crashed(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 @settings(max_examples=60)
 @given(where=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([1, 0x10, 0x80]), in_log=st.booleans())
-def test_a_flipped_bit_costs_at_most_the_group_it_is_in(crashed, where, mask, in_log):
+def test_a_flipped_bit_costs_at_most_the_group_it_is_in(
+    crashed: tuple[Path, list[dict[str, Any]]], where: float, mask: int, in_log: bool
+) -> None:
     source, originals = crashed
     base = Path(tempfile.mkdtemp(prefix="spool-flip-"))
     try:
@@ -86,7 +89,7 @@ def victim_size(source: Path, name: str) -> int:
     return (slot_dir(source, "a") / name).stat().st_size
 
 
-async def test_a_missing_log_is_noticed_and_no_number_is_given_twice(tmp_path):
+async def test_a_missing_log_is_noticed_and_no_number_is_given_twice(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     wal_path(chunk_path(slot_dir(root, "a"), 1)).unlink()
@@ -96,7 +99,7 @@ async def test_a_missing_log_is_noticed_and_no_number_is_given_twice(tmp_path):
 
 
 @pytest.mark.parametrize("kept_bytes", [32, 32 + 24 + 4096, 32 + 2 * (24 + 4096)])
-async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path, kept_bytes):
+async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path: Path, kept_bytes: int) -> None:
     """The log's new head is written, and some of the frames: nothing in that chunk was ever acknowledged."""
     await _fill(tmp_path / "root", 0, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
@@ -107,7 +110,7 @@ async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path, kept_byt
     assert [row["seq"] for row in rows(root, "a")] == [1]
 
 
-async def test_a_log_of_zeros_is_damage(tmp_path):
+async def test_a_log_of_zeros_is_damage(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     log = wal_path(chunk_path(slot_dir(root, "a"), 1))
@@ -117,7 +120,7 @@ async def test_a_log_of_zeros_is_damage(tmp_path):
     assert rows(root, "a")[-1]["seq"] > NUMBERS_SKIPPED
 
 
-async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_path):
+async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     wal_path(chunk_path(slot_dir(root, "a"), 1)).unlink()
@@ -136,7 +139,7 @@ async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_pat
 
 @pytest.mark.parametrize("cut", [100, 4100, 4120])  # inside the last commit's page, inside its head, all of it
 @pytest.mark.parametrize("garbage", [0, 50, 5000])
-async def test_a_torn_end_of_the_log_costs_only_what_was_torn_off(tmp_path, cut, garbage):
+async def test_a_torn_end_of_the_log_costs_only_what_was_torn_off(tmp_path: Path, cut: int, garbage: int) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     log = wal_path(chunk_path(slot_dir(root, "a"), 1))
@@ -151,7 +154,7 @@ async def test_a_torn_end_of_the_log_costs_only_what_was_torn_off(tmp_path, cut,
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_an_old_chunk_that_is_no_database_any_more_is_set_aside(tmp_path, number):
+async def test_an_old_chunk_that_is_no_database_any_more_is_set_aside(tmp_path: Path, number: int) -> None:
     await _fill(tmp_path, 60)
     assert len(chunk_numbers(slot_dir(tmp_path, "a"))) > 3
     with SpoolReader(tmp_path) as reader:
@@ -168,7 +171,7 @@ async def test_an_old_chunk_that_is_no_database_any_more_is_set_aside(tmp_path, 
         assert reader.totals("a").recorded == reader.count("a", 0, 61) == 61
 
 
-async def test_a_broken_page_in_a_sealed_chunk_is_read_around(tmp_path):
+async def test_a_broken_page_in_a_sealed_chunk_is_read_around(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     with SpoolReader(tmp_path) as reader:
         info = reader.chunks("a")[1]
@@ -191,7 +194,7 @@ async def test_a_broken_page_in_a_sealed_chunk_is_read_around(tmp_path):
         assert report.records + report.missing == 60
 
 
-async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_path):
+async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     with SpoolReader(tmp_path) as reader:
         info = reader.chunks("a")[1]
@@ -206,7 +209,7 @@ async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_pa
         assert not any(b"aqi" in line or b"qpi" in line for group in groups for line in group.lines)
 
 
-async def test_a_miscounted_row_is_found(tmp_path):
+async def test_a_miscounted_row_is_found(tmp_path: Path) -> None:
     await _fill(tmp_path, 5, BIG)
     path = chunk_path(slot_dir(tmp_path, "a"), 1)
     with sqlite3.connect(path) as connection:
@@ -219,7 +222,7 @@ async def test_a_miscounted_row_is_found(tmp_path):
         assert not report.in_order
 
 
-async def test_a_salvaged_group_says_so(tmp_path):
+async def test_a_salvaged_group_says_so(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     log = wal_path(chunk_path(slot_dir(root, "a"), 1))
@@ -233,7 +236,7 @@ async def test_a_salvaged_group_says_so(tmp_path):
     assert not told[-1].salvaged
 
 
-async def test_a_crash_between_the_two_renames_is_mended(tmp_path):
+async def test_a_crash_between_the_two_renames_is_mended(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     path = chunk_path(slot_dir(tmp_path, "a"), 2)
     before = rows(tmp_path, "a")
@@ -250,7 +253,7 @@ def _set_version(path: Path, version: int) -> None:
         file.write(version.to_bytes(4, "big"))
 
 
-async def test_a_newer_file_is_refused_by_name(tmp_path):
+async def test_a_newer_file_is_refused_by_name(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     path = chunk_path(slot_dir(tmp_path, "a"), 2)
     _set_version(path, chunks.FORMAT + 1)
@@ -260,7 +263,7 @@ async def test_a_newer_file_is_refused_by_name(tmp_path):
     open_small(tmp_path, instance="a").close()  # the lock was let go of
 
 
-def test_an_older_file_is_brought_up_to_date_in_steps(tmp_path):
+def test_an_older_file_is_brought_up_to_date_in_steps(tmp_path: Path) -> None:
     connection = sqlite3.connect(tmp_path / "x.db", isolation_level=None)
     connection.execute("PRAGMA user_version = -1")
     steps = {-1: "CREATE TABLE one (a)", 0: "CREATE TABLE two (b)"}
@@ -273,7 +276,7 @@ def test_an_older_file_is_brought_up_to_date_in_steps(tmp_path):
     connection.close()
 
 
-def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path):
+def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path: Path) -> None:
     first = open_small(tmp_path)
     with pytest.raises(SpoolLocked, match=r"in use by process \d+: stop it") as caught:
         open_small(tmp_path, instance=first.instance)
@@ -287,7 +290,7 @@ def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path):
     second.close()
 
 
-def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path):
+def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "spool").write_text("a file where a directory should be")
     with pytest.raises(SpoolError, match="spool"):
         open_small(tmp_path)
@@ -295,7 +298,7 @@ def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path):
         open_small(tmp_path / "other", instance="../x")
 
 
-async def test_a_chunk_whose_making_was_interrupted_is_removed(tmp_path):
+async def test_a_chunk_whose_making_was_interrupted_is_removed(tmp_path: Path) -> None:
     await _fill(tmp_path, 5)
     slot = slot_dir(tmp_path, "a")
     for leftover in (b"", b"SQLite format 3\0" + bytes(4080)):
@@ -306,7 +309,7 @@ async def test_a_chunk_whose_making_was_interrupted_is_removed(tmp_path):
         assert not path.exists()
 
 
-async def test_the_totals_go_on_when_every_chunk_but_the_newest_is_gone(tmp_path):
+async def test_the_totals_go_on_when_every_chunk_but_the_newest_is_gone(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     async with open_small(tmp_path, instance="a") as spool:
         assert spool.retire(1 << 40, retention_s=0, retention_bytes=0) > 2
@@ -323,7 +326,7 @@ async def test_the_totals_go_on_when_every_chunk_but_the_newest_is_gone(tmp_path
 
 @pytest.mark.parametrize("left", ["sealed", "with its log"])
 @pytest.mark.parametrize("with_what", [bytes(4096), b"\xff" * 4096])
-async def test_a_bad_page_anywhere_in_the_newest_file_still_starts(tmp_path, left, with_what):
+async def test_a_bad_page_anywhere_in_the_newest_file_still_starts(tmp_path: Path, left: str, with_what: bytes) -> None:
     """First page, schema, inner pages, leaves: what can be read is kept, and the numbers go on behind it."""
     await _fill(tmp_path / "root", 120, BIG, crash_to=tmp_path / "copy")
     source = tmp_path / ("root" if left == "sealed" else "copy")
