@@ -15,7 +15,7 @@ from typing import Final
 import httptools
 
 from sidecar.proxy.headers import METER_ID, HeaderRules, ResponseHead
-from sidecar.usage import AnswerFilter, ResponseTap
+from sidecar.usage import ResponseFilter, ResponseTap
 
 HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
 HEAD_BYTES_MAX: Final = 262_144  # likewise; nginx gives 8 KiB, Node 16 KiB, some send large cookies
@@ -65,7 +65,7 @@ class Answer:
         self.trailers: list[tuple[bytes, bytes]] = []
         self.names: list[str] = []
         self.tap: ResponseTap | None = None
-        self.filter: AnswerFilter | None = None
+        self.filter: ResponseFilter | None = None
         self.body_bytes = 0
         self.started = False  # the final head is read
         self.done = False  # the message is whole

@@ -75,7 +75,7 @@ class SocketTap(Protocol):
         ...
 
 
-class AnswerFilter(Protocol):
+class ResponseFilter(Protocol):
     """Takes out of an answer what only came because it was asked for on the client's behalf."""
 
     def feed(self, piece: bytes) -> bytes: ...
@@ -96,7 +96,7 @@ class Taps(Protocol):
         """None where the head already says that there is no usage to read."""
         ...
 
-    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+    def answer_filter(self, status: int, headers: RawHeaders) -> ResponseFilter | None:
         """For the answer to a request in which usage was asked for; None where it is to pass as it is."""
         ...
 

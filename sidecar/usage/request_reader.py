@@ -33,7 +33,7 @@ WANTED: Tree = {
 _QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
 
 
-class RequestReading:
+class RequestReader:
     """One request body. Never raises; what cannot be read is simply not known."""
 
     # Defaults stand on the class: most requests are one piece of plain JSON.
@@ -100,11 +100,6 @@ class RequestReading:
         if facts is not None:
             self._facts = {key: facts[key] for key in (*WANTED, *self._more) if key in facts}
             self._pieces = self._members = self._decoder = None
-
-    @property
-    def held_bytes(self) -> int:
-        """How much of the body is still kept."""
-        return sum(map(len, self._pieces or ()))
 
     @property
     def model(self) -> str | None:

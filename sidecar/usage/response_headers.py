@@ -132,9 +132,9 @@ def request_id(fields: Mapping[str, str]) -> str | None:
         return None
     best, rank = None, len(_ID_RANK)
     for name in fields:
-        place = _ID_RANK.get(name, rank)
-        if place < rank:
-            best, rank = name, place
+        own = _ID_RANK.get(name, rank)
+        if own < rank:
+            best, rank = name, own
     return None if best is None else cut(fields[best], ID_MAX_CHARS) or None
 
 
@@ -143,9 +143,9 @@ def hinted_provider(fields: Mapping[str, str]) -> str | None:
         return None
     best, rank = None, len(_HINT_RANK)
     for name in fields:
-        place = _HINT_RANK.get(name, rank)
-        if place < rank:
-            best, rank = name, place
+        own = _HINT_RANK.get(name, rank)
+        if own < rank:
+            best, rank = name, own
     return None if best is None else _HINTS[best]
 
 

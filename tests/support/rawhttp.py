@@ -23,7 +23,7 @@ import pytest
 from sidecar.model.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Attribute, Proxy, ProxyRules, Route
 from sidecar.proxy.context import AttributeByBody
-from sidecar.usage import AnswerFilter, RawHeaders, SocketTap, Taps
+from sidecar.usage import RawHeaders, ResponseFilter, SocketTap, Taps
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
 
@@ -329,7 +329,7 @@ class FrameTaps:
     def response(self, request: Any, status: int, headers: RawHeaders) -> _FrameResponseTap | None:
         return _FrameResponseTap() if status == 200 else None
 
-    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+    def answer_filter(self, status: int, headers: RawHeaders) -> ResponseFilter | None:
         raise AssertionError("nothing was asked")
 
     def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:

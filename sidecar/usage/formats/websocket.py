@@ -49,7 +49,7 @@ _EMPTY_BLOCK = b"\x00\x00\xff\xff"  # what a sender leaves off at a message's en
 _DEFLATE = "permessage-deflate"
 
 
-class Unreadable(Exception):
+class BrokenFrames(Exception):
     """The reading of one side is over."""
 
     def __init__(self, kind: str) -> None:
@@ -68,21 +68,21 @@ class Inflater:
         self._allowance = UNPACKED_MAX_BYTES
 
     def feed(self, piece: bytes) -> bytes:
-        """Raises `Unreadable`."""
+        """Raises `BrokenFrames`."""
         allowance = min(UNPACKED_MAX_BYTES, self._allowance + UNPACKED_RATIO * len(piece))
         try:
             unpacked = self._unpack.decompress(piece, allowance + 1)
         except zlib.error:
-            raise Unreadable("websocket_coding") from None
+            raise BrokenFrames("websocket_coding") from None
         self._allowance = allowance - len(unpacked)
         if self._allowance < 0 or self._unpack.unconsumed_tail:
-            raise Unreadable("websocket_too_dense")
+            raise BrokenFrames("websocket_too_dense")
         if self._unpack.unused_data:
-            raise Unreadable("websocket_coding")
+            raise BrokenFrames("websocket_coding")
         return unpacked
 
     def end(self) -> bytes:
-        """The rest of a message. Raises `Unreadable`."""
+        """The rest of a message. Raises `BrokenFrames`."""
         rest = b"" if self._unpack.eof else self.feed(_EMPTY_BLOCK)
         if not self._takeover or self._unpack.eof:
             self._unpack = zlib.decompressobj(-15)
@@ -135,7 +135,7 @@ class MessageReader:
             return found
         try:
             self._read(data, found)
-        except Unreadable as why:
+        except BrokenFrames as why:
             self._anomaly(why.kind)
             self._close()
         return found
@@ -167,7 +167,7 @@ class MessageReader:
                     return
                 self._units -= UNITS_A_MESSAGE if self._final and data[pos] & 0x0F else UNITS_A_FRAGMENT
                 if self._units < 0:
-                    raise Unreadable("websocket_too_busy")
+                    raise BrokenFrames("websocket_too_busy")
                 pos = after
             stop = min(end, pos + self._left)
             if self._data:
@@ -201,7 +201,7 @@ class MessageReader:
                     found.append(data[after - size : after])
                 sign = _next(data, after, signs)
             if units < 0:
-                raise Unreadable("websocket_too_busy")
+                raise BrokenFrames("websocket_too_busy")
             pos = after
         self._units = units
         return pos
@@ -224,7 +224,7 @@ class MessageReader:
                 break
             units -= 1
             if units < 0:
-                raise Unreadable("websocket_too_busy")
+                raise BrokenFrames("websocket_too_busy")
             if size >= speaking and first in _DATA and (self._looks > 0 or not self._busy):
                 self._look(data, after - size, after, found)
             pos = after
@@ -259,7 +259,7 @@ class MessageReader:
         wide = 2 if size == 126 else 8 if size == 127 else 0
         after = at + wide + (4 if self._masked else 0)
         if bool(second & 0x80) is not self._masked:
-            raise Unreadable("websocket_frame")
+            raise BrokenFrames("websocket_frame")
         if after > end:
             return -1
         if wide:
@@ -276,7 +276,7 @@ class MessageReader:
         """What a frame is to the message."""
         if opcode >= 8:
             if opcode > 10 or not self._final or size > 125 or reserved:
-                raise Unreadable("websocket_frame")
+                raise BrokenFrames("websocket_frame")
             self._data = False
             if opcode == 8:
                 self._close()  # the goodbye: no message comes behind it
@@ -285,7 +285,7 @@ class MessageReader:
         continues = opcode == 0
         packed = reserved == 0x40 and not continues and self._inflater is not None
         if opcode > 2 or continues is not self._in_message or (reserved and not packed) or size >= 1 << 63:
-            raise Unreadable("websocket_frame")
+            raise BrokenFrames("websocket_frame")
         if not continues:
             self._in_message = True
             self._packed = packed

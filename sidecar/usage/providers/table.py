@@ -11,36 +11,34 @@ from dataclasses import dataclass
 
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Reader
-from sidecar.usage.providers.batch_file import BatchFile
 from sidecar.usage.providers.bedrock import Agents, Converse, Invoke
+from sidecar.usage.providers.cloudflare import WorkersAi
 from sidecar.usage.providers.cohere import Cohere
+from sidecar.usage.providers.dashscope import DashScope, DashScopeApps
+from sidecar.usage.providers.deepgram import Deepgram, DeepgramSpeak
+from sidecar.usage.providers.elevenlabs import ElevenLabs
+from sidecar.usage.providers.fal import Fal
 from sidecar.usage.providers.fallback import Batch, Unmetered
 from sidecar.usage.providers.gemini import CloudCode, Gemini, Interactions, Vertex
-from sidecar.usage.providers.natives import (
-    AssistantRuns,
-    Cortex,
-    DashScope,
-    DashScopeApps,
-    Deepgram,
-    DeepgramSpeak,
-    ElevenLabs,
-    Fal,
-    JinaReader,
-    LmStudio,
-    Oci,
-    Qianfan,
-    Reka,
-    SGLang,
-    Watsonx,
-    WatsonxChat,
-    WorkersAi,
-)
+from sidecar.usage.providers.jina import JinaReader
+from sidecar.usage.providers.mistral import MistralConversations, MistralOcr
 from sidecar.usage.providers.ollama import Ollama
-from sidecar.usage.providers.openai import ChatCompletions, Embeddings
-from sidecar.usage.providers.openai_media import Images, Media, Speech
-from sidecar.usage.providers.openai_responses import Responses
-from sidecar.usage.providers.predictions import MistralConversations, MistralOcr, Replicate
-from sidecar.usage.providers.selfhosted import LlamaCpp, TextEmbeddings, TextGeneration
+from sidecar.usage.providers.openai import (
+    AssistantRuns,
+    ChatCompletions,
+    Embeddings,
+    Images,
+    Media,
+    Responses,
+    Speech,
+)
+from sidecar.usage.providers.oracle import Oci
+from sidecar.usage.providers.qianfan import Qianfan
+from sidecar.usage.providers.reka import Reka
+from sidecar.usage.providers.replicate import Replicate
+from sidecar.usage.providers.selfhosted import LlamaCpp, LmStudio, SGLang, TextEmbeddings, TextGeneration
+from sidecar.usage.providers.snowflake import Cortex
+from sidecar.usage.providers.watsonx import Watsonx, WatsonxChat
 
 STORED = "a stored answer read again: counted when it was made"
 FREE = "an estimate, free of charge"
@@ -58,7 +56,7 @@ class Row:
     method: str = "POST"  # several with blanks between them
     hint_only: bool = False  # paths that others use as well: a call is a model's only where its answer is
     unmetered: str | None = None  # why nothing is counted
-    reads_stored: bool = False  # a stored answer, which may be counted once an id
+    reads_stored: bool = False  # a stored answer; a POST there that puts a question is none
 
 
 _OPENAI_BASES = ("/v1", "", "/openai/v1", "/api/v1", "/inference/v1", "/openai/deployments/{deployment}", "*/v1")
@@ -602,11 +600,9 @@ ROWS: tuple[Row, ...] = (
     Row(
         "Batch results",
         _any("/v1/files/{id}/content", "/v1/messages/batches/{id}/results"),
-        BatchFile,
+        Unmetered,
         "fetch_batch",
-        "each line's own answer, where each line is to be counted once",
         method="GET",
-        reads_stored=True,
         unmetered="can be fetched again and again: each line is an answer of its own",
     ),
 )

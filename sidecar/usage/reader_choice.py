@@ -74,7 +74,6 @@ class Choice(Reader):
     """Implements `Reader`, and `FrameReader`. `hint`: the reader that the address names, where it names one."""
 
     decided = False
-    _choices: int = 1
 
     def __init__(self, anomaly: Callable[[str], None], everybody: Claims, hint: Reader | None = None) -> None:
         super().__init__(anomaly)
@@ -89,7 +88,7 @@ class Choice(Reader):
         return self.reader or self.hint
 
     @property
-    def concerned(self) -> bool:  # type: ignore[override]
+    def counts_anomalies(self) -> bool:  # type: ignore[override]
         return self.best is not None
 
     @property
@@ -97,35 +96,36 @@ class Choice(Reader):
         return self.best is not None and self.best.arrays_stream
 
     @property
-    def counts_each(self) -> bool:  # type: ignore[override]
-        return self.best is not None and self.best.counts_each
+    def wanted(self) -> Tree:  # type: ignore[override]
+        return self._everybody.tree if self.settled is None else self.settled.wanted
 
-    def places(self) -> Tree:
-        return self._everybody.tree if self.settled is None else self.settled.places()
-
-    def signs(self) -> tuple[bytes, ...]:
+    @property
+    def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
         reader = self.settled or self.hint
-        return () if reader is None else reader.signs()
+        return () if reader is None else reader.end_signs
 
-    def proven(self) -> bool:
-        return self.best is not None and self.best.proven()
+    @property
+    def final(self) -> bool:
+        return self.best is not None and self.best.final
 
-    def restore(self, final: bool) -> None:
+    @final.setter
+    def final(self, final: bool) -> None:
         if self.best is not None:
-            self.best.restore(final)
+            self.best.final = final
 
-    def may_hold(self, body: bytes) -> bool:
+    def worth_parsing(self, body: bytes) -> bool:
         return self.hint is not None or self._everybody.may_hold(body)
 
     def expect(self, choices: int) -> None:
-        self._choices = choices
+        """How many parallel completions the request asked for."""
+        self.choices = choices
         if self.hint is not None:
-            self.hint.expect(choices)
+            self.hint.choices = choices
 
-    def dull(self, block: bytes) -> bool:
+    def can_skip(self, block: bytes) -> bool:
         if self.settled is not None:
-            return self.settled.dull(block)
-        return (self.hint is None or self.hint.dull(block)) and not self._everybody.may_hold(block)
+            return self.settled.can_skip(block)
+        return (self.hint is None or self.hint.can_skip(block)) and not self._everybody.may_hold(block)
 
     def done(self) -> bool:
         reader = self.settled or self.hint
@@ -140,8 +140,8 @@ class Choice(Reader):
         if reader is not None:
             reader.document(document)
 
-    def dull_frame(self, head: bytes) -> bool:
-        return self.settled is not None and self.settled.dull_frame(head)
+    def can_skip_frame(self, head: bytes) -> bool:
+        return self.settled is not None and self.settled.can_skip_frame(head)
 
     def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
         if self.settled is None:
@@ -184,8 +184,7 @@ class Choice(Reader):
 
     def _settle(self, reader: Reader, envelope: str = "") -> None:
         self.reader = reader
-        if reader is not self.hint and self._choices > 1:
-            reader.expect(self._choices)
+        reader.choices = self.choices
         self.settled = Envelope(reader, envelope) if envelope else reader
 
 
@@ -202,24 +201,24 @@ class Envelope(Reader):
         return self._inner.arrays_stream
 
     @property
-    def counts_each(self) -> bool:  # type: ignore[override]
-        return self._inner.counts_each
-
-    def places(self) -> Tree:
-        inner = self._inner.places()
+    def wanted(self) -> Tree:  # type: ignore[override]
+        inner = self._inner.wanted
         return united(inner, {self._key: inner})  # type: ignore[no-any-return]
 
-    def signs(self) -> tuple[bytes, ...]:
-        return self._inner.signs()
+    @property
+    def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
+        return self._inner.end_signs
 
-    def proven(self) -> bool:
-        return self._inner.proven()
+    @property
+    def final(self) -> bool:
+        return self._inner.final
 
-    def restore(self, final: bool) -> None:
-        self._inner.restore(final)
+    @final.setter
+    def final(self, final: bool) -> None:
+        self._inner.final = final
 
-    def dull(self, block: bytes) -> bool:
-        return self._inner.dull(block)
+    def can_skip(self, block: bytes) -> bool:
+        return self._inner.can_skip(block)
 
     def done(self) -> bool:
         return self._inner.done()

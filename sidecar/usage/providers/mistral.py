@@ -1,4 +1,4 @@
-"""Things billed by time, pages or units of their own: Replicate, Mistral's OCR and conversations."""
+"""Mistral beside its OpenAI surface: pages of OCR, and conversations with agents (its package's types)."""
 
 from __future__ import annotations
 
@@ -7,42 +7,8 @@ from typing import ClassVar
 from sidecar.model.exchange import Usage
 from sidecar.usage.fields import fill_tokens
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
-from sidecar.usage.values import name, part, quantity
-
-
-class Replicate(Reader):
-    """A prediction: seconds, once it is finished; a later look at it is a stored answer."""
-
-    wanted: ClassVar[Tree] = {
-        "id": True,
-        "model": True,
-        "version": True,
-        "status": True,
-        "error": True,
-        "metrics": True,
-    }
-
-    claim_signs: ClassVar[tuple[bytes, ...]] = (b"predict_time",)
-
-    @classmethod
-    def claims(cls, document: Document) -> bool:
-        return "predict_time" in part(document.get("metrics")) and "status" in document
-
-    def document(self, document: Document) -> None:
-        self.seen = "status" in document
-        self.identify(document)
-        self.finished(0, document.get("status"))
-        if document.get("status") == "failed":
-            self.error = "failed"
-        elif document.get("status") in ("starting", "processing"):
-            self.reason = "not finished: what it used is known when it is fetched"
-        self.report(document.get("metrics"))
-
-    def fill(self, usage: Usage, raw: Document) -> None:
-        seconds = quantity(raw.get("predict_time"))
-        if seconds is not None:
-            usage.units["predict_seconds"] = seconds
+from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.values import name, part
 
 
 class MistralOcr(Reader):
@@ -65,6 +31,7 @@ class MistralConversations(Reader):
     wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
     end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"conversation")
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"conversation.response", b'"error"')
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -76,11 +43,6 @@ class MistralConversations(Reader):
     def recognises(self, document: Document, event: str) -> bool:
         kind = document.get("type")
         return "conversation_id" in document or (type(kind) is str and kind.startswith("conversation."))
-
-    def dull(self, block: bytes) -> bool:
-        if b"conversation.response" in block or b'"error"' in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")

@@ -2,7 +2,7 @@
 
 A place is written as a path: `results[].generated_token_count` is that member of each element, added up. Of several
 places for the same thing the first that is there counts. Whatever the members are called, they are renamed to OpenAI's
-names and mean what `fields` says. The vendors are in `natives`.
+names and mean what `fields` says. A vendor is a file with a class of nothing but data, such as `reka.py`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 from sidecar.model.exchange import Usage
 from sidecar.usage.fields import fill_tokens
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import name, part, quantity
 
 Path = str
@@ -24,7 +24,7 @@ _ERRORS = ("error", "code", "error_code", "success")
 _TEXT = re.compile(rb'"(?:content|text|response|generated_text|result|chunk)"\s*:\s*"[^"]')
 
 
-class Native(Reader):
+class DeclaredReader(Reader):
     """The reader; a vendor is a subclass of nothing but data."""
 
     usage_at: ClassVar[tuple[Path, ...]] = ()  # the usage object
@@ -39,6 +39,7 @@ class Native(Reader):
     told_by: ClassVar[tuple[tuple[Path, ...], ...]] = ()  # with all places of one of these it is this vendor's
     _telling: ClassVar[tuple[tuple[str, tuple[Path, ...]], ...]] = ()
     must: ClassVar[tuple[bytes, ...]] = ()  # one of these stands in every message of interest
+    skip_after: ClassVar[tuple[str, ...]] = ("seen",)
     first_token: ClassVar[re.Pattern[bytes] | None] = _TEXT
     end_signs: ClassVar[tuple[bytes, ...]] = (b"[DONE]",)
 
@@ -56,7 +57,8 @@ class Native(Reader):
             *(group[-1].rpartition(".")[2].removesuffix("[]").encode() for group in cls.told_by),
             *(kind for kind in cls.must if b"." in kind),  # names of events
         )
-        cls.end_signs = (*Native.end_signs, *(kind.encode() for kind in cls.last_events))
+        cls.keep = (*cls.must, b"error", b"[DONE]") if cls.must else None
+        cls.end_signs = (*DeclaredReader.end_signs, *(kind.encode() for kind in cls.last_events))
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -64,13 +66,6 @@ class Native(Reader):
             if begins in document and all(_first(document, path) is not None for path in group):
                 return True
         return False
-
-    def dull(self, block: bytes) -> bool:
-        if not self.seen or not self.must or any(sign in block for sign in self.must):
-            return False
-        if b"error" in block or b"[DONE]" in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")
@@ -143,7 +138,7 @@ class HeaderUnits(Reader):
         super().head(headers)
         self.seen = any(header in headers for header in self.units_in)
 
-    def dull(self, block: bytes) -> bool:
+    def can_skip(self, block: bytes) -> bool:
         return True
 
     def fill_from_headers(self, usage: Usage) -> bool:
