@@ -44,6 +44,7 @@ VIA: Final = 12
 USER_AGENT: Final = 13
 TRACEPARENT: Final = 14
 IDEMPOTENCY_KEY: Final = 15
+KEEP_ALIVE: Final = 16  # dropped, and read: how long the upstream means to keep a connection
 
 REQUEST: Final = {
     b"connection": CONNECTION, b"host": HOST, b"te": TE, b"transfer-encoding": TRANSFER_ENCODING,
@@ -53,7 +54,7 @@ REQUEST: Final = {
     b"traceparent": TRACEPARENT, b"idempotency-key": IDEMPOTENCY_KEY,
 }  # fmt: skip
 RESPONSE: Final = {
-    b"connection": CONNECTION, b"keep-alive": HOP, b"proxy-connection": HOP, b"te": HOP,
+    b"connection": CONNECTION, b"keep-alive": KEEP_ALIVE, b"proxy-connection": HOP, b"te": HOP,
     b"transfer-encoding": TRANSFER_ENCODING, b"content-length": CONTENT_LENGTH, b"upgrade": UPGRADE,
 }  # fmt: skip
 # `Connection` may not be used to strip what framing and routing stand on.
@@ -430,12 +431,13 @@ class ResponseHead:
     `http10`: the client knows no chunks. Only a 101 keeps its `Upgrade`.
     """
 
-    __slots__ = ("chunked", "close", "length", "names", "parts")
+    __slots__ = ("chunked", "close", "keep_alive", "length", "names", "parts")
 
     def __init__(self, rules: HeaderRules, fields: RawHeaders, *, status: int, http10: bool = False) -> None:
         self.length: int | None = None
         self.chunked = False
         self.close = False
+        self.keep_alive: bytes | None = None  # the field, as it came
         self.names: list[str] = []
         self.parts: list[bytes] = []
         connection = self._build(rules, fields, status, http10, frozenset())
@@ -469,6 +471,8 @@ class ResponseHead:
                 coding = value if coding is None else coding + b"," + value
                 if not http10 and status != 204:
                     parts += (name, b": ", value, b"\r\n")
+            elif kind == KEEP_ALIVE:
+                self.keep_alive = value if self.keep_alive is None else self.keep_alive + b"," + value
             elif kind == UPGRADE and status == 101:
                 parts += (name, b": ", value, b"\r\nConnection: Upgrade\r\n")
         if coding is not None:

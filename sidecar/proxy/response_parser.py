@@ -45,8 +45,8 @@ class Answer:
     __slots__ = (
         "_announce", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10", "_interim", "_interims",
         "_mended", "_parser", "_reason", "_remaining", "_rules", "_until_eof", "_upgrade", "body_bytes", "broken",
-        "close_delimited", "done", "ended", "extra", "fields", "filter", "mute", "names", "out", "reusable", "started",
-        "status", "tail", "tap", "trailers", "upgraded",
+        "close_delimited", "done", "ended", "extra", "fields", "filter", "keep_alive", "mute", "names", "out",
+        "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
     )  # fmt: skip
 
     def __init__(
@@ -90,6 +90,7 @@ class Answer:
         self.broken: str | None = None  # a fixed text: why this is no answer
         self.extra = False  # bytes came behind the end
         self.reusable = False  # the connection may serve another call
+        self.keep_alive: bytes | None = None  # how long, as the upstream said it
         self.close_delimited = False  # the client's copy ends by closing
         self.upgraded = False
         self.tail = b""  # what came behind a 101
@@ -227,6 +228,7 @@ class Answer:
             raise _NoAnswer("the framing of the answer cannot be read") from error
         self.status = status
         self.names = head.names
+        self.keep_alive = head.keep_alive
         self.started = True
         bodiless = self._head_only or status in (204, 304, 101)
         if bodiless:

@@ -68,6 +68,8 @@ def rules(settings: Settings) -> ProxyRules:
         idle_timeout_s=settings.idle_timeout_s,
         head_timeout_s=settings.head_timeout_s,
         keepalive_timeout_s=settings.keepalive_timeout_s,
+        upstream_keepalive_s=settings.upstream_keepalive_s,
+        upstream_connection_age_s=settings.upstream_connection_age_s,
         head_bytes_max=settings.head_bytes,
         target_bytes_max=settings.target_bytes,
         connections_max=settings.connections,
