@@ -28,6 +28,7 @@ FLOORS = {
     "sidecar.storage.files": 0,
     "sidecar.model.record_id": 1,
     "sidecar.proxy.headers": 1,
+    "sidecar.proxy.redirects": 1,
     "sidecar.usage": 1,
     "sidecar.proxy.route": 1,
     "sidecar.proxy.subscriber": 1,

@@ -47,6 +47,8 @@ class Call(Sending):
             http10=self._http10,
             upgrade=self._upgrade,
             mute=self.client is None,
+            asked=self._message,
+            peer=None if self.client is None else self.client.peer,
         )
         if self._retried:
             again = None if self._kept is None else self._kept.whole()

@@ -31,6 +31,7 @@ class ProxyRules:
     trusted_proxies: tuple[Network, ...] = ()
     query_values: frozenset[str] = frozenset()  # names whose values a record may keep
     meter_id_header: bool = False  # X-Meter-Id on answers
+    rewrite_redirects: bool = True  # those to the upstream's own address lead back through here
 
     on_disconnect: OnDisconnect = "drain"
     on_disconnect_routes: Mapping[str, OnDisconnect] = field(default_factory=dict)

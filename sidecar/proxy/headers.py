@@ -20,6 +20,7 @@ from typing import Final
 from sidecar.model.exchange import HEADER_NAME_CHARS_MAX, URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
 from sidecar.model.target import below, origin_form
 from sidecar.proxy.config import Forwarded, ProxyRules, UpstreamAddress
+from sidecar.proxy.redirects import Called, Redirects
 from sidecar.usage import RawHeaders
 
 METER_ID: Final = b"x-meter-id"
@@ -45,6 +46,9 @@ USER_AGENT: Final = 13
 TRACEPARENT: Final = 14
 IDEMPOTENCY_KEY: Final = 15
 KEEP_ALIVE: Final = 16  # dropped, and read: how long the upstream means to keep a connection
+LOCATION: Final = 17  # this and what follows may point to the upstream
+CONTENT_LOCATION: Final = 18
+REFRESH: Final = 19
 
 REQUEST: Final = {
     b"connection": CONNECTION, b"host": HOST, b"te": TE, b"transfer-encoding": TRANSFER_ENCODING,
@@ -56,6 +60,7 @@ REQUEST: Final = {
 RESPONSE: Final = {
     b"connection": CONNECTION, b"keep-alive": KEEP_ALIVE, b"proxy-connection": HOP, b"te": HOP,
     b"transfer-encoding": TRANSFER_ENCODING, b"content-length": CONTENT_LENGTH, b"upgrade": UPGRADE,
+    b"location": LOCATION, b"content-location": CONTENT_LOCATION, b"refresh": REFRESH,
 }  # fmt: skip
 # `Connection` may not be used to strip what framing and routing stand on.
 _NOT_DROPPED: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"te"})
@@ -100,15 +105,20 @@ class Peer:
     forwarded: bytes  # the field lines that say so, up to the host's value; b"" where none are added
 
 
-def _ignore(limit: str) -> None:
-    """A limit that nobody counts."""
+def _ignore(word: str) -> None:
+    """What nobody counts."""
 
 
 class HeaderRules:
-    """`ProxyRules`, made ready for the two passes a call. `limit_reached` is told what a record does not keep whole."""
+    """`ProxyRules`, made ready for the two passes a call. `limit_reached` is told what a record does not keep whole,
+    `redirected` what became of a redirect to the upstream."""
 
     def __init__(
-        self, rules: ProxyRules, address: UpstreamAddress, limit_reached: Callable[[str], None] = _ignore
+        self,
+        rules: ProxyRules,
+        address: UpstreamAddress,
+        limit_reached: Callable[[str], None] = _ignore,
+        redirected: Callable[[str], None] = _ignore,
     ) -> None:
         self._address = address
         self.authority = address.authority
@@ -122,6 +132,7 @@ class HeaderRules:
         self._base = address.base.decode("ascii")
         self._limit_reached = limit_reached
         too_long = partial(limit_reached, "header_name_chars")
+        self.redirects = Redirects(address, rewrite=rules.rewrite_redirects, counted=redirected)
         self.meter_id = rules.meter_id_header
         self.request_kinds = Kinds(REQUEST, too_long)
         # The field is ours then: one of the upstream's beside it could be taken for it.
@@ -428,18 +439,28 @@ class ResponseHead:
     """What an answer's head says, and the lines that the client is sent. Raises `ValueError` for
     framing that cannot be read.
 
-    `http10`: the client knows no chunks. Only a 101 keeps its `Upgrade`.
+    `http10`: the client knows no chunks. Only a 101 keeps its `Upgrade`. `called` says what the client asked for, where
+    a field points to the upstream.
     """
 
-    __slots__ = ("chunked", "close", "keep_alive", "length", "names", "parts")
+    __slots__ = ("_called", "chunked", "close", "keep_alive", "length", "names", "parts")
 
-    def __init__(self, rules: HeaderRules, fields: RawHeaders, *, status: int, http10: bool = False) -> None:
+    def __init__(
+        self,
+        rules: HeaderRules,
+        fields: RawHeaders,
+        *,
+        status: int,
+        http10: bool = False,
+        called: Callable[[], Called] | None = None,
+    ) -> None:
         self.length: int | None = None
         self.chunked = False
         self.close = False
         self.keep_alive: bytes | None = None  # the field, as it came
         self.names: list[str] = []
         self.parts: list[bytes] = []
+        self._called = called
         connection = self._build(rules, fields, status, http10, frozenset())
         if connection is not None:
             self.close = b"close" in connection
@@ -475,6 +496,8 @@ class ResponseHead:
                 self.keep_alive = value if self.keep_alive is None else self.keep_alive + b"," + value
             elif kind == UPGRADE and status == 101:
                 parts += (name, b": ", value, b"\r\nConnection: Upgrade\r\n")
+            elif kind >= LOCATION and (not drop or name.lower() not in drop):
+                parts += (name, b": ", self._led_back(rules.redirects, kind, value, count=not drop), b"\r\n")
         if coding is not None:
             inner, _, last = coding.rpartition(b",")
             if last.strip().lower() != b"chunked":
@@ -483,6 +506,12 @@ class ResponseHead:
                 raise ValueError("this client cannot read the transfer coding")
             self.chunked = True
         return connection
+
+    def _led_back(self, redirects: Redirects, kind: int, value: bytes, *, count: bool) -> bytes:
+        called = Called(b"") if self._called is None else self._called()
+        if kind == REFRESH:
+            return redirects.refresh(value, called, count=count)
+        return redirects.location(value, called, count=count and kind == LOCATION)
 
 
 def _rfc7239(peer: Peer, host: bytes) -> bytes:

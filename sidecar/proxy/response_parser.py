@@ -21,7 +21,9 @@ from typing import Final
 
 import httptools
 
-from sidecar.proxy.headers import METER_ID, HeaderRules, ResponseHead
+from sidecar.proxy.aiohttp_compat import RawRequestMessage
+from sidecar.proxy.headers import METER_ID, HeaderRules, Peer, ResponseHead
+from sidecar.proxy.redirects import Called
 from sidecar.usage import AnswerFilter, ResponseTap
 
 HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
@@ -43,10 +45,10 @@ class Answer:
     """Feed it; look at what it says afterwards."""
 
     __slots__ = (
-        "_announce", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10", "_interim", "_interims",
-        "_mended", "_parser", "_reason", "_remaining", "_rules", "_until_eof", "_upgrade", "body_bytes", "broken",
-        "close_delimited", "done", "ended", "extra", "fields", "filter", "keep_alive", "mute", "names", "out",
-        "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
+        "_announce", "_asked", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10", "_interim",
+        "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_until_eof", "_upgrade",
+        "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields", "filter", "keep_alive", "mute",
+        "names", "out", "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
     )  # fmt: skip
 
     def __init__(
@@ -58,12 +60,16 @@ class Answer:
         http10: bool,
         upgrade: bool,
         mute: bool = False,
+        asked: RawRequestMessage | None = None,
+        peer: Peer | None = None,
     ) -> None:
         self._rules = rules
         self._announce = announce
         self._head_only = head_only
         self._http10 = http10
         self._upgrade = upgrade
+        self._asked = asked
+        self._peer = peer
         self._parser: httptools.HttpResponseParser | None = self._new_parser()
         self._reason = b""
         self._interim = False
@@ -223,7 +229,7 @@ class Answer:
             if not self._upgrade:
                 raise _NoAnswer("a protocol switch that nobody asked for")
         try:
-            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10)
+            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10, called=self._called)
         except ValueError as error:
             raise _NoAnswer("the framing of the answer cannot be read") from error
         self.status = status
@@ -245,6 +251,12 @@ class Answer:
             self.upgraded = True
         elif bodiless:
             self.done = True
+
+    def _called(self) -> Called:
+        asked, peer = self._asked, self._peer
+        if asked is None or peer is None:
+            return Called(b"")
+        return Called.of(asked.path, asked.raw_headers, scheme=peer.scheme, trusted=peer.trusted)
 
     def _frame(self, head: ResponseHead, keep_alive: bool) -> None:
         """How the body ends, there and here."""

@@ -127,7 +127,7 @@ class Proxy:
         recorder, taps, attribute, attribute_by_body, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
-            headers=HeaderRules(rules, address, self._metrics.limit_reached),
+            headers=HeaderRules(rules, address, self._metrics.limit_reached, self._metrics.redirected),
             upstream=upstream,
             recorder=recorder,
             taps=taps,

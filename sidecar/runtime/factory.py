@@ -59,6 +59,7 @@ def rules(settings: Settings) -> ProxyRules:
         trusted_proxies=settings.trusted_proxies,
         query_values=frozenset(settings.query_values),
         meter_id_header=settings.meter_id_header,
+        rewrite_redirects=settings.rewrite_redirects,
         on_disconnect=settings.on_disconnect.value,
         on_disconnect_routes={r.pattern: r.on_disconnect.value for r in settings.routes if r.on_disconnect is not None},
         disconnect_drain_s=settings.disconnect_drain_s,

@@ -190,6 +190,9 @@ class Settings:
     workers: int = _setting(types.count(1, 256), "1", "processes that share the port")
 
     preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
+    rewrite_redirects: bool = _setting(
+        types.flag, "true", "redirects to the upstream's own address lead back through here, so that they are metered"
+    )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting(
         types.networks, None, "networks whose `X-Forwarded-For` is believed"
     )
