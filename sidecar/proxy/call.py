@@ -47,12 +47,17 @@ class Call(Sending):
             http10=self._http10,
             upgrade=self._upgrade,
             mute=self.client is None,
+            asked=self._message,
+            peer=None if self.client is None else self.client.peer,
         )
         if self._retried:
             again = None if self._kept is None else self._kept.whole()
             assert again is not None
+            self._kept = None
+            self._send_full = False
             connection.write(again)
-            self.deadline = hop.now + hop.rules.response_timeout_s
+            self.deadline = hop.now + (hop.rules.response_timeout_s if self.upload_done else hop.rules.idle_timeout_s)
+            self.pump()  # what has come of the body since
             return
         data, self._head = self._head, b""
         upload = self._upload
@@ -139,7 +144,7 @@ class Call(Sending):
         if connection is not None:
             self.connection = None
             if answer.reusable and self.upload_done and not answer.extra:
-                connection.release()
+                connection.release(answer.keep_alive)
             else:
                 connection.discard()
         self.deadline = NEVER
@@ -171,7 +176,7 @@ class Call(Sending):
     def _may_retry(self) -> bool:
         """A pooled connection that died before it said a word, and a request that may go twice."""
         kept = self._kept  # set only where both held when it was sent
-        return kept is not None and kept.whole() is not None and self.upload_done and not self._retried
+        return kept is not None and kept.whole() is not None and not self._retried
 
     # -- back-pressure ---------------------------------------------------------------------------
 

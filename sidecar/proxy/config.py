@@ -31,6 +31,7 @@ class ProxyRules:
     trusted_proxies: tuple[Network, ...] = ()
     query_values: frozenset[str] = frozenset()  # names whose values a record may keep
     meter_id_header: bool = False  # X-Meter-Id on answers
+    rewrite_redirects: bool = True  # those to the upstream's own address lead back through here
 
     on_disconnect: OnDisconnect = "drain"
     on_disconnect_routes: Mapping[str, OnDisconnect] = field(default_factory=dict)
@@ -42,7 +43,8 @@ class ProxyRules:
     idle_timeout_s: float = 600.0  # between two pieces of a body or of a tunnel
     head_timeout_s: float = 30.0  # a request head, first to last byte (slow-loris); Apache allows 20 to 40
     keepalive_timeout_s: float = 75.0  # an idle client connection; nginx's figure
-    upstream_keepalive_s: float = 15.0  # an idle upstream connection; aiohttp's own figure
+    upstream_keepalive_s: float = 4.0  # an idle upstream connection; uvicorn and Node close theirs after 5
+    upstream_connection_age_s: float = 300.0  # any upstream connection: so a name that moved is followed
     linger_s: float = 5.0  # how long an unwanted upload is read and dropped, so that the answer can be read
 
     head_bytes_max: int = 65_536  # a whole head; Envoy allows 60 KiB, and tokens in cookies grow

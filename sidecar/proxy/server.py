@@ -84,7 +84,7 @@ class Proxy:
         self._sweeper: TimerHandle | None = None
         shortest = min(
             rules.response_timeout_s, rules.idle_timeout_s, rules.head_timeout_s, rules.keepalive_timeout_s,
-            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s,
+            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s or rules.idle_timeout_s,
         )  # fmt: skip
         self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
@@ -122,11 +122,12 @@ class Proxy:
             server_name=rules.upstream_server_name,
             connect_timeout_s=rules.connect_timeout_s,
             keepalive_s=rules.upstream_keepalive_s,
+            age_s=rules.upstream_connection_age_s,
         )
         recorder, taps, attribute, attribute_by_body, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
-            headers=HeaderRules(rules, address, self._metrics.limit_reached),
+            headers=HeaderRules(rules, address, self._metrics.limit_reached, self._metrics.redirected),
             upstream=upstream,
             recorder=recorder,
             taps=taps,

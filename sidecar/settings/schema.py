@@ -162,6 +162,13 @@ class Settings:
 
     upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
     upstream_timeout_s: float = _setting(types.duration(0.001), "600", "to the head of the answer; then 504")
+    upstream_keepalive_s: float = _setting(
+        types.duration(), "4",
+        "an idle upstream connection is kept; less where the upstream's `Keep-Alive: timeout`, less a second, is less",
+    )  # fmt: skip
+    upstream_connection_age_s: float = _setting(
+        types.duration(), "300", "an older upstream connection is not used again, so that a name that moved is followed"
+    )
     idle_timeout_s: float = _setting(types.duration(0.001), "600", "between two pieces of a body; then cut")
     head_timeout_s: float = _setting(types.duration(0.001), "30", "for a client to send its request's head")
     keepalive_timeout_s: float = _setting(types.duration(), "75", "an idle client connection is kept")
@@ -183,6 +190,9 @@ class Settings:
     workers: int = _setting(types.count(1, 256), "1", "processes that share the port")
 
     preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
+    rewrite_redirects: bool = _setting(
+        types.flag, "true", "redirects to the upstream's own address lead back through here, so that they are metered"
+    )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting(
         types.networks, None, "networks whose `X-Forwarded-For` is believed"
     )

@@ -135,7 +135,7 @@ class Wires:
         rules, self.metrics = factory.rules(settings), Metrics()
         upstream = Upstream(
             loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
-            connect_timeout_s=1, keepalive_s=1e9,
+            connect_timeout_s=1, keepalive_s=1e9, age_s=1e9,
         )  # fmt: skip
         self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
         self.attribute = factory.attributor(settings, b"k" * 32, lambda kind: None)

@@ -87,7 +87,8 @@ def test_no_name_of_ours_hides_one_of_aiohttps() -> None:
         "pause_writing", "resume_writing",
     }  # fmt: skip
     overridden_back = {
-        "should_close", "data_received", "eof_received", "connection_lost", "pause_writing", "resume_writing",
+        "should_close", "data_received", "eof_received", "connection_made", "connection_lost", "pause_writing",
+        "resume_writing",
     }  # fmt: skip
     assert (own(ClientProtocol, RequestHandler) | own(Client, RequestHandler)) & front == overridden_front
     assert (own(UpstreamProtocol, ResponseHandler) | own(UpstreamConnection, ResponseHandler)) & back == overridden_back

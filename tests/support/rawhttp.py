@@ -343,6 +343,7 @@ class Counts:
     rejected: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    redirects: list[str] = field(default_factory=list)
     retries: int = 0
     drains: int = 0
     connections: int = 0
@@ -355,6 +356,9 @@ class Counts:
 
     def upstream_failed(self, reason: str) -> None:
         self.failures.append(reason)
+
+    def redirected(self, what: str) -> None:
+        self.redirects.append(what)
 
     def drains_changed(self, delta: int) -> None:
         self.drains += delta
