@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.cli.shared import CommandError
-from sidecar.delivery.state.accounts import Accounts, totals_of
-from sidecar.delivery.state.rows import StateError
-from sidecar.delivery.state.schema import open_reader, told
+from sidecar.delivery.database import open_reader, told
+from sidecar.delivery.queries import DeliveryQueries, totals_of
+from sidecar.delivery.rows import StateError
 from sidecar.model.balance import Balance, add_counts
 from sidecar.runtime.directory_identity import noticed_in
 from sidecar.spool import SpoolError, SpoolReader
@@ -34,14 +34,14 @@ def spool_of(data_dir: Path) -> Iterator[SpoolReader]:
 
 
 @contextmanager
-def accounts_of(data_dir: Path) -> Iterator[Accounts | None]:
+def accounts_of(data_dir: Path) -> Iterator[DeliveryQueries | None]:
     """What delivery remembers; None where nothing was ever delivered."""
     path = data_dir / DELIVERY
     if not path.exists():
         yield None
         return
     try:
-        accounts = Accounts(path)
+        accounts = DeliveryQueries(path)
         try:
             yield accounts
         finally:

@@ -94,7 +94,7 @@ def _change(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[st
 
 
 def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    from sidecar.delivery.state import StateError
+    from sidecar.delivery import StateError
     from sidecar.ledger import LedgerError
     from sidecar.runtime.backend_factory import faults, missing
     from sidecar.runtime.instance_lock import LockError

@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = serving_settings(arguments)
 
-    from sidecar.delivery.state import StateError
+    from sidecar.delivery import StateError
     from sidecar.ledger import LedgerError
     from sidecar.runtime import app
     from sidecar.runtime.early import NoRoomError

@@ -231,7 +231,7 @@ def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
-    from sidecar.delivery.state import StateError
+    from sidecar.delivery import StateError
     from sidecar.runtime.directory_identity import As
     from sidecar.runtime.instance_lock import LockError
     from sidecar.runtime.offline import adopt

@@ -1,7 +1,7 @@
 """The running count of records by term, kept in the same transaction as what it counts.
 
 A record with one event needs no row of its own: its place follows from its request. One with several has a row in
-`parts` and counts once, by its worst event. `accounts` counts the same again from rows alone; the two must agree.
+`parts` and counts once, by its worst event. `queries` counts the same again from rows alone; the two must agree.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Shift:
 
 
 @dataclass(slots=True)
-class Books:
+class Counters:
     """The changes of one transaction; `close` writes them."""
 
     conn: sqlite3.Connection

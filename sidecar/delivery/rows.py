@@ -1,6 +1,6 @@
-"""What travels between a lane and `delivery.db`: requests to be sealed, requests that are open, their settling.
+"""What travels between a worker and `delivery.db`: requests to be sealed, requests that are open, their settling.
 
-Plain data. A `Request` is the one mutable thing: it belongs to its lane, which follows with it what was stored.
+Plain data. A `Request` is the one mutable thing: it belongs to its worker, which follows with it what was stored.
 """
 
 from __future__ import annotations
@@ -51,6 +51,10 @@ class NewRequest:
     generation: int = 0  # how often its records were redriven
     history: tuple[str, ...] = ()
 
+    @property
+    def size_bytes(self) -> int:
+        return len(self.sealed.body) + sum(map(len, self.lines))
+
 
 @dataclass(slots=True, kw_only=True)
 class Request:
@@ -74,6 +78,27 @@ class Request:
     warned: bool = False  # that its window is about to end
     stepped: bool = False  # the wall clock was set during this attempt
     held: bool = False  # waits for as long as the backend said, not for our own backoff
+
+    @classmethod
+    def opened(cls, id_: int, cursor: int, new: NewRequest) -> Request:
+        """A request as it stands in the file right after it was stored."""
+        return cls(
+            id=id_,
+            cursor=cursor,
+            key=new.sealed.key,
+            subject=new.sealed.subject,
+            members=new.members,
+            records=len(new.lines),
+            size_bytes=new.size_bytes,
+            oldest_s=new.oldest_s,
+            tries=new.tries,
+            due_s=new.due_s,
+            under_way=False,
+            started_s=0.0,
+            generation=new.generation,
+            history=new.history,
+            sealed=new.sealed,
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,9 +150,20 @@ class Settlement:
     children: Sequence[NewRequest] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Turn:
+    """What one turn of a worker stores: one transaction."""
+
+    now_s: float  # wall clock
+    settled: Sequence[Settlement] = ()
+    begin: Sequence[int] = ()  # requests of which another attempt starts
+    load: Sequence[int] = ()  # those of them whose bytes are not in memory
+    sealing: Sealing | None = None
+
+
 @dataclass(frozen=True, slots=True)
-class Turned:
-    """What one turn stored: ids of children by settlement and of new requests; the bytes of those due again."""
+class Committed:
+    """What a turn has stored: ids of children by settlement and of new requests; the bytes that were asked for."""
 
     children: Sequence[Sequence[int]]
     sealed: Sequence[int]

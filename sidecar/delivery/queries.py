@@ -18,8 +18,8 @@ from typing import Final
 
 import orjson
 
-from sidecar.delivery.state.rows import Parked
-from sidecar.delivery.state.schema import open_reader, told
+from sidecar.delivery.database import open_reader, told
+from sidecar.delivery.rows import Parked
 from sidecar.delivery.types import Fate, Term, worst
 from sidecar.model.balance import BackendTotals
 
@@ -95,7 +95,7 @@ def totals_of(sums: Sums, count: Callable[[str, int, int], int]) -> BackendTotal
     )
 
 
-class Accounts:
+class DeliveryQueries:
     """`delivery.db`, open for reading."""
 
     def __init__(self, path: Path) -> None:
