@@ -26,6 +26,7 @@ FLOORS = {
     "sidecar.delivery.types": 0,
     "sidecar.delivery.limits": 0,
     "sidecar.storage.files": 0,
+    "sidecar.storage.sqlite": 0,
     "sidecar.model.record_id": 1,
     "sidecar.proxy.headers": 1,
     "sidecar.usage": 1,

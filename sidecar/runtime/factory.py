@@ -9,7 +9,6 @@ import asyncio
 import gc
 import hashlib
 import logging
-import os
 import re
 import resource
 import secrets
@@ -30,6 +29,7 @@ from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
 from sidecar.spool.recorder import IntakeSpool, SpoolRecorder
+from sidecar.storage.files import write_once
 from sidecar.usage.custom_fields import Element
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import Pin, UsageTaps
@@ -243,20 +243,8 @@ def _tell_new_key(settings: Settings, path: Path) -> None:
 
 
 def _keep_hash_key(path: Path, key: bytes) -> bytes:
-    # Linked into place whole: two workers that start at once both end up with the one that was first.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(key.hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        key = bytes.fromhex(path.read_text("ascii").strip())
-    finally:
-        temporary.unlink(missing_ok=True)
-    return key
+    # Two workers that start at once both end up with the one that was first.
+    return key if write_once(path, key.hex().encode() + b"\n") else bytes.fromhex(path.read_text("ascii").strip())
 
 
 def _path(path: Path | None) -> str | None:
