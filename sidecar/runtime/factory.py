@@ -17,20 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from sidecar.model.grammar import Source, SourceKind
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import client_path
-from sidecar.proxy import Proxy, ProxyRules, UpstreamAddress
+from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.route import Routes
-from sidecar.proxy.subscriber import Attributor, parse_source
-from sidecar.proxy.subscriber import Kind as SourceKind
+from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.logging import Seldom
 from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.unclaimed import Unclaimed
-from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
 from sidecar.spool.recorder import IntakeSpool, SpoolRecorder
 from sidecar.storage.files import write_once
-from sidecar.usage.custom_fields import Element
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import Pin, UsageTaps
 from sidecar.usage.response_headers import provider_of_host
@@ -106,7 +105,7 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
 
 
 def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
-    sources = [parse_source(text) for text in settings.subscriber]
+    sources = [Source.parse(text) for text in settings.subscriber]
     host, base = _upstream(settings)
     return Attributor(
         sources=sources,
@@ -152,7 +151,7 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
         upstream_host=host,
         upstream_base=base,
         pins=pins_of(settings),
-        elements=[_element(named) for named in settings.elements],
+        elements=settings.elements,
         estimate=settings.estimate,
         ask_for_usage=settings.ask_for_usage,
         body_fields=body_fields(settings),
@@ -169,15 +168,9 @@ def _upstream(settings: Settings) -> tuple[str | None, str]:
     return address.host, address.base.decode("ascii")
 
 
-def _element(named: NamedElement) -> Element:
-    if named.source == "header":
-        return Element(named.name, header=named.path.lower())
-    return Element(named.name, json=tuple(named.path.split(".")))
-
-
 def body_fields(settings: Settings) -> tuple[str, ...]:
     """The members of a request's body that may say who pays."""
-    sources = (parse_source(text) for text in settings.subscriber)
+    sources = (Source.parse(text) for text in settings.subscriber)
     return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
 
 

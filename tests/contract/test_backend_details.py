@@ -30,7 +30,8 @@ from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
-from sidecar.backends.revenium.backend import ReveniumBackend, completion
+from sidecar.backends.revenium import completion
+from sidecar.backends.revenium.backend import ReveniumBackend
 from sidecar.backends.revenium.product_key import Claim, NoSubscription, ProductKeys
 from sidecar.backends.stripe.backend import StripeBackend
 from sidecar.backends.stripe.meters import Payload

@@ -10,8 +10,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from sidecar.model.exchange import URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import below, origin_form
-from sidecar.proxy.config import Forwarded, ProxyRules, UpstreamAddress
+from sidecar.proxy.config import Forwarded, ProxyRules
 from sidecar.proxy.headers.kinds import HOP, REQUEST, RESPONSE, Kinds
 from sidecar.proxy.headers.request import RequestHead
 from sidecar.usage import RawHeaders
