@@ -147,14 +147,14 @@ def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import accounts_of, ahead_of_spool, balance_of, spool_of
+    from sidecar.cli.files import accounts_of, balance_of, spool_of
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
         reports = verify(reader)
         problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
-            problems += accounts.verify() + ahead_of_spool(data_dir, reader)
+            problems += accounts.verify() + accounts.ahead_of(reader)
     problems += balance_of(data_dir).problems
     for problem in problems:
         print(problem, file=sys.stderr)

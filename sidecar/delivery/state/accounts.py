@@ -18,6 +18,7 @@ from typing import Final
 
 import orjson
 
+from sidecar.delivery.ports import SpoolReader
 from sidecar.delivery.state.rows import Parked
 from sidecar.delivery.state.schema import open_reader, told
 from sidecar.delivery.types import Fate, Term, worst
@@ -172,6 +173,17 @@ class Accounts:
                     f"{backend}, instance {instance}: {text}" for text in _contradictions(conn, cursor, folded)
                 ]
         return problems
+
+    def ahead_of(self, reader: SpoolReader) -> list[str]:
+        """Where delivery has been further than the spool goes: records were lost together with their file."""
+        with self._reading() as conn:
+            cursors = _cursors(conn)
+        return [
+            f"{backend}, instance {instance}: delivered up to record {seq}, but the spool ends at {last}:"
+            f" {seq - last} record numbers were lost with its file"
+            for _, backend, instance, seq, _ in cursors
+            if seq > (last := reader.last_seq(instance))
+        ]
 
     # --- looking things up ------------------------------------------------------------------------
 
