@@ -32,7 +32,7 @@ import orjson
 from sidecar import __version__
 from sidecar.backends.answers import Yes, said_yes
 from sidecar.model.delivery import KEY_MISMATCH, Blocked, Dedup, Refused, Retry, Sealed, Unknown, Verdict
-from sidecar.settings import Setting, types
+from sidecar.settings import Setting, Unfit, types
 
 CONNECT_TIMEOUT_S: Final = 10.0  # as for upstreams; a backend that takes longer is not there
 ANSWER_TIMEOUT_S: Final = 30.0  # from the first byte sent; vendors' own packages use 10 to 80
@@ -156,7 +156,7 @@ def refused_with(answer: Answer, *path: str) -> Refused:
 
 def _header_text(value: str) -> str:
     if not _HEADER_VALUE.fullmatch(value):
-        raise types.Unfit("expected printable ASCII, without spaces or line ends around it")
+        raise Unfit("expected printable ASCII, without spaces or line ends around it")
     return value
 
 

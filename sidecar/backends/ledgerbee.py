@@ -34,7 +34,7 @@ from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refu
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.model.delivery import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Setting, Unfit, types
 
 HOST: Final = "https://api.ledgerbee.com"
 REPORT: Final = "/api/v1/meters/report"
@@ -49,7 +49,7 @@ def _meter_pairs(items: Sequence[str]) -> Mapping[str, str]:
     for item in items:
         ours, equals, theirs = item.partition("=")
         if not ours.strip() or (equals and not theirs.strip()):
-            raise types.Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
+            raise Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
         found[ours.strip()] = theirs.strip() or ours.strip()
     return found
 

@@ -28,7 +28,7 @@ from sidecar.backends.batching import seal_lines
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Setting, Unfit, types
 
 BATCH_DEFAULT: Final = 100
 SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
@@ -124,7 +124,7 @@ def read_secrets(text: str) -> list[bytes]:
     """The signing secrets; raises `Unfit` without repeating them."""
     secrets = [_read_secret(one) for one in text.split()]
     if not secrets or any(len(secret) < SECRET_BYTES_MIN for secret in secrets):
-        raise types.Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
+        raise Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
     return secrets
 
 
@@ -134,4 +134,4 @@ def _read_secret(text: str) -> bytes:
     try:
         return base64.b64decode(text.removeprefix("whsec_"), validate=True)
     except binascii.Error:
-        raise types.Unfit("expected base64 behind whsec_") from None
+        raise Unfit("expected base64 behind whsec_") from None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -21,6 +20,7 @@ import orjson
 from sidecar.cli import mend, redrive
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.storage.files import sync_file
 
 PAGE: Final = 500  # parked events read at a time
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
@@ -147,14 +147,14 @@ def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import accounts_of, ahead_of_spool, balance_of, spool_of
+    from sidecar.cli.files import accounts_of, balance_of, spool_of
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
         reports = verify(reader)
         problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
-            problems += accounts.verify() + ahead_of_spool(data_dir, reader)
+            problems += accounts.verify() + accounts.ahead_of(reader)
     problems += balance_of(data_dir).problems
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -259,7 +259,7 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
             with arguments.output.open("xb") as file:
                 count = _write(reader.lines(since_ns=since_ns), file)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except FileExistsError:
             raise CommandError(f"{arguments.output} is there already: an export replaces nothing", WRONG) from None
         except OSError as error:

@@ -20,7 +20,7 @@ import orjson
 
 from sidecar.delivery.database import open_reader, told
 from sidecar.delivery.rows import Parked
-from sidecar.delivery.types import Fate, Term, worst
+from sidecar.delivery.types import Fate, SpoolReader, Term, worst
 from sidecar.model.balance import BackendTotals
 
 WINDOW_RECORDS: Final = 20_000  # of one cursor counted at a time: some 10 MB
@@ -172,6 +172,17 @@ class DeliveryQueries:
                     f"{backend}, instance {instance}: {text}" for text in _contradictions(conn, cursor, folded)
                 ]
         return problems
+
+    def ahead_of(self, reader: SpoolReader) -> list[str]:
+        """Where delivery has been further than the spool goes: records were lost together with their file."""
+        with self._reading() as conn:
+            cursors = _cursors(conn)
+        return [
+            f"{backend}, instance {instance}: delivered up to record {seq}, but the spool ends at {last}:"
+            f" {seq - last} record numbers were lost with its file"
+            for _, backend, instance, seq, _ in cursors
+            if seq > (last := reader.last_seq(instance))
+        ]
 
     # --- looking things up ------------------------------------------------------------------------
 

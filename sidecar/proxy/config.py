@@ -9,14 +9,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network
-from typing import Final, Literal
-from urllib.parse import urlsplit
+from typing import Literal
 
 Network = IPv4Network | IPv6Network
 OnDisconnect = Literal["drain", "stop"]
 Forwarded = Literal["x-forwarded", "forwarded", "none"]
-
-_PORTS: Final = {"http": 80, "https": 443}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,67 +62,3 @@ class ProxyRules:
     def disconnect_policy(self, route: str | None) -> OnDisconnect:
         """What to do when the client leaves a call on this route."""
         return self.on_disconnect if route is None else self.on_disconnect_routes.get(route, self.on_disconnect)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class UpstreamAddress:
-    """`upstream_url`, taken apart once."""
-
-    url: str  # for records: scheme, authority and base, no trailing slash, no credentials
-    tls: bool
-    host: str
-    port: int
-    authority: bytes  # for the Host field
-    base: bytes  # path prefix, without trailing slash
-    socket_path: str | None  # set for unix:
-
-    @classmethod
-    def parse(cls, url: str) -> UpstreamAddress:
-        """Raises `ValueError` that says what is expected."""
-        if url.startswith("unix:"):
-            return cls._parse_unix(url)
-        parts = urlsplit(url)
-        if parts.scheme not in _PORTS or not parts.hostname:
-            raise ValueError(f"{_shown(url)!r}: expected http://host[:port][/base], https://… or unix:/path")
-        if parts.username is not None or parts.query or parts.fragment:
-            raise ValueError("the upstream URL may hold no credentials, query or fragment")
-        try:
-            host = parts.hostname.encode("idna").decode("ascii") if ":" not in parts.hostname else parts.hostname
-            port = parts.port or _PORTS[parts.scheme]
-        except ValueError:
-            raise ValueError(f"{_shown(url)!r}: expected a host name and a port from 1 to 65535") from None
-        shown_host = f"[{host}]" if ":" in host else host
-        authority = shown_host if port == _PORTS[parts.scheme] else f"{shown_host}:{port}"
-        base = parts.path.rstrip("/")
-        if not base.isascii() or not base.isprintable() or " " in base:
-            raise ValueError("the upstream URL's path must be percent-encoded")
-        return cls(
-            url=f"{parts.scheme}://{authority}{base}",
-            tls=parts.scheme == "https",
-            host=host,
-            port=port,
-            authority=authority.encode(),
-            base=base.encode(),
-            socket_path=None,
-        )
-
-    @classmethod
-    def _parse_unix(cls, url: str) -> UpstreamAddress:
-        path, _, base = url[len("unix:") :].partition(":")
-        if not path.startswith("/") or (base and not base.startswith("/")):
-            raise ValueError(f"{url!r}: expected unix:/path/to/socket or unix:/path/to/socket:/base")
-        base = base.rstrip("/")
-        return cls(
-            url=f"http://localhost{base}",
-            tls=False,
-            host="localhost",
-            port=80,
-            authority=b"localhost",
-            base=base.encode(),
-            socket_path=path,
-        )
-
-
-def _shown(url: str) -> str:
-    """A URL without what may be a password."""
-    return url.rpartition("@")[2]

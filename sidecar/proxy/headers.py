@@ -18,8 +18,9 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
 from sidecar.model.exchange import HEADER_NAME_CHARS_MAX, URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import below, origin_form
-from sidecar.proxy.config import Forwarded, ProxyRules, UpstreamAddress
+from sidecar.proxy.config import Forwarded, ProxyRules
 from sidecar.proxy.redirects import Called, Redirects
 from sidecar.usage import RawHeaders
 

@@ -16,8 +16,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Final
 
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import origin_form
-from sidecar.proxy.config import UpstreamAddress
 
 # What became of a redirect to the upstream's own address, as the metric says it.
 REWRITTEN: Final = "rewritten"

@@ -16,9 +16,10 @@ from asyncio import AbstractServer, TimerHandle
 from typing import Final
 
 from sidecar.model.exchange import Recorder
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
 from sidecar.proxy.client_connection import Client
-from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream, client_tls

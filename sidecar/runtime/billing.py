@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
-from sidecar.model.balance import Balance, add_counts
+from sidecar.model.balance import Balance
 from sidecar.model.delivery import Backend
 from sidecar.runtime import backend_factory, directory_identity
 from sidecar.runtime.metrics import Metrics
@@ -81,14 +81,10 @@ class Billing:
         for instance in self.reader.instances():
             if instance not in snapshots:
                 snapshots[instance] = Snapshot(self.reader.totals(instance), self.reader.last_seq(instance))
-        totals = [snapshot.totals for snapshot in snapshots.values()]
-        return Balance(
-            admitted=sum(t.admitted for t in totals),
-            recorded=sum(t.recorded for t in totals),
-            open=sum(t.open for t in totals),
-            lost=add_counts(t.lost for t in totals),
-            backends=self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
-            notes=() if self.copied is None else (self.copied.text,),
+        return Balance.over(
+            (snapshot.totals for snapshot in snapshots.values()),
+            self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
+            () if self.copied is None else (self.copied.text,),
         )
 
     async def adopt(self, how: directory_identity.As) -> dict[str, int]:

@@ -12,6 +12,7 @@ and is given `settings.backend("stripe")`: `{"api_key": Secret(***), "mode": "v1
 
 from __future__ import annotations
 
+from sidecar.model.grammar import Element, Unfit
 from sidecar.settings import types
 from sidecar.settings.loader import CONFIG, BackendSettings, SettingsError, all_settings, load
 from sidecar.settings.schema import (
@@ -27,7 +28,7 @@ from sidecar.settings.schema import (
     Settings,
     core_settings,
 )
-from sidecar.settings.types import Address, Element, Kind, Many, Secret, Unfit
+from sidecar.settings.types import Address, Kind, Many, Secret
 
 __all__ = [
     "CONFIG",

@@ -14,8 +14,10 @@ from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, overload
 
+from sidecar.model.grammar import Element
+from sidecar.model.path_pattern import check_pattern
 from sidecar.settings import types
-from sidecar.settings.types import Address, Element, Kind, Many, Secret
+from sidecar.settings.types import Address, Kind, Many, Secret
 
 T = TypeVar("T")
 PREFIX: Final = "SIDECAR_"
@@ -85,7 +87,7 @@ class Route:
 
 
 def _routes(items: Sequence[str]) -> tuple[Route, ...]:
-    return tuple(Route(pattern=types.path_pattern(item)) for item in dict.fromkeys(items))
+    return tuple(Route(pattern=check_pattern(item)) for item in dict.fromkeys(items))
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from sidecar.model.exchange import RawHeaders as RawHeaders
 from sidecar.model.exchange import Usage
 
-RawHeaders = Sequence[tuple[bytes, bytes]]
 """Header fields as they stood on the wire: exact bytes, order and case."""
 
 

@@ -6,43 +6,12 @@ tokens where the answer is a model's, alone where it is none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from sidecar.model.grammar import Element
 from sidecar.usage.formats.json_scanner import Tree
 from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import quantity
-
-DEPTH_MAX = 8  # members of a JSON path; deeper ones are not stated numbers but data
-
-_SOURCE = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,63})\s*=\s*(header|json):(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """One custom field. `pattern`: of the paths whose answers have it; None for all."""
-
-    name: str
-    header: str | None = None
-    json: tuple[str, ...] = ()
-    pattern: str | None = None
-
-    @classmethod
-    def parse(cls, text: str, pattern: str | None = None) -> Element:
-        """`name=header:x-rows` or `name=json:meta.rows`. Raises ValueError that says what is expected."""
-        found = _SOURCE.fullmatch(text.strip())
-        if found is None:
-            raise ValueError(f"{text!r}: expected name=header:<header name> or name=json:<member>.<member>")
-        name, kind, where = found[1], found[2], found[3].strip()
-        if kind == "header":
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", where):
-                raise ValueError(f"{text!r}: {where!r} is no header name")
-            return cls(name, header=where.lower(), pattern=pattern)
-        path = tuple(where.split("."))
-        if not all(path) or len(path) > DEPTH_MAX:
-            raise ValueError(f"{text!r}: expected one to {DEPTH_MAX} member names with dots between them")
-        return cls(name, json=path, pattern=pattern)
 
 
 def from_headers(elements: Sequence[Element], fields: Mapping[str, str]) -> dict[str, int | float]:

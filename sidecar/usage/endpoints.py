@@ -14,9 +14,9 @@ from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import unquote
 
+from sidecar.model.grammar import Element
 from sidecar.model.path_pattern import ANY_METHOD, Patterns
 from sidecar.model.target import normal_path
-from sidecar.usage.custom_fields import Element
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.table import Row, entries
 from sidecar.usage.reader_choice import Claims

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.grammar import Element
 from sidecar.usage import RawHeaders, RequestTap
-from sidecar.usage.custom_fields import Element
 from sidecar.usage.endpoints import Endpoint, Endpoints, Pin
 from sidecar.usage.formats.content_encoding import BACKLOG_MAX_BYTES
 from sidecar.usage.formats.websocket import SessionTap, is_websocket

@@ -27,10 +27,10 @@ import streams  # noqa: E402
 
 from sidecar.backends import backend_settings  # noqa: E402
 from sidecar.model.exchange import Exchange, Outcome, Release, Usage  # noqa: E402
+from sidecar.model.http_url import UpstreamAddress  # noqa: E402
 from sidecar.model.record import encode  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
 from sidecar.proxy.client_connection import Client  # noqa: E402
-from sidecar.proxy.config import UpstreamAddress  # noqa: E402
 from sidecar.proxy.context import Hop  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402

@@ -105,7 +105,7 @@ def form(body: Any) -> bytes:
 
 
 def routes() -> list[Any]:
-    rows = [(row.backend, row.build, place) for row in VENDORS for place in range(len(built(row.build).routes))]
+    rows = [(row.backend, row.vendor, place) for row in VENDORS for place in range(len(built(row.vendor).routes))]
     return [
         pytest.param(build, place, id=f"{backend}-{route.method}-{route.path}")
         for backend, build, place in rows

@@ -7,6 +7,7 @@ import os
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -85,7 +86,7 @@ async def test_a_limit_that_counts_down_is_reached_once() -> None:
 
 @pytest.mark.parametrize("rules", [{"upstream_keepalive_s": 0.0}, {"upstream_connection_age_s": 0.0}])
 @on_both_loops
-async def test_zero_keeps_none(rules: dict[str, float]) -> None:
+async def test_zero_keeps_none(rules: dict[str, Any]) -> None:
     async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, **rules) as hop:
         for _ in range(3):
             assert (await hop.call(GET))[1] == b"ok"

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from support.delivery_fixtures import QUICK, World, until
+from support.fake_backend import FakeBackend, faults
 
 from sidecar.delivery import DeliveryStore, database
 from sidecar.model.delivery import Abilities, Atomicity, Dedup
-from support.delivery_fixtures import QUICK, World, until
-from support.fake_backend import FakeBackend, faults
 
 DAY_S = 86_400.0
 MODES = {

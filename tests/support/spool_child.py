@@ -13,9 +13,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from support.spool_fixtures import SMALL, Told, call
+
 from sidecar.spool import Spool, SpoolReader
 from sidecar.spool.recorder import SpoolRecorder
-from support.spool_fixtures import SMALL, Told, call
 
 
 def say(kind: str, id_: str) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.model.exchange import Subscriber
+from sidecar.model.grammar import Source
 from sidecar.proxy.subscriber import (
     CACHED_MAX,
     CREDENTIALS,
@@ -17,14 +18,13 @@ from sidecar.proxy.subscriber import (
     SUBSCRIBER_CHARS_MAX,
     Attributor,
     credential_sources,
-    parse_source,
 )
 
 KEY = b"k" * 32
 
 
 def attributor(*sources: str, **dimensions: str) -> Attributor:
-    return Attributor(sources=[parse_source(s) for s in sources], dimensions=dimensions, hash_key=KEY)
+    return Attributor(sources=[Source.parse(s) for s in sources], dimensions=dimensions, hash_key=KEY)
 
 
 def token(**claims: object) -> bytes:
@@ -100,7 +100,7 @@ def test_a_credential_is_hashed_with_the_key_and_without_its_scheme() -> None:
     secret = b"sk-live-1234567890"
     bearer = attributor("header:authorization")([(b"Authorization", b"Bearer " + secret)], "/", None)[0]
     plain = attributor("header:x-api-key")([(b"x-api-key", secret)], "/", None)[0]
-    other = Attributor(sources=[parse_source("header:x-api-key")], dimensions={}, hash_key=b"o" * 32)
+    other = Attributor(sources=[Source.parse("header:x-api-key")], dimensions={}, hash_key=b"o" * 32)
     assert bearer is not None
     assert plain is not None
     assert bearer.id == plain.id  # one customer, whichever of the two headers its client sends
@@ -180,7 +180,7 @@ def test_of_several_credentials_the_one_that_the_upstream_asks_for_counts(provid
     """Whatever is made up beside it, and wherever it stands, the subscriber stays."""
     seen: list[str] = []
     attribute = Attributor(
-        sources=[parse_source("credential")], dimensions={}, hash_key=KEY, provider=provider, anomaly=seen.append
+        sources=[Source.parse("credential")], dimensions={}, hash_key=KEY, provider=provider, anomaly=seen.append
     )
     alone = attribute([(real, b"k")], "/", None)[0]
     assert alone is not None
@@ -205,7 +205,7 @@ def test_only_credentials_that_were_asked_for_are_compared() -> None:
     seen: list[str] = []
     both = [(b"x-api-key", b"a"), (b"authorization", b"b"), (b"x-tenant", b"t")]
     for sources in (["header:x-api-key"], ["header:x-tenant", "credential"], ["header:x-api-key:plain", "jwt:sub"]):
-        named = [parse_source(source) for source in sources]
+        named = [Source.parse(source) for source in sources]
         Attributor(sources=named, dimensions={}, hash_key=KEY, anomaly=seen.append)(both, "/", None)
     assert seen == []
 
@@ -213,7 +213,7 @@ def test_only_credentials_that_were_asked_for_are_compared() -> None:
 def test_what_is_odd_is_counted_once_a_call() -> None:
     seen: list[str] = []
     attribute = Attributor(
-        sources=[parse_source("query:t"), parse_source("header:x-t")],
+        sources=[Source.parse("query:t"), Source.parse("header:x-t")],
         dimensions={"d": "x-d", "again": "x-d"},
         hash_key=KEY,
         anomaly=seen.append,
@@ -228,7 +228,7 @@ def test_what_is_odd_is_counted_once_a_call() -> None:
 )
 def test_a_source_that_cannot_be_read_says_what_was_expected(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        parse_source(text)
+        Source.parse(text)
 
 
 def test_a_short_hash_key_is_refused() -> None:
@@ -260,7 +260,7 @@ def test_no_bytes_make_it_raise(headers: list[tuple[bytes, bytes]], target: str)
 def test_the_body_names_whom_no_earlier_source_knew(
     sources: list[str], known: tuple[str, str] | None, body: dict[str, str], expected: tuple[str, str] | None
 ) -> None:
-    attribute = Attributor(sources=[parse_source(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
+    attribute = Attributor(sources=[Source.parse(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
     found = attribute.by_body(None if known is None else Subscriber(*known), body.get)
     assert found == (None if expected is None else Subscriber(*expected))
 
@@ -279,7 +279,7 @@ def test_each_source_remembers_for_itself_and_only_so_much() -> None:
 
 
 def test_an_unfit_name_in_the_body_is_hashed() -> None:
-    attribute = Attributor(sources=[parse_source("body:user")], dimensions={}, hash_key=b"k" * 16)
+    attribute = Attributor(sources=[Source.parse("body:user")], dimensions={}, hash_key=b"k" * 16)
     for value in ("x" * 10_000, "line\nbreak"):
         found = attribute.by_body(None, {"user": value}.get)
         assert found is not None
@@ -291,7 +291,7 @@ def test_an_unfit_name_in_the_body_is_hashed() -> None:
 def test_an_empty_field_beside_the_real_credential_changes_nothing_and_is_counted(header: str, nothing: bytes) -> None:
     """Most upstreams take the first of two, so the real one opened the door: it must not go unbilled by that."""
     seen: list[str] = []
-    attribute = Attributor(sources=[parse_source("credential")], dimensions={}, hash_key=KEY, anomaly=seen.append)
+    attribute = Attributor(sources=[Source.parse("credential")], dimensions={}, hash_key=KEY, anomaly=seen.append)
     name, real = header.encode(), b"Bearer k"
     payer, _ = attribute([(name, real)], "/", None)
     assert payer is not None

@@ -379,7 +379,7 @@ def test_a_full_disk_waits_and_counts_nothing(path: Path) -> None:
 
 
 def test_a_locked_ledger_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecar.ledger.schema.BUSY_S", 0.05)
+    monkeypatch.setattr("sidecar.storage.sqlite.BUSY_S", 0.05)
     store = LedgerStore(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
 from sidecar.proxy.local_responses import BAD_REQUEST
 from sidecar.proxy.response_parser import HEAD_BYTES_MAX, Answer
@@ -198,7 +199,7 @@ def test_spellings_are_remembered_within_bounds() -> None:
         ("https://a.example:443/v1/", "a.example", 443, b"a.example", b"/v1"),
         ("http://a.example:8080", "a.example", 8080, b"a.example:8080", b""),
         ("http://[::1]:81/x", "::1", 81, b"[::1]:81", b"/x"),
-        ("http://bücher.example", "xn--bcher-kva.example", 80, b"xn--bcher-kva.example", b""),
+        ("http://xn--bcher-kva.example", "xn--bcher-kva.example", 80, b"xn--bcher-kva.example", b""),
     ],
 )
 def test_upstream_addresses(url: str, host: str, port: int, authority: bytes, base: bytes) -> None:
@@ -207,7 +208,23 @@ def test_upstream_addresses(url: str, host: str, port: int, authority: bytes, ba
 
 
 @pytest.mark.parametrize(
-    "url", ["", "example.com", "ftp://x", "http://", "http://u:secret@h", "http://h?q=1", "http://h:99999", "unix:rel"]
+    "url",
+    [
+        "",
+        "example.com",
+        "ftp://x",
+        "http://",
+        "http://u:secret@h",
+        "http://h?q=1",
+        "http://h:99999",
+        "http://h:0",
+        "http://bücher.example",
+        "http://h/a b",
+        "unix:rel",
+        "unix:/s:base",
+        "unix:/s:/b?q=1",
+        "unix:/s:/bücher",
+    ],
 )
 def test_upstream_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as raised:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from sidecar.proxy.config import UpstreamAddress
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.redirects import Called, Redirects
 
 ME = Called(b"/v1/things", b"http", b"me:8080")
