@@ -1,6 +1,6 @@
 """What the hop takes from aiohttp beyond its documented interface is as it was when it was read.
 
-These tests fail when aiohttp changes one of those parts; `sidecar/proxy/aiohttp_internals.py` is the
+These tests fail when aiohttp changes one of those parts; `sidecar/proxy/aiohttp_compat.py` is the
 one place to mend then. The traps seen there are shown as they are, so that it is noticed when one closes.
 """
 
@@ -36,7 +36,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_the_version_that_was_read() -> None:
-    assert aiohttp.__version__.startswith("3.14."), "read aiohttp_internals.py against the new version"
+    assert aiohttp.__version__.startswith("3.14."), "read aiohttp_compat.py against the new version"
 
 
 def test_the_parts_are_where_they_were() -> None:
@@ -102,7 +102,7 @@ def test_nobody_else_touches_aiohttps_private_names() -> None:
             for alias in node.names
         }
         ours = {name for name in imported if name and name.partition(".")[0] == "aiohttp"}
-        if path.name != "aiohttp_internals.py":
+        if path.name != "aiohttp_compat.py":
             assert ours <= {"aiohttp"}, path
 
 

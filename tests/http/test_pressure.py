@@ -94,7 +94,7 @@ async def test_a_slow_upstream_slows_the_upload_down(chunked: bool) -> None:
         await until(lambda: poured[0] > 0)
         assert await _stands_still(poured) < size
         call = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
-        assert sum(map(len, call._payload._buffer)) < 2**20
+        assert sum(map(len, call.body._payload._buffer)) < 2**20
         go.set()
         await upload
         if chunked:

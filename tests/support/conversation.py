@@ -20,11 +20,10 @@ import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
-from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant
-
 from sidecar.model.exchange import Exchange, Outcome
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.upstream import UpstreamConnection
+from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant
 
 TURNS = 24  # of the loop after a step: more than any step of the proxy takes
 FULL_BYTES = 65_536  # written and not read: the transport says that it is full, as asyncio's and uvloop's do
@@ -383,7 +382,7 @@ class Talk:
                     raise RuntimeError("a fault of ours")
                 return getattr(self._parser, name)
 
-        self.call.answer = Broken(self.call.answer)
+        self.call.response = Broken(self.call.response)
 
     # -- what a test looks at --------------------------------------------------------------------
 
