@@ -130,7 +130,10 @@ rule."""
 
 
 def verdict_of(answer: Answer, *, dedup: Dedup, now_s: float) -> Verdict:
-    """What a status that is no 2xx says where the vendor says nothing else (durability.md, section 6)."""
+    """What a status that is no 2xx says where the vendor says nothing else, so that no record is lost or billed twice.
+
+    Only what is known to be refused is refused; what may have been taken is `Unknown`, and what was not is tried again.
+    """
     status, after_s = answer.status, answer.retry_after_s(now_s)
     if 300 <= status < 400 or status in _ADDRESS or status in _OPERATOR:
         return Blocked(_OPERATOR.get(status) or f"http_{status}")

@@ -11,13 +11,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from support.backend_fixtures import SECRET, T0_NS, ScriptedServer
+
 from sidecar.backends import BACKENDS, Context
 from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.ledger import LedgerStore
 from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.model.delivery import Backend
 from sidecar.settings import Setting, settings_of
-from support.backend_fixtures import SECRET, T0_NS, ScriptedServer
 
 
 @dataclass(frozen=True)

@@ -227,7 +227,9 @@ LIVE = b'{"usageMetadata":{"promptTokenCount":1,"responseTokenCount":2,"totalTok
 
 
 def tapped(path: str, anomalies: Anomalies | None = None) -> SessionTap:
-    tap = UsageTaps(anomaly=Anomalies() if anomalies is None else anomalies).websocket(path, [(b"Upgrade", b"websocket")])
+    tap = UsageTaps(anomaly=Anomalies() if anomalies is None else anomalies).websocket(
+        path, [(b"Upgrade", b"websocket")]
+    )
     assert tap is not None
     return tap
 
