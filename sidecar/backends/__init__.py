@@ -63,7 +63,7 @@ BACKENDS: Final[Mapping[str, Row]] = {
     "file": Row(FileBackend, "records as lines of JSON in a file"),
 }
 
-__all__ = ["BACKENDS", "Context", "Row", "backend_settings"]
+__all__ = ["BACKENDS", "Buildable", "Context", "Row", "backend_settings"]
 
 
 def backend_settings() -> dict[str, tuple[Setting, ...]]:

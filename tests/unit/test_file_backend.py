@@ -36,8 +36,10 @@ asyncio.run(main())
 
 def make(base: Path, data: str = "data", rotate_bytes: int = ROTATE_BYTES_DEFAULT) -> FileBackend:
     (base / data).mkdir(exist_ok=True)
-    texts = {"path": str(base / "out.ndjson"), "rotate_bytes": str(rotate_bytes)}
-    return made(FileBackend, data_dir=base / data, **texts)
+    backend: FileBackend = made(
+        FileBackend, data_dir=base / data, path=str(base / "out.ndjson"), rotate_bytes=str(rotate_bytes)
+    )
+    return backend
 
 
 async def put(backend: FileBackend, *numbers: int) -> list[object]:
