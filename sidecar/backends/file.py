@@ -22,17 +22,17 @@ import logging
 import os
 import re
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from time import time
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
-from sidecar.backends.base import EVERYTHING, Context, Policy, policy_of, policy_settings
+from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import seal_lines
 from sidecar.model.delivery import (
     Abilities,
@@ -47,7 +47,7 @@ from sidecar.model.delivery import (
     Verdict,
 )
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import setting, types
 from sidecar.storage.files import StorageError, Trouble, sync_directory, sync_file, trouble, try_lock
 from sidecar.storage.sqlite import Schema, error_of, open_db, transaction
 
@@ -86,47 +86,36 @@ MEMORY: Final = Schema(
 
 log = logging.getLogger("sidecar.backends.file")
 
-SETTINGS: Final = (
-    Setting("path", types.path, help="the file; `records.ndjson` in the data directory when not set"),
-    Setting("rotate_bytes", types.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed"),
-    *policy_settings(EVERYTHING),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class FileSettings(RecordSettings):
+    path: Path | None = setting(types.path, None, "the file; `records.ndjson` in the data directory when not set")
+    rotate_bytes: int = setting(types.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed")
 
 
 class FileBackend:
     """Appends records to one file."""
 
     name = "file"
+    settings_type = FileSettings
+    abilities = Abilities(
+        events_max=BATCH_MAX,
+        bytes_max=BODY_BYTES_MAX,
+        atomicity=Atomicity.ALL_OR_NOTHING,
+        dedup=Dedup.REQUEST_KEY,
+        concurrency=1,
+        knows_duplicates=True,
+        knows_records=True,
+        bills=False,
+    )
 
-    def __init__(
-        self,
-        *,
-        path: Path,
-        data_dir: Path,
-        rotate_bytes: int = ROTATE_BYTES_DEFAULT,
-        policy: Policy = EVERYTHING,
-        clock: Callable[[], float] = time,
-    ) -> None:
-        self.abilities = Abilities(
-            events_max=BATCH_MAX,
-            bytes_max=BODY_BYTES_MAX,
-            atomicity=Atomicity.ALL_OR_NOTHING,
-            dedup=Dedup.REQUEST_KEY,
-            concurrency=1,
-            knows_duplicates=True,
-            knows_records=True,
-            bills=False,
-        )
-        self._policy = policy
-        self._file = AppendOnce(path=path, memory=data_dir / "file.db", rotate_bytes=rotate_bytes, clock=clock)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> FileBackend:
-        return cls(
-            path=values["path"] or context.data_dir / "records.ndjson",
-            data_dir=context.data_dir,
-            rotate_bytes=values["rotate_bytes"],
-            policy=policy_of(values),
+    def __init__(self, settings: FileSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        self._policy = settings.policy
+        self._file = AppendOnce(
+            path=settings.path or context.data_dir / "records.ndjson",
+            memory=context.data_dir / "file.db",
+            rotate_bytes=settings.rotate_bytes,
+            clock=clock,
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:

@@ -9,7 +9,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import TYPE_CHECKING
 
 from sidecar.cli.output import Format, pairs, table
-from sidecar.cli.shared import WRONG, CommandError, known_backend_settings
+from sidecar.cli.shared import EXIT_USAGE, CommandError, known_backend_settings
 from sidecar.settings import load
 
 if TYPE_CHECKING:
@@ -45,4 +45,4 @@ def run(arguments: argparse.Namespace) -> int:
             demo.run(start, printing(), keep=arguments.keep, backend=arguments.backend, mode=arguments.mode)
         )
     except demo.DemoError as error:
-        raise CommandError(str(error), WRONG) from None
+        raise CommandError(str(error), EXIT_USAGE) from None

@@ -19,7 +19,16 @@ import orjson
 
 from sidecar.cli import mend, redrive
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.shared import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    add_data_dir,
+    add_format,
+    add_since,
+    read_settings,
+)
 from sidecar.storage.files import sync_file
 
 PAGE: Final = 500  # parked events read at a time
@@ -131,7 +140,7 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
         for one in backends:
             if one["reason"]:
                 print(f"{one['backend']} is {one['state']}: {one['reason']}")
-    return OK
+    return EXIT_OK
 
 
 def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
@@ -160,7 +169,7 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
         print(problem, file=sys.stderr)
     count = sum(report.records for report in reports)
     print(f"{count:,} records read, " + ("everything adds up" if not problems else f"{len(problems)} problems found"))
-    return NO if problems else OK
+    return EXIT_FAILED if problems else EXIT_OK
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -173,10 +182,10 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
             pass
     if form is Format.TABLE and not rows:
         print("nothing is parked")
-        return OK
+        return EXIT_OK
     columns = _PARKED if form in (Format.TABLE, Format.CSV) else (*_PARKED, "record_id", "key", "history", "record")
     print(render(rows, columns, form), end="")
-    return OK
+    return EXIT_OK
 
 
 def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict[str, Any]]:
@@ -227,7 +236,7 @@ def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
     else:
         parked = ", ".join(f"{name} {count:,}" for name, count in answer["parked"].items() if count)
         print(f"adopted as a copy: what was pending is parked (copied): {parked or 'nothing was'}")
-    return OK
+    return EXIT_OK
 
 
 def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
@@ -238,7 +247,9 @@ def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
     from sidecar.spool import SpoolError
 
     if not (data_dir / "delivery.db").exists():
-        raise CommandError(f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", WRONG)
+        raise CommandError(
+            f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", EXIT_USAGE
+        )
     try:
         return asyncio.run(adopt(data_dir, As(how)))
     except (LockError, StateError, SpoolError) as error:
@@ -254,18 +265,18 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
     with spool_of(data_dir) as reader:
         if arguments.output is None:
             _write(reader.lines(since_ns=since_ns), sys.stdout.buffer)
-            return OK
+            return EXIT_OK
         try:
             with arguments.output.open("xb") as file:
                 count = _write(reader.lines(since_ns=since_ns), file)
                 file.flush()
                 sync_file(file.fileno())
         except FileExistsError:
-            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", WRONG) from None
+            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", EXIT_USAGE) from None
         except OSError as error:
             raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
     print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
-    return OK
+    return EXIT_OK
 
 
 def _write(lines: Iterator[bytes], file: BinaryIO) -> int:

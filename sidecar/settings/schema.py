@@ -8,7 +8,7 @@ a backend needs beyond that stands in the backend's own file as a tuple of `Sett
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
@@ -259,3 +259,40 @@ class Settings:
 def core_settings() -> tuple[Setting, ...]:
     """The core's table, in the order of the README."""
     return tuple(replace(f.metadata["setting"], name=f.name) for f in fields(Settings) if "setting" in f.metadata)
+
+
+@overload
+def setting(kind: Many[T], default: str | None, text: str) -> T: ...
+@overload
+def setting(kind: Kind[T], default: str, text: str) -> T: ...
+@overload
+def setting(kind: Kind[T], default: None, text: str, *, also: tuple[str, ...] = ()) -> T | None: ...
+def setting(kind: Kind[Any], default: str | None, text: str, *, also: tuple[str, ...] = ()) -> Any:
+    """A setting as a field of a backend's frozen dataclass; the field's name is the setting's."""
+    return _field(Setting("", kind, default, text, also=also))
+
+
+def required_setting(kind: Kind[T], text: str) -> T:
+    """One that a backend cannot do without; until it is set it is None."""
+    return cast("T", _field(Setting("", kind, None, text, required=True)))
+
+
+def secret_setting(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret | None:
+    return cast("Secret | None", _field(Setting("", kind, None, text, secret=True, also=also)))
+
+
+def required_secret(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret:
+    return cast("Secret", _field(Setting("", kind, None, text, secret=True, required=True, also=also)))
+
+
+def settings_of(owner: type[Any]) -> tuple[Setting, ...]:
+    """The table of a backend's settings: its own fields, then those that it has in common with others.
+
+    A field stands where it was first declared, also where a class between gives it another default.
+    """
+    declared = {f.name: f.metadata["setting"] for f in fields(owner)}
+    seen: list[str] = []  # the bases' fields come first here, each class's last one first
+    for base in reversed(owner.__mro__):
+        own = [f.name for f in fields(base)] if is_dataclass(base) else []
+        seen += [name for name in reversed(own) if name not in seen]
+    return tuple(replace(declared[name], name=name) for name in reversed(seen))

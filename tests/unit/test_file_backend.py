@@ -8,13 +8,13 @@ import stat
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import orjson
 import pytest
 from support.backend_fixtures import record, record_id
+from support.backend_trials import made
 
-from sidecar.backends.file import FileBackend
+from sidecar.backends.file import ROTATE_BYTES_DEFAULT, FileBackend
 from sidecar.model.delivery import Blocked, Delivered, Duplicate
 
 HOLDER = """
@@ -22,9 +22,10 @@ import asyncio, sys
 from pathlib import Path
 from support.backend_fixtures import record
 from sidecar.backends.file import FileBackend
+from support.backend_trials import made
 
 async def main() -> None:
-    backend = FileBackend(path=Path(sys.argv[1]), data_dir=Path(sys.argv[2]))
+    backend = made(FileBackend, path=sys.argv[1], data_dir=Path(sys.argv[2]))
     await backend.send(backend.encode([record(1)]).sealed[0])
     print("written", flush=True)
     sys.stdin.read()
@@ -33,9 +34,12 @@ asyncio.run(main())
 """
 
 
-def make(base: Path, data: str = "data", **given: Any) -> FileBackend:
+def make(base: Path, data: str = "data", rotate_bytes: int = ROTATE_BYTES_DEFAULT) -> FileBackend:
     (base / data).mkdir(exist_ok=True)
-    return FileBackend(path=base / "out.ndjson", data_dir=base / data, **given)
+    backend: FileBackend = made(
+        FileBackend, data_dir=base / data, path=str(base / "out.ndjson"), rotate_bytes=str(rotate_bytes)
+    )
+    return backend
 
 
 async def put(backend: FileBackend, *numbers: int) -> list[object]:
