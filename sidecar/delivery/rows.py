@@ -11,9 +11,10 @@ from dataclasses import dataclass, field
 from sidecar.delivery.retry_policy import Decision
 from sidecar.delivery.types import Parking, Tries
 from sidecar.model.delivery import Sealed
+from sidecar.storage.files import StorageError
 
 
-class StateError(Exception):
+class StateError(StorageError):
     """`delivery.db` cannot do what was asked. The text says what to do about it."""
 
 
