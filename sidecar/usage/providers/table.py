@@ -17,6 +17,7 @@ from sidecar.usage.providers.cohere import Cohere
 from sidecar.usage.providers.dashscope import DashScope, DashScopeApps
 from sidecar.usage.providers.deepgram import Deepgram, DeepgramSpeak
 from sidecar.usage.providers.elevenlabs import ElevenLabs
+from sidecar.usage.providers.exa import Exa
 from sidecar.usage.providers.fal import Fal
 from sidecar.usage.providers.fallback import Batch, Unmetered
 from sidecar.usage.providers.gemini import CloudCode, Gemini, Interactions, Vertex
@@ -484,6 +485,15 @@ ROWS: tuple[Row, ...] = (
         "invoke_agent",
         "`usage` of the run's last event",
         "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
+    ),
+    Row(
+        "Exa search, contents and answers",
+        (),
+        Exa,
+        "search",
+        "`costDollars.total`, on any path",
+        provider="exa",
+        hosts=("api.exa.ai",),
     ),
     Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
     Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),
