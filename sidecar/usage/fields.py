@@ -1,5 +1,7 @@
 """The members of a usage object under all the names that vendors give them, and how they become our fields.
 
+The rules O1 to O5 and V3 are those of docs/usage-formats.md.
+
 One helper for every family that states tokens in OpenAI's manner (chat, completions, responses, embeddings, sound,
 pictures, realtime, and the native APIs whose members are renamed to it), so that a cost, a cache write or a detail that
 one vendor states is read in every shape. Names are data: a name that is wrong costs a line of a table.
