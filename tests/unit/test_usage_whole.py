@@ -14,10 +14,9 @@ from hypothesis import strategies as st
 from support.usage_samples import CASES, Sample, coded, load, sliced, ways
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.custom_fields import Element
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.openai import ChatCompletions, Responses
-from sidecar.usage.readers import Pin, UsageTaps
+from sidecar.usage.readers import Element, Pin, UsageTaps
 from sidecar.usage.whole import KEPT_MAX_BYTES, Plan, prepare, read_call
 
 SAMPLES = {f"sample {name}": sample for name, sample in load().items() if not sample.websocket}
