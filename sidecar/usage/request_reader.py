@@ -30,7 +30,7 @@ WANTED: Tree = {
 }
 
 
-_QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
+QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
 
 
 class RequestReader:
@@ -124,7 +124,7 @@ class RequestReader:
     @property
     def asks_a_model(self) -> bool:
         """Whether it puts a question: a body that only changes or ends something stored has none, and is small."""
-        return self._size > BODY_MAX_BYTES or not _QUESTIONS.isdisjoint(self.facts())
+        return self._size > BODY_MAX_BYTES or not QUESTIONS.isdisjoint(self.facts())
 
     def _wanted(self) -> Tree:
         return {**WANTED, **dict.fromkeys(self._more, True)} if self._more else WANTED

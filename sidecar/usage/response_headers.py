@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from sidecar.model.exchange import cut
 from sidecar.usage import RawHeaders
+from sidecar.usage.providers.table import HOSTS
 
 SPELLINGS_MAX = 2_048  # remembered field names; an upstream that invents names must not fill memory
 ID_MAX_CHARS = 256  # of a request id that is kept; the longest seen has about 60
@@ -39,6 +40,7 @@ _HINTS = {
 }
 
 _HOSTS = {
+    **HOSTS,
     "api.openai.com": "openai",
     "openai.azure.com": "azure.ai.openai",
     "cognitiveservices.azure.com": "azure.ai.openai",

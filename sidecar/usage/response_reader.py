@@ -30,8 +30,8 @@ from sidecar.usage.response_headers import hinted_provider, request_id
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
 FINISH_STEPS_MAX = 6  # of decoding, at the end of an answer that was cut off: 3 MiB, about 10 ms
-SIGN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
-SIGN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
+FIRST_TOKEN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
+FIRST_TOKEN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
 _SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
@@ -74,6 +74,7 @@ class ResponseReader:
     _usage: Usage | None = None
     _reason: str | None = None
     _first_token_ns: int = 0
+    _timed: bool = False  # a stream, whose first token is waited for
     _first_token: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
     _bytes: int = 0  # decoded bytes and lines, for an estimate
     _lines: int = 0
@@ -136,6 +137,12 @@ class ResponseReader:
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self._give_up("reader_failed", "the answer could not be read")
         return False
+
+    def first_token_at(self, first_token_ns: int) -> None:
+        """When the first token came, where that was noted by whoever handed the bytes on (0: it did not come)."""
+        if self._timed:
+            self._first_token_ns = first_token_ns
+            self._first_token = None
 
     def finish(self, whole: bool) -> Usage | None:
         if not self._settled:
@@ -204,6 +211,7 @@ class ResponseReader:
         """A stream may last: it must not hold its prompt, and it has a first token to wait for."""
         self._framing = framing
         self._first_token = self._front.first_token if self._choice is None else self._choice.first_token
+        self._timed = self._first_token is not None
         body = self._request.body
         body.settle()
         if self._choice is not None:
@@ -215,9 +223,9 @@ class ResponseReader:
         if self._mentions is not None:
             self._look(piece)
         if self._first_token is not None:
-            if len(piece) > SIGN_PIECE_BYTES:
+            if len(piece) > FIRST_TOKEN_PIECE_BYTES:
                 self._searched += len(piece)
-            if self._searched > SIGN_MAX_BYTES:
+            if self._searched > FIRST_TOKEN_MAX_BYTES:
                 self._first_token = None
             elif self._first_token.search(piece) is not None:
                 self._first_token_ns = self._context.clock_ns()
@@ -432,3 +440,9 @@ def _why_absent(usage: Usage, status: int) -> str:
     if usage.error is not None:
         return "the answer is an error"
     return "the stream ended without usage" if usage.streamed else "the answer states no usage"
+
+
+def plain_type(content_type: str) -> bool:
+    """Whether a body of this type is looked at by its first bytes, and neither sound, pictures, frames nor lines."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return not kind.startswith(_SILENT) and kind != _FRAMES and kind not in _LINES

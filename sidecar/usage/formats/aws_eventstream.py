@@ -41,6 +41,15 @@ _PRELUDE = struct.Struct("!III")
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # value bytes by header type; 6 and 7 state theirs
 
 
+# How it works. `feed` walks from frame to frame in what it has, and keeps the frame that is cut (`_rest`). For each:
+#   1. the prelude (12 bytes) is looked up among those seen before, or checked by its own checksum;
+#   2. a frame above KEPT_MAX_BYTES is passed over as it comes (`_skip`, `_crc`), with its checksum added up on the way;
+#   3. a head known to be of no interest (`_skipped`) is passed over; its payload's checksum is not looked at;
+#   4. else the whole frame's checksum is verified, the head unpacked (or looked up), and the payload handed over.
+# Two rations: `_units` for every frame (spent: the reading ends, borders cannot be walked on for free), `_reads` for
+# those unpacked (spent: of each piece only its last frames are, `late`).
+
+
 class FrameReader(Protocol):
     """What a reader of frames offers beside `Reader`."""
 

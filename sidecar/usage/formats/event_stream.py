@@ -39,6 +39,20 @@ _DONE = b"[DONE]"
 _CLOSERS = b"}]"
 
 
+# How it works. `_Messages` holds the rest of an unfinished message (`_rest`) and nothing else of what passed. A piece
+# is
+#   - skipped unseen, if it begins and ends at a separator and the reader has no interest in it (`feed`: most of them);
+#   - else joined to the rest and cut at its last separator: what stands before it is whole messages (`_messages`), what
+#     stands behind it is the new rest;
+#   - given to a `_Long` once a rest has outgrown MESSAGE_MAX_BYTES: that message is skimmed as it passes.
+# A rest that may be the end mark is tried before its separator comes (`_early`), at ever larger sizes, so that a
+# message that comes byte by byte is not parsed at each byte. Line ends are made LF first; a CR at the end of a piece
+# may be half of a CRLF, so the LF that may follow is swallowed with the next piece (`_skip_lf`).
+#
+# After the end mark everything is thrown away (`_over`): what comes behind it counts nowhere, however it is cut.
+# `finish` reads what is left as if it were whole, but restores `final`: a cut message proves nothing.
+
+
 class Framing(Protocol):
     @property
     def streamed(self) -> bool: ...

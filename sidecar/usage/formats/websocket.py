@@ -42,6 +42,18 @@ LOOKS_A_MESSAGE = 16  # of one that has to be parsed
 SPEAKING_BYTES = 32  # of the smallest message that can name a model
 UNMASKED_BYTES = 4_096  # of one that is unmasked to be looked through; in a larger one the masked sign is looked for
 
+# How it works (RFC 6455, RFC 7692). `MessageReader._read` is a loop over frames; between two calls it knows what is
+# left of the present frame (`_left`), whether it belongs to a message (`_data`), and the message so far (`_parts`, or
+# `_skimmed` once it is too large). A head that is cut waits in `_head`. Three ways to take a frame:
+#   - `_plain_ones`: whole, unmasked, uncompressed messages of a server are walked from head to head, and only those
+#     that hold a sign are taken out; the signs' next places are searched once for all of them (`_next`);
+#   - `_masked_ones`: the same for a client's, each XORed with its own mask: a short one is unmasked, in a long one the
+#     sign is searched for in all four rotations of its mask (`_look`);
+#   - `_open_frame`, `_take`, `_end_message`: everything else, frame by frame: fragments, cut frames, compression.
+# Control frames may stand between the fragments of a message and change nothing in it; a close ends the reading.
+# With permessage-deflate the window goes on from message to message unless that was negotiated away, so every message
+# must be unpacked, wanted or not (`Inflater`). XOR is done on whole messages as large integers, not byte by byte.
+
 _DATA = (0x81, 0x82)  # text and bytes whole in one frame, nothing reserved
 _BEATS = (0x89, 0x8A)  # ping and pong
 

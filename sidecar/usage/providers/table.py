@@ -1,7 +1,7 @@
 """Every place where usage is read, one row each, and the README's table made from it.
 
-A row names the paths of an API, the reader of its answers and what the README says about it. Adding an API is
-adding a row, and a reader where no other speaks its shape. A row without a reader of its own
+A row names the paths of an API, the reader of its responses and what the README says about it. Adding an API is
+adding a row, and a reader where no other speaks its shape: docs/adding-a-provider.md. A row without a reader of its own
 (`Unmetered`) says why nothing is counted there.
 """
 
@@ -17,6 +17,7 @@ from sidecar.usage.providers.cohere import Cohere
 from sidecar.usage.providers.dashscope import DashScope, DashScopeApps
 from sidecar.usage.providers.deepgram import Deepgram, DeepgramSpeak
 from sidecar.usage.providers.elevenlabs import ElevenLabs
+from sidecar.usage.providers.exa import Exa
 from sidecar.usage.providers.fal import Fal
 from sidecar.usage.providers.fallback import Batch, Unmetered
 from sidecar.usage.providers.gemini import CloudCode, Gemini, Interactions, Vertex
@@ -42,6 +43,8 @@ from sidecar.usage.providers.watsonx import Watsonx, WatsonxChat
 
 STORED = "a stored answer read again: counted when it was made"
 FREE = "an estimate, free of charge"
+BODY_END = "the end of the body, or the array's `]`"
+"""The end mark of streams that have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +59,8 @@ class Row:
     method: str = "POST"  # several with blanks between them
     hint_only: bool = False  # paths that others use as well: a call is a model's only where its answer is
     unmetered: str | None = None  # why nothing is counted
+    hosts: tuple[str, ...] = ()  # the provider's public hosts (and all below them), which name it on any path
+    reports_unasked: bool = False  # OpenAI's shape, and a stream's usage comes without `include_usage`
     reads_stored: bool = False  # a stored answer; a POST there that puts a question is none
 
 
@@ -185,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         CloudCode,
         "generate_content",
         "`response.usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.gen_ai",
     ),
     Row(
@@ -194,7 +199,7 @@ ROWS: tuple[Row, ...] = (
         Vertex,
         "generate_content",
         "`usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.vertex_ai",
     ),
     Row(
@@ -203,7 +208,7 @@ ROWS: tuple[Row, ...] = (
         Gemini,
         "generate_content",
         "`usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.gemini",
     ),
     Row(
@@ -481,6 +486,15 @@ ROWS: tuple[Row, ...] = (
         "`usage` of the run's last event",
         "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
     ),
+    Row(
+        "Exa search, contents and answers",
+        (),
+        Exa,
+        "search",
+        "`costDollars.total`, on any path",
+        provider="exa",
+        hosts=("api.exa.ai",),
+    ),
     Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
     Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),
     Row(
@@ -609,6 +623,12 @@ ROWS: tuple[Row, ...] = (
 
 READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in ROWS))
 """All readers, for paths that nobody knows."""
+
+
+HOSTS = {host: row.provider for row in ROWS for host in row.hosts if row.provider is not None}
+"""Of providers with a row of their own; see `response_headers` for those that only speak another's shape."""
+
+REPORTING = frozenset(row.provider for row in ROWS if row.reports_unasked)
 
 
 def entries(rows: tuple[Row, ...] = ROWS) -> list[tuple[str, str, Row]]:
