@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.rows import Hole, Member, NewParked, NewRequest
+from sidecar.delivery.rows import Hole, Member, NewParked, NewRequest, Run
 from sidecar.delivery.tail import Item
 from sidecar.delivery.types import ENCODE_FAILED, SALVAGED, TOO_OLD, UNREADABLE, Tries
 from sidecar.model.delivery import Backend, Dedup, Encoded, Sealed
@@ -35,6 +35,7 @@ class Plan:
     skipped: dict[str, list[int]] = field(default_factory=dict)
     parked: list[NewParked] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
+    applied: list[Run] = field(default_factory=list)  # in the sums of a backend that adds up
 
 
 @dataclass(frozen=True, slots=True)

@@ -126,6 +126,19 @@ class Hole:
     records: int
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Records of consecutive numbers that a backend has in its sums. `duplicate`: it had them before this attempt."""
+
+    first_seq: int
+    last_seq: int
+    duplicate: bool = False
+
+    @property
+    def records(self) -> int:
+        return self.last_seq - self.first_seq + 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealing:
     """One step of a cursor: what became of the records between two places in the spool."""
@@ -138,6 +151,7 @@ class Sealing:
     skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)  # reason -> seqs
     parked: Sequence[NewParked] = ()
     holes: Sequence[Hole] = ()
+    applied: Sequence[Run] = ()  # in the sums of a backend that adds up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +233,8 @@ class Redrive:
 class Amendment:
     """A delivered event that is delivered no more: parked with a reason, or taken back and passed over."""
 
-    request: int
+    request: int  # 0: none, it is in the sums of a backend that adds up
+    cursor: int = 0  # where there is no request
     member: Member
     parking: Parking | None = None
     line: bytes = b""  # the record, where it is parked

@@ -152,6 +152,11 @@ class Tail:
             del self._reading[asked]
             done.set_result(None)
         self._looked_s[instance] = now_s
+        offered = self._find(instance, after_seq)
+        if offered is not None:  # meanwhile, and perhaps parsed already
+            return Read(offered, more=True)
+        if piece is not None:
+            self._keep(instance, piece)
         if not more:
             self._ends[instance] = (after_seq if piece is None else piece.last_seq, wakes)
         return Read(piece, more=more)
@@ -173,9 +178,7 @@ class Tail:
             last = group.last_seq
         if last == after_seq:
             return None, False
-        piece = Piece(after_seq + 1, last, items, size)
-        self._keep(instance, piece)
-        return piece, size >= limit
+        return Piece(after_seq + 1, last, items, size), size >= limit
 
     def _find(self, instance: str, after_seq: int) -> Piece | None:
         pieces = self._pieces.get(instance)
@@ -214,10 +217,12 @@ class Source:
     dry: bool = False  # the last look found nothing more
     next_read_s: float = 0.0  # monotonic: not looked at before
 
-    def move(self, taken: int, upto_seq: int) -> None:
-        for _ in range(taken):
+    def move(self, upto_seq: int) -> None:
+        """What became of the records up to this number is stored."""
+        while self.items and self.items[0].seq <= upto_seq:
             self.items.popleft()
         self.seq = upto_seq
+        self.read_seq = max(self.read_seq, upto_seq)
 
 
 class Feed:
@@ -248,6 +253,14 @@ class Feed:
         for source in self._rotation:
             source.dry = False
         self._listed = False
+
+    def source(self, instance: str) -> Source | None:
+        return self._all.get(instance)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether records were read that have no place yet."""
+        return any(source.items for source in self._rotation)
 
     @property
     def next_look_s(self) -> float | None:
