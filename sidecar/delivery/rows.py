@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sidecar.delivery.retry_policy import Decision
 from sidecar.delivery.types import Parking, Tries
@@ -26,8 +27,7 @@ class StateBusy(StateError):
     """What is on disk is not what the caller believes (a step that was stored after all): load again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One wire event and the record that it came from."""
 
     seq: int

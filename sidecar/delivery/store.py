@@ -511,8 +511,11 @@ def _place(
             conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s, history=parked.history
         )
         parked_of.setdefault(parked.seq, []).append(parked.reason)
-    for seq in pending.keys() | parked_of.keys():
-        counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
+    if not parked_of and max(pending.values(), default=1) == 1:
+        counters.add(cursor, Term.OPEN, len(pending))  # one event a record, as nearly always
+    else:
+        for seq in pending.keys() | parked_of.keys():
+            counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
     for reason, seqs in step.skipped.items():
         _skip(conn, cursor, reason, seqs)
         counters.add(cursor, Term.SKIPPED, len(seqs), reason)

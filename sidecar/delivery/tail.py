@@ -49,6 +49,12 @@ class Item:
             self._record = found
         return found  # type: ignore[return-value]
 
+    @property
+    def known(self) -> Record:
+        """The record of an item that was found to hold one."""
+        found = self._record
+        return found if found is not _NOT_PARSED else self.record  # type: ignore[return-value]
+
     def __repr__(self) -> str:
         return f"<Item {self.seq}{f', a hole of {self.hole.records}' if self.hole else ''}>"
 
