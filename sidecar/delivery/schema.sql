@@ -1,5 +1,6 @@
 -- `cursor` is a pair of backend and instance. `sealed` has one short row for each request, for as long as
 -- delivered records are kept; `payload` its bytes and records, until it is settled and none of it is parked.
+-- `lines` is empty where the body is these lines, each with its end.
 -- `parts` has a row for each record with more than one event, and for those left over by `fold`.
 -- `applied` has the records that a backend that adds up has in its sums, as runs of numbers: no row a record.
 -- `fates` has a letter for each event of a settled request: d(elivered), (d)u(plicate), p(arked), m(oved on).

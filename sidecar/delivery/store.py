@@ -262,10 +262,11 @@ class DeliveryStore:
                 return None
             # Whoever settled it may not have heard how its last attempt ended: then that one counts.
             risk_s = row[7] if row[4] and row[5] is None else row[5]
+            sealed = _load(conn, request)
             return NewRequest(
-                sealed=_load(conn, request),
+                sealed=sealed,
                 members=_read_members(row[0]),
-                lines=tuple(_split_lines(row[3])),
+                lines=tuple(_read_lines(row[3], sealed.body)),
                 oldest_s=row[1],
                 generation=row[2],
                 tries=Tries(attempts=row[4], risk_wall_s=risk_s, expired=bool(row[6])),
@@ -623,7 +624,7 @@ def _insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float
         "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
         (
             row[0], sealed.path, sealed.content_type, orjson.dumps(sealed.headers).decode(), sealed.body,
-            b"\n".join(new.lines),
+            _write_lines(new),
         ),
     )  # fmt: skip
     return int(row[0])
@@ -653,10 +654,10 @@ def _load(conn: sqlite3.Connection, request: int) -> Sealed:
 
 def _lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
     """The records of a request, in the order in which its members first name them."""
-    row = conn.execute("SELECT lines FROM payload WHERE request = ?", (request,)).fetchone()
+    row = conn.execute("SELECT lines, body FROM payload WHERE request = ?", (request,)).fetchone()
     if row is None:
         raise _lost_bytes(request)
-    return _split_lines(row[0])
+    return _read_lines(row[0], row[1])
 
 
 def _drop_bytes(conn: sqlite3.Connection, request: int) -> None:
@@ -679,8 +680,15 @@ def _write_members(members: Sequence[Member]) -> bytes:
     )
 
 
-def _split_lines(blob: bytes) -> list[bytes]:
-    return blob.split(b"\n")
+def _write_lines(new: NewRequest) -> bytes:
+    """The records of a request; nothing where its body is these lines, each with its end: half the bytes to write."""
+    lines = b"\n".join(new.lines)
+    body = new.sealed.body
+    return b"" if len(body) == len(lines) + 1 and body[-1:] == b"\n" and body.startswith(lines) else lines
+
+
+def _read_lines(lines: bytes, body: bytes) -> list[bytes]:
+    return (lines or body[:-1]).split(b"\n")
 
 
 def _lost_bytes(request: int) -> StateError:

@@ -11,7 +11,7 @@ import pytest
 from support.delivery_fixtures import MemorySpool, World, plain, record_line, until
 from support.fake_backend import FakeBackend
 
-from sidecar.delivery import Delivery, Limits
+from sidecar.delivery import Delivery, Limits, tail
 from sidecar.delivery.tail import Tail
 from sidecar.model.delivery import Abilities, Atomicity, Dedup
 from sidecar.model.record import Record
@@ -63,7 +63,10 @@ async def test_three_backends_read_and_parse_a_record_once(world: World, parsed:
     assert all(set(backend.taken.values()) == {1} for backend in backends)
 
 
-async def test_what_was_just_committed_is_not_read_from_the_disk(world: World, parsed: Counter[bytes]) -> None:
+async def test_what_was_just_committed_is_not_read_from_the_disk(
+    world: World, parsed: Counter[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tail, "OFFERED_LOOK_S", 1e9)  # however slow the machine is
     backends = three()
     async with world.deliver(*backends) as delivery:
         await all_settled(world, delivery)
@@ -124,19 +127,19 @@ async def test_holes_and_numbers_before_are_told_apart() -> None:
     spool.append([record_line(seq) for seq in range(1, 6)])
     spool.hole(5, 3)
     spool.append([record_line(seq) for seq in range(11, 14)])
-    tail = Tail(spool, Limits())
-    found = await tail.read("one", 0, 0.0)
+    spools = Tail(spool, Limits())
+    found = await spools.read("one", 0, 0.0)
     assert found.piece is not None
     assert [item.seq for item in found.piece.after(0)] == [1, 2, 3, 4, 5, 10, 11, 12, 13]
     assert [item.seq for item in found.piece.after(4)] == [5, 10, 11, 12, 13]
     assert [item.hole.records for item in found.piece.after(0) if item.hole] == [3]
-    again = await tail.read("one", 7, 0.0)
+    again = await spools.read("one", 7, 0.0)
     assert again.piece is found.piece
-    assert (await tail.read("one", 13, 0.0)).piece is None
-    assert tail.reads == 1, "the end is known until there is a wake"
+    assert (await spools.read("one", 13, 0.0)).piece is None
+    assert spools.reads == 1, "the end is known until there is a wake"
     spool.append([record_line(14)])
-    tail.wake()
-    grown = await tail.read("one", 13, 0.0)
+    spools.wake()
+    grown = await spools.read("one", 13, 0.0)
     assert grown.piece is not None
     assert grown.piece.last_seq == 14
 
@@ -144,8 +147,8 @@ async def test_holes_and_numbers_before_are_told_apart() -> None:
 async def test_a_group_with_a_hole_is_not_believed() -> None:
     spool = MemorySpool()
     spool.hole(3, 2)
-    tail = Tail(spool, Limits())
-    tail.offer("one", StoredGroup(first_seq=1, last_seq=3, lines=(), missing=2))
-    found = await tail.read("one", 0, 0.0)
+    spools = Tail(spool, Limits())
+    spools.offer("one", StoredGroup(first_seq=1, last_seq=3, lines=(), missing=2))
+    found = await spools.read("one", 0, 0.0)
     assert found.piece is not None
-    assert tail.reads == 1
+    assert spools.reads == 1
