@@ -222,6 +222,7 @@ class Source:
     items: deque[Item] = field(default_factory=deque)
     dry: bool = False  # the last look found nothing more
     next_read_s: float = 0.0  # monotonic: not looked at before
+    soon_s: float = 0.0  # and before that, when there was a wake since the last look
 
     def move(self, upto_seq: int) -> None:
         """What became of the records up to this number is stored."""
@@ -258,6 +259,7 @@ class Feed:
         """Something was committed somewhere, perhaps by an instance that is new."""
         for source in self._rotation:
             source.dry = False
+            source.next_read_s = min(source.next_read_s, source.soon_s)
         self._listed = False
 
     def source(self, instance: str) -> Source | None:
@@ -311,9 +313,8 @@ class Feed:
         if found.piece is not None:
             source.items.extend(found.piece.after(source.read_seq))
             source.read_seq = found.piece.last_seq
+        source.soon_s = now_s + self._gap_s
         # Less than was asked for is all there was; a wake meanwhile says that there is more.
         if found.more:
             source.dry = False
-            source.next_read_s = found.look_s
-        else:
-            source.next_read_s = now_s + self._gap_s
+        source.next_read_s = found.look_s if found.more else source.soon_s

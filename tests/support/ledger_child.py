@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from support.backend_trials import made
 from support.delivery_child import Fuse, fused, serve
 from support.delivery_fixtures import QUICK, World, until
 
@@ -47,7 +48,7 @@ async def deliver(order: dict[str, Any]) -> dict[str, Any]:
     store = LedgerStore(directory / "ledger.db")
     assert store._db is not None
     store._db.set_trace_callback(lambda _: fuse("ledger"))
-    backend = Child(store=store)
+    backend: Child = made(Child, open_ledger=lambda: store)
     async with world.deliver(backend) as delivery:
         for _ in range(5):  # what is there at a start, and what comes later
             delivery.wake()

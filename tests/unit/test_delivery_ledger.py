@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+from support.backend_trials import made
 from support.delivery_fixtures import World, plain, record_id, record_line, until
 
-from sidecar.backends.base import PARK, SKIP, Policy
 from sidecar.backends.ledger import LedgerBackend
 from sidecar.delivery import Delivery
 from sidecar.delivery.corrections import cancel
@@ -61,6 +61,11 @@ def store(tmp_path: Path) -> Iterator[Scripted]:
     store.close()
 
 
+def ledger(store: LedgerStore, *, denied: str = "send") -> LedgerBackend:
+    backend: LedgerBackend = made(LedgerBackend, open_ledger=lambda: store, denied=denied)
+    return backend
+
+
 def calls(world: World) -> int:
     rows = LedgerReader(world.directory / "ledger.db").usage()
     return rows[0].records if rows else 0
@@ -83,16 +88,16 @@ async def settled(world: World, delivery: Delivery) -> dict[str, object]:
 async def test_batches_are_added_once_and_nothing_is_kept_a_record(world: World, store: Scripted) -> None:
     world.spool.add(1200)
     world.spool.add(30, "two")
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         assert await settled(world, delivery) == {"delivered": 1230}
         assert calls(world) == 1230
         assert store.batches < 12
         assert [rows(world, table) for table in ("sealed", "payload", "skipped", "parts", "applied")] == [0, 0, 0, 0, 2]
-        assert world.metrics.events == world.metrics.verdicts["Delivered"] == 1230
+        await until(lambda: world.metrics.events == world.metrics.verdicts["Delivered"] == 1230)  # after the commit
         await delivery.forget({"one": 777})
         assert plain(world.balance(delivery), "ledger") == {"delivered": 1230}
         assert delivery.totals({"one": 1000, "two": 10})["ledger"].total == 1010
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         world.spool.add(5)
         assert await settled(world, delivery) == {"delivered": 1235}
     assert calls(world) == 1235
@@ -103,7 +108,7 @@ async def test_what_was_added_before_a_death_is_counted_and_not_added_again(worl
     world.spool.add(40)
     world.spool.append([record_line(41), b"no record", record_line(43, outcome=Outcome.DENIED)])
     before = world.path.read_bytes()
-    backend = LedgerBackend(store=store, policy=Policy(denied=SKIP))
+    backend = ledger(store, denied="skip")
     async with world.deliver(backend) as delivery:
         first = await settled(world, delivery)
     assert first == {"delivered": 41, "parked": {"unreadable": 1}, "skipped": {"denied": 1}}
@@ -111,7 +116,7 @@ async def test_what_was_added_before_a_death_is_counted_and_not_added_again(worl
         (world.directory / name).unlink(missing_ok=True)
     world.path.write_bytes(before)
     world.spool.add(7)
-    async with world.deliver(LedgerBackend(store=store, policy=Policy(denied=PARK))) as delivery:
+    async with world.deliver(ledger(store, denied="park")) as delivery:
         again = await settled(world, delivery)
     # What stood outside the sums is judged as the policy is now; what is in them stays there.
     assert again == {"delivered": 7, "duplicate": 41, "parked": {"unreadable": 1, "denied": 1}}
@@ -120,18 +125,18 @@ async def test_what_was_added_before_a_death_is_counted_and_not_added_again(worl
 
 async def test_a_lost_delivery_db_doubles_nothing_and_a_lost_ledger_is_told(world: World, store: Scripted) -> None:
     world.spool.add(20)
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         await settled(world, delivery)
     for file in world.directory.glob("delivery.db*"):
         file.unlink()
     world.spool.add(5)
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         assert await settled(world, delivery) == {"delivered": 5, "duplicate": 20}
     assert calls(world) == 25
     for file in world.directory.glob("delivery.db*"):
         file.unlink()
     fresh = LedgerStore(world.directory / "other.db")
-    async with world.deliver(LedgerBackend(store=fresh)) as delivery:
+    async with world.deliver(ledger(fresh)) as delivery:
         assert await settled(world, delivery) == {"parked": {"salvaged": 25}}
         assert all(row.maybe_taken for row in delivery.parked())
     fresh.close()
@@ -139,7 +144,7 @@ async def test_a_lost_delivery_db_doubles_nothing_and_a_lost_ledger_is_told(worl
 
 async def test_a_record_that_cannot_be_added_parks_alone_and_goes_when_it_can(world: World, store: Scripted) -> None:
     ids = world.spool.add(600)
-    backend = Picky(store=store)
+    backend: Picky = made(Picky, open_ledger=lambda: store)
     backend.poison = frozenset({ids[3], ids[4], ids[577]})
     async with world.deliver(backend) as delivery:
         assert await settled(world, delivery) == {"delivered": 597, "parked": {"sum_not_exact": 3}}
@@ -154,7 +159,7 @@ async def test_records_that_are_lost_in_the_spool_are_passed_over(world: World, 
     world.spool.add(10)
     world.spool.hole(5, 4)
     world.spool.add(10)
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         assert await settled(world, delivery) == {"delivered": 20, "skipped": {"missing": 4}}
     assert calls(world) == 20
 
@@ -162,7 +167,7 @@ async def test_records_that_are_lost_in_the_spool_are_passed_over(world: World, 
 async def test_a_ledger_that_takes_nothing_keeps_all_and_says_why(world: World, store: Scripted) -> None:
     world.spool.add(50)
     store.verdicts = [Retry("disk_full")] * 8 + [Blocked("not_writable")] * 3
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         delivery.wake()
         await until(lambda: delivery.status()[0].reason == "disk_full")
         assert plain(world.balance(delivery), "ledger") == {"pending": 50}
@@ -175,7 +180,7 @@ async def test_a_ledger_that_takes_nothing_keeps_all_and_says_why(world: World, 
 async def test_a_drain_does_not_wait_for_a_ledger_that_takes_nothing(world: World, store: Scripted) -> None:
     world.spool.add(50)
     store.verdicts = [Blocked("not_writable")] * 10_000
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         await delivery.drain(5.0)
         assert plain(world.balance(delivery), "ledger") == {"pending": 50}
 
@@ -189,7 +194,7 @@ def summed(world: World, backend: LedgerBackend, first: int, last: int) -> Summe
 
 
 async def test_sums_that_are_handed_over_need_no_reading(world: World, store: Scripted) -> None:
-    backend = LedgerBackend(store=store)
+    backend = ledger(store)
     world.spool.add(10)
     async with world.deliver(backend) as delivery:
         assert await settled(world, delivery) == {"delivered": 10}
@@ -205,7 +210,7 @@ async def test_sums_that_are_handed_over_need_no_reading(world: World, store: Sc
 
 
 async def test_sums_that_do_not_fit_are_let_go_and_the_spool_is_read(world: World, store: Scripted) -> None:
-    backend = LedgerBackend(store=store)
+    backend = ledger(store)
     world.spool.add(70)
     async with world.deliver(backend) as delivery:
         delivery.apply(summed(world, backend, 1, 10))
@@ -223,7 +228,7 @@ async def test_sums_that_do_not_fit_are_let_go_and_the_spool_is_read(world: Worl
 
 async def test_one_call_is_taken_out_of_the_sums_again(world: World, store: Scripted) -> None:
     ids = world.spool.add(30)
-    backend = LedgerBackend(store=store)
+    backend = ledger(store)
     async with world.deliver(backend) as delivery:
         await settled(world, delivery)
         [found] = delivery.find(ids[6])
@@ -240,7 +245,7 @@ async def test_one_call_is_taken_out_of_the_sums_again(world: World, store: Scri
 
 async def test_a_miscounted_run_is_found(world: World, store: Scripted) -> None:
     world.spool.add(10)
-    async with world.deliver(LedgerBackend(store=store)) as delivery:
+    async with world.deliver(ledger(store)) as delivery:
         await settled(world, delivery)
         await delivery.store.run(lambda: delivery.store._conn.execute("UPDATE applied SET last_seq = 9"))
         assert ["delivered says 10, the rows 9" in problem for problem in delivery.verify()] == [True]
