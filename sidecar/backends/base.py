@@ -17,10 +17,11 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import orjson
 
+from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import answered
-from sidecar.model.delivery import Encoded, Verdict
+from sidecar.model.delivery import Applied, Encoded, Verdict
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
 from sidecar.settings import setting, types
@@ -40,6 +41,14 @@ class LedgerApply(Protocol):
 
     def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
         """Add effects that take others back, once; and the meters that could not be taken back."""
+        ...
+
+    def applied(self, instance: str) -> Applied | Verdict | None:
+        """How far the sums go in one spool; a verdict where that cannot be told just now."""
+        ...
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[BatchSums]) -> Verdict:
+        """Add the sums of a batch of that spool, once; faults come back as a verdict."""
         ...
 
     def close(self) -> None: ...

@@ -1,8 +1,9 @@
 """`ledger`: the embedded usage store, as a backend like any other.
 
-The sealed bytes are the effects of a batch, not its records, and the store adds them together with the
-delivery's key in one transaction: a repeat is recognised and changes nothing. The store is handed in: this
-file knows how effects are made, `sidecar.ledger` how they are kept.
+New records come in batches, known by their numbers: what they add up to and how far they go is committed together, so
+nothing is kept a record. What is offered again after it was parked comes as a sealed request, whose bytes are the
+effects of its records: the store adds them together with the request's key, so a repeat is recognised. The store is
+handed in: this file knows how effects are made, `sidecar.ledger` how they are kept.
 """
 
 from __future__ import annotations
@@ -13,9 +14,20 @@ from typing import Final
 
 from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import batch_key, event_key
-from sidecar.meters.buckets import SUMS, bucket_deltas, to_wire
+from sidecar.meters.buckets import SUMS, BatchSums, batch_sums, bucket_deltas, to_wire
 from sidecar.meters.hourly import body_of, deltas, grouped
-from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
+from sidecar.model.delivery import (
+    Abilities,
+    Applied,
+    Atomicity,
+    Dedup,
+    Encoded,
+    Event,
+    Refused,
+    Sealed,
+    Undone,
+    Verdict,
+)
 from sidecar.model.record import Record
 
 BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
@@ -54,6 +66,17 @@ class LedgerBackend:
             body = body_of(deltas(groups), to_wire(bucket_deltas(groups.items(), self._meters)))
             encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body))
         return encoded
+
+    def add_up(self, records: Sequence[Record]) -> tuple[BatchSums, Encoded]:
+        """What records amount to, without those that the policy keeps out."""
+        left = Encoded()
+        return batch_sums([r for r in records if self._policy.place(r, left)], self._meters), left
+
+    def applied(self, instance: str) -> Applied | Verdict | None:
+        return self._store.applied(instance)
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[object]) -> Verdict:
+        return self._store.apply_sums(instance, batch, [one for one in sums if isinstance(one, BatchSums)])
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         verdict = await asyncio.to_thread(self._store.apply, sealed.key, sealed.body)

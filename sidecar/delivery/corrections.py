@@ -88,7 +88,7 @@ async def _take_back(found: Found, files: Files, backends: Mapping[str, Backend]
     done, text = await _ask(Event(found.record_id, found.event_id), found.backend, line, backends)
     if not done:
         return _not(found, text)
-    amendment = Amendment(request=found.request, member=_member(found), skip=CANCELLED)
+    amendment = Amendment(request=found.request, cursor=found.cursor, member=_member(found), skip=CANCELLED)
     if not await _amend(amendment, files):
         return _not(found, f"{text}, but its place has changed meanwhile: run it again")
     files.metrics.skipped(found.backend, CANCELLED, 1)
@@ -133,7 +133,12 @@ async def _complained(one: Named, files: Files, backend: Backend | None, name: s
     if line is None:
         return _not(last, "cannot be read in the spool any more: bill it by hand")
     amendment = Amendment(
-        request=last.request, member=_member(last), parking=Parking(reason), line=line, note=f"reported as {one.code}"
+        request=last.request,
+        cursor=last.cursor,
+        member=_member(last),
+        parking=Parking(reason),
+        line=line,
+        note=f"reported as {one.code}",
     )
     if not await _amend(amendment, files):
         return _not(last, "has changed its place meanwhile: run it again")

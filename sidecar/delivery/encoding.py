@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.rows import Hole, Member, NewParked, NewRequest
+from sidecar.delivery.rows import Hole, Member, NewParked, NewRequest, Run
 from sidecar.delivery.tail import Item
 from sidecar.delivery.types import ENCODE_FAILED, SALVAGED, TOO_OLD, UNREADABLE, Tries
 from sidecar.model.delivery import Backend, Dedup, Encoded, Sealed
@@ -35,6 +35,7 @@ class Plan:
     skipped: dict[str, list[int]] = field(default_factory=dict)
     parked: list[NewParked] = field(default_factory=list)
     holes: list[Hole] = field(default_factory=list)
+    applied: list[Run] = field(default_factory=list)  # in the sums of a backend that adds up
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,21 +58,13 @@ class LostEvents:
         return self.records.get(seq) or self.events.get((seq, event_id))
 
 
-class Readable:
-    """An item that holds a record."""
-
-    __slots__ = ("item", "record")
-
-    def __init__(self, item: Item, record: Record) -> None:
-        self.item, self.record = item, record
-
-
 async def plan(
     backend: Backend, items: Sequence[Item], *, room: int, again_upto: int, now_s: float, limits: Limits
 ) -> Plan:
     """Decide for as many items as give at most `room` requests, but for one record at least."""
     made = Plan()
-    reads: dict[str, Readable] = {}
+    reads: dict[str, Item] = {}
+    ages = backend.abilities.age_max_s is not None
     for count, item in enumerate(items, 1):
         if count % limits.parse_records == 0:
             await asyncio.sleep(0)
@@ -79,18 +72,17 @@ async def plan(
             made.taken, made.upto_seq = count, item.seq
             made.holes.append(item.hole)
             continue
-        read = _parse(item)
-        if read is not None and read.record.id in reads:
+        record = item.record
+        if record is not None and record.id in reads:
             break  # an id that stands twice (never ours) waits for a request of its own
         made.taken, made.upto_seq = count, item.seq
-        if read is None:
+        if record is None:
             made.parked.append(NewParked(seq=item.seq, record_id=f"seq:{item.seq}", reason=UNREADABLE, line=item.line))
             continue
-        parked = _kept_back(backend, read, again_upto, now_s, limits)
-        if parked is not None:
-            made.parked.append(parked)
+        if (ages or item.seq <= again_upto) and (kept := _kept_back(backend, item, record, again_upto, now_s, limits)):
+            made.parked.append(kept)
         else:
-            reads[read.record.id] = read
+            reads[record.id] = item
     await asyncio.sleep(0)
     chosen = list(reads.values())
     encoded, failed = encode(backend, chosen)
@@ -99,7 +91,7 @@ async def plan(
         chosen = chosen[: max(1, len(chosen) * room // len(encoded.sealed))]
         encoded, failed = encode(backend, chosen)
     if len(chosen) < len(reads):
-        _cut_short(made, items, list(reads.values())[len(chosen)].item.seq)
+        _cut_short(made, items, list(reads.values())[len(chosen)].seq)
     _place(made, backend, chosen, encoded, failed, now_s)
     return made
 
@@ -111,11 +103,11 @@ async def again(
     reads = []
     lost = LostEvents()
     for seq, line in lines:
-        read = _parse(Item(seq, line))
-        if read is None:
+        item = Item(seq, line)
+        if item.record is None:
             lost.records[seq] = Lost(UNREADABLE)
         else:
-            reads.append(read)
+            reads.append(item)
     await asyncio.sleep(0)
     encoded, failed = encode(backend, reads)
     made = Plan()
@@ -132,8 +124,8 @@ async def again(
 
 def older_than(limit_s: float, seqs: Sequence[int], lines: Sequence[bytes]) -> set[int]:
     """The numbers of those records whose event time is before a limit."""
-    reads = [_parse(Item(seq, line)) for seq, line in zip(seqs, lines, strict=True)]
-    return {read.item.seq for read in reads if read is not None and read.record.started_s < limit_s}
+    items = [Item(seq, line) for seq, line in zip(seqs, lines, strict=True)]
+    return {item.seq for item in items if item.record is not None and item.record.started_s < limit_s}
 
 
 def child_key(parent: str, index: int) -> str:
@@ -149,7 +141,7 @@ def redriven_key(key: str, generation: int) -> str:
     return f"h-{hashlib.sha256(key.encode()).hexdigest()[:40]}~{generation}"
 
 
-def encode(backend: Backend, reads: Sequence[Readable]) -> tuple[Encoded, set[str]]:
+def encode(backend: Backend, reads: Sequence[Item]) -> tuple[Encoded, set[str]]:
     """Ask the encoder, in rows of records so short that no batch begins or ends inside a record.
 
     A part of a refused batch is encoded again from whole records: a record with events on both sides of a
@@ -177,7 +169,7 @@ def _most_events(encoded: Encoded) -> int:
     return max(counts.values(), default=1)
 
 
-def _in_rows(backend: Backend, reads: Sequence[Readable], most: int) -> tuple[Encoded, set[str]]:
+def _in_rows(backend: Backend, reads: Sequence[Item], most: int) -> tuple[Encoded, set[str]]:
     whole, failed = Encoded(), set()
     for start in range(0, len(reads), most):
         one, bad = _ask(backend, reads[start : start + most])
@@ -189,15 +181,15 @@ def _in_rows(backend: Backend, reads: Sequence[Readable], most: int) -> tuple[En
     return whole, failed
 
 
-def _ask(backend: Backend, reads: Sequence[Readable]) -> tuple[Encoded, set[str]]:
+def _ask(backend: Backend, reads: Sequence[Item]) -> tuple[Encoded, set[str]]:
     """One call of the encoder; where it raises, ask for each record alone and name those that it raises for."""
     if not reads:
         return Encoded(), set()
     try:
-        encoded = backend.encode([read.record for read in reads])
+        encoded = backend.encode([item.known for item in reads])
         named = {e.record_id for sealed in encoded.sealed for e in sealed.events}
         named.update(event.record_id for event in encoded.withheld)
-        if named <= {read.record.id for read in reads}:
+        if named <= {item.known.id for item in reads}:
             return encoded, set()
         raise LookupError("events of records that were not offered")
     except Exception as error:  # noqa: BLE001 - one record must not stop the others
@@ -206,29 +198,26 @@ def _ask(backend: Backend, reads: Sequence[Readable]) -> tuple[Encoded, set[str]
             extra={"facts": {"backend": backend.name, "error": type(error).__name__, "records": len(reads)}},
         )
     if len(reads) == 1:
-        return Encoded(), {reads[0].record.id}
+        return Encoded(), {reads[0].known.id}
     return _in_rows(backend, reads, 1)
 
 
-def _parse(item: Item) -> Readable | None:
-    record = item.record
-    return None if record is None else Readable(item, record)
-
-
-def _kept_back(backend: Backend, read: Readable, again_upto: int, now_s: float, limits: Limits) -> NewParked | None:
+def _kept_back(
+    backend: Backend, item: Item, record: Record, again_upto: int, now_s: float, limits: Limits
+) -> NewParked | None:
     """What no encoder needs to see: too old for the backend, or perhaps delivered before."""
-    abilities, started_s = backend.abilities, read.record.started_s
+    abilities, started_s = backend.abilities, record.started_s
     reason, maybe = "", False
     if abilities.age_max_s is not None and started_s < now_s - abilities.age_max_s:
         reason = TOO_OLD
-    if read.item.seq <= again_upto:
+    if item.seq <= again_upto:
         window_s = abilities.dedup_window_s
         known = window_s is None or now_s - started_s < window_s - limits.window_margin_s
         if abilities.dedup is not Dedup.EVENT_ID or not known:
             reason, maybe = SALVAGED, True
     if not reason:
         return None
-    return NewParked(seq=read.item.seq, record_id=read.record.id, reason=reason, line=read.item.line, maybe_taken=maybe)
+    return NewParked(seq=item.seq, record_id=record.id, reason=reason, line=item.line, maybe_taken=maybe)
 
 
 def _cut_short(made: Plan, items: Sequence[Item], first_left: int) -> None:
@@ -240,9 +229,9 @@ def _cut_short(made: Plan, items: Sequence[Item], first_left: int) -> None:
 
 
 def _place(
-    made: Plan, backend: Backend, reads: Sequence[Readable], encoded: Encoded, failed: set[str], now_s: float
+    made: Plan, backend: Backend, reads: Sequence[Item], encoded: Encoded, failed: set[str], now_s: float
 ) -> None:
-    by_id = {read.record.id: read for read in reads}
+    by_id = {item.known.id: item for item in reads}
     placed: set[str] = set()
     for sealed in encoded.sealed:
         if not sealed.events:
@@ -250,16 +239,18 @@ def _place(
         made.requests.append(_request(backend, sealed, by_id, now_s))
         placed.update(event.record_id for event in sealed.events)
     for event, why in encoded.withheld.items():
-        read = by_id[event.record_id]
+        item = by_id[event.record_id]
         made.parked.append(
             NewParked(
-                seq=read.item.seq, record_id=event.record_id, event_id=event.event_id, reason=why.reason,
-                line=read.item.line, history=(f"not sent: {why.detail or why.reason}",), detail=why.detail,
+                seq=item.seq, record_id=event.record_id, event_id=event.event_id, reason=why.reason,
+                line=item.line, history=(f"not sent: {why.detail or why.reason}",), detail=why.detail,
             )
         )  # fmt: skip
         placed.add(event.record_id)
-    for read in reads:
-        record, seq = read.record, read.item.seq
+    if len(placed) == len(reads):
+        return
+    for item in reads:
+        record, seq = item.known, item.seq
         if record.id in placed:
             continue
         if record.id in encoded.skipped and record.id not in encoded.parked:
@@ -271,19 +262,20 @@ def _place(
                 "a backend's encoder forgot a record; it is parked",
                 extra={"facts": {"backend": backend.name, "record": record.id}},
             )
-        made.parked.append(NewParked(seq=seq, record_id=record.id, reason=reason, line=read.item.line))
+        made.parked.append(NewParked(seq=seq, record_id=record.id, reason=reason, line=item.line))
 
 
-def _request(backend: Backend, sealed: Sealed, by_id: dict[str, Readable], now_s: float) -> NewRequest:
-    reads = {event.record_id: by_id[event.record_id] for event in sealed.events}
-    starts = [read.record.started_s for read in reads.values()]
+def _request(backend: Backend, sealed: Sealed, by_id: dict[str, Item], now_s: float) -> NewRequest:
+    events = sealed.events
+    items = {event.record_id: by_id[event.record_id] for event in events}
+    starts = [item.known.started_s for item in items.values()]
     future_s = backend.abilities.future_max_s
     # Only where the clock was put back: a backend that refuses the future is asked when it is the present.
     due_s = 0.0 if future_s is None or max(starts) <= now_s + future_s else max(starts) - future_s
     return NewRequest(
         sealed=sealed,
-        members=tuple(Member(by_id[e.record_id].item.seq, e.record_id, e.event_id) for e in sealed.events),
-        lines=tuple(read.item.line for read in reads.values()),
+        members=tuple([Member(items[event.record_id].seq, event.record_id, event.event_id) for event in events]),
+        lines=tuple([item.line for item in items.values()]),
         oldest_s=min(starts),
         due_s=due_s,
     )

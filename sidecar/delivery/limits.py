@@ -28,6 +28,8 @@ class Limits:
     encode_records: int = 100  # one slice of the event loop: about 1 ms
     parse_records: int = 40  # one slice of reading lines: about 0.5 ms
     read_bytes: int = 512 << 10  # of lines in one look at a spool: some 550 records
+    sum_records: int = 500  # added up at once by a backend that keeps sums: some 2 ms of the event loop
+    sums_kept: int = 64  # batches whose sums were handed over and wait to be added; more are read from the spool
     tail_bytes: int = 2 << 20  # of lines kept for the other backends; parsed they take three times that
     tail_pieces: int = 64  # of one instance: a piece is a look, or a commit that was handed over
     linger_s: float = 0.1  # between two looks into a spool that was read to its end: batches fill up meanwhile

@@ -19,7 +19,7 @@ from typing import Final
 import orjson
 
 from sidecar.delivery.database import open_reader, told
-from sidecar.delivery.rows import Parked
+from sidecar.delivery.rows import Parked, Run
 from sidecar.delivery.types import Fate, SpoolReader, Term, worst
 from sidecar.model.balance import BackendTotals
 
@@ -41,8 +41,9 @@ class Found:
     event_id: str
     key: str
     fate: str  # a term, or `open`
-    sealed_at_s: float
-    request: int
+    sealed_at_s: float  # 0: not known
+    request: int  # 0: none, it is in the sums of a backend that adds up
+    cursor: int
 
 
 @dataclass(slots=True)
@@ -235,19 +236,20 @@ class DeliveryQueries:
         with self._reading() as conn:
             return int(conn.execute("SELECT coalesce(max(id), 0) FROM parked").fetchone()[0])
 
-    def find(self, one: str) -> list[Found]:
+    def find(self, one: str, reader: SpoolReader | None = None) -> list[Found]:
         """Every event with this id or of this record that is remembered: for complaints and cancellations.
 
         A plain scan: ids of delivered events are kept for the retention (until `fold`) but not indexed, because an
-        index over random ids would cost every delivery more than a rare question may.
+        index over random ids would cost every delivery more than a rare question may. Of a backend that adds up only
+        numbers are kept, so its records are looked for in the spool, where `reader` is given.
         """
         needle = f'"{one}"'.encode()
         found: list[Found] = []
         with self._apart() as conn:
             (last,) = conn.execute("SELECT coalesce(max(id), 0) FROM sealed").fetchone()
             for after in range(0, last, FIND_REQUESTS):
-                for backend, instance, request, key, at_s, fates, blob in conn.execute(
-                    "SELECT backend, instance, sealed.id, key, at_s, fates, members FROM sealed"
+                for backend, instance, request, key, at_s, fates, blob, cursor in conn.execute(
+                    "SELECT backend, instance, sealed.id, key, at_s, fates, members, cursor FROM sealed"
                     " JOIN cursor ON cursor.id = sealed.cursor"
                     " WHERE sealed.id > ? AND sealed.id <= ? AND instr(members, ?) > 0 ORDER BY sealed.id",
                     (after, after + FIND_REQUESTS, needle),
@@ -255,7 +257,23 @@ class DeliveryQueries:
                     for index, row in enumerate(orjson.loads(blob)):
                         if one in (row[1], row[-1]):
                             fate = "open" if fates is None else _FATES[fates[index]]
-                            found.append(Found(backend, instance, row[0], row[1], row[-1], key, fate, at_s, request))
+                            event = (backend, instance, row[0], row[1], row[-1])
+                            found.append(Found(*event, key, fate, at_s, request, cursor))
+        return found if reader is None else found + self._find_applied(one, reader)
+
+    def _find_applied(self, one: str, reader: SpoolReader) -> list[Found]:
+        found = []
+        with self._apart() as conn:
+            summed = conn.execute(
+                "SELECT id, backend, instance, folded_seq FROM cursor"
+                " WHERE EXISTS(SELECT 1 FROM applied WHERE cursor = cursor.id) ORDER BY id"
+            ).fetchall()
+            seqs = {i: _seqs_of(one, reader, i, min(r[3] for r in summed if r[2] == i)) for i in {r[2] for r in summed}}
+            for cursor, backend, instance, _ in summed:
+                for seq in seqs[instance]:
+                    for run in runs_between(conn, cursor, seq - 1, seq):
+                        fate = "duplicate" if run.duplicate else "delivered"
+                        found.append(Found(backend, instance, seq, one, one, "", fate, 0.0, 0, cursor))
         return found
 
     @contextmanager
@@ -284,6 +302,34 @@ _FATES: Final = {
     Fate.PARKED.value: "parked",
     Fate.MOVED.value: "moved",
 }
+
+
+def _seqs_of(record_id: str, reader: SpoolReader, instance: str, after: int) -> list[int]:
+    """The numbers beyond `after` of the stored records with this id: one, unless it stands twice (never ours)."""
+    needle, found = f'"{record_id}"'.encode(), []
+    while groups := reader.read(instance, after):
+        for group in groups:
+            for seq, line in enumerate(group.lines, group.first_seq):
+                if needle in line and _id_of(line) == record_id:
+                    found.append(seq)
+        after = groups[-1].last_seq
+    return found
+
+
+def _id_of(line: bytes) -> object:
+    try:
+        return orjson.loads(line)["id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def runs_between(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> list[Run]:
+    """What is in the sums of the records numbered `after < seq <= upto`."""
+    rows = conn.execute(
+        "SELECT first_seq, last_seq, duplicate FROM applied WHERE cursor = ? AND last_seq > ? AND first_seq <= ?",
+        (cursor, after, upto),
+    )
+    return [Run(max(first, after + 1), min(last, upto), bool(duplicate)) for first, last, duplicate in rows]
 
 
 def records_between(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> dict[int, Record]:
@@ -329,6 +375,8 @@ def _recount(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> Co
         for record in records_between(conn, cursor, low, min(low + WINDOW_RECORDS, upto)).values():
             if record.place is not None:
                 places[record.place] += 1
+    for run in runs_between(conn, cursor, after, upto):
+        places[(Term.DUPLICATE.value if run.duplicate else Term.DELIVERED.value, "")] += run.records
     # Ranges were counted when they were passed over; their records are not looked at one by one.
     for reason, n in conn.execute(
         "SELECT reason, sum(n) FROM skipped WHERE cursor = ? AND last_seq > ? AND seqs IS NULL GROUP BY reason",

@@ -3,7 +3,7 @@
 What must always hold: a request that may have been taken is offered again only while the backend still
 recognises it (or the operator said that doubles are acceptable); otherwise it is parked, never dropped. A
 refusal parks only what was refused for itself. Time and chance come in as arguments, so that every rule
-has a table test. Storing the decision and carrying it out are left to `state` and `lane`.
+has a table test. Storing the decision and carrying it out are left to the store and the worker.
 """
 
 from __future__ import annotations

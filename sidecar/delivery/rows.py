@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from sidecar.delivery.retry_policy import Decision
 from sidecar.delivery.types import Parking, Tries
@@ -26,8 +27,7 @@ class StateBusy(StateError):
     """What is on disk is not what the caller believes (a step that was stored after all): load again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Member:
+class Member(NamedTuple):
     """One wire event and the record that it came from."""
 
     seq: int
@@ -126,6 +126,19 @@ class Hole:
     records: int
 
 
+@dataclass(frozen=True, slots=True)
+class Run:
+    """Records of consecutive numbers that a backend has in its sums. `duplicate`: it had them before this attempt."""
+
+    first_seq: int
+    last_seq: int
+    duplicate: bool = False
+
+    @property
+    def records(self) -> int:
+        return self.last_seq - self.first_seq + 1
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sealing:
     """One step of a cursor: what became of the records between two places in the spool."""
@@ -138,6 +151,7 @@ class Sealing:
     skipped: Mapping[str, Sequence[int]] = field(default_factory=dict)  # reason -> seqs
     parked: Sequence[NewParked] = ()
     holes: Sequence[Hole] = ()
+    applied: Sequence[Run] = ()  # in the sums of a backend that adds up
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -219,7 +233,8 @@ class Redrive:
 class Amendment:
     """A delivered event that is delivered no more: parked with a reason, or taken back and passed over."""
 
-    request: int
+    request: int  # 0: none, it is in the sums of a backend that adds up
+    cursor: int = 0  # where there is no request
     member: Member
     parking: Parking | None = None
     line: bytes = b""  # the record, where it is parked

@@ -1,6 +1,8 @@
 -- `cursor` is a pair of backend and instance. `sealed` has one short row for each request, for as long as
 -- delivered records are kept; `payload` its bytes and records, until it is settled and none of it is parked.
+-- `lines` is empty where the body is these lines, each with its end.
 -- `parts` has a row for each record with more than one event, and for those left over by `fold`.
+-- `applied` has the records that a backend that adds up has in its sums, as runs of numbers: no row a record.
 -- `fates` has a letter for each event of a settled request: d(elivered), (d)u(plicate), p(arked), m(oved on).
 CREATE TABLE meta(name TEXT PRIMARY KEY, value REAL NOT NULL) WITHOUT ROWID;
 CREATE TABLE backend(name TEXT PRIMARY KEY, since_s REAL NOT NULL, removed INTEGER NOT NULL DEFAULT 0) WITHOUT ROWID;
@@ -33,6 +35,9 @@ CREATE TABLE parts(
     cursor INTEGER NOT NULL, seq INTEGER NOT NULL, pending INTEGER NOT NULL, parked INTEGER NOT NULL,
     delivered INTEGER NOT NULL, duplicate INTEGER NOT NULL, reason TEXT NOT NULL,
     PRIMARY KEY(cursor, seq)) WITHOUT ROWID;
+CREATE TABLE applied(
+    cursor INTEGER NOT NULL, first_seq INTEGER NOT NULL, last_seq INTEGER NOT NULL, duplicate INTEGER NOT NULL,
+    PRIMARY KEY(cursor, first_seq)) WITHOUT ROWID;
 CREATE TABLE counter(
     cursor INTEGER NOT NULL, folded INTEGER NOT NULL, term TEXT NOT NULL, reason TEXT NOT NULL, n INTEGER NOT NULL,
     PRIMARY KEY(cursor, folded, term, reason)) WITHOUT ROWID;

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, Final, Self
 
 from sidecar.delivery.context import Context, Copied, SystemClock
+from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.queries import PAGE, DeliveryQueries, Found, totals_of
 from sidecar.delivery.redrive import EACH_MAX, Became, OneOutcome, Redriven
@@ -144,6 +145,12 @@ class Delivery:
         """The writer is in this process: what it has just committed need not be read again. Call it before `wake`."""
         self.tail.offer(instance, group, records)
 
+    def apply(self, batch: SummedBatch) -> bool:
+        """What committed records add up to is at hand: backends that keep sums need not read them. Call it before
+        `wake`. False: nobody wants it, which costs nothing but the reading."""
+        taken = [worker.apply(batch) for worker in self._workers.values()]
+        return any(taken)
+
     async def drain(self, timeout_s: float) -> None:
         """One last pass: deliver what can be delivered in this time, without waiting for batches to fill."""
         for worker in self._workers.values():
@@ -201,7 +208,7 @@ class Delivery:
 
     def find(self, one: str) -> list[Found]:
         """Where an event or record with this id went, as long as it is remembered (`forget`). Blocks."""
-        return self._queries.find(one)
+        return self._queries.find(one, self.reader)
 
     # --- correcting -------------------------------------------------------------------------------
 

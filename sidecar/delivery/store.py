@@ -26,7 +26,7 @@ import orjson
 
 from sidecar.delivery.counters import Counters, Shift
 from sidecar.delivery.database import open_writer, told, transaction
-from sidecar.delivery.queries import Record, records_between
+from sidecar.delivery.queries import Record, records_between, runs_between
 from sidecar.delivery.rows import (
     Amendment,
     Committed,
@@ -38,6 +38,7 @@ from sidecar.delivery.rows import (
     Range,
     Redrive,
     Request,
+    Run,
     Sealing,
     Settlement,
     StateBusy,
@@ -261,10 +262,11 @@ class DeliveryStore:
                 return None
             # Whoever settled it may not have heard how its last attempt ended: then that one counts.
             risk_s = row[7] if row[4] and row[5] is None else row[5]
+            sealed = _load(conn, request)
             return NewRequest(
-                sealed=_load(conn, request),
+                sealed=sealed,
                 members=_read_members(row[0]),
-                lines=tuple(_split_lines(row[3])),
+                lines=tuple(_read_lines(row[3], sealed.body)),
                 oldest_s=row[1],
                 generation=row[2],
                 tries=Tries(attempts=row[4], risk_wall_s=risk_s, expired=bool(row[6])),
@@ -315,7 +317,7 @@ class DeliveryStore:
     def amend(self, one: Amendment, now_s: float) -> bool:
         """Let a delivered event be so no more. False: it has moved meanwhile, or too little is remembered of it."""
         with self._step() as counters:
-            return _amend(counters, one, now_s)
+            return _amend(counters, one, now_s) if one.request else _amend_applied(counters, one, now_s)
 
     def ranges(self, backend: str) -> list[Range]:
         """What was skipped for a backend without being looked at."""
@@ -331,7 +333,10 @@ class DeliveryStore:
     def known(self, cursor: int, after: int, upto: int) -> set[int]:
         """Which of these numbers have a place of their own already."""
         with self._held() as conn:
-            return set(records_between(conn, cursor, after, upto))
+            found = set(records_between(conn, cursor, after, upto))
+            for run in runs_between(conn, cursor, after, upto):
+                found.update(range(run.first_seq, run.last_seq + 1))
+            return found
 
     def unskip(self, step: Unskip, now_s: float) -> list[int]:
         """Let records out of a range that was skipped: as if they were sealed for the first time."""
@@ -452,7 +457,45 @@ def _seal(counters: Counters, sealing: Sealing, now_s: float) -> list[int]:
     for hole in sealing.holes:
         _skip_range(counters.conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
         counters.add(cursor, Term.SKIPPED, hole.records, MISSING)
+    for run in sealing.applied:
+        _apply(counters, cursor, run)
     return ids
+
+
+def _apply(counters: Counters, cursor: int, run: Run) -> None:
+    """Records that are in the sums: the run before them grows, where they follow it."""
+    done = counters.conn.execute(
+        "UPDATE applied SET last_seq = ? WHERE cursor = ? AND last_seq = ? AND duplicate = ? AND first_seq ="
+        " (SELECT max(first_seq) FROM applied WHERE cursor = ?)",
+        (run.last_seq, cursor, run.first_seq - 1, int(run.duplicate), cursor),
+    )
+    if done.rowcount == 0:
+        counters.conn.execute(
+            "INSERT INTO applied(cursor, first_seq, last_seq, duplicate) VALUES(?, ?, ?, ?)",
+            (cursor, run.first_seq, run.last_seq, int(run.duplicate)),
+        )
+    counters.add(cursor, Term.DUPLICATE if run.duplicate else Term.DELIVERED, run.records)
+
+
+def _take_out(conn: sqlite3.Connection, cursor: int, seq: int) -> Run | None:
+    """Let a record be in the sums no more: the run that held it is cut in two. None: none holds it."""
+    row = conn.execute(
+        "DELETE FROM applied WHERE cursor = ? AND first_seq <= ? AND last_seq >= ?"
+        " RETURNING first_seq, last_seq, duplicate",
+        (cursor, seq, seq),
+    ).fetchone()
+    if row is None:
+        return None
+    run = Run(row[0], row[1], bool(row[2]))
+    conn.executemany(
+        "INSERT INTO applied(cursor, first_seq, last_seq, duplicate) VALUES(?, ?, ?, ?)",
+        [
+            (cursor, first, last, row[2])
+            for first, last in ((run.first_seq, seq - 1), (seq + 1, run.last_seq))
+            if first <= last
+        ],
+    )
+    return run
 
 
 def _place(
@@ -469,8 +512,11 @@ def _place(
             conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s, history=parked.history
         )
         parked_of.setdefault(parked.seq, []).append(parked.reason)
-    for seq in pending.keys() | parked_of.keys():
-        counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
+    if not parked_of and max(pending.values(), default=1) == 1:
+        counters.add(cursor, Term.OPEN, len(pending))  # one event a record, as nearly always
+    else:
+        for seq in pending.keys() | parked_of.keys():
+            counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
     for reason, seqs in step.skipped.items():
         _skip(conn, cursor, reason, seqs)
         counters.add(cursor, Term.SKIPPED, len(seqs), reason)
@@ -578,7 +624,7 @@ def _insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float
         "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
         (
             row[0], sealed.path, sealed.content_type, orjson.dumps(sealed.headers).decode(), sealed.body,
-            b"\n".join(new.lines),
+            _write_lines(new),
         ),
     )  # fmt: skip
     return int(row[0])
@@ -608,10 +654,10 @@ def _load(conn: sqlite3.Connection, request: int) -> Sealed:
 
 def _lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
     """The records of a request, in the order in which its members first name them."""
-    row = conn.execute("SELECT lines FROM payload WHERE request = ?", (request,)).fetchone()
+    row = conn.execute("SELECT lines, body FROM payload WHERE request = ?", (request,)).fetchone()
     if row is None:
         raise _lost_bytes(request)
-    return _split_lines(row[0])
+    return _read_lines(row[0], row[1])
 
 
 def _drop_bytes(conn: sqlite3.Connection, request: int) -> None:
@@ -634,8 +680,15 @@ def _write_members(members: Sequence[Member]) -> bytes:
     )
 
 
-def _split_lines(blob: bytes) -> list[bytes]:
-    return blob.split(b"\n")
+def _write_lines(new: NewRequest) -> bytes:
+    """The records of a request; nothing where its body is these lines, each with its end: half the bytes to write."""
+    lines = b"\n".join(new.lines)
+    body = new.sealed.body
+    return b"" if len(body) == len(lines) + 1 and body[-1:] == b"\n" and body.startswith(lines) else lines
+
+
+def _read_lines(lines: bytes, body: bytes) -> list[bytes]:
+    return (lines or body[:-1]).split(b"\n")
 
 
 def _lost_bytes(request: int) -> StateError:
@@ -703,6 +756,22 @@ def _skip_range(conn: sqlite3.Connection, cursor: int, reason: str, first_seq: i
 # --- what is changed or forgotten --------------------------------------------------------------------
 
 
+def _amend_applied(counters: Counters, one: Amendment, now_s: float) -> bool:
+    """The same of a record that is in the sums of a backend that adds up."""
+    conn, cursor, seq = counters.conn, one.cursor, one.member.seq
+    (folded,) = conn.execute("SELECT folded_seq FROM cursor WHERE id = ?", (cursor,)).fetchone()
+    run = None if seq <= folded else _take_out(conn, cursor, seq)
+    if run is None:
+        return False
+    if one.parking is not None:
+        _park(conn, cursor, one.member, one.parking, one.line, now_s, history=(one.note,))
+    shift = Shift(parked=int(one.parking is not None), delivered=-int(not run.duplicate), duplicate=-int(run.duplicate))
+    was = Term.DUPLICATE if run.duplicate else Term.DELIVERED
+    if counters.shift(cursor, seq, shift, was=was, skip=one.skip) is Term.SKIPPED:
+        _pass_over(counters, cursor, seq, one.skip)
+    return True
+
+
 def _amend(counters: Counters, one: Amendment, now_s: float) -> bool:
     """Let a delivered event be so no more. False: it has moved meanwhile, or too little is remembered of it."""
     conn, seq = counters.conn, one.member.seq
@@ -764,6 +833,10 @@ def _fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> 
     ):
         gone[(Term.SKIPPED.value, reason)] += n
     conn.execute("DELETE FROM skipped WHERE cursor = ? AND last_seq <= ?", (cursor, high))
+    for run in runs_between(conn, cursor, low, high):
+        gone[(Term.DUPLICATE.value if run.duplicate else Term.DELIVERED.value, "")] += run.records
+    conn.execute("DELETE FROM applied WHERE cursor = ? AND last_seq <= ?", (cursor, high))
+    conn.execute("UPDATE applied SET first_seq = ? WHERE cursor = ? AND first_seq <= ?", (high + 1, cursor, high))
     for delivered, duplicate in conn.execute(
         "DELETE FROM parts WHERE cursor = ? AND seq <= ? AND pending = 0 AND parked = 0 RETURNING delivered, duplicate",
         (cursor, high),

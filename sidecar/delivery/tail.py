@@ -49,6 +49,12 @@ class Item:
             self._record = found
         return found  # type: ignore[return-value]
 
+    @property
+    def known(self) -> Record:
+        """The record of an item that was found to hold one."""
+        found = self._record
+        return found if found is not _NOT_PARSED else self.record  # type: ignore[return-value]
+
     def __repr__(self) -> str:
         return f"<Item {self.seq}{f', a hole of {self.hole.records}' if self.hole else ''}>"
 
@@ -152,6 +158,11 @@ class Tail:
             del self._reading[asked]
             done.set_result(None)
         self._looked_s[instance] = now_s
+        offered = self._find(instance, after_seq)
+        if offered is not None:  # meanwhile, and perhaps parsed already
+            return Read(offered, more=True)
+        if piece is not None:
+            self._keep(instance, piece)
         if not more:
             self._ends[instance] = (after_seq if piece is None else piece.last_seq, wakes)
         return Read(piece, more=more)
@@ -173,9 +184,7 @@ class Tail:
             last = group.last_seq
         if last == after_seq:
             return None, False
-        piece = Piece(after_seq + 1, last, items, size)
-        self._keep(instance, piece)
-        return piece, size >= limit
+        return Piece(after_seq + 1, last, items, size), size >= limit
 
     def _find(self, instance: str, after_seq: int) -> Piece | None:
         pieces = self._pieces.get(instance)
@@ -213,11 +222,14 @@ class Source:
     items: deque[Item] = field(default_factory=deque)
     dry: bool = False  # the last look found nothing more
     next_read_s: float = 0.0  # monotonic: not looked at before
+    soon_s: float = 0.0  # and before that, when there was a wake since the last look
 
-    def move(self, taken: int, upto_seq: int) -> None:
-        for _ in range(taken):
+    def move(self, upto_seq: int) -> None:
+        """What became of the records up to this number is stored."""
+        while self.items and self.items[0].seq <= upto_seq:
             self.items.popleft()
         self.seq = upto_seq
+        self.read_seq = max(self.read_seq, upto_seq)
 
 
 class Feed:
@@ -247,7 +259,16 @@ class Feed:
         """Something was committed somewhere, perhaps by an instance that is new."""
         for source in self._rotation:
             source.dry = False
+            source.next_read_s = min(source.next_read_s, source.soon_s)
         self._listed = False
+
+    def source(self, instance: str) -> Source | None:
+        return self._all.get(instance)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether records were read that have no place yet."""
+        return any(source.items for source in self._rotation)
 
     @property
     def next_look_s(self) -> float | None:
@@ -292,9 +313,8 @@ class Feed:
         if found.piece is not None:
             source.items.extend(found.piece.after(source.read_seq))
             source.read_seq = found.piece.last_seq
+        source.soon_s = now_s + self._gap_s
         # Less than was asked for is all there was; a wake meanwhile says that there is more.
         if found.more:
             source.dry = False
-            source.next_read_s = found.look_s
-        else:
-            source.next_read_s = now_s + self._gap_s
+        source.next_read_s = found.look_s if found.more else source.soon_s

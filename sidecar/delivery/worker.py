@@ -22,14 +22,16 @@ from dataclasses import dataclass, field, replace
 from sidecar.delivery import encoding, redrive, removed_backend, settlement
 from sidecar.delivery.circuit_breaker import CircuitBreaker
 from sidecar.delivery.context import Context
+from sidecar.delivery.ledger_worker import LedgerWorker, SummedBatch
 from sidecar.delivery.queue import RequestQueue
 from sidecar.delivery.redrive import Became, Redriven
 from sidecar.delivery.removed_backend import COPIED
+from sidecar.delivery.retry_policy import backoff_s
 from sidecar.delivery.rows import Cursor, NewRequest, Parked, Redrive, Request, Sealing, Settlement, StateError, Turn
 from sidecar.delivery.settlement import Reply
-from sidecar.delivery.tail import Feed, Source, Tail
+from sidecar.delivery.tail import Feed, Item, Source, Tail
 from sidecar.delivery.types import MISSING, BackendStatus, Ended, Now
-from sidecar.model.delivery import Backend, Dedup, Sealed, Unknown, Verdict
+from sidecar.model.delivery import AddsUp, Backend, Blocked, Dedup, Sealed, Unknown, Verdict
 from sidecar.spool.words import SpoolError
 
 _LOG = logging.getLogger(__name__)
@@ -56,6 +58,7 @@ class Planned:
             skipped=plan.skipped,
             parked=plan.parked,
             holes=plan.holes,
+            applied=plan.applied,
         )
 
 
@@ -94,6 +97,9 @@ class Worker:
         gap_s = self._limits.linger_s if batches else self._limits.gather_s
         self._feed = Feed(tail, self._start_cursor, gap_s=gap_s)
         self._queue = self._empty_queue()
+        self._sums = LedgerWorker(backend, backend, context) if isinstance(backend, AddsUp) else None
+        self._sums_tries = 0  # batches in a row that could not be added
+        self._sums_wait_s = 0.0  # monotonic: none is tried before
         self._terms = settlement.Terms(backend, context.limits, self._lines)
         self._under_way: dict[int, Request] = {}
         self._replies: list[Reply] = []
@@ -178,6 +184,8 @@ class Worker:
         """Take what is on disk for true. What this run still knows of attempts is not forgotten."""
         now = self._now()
         self._feed.begin(cursors)
+        if self._sums is not None:
+            self._sums.begin()
         self._queue = self._empty_queue()
         known = {reply.request.id: reply for reply in (*self._in_hand, *self._replies)}
         self._in_hand, self._replies = [], []
@@ -254,7 +262,7 @@ class Worker:
         if not self._held:
             settled += await self._sweep(now)
             begin = await self._choose(now, settled)
-            planned = await self._plan(now, len(begin))
+            planned = await (self._plan if self._sums is None else self._add_up)(now, len(begin))
         if settled or begin or planned:
             await self._commit(settled, begin, planned)
             self._in_hand = []
@@ -327,6 +335,7 @@ class Worker:
         now, status = self._now(), self.status()
         count = self._queue.hurry(now, held_too=True)
         self._breaker.end_waits(now)
+        self._sums_wait_s = 0.0
         self._ring()
         return Ended(was=status.state, paused_s=status.paused_s, requests=count)
 
@@ -459,10 +468,46 @@ class Worker:
                 planned.at_once.add(index)
         return planned
 
+    async def _add_up(self, now: Now, begun: int) -> Planned | None:
+        """The same where the backend keeps sums: they are in, and what is left is to store that here."""
+        assert self._sums is not None
+        self._want_fresh = False
+        if not self._breaker.allowed(now, len(self._under_way) + begun):
+            return None
+        if not self._breaker.slow and now.mono_s < self._sums_wait_s:
+            return None
+        source = self._sums.handed(self._feed, now.mono_s, hurry=self.draining)
+        items: list[Item] = []
+        if source is not None:
+            source.next_read_s = now.mono_s + self._limits.linger_s
+        else:
+            source = await self._feed.next(self._sums.wanted, now.mono_s, hurry=self.draining)
+            if source is None:
+                return None
+            items = list(itertools.islice(source.items, self._sums.wanted))
+        added = await self._sums.add(source, items, now.wall_s)
+        verdicts = added.verdicts
+        if verdicts:
+            was_slow = self._breaker.slow
+            verdicts = self._breaker.hear(verdicts, now, self._now(), self._context.roll())
+            if was_slow and not self._breaker.slow:
+                self._queue.hurry(self._now())
+        if added.plan is None or (verdicts and isinstance(verdicts[0], Blocked)):
+            self._sums_tries += bool(verdicts)
+            wait_s = backoff_s(self._sums_tries, self._context.roll(), self._limits) if verdicts else 0.0
+            self._sums_wait_s = now.mono_s + wait_s
+            return None
+        self._sums_tries, self._sums_wait_s = 0, 0.0
+        return Planned(source, added.plan)
+
+    def apply(self, batch: SummedBatch) -> bool:
+        """Records were committed, and their sums are at hand; they are added from now on, after a `wake`."""
+        return self._sums is not None and self._sums.apply(batch)
+
     def _sealed(self, planned: Planned, ids: Sequence[int], now: Now) -> None:
         """It is stored: go on behind it, count it, and send what has a slot."""
         plan = planned.plan
-        planned.source.move(plan.taken, plan.upto_seq)
+        planned.source.move(plan.upto_seq)
         self._count(plan)
         for index, (id_, new) in enumerate(zip(ids, plan.requests, strict=True)):
             request = Request.opened(id_, planned.source.cursor, new)
@@ -477,6 +522,7 @@ class Worker:
         """What was sealed, skipped, parked and lost."""
         metrics, name = self._context.metrics, self.backend.name
         events = sum(len(request.members) for request in plan.requests)
+        events += sum(run.records for run in plan.applied if not run.duplicate)
         if events:
             metrics.sealed(name, events)
         for reason, seqs in plan.skipped.items():
@@ -537,6 +583,8 @@ class Worker:
         elif self._queue.next_due_s is not None and busy < self.backend.abilities.concurrency:
             times.append(self._queue.next_due_s)
         look_s = self._feed.next_look_s
+        if self._sums is not None and self._feed.waiting:
+            look_s = self._sums_wait_s if look_s is None else min(look_s, self._sums_wait_s)
         if look_s is not None and not self._waits_for_room():
             times.append(look_s)
         return max(min(times), now.mono_s)
@@ -564,6 +612,8 @@ class Worker:
         if self._under_way or self._replies or self._wakeup.is_set():
             return False
         if self._breaker.slow or self._queue.full or self._held or self._breaker.paused_s(self._now()):
+            return True
+        if self._sums is not None and self._sums_wait_s > self._now().mono_s:
             return True
         return not (self._queue.queued or self._feed.unread)
 

@@ -1,14 +1,15 @@
-"""The writing side of the ledger: one transaction for each sealed delivery.
+"""The writing side of the ledger: one transaction for each batch of new records, and for each sealed delivery.
 
-What must always hold: the key of a delivery and its effects are committed together, so that a delivery
-counts once however often it is sent, and whenever the process dies. Faults of the file come back as
+What must always hold: how far a batch goes, or the key of a delivery, is committed together with its effects, so that
+it counts once however often it comes, and whenever the process dies. Faults of the file come back as
 verdicts: nothing of a failed transaction counts, so it may always be tried again.
 """
 
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
 from threading import Lock
@@ -18,11 +19,11 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
-from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta, BucketKey
+from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
-from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
+from sidecar.model.delivery import Applied, Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 from sidecar.storage.files import Trouble, trouble
 from sidecar.storage.sqlite import open_db, transaction
 
@@ -73,6 +74,31 @@ class LedgerStore:
                 self._drop()
                 return _verdict_for(error, self._path)
 
+    def applied(self, instance: str) -> Applied | Verdict | None:
+        """The last batch of a spool that is in the sums; a verdict where that cannot be told just now."""
+        with self._lock:
+            try:
+                row = (
+                    self._open()
+                    .execute("SELECT first_seq, last_seq, left_out FROM applied_upto WHERE instance = ?", (instance,))
+                    .fetchone()
+                )
+            except (OSError, sqlite3.Error, LedgerError) as error:
+                self._drop()
+                return _verdict_for(error, self._path)
+        return None if row is None else Applied(row[0], row[1], frozenset(orjson.loads(row[2])))
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[BatchSums]) -> Verdict:
+        """Add what a batch amounts to, unless its numbers are in already."""
+        with self._lock:
+            try:
+                return self._write(self._open(), _Upto(instance, batch), sums)
+            except ArithmeticError:
+                return Refused("sum_not_exact")
+            except (OSError, sqlite3.Error, LedgerError) as error:
+                self._drop()
+                return _verdict_for(error, self._path)
+
     def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
         """Add effects that take others back, unless that was done already; and the meters left as they are.
 
@@ -100,16 +126,20 @@ class LedgerStore:
             self._drop()
 
     def _apply(self, db: sqlite3.Connection, key: str, effects: list[Delta], buckets: list[BucketDelta]) -> Verdict:
+        return self._write(db, _Key(key, int(self._clock())), [BatchSums(effects, buckets)])
+
+    def _write(self, db: sqlite3.Connection, mark: _Key | _Upto, sums: Sequence[BatchSums]) -> Verdict:
+        """One transaction: the mark that says that these are in, and what they add."""
         now_s = self._clock()
         try:
             with transaction(db):
-                cursor = db.execute("INSERT OR IGNORE INTO applied VALUES (?, ?)", (key, int(now_s)))
-                if cursor.rowcount == 0:
+                if not mark.set(db):
                     return Duplicate()
-                for delta in effects:
-                    self._add(db, delta)
-                for bucket in buckets:
-                    _put(db, bucket)
+                for one in sums:
+                    for delta in one.hourly:
+                        self._add(db, delta)
+                    for bucket in one.buckets:
+                        _put(db, bucket)
                 if now_s - self._pruned_s >= PRUNE_EVERY_S:
                     db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
                     self._pruned_s = now_s
@@ -168,6 +198,39 @@ class LedgerStore:
         self._series.clear()
         if db is not None:
             db.close()
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """A sealed delivery, known by its key."""
+
+    key: str
+    at: int  # Unix seconds
+
+    def set(self, db: sqlite3.Connection) -> bool:
+        """False: it is in already."""
+        return db.execute("INSERT OR IGNORE INTO applied VALUES (?, ?)", (self.key, self.at)).rowcount == 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Upto:
+    """A batch of new records, known by the numbers that it goes to. Numbers only grow."""
+
+    instance: str
+    batch: Applied
+
+    def set(self, db: sqlite3.Connection) -> bool:
+        row = db.execute("SELECT last_seq FROM applied_upto WHERE instance = ?", (self.instance,)).fetchone()
+        if row is not None and row[0] >= self.batch.first_seq:
+            if row[0] >= self.batch.last_seq:
+                return False
+            raise sqlite3.IntegrityError(f"records up to {row[0]} of {self.instance} are in the sums already")
+        left_out = orjson.dumps(sorted(self.batch.left_out)).decode()
+        db.execute(
+            "INSERT OR REPLACE INTO applied_upto VALUES (?, ?, ?, ?)",
+            (self.instance, self.batch.first_seq, self.batch.last_seq, left_out),
+        )
+        return True
 
 
 def _series_values(one: Series) -> tuple[str | None, ...]:

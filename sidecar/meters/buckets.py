@@ -15,7 +15,7 @@ from decimal import Decimal
 from typing import Any, Final
 
 from sidecar.meters.definition import Kind, Meter
-from sidecar.meters.hourly import EXACT, Series, write_amount
+from sidecar.meters.hourly import EXACT, Delta, Series, deltas, grouped, write_amount
 from sidecar.model.record import Record
 
 Groups = Iterable[tuple[tuple[int, Series], Sequence[Record]]]
@@ -98,6 +98,20 @@ def bucket_deltas(groups: Groups, meters: Sequence[Meter]) -> list[BucketDelta]:
                     key = BucketKey(meter.name, version, series.subscriber, meter.group(record), start)
                     _delta_at(found, key, meter).add(value, record)
     return list(found.values())
+
+
+@dataclass(slots=True)
+class BatchSums:
+    """All that a batch of records adds: hour by hour, and to each meter's running values."""
+
+    hourly: list[Delta]
+    buckets: list[BucketDelta]
+
+
+def batch_sums(records: Iterable[Record], meters: Sequence[Meter]) -> BatchSums:
+    """Raises `ArithmeticError` where a sum is not exact."""
+    groups = grouped(records)
+    return BatchSums(deltas(groups), bucket_deltas(groups.items(), meters))
 
 
 def _delta_at(found: dict[BucketKey, BucketDelta], key: BucketKey, meter: Meter) -> BucketDelta:

@@ -165,6 +165,40 @@ class Backend(Protocol):
 
 
 @dataclass(slots=True, frozen=True)
+class Applied:
+    """How far a backend that adds up has come in one spool: the last batch that is in its sums."""
+
+    first_seq: int
+    last_seq: int
+    left_out: frozenset[int] = frozenset()  # numbers inside it that are not
+
+
+@runtime_checkable
+class AddsUp(Protocol):
+    """A backend that keeps sums beside us: a batch of records goes in at once, known by its numbers alone.
+
+    What must always hold there: the sums of a batch and the note of how far they go are committed together, and what is
+    noted already is never added again.
+    """
+
+    def add_up(self, records: Sequence[Record]) -> tuple[object, Encoded]:
+        """What these records amount to, and those that stay out of it (`skipped`, `parked`). Pure.
+
+        Raises `ArithmeticError` where that cannot be kept exact.
+        """
+        ...
+
+    def applied(self, instance: str) -> Applied | Verdict | None:
+        """How far the sums go in this spool; None: nothing of it is in them. Blocks; where that cannot be told just
+        now it is a verdict that says why."""
+        ...
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[object]) -> Verdict:
+        """Add what `add_up` made of the records of this batch. Blocks; faults come back as a verdict."""
+        ...
+
+
+@dataclass(slots=True, frozen=True)
 class Undone:
     """What became of taking one event back. `left`: what still has it, in words."""
 

@@ -5,14 +5,15 @@ Apart from `parts`, so that `check` and the commands that ask a backend need not
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final
 
 from sidecar.backends import BACKENDS, Context
 from sidecar.backends.base import LedgerApply
 from sidecar.ledger import LedgerStore, ledger_problem
+from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import MetersError, read_meters
-from sidecar.model.delivery import Backend, Blocked, Verdict
+from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
 from sidecar.settings import Settings
 
 LEDGER: Final = "ledger.db"
@@ -72,6 +73,12 @@ class NoLedger:
 
     def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
         return Blocked("not_open"), ()
+
+    def applied(self, instance: str) -> Applied | None:
+        return None
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[BatchSums]) -> Verdict:
+        return Blocked("not_open")
 
     def close(self) -> None:
         """Nothing was opened."""

@@ -39,7 +39,7 @@ class Books:
         return read_clock(SystemClock())
 
     def find(self, one: str) -> list[Found]:
-        return self.queries.find(one)
+        return self.queries.find(one, self.reader)
 
     def parked(self, *, backend: str | None, ids: Sequence[str] | None, after: int, limit: int) -> list[Parked]:
         return self.queries.parked(backend=backend, ids=ids, after=after, limit=limit)

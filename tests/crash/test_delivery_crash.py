@@ -8,50 +8,19 @@ parked; no key was ever sent with two different bodies, although every run encod
 from __future__ import annotations
 
 import signal
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import orjson
 import pytest
 from support.delivery_child import MODES, RECORDS
 from support.fake_backend import FakeBackend
+from support.zygote import Zygote
 
-TESTS = Path(__file__).parent.parent
 # Spread over a whole run of about 400 statements and 60 offers; `make crash` takes every one.
 STATEMENTS = [*range(1, 60, 4), *range(60, 400, 23)]
 OFFERS = [1, 2, 3, 5, 9, 14, 22, 31, 44]
-
-
-class Zygote:
-    """The process that forks the children."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, str(TESTS / "support" / "delivery_child.py")],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            cwd=TESTS.parent,
-            env={"PYTHONPATH": f"{TESTS.parent}:{TESTS}", "PATH": "/usr/bin:/bin"},
-        )
-
-    def run(self, **order: Any) -> tuple[int, dict[str, Any] | None]:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(orjson.dumps(order) + b"\n")
-        self._process.stdin.flush()
-        answer = orjson.loads(self._process.stdout.readline())
-        return answer["code"], answer["result"]
-
-    def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        assert self._process.wait(10) == 0
-        assert self._process.stdout is not None
-        self._process.stdout.close()
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,9 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import orjson
 from support.delivery_fixtures import QUICK, World, until
@@ -95,14 +96,17 @@ def fused(fuse: Fuse) -> None:
     DeliveryStore.__init__.__globals__["open_writer"] = opened
 
 
-def main() -> None:
-    for line in sys.stdin.buffer:
+def serve(
+    child: Callable[[dict[str, Any]], Coroutine[Any, Any, dict[str, Any]]], orders: IO[bytes], to: IO[bytes]
+) -> None:
+    """Fork a child for each order, and say how it ended."""
+    for line in orders:
         order = orjson.loads(line)
         answer, child_end = os.pipe()
         pid = os.fork()
         if pid == 0:
             os.close(answer)
-            result = asyncio.run(deliver(order))
+            result = asyncio.run(child(order))
             os.write(child_end, orjson.dumps(result))
             os._exit(0)
         os.close(child_end)
@@ -110,9 +114,9 @@ def main() -> None:
             text = pipe.read()
         _, status = os.waitpid(pid, 0)
         code = os.waitstatus_to_exitcode(status)
-        sys.stdout.buffer.write(orjson.dumps({"code": code, "result": orjson.loads(text) if text else None}) + b"\n")
-        sys.stdout.buffer.flush()
+        to.write(orjson.dumps({"code": code, "result": orjson.loads(text) if text else None}) + b"\n")
+        to.flush()
 
 
 if __name__ == "__main__":
-    main()
+    serve(deliver, sys.stdin.buffer, sys.stdout.buffer)

@@ -1,0 +1,259 @@
+"""New records of a backend that adds up (`model.delivery.AddsUp`, the ledger): whole batches, and nothing a record.
+
+A batch is added in one transaction there, which also notes its numbers; then one here moves the cursor over them. What
+must always hold: the backend's note is never behind the cursor of what it was given, and at most one batch ahead of it.
+After a death at any moment the note tells which records are in the sums already: they are counted, as duplicates, and
+not added again. What the last batch left out (kept back by policy, or no record at all) is noted with it.
+
+Batches are made from the spool, or handed over by whoever has the records at hand (`apply`): the sums are then ready,
+and nothing is read or parsed at all. Correctness never depends on that: what is not handed over, or comes out of order,
+or could not be added, is read from the spool.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from sidecar.delivery import encoding
+from sidecar.delivery.context import Context
+from sidecar.delivery.rows import NewParked, Run
+from sidecar.delivery.tail import Feed, Item, Source
+from sidecar.delivery.types import UNREADABLE
+from sidecar.model.delivery import AddsUp, Applied, Backend, Delivered, Duplicate, Encoded, Refused, Verdict
+from sidecar.model.record import Record
+
+NOT_EXACT = "sum_not_exact"
+_NO_BOUND = 1 << 30  # on requests: what was left out of a batch is few
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SummedBatch:
+    """Records of one spool that were committed, by their numbers, and what they add up to."""
+
+    instance: str
+    first_seq: int
+    last_seq: int  # every number between them is a record that can be read
+    sums: object  # what `AddsUp.add_up` made of them
+    left: Encoded = field(default_factory=Encoded)  # and what it kept out, by record id
+    lines: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)  # of these: number and stored line
+
+    @property
+    def records(self) -> int:
+        return self.last_seq - self.first_seq + 1
+
+
+@dataclass(frozen=True, slots=True)
+class Added:
+    """What became of an attempt. `plan`: what is to be stored; None where nothing is, and `verdicts` say why."""
+
+    verdicts: Sequence[Verdict]
+    plan: encoding.Plan | None = None
+
+
+class LedgerWorker:
+    """Adds up new records for one backend. Its `Worker` says when, and stores what comes of it."""
+
+    def __init__(self, backend: Backend, sums: AddsUp, context: Context) -> None:
+        self._backend, self._sums, self._context = backend, sums, context
+        self._most = context.limits.sum_records
+        self._notes: dict[str, Applied | None] = {}  # what the backend has noted, by instance
+        self._handed: dict[str, deque[SummedBatch]] = {}
+
+    def apply(self, batch: SummedBatch) -> bool:
+        """Take a batch whose records are committed and whose sums are made. False: it is not wanted, and is read
+        from the spool in its time."""
+        waiting = self._handed.setdefault(batch.instance, deque())
+        if waiting and waiting[-1].last_seq + 1 != batch.first_seq:
+            waiting.clear()  # something between them was not handed over
+        if len(waiting) >= self._context.limits.sums_kept:
+            return False
+        waiting.append(batch)
+        return True
+
+    def begin(self) -> None:
+        """Believe what is on disk: here, and in the backend's own file."""
+        self._notes.clear()
+        self._handed.clear()
+
+    @property
+    def wanted(self) -> int:
+        """How many records to read for the next batch."""
+        return self._most
+
+    def handed(self, feed: Feed, now_s: float, *, hurry: bool) -> Source | None:
+        """A spool of which sums were handed over that go on from its cursor. `now_s`: monotonic; what comes meanwhile
+        is added together, unless in a hurry."""
+        for instance, waiting in self._handed.items():
+            source = feed.source(instance)
+            if source is None:
+                continue
+            while waiting and waiting[0].first_seq <= source.seq:
+                waiting.popleft()  # read from the spool meanwhile, all of it or a part
+            if waiting and waiting[0].first_seq == source.seq + 1 and (hurry or now_s >= source.next_read_s):
+                return source
+        return None
+
+    async def add(self, source: Source, items: Sequence[Item], now_s: float) -> Added:
+        """Add up the next records of a spool; none: the sums that were `handed` over. `now_s`: wall clock."""
+        note = self._notes.get(source.instance)
+        if source.instance not in self._notes:
+            found = await asyncio.to_thread(self._sums.applied, source.instance)
+            if found is not None and not isinstance(found, Applied):
+                return Added([found] * max(len(items), 1))
+            note = self._notes[source.instance] = found
+        if note is not None and note.last_seq > source.seq and not items:
+            self._handed.pop(source.instance, None)  # it goes on from here, and not from there: read instead
+            return Added(())
+        if note is not None and items and items[0].seq <= note.last_seq:
+            return await self._catch_up(note, items, now_s)
+        if not items:
+            return await self._add_handed(source.instance, self._take_handed(source.instance))
+        if note is None and items[0].seq <= source.again_upto:
+            # Whether these were added before is not known any more: the rule for that is the same for all backends.
+            known = [item for item in items if item.seq <= source.again_upto]
+            return Added((), await self._plan(known, source.again_upto, now_s))
+        return await self._add_items(source.instance, items)
+
+    async def _catch_up(self, note: Applied, items: Sequence[Item], now_s: float) -> Added:
+        """The run before died between the two transactions, or this file is older than the backend's."""
+        plan = encoding.Plan()
+        left: list[Item] = []
+        there: list[int] = []
+        for item in items:
+            if item.seq > note.last_seq:
+                break
+            plan.taken, plan.upto_seq = plan.taken + 1, item.seq
+            if item.hole is not None:
+                plan.holes.append(item.hole)
+            elif item.seq in note.left_out or (item.seq < note.first_seq and self._kept_out(item)):
+                left.append(item)
+            else:
+                there.append(item.seq)
+        plan.applied = _runs(there, duplicate=True)
+        if left:
+            again = await self._plan(left, 0, now_s)
+            plan.requests, plan.skipped, plan.parked = again.requests, again.skipped, again.parked
+        return Added((), plan)
+
+    def _kept_out(self, item: Item) -> bool:
+        """Whether the sums are without it, as the policy is now: what was left out long ago is not noted any more."""
+        record = item.record
+        if record is None:
+            return True
+        try:
+            _, left = self._sums.add_up([record])
+        except ArithmeticError:
+            return True
+        return record.id in left.skipped or record.id in left.parked
+
+    async def _plan(self, items: Sequence[Item], again_upto: int, now_s: float) -> encoding.Plan:
+        limits = self._context.limits
+        return await encoding.plan(
+            self._backend, items, room=_NO_BOUND, again_upto=again_upto, now_s=now_s, limits=limits
+        )
+
+    def _take_handed(self, instance: str) -> list[SummedBatch]:
+        taken: list[SummedBatch] = []
+        waiting, records = self._handed[instance], 0
+        while waiting and (not taken or records + waiting[0].records <= self._context.limits.sum_records):
+            taken.append(waiting.popleft())
+            records += taken[-1].records
+        return taken
+
+    async def _add_handed(self, instance: str, batches: Sequence[SummedBatch]) -> Added:
+        plan = encoding.Plan(upto_seq=batches[-1].last_seq)
+        for batch in batches:
+            for record_id, reason in batch.left.skipped.items():
+                plan.skipped.setdefault(reason, []).append(batch.lines[record_id][0])
+            for record_id, reason in batch.left.parked.items():
+                seq, line = batch.lines[record_id]
+                plan.parked.append(NewParked(seq=seq, record_id=record_id, reason=reason, line=line))
+        out, first = _out(plan), batches[0].first_seq
+        plan.applied = _runs([seq for seq in range(first, plan.upto_seq + 1) if seq not in out])
+        return await self._write(instance, plan, first, out, [batch.sums for batch in batches])
+
+    async def _add_items(self, instance: str, items: Sequence[Item]) -> Added:
+        """As many of these as are tried at once; a hole stands alone, so that what is added has no gap of its own."""
+        if items[0].hole is not None:
+            return Added((), encoding.Plan(taken=1, upto_seq=items[0].seq, holes=[items[0].hole]))
+        plan = encoding.Plan()
+        by_id: dict[str, Item] = {}
+        records: list[Record] = []
+        for count, item in enumerate(items[: self._most], 1):
+            if count % self._context.limits.parse_records == 0:
+                await asyncio.sleep(0)
+            record = item.record
+            if item.hole is not None or (record is not None and record.id in by_id):
+                break  # an id that stands twice (never ours) waits for a batch of its own
+            plan.taken, plan.upto_seq = count, item.seq
+            if record is None:
+                plan.parked.append(_parked(item, f"seq:{item.seq}", UNREADABLE))
+            else:
+                by_id[record.id] = item
+                records.append(record)
+        if not records:
+            return Added((), plan)  # nothing to add, so nothing to note
+        try:
+            sums, left = self._sums.add_up(records)
+        except ArithmeticError:
+            return await self._search(instance, items[: plan.taken], Refused(NOT_EXACT))
+        for record_id, reason in left.skipped.items():
+            plan.skipped.setdefault(reason, []).append(by_id[record_id].seq)
+        plan.parked += [_parked(by_id[record_id], record_id, reason) for record_id, reason in left.parked.items()]
+        out = _out(plan)
+        plan.applied = _runs([item.seq for item in items[: plan.taken] if item.seq not in out])
+        added = await self._write(instance, plan, items[0].seq, out, [sums])
+        if added.plan is None and isinstance(added.verdicts[0], Refused):
+            return await self._search(instance, items[: plan.taken], added.verdicts[0])
+        return added
+
+    async def _search(self, instance: str, items: Sequence[Item], verdict: Refused) -> Added:
+        """One of them cannot be added: half of them are tried alone, until it stands alone and is parked."""
+        if len(items) > 1:
+            self._most = len(items) // 2
+            return await self._add_items(instance, items[: self._most])
+        self._most = self._context.limits.sum_records
+        record = items[0].record
+        plan = encoding.Plan(taken=1, upto_seq=items[0].seq)
+        plan.parked.append(_parked(items[0], "" if record is None else record.id, verdict.reason))
+        return Added([verdict], plan)
+
+    async def _write(
+        self, instance: str, plan: encoding.Plan, first_seq: int, out: frozenset[int], sums: Sequence[object]
+    ) -> Added:
+        """Add what the batch of this plan amounts to, there; `plan` is what is to be stored here when that is done."""
+        batch = Applied(first_seq, plan.upto_seq, out)
+        verdict = await asyncio.to_thread(self._sums.apply_sums, instance, batch, sums)
+        verdicts = [verdict] * max(sum(run.records for run in plan.applied), 1)
+        if not isinstance(verdict, (Delivered, Duplicate)):
+            self.begin()  # whatever is believed of that file may be wrong
+            return Added(verdicts)
+        self._notes[instance] = batch
+        self._most = min(self._most * 2, self._context.limits.sum_records)
+        return Added(verdicts, plan)
+
+
+def _parked(item: Item, record_id: str, reason: str) -> NewParked:
+    return NewParked(seq=item.seq, record_id=record_id, reason=reason, line=item.line)
+
+
+def _out(plan: encoding.Plan) -> frozenset[int]:
+    """What is not in the sums of this plan's batch."""
+    return frozenset([one.seq for one in plan.parked] + [seq for seqs in plan.skipped.values() for seq in seqs])
+
+
+def _runs(seqs: Sequence[int], *, duplicate: bool = False) -> list[Run]:
+    """Rising numbers as runs without a gap."""
+    if not seqs or seqs[-1] - seqs[0] + 1 == len(seqs):
+        return [Run(seqs[0], seqs[-1], duplicate)] if seqs else []
+    runs: list[Run] = []
+    first = last = seqs[0]
+    for seq in seqs[1:]:
+        if seq != last + 1:
+            runs.append(Run(first, last, duplicate))
+            first = seq
+        last = seq
+    return [*runs, Run(first, last, duplicate)]
