@@ -12,7 +12,7 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
@@ -71,6 +71,7 @@ class Spool:
         self._metrics = metrics
         self._loop: asyncio.AbstractEventLoop | None = None
         self._callbacks: list[Callable[[], None]] = []
+        self._origins: dict[bytes, int] = {}
         at = writer.position
         self.tally = Tally(admitted=at.admitted, lost=read_lost(at.lost))
         self._recorded = at.recorded
@@ -164,6 +165,14 @@ class Spool:
         totals = SpoolTotals(admitted=tally.admitted, recorded=self._recorded, open=tally.open, lost=dict(tally.lost))
         return Snapshot(totals, self._last_seq)
 
+    def origins(self) -> Mapping[bytes, int]:
+        """The greatest frame number that is on disk, by source: what is sent again up to it is recorded already.
+
+        Of the last `ORIGINS_KEPT` sources. Ask after opening, before anything is submitted; afterwards `Batch.done`
+        tells.
+        """
+        return dict(self._origins)
+
     def health(self) -> Health:
         return self._writer.health
 
@@ -246,6 +255,8 @@ class Spool:
         self._recorded = committed.recorded
         self._last_seq = committed.last_seq
         for batch in committed.batches:
+            for source, number in batch.origins:
+                self._origins[source] = max(self._origins.pop(source, 0), number)
             if batch.done is not None:
                 batch.done(batch)
         if committed.records:

@@ -16,6 +16,12 @@ from typing import Final
 REMOVED: Final = "its directory was removed or moved; put it back, and what waits in memory is written by itself"
 
 
+SOURCE_BYTES: Final = 16
+# Sources that a slot remembers, the most recently heard of: a serving process is one source, and those that ended long
+# ago send nothing again.
+ORIGINS_KEPT: Final = 256
+
+
 class SpoolError(Exception):
     """The spool cannot do what was asked. The text says what to do about it."""
 
@@ -121,6 +127,9 @@ class Batch:
     handed_s: float = 0.0  # and of the hand-over
     releases: list[Callable[[bool], None]] = field(default_factory=list)
     done: Callable[[Batch], None] | None = None  # called on the loop, once, after the commit
+    # Whose work this is: (source, frame number) of what a serving process sent, committed with the lines. A source is
+    # `SOURCE_BYTES` long and numbers its frames upwards; `Spool.origins` answers the greatest number of each.
+    origins: list[tuple[bytes, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
