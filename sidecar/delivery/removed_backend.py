@@ -24,7 +24,7 @@ from sidecar.delivery.retry_policy import park_all
 from sidecar.delivery.state import DeliveryState, StateError
 from sidecar.delivery.state.rows import Cursor, NewParked, Parked, Sealing, Settlement
 from sidecar.delivery.types import REMOVED, Now, Parking
-from sidecar.spool.words import SpoolError
+from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
 _T = TypeVar("_T")

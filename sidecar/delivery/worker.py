@@ -33,7 +33,7 @@ from sidecar.delivery.storing import Storing
 from sidecar.delivery.supply import Planned, Supply
 from sidecar.delivery.types import Ended, LaneStatus, Now
 from sidecar.model.delivery import Backend, Dedup
-from sidecar.spool.words import SpoolError
+from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
 
