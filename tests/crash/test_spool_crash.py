@@ -63,7 +63,7 @@ class Child:
     ) -> None:
         self.said: dict[str, list[str]] = {"A": [], "I": [], "R": [], "B": []}
         self.changed = threading.Condition()
-        paths = os.pathsep.join([str(CHILD.parent), str(CHILD.parent.parent)])
+        paths = os.pathsep.join(str(path) for path in CHILD.parents[:3])
         self.process = subprocess.Popen(
             [sys.executable, str(CHILD), str(root), str(seed), str(clients), durability, str(segment_bytes)],
             stdout=subprocess.PIPE,
@@ -189,8 +189,8 @@ def test_a_sync_that_fails_once_then_a_kill(tmp_path, child, shim):
     root.mkdir()
     order = tmp_path / "fail"
     running = child(root, SEED, env=shim | {"SHIM_FAIL_ONCE": str(order)})
-    # A failing sync may also meet the segment that is made ahead, which costs nothing; so it is ordered until it has met
-    # one that is written.
+    # A failing sync may also meet the segment that is made ahead, which costs nothing; so it is ordered until it has
+    # met one that is written.
     for count in range(20, 4000, 100):
         running.wait_until_said("R", count)
         if set_aside := list((root / "set-aside").glob("*/*.seg")):
