@@ -72,7 +72,8 @@ _MARK: Final = struct.Struct("<4sIQQQQ")
 _MARK_MAGIC: Final = b"\xffCMT"
 
 SECTOR_BYTES: Final = 512  # what a disk writes whole or not at all
-_WINDOW_BYTES: Final = 256 << 10  # read at once
+_WINDOW_BYTES: Final = 256 << 10  # read at once; less at first, for who only looks what is new
+_FIRST_WINDOW_BYTES: Final = 16 << 10
 _DRAFT: Final = ".draft"  # the copy of a damaged segment, while it is written
 
 
@@ -226,10 +227,11 @@ class Hole:
 class _Window:
     """A part of a file, read ahead."""
 
-    __slots__ = ("base", "data", "fd", "size")
+    __slots__ = ("base", "data", "fd", "size", "step")
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
+        self.step = _FIRST_WINDOW_BYTES
         self.refresh()
 
     def refresh(self) -> None:
@@ -239,7 +241,8 @@ class _Window:
         """Where `offset` is in `data`, with `size` bytes from there on, or as many as the file has."""
         at = offset - self.base
         if at < 0 or at + size > len(self.data):
-            self.data = os.pread(self.fd, min(max(size, _WINDOW_BYTES), max(self.size - offset, 0)), offset)
+            self.data = os.pread(self.fd, min(max(size, self.step), max(self.size - offset, 0)), offset)
+            self.step = min(self.step * 4, _WINDOW_BYTES)
             self.base, at = offset, 0
         return at
 
@@ -332,7 +335,7 @@ def _tail_of(window: _Window, start: int) -> Hole | None:
     whole = len(data) >= HEAD_BYTES + TAIL_BYTES and data[-TAIL_BYTES:] == _TAIL.pack(len(data), FRAME_END)
     if whole and not _lacks_sectors(data, start):
         return Hole(start, end, torn=False)
-    if data.startswith(FRAME_MAGIC):
+    if FRAME_MAGIC.startswith(data[: len(FRAME_MAGIC)]):
         length = _HEAD.unpack_from(data)[2] if len(data) >= HEAD_BYTES else HEAD_BYTES
         if length > len(data):  # its end is not there
             return Hole(start, end, torn=True)
