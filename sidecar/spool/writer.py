@@ -222,6 +222,7 @@ class Writer:
     def store(self, batches: list[Batch]) -> Group:
         """One try at one commit. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
         self._look()
+        self._look_for_room()
         segment = self._segment or self._take_segment()
         plan = make_plan(self._at, batches, time.time_ns(), begins=not segment.begun)
         try:
@@ -283,10 +284,7 @@ class Writer:
         if self.health.state is State.OK and now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
-        if not self._root.is_dir():
-            # Before anything else: whatever fails next in a directory that is not there says nothing of the reason.
-            self._let_go()
-            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
+        self._look_for_root()
         if self._segment is not None and not self._segment.path.exists():
             path = self._segment.path
             self._let_go()
@@ -303,10 +301,24 @@ class Writer:
                 raise SpoolFull(self.health.reason or str(missing)) if isinstance(missing, SpoolFull) else missing
         elif not self._reserve.present and not self._reserve.restore():
             raise self._reserve.missing()
-        elif self._limits.reserve_bytes and self._reserve.room() < self._limits.allocate_bytes:
-            # The segment has room that was taken ahead, but delivery has not: it waits for ours to be given up.
-            self._reserve.give_up()
-            raise self._reserve.missing()
+
+    def _look_for_root(self) -> None:
+        """Before anything else: whatever fails next in a directory that is not there says nothing of the reason."""
+        if not self._root.is_dir():
+            self._let_go()
+            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
+
+    def _look_for_room(self) -> None:
+        """Before each commit. The segment may have room that was taken ahead, but delivery has none then: it waits for
+        the reserve to be given up, and nobody else notices that the disk is full."""
+        limits = self._limits
+        if self._last_try or not limits.reserve_bytes or self._reserve.room() >= limits.allocate_bytes:
+            return
+        self._look_for_root()
+        self._reserve.give_up()
+        raise SpoolFull(
+            f"no room is left on the disk of {self._root}: free some; records wait in memory until there is"
+        )
 
     def _let_go(self) -> None:
         """Our files are gone: what is written to them from now on can be opened by nobody, also in the segment that
