@@ -178,23 +178,31 @@ class Frame:
 
     @property
     def intents(self) -> list[bytes]:
+        if not self.sizes[1]:
+            return []
         start = HEAD_BYTES + self.sizes[0]
         return self.data[start : start + self.sizes[1]].split(b"\n")[:-1]
 
     @property
     def lost(self) -> dict[str, int]:
+        if not self.sizes[2]:
+            return {}
         start = HEAD_BYTES + sum(self.sizes[:2])
         text = self.data[start : start + self.sizes[2]]
-        return {str(reason): int(count) for reason, count in orjson.loads(text).items()} if text else {}
+        return {str(reason): int(count) for reason, count in orjson.loads(text).items()}
 
     @property
     def closes(self) -> list[str]:
+        if not self.sizes[3]:
+            return []
         start = HEAD_BYTES + sum(self.sizes[:3])
         text = self.data[start : start + self.sizes[3]]
-        return text.decode().split("\n") if text else []
+        return text.decode().split("\n")
 
     @property
     def origins(self) -> list[tuple[bytes, int]]:
+        if not self.sizes[4]:
+            return []
         start = HEAD_BYTES + sum(self.sizes[:4])
         return [_ORIGIN.unpack_from(self.data, start + at * _ORIGIN.size) for at in range(self.sizes[4])]
 

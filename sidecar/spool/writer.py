@@ -118,7 +118,9 @@ class Writer:
         self._gave_up = False
         self._last_try = False
         self._report: Callable[[Committed], None] = lambda committed: None
-        self.maintenance = Maintenance(root, position.instance, limits, create)
+        self.maintenance = Maintenance(
+            root, position.instance, limits, create, disk_is_full=lambda: self.health.state is State.FULL
+        )
         self.health = Health()  # replaced as a whole, so any thread may read it
 
     @property
@@ -342,7 +344,10 @@ class Maintenance:
     A segment belongs to the writer until it is handed in here, and to this thread from then on.
     """
 
-    def __init__(self, root: Path, instance: str, limits: Limits, create: CreateSegment) -> None:
+    def __init__(
+        self, root: Path, instance: str, limits: Limits, create: CreateSegment, *, disk_is_full: Callable[[], bool]
+    ) -> None:
+        self._disk_is_full = disk_is_full
         self._root = root
         self._instance = instance
         self._limits = limits
@@ -418,6 +423,8 @@ class Maintenance:
         self._seal_all()
 
     def _seal_all(self) -> None:
+        if self._disk_is_full():
+            return  # the room that is left is delivery's; a segment that is not sealed holds everything as well
         waiting, self._unsealed = self._unsealed, []
         for segment in waiting:
             upto = segment.commit_number
