@@ -43,12 +43,15 @@ run: $(RUN) ## serve for real: make run UPSTREAM=https://api.example.com
 test: $(TEST) ## the whole test suite (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
 
-lint: $(TEST) ## ruff and mypy
+lint: $(TEST) ## ruff, its format, mypy, and who may import whom
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
 
-format: $(TEST) ## let ruff put imports and simple faults right
+format: $(TEST) ## let ruff put imports, simple faults and the layout right
 	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
 
 fuzz: $(TEST) ## the readers and decoders against random bytes, for longer than in `make test`
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} \
@@ -88,7 +91,7 @@ readme: $(TEST) ## write the tables of the README from the code
 	$(BIN)/python tests/readme_tables.py
 
 clean: ## remove the environment and what tools left behind
-	rm -rf $(VENV) $(VENV)-pip-* build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis demo-data
+	rm -rf $(VENV) $(VENV)-pip-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-data
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"

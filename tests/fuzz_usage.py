@@ -15,12 +15,12 @@ from pathlib import Path
 import atheris
 
 ROOT = Path(__file__).parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "unit")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 with atheris.instrument_imports(include=["sidecar.usage"]):
     from sidecar.usage.readers import UsageTaps
 
-from test_usage_fuzz import SAMPLES, believable  # noqa: E402
+from unit.test_usage_fuzz import SAMPLES, believable  # noqa: E402
 
 CODINGS = (b"", b"", b"", b"gzip", b"deflate", b"br", b"zstd", b"gzip, br")
 SIZES = (1, 3, 17, 256, 4096)

@@ -11,14 +11,14 @@ TEXT = (TESTS.parent / "docs" / "guarantees.md").read_text()
 NAMED = re.compile(r"`(?:tests/)?([\w/]+\.py)::(\w+)`")
 
 
-def test_every_test_that_is_named_exists():
+def test_every_test_that_is_named_exists() -> None:
     named = NAMED.findall(TEXT)
     assert len(named) > 40
     missing = [f"{path}::{name}" for path, name in named if name not in functions(TESTS / path)]
     assert not missing
 
 
-def test_nothing_is_named_in_a_form_that_is_not_checked():
+def test_nothing_is_named_in_a_form_that_is_not_checked() -> None:
     assert len(re.findall(r"\btest_\w+(?!\w*\.py)\b(?!\.py)", TEXT)) == len(NAMED.findall(TEXT))
 
 

@@ -1,47 +1,69 @@
 """The billing systems: one file each, and one row in this table.
 
 To add one, write `sidecar/backends/<name>.py` with a class that keeps the `Backend` contract of
-`sidecar.model.delivery`, its `SETTINGS` and a `from_settings`; add the row; add it to
+`sidecar.model.delivery` and its settings as a frozen dataclass; add the row; add it to
 `tests/support/backend_trials.py`. Nothing else knows backends by name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
-from sidecar.backends import file, flexprice, lago, ledger, ledgerbee, meter, openmeter, webhook
 from sidecar.backends.base import Context
-from sidecar.backends.revenium import backend as revenium
-from sidecar.backends.stripe import backend as stripe
+from sidecar.backends.file import FileBackend
+from sidecar.backends.flexprice import FlexpriceBackend
+from sidecar.backends.lago import LagoBackend
+from sidecar.backends.ledger import LedgerBackend
+from sidecar.backends.ledgerbee import LedgerbeeBackend
+from sidecar.backends.meter import MeterBackend
+from sidecar.backends.openmeter import OpenmeterBackend
+from sidecar.backends.revenium.backend import ReveniumBackend
+from sidecar.backends.stripe.backend import StripeBackend
+from sidecar.backends.webhook import WebhookBackend
 from sidecar.model.delivery import Backend
-from sidecar.settings import Setting
+from sidecar.settings import Setting, settings_of
+
+
+class Buildable(Protocol):
+    """A backend's class: made of its own settings and of what all are given."""
+
+    settings_type: type[Any]
+
+    def __call__(self, settings: Any, context: Context) -> Backend: ...
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     """A backend, before it is made."""
 
-    make: Callable[[Mapping[str, Any], Context], Backend]
-    settings: tuple[Setting, ...]
+    kind: Buildable
     summary: str
+
+    @property
+    def settings(self) -> tuple[Setting, ...]:
+        return settings_of(self.kind.settings_type)
+
+    def make(self, values: Mapping[str, Any], context: Context) -> Backend:
+        """`values`: by the settings' names, as `Settings.backend` gives them. Raises `ValueError`, `MetersError`."""
+        return self.kind(self.kind.settings_type(**values), context)
 
 
 BACKENDS: Final[Mapping[str, Row]] = {
-    "ledger": Row(ledger.LedgerBackend.from_settings, ledger.SETTINGS, "the embedded usage store"),
-    "meter": Row(meter.MeterBackend.from_settings, meter.SETTINGS, "/meter payloads in batches, to any address"),
-    "revenium": Row(revenium.ReveniumBackend.from_settings, revenium.SETTINGS, "Revenium, one request a record"),
-    "ledgerbee": Row(ledgerbee.LedgerbeeBackend.from_settings, ledgerbee.SETTINGS, "LedgerBee, one report a meter"),
-    "stripe": Row(stripe.StripeBackend.from_settings, stripe.SETTINGS, "Stripe billing meters"),
-    "flexprice": Row(flexprice.FlexpriceBackend.from_settings, flexprice.SETTINGS, "Flexprice events in bulk"),
-    "openmeter": Row(openmeter.OpenmeterBackend.from_settings, openmeter.SETTINGS, "OpenMeter, as CloudEvents"),
-    "lago": Row(lago.LagoBackend.from_settings, lago.SETTINGS, "Lago events, one a meter"),
-    "webhook": Row(webhook.WebhookBackend.from_settings, webhook.SETTINGS, "records as lines of JSON, signed"),
-    "file": Row(file.FileBackend.from_settings, file.SETTINGS, "records as lines of JSON in a file"),
+    "ledger": Row(LedgerBackend, "the embedded usage store"),
+    "meter": Row(MeterBackend, "/meter payloads in batches, to any address"),
+    "revenium": Row(ReveniumBackend, "Revenium, one request a record"),
+    "ledgerbee": Row(LedgerbeeBackend, "LedgerBee, one report a meter"),
+    "stripe": Row(StripeBackend, "Stripe billing meters"),
+    "flexprice": Row(FlexpriceBackend, "Flexprice events in bulk"),
+    "openmeter": Row(OpenmeterBackend, "OpenMeter, as CloudEvents"),
+    "lago": Row(LagoBackend, "Lago events, one a meter"),
+    "webhook": Row(WebhookBackend, "records as lines of JSON, signed"),
+    "file": Row(FileBackend, "records as lines of JSON in a file"),
 }
 
-__all__ = ["BACKENDS", "Context", "Row", "backend_settings"]
+__all__ = ["BACKENDS", "Buildable", "Context", "Row", "backend_settings"]
 
 
 def backend_settings() -> dict[str, tuple[Setting, ...]]:

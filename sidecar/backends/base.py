@@ -23,7 +23,7 @@ from sidecar.meters.properties import answered
 from sidecar.model.delivery import Encoded, Verdict
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
-from sidecar.settings import Secret, Setting, types
+from sidecar.settings import setting, types
 
 TEXT_CHARS_MAX: Final = 255  # what vendors store of a text; Revenium's own package cuts here as well
 DAY_S: Final = 86_400.0
@@ -92,24 +92,33 @@ BILLING: Final = Policy()
 EVERYTHING: Final = Policy(denied=SEND, refused=SEND, unsettled=SEND)
 
 
-def policy_settings(policy: Policy) -> tuple[Setting, ...]:
-    """The switches of one backend: which calls it is given beside the plainly billable ones."""
-    do = types.word_of(SEND, SKIP, PARK)
-    return (
-        Setting("denied", do, policy.denied, "calls that the gate turned away: `send`, `skip` or `park`"),
-        Setting("refused", do, policy.refused, "calls that were refused as bad requests"),
-        Setting("unsettled", do, policy.unsettled, "calls found open after a crash"),
-        Setting("partial", do, policy.partial, "calls whose usage is only a lower bound"),
-    )
+_DO: Final = types.word_of(SEND, SKIP, PARK)
+_DENIED: Final = "calls that the gate turned away: `send`, `skip` or `park`"
+_REFUSED: Final = "calls that were refused as bad requests"
+_UNSETTLED: Final = "calls found open after a crash"
 
 
-def policy_of(values: Mapping[str, Any]) -> Policy:
-    return Policy(**{name: values[name] for name in ("denied", "refused", "unsettled", "partial")})
+@dataclass(frozen=True, kw_only=True)
+class BillingSettings:
+    """The settings of every backend that bills: which calls it is given beside the plainly billable ones."""
+
+    denied: str = setting(_DO, BILLING.denied, _DENIED)
+    refused: str = setting(_DO, BILLING.refused, _REFUSED)
+    unsettled: str = setting(_DO, BILLING.unsettled, _UNSETTLED)
+    partial: str = setting(_DO, BILLING.partial, "calls whose usage is only a lower bound")
+
+    @property
+    def policy(self) -> Policy:
+        return Policy(denied=self.denied, refused=self.refused, unsettled=self.unsettled, partial=self.partial)
 
 
-def revealed(secret: Secret | None) -> str | None:
-    """What a secret setting holds, for the one place that puts it into a header."""
-    return None if secret is None else secret.reveal()
+@dataclass(frozen=True, kw_only=True)
+class RecordSettings(BillingSettings):
+    """The same for one that keeps records and is given all of them."""
+
+    denied: str = setting(_DO, EVERYTHING.denied, _DENIED)
+    refused: str = setting(_DO, EVERYTHING.refused, _REFUSED)
+    unsettled: str = setting(_DO, EVERYTHING.unsettled, _UNSETTLED)
 
 
 @runtime_checkable

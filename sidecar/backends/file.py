@@ -17,24 +17,22 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
 import glob
 import logging
 import os
 import re
 import sqlite3
-import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
 from time import time
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
-from sidecar.backends.base import EVERYTHING, Context, Policy, policy_of, policy_settings
+from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import seal_lines
 from sidecar.model.delivery import (
     Abilities,
@@ -49,8 +47,9 @@ from sidecar.model.delivery import (
     Verdict,
 )
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
-from sidecar.storage.files import Trouble, make_private, trouble
+from sidecar.settings import setting, types
+from sidecar.storage.files import StorageError, Trouble, sync_directory, sync_file, trouble, try_lock
+from sidecar.storage.sqlite import Schema, error_of, open_db, transaction
 
 BATCH_MAX: Final = 1000
 BODY_BYTES_MAX: Final = 8 * 1024 * 1024  # one write and sync stays short on a slow disk
@@ -61,7 +60,8 @@ READ_BYTES: Final = 1 << 20  # of what is longer than remembered, at a time
 LINE_BYTES_MAX: Final = 4 << 20  # a longer line is none of ours: it is passed over
 _OURS: Final = re.compile(rb'\{"id":"[0-9a-f-]{36}","seq":')  # how every line of ours begins
 _DENIED: Final = frozenset({Trouble.DENIED, Trouble.READ_ONLY, Trouble.GONE})
-_SCHEMA: Final = """
+# `IF NOT EXISTS`: the first files had these tables and no number of their format yet.
+_TABLES: Final = """
 CREATE TABLE IF NOT EXISTS applied (
   seq INTEGER PRIMARY KEY, -- in order of writing, so that the oldest can go
   key TEXT NOT NULL UNIQUE
@@ -76,50 +76,46 @@ CREATE TABLE IF NOT EXISTS beyond (
   record_id TEXT PRIMARY KEY -- stands in the file behind what was remembered of it: not to be written again
 ) STRICT, WITHOUT ROWID;
 """
+# Nothing is lost with a damaged one: what is in the file is recognised by the ids of its records.
+MEMORY: Final = Schema(
+    name="memory of what was written",
+    version=1,
+    tables=_TABLES,
+    when_damaged="move it away, the lines in the file are then looked through",
+)
 
 log = logging.getLogger("sidecar.backends.file")
 
-SETTINGS: Final = (
-    Setting("path", types.path, help="the file; `records.ndjson` in the data directory when not set"),
-    Setting("rotate_bytes", types.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed"),
-    *policy_settings(EVERYTHING),
-)
+
+@dataclass(frozen=True, kw_only=True)
+class FileSettings(RecordSettings):
+    path: Path | None = setting(types.path, None, "the file; `records.ndjson` in the data directory when not set")
+    rotate_bytes: int = setting(types.size(4096), str(ROTATE_BYTES_DEFAULT), "size at which the file is renamed")
 
 
 class FileBackend:
     """Appends records to one file."""
 
     name = "file"
+    settings_type = FileSettings
+    abilities = Abilities(
+        events_max=BATCH_MAX,
+        bytes_max=BODY_BYTES_MAX,
+        atomicity=Atomicity.ALL_OR_NOTHING,
+        dedup=Dedup.REQUEST_KEY,
+        concurrency=1,
+        knows_duplicates=True,
+        knows_records=True,
+        bills=False,
+    )
 
-    def __init__(
-        self,
-        *,
-        path: Path,
-        data_dir: Path,
-        rotate_bytes: int = ROTATE_BYTES_DEFAULT,
-        policy: Policy = EVERYTHING,
-        clock: Callable[[], float] = time,
-    ) -> None:
-        self.abilities = Abilities(
-            events_max=BATCH_MAX,
-            bytes_max=BODY_BYTES_MAX,
-            atomicity=Atomicity.ALL_OR_NOTHING,
-            dedup=Dedup.REQUEST_KEY,
-            concurrency=1,
-            knows_duplicates=True,
-            knows_records=True,
-            bills=False,
-        )
-        self._policy = policy
-        self._file = AppendOnce(path=path, memory=data_dir / "file.db", rotate_bytes=rotate_bytes, clock=clock)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> FileBackend:
-        return cls(
-            path=values["path"] or context.data_dir / "records.ndjson",
-            data_dir=context.data_dir,
-            rotate_bytes=values["rotate_bytes"],
-            policy=policy_of(values),
+    def __init__(self, settings: FileSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        self._policy = settings.policy
+        self._file = AppendOnce(
+            path=settings.path or context.data_dir / "records.ndjson",
+            memory=context.data_dir / "file.db",
+            rotate_bytes=settings.rotate_bytes,
+            clock=clock,
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:
@@ -130,7 +126,7 @@ class FileBackend:
             new = await asyncio.to_thread(self._file.append, sealed.key, sealed.body)
         except LockedFileError as error:
             return [Blocked(str(error))] * len(sealed.events)
-        except (OSError, sqlite3.Error) as error:
+        except (OSError, StorageError) as error:
             return [_verdict_for(error, self._file)] * len(sealed.events)
         return [Delivered() if new else Duplicate()] * len(sealed.events)
 
@@ -142,17 +138,16 @@ class LockedFileError(Exception):
     """Another process writes the file. The text says which."""
 
 
-def _verdict_for(error: OSError | sqlite3.Error, file: AppendOnce) -> Verdict:
+def _verdict_for(error: OSError | StorageError, file: AppendOnce) -> Verdict:
     """Nothing of a failed append counts, so that it may always be tried again."""
-    if isinstance(error, OSError):
-        if error.errno == errno.EISDIR:
-            return Blocked("not_writable")
-        found = trouble(error, file.path)
+    if isinstance(error, StorageError):
+        found = error.trouble
     else:
-        found = trouble(error, file.memory)
-        if found in (Trouble.DAMAGED, Trouble.NOT_DATABASE):
-            # Nothing is lost with it: what is in the file is recognised by the ids of its records.
-            return Blocked(f"{file.memory} is damaged: move it away, the lines in the file are then looked through")
+        found = Trouble.DENIED if error.errno == errno.EISDIR else trouble(error, file.path)
+    if found in (Trouble.DAMAGED, Trouble.NOT_DATABASE):
+        return Blocked(f"{file.memory} is damaged: {MEMORY.when_damaged}")
+    if found in (Trouble.NEWER, Trouble.FOREIGN):
+        return Blocked(str(error))
     if found is Trouble.FULL:
         return Retry("disk_full")
     return Blocked("not_writable") if found in _DENIED else Retry("write_failed")
@@ -184,25 +179,29 @@ class AppendOnce:
     def append(self, key: str, data: bytes) -> bool:
         """Add those lines of `data` that are not there yet and make them last; False when `key` is in already.
 
-        Raises `OSError`, `sqlite3.Error`, `LockedFileError`.
+        Raises `OSError`, `StorageError`, `LockedFileError`.
         """
         with self._lock:
-            memory = self._remembered()
-            if memory.execute("SELECT 1 FROM applied WHERE key = ?", (key,)).fetchone():
-                return False
             try:
-                current = self._current(len(data))
-                there = _known_of(memory, data)
-                left = _without(data, there)
-                if left:
-                    _write(current, left)
-                self._remember(memory, key, current, there=there)
-            except (OSError, sqlite3.Error):
+                return self._append(self._remembered(), key, data)
+            except (OSError, StorageError, sqlite3.Error) as error:
                 # Pages of a failed sync may be gone and a failed commit may not be: what is on disk is looked
                 # through again before the next byte.
                 self._forget()
+                if isinstance(error, sqlite3.Error):
+                    raise error_of(error, self.memory, MEMORY) from error
                 raise
-            return True
+
+    def _append(self, memory: sqlite3.Connection, key: str, data: bytes) -> bool:
+        if memory.execute("SELECT 1 FROM applied WHERE key = ?", (key,)).fetchone():
+            return False
+        current = self._current(len(data))
+        there = _known_of(memory, data)
+        left = _without(data, there)
+        if left:
+            _write(current, left)
+        self._remember(memory, key, current, there=there)
+        return True
 
     def close(self) -> None:
         with self._lock:
@@ -210,17 +209,7 @@ class AppendOnce:
 
     def _remembered(self) -> sqlite3.Connection:
         if self._known is None:
-            make_private(self.memory)
-            memory = sqlite3.connect(self.memory, isolation_level=None, check_same_thread=False)
-            try:
-                memory.execute("PRAGMA journal_mode = WAL")
-                memory.execute("PRAGMA synchronous = FULL")
-                memory.execute("PRAGMA fullfsync = ON")
-                memory.executescript(_SCHEMA)
-            except sqlite3.Error:
-                memory.close()
-                raise
-            self._known = memory
+            self._known = open_db(self.memory, schema=MEMORY)
         return self._known
 
     def _remember(
@@ -233,8 +222,7 @@ class AppendOnce:
         beyond: Iterable[str] = (),
     ) -> None:
         """One transaction: how long the file is, the key, and which ids beyond its old length are met or found."""
-        memory.execute("BEGIN IMMEDIATE")
-        try:
+        with transaction(memory):
             memory.execute(
                 "INSERT OR REPLACE INTO written VALUES (1, ?, ?, ?)",
                 (current.device, current.inode, current.size_bytes),
@@ -244,11 +232,6 @@ class AppendOnce:
             if key is not None:
                 memory.execute("INSERT INTO applied (key) VALUES (?)", (key,))
                 memory.execute("DELETE FROM applied WHERE seq <= (SELECT max(seq) FROM applied) - ?", (KEYS_KEPT,))
-            memory.execute("COMMIT")
-        except sqlite3.Error:
-            if memory.in_transaction:
-                memory.execute("ROLLBACK")
-            raise
 
     def _current(self, more_bytes: int) -> _Open:
         """The file to write to: the open one unless it was moved away or would grow past its size."""
@@ -262,7 +245,7 @@ class AppendOnce:
             _end_line(current)  # what was cut short there cannot be completed in another file
             self.path.rename(self._free_name())
             self._let_go()
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
             current = self._take_up()
         return current
 
@@ -271,7 +254,7 @@ class AppendOnce:
         descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, MODE)
         try:
             self._take_lock(descriptor)
-            _sync_directory(self.path.parent)
+            sync_directory(self.path.parent)
             stat = os.fstat(descriptor)
             current = _Open(descriptor, stat.st_dev, stat.st_ino, stat.st_size)
             memory = self._remembered()
@@ -306,16 +289,11 @@ class AppendOnce:
         self._remember(self._known, None, current, beyond=found)
 
     def _take_lock(self, descriptor: int) -> None:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                raise
-            pid = _locker(os.fstat(descriptor).st_ino)
-            who = "another process" if pid is None else f"another sidecar (pid {pid})"
-            raise LockedFileError(
-                f"{self.path} is written by {who}: give each a SIDECAR_FILE_PATH of its own, or stop one"
-            ) from None
+        if try_lock(descriptor):
+            return
+        pid = _locker(os.fstat(descriptor).st_ino)
+        who = "another process" if pid is None else f"another sidecar (pid {pid})"
+        raise LockedFileError(f"{self.path} is written by {who}: give each a SIDECAR_FILE_PATH of its own, or stop one")
 
     def _look_through_rotated(self, inode: int, size_bytes: int, found: set[str]) -> None:
         """The same for files that were rotated since: from the one that is remembered on, if it is among them."""
@@ -363,7 +341,7 @@ def _write(current: _Open, data: bytes) -> None:
     while view:
         written = os.pwrite(current.descriptor, view, offset)
         view, offset = view[written:], offset + written
-    _sync(current.descriptor)
+    sync_file(current.descriptor)
     current.size_bytes, current.begun = offset, b""
 
 
@@ -433,18 +411,3 @@ def _locker(inode: int) -> int | None:
             if fields[1] == "FLOCK" and fields[5].endswith(f":{inode}") and int(fields[4]) > 0:
                 return int(fields[4])
     return None
-
-
-def _sync(descriptor: int) -> None:
-    if sys.platform == "darwin":  # a plain fsync leaves the data in the drive's cache
-        fcntl.fcntl(descriptor, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(descriptor)
-
-
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

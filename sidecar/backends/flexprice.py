@@ -7,31 +7,28 @@ parts are then sent again with the same ids. A 202 means handed on, not stored.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import time
 from typing import Any, Final
 
 import orjson
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
-    BILLING,
     Context,
-    Policy,
     Provision,
     answered_calls,
-    policy_of,
-    policy_settings,
-    revealed,
     rfc3339,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, seal_batches
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
+from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import as_json, properties
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, required_secret, setting, types
 
 HOST: Final = "https://us.api.flexprice.io"  # as the vendor's package; https://api.cloud.flexprice.io is India's
 BULK: Final = "/v1/events/bulk"
@@ -41,21 +38,23 @@ BYTES_MAX: Final = 32 * 1024 * 1024
 CONCURRENCY: Final = 4  # of 100 bulk requests a minute that the hosted service takes
 SOURCE: Final = "metering-sidecar"
 
-SETTINGS: Final = (
-    Setting("url", types.http_url, HOST, "with or without `/v1`; `https://api.cloud.flexprice.io` in India"),
-    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True, required=True,
-            also=("FLEXPRICE_API_KEY",)),
-    Setting("event_name", types.text, "api_request", "the event's name, as the meters have it"),
-    Setting("environment_id", HEADER_TEXT, help="sent as `X-Environment-ID`, where the key is not bound to one"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class FlexpriceSettings(HttpSettings):
+    url: str = setting(types.http_url, HOST, "with or without `/v1`; `https://api.cloud.flexprice.io` in India")
+    api_key: Secret = required_secret(HEADER_TEXT, "sent as `x-api-key`", also=("FLEXPRICE_API_KEY",))
+    event_name: str = setting(types.text, "api_request", "the event's name, as the meters have it")
+    environment_id: str | None = setting(
+        HEADER_TEXT, None, "sent as `X-Environment-ID`, where the key is not bound to one"
+    )
 
 
-class FlexpriceBackend:
+class FlexpriceBackend(HttpBackend[FlexpriceSettings]):
     """Events in bulk."""
 
     name = "flexprice"
+    settings_type = FlexpriceSettings
+    key_header = "x-api-key"
     abilities = Abilities(
         events_max=EVENTS_MAX,
         bytes_max=BYTES_MAX,
@@ -65,38 +64,11 @@ class FlexpriceBackend:
         concurrency=CONCURRENCY,
     )
 
-    def __init__(
-        self,
-        *,
-        api_key: str,
-        url: str = HOST,
-        event_name: str = "api_request",
-        environment_id: str | None = None,
-        customers: Mapping[str, str] | None = None,
-        policy: Policy = BILLING,
-        client: HttpClient | None = None,
-    ) -> None:
-        self.address: str = types.http_url.parse(url).removesuffix("/v1")
-        self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
-        if environment_id is not None:
-            self._headers["x-environment-id"] = HEADER_TEXT.parse(environment_id)
-        self._event_name = event_name
-        self._customers = dict(customers or {})
-        self._policy = policy
-        self._client = client or HttpClient(dedup=Dedup.EVENT_ID)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> FlexpriceBackend:
-        context.definitions()  # their faults are said at the start, whoever uses them
-        return cls(
-            api_key=revealed(values["api_key"]) or "",
-            url=values["url"],
-            event_name=values["event_name"],
-            environment_id=values["environment_id"],
-            customers=context.customers(cls.name),
-            policy=policy_of(values),
-            client=HttpClient(dedup=Dedup.EVENT_ID, timeout_s=values["timeout"]),
-        )
+    def __init__(self, settings: FlexpriceSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        super().__init__(settings, context, clock=clock)
+        self.address = settings.url.removesuffix("/v1")
+        if settings.environment_id is not None:
+            self._headers["x-environment-id"] = settings.environment_id
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -110,7 +82,7 @@ class FlexpriceBackend:
         return orjson.dumps(
             {
                 "event_id": record.id,
-                "event_name": self._event_name,
+                "event_name": self._settings.event_name,
                 "external_customer_id": customer,
                 "timestamp": rfc3339(record.started_at),
                 "source": SOURCE,
@@ -164,14 +136,11 @@ class FlexpriceBackend:
             aggregation |= {"type": "SUM_WITH_MULTIPLIER", "multiplier": write_amount(meter.multiplier)}
         return {
             "name": meter.name,
-            "event_name": meter.event_name or self._event_name,
+            "event_name": meter.event_name or self._settings.event_name,
             "aggregation": aggregation,
             "filters": [{"key": f.key, "values": list(f.values)} for f in meter.filters],
             "reset_usage": str(meter.reset),
         }, ""
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def _judge(answer: Answer, _: Sealed) -> Verdict | None:

@@ -23,7 +23,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from time import time
 from types import SimpleNamespace
-from typing import Any, Final, cast
+from typing import Any, ClassVar, Final, Generic, TypeVar, cast
 from urllib.parse import urlsplit
 
 import aiohttp
@@ -31,8 +31,9 @@ import orjson
 
 from sidecar import __version__
 from sidecar.backends.answers import Yes, said_yes
-from sidecar.model.delivery import KEY_MISMATCH, Blocked, Dedup, Refused, Retry, Sealed, Unknown, Verdict
-from sidecar.settings import Setting, types
+from sidecar.backends.base import BillingSettings, Context
+from sidecar.model.delivery import KEY_MISMATCH, Abilities, Blocked, Dedup, Refused, Retry, Sealed, Unknown, Verdict
+from sidecar.settings import Secret, Unfit, setting, types
 
 CONNECT_TIMEOUT_S: Final = 10.0  # as for upstreams; a backend that takes longer is not there
 ANSWER_TIMEOUT_S: Final = 30.0  # from the first byte sent; vendors' own packages use 10 to 80
@@ -129,7 +130,10 @@ rule."""
 
 
 def verdict_of(answer: Answer, *, dedup: Dedup, now_s: float) -> Verdict:
-    """What a status that is no 2xx says where the vendor says nothing else (durability.md, section 6)."""
+    """What a status that is no 2xx says where the vendor says nothing else, so that no record is lost or billed twice.
+
+    Only what is known to be refused is refused; what may have been taken is `Unknown`, and what was not is tried again.
+    """
     status, after_s = answer.status, answer.retry_after_s(now_s)
     if 300 <= status < 400 or status in _ADDRESS or status in _OPERATOR:
         return Blocked(_OPERATOR.get(status) or f"http_{status}")
@@ -156,15 +160,20 @@ def refused_with(answer: Answer, *path: str) -> Refused:
 
 def _header_text(value: str) -> str:
     if not _HEADER_VALUE.fullmatch(value):
-        raise types.Unfit("expected printable ASCII, without spaces or line ends around it")
+        raise Unfit("expected printable ASCII, without spaces or line ends around it")
     return value
 
 
 HEADER_TEXT: Final = types.Kind("a text that a header can carry", _header_text)
 
-TIMEOUT: Final = Setting(
-    "timeout", types.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the answer to one request may take"
-)
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings(BillingSettings):
+    """What the settings of every backend on the network end with. Each adds its `url`, its `api_key` and its own."""
+
+    timeout: float = setting(
+        types.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the answer to one request may take"
+    )
 
 
 @dataclass(slots=True)
@@ -282,6 +291,39 @@ class HttpClient:
                 trace_configs=[trace],
             )
         return self._session
+
+
+S = TypeVar("S", bound=HttpSettings)
+
+
+class HttpBackend(Generic[S]):
+    """What every backend on the network has: settings, customers, meters, the key's header and the client.
+
+    A backend names itself, its `settings_type` and its `abilities`; where these hang on the settings it sets them
+    before it calls this constructor.
+    """
+
+    name: ClassVar[str]
+    settings_type: ClassVar[type[Any]]
+    key_header: ClassVar[str] = "authorization"  # that header says `Bearer …`, any other the key alone
+    abilities: Abilities
+
+    def __init__(self, settings: S, context: Context, *, clock: Callable[[], float] = time) -> None:
+        """`clock`: Unix seconds. Raises `MetersError`, and `ValueError` for settings that do not go together."""
+        self._settings = settings
+        self._policy = settings.policy
+        self._customers = context.customers(self.name)
+        self._definitions = context.definitions()
+        self._clock = clock
+        self._headers: dict[str, str] = {}
+        key: Secret | None = getattr(settings, "api_key", None)
+        if key is not None:
+            bearer = self.key_header == "authorization"
+            self._headers[self.key_header] = f"Bearer {key.reveal()}" if bearer else key.reveal()
+        self._client = HttpClient(dedup=self.abilities.dedup, timeout_s=settings.timeout, clock=clock)
+
+    async def aclose(self) -> None:
+        await self._client.aclose()
 
 
 def fault_of(error: BaseException) -> str:

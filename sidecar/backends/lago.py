@@ -8,30 +8,27 @@ silently.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import time
 from typing import Any, Final
 
 import orjson
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
-    BILLING,
     Context,
-    Policy,
     chosen_meters,
     clip,
     metered_calls,
     plain_number,
-    policy_of,
-    policy_settings,
-    revealed,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, meter_event, seal_batches
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
+from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
+from sidecar.meters.definition import Kind, Meter
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Duplicate, Encoded, Refused, Retry, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, required_secret, setting, types
 
 HOST: Final = "https://api.getlago.com"
 BATCH: Final = "/api/v1/events/batch"
@@ -40,21 +37,20 @@ BYTES_MAX: Final = 1_000_000  # 100 events have 50 kB; no limit is documented
 TAKES: Final = frozenset({Kind.COUNT, Kind.SUM, Kind.LATEST, Kind.MAX})
 _THERE: Final = {"transaction_id": ["value_already_exist"]}
 
-SETTINGS: Final = (
-    Setting("url", types.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own"),
-    Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True, required=True,
-            also=("LAGO_API_KEY",)),
-    Setting("meters", types.names, help="the meters to send; all of them when not set"),
-    Setting("value_key", types.text, "value", "the property that the billable metrics aggregate"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class LagoSettings(HttpSettings):
+    url: str = setting(types.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own")
+    api_key: Secret = required_secret(HEADER_TEXT, "sent as `Authorization: Bearer …`", also=("LAGO_API_KEY",))
+    meters: tuple[str, ...] = setting(types.names, None, "the meters to send; all of them when not set")
+    value_key: str = setting(types.text, "value", "the property that the billable metrics aggregate")
 
 
-class LagoBackend:
+class LagoBackend(HttpBackend[LagoSettings]):
     """Events in batches."""
 
     name = "lago"
+    settings_type = LagoSettings
     abilities = Abilities(
         events_max=EVENTS_MAX,
         bytes_max=BYTES_MAX,
@@ -64,38 +60,10 @@ class LagoBackend:
         knows_duplicates=True,
     )
 
-    def __init__(
-        self,
-        *,
-        api_key: str,
-        url: str = HOST,
-        meters: Sequence[Meter] = DEFAULT_METERS,
-        names: Sequence[str] = (),
-        value_key: str = "value",
-        customers: Mapping[str, str] | None = None,
-        policy: Policy = BILLING,
-        client: HttpClient | None = None,
-    ) -> None:
-        self.address: str = types.http_url.parse(url).removesuffix("/api/v1")
-        self._headers = {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
-        self._meters = chosen_meters(self.name, meters, names, TAKES)
-        self._value_key = value_key
-        self._customers = dict(customers or {})
-        self._policy = policy
-        self._client = client or HttpClient(dedup=Dedup.EVENT_ID)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LagoBackend:
-        return cls(
-            api_key=revealed(values["api_key"]) or "",
-            url=values["url"],
-            meters=context.definitions(),
-            names=values["meters"],
-            value_key=values["value_key"],
-            customers=context.customers(cls.name),
-            policy=policy_of(values),
-            client=HttpClient(dedup=Dedup.EVENT_ID, timeout_s=values["timeout"]),
-        )
+    def __init__(self, settings: LagoSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        super().__init__(settings, context, clock=clock)
+        self.address = settings.url.removesuffix("/api/v1")
+        self._meters = chosen_meters(self.name, self._definitions, settings.meters, TAKES)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -114,15 +82,12 @@ class LagoBackend:
             "external_subscription_id": subscription,
             "code": meter.event_name or meter.name,
             "timestamp": f"{record.started_at.timestamp():.3f}",
-            "properties": {**_dimensions(record), self._value_key: plain_number(amount)},
+            "properties": {**_dimensions(record), self._settings.value_key: plain_number(amount)},
         }
         return Piece(event, orjson.dumps(told))
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["lago"], _judge)
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def _dimensions(record: Record) -> dict[str, str]:

@@ -8,13 +8,12 @@ file knows how effects are made, `sidecar.ledger` how they are kept.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Sequence
+from typing import Final
 
-from sidecar.backends.base import EVERYTHING, Context, LedgerApply, Policy, policy_of, policy_settings
+from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import batch_key, event_key
 from sidecar.meters.buckets import SUMS, bucket_deltas, to_wire
-from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Refused, Sealed, Undone, Verdict
 from sidecar.model.record import Record
@@ -22,13 +21,12 @@ from sidecar.model.record import Record
 BATCH_MAX: Final = 1000  # one transaction: 20 ms of work at most, and one fsync for it
 DEDUP_WINDOW_S: Final = 30 * 86_400.0  # how long the store keeps keys (`sidecar.ledger.store.KEYS_KEPT_S`)
 
-SETTINGS: Final = policy_settings(EVERYTHING)
-
 
 class LedgerBackend:
     """Adds what records amount to into the embedded store."""
 
     name = "ledger"
+    settings_type = RecordSettings
     abilities = Abilities(
         events_max=BATCH_MAX,
         atomicity=Atomicity.ALL_OR_NOTHING,
@@ -39,18 +37,12 @@ class LedgerBackend:
         bills=False,
     )
 
-    def __init__(
-        self, *, store: LedgerApply, meters: Sequence[Meter] = DEFAULT_METERS, policy: Policy = EVERYTHING
-    ) -> None:
-        self._meters = tuple(meters)
-        self._store = store
-        self._policy = policy
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerBackend:
+    def __init__(self, settings: RecordSettings, context: Context) -> None:
         if context.open_ledger is None:
             raise ValueError("the ledger backend needs a store: pass open_ledger in the context")
-        return cls(store=context.open_ledger(), meters=context.definitions(), policy=policy_of(values))
+        self._policy = settings.policy
+        self._meters = context.definitions()
+        self._store = context.open_ledger()
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()

@@ -9,32 +9,28 @@ setting here.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from time import time
 from typing import Any, Final
 
 import orjson
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
-    BILLING,
-    DAY_S,
     Context,
-    Policy,
     chosen_meters,
     clip,
     json_number,
     metered_calls,
-    policy_of,
-    policy_settings,
-    revealed,
     rfc3339,
 )
 from sidecar.backends.batching import event_key, meter_event
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
+from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
+from sidecar.meters.definition import Kind, Meter
 from sidecar.model.delivery import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, Unfit, required_secret, setting, types
 
 HOST: Final = "https://api.ledgerbee.com"
 REPORT: Final = "/api/v1/meters/report"
@@ -49,68 +45,41 @@ def _meter_pairs(items: Sequence[str]) -> Mapping[str, str]:
     for item in items:
         ours, equals, theirs = item.partition("=")
         if not ours.strip() or (equals and not theirs.strip()):
-            raise types.Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
+            raise Unfit(f"{item!r}: expected a meter's name, or name=its name or id at LedgerBee")
         found[ours.strip()] = theirs.strip() or ours.strip()
     return found
 
 
-SETTINGS: Final = (
-    Setting("url", types.http_url, HOST, "the API's host"),
-    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`; scope `meter-report`", secret=True, required=True),
-    Setting(
-        "meters",
+@dataclass(frozen=True, kw_only=True)
+class LedgerbeeSettings(HttpSettings):
+    url: str = setting(types.http_url, HOST, "the API's host")
+    api_key: Secret = required_secret(HEADER_TEXT, "sent as `x-api-key`; scope `meter-report`")
+    meters: Mapping[str, str] = setting(
         types.many("meters as name or name=its name or id there, separated by commas", _meter_pairs),
-        help="the meters to report; all of them, by their own names, when not set",
-    ),
-    Setting("dedup_window", types.duration(), "24h", "how long LedgerBee remembers a key (not documented)"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)
+        None,
+        "the meters to report; all of them, by their own names, when not set",
+    )
+    dedup_window: float = setting(types.duration(), "24h", "how long LedgerBee remembers a key (not documented)")
 
 
-class LedgerbeeBackend:
+class LedgerbeeBackend(HttpBackend[LedgerbeeSettings]):
     """One report for each record and meter."""
 
     name = "ledgerbee"
+    settings_type = LedgerbeeSettings
+    key_header = "x-api-key"
 
-    def __init__(
-        self,
-        *,
-        api_key: str,
-        url: str = HOST,
-        meters: Sequence[Meter] = DEFAULT_METERS,
-        names: Mapping[str, str] | None = None,
-        customers: Mapping[str, str] | None = None,
-        dedup_window_s: float = DAY_S,
-        policy: Policy = BILLING,
-        client: HttpClient | None = None,
-    ) -> None:
+    def __init__(self, settings: LedgerbeeSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
         self.abilities = Abilities(
             dedup=Dedup.REQUEST_KEY,
-            dedup_window_s=dedup_window_s,
+            dedup_window_s=settings.dedup_window,
             concurrency=CONCURRENCY,
             knows_duplicates=True,
         )
-        self.address: str = types.http_url.parse(url).removesuffix("/api/v1").removesuffix("/api")
-        self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
-        self._names = dict(names or {})
-        self._meters = chosen_meters(self.name, meters, tuple(self._names), TAKES)
-        self._customers = dict(customers or {})
-        self._policy = policy
-        self._client = client or HttpClient(dedup=Dedup.REQUEST_KEY)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> LedgerbeeBackend:
-        return cls(
-            api_key=revealed(values["api_key"]) or "",
-            url=values["url"],
-            meters=context.definitions(),
-            names=values["meters"],
-            customers=context.customers(cls.name),
-            dedup_window_s=values["dedup_window"],
-            policy=policy_of(values),
-            client=HttpClient(dedup=Dedup.REQUEST_KEY, timeout_s=values["timeout"]),
-        )
+        super().__init__(settings, context, clock=clock)
+        self.address = settings.url.removesuffix("/api/v1").removesuffix("/api")
+        self._names = settings.meters
+        self._meters = chosen_meters(self.name, self._definitions, tuple(self._names), TAKES)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -157,9 +126,6 @@ class LedgerbeeBackend:
             elif answer.ok and not _has_subscriptions(answer):
                 problems.append(f"ledgerbee: no subscription uses the meter {theirs}: what is reported bills nobody")
         return problems
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def _metadata(record: Record) -> dict[str, str | int]:

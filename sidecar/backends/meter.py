@@ -7,70 +7,47 @@ collector remembers keys is its own affair and a setting here.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from time import time
+from typing import Final
 
 from sidecar.backends.answers import ANSWERS
-from sidecar.backends.base import BILLING, DAY_S, Context, Policy, label_id, policy_of, policy_settings, revealed
+from sidecar.backends.base import Context, label_id
 from sidecar.backends.batching import JSON_ARRAY, Piece, seal_batches
-from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, HttpBackend, HttpSettings
 from sidecar.backends.revenium.transaction import payload_bytes
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, required_setting, secret_setting, setting, types
 
-BATCH_DEFAULT: Final = 100  # design.md, section 7
-
-SETTINGS: Final = (
-    Setting("url", types.http_url_query, help="where to POST the batches, as it is", required=True),
-    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True),
-    Setting("batch", types.count(1, 10_000), str(BATCH_DEFAULT), "most payloads in one request"),
-    Setting("dedup_window", types.duration(), "24h", "how long the collector remembers an `Idempotency-Key`"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)
+BATCH_DEFAULT: Final = 100  # some 90 kB: one packet train, and little to send again
 
 
-class MeterBackend:
+@dataclass(frozen=True, kw_only=True)
+class MeterSettings(HttpSettings):
+    url: str = required_setting(types.http_url_query, "where to POST the batches, as it is")
+    api_key: Secret | None = secret_setting(HEADER_TEXT, "sent as `x-api-key`")
+    batch: int = setting(types.count(1, 10_000), str(BATCH_DEFAULT), "most payloads in one request")
+    dedup_window: float = setting(types.duration(), "24h", "how long the collector remembers an `Idempotency-Key`")
+
+
+class MeterBackend(HttpBackend[MeterSettings]):
     """Batches of `/meter` payloads to one address."""
 
     name = "meter"
+    settings_type = MeterSettings
+    key_header = "x-api-key"
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        api_key: str | None = None,
-        batch: int = BATCH_DEFAULT,
-        dedup_window_s: float = DAY_S,
-        customers: Mapping[str, str] | None = None,
-        policy: Policy = BILLING,
-        client: HttpClient | None = None,
-    ) -> None:
+    def __init__(self, settings: MeterSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
         self.abilities = Abilities(
-            events_max=batch,
+            events_max=settings.batch,
             bytes_max=BODY_BYTES_MAX,
             atomicity=Atomicity.ALL_OR_NOTHING,
             dedup=Dedup.REQUEST_KEY,
-            dedup_window_s=dedup_window_s,
+            dedup_window_s=settings.dedup_window,
         )
-        self._url = types.http_url_query.parse(url)
-        self._auth = {} if api_key is None else {"x-api-key": HEADER_TEXT.parse(api_key)}
-        self._customers = dict(customers or {})
-        self._policy = policy
-        self._client = client or HttpClient(dedup=Dedup.REQUEST_KEY)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> MeterBackend:
-        return cls(
-            url=values["url"],
-            api_key=revealed(values["api_key"]),
-            batch=values["batch"],
-            dedup_window_s=values["dedup_window"],
-            customers=context.customers(cls.name),
-            policy=policy_of(values),
-            client=HttpClient(dedup=Dedup.REQUEST_KEY, timeout_s=values["timeout"]),
-        )
+        super().__init__(settings, context, clock=clock)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -88,8 +65,5 @@ class MeterBackend:
         )
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
-        headers = {**self._auth, "idempotency-key": sealed.key}
-        return await self._client.offer(self._url, sealed, headers, ANSWERS["meter"])
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
+        headers = {**self._headers, "idempotency-key": sealed.key}
+        return await self._client.offer(self._settings.url, sealed, headers, ANSWERS["meter"])

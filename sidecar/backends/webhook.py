@@ -18,17 +18,18 @@ import base64
 import binascii
 import hashlib
 import hmac
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from time import time
-from typing import Any, Final
+from typing import Final
 
 from sidecar.backends.answers import ANSWERS
-from sidecar.backends.base import DAY_S, EVERYTHING, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import seal_lines
-from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, TIMEOUT, HttpClient
+from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, HttpBackend, HttpSettings
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, Unfit, required_setting, secret_setting, setting, types
 
 BATCH_DEFAULT: Final = 100
 SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
@@ -39,79 +40,45 @@ def _secret_text(value: str) -> str:
     return value
 
 
-SETTINGS: Final = (
-    Setting("url", types.http_url_query, help="where to POST the records, as it is", required=True),
-    Setting(
-        "secret",
-        types.Kind("signing secrets", _secret_text),
-        help="signs each request; several with spaces between",
-        secret=True,
-    ),
-    Setting("api_key", HEADER_TEXT, help="sent as `Authorization: Bearer …`", secret=True),
-    Setting("batch", types.count(1, 10_000), str(BATCH_DEFAULT), "most records in one request"),
-    Setting("dedup_window", types.duration(), "24h", "how long the receiver remembers a `webhook-id`"),
-    TIMEOUT,
-    *policy_settings(EVERYTHING),
-)
+@dataclass(frozen=True, kw_only=True)
+class WebhookSettings(RecordSettings, HttpSettings):
+    url: str = required_setting(types.http_url_query, "where to POST the records, as it is")
+    secret: Secret | None = secret_setting(
+        types.Kind("signing secrets", _secret_text), "signs each request; several with spaces between"
+    )
+    api_key: Secret | None = secret_setting(HEADER_TEXT, "sent as `Authorization: Bearer …`")
+    batch: int = setting(types.count(1, 10_000), str(BATCH_DEFAULT), "most records in one request")
+    dedup_window: float = setting(types.duration(), "24h", "how long the receiver remembers a `webhook-id`")
 
 
-class WebhookBackend:
+class WebhookBackend(HttpBackend[WebhookSettings]):
     """Batches of records to an address of the operator's."""
 
     name = "webhook"
+    settings_type = WebhookSettings
 
-    def __init__(
-        self,
-        *,
-        url: str,
-        secret: str | None = None,
-        api_key: str | None = None,
-        batch: int = BATCH_DEFAULT,
-        dedup_window_s: float = DAY_S,
-        policy: Policy = EVERYTHING,
-        client: HttpClient | None = None,
-        clock: Callable[[], float] = time,
-    ) -> None:
+    def __init__(self, settings: WebhookSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
         self.abilities = Abilities(
-            events_max=batch,
+            events_max=settings.batch,
             bytes_max=BODY_BYTES_MAX,
             atomicity=Atomicity.ALL_OR_NOTHING,
             dedup=Dedup.REQUEST_KEY,
-            dedup_window_s=dedup_window_s,
+            dedup_window_s=settings.dedup_window,
             bills=False,
         )
-        self._url = types.http_url_query.parse(url)
-        self._secrets = [] if secret is None else read_secrets(secret)
-        self._auth = {} if api_key is None else {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
-        self._policy = policy
-        self._client = client or HttpClient(dedup=Dedup.REQUEST_KEY)
-        self._clock = clock
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> WebhookBackend:
-        return cls(
-            url=values["url"],
-            secret=revealed(values["secret"]),
-            api_key=revealed(values["api_key"]),
-            batch=values["batch"],
-            dedup_window_s=values["dedup_window"],
-            policy=policy_of(values),
-            client=HttpClient(dedup=Dedup.REQUEST_KEY, timeout_s=values["timeout"]),
-        )
+        super().__init__(settings, context, clock=clock)
+        self._secrets = [] if settings.secret is None else read_secrets(settings.secret.reveal())
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         return seal_lines(records, self._policy, self.abilities)
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         stamp = int(self._clock())
-        headers = {**self._auth, "webhook-id": sealed.key, "webhook-timestamp": str(stamp)}
+        headers = {**self._headers, "webhook-id": sealed.key, "webhook-timestamp": str(stamp)}
         if self._secrets:
             signatures = (sign(secret, sealed.key, stamp, sealed.body) for secret in self._secrets)
             headers["webhook-signature"] = " ".join(signatures)
-        return await self._client.offer(self._url, sealed, headers, ANSWERS["webhook"])
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
+        return await self._client.offer(self._settings.url, sealed, headers, ANSWERS["webhook"])
 
 
 def sign(secret: bytes, key: str, stamp: int, body: bytes) -> str:
@@ -124,7 +91,7 @@ def read_secrets(text: str) -> list[bytes]:
     """The signing secrets; raises `Unfit` without repeating them."""
     secrets = [_read_secret(one) for one in text.split()]
     if not secrets or any(len(secret) < SECRET_BYTES_MIN for secret in secrets):
-        raise types.Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
+        raise Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
     return secrets
 
 
@@ -134,4 +101,4 @@ def _read_secret(text: str) -> bytes:
     try:
         return base64.b64decode(text.removeprefix("whsec_"), validate=True)
     except binascii.Error:
-        raise types.Unfit("expected base64 behind whsec_") from None
+        raise Unfit("expected base64 behind whsec_") from None

@@ -16,7 +16,7 @@ from typing import Final
 
 import sidecar
 from sidecar.cli import balance, check, demo, meters, receiver, records, serve, spool, usage
-from sidecar.cli.shared import INTERRUPTED, WRONG, CommandError
+from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
 COMMANDS: Final[Mapping[str, ModuleType]] = {
@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (SettingsError, CommandError) as error:
         print(error, file=sys.stderr)
-        return error.code if isinstance(error, CommandError) else WRONG
+        return error.code if isinstance(error, CommandError) else EXIT_USAGE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:

@@ -12,7 +12,7 @@ from typing import Any
 
 from sidecar.cli.instance import ask
 from sidecar.cli.output import Format, pairs
-from sidecar.cli.shared import NO, OK, add_data_dir, add_format, read_settings
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, add_data_dir, add_format, read_settings
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     for problem in problems:
         print(f"does not hold: {problem}", file=sys.stderr)
-    return OK if found["holds"] else NO
+    return EXIT_OK if found["holds"] else EXIT_FAILED
 
 
 def report(found: dict[str, Any]) -> str:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Final
 
 import sidecar
 from sidecar.cli.output import Format, render, table
-from sidecar.cli.shared import NO, OK, WRONG, add_data_dir, add_format, serving_settings
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, add_data_dir, add_format, serving_settings
 from sidecar.settings import Effective, Settings, SettingsError
 
 if TYPE_CHECKING:
@@ -41,14 +41,14 @@ def run(arguments: argparse.Namespace) -> int:
     except SettingsError as error:
         _print(arguments, error.effective, (), ())
         print(error, file=sys.stderr)
-        return WRONG
+        return EXIT_USAGE
     results: Sequence[Tried] = ()
     if arguments.connect:
         from sidecar.cli.connect import try_everything
 
         results = asyncio.run(try_everything(settings))
     _print(arguments, settings.effective, notes(settings), results)
-    return OK if all(result.ok for result in results) else NO
+    return EXIT_OK if all(result.ok for result in results) else EXIT_FAILED
 
 
 def notes(settings: Settings) -> list[str]:

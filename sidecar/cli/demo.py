@@ -6,15 +6,28 @@ import argparse
 import asyncio
 from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
+from typing import TYPE_CHECKING
 
-from sidecar.cli.shared import WRONG, CommandError, known_backend_settings
+from sidecar.cli.output import Format, pairs, table
+from sidecar.cli.shared import EXIT_USAGE, CommandError, known_backend_settings
 from sidecar.settings import load
+
+if TYPE_CHECKING:
+    from sidecar.dev import demo
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="stay up afterwards, to look around")
     parser.add_argument("--backend", metavar="NAME", help="deliver to the stand-in of NAME as well as to the ledger")
     parser.add_argument("--mode", metavar="NAME", help="which of the interfaces of revenium or stripe")
+
+
+def printing() -> demo.Printing:
+    """Tables as the commands draw them."""
+    from sidecar.cli.usage import report
+    from sidecar.dev.demo import Printing
+
+    return Printing(usage=lambda rows, by: report(rows, by, Format.TABLE), table=table, pairs=pairs)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -28,6 +41,8 @@ def run(arguments: argparse.Namespace) -> int:
         return app.running(load(environ, backend_settings=known_backend_settings()))
 
     try:
-        return asyncio.run(demo.run(start, keep=arguments.keep, backend=arguments.backend, mode=arguments.mode))
+        return asyncio.run(
+            demo.run(start, printing(), keep=arguments.keep, backend=arguments.backend, mode=arguments.mode)
+        )
     except demo.DemoError as error:
-        raise CommandError(str(error), WRONG) from None
+        raise CommandError(str(error), EXIT_USAGE) from None

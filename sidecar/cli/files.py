@@ -11,10 +11,9 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.cli.shared import CommandError
-from sidecar.delivery.state.accounts import Accounts, totals_of
-from sidecar.delivery.state.rows import StateError
-from sidecar.delivery.state.schema import open_reader, told
-from sidecar.model.balance import Balance, add_counts
+from sidecar.delivery.queries import DeliveryQueries, totals_of
+from sidecar.delivery.rows import StateError
+from sidecar.model.balance import Balance
 from sidecar.runtime.directory_identity import noticed_in
 from sidecar.spool import SpoolError, SpoolReader
 
@@ -34,14 +33,14 @@ def spool_of(data_dir: Path) -> Iterator[SpoolReader]:
 
 
 @contextmanager
-def accounts_of(data_dir: Path) -> Iterator[Accounts | None]:
+def accounts_of(data_dir: Path) -> Iterator[DeliveryQueries | None]:
     """What delivery remembers; None where nothing was ever delivered."""
     path = data_dir / DELIVERY
     if not path.exists():
         yield None
         return
     try:
-        accounts = Accounts(path)
+        accounts = DeliveryQueries(path)
         try:
             yield accounts
         finally:
@@ -54,42 +53,10 @@ def balance_of(data_dir: Path) -> Balance:
     """The equation as the files have it. Without a running instance nothing in them moves."""
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
         instances = reader.instances()
-        totals = [reader.totals(instance) for instance in instances]
         upto = {instance: reader.last_seq(instance) for instance in instances}
-        sums = {} if accounts is None else accounts.sums(_backends(data_dir), upto)
-        return Balance(
-            admitted=sum(t.admitted for t in totals),
-            recorded=sum(t.recorded for t in totals),
-            open=sum(t.open for t in totals),
-            lost=add_counts(t.lost for t in totals),
-            backends={name: totals_of(one, reader.count) for name, one in sums.items()},
-            notes=() if (noticed := noticed_in(data_dir)) is None else (noticed.text,),
+        sums = {} if accounts is None else accounts.sums(accounts.backends(), upto)
+        return Balance.over(
+            [reader.totals(instance) for instance in instances],
+            {name: totals_of(one, reader.count) for name, one in sums.items()},
+            () if (noticed := noticed_in(data_dir)) is None else (noticed.text,),
         )
-
-
-def _backends(data_dir: Path) -> list[str]:
-    """Those that delivery works for, whatever this command's environment says."""
-    path = data_dir / DELIVERY
-    connection = open_reader(path)
-    try:
-        with told(path):
-            return [name for (name,) in connection.execute("SELECT name FROM backend WHERE removed = 0 ORDER BY name")]
-    finally:
-        connection.close()
-
-
-def ahead_of_spool(data_dir: Path, reader: SpoolReader) -> list[str]:
-    """Where delivery has been further than the spool goes: records were lost together with their file."""
-    path = data_dir / DELIVERY
-    connection = open_reader(path)
-    try:
-        with told(path):
-            cursors = connection.execute("SELECT backend, instance, seq FROM cursor ORDER BY id").fetchall()
-    finally:
-        connection.close()
-    last = {instance: reader.last_seq(instance) for instance in reader.instances()}
-    return [
-        f"{backend}, instance {instance}: delivered up to record {seq}, but the spool ends at {last.get(instance, 0)}"
-        for backend, instance, seq in cursors
-        if seq > last.get(instance, 0)
-    ]

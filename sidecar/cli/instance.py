@@ -56,8 +56,8 @@ def _get(data_dir: Path, path: str, limit_s: float) -> tuple[str, bytes] | None:
     return _exchange(_connection(note.admin, limit_s), f"process {note.pid}", note.admin, path)
 
 
-def change(data_dir: Path, path: str, wish: Any, *, limit_s: float) -> Any:
-    """What the running instance answers to a wish (see `runtime.admin.control`), as JSON; None where none runs."""
+def change(data_dir: Path, path: str, request: Any, *, limit_s: float) -> Any:
+    """What the running instance answers to a change (see `runtime.admin.control`), as JSON; None where none runs."""
     note = running(data_dir)
     if note is None:
         return None
@@ -67,18 +67,18 @@ def change(data_dir: Path, path: str, wish: Any, *, limit_s: float) -> Any:
             f"process {note.pid} runs on {data_dir} and has no {CONTROL} in it (it is starting or stopping, or its log "
             "says why): try again, or stop it first"
         )
-    return _json(*_exchange(_UnixConnection(socket, limit_s), f"process {note.pid}", str(socket), path, wish))
+    return _json(*_exchange(_UnixConnection(socket, limit_s), f"process {note.pid}", str(socket), path, request))
 
 
 def _exchange(
-    connection: http.client.HTTPConnection, who: str, where: str, path: str, wish: Any = None
+    connection: http.client.HTTPConnection, who: str, where: str, path: str, request: Any = None
 ) -> tuple[str, bytes]:
     """Whom it was asked of, and the body of the answer."""
     try:
-        if wish is None:
+        if request is None:
             connection.request("GET", path)
         else:
-            connection.request("POST", path, json.dumps(wish).encode(), {"Content-Type": "application/json"})
+            connection.request("POST", path, json.dumps(request).encode(), {"Content-Type": "application/json"})
         answer = connection.getresponse()
         content = answer.read()
     except PermissionError:
@@ -87,7 +87,7 @@ def _exchange(
         raise CommandError(f"{who} does not answer at {where}{path}: {error}") from None
     finally:
         connection.close()
-    if answer.status == 400 and wish is not None:
+    if answer.status == 400 and request is not None:
         raise CommandError(_reason(content))  # what was asked is wrong, not the instance: only that is of use
     if answer.status >= 400:
         raise CommandError(f"{where}{path} answered {answer.status}: {_reason(content)}")

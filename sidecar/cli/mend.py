@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.cli.instance import change
-from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError, add_data_dir
 from sidecar.settings import Settings, SettingsError
 
 LIMIT_S: Final = 600.0  # a backend is asked once for each event, and may be slow
@@ -48,10 +48,10 @@ def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
     if not outcomes:
         where = f" at {arguments.backend}" if arguments.backend else ""
         print(f"nothing is known of {arguments.id}{where}: it was never delivered, or is older than the retention")
-        return NO
+        return EXIT_FAILED
     for one in outcomes:
         print(f"{one['backend']}  {one['event_id']}  {one['text']}")
-    return OK if all(one["done"] for one in outcomes) else NO
+    return EXIT_OK if all(one["done"] for one in outcomes) else EXIT_FAILED
 
 
 def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -63,12 +63,12 @@ def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
         try:
             reports.append(read_report(document))
         except ReportError as error:
-            raise CommandError(f"{arguments.file}, report {number}: {error}", WRONG) from None
+            raise CommandError(f"{arguments.file}, report {number}: {error}", EXIT_USAGE) from None
     named = list(dict.fromkeys((one.event_id, one.code) for report in reports for one in report.complaints))
     outcomes: list[dict[str, Any]] = []
     for start in range(0, len(named), COMPLAINTS_MAX):
-        wish = {"backend": "stripe", "named": named[start : start + COMPLAINTS_MAX]}
-        outcomes += _change("/complain", wish, settings)
+        request = {"backend": "stripe", "named": named[start : start + COMPLAINTS_MAX]}
+        outcomes += _change("/complain", request, settings)
     for one in outcomes:
         print(f"{one['event_id']}  {one['text']}")
     bad = [one for one in outcomes if not one["done"]]
@@ -81,20 +81,20 @@ def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
         )
     if unnamed:
         print(f"{unnamed:,} more events are counted and not named: compare the meter at stripe", file=sys.stderr)
-    return OK if not bad and not unnamed else NO
+    return EXIT_OK if not bad and not unnamed else EXIT_FAILED
 
 
-def _change(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+def _change(path: str, request: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
     """Through the running instance, or with the lock of its directory."""
-    answer = change(settings.data_dir, path, wish, limit_s=LIMIT_S)
+    answer = change(settings.data_dir, path, request, limit_s=LIMIT_S)
     if answer is None:
-        return _without_instance(path, wish, settings)
+        return _without_instance(path, request, settings)
     outcomes: list[dict[str, Any]] = answer["outcomes"]
     return outcomes
 
 
-def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
-    from sidecar.delivery.state import StateError
+def _without_instance(path: str, request: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+    from sidecar.delivery import StateError
     from sidecar.ledger import LedgerError
     from sidecar.runtime.backend_factory import faults, missing
     from sidecar.runtime.instance_lock import LockError
@@ -106,23 +106,23 @@ def _without_instance(path: str, wish: dict[str, Any], settings: Settings) -> li
     if problems := problems + faults(settings):
         raise SettingsError(problems)
     try:
-        return asyncio.run(_in_books(path, wish, settings))
+        return asyncio.run(_in_books(path, request, settings))
     except (LockError, StateError, SpoolError, LedgerError) as error:
         raise CommandError(str(error)) from None
 
 
-async def _in_books(path: str, wish: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
+async def _in_books(path: str, request: dict[str, Any], settings: Settings) -> list[dict[str, Any]]:
     from dataclasses import asdict
 
     from sidecar.delivery import corrections
     from sidecar.runtime.offline import books
 
-    async with books(settings) as desk:
+    async with books(settings) as opened:
         if path == "/cancel":
-            outcomes = await corrections.cancel(wish["id"], desk, desk.backends, backend=wish["backend"])
+            outcomes = await corrections.cancel(request["id"], opened, opened.backends, backend=request["backend"])
         else:
-            named = [corrections.Named(*one) for one in wish["named"]]
-            outcomes = await corrections.complain(wish["backend"], named, desk, desk.backends)
+            named = [corrections.Named(*one) for one in request["named"]]
+            outcomes = await corrections.complain(request["backend"], named, opened, opened.backends)
         return [asdict(one) for one in outcomes]
 
 
@@ -137,9 +137,9 @@ def _documents(path: Path) -> Iterator[bytes]:
             with path.open("rb") as file:
                 whole = file.read(REPORTS_BYTES_MAX + 1)
     except OSError as error:
-        raise CommandError(f"{path} cannot be read: {error.strerror}", WRONG) from None
+        raise CommandError(f"{path} cannot be read: {error.strerror}", EXIT_USAGE) from None
     if len(whole) > REPORTS_BYTES_MAX:
-        raise CommandError(f"{path} has more than {REPORTS_BYTES_MAX >> 20} MiB: give the reports in parts", WRONG)
+        raise CommandError(f"{path} has more than {REPORTS_BYTES_MAX >> 20} MiB: give the reports in parts", EXIT_USAGE)
     try:
         orjson.loads(whole)
     except orjson.JSONDecodeError:

@@ -19,7 +19,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.shared import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    add_data_dir,
+    add_format,
+    add_since,
+    read_settings,
+)
 from sidecar.meters.buckets import BucketDelta, Groups, bucket_deltas
 from sidecar.meters.definition import Kind, Meter, MetersError, read_meters
 from sidecar.meters.hourly import grouped, write_amount
@@ -58,11 +67,11 @@ def meters_of(settings: Settings, names: Iterable[str] = ()) -> tuple[Meter, ...
     try:
         meters = read_meters(settings.meters)
     except MetersError as error:
-        raise CommandError("\n  ".join(["the meters cannot be used:", *error.problems]), WRONG) from None
+        raise CommandError("\n  ".join(["the meters cannot be used:", *error.problems]), EXIT_USAGE) from None
     by_name = {meter.name: meter for meter in meters}
     for name in names:
         if name not in by_name:
-            raise CommandError(f"there is no meter {name!r}; there are {', '.join(by_name)}", WRONG)
+            raise CommandError(f"there is no meter {name!r}; there are {', '.join(by_name)}", EXIT_USAGE)
     return tuple(by_name[name] for name in dict.fromkeys(names)) or meters
 
 
@@ -79,7 +88,7 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
     meters = meters_of(settings)
     if arguments.format == Format.JSON:
         print(json.dumps([meter.to_dict() for meter in meters], indent=2))
-        return OK
+        return EXIT_OK
     rows = []
     for meter in meters:
         definition = meter.to_dict()
@@ -90,7 +99,7 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
     # What no meter has is left out.
     columns = [name for name in _LIST if name in ("name", "type", "of") or any(row.get(name) for row in rows)]
     print(render(rows, columns, Format.TABLE), end="")
-    return OK
+    return EXIT_OK
 
 
 def _test(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -109,9 +118,9 @@ def _test(arguments: argparse.Namespace, settings: Settings) -> int:
     form = Format(arguments.format)
     if form is Format.TABLE and not rows:
         print("no recorded call is measured by them")
-        return OK
+        return EXIT_OK
     print(render(rows, _TEST, form), end="")
-    return OK
+    return EXIT_OK
 
 
 def _make(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -121,9 +130,9 @@ def _make(arguments: argparse.Namespace, settings: Settings) -> int:
 
     meters, name = meters_of(settings, arguments.names), arguments.backend
     if name not in BACKENDS:
-        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", WRONG)
+        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", EXIT_USAGE)
     if missing := backend_factory.missing(settings, name):
-        raise CommandError(f"{', '.join(missing)} is not set: {name} is asked with it", WRONG)
+        raise CommandError(f"{', '.join(missing)} is not set: {name} is asked with it", EXIT_USAGE)
     # Which meters are sent is a choice of its own, and no reason not to create another.
     values = dict(settings.backend(name))
     values |= {s.name: s.default_value() for s in BACKENDS[name].settings if s.name == "meters"}
@@ -131,9 +140,9 @@ def _make(arguments: argparse.Namespace, settings: Settings) -> int:
         alone = replace(settings, meters=(), backend_values={name: values})
         backend = backend_factory.backend(alone, name, backend_factory.NoLedger)
     except ValueError as error:
-        raise CommandError(str(error), WRONG) from None
+        raise CommandError(str(error), EXIT_USAGE) from None
     if not isinstance(backend, Provisioned):
-        raise CommandError(f"{name} has no meters that could be created from here", WRONG)
+        raise CommandError(f"{name} has no meters that could be created from here", EXIT_USAGE)
     return asyncio.run(_provision(backend, backend, meters))
 
 
@@ -144,7 +153,7 @@ async def _provision(backend: Backend, made_by: Provisioned, meters: Iterable[Me
         await backend.aclose()
     for one in done:
         print(one.text, file=sys.stdout if one.fits else sys.stderr)
-    return OK if all(one.fits for one in done) else NO
+    return EXIT_OK if all(one.fits for one in done) else EXIT_FAILED
 
 
 def _records(data_dir: Path, since: datetime | None) -> Iterator[Record]:

@@ -63,9 +63,9 @@ def table(
     foot = [] if total is None else [[shown(total.get(column), none="") for column in columns]]
     right = [_is_numeric(row.get(column) for row in rows) for column in columns]
     widths = [max(len(line[i]) for line in [titles, *cells, *foot]) for i in range(len(columns))]
-    room = (width or shutil.get_terminal_size((120, 24)).columns) - sum(widths[:-1]) - len(GAP) * (len(columns) - 1)
+    space = (width or shutil.get_terminal_size((120, 24)).columns) - sum(widths[:-1]) - len(GAP) * (len(columns) - 1)
     if not right[-1]:
-        widths[-1] = min(widths[-1], max(room, NARROWEST_CHARS))
+        widths[-1] = min(widths[-1], max(space, NARROWEST_CHARS))
     lines = [_line(titles, widths, right), _line(["─" * w for w in widths], widths, right)]
     lines += [_line(line, widths, right) for line in cells]
     if foot:

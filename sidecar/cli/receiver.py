@@ -7,7 +7,7 @@ import asyncio
 import sys
 from pathlib import Path
 
-from sidecar.cli.shared import OK, WRONG, CommandError
+from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError
 from sidecar.settings import Unfit, types
 
 
@@ -23,9 +23,9 @@ def run(arguments: argparse.Namespace) -> int:
         address = types.address.parse(arguments.listen)
     except ValueError as error:
         why = str(error) if isinstance(error, Unfit) else f"expected {types.address.expected}"
-        raise CommandError(f"--listen {arguments.listen}: {why}", WRONG) from None
+        raise CommandError(f"--listen {arguments.listen}: {why}", EXIT_USAGE) from None
     if address.path is not None:
-        raise CommandError("--listen: expected a host and a port; the receiver has no Unix socket", WRONG)
+        raise CommandError("--listen: expected a host and a port; the receiver has no Unix socket", EXIT_USAGE)
 
     def ready(url: str) -> None:
         print(f"the receiver listens on {url} for {', '.join(backends())}", file=sys.stderr)
@@ -37,4 +37,4 @@ def run(arguments: argparse.Namespace) -> int:
         raise CommandError(str(error)) from None
     except OSError as error:
         raise CommandError(f"cannot listen on {address}: {error.strerror}") from None
-    return OK
+    return EXIT_OK

@@ -16,7 +16,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.cli.output import shown
-from sidecar.cli.shared import OK, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.shared import EXIT_OK, CommandError, add_data_dir, add_format, add_since, read_settings
 from sidecar.spool import SpoolError, SpoolReader
 
 POLL_S: Final = 0.2  # how soon a followed record shows
@@ -62,7 +62,7 @@ def run(arguments: argparse.Namespace) -> int:
                 _follow(reader, places, write)
     except SpoolError as error:
         raise CommandError(str(error)) from None
-    return OK
+    return EXIT_OK
 
 
 def _past(reader: SpoolReader, places: dict[str, int], since: datetime | None, limit: int | None) -> Iterator[bytes]:

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.cli.shared import NO, OK, WRONG, CommandError
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError
 
 REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
 RETRY_S: Final = 30.0
@@ -34,16 +34,16 @@ _WENT: Final = ("offered", "skipped")
 def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.cli.instance import change
 
-    wish = {
+    request = {
         "backend": arguments.backend,
         "reason": arguments.reason,
         "ids": arguments.ids or None,
         "since_s": None if arguments.since is None else arguments.since.timestamp(),
         "resend_unknown": arguments.resend_unknown,
     }
-    answer = change(data_dir, "/redrive", wish, limit_s=REDRIVE_S)
+    answer = change(data_dir, "/redrive", request, limit_s=REDRIVE_S)
     if answer is None:
-        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", WRONG)
+        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", EXIT_USAGE)
     print(summary(answer))
     for one in _each(answer):
         print(one)
@@ -51,7 +51,7 @@ def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
         known = missing["known"] or "not known: never recorded here, or older than the retention"
         print(f"{missing['id']}  not found among what is parked: {known}", file=sys.stderr)
     stays = any(one["became"] not in _WENT for one in answer["counts"])
-    return NO if answer["not_found"] or (stays and not answer["redriven"]) else OK
+    return EXIT_FAILED if answer["not_found"] or (stays and not answer["redriven"]) else EXIT_OK
 
 
 def summary(answer: dict[str, Any]) -> str:
@@ -91,10 +91,12 @@ def retry(arguments: argparse.Namespace, data_dir: Path) -> int:
 
     answer = change(data_dir, "/retry", {"backend": arguments.backend}, limit_s=RETRY_S)
     if answer is None:
-        raise CommandError(f"no instance is running on {data_dir}: nothing waits; a start begins without waits", WRONG)
+        raise CommandError(
+            f"no instance is running on {data_dir}: nothing waits; a start begins without waits", EXIT_USAGE
+        )
     if not answer["any"]:
         print(f"nothing waits at {arguments.backend}")
-        return NO
+        return EXIT_FAILED
     was = f"was paused for {answer['paused_s']:.0f} s more" if answer["paused_s"] else f"was {answer['was']}"
     print(f"{arguments.backend} {was}; {answer['requests']:,} waiting requests are offered now")
-    return OK
+    return EXIT_OK

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from sidecar.cli.shared import WRONG, CommandError, add_data_dir, serving_settings
+from sidecar.cli.shared import EXIT_USAGE, CommandError, add_data_dir, serving_settings
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -14,7 +14,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = serving_settings(arguments)
 
-    from sidecar.delivery.state import StateError
+    from sidecar.delivery import StateError
     from sidecar.ledger import LedgerError
     from sidecar.runtime import app
     from sidecar.runtime.early import NoRoomError
@@ -26,10 +26,10 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         return app.run(settings)
     except NotWritableError as error:
-        raise CommandError(str(error), WRONG) from None
+        raise CommandError(str(error), EXIT_USAGE) from None
     except (NoRoomError, LockError, SpoolError, StateError, SocketError, WorkerError) as error:
         raise CommandError(str(error)) from None
     except LedgerError as error:
-        raise CommandError(str(error), WRONG) from None
+        raise CommandError(str(error), EXIT_USAGE) from None
     except OSError as error:
         raise CommandError(f"cannot start: {error}") from None

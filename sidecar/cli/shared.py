@@ -11,9 +11,9 @@ from typing import Final
 
 from sidecar.settings import BackendSettings, Settings, load
 
-OK: Final = 0
-NO: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
-WRONG: Final = 2  # it could not run as asked: arguments or settings
+EXIT_OK: Final = 0
+EXIT_FAILED: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
+EXIT_USAGE: Final = 2  # it could not run as asked: arguments or settings
 INTERRUPTED: Final = 130  # as shells have it for Ctrl-C
 
 _AGO: Final = re.compile(r"(\d+)\s*([smhdw])")
@@ -23,7 +23,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 class CommandError(Exception):
     """The command cannot do what was asked. Its text says what to do; it is printed without a traceback."""
 
-    def __init__(self, text: str, code: int = NO) -> None:
+    def __init__(self, text: str, code: int = EXIT_FAILED) -> None:
         super().__init__(text)
         self.code = code
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import os
 import sys
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -20,7 +19,17 @@ import orjson
 
 from sidecar.cli import mend, redrive
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import NO, OK, WRONG, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.shared import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    add_data_dir,
+    add_format,
+    add_since,
+    read_settings,
+)
+from sidecar.storage.files import sync_file
 
 PAGE: Final = 500  # parked events read at a time
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
@@ -132,7 +141,7 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
         for one in backends:
             if one["reason"]:
                 print(f"{one['backend']} is {one['state']}: {one['reason']}")
-    return OK
+    return EXIT_OK
 
 
 def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
@@ -148,20 +157,20 @@ def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
 
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import accounts_of, ahead_of_spool, balance_of, spool_of
+    from sidecar.cli.files import accounts_of, balance_of, spool_of
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
         reports = verify(reader)
         problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
-            problems += accounts.verify() + ahead_of_spool(data_dir, reader)
+            problems += accounts.verify() + accounts.ahead_of(reader)
     problems += balance_of(data_dir).problems
     for problem in problems:
         print(problem, file=sys.stderr)
     count = sum(report.records for report in reports)
     print(f"{count:,} records read, " + ("everything adds up" if not problems else f"{len(problems)} problems found"))
-    return NO if problems else OK
+    return EXIT_FAILED if problems else EXIT_OK
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -174,10 +183,10 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
             pass
     if form is Format.TABLE and not rows:
         print("nothing is parked")
-        return OK
+        return EXIT_OK
     columns = _PARKED if form in (Format.TABLE, Format.CSV) else (*_PARKED, "record_id", "key", "history", "record")
     print(render(rows, columns, form), end="")
-    return OK
+    return EXIT_OK
 
 
 def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict[str, Any]]:
@@ -228,18 +237,20 @@ def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
     else:
         parked = ", ".join(f"{name} {count:,}" for name, count in answer["parked"].items() if count)
         print(f"adopted as a copy: what was pending is parked (copied): {parked or 'nothing was'}")
-    return OK
+    return EXIT_OK
 
 
 def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
-    from sidecar.delivery.state import StateError
+    from sidecar.delivery import StateError
     from sidecar.runtime.directory_identity import As
     from sidecar.runtime.instance_lock import LockError
     from sidecar.runtime.offline import adopt
     from sidecar.spool import SpoolError
 
     if not (data_dir / "delivery.db").exists():
-        raise CommandError(f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", WRONG)
+        raise CommandError(
+            f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", EXIT_USAGE
+        )
     try:
         return asyncio.run(adopt(data_dir, As(how)))
     except (LockError, StateError, SpoolError) as error:
@@ -255,18 +266,18 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
     with spool_of(data_dir) as reader:
         if arguments.output is None:
             _write(reader.lines(since_ns=since_ns), sys.stdout.buffer)
-            return OK
+            return EXIT_OK
         try:
             with arguments.output.open("xb") as file:
                 count = _write(reader.lines(since_ns=since_ns), file)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
         except FileExistsError:
-            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", WRONG) from None
+            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", EXIT_USAGE) from None
         except OSError as error:
             raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
     print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
-    return OK
+    return EXIT_OK
 
 
 def _write(lines: Iterator[bytes], file: BinaryIO) -> int:

@@ -14,7 +14,16 @@ from typing import Any, Final
 from sidecar.cli.instance import counter
 from sidecar.cli.meters import meters_of
 from sidecar.cli.output import Format, render
-from sidecar.cli.shared import OK, WRONG, CommandError, add_data_dir, add_format, add_since, moment, read_settings
+from sidecar.cli.shared import (
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    add_data_dir,
+    add_format,
+    add_since,
+    moment,
+    read_settings,
+)
 from sidecar.ledger import LedgerError, LedgerReader, UsageRow
 from sidecar.settings import Settings
 
@@ -56,14 +65,14 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         if arguments.meter is not None:
             print(_of_meter(LedgerReader(path), settings, arguments), end="")
-            return OK
+            return EXIT_OK
         rows = LedgerReader(path).usage(by, arguments.since, arguments.until)
     except LedgerError as error:
-        raise CommandError(str(error), WRONG if "cannot be grouped" in str(error) else 1) from None
+        raise CommandError(str(error), EXIT_USAGE if "cannot be grouped" in str(error) else 1) from None
     print(report(rows, by, Format(arguments.format)), end="")
     if arguments.format == Format.TABLE and (line := _unclaimed(settings)):
         print(line)
-    return OK
+    return EXIT_OK
 
 
 def _unclaimed(settings: Settings) -> str | None:

@@ -12,21 +12,17 @@ does no harm, because whoever `Cancels` recognises it.
 from __future__ import annotations
 
 import asyncio
-import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from typing import Final, Protocol
 
-from sidecar.delivery.ports import Metrics, SpoolReader
-from sidecar.delivery.state import DeliveryState
-from sidecar.delivery.state.accounts import PAGE, Found
-from sidecar.delivery.state.rows import Amendment, Member, Parked, Redrive
-from sidecar.delivery.types import Now, Parking
+from sidecar.delivery.queries import PAGE, Found
+from sidecar.delivery.rows import Amendment, Member, Parked, Redrive
+from sidecar.delivery.store import DeliveryStore
+from sidecar.delivery.types import Metrics, Now, Parking, SpoolReader
 from sidecar.model.delivery import Backend, Cancels, Delivered, Duplicate, Event, Verdict
 from sidecar.model.record import Record
-
-_T = TypeVar("_T")
 
 CANCELLED: Final = "cancelled"  # skipped: an operator took it back
 COMPLAINED: Final = "complained"  # parked: taken, and reported later as not billed
@@ -34,17 +30,16 @@ _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # a code becomes a metric's 
 _GONE: Final = frozenset({"parked", "moved"})  # listed, or carried on, elsewhere
 
 
-class Desk(Protocol):
+class Files(Protocol):
     """What is needed of delivery, at work or not."""
 
     @property
     def reader(self) -> SpoolReader: ...
     @property
-    def state(self) -> DeliveryState: ...
+    def store(self) -> DeliveryStore: ...
     @property
     def metrics(self) -> Metrics: ...
-    async def in_state(self, work: Callable[[], _T]) -> _T: ...
-    def look(self) -> tuple[Now, bool]: ...
+    def now(self) -> Now: ...
     def find(self, one: str) -> list[Found]: ...
     def parked(self, *, backend: str | None, ids: Sequence[str] | None, after: int, limit: int) -> list[Parked]: ...
 
@@ -67,45 +62,48 @@ class Named:
     code: str
 
 
-async def cancel(one: str, desk: Desk, backends: Mapping[str, Backend], *, backend: str | None = None) -> list[Outcome]:
+async def cancel(
+    one: str, files: Files, backends: Mapping[str, Backend], *, backend: str | None = None
+) -> list[Outcome]:
     """Take back what was made of a record or event; nothing is known of it when the answer is empty."""
     outcomes = []
-    for found in await _found(one, desk, backend):
+    for found in await _found(one, files, backend):
         if found.fate == "open":
             outcomes.append(_not(found, "is not delivered yet: cancel it when it is"))
         elif found.fate not in _GONE:
-            outcomes.append(await _take_back(found, desk, backends))
-    outcomes += [await _pass_over(row, desk, backends) for row in await _parked(one, desk, backend)]
+            outcomes.append(await _take_back(found, files, backends))
+    outcomes += [await _pass_over(row, files, backends) for row in await _parked(one, files, backend)]
     return sorted(outcomes, key=lambda outcome: (outcome.backend, outcome.event_id))
 
 
-async def complain(backend: str, named: Sequence[Named], desk: Desk, backends: Mapping[str, Backend]) -> list[Outcome]:
+async def complain(
+    backend: str, named: Sequence[Named], files: Files, backends: Mapping[str, Backend]
+) -> list[Outcome]:
     """Park what a backend says it did not bill after all; an outcome for each that it names."""
-    return [await _complained(one, desk, backends.get(backend), backend) for one in named]
+    return [await _complained(one, files, backends.get(backend), backend) for one in named]
 
 
-async def _take_back(found: Found, desk: Desk, backends: Mapping[str, Backend]) -> Outcome:
-    line = await asyncio.to_thread(_line_of, desk.reader, found.instance, found.seq)
+async def _take_back(found: Found, files: Files, backends: Mapping[str, Backend]) -> Outcome:
+    line = await asyncio.to_thread(_line_of, files.reader, found.instance, found.seq)
     done, text = await _ask(Event(found.record_id, found.event_id), found.backend, line, backends)
     if not done:
         return _not(found, text)
     amendment = Amendment(request=found.request, member=_member(found), skip=CANCELLED)
-    if not await _amend(amendment, desk):
+    if not await _amend(amendment, files):
         return _not(found, f"{text}, but its place has changed meanwhile: run it again")
-    desk.metrics.skipped(found.backend, CANCELLED, 1)
+    files.metrics.skipped(found.backend, CANCELLED, 1)
     return Outcome(backend=found.backend, event_id=found.event_id, done=True, text=text)
 
 
-async def _pass_over(row: Parked, desk: Desk, backends: Mapping[str, Backend]) -> Outcome:
+async def _pass_over(row: Parked, files: Files, backends: Mapping[str, Backend]) -> Outcome:
     """Nobody has a parked event, unless it may have been taken: then it is taken back first."""
     done, text = True, "was parked, and is passed over now"
     if row.maybe_taken:
         done, text = await _ask(Event(row.record_id, row.event_id), row.backend, row.line, backends)
     if done:
         step = Redrive(cursor=row.cursor, parked=[row], requests=[], skipped={row.seq: CANCELLED})
-        now_s = desk.look()[0].wall_s
-        await desk.in_state(functools.partial(desk.state.redrive, step, now_s))
-        desk.metrics.skipped(row.backend, CANCELLED, 1)
+        await files.store.run(files.store.redrive, step, files.now().wall_s)
+        files.metrics.skipped(row.backend, CANCELLED, 1)
     return Outcome(backend=row.backend, event_id=row.event_id, done=done, text=text)
 
 
@@ -121,9 +119,9 @@ async def _ask(event: Event, name: str, line: bytes | None, backends: Mapping[st
     return True, "; ".join(["taken back", *undone.left])
 
 
-async def _complained(one: Named, desk: Desk, backend: Backend | None, name: str) -> Outcome:
+async def _complained(one: Named, files: Files, backend: Backend | None, name: str) -> Outcome:
     reason = f"{COMPLAINED}:{one.code if _CODE.fullmatch(one.code) else 'other'}"
-    found = [each for each in await _found(one.event_id, desk, name) if each.event_id == one.event_id]
+    found = [each for each in await _found(one.event_id, files, name) if each.event_id == one.event_id]
     known = [each for each in found if each.fate not in _GONE]
     if not known:
         text = "is parked already" if found else "is not remembered: it was never sent, or is older than the retention"
@@ -131,37 +129,35 @@ async def _complained(one: Named, desk: Desk, backend: Backend | None, name: str
     last = known[-1]
     if last.fate == "open":
         return _not(last, "is not settled yet: complain again when it is")
-    line = await asyncio.to_thread(_line_of, desk.reader, last.instance, last.seq)
+    line = await asyncio.to_thread(_line_of, files.reader, last.instance, last.seq)
     if line is None:
         return _not(last, "cannot be read in the spool any more: bill it by hand")
     amendment = Amendment(
         request=last.request, member=_member(last), parking=Parking(reason), line=line, note=f"reported as {one.code}"
     )
-    if not await _amend(amendment, desk):
+    if not await _amend(amendment, files):
         return _not(last, "has changed its place meanwhile: run it again")
-    desk.metrics.parked(name, reason, 1)
+    files.metrics.parked(name, reason, 1)
     return Outcome(backend=name, event_id=one.event_id, done=True, text=f"parked as {reason}")
 
 
-async def _found(one: str, desk: Desk, backend: str | None) -> list[Found]:
-    return [found for found in await asyncio.to_thread(desk.find, one) if backend in (None, found.backend)]
+async def _found(one: str, files: Files, backend: str | None) -> list[Found]:
+    return [found for found in await asyncio.to_thread(files.find, one) if backend in (None, found.backend)]
 
 
-async def _parked(one: str, desk: Desk, backend: str | None) -> list[Parked]:
+async def _parked(one: str, files: Files, backend: str | None) -> list[Parked]:
     rows: list[Parked] = []
     after = 0
     while True:
-        look = functools.partial(desk.parked, backend=backend, ids=[one], after=after, limit=PAGE)
-        page = await asyncio.to_thread(look)
+        page = await asyncio.to_thread(files.parked, backend=backend, ids=[one], after=after, limit=PAGE)
         rows += page
         if len(page) < PAGE:
             return rows
         after = page[-1].id
 
 
-async def _amend(amendment: Amendment, desk: Desk) -> bool:
-    now_s = desk.look()[0].wall_s
-    return await desk.in_state(functools.partial(desk.state.amend, amendment, now_s))
+async def _amend(amendment: Amendment, files: Files) -> bool:
+    return await files.store.run(files.store.amend, amendment, files.now().wall_s)
 
 
 def _line_of(reader: SpoolReader, instance: str, seq: int) -> bytes | None:

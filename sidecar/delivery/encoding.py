@@ -2,7 +2,7 @@
 
 What must always hold: every record offered ends in exactly one place (sealed, skipped or parked), whatever the
 encoder does, and the same records give the same requests. Works in slices, because the event loop is
-shared with the proxy. Storing is left to the lane.
+shared with other work. Storing is left to the worker.
 """
 
 from __future__ import annotations
@@ -15,22 +15,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.state.rows import Hole, Member, NewParked, NewRequest
+from sidecar.delivery.rows import Hole, Member, NewParked, NewRequest
+from sidecar.delivery.tail import Item
 from sidecar.delivery.types import ENCODE_FAILED, SALVAGED, TOO_OLD, UNREADABLE, Tries
 from sidecar.model.delivery import Backend, Dedup, Encoded, Sealed
 from sidecar.model.record import Record
 
 _LOG = logging.getLogger(__name__)
 KEY_CHARS_MAX = 100  # verdict.Sealed.key: what every backend takes
-
-
-@dataclass(frozen=True, slots=True)
-class Item:
-    """A stored line and its number, or a hole that ends at this number."""
-
-    seq: int
-    line: bytes
-    hole: Hole | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -65,10 +57,13 @@ class LostEvents:
         return self.records.get(seq) or self.events.get((seq, event_id))
 
 
-@dataclass(frozen=True, slots=True)
-class _Read:
-    item: Item
-    record: Record
+class Readable:
+    """An item that holds a record."""
+
+    __slots__ = ("item", "record")
+
+    def __init__(self, item: Item, record: Record) -> None:
+        self.item, self.record = item, record
 
 
 async def plan(
@@ -76,7 +71,7 @@ async def plan(
 ) -> Plan:
     """Decide for as many items as give at most `room` requests, but for one record at least."""
     made = Plan()
-    reads: dict[str, _Read] = {}
+    reads: dict[str, Readable] = {}
     for count, item in enumerate(items, 1):
         if count % limits.parse_records == 0:
             await asyncio.sleep(0)
@@ -154,7 +149,7 @@ def redriven_key(key: str, generation: int) -> str:
     return f"h-{hashlib.sha256(key.encode()).hexdigest()[:40]}~{generation}"
 
 
-def encode(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
+def encode(backend: Backend, reads: Sequence[Readable]) -> tuple[Encoded, set[str]]:
     """Ask the encoder, in rows of records so short that no batch begins or ends inside a record.
 
     A part of a refused batch is encoded again from whole records: a record with events on both sides of a
@@ -182,7 +177,7 @@ def _most_events(encoded: Encoded) -> int:
     return max(counts.values(), default=1)
 
 
-def _in_rows(backend: Backend, reads: Sequence[_Read], most: int) -> tuple[Encoded, set[str]]:
+def _in_rows(backend: Backend, reads: Sequence[Readable], most: int) -> tuple[Encoded, set[str]]:
     whole, failed = Encoded(), set()
     for start in range(0, len(reads), most):
         one, bad = _ask(backend, reads[start : start + most])
@@ -194,7 +189,7 @@ def _in_rows(backend: Backend, reads: Sequence[_Read], most: int) -> tuple[Encod
     return whole, failed
 
 
-def _ask(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
+def _ask(backend: Backend, reads: Sequence[Readable]) -> tuple[Encoded, set[str]]:
     """One call of the encoder; where it raises, ask for each record alone and name those that it raises for."""
     if not reads:
         return Encoded(), set()
@@ -215,14 +210,12 @@ def _ask(backend: Backend, reads: Sequence[_Read]) -> tuple[Encoded, set[str]]:
     return _in_rows(backend, reads, 1)
 
 
-def _parse(item: Item) -> _Read | None:
-    try:
-        return _Read(item, Record.from_json(item.line))
-    except ValueError:
-        return None
+def _parse(item: Item) -> Readable | None:
+    record = item.record
+    return None if record is None else Readable(item, record)
 
 
-def _kept_back(backend: Backend, read: _Read, again_upto: int, now_s: float, limits: Limits) -> NewParked | None:
+def _kept_back(backend: Backend, read: Readable, again_upto: int, now_s: float, limits: Limits) -> NewParked | None:
     """What no encoder needs to see: too old for the backend, or perhaps delivered before."""
     abilities, started_s = backend.abilities, read.record.started_s
     reason, maybe = "", False
@@ -247,7 +240,7 @@ def _cut_short(made: Plan, items: Sequence[Item], first_left: int) -> None:
 
 
 def _place(
-    made: Plan, backend: Backend, reads: Sequence[_Read], encoded: Encoded, failed: set[str], now_s: float
+    made: Plan, backend: Backend, reads: Sequence[Readable], encoded: Encoded, failed: set[str], now_s: float
 ) -> None:
     by_id = {read.record.id: read for read in reads}
     placed: set[str] = set()
@@ -281,7 +274,7 @@ def _place(
         made.parked.append(NewParked(seq=seq, record_id=record.id, reason=reason, line=read.item.line))
 
 
-def _request(backend: Backend, sealed: Sealed, by_id: dict[str, _Read], now_s: float) -> NewRequest:
+def _request(backend: Backend, sealed: Sealed, by_id: dict[str, Readable], now_s: float) -> NewRequest:
     reads = {event.record_id: by_id[event.record_id] for event in sealed.events}
     starts = [read.record.started_s for read in reads.values()]
     future_s = backend.abilities.future_max_s

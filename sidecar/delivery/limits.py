@@ -10,10 +10,10 @@ class Limits:
     """What delivery keeps to, with where each number is from."""
 
     backoff_base_s: float = 1.0  # mean first wait 0.5 s: a restart of a backend is over within a few of them
-    backoff_cap_s: float = 3600.0  # durability.md, section 6
+    backoff_cap_s: float = 3600.0  # an hour: what comes back is then noticed by a probe, not by a retry
     retry_after_cap_s: float = 900.0  # a quarter of an hour: a balancer that says a day is back long before
     window_margin_s: float = 3600.0  # windows end an hour early: clocks of two houses, and work under way
-    window_warning_s: float = 21_600.0  # durability.md, section 6: six hours before
+    window_warning_s: float = 21_600.0  # six hours before: time for an operator to look
     clock_step_s: float = 60.0  # what the wall clock may differ from the monotonic one before it has stepped
     down_after: int = 5  # requests failed in a row with nothing taken: the backend is down, one probe at a time
     probe_soon_s: float = 4.0  # a recovery is noticed within 5 s at first: a second is left for the probe itself
@@ -21,13 +21,15 @@ class Limits:
     down_cap_s: float = 25.0  # and within 30 s later
     blocked_base_s: float = 15.0  # an operator has to act; but a maintenance page is a block too, and ends by itself
     blocked_cap_s: float = 25.0
-    suspect_after: int = 20  # durability.md, section 6
-    window_requests: int = 64  # sealed requests that wait for a free slot or are under way; durability.md, section 2
-    retry_records: int = 10_000  # durability.md, section 2: the set that waits for another attempt
+    suspect_after: int = 20  # the same refusal of whole requests in a row: more likely our setting than the records
+    window_requests: int = 64  # sealed requests that wait for a free slot or are under way
+    retry_records: int = 10_000  # the set that waits for another attempt: with its bytes on disk some 10 MB
     retry_bytes: int = 64 << 20
     encode_records: int = 100  # one slice of the event loop: about 1 ms
     parse_records: int = 40  # one slice of reading lines: about 0.5 ms
-    read_bytes: int = 1 << 20
+    read_bytes: int = 512 << 10  # of lines in one look at a spool: some 550 records
+    tail_bytes: int = 2 << 20  # of lines kept for the other backends; parsed they take three times that
+    tail_pieces: int = 64  # of one instance: a piece is a look, or a commit that was handed over
     linger_s: float = 0.1  # between two looks into a spool that was read to its end: batches fill up meanwhile
     gather_s: float = 0.01  # the same where one event is a request: a look for each commit would cost the proxy
     send_limit_s: float = 600.0  # a backend has its own time limits; this one frees the slot when they fail

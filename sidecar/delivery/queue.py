@@ -1,4 +1,4 @@
-"""Where a lane's sealed requests wait: never offered, due again later, or behind another of the same subject.
+"""Where a backend's sealed requests wait: never offered, due again later, or behind another of the same subject.
 
 Fresh requests keep their bytes; those that wait for another attempt leave them on disk, so that a long outage
 costs little memory. Order: what is due again goes before what was never offered, older before younger.
@@ -11,11 +11,11 @@ from collections import deque
 from collections.abc import Iterator
 
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.state.rows import Request
+from sidecar.delivery.rows import Request
 from sidecar.delivery.types import Now
 
 
-class Waiting:
+class RequestQueue:
     """The requests of one backend that are not under way."""
 
     def __init__(self, limits: Limits, *, one_per_subject: bool) -> None:

@@ -8,20 +8,83 @@ only when the operator accepts doubles, and then as the very same request wherev
 from __future__ import annotations
 
 import asyncio
-import functools
+from collections import Counter
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from enum import StrEnum
+from typing import Any, Final
 
 from sidecar.delivery import encoding
-from sidecar.delivery.outcomes import Became, OneOutcome
-from sidecar.delivery.owner import Owner
-from sidecar.delivery.state.rows import NewParked, NewRequest, Parked, Range, Redrive, Unskip
+from sidecar.delivery.context import Context
+from sidecar.delivery.rows import NewParked, NewRequest, Parked, Range, Redrive, Unskip
+from sidecar.delivery.tail import Item
 from sidecar.delivery.types import Tries
 from sidecar.model.delivery import KEY_MISMATCH, Backend, Dedup
 
-_T = TypeVar("_T")
-_NO_BOUND = 1 << 30  # on requests in one step: it is one slice of records
+_NO_BOUND: Final = 1 << 30  # on requests in one step: it is one slice of records
+EACH_MAX: Final = 20  # events told one by one; of more, the counts tell
+
+
+class Became(StrEnum):
+    """Programs read these words."""
+
+    OFFERED = "offered"
+    SKIPPED = "skipped"  # it encodes to nothing now: passed over
+    STILL_PARKED = "still_parked"
+    MAYBE_TAKEN = "maybe_taken"  # goes only with --resend-unknown
+    SIBLINGS_TAKEN = "siblings_taken"  # could only go with events of its record that the backend has
+    NO_ROOM = "no_room"  # so much waits for another attempt already: run it again later
+    NOT_CONFIGURED = "not_configured"  # its backend is left out
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class OneOutcome:
+    backend: str
+    event_id: str
+    record_id: str
+    became: Became
+    reason: str = ""  # the one that it is parked for now, or was
+    detail: str = ""
+
+
+@dataclass(slots=True)
+class Redriven:
+    """All of one redrive."""
+
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)  # what became of it, and the reason
+    each: list[OneOutcome] = field(default_factory=list)  # the first of them
+    unskipped: int = 0  # records made before their backend was configured, or while it was left out
+    not_found: list[tuple[str, str]] = field(default_factory=list)  # ids that are not parked, and what is known of them
+    seen: set[str] = field(default_factory=set)  # ids that were asked for and are parked
+
+    def add(self, one: OneOutcome) -> None:
+        reason = "" if one.became in (Became.OFFERED, Became.SKIPPED) else one.reason
+        self.counts[(one.became.value, reason)] += 1
+        if len(self.each) < EACH_MAX:
+            self.each.append(one)
+
+    @property
+    def offered(self) -> int:
+        """Events and records that go again."""
+        return self.counts[(Became.OFFERED.value, "")] + self.counts[(Became.SKIPPED.value, "")] + self.unskipped
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the command."""
+        return {
+            "redriven": self.offered,
+            "unskipped": self.unskipped,
+            "counts": [
+                {"became": became, "reason": reason, "events": n} for (became, reason), n in self.counts.items()
+            ],
+            "each": [
+                {
+                    "backend": one.backend, "event_id": one.event_id, "record_id": one.record_id,
+                    "became": one.became.value, "reason": one.reason, "detail": one.detail,
+                }
+                for one in self.each
+            ],
+            "not_found": [{"id": id_, "known": known} for id_, known in self.not_found],
+        }  # fmt: skip
 
 
 @dataclass(slots=True)
@@ -33,7 +96,7 @@ class Step:
 
 
 async def steps(
-    backend: Backend, cursor: int, rows: Sequence[Parked], owner: Owner, *, resend_unknown: bool
+    backend: Backend, cursor: int, rows: Sequence[Parked], context: Context, *, resend_unknown: bool
 ) -> list[Step]:
     """What lets these events of one cursor go, or says why they do not."""
     made: list[Step] = []
@@ -41,18 +104,18 @@ async def steps(
     if not resend_unknown:
         made.append(Step(None, [_outcome(row, Became.MAYBE_TAKEN) for row in rows if row.maybe_taken]))
     else:
-        for whole in await _whole_requests(rows, owner):
+        for whole in await _whole_requests(rows, context):
             made.append(Step(whole, [_outcome(row, Became.OFFERED) for row in whole.parked]))
             gone = {row.id for row in whole.parked}
             anew = [row for row in anew if row.id not in gone]
     made += [
-        await _anew(backend, cursor, group, owner, forced=resend_unknown)
-        for group in _by_record(anew, owner.limits.encode_records)
+        await _anew(backend, cursor, group, context, forced=resend_unknown)
+        for group in _by_record(anew, context.limits.encode_records)
     ]
     return made
 
 
-async def back(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Owner) -> list[Step]:
+async def back(backend: Backend, cursor: int, rows: Sequence[Parked], context: Context) -> list[Step]:
     """What lets go again what was parked because its backend was left out, now that it is back.
 
     It was pending then, and is so again: a request that was sealed goes on as it was, with its bytes, its key and the
@@ -67,7 +130,7 @@ async def back(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Own
     bare = backend.abilities.dedup is Dedup.NONE and not backend.abilities.resend_unknown
     for request, parked in by_request.items():
         maybe = any(row.maybe_taken for row in parked)
-        stored = await owner.in_state(functools.partial(owner.state.stored, request))
+        stored = await context.store.run(context.store.stored, request)
         if (maybe and bare) or stored is None or {m.event_id for m in stored.members} != {p.event_id for p in parked}:
             continue
         tries = stored.tries if maybe else replace(stored.tries, risk_wall_s=None)
@@ -77,13 +140,13 @@ async def back(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Own
         gone.update(row.id for row in parked)
     left = [row for row in rows if row.id not in gone and not row.maybe_taken]
     made += [
-        await _anew(backend, cursor, group, owner, forced=False)
-        for group in _by_record(left, owner.limits.encode_records)
+        await _anew(backend, cursor, group, context, forced=False)
+        for group in _by_record(left, context.limits.encode_records)
     ]
     return made
 
 
-async def _whole_requests(rows: Sequence[Parked], owner: Owner) -> list[Redrive]:
+async def _whole_requests(rows: Sequence[Parked], context: Context) -> list[Redrive]:
     """Requests of which every event is parked as perhaps taken: they go as they went, bytes and key."""
     by_request: dict[int, list[Parked]] = {}
     for row in rows:
@@ -92,7 +155,7 @@ async def _whole_requests(rows: Sequence[Parked], owner: Owner) -> list[Redrive]
             by_request.setdefault(row.request, []).append(row)
     made = []
     for request, parked in by_request.items():
-        stored = await owner.in_state(lambda r=request: owner.state.stored(r))  # type: ignore[misc]
+        stored = await context.store.run(context.store.stored, request)
         if stored is None or {m.event_id for m in stored.members} != {row.event_id for row in parked}:
             continue
         history = (*parked[0].history, "redriven as it was")
@@ -114,7 +177,7 @@ def _by_record(rows: Sequence[Parked], most: int) -> list[list[Parked]]:
     return groups
 
 
-async def _anew(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Owner, *, forced: bool) -> Step:
+async def _anew(backend: Backend, cursor: int, rows: Sequence[Parked], context: Context, *, forced: bool) -> Step:
     """Seal the records of parked events again, as the encoder sees them now."""
     lines = {row.seq: row.line for row in rows}
     made, lost = await encoding.again(backend, list(lines.items()), tries=Tries(forced=forced), due_s=0.0)
@@ -126,7 +189,7 @@ async def _anew(backend: Backend, cursor: int, rows: Sequence[Parked], owner: Ow
         wanted = [m for m in new.members if m.seq in whole or (m.seq, m.event_id) in by_event]
         if not wanted:
             continue
-        if len(wanted) < len(new.members) and not _harmless(backend, rows, owner, forced=forced):
+        if len(wanted) < len(new.members) and not _harmless(backend, rows, context, forced=forced):
             refrained.update((m.seq, m.event_id) for m in wanted)
             continue
         sources = [row for row in rows if row.seq in {m.seq for m in new.members}]
@@ -237,41 +300,41 @@ def _outcome(row: Parked, became: Became, *, detail: str = "") -> OneOutcome:
     )
 
 
-async def before(backend: Backend, since_s: float, owner: Owner) -> AsyncIterator[Unskip]:
+async def before(backend: Backend, since_s: float, context: Context) -> AsyncIterator[Unskip]:
     """Records skipped unseen (made before the backend was first configured, or while it was left out), from a time on
     and as far as the spool still has them."""
-    state, reader, limits = owner.state, owner.reader, owner.limits
-    for skipped in await owner.in_state(lambda: state.ranges(backend.name)):
+    store, reader, limits = context.store, context.reader, context.limits
+    for skipped in await store.run(store.ranges, backend.name):
         after = skipped.first_seq - 1
         while after < skipped.last_seq:
-            read = functools.partial(reader.read, skipped.instance, after, bytes_max=limits.read_bytes)
-            groups = [group for group in await asyncio.to_thread(read) if group.first_seq <= skipped.last_seq]
+            read = await asyncio.to_thread(reader.read, skipped.instance, after, bytes_max=limits.read_bytes)
+            groups = [group for group in read if group.first_seq <= skipped.last_seq]
             if not groups:
                 break
             items = [
-                encoding.Item(seq, line)
+                Item(seq, line)
                 for group in groups
                 for seq, line in enumerate(group.lines, group.first_seq)
                 if after < seq <= skipped.last_seq
             ]
             after = groups[-1].last_seq
             for start in range(0, len(items), limits.encode_records):
-                step = await _unskip(backend, skipped, items[start : start + limits.encode_records], since_s, owner)
+                step = await _unskip(backend, skipped, items[start : start + limits.encode_records], since_s, context)
                 if step is not None:
                     yield step
 
 
 async def _unskip(
-    backend: Backend, skipped: Range, items: Sequence[encoding.Item], since_s: float, owner: Owner
+    backend: Backend, skipped: Range, items: Sequence[Item], since_s: float, context: Context
 ) -> Unskip | None:
     low, high = items[0].seq - 1, items[-1].seq
-    known = await owner.in_state(lambda: owner.state.known(skipped.cursor, low, high))
+    known = await context.store.run(context.store.known, skipped.cursor, low, high)
     old = encoding.older_than(since_s, [item.seq for item in items], [item.line for item in items])
     going = [item for item in items if item.seq not in known and item.seq not in old]
     if not going:
         return None
-    now_s = owner.look()[0].wall_s
-    plan = await encoding.plan(backend, going, room=_NO_BOUND, again_upto=0, now_s=now_s, limits=owner.limits)
+    now_s = context.now().wall_s
+    plan = await encoding.plan(backend, going, room=_NO_BOUND, again_upto=0, now_s=now_s, limits=context.limits)
     return Unskip(
         cursor=skipped.cursor,
         range=skipped.id,
@@ -282,7 +345,7 @@ async def _unskip(
     )
 
 
-def _harmless(backend: Backend, rows: Sequence[Parked], owner: Owner, *, forced: bool) -> bool:
+def _harmless(backend: Backend, rows: Sequence[Parked], context: Context, *, forced: bool) -> bool:
     """Whether events that were taken may go along once more, because the record is encoded whole."""
     abilities = backend.abilities
     if forced:
@@ -292,4 +355,4 @@ def _harmless(backend: Backend, rows: Sequence[Parked], owner: Owner, *, forced:
     if abilities.dedup_window_s is None:
         return True
     oldest = min(row.at_s for row in rows)
-    return owner.look()[0].wall_s - oldest < abilities.dedup_window_s - owner.limits.window_margin_s
+    return context.now().wall_s - oldest < abilities.dedup_window_s - context.limits.window_margin_s

@@ -1,40 +1,48 @@
-"""The owner of the lanes: opens them in order, watches the clock, and lets an operator look in and mend.
+"""The owner of the workers: opens them in order, watches the clock, and lets an operator look in and correct.
 
-What must always hold: every configured backend has a lane of its own; a lane that dies takes the owner down with
-it instead of leaving a sidecar that no longer bills; what a removed backend had still to get is parked. The
-state file is opened by the caller and belongs to this object while it runs.
+What must always hold: every configured backend has a worker of its own; a worker that dies takes the owner down with
+it instead of leaving a sidecar that no longer bills; what a removed backend had still to get is parked. The file is
+opened by the caller and belongs to this object while it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import random
-from collections.abc import Callable, Collection, Coroutine, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Self, TypeVar
+from typing import Any, Final, Self
 
-from sidecar.delivery.copied import may_double
-from sidecar.delivery.dedup_window import ClockWatch
+from sidecar.delivery.context import Context, Copied, SystemClock
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.outcomes import EACH_MAX, Became, OneOutcome, Redriven
-from sidecar.delivery.ports import Clock, Metrics, SpoolReader, SystemClock, read_clock
-from sidecar.delivery.removed_backend import part_with, take_back
-from sidecar.delivery.state import DeliveryState, StateError
-from sidecar.delivery.state.accounts import PAGE, Accounts, Found, totals_of
-from sidecar.delivery.state.cursors import Configured
-from sidecar.delivery.state.rows import Parked, Place
-from sidecar.delivery.telling import ParkingLog, Told
-from sidecar.delivery.types import BEFORE, GAP, RETIRED, Ended, LaneStatus, Now
-from sidecar.delivery.worker import Lane
+from sidecar.delivery.queries import PAGE, DeliveryQueries, Found, totals_of
+from sidecar.delivery.redrive import EACH_MAX, Became, OneOutcome, Redriven
+from sidecar.delivery.removed_backend import RETRY_S, SLICE, part_with
+from sidecar.delivery.rows import Parked, Place, StateError
+from sidecar.delivery.store import Configured, DeliveryStore
+from sidecar.delivery.tail import Tail
+from sidecar.delivery.types import (
+    BEFORE,
+    GAP,
+    REMOVED,
+    RETIRED,
+    BackendStatus,
+    Clock,
+    Ended,
+    Metrics,
+    Now,
+    SpoolReader,
+    StoredGroup,
+)
+from sidecar.delivery.worker import Worker
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend
+from sidecar.model.record import Record
+from sidecar.spool.types import SpoolError
 
-_LOG = logging.getLogger(__name__)
-_T = TypeVar("_T")
+_LOG: Final = logging.getLogger(__name__)
 
 
 class Delivery:
@@ -44,7 +52,7 @@ class Delivery:
         self,
         *,
         reader: SpoolReader,
-        state: DeliveryState,
+        store: DeliveryStore,
         backends: Sequence[Backend],
         metrics: Metrics,
         clock: Clock | None = None,
@@ -61,53 +69,57 @@ class Delivery:
         `safe`: backends whose own books were copied together with ours.
         """
         self._skip_gaps = skip_gaps
-        self._parking_log = ParkingLog()
-        self.reader, self.state, self.metrics = reader, state, metrics
-        self.limits = limits or Limits()
-        self.chance = chance or random.Random()  # noqa: S311 - jitter, no secret
-        self._clock = clock or SystemClock()
-        self._copied_s, self._copied_text, self._safe = copied_s, copied_text, frozenset(safe)
-        self._watch = ClockWatch(read_clock(self._clock))
-        self._lanes = {backend.name: Lane(backend, self) for backend in backends}
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-state")
-        self._accounts = Accounts(state.path)
+        self.reader, self.store, self.metrics = reader, store, metrics
+        self._queries = DeliveryQueries(store.path)
+        self._context = Context(
+            reader=reader,
+            store=store,
+            queries=self._queries,
+            metrics=metrics,
+            clock=clock or SystemClock(),
+            limits=limits or Limits(),
+            chance=chance or random.Random(),  # noqa: S311 - jitter, no secret
+            copied=None if copied_s is None else Copied(copied_s, copied_text, frozenset(safe)),
+            stepped=self._clock_stepped,
+        )
+        self.tail = Tail(reader, self._context.limits)
+        self._workers = {backend.name: Worker(backend, self._context, self.tail) for backend in backends}
         self._group = asyncio.TaskGroup()
         self._running = False
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __repr__(self) -> str:
-        return f"<Delivery: {', '.join(map(repr, self._lanes.values())) or 'no backends'}>"
+        return f"<Delivery: {', '.join(map(repr, self._workers.values())) or 'no backends'}>"
 
     # --- running ----------------------------------------------------------------------------------
 
     async def __aenter__(self) -> Self:
-        """Find where every backend is, settle with the removed ones, start the lanes."""
+        """Find where every backend is, settle with the removed ones, start the workers."""
+        store, context = self.store, self._context
         try:
             await self._check_clock()
             places = await asyncio.to_thread(self._places)
-            names, now = list(self._lanes), self.look()[0]
-            configure = functools.partial(
-                self.state.configure, names, places, now.wall_s, count=self.reader.count, skip_gaps=self._skip_gaps
+            names, now_s = list(self._workers), self.now().wall_s
+            found = await store.run(
+                store.configure, names, places, now_s, count=self.reader.count, skip_gaps=self._skip_gaps
             )
-            found = await self.in_state(configure)
             self._say(found)
             starts = [
-                await self.in_state(lambda n=name: (self.state.cursors(n), self.state.open_requests(n)))  # type: ignore[misc]
-                for name in names
+                (await store.run(store.cursors, name), await store.run(store.open_requests, name)) for name in names
             ]
         except BaseException:
-            self._executor.shutdown()
-            self._accounts.close()
+            self._queries.close()
             raise
         await self._group.__aenter__()
         self._running = True
-        for lane, (cursors, requests) in zip(self._lanes.values(), starts, strict=True):
-            self._start(lane.run(cursors, requests))
+        for worker, (cursors, requests) in zip(self._workers.values(), starts, strict=True):
+            self._start(worker.run(cursors, requests))
         self._start(self._tick())
-        for name, lane in self._lanes.items() if not self._skip_gaps else ():
-            self._start(take_back(name, lane, self))
+        for worker in self._workers.values() if not self._skip_gaps else ():
+            self._start(self._take_back(worker))
+        ends = {place.instance: place.last_seq for place in places}
         for name in sorted(found.gone):
-            self._start(part_with(name, self, {place.instance: place.last_seq for place in places}))
+            self._start(part_with(name, store, self.reader, context.clock.wall_s, ends))
         return self
 
     async def __aexit__(
@@ -119,58 +131,54 @@ class Delivery:
         try:
             await self._group.__aexit__(kind, error, trace)
         finally:
-            await asyncio.to_thread(self._executor.shutdown)
-            await asyncio.to_thread(self._accounts.close)
+            await self.store.run(int)  # what was being stored is
+            await asyncio.to_thread(self._queries.close)
 
     def wake(self) -> None:
         """Records were committed."""
-        for lane in self._lanes.values():
-            lane.wake()
+        self.tail.wake()
+        for worker in self._workers.values():
+            worker.wake()
+
+    def offer(self, instance: str, group: StoredGroup, records: Sequence[Record] | None = None) -> None:
+        """The writer is in this process: what it has just committed need not be read again. Call it before `wake`."""
+        self.tail.offer(instance, group, records)
 
     async def drain(self, timeout_s: float) -> None:
         """One last pass: deliver what can be delivered in this time, without waiting for batches to fill."""
-        for lane in self._lanes.values():
-            lane.draining = True
-            lane.wake()
+        for worker in self._workers.values():
+            worker.draining = True
+        self.wake()
         try:
             async with asyncio.timeout(timeout_s):
-                for lane in self._lanes.values():
-                    await lane.idle.wait()
+                for worker in self._workers.values():
+                    await worker.idle.wait()
         except TimeoutError:
             _LOG.warning("stopping with deliveries undone; the next start goes on with them", extra={"facts": {}})
         finally:
-            for lane in self._lanes.values():
-                lane.draining = False
+            for worker in self._workers.values():
+                worker.draining = False
 
     # --- looking in -------------------------------------------------------------------------------
 
-    def status(self) -> list[LaneStatus]:
+    def status(self) -> list[BackendStatus]:
         """How each backend does."""
-        return [lane.status() for lane in self._lanes.values()]
+        return [worker.status() for worker in self._workers.values()]
 
     def totals(self, upto: Mapping[str, int]) -> dict[str, BackendTotals]:
         """Each backend's side of the balance, counted up to these numbers. Blocks."""
-        sums = self._accounts.sums(list(self._lanes), upto)
+        sums = self._queries.sums(list(self._workers), upto)
         return {name: totals_of(one, self.reader.count) for name, one in sums.items()}
 
     def verify(self) -> list[str]:
         """Recount everything from rows; every difference in words. Blocks."""
-        problems = self._accounts.verify()
-        for name in self._lanes:
-            for instance, seq in self._accounts.cursors(name).items():
-                last = self.reader.last_seq(instance)
-                if seq > last:
-                    problems.append(
-                        f"{name}, instance {instance}: delivered up to record {seq}, but the spool ends at {last}:"
-                        f" {seq - last} record numbers were lost with its file"
-                    )
-        return problems
+        return self._queries.verify() + self._queries.ahead_of(self.reader)
 
     def retired_upto(self) -> dict[str, int]:
         """For each instance the number up to which no backend needs its spool any more. Blocks."""
         upto = {instance: self.reader.last_seq(instance) for instance in self.reader.instances()}
-        for name in self._lanes:
-            known = self._accounts.cursors(name)
+        for name in self._workers:
+            known = self._queries.cursors(name)
             upto = {instance: min(seq, known.get(instance, 0)) for instance, seq in upto.items()}
         return upto
 
@@ -185,17 +193,17 @@ class Delivery:
         limit: int = PAGE,
     ) -> list[Parked]:
         """A page of parked events with reason, body and history, in the order of their parking. Blocks."""
-        return self._accounts.parked(backend=backend, reason=reason, ids=ids, since_s=since_s, after=after, limit=limit)
+        return self._queries.parked(backend=backend, reason=reason, ids=ids, since_s=since_s, after=after, limit=limit)
 
     def parked_now(self) -> dict[tuple[str, str], int]:
         """Records parked by backend and reason, those of backends that are left out included. Blocks."""
-        return self._accounts.parked_now()
+        return self._queries.parked_now()
 
     def find(self, one: str) -> list[Found]:
         """Where an event or record with this id went, as long as it is remembered (`forget`). Blocks."""
-        return self._accounts.find(one)
+        return self._queries.find(one)
 
-    # --- mending ----------------------------------------------------------------------------------
+    # --- correcting -------------------------------------------------------------------------------
 
     async def redrive(self, **choice: Any) -> int:
         """Offer parked events again (`offer_again`); returns how many go."""
@@ -218,9 +226,9 @@ class Delivery:
         """
         told = Redriven()
         if since_s is not None and ids is None and reason in (None, BEFORE, GAP):
-            for name, lane in self._lanes.items():
+            for name, worker in self._workers.items():
                 if backend in (None, name):
-                    told.unskipped += await lane.redrive_before(since_s)
+                    told.unskipped += await worker.redrive_before(since_s)
         wanted = None if ids is None else list(dict.fromkeys(ids))
         for start in range(0, 1 if wanted is None else len(wanted), PAGE):
             some = None if wanted is None else wanted[start : start + PAGE]
@@ -243,17 +251,18 @@ class Delivery:
         resend_unknown: bool,
     ) -> None:
         # What is parked again for another reason stands behind `last`, and is not looked at twice.
-        last, after = await asyncio.to_thread(self._accounts.last_parked), 0
+        last, after = await asyncio.to_thread(self._queries.last_parked), 0
         while True:
-            look = functools.partial(self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after)
-            read = await asyncio.to_thread(look)
+            read = await asyncio.to_thread(
+                self.parked, backend=backend, reason=reason, ids=ids, since_s=since_s, after=after
+            )
             page = [row for row in read if row.id <= last]
             for row in page if ids is not None else ():
                 told.seen.update((row.record_id, row.event_id))
             for name in dict.fromkeys(row.backend for row in page):
                 rows = [row for row in page if row.backend == name]
-                if name in self._lanes:
-                    await self._lanes[name].redrive(rows, told, resend_unknown=resend_unknown)
+                if name in self._workers:
+                    await self._workers[name].redrive(rows, told, resend_unknown=resend_unknown)
                     continue
                 for row in rows:
                     told.add(
@@ -276,18 +285,18 @@ class Delivery:
 
     def end_waits(self, backend: str) -> Ended:
         """Offer a backend what waits for it now. Raises `KeyError` for one that is not configured."""
-        return self._lanes[backend].end_waits()
+        return self._workers[backend].end_waits()
 
     async def adopt(self, leave: Mapping[str, int] | None) -> dict[str, int]:
         """The operator has decided. `leave`: spools whose pending records are another's; how many were parked."""
         counts: dict[str, int] = {}
         if leave is not None:
-            for name, lane in self._lanes.items():
-                if name not in self._safe:
-                    counts[name] = await lane.leave(leave)
-        self._copied_s = None
-        for lane in self._lanes.values():
-            lane.wake()
+            safe = frozenset() if self._context.copied is None else self._context.copied.safe
+            for name, worker in self._workers.items():
+                if name not in safe:
+                    counts[name] = await worker.leave(leave)
+        self._context.copied = None
+        self.wake()
         return counts
 
     async def forget(self, upto: Mapping[str, int]) -> None:
@@ -295,41 +304,19 @@ class Delivery:
         for instance, seq in upto.items():
             more = True
             while more:
-                more = await self.in_state(functools.partial(self.state.fold, instance, seq))
+                more = await self.store.run(self.store.fold, instance, seq)
 
-    # --- for the lanes ----------------------------------------------------------------------------
-
-    async def in_state(self, work: Callable[[], _T]) -> _T:
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
-
-    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        self._start(work)
-
-    def parked_some(self, backend: str, reason: str, records: int) -> None:
-        self.metrics.parked(backend, reason, records)
-        told = self._parking_log.parked(backend, reason, records, self.look()[0].mono_s)
-        if told is not None:
-            _tell(told)
-
-    def held(self, backend: Backend) -> str | None:
-        if self._copied_s is None or backend.name in self._safe:
-            return None
-        now_s, margin_s = self._clock.wall_s(), self.limits.window_margin_s
-        unsure = may_double(backend.abilities, copied_s=self._copied_s, now_s=now_s, margin_s=margin_s)
-        return self._copied_text if unsure else None
-
-    def look(self) -> tuple[Now, bool]:
-        now = read_clock(self._clock)
-        self._watch, stepped = self._watch.look(now, self.limits)
-        if stepped:
-            _LOG.warning("the wall clock was set; what may have been taken is not sent again")
-            for lane in self._lanes.values():
-                lane.clock_stepped()
-            if self._running:
-                self._start(self._expire())
-        return now, stepped
+    def now(self) -> Now:
+        """Both clocks."""
+        return self._context.now()
 
     # --- inside -----------------------------------------------------------------------------------
+
+    def _clock_stepped(self) -> None:
+        for worker in self._workers.values():
+            worker.clock_stepped()
+        if self._running:
+            self._start(self._expire())
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._group.create_task(work)
@@ -337,32 +324,54 @@ class Delivery:
         task.add_done_callback(self._tasks.discard)
 
     async def _expire(self) -> None:
-        """For a crash before the lanes store it themselves."""
+        """For a crash before the workers store it themselves."""
         try:
-            await self.in_state(self.state.expire_risks)
+            await self.store.run(self.store.expire_risks)
         except StateError as error:
             _LOG.error("a step of the clock could not be stored: %s", error)
 
     async def _check_clock(self) -> None:
         """A wall clock that went back while we were away makes every window's age a guess."""
-        now = read_clock(self._clock)
-        before = await self.in_state(lambda: self.state.saw_clock(now.wall_s))
-        if before is not None and now.wall_s < before:
-            expired = await self.in_state(self.state.expire_risks)
+        now_s = self._context.clock.wall_s()
+        before = await self.store.run(self.store.saw_clock, now_s)
+        if before is not None and now_s < before:
+            expired = await self.store.run(self.store.expire_risks)
             _LOG.warning(
                 "the wall clock is behind where the last run left it; what may have been taken is not sent again",
-                extra={"facts": {"seconds": round(before - now.wall_s, 1), "requests": expired}},
+                extra={"facts": {"seconds": round(before - now_s, 1), "requests": expired}},
             )
 
     async def _tick(self) -> None:
         """Keep the wall clock's reading, so that a start can tell whether it went back."""
         while True:
-            await asyncio.sleep(self.limits.sweep_s)
-            now, _ = self.look()
-            for told in self._parking_log.due(now.mono_s):
-                _tell(told)
-            with contextlib.suppress(StateError):  # the lanes tell
-                await self.in_state(functools.partial(self.state.saw_clock, now.wall_s))
+            await asyncio.sleep(self._context.limits.sweep_s)
+            now = self.now()
+            self._context.tell_parked()
+            with contextlib.suppress(StateError):  # the workers tell
+                await self.store.run(self.store.saw_clock, now.wall_s)
+
+    async def _take_back(self, worker: Worker) -> None:
+        """Let go what was parked because a backend was left out: it is configured again. Runs once after every start,
+        so that one that was cut short is finished; what may have been taken and would not be recognised stays."""
+        name, told, after = worker.backend.name, Redriven(), 0
+        while True:
+            try:
+                page = await asyncio.to_thread(self.parked, backend=name, reason=REMOVED, after=after, limit=SLICE)
+                if page:
+                    await worker.take_back(page, told)
+            except (StateError, SpoolError, OSError) as error:
+                _LOG.error("what a backend had still to get when it was left out cannot be taken up yet: %s", error)
+                await asyncio.sleep(RETRY_S)
+                after = 0
+                continue
+            if len(page) < SLICE:
+                break
+            after = page[-1].id
+        if told.offered:
+            _LOG.warning(
+                "a backend is configured again; what was parked when it was left out is pending again",
+                extra={"facts": {"backend": name, "events": told.offered}},
+            )
 
     def _say(self, found: Configured) -> None:
         """What this start passes over is in the log and in a metric; so is what it brings back."""
@@ -398,9 +407,3 @@ class Delivery:
                     break
             found.append(Place(instance, last, recorded))
         return found
-
-
-def _tell(told: Told) -> None:
-    facts = {"backend": told.backend, "reason": told.reason, "records": told.records}
-    text = "records are parked: see `metering-sidecar spool parked`"
-    _LOG.warning(text if told.first else "more records were parked since this was last said", extra={"facts": facts})

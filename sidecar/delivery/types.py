@@ -1,4 +1,5 @@
-"""The words of delivery: what becomes of an event, where its record stands, why it is set aside, how a backend does.
+"""The words of delivery: what becomes of an event, where its record stands, why it is set aside, how a backend does;
+and what delivery is given: a spool to read, a clock, somewhere to count, of each only the methods that it calls.
 
 Nothing is decided here. The letters of `Fate`, the names of `Term` and the reasons are stored in `delivery.db` and
 shown to operators, so they stay as they are.
@@ -6,9 +7,12 @@ shown to operators, so they stay as they are.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Final, Protocol
+
+from sidecar.model.delivery import Verdict
 
 # Reasons of ours for parking; the others are the backend's own words.
 UNKNOWN: Final = "unknown"  # may have been taken, and the backend would not recognise a repeat
@@ -89,7 +93,7 @@ def worst(*, parked: int, pending: int, delivered: int, duplicate: int) -> Term:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LaneStatus:
+class BackendStatus:
     """How one backend does, for `/readyz` and metrics."""
 
     backend: str
@@ -114,3 +118,56 @@ class Ended:
     @property
     def any(self) -> bool:
         return self.was != "up" or self.requests > 0
+
+
+class StoredGroup(Protocol):
+    """Records as committed together: line i has number `first_seq + i`. `missing`: numbers that cannot be read."""
+
+    @property
+    def first_seq(self) -> int: ...
+    @property
+    def last_seq(self) -> int: ...
+    @property
+    def lines(self) -> tuple[bytes, ...]: ...
+    @property
+    def salvaged(self) -> bool: ...
+    @property
+    def missing(self) -> int: ...
+
+
+class Totals(Protocol):
+    @property
+    def recorded(self) -> int:
+        """All records ever put in, those no longer there included."""
+        ...
+
+
+class SpoolReader(Protocol):
+    """The spool of every instance, read only. All methods block."""
+
+    def instances(self) -> list[str]: ...
+
+    def read(self, instance: str, after_seq: int, *, bytes_max: int = 1 << 20) -> Sequence[StoredGroup]:
+        """Whole groups in order, the first of which may begin before `after_seq`; nothing when there is no more."""
+        ...
+
+    def last_seq(self, instance: str) -> int: ...
+
+    def totals(self, instance: str) -> Totals: ...
+
+    def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
+        """Records with `after_seq < seq <= upto_seq`, as the balance counts `recorded`."""
+        ...
+
+
+class Clock(Protocol):
+    def wall_s(self) -> float: ...
+    def mono_s(self) -> float: ...
+
+
+class Metrics(Protocol):
+    def sealed(self, backend: str, events: int) -> None: ...
+    def batch_settled(self, backend: str, verdicts: Sequence[Verdict], seconds: float) -> None: ...
+    def parked(self, backend: str, reason: str, count: int) -> None: ...
+    def skipped(self, backend: str, reason: str, count: int) -> None: ...
+    def blocked(self, backend: str, reason: str | None) -> None: ...

@@ -1,38 +1,35 @@
-"""One backend's way, turn by turn: settle what came back, offer what is due, seal what is new, rest.
+"""One backend's worker, turn by turn: settle what came back, send what is due, seal what is new, rest.
 
-What must always hold: a request is offered only after the transaction that stored it, or that stored the
-beginning of this attempt, is on disk; its verdict is forgotten only after it is on disk there. Lanes
-share nothing but the file and its thread, so one that is stuck holds no other up; inside a lane a
-stuck request waits in a set of its own while fresh ones go by.
+What must always hold: a request is sent only after the transaction that stored it, or that stored the beginning of this
+attempt, is on disk; its verdict is forgotten only after it is on disk there; each attempt ends in one verdict for each
+event, whatever the backend does. Workers share nothing but the file, its thread and the tail, so one that is stuck
+holds no other up; inside a worker a stuck request waits in a set of its own while fresh ones go by.
 
-Each part of the way is an object that the lane asks: `Supply` for new records, `Waiting` for sealed requests,
-`Offering` for attempts, `Pacing` for how many there may be, `Settling` for what is stored of them, `Storing` to store
-it. What is left here is the order of things, the room there is, and the waiting: for the bell, for a time, for a
-file that cannot be used.
+Three things stand beside the loop: `Feed` has what is new, `RequestQueue` the sealed requests that wait, and
+`CircuitBreaker` says how many may be sent. What a verdict means is decided in `retry_policy` and `settlement`, what is
+stored of it in one transaction a turn by the store. What is left here is the order of things, the room there is, and
+the waiting: for a wake-up, for a time, for a file that cannot be used.
 """
 
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
-from sidecar.delivery import redrive, removed_backend
-from sidecar.delivery.copied import COPIED
-from sidecar.delivery.offering import Answer, Offering
-from sidecar.delivery.outcomes import Became, Redriven
-from sidecar.delivery.owner import Owner
-from sidecar.delivery.pacing import Pacing
-from sidecar.delivery.queue import Waiting
-from sidecar.delivery.settling import Settling
-from sidecar.delivery.state import StateError
-from sidecar.delivery.state.requests import opened
-from sidecar.delivery.state.rows import Cursor, NewParked, NewRequest, Parked, Redrive, Request, Settlement
-from sidecar.delivery.storing import Storing
-from sidecar.delivery.supply import Planned, Supply
-from sidecar.delivery.types import Ended, LaneStatus, Now
-from sidecar.model.delivery import Backend, Dedup
+from sidecar.delivery import encoding, redrive, removed_backend, settlement
+from sidecar.delivery.circuit_breaker import CircuitBreaker
+from sidecar.delivery.context import Context
+from sidecar.delivery.queue import RequestQueue
+from sidecar.delivery.redrive import Became, Redriven
+from sidecar.delivery.removed_backend import COPIED
+from sidecar.delivery.rows import Cursor, NewRequest, Parked, Redrive, Request, Sealing, Settlement, StateError, Turn
+from sidecar.delivery.settlement import Reply
+from sidecar.delivery.tail import Feed, Source, Tail
+from sidecar.delivery.types import MISSING, BackendStatus, Ended, Now
+from sidecar.model.delivery import Backend, Dedup, Sealed, Unknown, Verdict
 from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
@@ -40,22 +37,73 @@ _LOG = logging.getLogger(__name__)
 TROUBLE_RETRY_S = 1.0  # how soon a file that failed is opened again
 
 
-class Lane:
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """Records of one spool that are about to get their place."""
+
+    source: Source
+    plan: encoding.Plan
+    at_once: set[int] = field(default_factory=set)  # which requests are sent as soon as they are stored
+
+    def sealing(self) -> Sealing:
+        source, plan = self.source, self.plan
+        return Sealing(
+            cursor=source.cursor,
+            from_seq=source.seq,
+            to_seq=plan.upto_seq,
+            requests=plan.requests,
+            at_once=self.at_once,
+            skipped=plan.skipped,
+            parked=plan.parked,
+            holes=plan.holes,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Room:
+    """What decides how many requests may be sealed now."""
+
+    free: int  # requests that may start
+    busy: int  # requests under way, or about to be
+    queued: int  # sealed ones that only wait for a slot
+    full: bool  # so much waits for another attempt that nothing may be added
+    slow: bool  # one probe at a time
+    want_fresh: bool  # which shall be a new record's
+    dedup: Dedup
+
+    def requests(self, window: int) -> int:
+        """At most `window` wait for a slot or are under way."""
+        if self.full:
+            return 0
+        if self.slow:
+            return 1 if self.want_fresh and self.free else 0
+        if self.dedup is Dedup.NONE:
+            # What is sealed and not answered is unknown after a crash: no more than is under way.
+            return max(self.free - self.queued, 0)
+        return max(window - self.queued - self.busy, 0)
+
+
+class Worker:
     """Runs one backend. `wake` when records were committed; `status` at any time."""
 
-    def __init__(self, backend: Backend, owner: Owner) -> None:
+    def __init__(self, backend: Backend, context: Context, tail: Tail) -> None:
         self.backend = backend
-        self._owner, self._limits = owner, owner.limits
-        self._pacing = Pacing(backend, owner.metrics, owner.limits)
-        self._storing = Storing(backend.name, owner)
-        self._supply = Supply(backend, owner, self._storing.start_cursor)
-        self._waiting = self._nothing_waits()
-        self._offering = Offering(backend, owner, self._answered)
-        self._settling = Settling(backend, owner.limits, self._storing.lines)
+        self._context, self._limits, self._store = context, context.limits, context.store
+        self._breaker = CircuitBreaker(backend, context.metrics, context.limits)
+        batches = backend.abilities.events_max > 1
+        gap_s = self._limits.linger_s if batches else self._limits.gather_s
+        self._feed = Feed(tail, self._start_cursor, gap_s=gap_s)
+        self._queue = self._empty_queue()
+        self._terms = settlement.Terms(backend, context.limits, self._lines)
+        self._under_way: dict[int, Request] = {}
+        self._replies: list[Reply] = []
+        self._in_hand: list[Reply] = []  # taken from there, and not stored yet
+        self._sends = asyncio.TaskGroup()
         self._trouble: str | None = None  # why nothing can be read or stored
-        self._bell = asyncio.Event()
+        self._wakeup = asyncio.Event()
         self.idle = asyncio.Event()  # nothing can be done before something happens
         self.draining = False
+        self._per_record = 1.0  # requests that a record gives
         self._fresh_next = self._want_fresh = False
         self._next_sweep_s = 0.0
         self._expired = False
@@ -63,13 +111,13 @@ class Lane:
 
     def __repr__(self) -> str:
         return (
-            f"<Lane {self.backend.name}: {self._waiting.queued} ready, {len(self._offering.under_way)} under way,"
-            f" {self._waiting.later} waiting, {self.status().state}>"
+            f"<Worker {self.backend.name}: {self._queue.queued} ready, {len(self._under_way)} under way,"
+            f" {self._queue.later} waiting, {self.status().state}>"
         )
 
     def wake(self) -> None:
-        """Records were committed, or something changed that this lane should look at."""
-        self._supply.wake()
+        """Records were committed, or something changed that this worker should look at."""
+        self._feed.wake()
         self._ring()
 
     def clock_stepped(self) -> None:
@@ -77,64 +125,81 @@ class Lane:
         self._expired = True
         self._ring()
 
-    def status(self) -> LaneStatus:
-        now, _ = self._owner.look()
+    def status(self) -> BackendStatus:
+        now = self._now()
         requests = list(self._open())
         oldest = min((request.oldest_s for request in requests), default=None)
-        pacing, full = self._pacing, self._waiting.full
-        paused_s, held = pacing.paused_s(now), self._owner.held(self.backend)
-        reason = held or pacing.blocked or self._trouble or pacing.failing
+        breaker, full = self._breaker, self._queue.full
+        paused_s, held = breaker.paused_s(now), self._context.held(self.backend)
+        reason = held or breaker.blocked or self._trouble or breaker.failing
         if reason is None and full:
             reason = "retry_set_full"
-        if held is not None or pacing.blocked is not None:
+        if held is not None or breaker.blocked is not None:
             state = "blocked"
         elif paused_s and self._trouble is None:
             state = "paused"
             command = f"metering-sidecar spool retry --backend {self.backend.name}"
             reason = f"it asked to be left alone, {paused_s:.0f} s are left (`{command}` ends it)"
         else:
-            state = "down" if pacing.slow or full or self._trouble else "up"
-        return LaneStatus(
+            state = "down" if breaker.slow or full or self._trouble else "up"
+        return BackendStatus(
             backend=self.backend.name,
             state=state,
             reason=reason,
             oldest_pending_s=None if oldest is None else max(now.wall_s - oldest, 0.0),
             sealed=len(requests),
-            under_way=len(self._offering.under_way),
-            waiting_records=self._waiting.later_records,
-            waiting_bytes=self._waiting.later_bytes,
+            under_way=len(self._under_way),
+            waiting_records=self._queue.later_records,
+            waiting_bytes=self._queue.later_bytes,
             paused_s=paused_s,
         )
 
     async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
         """Go on where the last run stopped: what is sealed comes first, byte for byte.
 
-        A file that cannot be read or written stops this lane until it can; anything else that goes wrong is a
+        A file that cannot be read or written stops this worker until it can; anything else that goes wrong is a
         mistake of ours and ends it.
         """
-        self._take_up(cursors, requests)
-        # How long the last run meant to wait says nothing of the backend now: the first answers tell.
-        self._waiting.hurry(self._now(), held_too=True)
-        while True:
-            try:
-                if self._leaving is not None:
-                    await self._leave()
-                if not await self._turn():
-                    await self._rest()
-                self._trouble = None
-            except (StateError, SpoolError, OSError) as error:
-                await self._start_over(error)
+        self._believe(cursors, requests)
+        # How long the last run meant to wait says nothing of the backend now: the first replies tell.
+        self._queue.hurry(self._now(), held_too=True)
+        async with self._sends:
+            while True:
+                try:
+                    if self._leaving is not None:
+                        await self._leave()
+                    if not await self._turn():
+                        await self._rest()
+                    self._trouble = None
+                except (StateError, SpoolError, OSError) as error:
+                    await self._start_over(error)
 
-    def _take_up(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
-        """Believe what is on disk. What this run still knows of attempts under way is not forgotten."""
+    def _believe(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
+        """Take what is on disk for true. What this run still knows of attempts is not forgotten."""
         now = self._now()
-        self._supply.take_up(cursors)
-        self._waiting = self._nothing_waits()
-        for request in self._offering.under_way:
-            self._waiting.call(request.subject)
-        for request in self._offering.take_up(requests, now):
-            wait_s = min(max(request.due_s - now.wall_s, 0.0), self._limits.backoff_cap_s)
-            self._waiting.put_later(request, now.mono_s + wait_s)
+        self._feed.begin(cursors)
+        self._queue = self._empty_queue()
+        known = {reply.request.id: reply for reply in (*self._in_hand, *self._replies)}
+        self._in_hand, self._replies = [], []
+        for request in self._under_way.values():
+            self._queue.call(request.subject)
+        for request in requests:
+            if request.id in self._under_way:
+                continue
+            if not request.under_way:
+                wait_s = min(max(request.due_s - now.wall_s, 0.0), self._limits.backoff_cap_s)
+                self._queue.put_later(request, now.mono_s + wait_s)
+            elif request.id in known:
+                self._replies.append(replace(known[request.id], request=request))
+            else:
+                self._replies.append(_interrupted(request, now))
+
+    async def _open_again(self) -> None:
+        """A new connection, and all that it finds of this backend."""
+        name, store = self.backend.name, self._store
+        await store.run(store.reopen)
+        cursors = await store.run(store.cursors, name)
+        self._believe(cursors, await store.run(store.open_requests, name))
 
     async def _start_over(self, error: Exception) -> None:
         """Nothing that was not confirmed is believed: wait, open the file again, and read what it says."""
@@ -144,11 +209,10 @@ class Lane:
                 self._error(f"delivery waits: {error}")
             await asyncio.sleep(TROUBLE_RETRY_S)
             try:
-                cursors, requests = await self._storing.open_again()
+                await self._open_again()
             except StateError as again:
                 error = again
             else:
-                self._take_up(cursors, requests)
                 return
 
     async def leave(self, ends: Mapping[str, int]) -> int:
@@ -159,13 +223,14 @@ class Lane:
 
     async def _leave(self) -> None:
         assert self._leaving is not None
-        if self._offering.under_way or self._offering.has_answers:
+        if self._under_way or self._replies:
             return
         ends, told = self._leaving
-        count = await removed_backend.leave(self.backend.name, self._owner, ends)
+        context = self._context
+        count = await removed_backend.leave(self.backend.name, self._store, context.reader, context.clock.wall_s, ends)
         if count:
-            self._owner.metrics.parked(self.backend.name, COPIED, count)
-        self._take_up(*await self._storing.open_again())
+            context.metrics.parked(self.backend.name, COPIED, count)
+        await self._open_again()
         self._leaving = None
         told.set_result(count)
         self._ring()
@@ -173,129 +238,136 @@ class Lane:
     @property
     def _held(self) -> bool:
         """Whether nothing may be sealed or offered; what comes back is settled all the same."""
-        return self._leaving is not None or self._owner.held(self.backend) is not None
+        return self._leaving is not None or self._context.held(self.backend) is not None
 
     # --- one turn ---------------------------------------------------------------------------------
 
     async def _turn(self) -> bool:
-        """Settle what came back, offer what is due, seal what is new. Returns whether anything was done."""
+        """Settle what came back, send what is due, seal what is new. Returns whether anything was done."""
         now = self._now()
         if self._expired:
             self._expire()
-        settlements = [await self._judge(answer, now) for answer in self._offering.take()]
-        held = self._held
-        if not held and now.mono_s >= self._next_sweep_s:
-            self._next_sweep_s = now.mono_s + self._limits.sweep_s
-            overdue = await self._settling.sweep(list(self._waiting), now)
-            if overdue:
-                self._waiting.drop({settlement.request.id for settlement in overdue})
-            settlements += overdue
-        begin = [] if held else await self._choose(now, settlements)
-        planned = None if held else await self._plan(now, len(begin))
-        if not (settlements or begin or planned):
-            return self._offering.has_answers
-        await self._store(settlements, begin, planned)
-        self._offering.stored()
-        return True
+        self._in_hand, self._replies = self._replies, []
+        settled = [await self._judge(reply, now) for reply in self._in_hand]
+        begin: list[Request] = []
+        planned: Planned | None = None
+        if not self._held:
+            settled += await self._sweep(now)
+            begin = await self._choose(now, settled)
+            planned = await self._plan(now, len(begin))
+        if settled or begin or planned:
+            await self._commit(settled, begin, planned)
+            self._in_hand = []
+            return True
+        return bool(self._replies)
 
-    async def _store(self, settlements: list[Settlement], begin: list[Request], planned: Planned | None) -> None:
-        """One transaction: what was said, what is offered again, what is sealed. Then the offers go out."""
+    async def _commit(self, settled: list[Settlement], begin: list[Request], planned: Planned | None) -> None:
+        """One transaction: what was said, what is sent again, what is sealed. Then the requests go out."""
         now = self._now()
-        step = None if planned is None else planned.step()
-        turned = await self._storing.turn(settlements, begin, step, now.wall_s)
-        for settlement, children in zip(settlements, turned.children, strict=True):
-            self._settled(settlement, children, now)
+        turn = Turn(
+            now_s=now.wall_s,
+            settled=settled,
+            begin=[request.id for request in begin],
+            load=[request.id for request in begin if request.sealed is None],
+            sealing=None if planned is None else planned.sealing(),
+        )
+        done = await self._store.patiently(self.backend.name, self._store.commit, turn)
+        for one, children in zip(settled, done.children, strict=True):
+            self._settled(one, children, now)
         for request in begin:
-            request.sealed = turned.loaded.get(request.id, request.sealed)
-            self._offer(request, now)
+            request.sealed = done.loaded.get(request.id, request.sealed)
+            self._send(request, now)
         if planned is not None:
-            self._sealed(planned, turned.sealed, now)
+            self._sealed(planned, done.sealed, now)
 
-    def _settled(self, settlement: Settlement, children: Sequence[int], now: Now) -> None:
-        request, decision = settlement.request, settlement.decision
+    def _settled(self, one: Settlement, children: Sequence[int], now: Now) -> None:
+        request, decision = one.request, one.decision
         if decision.open:
-            request.tries, request.history, request.due_s = decision.tries, settlement.history, settlement.due_s
+            request.tries, request.history, request.due_s = decision.tries, one.history, one.due_s
             request.under_way, request.held = False, decision.held
-            self._waiting.put_later(request, now.mono_s + decision.wait_s)
+            self._queue.put_later(request, now.mono_s + decision.wait_s)
             return
-        self._put_later(request.cursor, children, settlement.children, now.mono_s + decision.wait_s)
-        reasons: dict[str, set[int]] = {}
-        for index, parking in decision.parked.items():
-            reasons.setdefault(parking.reason, set()).add(request.members[index].seq)
-        for reason, seqs in reasons.items():
-            self._owner.parked_some(self.backend.name, reason, len(seqs))
+        self._put_later(request.cursor, children, one.children, now.mono_s + decision.wait_s)
+        parked = [(request.members[index].seq, parking.reason) for index, parking in decision.parked.items()]
+        self._context.parked_by(self.backend.name, parked)
 
-    # --- what an operator mends ---------------------------------------------------------------------------
+    # --- what an operator corrects ----------------------------------------------------------------
 
     async def redrive(self, rows: Sequence[Parked], told: Redriven, *, resend_unknown: bool) -> None:
         """Let parked events of this backend go again, as far as the set of what waits has room; says what became."""
-        for cursor in dict.fromkeys(row.cursor for row in rows):
-            mine = [row for row in rows if row.cursor == cursor]
-            for step in await redrive.steps(self.backend, cursor, mine, self._owner, resend_unknown=resend_unknown):
-                full = self._waiting.full and step.redrive is not None and bool(step.redrive.requests)
+        for cursor, mine in _by_cursor(rows).items():
+            for step in await redrive.steps(self.backend, cursor, mine, self._context, resend_unknown=resend_unknown):
+                full = self._queue.full and step.redrive is not None and bool(step.redrive.requests)
                 if step.redrive is not None and not full:
                     await self._let_go(step.redrive)
                 for one in step.outcomes:
                     told.add(replace(one, became=Became.NO_ROOM) if full else one)
         self._ring()
 
-    async def take_back(self, rows: Sequence[Parked]) -> int:
-        """Let go what was parked while this backend was left out; waits for room. Returns how many events went."""
-        count = 0
-        for cursor in dict.fromkeys(row.cursor for row in rows):
-            mine = [row for row in rows if row.cursor == cursor]
-            for step in await redrive.back(self.backend, cursor, mine, self._owner):
-                while self._waiting.full:  # noqa: ASYNC110 - rare, and nothing else needs to be told of room
+    async def take_back(self, rows: Sequence[Parked], told: Redriven) -> None:
+        """Let go what was parked while this backend was left out; waits for room."""
+        for cursor, mine in _by_cursor(rows).items():
+            for step in await redrive.back(self.backend, cursor, mine, self._context):
+                while self._queue.full:  # noqa: ASYNC110 - rare, and nothing else needs to be told of room
                     await asyncio.sleep(TROUBLE_RETRY_S)
                 if step.redrive is not None:
                     await self._let_go(step.redrive)
                     self._ring()
-                count += sum(one.became is Became.OFFERED for one in step.outcomes)
-        return count
+                for one in step.outcomes:
+                    told.add(one)
 
     async def _let_go(self, step: Redrive) -> None:
-        now = self._now()
-        ids = await self._storing.redrive(step, now.wall_s)
+        now, store = self._now(), self._store
+        ids = await store.patiently(self.backend.name, store.redrive, step, now.wall_s)
         self._put_later(step.cursor, ids, step.requests, now.mono_s)
-        for reason, seqs in _by_reason(step.again).items():
-            self._owner.parked_some(self.backend.name, reason, len(seqs))
+        self._context.parked_by(self.backend.name, [(one.seq, one.reason) for one in step.again])
 
     def end_waits(self) -> Ended:
         """Offer what waits now, because somebody knows that the backend is ready."""
         now, status = self._now(), self.status()
-        count = self._waiting.hurry(now, held_too=True)
-        self._pacing.end_waits(now)
+        count = self._queue.hurry(now, held_too=True)
+        self._breaker.end_waits(now)
         self._ring()
         return Ended(was=status.state, paused_s=status.paused_s, requests=count)
 
     async def redrive_before(self, since_s: float) -> int:
         """Let records go that were made before this backend was first configured, from a time on. Returns how many."""
-        count = 0
-        async for step in redrive.before(self.backend, since_s, self._owner):
-            if self._waiting.full:
+        count, store = 0, self._store
+        async for step in redrive.before(self.backend, since_s, self._context):
+            if self._queue.full:
                 break
             now = self._now()
-            ids = await self._storing.unskip(step, now.wall_s)
+            ids = await store.patiently(self.backend.name, store.unskip, step, now.wall_s)
             self._put_later(step.cursor, ids, step.requests, now.mono_s)
             count += step.records
         self._ring()
         return count
 
     def _put_later(self, cursor: int, ids: Sequence[int], requests: Sequence[NewRequest], due_s: float) -> None:
-        """Requests that were stored without being offered: parts of one that was split, and what goes again."""
+        """Requests that were stored without being sent: parts of one that was split, and what goes again."""
         for id_, request in zip(ids, requests, strict=True):
-            self._waiting.put_later(opened(id_, cursor, request), due_s)
+            self._queue.put_later(Request.opened(id_, cursor, request), due_s)
 
     # --- verdicts ---------------------------------------------------------------------------------
 
-    async def _judge(self, answer: Answer, now: Now) -> Settlement:
-        if not (answer.interrupted or answer.counted):
-            was_slow = self._pacing.slow
-            answer.verdicts = self._pacing.hear(answer.verdicts, answer.started, now, self._roll())
-            answer.counted = True
-            if was_slow and not self._pacing.slow:
-                self._waiting.hurry(self._now())
-        return await self._settling.settle(answer, now, self._roll())
+    async def _judge(self, reply: Reply, now: Now) -> Settlement:
+        if not (reply.interrupted or reply.counted):
+            was_slow = self._breaker.slow
+            reply.verdicts = self._breaker.hear(reply.verdicts, reply.started, now, self._context.roll())
+            reply.counted = True
+            if was_slow and not self._breaker.slow:
+                self._queue.hurry(self._now())
+        return await settlement.settle(self._terms, reply, now, self._context.roll())
+
+    async def _sweep(self, now: Now) -> list[Settlement]:
+        """From time to time: what waited too long, although nothing is sent."""
+        if now.mono_s < self._next_sweep_s:
+            return []
+        self._next_sweep_s = now.mono_s + self._limits.sweep_s
+        overdue = await settlement.sweep(self._terms, list(self._queue), now)
+        if overdue:
+            self._queue.drop({one.request.id for one in overdue})
+        return overdue
 
     def _expire(self) -> None:
         self._expired = False
@@ -307,101 +379,164 @@ class Lane:
 
     # --- sending ----------------------------------------------------------------------------------
 
-    async def _choose(self, now: Now, settlements: list[Settlement]) -> list[Request]:
+    async def _choose(self, now: Now, settled: list[Settlement]) -> list[Request]:
         """Which requests to offer now: those due again first, then those never offered; oldest first."""
-        allowed = self._pacing.allowed(now, len(self._offering.under_way))
+        allowed = self._breaker.allowed(now, len(self._under_way))
         fresh_first = False
-        if self._pacing.slow and allowed:
+        if self._breaker.slow and allowed:
             fresh_first, self._fresh_next = self._fresh_next, not self._fresh_next
-            self._want_fresh = fresh_first and not self._waiting.fresh
-        early = self._pacing.may_probe(now, len(self._offering.under_way))
+            self._want_fresh = fresh_first and not self._queue.fresh
+        early = self._breaker.may_probe(now, len(self._under_way))
         chosen: list[Request] = []
         while len(chosen) < allowed and not self._want_fresh:
-            request = self._waiting.take(now, fresh_first=fresh_first, early=early and not chosen)
+            request = self._queue.take(now, fresh_first=fresh_first, early=early and not chosen)
             if request is None:
                 break
-            overdue = await self._settling.overdue(request, now)
+            overdue = await settlement.overdue(self._terms, request, now)
             if overdue is not None:
-                settlements.append(overdue)
-                self._waiting.called(request.subject)
+                settled.append(overdue)
+                self._queue.called(request.subject)
                 continue
             chosen.append(request)
         return chosen
 
-    def _offer(self, request: Request, now: Now) -> None:
+    def _send(self, request: Request, now: Now) -> None:
+        """Begin an attempt; that it begins is on disk."""
         request.tries = replace(request.tries, attempts=request.tries.attempts + 1)
-        self._offering.offer(request, now)
+        request.under_way, request.stepped = True, False
+        request.started_s = now.wall_s
+        self._under_way[request.id] = request
+        self._sends.create_task(self._attempt(request, now))
 
-    def _answered(self, request: Request) -> None:
-        self._waiting.called(request.subject)
+    async def _attempt(self, request: Request, started: Now) -> None:
+        assert request.sealed is not None
+        sealed, attempt = request.sealed, request.tries.attempts
+        sealed = sealed if attempt == sealed.attempt else replace(sealed, attempt=attempt)
+        verdicts = await self._ask(sealed)
+        del self._under_way[request.id]
+        self._replies.append(Reply(request, verdicts, started))
+        self._queue.called(request.subject)
         self._ring()
+
+    async def _ask(self, sealed: Sealed) -> Sequence[Verdict]:
+        """Whatever the backend does comes back as one verdict for each event."""
+        count = len(sealed.events)
+        try:
+            async with asyncio.timeout(self._limits.send_limit_s):
+                verdicts = await self.backend.send(sealed)
+        except TimeoutError:
+            return [Unknown("no_answer")] * count
+        except Exception as error:  # noqa: BLE001 - a surprise in one backend is one unknown outcome
+            self._error("a backend raised; the outcome is taken for unknown", error=type(error).__name__)
+            return [Unknown(f"raised_{type(error).__name__}")] * count
+        if len(verdicts) != count:
+            self._error("a backend gave another number of verdicts than there are events")
+            return [Unknown("verdicts_missing")] * count
+        return verdicts
 
     # --- sealing ----------------------------------------------------------------------------------
 
     async def _plan(self, now: Now, begun: int) -> Planned | None:
         """Decide on the next records of one spool, as far as the window has room."""
         want_fresh, self._want_fresh = self._want_fresh, False
-        busy = len(self._offering.under_way) + begun
-        free = self._pacing.allowed(now, busy)
+        busy = len(self._under_way) + begun
+        free = self._breaker.allowed(now, busy)
         room = self._room(free, busy, want_fresh)
-        planned = await self._supply.plan(room, now, hurry=self.draining) if room > 0 else None
-        if planned is None:
+        if room <= 0:
             return None
-        free -= self._waiting.queued
-        for index, new in enumerate(planned.plan.requests):
-            if len(planned.at_once) < free and new.due_s <= now.wall_s and self._waiting.call(new.sealed.subject):
+        wanted = self._wanted(room)
+        source = await self._feed.next(wanted, now.mono_s, hurry=self.draining)
+        if source is None:
+            return None
+        items = list(itertools.islice(source.items, wanted))
+        plan = await encoding.plan(
+            self.backend, items, room=room, again_upto=source.again_upto, now_s=now.wall_s, limits=self._limits
+        )
+        planned = Planned(source, plan)
+        free -= self._queue.queued
+        for index, new in enumerate(plan.requests):
+            if len(planned.at_once) < free and new.due_s <= now.wall_s and self._queue.call(new.sealed.subject):
                 planned.at_once.add(index)
         return planned
 
     def _sealed(self, planned: Planned, ids: Sequence[int], now: Now) -> None:
-        self._supply.placed(planned)
-        for index, (id_, new) in enumerate(zip(ids, planned.plan.requests, strict=True)):
-            request = opened(id_, planned.source.cursor, new)
+        """It is stored: go on behind it, count it, and send what has a slot."""
+        plan = planned.plan
+        planned.source.move(plan.taken, plan.upto_seq)
+        self._count(plan)
+        for index, (id_, new) in enumerate(zip(ids, plan.requests, strict=True)):
+            request = Request.opened(id_, planned.source.cursor, new)
             if index in planned.at_once:
-                self._offer(request, now)
+                self._send(request, now)
             elif new.due_s > now.wall_s:
-                self._waiting.put_later(request, now.mono_s + new.due_s - now.wall_s)
+                self._queue.put_later(request, now.mono_s + new.due_s - now.wall_s)
             else:
-                self._waiting.fresh.append(request)
+                self._queue.fresh.append(request)
+
+    def _count(self, plan: encoding.Plan) -> None:
+        """What was sealed, skipped, parked and lost."""
+        metrics, name = self._context.metrics, self.backend.name
+        events = sum(len(request.members) for request in plan.requests)
+        if events:
+            metrics.sealed(name, events)
+        for reason, seqs in plan.skipped.items():
+            metrics.skipped(name, reason, len(seqs))
+        missing = sum(hole.records for hole in plan.holes)
+        if missing:
+            metrics.skipped(name, MISSING, missing)
+            self._error("records were lost with a damaged spool file", records=missing)
+        self._context.parked_by(name, [(parked.seq, parked.reason) for parked in plan.parked])
+        if plan.requests and plan.taken:
+            # Learned from the last ones: how many requests a record gives (one for each meter, say).
+            self._per_record = max(len(plan.requests) / plan.taken, 0.01)
+
+    def _wanted(self, room: int) -> int:
+        """How many records to take for so many requests: a slice of the event loop at most."""
+        most = self._limits.encode_records
+        if self.backend.abilities.events_max > 1:
+            return most
+        return max(1, min(most, int(room / self._per_record)))
 
     def _room(self, free: int, busy: int, want_fresh: bool) -> int:
         """How many requests may be sealed now."""
-        if self._waiting.full:
-            return 0
-        if self._pacing.slow:
-            return 1 if want_fresh and free else 0
-        if self.backend.abilities.dedup is Dedup.NONE:
-            # What is sealed and not answered is unknown after a crash: no more than is under way.
-            return max(free - self._waiting.queued, 0)
-        return max(self._limits.window_requests - self._waiting.queued - busy, 0)
+        room = Room(
+            free=free,
+            busy=busy,
+            queued=self._queue.queued,
+            full=self._queue.full,
+            slow=self._breaker.slow,
+            want_fresh=want_fresh,
+            dedup=self.backend.abilities.dedup,
+        )
+        return room.requests(self._limits.window_requests)
 
     # --- waiting ----------------------------------------------------------------------------------
 
     async def _rest(self) -> None:
-        """Wait for the bell, or for the next thing that is due."""
+        """Wait for a wake-up, or for the next thing that is due."""
         if self._quiet():
             self.idle.set()
         now = self._now()
         try:
             async with asyncio.timeout(max(self._due_s(now) - now.mono_s, 0.0)):
-                await self._bell.wait()
+                await self._wakeup.wait()
         except TimeoutError:
             pass
-        self._bell.clear()
+        self._wakeup.clear()
 
     def _due_s(self, now: Now) -> float:
         """The monotonic time of the next look."""
         if self._held:
-            return now.mono_s + self._limits.sweep_s  # the bell tells when somebody has decided
+            return now.mono_s + self._limits.sweep_s  # a wake-up comes when somebody has decided
         times = [self._next_sweep_s]
-        busy = len(self._offering.under_way)
-        if not busy and self._pacing.early_s and self._waiting.can_go_early(now):
-            times.append(self._pacing.early_s)
-        if self._pacing.slow or self._pacing.paused_s(now):
+        busy = len(self._under_way)
+        if not busy and self._breaker.early_s and self._queue.can_go_early(now):
+            times.append(self._breaker.early_s)
+        if self._breaker.slow or self._breaker.paused_s(now):
             times.append(self._next_probe_s(now) if not busy else self._next_sweep_s)
-        elif self._waiting.next_due_s is not None and busy < self.backend.abilities.concurrency:
-            times.append(self._waiting.next_due_s)
-        look_s = self._supply.next_look_s
+        elif self._queue.next_due_s is not None and busy < self.backend.abilities.concurrency:
+            times.append(self._queue.next_due_s)
+        look_s = self._feed.next_look_s
         if look_s is not None and not self._waits_for_room():
             times.append(look_s)
         return max(min(times), now.mono_s)
@@ -409,56 +544,63 @@ class Lane:
     def _next_probe_s(self, now: Now) -> float:
         """While slow or paused: when there may be something to probe with, and it may go."""
         times = [self._next_sweep_s]
-        if self._waiting.queued:
+        if self._queue.queued:
             times.append(now.mono_s)
-        if self._waiting.next_due_s is not None:
-            times.append(self._waiting.next_due_s)
-        if self._supply.unread:
-            times.append(self._supply.next_look_s or now.mono_s)
-        return max(min(times), self._pacing.next_probe_s)
+        if self._queue.next_due_s is not None:
+            times.append(self._queue.next_due_s)
+        if self._feed.unread:
+            times.append(self._feed.next_look_s or now.mono_s)
+        return max(min(times), self._breaker.next_probe_s)
 
     def _waits_for_room(self) -> bool:
         """Whether records could not be sealed even if there were some: something else has to happen first."""
-        busy = len(self._offering.under_way)
-        free = self._pacing.allowed(self._now(), busy)
-        slow = self._pacing.slow or self._pacing.paused_s(self._now()) > 0
+        busy = len(self._under_way)
+        free = self._breaker.allowed(self._now(), busy)
+        slow = self._breaker.slow or self._breaker.paused_s(self._now()) > 0
         return slow or self._room(free, busy, want_fresh=False) == 0
 
     def _quiet(self) -> bool:
         """Whether nothing is under way and nothing more could be started now."""
-        if self._offering.under_way or self._offering.has_answers or self._bell.is_set():
+        if self._under_way or self._replies or self._wakeup.is_set():
             return False
-        if self._pacing.slow or self._waiting.full or self._held or self._pacing.paused_s(self._now()):
+        if self._breaker.slow or self._queue.full or self._held or self._breaker.paused_s(self._now()):
             return True
-        return not (self._waiting.queued or self._supply.unread)
+        return not (self._queue.queued or self._feed.unread)
 
-    def _nothing_waits(self) -> Waiting:
-        return Waiting(self._limits, one_per_subject=self.backend.abilities.one_per_subject)
+    def _empty_queue(self) -> RequestQueue:
+        return RequestQueue(self._limits, one_per_subject=self.backend.abilities.one_per_subject)
 
     def _open(self) -> Iterator[Request]:
-        yield from self._offering
-        yield from self._waiting
+        yield from self._under_way.values()
+        yield from (reply.request for reply in self._replies)
+        yield from self._queue
+
+    async def _lines(self, request: int) -> list[bytes]:
+        return await self._store.patiently(self.backend.name, self._store.lines, request)
+
+    async def _start_cursor(self, instance: str) -> Cursor:
+        return await self._store.patiently(self.backend.name, self._store.start_cursor, self.backend.name, instance)
 
     def _now(self) -> Now:
-        now, stepped = self._owner.look()
-        if stepped:
-            self._expired = True
-        return now
-
-    def _roll(self) -> float:
-        return self._owner.chance.random()
+        return self._context.now()
 
     def _ring(self) -> None:
         self.idle.clear()
-        self._bell.set()
+        self._wakeup.set()
 
-    def _error(self, text: str) -> None:
-        _LOG.error(text, extra={"facts": {"backend": self.backend.name}})
+    def _error(self, text: str, **facts: object) -> None:
+        _LOG.error(text, extra={"facts": {"backend": self.backend.name, **facts}})
 
 
-def _by_reason(parked: Sequence[NewParked]) -> dict[str, set[int]]:
-    """The records that were parked, by the reason."""
-    reasons: dict[str, set[int]] = {}
-    for one in parked:
-        reasons.setdefault(one.reason, set()).add(one.seq)
-    return reasons
+def _interrupted(request: Request, now: Now) -> Reply:
+    """The last run ended during this attempt: it may have been taken, at its start at the earliest."""
+    if request.tries.risk_wall_s is None:
+        request.tries = replace(request.tries, risk_wall_s=request.started_s)
+    return Reply(request, [Unknown("interrupted")] * len(request.members), now, interrupted=True)
+
+
+def _by_cursor(rows: Sequence[Parked]) -> dict[int, list[Parked]]:
+    found: dict[int, list[Parked]] = {}
+    for row in rows:
+        found.setdefault(row.cursor, []).append(row)
+    return found

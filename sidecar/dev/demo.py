@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +24,18 @@ from typing import Any, Final, Protocol
 import aiohttp
 import orjson
 
-from sidecar.cli.output import Format
-from sidecar.cli.usage import report
+from sidecar.backends import BACKENDS
 from sidecar.dev import summary
-from sidecar.dev.mock_backends import Receiver, Taken, Terms
+from sidecar.dev.mock_backends import Receiver, Taken, Terms, backends
+from sidecar.dev.mock_backends.vendors import VENDORS
 from sidecar.dev.mock_llm import CHAT, EMBEDDINGS, MESSAGES, RESPONSES, Script, ScriptedLLM, Tokens
-from sidecar.ledger import LedgerError, LedgerReader
+from sidecar.ledger import LedgerError, LedgerReader, UsageRow
 from sidecar.runtime.signals import stop_event
+from sidecar.settings import PREFIX
 
 SETTLE_S: Final = 15.0  # for the records to reach every backend; it takes well under a second
 SETTLE_STEP_S: Final = 0.05
 PIECE_DELAY_S: Final = 0.02  # between the pieces of a streamed answer, so that it is one
-API_KEY: Final = "key-of-the-demo"
-WEBHOOK_SECRET: Final = "worth-nothing-outside-of-the-demo"
 
 
 class Running(Protocol):
@@ -51,6 +50,18 @@ class Running(Protocol):
 
 Start = Callable[[Mapping[str, str]], AbstractAsyncContextManager[Running]]
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Printing:
+    """How tables are drawn; the commands' own way is handed in, because the demo stands below them.
+
+    `usage`: sums of the ledger by the named groups. `table`: rows under these columns. `pairs`: names and values.
+    """
+
+    usage: Callable[[Sequence[UsageRow], Sequence[str]], str]
+    table: Callable[[Sequence[Mapping[str, Any]], Sequence[str]], str]
+    pairs: Callable[[Sequence[tuple[str, str]]], str]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,6 +120,7 @@ def say_at_once(line: str) -> None:
 
 async def run(
     start: Start,
+    printing: Printing,
     *,
     keep: bool = False,
     backend: str | None = None,
@@ -117,8 +129,8 @@ async def run(
     settle_s: float = SETTLE_S,
 ) -> int:
     """The demo from beginning to end; the exit code. `keep` stays until Ctrl-C, `settle_s` is waited for delivery."""
-    if mode is not None and backend not in MODES:
-        raise DemoError(f"--mode {mode}: only {' and '.join(MODES)} have modes, and are named with --backend")
+    if mode is not None and backend not in (known := _with_modes()):
+        raise DemoError(f"--mode {mode}: only {' and '.join(known)} have modes, and are named with --backend")
     async with AsyncExitStack() as stack:
         room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
         data_dir = room / "data"
@@ -127,7 +139,7 @@ async def run(
         receiver, receiver_url = None, ""
         if backend is not None:
             receiver, receiver_url = await stack.enter_async_context(_receiving(backend))
-            environ |= BACKENDS[backend](receiver_url) | (MODES[backend](mode) if mode else {})
+            environ |= pointed_at(backend, receiver_url, mode)
             environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(room, backend))}
         sidecar = await stack.enter_async_context(start(environ))
         say(f"scripted upstream  {upstream_url}  (OpenAI and Anthropic; nothing leaves this machine)")
@@ -137,9 +149,9 @@ async def run(
         say("")
         await _send_calls(sidecar.proxy_url, say)
         balance = await _settled(sidecar.admin_url, len(CALLS), settle_s)
-        problems = _show_usage(data_dir, say) + _show_balance(balance, say)
+        problems = _show_usage(data_dir, printing, say) + _show_balance(balance, say)
         if receiver is not None:
-            problems += _show_arrived(receiver, str(backend), balance, say)
+            problems += _show_arrived(receiver, str(backend), balance, printing, say)
         for problem in problems:
             say(f"WRONG: {problem}")
         if keep:
@@ -162,25 +174,19 @@ def environment(upstream_url: str, data_dir: Path) -> dict[str, str]:
     }
 
 
-BACKENDS: Final[Mapping[str, Callable[[str], dict[str, str]]]] = {
-    "meter": lambda url: {"SIDECAR_METER_URL": f"{url}/meter"},
-    "revenium": lambda url: {"SIDECAR_REVENIUM_URL": url, "SIDECAR_REVENIUM_API_KEY": API_KEY},
-    "ledgerbee": lambda url: {"SIDECAR_LEDGERBEE_URL": url, "SIDECAR_LEDGERBEE_API_KEY": API_KEY},
-    "stripe": lambda url: {
-        "SIDECAR_STRIPE_URL": url, "SIDECAR_STRIPE_STREAM_URL": url, "SIDECAR_STRIPE_API_KEY": API_KEY,
-    },
-    "flexprice": lambda url: {"SIDECAR_FLEXPRICE_URL": url, "SIDECAR_FLEXPRICE_API_KEY": API_KEY},
-    "openmeter": lambda url: {"SIDECAR_OPENMETER_URL": url},
-    "lago": lambda url: {"SIDECAR_LAGO_URL": url, "SIDECAR_LAGO_API_KEY": API_KEY},
-    "webhook": lambda url: {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_WEBHOOK_SECRET": WEBHOOK_SECRET},
-}  # fmt: skip
-"""What `--backend` takes, and the settings that point it at the receiver."""
+STAND_INS: Final = {row.backend: row.vendor for row in reversed(VENDORS)}
+"""What `--backend` takes: whatever the receiver stands in for, and what points the backend at it."""
 
-MODES: Final[Mapping[str, Callable[[str], dict[str, str]]]] = {
-    "revenium": lambda mode: {"SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "demo"},
-    "stripe": lambda mode: {"SIDECAR_STRIPE_MODE": mode},
-}
-"""Those that speak more than one interface."""
+
+def pointed_at(backend: str, url: str, mode: str | None) -> dict[str, str]:
+    """The settings of the backend whose place the receiver at this address takes."""
+    own = {**STAND_INS[backend].settings(url)} | ({} if mode is None else {"mode": mode})
+    return {f"{PREFIX}{backend}_{name}".upper(): value for name, value in own.items()}
+
+
+def _with_modes() -> list[str]:
+    """Those that speak more than one interface."""
+    return [name for name, row in BACKENDS.items() if any(setting.name == "mode" for setting in row.settings)]
 
 
 def _customers(room: Path, backend: str) -> Path:
@@ -203,9 +209,9 @@ async def _scripted() -> AsyncIterator[str]:
 
 @asynccontextmanager
 async def _receiving(backend: str) -> AsyncIterator[tuple[Receiver, str]]:
-    if backend not in BACKENDS:
-        raise DemoError(f"--backend {backend}: the demo knows {', '.join(BACKENDS)}")
-    receiver = Receiver(terms={"webhook": Terms(secret=WEBHOOK_SECRET)})
+    if backend not in STAND_INS:
+        raise DemoError(f"--backend {backend}: the demo knows {', '.join(backends())}")
+    receiver = Receiver(terms={backend: Terms(secret=STAND_INS[backend].settings("").get("secret"))})
     url = await receiver.start()
     try:
         yield receiver, url
@@ -254,7 +260,7 @@ async def _settled(admin_url: str, calls: int, settle_s: float) -> dict[str, Any
             await asyncio.sleep(SETTLE_STEP_S)
 
 
-def _show_usage(data_dir: Path, say: Say) -> list[str]:
+def _show_usage(data_dir: Path, printing: Printing, say: Say) -> list[str]:
     """The usage table out of the ledger, and where it is not what the upstream reported."""
     by = ("subscriber", "provider", "model")
     try:
@@ -262,7 +268,7 @@ def _show_usage(data_dir: Path, say: Say) -> list[str]:
     except LedgerError as error:
         return [str(error)]
     say("Usage, from the ledger:")
-    say(_indent(report(rows, by, Format.TABLE)))
+    say(_indent(printing.usage(rows, by)))
     say("")
     problems = []
     for subscriber in dict.fromkeys(call.subscriber for call in CALLS):
@@ -300,7 +306,9 @@ def _show_balance(balance: Mapping[str, Any], say: Say) -> list[str]:
     return problems
 
 
-def _show_arrived(receiver: Receiver, backend: str, balance: Mapping[str, Any], say: Say) -> list[str]:
+def _show_arrived(
+    receiver: Receiver, backend: str, balance: Mapping[str, Any], printing: Printing, say: Say
+) -> list[str]:
     """What the receiver took, whether anything was refused, and whether it adds up to what the upstream reported."""
     rows = receiver.received
     taken = [(row.path, row.body) for row in rows if row.verdict == "delivered"]
@@ -308,17 +316,18 @@ def _show_arrived(receiver: Receiver, backend: str, balance: Mapping[str, Any], 
     if not taken:
         lacking = balance["backends"].get(backend, {}).get("delivered")
         return _refusals(rows) + ([f"the balance says delivered, and nothing arrived at {backend}"] if lacking else [])
-    say(_indent(summary.in_full(*taken[0])))
+    path, body = taken[0]
+    say(f"  POST {path}")
+    say(_indent(_indent(printing.pairs(summary.first_fields(body)))))
     say("")
-    sums = summary.totals(taken)
+    arrived = summary.added_up(backend, taken)
     say("All of it added up by customer:")
-    say(_indent(summary.as_table(sums)))
+    say(_indent(printing.table(arrived.rows(), summary.COLUMNS)))
     say("")
-    own_counts = any("inputTokenCount" in body for _, body in taken if isinstance(body, dict))
-    if own_counts:
+    if arrived.own_counts:
         say("Completions have the tokens as each vendor counts them: Anthropic's input is without what its cache had.")
         say("")
-    return _refusals(rows) + _not_as_reported(sums, backend, tokens=not own_counts)
+    return _refusals(rows) + _not_as_reported(arrived, backend)
 
 
 def _refusals(rows: Iterable[Taken]) -> list[str]:
@@ -326,17 +335,17 @@ def _refusals(rows: Iterable[Taken]) -> list[str]:
     return [f"{row.path} was {row.verdict} by the receiver" for row in bad]
 
 
-def _not_as_reported(sums: Mapping[str, Mapping[str, int]], backend: str, *, tokens: bool) -> list[str]:
+def _not_as_reported(arrived: summary.Arrived, backend: str) -> list[str]:
     """Where what arrived is not what the calls were."""
     problems = []
     for subscriber in dict.fromkeys(call.subscriber for call in CALLS):
-        customer = subscriber if backend == "webhook" else f"cus_{subscriber}"
+        customer = f"cus_{subscriber}" if arrived.is_mapped else subscriber
         mine = [call for call in CALLS if call.subscriber == subscriber]
         reported = [call.tokens for call in mine if call.tokens]
         wanted = {summary.CALLS: len(mine)}
-        if tokens:
+        if not arrived.own_counts:
             wanted |= {summary.INPUT: sum(t.input for t in reported), summary.OUTPUT: sum(t.output for t in reported)}
-        found = sums.get(customer, {})
+        found = arrived.sums.get(customer, {})
         problems += [
             f"{customer}: {backend} was told {found.get(name, 0)} {name} instead of {value}"
             for name, value in wanted.items()
@@ -359,7 +368,7 @@ async def _keep(sidecar: Running, data_dir: Path, say: Say) -> None:
 def _say_next(backend: str | None, say: Say) -> None:
     say("Where to look next:")
     if backend is None:
-        say(f"  metering-sidecar demo --backend NAME      the same with a billing backend: {', '.join(BACKENDS)}")
+        say(f"  metering-sidecar demo --backend NAME      the same with a billing backend: {', '.join(backends())}")
     say("  metering-sidecar demo --keep              stays up, with a call to send yourself")
     say("  make run UPSTREAM=https://api.openai.com  in front of the real thing")
 

@@ -6,18 +6,19 @@ None where nothing was ever reported, and zero only where zero was.
 
 from __future__ import annotations
 
-import sqlite3
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any, Final, cast
 
-from sidecar.ledger.schema import SUMS, LedgerError, open_to_read, stored
+from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
 from sidecar.meters.buckets import UNIQUE_MAX
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, write_amount
+from sidecar.storage.sqlite import errors_told, open_db
 
 # What `--by` may name, and where it comes from.
 GROUPS: Final = {
@@ -175,18 +176,10 @@ class LedgerReader:
         return {subscriber: write_amount(value) for subscriber, value in totals.items()}
 
     def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        try:
-            db = open_to_read(self._path)
-        except sqlite3.Error as error:
-            raise LedgerError(f"{self._path} cannot be read ({error})") from error
-        try:
+        with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, errors_told(self._path, SCHEMA):
             db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
             db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
             return db.execute(question, values).fetchall()
-        except sqlite3.Error as error:
-            raise LedgerError(f"{self._path} cannot be read ({error})") from error
-        finally:
-            db.close()
 
 
 def _groups(by: Sequence[str]) -> list[str]:

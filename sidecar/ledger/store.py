@@ -17,13 +17,14 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.ledger.schema import SUMS, LedgerError, open_to_write, stored, told
+from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
 from sidecar.meters.buckets import UNIQUE_MAX, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 from sidecar.storage.files import Trouble, trouble
+from sidecar.storage.sqlite import open_db, transaction
 
 KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
 PRUNE_EVERY_S: Final = 3600
@@ -47,11 +48,10 @@ class LedgerStore:
         self._pruned_s = 0.0
         self._db: sqlite3.Connection | None = None
         try:
-            self._db = open_to_write(path)
-        except (OSError, sqlite3.Error) as error:
-            # A full disk gets better: what is delivered meanwhile is told to come again.
-            if (said := told(error, path)) is not None:
-                raise LedgerError(said) from error
+            self._db = open_db(path, schema=SCHEMA)
+        except LedgerError as error:
+            if not error.passes:  # a full disk gets better: what is delivered meanwhile is told to come again
+                raise
 
     def __repr__(self) -> str:
         return f"<LedgerStore {self._path}>"
@@ -69,11 +69,9 @@ class LedgerStore:
                 return self._apply(self._open(), key, effects, buckets)
             except ArithmeticError:
                 return Refused("sum_not_exact")
-            except (OSError, sqlite3.Error) as error:
+            except (OSError, sqlite3.Error, LedgerError) as error:
                 self._drop()
                 return _verdict_for(error, self._path)
-            except LedgerError:
-                return Blocked("newer_version")
 
     def undo(self, key: str, body: bytes) -> tuple[Verdict, tuple[str, ...]]:
         """Add effects that take others back, unless that was done already; and the meters left as they are.
@@ -93,11 +91,9 @@ class LedgerStore:
                 return self._apply(db, key, effects, going), tuple(dict.fromkeys(delta.key.meter for delta in kept))
             except ArithmeticError:
                 return Refused("sum_not_exact"), ()
-            except (OSError, sqlite3.Error) as error:
+            except (OSError, sqlite3.Error, LedgerError) as error:
                 self._drop()
                 return _verdict_for(error, self._path), ()
-            except LedgerError:
-                return Blocked("newer_version"), ()
 
     def close(self) -> None:
         with self._lock:
@@ -105,24 +101,20 @@ class LedgerStore:
 
     def _apply(self, db: sqlite3.Connection, key: str, effects: list[Delta], buckets: list[BucketDelta]) -> Verdict:
         now_s = self._clock()
-        db.execute("BEGIN IMMEDIATE")
         try:
-            cursor = db.execute("INSERT OR IGNORE INTO applied VALUES (?, ?)", (key, int(now_s)))
-            if cursor.rowcount == 0:
-                db.execute("ROLLBACK")
-                return Duplicate()
-            for delta in effects:
-                self._add(db, delta)
-            for bucket in buckets:
-                _put(db, bucket)
-            if now_s - self._pruned_s >= PRUNE_EVERY_S:
-                db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
-                self._pruned_s = now_s
-            db.execute("COMMIT")
+            with transaction(db):
+                cursor = db.execute("INSERT OR IGNORE INTO applied VALUES (?, ?)", (key, int(now_s)))
+                if cursor.rowcount == 0:
+                    return Duplicate()
+                for delta in effects:
+                    self._add(db, delta)
+                for bucket in buckets:
+                    _put(db, bucket)
+                if now_s - self._pruned_s >= PRUNE_EVERY_S:
+                    db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
+                    self._pruned_s = now_s
         except BaseException:
             self._series.clear()  # rows that were made in this transaction are gone again
-            if db.in_transaction:
-                db.execute("ROLLBACK")
             raise
         return Delivered()
 
@@ -168,7 +160,7 @@ class LedgerStore:
 
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
-            self._db = open_to_write(self._path)
+            self._db = open_db(self._path, schema=SCHEMA)
         return self._db
 
     def _drop(self) -> None:
@@ -239,9 +231,11 @@ def _text(value: Decimal | None) -> str | None:
     return None if value is None else write_amount(value)
 
 
-def _verdict_for(error: OSError | sqlite3.Error, path: Path) -> Verdict:
-    match trouble(error, path):
-        case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+def _verdict_for(error: OSError | sqlite3.Error | LedgerError, path: Path) -> Verdict:
+    match error.trouble if isinstance(error, LedgerError) else trouble(error, path):
+        case Trouble.NEWER:
+            return Blocked("newer_version")
+        case Trouble.DAMAGED | Trouble.NOT_DATABASE | Trouble.FOREIGN:
             return Blocked("ledger_damaged")
         case Trouble.DENIED | Trouble.READ_ONLY | Trouble.GONE:
             return Blocked("not_writable")

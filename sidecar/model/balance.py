@@ -12,7 +12,20 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
+
+
+class SpoolTerms(Protocol):
+    """What one spool says of the calls that went into it."""
+
+    @property
+    def admitted(self) -> int: ...
+    @property
+    def recorded(self) -> int: ...
+    @property
+    def open(self) -> int: ...
+    @property
+    def lost(self) -> Mapping[str, int]: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +53,21 @@ class Balance:
     lost: Mapping[str, int] = field(default_factory=dict)
     backends: Mapping[str, BackendTotals] = field(default_factory=dict)
     notes: tuple[str, ...] = ()  # what an operator has to know of it and has to decide
+
+    @classmethod
+    def over(
+        cls, spools: Iterable[SpoolTerms], backends: Mapping[str, BackendTotals], notes: tuple[str, ...] = ()
+    ) -> Balance:
+        """Over all spools of a data directory; `backends`: what has become of their records at each."""
+        terms = list(spools)
+        return cls(
+            admitted=sum(term.admitted for term in terms),
+            recorded=sum(term.recorded for term in terms),
+            open=sum(term.open for term in terms),
+            lost=add_counts(term.lost for term in terms),
+            backends=backends,
+            notes=notes,
+        )
 
     @property
     def problems(self) -> list[str]:

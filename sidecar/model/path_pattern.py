@@ -1,7 +1,8 @@
 """Path patterns: which known shape a request path has.
 
-Two rooms ask this: routes (for a label that is never a raw path) and usage (for the reader of an answer). A lookup
-costs two dictionary look-ups for a path that nobody knows, because most calls through a proxy may be just that.
+The settings check them, routes ask them (for a label that is never a raw path) and usage does (for the reader of a
+response). A lookup costs two dictionary look-ups for a path that nobody knows, because most calls through a proxy may
+be just that.
 
 A pattern is a path in which `{name}` stands for one non-empty piece without a slash (`/v1/files/{id}/content`,
 `/v1/models/{model}:generateContent`); a leading `*` stands for any prefix (`*/chat/completions`). A trailing slash
@@ -14,6 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from typing import Generic, TypeVar
+
+from sidecar.model.grammar import Unfit
 
 T = TypeVar("T")
 
@@ -31,9 +34,7 @@ class Patterns(Generic[T]):
         self._literal: dict[tuple[str, str], T] = {}
         self._by_tail: dict[str, list[tuple[str, re.Pattern[str], T]]] = {}
         for method, pattern, value in entries:
-            problem = _problem(pattern)
-            if problem:
-                raise ValueError(f"path pattern {pattern!r}: {problem}")
+            check_pattern(pattern)
             if "{" not in pattern and not pattern.startswith("*"):
                 self._literal.setdefault((method, pattern), value)
             else:
@@ -55,11 +56,17 @@ class Patterns(Generic[T]):
         return None
 
 
+def check_pattern(pattern: str) -> str:
+    """The pattern itself. Raises `Unfit` where it is none."""
+    if (problem := _problem(pattern)) is not None:
+        raise Unfit(f"{pattern!r} is no path pattern: {problem}")
+    return pattern
+
+
 def _problem(pattern: str) -> str | None:
-    if not pattern.startswith(("/", "*/")):
-        return "expected it to begin with / (or with */ for any prefix)"
-    if "*" in pattern[1:] or re.search(r"[{}]", _PLACE.sub("", pattern)):
-        return "expected {name} for one piece of the path, and * only at the very beginning"
+    fixed = _PLACE.sub("", pattern.removeprefix("*"))
+    if not fixed.startswith("/") or not pattern.isprintable() or any(c in fixed for c in "*? {}"):
+        return "expected one such as /v1/things/{id} or */chat/completions"
     if len(set(_PLACE.findall(pattern))) != len(_PLACE.findall(pattern)):
         return "expected each {name} once"
     if len(pattern) > 1 and pattern.endswith("/"):

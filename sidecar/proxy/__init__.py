@@ -4,7 +4,8 @@ Reading order: `rules` (what it is told), `headers` and `answer` (pure), `upstre
 connection each), `call` (one exchange between the two), `ending` (its end), `proxy` (the whole).
 """
 
-from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, ProxyMetrics, Route
 from sidecar.proxy.server import Proxy
 

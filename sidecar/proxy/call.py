@@ -1,222 +1,857 @@
-"""One call, from its head to its answer's last byte.
+"""One call, from its head to its record and its response's last byte.
 
-A call is a set of short synchronous steps, each run by the event that makes it possible: a piece of
-the upload, a piece of the answer, a lost connection, a passed deadline, a committed record. There
-is no task a call (only making a new upstream connection needs one) and no timer a call. `sending` has what comes
-before the answer, `ending` and `recording` what comes after it.
+A call is a set of short synchronous steps, each run by the event that makes it possible: a piece of the upload, a piece
+of the response, a lost connection, a passed deadline, a committed record. There is no task a call (only making a new
+upstream connection needs one) and no timer a call.
+
+Where a call stands is its `phase`. `TABLE` says what each event does in each phase (docs/call.md draws it); an event
+that is not in it does nothing there. Only a piece of a body in `STREAMING`, which is what nearly every read brings, has
+a shorter way. What an end means for the record, the client and the upstream is decided in `ending`.
 
 What must always hold here:
-- The upstream connection is given back before the record is committed, so a slow disk costs no connection.
+- A call that was let in is recorded once. `_record` is the one place that hands its exchange over.
+- What ends a response for the client waits in `HELD` until the record is on disk, and nothing overtakes it.
+- The upstream connection is given back before that, so a slow disk costs no connection.
 - A request goes twice only where a pooled connection died before it said a word, and it may.
 - A body that was cut off upstream reaches the client cut off.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
-from collections.abc import Callable
+from asyncio import Task
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from operator import attrgetter
 from time import monotonic_ns
+from typing import Final, Protocol, TypeVar
 
-from sidecar.model.exchange import Exchange, Outcome, Usage
-from sidecar.proxy.context import NEVER
-from sidecar.proxy.recording import cut_usage
-from sidecar.proxy.request_body import Kept
+from sidecar.model.exchange import (
+    USAGE_CHARS_MAX,
+    USAGE_TEXTS,
+    Exchange,
+    Outcome,
+    Release,
+    Subscriber,
+    Usage,
+    UsageState,
+    cut,
+)
+from sidecar.proxy import ending, local_responses
+from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
+from sidecar.proxy.context import NEVER, Hop
+from sidecar.proxy.drains import REASONS
+from sidecar.proxy.ending import Cause, Ending, Phase
+from sidecar.proxy.headers import Peer, trace_id
+from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.request_body import RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import Answer
-from sidecar.proxy.sending import Sending
 from sidecar.proxy.tunnel import Tunnel
-from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
-from sidecar.usage import SocketTap
+from sidecar.proxy.upstream import NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
+from sidecar.usage import RequestTap
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 
-class Call(Sending):
+IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY", "PROPFIND", "REPORT"})
+
+# What the way of every chunk compares with: a look-up in the enumeration costs as much as the comparison.
+STREAMING: Final = Phase.STREAMING
+OVER: Final = Phase.OVER
+
+COMPLETED: Final = ending.ending(Phase.STREAMING, Cause.WHOLE, client=True, framed=True)
+"""How nearly every call ends, decided once."""
+
+_texts: Final = attrgetter(*USAGE_TEXTS)
+
+
+class Downstream(Protocol):
+    """The client's connection, as its call sees it."""
+
+    peer: Peer
+
+    @property
+    def full(self) -> bool:
+        """Whether the client does not read as fast as the response comes."""
+        ...
+
+    def send(self, data: bytes) -> None:
+        """Never raises."""
+        ...
+
+    def pause(self, paused: bool) -> None:
+        """Stop or go on reading what the client sends."""
+        ...
+
+    def read_on(self) -> None:
+        """Room was made for more of the upload."""
+        ...
+
+    def may_keep_alive(self, message: RawRequestMessage) -> bool:
+        """Whether another request may come after this one."""
+        ...
+
+    def may_switch(self, message: RawRequestMessage) -> bool:
+        """Whether the protocol switch that this request offers is passed on."""
+        ...
+
+    def switch(self, tunnel: Tunnel) -> None:
+        """The upstream agreed to the switch."""
+        ...
+
+    def reject(self, own: OwnAnswer, limit: str) -> None:
+        """Answer without a call, and close."""
+        ...
+
+    def reset(self) -> None: ...
+
+    def close_soon(self) -> None:
+        """Close once what is written has left."""
+        ...
+
+    def call_over(self, keep_alive: bool, upload_done: bool) -> None:
+        """The last event of a call whose client is still there."""
+        ...
+
+
+class Event(IntEnum):
+    """What may happen to a call."""
+
+    UPLOAD = 0  # a piece of the request's body has come, or there is room for one
+    UPLOAD_BROKE = 1
+    CONNECTED = 2
+    UNREACHABLE = 3
+    PIECE = 4  # of the response: an interim one, the head, or some of the body
+    END_MARK = 5  # the stream's own, in a body that is not over
+    WHOLE = 6  # the response
+    SWITCHED = 7  # the upstream agreed to another protocol
+    BROKE = 8  # the response is no HTTP, or was cut off
+    CLIENT_LEFT = 9
+    EXPIRED = 10
+    COMMITTED = 11
+    NOT_COMMITTED = 12  # what is held may not leave
+    STOP = 13
+    FAULT = 14  # ours
+
+
+@dataclass(frozen=True, slots=True)
+class Why:
+    """What is to be said of an event. The texts are ours and fixed."""
+
+    own: OwnAnswer | None = None
+    error: str | None = None
+    reason: str | None = None  # one of the words of `upstream`
+    clean: bool = True  # the connection ended in good order
+
+
+NOTHING: Final = Why()
+
+
+class Call:
     """One exchange under way."""
 
-    __slots__ = ()
+    __slots__ = (
+        "_asked", "_connecting", "_drain_owners", "_exchange", "_head", "_hop", "_http10", "_idempotent", "_keep_alive",
+        "_message", "_not_drained", "_own", "_request_tap", "_switch", "_tunnel", "body", "client", "connection",
+        "deadline", "phase", "response",
+    )  # fmt: skip
 
-    def _send(self, connection: UpstreamConnection) -> None:
-        """The head and what there is of the body, in one write."""
+    def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
+        self._hop = hop
+        self.phase = Phase.CONNECTING
+        self.deadline = NEVER
+        # the client's side
+        self.client: Downstream | None = client
+        self._message = message
+        self._http10 = message.version.minor == 0
+        self._keep_alive = False  # said in the head of the response
+        self._drain_owners: tuple[tuple[str, int], ...] = ()  # on whose account the response is read on
+        self._not_drained: str | None = None  # why it was not, though it should have been
+        # the request
+        self.body: RequestBody | None = None  # None: it has none
+        if payload is not EMPTY_PAYLOAD:
+            self.body = RequestBody(payload, chunked=bool(message.chunked))
+        self._request_tap: RequestTap | None = None
+        self._head = b""  # as it goes upstream; behind it, where a request goes whole, its body
+        self._idempotent = False
+        self._switch = False  # a protocol switch is passed on
+        self._asked = False  # usage was asked for on the client's behalf
+        # the upstream's side
+        self._connecting: Task[None] | None = None
+        self.connection: UpstreamConnection | None = None
+        self.response: Answer | None = None
+        self._own = b""  # the response of ours that the client gets instead
+        self._tunnel: Tunnel | None = None
+        # the record
+        self._exchange: Exchange
+
+    @property
+    def upload_done(self) -> bool:
+        return self.body is None or self.body.done
+
+    def _on(self, event: Event, why: Why = NOTHING) -> None:
+        handler = TABLE[self.phase][event]
+        if handler is not None:
+            handler(self, event, why)
+
+    # -- let in ----------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Let the call in and send it on. What is raised before it stands in `hop.calls` is the caller's to answer."""
+        hop, message, client = self._hop, self._message, self.client
+        assert client is not None
+        rules = hop.headers
+        method, target = message.method, message.path
+        if message.upgrade and not self._http10:
+            self._switch = client.may_switch(message)
+        line, authority = rules.request_line(method, target)
+        raw = message.raw_headers
+        head = rules.request(raw, client.peer, upgrade=self._switch, http10=self._http10, authority=authority)
+        client_ip = rules.client_ip(client.peer, head.forwarded_for)
+        url, path = rules.record_url(target)
+        fields = head.fields
+        subscriber, dimensions = hop.attribute(fields, target, client_ip)
+        exchange = self._exchange = Exchange(
+            method=method,
+            url=url,
+            route=hop.route(method, path),
+            request_headers=head.names,
+            client_ip=client_ip,
+            user_agent=rules.agent(head.user_agent),
+            trace_id=None if head.traceparent is None else trace_id(head.traceparent),
+            subscriber=subscriber,
+            dimensions=dimensions,
+        )
+        if not hop.recorder.admit(exchange):
+            self.phase = OVER
+            client.reject(local_responses.SPOOL_FULL, "spool_full")
+            return
+        hop.calls.add(self)
+        refused = self._refused(head.transfer_encoding)
+        if refused is not None:
+            self._finish(Cause.REFUSED, Why(own=refused))
+            return
+        tap = self._request_tap = _ask(None, hop.taps.request, method, target, fields)
+        self._idempotent = head.idempotency_key or method in IDEMPOTENT
+        self._head = line + head.lines
+        body = self.body
+        if body is not None:
+            if tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw):
+                self.phase = Phase.GATHERING
+                self.deadline = hop.loop.time() + hop.rules.idle_timeout_s
+                self._on(Event.UPLOAD)
+                return
+            body.tap = tap
+        self._set_out()
+
+    def _refused(self, coding: bytes | None) -> OwnAnswer | None:
+        """What the parser lets through and we do not."""
+        message = self._message
+        if message.version.major != 1 or message.version.minor > 1:
+            return local_responses.BAD_VERSION
+        if coding is not None and (self._http10 or coding.strip().lower() != b"chunked"):
+            return local_responses.AMBIGUOUS
+        if message.method == "CONNECT":
+            return local_responses.UNKNOWN_METHOD
+        return None
+
+    # -- the request -----------------------------------------------------------------------------
+
+    def pump(self) -> None:
+        """A piece of the upload has come."""
+        self._on(Event.UPLOAD)
+
+    def upload_broke(self, own: OwnAnswer) -> None:
+        """The client's body turned out malformed: nothing of it may be taken for whole upstream."""
+        self._on(Event.UPLOAD_BROKE, Why(own=own))
+
+    def _gather(self, event: Event, why: Why) -> None:
+        hop, body, tap = self._hop, self.body, self._request_tap
+        assert body is not None
+        assert tap is not None
+        if body.reading:
+            return
+        before = body.size_bytes
+        whole = body.gather()
+        self._exchange.request_bytes = body.size_bytes
+        if whole is None:
+            if body.size_bytes > before:
+                self.deadline = hop.now + hop.rules.idle_timeout_s
+            self._read_on()
+            return
+        changed = _ask(None, tap.with_usage_asked, whole)
+        if changed is not None:
+            self._asked = True
+            self._head = self._head_of(len(changed))
+            whole = changed
+        _ask(None, tap.feed, whole)
+        self._head += whole
+        self.phase = Phase.CONNECTING
+        self._set_out()
+
+    def _head_of(self, size_bytes: int) -> bytes:
+        """The request's head for a body of another length."""
+        client, message, rules = self.client, self._message, self._hop.headers
+        assert client is not None
+        line, authority = rules.request_line(message.method, message.path)
+        fields = head_of(message.raw_headers, size_bytes)
+        head = rules.request(fields, client.peer, upgrade=False, http10=self._http10, authority=authority)
+        return line + head.lines
+
+    def _set_out(self) -> None:
+        """On a connection that is at hand, or a new one."""
         hop = self._hop
-        self.connection = connection
+        self.connection = hop.upstream.take()
+        if self.connection is None:
+            self._connecting = hop.loop.create_task(self._connect())
+        else:
+            self._send(Event.CONNECTED, NOTHING)
+
+    async def _connect(self) -> None:
+        try:
+            connection = await self._hop.upstream.connect()
+        except TimeoutError:
+            within = f"no connection within {self._hop.rules.connect_timeout_s:g} s"
+            why = Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)
+            self._connecting = None
+            self._on(Event.UNREACHABLE, why)
+        except UnreachableError as error:
+            self._connecting = None
+            self._on(Event.UNREACHABLE, Why(local_responses.UNREACHABLE, error.words, error.reason))
+        else:
+            self._connecting = None
+            if self.phase is OVER:
+                connection.release()
+            else:
+                self.connection = connection
+                self._on(Event.CONNECTED)
+
+    def _unreachable(self, event: Event, why: Why) -> None:
+        assert why.own is not None
+        assert why.reason is not None
+        self._hop.upstream_failed(why.reason, why.error or "")
+        self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{why.own.message} ({why.reason})"))
+
+    def _send(self, event: Event, why: Why) -> None:
+        """The head and what there is of the body, in one write."""
+        hop, body, connection = self._hop, self.body, self.connection
+        assert connection is not None
         connection.owner = self
-        self.answer = Answer(
+        self.response = Answer(
             hop.headers,
             self._announce,
             head_only=self._message.method == "HEAD",
             http10=self._http10,
-            upgrade=self._upgrade,
+            upgrade=self._switch,
             mute=self.client is None,
+            asked=self._message,
+            peer=None if self.client is None else self.client.peer,
         )
-        if self._retried:
-            again = None if self._kept is None else self._kept.whole()
-            assert again is not None
-            connection.write(again)
-            self.deadline = hop.now + hop.rules.response_timeout_s
-            return
         data, self._head = self._head, b""
-        upload = self._upload
-        if upload is not None:
-            data += upload.take()
-            self._exchange.request_bytes = upload.size_bytes
-            self.upload_done = upload.done
+        if body is not None and not body.done:
+            data += body.take()
+            self._exchange.request_bytes = body.size_bytes
         if connection.used and self._idempotent:
-            self._kept = Kept(data, hop.rules.retry_body_bytes_max)
+            if body is None:
+                body = self.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
+                body.done = True
+            body.keep(data, hop.rules.retry_body_bytes_max)
         connection.write(data)
-        if self.upload_done:
+        if body is None or body.done:
+            self.phase = Phase.WAITING
             self.deadline = hop.now + hop.rules.response_timeout_s
         else:
+            self.phase = Phase.SENDING
             self.deadline = hop.now + hop.rules.idle_timeout_s
             self._read_on()
 
-    # -- the answer ------------------------------------------------------------------------------
+    def _upload(self, event: Event, why: Why) -> None:
+        """Move what has come of the body to the upstream, as far as the upstream takes it."""
+        body, connection = self.body, self.connection
+        if body is None or self.upload_done or body.reading or body.blocked or connection is None:
+            return
+        hop = self._hop
+        wire = body.take()
+        self._exchange.request_bytes = body.size_bytes
+        if wire:
+            connection.write(wire)
+            self.deadline = hop.now + hop.rules.idle_timeout_s
+        if not body.done:
+            self._read_on()
+        elif self.phase is Phase.SENDING:
+            self.phase = Phase.WAITING
+            self.deadline = hop.now + hop.rules.response_timeout_s
+            if self.response is not None and self.response.upgraded:
+                self._on(Event.SWITCHED)
+
+    def _read_on(self) -> None:
+        client, body = self.client, self.body
+        if client is not None and body is not None and not body.blocked:
+            client.read_on()
+
+    def upstream_full(self, full: bool) -> None:
+        body = self.body
+        if body is not None:
+            body.blocked = full
+            if not full:
+                self._on(Event.UPLOAD)
+
+    # -- the response ----------------------------------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
+        response = self.response
+        assert response is not None
         try:
-            answer = self.answer
-            assert answer is not None
-            if not self._heard:
-                self._hear()
-            answer.feed(data)
-            if answer.broken is not None:
-                self._upstream_broke(answer.broken, NOT_HTTP)
-            elif answer.done:
-                self._answered()
-            elif answer.upgraded:
-                self._switch()
-            elif self._draining:
-                if answer.ended or (answer.started and not self._worth_draining()):
-                    self._give_up(Outcome.CLIENT_LEFT)
+            if self.phase is STREAMING:
+                response.feed(data)
+                if not (response.done or response.ended) and response.broken is None:  # nearly every chunk
+                    self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+                    out, client = response.out, self.client
+                    if out and client is not None:
+                        client.send(out[0] if len(out) == 1 else b"".join(out))
+                        out.clear()
+                    return
             else:
-                if answer.started:
-                    self.deadline = self._hop.now + self._idle_timeout_s
-                if answer.ended and not self._recorded:
-                    self._complete()
-                self._flush()
+                if self._exchange.first_byte_ms is None:
+                    self._hear()
+                response.feed(data)
+            self._on(self._seen(response), NOTHING if response.broken is None else Why(None, response.broken, NOT_HTTP))
         except Exception:
             log.exception("a call could not be handled")
             self.failed()
 
+    @staticmethod
+    def _seen(response: Answer) -> Event:
+        if response.broken is not None:
+            return Event.BROKE
+        if response.done:
+            return Event.WHOLE
+        if response.upgraded:
+            return Event.SWITCHED
+        return Event.END_MARK if response.ended else Event.PIECE
+
     def _hear(self) -> None:
-        """The first byte of the answer has come."""
-        self._heard = True
-        self._kept = None
+        """The first byte of the response has come."""
+        if self.body is not None:
+            self.body.forget()
         exchange = self._exchange
         exchange.first_byte_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
 
-    def _announce(self, answer: Answer) -> bytes:
+    def _announce(self, response: Answer) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""
         hop, exchange = self._hop, self._exchange
-        exchange.response_headers = answer.names
+        exchange.response_headers = response.names
+        status, fields = response.status, response.fields
         if self._request_tap is not None:
-            try:
-                answer.tap = hop.taps.response(self._request_tap, answer.status, answer.fields)
-            except Exception:
-                log.exception("the response tap failed; the call goes on without it")
+            response.tap = _ask(None, hop.taps.response, self._request_tap, status, fields)
         if self._asked:
-            try:
-                answer.filter = hop.taps.answer_filter(answer.status, answer.fields)
-            except Exception:
-                log.exception("the answer could not be filtered; it passes as it is")
+            response.filter = _ask(None, hop.taps.answer_filter, status, fields)
         client = self.client
         if client is None:
             return b""
-        exchange.status = answer.status
+        exchange.status = status
         meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
-        if answer.status == 101:
+        if status == 101:
             return meter_id
-        self._keep_alive = not answer.close_delimited and self.upload_done and client.may_keep_alive(self._message)
+        self._keep_alive = not response.close_delimited and self.upload_done and client.may_keep_alive(self._message)
         if not self._keep_alive:
             return meter_id + b"Connection: close\r\n"
         if self._http10:
             return meter_id + b"Connection: keep-alive\r\n"
         return meter_id
 
-    def _answered(self) -> None:
-        """The answer is whole."""
-        answer, connection = self.answer, self.connection
-        assert answer is not None
-        if connection is not None:
-            self.connection = None
-            if answer.reusable and self.upload_done and not answer.extra:
-                connection.release()
-            else:
-                connection.discard()
-        self.deadline = NEVER
-        if self._draining:
-            self._holding = True
-            self._catch_up()
+    def _relay(self, event: Event, why: Why) -> None:
+        """The first pieces, or those behind an end mark: all others take the short way in `upstream_data`."""
+        response = self.response
+        assert response is not None
+        if response.started:
+            self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+            if self.phase is not Phase.TRAILING:
+                self.phase = STREAMING
+        self._flush()
+
+    def _flush(self) -> None:
+        client, response = self.client, self.response
+        if client is None:
             return
-        if not self._recorded:
-            self._complete()
-        if not self._holding:
-            self._flush()
-            self._end()
+        if self._own:
+            client.send(self._own)
+        elif response is not None and response.out:
+            out = response.out
+            client.send(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
         connection, self.connection = self.connection, None
-        answer = self.answer
-        assert answer is not None
-        if not self._heard and self._may_retry():
-            self._retried = True
-            self._hop.metrics.upstream_retried()
-            self._task = self._hop.loop.create_task(self._connect())
-            return
-        answer.eof(clean)
-        if answer.broken is not None:
-            self._upstream_broke(answer.broken, RESET if connection is None else connection.why_lost)
+        response, body = self.response, self.body
+        assert response is not None
+        if self._exchange.first_byte_ms is None and body is not None:
+            again = body.again()
+            if again is not None:
+                # A pooled connection that died before it said a word, and a request that may go twice: what was sent
+                # of it, and then what comes.
+                self._head = again
+                body.blocked = False
+                self.phase = Phase.CONNECTING
+                self._hop.metrics.upstream_retried()
+                self._connecting = self._hop.loop.create_task(self._connect())
+                return
+        response.eof(clean)
+        if response.broken is None:
+            self._on(Event.WHOLE)
         else:
-            self._answered()
+            self._on(Event.BROKE, Why(None, response.broken, RESET if connection is None else connection.why_lost))
 
-    def _may_retry(self) -> bool:
-        """A pooled connection that died before it said a word, and a request that may go twice."""
-        kept = self._kept  # set only where both held when it was sent
-        return kept is not None and kept.whole() is not None and self.upload_done and not self._retried
+    def _broke(self, event: Event, why: Why) -> None:
+        """The response is no HTTP, or was cut off."""
+        end = self._decide(Cause.BROKE)
+        if end.client is ending.Client.OWN:
+            self._hop.upstream_failed(why.reason or RESET, why.error or "")
+            why = Why(error=f"{why.error} ({why.reason})")
+        self._carry_out(end, Cause.BROKE, why)
+
+    # -- its end, and the record -----------------------------------------------------------------
+
+    def _whole(self, event: Event, why: Why) -> None:
+        """The response is whole: the connection is given back, and its end waits for the record."""
+        response, connection = self.response, self.connection
+        assert response is not None
+        if connection is not None:
+            self.connection = None
+            if response.reusable and self.upload_done and not response.extra:
+                connection.release(response.keep_alive)
+            else:
+                connection.discard()
+        self.deadline = NEVER
+        if self.phase is Phase.TRAILING:
+            self._flush()
+            self._over()
+        elif self.phase not in (Phase.HELD, Phase.CATCHING_UP):
+            self._complete(event, why)
+
+    def _complete(self, event: Event, why: Why) -> None:
+        """Record a call that the client has had, or is about to have, in full."""
+        draining = self.phase is Phase.DRAINING
+        self.phase = Phase.CATCHING_UP
+        self.deadline = NEVER
+        if self.connection is not None:
+            self.connection.pause(True)  # what follows an end mark waits outside
+        if draining:
+            self._catch_up()
+        elif self._is_behind():
+            self._hop.loop.call_soon(self._catch_up)
+        else:
+            self._hold(COMPLETED)
+
+    def _is_behind(self) -> bool:
+        """Whether the reader holds coded bytes that it has not looked into yet."""
+        response = self.response
+        return response is not None and response.tap is not None and _ask(False, getattr, response.tap, "behind")
+
+    def _catch_up(self) -> None:
+        """Let the reader catch up a step a turn, so that no other call waits for this one's sixty megabytes; then
+        record."""
+        response = self.response
+        if self.phase is not Phase.CATCHING_UP or response is None:
+            return
+        response.catch_up()
+        if self._is_behind():
+            self._hop.loop.call_soon(self._catch_up)
+        else:
+            self._hold(self._decide(Cause.WHOLE))
+
+    def _hold(self, end: Ending, error: str | None = None) -> None:
+        """Record; what is held for the client leaves when that is on disk."""
+        self.phase, was = Phase.HELD, self.phase
+        self.deadline = NEVER
+        if end.outcome is None or self._record(end.outcome, whole=end.whole, error=error, tunnel=was is Phase.TUNNEL):
+            self._committed(Event.COMMITTED, NOTHING)
+
+    def _release(self, send: bool) -> None:
+        """The record is on disk, or it is decided that the response goes without, or not at all."""
+        self._on(Event.COMMITTED if send else Event.NOT_COMMITTED)
+
+    def _committed(self, event: Event, why: Why) -> None:
+        client, connection, response = self.client, self.connection, self.response
+        if self._tunnel is not None:
+            if client is not None:
+                client.close_soon()
+            self._over()
+            return
+        self._flush()
+        if self._own or connection is None or response is None or response.done:
+            self._over()
+            return
+        self.phase = Phase.TRAILING
+        self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+        if client is None or not client.full:
+            connection.pause(False)
+
+    def _record(self, outcome: Outcome, *, whole: bool, error: str | None, tunnel: bool, held: bool = True) -> bool:
+        """Hand the exchange over. False: `_release` will be called. Who calls this has left the phases before it."""
+        exchange, response = self._exchange, self.response
+        exchange.outcome = outcome
+        exchange.error = error
+        exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
+        if response is not None:
+            if not (tunnel or self._own):
+                exchange.response_bytes = response.body_bytes
+            if response.tap is not None:
+                exchange.usage = _ask(None, response.tap.finish, whole)
+        if self._request_tap is not None:
+            self._ask_request(self._request_tap)
+        if exchange.usage is not None:
+            self._look_over(exchange.usage)
+        return self._hop.recorder.complete(exchange, self._release if held else None)
+
+    def _ask_request(self, tap: RequestTap) -> None:
+        """What only the request's body says: who pays, and which model gave no answer."""
+        exchange, response, by_body = self._exchange, self.response, self._hop.attribute_by_body
+        body = self.body
+        if body is not None and not body.size_bytes:
+            _ask(None, body.look)
+            exchange.request_bytes += body.size_bytes
+        if by_body is not None:
+            exchange.subscriber = _ask(exchange.subscriber, by_body, exchange.subscriber, tap.member)
+        if exchange.usage is not None or exchange.outcome in (Outcome.REFUSED, Outcome.DENIED):
+            return  # what we turned away ourselves asked no model
+        if self._own or response is None or not response.started:
+            exchange.usage = _ask(None, tap.unanswered)
+
+    def _look_over(self, usage: Usage) -> None:
+        """Cut what is too long for a record, and say why nothing is known where the rest was not read."""
+        cut_usage(usage, self._hop.metrics.limit_reached)
+        if self._not_drained is not None and usage.usage_state in (UsageState.ABSENT, UsageState.PARTIAL):
+            usage.reason = self._not_drained
+
+    # -- any other end ---------------------------------------------------------------------------
+
+    def client_left(self, error: BaseException | None) -> None:
+        """The client's connection is gone."""
+        self.client = None
+        response = self.response
+        if response is not None:
+            response.mute = True
+            response.out.clear()
+        self._on(Event.CLIENT_LEFT, Why(clean=error is None))
+
+    def _left(self, event: Event, why: Why) -> None:
+        self._finish(Cause.CLIENT_CLOSED if why.clean else Cause.CLIENT_RESET, Why(error=self._not_drained))
+
+    def _drain_or_leave(self, event: Event, why: Why) -> None:
+        if not self._may_drain():
+            self._left(event, why)
+            return
+        self.phase = Phase.DRAINING
+        self._hop.metrics.drains_changed(1)
+        self.deadline = self._hop.loop.time() + self._hop.rules.disconnect_drain_s
+        if self.connection is not None:
+            self.connection.pause(False)
+
+    def _may_drain(self) -> bool:
+        """Whether the upstream is read on for the sake of the usage in what is still to come. Takes a slot for it."""
+        hop = self._hop
+        if not self.upload_done or self.connection is None or self._request_tap is None:
+            return False
+        if hop.rules.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
+            return False
+        owners = hop.drains.owners(self._payer(self._request_tap), self._exchange.client_ip)
+        limit = hop.drains.take(owners)
+        if limit is not None:
+            self._not_drained = REASONS[limit]
+            hop.not_drained(limit)
+            return False
+        self._drain_owners = owners
+        return True
+
+    def _worth_draining(self) -> bool:
+        response = self.response
+        if response is None or not response.started:
+            return True
+        return response.tap is not None and _ask(False, getattr, response.tap, "waiting")
+
+    def _payer(self, tap: RequestTap) -> Subscriber | None:
+        """Who pays, as far as that is known now that the request has come."""
+        by_body, known = self._hop.attribute_by_body, self._exchange.subscriber
+        return known if by_body is None else _ask(known, by_body, known, tap.member)
+
+    def _drain_on(self, event: Event, why: Why) -> None:
+        response = self.response
+        assert response is not None
+        if event is Event.END_MARK or (response.started and not self._worth_draining()):
+            self._finish(Cause.DRAINED_ENOUGH)
+
+    def expired(self) -> None:
+        """The deadline passed. Which one it was follows from where the call stands."""
+        self.deadline = NEVER
+        self._on(Event.EXPIRED)
+
+    def _expire(self, event: Event, why: Why) -> None:
+        cause = self._silent()
+        self._hop.metrics.limit_reached(ending.LIMITS[cause])
+        self._finish(cause)
+
+    def _silent(self) -> Cause:
+        body, response, client = self.body, self.response, self.client
+        if self.phase is Phase.DRAINING:
+            return Cause.DRAINED_LONG
+        if self.phase is Phase.TUNNEL:
+            return Cause.TUNNEL_SILENT
+        if client is not None and client.full:
+            return Cause.CLIENT_STALLED
+        if body is not None and not (body.done or body.blocked):
+            return Cause.UPLOAD_STALLED
+        return Cause.NO_RESPONSE if response is None or not response.started else Cause.SILENT
+
+    def stop(self) -> None:
+        """Cut what is left at the end of the graceful stop."""
+        self._on(Event.STOP)
+
+    def failed(self) -> None:
+        """A fault of ours: the call still ends once, and what was sent of its response is cut, not added to."""
+        self._on(Event.FAULT)
+
+    def _end(self, event: Event, why: Why) -> None:
+        self._finish(CAUSES[event], why)
+
+    def _finish(self, cause: Cause, why: Why = NOTHING) -> None:
+        self._carry_out(self._decide(cause), cause, why)
+
+    def _decide(self, cause: Cause) -> Ending:
+        response = self.response
+        return ending.ending(
+            self.phase,
+            cause,
+            client=self.client is not None,
+            framed=response is not None and not response.close_delimited,
+            end_mark=response is not None and response.ended,
+        )
+
+    def _carry_out(self, end: Ending, cause: Cause, why: Why) -> None:
+        """The one way out for all calls that do not end as they should."""
+        self._let_go(end)
+        if end.client is ending.Client.OWN:
+            self._answer(end, cause, why)
+            return
+        own = why.own or local_responses.FOR.get(cause)
+        error = why.error
+        if error is None and (end.client is not ending.Client.NOTHING or cause is Cause.FAULT):
+            error = ending.ERRORS.get(cause) if own is None else own.message
+        if end.client is ending.Client.END:
+            self._hold(end, error)
+            return
+        held = self.phase in (Phase.HELD, Phase.CATCHING_UP)
+        tunnel, self.phase = self.phase is Phase.TUNNEL, Phase.HELD
+        if end.outcome is not None:
+            self._record(end.outcome, whole=end.whole, error=error, tunnel=tunnel, held=False)
+            if not held:
+                self._flush()
+        client = self.client
+        if client is not None:
+            if end.client is ending.Client.CLOSE:
+                client.close_soon()
+            else:
+                client.reset()
+        self._over()
+
+    def _answer(self, end: Ending, cause: Cause, why: Why) -> None:
+        """A response of ours instead of the upstream's, where the client has had nothing of one."""
+        client, exchange = self.client, self._exchange
+        own = why.own or local_responses.FOR[cause]
+        assert client is not None
+        head_only = self._message.method == "HEAD"
+        exchange.status = own.status
+        exchange.response_headers = list(local_responses.FIELD_NAMES)
+        exchange.response_bytes = 0 if head_only else len(own.body)
+        self._keep_alive = (
+            self.upload_done and end.outcome is not Outcome.REFUSED and client.may_keep_alive(self._message)
+        )
+        fields = b""
+        if self._hop.rules.meter_id_header:
+            fields = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
+        self._own = own.encode(
+            close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
+        )
+        self._hold(end, why.error or own.message)
+
+    def _let_go(self, end: Ending) -> None:
+        """Of the upstream."""
+        task, self._connecting = self._connecting, None
+        if task is not None and task is not asyncio.current_task(self._hop.loop):
+            task.cancel()
+        connection, self.connection = self.connection, None
+        if connection is None:
+            return
+        if end.upstream is ending.Upstream.FINISH:
+            connection.finish()
+        else:
+            connection.discard()
+
+    def _over(self) -> None:
+        """The call is over for both sides."""
+        self.phase = OVER
+        self.deadline = NEVER
+        hop = self._hop
+        hop.calls.discard(self)
+        if self._tunnel is not None:
+            self._tunnel.close()
+            self._tunnel = None
+        # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
+        self.response = None
+        if self._drain_owners:
+            hop.drains.give_back(self._drain_owners)
+            hop.metrics.drains_changed(-1)
+        client, self.client = self.client, None
+        if client is not None:
+            client.call_over(self._keep_alive, self.upload_done)
+        if hop.idle is not None and not hop.calls:
+            hop.idle()
 
     # -- back-pressure ---------------------------------------------------------------------------
 
-    def upstream_full(self, full: bool) -> None:
-        self._send_full = full
-        if not full:
-            self.pump()
-
     def client_full(self, full: bool) -> None:
-        """Back-pressure: a slow client slows the upstream down, and never fills our memory."""
-        self._full = full
+        """A slow client slows the upstream down, and never fills our memory."""
         if self._tunnel is not None:
             self._tunnel.client_full(full)
-        elif self.connection is not None and not self._holding:
+        elif self.connection is not None and self.phase not in (Phase.HELD, Phase.CATCHING_UP):
             self.connection.pause(full)
             if not full and self.upload_done:
                 self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
 
     # -- protocol switches -----------------------------------------------------------------------
 
-    def _switch(self) -> None:
+    def _switch_later(self, event: Event, why: Why) -> None:
+        """The upstream agreed before it had the whole request; what belongs to that is not the new protocol's."""
+        if self.connection is not None:
+            self.connection.pause(True)
+
+    def _join(self, event: Event, why: Why) -> None:
         """The upstream answered 101: from here on bytes go both ways unread."""
-        client, connection, answer = self.client, self.connection, self.answer
-        assert answer is not None
+        client, connection, response = self.client, self.connection, self.response
+        assert response is not None
         if client is None or connection is None:
-            self._give_up(Outcome.CLIENT_LEFT)
+            self._finish(Cause.CLIENT_CLOSED)
             return
         self._flush()
-        self.upload_done = True
-        self._tunnel = Tunnel(self, self._exchange, client, connection, self._tap_socket(answer))
-        connection.owner = self._tunnel
-        self.touch()
-        if answer.tail:
-            self._tunnel.upstream_data(answer.tail)
-        if not self._over:
-            client.switch(self._tunnel)
+        hop = self._hop
+        tap = _ask(None, hop.taps.websocket, self._message.path, response.fields)
+        tunnel = self._tunnel = Tunnel(self, self._exchange, client, connection, tap, hop.loop.call_soon)
+        self.phase = Phase.TUNNEL
+        connection.owner = tunnel
+        connection.pause(client.full)
+        self.tunnel_moved()
+        if response.tail:
+            tunnel.upstream_data(response.tail)
+        if self.phase is Phase.TUNNEL:
+            client.switch(tunnel)
 
-    def _tap_socket(self, answer: Answer) -> SocketTap | None:
-        try:
-            return self._hop.taps.websocket(self._message.path, answer.fields)
-        except Exception:
-            log.exception("the socket's tap failed; the tunnel goes on without it")
-            return None
+    def tunnel_moved(self) -> None:
+        self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
 
-    def record_message(self, usage: Usage, release: Callable[[bool], None]) -> bool:
+    def tunnel_message(self, usage: Usage, release: Release) -> bool:
         """A message in the tunnel reported usage: admit its record and hand it over in one step. False: `release` will
         be called. Sizes and names of fields are those of the tunnel, whose own record has them."""
         parent = self._exchange
@@ -233,7 +868,7 @@ class Call(Sending):
         )
         recorder = self._hop.recorder
         if not recorder.admit(message):
-            self.message_unrecorded()
+            self.tunnel_unrecorded()
             return True
         cut_usage(usage, self._hop.metrics.limit_reached)
         message.outcome = Outcome.COMPLETE
@@ -241,26 +876,112 @@ class Call(Sending):
         message.usage = usage
         return recorder.complete(message, release)
 
-    def soon(self, do: Callable[[], None]) -> None:
-        """In the next turn of the loop."""
-        self._hop.loop.call_soon(do)
-
-    def message_unrecorded(self) -> None:
+    def tunnel_unrecorded(self) -> None:
         """With `SIDECAR_ON_SPOOL_FULL=refuse` nothing is passed on without its record."""
         self._hop.metrics.limit_reached("spool_full")
-        self._cut(Outcome.STOPPED, "a message could not be recorded")
+        if self.phase is not OVER:
+            self._finish(Cause.UNRECORDED)
 
-    def touch(self) -> None:
-        """The tunnel moved."""
-        self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
-
-    def upstream_gone(self) -> None:
-        """The tunnel's upstream side is no more; what came of it may still be held."""
+    def tunnel_upstream_gone(self) -> None:
         self.connection = None
         self.deadline = NEVER
 
-    def tunnel_ended(self, outcome: Outcome) -> None:
-        """The upstream's side of the tunnel is gone: the client's is closed once that is on record."""
-        self.upstream_gone()
-        if self._record(outcome, whole=outcome is Outcome.COMPLETE, release=self._release):
-            self._release(True)
+    def tunnel_ended(self, reset: bool) -> None:
+        """The client's side is closed once the tunnel is on record."""
+        self.tunnel_upstream_gone()
+        if self.phase is Phase.TUNNEL:
+            self._finish(Cause.TUNNEL_RESET if reset else Cause.TUNNEL_CLOSED)
+
+
+Handler = Callable[[Call, Event, Why], None]
+
+CAUSES: Final[Mapping[Event, Cause]] = {
+    Event.UPLOAD_BROKE: Cause.UPLOAD_BROKE,
+    Event.NOT_COMMITTED: Cause.NOT_COMMITTED,
+    Event.STOP: Cause.STOPPED,
+    Event.FAULT: Cause.FAULT,
+}
+"""Of the events that end a call, whatever its phase."""
+
+_HANDLERS: Final[Mapping[Event, Mapping[Handler, tuple[Phase, ...]]]] = {
+    Event.UPLOAD: {Call._gather: (Phase.GATHERING,), Call._upload: (Phase.SENDING, Phase.STREAMING)},
+    Event.UPLOAD_BROKE: {Call._end: (Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.STREAMING)},
+    Event.CONNECTED: {Call._send: (Phase.CONNECTING,)},
+    Event.UNREACHABLE: {Call._unreachable: (Phase.CONNECTING,)},
+    Event.PIECE: {
+        Call._relay: (Phase.SENDING, Phase.WAITING, Phase.STREAMING, Phase.TRAILING),
+        Call._drain_on: (Phase.DRAINING,),
+    },
+    Event.END_MARK: {
+        Call._complete: (Phase.SENDING, Phase.WAITING, Phase.STREAMING),
+        Call._drain_on: (Phase.DRAINING,),
+        Call._relay: (Phase.TRAILING,),
+    },
+    Event.WHOLE: {
+        Call._whole: (
+            Phase.SENDING, Phase.WAITING, Phase.STREAMING, Phase.DRAINING, Phase.CATCHING_UP, Phase.HELD,
+            Phase.TRAILING,
+        ),
+    },
+    Event.SWITCHED: {
+        Call._switch_later: (Phase.SENDING,),
+        Call._join: (Phase.WAITING,),
+        Call._left: (Phase.DRAINING,),
+    },
+    Event.BROKE: {
+        Call._broke: (
+            Phase.SENDING, Phase.WAITING, Phase.STREAMING, Phase.DRAINING, Phase.CATCHING_UP, Phase.HELD,
+            Phase.TRAILING,
+        ),
+    },
+    Event.CLIENT_LEFT: {
+        Call._left: (
+            Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.TUNNEL, Phase.HELD, Phase.TRAILING,
+        ),
+        Call._drain_or_leave: (Phase.WAITING, Phase.STREAMING),
+    },
+    Event.EXPIRED: {
+        Call._expire: (
+            Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.STREAMING, Phase.DRAINING,
+            Phase.TUNNEL, Phase.TRAILING,
+        ),
+    },
+    Event.COMMITTED: {Call._committed: (Phase.HELD,)},
+    Event.NOT_COMMITTED: {Call._end: (Phase.HELD,)},
+    Event.STOP: {Call._end: tuple(phase for phase in Phase if phase is not OVER)},
+    Event.FAULT: {Call._end: tuple(phase for phase in Phase if phase is not OVER)},
+}  # fmt: skip
+
+
+def _table() -> list[list[Handler | None]]:
+    table: list[list[Handler | None]] = [[None] * len(Event) for _ in Phase]
+    for event, handlers in _HANDLERS.items():
+        for handler, phases in handlers.items():
+            for phase in phases:
+                table[phase][event] = handler
+    return table
+
+
+TABLE: Final = _table()
+"""By phase and event: what is done. None: nothing, it says nothing new there."""
+
+
+def _ask(otherwise: T, question: Callable[..., T], *args: object) -> T:
+    """The guard between the traffic and what reads along: a reader never raises; were it to, the call goes on without
+    what it would have said. The one on the way of every chunk is in the response's parser."""
+    try:
+        return question(*args)
+    except Exception:
+        log.exception("a usage reader failed; the call goes on without what it knew")
+        return otherwise
+
+
+def cut_usage(usage: Usage, limit_reached: Callable[[str], None]) -> None:
+    """Most texts are cut where they are read; a model in the path, and what a new reader forgets, is cut here."""
+    texts = _texts(usage)
+    if sum(map(len, filter(None, texts))) < USAGE_CHARS_MAX:  # nearly always: the six together have some 200
+        return
+    for name, text in zip(USAGE_TEXTS, texts, strict=True):
+        if text is not None and len(text) >= USAGE_CHARS_MAX:
+            limit_reached("usage_chars")
+            setattr(usage, name, cut(text, USAGE_CHARS_MAX))

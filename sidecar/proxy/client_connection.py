@@ -48,7 +48,7 @@ class Client(ClientProtocol):
     __slots__ = (
         "_behind", "_clients", "_closing", "_deaf", "_head_bytes", "_hop", "_last_bytes", "_no_more", "_own",
         "_queue", "_switch_tail", "_switching", "_taking", "_tunnel", "_uploading", "call", "deadline",
-        "peer",
+        "full", "peer",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients) -> None:
@@ -75,6 +75,7 @@ class Client(ClientProtocol):
         self._switching = False  # a protocol switch was asked for, and is not decided
         self._switch_tail = b""
         self._tunnel: Tunnel | None = None
+        self.full = False  # the client does not read as fast as we write
         self.call: Call | None = None
         self.deadline = NEVER
 
@@ -135,11 +136,13 @@ class Client(ClientProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.full = True
         if self.call is not None:
             self.call.client_full(True)
 
     def resume_writing(self) -> None:
         super().resume_writing()
+        self.full = False
         if self.call is not None:
             self.call.client_full(False)
 
@@ -153,6 +156,11 @@ class Client(ClientProtocol):
                 transport.write(data)
             except RuntimeError:
                 return
+
+    def read_on(self) -> None:
+        """A read of the upload has made room: let the parser go on with what it holds, in a turn of its own."""
+        if self.resume_upload():
+            self._hop.loop.call_soon(self.parse_on)
 
     def parse_on(self) -> None:
         """Parse what the parser held back while an upload was paused."""

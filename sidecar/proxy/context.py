@@ -6,7 +6,7 @@ import logging
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
 from sidecar.model.exchange import Recorder, Subscriber
 from sidecar.proxy.config import ProxyRules
@@ -15,9 +15,6 @@ from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream
 from sidecar.runtime.logging import Seldom
 from sidecar.usage import RawHeaders, Taps
-
-if TYPE_CHECKING:
-    from sidecar.proxy.ending import Ending
 
 log = logging.getLogger(__name__)
 
@@ -39,9 +36,19 @@ class ProxyMetrics(Protocol):
     def request_rejected(self, reason: str) -> None: ...
     def upstream_retried(self) -> None: ...
     def upstream_failed(self, reason: str) -> None: ...
+    def redirected(self, what: str) -> None: ...
     def drains_changed(self, delta: int) -> None: ...
     def connections_changed(self, delta: int) -> None: ...
     def limit_reached(self, name: str) -> None: ...
+
+
+class OpenCall(Protocol):
+    """A call under way, as the sweep and the stop see it."""
+
+    deadline: float  # loop time
+
+    def expired(self) -> None: ...
+    def stop(self) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True)
@@ -59,7 +66,7 @@ class Hop:
     metrics: ProxyMetrics
     loop: AbstractEventLoop
     now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
-    calls: set[Ending] = field(default_factory=set)
+    calls: set[OpenCall] = field(default_factory=set)
     drains: Drains = field(init=False)
     seldom: Seldom = field(default_factory=Seldom)
     stopping: bool = False

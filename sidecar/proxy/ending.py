@@ -1,190 +1,173 @@
-"""How calls end: one way out, whatever happened.
+"""What the end of a call means: for its record, for the client, and for the upstream's connection.
 
-`Call` moves the bytes and says what happened; here is decided what that means for the client, the upstream and the
-record, which `recording` makes.
+Pure: where the call stands and why it ends go in, an `Ending` comes out, and `call` carries it out. Two rules stand
+behind all rows. What is not whole never looks whole: a response of which the client has had a part is cut off by what
+its framing shows, or by a reset where the framing cannot show it. And what is on record is not recorded again.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from typing import Final
+
 from sidecar.model.exchange import Outcome
-from sidecar.proxy import local_responses
-from sidecar.proxy.context import NEVER
-from sidecar.proxy.drains import REASONS
-from sidecar.proxy.local_responses import OwnAnswer
-from sidecar.proxy.recording import Recording
-from sidecar.proxy.response_parser import Answer
 
 
-class Ending(Recording):
-    """The part of a call that knows how to end it."""
+class Phase(IntEnum):
+    """Where a call stands. It goes from top to bottom, and may leave some out."""
 
-    __slots__ = ()
-
-    # -- the client leaves -----------------------------------------------------------------------
-
-    def client_left(self, error: BaseException | None) -> None:
-        """The client's connection is gone."""
-        self.client = None
-        if self._over:
-            return
-        answer = self.answer
-        if answer is not None:
-            answer.mute = True
-            answer.out.clear()
-        if self._recorded:
-            self._drop_upstream()
-            self._end()
-        elif self._tunnel is not None:
-            connection, self.connection = self.connection, None
-            if connection is not None:
-                connection.finish()
-            self._record(Outcome.COMPLETE if error is None else Outcome.CLIENT_LEFT, whole=error is None)
-            self._end()
-        elif self._holding:
-            return  # the answer is whole: `_catch_up` will end the call
-        elif self._may_drain():
-            self._draining = True
-            self._hop.metrics.drains_changed(1)
-            self.deadline = self._hop.loop.time() + self._hop.rules.disconnect_drain_s
-            if self.connection is not None:
-                self.connection.pause(False)
-        else:
-            self._give_up(Outcome.CLIENT_LEFT, self._not_drained)
-
-    def _may_drain(self) -> bool:
-        """Whether the upstream is read on for the sake of the usage in what is still to come. Takes a slot for it."""
-        hop = self._hop
-        if not self.upload_done or self.connection is None or self._request_tap is None:
-            return False
-        if hop.rules.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
-            return False
-        owners = hop.drains.owners(self._payer(), self._exchange.client_ip)
-        limit = hop.drains.take(owners)
-        if limit is not None:
-            self._not_drained = REASONS[limit]
-            hop.not_drained(limit)
-            return False
-        self._drain_owners = owners
-        return True
-
-    def _worth_draining(self) -> bool:
-        answer = self.answer
-        if answer is None or not answer.started:
-            return True
-        return answer.tap is not None and answer.tap.waiting
-
-    # -- something else happens ------------------------------------------------------------------
-
-    def expired(self) -> None:
-        """The deadline passed. Which one it was follows from where the call stands."""
-        self.deadline = NEVER
-        hop, answer = self._hop, self.answer
-        if self._draining:
-            hop.metrics.limit_reached("disconnect_drain")
-            self._give_up(Outcome.CLIENT_LEFT)
-        elif self._tunnel is not None:
-            hop.metrics.limit_reached("idle_timeout")
-            self._cut(Outcome.UPSTREAM_TIMEOUT, "the tunnel was silent for too long")
-        elif self._full:
-            hop.metrics.limit_reached("idle_timeout")
-            self._cut(Outcome.CLIENT_LEFT, "the client stopped reading")
-        elif not self.upload_done and not self._send_full:
-            hop.metrics.limit_reached("idle_timeout")
-            self._answer_own(local_responses.TOO_SLOW, Outcome.REFUSED)
-        elif answer is None or not answer.started:
-            hop.metrics.limit_reached("response_timeout")
-            self._answer_own(local_responses.RESPONSE_TIMEOUT, Outcome.UPSTREAM_TIMEOUT)
-        else:
-            hop.metrics.limit_reached("idle_timeout")
-            self._cut(Outcome.UPSTREAM_TIMEOUT, "the upstream fell silent")
-
-    def stop(self) -> None:
-        """Cut what is left at the end of the graceful stop."""
-        if self._over:
-            return
-        if self._draining:
-            self._give_up(Outcome.CLIENT_LEFT)
-        else:
-            self._cut(Outcome.STOPPED, "cut at the end of the graceful stop")
-
-    def failed(self) -> None:
-        """A fault of ours: the call still ends once, and what was sent of its answer is cut, not added to."""
-        if not self._over:
-            self._answer_own(local_responses.OWN_FAULT, Outcome.UPSTREAM_BROKE)
-
-    def _upstream_broke(self, error: str, reason: str) -> None:
-        if self._draining:
-            self._give_up(Outcome.CLIENT_LEFT, error)
-        elif self._head_sent:
-            self._cut(Outcome.UPSTREAM_BROKE, error)
-        else:
-            self._hop.upstream_failed(reason, error)
-            self._answer_own(local_responses.BROKEN, Outcome.UPSTREAM_BROKE, f"{error} ({reason})")
-
-    def _answer_own(self, own: OwnAnswer, outcome: Outcome, error: str | None = None) -> None:
-        """An answer of ours instead of the upstream's, where none has begun."""
-        if self._over:
-            return
-        client = self.client
-        if client is None or self._head_sent or self._recorded:
-            self._cut(outcome, error or own.message)
-            return
-        self._drop_upstream()
-        exchange = self._exchange
-        exchange.status = own.status
-        exchange.response_headers = list(local_responses.FIELD_NAMES)
-        read = self.answer
-        answer = self.answer = Answer(
-            self._hop.headers, _nothing_more, head_only=False, http10=self._http10, upgrade=False
-        )
-        if read is not None:
-            answer.tap = read.tap  # it broke before any of it was passed on, and may still have said what it used
-        head_only = self._message.method == "HEAD"
-        answer.body_bytes = 0 if head_only else len(own.body)
-        answer.done = True
-        self._keep_alive = (
-            self.upload_done and outcome is not Outcome.REFUSED and client.may_keep_alive(self._message)
-        )  # fmt: skip
-        fields = b""
-        if self._hop.rules.meter_id_header:
-            fields = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
-        answer.out.append(
-            own.encode(
-                close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
-            )
-        )  # fmt: skip
-        self.deadline = NEVER
-        self._holding = True
-        if self._record(outcome, whole=False, error=error or own.message, release=self._release):
-            self._holding = False
-            self._flush()
-            self._end()
-
-    def _cut(self, outcome: Outcome, error: str) -> None:
-        """End a call whose answer has begun. Framing shows the client that it is not whole; where
-        there is none, only a reset does."""
-        if self._over:
-            return
-        self._drop_upstream()
-        if not self._recorded:
-            self._record(outcome, whole=False, error=error)
-            self._flush()
-        client, answer = self.client, self.answer
-        if client is not None:
-            if self._holding or answer is None or answer.close_delimited or outcome is not Outcome.UPSTREAM_BROKE:
-                client.reset()
-            else:
-                client.close_soon()
-        self._holding = False
-        self._end()
-
-    def _give_up(self, outcome: Outcome, error: str | None = None) -> None:
-        """End a call that nobody waits for any more."""
-        self._drop_upstream()
-        self._record(outcome, whole=self.answer is not None and self.answer.ended, error=error)
-        self._end()
+    GATHERING = 0  # the request's body is kept back until it is whole: asking for usage changes its length
+    CONNECTING = 1  # a connection to the upstream is being made, for the first time or once more
+    SENDING = 2  # the request is on its way, and there is more of it to come
+    WAITING = 3  # the request is whole; the client has not had the head of a response
+    STREAMING = 4  # the client has the head; the body passes (and so may what is left of the upload)
+    DRAINING = 5  # the client is gone; the response is read on for the usage in it
+    TUNNEL = 6  # after a 101: bytes go both ways
+    CATCHING_UP = 7  # the response ended, and the usage reader still works off what it holds
+    HELD = 8  # on record; the end of the response waits for the disk
+    TRAILING = 9  # on record and on disk; what stands behind the stream's end mark passes
+    OVER = 10
 
 
-def _nothing_more(answer: Answer) -> bytes:
-    """An answer of ours is written whole; there is no head to be announced."""
-    return b""
+class Cause(IntEnum):
+    """Why a call ends."""
+
+    WHOLE = 0  # the response is whole, or its own end mark was seen
+    CLIENT_CLOSED = 1
+    CLIENT_RESET = 2
+    CLIENT_STALLED = 3  # it does not read
+    UPLOAD_STALLED = 4
+    UPLOAD_BROKE = 5  # its framing is malformed
+    REFUSED = 6  # by us: the parser lets it through and we do not
+    UNREACHABLE = 7
+    NO_RESPONSE = 8  # no head in time
+    SILENT = 9  # the upstream, in a body
+    BROKE = 10  # the response is no HTTP, or was cut off
+    TUNNEL_CLOSED = 11  # by the upstream
+    TUNNEL_RESET = 12
+    TUNNEL_SILENT = 13
+    DRAINED_LONG = 14
+    DRAINED_ENOUGH = 15  # what is still to come says nothing of usage
+    NOT_COMMITTED = 16  # what is held may not leave
+    UNRECORDED = 17  # a message in a tunnel could not be recorded
+    STOPPED = 18
+    FAULT = 19  # ours
+
+
+class Client(Enum):
+    """What the client gets."""
+
+    NOTHING = "nothing"  # it is gone
+    REST = "the rest"  # what is held leaves when the record is on disk
+    OWN = "an answer of ours"  # when that is on disk
+    END = "an end"  # of the tunnel, when that is on disk
+    CLOSE = "a close"  # the framing shows that the response is not whole
+    RESET = "a reset"
+
+
+class Upstream(Enum):
+    """What becomes of the upstream's connection."""
+
+    KEEP = "given back"  # or closed, where its answer says so
+    DROP = "dropped"
+    FINISH = "closed after what was written has left"
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """`outcome` is the record's; None where the call is on record already. `whole`: so the usage reader is told."""
+
+    outcome: Outcome | None
+    client: Client
+    upstream: Upstream
+    whole: bool = False
+
+
+_OUTCOMES: Final = {
+    Cause.WHOLE: Outcome.COMPLETE,
+    Cause.CLIENT_CLOSED: Outcome.CLIENT_LEFT,
+    Cause.CLIENT_RESET: Outcome.CLIENT_LEFT,
+    Cause.CLIENT_STALLED: Outcome.CLIENT_LEFT,
+    Cause.UPLOAD_STALLED: Outcome.REFUSED,
+    Cause.UPLOAD_BROKE: Outcome.REFUSED,
+    Cause.REFUSED: Outcome.REFUSED,
+    Cause.UNREACHABLE: Outcome.UNREACHABLE,
+    Cause.NO_RESPONSE: Outcome.UPSTREAM_TIMEOUT,
+    Cause.SILENT: Outcome.UPSTREAM_TIMEOUT,
+    Cause.BROKE: Outcome.UPSTREAM_BROKE,
+    Cause.TUNNEL_CLOSED: Outcome.COMPLETE,
+    Cause.TUNNEL_RESET: Outcome.UPSTREAM_BROKE,
+    Cause.TUNNEL_SILENT: Outcome.UPSTREAM_TIMEOUT,
+    Cause.DRAINED_LONG: Outcome.CLIENT_LEFT,
+    Cause.DRAINED_ENOUGH: Outcome.CLIENT_LEFT,
+    Cause.NOT_COMMITTED: Outcome.STOPPED,
+    Cause.UNRECORDED: Outcome.STOPPED,
+    Cause.STOPPED: Outcome.STOPPED,
+    Cause.FAULT: Outcome.UPSTREAM_BROKE,
+}
+
+# What may still be answered by us where the client has had nothing of a response.
+_ANSWERED: Final = frozenset(
+    {
+        Cause.UPLOAD_STALLED, Cause.UPLOAD_BROKE, Cause.REFUSED, Cause.UNREACHABLE, Cause.NO_RESPONSE, Cause.BROKE,
+        Cause.FAULT,
+    }
+)  # fmt: skip
+_LEFT: Final = frozenset({Cause.CLIENT_CLOSED, Cause.CLIENT_RESET})
+_RECORDED: Final = frozenset({Phase.HELD, Phase.TRAILING})
+_HEAD_SENT: Final = frozenset({Phase.STREAMING, Phase.TUNNEL, Phase.HELD, Phase.TRAILING, Phase.CATCHING_UP})
+_WAITS: Final = frozenset({Phase.HELD, Phase.CATCHING_UP})  # nothing leaves for the client
+
+LIMITS: Final = {
+    Cause.CLIENT_STALLED: "idle_timeout",
+    Cause.UPLOAD_STALLED: "idle_timeout",
+    Cause.SILENT: "idle_timeout",
+    Cause.TUNNEL_SILENT: "idle_timeout",
+    Cause.NO_RESPONSE: "response_timeout",
+    Cause.DRAINED_LONG: "disconnect_drain",
+}
+"""The limit that is counted when a call ends for this cause."""
+
+ERRORS: Final = {
+    Cause.CLIENT_STALLED: "the client stopped reading",
+    Cause.SILENT: "the upstream fell silent",
+    Cause.TUNNEL_SILENT: "the tunnel was silent for too long",
+    Cause.UNRECORDED: "a message could not be recorded",
+    Cause.STOPPED: "cut at the end of the graceful stop",
+}
+"""What the record says, where neither an answer of ours nor the upstream has words for it."""
+
+
+def ending(phase: Phase, cause: Cause, *, client: bool, framed: bool, end_mark: bool = False) -> Ending:
+    """How a call ends that stands in `phase`.
+
+    `client`: it is still there. `framed`: the framing of what it has had shows that more should come (a length, or
+    chunks); a response that ends by closing shows nothing. `end_mark`: the stream's own was seen.
+    """
+    if phase is Phase.TUNNEL:
+        return _of_a_tunnel(cause)
+    outcome = None if phase in _RECORDED else _OUTCOMES[cause]
+    if cause is Cause.WHOLE:
+        if outcome is not None and not client:
+            outcome = Outcome.CLIENT_LEFT
+        return Ending(outcome, Client.REST, Upstream.KEEP, whole=True)
+    if cause in _LEFT or not client:
+        if outcome is not None and cause is not Cause.FAULT:
+            outcome = Outcome.CLIENT_LEFT
+        return Ending(outcome, Client.NOTHING, Upstream.DROP, whole=end_mark)
+    if cause in _ANSWERED and phase not in _HEAD_SENT:
+        return Ending(outcome, Client.OWN, Upstream.DROP)
+    shown = framed and phase not in _WAITS and cause in (Cause.BROKE, Cause.FAULT)
+    return Ending(outcome, Client.CLOSE if shown else Client.RESET, Upstream.DROP)
+
+
+def _of_a_tunnel(cause: Cause) -> Ending:
+    if cause is Cause.CLIENT_CLOSED:
+        return Ending(Outcome.COMPLETE, Client.NOTHING, Upstream.FINISH, whole=True)
+    if cause is Cause.CLIENT_RESET:
+        return Ending(Outcome.CLIENT_LEFT, Client.NOTHING, Upstream.FINISH)
+    outcome = _OUTCOMES[cause]
+    if cause in (Cause.TUNNEL_CLOSED, Cause.TUNNEL_RESET):
+        return Ending(outcome, Client.END, Upstream.DROP, whole=outcome is Outcome.COMPLETE)
+    return Ending(outcome, Client.RESET, Upstream.DROP)

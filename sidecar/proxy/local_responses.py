@@ -5,8 +5,11 @@ No byte of a request ever appears in them: a header echoed in a 400 has leaked m
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
+
+from sidecar.proxy.ending import Cause
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,3 +60,13 @@ CONNECT_TIMEOUT: Final = OwnAnswer(
     504, "Gateway Timeout", "upstream_connect_timeout", "the upstream accepted no connection in time"
 )
 RESPONSE_TIMEOUT: Final = OwnAnswer(504, "Gateway Timeout", "upstream_timeout", "the upstream did not answer in time")
+
+FOR: Final[Mapping[Cause, OwnAnswer]] = {
+    Cause.UPLOAD_STALLED: TOO_SLOW,
+    Cause.UPLOAD_BROKE: BAD_CHUNK,
+    Cause.UNREACHABLE: UNREACHABLE,
+    Cause.NO_RESPONSE: RESPONSE_TIMEOUT,
+    Cause.BROKE: BROKEN,
+    Cause.FAULT: OWN_FAULT,
+}
+"""What a client is told when its call ends for this cause, unless there is something more exact to say."""

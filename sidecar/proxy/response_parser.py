@@ -5,21 +5,37 @@ for `call` to decide after each `feed`. httptools parses; what it does not know 
 answer to HEAD ends at its head, an unsized body ends with its connection, and a sized body needs no
 parser once its head is read. A parser costs half a microsecond, so each answer has its own and no
 state can leak from one to the next.
+
+The upstream is trusted and was chosen, so it is read as leniently as curl and nginx read it, where what is meant is
+certain: lines that end in LF alone, blanks behind a chunk's size, and one length said more than once. What the client
+gets is strict all the same: heads and chunks are written anew. What clients differ about is refused, and named in
+`broken`: other characters in a field's name, a line without a colon, chunk lines ended by LF alone, a last coding that
+is not `chunked`, two lengths, length and coding together.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Final
 
 import httptools
 
-from sidecar.proxy.headers import METER_ID, HeaderRules, ResponseHead
-from sidecar.usage import AnswerFilter, ResponseTap
+from sidecar.proxy.aiohttp_compat import RawRequestMessage
+from sidecar.proxy.headers import METER_ID, HeaderRules, Peer, ResponseHead
+from sidecar.proxy.redirects import Called
+from sidecar.usage import ResponseFilter, ResponseTap
 
-HEAD_FIELDS_MAX: Final = 256  # an upstream is trusted more than a client, but not without end
-HEAD_BYTES_MAX: Final = 262_144  # likewise; nginx gives 8 KiB, Node 16 KiB, some send large cookies
+HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
+HEAD_BYTES_MAX: Final = 262_144  # with all 1xx before it; nginx gives 8 KiB, Node 16 KiB; cookies can be large
+BESIDE_BYTES_MAX: Final = HEAD_BYTES_MAX  # of trailers, and of chunk extensions: what comes without a byte of the body
 INTERIM_MAX: Final = 32  # 1xx answers to one request
+STATUS_MIN: Final = 100  # below, llhttp reads on; above 599 there are some in use (999), and they pass
+REASON_CHARS_MAX: Final = 80  # of the parser's own words, which are constants: the longest has 60
+
+_HEAD_END = re.compile(rb"\r?\n\r?\n")
+_LENGTH = re.compile(rb"[0-9]+\Z")
+_CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
 Announce = Callable[["Answer"], bytes]
 """Called once with the final head: sets `tap`, and gives the field lines that the client gets besides."""
@@ -29,10 +45,10 @@ class Answer:
     """Feed it; look at what it says afterwards."""
 
     __slots__ = (
-        "_announce", "_chunked", "_head_bytes", "_head_only", "_http10", "_interim", "_interims", "_parser", "_reason",
-        "_remaining", "_rules", "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended",
-        "extra", "fields", "filter", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
-        "upgraded",
+        "_announce", "_asked", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10", "_interim",
+        "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_until_eof", "_upgrade",
+        "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields", "filter", "keep_alive", "mute",
+        "names", "out", "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
     )  # fmt: skip
 
     def __init__(
@@ -44,17 +60,24 @@ class Answer:
         http10: bool,
         upgrade: bool,
         mute: bool = False,
+        asked: RawRequestMessage | None = None,
+        peer: Peer | None = None,
     ) -> None:
         self._rules = rules
         self._announce = announce
         self._head_only = head_only
         self._http10 = http10
         self._upgrade = upgrade
-        self._parser: httptools.HttpResponseParser | None = httptools.HttpResponseParser(self)
+        self._asked = asked
+        self._peer = peer
+        self._parser: httptools.HttpResponseParser | None = self._new_parser()
         self._reason = b""
         self._interim = False
         self._interims = 0
+        self._head: list[bytes] = []  # as it came, with all 1xx before it, while it is not whole
         self._head_bytes = 0
+        self._mended = False  # its lengths, or they are about to be
+        self._beside = 0  # bytes since the last one of the body
         self._chunked = False
         self._until_eof = False
         self._remaining = -1  # of a sized body; -1: not sized
@@ -65,7 +88,7 @@ class Answer:
         self.trailers: list[tuple[bytes, bytes]] = []
         self.names: list[str] = []
         self.tap: ResponseTap | None = None
-        self.filter: AnswerFilter | None = None
+        self.filter: ResponseFilter | None = None
         self.body_bytes = 0
         self.started = False  # the final head is read
         self.done = False  # the message is whole
@@ -73,6 +96,7 @@ class Answer:
         self.broken: str | None = None  # a fixed text: why this is no answer
         self.extra = False  # bytes came behind the end
         self.reusable = False  # the connection may serve another call
+        self.keep_alive: bytes | None = None  # how long, as the upstream said it
         self.close_delimited = False  # the client's copy ends by closing
         self.upgraded = False
         self.tail = b""  # what came behind a 101
@@ -82,12 +106,37 @@ class Answer:
         if self._remaining > 0 and self.started:
             self._feed_sized(data)
             return
-        parser = self._parser
-        if parser is None:
+        if self._parser is None:
             self.extra = True
-            return
-        if not self.started:
+        elif self.started:
+            before = self.body_bytes
+            self._parse(data)
+            # Whatever the parser keeps of it meanwhile, a body's frame is no longer than a head.
+            self._beside = self._beside + len(data) if self.body_bytes == before else 0
+            if self._beside > BESIDE_BYTES_MAX and not self.done and self.broken is None:
+                self.broken = "the trailers of the answer are too large"
+        else:
+            self._head.append(data)
             self._head_bytes += len(data)
+            if not self._mended:
+                self._parse(data)
+            elif b"\n" in data:
+                self._mend()
+        if self.started:
+            self._head.clear()
+        elif self._head_bytes > HEAD_BYTES_MAX and self.broken is None:
+            self.broken = "the head of the answer is too large"
+        if self.done or self.broken is not None:
+            self._parser = None
+
+    def _new_parser(self) -> httptools.HttpResponseParser:
+        parser = httptools.HttpResponseParser(self)
+        parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True)
+        return parser
+
+    def _parse(self, data: bytes) -> None:
+        parser = self._parser
+        assert parser is not None
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade as switch:
@@ -95,12 +144,29 @@ class Answer:
         except httptools.HttpParserError as error:
             if self.done:
                 self.extra = True
+            elif not self.started and not self._mended and _is_about_length(error):
+                self._mended = True
+                self._mend()
             elif self.broken is None:
                 self.broken = _why(error)
-        if self.done:
-            self._parser = None
-        elif not self.started and self._head_bytes > HEAD_BYTES_MAX:
-            self.broken = "the head of the answer is too large"
+
+    def _mend(self) -> None:
+        """One length that was said more than once is one length (RFC 9110, 8.6), which the parser does not know: once
+        the head is whole, it is parsed anew with a single field."""
+        raw, start = b"".join(self._head), 0
+        for _ in range(self._interims):
+            start = _head_end(raw, start)[1]
+        lines_end, end = _head_end(raw, start)
+        if end == 0:
+            return  # it is still to come
+        lines = one_length(raw[start:lines_end].lstrip(b"\r\n").split(b"\n"))
+        if lines is None:
+            self.broken = "the answer says more than one length, or none that can be read"
+            return
+        self.fields = []
+        self._reason = b""
+        self._parser = self._new_parser()
+        self._parse(b"\r\n".join([*lines, b"", raw[end:]]))
 
     def _feed_sized(self, data: bytes) -> None:
         if len(data) > self._remaining:
@@ -135,6 +201,8 @@ class Answer:
         if self.started:
             if self.done:
                 self.extra = True
+            elif len(self.trailers) >= HEAD_FIELDS_MAX:
+                raise _NoAnswer("the trailers of the answer have too many fields")
             else:
                 self.trailers.append((name, value))
         else:
@@ -149,18 +217,24 @@ class Answer:
         status = parser.get_status_code()
         if len(self.fields) > HEAD_FIELDS_MAX:
             raise _NoAnswer("the answer has too many fields")
+        reason = self._reason
+        if not reason.isalpha() and _CONTROL.search(reason):
+            raise _NoAnswer("the status line holds control characters")
         if status < 200:
+            if status < STATUS_MIN:
+                raise _NoAnswer("the status is not one of HTTP's")
             if status != 101:
                 self._pass_interim(status)
                 return
             if not self._upgrade:
                 raise _NoAnswer("a protocol switch that nobody asked for")
         try:
-            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10)
+            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10, called=self._called)
         except ValueError as error:
             raise _NoAnswer("the framing of the answer cannot be read") from error
         self.status = status
         self.names = head.names
+        self.keep_alive = head.keep_alive
         self.started = True
         bodiless = self._head_only or status in (204, 304, 101)
         if bodiless:
@@ -177,6 +251,12 @@ class Answer:
             self.upgraded = True
         elif bodiless:
             self.done = True
+
+    def _called(self) -> Called:
+        asked, peer = self._asked, self._peer
+        if asked is None or peer is None:
+            return Called(b"")
+        return Called.of(asked.path, asked.raw_headers, scheme=peer.scheme, trusted=peer.trusted)
 
     def _frame(self, head: ResponseHead, keep_alive: bool) -> None:
         """How the body ends, there and here."""
@@ -258,7 +338,6 @@ class Answer:
             self.out.append(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, self._reason, b"".join(head.parts)))
         self.fields = []
         self._reason = b""
-        self._head_bytes = 0
         self._interim = True
 
 
@@ -266,6 +345,45 @@ class _NoAnswer(Exception):
     """Raised inside a parser callback; the text is ours and fixed."""
 
 
+def _head_end(raw: bytes, start: int) -> tuple[int, int]:
+    """Where the lines of the head end that begins there, and where what follows begins; 0: they do not."""
+    while raw[start : start + 1] in (b"\r", b"\n"):  # ahead of a status line, where the parser passes over them too
+        start += 1
+    found = _HEAD_END.search(raw, start)
+    return (0, 0) if found is None else (found.start(), found.end())
+
+
+def one_length(lines: list[bytes]) -> list[bytes] | None:
+    """The lines of a head, with one `Content-Length` where all that it says are the same; else None."""
+    kept: list[bytes] = []
+    length: bytes | None = None
+    for line in lines:
+        line = line.removesuffix(b"\r")
+        name, colon, value = line.partition(b":")
+        if not colon or name.lower() != b"content-length":
+            kept.append(line)
+            continue
+        for said in value.split(b","):
+            said = said.strip(b" \t")
+            if not _LENGTH.match(said) or (length is not None and said != length):
+                return None
+            if length is None:
+                length = said
+                kept.append(b"%b: %b" % (name, said))
+    return kept
+
+
+def _is_about_length(error: BaseException) -> bool:
+    """Whether the parser stopped at a length that it found twice, or in a list."""
+    text = str(error)
+    return "Content-Length" in text and "Transfer-Encoding" not in text
+
+
 def _why(error: BaseException) -> str:
     inner = error.__context__
-    return str(inner) if isinstance(inner, _NoAnswer) else "the answer is not valid HTTP/1.1"
+    if isinstance(inner, _NoAnswer):
+        return str(inner)
+    text = str(error)  # one of the parser's constants
+    if not text.isascii() or not text.isprintable() or len(text) > REASON_CHARS_MAX:
+        return "the answer is not valid HTTP/1.1"
+    return f"the answer is not valid HTTP/1.1: {text[:1].lower()}{text[1:]}"

@@ -16,9 +16,10 @@ from asyncio import AbstractServer, TimerHandle
 from typing import Final
 
 from sidecar.model.exchange import Recorder
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
 from sidecar.proxy.client_connection import Client
-from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream, client_tls
@@ -84,7 +85,7 @@ class Proxy:
         self._sweeper: TimerHandle | None = None
         shortest = min(
             rules.response_timeout_s, rules.idle_timeout_s, rules.head_timeout_s, rules.keepalive_timeout_s,
-            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s,
+            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s or rules.idle_timeout_s,
         )  # fmt: skip
         self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
@@ -122,11 +123,12 @@ class Proxy:
             server_name=rules.upstream_server_name,
             connect_timeout_s=rules.connect_timeout_s,
             keepalive_s=rules.upstream_keepalive_s,
+            age_s=rules.upstream_connection_age_s,
         )
         recorder, taps, attribute, attribute_by_body, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
-            headers=HeaderRules(rules, address, self._metrics.limit_reached),
+            headers=HeaderRules(rules, address, self._metrics.limit_reached, self._metrics.redirected),
             upstream=upstream,
             recorder=recorder,
             taps=taps,

@@ -28,17 +28,14 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 from typing import Final
 from urllib.parse import parse_qsl, unquote
 
 import orjson
 
-from sidecar.model.exchange import Subscriber, cut
+from sidecar.model.exchange import RawHeaders, Subscriber, cut
+from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.target import client_path, query_of
-
-RawHeaders = Sequence[tuple[bytes, bytes]]
 
 SUBSCRIBER_CHARS_MAX: Final = 200  # the longest id kept as it is; a longer one is hashed. Vendors cut at 255.
 DIMENSION_CHARS_MAX: Final = 200  # a longer value is cut: it goes into every record
@@ -64,52 +61,10 @@ _SIGNED: Final = re.compile(rb"\bCredential=([^/,\s]+)")  # AWS: the rest is a s
 _SCHEMED_HEADERS: Final = frozenset({"authorization", "proxy-authorization"})
 
 
-class Kind(StrEnum):
-    HEADER = "header"
-    JWT = "jwt"
-    QUERY = "query"
-    PATH = "path"
-    BODY = "body"
-    CREDENTIAL = "credential"
-
-
-@dataclass(frozen=True, slots=True)
-class Source:
-    """One place to look. `plain`: keep the value as it is although the header usually holds a secret."""
-
-    kind: Kind
-    name: str  # header name in lower case, claim, query name, or the path segment's number
-    plain: bool = False
-
-    @property
-    def label(self) -> str:
-        return f"{self.kind}:{self.name}"
-
-
-def parse_source(text: str) -> Source:
-    """Read `header:x-tenant`, `jwt:sub`, `query:key`, `path:2`, `body:user`; `header:x-api-key:plain`; `credential`.
-
-    Raises `ValueError` with what was expected.
-    """
-    if text.strip() == Kind.CREDENTIAL:
-        return Source(Kind.CREDENTIAL, "")
-    kind_text, _, rest = text.strip().partition(":")
-    name, _, flag = rest.partition(":")
-    if kind_text not in set(Kind) - {Kind.CREDENTIAL} or not name or flag not in ("", "plain"):
-        raise ValueError(
-            "expected header:NAME, jwt:CLAIM, query:NAME, path:NUMBER or body:FIELD, and :plain at most behind it; or "
-            "credential"
-        )
-    kind = Kind(kind_text)
-    if kind is Kind.PATH and not (name.isascii() and name.isdigit() and int(name) >= 1):
-        raise ValueError("expected path:NUMBER, the first segment being 1")
-    return Source(kind, name.lower() if kind is Kind.HEADER else name, flag == "plain")
-
-
 def credential_sources(provider: str | None) -> tuple[Source, ...]:
     """The headers that `credential` stands for, in order: at this provider's own host, or at an unknown one."""
     first = ASKED_FIRST.get(provider or "", CREDENTIALS[0])
-    return tuple(Source(Kind.HEADER, name) for name in sorted(CREDENTIALS, key=lambda name: name != first))
+    return tuple(Source(SourceKind.HEADER, name) for name in sorted(CREDENTIALS, key=lambda name: name != first))
 
 
 _Known = dict[bytes, Subscriber | None]
@@ -139,7 +94,7 @@ class Attributor:
         self._sources = tuple(
             meant
             for source in sources
-            for meant in (credential_sources(provider) if source.kind is Kind.CREDENTIAL else (source,))
+            for meant in (credential_sources(provider) if source.kind is SourceKind.CREDENTIAL else (source,))
         )
         # For each source the header it reads (None for one that reads none), and what its values said so far.
         self._asked: tuple[tuple[Source, bytes | None, _Known], ...] = tuple(
@@ -196,14 +151,14 @@ class Attributor:
         for source in self._sources:
             if known is not None and source.label == known.source:
                 return known
-            if source.kind is Kind.BODY and (value := member(source.name)):
+            if source.kind is SourceKind.BODY and (value := member(source.name)):
                 return Subscriber(self._shorten(value), source.label)
         return known
 
     def _from_target(self, source: Source, target: str) -> Subscriber | None:
-        if source.kind is Kind.BODY:
+        if source.kind is SourceKind.BODY:
             return None  # the body is not here yet: see `by_body`
-        if source.kind is Kind.QUERY:
+        if source.kind is SourceKind.QUERY:
             text = self._from_query(source.name, query_of(target))
         else:
             text = _from_path(source.name, client_path(target, self._base))
@@ -232,7 +187,7 @@ class Attributor:
         return cut(value, DIMENSION_CHARS_MAX)
 
     def _read(self, source: Source, value: bytes) -> Subscriber | None:
-        if source.kind is Kind.JWT:
+        if source.kind is SourceKind.JWT:
             claim = _claim(value, source.name)
             return None if claim is None else Subscriber(self._shorten(claim), source.label)
         if _is_secret(source):
@@ -252,13 +207,13 @@ class Attributor:
 
 
 def _header_of(source: Source) -> bytes | None:
-    if source.kind is Kind.JWT:
+    if source.kind is SourceKind.JWT:
         return b"authorization"
-    return source.name.encode("latin-1", "replace") if source.kind is Kind.HEADER else None
+    return source.name.encode("latin-1", "replace") if source.kind is SourceKind.HEADER else None
 
 
 def _is_secret(source: Source) -> bool:
-    return source.kind is Kind.HEADER and source.name in SECRET_HEADERS and not source.plain
+    return source.kind is SourceKind.HEADER and source.name in SECRET_HEADERS and not source.plain
 
 
 def _counting(header: bytes, before: bytes, value: bytes) -> bytes:

@@ -8,58 +8,90 @@ written before it still leaves.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import Protocol
 
-from sidecar.model.exchange import Exchange, Outcome
+from sidecar.model.exchange import Exchange, Release, Usage
+from sidecar.proxy.upstream import UpstreamConnection
 from sidecar.usage import SocketTap
 
-if TYPE_CHECKING:
-    from sidecar.proxy.call import Call
-    from sidecar.proxy.client_connection import Client
-    from sidecar.proxy.upstream import UpstreamConnection
+
+class TunnelClient(Protocol):
+    """The client's side."""
+
+    @property
+    def full(self) -> bool: ...
+
+    def send(self, data: bytes) -> None: ...
+    def pause(self, paused: bool) -> None: ...
+
+
+class TunnelOwner(Protocol):
+    """Whose tunnel it is: keeps its deadline and makes its records."""
+
+    def tunnel_moved(self) -> None:
+        """Bytes went one way or the other."""
+        ...
+
+    def tunnel_message(self, usage: Usage, release: Release) -> bool:
+        """Record a message. False: `release` will be called."""
+        ...
+
+    def tunnel_unrecorded(self) -> None:
+        """A message's record will not be written, and so what is held may not leave."""
+        ...
+
+    def tunnel_upstream_gone(self) -> None:
+        """The upstream's end has come; what came before it may still be held."""
+        ...
+
+    def tunnel_ended(self, reset: bool) -> None:
+        """The upstream's end has come, and nothing is held any more."""
+        ...
 
 
 class Tunnel:
     """Owner of the upstream connection from the 101 on."""
 
     __slots__ = (
-        "_call", "_client", "_connection", "_exchange", "_full", "_going_on", "_held", "_lost", "_tap", "_waiting",
-        "closed",
+        "_client", "_closed", "_connection", "_exchange", "_going_on", "_held", "_lost", "_owner", "_soon", "_tap",
+        "_waiting",
     )  # fmt: skip
 
     def __init__(
         self,
-        call: Call,
+        owner: TunnelOwner,
         exchange: Exchange,
-        client: Client,
+        client: TunnelClient,
         connection: UpstreamConnection,
-        tap: SocketTap | None = None,
+        tap: SocketTap | None,
+        soon: Callable[[Callable[[], None]], object],
     ) -> None:
-        self._call = call
+        self._owner = owner
         self._exchange = exchange
         self._client = client
         self._connection = connection
         self._tap = tap
-        self._full = False  # the client does not read as fast as the upstream sends
+        self._soon = soon
         self._waiting = 0  # records of messages that are not on disk yet, and one for what is still to be read
         self._going_on = False  # the next turn reads on
         self._held: list[bytes] = []  # what waits for them
-        self._lost: Outcome | None = None  # the upstream's end came behind what is held
-        self.closed = False  # the call is over
+        self._lost: bool | None = None  # the upstream's end (True: a reset) came behind what is held
+        self._closed = False  # the call is over
 
     def from_client(self, data: bytes) -> None:
         self._exchange.request_bytes += len(data)
-        self._call.touch()
+        self._owner.tunnel_moved()
         self._connection.write(data)
         if self._tap is not None:
             self._tap.from_client(data)
 
     def upstream_data(self, data: bytes) -> None:
         self._exchange.response_bytes += len(data)
-        self._call.touch()
+        self._owner.tunnel_moved()
         if self._tap is not None:
             self._read(self._tap, data)
-            if self.closed:
+            if self._closed:
                 return
         if self._waiting:
             self._held.append(data)
@@ -70,34 +102,34 @@ class Tunnel:
     def _read(self, tap: SocketTap, data: bytes) -> None:
         """Read along, and go on with what is more than a step in the next turn: what came waits for that as well."""
         for usage in tap.from_server(data):
-            if not self._call.record_message(usage, self._released):
+            if not self._owner.tunnel_message(usage, self._released):
                 self._waiting += 1
-            if self.closed:
+            if self._closed:
                 return
         if tap.behind and not self._going_on:
             self._going_on = True
             self._waiting += 1
-            self._call.soon(self._go_on)
+            self._soon(self._go_on)
 
     def _go_on(self) -> None:
         self._going_on = False
-        if self._tap is not None and not self.closed:
+        if self._tap is not None and not self._closed:
             self._read(self._tap, b"")
             self._released(True)
 
     def close(self) -> None:
         """The call is over. What has come counts all the same."""
-        self.closed = True
+        self._closed = True
         while self._tap is not None and self._tap.behind:
             for usage in self._tap.from_server(b""):
-                self._call.record_message(usage, self._released)
+                self._owner.tunnel_message(usage, self._released)
 
     def _released(self, send: bool) -> None:
         """A message's record is on disk, or it is decided that it goes without, or not at all."""
-        if self.closed:
+        if self._closed:
             return
         if not send:
-            self._call.message_unrecorded()
+            self._owner.tunnel_unrecorded()
             return
         self._waiting -= 1
         if self._waiting:
@@ -105,22 +137,20 @@ class Tunnel:
         held, self._held = self._held, []
         self._client.send(held[0] if len(held) == 1 else b"".join(held))
         if self._lost is not None:
-            self._call.tunnel_ended(self._lost)
-        elif not self._full:
+            self._owner.tunnel_ended(self._lost)
+        elif not self._client.full:
             self._connection.pause(False)
 
     def upstream_full(self, full: bool) -> None:
         self._client.pause(full)
 
     def client_full(self, full: bool) -> None:
-        self._full = full
         if not self._waiting:
             self._connection.pause(full)
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
-        outcome = Outcome.UPSTREAM_BROKE if reset else Outcome.COMPLETE
         if self._waiting:
-            self._lost = outcome
-            self._call.upstream_gone()
+            self._lost = reset
+            self._owner.tunnel_upstream_gone()
         else:
-            self._call.tunnel_ended(outcome)
+            self._owner.tunnel_ended(reset)

@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import re
+import select
+import socket
 import ssl
-from asyncio import AbstractEventLoop
+from asyncio import AbstractEventLoop, BaseTransport
+from contextlib import suppress
 from typing import Final, Protocol
 
 from aiohttp import (
@@ -34,6 +38,13 @@ NO_ROUTE: Final = "no_route"
 NO_RESOURCES: Final = "no_resources"  # ours: descriptors, ports, memory
 OTHER: Final = "other"
 
+HINT_MARGIN_S: Final = 1.0  # an upstream that keeps a connection for N seconds has closed it by N; undici's figure
+# A call may be silent for minutes, and NAT forgets what is silent (AWS after 350 s, Azure after 240); the SDKs of
+# vendors set the same.
+TCP_KEEPALIVE_S: Final = 60
+TCP_KEEPALIVE_PROBES: Final = 5
+
+_HINT = re.compile(rb"(?:\A|[,; \t])(timeout|max)[ \t]*=[ \t]*\"?([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 _BY_NUMBER: Final = {
     errno.ECONNREFUSED: REFUSED, errno.ENOENT: REFUSED, errno.EACCES: REFUSED,  # the last two: a Unix socket
     errno.ETIMEDOUT: TIMEOUT, errno.ECONNRESET: RESET, errno.ECONNABORTED: RESET, errno.EPIPE: RESET,
@@ -64,12 +75,18 @@ class UpstreamConnection(UpstreamProtocol):
         super().__init__(loop)
         self.owner: Owner | None = None
         self.lease: Lease | None = None
-        self.idle_since = 0.0
+        self.use_until = 0.0  # the loop's time: whoever takes it later makes a new one
+        self.old_at = 0.0  # likewise, whatever it does
+        self.calls = 0  # served
         self.why_lost = RESET  # one of the words above
         self.used = False  # it has answered before: its end may have been on the way when it was taken
         self._upstream = upstream
         self._said_done = False
         self._read_paused = False
+        self._hint: bytes | None = None  # `Keep-Alive`, as it was read last
+        self._hint_s: float | None = None
+        self._calls_max: int | None = None
+        self._look: select.poll | None = None
 
     # -- for the owner ---------------------------------------------------------------------------
 
@@ -93,12 +110,43 @@ class UpstreamConnection(UpstreamProtocol):
         else:
             transport.resume_reading()
 
-    def release(self) -> None:
-        """Give it back, for the next call."""
+    def release(self, keep_alive: bytes | None = None) -> None:
+        """Give it back, for the next call. `keep_alive`: the field of that name in the answer."""
         if self._read_paused:
             self.pause(False)  # else its end would never be noticed
         self.owner = None
+        if keep_alive is not None:
+            self._take_hint(keep_alive)
         self._upstream.keep(self)
+
+    def _take_hint(self, field: bytes) -> None:
+        if field != self._hint:
+            self._hint = field
+            self._hint_s, calls = keep_alive_hint(field)
+            # Apache counts down, Node says its limit each time: the first figure is right for both, and none is left
+            # at zero.
+            if self._calls_max is None or calls == 0:
+                self._calls_max = calls
+
+    def idle_s(self, keepalive_s: float) -> float:
+        """How long it may wait for another call; 0: it has served its last."""
+        if self._calls_max is not None and self.calls >= self._calls_max:
+            return 0.0
+        return keepalive_s if self._hint_s is None else min(keepalive_s, self._hint_s)
+
+    def is_usable(self) -> bool:
+        """Whether nothing has come on it while it was idle: the kernel may know of its end before the loop does. One
+        system call (0.5 µs)."""
+        if self._said_done or not self.is_connected():
+            return False
+        look = self._look
+        if look is None:
+            assert self.transport is not None
+            look = self._look = select.poll()
+            sock = self.transport.get_extra_info("socket")
+            if sock is not None:  # else the connection is none of the system's
+                look.register(sock.fileno(), select.POLLIN | select.POLLPRI)
+        return not look.poll(0)
 
     def discard(self) -> None:
         """Close it; whatever is still to come is not wanted."""
@@ -118,6 +166,13 @@ class UpstreamConnection(UpstreamProtocol):
             lease.close()
 
     # -- called by the event loop ----------------------------------------------------------------
+
+    def connection_made(self, transport: BaseTransport) -> None:
+        super().connection_made(transport)
+        self.old_at = self._upstream.old_at()
+        sock = transport.get_extra_info("socket")
+        if sock is not None and sock.family != getattr(socket, "AF_UNIX", None):
+            _keep_alive(sock)
 
     def data_received(self, data: bytes) -> None:
         owner = self.owner
@@ -167,11 +222,12 @@ class Upstream:
         server_name: str | None,
         connect_timeout_s: float,
         keepalive_s: float,
+        age_s: float,
     ) -> None:
         self._loop = loop
         self._keepalive_s = keepalive_s
+        self._age_s = age_s
         self._idle: dict[UpstreamConnection, None] = {}  # in order of use; the last one used is taken next
-        self._now = loop.time()
         self._connector = Connector(
             lambda: UpstreamConnection(self, loop),
             loop=loop,
@@ -188,13 +244,18 @@ class Upstream:
         """Connections at hand."""
         return len(self._idle)
 
+    def old_at(self) -> float:
+        """When a connection made now is too old to be used again."""
+        return self._loop.time() + self._age_s
+
     def take(self) -> UpstreamConnection | None:
         """An idle connection, at once, or None."""
-        idle = self._idle
+        idle, now = self._idle, self._loop.time()
         while idle:
             connection, _ = idle.popitem()
-            if connection.is_connected():
+            if connection.use_until > now and connection.is_usable():
                 return connection
+            connection.discard()
         return None
 
     async def connect(self) -> UpstreamConnection:
@@ -211,10 +272,12 @@ class Upstream:
         return connection
 
     def keep(self, connection: UpstreamConnection) -> None:
-        """For the next call. Which connections expire is looked up in `sweep`."""
-        if connection.is_connected():
-            connection.used = True
-            connection.idle_since = self._now
+        """For the next call, as long as it is likely to be open at the other end, and while its address holds."""
+        now = self._loop.time()
+        connection.used = True
+        connection.calls += 1
+        connection.use_until = min(now + connection.idle_s(self._keepalive_s), connection.old_at)
+        if connection.use_until > now and connection.is_connected():
             self._idle[connection] = None
         else:
             connection.discard()
@@ -224,16 +287,8 @@ class Upstream:
         self._idle.pop(connection, None)
 
     def sweep(self, now: float) -> None:
-        """Close what has been idle for too long. Called a few times a second; the time it is told is what
-        connections are marked with, so that giving one back asks for no clock."""
-        self._now = now
-        oldest = now - self._keepalive_s
-        expired = []
-        for connection in self._idle:
-            if connection.idle_since >= oldest:
-                break
-            expired.append(connection)
-        for connection in expired:
+        """Close what has been idle for too long. Called about once a second: none is used in between (`take`)."""
+        for connection in [connection for connection in self._idle if connection.use_until <= now]:
             del self._idle[connection]
             connection.discard()
 
@@ -243,6 +298,34 @@ class Upstream:
         for connection in idle:
             connection.discard()
         await self._connector.aclose()
+
+
+def keep_alive_hint(field: bytes) -> tuple[float | None, int | None]:
+    """(how long to keep an idle connection, how many calls it is good for), as a `Keep-Alive` field says it; None: not
+    said. The parameters are nowhere defined in an RFC any more (2068, 19.7.1); the least of what is repeated counts."""
+    seconds: float | None = None
+    calls: int | None = None
+    for name, figure in _HINT.findall(field):
+        said = int(figure)
+        if name.lower() == b"max":
+            calls = said if calls is None else min(calls, said)
+        else:
+            less = max(0.0, said - HINT_MARGIN_S)
+            seconds = less if seconds is None else min(seconds, less)
+    return seconds, calls
+
+
+def _keep_alive(sock: socket.socket) -> None:
+    options = [
+        (socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPIDLE", getattr(socket, "TCP_KEEPALIVE", None)), TCP_KEEPALIVE_S),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPINTVL", None), TCP_KEEPALIVE_S),
+        (socket.IPPROTO_TCP, getattr(socket, "TCP_KEEPCNT", None), TCP_KEEPALIVE_PROBES),
+    ]
+    for level, option, value in options:
+        if option is not None:
+            with suppress(OSError):  # not known to every system, and the connection is good without
+                sock.setsockopt(level, option, value)
 
 
 class UnreachableError(Exception):

@@ -22,8 +22,7 @@ from typing import Any, Final, Protocol
 
 from aiohttp import web
 
-from sidecar.delivery import corrections
-from sidecar.delivery.state import StateError
+from sidecar.delivery import StateError, corrections
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
 from sidecar.runtime import factory, signals

@@ -17,9 +17,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from sidecar.delivery import Delivery, DeliveryState, SystemClock
-from sidecar.delivery.state import StateError
-from sidecar.model.balance import Balance, add_counts
+from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
+from sidecar.model.balance import Balance
 from sidecar.model.delivery import Backend
 from sidecar.runtime import backend_factory, directory_identity
 from sidecar.runtime.metrics import Metrics
@@ -55,7 +54,7 @@ class Billing:
     """Delivery at work, and the balance over all slots."""
 
     settings: Settings
-    state: DeliveryState
+    state: DeliveryStore
     reader: SpoolReader
     delivery: Delivery
     backends: Mapping[str, Backend]
@@ -82,14 +81,10 @@ class Billing:
         for instance in self.reader.instances():
             if instance not in snapshots:
                 snapshots[instance] = Snapshot(self.reader.totals(instance), self.reader.last_seq(instance))
-        totals = [snapshot.totals for snapshot in snapshots.values()]
-        return Balance(
-            admitted=sum(t.admitted for t in totals),
-            recorded=sum(t.recorded for t in totals),
-            open=sum(t.open for t in totals),
-            lost=add_counts(t.lost for t in totals),
-            backends=self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
-            notes=() if self.copied is None else (self.copied.text,),
+        return Balance.over(
+            (snapshot.totals for snapshot in snapshots.values()),
+            self.delivery.totals({name: snapshot.last_seq for name, snapshot in snapshots.items()}),
+            () if self.copied is None else (self.copied.text,),
         )
 
     async def adopt(self, how: directory_identity.As) -> dict[str, int]:
@@ -164,11 +159,11 @@ class Billing:
         return gone
 
 
-def remember_place(settings: Settings, state: DeliveryState, copied: directory_identity.Noticed | None) -> None:
+def remember_place(settings: Settings, state: DeliveryStore, copied: directory_identity.Noticed | None) -> None:
     directory_identity.store(settings.data_dir, state.all_cursors(), copied)
 
 
-def look_at_place(settings: Settings, state: DeliveryState) -> directory_identity.Noticed | None:
+def look_at_place(settings: Settings, state: DeliveryStore) -> directory_identity.Noticed | None:
     """Whether the directory is what was left here; what was found, now or before, is kept until somebody decides.
 
     Before any spool is written: those of a copy are frozen first.
@@ -191,7 +186,7 @@ def look_at_place(settings: Settings, state: DeliveryState) -> directory_identit
 async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing]:
     """Start delivering. Leaving makes one last pass, bounded by `DRAIN_S`. Raises the parts' own errors."""
     async with AsyncExitStack() as stack:
-        state = await asyncio.to_thread(DeliveryState.open, settings.data_dir / "delivery.db")
+        state = await asyncio.to_thread(DeliveryStore.open, settings.data_dir / "delivery.db")
         stack.callback(state.close)
         copied = await asyncio.to_thread(look_at_place, settings, state)
         told = functools.partial(metrics.lost, "stopped")
@@ -203,7 +198,7 @@ async def billing(settings: Settings, metrics: Metrics) -> AsyncIterator[Billing
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(
             reader=reader,
-            state=state,
+            store=state,
             backends=backends,
             metrics=metrics,
             clock=SystemClock(),

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import NO_BOUND, SpoolError, SpoolReader, files
-from sidecar.storage.files import PRIVATE
+from sidecar.storage.files import PRIVATE, replacing, sync_directory
 
 NAME: Final = "place"
 WATCHED: Final = ("lock", "delivery.db")  # made once and never made anew, unless somebody takes them away
@@ -84,16 +84,10 @@ def noticed_in(data_dir: Path) -> Noticed | None:
 
 def store(data_dir: Path, cursors: Mapping[str, int], noticed: Noticed | None) -> None:
     """Remember where it stands now. Raises `OSError`."""
-    draft = data_dir / f"{NAME}.draft"
-    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
-    with os.fdopen(fd, "w") as file:
-        inodes = {NAME: os.fstat(fd).st_ino} | {name: inode for name in WATCHED if (inode := _inode(data_dir / name))}
-        memory = Memory(inodes, dict(cursors), noticed)
-        json.dump(asdict(memory), file)
-        file.flush()
-        os.fsync(fd)
-    draft.rename(data_dir / NAME)  # keeps the inode that is written in it
-    files.sync_directory(data_dir)
+    with replacing(data_dir / NAME) as file:
+        own = os.fstat(file.fileno()).st_ino  # which the rename keeps
+        inodes = {NAME: own} | {name: inode for name in WATCHED if (inode := _inode(data_dir / name))}
+        file.write(json.dumps(asdict(Memory(inodes, dict(cursors), noticed))).encode("ascii"))
 
 
 def suspicion(
@@ -135,7 +129,7 @@ def freeze(data_dir: Path, instances: Mapping[str, int]) -> None:
     """Let nobody write these spools. Raises `OSError`."""
     for instance in instances:
         (files.slot_dir(data_dir, instance) / files.FROZEN).touch(mode=PRIVATE)
-        files.sync_directory(files.slot_dir(data_dir, instance))
+        sync_directory(files.slot_dir(data_dir, instance))
 
 
 def thaw(data_dir: Path, instances: Mapping[str, int]) -> None:

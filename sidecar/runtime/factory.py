@@ -9,7 +9,6 @@ import asyncio
 import gc
 import hashlib
 import logging
-import os
 import re
 import resource
 import secrets
@@ -18,19 +17,19 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
+from sidecar.model.grammar import Source, SourceKind
+from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import client_path
-from sidecar.proxy import Proxy, ProxyRules, UpstreamAddress
+from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.route import Routes
-from sidecar.proxy.subscriber import Attributor, parse_source
-from sidecar.proxy.subscriber import Kind as SourceKind
+from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.logging import Seldom
 from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.unclaimed import Unclaimed
-from sidecar.settings import Element as NamedElement
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
 from sidecar.spool.recorder import IntakeSpool, SpoolRecorder
-from sidecar.usage.custom_fields import Element
+from sidecar.storage.files import write_once
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import Pin, UsageTaps
 from sidecar.usage.response_headers import provider_of_host
@@ -59,6 +58,7 @@ def rules(settings: Settings) -> ProxyRules:
         trusted_proxies=settings.trusted_proxies,
         query_values=frozenset(settings.query_values),
         meter_id_header=settings.meter_id_header,
+        rewrite_redirects=settings.rewrite_redirects,
         on_disconnect=settings.on_disconnect.value,
         on_disconnect_routes={r.pattern: r.on_disconnect.value for r in settings.routes if r.on_disconnect is not None},
         disconnect_drain_s=settings.disconnect_drain_s,
@@ -68,6 +68,8 @@ def rules(settings: Settings) -> ProxyRules:
         idle_timeout_s=settings.idle_timeout_s,
         head_timeout_s=settings.head_timeout_s,
         keepalive_timeout_s=settings.keepalive_timeout_s,
+        upstream_keepalive_s=settings.upstream_keepalive_s,
+        upstream_connection_age_s=settings.upstream_connection_age_s,
         head_bytes_max=settings.head_bytes,
         target_bytes_max=settings.target_bytes,
         connections_max=settings.connections,
@@ -106,7 +108,7 @@ def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: by
 
 
 def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
-    sources = [parse_source(text) for text in settings.subscriber]
+    sources = [Source.parse(text) for text in settings.subscriber]
     host, base = _upstream(settings)
     return Attributor(
         sources=sources,
@@ -152,7 +154,7 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
         upstream_host=host,
         upstream_base=base,
         pins=pins_of(settings),
-        elements=[_element(named) for named in settings.elements],
+        elements=settings.elements,
         estimate=settings.estimate,
         ask_for_usage=settings.ask_for_usage,
         body_fields=body_fields(settings),
@@ -169,15 +171,9 @@ def _upstream(settings: Settings) -> tuple[str | None, str]:
     return address.host, address.base.decode("ascii")
 
 
-def _element(named: NamedElement) -> Element:
-    if named.source == "header":
-        return Element(named.name, header=named.path.lower())
-    return Element(named.name, json=tuple(named.path.split(".")))
-
-
 def body_fields(settings: Settings) -> tuple[str, ...]:
     """The members of a request's body that may say who pays."""
-    sources = (parse_source(text) for text in settings.subscriber)
+    sources = (Source.parse(text) for text in settings.subscriber)
     return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
 
 
@@ -243,20 +239,8 @@ def _tell_new_key(settings: Settings, path: Path) -> None:
 
 
 def _keep_hash_key(path: Path, key: bytes) -> bytes:
-    # Linked into place whole: two workers that start at once both end up with the one that was first.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        with os.fdopen(fd, "w") as file:
-            file.write(key.hex() + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.link(temporary, path)
-    except FileExistsError:
-        key = bytes.fromhex(path.read_text("ascii").strip())
-    finally:
-        temporary.unlink(missing_ok=True)
-    return key
+    # Two workers that start at once both end up with the one that was first.
+    return key if write_once(path, key.hex().encode() + b"\n") else bytes.fromhex(path.read_text("ascii").strip())
 
 
 def _path(path: Path | None) -> str | None:

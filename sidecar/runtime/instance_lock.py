@@ -11,8 +11,6 @@ instance waits until the last worker of an old one is gone.
 from __future__ import annotations
 
 import contextlib
-import errno
-import fcntl
 import json
 import os
 import time
@@ -21,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final
 
-from sidecar.storage.files import PRIVATE, Trouble, narrow, trouble
+from sidecar.storage.files import PRIVATE, explain, make_directory, narrow, try_lock
 
 LAYOUT: Final = 1  # of the data directory; raised when an older program could no longer read it
 NAME: Final = "lock"
@@ -77,7 +75,7 @@ class DataLock:
         """
         lock = cls._open(data_dir)
         try:
-            lock._flock(fcntl.LOCK_EX, GRACE_S, orphans_s=wait_s)
+            lock._lock(GRACE_S, orphans_s=wait_s)
             lock._check_layout()
             lock.announce()
         except BaseException:
@@ -90,7 +88,7 @@ class DataLock:
         """Hold it together with the instance that called us into being (a worker does)."""
         lock = cls._open(data_dir)
         try:
-            lock._flock(fcntl.LOCK_SH, GRACE_S)
+            lock._lock(GRACE_S, shared=True)
         except BaseException:
             lock.release()
             raise
@@ -98,7 +96,7 @@ class DataLock:
 
     def share(self) -> None:
         """Let workers join from now on. Nobody can take it alone until the last of all has gone."""
-        self._flock(fcntl.LOCK_SH, GRACE_S)
+        self._lock(GRACE_S, shared=True)
 
     def announce(self, *, admin: str | None = None, proxy: str | None = None) -> None:
         """Say where we listen. A full disk must not keep the service from starting: then nothing is said."""
@@ -127,37 +125,23 @@ class DataLock:
     def _open(cls, data_dir: Path) -> DataLock:
         path = data_dir / NAME
         try:
-            _make(data_dir)
+            make_directory(data_dir)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)
             narrow(path)
             return cls(path, fd)
         except OSError as error:
-            if trouble(error, path) is Trouble.READ_ONLY:
-                raise NotWritableError(
-                    f"the data directory {data_dir} is on a file system that is read-only; mount it for writing "
-                    "(what is in it is whole), or set SIDECAR_DATA_DIR to another one"
-                ) from None
-            if trouble(error, path) is Trouble.FULL:
-                raise NotWritableError(
-                    f"the data directory {data_dir} cannot be made: no room is left on its disk; free some, "
-                    "or set SIDECAR_DATA_DIR to another disk"
-                ) from None
-            raise NotWritableError(
-                f"the data directory {data_dir} cannot be used by user {os.geteuid()}: {error.strerror}; "
-                "give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
-            ) from None
+            raise NotWritableError(explain(error, f"the data directory {data_dir} cannot be used", path)) from None
 
-    def _flock(self, how: int, wait_s: float, *, orphans_s: float = 0.0) -> None:
+    def _lock(self, wait_s: float, *, shared: bool = False, orphans_s: float = 0.0) -> None:
         began = time.monotonic()
         while True:
             try:
-                fcntl.flock(self._fd, how | fcntl.LOCK_NB)
-                return
+                if try_lock(self._fd, shared=shared):
+                    return
             except OSError as error:
-                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
-                    raise NotWritableError(
-                        f"{self.path} cannot be locked: {error.strerror}; set SIDECAR_DATA_DIR to a local disk"
-                    ) from None
+                raise NotWritableError(
+                    f"{self.path} cannot be locked: {error.strerror}; set SIDECAR_DATA_DIR to a local disk"
+                ) from None
             waited_s = time.monotonic() - began
             if waited_s >= wait_s and (waited_s >= orphans_s or _lives(_read_note(self.path).pid)):
                 raise _in_use(self.path.parent)
@@ -180,12 +164,11 @@ def running(data_dir: Path) -> Note | None:
     except OSError:
         return None
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return None if try_lock(fd) else _read_note(path)
     except OSError:
         return _read_note(path)
     finally:
         os.close(fd)
-    return None
 
 
 def _lives(pid: int | None) -> bool:
@@ -223,20 +206,3 @@ def _read_note(path: Path) -> Note:
         proxy if isinstance(proxy, str) else None,
         layout if isinstance(layout, int) else LAYOUT,
     )
-
-
-def _make(directory: Path) -> None:
-    """Make it for the owner alone, and sync each new name: a power cut may not take the directory with its records."""
-    missing = []
-    while not directory.exists():
-        missing.append(directory)
-        directory = directory.parent
-    for path in reversed(missing):
-        path.mkdir(mode=0o700, exist_ok=True)
-        path.chmod(0o700)  # whatever the umask took from us
-        fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # not every file system syncs directories
-                os.fsync(fd)
-        finally:
-            os.close(fd)

@@ -64,6 +64,7 @@ ATTRIBUTION_ANOMALIES: Final = ("credentials_conflict", "header_repeated", "quer
 UPSTREAM_FAILURES: Final = (
     "dns", "tls", "refused", "timeout", "reset", "not_http", "no_route", "no_resources", "other",
 )  # fmt: skip
+REDIRECTS: Final = ("rewritten", "off", "outside", "scheme")  # as `redirects` has them
 _TOKEN_KINDS: Final = (
     ("input", "input_tokens"),
     ("output", "output_tokens"),
@@ -95,6 +96,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_rejected": Family("counter", "Requests refused before they became a call", ("reason",)),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
     "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
+    "sidecar_upstream_redirects": Family(
+        "counter", "Redirects to the upstream's own address: `rewritten`, or why not", ("what",)
+    ),
     "sidecar_limits_reached": Family("counter", "How often a named limit was reached", ("limit",)),
     "sidecar_connections": Family("gauge", "Client connections that are open"),
     "sidecar_drains": Family("gauge", "Answers read on although their client left"),
@@ -240,6 +244,10 @@ class Metrics(Collector):
         """No connection, or one that ended, or what came was no answer."""
         self._count_capped("sidecar_upstream_failures", (reason,))
 
+    def redirected(self, what: str) -> None:
+        """An answer points to the upstream's own address: one of `REDIRECTS`."""
+        self._counters["sidecar_upstream_redirects"][(what,)] += 1
+
     def attribution_anomaly(self, kind: str) -> None:
         """A client said two things at once, or more than a record keeps."""
         self._count_capped("sidecar_attribution_anomalies", (kind,))
@@ -373,6 +381,7 @@ class Metrics(Collector):
         self._counters["sidecar_rejected"].update({(reason,): 0 for reason in REJECTED_REASONS})
         self._counters["sidecar_limits_reached"].update({(name,): 0 for name in LIMITS})
         self._counters["sidecar_upstream_failures"].update({(reason,): 0 for reason in UPSTREAM_FAILURES})
+        self._counters["sidecar_upstream_redirects"].update({(what,): 0 for what in REDIRECTS})
         self._counters["sidecar_attribution_anomalies"].update({(kind,): 0 for kind in ATTRIBUTION_ANOMALIES})
         for backend in backends:
             self._gauges["sidecar_blocked"][(backend,)] = 0

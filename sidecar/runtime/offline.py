@@ -6,16 +6,16 @@ stays so.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+import time
+from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
-from sidecar.delivery import DeliveryState, SystemClock, removed_backend
-from sidecar.delivery.ports import read_clock
-from sidecar.delivery.state.accounts import Accounts, Found
-from sidecar.delivery.state.rows import Parked
+from sidecar.delivery import DeliveryStore, SystemClock, read_clock, removed_backend
+from sidecar.delivery.queries import DeliveryQueries, Found
+from sidecar.delivery.rows import Parked
 from sidecar.delivery.types import Now
 from sidecar.model.delivery import Backend
 from sidecar.runtime import backend_factory, billing, directory_identity
@@ -24,44 +24,25 @@ from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
 
-_T = TypeVar("_T")
-
 
 @dataclass(slots=True, kw_only=True)
 class Books:
-    """What `delivery.mending` needs. `backends`: those configured, by name."""
+    """What `delivery.corrections` needs. `backends`: those configured, by name."""
 
     reader: SpoolReader
-    state: DeliveryState
-    accounts: Accounts
+    store: DeliveryStore
+    queries: DeliveryQueries
     metrics: Metrics
     backends: dict[str, Backend]
 
-    async def in_state(self, work: Callable[[], _T]) -> _T:
-        return work()  # nobody else waits for this loop
-
-    def look(self) -> tuple[Now, bool]:
-        return read_clock(SystemClock()), False
+    def now(self) -> Now:
+        return read_clock(SystemClock())
 
     def find(self, one: str) -> list[Found]:
-        return self.accounts.find(one)
+        return self.queries.find(one)
 
     def parked(self, *, backend: str | None, ids: Sequence[str] | None, after: int, limit: int) -> list[Parked]:
-        return self.accounts.parked(backend=backend, ids=ids, after=after, limit=limit)
-
-
-@dataclass(slots=True)
-class _Parking:
-    """What parking alone needs (`delivery.removed`)."""
-
-    reader: SpoolReader
-    state: DeliveryState
-
-    async def in_state(self, work: Callable[[], _T]) -> _T:
-        return work()
-
-    def look(self) -> tuple[Now, bool]:
-        return read_clock(SystemClock()), False
+        return self.queries.parked(backend=backend, ids=ids, after=after, limit=limit)
 
 
 SAID: Final = "somebody said so"  # that it is a copy, where nothing in it could tell
@@ -74,7 +55,7 @@ async def adopt(data_dir: Path, how: directory_identity.As) -> dict[str, int]:
     counts: dict[str, int] = {}
     with ExitStack() as stack:
         stack.enter_context(DataLock.take(data_dir))
-        state = DeliveryState.open(data_dir / "delivery.db")
+        state = DeliveryStore.open(data_dir / "delivery.db")
         stack.callback(state.close)
         reader = stack.enter_context(SpoolReader(data_dir))
         noticed = directory_identity.noticed_in(data_dir)
@@ -87,7 +68,7 @@ async def adopt(data_dir: Path, how: directory_identity.As) -> dict[str, int]:
                 directory_identity.store(data_dir, state.all_cursors(), noticed)
             for name in state.served():
                 if not (noticed.whole and name == billing.LEDGER):
-                    counts[name] = await removed_backend.leave(name, _Parking(reader, state), ends)
+                    counts[name] = await removed_backend.leave(name, state, reader, time.time, ends)
         else:
             directory_identity.thaw(data_dir, ends)
         directory_identity.store(data_dir, state.all_cursors(), None)
@@ -99,14 +80,14 @@ async def books(settings: Settings) -> AsyncIterator[Books]:
     """Open them. Raises the parts' own errors, `LockError` where an instance runs after all."""
     async with AsyncExitStack() as stack:
         stack.enter_context(DataLock.take(settings.data_dir))
-        state = DeliveryState.open(settings.data_dir / "delivery.db")
+        state = DeliveryStore.open(settings.data_dir / "delivery.db")
         stack.callback(state.close)
-        accounts = Accounts(state.path)
-        stack.callback(accounts.close)
+        queries = DeliveryQueries(state.path)
+        stack.callback(queries.close)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         made = {name: backend_factory.backend(settings, name) for name in settings.backends}
         for backend in made.values():
             stack.push_async_callback(backend.aclose)
         yield Books(
-            reader=reader, state=state, accounts=accounts, metrics=Metrics(backends=settings.backends), backends=made
+            reader=reader, store=state, queries=queries, metrics=Metrics(backends=settings.backends), backends=made
         )

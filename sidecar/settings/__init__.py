@@ -1,17 +1,18 @@
 """The configuration: one table of settings, one `load`, no global state.
 
-A backend declares its own settings in its file:
+A backend declares its own settings in its file, as a frozen dataclass whose fields they are:
 
-    SETTINGS = (
-        Setting("api_key", types.text, help="secret key", secret=True, required=True, also=("STRIPE_API_KEY",)),
-        Setting("mode", types.word_of("v1", "v2"), "v1", "which of the vendor's interfaces"),
-    )
+    @dataclass(frozen=True, kw_only=True)
+    class StripeSettings(HttpSettings):
+        api_key: Secret = required_secret(HEADER_TEXT, "secret or restricted key", also=("STRIPE_API_KEY",))
+        mode: str = setting(types.word_of("v1", "v2"), "v1", "which of the vendor's interfaces")
 
-and is given `settings.backend("stripe")`: `{"api_key": Secret(***), "mode": "v1"}`.
+and is made with one of these: `StripeBackend(StripeSettings(**settings.backend("stripe")), context)`.
 """
 
 from __future__ import annotations
 
+from sidecar.model.grammar import Element, Unfit
 from sidecar.settings import types
 from sidecar.settings.loader import CONFIG, BackendSettings, SettingsError, all_settings, load
 from sidecar.settings.schema import (
@@ -26,8 +27,13 @@ from sidecar.settings.schema import (
     Setting,
     Settings,
     core_settings,
+    required_secret,
+    required_setting,
+    secret_setting,
+    setting,
+    settings_of,
 )
-from sidecar.settings.types import Address, Element, Kind, Many, Secret, Unfit
+from sidecar.settings.types import Address, Kind, Many, Secret
 
 __all__ = [
     "CONFIG",
@@ -52,5 +58,10 @@ __all__ = [
     "all_settings",
     "core_settings",
     "load",
+    "required_secret",
+    "required_setting",
+    "secret_setting",
+    "setting",
+    "settings_of",
     "types",
 ]

@@ -15,9 +15,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.settings import types
+from sidecar.model.grammar import Unfit
+from sidecar.model.path_pattern import check_pattern
 from sidecar.settings.schema import PREFIX, Effective, OnDisconnect, Route, Setting, Settings, core_settings
-from sidecar.settings.types import Many, Unfit
+from sidecar.settings.types import Many
 
 CONFIG: Final = PREFIX + "CONFIG"
 SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
@@ -300,7 +301,7 @@ def _route(pattern: str, table: Any) -> Route:
     if provider is not None and not isinstance(provider, str):
         raise Unfit(f"{pattern}: provider is a name")
     return Route(
-        pattern=types.path_pattern(pattern),
+        pattern=check_pattern(pattern),
         on_disconnect=None if stay is None else OnDisconnect(stay),
         provider=provider,
     )

@@ -8,14 +8,16 @@ a backend needs beyond that stands in the backend's own file as a tuple of `Sett
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network
 from pathlib import Path
 from typing import Any, Final, TypeVar, cast, overload
 
+from sidecar.model.grammar import Element
+from sidecar.model.path_pattern import check_pattern
 from sidecar.settings import types
-from sidecar.settings.types import Address, Element, Kind, Many, Secret
+from sidecar.settings.types import Address, Kind, Many, Secret
 
 T = TypeVar("T")
 PREFIX: Final = "SIDECAR_"
@@ -85,7 +87,7 @@ class Route:
 
 
 def _routes(items: Sequence[str]) -> tuple[Route, ...]:
-    return tuple(Route(pattern=types.path_pattern(item)) for item in dict.fromkeys(items))
+    return tuple(Route(pattern=check_pattern(item)) for item in dict.fromkeys(items))
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,6 +164,13 @@ class Settings:
 
     upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
     upstream_timeout_s: float = _setting(types.duration(0.001), "600", "to the head of the answer; then 504")
+    upstream_keepalive_s: float = _setting(
+        types.duration(), "4",
+        "an idle upstream connection is kept; less where the upstream's `Keep-Alive: timeout`, less a second, is less",
+    )  # fmt: skip
+    upstream_connection_age_s: float = _setting(
+        types.duration(), "300", "an older upstream connection is not used again, so that a name that moved is followed"
+    )
     idle_timeout_s: float = _setting(types.duration(0.001), "600", "between two pieces of a body; then cut")
     head_timeout_s: float = _setting(types.duration(0.001), "30", "for a client to send its request's head")
     keepalive_timeout_s: float = _setting(types.duration(), "75", "an idle client connection is kept")
@@ -183,6 +192,9 @@ class Settings:
     workers: int = _setting(types.count(1, 256), "1", "processes that share the port")
 
     preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
+    rewrite_redirects: bool = _setting(
+        types.flag, "true", "redirects to the upstream's own address lead back through here, so that they are metered"
+    )
     trusted_proxies: tuple[IPv4Network | IPv6Network, ...] = _setting(
         types.networks, None, "networks whose `X-Forwarded-For` is believed"
     )
@@ -247,3 +259,40 @@ class Settings:
 def core_settings() -> tuple[Setting, ...]:
     """The core's table, in the order of the README."""
     return tuple(replace(f.metadata["setting"], name=f.name) for f in fields(Settings) if "setting" in f.metadata)
+
+
+@overload
+def setting(kind: Many[T], default: str | None, text: str) -> T: ...
+@overload
+def setting(kind: Kind[T], default: str, text: str) -> T: ...
+@overload
+def setting(kind: Kind[T], default: None, text: str, *, also: tuple[str, ...] = ()) -> T | None: ...
+def setting(kind: Kind[Any], default: str | None, text: str, *, also: tuple[str, ...] = ()) -> Any:
+    """A setting as a field of a backend's frozen dataclass; the field's name is the setting's."""
+    return _field(Setting("", kind, default, text, also=also))
+
+
+def required_setting(kind: Kind[T], text: str) -> T:
+    """One that a backend cannot do without; until it is set it is None."""
+    return cast("T", _field(Setting("", kind, None, text, required=True)))
+
+
+def secret_setting(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret | None:
+    return cast("Secret | None", _field(Setting("", kind, None, text, secret=True, also=also)))
+
+
+def required_secret(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret:
+    return cast("Secret", _field(Setting("", kind, None, text, secret=True, required=True, also=also)))
+
+
+def settings_of(owner: type[Any]) -> tuple[Setting, ...]:
+    """The table of a backend's settings: its own fields, then those that it has in common with others.
+
+    A field stands where it was first declared, also where a class between gives it another default.
+    """
+    declared = {f.name: f.metadata["setting"] for f in fields(owner)}
+    seen: list[str] = []  # the bases' fields come first here, each class's last one first
+    for base in reversed(owner.__mro__):
+        own = [f.name for f in fields(base)] if is_dataclass(base) else []
+        seen += [name for name in reversed(own) if name not in seen]
+    return tuple(replace(declared[name], name=name) for name in reversed(seen))

@@ -15,7 +15,11 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
-from urllib.parse import urlsplit
+
+from sidecar.model.grammar import HOP_BY_HOP, Element, Source, Unfit, header_name, plain_name
+from sidecar.model.http_url import EXPECTED, HOST, UpstreamAddress
+from sidecar.model.http_url import http_url as parse_url
+from sidecar.model.path_pattern import check_pattern
 
 T = TypeVar("T")
 E = TypeVar("E", bound=StrEnum)
@@ -29,18 +33,6 @@ _SIZE_UNITS: Final = {
     "k": 2**10, "m": 2**20, "g": 2**30, "t": 2**40, "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
 }  # fmt: skip
 _QUANTITY: Final = re.compile(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", re.ASCII)
-_TOKEN: Final = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")  # RFC 9110, 5.6.2
-_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,62}")
-_PLACE: Final = re.compile(r"\{[A-Za-z_][A-Za-z0-9_]*\}")
-# Fields between a client and us (RFC 9110, 7.6.1): what they say is not what the upstream gets.
-HOP_BY_HOP: Final = frozenset(
-    {"connection", "keep-alive", "proxy-connection", "te", "transfer-encoding", "upgrade", "http2-settings"}
-)
-_HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
-
-
-class Unfit(ValueError):
-    """What is wrong with a value, in words that may be shown (no part of the value unless it is no secret)."""
 
 
 @dataclass(frozen=True)
@@ -111,15 +103,6 @@ class Address:
         if self.path is not None:
             return f"unix:{self.path}"
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """A field of the answer to put into the record: `header:NAME`, or `json:PATH` with dots between the keys."""
-
-    name: str
-    source: str  # "header" or "json"
-    path: str
 
 
 def _text(value: str) -> str:
@@ -207,45 +190,12 @@ def word_of(*words: str) -> Kind[str]:
     return Kind(f"one of {', '.join(words)}", parse)
 
 
-def _url(value: str, *, query: bool) -> str:
-    try:
-        parts = urlsplit(value)
-        port = parts.port
-    except ValueError:
-        raise Unfit("expected a host, and a port from 1 to 65535") from None
-    if parts.scheme not in ("http", "https") or not parts.netloc:
-        raise ValueError
-    if "@" in parts.netloc:
-        raise Unfit("expected no user and password inside the address: they would show in records and logs")
-    if not value.isascii() or not value.isprintable() or any(c in value for c in ' "<>\\^`{|}'):
-        raise Unfit("expected an address in plain ASCII (a host as xn--…, other characters as %XX)")
-    host = parts.netloc.removesuffix(f":{port}") if port is not None else parts.netloc.removesuffix(":")
-    if not _HOST.fullmatch(host) or port == 0:
-        raise Unfit("expected a host, and a port from 1 to 65535")
-    if "#" in value or ("?" in value and not query):
-        raise Unfit("expected an address without " + ("a fragment" if query else "query and fragment"))
-    usual = port is None or port == {"http": 80, "https": 443}[parts.scheme]
-    authority = host.lower() if usual else f"{host.lower()}:{port}"
-    path = parts.path if parts.query else parts.path.rstrip("/")
-    return f"{parts.scheme}://{authority}{path}" + (f"?{parts.query}" if parts.query else "")
-
-
-http_url: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=False))
+http_url: Final = Kind(EXPECTED, parse_url)
 """Without a query and without a slash at the end, so that a path can be put behind it."""
 
+http_url_query: Final = Kind(EXPECTED, lambda value: parse_url(value, query=True))
 
-def _upstream_url(value: str) -> str:
-    if not value.startswith("unix:"):
-        return _url(value, query=False)
-    socket, colon, base = value.removeprefix("unix:").partition(":")
-    if not socket.startswith("/") or (colon and not base.startswith("/")) or not value.isprintable():
-        raise Unfit("expected unix:/path/of/socket, or unix:/path/of/socket:/base")
-    return f"unix:{socket}" + (f":{base.rstrip('/')}" if base.rstrip("/") else "")
-
-
-upstream_url: Final = Kind("an http:// or https:// address", _upstream_url)
-
-http_url_query: Final = Kind("an http:// or https:// address", lambda value: _url(value, query=True))
+upstream_url: Final = Kind(EXPECTED, lambda value: str(UpstreamAddress.parse(value)))
 
 
 def _port(value: str) -> int:
@@ -275,7 +225,7 @@ def _address(value: str) -> Address:
         raise Unfit("expected a host before the colon: 0.0.0.0 for every interface, 127.0.0.1 for this machine only")
     elif ":" in host:
         raise Unfit("expected an IPv6 address in brackets: [::1]:8080")
-    elif not _HOST.fullmatch(host):
+    elif not HOST.fullmatch(host):
         raise ValueError
     return Address(host, _port(port))
 
@@ -310,20 +260,7 @@ def each(expected: str, parse_item: Callable[[str], T]) -> Many[tuple[T, ...]]:
     return many(expected, lambda items: tuple(dict.fromkeys(parse_item(item) for item in items)))
 
 
-def _name(value: str) -> str:
-    if not _NAME.fullmatch(value):
-        raise Unfit(f"{value!r} is no name (letters, digits, '_', '-', '.')")
-    return value
-
-
-def token(value: str) -> str:
-    """A word as header names are made of."""
-    if not _TOKEN.fullmatch(value):
-        raise Unfit(f"{value!r} is no header name")
-    return value.lower()
-
-
-names: Final = each("names, separated by commas", _name)
+names: Final = each("names, separated by commas", plain_name)
 texts: Final = each("texts, separated by commas", _text)
 
 
@@ -351,72 +288,36 @@ def _dimensions(items: Sequence[str]) -> Mapping[str, str]:
     found: dict[str, str] = {}
     for item in items:
         name, header = _pairs([item])[0] if "=" in item else (item, item)
-        if _name(name) in found:
+        if plain_name(name) in found:
             raise Unfit(f"the dimension {name!r} is named twice")
-        if token(header) in HOP_BY_HOP:
+        if header_name(header) in HOP_BY_HOP:
             raise Unfit(f"{item!r}: the upstream never gets this field: expected another")
-        found[name] = token(header)
+        found[name] = header_name(header)
     return found
 
 
 dimensions: Final = many("dimension=header pairs, separated by commas", _dimensions)
 
 
-def _source(value: str) -> str:
-    if value == "credential":
-        return value
-    kind, _, rest = value.partition(":")
-    name, _, plain = rest.partition(":")
-    if kind not in ("header", "jwt", "query", "path", "body") or not name or plain not in ("", "plain"):
-        raise Unfit(
-            f"{value!r} is no source: expected header:NAME, jwt:CLAIM, query:NAME, path:NUMBER or body:FIELD, "
-            "and :plain at most behind it; or credential"
-        )
-    if kind == "path" and not re.fullmatch(r"[1-9]\d?", name, re.ASCII):
-        raise Unfit(f"{value!r}: expected path:NUMBER, the first segment being 1")
-    if kind == "header":
-        if token(name) in HOP_BY_HOP:
-            raise Unfit(f"{value!r}: the upstream never gets this field, so it names nobody: expected another")
-        return f"header:{token(name)}" + (":plain" if plain else "")
-    return value
-
-
-sources: Final = each("sources such as header:x-tenant, separated by commas", _source)
-
-
-ELEMENT_DEPTH_MAX: Final = 8  # members of a JSON path; deeper ones are not stated numbers but data
+sources: Final = each("sources such as header:x-tenant, separated by commas", lambda item: str(Source.parse(item)))
 
 
 def _elements(items: Sequence[str]) -> tuple[Element, ...]:
     found: dict[str, Element] = {}
-    for name, rest in _pairs(items):
-        source, _, where = rest.partition(":")
-        if source not in ("header", "json") or not where:
-            raise Unfit(f"{name}={rest!r}: expected header:NAME or json:PATH behind the name")
-        if source == "json" and not (all(where.split(".")) and where.count(".") < ELEMENT_DEPTH_MAX):
-            raise Unfit(f"{name}={rest!r}: expected one to {ELEMENT_DEPTH_MAX} member names with dots between them")
-        if _name(name) in found:
-            raise Unfit(f"the element {name!r} is named twice")
-        found[name] = Element(name, source, token(where) if source == "header" else where)
+    for element in map(Element.parse, items):
+        if element.name in found:
+            raise Unfit(f"the element {element.name!r} is named twice")
+        found[element.name] = element
     return tuple(found.values())
 
 
 elements: Final = many("name=header:NAME or name=json:PATH, separated by commas", _elements)
 
-
-def path_pattern(value: str) -> str:
-    """A path in which `{name}` stands for one segment; a `*` in front stands for any beginning."""
-    fixed = _PLACE.sub("", value.removeprefix("*"))
-    if not fixed.startswith("/") or not value.isprintable() or any(c in fixed for c in "*? {}"):
-        raise Unfit(f"{value!r} is no path pattern: expected one such as /v1/things/{{id}} or */chat/completions")
-    return value
-
-
-patterns: Final = each("path patterns, separated by commas", path_pattern)
+patterns: Final = each("path patterns, separated by commas", check_pattern)
 
 
 def _pins(items: Sequence[str]) -> Mapping[str, str]:
-    return {path_pattern(pattern): _name(provider) for pattern, provider in _pairs(items, last=True)}
+    return {check_pattern(pattern): plain_name(provider) for pattern, provider in _pairs(items, last=True)}
 
 
 pins: Final = many("pattern=provider pairs, separated by commas", _pins)
@@ -448,4 +349,4 @@ def _host_name(value: str) -> str:
 
 hosts: Final = each("host names, separated by commas", _host_name)
 
-header_token: Final = Kind("one word without spaces", token)
+header_token: Final = Kind("one word without spaces", header_name)

@@ -1,26 +1,34 @@
-"""What a disk's error means, in one place, and how our files are made: for their owner alone.
+"""Files that must outlive a crash: how they are made, written, synced and locked, and what a disk's errors mean.
 
 SQLite hides the operating system's word: a full disk is `SQLITE_FULL` when a page is written, but "disk I/O error" when
 the shared memory beside a log cannot grow and "unable to open database file" when there is no inode left for it. So
 where its code leaves the reason open, the directory itself is asked: a small file is made there and taken away again.
+
+Everything here blocks.
 """
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import itertools
 import os
 import sqlite3
+import sys
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 PROBE_BYTES: Final = 64 << 10  # the shared memory of a log is 32 KiB
 DATABASE_FILES: Final = 4  # a database, its log, its shared memory, and one that is made ahead
 START_BYTES: Final = 1 << 20  # what opening everything takes, with some to spare
 START_FILES: Final = 16  # logs, shared memories and first files of spool, delivery and ledger
 PRIVATE: Final = 0o600
+PRIVATE_DIRECTORY: Final = 0o700
+_HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})  # flock: somebody else has the lock
+_NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM})
 _BESIDE: Final = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file; it gives them the file's own mode
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
@@ -43,7 +51,22 @@ class Trouble(StrEnum):
     DAMAGED = "damaged"
     NOT_DATABASE = "not an SQLite file"
     BUSY = "in use by another process"
+    NEWER = "written by a newer version"
+    FOREIGN = "another program's"
     FAILED = "the disk fails"
+
+
+class StorageError(Exception):
+    """A file cannot be used. The text says why and what to do; `trouble` is the reason, where it is one of the file."""
+
+    def __init__(self, text: str, trouble: Trouble | None = None) -> None:
+        super().__init__(text)
+        self.trouble = trouble
+
+    @property
+    def passes(self) -> bool:
+        """Whether it may pass without anybody doing anything: what was tried may be tried again."""
+        return self.trouble in (Trouble.FULL, Trouble.BUSY)
 
 
 def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
@@ -68,6 +91,33 @@ def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
             return found
         return Trouble.DENIED if code in _OPEN_CODES else Trouble.FAILED
     return Trouble.FAILED
+
+
+def explain(error: OSError | sqlite3.Error, what: str, path: Path | None = None) -> str:
+    """An error in one line that says what to do; `what` is its beginning: "/data/lock cannot be opened".
+
+    `path`: the file in question, where SQLite's word alone may not tell the reason.
+    """
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error)
+    user = f"by user {os.geteuid()}"
+    match trouble(error, path or Path()):
+        case Trouble.FULL:
+            return f"{what}: no room is left on the disk; free some, or set SIDECAR_DATA_DIR to another disk"
+        case Trouble.READ_ONLY:
+            return f"{what}: its file system is read-only; mount it for writing, or set SIDECAR_DATA_DIR to another one"
+        case Trouble.DENIED:
+            return (
+                f"{what} {user} ({said}): give that user the data directory and what is in it, "
+                "or set SIDECAR_DATA_DIR to one it may write"
+            )
+        case Trouble.GONE if isinstance(error, NotADirectoryError):
+            return f"{what} {user}: there is a file where a directory is needed; move it away, or set SIDECAR_DATA_DIR"
+        case Trouble.GONE:
+            return (
+                f"{what} {user}: its directory is not there ({said}); put it back, "
+                "or set SIDECAR_DATA_DIR to one it may write"
+            )
+    return f"{what} ({said}): look at its disk, and leave the file where it is"
 
 
 def _of_errno(number: int | None) -> Trouble:
@@ -127,3 +177,110 @@ def narrow(path: Path) -> None:
         stat = path.stat()
         if stat.st_mode & 0o077 and stat.st_uid == os.geteuid():
             path.chmod(PRIVATE)
+
+
+def make_directory(path: Path) -> None:
+    """Make it and what leads to it, for the owner alone, and sync each new name: a power cut may not take the directory
+    with what was written into it. Raises `OSError`."""
+    missing = []
+    while not path.exists():
+        missing.append(path)
+        path = path.parent
+    if not path.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(path))
+    for directory in reversed(missing):
+        directory.mkdir(mode=PRIVATE_DIRECTORY, exist_ok=True)
+        directory.chmod(PRIVATE_DIRECTORY)  # whatever the umask took from us
+        sync_directory(directory.parent)
+
+
+def sync_file(fd: int) -> None:
+    """Make what was written outlive a power cut. Raises `OSError`; the pages of a failed sync may be gone."""
+    if sys.platform == "darwin":  # a plain fsync leaves the data in the drive's cache
+        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+    else:
+        os.fsync(fd)
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in it outlive a power cut. Where directories cannot be synced there is nothing to do.
+
+    Raises `OSError` where the disk fails.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in _NO_DIRECTORY_SYNC:
+            raise
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A private draft that takes the place of `path`, whole and synced, when the block ends well; else nothing changes.
+
+    One writer at a time: the draft has one name. Raises `OSError`.
+    """
+    draft = path.with_name(f"{path.name}.draft")
+    try:
+        with _begun(draft) as file:
+            yield file
+            file.flush()
+            sync_file(file.fileno())
+        draft.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+        raise
+    sync_directory(path.parent)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Replace a whole file durably: after a crash there is the old one or the new one. Raises `OSError`."""
+    with replacing(path) as file:
+        file.write(data)
+
+
+def write_once(path: Path, data: bytes) -> bool:
+    """Make a file durably unless it is there; False then. Of several processes that try at once one succeeds, and none
+    ever sees half of it. Raises `OSError`."""
+    draft = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with _begun(draft) as file:
+            file.write(data)
+            file.flush()
+            sync_file(file.fileno())
+        os.link(draft, path)
+    except FileExistsError:
+        return False
+    finally:
+        with contextlib.suppress(OSError):
+            draft.unlink(missing_ok=True)
+    sync_directory(path.parent)
+    return True
+
+
+def _begun(path: Path) -> IO[bytes]:
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, PRIVATE)
+    os.fchmod(fd, PRIVATE)  # one that was left behind keeps its mode otherwise
+    return os.fdopen(fd, "wb")
+
+
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the kernel's advisory lock on an open file, without waiting; False where another process has it.
+
+    It is held until every copy of the descriptor is closed, so a crash lets go of it. Raises `OSError` where the file
+    system has no locks.
+    """
+    try:
+        fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in _HELD:
+            return False
+        raise
+    return True

@@ -1,6 +1,6 @@
 """Sockets that listen: what is said when they cannot, and Unix sockets in a directory whose path may be long.
 
-A Unix socket's address has room for about a hundred bytes; a data directory's path may be longer. The kernel is then
+A Unix socket's address takes about a hundred bytes; a data directory's path may be longer. The kernel is then
 given the directory through a descriptor (`/proc/self/fd/N/NAME`), which is short. Nobody but the owner can ever connect
 to what `listen_privately` makes: the mode is set before anybody can be let in.
 """
@@ -34,11 +34,11 @@ class SocketError(OSError):
 
 @contextlib.contextmanager
 def listening(address: Address, setting: str) -> Iterator[None]:
-    """Around the opening of a port: makes room where a socket file was left behind, and turns what goes wrong into a
+    """Around the opening of a port: removes a socket file that was left behind, and turns what goes wrong into a
     `SocketError` that names the address and the setting."""
     try:
         if address.path is not None:
-            _make_room(Path(address.path))
+            _remove_leftover(Path(address.path))
         yield
     except SocketError as error:
         raise SocketError(f"{error}; or set {setting}") from None
@@ -46,7 +46,7 @@ def listening(address: Address, setting: str) -> Iterator[None]:
         raise SocketError(f"{_why(error, address)}; set {setting}") from None
 
 
-def _make_room(path: Path) -> None:
+def _remove_leftover(path: Path) -> None:
     """One that nobody listens on any more goes; that of another program stays, and so does anything else."""
     if not path.exists() and not path.is_symlink():
         return

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Protocol
 
+from sidecar.model.exchange import RawHeaders as RawHeaders
 from sidecar.model.exchange import Usage
 
-RawHeaders = Sequence[tuple[bytes, bytes]]
 """Header fields as they stood on the wire: exact bytes, order and case."""
 
 
@@ -75,7 +75,7 @@ class SocketTap(Protocol):
         ...
 
 
-class AnswerFilter(Protocol):
+class ResponseFilter(Protocol):
     """Takes out of an answer what only came because it was asked for on the client's behalf."""
 
     def feed(self, piece: bytes) -> bytes: ...
@@ -96,7 +96,7 @@ class Taps(Protocol):
         """None where the head already says that there is no usage to read."""
         ...
 
-    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+    def answer_filter(self, status: int, headers: RawHeaders) -> ResponseFilter | None:
         """For the answer to a request in which usage was asked for; None where it is to pass as it is."""
         ...
 

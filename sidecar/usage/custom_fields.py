@@ -1,4 +1,4 @@
-"""Own fields (`SIDECAR_ELEMENTS`): numbers that an API states in a header or a JSON member, under a name of yours.
+"""Custom fields (`SIDECAR_ELEMENTS`): numbers that an API states in a header or a JSON member, under a name of yours.
 
 `rows=json:meta.rows_returned`, `credits=header:x-credits-used`. They join the usage's `units`: beside the
 tokens where the answer is a model's, alone where it is none.
@@ -6,43 +6,12 @@ tokens where the answer is a model's, alone where it is none.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 
+from sidecar.model.grammar import Element
 from sidecar.usage.formats.json_scanner import Tree
 from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import quantity
-
-DEPTH_MAX = 8  # members of a JSON path; deeper ones are not stated numbers but data
-
-_SOURCE = re.compile(r"([A-Za-z][A-Za-z0-9_.-]{0,63})\s*=\s*(header|json):(.+)")
-
-
-@dataclass(frozen=True, slots=True)
-class Element:
-    """One own field. `pattern`: of the paths whose answers have it; None for all."""
-
-    name: str
-    header: str | None = None
-    json: tuple[str, ...] = ()
-    pattern: str | None = None
-
-    @classmethod
-    def parse(cls, text: str, pattern: str | None = None) -> Element:
-        """`name=header:x-rows` or `name=json:meta.rows`. Raises ValueError that says what is expected."""
-        found = _SOURCE.fullmatch(text.strip())
-        if found is None:
-            raise ValueError(f"{text!r}: expected name=header:<header name> or name=json:<member>.<member>")
-        name, kind, where = found[1], found[2], found[3].strip()
-        if kind == "header":
-            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", where):
-                raise ValueError(f"{text!r}: {where!r} is no header name")
-            return cls(name, header=where.lower(), pattern=pattern)
-        path = tuple(where.split("."))
-        if not all(path) or len(path) > DEPTH_MAX:
-            raise ValueError(f"{text!r}: expected one to {DEPTH_MAX} member names with dots between them")
-        return cls(name, json=path, pattern=pattern)
 
 
 def from_headers(elements: Sequence[Element], fields: Mapping[str, str]) -> dict[str, int | float]:
@@ -53,40 +22,44 @@ def from_headers(elements: Sequence[Element], fields: Mapping[str, str]) -> dict
     return found
 
 
-class OwnFields(Reader):
-    """Stands before the reader of the answer (or alone) and picks the own fields out of the same documents."""
+class CustomFields(Reader):
+    """Stands before the reader of the answer (or alone) and picks the custom fields out of the same documents."""
 
     def __init__(self, anomaly: Callable[[str], None], inner: Reader | None, elements: Sequence[Element]) -> None:
         self.inner = inner
         super().__init__(anomaly)
         self._elements = [element for element in elements if element.json]
         self._signs = [f'"{element.json[-1]}"'.encode() for element in self._elements]
-        self._places: Tree = dict(inner.places()) if inner is not None else {}
+        self._wanted: Tree = dict(inner.wanted) if inner is not None else {}
         for element in self._elements:
-            _graft(self._places, element.json)
+            _graft(self._wanted, element.json)
         self.units: dict[str, int | float] = {}
 
     @property
     def arrays_stream(self) -> bool:  # type: ignore[override]
         return self.inner is not None and self.inner.arrays_stream
 
-    def places(self) -> Tree:
-        return self._places
+    @property
+    def wanted(self) -> Tree:  # type: ignore[override]
+        return self._wanted
 
-    def signs(self) -> tuple[bytes, ...]:
-        return self.inner.signs() if self.inner is not None else ()
+    @property
+    def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]
+        return self.inner.end_signs if self.inner is not None else ()
 
-    def proven(self) -> bool:
-        return self.inner is not None and self.inner.proven()
+    @property
+    def final(self) -> bool:
+        return self.inner is not None and self.inner.final
 
-    def restore(self, final: bool) -> None:
+    @final.setter
+    def final(self, final: bool) -> None:
         if self.inner is not None:
-            self.inner.restore(final)
+            self.inner.final = final
 
-    def dull(self, block: bytes) -> bool:
+    def can_skip(self, block: bytes) -> bool:
         if any(sign in block for sign in self._signs):
             return False
-        return self.inner.dull(block) if self.inner is not None else True
+        return self.inner.can_skip(block) if self.inner is not None else True
 
     def message(self, document: Document, event: str) -> bool:
         self._pick(document)

@@ -14,12 +14,12 @@ from functools import lru_cache
 from typing import TypeVar
 from urllib.parse import unquote
 
+from sidecar.model.grammar import Element
 from sidecar.model.path_pattern import ANY_METHOD, Patterns
 from sidecar.model.target import normal_path
-from sidecar.usage.choosing import Claims
-from sidecar.usage.custom_fields import Element
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.table import Row, entries
+from sidecar.usage.reader_choice import Claims
 from sidecar.usage.response_headers import Heads, provider_of_host
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ class Pin:
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class Endpoint:
     """What is known of a call before its answer."""
 
     row: Row | None
@@ -60,8 +60,8 @@ class Place:
     claimable: bool = False  # whether any reader may claim an answer that the row, if any, does not know
 
 
-class Places:
-    """Finds the `Place` of a call; None where no answer can hold anything to count."""
+class Endpoints:
+    """Finds the `Endpoint` of a call; None where no answer can hold anything to count."""
 
     __slots__ = (
         "_base", "_by_header", "_by_reader", "_elements", "_paths", "_pins", "_remembered", "_rows", "everybody",
@@ -85,7 +85,7 @@ class Places:
         self.host_provider = provider_of_host(upstream_host)
         self._by_header = [row for row in rows if not row.paths and row.reader.header_names]
         self._by_reader = {row.reader: row for row in reversed(rows) if row.unmetered is None}
-        self._remembered: dict[str, Place | None] = {}
+        self._remembered: dict[str, Endpoint | None] = {}
         names = [name for row in rows for name in row.reader.header_names]
         self.heads = Heads([*names, *(element.header for element in elements if element.header is not None)])
 
@@ -93,17 +93,17 @@ class Places:
     def remembered(self) -> int:
         return len(self._remembered)
 
-    def of(self, method: str, target: str) -> Place | None:
+    def of(self, method: str, target: str) -> Endpoint | None:
         key = f"{method} {target.partition('?')[0]}"
         try:
             return self._remembered[key]
         except KeyError:
-            place = self._find(method, target)
+            found = self._find(method, target)
             if len(key) <= PATH_MAX_CHARS:
                 if len(self._remembered) >= PATHS_MAX:
                     self._remembered.clear()  # whoever spells paths in many ways must not fill it for good
-                self._remembered[key] = place
-            return place
+                self._remembered[key] = found
+            return found
 
     def provider_of(self, method: str, target: str) -> str | None:
         """Pinned, or known by the upstream's host."""
@@ -121,7 +121,7 @@ class Places:
         """The row that a reader of an unknown path stands for."""
         return self._by_reader.get(type(reader))
 
-    def _find(self, method: str, target: str) -> Place | None:
+    def _find(self, method: str, target: str) -> Endpoint | None:
         paths = self.meant(target)
         pin = _first(self._pins, method, paths)
         provider = pin[0] if pin is not None else self.host_provider
@@ -133,15 +133,15 @@ class Places:
         if found is not None:
             row, parts = found
             if posted and row.unmetered is not None and any(map(_ODD.search, paths)):
-                return Place(None, None, provider, own, claimable=True)  # free only where that is beyond doubt
+                return Endpoint(None, None, provider, own, claimable=True)  # free only where that is beyond doubt
             if pin is not None and row.unmetered is None and row.provider not in (None, pin[0]):
                 row = self._pinned(pin[0]) or row
             model = parts.get("model") or parts.get("deployment")
             claimable = posted or row.unmetered is None
-            return Place(row, unquote(model) if model else None, provider, own, claimable)
+            return Endpoint(row, unquote(model) if model else None, provider, own, claimable)
         if posted:
-            return Place(self._pinned(pin[0]) if pin is not None else None, None, provider, own, claimable=True)
-        return Place(None, None, provider, own) if own and method != "HEAD" else None
+            return Endpoint(self._pinned(pin[0]) if pin is not None else None, None, provider, own, claimable=True)
+        return Endpoint(None, None, provider, own) if own and method != "HEAD" else None
 
     def _pinned(self, provider: str) -> Row | None:
         """The row whose reader a pin means: the provider's first one."""

@@ -1,5 +1,7 @@
 """The members of a usage object under all the names that vendors give them, and how they become our fields.
 
+The rules O1 to O5 and V3 are those of docs/usage-formats.md.
+
 One helper for every family that states tokens in OpenAI's manner (chat, completions, responses, embeddings, sound,
 pictures, realtime, and the native APIs whose members are renamed to it), so that a cost, a cache write or a detail that
 one vendor states is read in every shape. Names are data: a name that is wrong costs a line of a table.
@@ -62,13 +64,13 @@ _CACHE = {
     "cache_creation_tokens": _WRITE,
     "cache_creation_input_tokens": _WRITE,
 }
-_IN = {
+INPUT_DETAILS = {
     **_CACHE,
     "audio_tokens": "audio_input_tokens",
     "text_tokens": "text_input_tokens",
     "image_tokens": "image_input_tokens",
 }
-_OUT = {
+OUTPUT_DETAILS = {
     "reasoning_tokens": "reasoning_output_tokens",
     "thinking_tokens": "reasoning_output_tokens",
     "audio_tokens": "audio_output_tokens",
@@ -78,14 +80,14 @@ _OUT = {
     "image_tokens": "image_output_tokens",
 }
 _DETAILS: Mapping[str, Mapping[str, str]] = {
-    "prompt_tokens_details": _IN,
-    "prompt_token_details": _IN,
-    "input_tokens_details": _IN,
-    "input_token_details": _IN,
-    "completion_tokens_details": _OUT,
-    "completion_token_details": _OUT,
-    "output_tokens_details": _OUT,
-    "output_token_details": _OUT,
+    "prompt_tokens_details": INPUT_DETAILS,
+    "prompt_token_details": INPUT_DETAILS,
+    "input_tokens_details": INPUT_DETAILS,
+    "input_token_details": INPUT_DETAILS,
+    "completion_tokens_details": OUTPUT_DETAILS,
+    "completion_token_details": OUTPUT_DETAILS,
+    "output_tokens_details": OUTPUT_DETAILS,
+    "output_token_details": OUTPUT_DETAILS,
 }
 _BESIDE = {  # parts that stand beside the wholes
     **_CACHE,

@@ -14,12 +14,13 @@ import orjson
 from sidecar.usage.formats.json_scanner import Members
 from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.providers.openai import ChatCompletions
+from sidecar.usage.providers.table import REPORTING
 from sidecar.usage.values import part
 
 BODY_MAX_BYTES = 1_048_576  # rewritten whole; a larger request is left as it is
 HELD_MAX_BYTES = 65_536  # of an event that is held until it is known; the extra chunk has about 400 bytes
 
-REPORTING = frozenset({"mistral_ai", "groq", "openrouter", "cohere", "perplexity"})
+_REPORTING = REPORTING | {"mistral_ai", "groq", "openrouter", "cohere", "perplexity"}
 """They report unasked, and some refuse what they do not know."""
 
 _ASKED_PATHS = ("/chat/completions", "/completions")
@@ -35,7 +36,7 @@ def may_ask(reader: type[Reader], provider: str | None, target: str) -> bool:
     path = target.partition("?")[0].rstrip("/")
     return (
         issubclass(reader, ChatCompletions)
-        and provider not in REPORTING
+        and provider not in _REPORTING
         and path.endswith(_ASKED_PATHS)
         and not path.endswith(_UNASKED_PATHS)
     )

@@ -9,22 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.grammar import Element
 from sidecar.usage import RawHeaders, RequestTap
-from sidecar.usage.custom_fields import Element
-from sidecar.usage.endpoints import Pin, Place, Places
+from sidecar.usage.endpoints import Endpoint, Endpoints, Pin
 from sidecar.usage.formats.content_encoding import BACKLOG_MAX_BYTES
 from sidecar.usage.formats.websocket import SessionTap, is_websocket
 from sidecar.usage.include_usage import UsageChunkFilter, may_ask, with_usage_asked
 from sidecar.usage.providers.realtime import Session, session
 from sidecar.usage.providers.table import ROWS, Row
-from sidecar.usage.request_reader import RequestReading
-from sidecar.usage.response_reader import AnswerTap
-from sidecar.usage.seen_ids import CountedIds
+from sidecar.usage.request_reader import RequestReader
+from sidecar.usage.response_reader import ResponseReader
 
 __all__ = ["Element", "Pin", "UsageTaps"]
 
 
-NOWHERE = Place(None, None, None, ())
+UNMATCHED = Endpoint(None, None, None, ())
 """A call whose answer is nobody's; its request is read all the same."""
 
 
@@ -44,17 +43,23 @@ class UsageTaps:
     """Implements `sidecar.usage.Taps`.
 
     `upstream_host`, `upstream_base`: of the upstream's URL; the base is its path. `estimate`: rough numbers where there
-    are none. `stored_once`: stored answers and batch results count, once an id (see `stored`). `ask_for_usage`: offer
-    to (see `asking`). `body_fields`: members of requests that somebody will ask for. `backlog_max_bytes`: coded bytes
-    that may wait for decoding, the side buffer of a call.
+    are none. `ask_for_usage`: offer to add it to requests (see `include_usage`). `body_fields`: members of requests
+    that somebody will ask for. `backlog_max_bytes`: coded bytes that may wait for decoding, the side buffer of a call.
 
     `unclaimed` may be set to what is told the method and the target of an answer that speaks of usage and that no
     reader knows.
     """
 
     __slots__ = (
-        "anomaly", "ask_for_usage", "backlog_max_bytes", "body_fields", "clock_ns", "counted", "estimate", "places",
-        "unclaimed", "upstream_host",
+        "anomaly",
+        "ask_for_usage",
+        "backlog_max_bytes",
+        "body_fields",
+        "clock_ns",
+        "endpoints",
+        "estimate",
+        "unclaimed",
+        "upstream_host",
     )  # fmt: skip
 
     def __init__(
@@ -65,7 +70,6 @@ class UsageTaps:
         pins: Sequence[Pin] = (),
         elements: Sequence[Element] = (),
         estimate: bool = False,
-        stored_once: bool = False,
         ask_for_usage: bool = False,
         body_fields: Sequence[str] = (),
         backlog_max_bytes: int = BACKLOG_MAX_BYTES,
@@ -80,39 +84,38 @@ class UsageTaps:
         self.estimate = estimate
         self.ask_for_usage = ask_for_usage
         self.body_fields = tuple(body_fields)
-        self.counted = CountedIds() if stored_once else None
         self.backlog_max_bytes = backlog_max_bytes
-        self.places = Places(rows, pins, elements, upstream_host, upstream_base)
+        self.endpoints = Endpoints(rows, pins, elements, upstream_host, upstream_base)
 
     def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | None:
         try:
-            place = self.places.of(method, target)
-            if place is None:
+            endpoint = self.endpoints.of(method, target)
+            if endpoint is None:
                 if not self.body_fields:
                     return None
-                place = NOWHERE
-            tap = RequestReadingTap(self, place, method, target, headers, self.clock_ns())
-            if self.ask_for_usage and place.row is not None:
-                tap.may_ask = may_ask(place.row.reader, place.provider, self.places.meant(target)[0])
+                endpoint = UNMATCHED
+            tap = RequestReadingTap(self, endpoint, method, target, headers, self.clock_ns())
+            if self.ask_for_usage and endpoint.row is not None:
+                tap.may_ask = may_ask(endpoint.row.reader, endpoint.provider, self.endpoints.meant(target)[0])
             return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
             return None
 
-    def response(self, request: RequestTap, status: int, headers: RawHeaders) -> AnswerTap | None:
+    def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseReader | None:
         if not isinstance(request, RequestReadingTap) or status < 200 or status in (204, 205, 304):
             return None
-        if request.place is NOWHERE:
+        if request.endpoint is UNMATCHED:
             return None
         try:
-            return AnswerTap(self, request, status, self.places.heads.pick(headers))
+            return ResponseReader(self, request, status, self.endpoints.heads.pick(headers))
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
 
     def answer_filter(self, status: int, headers: RawHeaders) -> UsageChunkFilter | None:
         """Takes the extra chunk out of a stream; where that cannot be done, it stays, and is counted."""
-        fields = self.places.heads.pick(headers)
+        fields = self.endpoints.heads.pick(headers)
         if status != 200 or not fields.get("content-type", "").lower().startswith("text/event-stream"):
             return None
         plain = fields.get("content-encoding", "").lower() in ("", "identity")
@@ -124,7 +127,9 @@ class UsageTaps:
     def socket(self, target: str) -> Session | None:
         """The reader of a WebSocket's messages; None where they are nobody's."""
         try:
-            return session(target, self.places.provider_of("GET", target), self.anomaly, self.places.meant(target)[0])
+            return session(
+                target, self.endpoints.provider_of("GET", target), self.anomaly, self.endpoints.meant(target)[0]
+            )
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
             return None
@@ -144,19 +149,19 @@ class UsageTaps:
 class RequestReadingTap:
     """Implements `sidecar.usage.RequestTap`."""
 
-    __slots__ = ("_headers", "_taps", "body", "may_ask", "method", "opened_ns", "place", "target")
+    __slots__ = ("_headers", "_taps", "body", "endpoint", "may_ask", "method", "opened_ns", "target")
 
     def __init__(
-        self, taps: UsageTaps, place: Place, method: str, target: str, headers: RawHeaders, opened_ns: int
+        self, taps: UsageTaps, endpoint: Endpoint, method: str, target: str, headers: RawHeaders, opened_ns: int
     ) -> None:
         self._taps = taps
         self.method = method
         self.target = target
         self._headers: RawHeaders | None = headers
-        self.place = place
+        self.endpoint = endpoint
         self.may_ask = False
         self.opened_ns = opened_ns
-        self.body = RequestReading(taps.body_fields, taps.anomaly)
+        self.body = RequestReader(taps.body_fields, taps.anomaly)
 
     def feed(self, piece: bytes) -> None:
         try:
@@ -164,11 +169,11 @@ class RequestReadingTap:
             if headers is not None and piece:
                 self._headers = None
                 if piece[0] != 0x7B:  # a form, or coded; an object needs no head to be recognised
-                    self.body.describe(self._taps.places.heads.pick(headers))
+                    self.body.describe(self._taps.endpoints.heads.pick(headers))
             self.body.feed(piece)
         except Exception:  # noqa: BLE001 - see above
             self._taps.anomaly("tap_failed")
-            self.body = RequestReading()
+            self.body = RequestReader()
 
     def member(self, name: str) -> str | None:
         """A text or a whole number at the body's top level, if `body_fields` has it."""
@@ -190,10 +195,10 @@ class RequestReadingTap:
 
     def unanswered(self) -> Usage | None:
         """For a call that got no answer: a model call about which nothing is known but what was asked."""
-        row = self.place.row
+        row = self.endpoint.row
         if row is None or row.unmetered is not None or row.hint_only:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason="no answer came")
-        usage.provider = self.place.provider or row.provider
-        usage.request_model = self.body.model or self.place.model
+        usage.provider = self.endpoint.provider or row.provider
+        usage.request_model = self.body.model or self.endpoint.model
         return usage

@@ -30,10 +30,10 @@ WANTED: Tree = {
 }
 
 
-_QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
+QUESTIONS = frozenset(("messages", "input", "prompt", "contents"))
 
 
-class RequestReading:
+class RequestReader:
     """One request body. Never raises; what cannot be read is simply not known."""
 
     # Defaults stand on the class: most requests are one piece of plain JSON.
@@ -102,11 +102,6 @@ class RequestReading:
             self._pieces = self._members = self._decoder = None
 
     @property
-    def held_bytes(self) -> int:
-        """How much of the body is still kept."""
-        return sum(map(len, self._pieces or ()))
-
-    @property
     def model(self) -> str | None:
         facts = self.facts()
         return name(facts.get("model"))
@@ -129,7 +124,7 @@ class RequestReading:
     @property
     def asks_a_model(self) -> bool:
         """Whether it puts a question: a body that only changes or ends something stored has none, and is small."""
-        return self._size > BODY_MAX_BYTES or not _QUESTIONS.isdisjoint(self.facts())
+        return self._size > BODY_MAX_BYTES or not QUESTIONS.isdisjoint(self.facts())
 
     def _wanted(self) -> Tree:
         return {**WANTED, **dict.fromkeys(self._more, True)} if self._more else WANTED

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 
 from sidecar.model.exchange import cut
 from sidecar.usage import RawHeaders
+from sidecar.usage.providers.table import HOSTS
 
 SPELLINGS_MAX = 2_048  # remembered field names; an upstream that invents names must not fill memory
 ID_MAX_CHARS = 256  # of a request id that is kept; the longest seen has about 60
@@ -39,6 +40,7 @@ _HINTS = {
 }
 
 _HOSTS = {
+    **HOSTS,
     "api.openai.com": "openai",
     "openai.azure.com": "azure.ai.openai",
     "cognitiveservices.azure.com": "azure.ai.openai",
@@ -132,9 +134,9 @@ def request_id(fields: Mapping[str, str]) -> str | None:
         return None
     best, rank = None, len(_ID_RANK)
     for name in fields:
-        place = _ID_RANK.get(name, rank)
-        if place < rank:
-            best, rank = name, place
+        own = _ID_RANK.get(name, rank)
+        if own < rank:
+            best, rank = name, own
     return None if best is None else cut(fields[best], ID_MAX_CHARS) or None
 
 
@@ -143,9 +145,9 @@ def hinted_provider(fields: Mapping[str, str]) -> str | None:
         return None
     best, rank = None, len(_HINT_RANK)
     for name in fields:
-        place = _HINT_RANK.get(name, rank)
-        if place < rank:
-            best, rank = name, place
+        own = _HINT_RANK.get(name, rank)
+        if own < rank:
+            best, rank = name, own
     return None if best is None else _HINTS[best]
 
 

@@ -1,9 +1,9 @@
 """One answer: choosing how it is read, reading it, and what comes of it.
 
-The answer decides how it is read: by its first bytes, whatever its content type says, unless that is a picture's or a
-sound's. The path says which reader is asked first (see `choosing`); what that one does not recognise is any reader's to
-claim. What nobody recognises gives no usage at all, never a wrong number; where it speaks of usage all the same, that
-is said. Whatever goes wrong ends the reading, not the call.
+The response decides how it is read: by its first bytes, whatever its content type says, unless that is a picture's or a
+sound's. The path says which reader is asked first (see `reader_choice`); what that one does not recognise is any
+reader's to claim. What nobody recognises gives no usage at all, never a wrong number; where it speaks of usage all the
+same, that is said. Whatever goes wrong ends the reading, not the call.
 """
 
 from __future__ import annotations
@@ -13,27 +13,25 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sidecar.model.exchange import Usage, UsageState
-from sidecar.usage.choosing import Choice, Mentions
-from sidecar.usage.custom_fields import OwnFields, from_headers
-from sidecar.usage.endpoints import Place, Places
+from sidecar.usage.custom_fields import CustomFields, from_headers
+from sidecar.usage.endpoints import Endpoint, Endpoints
 from sidecar.usage.estimate import estimate
 from sidecar.usage.formats.aws_eventstream import EventStream, begins
 from sidecar.usage.formats.content_encoding import Codings, Unreadable, decoder
 from sidecar.usage.formats.event_stream import Framing, JsonLines, ServerSentEvents
 from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument, read_whole
 from sidecar.usage.providers.base import Reader, build, clear, known
-from sidecar.usage.providers.batch_file import BatchFile
 from sidecar.usage.providers.fallback import Failed, Unmetered
 from sidecar.usage.providers.openai import ChatCompletions
 from sidecar.usage.providers.table import Row
-from sidecar.usage.request_reader import RequestReading
+from sidecar.usage.reader_choice import Choice, Mentions
+from sidecar.usage.request_reader import RequestReader
 from sidecar.usage.response_headers import hinted_provider, request_id
-from sidecar.usage.seen_ids import SEEN, CountedIds
 
 DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else gives away
 FINISH_STEPS_MAX = 6  # of decoding, at the end of an answer that was cut off: 3 MiB, about 10 ms
-SIGN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
-SIGN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
+FIRST_TOKEN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
+FIRST_TOKEN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
 _SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
@@ -43,14 +41,13 @@ _CLOUDS = ("aws.bedrock", "gcp.vertex_ai")  # whose paths say where a model runs
 UNCLAIMED = "the answer speaks of usage in a way that no reader knows"
 
 
-class Fixed(Protocol):
+class ReaderContext(Protocol):
     """What is the same for all calls."""
 
     anomaly: Callable[[str], None]
     clock_ns: Callable[[], int]
-    counted: CountedIds | None
     estimate: bool
-    places: Places
+    endpoints: Endpoints
     backlog_max_bytes: int
 
     def unclaimed(self, method: str, target: str) -> None:
@@ -58,17 +55,17 @@ class Fixed(Protocol):
         ...
 
 
-class Asked(Protocol):
+class RequestFacts(Protocol):
     """The request that is being answered."""
 
     method: str
     target: str
-    place: Place
-    body: RequestReading
+    endpoint: Endpoint
+    body: RequestReader
     opened_ns: int
 
 
-class AnswerTap:
+class ResponseReader:
     """Implements `sidecar.usage.ResponseTap`."""
 
     # Defaults stand on the class: a tap is made for every call, and most of these are never set.
@@ -77,7 +74,8 @@ class AnswerTap:
     _usage: Usage | None = None
     _reason: str | None = None
     _first_token_ns: int = 0
-    _sign: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
+    _timed: bool = False  # a stream, whose first token is waited for
+    _first_token: re.Pattern[bytes] | None = None  # what the first token looks like, until it was seen
     _bytes: int = 0  # decoded bytes and lines, for an estimate
     _lines: int = 0
     _searched: int = 0  # bytes looked through for the first token
@@ -89,12 +87,12 @@ class AnswerTap:
     _mentions: Mentions | None = None  # where it is not known yet whose answer it is
     _choice: Choice | None = None
 
-    def __init__(self, fixed: Fixed, request: Asked, status: int, fields: dict[str, str]) -> None:
-        self._fixed = fixed
+    def __init__(self, context: ReaderContext, request: RequestFacts, status: int, fields: dict[str, str]) -> None:
+        self._context = context
         self._request = request
         self._status = status
         self._fields = fields
-        self._row = request.place.row
+        self._row = request.endpoint.row
         self._front = self._asked_first = self._choose()
         if isinstance(self._front, Choice):
             self._choice = self._front
@@ -112,7 +110,7 @@ class AnswerTap:
         reader = self._reader
         if self._ended or self._settled or self._status >= 400 or reader is None:
             return False
-        if isinstance(reader, Unmetered | BatchFile) or (reader.final and reader.raw is not None):
+        if isinstance(reader, Unmetered) or (reader.final and reader.raw is not None):
             return False
         return not (self._framing is not None and self._framing.streamed and self._never_reports())
 
@@ -126,7 +124,7 @@ class AnswerTap:
             return False
         try:
             if self._decoder is None:
-                watched = self._sign is not None or self._mentions is not None or self._fixed.estimate
+                watched = self._first_token is not None or self._mentions is not None or self._context.estimate
                 if watched or self._framing is None:
                     return self._take(piece)
                 ended = self._ended = self._framing.feed(piece)  # all that most pieces of a stream need
@@ -140,48 +138,43 @@ class AnswerTap:
             self._give_up("reader_failed", "the answer could not be read")
         return False
 
+    def first_token_at(self, first_token_ns: int) -> None:
+        """When the first token came, where that was noted by whoever handed the bytes on (0: it did not come)."""
+        if self._timed:
+            self._first_token_ns = first_token_ns
+            self._first_token = None
+
     def finish(self, whole: bool) -> Usage | None:
         if not self._settled:
             self._settled = True
             try:
                 self._usage = self._finish(whole)
             except Exception:  # noqa: BLE001 - see above
-                self._fixed.anomaly("reader_failed")
+                self._context.anomaly("reader_failed")
             self._framing = self._decoder = None
         return self._usage
-
-    def answers(self) -> list[Usage]:
-        """For files that hold many answers: those read since the last call, each to be counted once an id."""
-        counted = self._fixed.counted
-        reader = self._reader
-        if counted is None or not isinstance(reader, BatchFile):
-            return []
-        return [usage for usage in reader.take() if counted.first(usage)]
 
     # How the answer is read.
 
     def _choose(self) -> Reader:
         """The reader that the path, or a header, names; and whoever may claim what that one does not recognise."""
-        fixed, row = self._fixed, self._row
+        context, row = self._context, self._row
         if row is not None and row.unmetered is not None and self._request.method == "POST" and self._asks_anew(row):
             row = self._row = None
         if row is None:
-            row = self._row = fixed.places.row_by_header(self._fields)
+            row = self._row = context.endpoints.row_by_header(self._fields)
         if row is None:
-            return Choice(fixed.anomaly, fixed.places.everybody)
+            return Choice(context.anomaly, context.endpoints.everybody)
         if self._status >= 400:
             if row.hint_only:
                 self._row = None
-            return Failed(fixed.anomaly)
+            return Failed(context.anomaly)
         if row.unmetered is not None:
-            if row.reads_stored and fixed.counted is not None:
-                stored = BatchFile(fixed.anomaly) if row.reader is BatchFile else None
-                return stored or Choice(fixed.anomaly, fixed.places.everybody)
-            return Unmetered(fixed.anomaly) if row.reader is BatchFile else row.reader(fixed.anomaly)
-        reader = row.reader(fixed.anomaly)
+            return row.reader(context.anomaly)
+        reader = row.reader(context.anomaly)
         if reader.header_names:
             reader.head(self._fields)
-        return Choice(fixed.anomaly, fixed.places.everybody, reader)
+        return Choice(context.anomaly, context.endpoints.everybody, reader)
 
     def _asks_anew(self, row: Row) -> bool:
         """A POST that puts a question to a model is no look at a stored answer, whatever its path looks like."""
@@ -192,16 +185,16 @@ class AnswerTap:
         content_type = fields.get("content-type", "")
         if content_type != "application/json":
             content_type = content_type.partition(";")[0].strip().lower()
-        elements = self._request.place.elements
+        elements = self._request.endpoint.elements
         if elements and content_type != _FRAMES and any(element.json for element in elements):
-            self._front = OwnFields(self._fixed.anomaly, self._asked_first, elements)
-        elif self._row is None and (self._status >= 400 or not self._request.place.claimable):
+            self._front = CustomFields(self._context.anomaly, self._asked_first, elements)
+        elif self._row is None and (self._status >= 400 or not self._request.endpoint.claimable):
             self._ended = True
             return
         coding = fields.get("content-encoding")
         if coding:
             try:
-                self._decoder = decoder(coding, self._fixed.backlog_max_bytes)
+                self._decoder = decoder(coding, self._context.backlog_max_bytes)
             except Unreadable as broken:
                 self._give_up(broken.kind, broken.reason)
                 return
@@ -217,7 +210,8 @@ class AnswerTap:
     def _stream(self, framing: Framing) -> None:
         """A stream may last: it must not hold its prompt, and it has a first token to wait for."""
         self._framing = framing
-        self._sign = self._front.first_token if self._choice is None else self._choice.first_token
+        self._first_token = self._front.first_token if self._choice is None else self._choice.first_token
+        self._timed = self._first_token is not None
         body = self._request.body
         body.settle()
         if self._choice is not None:
@@ -228,15 +222,15 @@ class AnswerTap:
         ended = framing.feed(piece) if framing is not None else self._sniff(piece)
         if self._mentions is not None:
             self._look(piece)
-        if self._sign is not None:
-            if len(piece) > SIGN_PIECE_BYTES:
+        if self._first_token is not None:
+            if len(piece) > FIRST_TOKEN_PIECE_BYTES:
                 self._searched += len(piece)
-            if self._searched > SIGN_MAX_BYTES:
-                self._sign = None
-            elif self._sign.search(piece) is not None:
-                self._first_token_ns = self._fixed.clock_ns()
-                self._sign = None
-        if self._fixed.estimate:
+            if self._searched > FIRST_TOKEN_MAX_BYTES:
+                self._first_token = None
+            elif self._first_token.search(piece) is not None:
+                self._first_token_ns = self._context.clock_ns()
+                self._first_token = None
+        if self._context.estimate:
             self._bytes += len(piece)
             self._lines += piece.count(b"\n")
         if ended:
@@ -297,13 +291,13 @@ class AnswerTap:
 
     def _give_up(self, kind: str, reason: str | None) -> None:
         if kind:
-            self._fixed.anomaly(kind)
+            self._context.anomaly(kind)
         self._ended = True
         self._reason = self._reason or reason
 
     def _never_reports(self) -> bool:
         """OpenAI itself sends a stream's usage only when it was asked to."""
-        provider = self._request.place.provider or hinted_provider(self._fields)
+        provider = self._request.endpoint.provider or hinted_provider(self._fields)
         return (
             provider in ("openai", "azure.ai.openai")
             and isinstance(self._reader, ChatCompletions)
@@ -329,8 +323,8 @@ class AnswerTap:
         elif self._only:
             ended = read_whole(self._front, self._only)
         usage = self._model_usage(whole, streamed=streamed, ended=ended)
-        if self._request.place.elements:
-            usage = self._with_own_fields(usage, whole)
+        if self._request.endpoint.elements:
+            usage = self._with_custom_fields(usage, whole)
         if whole and self._mentions is not None and (usage is None or not known(usage)):  # cut off is not unknown
             usage = self._unclaimed(usage)
         return usage
@@ -353,7 +347,7 @@ class AnswerTap:
     def _handed_over(self, reader: Reader) -> Row | None:
         """The row of the reader that claimed the answer. A cloud's path still says whose cloud it is."""
         mine = self._row
-        row = self._fixed.places.row_of(reader)
+        row = self._context.endpoints.row_of(reader)
         if mine is not None and mine.unmetered is not None:
             return mine
         if mine is not None and mine.provider in _CLOUDS:
@@ -365,19 +359,24 @@ class AnswerTap:
         if row is None:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason=row.unmetered)
-        usage.provider = self._request.place.provider or row.provider
+        usage.provider = self._request.endpoint.provider or row.provider
         return usage
 
     def _unclaimed(self, usage: Usage | None) -> Usage | None:
         """An answer that speaks of usage and that nobody recognised: it must not go by in silence."""
         choice, mentions = self._choice, self._mentions
-        if choice is None or choice.reader is not None or mentions is None or self._row is not self._request.place.row:
+        if (
+            choice is None
+            or choice.reader is not None
+            or mentions is None
+            or self._row is not self._request.endpoint.row
+        ):
             return usage
         mentions.feed(self._only)
         if not mentions.found or (usage is not None and usage.error is not None):
             return usage
-        self._fixed.anomaly("answer_unclaimed")
-        self._fixed.unclaimed(self._request.method, self._request.target)
+        self._context.anomaly("answer_unclaimed")
+        self._context.unclaimed(self._request.method, self._request.target)
         if usage is not None:
             usage.reason = UNCLAIMED
         return usage
@@ -386,7 +385,7 @@ class AnswerTap:
         """Whether this was a model's answer: seen to be one, or cut off (or unreadable) before that could be seen."""
         if reader.seen or self._reason is not None or self._status >= 400:
             return True
-        if isinstance(reader, Unmetered | BatchFile):
+        if isinstance(reader, Unmetered):
             return True
         if self._ended:
             return self._framing is None and not self._only and not self._bytes and self._silent()
@@ -397,15 +396,15 @@ class AnswerTap:
         return self._fields.get("content-type", "").lower().startswith((*_SILENT, "application/octet"))
 
     def _complete(self, usage: Usage, reader: Reader, row: Row | None) -> None:
-        place, body = self._request.place, self._request.body
+        endpoint, body = self._request.endpoint, self._request.body
         usage.provider = (
-            place.provider
+            endpoint.provider
             or reader.provider
             or (row.provider if row is not None else None)
             or hinted_provider(self._fields)
             or DEFAULT_PROVIDER
         )
-        usage.request_model = body.model or place.model
+        usage.request_model = body.model or endpoint.model
         usage.upstream_request_id = request_id(self._fields)
         if self._first_token_ns and usage.streamed and self._request.opened_ns:
             usage.time_to_first_token_ms = (self._first_token_ns - self._request.opened_ns) / 1e6
@@ -413,30 +412,25 @@ class AnswerTap:
             usage.operation = row.operation if row is self._row else reader.operation or row.operation
         if self._status >= 400:
             usage.error = usage.error or f"http_{self._status}"
-        counted = self._fixed.counted
         if row is not None and row.unmetered is not None:
-            first = row.reads_stored and counted is not None and counted.first(usage)
-            if not first:
-                usage.usage_state = UsageState.ABSENT
-                usage.reason = row.unmetered if counted is None or not row.reads_stored else SEEN
-                clear(usage)
+            usage.usage_state = UsageState.ABSENT
+            usage.reason = row.unmetered
+            clear(usage)
         elif usage.usage_state is UsageState.ABSENT:
             usage.reason = usage.reason or self._reason or _why_absent(usage, self._status)
-            if self._fixed.estimate and self._status < 400:
+            if self._context.estimate and self._status < 400:
                 estimate(usage, body.bytes_seen, self._bytes, self._lines)
-        elif counted is not None:
-            counted.first(usage)
 
-    def _with_own_fields(self, usage: Usage | None, whole: bool) -> Usage | None:
-        own = from_headers(self._request.place.elements, self._fields)
-        if isinstance(self._front, OwnFields):
-            own |= self._front.units
-        if not own:
+    def _with_custom_fields(self, usage: Usage | None, whole: bool) -> Usage | None:
+        custom = from_headers(self._request.endpoint.elements, self._fields)
+        if isinstance(self._front, CustomFields):
+            custom |= self._front.units
+        if not custom:
             return usage
         if usage is None:
             usage = Usage(usage_state=UsageState.FINAL if whole else UsageState.PARTIAL)
             usage.upstream_request_id = request_id(self._fields)
-        usage.units = {**usage.units, **own}
+        usage.units = {**usage.units, **custom}
         return usage
 
 
@@ -446,3 +440,9 @@ def _why_absent(usage: Usage, status: int) -> str:
     if usage.error is not None:
         return "the answer is an error"
     return "the stream ended without usage" if usage.streamed else "the answer states no usage"
+
+
+def plain_type(content_type: str) -> bool:
+    """Whether a body of this type is looked at by its first bytes, and neither sound, pictures, frames nor lines."""
+    kind = content_type.partition(";")[0].strip().lower()
+    return not kind.startswith(_SILENT) and kind != _FRAMES and kind not in _LINES

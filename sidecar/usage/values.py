@@ -1,4 +1,4 @@
-"""What counts as a number, a name or an error in a provider's answer (usage-format rules V1 to V4, M2, M4).
+"""What counts as a number, a name or an error in a provider's answer (rules V1 to V4, M2, M4 of docs/usage-formats.md).
 
 Every function here takes whatever JSON held and never raises for it. "Not reported" is None and is never zero.
 """

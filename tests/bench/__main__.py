@@ -155,7 +155,10 @@ def _unary(
     script: Path,
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    cases = [("chat", "/v1/chat/completions", script, 32), ("chat, 1 connection", "/v1/chat/completions", script, 1)]
+    cases: list[tuple[str, str, Path | None, int]] = [
+        ("chat", "/v1/chat/completions", script, 32),
+        ("chat, 1 connection", "/v1/chat/completions", script, 1),
+    ]
     cases += [(f"GET {size}", f"/{size}", None, 32) for size in ("1k", "16k", "1m")]
     with ExitStack() as stack:
         upstream = p.nginx_upstream(folder)
@@ -170,7 +173,7 @@ def _unary(
                     found = wrk(peer, path, seconds=arguments.seconds, connections=connections, script=lua)
                     table.add(peer.name, found["us"])
                     latency.add(peer.name, found["p99_ms"])
-                    rows.append({"case": title, "peer": peer.name} | found)
+                    rows.append({"case": title, "peer": peer.name, **found})
             print("\n" + table.text("Envoy"), flush=True)
     return rows
 
@@ -189,7 +192,7 @@ def _streams(
             for peer in running:
                 found = streams(peer, count=64, rounds=4)
                 table.add(peer.name, found["us"])
-                rows.append({"peer": peer.name} | found)
+                rows.append({"peer": peer.name, **found})
         print("\n" + table.text("Envoy"), flush=True)
     return rows
 

@@ -68,7 +68,7 @@ def _child(*arguments: str | Path) -> str:
 
 async def deliver(room: Path, name: str, url: str, records: int) -> dict[str, Any]:
     from sidecar.backends import backend_settings
-    from sidecar.delivery import Delivery, DeliveryState
+    from sidecar.delivery import Delivery, DeliveryStore
     from sidecar.runtime import backend_factory
     from sidecar.runtime.metrics import Metrics
     from sidecar.settings import load
@@ -81,13 +81,13 @@ async def deliver(room: Path, name: str, url: str, records: int) -> dict[str, An
         },
         backend_settings=backend_settings(),
     )  # fmt: skip
-    state = DeliveryState.open(room / "delivery.db")
+    state = DeliveryStore.open(room / "delivery.db")
     state.configure([name], [], time.time())  # as if it had been there first: else all may have been delivered before
     await prepare(room, records)
     backend = backend_factory.backend(settings, name)
     with SpoolReader(room) as reader:
         wall_s, cpu_s = time.perf_counter(), time.process_time()
-        async with Delivery(reader=reader, state=state, backends=[backend], metrics=Metrics(backends=[name])) as work:
+        async with Delivery(reader=reader, store=state, backends=[backend], metrics=Metrics(backends=[name])) as work:
             await work.drain(600.0)
             wall_s, cpu_s = time.perf_counter() - wall_s, time.process_time() - cpu_s
             upto = {instance: reader.last_seq(instance) for instance in reader.instances()}

@@ -27,10 +27,10 @@ import streams  # noqa: E402
 
 from sidecar.backends import backend_settings  # noqa: E402
 from sidecar.model.exchange import Exchange, Outcome, Release, Usage  # noqa: E402
+from sidecar.model.http_url import UpstreamAddress  # noqa: E402
 from sidecar.model.record import encode  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
 from sidecar.proxy.client_connection import Client  # noqa: E402
-from sidecar.proxy.config import UpstreamAddress  # noqa: E402
 from sidecar.proxy.context import Hop  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402
@@ -135,7 +135,7 @@ class Wires:
         rules, self.metrics = factory.rules(settings), Metrics()
         upstream = Upstream(
             loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
-            connect_timeout_s=1, keepalive_s=1e9,
+            connect_timeout_s=1, keepalive_s=1e9, age_s=1e9,
         )  # fmt: skip
         self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
         self.attribute = factory.attributor(settings, b"k" * 32, lambda kind: None)
@@ -189,7 +189,7 @@ def counted(run: Callable[[], object]) -> str:
     """Bytecodes executed, Python functions and C functions called."""
     bytecodes = python = c = 0
 
-    def trace(frame: Any, event: str, argument: object) -> object:
+    def trace(frame: Any, event: str, argument: object) -> Any:
         nonlocal bytecodes
         frame.f_trace_opcodes, frame.f_trace_lines = True, False
         bytecodes += event == "opcode"

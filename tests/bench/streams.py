@@ -10,6 +10,7 @@ import asyncio
 import json
 import sys
 import time
+from functools import partial
 
 import uvloop
 
@@ -64,7 +65,7 @@ class Upstream(asyncio.Protocol):
             self.step(0)
 
     def step(self, number: int) -> None:
-        if self.transport.is_closing():  # type: ignore[attr-defined]
+        if self.transport.is_closing():
             return
         if number == self.events:
             self.transport.write(chunked(LAST) + b"0\r\n\r\n")  # type: ignore[attr-defined]
@@ -106,6 +107,10 @@ class Client(asyncio.Protocol):
             self.done.set_exception(error or ConnectionError("closed early"))
 
 
+def _same(client: Client) -> Client:
+    return client
+
+
 async def upstream(port: int, events: int, gap_s: float) -> None:
     server = await asyncio.get_running_loop().create_server(
         lambda: Upstream(events, gap_s), "127.0.0.1", port, backlog=4096
@@ -119,7 +124,7 @@ async def load(port: int, streams: int, rounds: int) -> None:
     futures: list[asyncio.Future[int]] = []
     for _ in range(streams):
         future: asyncio.Future[int] = loop.create_future()
-        await loop.create_connection(lambda future=future: Client(rounds, future), "127.0.0.1", port)
+        await loop.create_connection(partial(Client, rounds, future), "127.0.0.1", port)
         futures.append(future)
     chunks = sum(await asyncio.gather(*futures))
     print(json.dumps({"chunks": chunks, "seconds": time.perf_counter() - began}))
@@ -131,7 +136,7 @@ async def hold(port: int, streams: int) -> None:
     clients: list[Client] = []
     for number in range(streams):
         client = Client(1, loop.create_future())
-        await loop.create_connection(lambda client=client: client, "127.0.0.1", port)
+        await loop.create_connection(partial(_same, client), "127.0.0.1", port)
         clients.append(client)
         if number % 200 == 199:
             await asyncio.sleep(0.05)

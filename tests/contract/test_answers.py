@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from support.backend_fixtures import (
     Cut,
     Request,
+    Script,
     ScriptedServer,
     answer,
     kinds_of,
@@ -106,13 +107,13 @@ async def test_what_is_no_yes_at_any_of_them(trial_name: str, tmp_path: Path) ->
             (b'{"accepted": 99}', Unknown("counts_differ")), (b'{"status": "que', Unknown("cut_answer")),
             (b"\n <!-- x --><p>hello", UNEXPECTED), (b"<HTML><BODY>", UNEXPECTED), (gzip.compress(b"{}"), UNEXPECTED),
         ):  # fmt: skip
-            server.script = lambda _, body=body: answer(200, body)
+            server.says(answer(200, body))
             verdicts = await backend.send(sealed)
             if trial_name.startswith("openmeter") and verdict == Delivered():
                 continue
             assert verdicts == [verdict] * len(sealed.events), body
         for status in (203, 205, 206, 207, 226):
-            server.script = lambda request, status=status: renumbered(vendor_yes(request), status)
+            server.script = under_another_status(status)
             assert set(kinds_of(await backend.send(sealed))) == {"Unknown"}, status
         server.script = vendor_yes
         assert set(kinds_of(await backend.send(sealed))) == {"Delivered"}
@@ -121,6 +122,10 @@ async def test_what_is_no_yes_at_any_of_them(trial_name: str, tmp_path: Path) ->
 def renumbered(reply: bytes, status: int) -> bytes:
     head, _, rest = reply.partition(b"\r\n")
     return b"HTTP/1.1 %d Reason\r\n" % status + rest if head else b""
+
+
+def under_another_status(status: int) -> Script:
+    return lambda request: renumbered(vendor_yes(request), status)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +138,7 @@ async def test_a_bare_2xx_counts_only_where_no_body_is_promised(trial_name: str,
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         for reply in (answer(204, b""), answer(202, b""), answer(202, b" \r\n")):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert set(kinds_of(await backend.send(sealed))) == {empty}
         server.script = lambda _: answer(200, b"")
         expected = "Unknown" if trial_name == "openmeter" else empty
@@ -300,6 +305,7 @@ def test_a_large_batch_is_judged_in_a_moment() -> None:
         sealed = Sealed(key="k", events=tuple(Event(f"r{n}", f"e{n}") for n in range(count)), body=b"")
         rows = orjson.dumps({"results": [{"id": f"r{n}", "status": 200 if n else 422} for n in range(count)]})
         times = []
+        found: Verdict | list[Verdict] = []
         for _ in range(3):
             began = perf_counter()
             found = said_yes(Answer(200, {}, rows), sealed, ANSWERS["meter"])
@@ -335,7 +341,7 @@ async def test_a_refusal_that_names_the_key_is_told_apart(trial_name: str, tmp_p
             (answer(422, b'{"message": "Idempotency-Key is required"}'), Refused("http_422")),
             (answer(422, b'{"item": {"requestHeaders": ["Idempotency-Key"]}}'), Refused("http_422")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed) == [verdict], reply
 
 
@@ -350,7 +356,7 @@ async def test_stripes_idempotency_error_and_a_repeat_of_somebody_else(tmp_path:
             ({"message": "An event already exists with this identifier"}, Duplicate()),
             ({"message": "An event already exists with identifier 0199aaaa-other:x."}, Unknown("others_answer")),
         ):
-            server.script = lambda _, error=error: answer(400, orjson.dumps({"error": error}))
+            server.says(answer(400, orjson.dumps({"error": error})))
             assert await backend.send(sealed) == [verdict], error
 
 
@@ -423,7 +429,7 @@ async def test_a_port_that_speaks_tls_took_nothing_that_was_sent_plainly(trial_n
     async with ScriptedServer().running() as server:
         for text in (b"<html>400 The plain HTTP request was sent to HTTPS port</html>",
                      b"Client sent an HTTP request to an HTTPS server.\n"):  # fmt: skip
-            server.script = lambda _, text=text: answer(400, text)
+            server.says(answer(400, text))
             backend = build(trial_name, tmp_path, server.url)
             assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("tls")]
             await backend.aclose()

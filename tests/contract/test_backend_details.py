@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
@@ -24,16 +25,17 @@ from support.backend_fixtures import (
     records,
     usage,
 )
+from support.backend_trials import made
 
 from sidecar.backends import BACKENDS, Context, backend_settings
 from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
-from sidecar.backends.revenium.backend import ReveniumBackend, completion
+from sidecar.backends.revenium import completion
+from sidecar.backends.revenium.backend import ReveniumBackend
 from sidecar.backends.revenium.product_key import Claim, NoSubscription, ProductKeys
 from sidecar.backends.stripe.backend import StripeBackend
-from sidecar.backends.stripe.meters import Payload
 from sidecar.backends.stripe.reports import Complaint, ReportError, read_report
 from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.meters.definition import DEFAULT_METERS, read_meters
@@ -49,6 +51,7 @@ from sidecar.model.delivery import (
     Retry,
     Undone,
     Unknown,
+    Verdict,
 )
 from sidecar.model.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.settings import load
@@ -104,10 +107,10 @@ async def test_who_cannot_be_billed_is_parked_until_a_mapping_says_who_it_is(nam
 
 def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
     plain = record(1, subscriber=Subscriber("tenant-7", "header:x-tenant"))
-    assert only(FlexpriceBackend(api_key="k").encode([plain]))["events"][0]["external_customer_id"] == "tenant-7"
-    assert StripeBackend(api_key="k").encode([plain]).parked == {plain.id: "no_customer"}
+    assert only(made(FlexpriceBackend, api_key="k").encode([plain]))["events"][0]["external_customer_id"] == "tenant-7"
+    assert made(StripeBackend, api_key="k").encode([plain]).parked == {plain.id: "no_customer"}
     theirs = record(1, subscriber=Subscriber("cus_7", "header:x-tenant"))
-    assert len(StripeBackend(api_key="k").encode([theirs]).sealed) == 3
+    assert len(made(StripeBackend, api_key="k").encode([theirs]).sealed) == 3
 
 
 # Revenium
@@ -115,22 +118,22 @@ def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
 
 @pytest.mark.parametrize("mode", ["meter", "event", "rate", "ingest", "events", "completions"])
 def test_revenium_sends_unknown_ones_again_only_where_told_and_only_without_a_key(mode: str, tmp_path: Path) -> None:
-    def made(**said: str) -> ReveniumBackend:
+    def from_environment(**said: str) -> Any:
         environ = {
             "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_BACKENDS": "revenium",
             "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "s", **said,
         }  # fmt: skip
         values = load(environ, backend_settings=backend_settings()).backend("revenium")
-        return ReveniumBackend.from_settings(values, Context(data_dir=tmp_path))
+        return BACKENDS["revenium"].make(values, Context(data_dir=tmp_path))
 
-    assert not made().abilities.resend_unknown
-    assert not made(SIDECAR_REVENIUM_ON_UNKNOWN="park").abilities.resend_unknown
-    told = made(SIDECAR_REVENIUM_ON_UNKNOWN="resend").abilities
+    assert not from_environment().abilities.resend_unknown
+    assert not from_environment(SIDECAR_REVENIUM_ON_UNKNOWN="park").abilities.resend_unknown
+    told = from_environment(SIDECAR_REVENIUM_ON_UNKNOWN="resend").abilities
     assert told.resend_unknown == (told.dedup is Dedup.NONE) == (mode not in ("events", "completions"))
 
 
 def test_revenium_event_halves_are_joined_and_timed() -> None:
-    backend = ReveniumBackend(api_key="k", mode="event", api_id="asset-1")
+    backend = made(ReveniumBackend, api_key="k", mode="event", api_id="asset-1")
     request, response = (orjson.loads(sealed.body) for sealed in backend.encode([record(1)]).sealed)
     assert request["requestId"] == response["requestId"] == record_id(1)
     assert (request["eventType"], response["eventType"]) == ("REQUEST", "RESPONSE")
@@ -147,28 +150,28 @@ def test_revenium_event_halves_are_joined_and_timed() -> None:
 
 
 def test_revenium_rate_and_ingest() -> None:
-    rate = ReveniumBackend(api_key="k", mode="rate", source_id="src-1")
+    rate = made(ReveniumBackend, api_key="k", mode="rate", source_id="src-1")
     body = only(rate.encode([record(1)]))
     assert body["sourceId"] == "src-1"
     assert body["subscriberCredentialId"] == "acme"
     assert body["payload"]["input-tokens"] == "43"
     assert body["payload"]["api-calls"] == "1"
-    old = ReveniumBackend(api_key="k", mode="rate", source_id="s", rate_field="subscriptionId")
+    old = made(ReveniumBackend, api_key="k", mode="rate", source_id="s", rate_field="subscription")
     assert only(old.encode([record(1)]))["subscriptionId"] == "acme"
-    ingest = ReveniumBackend(api_key="k", mode="ingest", source_id="src 4&5")
+    ingest = made(ReveniumBackend, api_key="k", mode="ingest", source_id="src 4&5")
     (sealed,) = ingest.encode([record(1, subscriber=Subscriber("a b", "jwt:sub"))]).sealed
     assert parse_qs(urlsplit(sealed.path).query) == {"sourceId": ["src 4&5"], "subscriptionId": ["a b"]}
     assert sealed.headers == (("x-revenium-source-type", "custom"),)
     assert all(isinstance(value, str) for value in orjson.loads(sealed.body).values())
     for mode in ("rate", "ingest"):
         with pytest.raises(ValueError, match="SIDECAR_REVENIUM_SOURCE_ID"):
-            ReveniumBackend(api_key="k", mode=mode)
+            made(ReveniumBackend, api_key="k", mode=mode)
     unreachable = record(1, status=502, outcome=Outcome.UNREACHABLE, first_byte_ms=None, usage=None)
     assert rate.encode([unreachable]).skipped == {unreachable.id: "nothing_to_rate"}
 
 
 def test_revenium_completion_of_a_plain_call() -> None:
-    backend = ReveniumBackend(api_key="k", mode="completions", customers={"acme": "sub-1"})
+    backend = made(ReveniumBackend, api_key="k", mode="completions", customers={"acme": "sub-1"})
     call = record(1, trace_id="abc", dimensions={"agent": "bot", "organization_name": "Acme", "other": "x"})
     (sealed,) = backend.encode([call]).sealed
     assert sealed.path == "/meter/v2/ai/completions"
@@ -194,7 +197,7 @@ def test_revenium_completion_of_a_plain_call() -> None:
 
 
 def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
-    backend = ReveniumBackend(api_key="k", mode="completions")
+    backend = made(ReveniumBackend, api_key="k", mode="completions")
     for call in (
         record(1, usage=None),
         record(2, usage=usage(output_tokens=None)),
@@ -273,7 +276,7 @@ def test_stop_reasons(changes: Mapping[str, Any], reason: str) -> None:
 
 async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
     async with ScriptedServer().running() as server:
-        backend = ReveniumBackend(api_key="k", mode="events", url=server.url)
+        backend = made(ReveniumBackend, api_key="k", mode="events", url=server.url)
         (sealed,) = backend.encode([record(1)]).sealed
         for reply, verdict in (
             (answer(409, b'{"code": "idempotency_key_mismatch"}'), Refused(KEY_MISMATCH)),
@@ -286,7 +289,7 @@ async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
             (answer(422, x_should_retry="true"), Retry("http_422")),
             (answer(422, x_should_retry="false"), Refused("http_422")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed) == [verdict]
         assert server.requests[0].headers["idempotency-key"] == record_id(1)
         assert server.requests[0].headers["x-api-key"] == "k"
@@ -295,8 +298,8 @@ async def test_revenium_v2_conflicts(tmp_path: Path) -> None:
 
 async def test_revenium_sends_what_another_mode_sealed_where_it_belongs() -> None:
     async with ScriptedServer().running() as server:
-        (old,) = ReveniumBackend(api_key="k", mode="meter").encode([record(1)]).sealed
-        now = ReveniumBackend(api_key="k", mode="completions", url=server.url)
+        (old,) = made(ReveniumBackend, api_key="k", mode="meter").encode([record(1)]).sealed
+        now = made(ReveniumBackend, api_key="k", mode="completions", url=server.url)
         await now.send(old)
         assert server.requests[0].target == "/meter/v1/api/meter"
         assert "idempotency-key" not in server.requests[0].headers
@@ -327,7 +330,7 @@ async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -
     async with ScriptedServer().running() as server:
         odd = ProductKeys(api_key="k", url=server.url, timeout_s=0.2)
         for body in (b"", b"[]", b'{"claim": 7}', b'{"claim": "a.b"}', b'{"claim": "a.!.c"}', b'{"claim": "a.W10.c"}'):
-            server.script = lambda _, body=body: answer(200, body)
+            server.says(answer(200, body))
             assert await odd.look_up(HOSTILE) == Retry("no_claim")
         assert "\r" not in server.requests[0].target
         server.hold = asyncio.Event()
@@ -340,10 +343,8 @@ async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -
 
 async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
     async with ScriptedServer(script=lambda _: answer(202, b'{"status": "queued"}')).running() as server:
-        backend = LedgerbeeBackend(
-            api_key="k", url=server.url + "/api", names={"input_tokens": "0199aaaa-0000-7000-8000-000000000001",
-                                                          "api_calls": "calls"},
-        )  # fmt: skip
+        both = "input_tokens=0199aaaa-0000-7000-8000-000000000001,api_calls=calls"
+        backend = made(LedgerbeeBackend, api_key="k", url=server.url + "/api", meters=both)
         sealed = backend.encode([record(1)]).sealed
         assert [s.events[0].event_id for s in sealed] == [f"{record_id(1)}:input_tokens", f"{record_id(1)}:api_calls"]
         for each in sealed:
@@ -355,9 +356,10 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
         assert set(body) == {"value", "customerId", "meterId", "timestamp", "metadata"}
         assert (body["value"], body["timestamp"]) == (43, "2026-11-21T09:00:00.124456Z")
         assert orjson.loads(second.body)["meterName"] == "calls"
+        verdict: Verdict
         for key, verdict in ((sealed[0].key, Duplicate()), ("another", Unknown("others_answer"))):
             said = orjson.dumps({"status": "duplicate", "idempotencyKey": key})
-            server.script = lambda _, said=said: answer(200, said)
+            server.says(answer(200, said))
             assert await backend.send(sealed[0]) == [verdict]
         server.script = lambda _: answer(200, b'{"status": "duplicate"}')
         assert await backend.send(sealed[0]) == [Duplicate()]
@@ -366,18 +368,18 @@ async def test_ledgerbee_reports_each_meter_under_its_name_there() -> None:
             (answer(400, b'{"code": "SHARED_VALIDATION_FAILED"}'), Refused("SHARED_VALIDATION_FAILED")),
             (answer(400, b'{"code": "a text with spaces, maybe a secret"}'), Refused("http_400")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed[0]) == [verdict]
         await backend.aclose()
 
 
 async def test_ledgerbee_is_examined(vendor: Vendor) -> None:
     receiver = await vendor("ledgerbee")
-    good = LedgerbeeBackend(api_key="k", url=receiver.url)
+    good = made(LedgerbeeBackend, api_key="k", url=receiver.url)
     assert await good.examine() == []
-    unknown = LedgerbeeBackend(api_key="k", url=receiver.url, names={"api_calls": "unknown one & more"})
+    unknown = made(LedgerbeeBackend, api_key="k", url=receiver.url, meters="api_calls=unknown one & more")
     assert "no meter unknown one" in (await unknown.examine())[0]
-    stranger = LedgerbeeBackend(api_key="other", url=receiver.url)
+    stranger = made(LedgerbeeBackend, api_key="other", url=receiver.url)
     assert len(await stranger.examine()) == 1
     await receiver.aclose()
     assert "does not answer" in (await good.examine())[0]
@@ -388,7 +390,7 @@ async def test_ledgerbee_is_examined(vendor: Vendor) -> None:
 def test_values_keep_all_their_digits() -> None:
     meters = read_meters([{"name": "cost", "aggregation": {"type": "SUM", "field": "cost_usd", "multiplier": "0.001"}}])
     call = record(1, usage=usage(cost_usd="0.12345678901234567890"))
-    body = LedgerbeeBackend(api_key="k", meters=meters).encode([call]).sealed[0].body
+    body = made(LedgerbeeBackend, api_key="k", definitions=meters).encode([call]).sealed[0].body
     assert b'"value":0.0001234567890123456789,' in body
 
 
@@ -397,7 +399,7 @@ def test_values_keep_all_their_digits() -> None:
 
 async def test_stripe_v1_form() -> None:
     async with ScriptedServer().running() as server:
-        backend = StripeBackend(api_key="sk_test", url=server.url, customers=KNOWN, names=["input_tokens"])
+        backend = made(StripeBackend, api_key="sk_test", url=server.url, customers=KNOWN, meters="input_tokens")
         (sealed,) = backend.encode([record(1)]).sealed
         assert await backend.send(sealed) == [Delivered()]
         (request,) = server.requests
@@ -426,7 +428,7 @@ async def test_stripe_v1_form() -> None:
             (answer(500, Stripe_Should_Retry="false"), Retry("http_500")),
             (answer(429, Stripe_Rate_Limited_Reason="global-rate"), Retry("http_429")),
         ):
-            server.script = lambda _, reply=reply: reply
+            server.says(reply)
             assert await backend.send(sealed) == [verdict], reply
         await backend.aclose()
 
@@ -439,19 +441,27 @@ def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
         ]
     )
     call = record(1, usage=usage(cost_usd="0.25"))
-    encoded = StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([call])
+    encoded = made(StripeBackend, api_key="k", definitions=meters, customers=KNOWN).encode([call])
     assert encoded.parked == {}
     assert [(e.event_id, why.reason, why.detail) for e, why in encoded.withheld.items()] == [
         (f"{call.id}:cost", "value_not_taken", "meter cost = 0.25")
     ]
     assert [e.event_id for s in encoded.sealed for e in s.events] == [f"{call.id}:calls"]  # the other meter goes
     whole = record(2, usage=usage(cost_usd="2.00"))
-    assert len(StripeBackend(api_key="k", meters=meters, customers=KNOWN).encode([whole]).sealed) == 2
-    allowed = StripeBackend(api_key="k", meters=meters, customers=KNOWN, payload=Payload("customer", "amount", True))
+    assert len(made(StripeBackend, api_key="k", definitions=meters, customers=KNOWN).encode([whole]).sealed) == 2
+    allowed = made(
+        StripeBackend,
+        api_key="k",
+        definitions=meters,
+        customers=KNOWN,
+        customer_key="customer",
+        value_key="amount",
+        decimals="true",
+    )
     fields = dict(parse_qsl(allowed.encode([call]).sealed[0].body.decode()))
     assert (fields["payload[amount]"], fields["payload[customer]"]) == ("0.25", "cus_acme")
     huge = record(3, usage=usage(input_tokens=10**15))
-    encoded = StripeBackend(api_key="k", customers=KNOWN).encode([huge])
+    encoded = made(StripeBackend, api_key="k", customers=KNOWN).encode([huge])
     assert {e.event_id: why.reason for e, why in encoded.withheld.items()} == {
         f"{huge.id}:input_tokens": "value_not_taken"
     }
@@ -486,8 +496,14 @@ class Clock:
 async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time(vendor: Vendor) -> None:
     clock = Clock()
     receiver = await vendor("stripe", now=clock)
-    backend = StripeBackend(
-        api_key="k", mode="stream", url=receiver.url, stream_url=receiver.url, customers=KNOWN, clock=clock
+    backend = made(
+        StripeBackend,
+        api_key="k",
+        mode="stream",
+        url=receiver.url,
+        stream_url=receiver.url,
+        customers=KNOWN,
+        clock=clock,
     )
     encoded = backend.encode(records(100))
     assert [len(sealed.events) for sealed in encoded.sealed] == [100, 100, 100]
@@ -506,6 +522,10 @@ async def test_stripe_stream_makes_one_session_for_all_and_renews_it_in_time(ven
     await backend.aclose()
 
 
+def at_the_session(reply: bytes | None, request: Request) -> bytes | None:
+    return reply if "session" in request.target else answer(200)
+
+
 async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None:
     sessions = 0
 
@@ -518,7 +538,9 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
         return answer(200) if good else answer(401, b'{"error": {"code": "billing_meter_event_session_expired"}}')
 
     async with ScriptedServer(script=script).running() as server:
-        backend = StripeBackend(api_key="k", mode="stream", url=server.url, stream_url=server.url, customers=KNOWN)
+        backend = made(
+            StripeBackend, api_key="k", mode="stream", url=server.url, stream_url=server.url, customers=KNOWN
+        )
         (sealed,) = backend.encode([record(1)]).sealed
         assert await backend.send(sealed) == [Delivered()] * 3
         assert sessions == 2
@@ -538,7 +560,7 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
             (answer(200, b'{"authentication_token": "a\\r\\nb: c"}'), Blocked("no_session")),
         ):
             backend._session.forget(str(backend._session._token))
-            server.script = lambda r, reply=reply: reply if "session" in r.target else answer(200)
+            server.script = partial(at_the_session, reply)
             assert await backend.send(sealed) == [verdict] * 3
         await backend.aclose()
 
@@ -547,7 +569,7 @@ async def test_stripe_windows_and_duplicates_at_the_receiver(vendor: Vendor) -> 
     clock = Clock()
     receiver = await vendor("stripe", now=clock)
     for mode in ("v1", "v2"):
-        backend = StripeBackend(api_key="k", mode=mode, url=receiver.url, customers=KNOWN, names=["api_calls"])
+        backend = made(StripeBackend, api_key="k", mode=mode, url=receiver.url, customers=KNOWN, meters="api_calls")
         assert backend.abilities.age_max_s == 35 * 86_400
         late, ahead, good = (
             backend.encode([record(number, started_ns=T0_NS + offset_s * 10**9)]).sealed[0]
@@ -566,13 +588,13 @@ async def test_stripe_windows_and_duplicates_at_the_receiver(vendor: Vendor) -> 
 
 async def test_stripe_meters_are_compared_and_created_and_never_changed(vendor: Vendor) -> None:
     receiver = await vendor("stripe")
-    backend = StripeBackend(api_key="k", url=receiver.url)
+    backend = made(StripeBackend, api_key="k", url=receiver.url)
     assert len(await backend.examine()) == 3
     for meter in DEFAULT_METERS:
         assert "created" in (await backend.provision(meter)).text
         assert "it fits" in (await backend.provision(meter)).text
     assert await backend.examine() == []
-    other = StripeBackend(api_key="k", url=receiver.url, payload=Payload("customer", "amount"))
+    other = made(StripeBackend, api_key="k", url=receiver.url, customer_key="customer", value_key="amount")
     problems = await other.examine()
     assert any("SIDECAR_STRIPE_CUSTOMER_KEY" in problem for problem in problems)
     assert any("SIDECAR_STRIPE_VALUE_KEY" in problem for problem in problems)
@@ -589,7 +611,7 @@ async def test_stripe_meters_are_compared_and_created_and_never_changed(vendor: 
         row = {"event_name": "api_calls", "event_time_window": "hour", "default_aggregation": {"formula": "count"},
                "customer_mapping": {"event_payload_key": "stripe_customer_id"}, "id": "mtr_1"}  # fmt: skip
         server.script = lambda _: answer(200, orjson.dumps({"data": [row], "has_more": True}))
-        windowed = StripeBackend(api_key="k", url=server.url, names=["api_calls"])
+        windowed = made(StripeBackend, api_key="k", url=server.url, meters="api_calls")
         assert ["overwrite each other" in problem for problem in await windowed.examine()] == [True]
         assert len(server.requests) == 2, "a list without an end is not followed for ever"
         await windowed.aclose()
@@ -642,7 +664,7 @@ def test_what_is_no_report_is_said(document: bytes, word: str) -> None:
 
 
 async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None:
-    backend = FlexpriceBackend(api_key="k", url="https://api.example.com/v1", environment_id="env-1")
+    backend = made(FlexpriceBackend, api_key="k", url="https://api.example.com/v1", environment_id="env-1")
     assert backend.address == "https://api.example.com"
     (event,) = only(backend.encode([record(1, usage=usage(cost_usd="0.5", units={"pages": 2}))]))["events"]
     assert (event["event_id"], event["timestamp"]) == (record_id(1), "2026-11-21T09:00:00.124456Z")
@@ -654,7 +676,7 @@ async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None
     assert backend.abilities.events_max == 1000
     assert backend.abilities.bytes_max == 32 * 2**20
     receiver = await vendor("flexprice")
-    near = FlexpriceBackend(api_key="k", url=receiver.url + "/v1")
+    near = made(FlexpriceBackend, api_key="k", url=receiver.url + "/v1")
     (thousand,) = near.encode(records(1000)).sealed
     assert await near.send(thousand) == [Delivered()] * 1000
     for body in (b'{"events":[]}', b'{"events":[{"event_name":""}]}'):
@@ -665,7 +687,7 @@ async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None
 
 async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vendor) -> None:
     receiver = await vendor("flexprice")
-    backend = FlexpriceBackend(api_key="k", url=receiver.url)
+    backend = made(FlexpriceBackend, api_key="k", url=receiver.url)
     definitions = read_meters([
         {"name": "calls", "aggregation": {"type": "COUNT"}, "filters": [{"key": "method", "values": ["GET", "POST"]}]},
         {"name": "priced", "aggregation": {"type": "SUM", "field": "input_tokens", "multiplier": "0.001"}},
@@ -675,15 +697,15 @@ async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vend
     for meter in definitions:
         assert "created" in (await backend.provision(meter)).text, meter
         assert "it fits" in (await backend.provision(meter)).text
-    made = {row["name"]: row for row in receiver.billed("flexprice")}
-    assert made["calls"]["filters"] == [{"key": "method", "values": ["GET", "POST"]}]
-    assert made["calls"]["event_name"] == "api_request"
-    assert made["priced"]["aggregation"] == {
+    there = {row["name"]: row for row in receiver.billed("flexprice")}
+    assert there["calls"]["filters"] == [{"key": "method", "values": ["GET", "POST"]}]
+    assert there["calls"]["event_name"] == "api_request"
+    assert there["priced"]["aggregation"] == {
         "type": "SUM_WITH_MULTIPLIER",
         "field": "input_tokens",
         "multiplier": "0.001",
     }
-    assert made["models"]["aggregation"]["type"] == "COUNT_UNIQUE"
+    assert there["models"]["aggregation"]["type"] == "COUNT_UNIQUE"
     changed = read_meters([{"name": "calls", "aggregation": {"type": "SUM", "field": "status"}}])
     assert "differs in aggregation, filters: it is left as it is" in (await backend.provision(changed[0])).text
     odd = read_meters([{"name": "m", "aggregation": {"type": "MAX", "field": "status", "multiplier": "2"}}])
@@ -696,7 +718,7 @@ async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vend
 
 async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
     async with ScriptedServer(script=lambda _: answer(204, b"")).running() as server:
-        backend = OpenmeterBackend(url=server.url, source="site-1", event_type="llm", batch=2)
+        backend = made(OpenmeterBackend, url=server.url, source="site-1", event_type="llm", batch="2")
         first, second = backend.encode(records(3)).sealed
         assert await backend.send(first) == [Delivered()] * 2
         (request,) = server.requests
@@ -713,7 +735,7 @@ async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
         server.script = lambda _: answer(412)
         assert await backend.send(second) == [Refused("http_412")]
         await backend.aclose()
-        v3 = OpenmeterBackend(url=server.url + "/v3", api="v3", api_key="t")
+        v3 = made(OpenmeterBackend, url=server.url + "/v3", api="v3", api_key="t")
         await v3.send(v3.encode(records(1)).sealed[0])
         assert server.requests[-1].target == "/v3/openmeter/events"
         assert server.requests[-1].headers["authorization"] == "Bearer t"
@@ -722,7 +744,7 @@ async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
 
 async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) -> None:
     receiver = await vendor("lago")
-    backend = LagoBackend(api_key="k", url=receiver.url, names=["api_calls"], value_key="n")
+    backend = made(LagoBackend, api_key="k", url=receiver.url, meters="api_calls", value_key="n")
     (known,) = backend.encode([record(2)]).sealed
     assert await backend.send(known) == [Delivered()]
     (batch,) = backend.encode(records(3)).sealed
@@ -755,11 +777,12 @@ async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) ->
 )
 async def test_lago_answers_of_every_shape_give_a_verdict_for_each(body: Any, kinds: list[str]) -> None:
     async with ScriptedServer(script=lambda _: answer(422, orjson.dumps(body))).running() as server:
-        backend = LagoBackend(api_key="k", url=server.url, names=["api_calls"])
+        backend = made(LagoBackend, api_key="k", url=server.url, meters="api_calls")
         (sealed,) = backend.encode(records(2)).sealed
         assert kinds_of(await backend.send(sealed)) == kinds
         await backend.aclose()
 
 
 def test_unknown_is_no_verdict_that_an_answer_gives() -> None:
-    assert Unknown("timeout") != Retry("timeout")
+    unknown: Verdict = Unknown("timeout")
+    assert unknown != Retry("timeout")

@@ -267,7 +267,7 @@ async def test_each_status_has_its_verdict(trial_name: str, tmp_path: Path) -> N
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(2)).sealed[0]
         for status, kind in {**COMMON, **trial.verdicts}.items():
-            server.script = lambda _, status=status: answer(status, b'{"message": "no"}')
+            server.says(answer(status, b'{"message": "no"}'))
             verdicts = await backend.send(sealed)
             assert kinds_of(verdicts) == [kind] * len(sealed.events), f"{status}: {verdicts}"
             assert all(getattr(v, "reason", "") != "no" for v in verdicts)
@@ -358,7 +358,7 @@ async def test_retry_after_is_read_in_each_form(trial_name: str, tmp_path: Path)
             ("Retry_After", "soon", None),
             ("Retry_After", "-5", None),
         ):
-            server.script = lambda _, h=header, v=value: answer(429, **{h: v})
+            server.says(answer(429, b"{}", **{header: value}))
             assert (await backend.send(sealed))[0] == Retry("http_429", after_s), (header, value)
 
 
@@ -378,7 +378,7 @@ async def test_a_broken_answer_body_undoes_a_yes_and_no_refusal(trial_name: str,
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         for begun in (b"", b"{"):
-            server.script = lambda _, begun=begun: Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + begun)
+            server.says(Cut(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n" + begun))
             assert await backend.send(sealed) == [Unknown("reset")] * len(sealed.events)
         server.script = lambda _: Cut(b"HTTP/1.1 400 Bad\r\nContent-Length: 1000\r\n\r\n{")
         assert kinds_of(await backend.send(sealed))[0] == "Refused"
@@ -546,9 +546,10 @@ async def test_meter_sends_arrays_of_the_documented_payload(tmp_path: Path) -> N
 
 async def test_revenium_meter_is_one_request_a_record_to_the_vendors_path(tmp_path: Path) -> None:
     async with ScriptedServer().running() as server:
+        (sealed,) = build("revenium-meter", tmp_path).encode([record(1)]).sealed
         for tail in ("", "/", "/meter", "/meter/", "/meter/v1/api"):
             backend = build("revenium-meter", tmp_path, server.url + tail)
-            (sealed,) = backend.encode([record(1)]).sealed
+            assert backend.encode([record(1)]).sealed == [sealed]
             await backend.send(sealed)
             assert server.requests[-1].target == "/meter/v1/api/meter"
             await backend.aclose()

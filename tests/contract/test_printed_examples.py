@@ -140,7 +140,8 @@ async def with_curl(example: Example, url: str) -> tuple[int, Any]:
 
 
 async def from_here(example: Example, url: str) -> tuple[int, Any]:
-    headers, data = dict(example.headers), None
+    headers = dict(example.headers)
+    data: bytes | aiohttp.Payload | None = None
     if example.body is not None:
         data = json.dumps(example.body).encode()
     elif example.form:

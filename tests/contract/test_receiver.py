@@ -7,6 +7,7 @@ import json
 import re
 import signal
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ KEY = {"x-api-key": "rev_a_key_of_some_length"}
 
 async def post(
     session: aiohttp.ClientSession, path: str, body: Any, **headers: str
-) -> tuple[int, Any, aiohttp.typedefs.LooseHeaders]:
+) -> tuple[int, Any, Mapping[str, str]]:
     named = {**KEY, **{name.replace("_", "-"): value for name, value in headers.items()}}
     async with session.post(path, json=body, headers=named) as answer:
         return answer.status, await answer.json(content_type=None), answer.headers

@@ -6,7 +6,7 @@ import asyncio
 import base64
 import io
 import json
-from collections.abc import Iterable
+from collections.abc import Mapping, Sequence
 from typing import Any
 from urllib.parse import urlencode
 
@@ -314,7 +314,7 @@ STRIPE = {
 STRIPE_PATH = "/v1/billing/meter_events"
 
 
-async def stripe(call: Caller, form: Iterable[tuple[str, str]] | dict[str, Any], **headers: str) -> tuple[int, Any]:
+async def stripe(call: Caller, form: Sequence[tuple[str, str]] | dict[str, str], **headers: str) -> tuple[int, Any]:
     named = {"Content_Type": "application/x-www-form-urlencoded", "Authorization": "Bearer sk_test_1", **headers}
     return await call(STRIPE_PATH, urlencode(form), **named)
 
@@ -491,6 +491,7 @@ async def test_stripe_v2_single(call: Caller) -> None:
     assert (status, body["error"]["code"]) == (400, "duplicate_meter_event")
     assert (await call(path, V2_EVENT, Authorization="Bearer sk"))[0] == 400, "no Stripe-Version"
     assert (await call(path, V2_EVENT, Stripe_Version="x"))[0] == 401
+    change: Mapping[str, object]
     for change in (
         {"payload": {"value": 25}},
         {"timestamp": 1795000000},
@@ -588,6 +589,7 @@ async def test_flexprice_refuses_above_32_mib_with_400(call: Caller) -> None:
 
 async def test_flexprice_wants_its_own_header_on_events(call: Caller) -> None:
     assert await call("/v1/events", FLEX, x_api_key="", Authorization="Bearer key") == (401, {"error": "Unauthorized"})
+    change: Mapping[str, object]
     for change in ({"external_customer_id": None}, {"external_customer_id": 7}, {"timestamp": 1}, {"properties": []}):
         assert (await call("/v1/events", {**FLEX, **change}))[0] == 400
     assert (await call("/v1/events", {**FLEX, "properties": {"tokens": "5"}, "event_id": "text"}))[0] == 202
@@ -743,6 +745,7 @@ async def test_lago_batch_limits(call: Caller, count: int, status: int) -> None:
 
 
 async def test_lago_refuses(call: Caller) -> None:
+    change: Mapping[str, object]
     for change in (
         {"transaction_id": None},
         {"external_subscription_id": ""},

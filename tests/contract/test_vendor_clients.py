@@ -194,7 +194,9 @@ async def test_lago_creates_events(receiver: Receiver) -> None:
 
     def steps() -> None:
         client = Client(api_key="lago", api_url=receiver.url)
-        assert client.events.create(event(1)).transaction_id == "t-1"
+        made = client.events.create(event(1))
+        assert made is not None
+        assert made.transaction_id == "t-1"
         client.events.batch_create(BatchEvent(events=[event(2), event(3)]))
         with pytest.raises(LagoApiError) as refused:
             client.events.batch_create(BatchEvent(events=[event(4), event(1)]))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import orjson
 from support.backend_fixtures import record, record_id
+from support.backend_trials import made
 
 from sidecar.backends.file import FileBackend
 
@@ -22,9 +23,10 @@ import asyncio, sys
 from pathlib import Path
 from support.backend_fixtures import record
 from sidecar.backends.file import FileBackend
+from support.backend_trials import made
 
 async def main(data_dir: str, first: int) -> None:
-    backend = FileBackend(path=Path(data_dir) / "out.ndjson", data_dir=Path(data_dir), rotate_bytes=20_000)
+    backend = made(FileBackend, path=data_dir + "/out.ndjson", data_dir=Path(data_dir), rotate_bytes="20000")
     print("ready", flush=True)
     for number in range(first, 400):
         (sealed,) = backend.encode([record(2 * number), record(2 * number + 1)]).sealed
@@ -70,13 +72,13 @@ def finish(data_dir: Path) -> None:
 
 
 async def test_a_batch_is_cut_off_when_its_key_was_not_committed(tmp_path: Path) -> None:
-    backend = FileBackend(path=tmp_path / "out.ndjson", data_dir=tmp_path)
+    backend = made(FileBackend, path=str(tmp_path / "out.ndjson"), data_dir=tmp_path)
     one, two = (backend.encode([record(number)]).sealed[0] for number in (1, 2))
     await backend.send(one)
     await backend.aclose()
     with (tmp_path / "out.ndjson").open("ab") as file:
         file.write(two.body[:50])
-    again = FileBackend(path=tmp_path / "out.ndjson", data_dir=tmp_path)
+    again = made(FileBackend, path=str(tmp_path / "out.ndjson"), data_dir=tmp_path)
     await again.send(two)
     await again.aclose()
     assert (tmp_path / "out.ndjson").read_bytes() == one.body + two.body

@@ -72,7 +72,7 @@ async def call(whole: Whole, name: str) -> int:
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_a_kill_between_the_end_mark_and_the_terminal_chunk(tmp_path, workers):
+async def test_a_kill_between_the_end_mark_and_the_terminal_chunk(tmp_path: Path, workers: str) -> None:
     async with halting_upstream(after=3, last=b"data: [DONE]\n\n") as upstream:
         whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_WORKERS=workers)
         async with whole:
@@ -95,7 +95,7 @@ async def test_a_kill_between_the_end_mark_and_the_terminal_chunk(tmp_path, work
             judge({"one": "stream"}, [record])
 
 
-async def test_one_open_stream_on_an_idle_sidecar_then_a_kill(tmp_path):
+async def test_one_open_stream_on_an_idle_sidecar_then_a_kill(tmp_path: Path) -> None:
     async with halting_upstream(after=1, last=None) as upstream:
         whole = Whole(tmp_path / "data", upstream, **SETTINGS)
         async with whole:
@@ -116,7 +116,7 @@ async def test_one_open_stream_on_an_idle_sidecar_then_a_kill(tmp_path):
 # --- a full disk ---------------------------------------------------------------------------------------
 
 
-async def test_a_full_disk_while_delivery_has_work_then_a_kill(tmp_path):
+async def test_a_full_disk_while_delivery_has_work_then_a_kill(tmp_path: Path) -> None:
     """Verdicts are still stored, so the kill doubles nothing; the calls behind it are kept once there is room."""
     with small_disk(tmp_path / "disk", "48m") as root:
         async with tiny_upstream() as upstream, watching() as (receiver, url):
@@ -191,9 +191,9 @@ async def with_pending(
 
 
 @pytest.mark.parametrize("path", ["/no/such/place", "/_received"])
-async def test_a_wrong_url_parks_none_of_10_000(tmp_path, path):
+async def test_a_wrong_url_parks_none_of_10_000(tmp_path: Path, path: str) -> None:
     async with tiny_upstream() as upstream, watching() as (receiver, url):
-        settings = {"SIDECAR_BACKENDS": "webhook", "SIDECAR_WEBHOOK_URL": url + path}
+        settings: dict[str, Any] = {"SIDECAR_BACKENDS": "webhook", "SIDECAR_WEBHOOK_URL": url + path}
         async with with_pending(tmp_path, upstream, 10_000, **settings) as (whole, ids):
             await whole.start()
             ready = await said(whole, lambda ready: any("blocked" in note for note in ready["notes"]))
@@ -210,20 +210,24 @@ async def test_a_wrong_url_parks_none_of_10_000(tmp_path, path):
     assert Counter(row["id"] for row in receiver.billed("webhook")) == Counter(ids)
 
 
-async def test_without_deduplication_a_kill_parks_no_more_than_was_under_way(tmp_path):
+async def test_without_deduplication_a_kill_parks_no_more_than_was_under_way(tmp_path: Path) -> None:
     kills = 3
     async with tiny_upstream() as upstream, watching() as (receiver, url):
-        settings = {
+        settings: dict[str, Any] = {
             "SIDECAR_BACKENDS": "revenium",
             "SIDECAR_REVENIUM_URL": url,
             "SIDECAR_REVENIUM_API_KEY": "key-of-the-tests",
         }
         async with with_pending(tmp_path, upstream, 2_000, **settings) as (whole, ids):
+
+            def more_than(count: int) -> Callable[[], bool]:
+                return lambda: receiver.requests["revenium"] > count
+
             receiver.faults.set(Fault(do=Do.DELAY, delay_s=0.15))
             for number in range(kills):
                 seen = receiver.requests["revenium"]
                 await whole.start()
-                await until(lambda seen=seen, number=number: receiver.requests["revenium"] > seen + 40 + number)
+                await until(more_than(seen + 40 + number))
                 await whole.kill()
             receiver.faults.set()
             await whole.start()
@@ -240,10 +244,10 @@ async def test_without_deduplication_a_kill_parks_no_more_than_was_under_way(tmp
     assert balance["holds"], balance
 
 
-async def test_a_stop_while_sending_and_a_start_with_less_room(tmp_path):
+async def test_a_stop_while_sending_and_a_start_with_less_room(tmp_path: Path) -> None:
     """What was asked to end in the middle of its work goes on where it was, also with less memory and no retention."""
     async with tiny_upstream() as upstream, watching() as (receiver, url):
-        settings = {"SIDECAR_BACKENDS": "meter,webhook", "SIDECAR_METER_URL": f"{url}/meter"}
+        settings: dict[str, Any] = {"SIDECAR_BACKENDS": "meter,webhook", "SIDECAR_METER_URL": f"{url}/meter"}
         settings |= {"SIDECAR_WEBHOOK_URL": f"{url}/webhook"}
         async with with_pending(tmp_path, upstream, 5_000, **settings) as (whole, ids):
             receiver.faults.set(Fault(do=Do.DELAY, delay_s=6.0))  # longer than the last pass at the end
@@ -265,7 +269,7 @@ async def test_a_stop_while_sending_and_a_start_with_less_room(tmp_path):
 # --- the balance ---------------------------------------------------------------------------------------
 
 
-async def test_a_miscounted_row_makes_balance_exit_1(tmp_path):
+async def test_a_miscounted_row_makes_balance_exit_1(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream)
         async with whole:
@@ -289,7 +293,7 @@ async def test_a_miscounted_row_makes_balance_exit_1(tmp_path):
             assert "ledger" in err
 
 
-async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tmp_path):
+async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tmp_path: Path) -> None:
     """`spool verify` reads every row; the counters were kept one by one. After each step they say the same."""
     async with tiny_upstream() as upstream, watching() as (receiver, url), AsyncExitStack() as stack:
         hooks = {"SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_METER_URL": f"{url}/meter"}
@@ -340,7 +344,7 @@ async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tm
         assert len(await whole.records()) == total
 
 
-async def test_the_recount_agrees_after_retention(tmp_path):
+async def test_the_recount_agrees_after_retention(tmp_path: Path) -> None:
     """Segments that are delivered go, and what was counted of them stays: over a kill, and a redrive after it."""
     count, small = 20_000, Limits(segment_bytes=1 << 20)
     async with tiny_upstream() as upstream, watching() as (receiver, url):
@@ -388,7 +392,7 @@ async def test_the_recount_agrees_after_retention(tmp_path):
     assert billed.keys() > set(ids)
 
 
-async def test_from_four_workers_to_one_under_load(tmp_path):
+async def test_from_four_workers_to_one_under_load(tmp_path: Path) -> None:
     owed: dict[str, str] = {}
     async with (
         tiny_upstream() as upstream,

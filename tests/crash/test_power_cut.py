@@ -59,7 +59,7 @@ asyncio.run(main())
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
+def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if sys.platform != "linux":
         pytest.skip("needs Linux, for a library that stands before the C library")
     library = build(tmp_path_factory.mktemp("library"))
@@ -76,7 +76,7 @@ class Listed:
 
 
 @pytest.fixture(scope="module")
-def listed(library, tmp_path_factory) -> Listed:
+def listed(library: Path, tmp_path_factory: pytest.TempPathFactory) -> Listed:
     """What a spool does to its files over some 300 records, several segments and a clean end."""
     base = tmp_path_factory.mktemp("watched")
     root = base / "root"
@@ -98,7 +98,7 @@ def listed(library, tmp_path_factory) -> Listed:
 @example(where=0.0, keep=0.0, seed=0)
 @example(where=1.0, keep=0.5, seed=0)  # around the removal of a segment that was made ahead
 @example(where=0.57421875, keep=0.5, seed=1)  # a last transaction that is there in parts
-def test_what_was_acknowledged_is_there_after_a_cut(listed, where, keep, seed):
+def test_what_was_acknowledged_is_there_after_a_cut(listed: Listed, where: float, keep: float, seed: int) -> None:
     happened = listed.steps[: round(where * len(listed.steps))]
     disk = Disk(listed.root)
     for step in happened:
@@ -121,8 +121,8 @@ def test_what_was_acknowledged_is_there_after_a_cut(listed, where, keep, seed):
         shutil.rmtree(base)
 
 
-def test_the_model_would_notice_a_missing_sync(listed):
-    """A cut where the syncs of the segments were left out for a while: records are gone, or this test could not fail."""
+def test_the_model_would_notice_a_missing_sync(listed: Listed) -> None:
+    """A cut where the syncs of the segments were left out for a while: records are gone, or this could not fail."""
     syncs = 0
     disk = Disk(listed.root)
     acknowledged = set()
@@ -159,7 +159,7 @@ class Noting(Oracle):
 
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("keep", [0.0, pytest.param(0.5, marks=pytest.mark.long)])
-async def test_the_whole_after_power_cuts(tmp_path, library, keep):
+async def test_the_whole_after_power_cuts(tmp_path: Path, library: Path, keep: float) -> None:
     """Killed, and everything forgotten that was never synced, several times over: recorded once, delivered once."""
     chance = random.Random(20261121)
     receiver = Watching()

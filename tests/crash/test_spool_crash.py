@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import os
 import random
 import shutil
@@ -11,7 +12,9 @@ import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.spool_fixtures import SMALL, rows
@@ -98,7 +101,7 @@ def child() -> Iterator[type[Child]]:
     started: list[Child] = []
 
     class Started(Child):
-        def __init__(self, *given, **named) -> None:
+        def __init__(self, *given: Any, **named: Any) -> None:
             super().__init__(*given, **named)
             started.append(self)
 
@@ -108,7 +111,7 @@ def child() -> Iterator[type[Child]]:
             one.kill()
 
 
-def judge(root: Path, admitted: set[str], intended: set[str], released: set[str]) -> list[dict]:
+def judge(root: Path, admitted: set[str], intended: set[str], released: set[str]) -> list[dict[str, Any]]:
     """After the last kill and one more opening: every promise is kept."""
     Spool.open(root, limits=SMALL, instance="a").close()
     found = rows(root, "a")
@@ -131,9 +134,11 @@ def judge(root: Path, admitted: set[str], intended: set[str], released: set[str]
 
 
 @pytest.mark.timeout(120 + 4 * ROUNDS)
-def test_what_was_acknowledged_is_there_once(tmp_path, child):
+def test_what_was_acknowledged_is_there_once(tmp_path: Path, child: type[Child]) -> None:
     chance = random.Random(SEED)
-    admitted, intended, released = set(), set(), set()
+    admitted: set[str] = set()
+    intended: set[str] = set()
+    released: set[str] = set()
     for round_ in range(ROUNDS):
         running = child(tmp_path, SEED + round_)
         running.wait_until_said("R", chance.randrange(1, 400))
@@ -148,7 +153,7 @@ def test_what_was_acknowledged_is_there_once(tmp_path, child):
     assert any(row["outcome"] == "unknown" for row in found)
 
 
-def test_one_open_stream_on_an_idle_spool_then_a_kill(tmp_path, child):
+def test_one_open_stream_on_an_idle_spool_then_a_kill(tmp_path: Path, child: type[Child]) -> None:
     running = child(tmp_path, SEED, clients=0)
     running.wait_until_said("I")
     running.kill()
@@ -156,7 +161,7 @@ def test_one_open_stream_on_an_idle_spool_then_a_kill(tmp_path, child):
     assert (row["outcome"], row["route"], row["status"]) == ("unknown", "/stream", None)
 
 
-def test_a_kill_while_it_opens(tmp_path, child):
+def test_a_kill_while_it_opens(tmp_path: Path, child: type[Child]) -> None:
     """Opening recovers, settles and begins a segment; a kill anywhere in it changes nothing for the next."""
     first = child(tmp_path, SEED)
     first.wait_until_said("R", 50)
@@ -167,14 +172,14 @@ def test_a_kill_while_it_opens(tmp_path, child):
         running = child(tmp_path, SEED)
         delay_s = 0.15 + chance.random() * 0.3  # interpreter start and opening lie in there
         with running.changed:
-            running.changed.wait_for(lambda running=running: "up" in running.said, timeout=delay_s)
+            running.changed.wait_for(partial(operator.contains, running.said, "up"), timeout=delay_s)
         running.kill()
         said.append(running)
     judge(tmp_path, *({id_ for one in said for id_ in one.said[kind]} for kind in ("A", "I", "R")))
 
 
 @pytest.fixture(scope="module")
-def shim(tmp_path_factory) -> dict[str, str]:
+def shim(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     compiler = shutil.which("cc")
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs a C compiler and Linux, for a library that stands in for fsync")
@@ -184,13 +189,15 @@ def shim(tmp_path_factory) -> dict[str, str]:
     return {"LD_PRELOAD": str(base / "shim.so")}
 
 
-def test_a_sync_that_fails_once_then_a_kill(tmp_path, child, shim):
+def test_a_sync_that_fails_once_then_a_kill(tmp_path: Path, child: type[Child], shim: dict[str, str]) -> None:
     root = tmp_path / "data"
     root.mkdir()
     order = tmp_path / "fail"
     running = child(root, SEED, env=shim | {"SHIM_FAIL_ONCE": str(order)})
     # A failing sync may also meet the segment that is made ahead, which costs nothing; so it is ordered until it has
     # met one that is written.
+    set_aside: list[Path] = []
+    count = 0
     for count in range(20, 4000, 100):
         running.wait_until_said("R", count)
         if set_aside := list((root / "set-aside").glob("*/*.seg")):
@@ -204,7 +211,7 @@ def test_a_sync_that_fails_once_then_a_kill(tmp_path, child, shim):
 
 
 @pytest.mark.parametrize("slow_ms", [60, 300])
-def test_a_slow_sync_then_a_kill(tmp_path, child, shim, slow_ms):
+def test_a_slow_sync_then_a_kill(tmp_path: Path, child: type[Child], shim: dict[str, str], slow_ms: int) -> None:
     slow = shim | {"SHIM_SLOW_MS": str(slow_ms)}
     running = child(tmp_path, SEED, clients=32, segment_bytes=1 << 20, env=slow)
     running.wait_until_said("R", 40)
@@ -212,7 +219,9 @@ def test_a_slow_sync_then_a_kill(tmp_path, child, shim, slow_ms):
     judge(tmp_path, *(set(running.said[kind]) for kind in ("A", "I", "R")))
 
 
-def test_buffered_risks_no_more_than_its_bound_on_a_slow_disk(tmp_path, child, shim):
+def test_buffered_risks_no_more_than_its_bound_on_a_slow_disk(
+    tmp_path: Path, child: type[Child], shim: dict[str, str]
+) -> None:
     slow_s = 0.3
     slow = shim | {"SHIM_SLOW_MS": "300"}
     running = child(tmp_path, SEED, clients=32, durability="buffered", segment_bytes=1 << 20, env=slow)

@@ -1,5 +1,9 @@
 """The admin port over a running whole: alive, ready, counted, balanced, and parked records offered again."""
 
+from __future__ import annotations
+
+from pathlib import Path
+
 import aiohttp
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,7 +19,7 @@ async def call(whole: Whole, path: str = "/v1/chat/completions") -> int:
         return answer.status
 
 
-async def test_it_says_how_it_is(tmp_path):
+async def test_it_says_how_it_is(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream)
         async with whole:
@@ -35,7 +39,7 @@ async def test_it_says_how_it_is(tmp_path):
             assert await whole.stop() == 0
 
 
-async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path):
+async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream, running_receiver() as (receiver, url):
         whole = Whole(
             tmp_path / "data",
@@ -69,7 +73,7 @@ async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path):
 
 
 @pytest.mark.parametrize("workers", ["1", "2"])
-async def test_a_second_instance_is_told_who_has_the_directory(tmp_path, workers):
+async def test_a_second_instance_is_told_who_has_the_directory(tmp_path: Path, workers: str) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS=workers)
         async with whole:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -228,7 +229,7 @@ async def test_the_usage_is_waited_for_when_the_client_leaves() -> None:
         assert exchange.usage.total_tokens == 7
 
 
-async def test_the_whole_with_the_official_client_and_the_count_of_calls_without_usage(tmp_path):
+async def test_the_whole_with_the_official_client_and_the_count_of_calls_without_usage(tmp_path: Path) -> None:
     async def chunks(url: str) -> list[Any]:
         async with openai.AsyncOpenAI(api_key="sk", base_url=f"{url}/v1", max_retries=0) as client:
             stream = await client.chat.completions.create(

@@ -12,6 +12,7 @@ import time
 import zlib
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -188,26 +189,26 @@ async def test_what_is_dear_to_read_costs_three_times_plain_text_at_most(tmp_pat
 
         for shape, (path, _, body) in ANSWERS.items():
             found[shape] = await ratio(
-                caller, lambda p=path, s=shape: caller.answered(p, s.encode()), plain, len(body) / len(TEXT)
+                caller, partial(caller.answered, path, shape.encode()), plain, len(body) / len(TEXT)
             )
         for shape, body in REQUESTS.items():
             found[f"request: {shape}"] = await ratio(
                 caller,
-                lambda b=body: caller.answered(CHAT, b"short", b),
+                partial(caller.answered, CHAT, b"short", body),
                 lambda: caller.answered(CHAT, b"short", TEXT),
                 len(body) / len(TEXT),
             )
         for shape, body in SAID.items():
             found[f"said: {shape}"] = await ratio(
                 caller,
-                lambda s=shape: caller.socket(b"said: " + s.encode()),
+                partial(caller.socket, b"said: " + shape.encode()),
                 lambda: caller.socket(b"spoken"),
                 len(body) / len(SPOKEN),
             )
         for shape, body in ASKED.items():
             found[f"asked: {shape}"] = await ratio(
                 caller,
-                lambda b=body: caller.socket(b"", b),
+                partial(caller.socket, b"", body),
                 lambda: caller.socket(b"", SPOKEN_BY_CLIENT),
                 len(body) / len(SPOKEN_BY_CLIENT),
             )

@@ -17,9 +17,10 @@ import sys
 import threading
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
+from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -28,11 +29,11 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from support.whole import Whole, environment, running_receiver
 
-from sidecar.backends import BACKENDS, Row
+from sidecar.backends import BACKENDS, Buildable, Context, Row
 from sidecar.cli import main
 from sidecar.dev.mock_llm import ScriptedLLM
 from sidecar.runtime.instance_lock import DataLock
-from sidecar.settings import Setting, types
+from sidecar.settings import setting, types
 from sidecar.spool import SpoolReader
 from sidecar.storage.sockets import CONTROL, listen_privately
 
@@ -580,12 +581,18 @@ async def test_meters_are_provisioned_once_and_never_changed(
     assert "is no backend" in provision("--backend", "nope")[2]
 
 
+@dataclass(frozen=True, kw_only=True)
+class _VendorSettings:
+    url: str | None = setting(types.http_url, None, "")
+
+
 class _Vendor:
     """A backend whose address is the vendor's own where none is set."""
 
-    def __init__(self, address: str | None) -> None:
-        if address is not None:
-            self.address = address
+    settings_type = _VendorSettings
+
+    def __init__(self, settings: _VendorSettings, context: Context) -> None:
+        pass
 
     async def aclose(self) -> None:
         pass
@@ -594,12 +601,12 @@ class _Vendor:
 def test_check_connect_tries_upstream_and_backends(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    url = Setting("url", types.http_url)
     with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
         closed.bind(("127.0.0.1", 0))
         reachable, refusing = (f"http://127.0.0.1:{s.getsockname()[1]}" for s in (listening, closed))
-        monkeypatch.setitem(BACKENDS, "vendor", Row(lambda *_: _Vendor(reachable), (url,), ""))
-        monkeypatch.setitem(BACKENDS, "nowhere", Row(lambda *_: _Vendor(None), (url,), ""))
+        vendor = type("_Reachable", (_Vendor,), {"address": reachable})
+        monkeypatch.setitem(BACKENDS, "vendor", Row(cast(Buildable, vendor), ""))
+        monkeypatch.setitem(BACKENDS, "nowhere", Row(cast(Buildable, _Vendor), ""))
         monkeypatch.setenv("SIDECAR_UPSTREAM_URL", reachable)
         monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,vendor,nowhere")
         monkeypatch.setenv("SIDECAR_METER_URL", f"{refusing}/meter")

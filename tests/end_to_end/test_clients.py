@@ -1,6 +1,9 @@
 """The vendors' own clients, unmodified, read the same through the sidecar as directly, and it is all metered."""
 
+from __future__ import annotations
+
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -76,7 +79,7 @@ CALLS: dict[str, tuple[Call, str, str, Tokens, bool]] = {
 
 
 @pytest.mark.parametrize("encoding", ["identity", "gzip"])
-async def test_clients_read_the_same_and_the_records_carry_their_tokens(tmp_path, encoding):
+async def test_clients_read_the_same_and_the_records_carry_their_tokens(tmp_path: Path, encoding: str) -> None:
     headers = {"X-Script": f"encoding={encoding}"}
     async with running_llm() as (_, upstream):
         whole = Whole(tmp_path / "data", upstream, SIDECAR_DIMENSIONS="call=x-call")

@@ -9,7 +9,7 @@ import pytest
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, on_both_loops, until
 
 from sidecar.usage.readers import UsageTaps
-from sidecar.usage.response_reader import AnswerTap
+from sidecar.usage.response_reader import ResponseReader
 
 ASK = b"POST /v1/embeddings HTTP/1.1\r\nHost: me\r\nContent-Length: 13\r\n\r\n" + b'{"model":"m"}'
 USAGE = b'"usage":{"prompt_tokens":8,"total_tokens":8}}'
@@ -21,13 +21,13 @@ HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Encoding: 
 def backlogs(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
     """Whether anything was left to be decoded at once, at each end of a reading."""
     found: list[bool] = []
-    finish = AnswerTap.finish
+    finish = ResponseReader.finish
 
-    def note(tap: AnswerTap, whole: bool) -> object:
+    def note(tap: ResponseReader, whole: bool) -> object:
         found.append(tap.behind)
         return finish(tap, whole)
 
-    monkeypatch.setattr(AnswerTap, "finish", note)
+    monkeypatch.setattr(ResponseReader, "finish", note)
     return found
 
 

@@ -106,7 +106,7 @@ def test_nobody_gets_in_before_the_mode_is_set(tmp_path: Path, monkeypatch: pyte
         modes.append(stat.S_IMODE(path.lstat().st_mode))
         listen(self, backlog)
 
-    monkeypatch.setattr(sockets.socket, "socket", type("Watched", (socket.socket,), {"listen": watched}))
+    monkeypatch.setattr(socket, "socket", type("Watched", (socket.socket,), {"listen": watched}))
     old = os.umask(0)
     try:
         with sockets.listen_privately(path):

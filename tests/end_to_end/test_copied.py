@@ -78,7 +78,7 @@ async def until_pending(whole: Whole, count: int) -> None:
             await asyncio.sleep(0.05)
 
 
-async def test_a_copy_waits_and_is_left_to_the_original(tmp_path):
+async def test_a_copy_waits_and_is_left_to_the_original(tmp_path: Path) -> None:
     async with copied(tmp_path) as (original, copy, url):
         await copy.start()
         await calls(copy, 5)
@@ -127,7 +127,7 @@ async def test_a_copy_waits_and_is_left_to_the_original(tmp_path):
 
 
 @pytest.mark.parametrize("running", [True, False])
-async def test_what_delivery_had_not_begun_in_the_copy_is_left_too(tmp_path, running):
+async def test_what_delivery_had_not_begun_in_the_copy_is_left_too(tmp_path: Path, running: bool) -> None:
     """`delivery.db` is read before the spool while a directory is copied live: it may not know of the spool yet."""
     async with copied(tmp_path) as (_, copy, url):
         with closing(sqlite3.connect(tmp_path / "copy" / "delivery.db")) as db, db:
@@ -151,7 +151,7 @@ async def test_what_delivery_had_not_begun_in_the_copy_is_left_too(tmp_path, run
         assert set(Counter(await taken(url, "webhook")).values()) == {1}
 
 
-async def test_an_original_goes_on_as_before(tmp_path):
+async def test_an_original_goes_on_as_before(tmp_path: Path) -> None:
     async with copied(tmp_path) as (original, copy, _):
         await original.kill()
         await copy.start()
@@ -167,7 +167,7 @@ async def test_an_original_goes_on_as_before(tmp_path):
 
 
 @pytest.mark.parametrize("how", ["original", "copy"])
-async def test_adopted_while_nothing_runs(tmp_path, how):
+async def test_adopted_while_nothing_runs(tmp_path: Path, how: str) -> None:
     """Also where nothing was noticed: after a snapshot of a whole volume."""
     async with copied(tmp_path) as (_, copy, _):
         code, _, err = await copy.command("spool", "adopt", "--as", how)
@@ -179,7 +179,7 @@ async def test_adopted_while_nothing_runs(tmp_path, how):
         assert balance["backends"]["ledger"]["delivered"] == 10
 
 
-async def test_what_a_copy_recorded_itself_is_delivered_also_when_it_is_adopted_while_stopped(tmp_path):
+async def test_what_a_copy_recorded_itself_is_delivered_also_when_it_is_adopted_while_stopped(tmp_path: Path) -> None:
     async with copied(tmp_path) as (original, copy, url):
         await copy.start()
         await calls(copy, 5)
@@ -203,7 +203,7 @@ async def test_what_a_copy_recorded_itself_is_delivered_also_when_it_is_adopted_
             assert code == 0, out
 
 
-async def test_an_adoption_that_is_cut_short_leaves_a_copy(tmp_path, monkeypatch):
+async def test_an_adoption_that_is_cut_short_leaves_a_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing was noticed, the operator says that it is a copy, and the command dies before it has parked all."""
     async with copied(tmp_path) as (_, copy, url):
         (copy.data_dir / "place").unlink()  # as after a snapshot of a whole volume: nothing tells
@@ -225,7 +225,7 @@ async def test_an_adoption_that_is_cut_short_leaves_a_copy(tmp_path, monkeypatch
         assert Counter(await taken(url, "webhook")) == before
 
 
-async def test_what_is_no_copy_is_not_taken_for_one(tmp_path):
+async def test_what_is_no_copy_is_not_taken_for_one(tmp_path: Path) -> None:
     """A restart, a kill, a move, a directory of an older version."""
     async with running_receiver() as (_, url), tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream, **settings(url))
@@ -249,7 +249,7 @@ async def test_what_is_no_copy_is_not_taken_for_one(tmp_path):
 
 
 @pytest.mark.parametrize("same_inode", [True, False])
-async def test_an_older_delivery_db_alone_is_noticed(tmp_path, same_inode):
+async def test_an_older_delivery_db_alone_is_noticed(tmp_path: Path, same_inode: bool) -> None:
     async with running_receiver() as (_, url), tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream, **settings(url))
         try:

@@ -15,8 +15,10 @@ import aiohttp
 import pytest
 from support.whole import ROOT, environment
 
+from sidecar.cli.demo import printing
 from sidecar.cli.shared import known_backend_settings
 from sidecar.dev import demo
+from sidecar.dev.mock_backends.contract import KEY, SECRET
 from sidecar.runtime import app
 from sidecar.settings import load
 
@@ -60,7 +62,7 @@ async def test_the_command_ends_by_itself_with_table_balance_and_where_to_look()
     assert "WRONG" not in text
 
 
-MODES = [(name, None) for name in sorted(demo.BACKENDS)] + [
+MODES = [(name, None) for name in sorted(demo.STAND_INS)] + [
     *(("revenium", mode) for mode in ("event", "rate", "ingest", "events", "completions")),
     *(("stripe", mode) for mode in ("v2", "stream")),
 ]
@@ -69,14 +71,14 @@ MODES = [(name, None) for name in sorted(demo.BACKENDS)] + [
 @pytest.mark.parametrize(("backend", "mode"), MODES)
 async def test_every_backend_it_knows_gets_the_calls(backend: str, mode: str | None) -> None:
     said: list[str] = []
-    assert await demo.run(start_with(), backend=backend, mode=mode, say=said.append) == 0, "\n".join(said)
+    assert await demo.run(start_with(), printing(), backend=backend, mode=mode, say=said.append) == 0, "\n".join(said)
     text = "\n".join(said)
     assert re.search(rf"What arrived at {backend}: \d+ \(delivered \d+\)", text)
     assert re.search(r"^  POST /\S+$", text, re.MULTILINE)
     tokens = sum(call.tokens.input for call in demo.CALLS if call.tokens and call.subscriber == "acme")
     assert re.search(rf"^  (cus_)?acme +3 +{tokens:,} ", text, re.MULTILINE), text
-    assert demo.API_KEY not in text
-    assert demo.WEBHOOK_SECRET not in text
+    assert KEY not in text
+    assert SECRET not in text
 
 
 async def test_an_unknown_backend_is_said_before_anything_starts() -> None:
@@ -100,21 +102,21 @@ async def test_a_mode_belongs_to_a_backend_that_has_some() -> None:
 async def test_it_notices_what_a_backend_was_not_told() -> None:
     said: list[str] = []
     only_calls = start_with(SIDECAR_STRIPE_METERS="api_calls")
-    assert await demo.run(only_calls, backend="stripe", say=said.append) == 1
+    assert await demo.run(only_calls, printing(), backend="stripe", say=said.append) == 1
     assert [line for line in said if line.startswith("WRONG: cus_acme: stripe was told 0 input_tokens instead of")]
 
 
 async def test_it_notices_when_the_figures_are_wrong() -> None:
     """With `stop` the call whose client hung up is cut upstream, so its tokens are never known."""
     said: list[str] = []
-    assert await demo.run(start_with(SIDECAR_ON_DISCONNECT="stop"), say=said.append) == 1
+    assert await demo.run(start_with(SIDECAR_ON_DISCONNECT="stop"), printing(), say=said.append) == 1
     assert [line for line in said if line.startswith("WRONG: initech: the upstream reported")]
 
 
 async def test_it_notices_a_backend_that_refuses() -> None:
     said: list[str] = []
     wrong_secret = start_with(SIDECAR_WEBHOOK_SECRET="another-secret-than-the-receiver-has")
-    assert await demo.run(wrong_secret, backend="webhook", say=said.append, settle_s=2.0) == 1
+    assert await demo.run(wrong_secret, printing(), backend="webhook", say=said.append, settle_s=2.0) == 1
     assert "WRONG: not settled in time: webhook" in said
     assert "WRONG: /webhook was blocked by the receiver" in said
 

@@ -43,7 +43,9 @@ def use_up_inodes(root: Path) -> Path:
 @pytest.mark.parametrize("on_full", ["pass", "refuse"])
 @pytest.mark.parametrize("what", ["bytes", "inodes"])
 @pytest.mark.parametrize("end", ["stop", "kill"])
-async def test_a_disk_that_filled_up_while_nothing_ran_keeps_nothing_down(tmp_path, end, what, on_full):
+async def test_a_disk_that_filled_up_while_nothing_ran_keeps_nothing_down(
+    tmp_path: Path, end: str, what: str, on_full: str
+) -> None:
     with small_disk(tmp_path / "disk", "120m,nr_inodes=300") as root:
         async with tiny_upstream() as upstream:
             whole = Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", SIDECAR_ON_SPOOL_FULL=on_full)
@@ -104,7 +106,9 @@ async def until_ok(whole: Whole) -> None:
 
 
 @pytest.mark.parametrize(("what", "workers"), [("bytes", "2"), ("inodes", "1")])
-async def test_a_new_directory_on_a_full_disk_serves_and_records_as_soon_as_there_is_room(tmp_path, what, workers):
+async def test_a_new_directory_on_a_full_disk_serves_and_records_as_soon_as_there_is_room(
+    tmp_path: Path, what: str, workers: str
+) -> None:
     with small_disk(tmp_path / "disk", "120m,nr_inodes=300") as root:
         filler = fill_up(root) if what == "bytes" else use_up_inodes(root)
         async with tiny_upstream() as upstream:
@@ -144,7 +148,7 @@ async def test_a_new_directory_on_a_full_disk_serves_and_records_as_soon_as_ther
                 await whole.kill()
 
 
-async def test_what_no_room_was_found_for_until_the_end_is_said(tmp_path):
+async def test_what_no_room_was_found_for_until_the_end_is_said(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "4m") as root:
         fill_up(root)
         async with tiny_upstream() as upstream:
@@ -156,7 +160,7 @@ async def test_what_no_room_was_found_for_until_the_end_is_said(tmp_path):
             assert "3 calls were served and their records are lost" in whole.log.read_text()
 
 
-async def test_memory_is_bounded_while_there_is_no_room_and_what_is_lost_is_in_the_balance(tmp_path):
+async def test_memory_is_bounded_while_there_is_no_room_and_what_is_lost_is_in_the_balance(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "120m") as root:
         filler = fill_up(root)
         async with tiny_upstream() as upstream:
@@ -177,7 +181,7 @@ async def test_memory_is_bounded_while_there_is_no_room_and_what_is_lost_is_in_t
 
 
 @pytest.mark.parametrize("what", ["bytes", "inodes"])
-async def test_a_reserve_that_was_used_up_keeps_nothing_down(tmp_path, what):
+async def test_a_reserve_that_was_used_up_keeps_nothing_down(tmp_path: Path, what: str) -> None:
     """Full, started, and full to the last byte before the next start."""
     with small_disk(tmp_path / "disk", "120m,nr_inodes=300") as root:
         async with tiny_upstream() as upstream:
@@ -201,7 +205,7 @@ async def test_a_reserve_that_was_used_up_keeps_nothing_down(tmp_path, what):
                 await whole.kill()
 
 
-async def test_a_file_system_that_is_read_only_serves_where_it_was_written_before(tmp_path):
+async def test_a_file_system_that_is_read_only_serves_where_it_was_written_before(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "120m") as root:
         async with tiny_upstream() as upstream:
             whole = with_ports(Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger"))
@@ -234,7 +238,7 @@ async def test_a_file_system_that_is_read_only_serves_where_it_was_written_befor
 
 
 @pytest.mark.parametrize("pages", [0, 2])
-async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_path, pages):
+async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_path: Path, pages: int) -> None:
     """Without room for anything, and with some for the lock alone."""
     with small_disk(tmp_path / "disk", "4m") as root:
         filler = fill_up(root)
@@ -251,7 +255,7 @@ async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_
             assert "move it away" not in err
 
 
-def test_a_key_that_cannot_be_kept_is_said_by_name(tmp_path):
+def test_a_key_that_cannot_be_kept_is_said_by_name(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "4m") as root:
         settings = replace(load({}, backend_settings={"ledger": ()}, serving=False), data_dir=root)
         filler = fill_up(root)
@@ -263,7 +267,7 @@ def test_a_key_that_cannot_be_kept_is_said_by_name(tmp_path):
         assert factory.hash_key(settings, made) == made == factory.hash_key(settings)
 
 
-async def test_a_disk_that_is_read_only_at_the_start_is_named(tmp_path):
+async def test_a_disk_that_is_read_only_at_the_start_is_named(tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", "64m") as root:
         async with tiny_upstream() as upstream:
             whole = Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", SIDECAR_ON_SPOOL_FULL="refuse")
@@ -276,7 +280,7 @@ async def test_a_disk_that_is_read_only_at_the_start_is_named(tmp_path):
             assert "user" not in err.splitlines()[-1]
 
 
-async def test_every_file_is_its_owners_alone(tmp_path):
+async def test_every_file_is_its_owners_alone(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         data = tmp_path / "data"
         data.mkdir(mode=0o755)

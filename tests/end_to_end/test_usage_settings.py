@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -39,7 +40,7 @@ async def call(url: str, body: Any = None, method: str = "POST", **headers: str)
         assert answer.status == 200
 
 
-async def test_own_fields_estimates_pins_and_who_pays(tmp_path):
+async def test_own_fields_estimates_pins_and_who_pays(tmp_path: Path) -> None:
     config = tmp_path / "sidecar.toml"
     config.write_text('[routes."/inner/llm/chat"]\nprovider = "mistral_ai"\n')
     async with RawUpstream(upstream) as behind:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from pathlib import Path
 
 import pytest
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, on_both_loops, until
@@ -222,11 +223,11 @@ async def test_the_websockets_library_on_both_sides(compression: str | None) -> 
             await socket.close()
 
     async with (
-        serve(answer, "127.0.0.1", 0, compression=compression) as server,  # type: ignore[arg-type]
+        serve(answer, "127.0.0.1", 0, compression=compression) as server,
         Hop(f"http://127.0.0.1:{next(iter(server.sockets)).getsockname()[1]}", taps=UsageTaps()) as hop,
     ):
         url = f"ws://127.0.0.1:{hop.port}{REALTIME.path}"
-        async with connect(url, compression=compression, proxy=None) as client:  # type: ignore[arg-type]
+        async with connect(url, compression=compression, proxy=None) as client:
             await client.send(json.dumps({"type": "session.update", "session": {"model": "gpt-realtime-mini"}}))
             received = [message async for message in client]
         assert received == [*lines, lines[-1]]
@@ -239,7 +240,7 @@ async def test_the_websockets_library_on_both_sides(compression: str | None) -> 
         assert not differences(child.usage, {key: value for key, value in expected.items() if key != "request_model"})
 
 
-async def test_a_kill_right_after_the_message_leaves_its_record(tmp_path):
+async def test_a_kill_right_after_the_message_leaves_its_record(tmp_path: Path) -> None:
     async def script(conversation: Conversation) -> None:
         await conversation.head()
         await conversation.send(AGREE % b"")

@@ -1,5 +1,7 @@
 """Several workers: they share the port, one that dies is replaced without a loss, and the sums are sums."""
 
+from __future__ import annotations
+
 import asyncio
 import os
 import signal
@@ -36,7 +38,7 @@ async def metric(whole: Whole, name: str) -> float:
 
 
 @pytest.mark.timeout(120)
-async def test_workers_share_the_port_and_a_dead_one_is_replaced(tmp_path):
+async def test_workers_share_the_port_and_a_dead_one_is_replaced(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS)
         async with whole:
@@ -73,7 +75,7 @@ async def test_workers_share_the_port_and_a_dead_one_is_replaced(tmp_path):
 
 
 @pytest.mark.timeout(120)
-async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_path):
+async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS)
         await whole.start()
@@ -105,7 +107,7 @@ async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_pat
     assert balance["holds"], balance
 
 
-async def test_workers_use_the_directory_that_the_command_line_names(tmp_path):
+async def test_workers_use_the_directory_that_the_command_line_names(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream:
         whole = Whole(tmp_path / "not-this-one", upstream, SIDECAR_WORKERS="2", **SETTINGS)
         whole.data_dir = tmp_path / "this-one"

@@ -1,6 +1,6 @@
 """What the hop takes from aiohttp beyond its documented interface is as it was when it was read.
 
-These tests fail when aiohttp changes one of those parts; `sidecar/proxy/aiohttp_internals.py` is the
+These tests fail when aiohttp changes one of those parts; `sidecar/proxy/aiohttp_compat.py` is the
 one place to mend then. The traps seen there are shown as they are, so that it is noticed when one closes.
 """
 
@@ -10,7 +10,7 @@ import ast
 import asyncio
 import inspect
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import pytest
@@ -36,7 +36,7 @@ def parameters(function: Any) -> list[str]:
 
 
 def test_the_version_that_was_read() -> None:
-    assert aiohttp.__version__.startswith("3.14."), "read aiohttp_internals.py against the new version"
+    assert aiohttp.__version__.startswith("3.14."), "read aiohttp_compat.py against the new version"
 
 
 def test_the_parts_are_where_they_were() -> None:
@@ -87,7 +87,8 @@ def test_no_name_of_ours_hides_one_of_aiohttps() -> None:
         "pause_writing", "resume_writing",
     }  # fmt: skip
     overridden_back = {
-        "should_close", "data_received", "eof_received", "connection_lost", "pause_writing", "resume_writing",
+        "should_close", "data_received", "eof_received", "connection_made", "connection_lost", "pause_writing",
+        "resume_writing",
     }  # fmt: skip
     assert (own(ClientProtocol, RequestHandler) | own(Client, RequestHandler)) & front == overridden_front
     assert (own(UpstreamProtocol, ResponseHandler) | own(UpstreamConnection, ResponseHandler)) & back == overridden_back
@@ -102,7 +103,7 @@ def test_nobody_else_touches_aiohttps_private_names() -> None:
             for alias in node.names
         }
         ours = {name for name in imported if name and name.partition(".")[0] == "aiohttp"}
-        if path.name != "aiohttp_internals.py":
+        if path.name != "aiohttp_compat.py":
             assert ours <= {"aiohttp"}, path
 
 
@@ -118,20 +119,21 @@ async def test_the_connector_makes_our_connections_and_keeps_none() -> None:
 
         connector = Connector(make, loop=loop, host="127.0.0.1", port=upstream.port, tls=None, server_name=None,
                               socket_path=None, connect_timeout_s=1)  # fmt: skip
+        leases = []
         for count in (1, 2, 3):
-            lease = await connector.connect()
+            leases.append(await connector.connect())
             assert len(made) == count
-            assert lease.protocol is made[-1]
+            assert leases[-1].protocol is made[-1]
             assert made[-1].is_connected()
             if count == 1:
-                lease.release()
+                leases[-1].release()
                 assert not made[-1].is_connected()
             elif count == 2:
                 made[-1].abort()
-                lease.close()
+                leases[-1].close()
         await connector.aclose()
         assert not made[-1].is_connected()
-        lease.close()
+        leases[-1].close()
 
 
 async def test_the_server_says_so_when_a_setting_is_misspelt() -> None:
@@ -152,7 +154,7 @@ async def _parser(**limits: int) -> Any:
 
     return HttpRequestParser(
         Paused(), asyncio.get_running_loop(), 2**16, auto_decompress=False,  # type: ignore[arg-type]
-        **{"max_line_size": 100, "max_field_size": 200, "max_headers": 5, **limits},
+        **cast("dict[str, Any]", {"max_line_size": 100, "max_field_size": 200, "max_headers": 5, **limits}),
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import contextlib
 import socket
 import ssl
 from pathlib import Path
+from typing import Any
 
 import pytest
 import trustme
@@ -48,7 +49,11 @@ async def test_an_upstream_over_tls(authority: trustme.CA, tmp_path: Path) -> No
     chain, key = pem(authority, tmp_path, "client.example")
     seen: list[bytes] = []
     context = server_tls(authority, ask_client=True, names=names)
-    rules = {"upstream_ca_file": str(ca), "upstream_client_cert_file": chain, "upstream_client_key_file": key}
+    rules: dict[str, Any] = {
+        "upstream_ca_file": str(ca),
+        "upstream_client_cert_file": chain,
+        "upstream_client_key_file": key,
+    }
     async with RawUpstream(answering(reply(b"safe"), seen=seen), tls=context) as upstream:
         async with Hop(upstream.url, **rules) as hop:
             for _ in range(2):
@@ -69,7 +74,7 @@ async def test_an_upstream_that_is_not_trusted(how: str, authority: trustme.CA, 
     context = server_tls(authority, ask_client=how == "no client certificate")
     if how == "no client certificate":
         context.maximum_version = ssl.TLSVersion.TLSv1_2  # 1.3 tells only after the handshake
-    rules = {"upstream_ca_file": str(ca)}
+    rules: dict[str, Any] = {"upstream_ca_file": str(ca)}
     if how == "wrong name":
         rules["upstream_server_name"] = "other.example"
     seen: list[bytes] = []

@@ -391,8 +391,7 @@ async def test_bytes_on_an_idle_connection_close_it() -> None:
     async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
         for _ in range(3):
             assert (await hop.call(GET))[1] == b"one"
-            count = upstream.connections
-            await until(lambda n=count: upstream.open[n - 1].reader.at_eof())
+            await until(upstream.open[upstream.connections - 1].reader.at_eof)
         assert upstream.connections == 3
 
 
@@ -544,6 +543,6 @@ async def test_a_tap_that_raises_is_not_felt(asks: bool) -> None:
             raise RuntimeError("tap")
 
     async with RawUpstream(answering(reply(b"fine"))) as upstream, Hop(upstream.url) as hop:
-        hop.proxy._hop.taps = Bad()  # type: ignore[union-attr, assignment]
+        hop.proxy._hop.taps = Bad()  # type: ignore[union-attr]
         assert (await hop.call(b"POST /x HTTP/1.1\r\nHost: me\r\nContent-Length: 1\r\n\r\nx"))[1] == b"fine"
         assert (await hop.recorder.ended()).usage is None

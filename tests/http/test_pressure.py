@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tracemalloc
+from typing import Any
 
 import pytest
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, on_both_loops, reply, until
@@ -93,8 +94,8 @@ async def test_a_slow_upstream_slows_the_upload_down(chunked: bool) -> None:
         upload = asyncio.ensure_future(_pour(client, size, poured))
         await until(lambda: poured[0] > 0)
         assert await _stands_still(poured) < size
-        call = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
-        assert sum(map(len, call._payload._buffer)) < 2**20
+        call: Any = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
+        assert sum(map(len, call.body._payload._buffer)) < 2**20
         go.set()
         await upload
         if chunked:
@@ -132,7 +133,7 @@ async def test_writes_to_a_closed_connection_do_no_harm() -> None:
         await until(lambda: upstream.connections == 1)
         await hop.recorder.let_in()
         server_side = next(iter(hop.proxy._clients.open))  # type: ignore[union-attr]
-        call = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
+        call: Any = next(iter(hop.proxy._hop.calls))  # type: ignore[union-attr]
         await until(lambda: call.connection is not None)  # the upstream may see it before the hop does
         connection = call.connection
         assert connection is not None

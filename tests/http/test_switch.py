@@ -10,8 +10,10 @@ import websockets
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, field_of, on_both_loops, reply, until
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
+from websockets.typing import Subprotocol
 
 ASK = b"GET /ws HTTP/1.1\r\nHost: me\r\nConnection: keep-alive, Upgrade\r\nUpgrade: %b\r\n\r\n"
+CHAT_1, CHAT_2 = Subprotocol("chat.v1"), Subprotocol("chat.v2")
 NO_HTTP = b"HTTP/1.1 200 no http any more\r\n\r\n"
 AGREE = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: %b\r\nConnection: Upgrade\r\nX-P: 1\r\n\r\n"
 
@@ -160,14 +162,14 @@ async def test_websocket_with_real_peers() -> None:
                 return
             await connection.send(message)
 
-    async with serve(echo, "127.0.0.1", 0, subprotocols=["chat.v2"], max_size=2**25, compression=None) as server:  # type: ignore[list-item]
+    async with serve(echo, "127.0.0.1", 0, subprotocols=[CHAT_2], max_size=2**25, compression=None) as server:
         port = server.sockets[0].getsockname()[1]
         async with Hop(f"http://127.0.0.1:{port}") as hop:
             async with connect(
                 f"ws://127.0.0.1:{hop.port}/ws",
-                subprotocols=["chat.v1", "chat.v2"],
+                subprotocols=[CHAT_1, CHAT_2],
                 max_size=2**25,
-                compression=None,  # type: ignore[list-item]
+                compression=None,
             ) as client:
                 assert client.subprotocol == "chat.v2"
                 await client.send("text é")

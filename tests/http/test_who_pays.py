@@ -9,8 +9,9 @@ import pytest
 from support.rawhttp import Hop, RawUpstream, answering, fields_of, on_both_loops, reply
 
 from sidecar.model.exchange import Exchange
+from sidecar.model.grammar import Source
 from sidecar.proxy.route import Routes
-from sidecar.proxy.subscriber import Attributor, parse_source
+from sidecar.proxy.subscriber import Attributor
 
 KEY = b"k" * 32
 ACME = b"x-tenant: acme\r\n"
@@ -19,7 +20,7 @@ TRACE = b"traceparent: 00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01\r
 
 def attributor(*sources: str, base: str = "", anomalies: list[str] | None = None, **dimensions: str) -> Attributor:
     return Attributor(
-        sources=[parse_source(source) for source in sources],
+        sources=[Source.parse(source) for source in sources],
         dimensions=dimensions,
         hash_key=KEY,
         base=base,

@@ -116,13 +116,13 @@ async def soak(tmp_path: Path, seconds: float) -> None:
 
 
 @pytest.mark.timeout(180)
-async def test_a_backend_that_is_down_for_20_s(tmp_path):
+async def test_a_backend_that_is_down_for_20_s(tmp_path: Path) -> None:
     await soak(tmp_path, 20)
 
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600 + 12 * int(SECONDS))
-async def test_a_backend_that_is_down_for_long(tmp_path):
+async def test_a_backend_that_is_down_for_long(tmp_path: Path) -> None:
     await soak(tmp_path, SECONDS)
 
 
@@ -156,7 +156,7 @@ async def pending_of(whole: Whole, backend: str) -> int:
 
 @pytest.mark.soak
 @pytest.mark.timeout(3600)
-async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path):
+async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream, receiver_of_its_own() as url:
         await order(url, {"do": "status", "status": 503})
         whole = Whole(
@@ -215,7 +215,7 @@ async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path):
 @pytest.mark.parametrize(
     ("backend", "count"), [("webhook", RECORDS // 2), ("ledger", RECORDS // 2), ("revenium", RECORDS // 20)]
 )
-async def test_how_fast_it_delivers(tmp_path, backend, count):
+async def test_how_fast_it_delivers(tmp_path: Path, backend: str, count: int) -> None:
     """P7: records a second to a batch backend, requests a second where each record is one."""
     async with tiny_upstream() as upstream, receiver_of_its_own() as url:
         of_backend = {

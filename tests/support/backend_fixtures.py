@@ -192,6 +192,10 @@ class ScriptedServer:
     url: str = ""
     hold: asyncio.Event | None = None
 
+    def says(self, reply: bytes | None) -> None:
+        """Answer everything with `reply` from now on."""
+        self.script = lambda _: reply
+
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[ScriptedServer]:
         async with listening(self._serve) as port:

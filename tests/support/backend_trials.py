@@ -6,7 +6,7 @@ A backend is added by a row in `TRIALS`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from support.backend_fixtures import SECRET, T0_NS, ScriptedServer
 from sidecar.backends import BACKENDS, Context
 from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.ledger import LedgerStore
+from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.model.delivery import Backend
-from sidecar.settings import Setting
+from sidecar.settings import Setting, settings_of
 
 
 @dataclass(frozen=True)
@@ -106,3 +107,33 @@ async def receiving(backend: str, key: str | None = SECRET) -> AsyncIterator[Rec
 
 PATHS = {"meter": "/meter", "webhook": "/webhook"}  # where the stand-in has what has no path of its own
 RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given(Context):
+    """The surroundings of a backend as a test has them: mapped customers and meters that are read already."""
+
+    mapped: Mapping[str, str] = field(default_factory=dict)
+    read: tuple[Meter, ...] = DEFAULT_METERS
+
+    def customers(self, backend: str) -> dict[str, str]:
+        return dict(self.mapped)
+
+    def definitions(self) -> tuple[Meter, ...]:
+        return self.read
+
+
+def made(
+    kind: Any,
+    *,
+    customers: Mapping[str, str] | None = None,
+    definitions: tuple[Meter, ...] = DEFAULT_METERS,
+    clock: Callable[[], float] | None = None,
+    data_dir: Path = Path("none"),
+    open_ledger: Any = None,
+    **texts: str,
+) -> Any:
+    """One backend, whose settings are written as an operator writes them."""
+    context = Given(data_dir=data_dir, open_ledger=open_ledger, mapped=customers or {}, read=definitions)
+    owned = kind.settings_type(**values_of(settings_of(kind.settings_type), texts))
+    return kind(owned, context) if clock is None else kind(owned, context, clock=clock)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from sidecar.delivery import Delivery, DeliveryState, Limits
+from sidecar.delivery import Delivery, DeliveryStore, Limits
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
@@ -184,17 +184,17 @@ class World:
 
     def begin(self, *names: str) -> None:
         """A first start with these backends over an empty spool, so that nothing counts as made before."""
-        state = DeliveryState.open(self.path)
-        state.configure(names, [], START_S)
-        state.close()
+        store = DeliveryStore.open(self.path)
+        store.configure(names, [], START_S)
+        store.close()
 
     @asynccontextmanager
     async def deliver(self, *backends: Backend) -> AsyncIterator[Delivery]:
-        state = DeliveryState.open(self.path)
+        store = DeliveryStore.open(self.path)
         try:
             delivery = Delivery(
                 reader=self.spool,
-                state=state,
+                store=store,
                 backends=backends,
                 metrics=self.metrics,
                 clock=self.clock,
@@ -205,7 +205,7 @@ class World:
             async with delivery:
                 yield delivery
         finally:
-            state.close()
+            store.close()
 
     def balance(self, delivery: Delivery) -> dict[str, BackendTotals]:
         """The totals, after checking that they hold and that the rows say the same."""

@@ -23,7 +23,7 @@ import pytest
 from sidecar.model.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Attribute, Proxy, ProxyRules, Route
 from sidecar.proxy.context import AttributeByBody
-from sidecar.usage import AnswerFilter, RawHeaders, SocketTap, Taps
+from sidecar.usage import RawHeaders, ResponseFilter, SocketTap, Taps
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
 
@@ -329,7 +329,7 @@ class FrameTaps:
     def response(self, request: Any, status: int, headers: RawHeaders) -> _FrameResponseTap | None:
         return _FrameResponseTap() if status == 200 else None
 
-    def answer_filter(self, status: int, headers: RawHeaders) -> AnswerFilter | None:
+    def answer_filter(self, status: int, headers: RawHeaders) -> ResponseFilter | None:
         raise AssertionError("nothing was asked")
 
     def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:
@@ -343,6 +343,7 @@ class Counts:
     rejected: list[str] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
+    redirects: list[str] = field(default_factory=list)
     retries: int = 0
     drains: int = 0
     connections: int = 0
@@ -355,6 +356,9 @@ class Counts:
 
     def upstream_failed(self, reason: str) -> None:
         self.failures.append(reason)
+
+    def redirected(self, what: str) -> None:
+        self.redirects.append(what)
 
     def drains_changed(self, delta: int) -> None:
         self.drains += delta
@@ -494,4 +498,5 @@ def on_both_loops(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..
     run.__signature__ = signature.replace(parameters=[*signature.parameters.values(), own])  # type: ignore[attr-defined]
     run.__name__, run.__doc__, run.__module__ = test.__name__, test.__doc__, test.__module__
     run.pytestmark = list(getattr(test, "pytestmark", []))  # type: ignore[attr-defined]
-    return pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])(run)
+    marked: Callable[..., None] = pytest.mark.parametrize("loop_name", ["uvloop", "asyncio"])(run)
+    return marked

@@ -1,5 +1,7 @@
 """Who pays: each source, the order of sources, and that no credential is kept."""
 
+from __future__ import annotations
+
 import base64
 import json
 
@@ -8,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.model.exchange import Subscriber
+from sidecar.model.grammar import Source
 from sidecar.proxy.subscriber import (
     CACHED_MAX,
     CREDENTIALS,
@@ -15,14 +18,13 @@ from sidecar.proxy.subscriber import (
     SUBSCRIBER_CHARS_MAX,
     Attributor,
     credential_sources,
-    parse_source,
 )
 
 KEY = b"k" * 32
 
 
 def attributor(*sources: str, **dimensions: str) -> Attributor:
-    return Attributor(sources=[parse_source(s) for s in sources], dimensions=dimensions, hash_key=KEY)
+    return Attributor(sources=[Source.parse(s) for s in sources], dimensions=dimensions, hash_key=KEY)
 
 
 def token(**claims: object) -> bytes:
@@ -82,21 +84,23 @@ def token(**claims: object) -> bytes:
         ("path:1", [], "victim:443", None),
     ],
 )  # fmt: skip
-def test_a_source_answers(source, headers, target, expected):
+def test_a_source_answers(
+    source: str, headers: list[tuple[bytes, bytes]], target: str, expected: Subscriber | None
+) -> None:
     assert attributor(source)(headers, target, None)[0] == expected
 
 
-def test_the_first_source_that_knows_wins():
+def test_the_first_source_that_knows_wins() -> None:
     both = attributor("header:x-tenant", "query:tenant")
     assert both([], "/?tenant=b", None)[0] == Subscriber("b", "query:tenant")
     assert both([(b"x-tenant", b"a")], "/?tenant=b", None)[0] == Subscriber("a", "header:x-tenant")
 
 
-def test_a_credential_is_hashed_with_the_key_and_without_its_scheme():
+def test_a_credential_is_hashed_with_the_key_and_without_its_scheme() -> None:
     secret = b"sk-live-1234567890"
     bearer = attributor("header:authorization")([(b"Authorization", b"Bearer " + secret)], "/", None)[0]
     plain = attributor("header:x-api-key")([(b"x-api-key", secret)], "/", None)[0]
-    other = Attributor(sources=[parse_source("header:x-api-key")], dimensions={}, hash_key=b"o" * 32)
+    other = Attributor(sources=[Source.parse("header:x-api-key")], dimensions={}, hash_key=b"o" * 32)
     assert bearer is not None
     assert plain is not None
     assert bearer.id == plain.id  # one customer, whichever of the two headers its client sends
@@ -104,14 +108,14 @@ def test_a_credential_is_hashed_with_the_key_and_without_its_scheme():
     assert other([(b"x-api-key", secret)], "/", None)[0] != plain
 
 
-def test_an_overlong_or_unprintable_value_is_hashed():
+def test_an_overlong_or_unprintable_value_is_hashed() -> None:
     for value in (b"x" * (SUBSCRIBER_CHARS_MAX + 1), b"a\x00b"):
         subscriber = attributor("header:x-tenant")([(b"x-tenant", value)], "/", None)[0]
         assert subscriber is not None
         assert subscriber.id.startswith("key_")
 
 
-def test_dimensions_come_from_named_headers():
+def test_dimensions_come_from_named_headers() -> None:
     _, dimensions = attributor(feature="X-Feature", team="x-team")([(b"x-feature", b"search")], "/", None)
     assert dimensions == {"feature": "search"}
 
@@ -176,7 +180,7 @@ def test_of_several_credentials_the_one_that_the_upstream_asks_for_counts(provid
     """Whatever is made up beside it, and wherever it stands, the subscriber stays."""
     seen: list[str] = []
     attribute = Attributor(
-        sources=[parse_source("credential")], dimensions={}, hash_key=KEY, provider=provider, anomaly=seen.append
+        sources=[Source.parse("credential")], dimensions={}, hash_key=KEY, provider=provider, anomaly=seen.append
     )
     alone = attribute([(real, b"k")], "/", None)[0]
     assert alone is not None
@@ -201,7 +205,7 @@ def test_only_credentials_that_were_asked_for_are_compared() -> None:
     seen: list[str] = []
     both = [(b"x-api-key", b"a"), (b"authorization", b"b"), (b"x-tenant", b"t")]
     for sources in (["header:x-api-key"], ["header:x-tenant", "credential"], ["header:x-api-key:plain", "jwt:sub"]):
-        named = [parse_source(source) for source in sources]
+        named = [Source.parse(source) for source in sources]
         Attributor(sources=named, dimensions={}, hash_key=KEY, anomaly=seen.append)(both, "/", None)
     assert seen == []
 
@@ -209,7 +213,7 @@ def test_only_credentials_that_were_asked_for_are_compared() -> None:
 def test_what_is_odd_is_counted_once_a_call() -> None:
     seen: list[str] = []
     attribute = Attributor(
-        sources=[parse_source("query:t"), parse_source("header:x-t")],
+        sources=[Source.parse("query:t"), Source.parse("header:x-t")],
         dimensions={"d": "x-d", "again": "x-d"},
         hash_key=KEY,
         anomaly=seen.append,
@@ -222,12 +226,12 @@ def test_what_is_odd_is_counted_once_a_call() -> None:
 @pytest.mark.parametrize(
     "text", ["", "header", "header:", "cookie:x", "path:0", "path:x", "header:x:loud", "jwt", "credential:x"]
 )
-def test_a_source_that_cannot_be_read_says_what_was_expected(text):
+def test_a_source_that_cannot_be_read_says_what_was_expected(text: str) -> None:
     with pytest.raises(ValueError, match="expected"):
-        parse_source(text)
+        Source.parse(text)
 
 
-def test_a_short_hash_key_is_refused():
+def test_a_short_hash_key_is_refused() -> None:
     with pytest.raises(ValueError, match="16 to 64"):
         Attributor(sources=[], dimensions={}, hash_key=b"short")
 
@@ -236,7 +240,7 @@ def test_a_short_hash_key_is_refused():
     headers=st.lists(st.tuples(st.sampled_from([b"x-tenant", b"Authorization", b"x"]), st.binary(max_size=60))),
     target=st.text(max_size=60),
 )
-def test_no_bytes_make_it_raise(headers, target):
+def test_no_bytes_make_it_raise(headers: list[tuple[bytes, bytes]], target: str) -> None:
     every = attributor("header:x-tenant", "jwt:sub", "header:authorization", "query:t", "path:1", "path:3")
     subscriber, _ = every(headers, target, None)
     assert subscriber is None or subscriber.id
@@ -253,13 +257,15 @@ def test_no_bytes_make_it_raise(headers, target):
         (["body:user"], None, {}, None),
     ],
 )
-def test_the_body_names_whom_no_earlier_source_knew(sources, known, body, expected):
-    attribute = Attributor(sources=[parse_source(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
+def test_the_body_names_whom_no_earlier_source_knew(
+    sources: list[str], known: tuple[str, str] | None, body: dict[str, str], expected: tuple[str, str] | None
+) -> None:
+    attribute = Attributor(sources=[Source.parse(text) for text in sources], dimensions={}, hash_key=b"k" * 16)
     found = attribute.by_body(None if known is None else Subscriber(*known), body.get)
     assert found == (None if expected is None else Subscriber(*expected))
 
 
-def test_each_source_remembers_for_itself_and_only_so_much():
+def test_each_source_remembers_for_itself_and_only_so_much() -> None:
     attribute = attributor("header:x-api-key:plain", "header:x-api-key")
     assert attribute([(b"X-Api-Key", b"k")], "/", None)[0] == Subscriber("k", "header:x-api-key")
     hashed = attributor("header:x-tenant", "header:x-api-key")
@@ -272,8 +278,8 @@ def test_each_source_remembers_for_itself_and_only_so_much():
     assert first.id.startswith("key_")
 
 
-def test_an_unfit_name_in_the_body_is_hashed():
-    attribute = Attributor(sources=[parse_source("body:user")], dimensions={}, hash_key=b"k" * 16)
+def test_an_unfit_name_in_the_body_is_hashed() -> None:
+    attribute = Attributor(sources=[Source.parse("body:user")], dimensions={}, hash_key=b"k" * 16)
     for value in ("x" * 10_000, "line\nbreak"):
         found = attribute.by_body(None, {"user": value}.get)
         assert found is not None
@@ -285,7 +291,7 @@ def test_an_unfit_name_in_the_body_is_hashed():
 def test_an_empty_field_beside_the_real_credential_changes_nothing_and_is_counted(header: str, nothing: bytes) -> None:
     """Most upstreams take the first of two, so the real one opened the door: it must not go unbilled by that."""
     seen: list[str] = []
-    attribute = Attributor(sources=[parse_source("credential")], dimensions={}, hash_key=KEY, anomaly=seen.append)
+    attribute = Attributor(sources=[Source.parse("credential")], dimensions={}, hash_key=KEY, anomaly=seen.append)
     name, real = header.encode(), b"Bearer k"
     payer, _ = attribute([(name, real)], "/", None)
     assert payer is not None

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from sidecar.cli.output import Format, pairs, render, shown, table
 from sidecar.cli.shared import moment
 
-ROWS = [
+ROWS: list[dict[str, object]] = [
     {"subscriber": "acme", "calls": 1234, "tokens": None, "late": True},
     {"subscriber": None, "calls": 5, "tokens": 0, "late": False},
 ]
@@ -71,7 +71,7 @@ def test_no_formula_gets_into_a_spreadsheet(text: str) -> None:
 
 
 def test_csv_reads_back_and_runs_no_formula() -> None:
-    rows = [{"who": '=HYPERLINK("http://x")', "n": -5}, {"who": 'a,"b"\nc', "n": None}]
+    rows: list[dict[str, object]] = [{"who": '=HYPERLINK("http://x")', "n": -5}, {"who": 'a,"b"\nc', "n": None}]
     back = list(csv.reader(io.StringIO(render(rows, ("who", "n"), Format.CSV), newline="")))
     assert back == [["who", "n"], ['\'=HYPERLINK("http://x")', "-5"], ['a,"b"\nc', ""]]
 

@@ -22,9 +22,8 @@ from support.delivery_fixtures import (
 )
 from support.fake_backend import FakeBackend
 
-from sidecar.delivery import Delivery, DeliveryState, storing, worker
-from sidecar.delivery.state import StateError
-from sidecar.delivery.state.schema import open_reader
+from sidecar.delivery import Delivery, DeliveryStore, StateError, store, worker
+from sidecar.delivery.database import open_reader
 from sidecar.model.delivery import (
     KEY_MISMATCH,
     Abilities,
@@ -36,6 +35,7 @@ from sidecar.model.delivery import (
     Retry,
     Sealed,
     Unknown,
+    Verdict,
 )
 from sidecar.model.exchange import Outcome
 from sidecar.spool.types import SpoolDamaged, StoredGroup
@@ -132,7 +132,11 @@ async def test_a_refused_batch_is_split_until_the_bad_record_stands_alone(world:
 
 async def test_a_report_settles_each_event_apart(world: World) -> None:
     ids = world.spool.add(10)
-    report = [Delivered()] * 4 + [Refused("bad_customer"), Retry("http_429")] + [Delivered()] * 3 + [Unknown("lost")]
+    yes = Delivered()
+    report: list[Verdict] = [
+        *(yes, yes, yes, yes, Refused("bad_customer"), Retry("http_429")),
+        *(yes, yes, yes, Unknown("lost")),
+    ]
     backend = FakeBackend(ITEMS, script=[report])
     async with world.deliver(backend) as delivery:
         assert await all_settled(world, delivery) == {"delivered": 9, "parked": {"bad_customer": 1}}
@@ -169,7 +173,7 @@ async def test_one_stuck_backend_holds_no_other_up(world: World) -> None:
         await until(lambda: len(good.taken) == 100)
         totals = world.balance(delivery)
         assert plain(totals, "fake") == {"pending": 100}
-        assert delivery.retired_upto() == {"one": next(c.seq for c in delivery.state.cursors("fake"))}
+        assert delivery.retired_upto() == {"one": next(c.seq for c in delivery.store.cursors("fake"))}
         stuck.released.set()
         assert await all_settled(world, delivery) == {"delivered": 100}
         assert delivery.retired_upto() == {"one": 100}
@@ -220,7 +224,7 @@ def keys_of(backend: FakeBackend) -> dict[str, set[str]]:
 
 async def test_a_yes_in_a_foreign_form_parks_what_may_be_there_and_keeps_the_rest(world: World) -> None:
     world.spool.add(50)
-    foreign = [Blocked("unexpected_answer", maybe_taken=True)]
+    foreign: list[Verdict] = [Blocked("unexpected_answer", maybe_taken=True)]
     backend = FakeBackend(NONE, behaviour=lambda s: foreign)
     async with world.deliver(backend) as delivery:
         delivery.wake()
@@ -554,9 +558,9 @@ async def test_forgetting_keeps_the_count(world: World) -> None:
     async with world.deliver(backend) as delivery:
         before = await all_settled(world, delivery)
         assert delivery.find(ids[3])[0].fate == "delivered"
-        with delivery._accounts._lock:  # a search or a recount takes minutes: the balance does not wait for it
+        with delivery._queries._lock:  # a search or a recount takes minutes: the balance does not wait for it
             assert delivery.find(ids[3])[0].fate == "delivered"
-            assert delivery._accounts.verify() == []
+            assert delivery._queries.verify() == []
         await delivery.forget({"one": 120})
         assert plain(world.balance(delivery)) == before
         assert delivery.find(ids[3]) == []
@@ -617,20 +621,20 @@ async def test_a_spool_that_cannot_be_read_is_asked_again(world: World, monkeypa
 
 
 async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(storing, "FULL_RETRY_S", 0.01)
+    monkeypatch.setattr(store, "FULL_RETRY_S", 0.01)
     world.spool.add(400)
     backend = FakeBackend(NONE, latency_s=0.001)
     async with world.deliver(backend) as delivery:
         delivery.wake()
         await until(lambda: len(backend.taken) > 20)
-        connection = delivery.state._conn
-        full = await delivery.in_state(lambda: connection.execute("PRAGMA max_page_count = 1").fetchone())
+        connection = delivery.store._conn
+        full = await delivery.store.run(lambda: connection.execute("PRAGMA max_page_count = 1").fetchone())
         await until(lambda: backend.busy == 0)
         stuck = len(backend.taken)
         await asyncio.sleep(0.05)
         assert len(backend.taken) <= stuck + NONE.concurrency
         assert full is not None
-        await delivery.in_state(lambda: connection.execute("PRAGMA max_page_count = 1000000").fetchone())
+        await delivery.store.run(lambda: connection.execute("PRAGMA max_page_count = 1000000").fetchone())
         assert await all_settled(world, delivery) == {"delivered": 400}
     assert set(backend.taken.values()) == {1}
 
@@ -646,7 +650,7 @@ async def test_a_state_file_that_fails_is_opened_again_and_believed(
         delivery.wake()
         for taken in (20, 60, 150):
             await until(lambda n=taken: len(backends[0].taken) > n)  # type: ignore[misc]
-            await delivery.in_state(delivery.state._conn.close)
+            await delivery.store.run(delivery.store._conn.close)
         await all_settled(world, delivery, "other")
         assert await all_settled(world, delivery) == {"delivered": 300}
         assert plain(world.balance(delivery), "other") == {"delivered": 300}
@@ -658,14 +662,14 @@ def test_a_newer_file_is_refused_by_name(world: World) -> None:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
     with pytest.raises(StateError, match=r"delivery\.db has format 99.*update it"):
-        DeliveryState.open(world.path)
+        DeliveryStore.open(world.path)
 
 
 def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
     path = tmp_path / "delivery.db"
     path.write_bytes(b"not a database at all" * 500)
     with pytest.raises(StateError, match=r"damaged.*move it aside"):
-        DeliveryState.open(path)
+        DeliveryStore.open(path)
 
 
 async def test_a_miscounted_row_is_found(world: World) -> None:

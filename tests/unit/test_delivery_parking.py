@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from support.delivery_fixtures import QUICK, START_S, HandClock, World, plain, u
 from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery
-from sidecar.delivery.outcomes import Became
-from sidecar.delivery.telling import EVERY_S, KINDS_MAX, ParkingLog, Told
+from sidecar.delivery.parking_log import EVERY_S, KINDS_MAX, ParkingLog, Told
+from sidecar.delivery.redrive import Became
 from sidecar.model.delivery import Abilities, Atomicity, Dedup
 
 SINGLE = Abilities(dedup=Dedup.EVENT_ID, dedup_window_s=86_400.0)
@@ -29,7 +30,7 @@ def world(tmp_path: Path) -> World:
     return world
 
 
-def sees(world: World, delivery: Delivery, expected: dict[str, object], name: str = "fake") -> bool:
+def sees(world: World, delivery: Delivery, expected: Mapping[str, object], name: str = "fake") -> bool:
     return plain(world.balance(delivery), name) == expected
 
 

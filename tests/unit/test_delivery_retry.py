@@ -15,7 +15,7 @@ from sidecar.delivery.circuit_breaker import Pace, next_pace, suspect
 from sidecar.delivery.dedup_window import ClockWatch, may_resend, window_left_s
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.retry_policy import Attempt, Decision, backoff_s, judge
-from sidecar.delivery.settling import remember
+from sidecar.delivery.settlement import remember
 from sidecar.delivery.types import PARTLY_TAKEN, SUSPECT, UNKNOWN, WINDOW_ENDED, Fate, Now, Parking, Term, Tries, worst
 from sidecar.model.delivery import (
     KEY_MISMATCH,

@@ -12,8 +12,9 @@ from pathlib import Path
 import orjson
 import pytest
 from support.backend_fixtures import record, record_id
+from support.backend_trials import made
 
-from sidecar.backends.file import FileBackend
+from sidecar.backends.file import ROTATE_BYTES_DEFAULT, FileBackend
 from sidecar.model.delivery import Blocked, Delivered, Duplicate
 
 HOLDER = """
@@ -21,9 +22,10 @@ import asyncio, sys
 from pathlib import Path
 from support.backend_fixtures import record
 from sidecar.backends.file import FileBackend
+from support.backend_trials import made
 
 async def main() -> None:
-    backend = FileBackend(path=Path(sys.argv[1]), data_dir=Path(sys.argv[2]))
+    backend = made(FileBackend, path=sys.argv[1], data_dir=Path(sys.argv[2]))
     await backend.send(backend.encode([record(1)]).sealed[0])
     print("written", flush=True)
     sys.stdin.read()
@@ -32,9 +34,12 @@ asyncio.run(main())
 """
 
 
-def make(base: Path, data: str = "data", **given: int) -> FileBackend:
+def make(base: Path, data: str = "data", rotate_bytes: int = ROTATE_BYTES_DEFAULT) -> FileBackend:
     (base / data).mkdir(exist_ok=True)
-    return FileBackend(path=base / "out.ndjson", data_dir=base / data, **given)
+    backend: FileBackend = made(
+        FileBackend, data_dir=base / data, path=str(base / "out.ndjson"), rotate_bytes=str(rotate_bytes)
+    )
+    return backend
 
 
 async def put(backend: FileBackend, *numbers: int) -> list[object]:
@@ -47,7 +52,7 @@ def ids(base: Path) -> list[str]:
     return [orjson.loads(line)["id"] for path in files for line in path.read_bytes().splitlines()]
 
 
-async def test_an_older_copy_of_the_data_directory_neither_cuts_nor_repeats(tmp_path):
+async def test_an_older_copy_of_the_data_directory_neither_cuts_nor_repeats(tmp_path: Path) -> None:
     first = make(tmp_path)
     await put(first, 0, 1)
     await first.aclose()
@@ -67,7 +72,7 @@ async def test_an_older_copy_of_the_data_directory_neither_cuts_nor_repeats(tmp_
     assert ids(tmp_path) == [record_id(number) for number in (*range(8), 20)]
 
 
-async def test_an_older_copy_knows_what_was_rotated_since(tmp_path):
+async def test_an_older_copy_knows_what_was_rotated_since(tmp_path: Path) -> None:
     first = make(tmp_path, rotate_bytes=4096)
     await put(first, 0)
     await first.aclose()
@@ -85,7 +90,7 @@ async def test_an_older_copy_knows_what_was_rotated_since(tmp_path):
 
 
 @pytest.mark.parametrize("inode", ["same", "other"])
-async def test_lines_of_others_stay_and_we_go_on_behind_them(tmp_path, inode):
+async def test_lines_of_others_stay_and_we_go_on_behind_them(tmp_path: Path, inode: str) -> None:
     backend = make(tmp_path)
     await put(backend, 1)
     with (tmp_path / "out.ndjson").open("ab") as file:
@@ -99,7 +104,7 @@ async def test_lines_of_others_stay_and_we_go_on_behind_them(tmp_path, inode):
     assert (tmp_path / "out.ndjson").read_bytes() == before + b"\n" + record(2).json + b"\n"
 
 
-async def test_a_line_of_ours_that_was_cut_short_is_no_half_line_for_good(tmp_path):
+async def test_a_line_of_ours_that_was_cut_short_is_no_half_line_for_good(tmp_path: Path) -> None:
     for shown in (5, 100):
         backend = make(tmp_path)
         await put(backend, shown)
@@ -113,7 +118,7 @@ async def test_a_line_of_ours_that_was_cut_short_is_no_half_line_for_good(tmp_pa
     assert ids(tmp_path) == [record_id(number) for number in (5, 7, 6, 100, 102, 101)]
 
 
-async def test_zeros_of_a_power_cut_are_written_over(tmp_path):
+async def test_zeros_of_a_power_cut_are_written_over(tmp_path: Path) -> None:
     backend = make(tmp_path)
     await put(backend, 1)
     await backend.aclose()
@@ -125,7 +130,7 @@ async def test_zeros_of_a_power_cut_are_written_over(tmp_path):
     assert (tmp_path / "out.ndjson").read_bytes() == record(1).json + b"\n" + record(2).json + b"\n"
 
 
-async def test_a_lost_memory_repeats_nothing(tmp_path):
+async def test_a_lost_memory_repeats_nothing(tmp_path: Path) -> None:
     backend = make(tmp_path)
     await put(backend, 1, 2, 3)
     await backend.aclose()
@@ -137,7 +142,7 @@ async def test_a_lost_memory_repeats_nothing(tmp_path):
     assert ids(tmp_path) == [record_id(number) for number in (1, 2, 3, 4)]
 
 
-async def test_a_damaged_memory_says_what_to_do(tmp_path):
+async def test_a_damaged_memory_says_what_to_do(tmp_path: Path) -> None:
     backend = make(tmp_path)
     await put(backend, 1)
     await backend.aclose()
@@ -149,7 +154,7 @@ async def test_a_damaged_memory_says_what_to_do(tmp_path):
     assert "file.db is damaged: move it away" in verdict.reason
 
 
-async def test_a_second_writer_is_told_who_has_the_file_and_loses_nothing(tmp_path):
+async def test_a_second_writer_is_told_who_has_the_file_and_loses_nothing(tmp_path: Path) -> None:
     (tmp_path / "theirs").mkdir()
     tests = Path(__file__).parent.parent
     child = subprocess.Popen(
@@ -172,7 +177,7 @@ async def test_a_second_writer_is_told_who_has_the_file_and_loses_nothing(tmp_pa
     assert ids(tmp_path) == [record_id(1), record_id(2)]
 
 
-async def test_new_files_are_the_owners_alone_and_a_file_that_is_there_keeps_its_mode(tmp_path):
+async def test_new_files_are_the_owners_alone_and_a_file_that_is_there_keeps_its_mode(tmp_path: Path) -> None:
     old = os.umask(0)
     try:
         backend = make(tmp_path)

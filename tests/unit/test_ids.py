@@ -16,7 +16,7 @@ UUID_7 = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-7[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-
 NOW_NS = 1_800_000_000_123_456_789
 
 
-def test_the_form_is_a_uuid_of_version_7():
+def test_the_form_is_a_uuid_of_version_7() -> None:
     made = Ids(CHANCE).next(NOW_NS)
     assert len(made) == ID_LENGTH
     assert UUID_7.fullmatch(made)
@@ -24,14 +24,14 @@ def test_the_form_is_a_uuid_of_version_7():
 
 
 @given(st.lists(st.integers(0, 2**63), min_size=2, max_size=200))
-def test_never_twice_and_never_backwards_under_any_clock(clock):
+def test_never_twice_and_never_backwards_under_any_clock(clock: list[int]) -> None:
     maker = Ids(CHANCE)
     made = [maker.next(now) for now in clock]
     assert len(set(made)) == len(made)
     assert made == sorted(made)
 
 
-def test_the_counter_wraps_without_repeating_while_the_clock_stands_still(monkeypatch):
+def test_the_counter_wraps_without_repeating_while_the_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(record_id, "_COUNTER_WRAP", 8)
     maker = Ids(CHANCE)
     made = [maker.next(NOW_NS) for _ in range(50)]
@@ -39,10 +39,10 @@ def test_the_counter_wraps_without_repeating_while_the_clock_stands_still(monkey
     assert made == sorted(made)
 
 
-def test_two_processes_at_the_same_moment_differ():
+def test_two_processes_at_the_same_moment_differ() -> None:
     assert Ids(CHANCE).next(NOW_NS) != Ids(bytes(CHANCE_BYTES)).next(NOW_NS)
 
 
-def test_too_little_chance_is_refused():
+def test_too_little_chance_is_refused() -> None:
     with pytest.raises(ValueError, match="6 bytes of chance"):
         Ids(b"abc")

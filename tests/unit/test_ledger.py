@@ -12,6 +12,7 @@ from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import orjson
@@ -19,6 +20,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.backend_fixtures import T0_NS, odd_records, record, records, usage
+from support.backend_trials import made
 
 from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
 from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
@@ -284,11 +286,11 @@ def said(reader: LedgerReader) -> list[object]:
 
 
 async def test_what_is_undone_was_never_there(tmp_path: Path) -> None:
-    batch = [r for r in odd_records() if r.started_at]
+    batch = odd_records()
     for gone in batch[:9]:
         with_it, without = tmp_path / f"{gone.seq}.db", tmp_path / f"{gone.seq}-without.db"
-        backend = LedgerBackend(store=LedgerStore(with_it), meters=METERS)
-        other = LedgerBackend(store=LedgerStore(without), meters=METERS)
+        backend = made(LedgerBackend, open_ledger=partial(LedgerStore, with_it), definitions=METERS)
+        other = made(LedgerBackend, open_ledger=partial(LedgerStore, without), definitions=METERS)
         for sealed in backend.encode(batch).sealed:
             assert set(await backend.send(sealed)) == {Delivered()}
         for sealed in other.encode([r for r in batch if r is not gone]).sealed:
@@ -305,14 +307,14 @@ async def test_what_is_undone_was_never_there(tmp_path: Path) -> None:
 
 async def test_what_cannot_be_undone_is_left_and_said(path: Path) -> None:
     here, never = record(1), record(2, subscriber=Subscriber("nobody-yet", "jwt:sub"))
-    backend = LedgerBackend(store=LedgerStore(path), meters=METERS)
+    backend = made(LedgerBackend, open_ledger=partial(LedgerStore, path), definitions=METERS)
     (sealed,) = backend.encode([here]).sealed
     await backend.send(sealed)
     assert (await backend.cancel(Event(never.id, never.id), never)).verdict == Refused("not_in_ledger")
     assert (await backend.cancel(Event(here.id, here.id), None)).verdict == Refused("record_gone")
     await backend.aclose()
     changed = read_meters([{"name": "calls", "aggregation": {"type": "COUNT"}, "reset_usage": "NEVER"}])
-    later = LedgerBackend(store=LedgerStore(path), meters=changed)
+    later = made(LedgerBackend, open_ledger=partial(LedgerStore, path), definitions=changed)
     (sealed,) = later.encode([record(3)]).sealed
     await later.send(sealed)
     undone = await later.cancel(Event(here.id, here.id), here)
@@ -379,7 +381,7 @@ def test_a_full_disk_waits_and_counts_nothing(path: Path) -> None:
 
 
 def test_a_locked_ledger_waits(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("sidecar.ledger.schema.BUSY_S", 0.05)
+    monkeypatch.setattr("sidecar.storage.sqlite.BUSY_S", 0.05)
     store = LedgerStore(path)
     other = sqlite3.connect(path, isolation_level=None)
     other.execute("BEGIN IMMEDIATE")

@@ -13,7 +13,7 @@ from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery
 from sidecar.delivery.corrections import CANCELLED, Named, cancel, complain
-from sidecar.delivery.state.rows import Amendment, Member
+from sidecar.delivery.rows import Amendment, Member
 from sidecar.delivery.types import Parking
 from sidecar.model.delivery import (
     Abilities,
@@ -163,7 +163,7 @@ async def test_what_is_forgotten_or_moved_meanwhile_is_left_alone(world: World) 
             Amendment(request=found.request, member=member, skip=CANCELLED),
             Amendment(request=10_000, member=member, parking=Parking("complained:x"), line=b"{}"),
         ):
-            assert not await delivery.in_state(lambda a=amendment: delivery.state.amend(a, 0.0))  # type: ignore[misc]
+            assert not await delivery.store.run(delivery.store.amend, amendment, 0.0)
         assert plain(world.balance(delivery)) == before
         assert await cancel(ids[2], delivery, {"fake": backend}) == []
 

@@ -1,13 +1,23 @@
 """The counters: what is counted, that labels stay bounded, and that processes add up."""
 
+from __future__ import annotations
+
+from typing import Any
+
 from prometheus_client.parser import text_string_to_metric_families
 
-from sidecar.model.delivery import Delivered, Refused, Retry, Unknown
+from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
 from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
 
 
-def call(*, model="m", status=200, route="/v1/chat/completions", method="POST"):
+def call(
+    *,
+    model: str | None = "m",
+    status: int | None = 200,
+    route: str | None = "/v1/chat/completions",
+    method: str = "POST",
+) -> Exchange:
     usage = Usage(usage_state=UsageState.FINAL, provider="openai", model=model, input_tokens=3, output_tokens=0)
     return Exchange(
         method=method,
@@ -23,14 +33,14 @@ def call(*, model="m", status=200, route="/v1/chat/completions", method="POST"):
     )
 
 
-def samples(metrics, gauges=None):
+def samples(metrics: Metrics, gauges: Gauges | None = None) -> dict[tuple[Any, ...], float]:
     text = metrics.exposition(gauges or Gauges()).decode()
     return {
         (s.name, *sorted(s.labels.items())): s.value for f in text_string_to_metric_families(text) for s in f.samples
     }
 
 
-def test_a_call_is_counted_with_its_bytes_times_and_tokens():
+def test_a_call_is_counted_with_its_bytes_times_and_tokens() -> None:
     metrics = Metrics()
     metrics.call_ended(call())
     metrics.call_ended(call(status=None, route=None, method="BREW"))
@@ -46,7 +56,7 @@ def test_a_call_is_counted_with_its_bytes_times_and_tokens():
     assert seen[("sidecar_call_duration_seconds_bucket", ("le", "0.025"), ("outcome", "complete"))] == 2
 
 
-def test_what_an_alert_waits_for_is_there_at_zero():
+def test_what_an_alert_waits_for_is_there_at_zero() -> None:
     seen = samples(Metrics(backends=["stripe"]))
     assert seen[("sidecar_lost_total", ("reason", "spool_full"))] == 0
     assert seen[("sidecar_released_uncommitted_total",)] == 0
@@ -54,7 +64,7 @@ def test_what_an_alert_waits_for_is_there_at_zero():
     assert seen[("sidecar_verdicts_total", ("backend", "stripe"), ("verdict", "unknown"))] == 0
 
 
-def test_labels_stay_bounded():
+def test_labels_stay_bounded() -> None:
     metrics = Metrics()
     for number in range(MODELS_MAX + 50):
         metrics.call_ended(call(model=f"made-up-{number}"))
@@ -67,7 +77,7 @@ def test_labels_stay_bounded():
     assert sum(parked.values()) == REASONS_MAX + 50
 
 
-def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end():
+def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end() -> None:
     metrics = Metrics()
     for model in ("x\x00y", "\x1b[31mred", "a\nb", "a\r\u202eb", "lone \udc00", "long " * 1_000):
         metrics.call_ended(call(model=model))
@@ -83,7 +93,7 @@ def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end():
     assert seen[("sidecar_parked_now", ("backend", "stripe"), ("reason", "a�"))] == 3
 
 
-def test_two_processes_add_up():
+def test_two_processes_add_up() -> None:
     one, two, both = Metrics(backends=["ledger"]), Metrics(backends=["ledger"]), Metrics(backends=["ledger"])
     for metrics in (one, two):
         metrics.call_ended(call())
@@ -98,9 +108,11 @@ def test_two_processes_add_up():
     assert seen[("sidecar_send_seconds_count", ("backend", "ledger"))] == 2
 
 
-def test_why_requests_came_to_nothing_is_counted():
+def test_why_requests_came_to_nothing_is_counted() -> None:
     metrics = Metrics(backends=["meter"])
-    for verdicts in ([Retry("refused")] * 3, [Unknown("timeout")], [Delivered(), Unknown("timeout")], [Refused("no")]):
+    timeout = Unknown("timeout")
+    batches: list[list[Verdict]] = [[Retry("refused")] * 3, [timeout], [Delivered(), timeout], [Refused("no")]]
+    for verdicts in batches:
         metrics.batch_settled("meter", verdicts, 0.01)
     seen = {key: value for key, value in samples(metrics).items() if key[0] == "sidecar_send_failures_total"}
     name = "sidecar_send_failures_total"
@@ -110,7 +122,7 @@ def test_why_requests_came_to_nothing_is_counted():
     }
 
 
-def test_the_figures_of_the_moment_come_with_the_scrape():
+def test_the_figures_of_the_moment_come_with_the_scrape() -> None:
     gauges = Gauges(admitted=7, recorded=6, open=1, holds=False, pending={"ledger": 4}, parked={("ledger", "no"): 2})
     gauges.ledger_bytes = 9
     seen = samples(Metrics(), gauges)
@@ -121,5 +133,5 @@ def test_the_figures_of_the_moment_come_with_the_scrape():
     assert seen[("sidecar_parked_now", ("backend", "ledger"), ("reason", "no"))] == 2
 
 
-def test_every_family_has_help_and_the_projects_prefix():
+def test_every_family_has_help_and_the_projects_prefix() -> None:
     assert all(name.startswith("sidecar_") and family.help for name, family in FAMILIES.items())

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.proxy.config import ProxyRules, UpstreamAddress
+from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
 from sidecar.proxy.local_responses import BAD_REQUEST
-from sidecar.proxy.response_parser import Answer
+from sidecar.proxy.response_parser import HEAD_BYTES_MAX, Answer
 
 Fields = list[tuple[bytes, bytes]]
 
@@ -198,7 +199,7 @@ def test_spellings_are_remembered_within_bounds() -> None:
         ("https://a.example:443/v1/", "a.example", 443, b"a.example", b"/v1"),
         ("http://a.example:8080", "a.example", 8080, b"a.example:8080", b""),
         ("http://[::1]:81/x", "::1", 81, b"[::1]:81", b"/x"),
-        ("http://bücher.example", "xn--bcher-kva.example", 80, b"xn--bcher-kva.example", b""),
+        ("http://xn--bcher-kva.example", "xn--bcher-kva.example", 80, b"xn--bcher-kva.example", b""),
     ],
 )
 def test_upstream_addresses(url: str, host: str, port: int, authority: bytes, base: bytes) -> None:
@@ -207,7 +208,23 @@ def test_upstream_addresses(url: str, host: str, port: int, authority: bytes, ba
 
 
 @pytest.mark.parametrize(
-    "url", ["", "example.com", "ftp://x", "http://", "http://u:secret@h", "http://h?q=1", "http://h:99999", "unix:rel"]
+    "url",
+    [
+        "",
+        "example.com",
+        "ftp://x",
+        "http://",
+        "http://u:secret@h",
+        "http://h?q=1",
+        "http://h:99999",
+        "http://h:0",
+        "http://bücher.example",
+        "http://h/a b",
+        "unix:rel",
+        "unix:/s:base",
+        "unix:/s:/b?q=1",
+        "unix:/s:/bücher",
+    ],
 )
 def test_upstream_addresses_that_are_none(url: str) -> None:
     with pytest.raises(ValueError, match=r".") as raised:
@@ -232,6 +249,17 @@ ANSWERS = [
     ),
     b"HTTP/1.1 404 \r\nContent-Length: 0\r\nX:\r\n\r\n",
     b"HTTP/1.1 204 No Content\r\nConnection: x-hop\r\nX-Hop: 1\r\n\r\n",
+    # What curl and nginx read as well: LF alone, blanks behind a chunk's size, one length said twice.
+    b"HTTP/1.1 200 OK\nContent-Length: 2\nX: y\n\nok",
+    b"HTTP/1.1 200 OK\r\nA: 1\nContent-Length: 2\r\n\nok",
+    b"HTTP/1.1 103 H\nLink: <a>\n\nHTTP/1.1 200 OK\nTransfer-Encoding: chunked\n\n2\r\nok\r\n0\r\nSum: 1\nEnd: 2\n\n",
+    b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2   \r\nok\r\n1\t\r\n!\r\n1 ;x=y\r\n?\r\n0   \r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nX: y\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-length: 2 ,2,\t2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\nContent-Length: 2, 2\nContent-Length: 2\n\nok",
+    b"HTTP/1.1 204 No Content\r\nContent-Length: 0\r\nContent-Length: 0\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5, 5\r\n\r\n",
+    b"\r\n\r\nHTTP/1.1 100 Continue\r\n\r\n\r\nHTTP/1.1 103 H\n\nHTTP/1.1 200 OK\r\nContent-Length: 0, 0\r\n\r\n",
 ]
 
 
@@ -263,6 +291,122 @@ def test_where_an_answer_is_cut_does_not_matter(answer: bytes, cuts: list[int]) 
     whole = read([answer])
     assert read(pieces) == whole
     assert whole[2:6] == (True, None, False, True)
+
+
+@pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
+def test_an_answer_byte_by_byte(answer: bytes) -> None:
+    assert read([answer[n : n + 1] for n in range(len(answer))]) == read([answer])
+
+
+@pytest.mark.parametrize(
+    ("answer", "head"),
+    [
+        (ANSWERS[4], b"Content-Length: 2\r\nX: y\r\n"),
+        (ANSWERS[8], b"Content-Length: 2\r\nX: y\r\n"),
+        (ANSWERS[9], b"Content-length: 2\r\n"),
+        (ANSWERS[10], b"Content-Length: 2\r\n"),
+        (ANSWERS[11], b"Content-Length: 0\r\n"),
+        (ANSWERS[12], b"Content-Length: 5\r\n"),
+    ],
+)
+def test_what_was_read_leniently_is_passed_on_strictly(answer: bytes, head: bytes) -> None:
+    status, _, _ = answer.partition(b"\n")
+    out, *_ = read([answer])
+    assert out.startswith(status.rstrip(b"\r") + b"\r\n" + head + b"X-Ours: 1\r\n\r\n")
+
+
+@pytest.mark.parametrize(
+    ("fields", "why"),
+    [
+        (b"Content-Length: 2\r\nContent-Length: 3\r\n\r\nok", "more than one length"),
+        (b"Content-Length: 2, 3\r\n\r\nok", "more than one length"),
+        (b"Content-Length: 2, 02\r\n\r\nok", "more than one length"),
+        (b"Content-Length: 2,\r\n\r\nok", "more than one length"),
+        (b"Content-Length: +2\r\n\r\nok", "more than one length"),
+        (b"Content-Length: 2 2\r\n\r\nok", "more than one length"),
+        (b"Content-Length: \r\n\r\nok", "more than one length"),
+        (b"Content-Length: 2\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok", "transfer-Encoding can't be"),
+        (b"Content-Length: 2, 2\r\nTransfer-Encoding: chunked\r\n\r\nok", "transfer-Encoding can't be"),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nok", "content-Length can't be"),
+        (b"Transfer-Encoding: identity\r\n\r\nok", "the framing of the answer"),
+        (b"X-Foo(1): b\r\n\r\n", "invalid header token"),
+        (b"X-F\xf6: b\r\n\r\n", "invalid header token"),
+        (b"Garbage\r\n\r\n", "invalid header token"),
+        (b"X : b\r\n\r\n", "invalid header token"),
+        (b"A: b\n c\r\n\r\n", "whitespace after header value"),
+        (b"A: b\rC: d\r\n\r\n", "LF after header value"),
+        (b"Transfer-Encoding: chunked\r\n\r\n2\nok\n0\n\n", "after chunk size"),
+    ],
+)  # fmt: skip
+def test_what_is_refused_is_named(fields: bytes, why: str) -> None:
+    for data in ([b"HTTP/1.1 200 OK\r\n" + fields], [b"HTTP/1.1 200 OK\r\n", *(bytes([b]) for b in fields)]):
+        answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+        for piece in data:
+            answer.feed(piece)
+            if answer.broken:
+                break
+        assert why in (answer.broken or "")
+
+
+@pytest.mark.parametrize(
+    ("line", "passes"),
+    [
+        (b"HTTP/1.1 099 Odd", False), (b"HTTP/1.1 000 Odd", False), (b"HTTP/1.1 99 Odd", False),
+        (b"HTTP/1.1 1000 Odd", False), (b"HTTP/1.1  200 OK", False), (b"HTTP/1.2 200 OK", False),
+        (b"HTTP/1.1 200 O\x00K", False), (b"HTTP/1.1 200 O\x1bK", False), (b"HTTP/1.1 103 O\x00K", False),
+        (b"HTTP/1.1 200", True), (b"HTTP/1.1 200 K\xe9\tn", True), (b"HTTP/1.1 999 Denied", True),
+        (b"HTTP/1.1 599 X", True),
+    ],
+)  # fmt: skip
+def test_status_lines(line: bytes, passes: bool) -> None:
+    answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+    answer.feed(line + b"\r\nContent-Length: 0\r\n\r\n")
+    assert (answer.done, answer.broken is None) == (passes, passes)
+    if not passes:
+        assert answer.out == []
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
+
+
+@pytest.mark.parametrize("mute", [False, True], ids=["read", "drained"])
+@pytest.mark.parametrize(
+    ("first", "again", "why"),
+    [
+        (CHUNKED + b"0\r\n", b"X: %b\r\n" % (b"v" * 1000), "too many fields"),
+        (CHUNKED + b"0\r\n", b"a:\r\n", "too many fields"),
+        (CHUNKED + b"0\r\nX: ", b"v" * 1000, "the trailers of the answer are too large"),
+        (CHUNKED + b"0\r\n", b"n" * 1000, "the trailers of the answer are too large"),
+        (CHUNKED + b"0\r\nX: y\r\n", b"N: %b\r\n" % (b"v" * 9000), "the trailers of the answer are too large"),
+        (CHUNKED + b"2;x=", b"e" * 1000, "the trailers of the answer are too large"),
+        (b"HTTP/1.1 200 OK\r\nX: ", b"v" * 1000, "the head of the answer is too large"),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\nX: ", b"v" * 1000, "the head of the answer is too large"),
+        (b"", b"HTTP/1.1 103 Hint\r\nLink: <a>\r\n\r\n", "too many interim answers"),
+        (b"", b"HTTP/1.1 103 Hint\r\nLink: %b\r\n\r\n" % (b"v" * 20_000), "the head of the answer is too large"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n", b"\r\n", "the head of the answer is too large"),
+    ],
+)  # fmt: skip
+def test_whatever_an_upstream_sends_without_end_is_bounded(first: bytes, again: bytes, why: str, mute: bool) -> None:
+    answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False, mute=mute)
+    answer.feed(first)
+    fed = kept = 0
+    while answer.broken is None and fed < 2 * HEAD_BYTES_MAX:
+        answer.feed(again * (1 + 1000 // len(again)))
+        fed += len(again) * (1 + 1000 // len(again))
+        kept += sum(map(len, answer.out))
+        answer.out.clear()
+    assert why in (answer.broken or "")
+    assert fed <= HEAD_BYTES_MAX + 25_000
+    assert kept <= HEAD_BYTES_MAX + 25_000
+    answer.feed(again)
+    assert answer.extra
+
+
+def test_trailers_and_extensions_within_the_bounds_pass() -> None:
+    trailers = b"".join(b"X-%d: %b\r\n" % (n, b"v" * 900) for n in range(256))
+    out, _, done, broken, *_ = read([CHUNKED, b"2;x=" + b"e" * 200_000, b"\r\nok\r\n", b"0\r\n", trailers, b"\r\n"])
+    assert (done, broken) == (True, None)
+    assert trailers in out
 
 
 @given(st.binary(max_size=300), st.lists(st.integers(0, 300), max_size=4))

@@ -1,7 +1,10 @@
 """The record's line: it reads back as it was written, and no content makes it fail."""
 
+from __future__ import annotations
+
 import json
 from dataclasses import fields
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -13,8 +16,8 @@ from sidecar.model.record import Record, encode
 ID = "0199f7a0-0000-7000-8000-000000000001"
 
 
-def exchange(**changes):
-    fields = {
+def exchange(**changes: Any) -> Exchange:
+    fields: dict[str, Any] = {
         "id": ID,
         "method": "POST",
         "url": "https://api.example.com/v1/chat/completions",
@@ -26,7 +29,7 @@ def exchange(**changes):
     return Exchange(**(fields | changes))
 
 
-def test_it_reads_back_as_it_was_written():
+def test_it_reads_back_as_it_was_written() -> None:
     usage = Usage(usage_state=UsageState.FINAL, input_tokens=43, output_tokens=0, cache_read_input_tokens=0)
     line = encode(exchange(usage=usage, request_headers=["Content-Type"]), seq=41, instance="i")
     record = Record.from_json(line)
@@ -37,7 +40,7 @@ def test_it_reads_back_as_it_was_written():
     assert record.usage == usage
 
 
-def test_null_is_never_zero_and_zero_is_never_null():
+def test_null_is_never_zero_and_zero_is_never_null() -> None:
     usage = Usage(usage_state=UsageState.ABSENT, output_tokens=0)
     row = json.loads(encode(exchange(usage=usage), seq=1, instance="i"))["usage"]
     assert row["input_tokens"] is None
@@ -65,7 +68,7 @@ _PLAIN = [f.name for f in fields(Usage) if f.name not in (*_CONTAINERS, "usage_s
         st.fixed_dictionaries({}, optional=_CONTAINERS),
     )
 )
-def test_the_core_is_always_there_and_of_the_rest_what_was_reported(values):
+def test_the_core_is_always_there_and_of_the_rest_what_was_reported(values: dict[str, Any]) -> None:
     usage = Usage(usage_state=UsageState.FINAL, **values)
     row = json.loads(encode(exchange(usage=usage), seq=1, instance="i"))["usage"]
     given_ = {f.name: getattr(usage, f.name) for f in fields(Usage)}
@@ -73,12 +76,12 @@ def test_the_core_is_always_there_and_of_the_rest_what_was_reported(values):
     assert list(row) == [f.name for f in fields(Usage) if f.name in row]
 
 
-def test_the_time_has_microseconds_and_says_utc():
+def test_the_time_has_microseconds_and_says_utc() -> None:
     assert json.loads(encode(exchange(), seq=1, instance="i"))["started_at"].endswith("Z")
 
 
 @pytest.mark.parametrize("text", ["\udcff", "a\ud800b", "\x00", "é"])
-def test_text_that_was_no_utf8_still_makes_a_record(text):
+def test_text_that_was_no_utf8_still_makes_a_record(text: str) -> None:
     odd = exchange(url=text, request_headers=[text], dimensions={text: text}, user_agent=text)
     assert Record.from_json(encode(odd, seq=1, instance="i")).id == ID
 
@@ -90,12 +93,12 @@ def test_text_that_was_no_utf8_still_makes_a_record(text):
         max_leaves=20,
     )
 )
-def test_no_raw_usage_makes_it_fail(raw):
+def test_no_raw_usage_makes_it_fail(raw: object) -> None:
     usage = Usage(usage_state=UsageState.FINAL, raw_usage=raw)
     assert Record.from_json(encode(exchange(usage=usage), seq=1, instance="i")).id == ID
 
 
 @pytest.mark.parametrize("line", [b"", b"{}", b"[]", b"null", b'{"id": 1}', b"\xff", b'{"id":"x","subscriber":3}'])
-def test_what_is_no_record_is_refused_as_such(line):
+def test_what_is_no_record_is_refused_as_such(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a record"):
         Record.from_json(line)

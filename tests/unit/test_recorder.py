@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,8 +27,11 @@ class Answers:
         self.given.append(granted)
 
 
+Held = tuple[Callable[..., SpoolRecorder], threading.Event, Told, Spool]  # what the fixture gives
+
+
 @pytest.fixture
-async def held(tmp_path):
+async def held(tmp_path: Path) -> AsyncIterator[Held]:
     """A recorder's makings over a disk that stalls on order."""
     kind, gate = stalling()
     told = Told()
@@ -39,7 +45,7 @@ async def held(tmp_path):
         gate.set()
 
 
-async def test_a_record_has_all_that_the_exchange_says(tmp_path):
+async def test_a_record_has_all_that_the_exchange_says(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, Told())
         exchange = call(usage=Usage(usage_state=UsageState.FINAL, model="m", input_tokens=3))
@@ -57,7 +63,7 @@ async def test_a_record_has_all_that_the_exchange_says(tmp_path):
         assert exchange.started_ns > 0 < exchange.started_mono_ns
 
 
-async def test_content_that_json_cannot_hold_still_leaves_a_record(tmp_path):
+async def test_content_that_json_cannot_hold_still_leaves_a_record(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, Told())
         recorder.admit(odd := call(user_agent="\udcff", dimensions={"a": "\ud800"}))
@@ -68,7 +74,7 @@ async def test_content_that_json_cannot_hold_still_leaves_a_record(tmp_path):
     assert len(rows(tmp_path, spool.instance)) == 1
 
 
-async def test_ending_twice_counts_once(tmp_path):
+async def test_ending_twice_counts_once(tmp_path: Path) -> None:
     told = Told()
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, told)
@@ -84,7 +90,7 @@ async def test_ending_twice_counts_once(tmp_path):
     assert len(rows(tmp_path, spool.instance)) == 1
 
 
-async def test_committed_lets_go_after_the_disk_has_it(held):
+async def test_committed_lets_go_after_the_disk_has_it(held: Held) -> None:
     make, gate, _, spool = held
     recorder, answers = make(commit_wait_s=30), Answers()
     gate.clear()
@@ -101,7 +107,7 @@ async def test_committed_lets_go_after_the_disk_has_it(held):
         assert reader.last_seq(spool.instance) == 1
 
 
-async def test_without_anything_held_nothing_waits(held):
+async def test_without_anything_held_nothing_waits(held: Held) -> None:
     make, gate, _, spool = held
     recorder = make()
     gate.clear()
@@ -114,7 +120,7 @@ async def test_without_anything_held_nothing_waits(held):
     assert spool.snapshot().totals.open == 0
 
 
-async def test_buffered_does_not_wait_until_the_disk_is_late(held):
+async def test_buffered_does_not_wait_until_the_disk_is_late(held: Held) -> None:
     make, gate, told, _ = held
     recorder, answers = make(durability="buffered", commit_wait_s=30), Answers()
     gate.clear()
@@ -133,7 +139,7 @@ async def test_buffered_does_not_wait_until_the_disk_is_late(held):
     assert told.uncommitted == 0
 
 
-def test_gathering_leaves_the_disk_the_time_that_it_needs():
+def test_gathering_leaves_the_disk_the_time_that_it_needs() -> None:
     gathering = Gathering()
     gathering.committed(0.010)
     assert gathering.seconds == GATHER_S_MAX, "one slow commit says little"
@@ -147,7 +153,7 @@ def test_gathering_leaves_the_disk_the_time_that_it_needs():
     assert gathering.seconds == GATHER_S_MAX
 
 
-async def test_pass_waits_once_and_then_no_more_until_a_commit(held):
+async def test_pass_waits_once_and_then_no_more_until_a_commit(held: Held) -> None:
     make, gate, told, spool = held
     recorder, answers = make(), Answers()
     gate.clear()
@@ -171,7 +177,7 @@ async def test_pass_waits_once_and_then_no_more_until_a_commit(held):
     await until(lambda: len(answers.given) == 2)
 
 
-async def test_refuse_cuts_what_waited_and_turns_the_next_away(held):
+async def test_refuse_cuts_what_waited_and_turns_the_next_away(held: Held) -> None:
     make, gate, told, spool = held
     recorder, answers = make(on_full="refuse"), Answers()
     gate.clear()
@@ -195,7 +201,7 @@ async def test_refuse_cuts_what_waited_and_turns_the_next_away(held):
     assert recorder.admit(call()) is True
 
 
-async def test_refuse_turns_away_at_once_when_a_write_fails(tmp_path):
+async def test_refuse_turns_away_at_once_when_a_write_fails(tmp_path: Path) -> None:
     turns = dict.fromkeys(range(2, 12), "before")
     async with Spool.open(tmp_path, limits=SMALL, create=failing(turns).create) as spool:
         recorder = SpoolRecorder(spool, Told(), on_full="refuse", commit_wait_s=30)
@@ -207,7 +213,7 @@ async def test_refuse_turns_away_at_once_when_a_write_fails(tmp_path):
         await until(lambda: not recorder.refusing)
 
 
-async def test_memory_is_bounded_and_what_is_lost_is_counted(held):
+async def test_memory_is_bounded_and_what_is_lost_is_counted(held: Held) -> None:
     make, gate, told, spool = held
     recorder, answers = make(memory_bytes=4000), Answers()
     recorder.admit(stream := call(route="/stream"))
@@ -241,7 +247,7 @@ async def test_memory_is_bounded_and_what_is_lost_is_counted(held):
     assert numbers == [*range(1, 51 - lost + 1), 52]  # the missing numbers are the trace of the loss
 
 
-async def test_refuse_loses_nothing_that_was_let_in(held):
+async def test_refuse_loses_nothing_that_was_let_in(held: Held) -> None:
     make, gate, told, spool = held
     recorder = make(memory_bytes=2000, on_full="refuse", commit_wait_s=30)
     gate.clear()
@@ -258,7 +264,7 @@ async def test_refuse_loses_nothing_that_was_let_in(held):
     assert not told.lost_by
 
 
-async def test_an_open_call_has_its_intent_on_disk_and_a_short_one_never_writes_one(tmp_path):
+async def test_an_open_call_has_its_intent_on_disk_and_a_short_one_never_writes_one(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, Told())
         with SpoolReader(tmp_path) as reader:
@@ -276,7 +282,7 @@ async def test_an_open_call_has_its_intent_on_disk_and_a_short_one_never_writes_
             assert reader.totals(spool.instance).holds
 
 
-async def test_an_intent_may_be_opened_and_closed_in_one_commit(held):
+async def test_an_intent_may_be_opened_and_closed_in_one_commit(held: Held) -> None:
     make, gate, _, spool = held
     recorder = make(commit_wait_s=30)
     gate.clear()
@@ -294,7 +300,7 @@ async def test_an_intent_may_be_opened_and_closed_in_one_commit(held):
         assert reader.totals(spool.instance).holds
 
 
-async def test_a_failing_release_does_not_hold_its_neighbours(tmp_path):
+async def test_a_failing_release_does_not_hold_its_neighbours(tmp_path: Path) -> None:
     reported: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context["exception"]))
     async with Spool.open(tmp_path, limits=SMALL) as spool:
@@ -310,20 +316,23 @@ async def test_a_failing_release_does_not_hold_its_neighbours(tmp_path):
     assert [str(error) for error in reported] == ["the connection is gone"]
 
 
-async def test_ids_and_numbers_go_on_over_a_restart(tmp_path):
+async def test_ids_and_numbers_go_on_over_a_restart(tmp_path: Path) -> None:
     seen: list[str] = []
+    instances: set[str] = set()
     for start in range(3):
         async with Spool.open(tmp_path, limits=SMALL) as spool, SpoolRecorder(spool, Told()) as recorder:
             for _ in range(5):
                 await recorded(recorder, exchange := call())
                 seen.append(exchange.id)
         assert spool.snapshot().last_seq == 5 * (start + 1)
-    assert [row["id"] for row in rows(tmp_path, spool.instance)] == seen
+        instances.add(spool.instance)
+    (instance,) = instances
+    assert [row["id"] for row in rows(tmp_path, instance)] == seen
     assert len(set(seen)) == 15
     assert all(len(id_) == 36 for id_ in seen)
 
 
-async def test_a_step_of_the_clock_breaks_neither_ids_nor_durations(tmp_path):
+async def test_a_step_of_the_clock_breaks_neither_ids_nor_durations(tmp_path: Path) -> None:
     day_ns = 86_400 * 10**9
     now = [1_800_000_000 * 10**9]
     async with Spool.open(tmp_path, limits=SMALL) as spool:
@@ -340,7 +349,7 @@ async def test_a_step_of_the_clock_breaks_neither_ids_nor_durations(tmp_path):
     assert [row["id"] for row in rows(tmp_path, spool.instance)] == made
 
 
-async def test_delivery_is_woken_after_each_commit_with_records(tmp_path):
+async def test_delivery_is_woken_after_each_commit_with_records(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, Told())
         woken: list[int] = []
@@ -354,7 +363,7 @@ async def test_delivery_is_woken_after_each_commit_with_records(tmp_path):
         assert woken == [1, 2]  # an intent is nothing to deliver
 
 
-async def test_stopping_leaves_nothing_behind(tmp_path):
+async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool, SpoolRecorder(spool, Told()) as recorder:
         for _ in range(40):
             recorder.admit(exchange := call())

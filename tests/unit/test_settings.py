@@ -114,7 +114,7 @@ def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
         ("PROVIDERS", "/my/path=openai,/a=b/{c}=anthropic", "providers",
          {"/my/path": "openai", "/a=b/{c}": "anthropic"}),
         ("ELEMENTS", "rows=header:X-Rows,pages=json:meta.pages", "elements",
-         (Element("rows", "header", "x-rows"), Element("pages", "json", "meta.pages"))),
+         (Element("rows", header="x-rows"), Element("pages", json=("meta", "pages")))),
         ("QUERY_VALUES", "model,version", "query_values", ("model", "version")),
         ("VIA", "meter", "via", "meter"),
     ],
@@ -143,6 +143,11 @@ def test_a_value_is_read(variable: str, value: str, attribute: str, expected: An
         ("ROUTES", "/v1/*/things", "is no path pattern"),
         ("ROUTES", "/v1/{}", "is no path pattern"),
         ("ROUTES", "/v1/{id", "is no path pattern"),
+        ("ROUTES", "/v1/things/", "is no path pattern: expected no slash at the end"),
+        ("ROUTES", "/{a}/{a}/b", "is no path pattern: expected each {name} once"),
+        ("ROUTES", "/v1/{a}/{b}", "is no path pattern: expected a literal as its last piece or the one before"),
+        ("UPSTREAM_URL", "unix:/run/s:/b?q=1", "expected a base path in plain ASCII"),
+        ("UPSTREAM_URL", "http://bücher.example", "a host as xn--"),
         ("LISTEN", "0.0.0.0:80a80", "expected a TCP port, 1 to 65535"),
         ("LISTEN", "0.0.0.0:65536", "expected a TCP port, 1 to 65535"),
         ("LISTEN", "8080", "expected host:port or unix:/path"),
@@ -373,7 +378,7 @@ def test_a_toml_file_may_hold_everything(tmp_path: Path) -> None:
     assert settings.hash_key == Secret("0123456789abcdef")
     assert settings.backend("stripe") == {"api_key": Secret("sk_test"), "mode": "v2", "meters": ()}
     assert settings.dimensions == {"feature": "x-feature"}
-    assert settings.elements == (Element("rows", "header", "x-rows"),)
+    assert settings.elements == (Element("rows", header="x-rows"),)
     assert settings.providers == {"/a": "openai"}
     assert settings.routes == (
         Route(pattern="/v1/things/{id}", on_disconnect=OnDisconnect.STOP, provider="openai"),

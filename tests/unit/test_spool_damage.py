@@ -6,7 +6,9 @@ import asyncio
 import shutil
 import tempfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +19,7 @@ from sidecar.spool import Limits, Spool, SpoolError, SpoolLocked, SpoolReader, S
 from sidecar.spool.files import segment_numbers, segment_path, slot_dir
 from sidecar.spool.recorder import SpoolRecorder
 from sidecar.spool.recovery import NUMBERS_SKIPPED
-from sidecar.spool.segment import FORMAT, HEADER_BYTES, CommitMark, Frame, SegmentFile, repair, write_all
+from sidecar.spool.segment import FORMAT, HEADER_BYTES, CommitMark, Frame, Group, SegmentFile, repair, write_all
 
 BIG = Limits(reserve_bytes=0, recover_margin_bytes=0, allocate_bytes=64 << 10)  # one segment for everything
 
@@ -68,7 +70,7 @@ def _without_mark(root: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def crashed(tmp_path_factory) -> tuple[Path, list[dict]]:
+def crashed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A slot of 40 records, one a group, in one segment that was never sealed."""
     base = tmp_path_factory.mktemp("crashed")
     (base / "root").mkdir()
@@ -78,7 +80,9 @@ def crashed(tmp_path_factory) -> tuple[Path, list[dict]]:
 
 @settings(max_examples=60)
 @given(where=st.floats(0, 1, exclude_max=True), mask=st.sampled_from([1, 0x10, 0x80]), marked=st.booleans())
-def test_a_flipped_bit_costs_at_most_the_group_it_is_in(crashed, where, mask, marked):
+def test_a_flipped_bit_costs_at_most_the_group_it_is_in(
+    crashed: tuple[Path, list[dict[str, Any]]], where: float, mask: int, marked: bool
+) -> None:
     source, originals = crashed
     base = Path(tempfile.mkdtemp(prefix="spool-flip-"))
     try:
@@ -100,7 +104,7 @@ def test_a_flipped_bit_costs_at_most_the_group_it_is_in(crashed, where, mask, ma
         shutil.rmtree(base)
 
 
-async def test_a_missing_end_is_noticed_and_no_number_is_given_twice(tmp_path):
+async def test_a_missing_end_is_noticed_and_no_number_is_given_twice(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     with _segment(root).open("r+b") as file:
@@ -110,7 +114,7 @@ async def test_a_missing_end_is_noticed_and_no_number_is_given_twice(tmp_path):
     assert rows(root, "a")[-1]["seq"] > NUMBERS_SKIPPED
 
 
-async def test_a_missing_file_is_noticed_and_no_number_is_given_twice(tmp_path):
+async def test_a_missing_file_is_noticed_and_no_number_is_given_twice(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     _segment(root).unlink()
@@ -121,7 +125,7 @@ async def test_a_missing_file_is_noticed_and_no_number_is_given_twice(tmp_path):
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 20, 60])
-async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path, kept_bytes):
+async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path: Path, kept_bytes: int) -> None:
     """The segment is made, and some of its first frame is there: nothing in it was ever acknowledged."""
     await _fill(tmp_path / "root", 0, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
@@ -136,7 +140,7 @@ async def test_a_first_commit_that_was_cut_short_is_no_damage(tmp_path, kept_byt
     assert [row["seq"] for row in rows(root, "a")] == [1]
 
 
-async def test_a_segment_of_zeros_is_damage(tmp_path):
+async def test_a_segment_of_zeros_is_damage(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     path = _segment(root)
@@ -146,7 +150,7 @@ async def test_a_segment_of_zeros_is_damage(tmp_path):
     assert rows(root, "a")[-1]["seq"] > NUMBERS_SKIPPED
 
 
-async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_path):
+async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     _segment(root).unlink()
@@ -167,7 +171,7 @@ async def test_numbers_that_only_delivery_remembers_are_reported_missing(tmp_pat
 @pytest.mark.parametrize("cut", [1, 100, 600, 0])  # bytes of the last frame; 0: all of them
 @pytest.mark.parametrize("garbage", [0, 50, 5000])
 @pytest.mark.parametrize("room", [0, 8192])  # taken ahead
-async def test_a_torn_end_costs_only_what_was_torn_off(tmp_path, cut, garbage, room):
+async def test_a_torn_end_costs_only_what_was_torn_off(tmp_path: Path, cut: int, garbage: int, room: int) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     path = _segment(root)
@@ -187,7 +191,7 @@ async def test_a_torn_end_costs_only_what_was_torn_off(tmp_path, cut, garbage, r
         assert not spool.set_aside
 
 
-async def test_a_torn_end_that_was_confirmed_is_damage(tmp_path):
+async def test_a_torn_end_that_was_confirmed_is_damage(tmp_path: Path) -> None:
     """The mark knows better: that commit was on disk."""
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
@@ -203,7 +207,7 @@ async def test_a_torn_end_that_was_confirmed_is_damage(tmp_path):
 
 
 @pytest.mark.parametrize("number", [1, 2])
-async def test_an_old_segment_that_is_none_any_more_is_set_aside(tmp_path, number):
+async def test_an_old_segment_that_is_none_any_more_is_set_aside(tmp_path: Path, number: int) -> None:
     await _fill(tmp_path, 60)
     assert len(segment_numbers(slot_dir(tmp_path, "a"))) > 3
     with SpoolReader(tmp_path) as reader:
@@ -220,7 +224,7 @@ async def test_an_old_segment_that_is_none_any_more_is_set_aside(tmp_path, numbe
         assert reader.totals("a").recorded == reader.count("a", 0, 61) == 61
 
 
-async def test_broken_frames_in_a_sealed_segment_are_read_around(tmp_path):
+async def test_broken_frames_in_a_sealed_segment_are_read_around(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     with SpoolReader(tmp_path) as reader:
         info = reader.segments("a")[1]
@@ -243,7 +247,7 @@ async def test_broken_frames_in_a_sealed_segment_are_read_around(tmp_path):
         assert report.records + report.missing == 60
 
 
-async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_path):
+async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     with SpoolReader(tmp_path) as reader:
         info = reader.segments("a")[1]
@@ -258,7 +262,7 @@ async def test_a_flipped_byte_in_a_record_is_missing_and_never_handed_out(tmp_pa
         assert not any(b"aqi" in line or b"qpi" in line for group in groups for line in group.lines)
 
 
-def _rewrite(path: Path, change) -> None:
+def _rewrite(path: Path, change: Callable[[Group], None]) -> None:
     """The same segment with other figures, its checksums right."""
     frames = _frames(path)
     with path.open("r+b") as file:
@@ -268,10 +272,10 @@ def _rewrite(path: Path, change) -> None:
             write_all(file.fileno(), group.encode(frame.salt), frame.offset)
 
 
-async def test_a_miscounted_row_is_found(tmp_path):
+async def test_a_miscounted_row_is_found(tmp_path: Path) -> None:
     await _fill(tmp_path, 5, BIG)
 
-    def one_more(group) -> None:
+    def one_more(group: Group) -> None:
         if group.last_seq >= 5:
             group.recorded += 1
 
@@ -282,7 +286,7 @@ async def test_a_miscounted_row_is_found(tmp_path):
         assert not report.in_order
 
 
-async def test_a_salvaged_group_says_so(tmp_path):
+async def test_a_salvaged_group_says_so(tmp_path: Path) -> None:
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     path = _segment(root)
@@ -297,7 +301,7 @@ async def test_a_salvaged_group_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("step", ["half a copy", "the copy", "the second name"])
-async def test_a_crash_inside_a_repair_is_mended(tmp_path, monkeypatch, step):
+async def test_a_crash_inside_a_repair_is_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
     """At each step the segment is what it was, or repaired."""
     await _fill(tmp_path, 60)
     path = _segment(tmp_path, 2)
@@ -335,7 +339,7 @@ def _set_version(path: Path, version: int) -> None:
     path.write_bytes(data)
 
 
-async def test_a_newer_file_is_refused_by_name(tmp_path):
+async def test_a_newer_file_is_refused_by_name(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     path = _segment(tmp_path, 2)
     _set_version(path, FORMAT + 1)
@@ -345,7 +349,7 @@ async def test_a_newer_file_is_refused_by_name(tmp_path):
     open_small(tmp_path, instance="a").close()  # the lock was let go of
 
 
-async def test_a_directory_of_an_older_release_is_refused_by_name(tmp_path):
+async def test_a_directory_of_an_older_release_is_refused_by_name(tmp_path: Path) -> None:
     slot = slot_dir(tmp_path, "a")
     slot.mkdir(parents=True)
     (slot / "00000001.db").write_bytes(b"SQLite format 3\0" + bytes(4080))
@@ -357,7 +361,7 @@ async def test_a_directory_of_an_older_release_is_refused_by_name(tmp_path):
     assert [path.name for path in slot.iterdir() if path.suffix != ""] == ["00000001.db"]
 
 
-def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path):
+def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path: Path) -> None:
     first = open_small(tmp_path)
     with pytest.raises(SpoolLocked, match=r"in use by process \d+: stop it") as caught:
         open_small(tmp_path, instance=first.instance)
@@ -371,7 +375,7 @@ def test_a_slot_in_use_names_who_has_it_and_unnamed_takes_another(tmp_path):
     second.close()
 
 
-def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path):
+def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path: Path) -> None:
     (tmp_path / "spool").write_text("a file where a directory should be")
     with pytest.raises(SpoolError, match="spool"):
         open_small(tmp_path)
@@ -379,7 +383,7 @@ def test_a_place_that_cannot_be_written_says_what_to_do(tmp_path):
         open_small(tmp_path / "other", instance="../x")
 
 
-async def test_a_segment_whose_making_was_interrupted_is_removed(tmp_path):
+async def test_a_segment_whose_making_was_interrupted_is_removed(tmp_path: Path) -> None:
     await _fill(tmp_path, 5)
     slot = slot_dir(tmp_path, "a")
     header = _segment(tmp_path).read_bytes()[:HEADER_BYTES]
@@ -391,7 +395,7 @@ async def test_a_segment_whose_making_was_interrupted_is_removed(tmp_path):
         assert not path.exists()
 
 
-async def test_the_totals_go_on_when_every_segment_but_the_newest_is_gone(tmp_path):
+async def test_the_totals_go_on_when_every_segment_but_the_newest_is_gone(tmp_path: Path) -> None:
     await _fill(tmp_path, 60)
     async with open_small(tmp_path, instance="a") as spool:
         assert spool.retire(1 << 40, retention_s=0, retention_bytes=0) > 2
@@ -408,7 +412,7 @@ async def test_the_totals_go_on_when_every_segment_but_the_newest_is_gone(tmp_pa
 
 @pytest.mark.parametrize("left", ["sealed", "unsealed"])
 @pytest.mark.parametrize("with_what", [bytes(4096), b"\xff" * 4096])
-async def test_a_bad_page_anywhere_in_the_newest_file_still_starts(tmp_path, left, with_what):
+async def test_a_bad_page_anywhere_in_the_newest_file_still_starts(tmp_path: Path, left: str, with_what: bytes) -> None:
     """Header, first frame, last: what can be read is kept, and the numbers go on behind it."""
     await _fill(tmp_path / "root", 120, BIG, crash_to=tmp_path / "copy")
     source = tmp_path / ("root" if left == "sealed" else "copy")

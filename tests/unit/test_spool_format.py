@@ -68,7 +68,7 @@ def records_of(slot: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("damaged", [False, True])
-async def test_a_stranger_reads_what_the_spool_wrote(tmp_path, damaged):
+async def test_a_stranger_reads_what_the_spool_wrote(tmp_path: Path, damaged: bool) -> None:
     async with open_small(tmp_path / "root", instance="a") as spool:
         recorder = SpoolRecorder(spool, Told())
         for _ in range(30):
@@ -89,7 +89,7 @@ async def test_a_stranger_reads_what_the_spool_wrote(tmp_path, damaged):
         assert (last["admitted"], last["recorded"]) == (60, 60)
 
 
-def test_the_example_of_the_page_is_true():
+def test_the_example_of_the_page_is_true() -> None:
     lines = re.findall(r"^[0-9a-f]{4}  ((?:[0-9a-f]{2} )+)", PAGE.read_text(), re.MULTILINE)
     data = bytes.fromhex("".join(lines))
     (frame,) = frames_of(data)

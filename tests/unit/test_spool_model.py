@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.spool_fixtures import SMALL, Told, call, crashed_copy, ended, only_instance, rows, until
 
+from sidecar.model.exchange import Exchange
 from sidecar.spool import Spool, SpoolReader, verify
 from sidecar.spool.recorder import SpoolRecorder
 
@@ -40,8 +42,8 @@ class Model:
         self.outcomes: dict[str, str] = {}  # id -> outcome, of every record that must be readable
         self.retired: set[str] = set()
         self.admitted = self.recorded = 0
-        self.fresh: list = []
-        self.intended: list = []
+        self.fresh: list[Exchange] = []
+        self.intended: list[Exchange] = []
 
     async def run(self, steps: list[tuple[str, int]]) -> None:
         while steps:
@@ -89,6 +91,7 @@ class Model:
                 assert recorder.admit(exchange)
                 self.fresh.append(exchange)
             self.admitted += count
+            assert recorder._look is not None
             recorder._look.cancel()  # the test says when intents are due
         elif step == "intend":
             recorder._old.update(recorder._young)
@@ -114,7 +117,7 @@ class Model:
             for id_ in self.outcomes.keys() - left:
                 del self.outcomes[id_]
 
-    def _recorded(self, calls: list) -> None:
+    def _recorded(self, calls: Sequence[Exchange]) -> None:
         self.outcomes |= {exchange.id: "complete" for exchange in calls}
         self.recorded += len(calls)
         self.admitted += len(calls)
@@ -140,7 +143,7 @@ class Model:
 
 @settings(max_examples=40)
 @given(steps=STEPS)
-def test_the_spool_is_a_dict_that_survives(steps):
+def test_the_spool_is_a_dict_that_survives(steps: list[tuple[str, int]]) -> None:
     base = Path(tempfile.mkdtemp(prefix="spool-model-"))
     try:
         asyncio.run(Model(base).run(steps))

@@ -37,7 +37,7 @@ GROUPS = [
 
 
 @pytest.fixture(scope="module", params=["sealed", "unsealed"])
-def small(request, tmp_path_factory) -> tuple[Path, bytes]:
+def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, bytes]:
     """A segment of four commits, and its bytes."""
     path = tmp_path_factory.mktemp("small") / "00000001.seg"
     segment = Segment.create(path, 1, "a", allocate_bytes=2048)
@@ -52,7 +52,7 @@ def _read(path: Path) -> list[Frame]:
         return [item for item in file.frames() if isinstance(item, Frame)]
 
 
-def test_what_was_written_is_read(small):
+def test_what_was_written_is_read(small: tuple[Path, bytes]) -> None:
     path, _ = small
     found = [frame.group() for frame in _read(path)][: len(GROUPS)]
     as_lists = [
@@ -65,7 +65,7 @@ def test_what_was_written_is_read(small):
     assert not any(FRAME_MAGIC in line for group in GROUPS for line in group.lines)
 
 
-def test_a_flip_at_any_byte_costs_one_commit_at_most(small, tmp_path):
+def test_a_flip_at_any_byte_costs_one_commit_at_most(small: tuple[Path, bytes], tmp_path: Path) -> None:
     source, data = small
     whole = [frame.data for frame in _read(source)]
     path = tmp_path / "00000001.seg"
@@ -79,7 +79,7 @@ def test_a_flip_at_any_byte_costs_one_commit_at_most(small, tmp_path):
             assert all(one in whole for one in found), (offset, mask)
 
 
-def test_a_cut_at_any_byte_costs_what_was_behind_it(small, tmp_path):
+def test_a_cut_at_any_byte_costs_what_was_behind_it(small: tuple[Path, bytes], tmp_path: Path) -> None:
     source, data = small
     frames = _read(source)
     path = tmp_path / "00000001.seg"
@@ -93,7 +93,9 @@ def test_a_cut_at_any_byte_costs_what_was_behind_it(small, tmp_path):
             assert all(hole.torn for hole in holes) or size < 128, size  # nothing that was cut looks like damage
 
 
-def test_zeros_in_the_place_of_any_sector_lose_what_stood_there_alone(small, tmp_path):
+def test_zeros_in_the_place_of_any_sector_lose_what_stood_there_alone(
+    small: tuple[Path, bytes], tmp_path: Path
+) -> None:
     source, data = small
     frames = _read(source)
     path = tmp_path / "00000001.seg"
@@ -103,7 +105,7 @@ def test_zeros_in_the_place_of_any_sector_lose_what_stood_there_alone(small, tmp
         assert {frame.offset for frame in _read(path)} >= {f.offset for f in frames} - lost
 
 
-def test_another_segments_frames_in_the_same_blocks_are_not_read(small, tmp_path):
+def test_another_segments_frames_in_the_same_blocks_are_not_read(small: tuple[Path, bytes], tmp_path: Path) -> None:
     """What an older file left in its blocks has another salt."""
     _, data = small
     other = Segment.create(tmp_path / "00000002.seg", 2, "a", allocate_bytes=0)
@@ -115,7 +117,7 @@ def test_another_segments_frames_in_the_same_blocks_are_not_read(small, tmp_path
 
 
 @pytest.fixture(scope="module")
-def slot(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+def slot(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
     """A spool of eight records and an open call as a crash leaves it, in a segment of a few thousand bytes."""
     base = tmp_path_factory.mktemp("slot")
     (base / "root").mkdir()
@@ -137,7 +139,9 @@ def slot(tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
 
 
 @pytest.mark.parametrize("how", ["flip", "cut"])
-def test_a_spool_goes_on_from_any_byte_and_counts_what_it_lost(slot, tmp_path, how):
+def test_a_spool_goes_on_from_any_byte_and_counts_what_it_lost(
+    slot: tuple[Path, list[dict[str, Any]]], tmp_path: Path, how: str
+) -> None:
     """Every 37th byte here, which meets each field of some frame; all bytes are met by the tests of the scan above."""
     source, originals = slot
     size = segment_path(slot_dir(source, "a"), 1).stat().st_size
@@ -181,12 +185,14 @@ def _batch(spool: Spool, seq: int, origins: list[tuple[bytes, int]], done: Calla
 
 async def _commit(spool: Spool, origins: list[list[tuple[bytes, int]]]) -> None:
     for seq, pairs in enumerate(origins, spool.next_seq):
-        done = asyncio.Event()
-        spool.submit(_batch(spool, seq, pairs, lambda _, done=done: done.set()))
-        await asyncio.wait_for(done.wait(), 20)
+        done: list[Batch] = []
+        spool.submit(_batch(spool, seq, pairs, done.append))
+        async with asyncio.timeout(20):
+            while not done:
+                await asyncio.sleep(0)
 
 
-async def test_origins_are_known_over_a_kill(tmp_path):
+async def test_origins_are_known_over_a_kill(tmp_path: Path) -> None:
     """The last frame number of each source is what was committed with its records, also over changes of segment."""
     one, two = _source(1), _source(2)
     async with open_small(tmp_path / "0", instance="a") as spool:
@@ -205,7 +211,7 @@ async def test_origins_are_known_over_a_kill(tmp_path):
         spool.close()
 
 
-async def test_a_frame_is_known_exactly_when_its_records_are_there(tmp_path):
+async def test_a_frame_is_known_exactly_when_its_records_are_there(tmp_path: Path) -> None:
     """Cut at any byte: origins and records of a commit come and go together."""
     root = tmp_path / "root"
     limits = Limits(reserve_bytes=0, recover_margin_bytes=0, allocate_bytes=1024)
@@ -222,7 +228,7 @@ async def test_a_frame_is_known_exactly_when_its_records_are_there(tmp_path):
         shutil.rmtree(one)
 
 
-async def test_origins_are_bounded_and_the_most_recent_stay(tmp_path):
+async def test_origins_are_bounded_and_the_most_recent_stay(tmp_path: Path) -> None:
     async with open_small(tmp_path, instance="a") as spool:
         await _commit(spool, [[(_source(at), at + 1)] for at in range(ORIGINS_KEPT + 50)])
         first = spool.next_seq + ORIGINS_KEPT + 50
@@ -239,7 +245,7 @@ async def test_origins_are_bounded_and_the_most_recent_stay(tmp_path):
 # --- readers beside the writer -----------------------------------------------------------------------------
 
 
-async def test_what_is_not_confirmed_is_not_read(tmp_path):
+async def test_what_is_not_confirmed_is_not_read(tmp_path: Path) -> None:
     """A frame whose sync has not come back may be gone after a power cut: nobody may have billed it."""
     held = asyncio.Event()
     go_on = asyncio.Event()
@@ -265,7 +271,7 @@ async def test_what_is_not_confirmed_is_not_read(tmp_path):
             assert [group.last_seq for group in reader.read("a", 0)] == [1]
 
 
-async def test_a_reader_follows_a_writer_through_changes_and_retiring(tmp_path):
+async def test_a_reader_follows_a_writer_through_changes_and_retiring(tmp_path: Path) -> None:
     """In another thread, in steps, while segments fill, are sealed and go: each record once, in order."""
     seen: list[int] = []
     stop = asyncio.Event()
@@ -296,7 +302,7 @@ async def test_a_reader_follows_a_writer_through_changes_and_retiring(tmp_path):
         assert all(report.in_order for report in verify(reader))
 
 
-def test_a_retired_or_repaired_segment_that_is_open_reads_on(small, tmp_path):
+def test_a_retired_or_repaired_segment_that_is_open_reads_on(small: tuple[Path, bytes], tmp_path: Path) -> None:
     _, data = small
     path = slot_dir(tmp_path, "a") / "00000001.seg"
     path.parent.mkdir(parents=True)
@@ -311,7 +317,7 @@ def test_a_retired_or_repaired_segment_that_is_open_reads_on(small, tmp_path):
     assert (done.set_aside / path.name).read_bytes() == data
 
 
-def test_a_frame_that_is_finished_while_it_is_looked_at_is_no_hole(tmp_path):
+def test_a_frame_that_is_finished_while_it_is_looked_at_is_no_hole(tmp_path: Path) -> None:
     """The scan had read half of it when the writer went on: what follows proves that it is whole by now."""
     path = tmp_path / "00000001.seg"
     segment = Segment.create(path, 1, "a", allocate_bytes=4096)
@@ -328,7 +334,7 @@ def test_a_frame_that_is_finished_while_it_is_looked_at_is_no_hole(tmp_path):
     os.close(fd)
 
 
-def test_an_intent_is_told_from_other_json():
+def test_an_intent_is_told_from_other_json() -> None:
     assert intent_id(b'{"id":"x"}') == "x"
     with pytest.raises(ValueError, match="not an intent"):
         intent_id(b"[1]")

@@ -17,9 +17,9 @@ from support.wsframes import frame
 from sidecar.model.exchange import Usage
 from sidecar.model.target import normal_path
 from sidecar.runtime.unclaimed import SAY_EVERY_S, Unclaimed
-from sidecar.usage.choosing import Claims, Mentions, united
 from sidecar.usage.endpoints import PATHS_MAX, Pin
 from sidecar.usage.providers.table import READERS, ROWS
+from sidecar.usage.reader_choice import Claims, Mentions, united
 from sidecar.usage.readers import UsageTaps
 
 SAMPLES = load()
@@ -199,7 +199,7 @@ def test_free_rows_are_free_only_where_their_path_is_beyond_doubt() -> None:
 
 
 def test_look_ups_are_remembered_within_bounds() -> None:
-    places = UsageTaps().places
+    places = UsageTaps().endpoints
     for number in range(3 * PATHS_MAX):
         places.of("POST", f"/v1/{number}/../messages")
         assert places.remembered <= PATHS_MAX

@@ -15,9 +15,7 @@ from sidecar.model.exchange import Usage
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Document, Reader, build
 from sidecar.usage.providers.gemini import Gemini, Interactions
-from sidecar.usage.providers.openai import ChatCompletions, Embeddings
-from sidecar.usage.providers.openai_media import Media
-from sidecar.usage.providers.openai_responses import Responses
+from sidecar.usage.providers.openai import ChatCompletions, Embeddings, Media, Responses
 from sidecar.usage.values import decimal_text, overlay
 
 CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")

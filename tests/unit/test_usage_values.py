@@ -69,7 +69,7 @@ def test_what_is_a_count(value: object, expected: int | None) -> None:
 @given(ANYTHING)
 def test_no_value_is_too_odd(value: object) -> None:
     for function in (count, quantity, decimal_text, name, error_word):
-        function(value)  # type: ignore[operator]
+        function(value)
     assert count(value) is None or 0 <= (count(value) or 0) <= COUNT_MAX
 
 

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import tracemalloc
+from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 from support.wsframes import BINARY, CLOSE, PING, PONG, TEXT, Packer, fragments, frame
 
+from sidecar.model.exchange import Usage
 from sidecar.usage.formats.websocket import (
     LOOKS_FREE,
     MESSAGE_MAX_BYTES,
@@ -18,6 +21,7 @@ from sidecar.usage.formats.websocket import (
     UNPACKED_MAX_BYTES,
     Inflater,
     MessageReader,
+    SessionTap,
     extensions,
     is_websocket,
 )
@@ -33,10 +37,10 @@ class Anomalies(list[str]):
 
 def read(
     data: bytes, *, masked: bool = False, inflater: Inflater | None = None, cuts: tuple[int, ...] = ()
-) -> tuple[list[bytes], Anomalies]:
+) -> tuple[list[bytes | dict[str, Any]], Anomalies]:
     anomalies = Anomalies()
     reader = MessageReader(masked=masked, inflater=inflater, anomaly=anomalies)
-    found: list[bytes] = []
+    found: list[bytes | dict[str, Any]] = []
     places = sorted({0, *(cut % (len(data) + 1) for cut in cuts), len(data)})
     for start, stop in pairwise(places):
         found += reader.feed(data[start:stop])
@@ -50,7 +54,9 @@ def read(
     shares=st.lists(st.integers(0, 400), max_size=3),
     cuts=st.lists(st.integers(0, 1 << 20), max_size=8).map(tuple),
 )
-def test_messages_are_found_wherever_the_bytes_are_cut(messages, masked, packed, shares, cuts):
+def test_messages_are_found_wherever_the_bytes_are_cut(
+    messages: list[bytes], masked: bool, packed: bool | None, shares: list[int], cuts: tuple[int, ...]
+) -> None:
     mask = MASK if masked else None
     pack = Packer(takeover=packed) if packed is not None else None
     wire = b""
@@ -66,7 +72,7 @@ def test_messages_are_found_wherever_the_bytes_are_cut(messages, masked, packed,
     assert not anomalies
 
 
-def test_byte_by_byte():
+def test_byte_by_byte() -> None:
     wire = frame(b"a" * 70_000, BINARY) + frame(b"b" * 200) + fragments([b"c", b"", b"d"]) + frame(b"")
     reader = MessageReader(masked=False, inflater=None, anomaly=Anomalies())
     found = [message for place in range(len(wire)) for message in reader.feed(wire[place : place + 1])]
@@ -89,23 +95,23 @@ def test_byte_by_byte():
         pytest.param(b"\x81\x7f" + b"\xff" * 8, id="a length beyond all"),
     ],
 )
-def test_a_bad_frame_ends_the_reading(broken):
+def test_a_bad_frame_ends_the_reading(broken: bytes) -> None:
     found, anomalies = read(frame(b"before") + broken + frame(b"behind"))
     assert found == [b"before"]
     assert anomalies == ["websocket_frame"]
 
 
-def test_a_client_that_does_not_mask_is_not_read():
+def test_a_client_that_does_not_mask_is_not_read() -> None:
     assert read(frame(b"x"), masked=True) == ([], ["websocket_frame"])
 
 
-def test_nothing_comes_behind_the_goodbye():
+def test_nothing_comes_behind_the_goodbye() -> None:
     assert read(frame(b"a") + frame(b"\x03\xe8", CLOSE) + frame(b"b")) == ([b"a"], [])
 
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("cut", [False, True])
-def test_a_large_message_that_holds_nothing_is_passed_over_and_the_next_one_read(packed, cut):
+def test_a_large_message_that_holds_nothing_is_passed_over_and_the_next_one_read(packed: bool, cut: bool) -> None:
     large = b"ab" * (MESSAGE_MAX_BYTES // 2 + 1)
     pack = Packer()
     payloads = [pack(m) for m in (b"one", large, b"two two")] if packed else [b"one", large, b"two two"]
@@ -119,13 +125,13 @@ def test_a_large_message_that_holds_nothing_is_passed_over_and_the_next_one_read
     assert not anomalies
 
 
-def test_the_largest_message_is_read():
+def test_the_largest_message_is_read() -> None:
     found, anomalies = read(frame(b"x" * MESSAGE_MAX_BYTES), cuts=(5, 70_000))
     assert [len(message) for message in found] == [MESSAGE_MAX_BYTES]
     assert not anomalies
 
 
-def test_a_bomb_ends_the_reading_in_bounded_memory():
+def test_a_bomb_ends_the_reading_in_bounded_memory() -> None:
     bomb = frame(Packer()(bytes(64 << 20)), reserved=0x40)
     assert len(bomb) < 100_000
     tracemalloc.start()
@@ -138,7 +144,7 @@ def test_a_bomb_ends_the_reading_in_bounded_memory():
     assert peak < 3 * UNPACKED_MAX_BYTES
 
 
-def test_many_small_bombs_are_one():
+def test_many_small_bombs_are_one() -> None:
     pack = Packer(takeover=False)
     wire = frame(pack(bytes(200_000)), reserved=0x40) * 1_000
     found, anomalies = read(wire, inflater=Inflater(takeover=False))
@@ -147,12 +153,12 @@ def test_many_small_bombs_are_one():
 
 
 @pytest.mark.parametrize("payload", [b"\xff\xff\xff", b"\x03\x00trailing"])
-def test_broken_packing_ends_the_reading(payload):
+def test_broken_packing_ends_the_reading(payload: bytes) -> None:
     found, anomalies = read(frame(payload, reserved=0x40) + frame(b"x"), inflater=Inflater(takeover=True))
     assert (found, anomalies) == ([], ["websocket_coding"])
 
 
-def test_plain_messages_may_stand_between_packed_ones():
+def test_plain_messages_may_stand_between_packed_ones() -> None:
     pack = Packer()
     wire = frame(pack(b"abc"), reserved=0x40) + frame(b"plain") + frame(pack(b"abcabc"), reserved=0x40)
     assert read(wire, inflater=Inflater(takeover=True)) == ([b"abc", b"plain", b"abcabc"], [])
@@ -170,11 +176,11 @@ def test_plain_messages_may_stand_between_packed_ones():
         (b"permessage-deflate, x-more", None),
     ],
 )  # fmt: skip
-def test_what_was_agreed_on(value, expected):
+def test_what_was_agreed_on(value: bytes | None, expected: set[str] | None) -> None:
     assert extensions([] if value is None else [(b"Sec-WebSocket-Extensions", value)]) == expected
 
 
-def test_only_a_websocket_is_read():
+def test_only_a_websocket_is_read() -> None:
     taps = UsageTaps()
     assert taps.websocket("/v1/realtime", [(b"Upgrade", b"WebSocket")]) is not None
     assert taps.websocket("/v1/realtime", [(b"Upgrade", b"h2c")]) is None
@@ -193,7 +199,7 @@ def test_only_a_websocket_is_read():
         ("/v1/responses", "openai"),
     ],
 )
-def test_the_paths_of_the_clients(path, provider):
+def test_the_paths_of_the_clients(path: str, provider: str) -> None:
     tap = UsageTaps().websocket(path, [(b"Upgrade", b"websocket")])
     assert tap is not None
     lines = (b'{"usageMetadata":{"totalTokenCount":1,"promptTokenCount":1}}',
@@ -205,7 +211,7 @@ def test_the_paths_of_the_clients(path, provider):
 
 @given(st.binary(max_size=400), st.booleans(), st.booleans(), st.lists(st.integers(0, 400), max_size=3).map(tuple))
 @example(b"\xc1\x00", False, True, ())
-def test_fuzz_any_bytes_are_endured(data, masked, packed, cuts):
+def test_fuzz_any_bytes_are_endured(data: bytes, masked: bool, packed: bool, cuts: tuple[int, ...]) -> None:
     anomalies: tuple[Anomalies, ...] = ()
     for wire in (data, frame(data, TEXT, mask=MASK if masked else None, reserved=0x40 if packed else 0)):
         anomalies += (read(wire, masked=masked, inflater=Inflater(takeover=True) if packed else None, cuts=cuts)[1],)
@@ -220,11 +226,19 @@ DELTA = b'{"type":"response.output_text.delta","event_id":"event_%d","delta":"wo
 LIVE = b'{"usageMetadata":{"promptTokenCount":1,"responseTokenCount":2,"totalTokenCount":3}}'
 
 
-def fed(path, wire, cuts=()):
+def tapped(path: str, anomalies: Anomalies | None = None) -> SessionTap:
+    tap = UsageTaps(anomaly=Anomalies() if anomalies is None else anomalies).websocket(
+        path, [(b"Upgrade", b"websocket")]
+    )
+    assert tap is not None
+    return tap
+
+
+def fed(path: str, wire: bytes, cuts: Sequence[int] = ()) -> tuple[list[Usage], Anomalies]:
     """All usages of what the server says, each step's worth taken; and how many steps it took at most for a piece."""
     anomalies = Anomalies()
-    tap = UsageTaps(anomaly=anomalies).websocket(path, [(b"Upgrade", b"websocket")])
-    found = []
+    tap = tapped(path, anomalies)
+    found: list[Usage] = []
     places = sorted({0, *(cut % (len(wire) + 1) for cut in cuts), len(wire)})
     for start, stop in pairwise(places):
         found += tap.from_server(wire[start:stop])
@@ -238,7 +252,7 @@ def fed(path, wire, cuts=()):
     times=st.integers(1, 40),
     cuts=st.lists(st.integers(0, 1 << 22), max_size=8),
 )
-def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds, times, cuts):
+def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds: list[str], times: int, cuts: list[int]) -> None:
     wire = b""
     for number, kind in enumerate(kinds * times):
         if kind == "done":
@@ -258,15 +272,15 @@ def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds, times, cuts):
 
 
 @pytest.mark.parametrize("size", [70, 1_000, 65_536, 1 << 30])
-def test_a_long_session_of_the_smallest_messages_counts_to_its_end(size):
+def test_a_long_session_of_the_smallest_messages_counts_to_its_end(size: int) -> None:
     wire = b"".join(frame(DELTA % number) * 8 + frame(LIVE) for number in range(5_000))
     found, anomalies = fed("/ws/x.BidiGenerateContent", wire, tuple(range(0, len(wire), size)))
     assert len(found) == 5_000
     assert not anomalies
 
 
-def test_of_many_that_count_a_step_is_given_out_and_the_rest_waits():
-    tap = UsageTaps().websocket("/v1/realtime", [(b"Upgrade", b"websocket")])
+def test_of_many_that_count_a_step_is_given_out_and_the_rest_waits() -> None:
+    tap = tapped("/v1/realtime")
     wire = b"".join(frame(DONE % (number, number, number)) for number in range(3 * STEP_MESSAGES))
     given_out = [len(tap.from_server(wire[:-5]))]
     while tap.behind:
@@ -277,15 +291,15 @@ def test_of_many_that_count_a_step_is_given_out_and_the_rest_waits():
 
 
 @pytest.mark.parametrize("unit", [frame(b""), frame(b"", PING), frame(b"", 0, final=False), frame(b"x")])
-def test_more_frames_than_any_session_has_end_the_reading(unit):
+def test_more_frames_than_any_session_has_end_the_reading(unit: bytes) -> None:
     start = frame(b"x", final=False) if unit[0] == 0 else b""
     found, anomalies = fed("/v1/realtime", start + unit * (4 * UNITS_FREE) + frame(DONE % (1, 1, 1)))
     assert (found, anomalies) == ([], ["websocket_too_busy"])
 
 
-def test_what_a_client_says_beyond_its_ration_is_left_unread_and_the_rest_goes_on():
+def test_what_a_client_says_beyond_its_ration_is_left_unread_and_the_rest_goes_on() -> None:
     anomalies = Anomalies()
-    tap = UsageTaps(anomaly=anomalies).websocket("/v1/realtime?model=asked", [(b"Upgrade", b"websocket")])
+    tap = tapped("/v1/realtime?model=asked", anomalies)
     unread = frame(b'{"type":"session.update","session":{"model":"unread"}}', mask=MASK)
     tap.from_client(frame(b"x" * 60, mask=MASK) * (LOOKS_FREE + 600) + unread)
     assert anomalies == ["websocket_too_busy"]
@@ -302,8 +316,10 @@ def test_what_a_client_says_beyond_its_ration_is_left_unread_and_the_rest_goes_o
     behind=st.integers(0, 4_200),
     cuts=st.lists(st.integers(0, 1 << 20), max_size=5),
 )
-def test_what_a_client_says_is_found_under_any_mask(sizes, mask, behind, cuts):
-    tap = UsageTaps().websocket("/v1/realtime", [(b"Upgrade", b"websocket")])
+def test_what_a_client_says_is_found_under_any_mask(
+    sizes: list[int], mask: bytes, behind: int, cuts: list[int]
+) -> None:
+    tap = tapped("/v1/realtime")
     wire = b"".join(frame(b"s" * size, BINARY, mask=mask) for size in sizes)
     said = b'{"pad":"' + b"e" * behind + b'","type":"session.update","session":{"model":"new"}}'
     wire += frame(said, mask=mask) + frame(b"", PING, mask=mask)

@@ -10,17 +10,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from time import time
-from typing import Any, Final
+from typing import Final
 
 from sidecar.backends.answers import ANSWERS
-from sidecar.backends.base import BILLING, DAY_S, PARK, Context, Policy, policy_of, policy_settings, revealed
+from sidecar.backends.base import DAY_S, PARK, Context
 from sidecar.backends.batching import event_key
-from sidecar.backends.http import HEADER_TEXT, TIMEOUT, Answer, HttpClient
+from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings
 from sidecar.backends.revenium import forms
 from sidecar.backends.revenium.forms import CREDENTIAL_FIELD, SUBSCRIPTION_FIELD, V1, V2, Form, Options
 from sidecar.model.delivery import Abilities, Dedup, Encoded, Event, Retry, Sealed, Verdict
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, required_secret, setting, types
 
 HOST_V1: Final = "https://api.revenium.io"
 HOST_V2: Final = "https://api.revenium.ai"
@@ -51,82 +51,62 @@ _YES_V1: Final = dict.fromkeys(
     (f"{V1}/event", f"{V1}/meter/rate", f"{V1}/meter/ingest"), "revenium v1 /event, /meter/rate, /meter/ingest"
 )
 
-SETTINGS: Final = (
-    Setting("url", types.http_url, help="the host; the mode's own when not set", also=("REVENIUM_METERING_BASE_URL",)),
-    Setting("api_key", HEADER_TEXT, help="sent as `x-api-key`", secret=True, required=True,
-            also=("REVENIUM_METERING_API_KEY",)),
-    Setting("mode", types.word_of(*_MODES), "meter", "which of the vendor's interfaces"),
-    Setting("api_id", types.text, help="the source's id for `meter` and `event`; found by URL when not set"),
-    Setting("source_id", types.text, help="the source's id for `rate` and `ingest` (required) and the v2 modes"),
-    Setting("subscriber_field", types.word_of("application", "productkey"), "application",
-            "where `meter` and `event` carry the subscriber: `application` or `productkey`"),
-    Setting("rate_field", types.word_of("credential", "subscription"), "credential",
-            "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`"),
-    Setting("on_unknown", types.word_of(PARK, "resend"), PARK,
-            "v1: what was not answered is kept for you (`park`), or sent again at the risk of doubles (`resend`)"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class ReveniumSettings(HttpSettings):
+    url: str | None = setting(
+        types.http_url, None, "the host; the mode's own when not set", also=("REVENIUM_METERING_BASE_URL",)
+    )
+    api_key: Secret = required_secret(HEADER_TEXT, "sent as `x-api-key`", also=("REVENIUM_METERING_API_KEY",))
+    mode: str = setting(types.word_of(*_MODES), "meter", "which of the vendor's interfaces")
+    api_id: str | None = setting(types.text, None, "the source's id for `meter` and `event`; found by URL when not set")
+    source_id: str | None = setting(
+        types.text, None, "the source's id for `rate` and `ingest` (required) and the v2 modes"
+    )
+    subscriber_field: str = setting(
+        types.word_of("application", "productkey"),
+        "application",
+        "where `meter` and `event` carry the subscriber: `application` or `productkey`",
+    )
+    rate_field: str = setting(
+        types.word_of("credential", "subscription"),
+        "credential",
+        "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`",
+    )
+    on_unknown: str = setting(
+        types.word_of(PARK, "resend"),
+        PARK,
+        "v1: what was not answered is kept for you (`park`), or sent again at the risk of doubles (`resend`)",
+    )
 
 
-class ReveniumBackend:
+class ReveniumBackend(HttpBackend[ReveniumSettings]):
     """One record, one request."""
 
     name = "revenium"
+    settings_type = ReveniumSettings
+    key_header = "x-api-key"
 
-    def __init__(
-        self,
-        *,
-        api_key: str,
-        url: str | None = None,
-        mode: str = "meter",
-        api_id: str | None = None,
-        source_id: str | None = None,
-        subscriber_field: str = "application",
-        rate_field: str = CREDENTIAL_FIELD,
-        customers: Mapping[str, str] | None = None,
-        resend_unknown: bool = False,
-        policy: Policy = BILLING,
-        client: HttpClient | None = None,
-    ) -> None:
-        self._mode = _MODES[mode]
-        if self._mode.needs_source and not source_id:
-            raise ValueError(f"SIDECAR_REVENIUM_SOURCE_ID is not set: the mode {mode} needs it")
+    def __init__(self, settings: ReveniumSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        self._mode = _MODES[settings.mode]
+        if self._mode.needs_source and not settings.source_id:
+            raise ValueError(f"SIDECAR_REVENIUM_SOURCE_ID is not set: the mode {settings.mode} needs it")
         self.abilities = Abilities(
             dedup=self._mode.dedup,
             dedup_window_s=self._mode.dedup_window_s,
             concurrency=CONCURRENCY,
             # With a key the window decides: beyond it a repeat would be a double, and nobody asked for that.
-            resend_unknown=resend_unknown and self._mode.dedup is Dedup.NONE,
+            resend_unknown=settings.on_unknown == "resend" and self._mode.dedup is Dedup.NONE,
         )
-        self.address = base_address(url or self._mode.host)
-        self._is_given = url is not None
-        self._headers = {"x-api-key": HEADER_TEXT.parse(api_key)}
+        super().__init__(settings, context, clock=clock)
+        self.address = base_address(settings.url or self._mode.host)
+        self._is_given = settings.url is not None
         self._options = Options(
-            customers=dict(customers or {}),
-            subscriber_field=subscriber_field,
-            rate_field=rate_field,
-            api_id=api_id,
-            source_id=source_id,
-        )
-        self._policy = policy
-        self._client = client or HttpClient(dedup=self._mode.dedup)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> ReveniumBackend:
-        mode = values["mode"]
-        return cls(
-            api_key=revealed(values["api_key"]) or "",
-            url=values["url"],
-            mode=mode,
-            api_id=values["api_id"],
-            source_id=values["source_id"],
-            subscriber_field="productKey" if values["subscriber_field"] == "productkey" else "application",
-            rate_field=SUBSCRIPTION_FIELD if values["rate_field"] == "subscription" else CREDENTIAL_FIELD,
-            customers=context.customers(cls.name),
-            resend_unknown=values["on_unknown"] == "resend",
-            policy=policy_of(values),
-            client=HttpClient(dedup=_MODES[mode].dedup, timeout_s=values["timeout"]),
+            customers=self._customers,
+            subscriber_field="productKey" if settings.subscriber_field == "productkey" else "application",
+            rate_field=SUBSCRIPTION_FIELD if settings.rate_field == "subscription" else CREDENTIAL_FIELD,
+            api_id=settings.api_id,
+            source_id=settings.source_id,
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:
@@ -158,9 +138,6 @@ class ReveniumBackend:
         host = self.address if self._is_given else HOST_V2 if is_v2 else HOST_V1
         yes = "revenium v2" if is_v2 else _YES_V1.get(sealed.path.partition("?")[0], "revenium v1 /meter")
         return await self._client.offer(host + sealed.path, sealed, headers, ANSWERS[yes], _judge)
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def base_address(url: str) -> str:

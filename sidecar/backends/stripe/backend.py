@@ -12,35 +12,31 @@ for one that does not exist is answered with 200 and dropped later.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from decimal import Decimal
 from time import time
-from typing import Any, Final
+from typing import Final
 from urllib.parse import urlencode
 
 import orjson
 
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
-    BILLING,
     DAY_S,
     Context,
-    Policy,
     Provision,
     chosen_meters,
     metered_calls,
     plain_number,
-    policy_of,
-    policy_settings,
-    revealed,
     rfc3339,
     subscriber_id,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
-from sidecar.backends.http import ANSWER_TIMEOUT_S, HEADER_TEXT, TIMEOUT, Answer, HttpClient, refused_with
-from sidecar.backends.stripe.meters import FORM, FORMULAS, PAYLOAD, Payload, StripeMeters
+from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
+from sidecar.backends.stripe.meters import FORM, FORMULAS, Payload, StripeMeters
 from sidecar.backends.stripe.session import StreamSession
-from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.meters.definition import Meter
 from sidecar.model.delivery import (
     Abilities,
     Atomicity,
@@ -57,7 +53,7 @@ from sidecar.model.delivery import (
     Withheld,
 )
 from sidecar.model.record import Record
-from sidecar.settings import Setting, types
+from sidecar.settings import Secret, required_secret, setting, types
 
 HOST: Final = "https://api.stripe.com"
 STREAM_HOST: Final = "https://meter-events.stripe.com"
@@ -76,44 +72,28 @@ DIGITS_MAX: Final = 15  # before Stripe reports `meter_event_value_too_many_digi
 TAKES: Final = frozenset(FORMULAS)
 _IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNORECASE)
 
-SETTINGS: Final = (
-    Setting("url", types.http_url, HOST, "the API's host"),
-    Setting("stream_url", types.http_url, STREAM_HOST, "the host of the stream"),
-    Setting("api_key", HEADER_TEXT, help="secret or restricted key", secret=True, required=True,
-            also=("STRIPE_API_KEY",)),
-    Setting("mode", types.word_of("v1", "v2", "stream"), "v1", "which of the interfaces"),
-    Setting("customer_key", types.text, "stripe_customer_id", "the payload key of the customer, as at the meters"),
-    Setting("value_key", types.text, "value", "the payload key of the value, as at the meters"),
-    Setting("meters", types.names, help="the meters to send; all of them when not set"),
-    Setting("decimals", types.flag, "false", "send values that are no whole numbers too"),
-    Setting("version", HEADER_TEXT, VERSION, "the `Stripe-Version` of v2 and stream"),
-    TIMEOUT,
-    *policy_settings(BILLING),
-)  # fmt: skip
+
+@dataclass(frozen=True, kw_only=True)
+class StripeSettings(HttpSettings):
+    url: str = setting(types.http_url, HOST, "the API's host")
+    stream_url: str = setting(types.http_url, STREAM_HOST, "the host of the stream")
+    api_key: Secret = required_secret(HEADER_TEXT, "secret or restricted key", also=("STRIPE_API_KEY",))
+    mode: str = setting(types.word_of("v1", "v2", "stream"), "v1", "which of the interfaces")
+    customer_key: str = setting(types.text, "stripe_customer_id", "the payload key of the customer, as at the meters")
+    value_key: str = setting(types.text, "value", "the payload key of the value, as at the meters")
+    meters: tuple[str, ...] = setting(types.names, None, "the meters to send; all of them when not set")
+    decimals: bool = setting(types.flag, "false", "send values that are no whole numbers too")
+    version: str = setting(HEADER_TEXT, VERSION, "the `Stripe-Version` of v2 and stream")
 
 
-class StripeBackend:
+class StripeBackend(HttpBackend[StripeSettings]):
     """Meter events."""
 
     name = "stripe"
+    settings_type = StripeSettings
 
-    def __init__(
-        self,
-        *,
-        api_key: str,
-        mode: str = "v1",
-        url: str = HOST,
-        stream_url: str = STREAM_HOST,
-        payload: Payload = PAYLOAD,
-        version: str = VERSION,
-        meters: Sequence[Meter] = DEFAULT_METERS,
-        names: Sequence[str] = (),
-        customers: Mapping[str, str] | None = None,
-        policy: Policy = BILLING,
-        timeout_s: float = ANSWER_TIMEOUT_S,
-        clock: Callable[[], float] = time,
-    ) -> None:
-        stream = mode == "stream"
+    def __init__(self, settings: StripeSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
+        stream = settings.mode == "stream"
         self.abilities = Abilities(
             events_max=STREAM_EVENTS_MAX if stream else 1,
             bytes_max=STREAM_BYTES_MAX if stream else None,
@@ -123,38 +103,17 @@ class StripeBackend:
             age_max_s=PAST_S_MAX,
             future_max_s=FUTURE_S_MAX,
             concurrency=CONCURRENCY,
-            one_per_subject=mode == "v1",
+            one_per_subject=settings.mode == "v1",
             knows_duplicates=not stream,
         )
-        self.address: str = types.http_url.parse(url)
-        self._stream_address: str = types.http_url.parse(stream_url)
-        self._mode = mode
-        self._auth = {"authorization": f"Bearer {HEADER_TEXT.parse(api_key)}"}
-        self._version = {"stripe-version": HEADER_TEXT.parse(version)}
-        self._payload = payload
-        self._meters = chosen_meters(self.name, meters, names, TAKES)
-        self._customers = dict(customers or {})
-        self._policy = policy
-        self._clock = clock
-        self._client = HttpClient(dedup=Dedup.EVENT_ID, timeout_s=timeout_s, clock=clock)
-        self._meters_there = StripeMeters(self._client, self.address, self._auth, payload)
-        self._session = StreamSession(self._client, self.address, {**self._auth, **self._version}, clock)
-
-    @classmethod
-    def from_settings(cls, values: Mapping[str, Any], context: Context) -> StripeBackend:
-        return cls(
-            api_key=revealed(values["api_key"]) or "",
-            mode=values["mode"],
-            url=values["url"],
-            stream_url=values["stream_url"],
-            payload=Payload(values["customer_key"], values["value_key"], values["decimals"]),
-            version=values["version"],
-            meters=context.definitions(),
-            names=values["meters"],
-            customers=context.customers(cls.name),
-            policy=policy_of(values),
-            timeout_s=values["timeout"],
-        )
+        super().__init__(settings, context, clock=clock)
+        self.address = settings.url
+        self._mode = settings.mode
+        self._version = {"stripe-version": settings.version}
+        self._payload = Payload(settings.customer_key, settings.value_key, settings.decimals)
+        self._meters = chosen_meters(self.name, self._definitions, settings.meters, TAKES)
+        self._meters_there = StripeMeters(self._client, self.address, self._headers, self._payload)
+        self._session = StreamSession(self._client, self.address, {**self._headers, **self._version}, clock)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -232,7 +191,7 @@ class StripeBackend:
         if sealed.path == STREAM:
             return await self._stream(sealed)
         is_v1 = sealed.path == EVENTS_V1
-        headers = dict(self._auth) if is_v1 else {**self._auth, **self._version}
+        headers = dict(self._headers) if is_v1 else {**self._headers, **self._version}
         yes = ANSWERS["stripe v1" if is_v1 else "stripe v2"]
         return await self._client.offer(self.address + sealed.path, sealed, headers, yes, self._judge)
 
@@ -245,7 +204,7 @@ class StripeBackend:
                 return [token] * len(sealed.events)
             headers = {"authorization": f"Bearer {token}", **self._version}
             yes = ANSWERS["stripe stream"]
-            verdicts = await self._client.offer(self._stream_address + STREAM, sealed, headers, yes, self._judge)
+            verdicts = await self._client.offer(self._settings.stream_url + STREAM, sealed, headers, yes, self._judge)
             if verdicts[0] != Blocked("unauthorized"):
                 return verdicts
             self._session.forget(token)
@@ -269,11 +228,11 @@ class StripeBackend:
         if self._mode == "v1":
             fields = {"event_name": name, "type": "cancel", "cancel[identifier]": event.event_id}
             body, path, content_type = urlencode(fields).encode(), ADJUSTMENTS_V1, FORM
-            headers = dict(self._auth)
+            headers = dict(self._headers)
         else:
             told = {"event_name": name, "type": "cancel", "cancel": {"identifier": event.event_id}}
             body, path, content_type = orjson.dumps(told), ADJUSTMENTS_V2, "application/json"
-            headers = {**self._auth, **self._version}
+            headers = {**self._headers, **self._version}
         sealed = Sealed(key=event_key(event.event_id), events=(event,), body=body, path=path, content_type=content_type)
         yes = ANSWERS["stripe adjustments"]
         return Undone((await self._client.offer(self.address + path, sealed, headers, yes, self._judge))[0])
@@ -285,9 +244,6 @@ class StripeBackend:
     async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its event name is free; never change one that is there."""
         return await self._meters_there.provide(meter)
-
-    async def aclose(self) -> None:
-        await self._client.aclose()
 
 
 def _known(answer: Answer) -> str | None:

@@ -24,12 +24,9 @@ FORMULAS: Final = {Kind.COUNT: "count", Kind.SUM: "sum", Kind.LATEST: "last"}
 class Payload:
     """How the events' payload is written: the meters at Stripe must agree."""
 
-    customer_key: str = "stripe_customer_id"
-    value_key: str = "value"
-    decimals: bool = False  # also values that are no whole numbers
-
-
-PAYLOAD: Final = Payload()
+    customer_key: str
+    value_key: str
+    decimals: bool  # also values that are no whole numbers
 
 
 class StripeMeters:

@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import orjson
 
@@ -107,8 +107,41 @@ class Route:
     failed: Callable[[Call, Answer], None] | None = None
 
 
+class Consumed(NamedTuple):
+    """What one event says was consumed, and by whom; for whoever adds up what arrived.
+
+    `amounts`: names with `-` or `_`, and whole numbers or texts of them; anything else among them is passed over.
+    `is_mapped`: the customer is the vendor's id of it, else the subscriber's own.
+    `own_counts`: the tokens are as each model's vendor counts them, and not in the sidecar's common terms.
+    """
+
+    customer: object
+    amounts: Mapping[str, object]
+    is_mapped: bool = True
+    own_counts: bool = False
+
+
+KEY = "key-of-the-demo"  # any key that is not empty is good where none was set
+SECRET = "worth-nothing-outside-of-the-demo"
+
+
 class Vendor(Protocol):
     """One wire contract."""
+
+    def __init__(self, memory: Memory, terms: Terms) -> None: ...
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        """The backend's own settings, without their prefix, that point it at a receiver at this address."""
+        ...
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        """What one event of a body that was taken says; None where it has another form than this contract's.
+
+        An event that counts nothing gives no amounts.
+        """
+        ...
 
     @property
     def routes(self) -> tuple[Route, ...]: ...

@@ -73,7 +73,7 @@ class Receiver:
         self._under_way: set[tuple[str, str]] = set()
         self._runner: web.AppRunner | None = None
         for row in VENDORS:
-            vendor = row.build(self._store.memory(row.backend), given.get(row.backend, Terms()))
+            vendor = row.vendor(self._store.memory(row.backend), given.get(row.backend, Terms()))
             for route in vendor.routes:
                 self._add(_Stand(row.backend, vendor, route))
 

@@ -41,10 +41,19 @@ _PRELUDE = struct.Struct("!III")
 _SIZES = {0: 0, 1: 0, 2: 1, 3: 2, 4: 4, 5: 8, 8: 8, 9: 16}  # value bytes by header type; 6 and 7 state theirs
 
 
+# How it works. `feed` walks from frame to frame in what it has, and keeps the frame that is cut (`_rest`). For each:
+#   1. the prelude (12 bytes) is looked up among those seen before, or checked by its own checksum;
+#   2. a frame above KEPT_MAX_BYTES is passed over as it comes (`_skip`, `_crc`), with its checksum added up on the way;
+#   3. a head known to be of no interest (`_skipped`) is passed over; its payload's checksum is not looked at;
+#   4. else the whole frame's checksum is verified, the head unpacked (or looked up), and the payload handed over.
+# Two rations: `_units` for every frame (spent: the reading ends, borders cannot be walked on for free), `_reads` for
+# those unpacked (spent: of each piece only its last frames are, `late`).
+
+
 class FrameReader(Protocol):
     """What a reader of frames offers beside `Reader`."""
 
-    def dull_frame(self, head: bytes) -> bool:
+    def can_skip_frame(self, head: bytes) -> bool:
         """Whether a frame with these header bytes can hold nothing of interest."""
         ...
 
@@ -65,7 +74,17 @@ class EventStream:
     """Implements `framing.Framing` for binary frames."""
 
     __slots__ = (
-        "_crc", "_dull", "_heads", "_preludes", "_reader", "_reads", "_rest", "_skip", "_units", "busy", "ended",
+        "_crc",
+        "_heads",
+        "_preludes",
+        "_reader",
+        "_reads",
+        "_rest",
+        "_skip",
+        "_skipped",
+        "_units",
+        "busy",
+        "ended",
         "streamed",
     )  # fmt: skip
 
@@ -77,7 +96,7 @@ class EventStream:
         self._units = UNITS_FREE
         self._reads = READS_FREE
         self._preludes: dict[bytes, tuple[int, int]] = {}
-        self._dull: set[bytes] = set()
+        self._skipped: set[bytes] = set()
         self._heads: dict[bytes, dict[str, str]] = {}
         self.streamed = True
         self.ended = self.busy = False
@@ -90,7 +109,7 @@ class EventStream:
         data = self._rest + piece if self._rest and not self._skip else piece
         pos, end = 0, len(data)
         late: deque[int] = deque(maxlen=LAST_FRAMES)  # where they begin
-        preludes, dull, units, spent = self._preludes, self._dull, self._units, self._reads <= 0
+        preludes, skipped, units, spent = self._preludes, self._skipped, self._units, self._reads <= 0
         while not self._skip and end - pos >= PRELUDE_BYTES:
             known = preludes.get(data[pos : pos + PRELUDE_BYTES])
             total, head_size = known if known is not None else self._check(data, pos)
@@ -110,7 +129,7 @@ class EventStream:
                 raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
             if spent:
                 late.append(pos)
-            elif data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] not in dull:
+            elif data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] not in skipped:
                 self._units = units
                 if self._read(data, pos, head_size, after):
                     return True
@@ -125,9 +144,9 @@ class EventStream:
         head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
         if zlib.crc32(data[pos : after - 4]) != int.from_bytes(data[after - 4 : after], "big"):
             raise Unreadable("frame_damaged", "a frame's checksum is wrong")
-        if self._reader.dull_frame(head):
-            if len(self._dull) < KNOWN_MAX and head_size <= KNOWN_HEAD_BYTES:
-                self._dull.add(head)
+        if self._reader.can_skip_frame(head):
+            if len(self._skipped) < KNOWN_MAX and head_size <= KNOWN_HEAD_BYTES:
+                self._skipped.add(head)
             else:
                 self._reads -= 1  # each is another one: that is no real stream
             return False
@@ -140,7 +159,7 @@ class EventStream:
         while late:
             pos = late.popleft()
             total, head_size, _ = _PRELUDE.unpack_from(data, pos)
-            if data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] in self._dull:
+            if data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] in self._skipped:
                 continue
             if self._read(data, pos, head_size, pos + total):
                 return True

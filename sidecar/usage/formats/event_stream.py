@@ -1,8 +1,8 @@
 """Cutting a stream into messages: server-sent events and JSON lines.
 
 Where the pieces are cut cannot matter. A framing keeps at most one unfinished message, up to a limit; what is larger is
-read on by `Members`, which keeps only what the reader wants. Messages that a byte search shows to be dull are
-not even taken apart: a piece of whole, dull events costs two or three searches.
+read on by `Members`, which keeps only what the reader wants. Messages that a byte search shows to hold nothing
+of interest are not even taken apart: a piece of whole events of text costs two or three searches.
 
 `feed` answers True for the piece in which the stream's end mark ends. The mark counts from its last meaningful byte
 (the `]` of `[DONE]`, the closing brace of the terminal event), because a client that reads by lines acts before
@@ -31,13 +31,26 @@ SEARCHED_A_STEP = 256  # bytes that the search for what is of interest passes in
 BATCH = 64  # messages split off a piece at a time
 HURRIED_STEPS = 64  # for the members of a large message beyond the ration
 HURRIED_BYTES = 4_096  # larger ones are skimmed then
-COUNTED_BYTES = 96  # of the smallest message that counts for itself; real ones have three times that
 LINES_FREE = 1_024  # of one event; real ones have one or a few
 LINE_BYTES = 1_024  # … and one more for so many bytes
 
 _BOM = b"\xef\xbb\xbf"
 _DONE = b"[DONE]"
 _CLOSERS = b"}]"
+
+
+# How it works. `_Messages` holds the rest of an unfinished message (`_rest`) and nothing else of what passed. A piece
+# is
+#   - skipped unseen, if it begins and ends at a separator and the reader has no interest in it (`feed`: most of them);
+#   - else joined to the rest and cut at its last separator: what stands before it is whole messages (`_messages`), what
+#     stands behind it is the new rest;
+#   - given to a `_Long` once a rest has outgrown MESSAGE_MAX_BYTES: that message is skimmed as it passes.
+# A rest that may be the end mark is tried before its separator comes (`_early`), at ever larger sizes, so that a
+# message that comes byte by byte is not parsed at each byte. Line ends are made LF first; a CR at the end of a piece
+# may be half of a CRLF, so the LF that may follow is swallowed with the next piece (`_skip_lf`).
+#
+# After the end mark everything is thrown away (`_over`): what comes behind it counts nowhere, however it is cut.
+# `finish` reads what is left as if it were whole, but restores `final`: a cut message proves nothing.
 
 
 class Framing(Protocol):
@@ -81,19 +94,19 @@ class Parsing:
     def _parse(self, data: bytes) -> Document | None:
         """One JSON object, or None. What the strict parser refuses is skimmed for what is wanted."""
         if len(data) > MESSAGE_MAX_BYTES:
-            return pruned(data, self._reader.places())
+            return pruned(data, self._reader.wanted)
         if self.busy and len(data) > HURRIED_BYTES:
-            return pruned(data, self._reader.places(), HURRIED_STEPS)
+            return pruned(data, self._reader.wanted, HURRIED_STEPS)
         try:
             document = orjson.loads(data)
         except ValueError:
             document = self._unreadable(data)
-            if not document and not self._cut and self._reader.concerned:
+            if not document and not self._cut and self._reader.counts_anomalies:
                 self._reader.anomaly("message_unreadable")
         return document if type(document) is dict else None
 
     def _unreadable(self, data: bytes) -> Document:
-        return pruned(data, self._reader.places())
+        return pruned(data, self._reader.wanted)
 
 
 class _Messages(Parsing):
@@ -121,7 +134,7 @@ class _Messages(Parsing):
             and self._long is None
             and piece.endswith(self.separator)
             and len(piece) <= MESSAGE_MAX_BYTES // 16
-            and self._reader.dull(piece)
+            and self._reader.can_skip(piece)
         ):
             return False
         return self._feed(piece)
@@ -129,20 +142,20 @@ class _Messages(Parsing):
     def finish(self, whole: bool = True) -> None:
         """The last message may lack its separator. If it lacks its end, it proves nothing to be final."""
         self._cut = True
-        proven = self._reader.proven()
+        final = self._reader.final
         if self._long is not None:
             if not whole:
                 self._long.members.cut()
             if self._long.members.document and not self._long.delivered:
                 self._deliver(self._long.members.document, self._long.event)
             if not self._long.members.done:
-                self._reader.restore(proven)
+                self._reader.final = final
             self._long = None
         elif self._rest.strip():
             rest = bytes(self._rest)
             self._messages(rest)
             if not complete(self._data(rest)[0]):
-                self._reader.restore(proven)
+                self._reader.final = final
         self._rest.clear()
 
     def _feed(self, piece: bytes) -> bool:
@@ -193,7 +206,7 @@ class _Messages(Parsing):
 
     def _early(self) -> bool:
         """The end mark may be complete although its separator is still to come."""
-        rest, signs = self._rest, self._reader.signs()
+        rest, signs = self._rest, self._reader.end_signs
         if len(rest) < self._tried:
             self._tried = 0
         elif len(rest) <= self._tried + self._tried // 8:
@@ -213,21 +226,20 @@ class _Messages(Parsing):
 
     def _messages(self, block: bytes) -> bool:
         self._steps += (len(block) * STEPS_EARNED) >> 20
-        if self._steps > 0 or self._reader.counts_each:
+        if self._steps > 0:
             self._steps -= len(block) // SEARCHED_A_STEP
-            if self._reader.dull(block):
+            if self._reader.can_skip(block):
                 return False
         while block:
-            if self._steps < 0 and not self._reader.counts_each:
+            if self._steps < 0:
                 return self._last(block)
             *messages, block = block.split(self.separator, BATCH)
             if len(messages) < BATCH:
                 messages.append(block)
                 block = b""
             self._steps -= len(messages) // 4
-            smallest = COUNTED_BYTES if self._reader.counts_each else 0
             for message in messages:
-                if len(message) >= smallest and self._message(message):
+                if self._message(message):
                     return True
         return False
 
@@ -240,7 +252,7 @@ class _Messages(Parsing):
         messages = block.rsplit(self.separator, LAST_MESSAGES)
         if len(messages) > LAST_MESSAGES and not self.busy and messages[0]:
             self.busy = True
-            if self._reader.concerned:
+            if self._reader.counts_anomalies:
                 self._reader.anomaly("stream_too_busy")
         messages = [message for message in messages[-LAST_MESSAGES:] if message]
         for left, message in enumerate(messages, 1 - len(messages)):
@@ -260,7 +272,7 @@ class _Messages(Parsing):
         reader = self._reader
         if data.startswith(_DONE) or data.strip() == _DONE:
             return reader.done()
-        if reader.dull(message):
+        if reader.can_skip(message):
             return False
         self._steps -= (PARSED_STEPS if reader.decided else UNSETTLED_STEPS) + len(data) // SEARCHED_A_STEP
         document = self._parse(data)
@@ -277,7 +289,7 @@ class _Messages(Parsing):
             long.delivered = True
             ended = self._deliver(long.members.document, long.event)
             self.busy = self.busy or long.members.busy
-            if self._reader.concerned:
+            if self._reader.counts_anomalies:
                 if long.members.oversized:
                     self._reader.anomaly("value_oversized")
                 if long.members.busy:
@@ -326,7 +338,7 @@ class ServerSentEvents(_Messages):
         return b"", event
 
     def _new_long(self) -> _Long:
-        return _LongEvent(self._reader.places())
+        return _LongEvent(self._reader.wanted)
 
 
 class JsonLines(_Messages):
@@ -337,7 +349,7 @@ class JsonLines(_Messages):
         return data.removeprefix(b"data:"), ""
 
     def _new_long(self) -> _Long:
-        return _Long(self._reader.places())
+        return _Long(self._reader.wanted)
 
 
 class _Long:

@@ -115,19 +115,19 @@ class OneDocument(Parsing):
         body = b"".join(self._pieces)
         self._pieces = [body]
         if len(body) > DOCUMENT_MAX_BYTES:
-            self._members = Members(self._reader.places())
+            self._members = Members(self._reader.wanted)
             self._members.feed(body)
             self._pieces = []
 
 
 def read_whole(reader: Reader, body: bytes) -> bool:
     """Read a small answer that is all there is; whether it is complete."""
-    if not reader.may_hold(body):
+    if not reader.worth_parsing(body):
         return False
     try:
         document = orjson.loads(body)
     except ValueError:
-        members = Members(reader.places())
+        members = Members(reader.wanted)
         members.feed(body)
         return _read_skimmed(reader, members)
     if type(document) is dict:
@@ -138,9 +138,9 @@ def read_whole(reader: Reader, body: bytes) -> bool:
 def _read_skimmed(reader: Reader, members: Members) -> bool:
     if members.document:
         reader.document(members.document)
-    if members.busy and reader.concerned:
+    if members.busy and reader.counts_anomalies:
         reader.anomaly("document_too_busy")
-    if members.oversized and reader.concerned:
+    if members.oversized and reader.counts_anomalies:
         reader.anomaly("value_oversized")
     return members.done
 
@@ -220,7 +220,7 @@ class Elements(Parsing):
     def _hurry(self, rest: bytes) -> None:
         """Read no more than the end, from here on."""
         self.busy = True
-        if self._reader.concerned:
+        if self._reader.counts_anomalies:
             self._reader.anomaly("stream_too_busy")
         self._element.clear()
         self._long = None
@@ -233,7 +233,7 @@ class Elements(Parsing):
             return
         self._element += data
         if len(self._element) > MESSAGE_MAX_BYTES:
-            self._long = Members(self._reader.places())
+            self._long = Members(self._reader.wanted)
             self._long.feed(bytes(self._element))
             self._element.clear()
 

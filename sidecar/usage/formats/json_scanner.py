@@ -58,6 +58,29 @@ _NOT_STRUCTURE = bytes(byte for byte in range(256) if byte not in b'[]{}"')
 _SAME_BRACKETS = bytes.maketrans(b"[]", b"{}")
 
 
+# How it works. Two machines, one inside the other.
+#
+# `Members` is a state machine over the members of wanted containers only: _START -> _KEY (before a name) -> _IN_KEY (a
+# name cut by the end of a piece) -> _COLON -> _VALUE -> one of _SCALAR, _STRING, _CONTAINER -> _AFTER -> _KEY or, at
+# the outermost bracket, _DONE. `_levels` is the stack of containers that are open and wanted. A value is either opened
+# (its tree has places below it: another level), captured (its tree is True: the bytes are collected, then parsed), or
+# run over. Any state may be left at the end of a piece and taken up with the next one, which is why no position is ever
+# kept: only the state, the stack and what was captured so far.
+#
+# `Skipper` runs over what is not wanted, and knows only the depth of brackets and whether it is inside a string. Small
+# containers are walked with one regular expression from bracket to bracket. Large ones are skipped a stretch of
+# BULK_BYTES at a time (`_bulk`), without looking at a byte in Python:
+#   1. escaped backslashes and quotes are blanked out, so that each quote left opens or closes a string;
+#   2. `translate` removes all but quotes and brackets, and makes [] into {}, for kinds do not matter to depth;
+#   3. quotes next to each other are strings without brackets and go; what stands between the others is text and goes;
+#   4. pairs `{}` are removed until none is left, so `}}}{{` remains: how far the stretch goes down, and up again.
+# If it goes down as far as the container's own depth, the container may end in it: then nothing was done, and the
+# stretch is walked in detail. A string open at the end of a stretch is carried over (`in_string`, `escaped`).
+#
+# Rations: each step of `Members`, and what `Skipper` finds dense, is paid from `_steps`, which grow with the bytes that
+# pass. Whoever has none left reads on from behind (`hurry`, `json_tail`), but only where nothing half read is lost.
+
+
 class Skipper:
     """Runs over strings and containers that may be cut anywhere; knows only depth and quotes."""
 

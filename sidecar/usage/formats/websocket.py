@@ -42,6 +42,18 @@ LOOKS_A_MESSAGE = 16  # of one that has to be parsed
 SPEAKING_BYTES = 32  # of the smallest message that can name a model
 UNMASKED_BYTES = 4_096  # of one that is unmasked to be looked through; in a larger one the masked sign is looked for
 
+# How it works (RFC 6455, RFC 7692). `MessageReader._read` is a loop over frames; between two calls it knows what is
+# left of the present frame (`_left`), whether it belongs to a message (`_data`), and the message so far (`_parts`, or
+# `_skimmed` once it is too large). A head that is cut waits in `_head`. Three ways to take a frame:
+#   - `_plain_ones`: whole, unmasked, uncompressed messages of a server are walked from head to head, and only those
+#     that hold a sign are taken out; the signs' next places are searched once for all of them (`_next`);
+#   - `_masked_ones`: the same for a client's, each XORed with its own mask: a short one is unmasked, in a long one the
+#     sign is searched for in all four rotations of its mask (`_look`);
+#   - `_open_frame`, `_take`, `_end_message`: everything else, frame by frame: fragments, cut frames, compression.
+# Control frames may stand between the fragments of a message and change nothing in it; a close ends the reading.
+# With permessage-deflate the window goes on from message to message unless that was negotiated away, so every message
+# must be unpacked, wanted or not (`Inflater`). XOR is done on whole messages as large integers, not byte by byte.
+
 _DATA = (0x81, 0x82)  # text and bytes whole in one frame, nothing reserved
 _BEATS = (0x89, 0x8A)  # ping and pong
 
@@ -49,7 +61,7 @@ _EMPTY_BLOCK = b"\x00\x00\xff\xff"  # what a sender leaves off at a message's en
 _DEFLATE = "permessage-deflate"
 
 
-class Unreadable(Exception):
+class BrokenFrames(Exception):
     """The reading of one side is over."""
 
     def __init__(self, kind: str) -> None:
@@ -68,21 +80,21 @@ class Inflater:
         self._allowance = UNPACKED_MAX_BYTES
 
     def feed(self, piece: bytes) -> bytes:
-        """Raises `Unreadable`."""
+        """Raises `BrokenFrames`."""
         allowance = min(UNPACKED_MAX_BYTES, self._allowance + UNPACKED_RATIO * len(piece))
         try:
             unpacked = self._unpack.decompress(piece, allowance + 1)
         except zlib.error:
-            raise Unreadable("websocket_coding") from None
+            raise BrokenFrames("websocket_coding") from None
         self._allowance = allowance - len(unpacked)
         if self._allowance < 0 or self._unpack.unconsumed_tail:
-            raise Unreadable("websocket_too_dense")
+            raise BrokenFrames("websocket_too_dense")
         if self._unpack.unused_data:
-            raise Unreadable("websocket_coding")
+            raise BrokenFrames("websocket_coding")
         return unpacked
 
     def end(self) -> bytes:
-        """The rest of a message. Raises `Unreadable`."""
+        """The rest of a message. Raises `BrokenFrames`."""
         rest = b"" if self._unpack.eof else self.feed(_EMPTY_BLOCK)
         if not self._takeover or self._unpack.eof:
             self._unpack = zlib.decompressobj(-15)
@@ -135,7 +147,7 @@ class MessageReader:
             return found
         try:
             self._read(data, found)
-        except Unreadable as why:
+        except BrokenFrames as why:
             self._anomaly(why.kind)
             self._close()
         return found
@@ -167,7 +179,7 @@ class MessageReader:
                     return
                 self._units -= UNITS_A_MESSAGE if self._final and data[pos] & 0x0F else UNITS_A_FRAGMENT
                 if self._units < 0:
-                    raise Unreadable("websocket_too_busy")
+                    raise BrokenFrames("websocket_too_busy")
                 pos = after
             stop = min(end, pos + self._left)
             if self._data:
@@ -201,7 +213,7 @@ class MessageReader:
                     found.append(data[after - size : after])
                 sign = _next(data, after, signs)
             if units < 0:
-                raise Unreadable("websocket_too_busy")
+                raise BrokenFrames("websocket_too_busy")
             pos = after
         self._units = units
         return pos
@@ -224,7 +236,7 @@ class MessageReader:
                 break
             units -= 1
             if units < 0:
-                raise Unreadable("websocket_too_busy")
+                raise BrokenFrames("websocket_too_busy")
             if size >= speaking and first in _DATA and (self._looks > 0 or not self._busy):
                 self._look(data, after - size, after, found)
             pos = after
@@ -259,7 +271,7 @@ class MessageReader:
         wide = 2 if size == 126 else 8 if size == 127 else 0
         after = at + wide + (4 if self._masked else 0)
         if bool(second & 0x80) is not self._masked:
-            raise Unreadable("websocket_frame")
+            raise BrokenFrames("websocket_frame")
         if after > end:
             return -1
         if wide:
@@ -276,7 +288,7 @@ class MessageReader:
         """What a frame is to the message."""
         if opcode >= 8:
             if opcode > 10 or not self._final or size > 125 or reserved:
-                raise Unreadable("websocket_frame")
+                raise BrokenFrames("websocket_frame")
             self._data = False
             if opcode == 8:
                 self._close()  # the goodbye: no message comes behind it
@@ -285,7 +297,7 @@ class MessageReader:
         continues = opcode == 0
         packed = reserved == 0x40 and not continues and self._inflater is not None
         if opcode > 2 or continues is not self._in_message or (reserved and not packed) or size >= 1 << 63:
-            raise Unreadable("websocket_frame")
+            raise BrokenFrames("websocket_frame")
         if not continues:
             self._in_message = True
             self._packed = packed

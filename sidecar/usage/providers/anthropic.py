@@ -13,7 +13,7 @@ from typing import ClassVar
 from sidecar.model.exchange import Usage
 from sidecar.usage.fields import fill_parts, fill_tokens, settle_parts, settle_total
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import count, name, part
 
 _MESSAGE: Tree = {
@@ -38,6 +38,7 @@ _COUNTS = (
 class Messages(Reader):
     wanted: ClassVar[Tree] = {**_MESSAGE, "message": _MESSAGE, "delta": {"stop_reason": True}}
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message_stop",)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"message_", b'"error"', b"event: error")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content_block_delta")
 
     @classmethod
@@ -51,11 +52,6 @@ class Messages(Reader):
         if type(kind) is not str:
             kind = event
         return kind in ("message", "message_start", "message_delta", "message_stop", "error")
-
-    def dull(self, block: bytes) -> bool:
-        if b"message_" in block or b'"error"' in block or b"event: error" in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type")

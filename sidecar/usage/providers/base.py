@@ -1,9 +1,40 @@
-"""What every reader of a wire family shares: the facts seen so far, and how they become a `Usage`.
+"""The contract of a reader: what a wire family states as data, and the few questions it answers in code.
 
-A reader is made for one call. It is handed parsed messages (of a stream) or one document (of a plain answer) and
-notes where the answer says what it used. It never sees bytes that its `dull` has waved through, and never more of a
-large document than its `wanted` places. Counting is left to `fill`: what stands in the vendor's own object becomes
-inclusive totals in our vocabulary there, once, at the end.
+A reader is made for one call, is fed by one framing, and keeps facts. It never sees a message cut in two, does no I/O,
+and never raises: odd content means "not reported". The order of events, always:
+
+    head(headers)                                   only where `header_names` has some
+    can_skip(block) -> no -> message(document, event)    for each message of a stream, until one answers True
+    done()                                          a `[DONE]` line among them
+    document(document)                              instead of messages, of a plain response
+    fill(usage, raw)                                once, at the end, if anything was reported
+
+What is said as data:
+
+    wanted        the members kept of a document or message too large to be parsed whole (see `json_scanner`). Whatever
+                  `message`, `document` or `claims` looks at must be in it.
+    keep, keep_pattern, skip_after
+                  a message with none of the bytes of `keep` and no match of `keep_pattern` is skipped unparsed, once
+                  the facts named in `skip_after` are known (`response_id`, say). `keep = None`: nothing is skipped.
+                  Most messages of a stream are text and are skipped, so this is what a chunk costs.
+    end_signs     bytes without which no message is the stream's end mark
+    claim_signs   bytes without one of which no message can be claimed: they spare everybody's messages a parse
+    first_token   what the first generated text looks like on the wire
+    header_names  response headers (lower case) that `head` is to be given
+    frame_events, skip_frames
+                  of Amazon's binary frames: events of this family, and bytes of the heads that say "text"
+    arrays_stream an array is a stream of its elements, and not the responses to several prompts
+
+What is noted: `report` takes the vendor's usage object, and later ones overlay earlier ones (M1 to M3); `identify`
+takes id and model; `finished` a finish reason; `fail` an error. `seen` says that the response was of this family at
+all, `final` that the provider's own end mark for usage was seen (M5).
+
+What is answered: `claims` is asked of every reader, about responses of unknown paths and those that the path's reader
+did not `recognise`, so it must be true of nobody else's. `fill` alone knows what the vendor's numbers mean: it
+makes inclusive totals (see `docs/usage-formats.md`, rules O1 to O5); whatever is not reported stays None.
+
+A vendor whose response only names numbers needs none of this: see `declared`. One that speaks OpenAI's shape needs no
+reader at all. docs/adding-a-provider.md has the steps.
 """
 
 from __future__ import annotations
@@ -34,70 +65,49 @@ _ESCAPED_KEY = re.compile(rb"\\u00[4-7]")
 
 
 class Reader:
-    """The base of all readers; also the one that finds nothing."""
+    """The base of all readers, and the one that finds nothing. The contract is the module's text."""
+
+    # Data that a family states.
 
     wanted: ClassVar[Tree] = {"error": True}
-    """What is kept of a document too large to be parsed."""
+    keep: ClassVar[tuple[bytes, ...] | None] = None
+    keep_pattern: ClassVar[re.Pattern[bytes] | None] = None
+    skip_after: ClassVar[tuple[str, ...]] = ()
     end_signs: ClassVar[tuple[bytes, ...]] = ()
-    """Bytes without which no message can be the stream's end mark."""
+    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"oken")  # usage, message, tokens, Token
     first_token: ClassVar[re.Pattern[bytes] | None] = None
-    """What the first generated text looks like on the wire, for the time to the first token."""
-    claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"oken")
-    """Bytes without one of which no message can be claimed: usage, message, tokens, Token."""
-    frame_events: ClassVar[tuple[str, ...]] = ()
-    """The events of Amazon's binary frames that are of this family."""
-    arrays_stream: ClassVar[bool] = False
-    """Whether an array is a stream of its elements, and not the answers to several prompts."""
-    counts_each: ClassVar[bool] = False
-    """Every message counts for itself, so none may be passed over for its cost; else the last ones say it all."""
     header_names: ClassVar[tuple[str, ...]] = ()
-    """Response headers (lower case) that this reader wants to see."""
+    frame_events: ClassVar[tuple[str, ...]] = ()
+    skip_frames: ClassVar[tuple[bytes, ...]] = ()
+    arrays_stream: ClassVar[bool] = False
 
-    # Defaults stand on the class: a reader is made for every call, and most of these are never set.
-    decided: bool = True  # whether it is known whose answer it is
-    settled: Reader | None = None  # who is to be asked in this one's place from now on (see `choosing`)
-    concerned: bool = True  # whether what cannot be read is a loss: not where it may be nobody's
+    # Facts that are noted while reading. Defaults stand on the class: a reader is made for every call, and most of
+    # these are never set.
+
     seen: bool = False  # something of this family's shape was seen
     final: bool = False  # the provider's end mark for usage was seen (M5)
-    raw: Document | None = None
+    raw: Document | None = None  # the vendor's usage object, all reports of it overlaid
     model: str | None = None
     response_id: str | None = None
     service_tier: str | None = None
     error: str | None = None
     reason: str | None = None
-    provider: str | None = None  # only where the answer gives it away
-    operation: str | None = None  # only where the answer gives it away, and the address does not
+    provider: str | None = None  # only where the response gives it away
+    operation: str | None = None  # only where the response gives it away, and the address does not
     headers: Mapping[str, str] = _NO_HEADERS
+    choices: int = 1  # parallel completions that the request asked for; set before the first message
+
+    # What a reader that stands before others (see `reader_choice`) says of itself.
+
+    decided: bool = True  # whether it is known whose response it is
+    settled: Reader | None = None  # who is to be asked in this one's place from now on
+    counts_anomalies: bool = True  # whether what cannot be read is a loss: not where it may be nobody's
 
     def __init__(self, anomaly: Callable[[str], None]) -> None:
         self.anomaly = anomaly
         self.finish_reasons: dict[int, str] = {}
 
-    # What a reader that stands before another one overrides.
-
-    def places(self) -> Tree:
-        return self.wanted
-
-    def signs(self) -> tuple[bytes, ...]:
-        return self.end_signs
-
-    def proven(self) -> bool:
-        """Whether the provider's end mark for usage was seen."""
-        return self.final
-
-    def restore(self, final: bool) -> None:
-        """The last message was cut off: what it proved does not count."""
-        self.final = final
-
-    def may_hold(self, body: bytes) -> bool:
-        """Whether a small plain answer is worth parsing."""
-        return True
-
     # What a family overrides.
-
-    def head(self, headers: Mapping[str, str]) -> None:
-        """Take the response headers named in `header_names`, before any byte of the body."""
-        self.headers = headers
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -108,39 +118,57 @@ class Reader:
         """Whether a document or message is of this family, where the address already says so."""
         return self.claims(document)
 
-    def dull_frame(self, head: bytes) -> bool:
-        """Whether a binary frame with these header bytes can hold nothing of interest."""
-        return False
-
-    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
-        """Take one binary frame; True when it is the stream's end mark."""
-        return False
-
-    def dull(self, block: bytes) -> bool:
-        """Whether these messages, whole and unparsed, can hold nothing of interest."""
-        return False
-
     def message(self, document: Document, event: str) -> bool:
-        """Take one message of a stream; True when it is the stream's end mark."""
+        """Take one message of a stream; True when it is the stream's end mark. `event`: its name, or empty."""
         self.document(document)
         return False
-
-    def expect(self, choices: int) -> None:
-        """How many parallel answers the request asked for."""
 
     def done(self) -> bool:
         """A `[DONE]` line; True when it ends the stream."""
         return True
 
     def document(self, document: Document) -> None:
-        """Take the one document of a plain answer."""
+        """Take the one document of a plain response."""
 
     def fill(self, usage: Usage, raw: Document) -> None:
         """Put the vendor's numbers into our vocabulary; the total is computed by the caller."""
 
+    def head(self, headers: Mapping[str, str]) -> None:
+        """Take the response headers named in `header_names`, before any byte of the body."""
+        self.headers = headers
+
     def fill_from_headers(self, usage: Usage) -> bool:
         """Where the body said nothing: the numbers of the response headers. True when there were any."""
         return False
+
+    def frame(self, headers: Mapping[str, str], payload: bytes) -> bool:
+        """Take one binary frame (see `aws_eventstream`); True when it is the stream's end mark."""
+        return False
+
+    # What few families have a reason to override.
+
+    def can_skip(self, block: bytes) -> bool:
+        """Whether these messages, whole and unparsed, can hold nothing of interest. Must not change anything."""
+        if self.keep is None:
+            return False
+        for fact in self.skip_after:
+            if not getattr(self, fact):
+                return False
+        find = block.find  # not `in`, which first tries to take the needle for a number: 0.3 µs a search
+        for sign in self.keep:
+            if find(sign) >= 0:
+                return False
+        if self.keep_pattern is not None and self.keep_pattern.search(block) is not None:
+            return False
+        return 92 not in block or not escaped_key(block)
+
+    def can_skip_frame(self, head: bytes) -> bool:
+        """Whether a binary frame with these header bytes can hold nothing of interest."""
+        return b"exception" not in head and any(sign in head for sign in self.skip_frames)
+
+    def worth_parsing(self, body: bytes) -> bool:
+        """Whether a small plain response could be of interest."""
+        return True
 
     # What families use.
 

@@ -57,13 +57,11 @@ class Converse(_Frames):
     frame_events: ClassVar[tuple[str, ...]] = (
         *("messageStart", "contentBlockStart", "contentBlockDelta", "contentBlockStop", "messageStop", "metadata"),
     )
+    skip_frames: ClassVar[tuple[bytes, ...]] = (b"contentBlock",)
 
     @classmethod
     def claims(cls, document: Document) -> bool:
         return "inputTokens" in part(document.get("usage")) and "stopReason" in document
-
-    def dull_frame(self, head: bytes) -> bool:
-        return b"contentBlock" in head and b"exception" not in head
 
     def take(self, event: str, payload: bytes) -> bool:
         if event == "messageStop":
@@ -97,13 +95,11 @@ class Agents(Converse):
 
     wanted: ClassVar[Tree] = {}
     frame_events: ClassVar[tuple[str, ...]] = ("trace", "returnControl")  # `chunk` is `InvokeModel`'s as well
+    skip_frames: ClassVar[tuple[bytes, ...]] = ()
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"bytes"')
 
     @classmethod
     def claims(cls, document: Document) -> bool:
-        return False
-
-    def dull_frame(self, head: bytes) -> bool:
         return False
 
     def take(self, event: str, payload: bytes) -> bool:

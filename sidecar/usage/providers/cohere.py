@@ -11,7 +11,7 @@ from typing import ClassVar
 from sidecar.model.exchange import Usage
 from sidecar.usage.fields import fill_tokens
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import Document, Reader
 from sidecar.usage.values import name, part, quantity
 
 _UNITS = ("search_units", "classifications", "images")
@@ -42,6 +42,7 @@ class Cohere(Reader):
         "response": {"response_id": True, "generation_id": True, "finish_reason": True, "meta": True},
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"message-end", b"stream-end")
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"message-", b"stream-", b"error")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"content-delta|text-generation")
 
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"_units", b"stream-")
@@ -61,11 +62,6 @@ class Cohere(Reader):
 
     def recognises(self, document: Document, event: str) -> bool:
         return self.claims(document) or "event_type" in document or document.get("type") in ("content-delta", "debug")
-
-    def dull(self, block: bytes) -> bool:
-        if b"message-" in block or b"stream-" in block or b"error" in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("type") or document.get("event_type")

@@ -27,7 +27,7 @@ class Unmetered(Reader):
 
     wanted: ClassVar[Tree] = {"id": True, "model": True, "error": True}
 
-    def dull(self, block: bytes) -> bool:
+    def can_skip(self, block: bytes) -> bool:
         return True
 
     def document(self, document: Document) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key, fill_modalities
+from sidecar.usage.providers.base import Document, Reader, fill_modalities
 from sidecar.usage.values import count, name, part
 
 _ANSWER: Tree = {
@@ -30,6 +30,8 @@ _ANSWER: Tree = {
 
 class Gemini(Reader):
     wanted: ClassVar[Tree] = {**_ANSWER, "response": _ANSWER}
+    keep: ClassVar[tuple[bytes, ...] | None] = (b'"usageMetadata"', b'"finishReason"', b'"error"', b'"blockReason"')
+    skip_after: ClassVar[tuple[str, ...]] = ("model",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
     arrays_stream: ClassVar[bool] = True
 
@@ -47,11 +49,6 @@ class Gemini(Reader):
 
     def recognises(self, document: Document, event: str) -> bool:
         return "candidates" in document or "usageMetadata" in document or "promptFeedback" in document
-
-    def dull(self, block: bytes) -> bool:
-        if b'"usageMetadata"' in block or b'"finishReason"' in block or b'"error"' in block:
-            return False
-        return self.model is not None and b'"blockReason"' not in block and not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         self.document(document)
@@ -159,6 +156,7 @@ class Interactions(Reader):
         "interaction": {"id": True, "model": True, "status": True, "usage": True, "service_tier": True, "error": True},
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"interaction", b'"usage"', b'"error"')
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"interaction")
 
@@ -171,11 +169,6 @@ class Interactions(Reader):
 
     def recognises(self, document: Document, event: str) -> bool:
         return self.claims(document) or "interaction" in document or document.get("object") == "interaction"
-
-    def dull(self, block: bytes) -> bool:
-        if b"interaction" in block or b'"usage"' in block or b'"error"' in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         kind = document.get("event_type")

@@ -32,7 +32,7 @@ class Ollama(Reader):
     def recognises(self, document: Document, event: str) -> bool:
         return "done" in document or self.claims(document)
 
-    def dull(self, block: bytes) -> bool:
+    def can_skip(self, block: bytes) -> bool:
         if self.model is None or b'"error"' in block:
             return False
         lines = block.count(b"\n") or 1

@@ -15,8 +15,7 @@ from sidecar.model.exchange import Usage
 from sidecar.usage.formats.json_scanner import Tree
 from sidecar.usage.providers.base import Document, Reader, build
 from sidecar.usage.providers.gemini import Gemini
-from sidecar.usage.providers.openai_media import Media
-from sidecar.usage.providers.openai_responses import TERMINAL, Responses
+from sidecar.usage.providers.openai import TERMINAL, Media, Responses
 from sidecar.usage.values import lenient_loads, name, part
 
 _SESSION: Tree = {

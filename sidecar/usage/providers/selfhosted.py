@@ -1,16 +1,17 @@
-"""The native routes of model servers: llama.cpp, text-generation-inference and text-embeddings-inference."""
+"""The native routes of model servers: llama.cpp, TGI, TEI, SGLang and LM Studio (Ollama has a file of its own)."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import CHOICES_MAX, Document, Reader
 from sidecar.usage.providers.cohere import Cohere
-from sidecar.usage.values import count, part
+from sidecar.usage.providers.declared import DeclaredReader
+from sidecar.usage.values import count, name, overlay, part
 
 
 class LlamaCpp(Reader):
@@ -67,6 +68,8 @@ class TextGeneration(Reader):
         "error_type": True,
     }
     end_signs: ClassVar[tuple[bytes, ...]] = (b'"generated_tokens"',)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b'"generated_tokens"', b'"error"')
+    skip_after: ClassVar[tuple[str, ...]] = ("seen",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"token"')
     header_names: ClassVar[tuple[str, ...]] = ("x-prompt-tokens", "x-generated-tokens")
 
@@ -76,11 +79,6 @@ class TextGeneration(Reader):
 
     def recognises(self, document: Document, event: str) -> bool:
         return "generated_text" in document or "token" in document
-
-    def dull(self, block: bytes) -> bool:
-        if not self.seen or b'"generated_tokens"' in block or b'"error"' in block:
-            return False
-        return 92 not in block or not escaped_key(block)
 
     def message(self, document: Document, event: str) -> bool:
         self.seen = self.seen or "token" in document
@@ -128,3 +126,72 @@ class TextEmbeddings(Cohere):
     def fill_from_headers(self, usage: Usage) -> bool:
         usage.input_tokens = count(self.headers.get("x-compute-tokens"))
         return usage.input_tokens is not None
+
+
+class SGLang(DeclaredReader):
+    """`/generate`: `meta_info`, running totals in a stream; a batch is a list, or events of several ids, each counted.
+
+    With several samples of one prompt (`n`) each of them states the prompt: that is not to be seen in an answer.
+    """
+
+    numbers_at = (
+        "meta_info.prompt_tokens",
+        "meta_info.completion_tokens",
+        "meta_info.cached_tokens",
+        "meta_info.reasoning_tokens",
+    )
+    id_at = ("meta_info.id", "index")
+    finish_at = ("meta_info.finish_reason",)
+    told_by = (("meta_info.prompt_tokens", "meta_info.completion_tokens"),)
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._parts: dict[object, tuple[int, Document]] = {}  # id -> its place, its counts
+        self._sums: dict[str, int] = {}
+        self._going_on = 0
+        self._unnamed = 0  # elements of a list that had no id, and have ended
+
+    def document(self, document: Document) -> None:
+        meta = part(document.get("meta_info"))
+        keys = (path.rpartition(".")[2] for path in self.numbers_at)
+        counts = {key: meta[key] for key in keys if key in meta}
+        if not counts:
+            self._fails(document)
+            return
+        key: object = name(meta.get("id")) or (count(document.get("index")), self._unnamed)
+        if key not in self._parts and len(self._parts) >= CHOICES_MAX:
+            self.anomaly("batch_answers_dropped")
+            return
+        place, before = self._parts.get(key, (len(self._parts), {}))
+        after = overlay(before, counts)
+        self._going_on += key not in self._parts
+        self._parts[key] = (place, after)
+        for field, value in after.items():
+            self._sums[field] = self._sums.get(field, 0) + (count(value) or 0) - (count(before.get(field)) or 0)
+        self.raw = after if len(self._parts) == 1 else dict(self._sums)
+        self.seen = True
+        self.response_id = self.response_id or name(meta.get("id"))
+        reason = meta.get("finish_reason")
+        if place not in self.finish_reasons and self.finished(place, part(reason).get("type", reason)):
+            self._going_on -= 1
+            self._unnamed += type(key) is tuple
+        self.final = self._going_on == 0
+
+
+class LmStudio(DeclaredReader):
+    """LM Studio's own chat: `stats`; streamed, in the result of the last event."""
+
+    usage_at = ("stats", "result.stats")
+    names: ClassVar[Mapping[str, str]] = {"total_output_tokens": "output_tokens"}
+    model_at = ("model_instance_id", "result.model_instance_id")
+    id_at = ("response_id", "result.response_id")
+    last_events = ("chat.end",)
+    told_by = (
+        ("model_instance_id", "stats.input_tokens"),
+        ("result.model_instance_id", "result.stats.input_tokens"),
+    )
+    must = (b"chat.end", b"chat.start")
+
+    @classmethod
+    def claims(cls, document: Document) -> bool:
+        return super().claims(document) or (document.get("type") == "chat.start" and "model_instance_id" in document)

@@ -1,7 +1,7 @@
 """Every place where usage is read, one row each, and the README's table made from it.
 
-A row names the paths of an API, the reader of its answers and what the README says about it. Adding an API is
-adding a row, and a reader where no other speaks its shape. A row without a reader of its own
+A row names the paths of an API, the reader of its responses and what the README says about it. Adding an API is
+adding a row, and a reader where no other speaks its shape: docs/adding-a-provider.md. A row without a reader of its own
 (`Unmetered`) says why nothing is counted there.
 """
 
@@ -11,39 +11,40 @@ from dataclasses import dataclass
 
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Reader
-from sidecar.usage.providers.batch_file import BatchFile
 from sidecar.usage.providers.bedrock import Agents, Converse, Invoke
+from sidecar.usage.providers.cloudflare import WorkersAi
 from sidecar.usage.providers.cohere import Cohere
+from sidecar.usage.providers.dashscope import DashScope, DashScopeApps
+from sidecar.usage.providers.deepgram import Deepgram, DeepgramSpeak
+from sidecar.usage.providers.elevenlabs import ElevenLabs
+from sidecar.usage.providers.exa import Exa
+from sidecar.usage.providers.fal import Fal
 from sidecar.usage.providers.fallback import Batch, Unmetered
 from sidecar.usage.providers.gemini import CloudCode, Gemini, Interactions, Vertex
-from sidecar.usage.providers.natives import (
-    AssistantRuns,
-    Cortex,
-    DashScope,
-    DashScopeApps,
-    Deepgram,
-    DeepgramSpeak,
-    ElevenLabs,
-    Fal,
-    JinaReader,
-    LmStudio,
-    Oci,
-    Qianfan,
-    Reka,
-    SGLang,
-    Watsonx,
-    WatsonxChat,
-    WorkersAi,
-)
+from sidecar.usage.providers.jina import JinaReader
+from sidecar.usage.providers.mistral import MistralConversations, MistralOcr
 from sidecar.usage.providers.ollama import Ollama
-from sidecar.usage.providers.openai import ChatCompletions, Embeddings
-from sidecar.usage.providers.openai_media import Images, Media, Speech
-from sidecar.usage.providers.openai_responses import Responses
-from sidecar.usage.providers.predictions import MistralConversations, MistralOcr, Replicate
-from sidecar.usage.providers.selfhosted import LlamaCpp, TextEmbeddings, TextGeneration
+from sidecar.usage.providers.openai import (
+    AssistantRuns,
+    ChatCompletions,
+    Embeddings,
+    Images,
+    Media,
+    Responses,
+    Speech,
+)
+from sidecar.usage.providers.oracle import Oci
+from sidecar.usage.providers.qianfan import Qianfan
+from sidecar.usage.providers.reka import Reka
+from sidecar.usage.providers.replicate import Replicate
+from sidecar.usage.providers.selfhosted import LlamaCpp, LmStudio, SGLang, TextEmbeddings, TextGeneration
+from sidecar.usage.providers.snowflake import Cortex
+from sidecar.usage.providers.watsonx import Watsonx, WatsonxChat
 
 STORED = "a stored answer read again: counted when it was made"
 FREE = "an estimate, free of charge"
+BODY_END = "the end of the body, or the array's `]`"
+"""The end mark of streams that have none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +59,9 @@ class Row:
     method: str = "POST"  # several with blanks between them
     hint_only: bool = False  # paths that others use as well: a call is a model's only where its answer is
     unmetered: str | None = None  # why nothing is counted
-    reads_stored: bool = False  # a stored answer, which may be counted once an id
+    hosts: tuple[str, ...] = ()  # the provider's public hosts (and all below them), which name it on any path
+    reports_unasked: bool = False  # OpenAI's shape, and a stream's usage comes without `include_usage`
+    reads_stored: bool = False  # a stored answer; a POST there that puts a question is none
 
 
 _OPENAI_BASES = ("/v1", "", "/openai/v1", "/api/v1", "/inference/v1", "/openai/deployments/{deployment}", "*/v1")
@@ -187,7 +190,7 @@ ROWS: tuple[Row, ...] = (
         CloudCode,
         "generate_content",
         "`response.usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.gen_ai",
     ),
     Row(
@@ -196,7 +199,7 @@ ROWS: tuple[Row, ...] = (
         Vertex,
         "generate_content",
         "`usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.vertex_ai",
     ),
     Row(
@@ -205,7 +208,7 @@ ROWS: tuple[Row, ...] = (
         Gemini,
         "generate_content",
         "`usageMetadata`, the last one",
-        "the end of the body, or the array's `]`",
+        BODY_END,
         provider="gcp.gemini",
     ),
     Row(
@@ -483,6 +486,15 @@ ROWS: tuple[Row, ...] = (
         "`usage` of the run's last event",
         "`thread.run.completed`, `.incomplete`, `.failed`, `.cancelled`, `.expired`",
     ),
+    Row(
+        "Exa search, contents and answers",
+        (),
+        Exa,
+        "search",
+        "`costDollars.total`, on any path",
+        provider="exa",
+        hosts=("api.exa.ai",),
+    ),
     Row("Jina reader", (), JinaReader, "fetch_page", "`meta.usage.tokens`, on any path", provider="jina"),
     Row("Deepgram listen", _any("/v1/listen"), Deepgram, "transcription", "`metadata.duration`", provider="deepgram"),
     Row(
@@ -602,17 +614,21 @@ ROWS: tuple[Row, ...] = (
     Row(
         "Batch results",
         _any("/v1/files/{id}/content", "/v1/messages/batches/{id}/results"),
-        BatchFile,
+        Unmetered,
         "fetch_batch",
-        "each line's own answer, where each line is to be counted once",
         method="GET",
-        reads_stored=True,
         unmetered="can be fetched again and again: each line is an answer of its own",
     ),
 )
 
 READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in ROWS))
 """All readers, for paths that nobody knows."""
+
+
+HOSTS = {host: row.provider for row in ROWS for host in row.hosts if row.provider is not None}
+"""Of providers with a row of their own; see `response_headers` for those that only speak another's shape."""
+
+REPORTING = frozenset(row.provider for row in ROWS if row.reports_unasked)
 
 
 def entries(rows: tuple[Row, ...] = ROWS) -> list[tuple[str, str, Row]]:

@@ -6,10 +6,9 @@ asks comes first.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Final, NamedTuple
 
-from sidecar.dev.mock_backends.contract import Memory, Terms, Vendor
+from sidecar.dev.mock_backends.contract import Vendor
 from sidecar.dev.mock_backends.vendors.flexprice import Flexprice
 from sidecar.dev.mock_backends.vendors.lago import Lago
 from sidecar.dev.mock_backends.vendors.ledgerbee import LedgerBee
@@ -24,7 +23,7 @@ from sidecar.dev.mock_backends.vendors.webhook import Webhook
 
 class Row(NamedTuple):
     backend: str
-    build: Callable[[Memory, Terms], Vendor]
+    vendor: type[Vendor]
 
 
 VENDORS: Final[tuple[Row, ...]] = (

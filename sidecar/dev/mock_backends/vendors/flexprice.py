@@ -27,7 +27,7 @@ from sidecar.dev.mock_backends.checks import (
     sentence,
     text,
 )  # fmt: skip
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 
 BULK_MAX: Final = 1_000
 BODY_BYTES_MAX: Final = 32 * 2**20
@@ -76,6 +76,16 @@ class Flexprice:
             Route(method="GET", path="/v1/meters", handle=self._meters),
             Route(method="GET", path="/v1/meters/{id}", handle=self._meter),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "api_key": KEY}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "external_customer_id" not in body:
+            return None
+        return Consumed(body["external_customer_id"], {"api_calls": 1, **body["properties"]})
 
     def fault_body(self, status: int) -> bytes:
         code = {429: "too_many_requests", 503: "service_unavailable"}.get(status, "internal_error")

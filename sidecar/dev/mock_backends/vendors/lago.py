@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.dev.mock_backends.checks import is_integer, is_json, is_number, parse_json, rfc3339
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict, bearer
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict, bearer
 
 BATCH_MAX: Final = 100
 _TIMESTAMP: Final = re.compile(r"\d{1,12}(\.\d{1,9})?")
@@ -31,6 +31,16 @@ class Lago:
             Route(method="POST", path="/api/v1/events", handle=self._single, when=_is_lagos),
             Route(method="POST", path="/api/v1/events/batch", handle=self._batch),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "api_key": KEY}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "external_subscription_id" not in body:
+            return None
+        return Consumed(body["external_subscription_id"], {body["code"]: body["properties"]["value"]})
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"status": status, "error": "Too Many Requests" if status == 429 else "Internal Error"})

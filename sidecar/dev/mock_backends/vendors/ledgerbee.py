@@ -25,7 +25,7 @@ from sidecar.dev.mock_backends.checks import (
     rfc3339,
     text,
 )
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 
 BASE: Final = "/api/v1/meters"
 KEY_HEADER: Final = "x-api-idempotency-key"
@@ -53,6 +53,14 @@ class LedgerBee:
             Route(method="GET", path=f"{BASE}/subscriptions", handle=self._by_name),
             Route(method="GET", path=f"{BASE}/{{meterId}}/subscriptions", handle=self._by_id),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "api_key": KEY}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        return Consumed(body["customerId"], {body["meterName"]: body["value"]}) if "meterName" in body else None
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"statusCode": status, "message": "Too many requests" if status == 429 else "Server error"})

@@ -7,12 +7,13 @@ only where the receiver was given one, for collectors of the operator's own ofte
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
 
 from sidecar.dev.mock_backends.checks import is_json, parse_json, sentence
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 from sidecar.dev.mock_backends.replay import Replay
 from sidecar.dev.mock_backends.vendors.revenium_v1 import meter_problems, without_key
 
@@ -26,6 +27,18 @@ class Meter:
         self._replay = Replay(memory)
         self._terms = terms
         self.routes = (Route(method="POST", path="/meter", handle=self._take, exclusive=_key_of, busy=_busy),)
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": f"{url}/meter"}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "elements" not in body:
+            return None
+        return Consumed(
+            body.get("application"), {"api_calls": 1, **{one["name"]: one["value"] for one in body["elements"]}}
+        )
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"error": f"told to answer {status}"})

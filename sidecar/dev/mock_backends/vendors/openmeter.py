@@ -24,7 +24,7 @@ from sidecar.dev.mock_backends.checks import (
     sentence,
     text,
 )
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict, bearer
+from sidecar.dev.mock_backends.contract import Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict, bearer
 
 V1: Final = "/api/v1/events"
 V3: Final = ("/openmeter/events", "/v3/openmeter/events", "/api/v3/openmeter/events")
@@ -57,6 +57,14 @@ class OpenMeter:
             Route(method="POST", path=V1, handle=self._v1),
             *(Route(method="POST", path=path, handle=self._v3) for path in V3),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        return Consumed(body["subject"], {"api_calls": 1, **body["data"]}) if "specversion" in body else None
 
     def fault_body(self, status: int) -> bytes:
         return _problem(status, "told to").body

@@ -14,6 +14,7 @@ import base64
 import re
 from collections.abc import Mapping
 from typing import Any, Final
+from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
@@ -34,7 +35,7 @@ from sidecar.dev.mock_backends.checks import (
     sentence,
     text,
 )
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 
 BASE: Final = "/meter/v1/api"
 
@@ -106,6 +107,24 @@ class ReveniumV1:
             Route(method="POST", path=f"{BASE}/meter/ingest", handle=self._ingest),
             Route(method="GET", path=f"{BASE}/meter/product-key", handle=self._product_key),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "api_key": KEY, "source_id": "demo"}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "ingest?" in path:
+            return Consumed("".join(parse_qs(urlsplit(path).query).get("subscriptionId", [])), body)
+        if "elements" in body:
+            amounts = {one["name"]: one["value"] for one in body["elements"]}
+            return Consumed(body.get("application"), {"api_calls": 1, **amounts})
+        if "eventType" not in body:
+            return None
+        if body["eventType"] != "RESPONSE":  # the second half of a call has what was consumed
+            return Consumed(body.get("application"), {})
+        said = dict(pair.split("=", 1) for pair in str(body.get("metadata", "")).split(",") if "=" in pair)
+        return Consumed(body.get("application"), {"api_calls": 1, **said})
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"status": status, "error": "Too Many Requests" if status == 429 else "Server Error"})

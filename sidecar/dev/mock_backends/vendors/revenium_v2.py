@@ -30,7 +30,7 @@ from sidecar.dev.mock_backends.checks import (
     sentence,
     text,
 )  # fmt: skip
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 from sidecar.dev.mock_backends.replay import Replay
 
 BASE: Final = "/meter/v2"
@@ -120,6 +120,19 @@ class ReveniumV2:
             Route(method="POST", path=f"{BASE}{path}", handle=handle, exclusive=_key_of, busy=_busy)
             for path, handle in (("/events", self._event), ("/ai/completions", self._completion))
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "api_key": KEY, "source_id": "demo"}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "inputTokenCount" in body:
+            told = {"input_tokens": body["inputTokenCount"], "output_tokens": body["outputTokenCount"]}
+            return Consumed(body["subscriber"]["id"], {"api_calls": 1, **told}, own_counts=True)
+        if "payload" not in body:
+            return None
+        return Consumed(body.get("subscriberCredentialId") or body.get("subscriberCredential"), body["payload"])
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"message": "Too many requests" if status == 429 else "Something went wrong"})

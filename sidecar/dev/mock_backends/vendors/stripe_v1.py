@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 import orjson
 
 from sidecar.dev.mock_backends.checks import media_type
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
 from sidecar.dev.mock_backends.replay import Replay
 from sidecar.dev.mock_backends.vendors import stripe_events
 from sidecar.dev.mock_backends.vendors.stripe_events import Book, MeterEvent, secret_key
@@ -50,6 +50,16 @@ class StripeV1:
             Route(method="GET", path="/v1/billing/meters", handle=self._meters),
             Route(method="GET", path="/v1/billing/meters/{id}", handle=self._meter),
         )  # fmt: skip
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "stream_url": url, "api_key": KEY}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "identifier" not in body:
+            return None
+        return Consumed(body["payload"]["stripe_customer_id"], {body["event_name"]: body["payload"]["value"]})
 
     def fault_body(self, status: int) -> bytes:
         if status == 429:

@@ -14,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.dev.mock_backends.checks import Field, is_json, moment, parse_json, parse_time, problems, rfc3339, text
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict, bearer
+from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict, bearer
 from sidecar.dev.mock_backends.vendors import stripe_events
 from sidecar.dev.mock_backends.vendors.stripe_events import Book, MeterEvent, secret_key
 
@@ -46,6 +46,16 @@ class StripeV2:
             Route(method="POST", path="/v2/billing/meter_event_session", handle=self._session),
             Route(method="POST", path="/v2/billing/meter_event_stream", handle=self._stream),
         )
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": url, "stream_url": url, "api_key": KEY}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        if "identifier" not in body:
+            return None
+        return Consumed(body["payload"]["stripe_customer_id"], {body["event_name"]: body["payload"]["value"]})
 
     def fault_body(self, status: int) -> bytes:
         return _error(status, "rate_limit" if status == 429 else "api_error", "told to").body

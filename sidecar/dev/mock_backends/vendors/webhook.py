@@ -11,12 +11,24 @@ import base64
 import binascii
 import hashlib
 import hmac
+from collections.abc import Mapping
 from typing import Any, Final
 
 import orjson
 
 from sidecar.dev.mock_backends.checks import media_type
-from sidecar.dev.mock_backends.contract import Answer, Call, Memory, Route, Terms, Unit, Verdict, bearer
+from sidecar.dev.mock_backends.contract import (
+    SECRET,
+    Answer,
+    Call,
+    Consumed,
+    Memory,
+    Route,
+    Terms,
+    Unit,
+    Verdict,
+    bearer,
+)
 
 TOLERANCE_S: Final = 300.0  # the specification's own suggestion
 WINDOW_S: Final = 86_400.0  # how long ids are remembered; a day, as at the paid vendors
@@ -31,6 +43,16 @@ class Webhook:
         self._terms = terms
         self._secret = None if terms.secret is None else secret_bytes(terms.secret)
         self.routes = (Route(method="POST", path="/webhook", handle=self._take, exclusive=_key_of, busy=_busy),)
+
+    @staticmethod
+    def settings(url: str) -> Mapping[str, str]:
+        return {"url": f"{url}/webhook", "secret": SECRET}
+
+    @staticmethod
+    def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
+        usage = body.get("usage") or {}
+        amounts = {"api_calls": 1} | {name: usage.get(name) for name in ("input_tokens", "output_tokens")}
+        return Consumed(body["subscriber"]["id"], amounts, is_mapped=False)
 
     def fault_body(self, status: int) -> bytes:
         return orjson.dumps({"error": f"told to answer {status}"})

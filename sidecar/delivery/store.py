@@ -1,0 +1,789 @@
+"""`delivery.db`: how far each backend is, what is sealed, what was said of it, what is parked.
+
+What must always hold: a cursor moves only in the transaction that stores what the records behind it became; nothing may
+be sent that is not stored here with bytes, key and members; verdicts, counters and parked rows change together.
+
+Written through one connection, one public method a transaction. The methods block, and may be called from any one
+thread at a time; `run` calls one in the store's own thread, so that the event loop never waits for a disk, and
+`patiently` waits until a full one has room again. What to do next is decided elsewhere.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sqlite3
+import threading
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final, ParamSpec, TypeVar
+
+import orjson
+
+from sidecar.delivery.counters import Counters, Shift
+from sidecar.delivery.database import open_writer, told, transaction
+from sidecar.delivery.queries import Record, records_between
+from sidecar.delivery.rows import (
+    Amendment,
+    Committed,
+    Cursor,
+    Member,
+    NewRequest,
+    Parked,
+    Place,
+    Range,
+    Redrive,
+    Request,
+    Sealing,
+    Settlement,
+    StateBusy,
+    StateError,
+    StateFull,
+    Turn,
+    Unskip,
+)
+from sidecar.delivery.types import BEFORE, GAP, MISSING, RETIRED, Fate, Parking, Term, Tries, worst
+from sidecar.model.delivery import Event, Sealed
+
+_LOG = logging.getLogger(__name__)
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+FULL_RETRY_S = 1.0  # how often a full disk is asked again whether a step fits
+FOLD_RECORDS: Final = 2_000  # of one cursor forgotten in one transaction: a few milliseconds
+TAKEN: Final = {Fate.DELIVERED: Term.DELIVERED, Fate.DUPLICATE: Term.DUPLICATE}
+_LIVE: Final = (Term.PARKED.value, Term.OPEN.value)
+_PARTED: Final = 2  # `backend.removed`: 1 while its remainder is being parked, 2 when that is done
+
+Count = Callable[[str, int, int], int]
+"""Of an instance's spool: how many records it has with `after < seq <= upto`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Back:
+    """What was recorded while a backend was left out."""
+
+    pending: int  # to be delivered now
+    skipped: int  # passed over, as the setting says
+    retired: int  # passed over, because retention has taken it
+
+
+@dataclass(slots=True)
+class Configured:
+    """What a start has found. Counts of records by backend, where there are any."""
+
+    gone: list[str] = field(default_factory=list)  # configured no more: to part with
+    before: dict[str, int] = field(default_factory=dict)  # skipped: made before it was first configured
+    back: dict[str, Back] = field(default_factory=dict)  # configured again
+
+
+class DeliveryStore:
+    """`delivery.db`, open for writing, with a thread of its own."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock = threading.Lock()
+        self._conn, self.created = open_writer(path)
+        self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-store")
+
+    @classmethod
+    def open(cls, path: Path) -> DeliveryStore:
+        return cls(path)
+
+    def close(self) -> None:
+        self._executor.shutdown()
+        with self._lock, told(self.path):
+            self._conn.close()
+
+    def reopen(self) -> None:
+        """A new connection after a failed write: what the old one believed is forgotten."""
+        with self._lock:
+            self._conn.close()
+            self._conn, _ = open_writer(self.path)
+
+    async def run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """Do blocking work in the thread that this file belongs to."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, lambda: work(*args, **kwargs))
+
+    async def patiently(self, backend: str, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        """The same, again and again while there is no room on the disk: no verdict is lost to a full one."""
+        said = False
+        while True:
+            try:
+                return await self.run(work, *args, **kwargs)
+            except StateFull as error:
+                if not said:
+                    _LOG.error(str(error), extra={"facts": {"backend": backend}})
+                said = True
+                await asyncio.sleep(FULL_RETRY_S)
+
+    # --- backends and cursors ---------------------------------------------------------------------
+
+    def configure(
+        self,
+        names: Sequence[str],
+        places: Sequence[Place],
+        now_s: float,
+        *,
+        count: Count = lambda instance, after, upto: upto - after,
+        skip_gaps: bool = False,
+    ) -> Configured:
+        """Note which backends are configured now, and give new ones their cursors.
+
+        In a file that has served before, a new backend begins behind the records that are there.
+        In an empty one (the first start, or its predecessor is lost) it begins with them all, and what is there
+        already counts as perhaps delivered. One that was left out for a while goes on where it stopped, unless
+        gaps are to be skipped. `count` asks a spool how many records it still has between two numbers.
+        """
+        with self._step() as counters:
+            conn, found = counters.conn, Configured()
+            known = dict(conn.execute("SELECT name, removed FROM backend").fetchall())
+            served = conn.execute("SELECT EXISTS(SELECT 1 FROM meta WHERE name = 'served')").fetchone()[0]
+            conn.execute("INSERT OR IGNORE INTO meta(name, value) VALUES('served', ?)", (now_s,))
+            for name in names:
+                if name not in known:
+                    found.before[name] = _begin_backend(counters, name, places, first=not served)
+                elif known[name] != 0:
+                    found.back[name] = _return_backend(counters, name, places, count, skip=skip_gaps)
+            conn.executemany(
+                "INSERT INTO backend(name, since_s) VALUES(?, ?)"
+                " ON CONFLICT DO UPDATE SET since_s = iif(removed = 0, since_s, excluded.since_s), removed = 0",
+                [(name, now_s) for name in names],
+            )
+            found.gone = [name for name, removed in known.items() if name not in names and removed != _PARTED]
+            conn.executemany("UPDATE backend SET removed = 1 WHERE name = ?", [(name,) for name in found.gone])
+        return found
+
+    def parted(self, name: str) -> None:
+        """A removed backend's remainder is parked: there is nothing left to do for it."""
+        with self._step() as counters:
+            counters.conn.execute("UPDATE backend SET removed = ? WHERE name = ? AND removed = 1", (_PARTED, name))
+
+    def served(self) -> list[str]:
+        """The backends that this file works for."""
+        with self._held() as conn:
+            return [name for (name,) in conn.execute("SELECT name FROM backend WHERE removed = 0 ORDER BY name")]
+
+    def cursors(self, backend: str) -> list[Cursor]:
+        with self._held() as conn:
+            return _cursors_of(conn, backend)
+
+    def all_cursors(self) -> dict[str, int]:
+        """How far each backend is in each spool, by "backend instance"."""
+        with self._held() as conn:
+            rows = conn.execute("SELECT backend, instance, seq FROM cursor").fetchall()
+        return {f"{backend} {instance}": int(seq) for backend, instance, seq in rows}
+
+    def start_cursor(self, backend: str, instance: str) -> Cursor:
+        """A cursor at the beginning of an instance's spool: one that appeared while this backend was configured."""
+        with self._step() as counters:
+            return _start_cursor(counters.conn, backend, instance)
+
+    # --- clock ------------------------------------------------------------------------------------
+
+    def saw_clock(self, wall_s: float) -> float | None:
+        """Keep the wall clock's latest reading; returns the one before."""
+        with self._step() as counters:
+            row = counters.conn.execute("SELECT value FROM meta WHERE name = 'wall_s'").fetchone()
+            counters.conn.execute(
+                "INSERT INTO meta(name, value) VALUES('wall_s', ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                (wall_s,),
+            )
+        return None if row is None else float(row[0])
+
+    def last_clock(self) -> float | None:
+        """The wall clock when delivery last looked at it."""
+        with self._held() as conn:
+            row = conn.execute("SELECT value FROM meta WHERE name = 'wall_s'").fetchone()
+        return None if row is None else float(row[0])
+
+    def expire_risks(self) -> int:
+        """The clock stepped: no open request that may have been taken is recognised for sure any more."""
+        with self._step() as counters:
+            return counters.conn.execute(
+                "UPDATE sealed SET expired = 1"
+                " WHERE settled = 0 AND expired = 0 AND (risk_s IS NOT NULL OR under_way = 1)"
+            ).rowcount
+
+    # --- the way of a record ----------------------------------------------------------------------
+
+    def commit(self, turn: Turn) -> Committed:
+        """Store what was said of requests, that others are offered now, and new ones."""
+        with self._step() as counters:
+            conn = counters.conn
+            children = [_settle(counters, one, turn.now_s) for one in turn.settled]
+            conn.executemany(
+                "UPDATE sealed SET under_way = 1, attempts = attempts + 1, started_s = ? WHERE id = ?",
+                [(turn.now_s, request) for request in turn.begin],
+            )
+            loaded = {request: _load(conn, request) for request in turn.load}
+            sealed = [] if turn.sealing is None else _seal(counters, turn.sealing, turn.now_s)
+        return Committed(children, sealed, loaded)
+
+    def open_requests(self, backend: str) -> list[Request]:
+        """All sealed requests without a verdict, oldest first, without their bytes."""
+        with self._held() as conn:
+            rows = conn.execute(
+                "SELECT sealed.id, cursor, key, subject, members, records, size_bytes, oldest_s, attempts, risk_s,"
+                " expired, forced, due_s, under_way, started_s, generation, history FROM sealed"
+                " JOIN cursor ON cursor.id = sealed.cursor WHERE settled = 0 AND backend = ? ORDER BY sealed.id",
+                (backend,),
+            ).fetchall()
+        return [
+            Request(
+                id=row[0], cursor=row[1], key=row[2], subject=row[3], members=_read_members(row[4]), records=row[5],
+                size_bytes=row[6], oldest_s=row[7],
+                tries=Tries(attempts=row[8], risk_wall_s=row[9], expired=bool(row[10]), forced=bool(row[11])),
+                due_s=row[12], under_way=bool(row[13]), started_s=row[14], generation=row[15],
+                history=tuple(orjson.loads(row[16])),
+            )
+            for row in rows
+        ]  # fmt: skip
+
+    def lines(self, request: int) -> list[bytes]:
+        """The records of a request, in the order in which its members first name them."""
+        with self._held() as conn:
+            return _lines(conn, request)
+
+    def stored(self, request: int) -> NewRequest | None:
+        """A settled request as it was sealed, while its bytes are kept."""
+        with self._held() as conn:
+            row = conn.execute(
+                "SELECT members, oldest_s, generation, lines, attempts, risk_s, expired, started_s FROM sealed"
+                " JOIN payload ON payload.request = sealed.id WHERE sealed.id = ?",
+                (request,),
+            ).fetchone()
+            if row is None:
+                return None
+            # Whoever settled it may not have heard how its last attempt ended: then that one counts.
+            risk_s = row[7] if row[4] and row[5] is None else row[5]
+            return NewRequest(
+                sealed=_load(conn, request),
+                members=_read_members(row[0]),
+                lines=tuple(_split_lines(row[3])),
+                oldest_s=row[1],
+                generation=row[2],
+                tries=Tries(attempts=row[4], risk_wall_s=risk_s, expired=bool(row[6])),
+            )
+
+    def fold(self, instance: str, upto_seq: int) -> bool:
+        """Forget settled requests of one instance up to a number, a slice a call; False when nothing is left to do.
+
+        Behind `cursor.folded_seq` no request is looked at any more: a record there is either in the folded counters
+        (it was settled for good) or has a row in `parts` (something of it is still open or parked).
+        """
+        more = False
+        with self._step() as counters:
+            for cursor, seq, folded in counters.conn.execute(
+                "SELECT id, seq, folded_seq FROM cursor WHERE instance = ?", (instance,)
+            ).fetchall():
+                high = min(upto_seq, seq, folded + FOLD_RECORDS)
+                _fold_cursor(counters.conn, cursor, folded, max(high, folded))
+                more = more or high < min(upto_seq, seq)
+        return more
+
+    # --- what an operator corrects ----------------------------------------------------------------
+
+    def redrive(self, step: Redrive, now_s: float) -> list[int]:
+        """Mark parked events as moved and store the requests that carry them. Returns the ids of these."""
+        with self._step() as counters:
+            conn = counters.conn
+            ids = [_insert(conn, step.cursor, new, now_s) for new in step.requests]
+            going = Counter(m.seq for new in step.requests for m in new.members)
+            leaving: dict[int, list[str]] = {}
+            for parked in step.parked:
+                leaving.setdefault(parked.seq, []).append(parked.reason)
+                _release(conn, parked)
+            for one in step.again:
+                member = Member(one.seq, one.record_id, one.event_id or one.record_id)
+                parking = Parking(one.reason, one.maybe_taken)
+                generation, history = one.generation, one.history
+                _park(conn, step.cursor, member, parking, one.line, now_s, generation=generation, history=history)
+            staying = Counter(one.seq for one in step.again)
+            for seq, reasons in leaving.items():
+                reason = step.skipped.get(seq, "")
+                shift = Shift(parked=staying[seq] - len(reasons), pending=going[seq])
+                term = counters.shift(step.cursor, seq, shift, was=Term.PARKED, reason=min(reasons), skip=reason)
+                if term is Term.SKIPPED:
+                    _pass_over(counters, step.cursor, seq, reason)
+        return ids
+
+    def amend(self, one: Amendment, now_s: float) -> bool:
+        """Let a delivered event be so no more. False: it has moved meanwhile, or too little is remembered of it."""
+        with self._step() as counters:
+            return _amend(counters, one, now_s)
+
+    def ranges(self, backend: str) -> list[Range]:
+        """What was skipped for a backend without being looked at."""
+        with self._held() as conn:
+            rows = conn.execute(
+                "SELECT skipped.id, cursor, instance, first_seq, last_seq, n, reason FROM skipped"
+                " JOIN cursor ON cursor.id = skipped.cursor"
+                " WHERE backend = ? AND reason IN (?, ?) AND seqs IS NULL AND n > 0 ORDER BY skipped.id",
+                (backend, BEFORE, GAP),
+            ).fetchall()
+        return [Range(*row) for row in rows]
+
+    def known(self, cursor: int, after: int, upto: int) -> set[int]:
+        """Which of these numbers have a place of their own already."""
+        with self._held() as conn:
+            return set(records_between(conn, cursor, after, upto))
+
+    def unskip(self, step: Unskip, now_s: float) -> list[int]:
+        """Let records out of a range that was skipped: as if they were sealed for the first time."""
+        with self._step() as counters:
+            left = counters.conn.execute(
+                "UPDATE skipped SET n = n - ? WHERE id = ? AND n >= ?", (step.records, step.range, step.records)
+            ).rowcount
+            if left != 1:
+                raise StateBusy("fewer records are skipped than were to be let go; run it again")
+            counters.add(step.cursor, Term.SKIPPED, -step.records, step.reason)
+            return _place(counters, step.cursor, step, now_s)
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    @contextmanager
+    def _held(self) -> Iterator[sqlite3.Connection]:
+        """The connection, for one thread at a time. What cannot be done is told with the file's name."""
+        with self._lock, told(self.path):
+            try:
+                yield self._conn
+            except StateError as error:
+                raise type(error)(f"{self.path}: {error}") from error
+
+    @contextmanager
+    def _step(self) -> Iterator[Counters]:
+        """One transaction, with its counters. Counting and listing have connections of their own (`queries`)."""
+        with self._held() as conn, transaction(conn):
+            counters = Counters(conn)
+            yield counters
+            counters.close()
+
+
+# --- backends and cursors -------------------------------------------------------------------------
+
+
+def _cursors_of(conn: sqlite3.Connection, backend: str) -> list[Cursor]:
+    rows = conn.execute(
+        "SELECT id, backend, instance, seq, again_upto FROM cursor WHERE backend = ? ORDER BY instance",
+        (backend,),
+    ).fetchall()
+    return [Cursor(id=r[0], backend=r[1], instance=r[2], seq=r[3], again_upto=r[4]) for r in rows]
+
+
+def _start_cursor(conn: sqlite3.Connection, backend: str, instance: str, again_upto: int = 0) -> Cursor:
+    """A cursor at the beginning of a spool."""
+    (id_,) = conn.execute(
+        "INSERT INTO cursor(backend, instance, seq, again_upto) VALUES(?, ?, 0, ?) RETURNING id",
+        (backend, instance, again_upto),
+    ).fetchone()
+    return Cursor(id=id_, backend=backend, instance=instance, seq=0, again_upto=again_upto)
+
+
+def _move(conn: sqlite3.Connection, cursor: int, from_seq: int, to_seq: int) -> None:
+    moved = conn.execute("UPDATE cursor SET seq = ? WHERE id = ? AND seq = ?", (to_seq, cursor, from_seq)).rowcount
+    if moved != 1:
+        raise StateBusy(f"a cursor is not at {from_seq}, where its worker believes it to be")
+
+
+def _begin_backend(counters: Counters, name: str, places: Sequence[Place], *, first: bool) -> int:
+    """Where a new backend begins: at the start of everything, or behind what is there. How many it passes over."""
+    skipped = 0
+    for place in places:
+        if first:
+            _start_cursor(counters.conn, name, place.instance, again_upto=place.last_seq)
+        else:
+            skipped += _pass_spool(counters, _start_cursor(counters.conn, name, place.instance), place, BEFORE)
+    return skipped
+
+
+def _return_backend(counters: Counters, name: str, places: Sequence[Place], count: Count, *, skip: bool) -> Back:
+    """A backend that was left out goes on where it stopped.
+
+    What retention has taken meanwhile cannot be delivered: it comes first in its spool, and is passed over as well.
+    """
+    known = {cursor.instance: cursor for cursor in _cursors_of(counters.conn, name)}
+    pending = skipped = retired = 0
+    for place in places:
+        cursor = known.get(place.instance) or _start_cursor(counters.conn, name, place.instance)
+        missed = place.recorded - _counted(counters.conn, cursor.id)
+        if skip or missed <= 0:
+            skipped += _pass_spool(counters, cursor, place, GAP)
+            continue
+        there = min(count(place.instance, cursor.seq, place.last_seq), missed)
+        pending += there
+        if there < missed:
+            # No cursor moves over them: the first record that is there is where its worker goes on reading.
+            _skip_range(counters.conn, cursor.id, RETIRED, cursor.seq + 1, cursor.seq + 1, missed - there)
+            counters.add(cursor.id, Term.SKIPPED, missed - there, RETIRED)
+            retired += missed - there
+    return Back(pending=pending, skipped=skipped, retired=retired)
+
+
+def _pass_spool(counters: Counters, cursor: Cursor, place: Place, reason: str) -> int:
+    """Move a cursor to the end of its spool, and count what it passes over."""
+    missed = max(place.recorded - _counted(counters.conn, cursor.id), 0)
+    if place.last_seq > cursor.seq:
+        _move(counters.conn, cursor.id, cursor.seq, place.last_seq)
+    if missed:
+        _skip_range(counters.conn, cursor.id, reason, cursor.seq + 1, place.last_seq, missed)
+        counters.add(cursor.id, Term.SKIPPED, missed, reason)
+    return missed
+
+
+def _counted(conn: sqlite3.Connection, cursor: int) -> int:
+    """How many records of a cursor's spool have a place already."""
+    (n,) = conn.execute("SELECT coalesce(sum(n), 0) FROM counter WHERE cursor = ? AND folded = 0", (cursor,)).fetchone()
+    return int(n)
+
+
+# --- the way of a record ----------------------------------------------------------------------------
+
+
+def _seal(counters: Counters, sealing: Sealing, now_s: float) -> list[int]:
+    """Store requests with bytes, key and members, and move the cursor over their records. Returns their ids."""
+    cursor = sealing.cursor
+    _move(counters.conn, cursor, sealing.from_seq, sealing.to_seq)
+    ids = _place(counters, cursor, sealing, now_s, sealing.at_once)
+    for hole in sealing.holes:
+        _skip_range(counters.conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
+        counters.add(cursor, Term.SKIPPED, hole.records, MISSING)
+    return ids
+
+
+def _place(
+    counters: Counters, cursor: int, step: Sealing | Unskip, now_s: float, at_once: Collection[int] = ()
+) -> list[int]:
+    """Give records that had no place of their own the one that was decided for them."""
+    conn = counters.conn
+    ids = [_insert(conn, cursor, new, now_s, under_way=index in at_once) for index, new in enumerate(step.requests)]
+    pending = Counter(m.seq for new in step.requests for m in new.members)
+    parked_of: dict[int, list[str]] = {}
+    for parked in step.parked:
+        member = Member(parked.seq, parked.record_id, parked.event_id or parked.record_id)
+        _park(
+            conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s, history=parked.history
+        )
+        parked_of.setdefault(parked.seq, []).append(parked.reason)
+    for seq in pending.keys() | parked_of.keys():
+        counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
+    for reason, seqs in step.skipped.items():
+        _skip(conn, cursor, reason, seqs)
+        counters.add(cursor, Term.SKIPPED, len(seqs), reason)
+    return ids
+
+
+def _settle(counters: Counters, one: Settlement, now_s: float) -> list[int]:
+    """Store one attempt's end. Returns the ids of the requests that carry parts of it on."""
+    if one.decision.open:
+        _keep_open(counters.conn, one)
+        return []
+    conn, request, decision = counters.conn, one.request, one.decision
+    _still_open(
+        conn.execute(
+            "UPDATE sealed SET settled = 1, under_way = 0, fates = ?, history = ? WHERE id = ? AND settled = 0",
+            ("".join(decision.fates), _write_history(one.history if decision.parked else ()), request.id),
+        )
+    )
+    if decision.parked:
+        _park_events(conn, one, now_s)
+    else:
+        _drop_bytes(conn, request.id)
+    children = [_insert(conn, request.cursor, child, now_s) for child in one.children]
+    _count_settled(counters, one)
+    return children
+
+
+def _keep_open(conn: sqlite3.Connection, one: Settlement) -> None:
+    tries = one.decision.tries
+    _still_open(
+        conn.execute(
+            "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = ?, forced = ?,"
+            " history = ? WHERE id = ? AND settled = 0",
+            (
+                one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),
+                _write_history(one.history), one.request.id,
+            ),
+        )
+    )  # fmt: skip
+
+
+def _still_open(done: sqlite3.Cursor) -> None:
+    if done.rowcount != 1:
+        raise StateBusy("a request was settled before; its worker has to load again")
+
+
+def _park_events(conn: sqlite3.Connection, one: Settlement, now_s: float) -> None:
+    request = one.request
+    kept = _lines(conn, request.id)
+    lines = dict(zip(dict.fromkeys(m.seq for m in request.members), kept, strict=True))
+    for index, parking in one.decision.parked.items():
+        member = request.members[index]
+        _park(
+            conn, request.cursor, member, parking, lines[member.seq], now_s,
+            key=request.key, generation=request.generation, request=request.id, history=one.history,
+        )  # fmt: skip
+
+
+def _count_settled(counters: Counters, one: Settlement) -> None:
+    request, decision = one.request, one.decision
+    members = request.members
+    going = Counter(m.seq for child in one.children for m in child.members)
+    simple = len(members) == request.records and all(n == 1 for n in going.values())
+    if simple and not counters.has_parts(request.cursor, [m.seq for m in members]):
+        # One event a record: each goes straight to its new place.
+        counters.add(request.cursor, Term.OPEN, -sum(fate is not Fate.MOVED for fate in decision.fates))
+        for fate, count in Counter(decision.fates).items():
+            if fate in TAKEN:
+                counters.add(request.cursor, TAKEN[fate], count)
+        for parking in decision.parked.values():
+            counters.add(request.cursor, Term.PARKED, 1, parking.reason)
+        return
+    by_seq: dict[int, Counter[Fate]] = {}
+    for member, fate in zip(members, decision.fates, strict=True):
+        by_seq.setdefault(member.seq, Counter())[fate] += 1
+    for seq, fates in by_seq.items():
+        shift = Shift(
+            pending=going[seq] - fates.total(),
+            parked=fates[Fate.PARKED],
+            delivered=fates[Fate.DELIVERED],
+            duplicate=fates[Fate.DUPLICATE],
+        )
+        counters.shift(request.cursor, seq, shift, was=Term.OPEN)
+
+
+# --- requests and what is not sent -------------------------------------------------------------------
+
+
+def _insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:
+    """Store a request; `under_way`: it is offered as soon as this is on disk. Returns its id."""
+    seqs = [member.seq for member in new.members]
+    sealed, tries = new.sealed, new.tries
+    row = conn.execute(
+        "INSERT INTO sealed(cursor, first_seq, last_seq, attempts, under_way, started_s, due_s, risk_s, expired,"
+        " forced, generation, records, size_bytes, at_s, oldest_s, key, subject, version, history, members)"
+        " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
+        (
+            cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
+            tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
+            new.size_bytes, now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
+            _write_history(new.history), _write_members(new.members),
+        ),
+    ).fetchone()  # fmt: skip
+    conn.execute(
+        "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
+        (
+            row[0], sealed.path, sealed.content_type, orjson.dumps(sealed.headers).decode(), sealed.body,
+            b"\n".join(new.lines),
+        ),
+    )  # fmt: skip
+    return int(row[0])
+
+
+def _load(conn: sqlite3.Connection, request: int) -> Sealed:
+    """What is offered to the backend."""
+    row = conn.execute(
+        "SELECT key, subject, version, attempts, members, path, content_type, headers, body FROM sealed"
+        " JOIN payload ON payload.request = sealed.id WHERE sealed.id = ?",
+        (request,),
+    ).fetchone()
+    if row is None:
+        raise _lost_bytes(request)
+    return Sealed(
+        key=row[0],
+        subject=row[1],
+        version=row[2],
+        attempt=row[3],
+        events=tuple(Event(m.record_id, m.event_id) for m in _read_members(row[4])),
+        path=row[5],
+        content_type=row[6],
+        headers=tuple((name, value) for name, value in orjson.loads(row[7])),
+        body=row[8],
+    )
+
+
+def _lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
+    """The records of a request, in the order in which its members first name them."""
+    row = conn.execute("SELECT lines FROM payload WHERE request = ?", (request,)).fetchone()
+    if row is None:
+        raise _lost_bytes(request)
+    return _split_lines(row[0])
+
+
+def _drop_bytes(conn: sqlite3.Connection, request: int) -> None:
+    """Nothing of a request is open or parked any more."""
+    conn.execute("DELETE FROM payload WHERE request = ?", (request,))
+
+
+def _read_members(blob: bytes) -> tuple[Member, ...]:
+    return tuple(Member(row[0], row[1], row[-1]) for row in orjson.loads(blob))
+
+
+def _write_history(history: Sequence[str]) -> str:
+    return orjson.dumps(tuple(history)).decode()
+
+
+def _write_members(members: Sequence[Member]) -> bytes:
+    """An event's id is left out where it is its record's."""
+    return orjson.dumps(
+        [[m.seq, m.record_id] if m.event_id == m.record_id else [m.seq, m.record_id, m.event_id] for m in members]
+    )
+
+
+def _split_lines(blob: bytes) -> list[bytes]:
+    return blob.split(b"\n")
+
+
+def _lost_bytes(request: int) -> StateError:
+    return StateError(f"request {request} has lost its bytes; run `metering-sidecar spool verify`")
+
+
+def _park(
+    conn: sqlite3.Connection,
+    cursor: int,
+    member: Member,
+    parking: Parking,
+    line: bytes,
+    now_s: float,
+    *,
+    key: str = "",
+    generation: int = 0,
+    request: int | None = None,
+    history: tuple[str, ...] = (),
+) -> None:
+    """Set an event aside. Without a request: its record never became one."""
+    conn.execute(
+        "INSERT INTO parked(cursor, seq, record_id, event_id, reason, maybe_taken, at_s, key, generation, request,"
+        " line, history) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            cursor, member.seq, member.record_id, member.event_id, parking.reason, int(parking.maybe_taken), now_s,
+            key, generation, request, line, _write_history(history),
+        ),
+    )  # fmt: skip
+
+
+def _release(conn: sqlite3.Connection, parked: Parked) -> None:
+    """Take a parked row away: its event goes on elsewhere. The old request remembers that it moved."""
+    if conn.execute("DELETE FROM parked WHERE id = ?", (parked.id,)).rowcount != 1:
+        raise StateBusy(f"parked event {parked.id} was redriven before")
+    if parked.request is None:
+        return
+    row = conn.execute("SELECT members, fates FROM sealed WHERE id = ?", (parked.request,)).fetchone()
+    if row is not None:
+        fates = list(row[1])
+        for index, member in enumerate(_read_members(row[0])):
+            if member.event_id == parked.event_id:
+                fates[index] = Fate.MOVED.value
+        conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", ("".join(fates), parked.request))
+    left = conn.execute("SELECT EXISTS(SELECT 1 FROM parked WHERE request = ?)", (parked.request,)).fetchone()
+    if not left[0]:
+        _drop_bytes(conn, parked.request)
+
+
+def _skip(conn: sqlite3.Connection, cursor: int, reason: str, seqs: Sequence[int]) -> None:
+    """Records that were looked at and give nothing to bill."""
+    conn.execute(
+        "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n, seqs) VALUES(?, ?, ?, ?, ?, ?)",
+        (cursor, reason, min(seqs), max(seqs), len(seqs), orjson.dumps(list(seqs))),
+    )
+
+
+def _skip_range(conn: sqlite3.Connection, cursor: int, reason: str, first_seq: int, last_seq: int, count: int) -> None:
+    """Records that are not looked at one by one."""
+    conn.execute(
+        "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n) VALUES(?, ?, ?, ?, ?)",
+        (cursor, reason, first_seq, last_seq, count),
+    )
+
+
+# --- what is changed or forgotten --------------------------------------------------------------------
+
+
+def _amend(counters: Counters, one: Amendment, now_s: float) -> bool:
+    """Let a delivered event be so no more. False: it has moved meanwhile, or too little is remembered of it."""
+    conn, seq = counters.conn, one.member.seq
+    row = conn.execute(
+        "SELECT cursor, folded_seq, key, generation, fates, members FROM sealed"
+        " JOIN cursor ON cursor.id = sealed.cursor WHERE sealed.id = ? AND settled = 1",
+        (one.request,),
+    ).fetchone()
+    if row is None or seq <= row[1]:
+        return False
+    cursor, _, key, generation, fates, blob = row
+    index = _read_members(blob).index(one.member)
+    was = TAKEN.get(Fate(fates[index]))
+    if was is None:
+        return False
+    fate = Fate.MOVED if one.parking is None else Fate.PARKED
+    changed = fates[:index] + fate.value + fates[index + 1 :]
+    conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", (changed, one.request))
+    if one.parking is not None:
+        _park(
+            conn, cursor, one.member, one.parking, one.line, now_s,
+            key=key, generation=generation, request=one.request, history=(one.note,),
+        )  # fmt: skip
+    shift = Shift(
+        parked=int(one.parking is not None),
+        delivered=-int(was is Term.DELIVERED),
+        duplicate=-int(was is Term.DUPLICATE),
+    )
+    if counters.shift(cursor, seq, shift, was=was, skip=one.skip) is Term.SKIPPED:
+        _pass_over(counters, cursor, seq, one.skip)
+    return True
+
+
+def _pass_over(counters: Counters, cursor: int, seq: int, reason: str) -> None:
+    """A record that had events has none any more. Behind the border of `fold` only sums are kept."""
+    (folded,) = counters.conn.execute("SELECT folded_seq FROM cursor WHERE id = ?", (cursor,)).fetchone()
+    if seq <= folded:
+        counters.fold(cursor, Term.SKIPPED, reason)
+    else:
+        _skip(counters.conn, cursor, reason, [seq])
+
+
+def _fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> None:
+    """Move the border from `low` to `high`, and drop what has become settled behind it."""
+    gone: Counter[tuple[str, str]] = Counter()
+    for seq, record in records_between(conn, cursor, low, high).items():
+        place = record.place
+        if place is None:
+            continue
+        if place[0] in _LIVE:
+            _keep(conn, cursor, seq, record, place[1])
+        else:
+            gone[place] += 1
+            conn.execute("DELETE FROM parts WHERE cursor = ? AND seq = ?", (cursor, seq))
+    conn.execute("UPDATE cursor SET folded_seq = ? WHERE id = ?", (high, cursor))
+    for reason, n in conn.execute(
+        "SELECT reason, n FROM skipped WHERE cursor = ? AND last_seq <= ? AND last_seq > ? AND seqs IS NULL",
+        (cursor, high, low),
+    ):
+        gone[(Term.SKIPPED.value, reason)] += n
+    conn.execute("DELETE FROM skipped WHERE cursor = ? AND last_seq <= ?", (cursor, high))
+    for delivered, duplicate in conn.execute(
+        "DELETE FROM parts WHERE cursor = ? AND seq <= ? AND pending = 0 AND parked = 0 RETURNING delivered, duplicate",
+        (cursor, high),
+    ).fetchall():
+        gone[(worst(parked=0, pending=0, delivered=delivered, duplicate=duplicate).value, "")] += 1
+    # A request that something parked came from stays: a redrive may need its members.
+    conn.execute(
+        "DELETE FROM sealed WHERE cursor = ? AND last_seq <= ? AND settled = 1 AND instr(fates, ?) = 0",
+        (cursor, high, Fate.PARKED.value),
+    )
+    conn.executemany(
+        "INSERT INTO counter(cursor, folded, term, reason, n) VALUES(?, 1, ?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET n = n + excluded.n",
+        [(cursor, term, reason, n) for (term, reason), n in gone.items()],
+    )
+
+
+def _keep(conn: sqlite3.Connection, cursor: int, seq: int, record: Record, reason: str) -> None:
+    conn.execute(
+        "INSERT OR REPLACE INTO parts(cursor, seq, pending, parked, delivered, duplicate, reason)"
+        " VALUES(?, ?, ?, ?, ?, ?, ?)",
+        (cursor, seq, record.pending, len(record.parked), record.delivered, record.duplicate, reason),
+    )

@@ -1,0 +1,622 @@
+"""Reading a call that is over, all of it at once: for whoever reads many of them, later and in batches.
+
+The taps (see `readers`) read along and keep a state for each open call. Here everything is given at once, and what the
+shape of a call decides (its path, its pins, its status, the types and codings of its heads) is worked out once by
+`prepare` and kept by the caller. The result is the taps' to the letter, for every cutting; a property test holds the
+two against each other.
+
+    plan = prepare(taps, "POST", "/v1/chat/completions", request_headers, 200, response_headers)
+    usage = plan.read(request_body, response_body)           if plan is not None; else there is no usage, ever
+
+Three ways lead through `Plan.read`, each falling back to the next when anything is unusual:
+
+1. lean, plain: OpenAI chat and responses, Anthropic messages, one `orjson.loads` of the body, then only dictionaries.
+   Taken where the usage object has nothing but well-known members that are counts and add up.
+2. lean, streamed: the same families' server-sent events, split and parsed without a framing and without asking whose
+   they are, and handed to the family's own reader.
+3. the general one: the taps' own reader, fed once. All bounds (rations of steps, decoded size, unclaimed responses,
+   estimates, custom fields) are its own.
+
+Of a stream only few events matter. `KeptStream` is told every piece as it passes and keeps those that may, for a few
+searches a piece. How the kept pieces are cut: a piece is dropped only if it begins at the border of an event and ends
+at one (a blank line), so that what is kept, joined, is the stream without some whole events; and only once the family's
+reader, having seen the events before, would skip it unparsed, which changes nothing in it. Events that span pieces are
+kept whole.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import orjson
+
+from sidecar.model.exchange import Usage, UsageState
+from sidecar.usage import RawHeaders
+from sidecar.usage.endpoints import Endpoint
+from sidecar.usage.fields import INPUT_DETAILS, OUTPUT_DETAILS
+from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
+from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES
+from sidecar.usage.providers.anthropic import Messages
+from sidecar.usage.providers.base import Document, Reader, build
+from sidecar.usage.providers.openai import ChatCompletions, Responses
+from sidecar.usage.readers import RequestReadingTap, UsageTaps
+from sidecar.usage.request_reader import BODY_MAX_BYTES, QUESTIONS, WANTED
+from sidecar.usage.response_headers import REQUEST_IDS, hinted_provider, request_id
+from sidecar.usage.response_reader import (
+    DEFAULT_PROVIDER,
+    FIRST_TOKEN_MAX_BYTES,
+    FIRST_TOKEN_PIECE_BYTES,
+    ResponseReader,
+    plain_type,
+)
+from sidecar.usage.values import COUNT_MAX, name
+
+CODED_PIECE_BYTES = 16_384  # of a coded body, handed to its decoder at a time; as it comes from a socket
+DECODING_STEPS_MAX = 64  # of a coded body that is over: at half a MiB and more each, far beyond what is kept whole
+KEPT_MAX_BYTES = 65_536  # of one stream; what needs more is read along from there on
+EVENTS_MAX = 64  # of a stream that is read the lean way; kept ones are two to six
+PROBED_PIECES_MAX = 16  # at the beginning of a stream, until its family and its id are known
+
+_LEAN: tuple[type[Reader], ...] = (ChatCompletions, Responses, Messages)
+
+
+def prepare(
+    taps: UsageTaps,
+    method: str,
+    target: str,
+    request_headers: RawHeaders,
+    status: int,
+    response_headers: RawHeaders,
+) -> Plan | None:
+    """What the shape of a call decides, for all calls of that shape; None where no such call can have usage.
+
+    A plan may be used again for calls with the same method, target, status and fields of both heads; values may differ
+    in the fields that `Plan.per_call` names, which `Plan.read` is given anew. Never raises.
+    """
+    request = taps.request(method, target, request_headers)
+    if request is None or taps.response(request, status, response_headers) is None:
+        return None
+    return Plan(taps, request.endpoint, method, target, request_headers, status, response_headers)
+
+
+def read_call(
+    taps: UsageTaps,
+    method: str,
+    target: str,
+    request_headers: RawHeaders,
+    request_body: bytes,
+    status: int,
+    response_headers: RawHeaders,
+    response: bytes | Sequence[bytes],
+    *,
+    whole: bool = True,
+) -> Usage | None:
+    """The usage of one call: `prepare` and `Plan.read` for a shape that will not come again."""
+    plan = prepare(taps, method, target, request_headers, status, response_headers)
+    return None if plan is None else plan.read(request_body, response, whole=whole)
+
+
+class Plan:
+    """Made by `prepare`. Holds no state of a call, so one may serve many at once.
+
+    `per_call`: lower-case names of response fields whose values `read` must be given for each call (`fields`).
+    `lean`: the family whose plain and streamed responses are read the short way; None: none is.
+    """
+
+    __slots__ = (
+        "_endpoint", "_fields", "_headers", "_method", "_operation", "_provider", "_status", "_target",
+        "lean", "per_call", "skips", "taps",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        taps: UsageTaps,
+        endpoint: Endpoint,
+        method: str,
+        target: str,
+        request_headers: RawHeaders,
+        status: int,
+        response_headers: RawHeaders,
+    ) -> None:
+        self.taps = taps
+        self._endpoint = endpoint
+        self._method = method
+        self._target = target
+        self._headers = request_headers
+        self._status = status
+        self._fields = taps.endpoints.heads.pick(response_headers)
+        row = endpoint.row
+        by_header = taps.endpoints.row_by_header(self._fields)
+        named = (row.reader.header_names if row is not None else ()) + (
+            by_header.reader.header_names if by_header is not None else ()
+        )
+        custom = [element.header for element in endpoint.elements if element.header is not None]
+        self.per_call = frozenset((*REQUEST_IDS, *named, *custom))
+        self.lean = self._lean_family()
+        self._provider = DEFAULT_PROVIDER
+        self._operation = ""
+        # Whether whole events can hold nothing of interest, of a stream that is known to be the lean family's.
+        self.skips: Callable[[bytes], bool] | None = None
+        if row is not None and self.lean is not None:
+            self._operation = row.operation
+            self._provider = endpoint.provider or row.provider or hinted_provider(self._fields) or DEFAULT_PROVIDER
+            skipper = self.lean(taps.anomaly)
+            skipper.response_id = skipper.model = "known"
+            skipper.seen = True
+            self.skips = skipper.can_skip  # which changes nothing in it, so one serves all calls
+
+    @property
+    def first_token(self) -> re.Pattern[bytes] | None:
+        """What the first generated text looks like on the wire; None where that is not known."""
+        row = self._endpoint.row
+        return None if row is None or self._status >= 400 else row.reader.first_token
+
+    @property
+    def coded(self) -> bool:
+        return bool(self._fields.get("content-encoding"))
+
+    def _lean_family(self) -> type[Reader] | None:
+        row, fields = self._endpoint.row, self._fields
+        plain = row is not None and row.unmetered is None and 200 <= self._status < 300 and not self._endpoint.elements
+        if row is None or not plain or fields.get("content-encoding") or not plain_type(fields.get("content-type", "")):
+            return None
+        return row.reader if row.reader in _LEAN else None
+
+    def stream(self, request_body: bytes, opened_ns: int = 0) -> KeptStream:
+        """For one streamed response of this shape, before its first piece. See `shrink` for the request's body."""
+        return KeptStream(self, request_body, opened_ns)
+
+    def shrink(self, request_body: bytes) -> bytes:
+        """The request's body without its prompt, which `read` takes in its place: an open stream must not hold it.
+
+        As it is where that is not possible: not plain JSON, or its length is needed for an estimate.
+        """
+        if self.taps.estimate or not request_body or request_body[0] != 0x7B or len(request_body) > BODY_MAX_BYTES:
+            return request_body
+        try:
+            document = orjson.loads(request_body)
+            kept = {key: document[key] for key in WANTED if key in document}
+            kept.update(dict.fromkeys(QUESTIONS & document.keys()))
+            return orjson.dumps(kept)
+        except (ValueError, TypeError):
+            return request_body
+
+    def read(
+        self,
+        request_body: bytes,
+        response: bytes | Sequence[bytes],
+        *,
+        whole: bool = True,
+        opened_ns: int = 0,
+        first_token_ns: int = 0,
+        fields: Mapping[str, str] | None = None,
+    ) -> Usage | None:
+        """The usage of one call; None where it is no model call. Never raises.
+
+        `request_body`: as on the wire. `response`: its body, or its pieces in order, as on the wire; of a stream those
+        that `KeptStream` kept are enough. `whole`: it ended as its framing (or its end mark) says. `opened_ns`,
+        `first_token_ns`: of the monotonic clock; 0 where it is not known. `fields`: the response's fields of
+        `per_call`, by lower-case name, where they differ from those that the plan was made with.
+        """
+        if self.lean is not None and whole:
+            body = response if isinstance(response, bytes) else b"".join(response)
+            if fields is None:
+                fields = self._fields
+            try:
+                if body[:1] == b"{":
+                    usage = self._read_plain(request_body, body, fields)
+                else:
+                    usage = self._read_events(request_body, body, fields, opened_ns, first_token_ns)
+            except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
+                usage = None
+            if usage is not None:
+                return usage
+        return self.read_generally(
+            request_body, response, whole=whole, opened_ns=opened_ns, first_token_ns=first_token_ns, fields=fields
+        )
+
+    def read_generally(
+        self,
+        request_body: bytes,
+        response: bytes | Sequence[bytes],
+        *,
+        whole: bool = True,
+        opened_ns: int = 0,
+        first_token_ns: int = 0,
+        fields: Mapping[str, str] | None = None,
+    ) -> Usage | None:
+        """As `read`, always by the taps' own reader."""
+        reader = self.open(request_body, opened_ns, fields)
+        if reader is None:
+            return None
+        pieces = [response] if isinstance(response, bytes) else response
+        if self.coded:
+            pieces = [
+                piece[at : at + CODED_PIECE_BYTES] for piece in pieces for at in range(0, len(piece), CODED_PIECE_BYTES)
+            ]
+        steps = DECODING_STEPS_MAX
+        for piece in pieces:
+            reader.feed(piece)
+            while reader.behind and steps > 0:
+                reader.feed(b"")
+                steps -= 1
+        if not self.coded:
+            reader.first_token_at(first_token_ns)
+        return reader.finish(whole)
+
+    def open(
+        self, request_body: bytes, opened_ns: int = 0, fields: Mapping[str, str] | None = None
+    ) -> ResponseReader | None:
+        """The taps' own reader for one call of this shape; None where something broke, which was counted."""
+        request = RequestReadingTap(self.taps, self._endpoint, self._method, self._target, self._headers, opened_ns)
+        request.feed(request_body)
+        values = self._fields if fields is None else {**self._fixed_fields(), **fields}
+        try:
+            return ResponseReader(self.taps, request, self._status, values)
+        except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
+            self.taps.anomaly("tap_failed")
+            return None
+
+    def _fixed_fields(self) -> dict[str, str]:
+        return {field: value for field, value in self._fields.items() if field not in self.per_call}
+
+    # The lean ways. None: something is unusual, and the general way decides.
+
+    def _read_plain(self, request_body: bytes, body: bytes, fields: Mapping[str, str]) -> Usage | None:
+        if len(body) > DOCUMENT_MAX_BYTES:
+            return None
+        document = orjson.loads(body)
+        if document.get("error"):
+            return None
+        family = self.lean
+        if family is ChatCompletions:
+            usage = _chat(document)
+        elif family is Responses:
+            usage = _response(document)
+        else:
+            usage = _anthropic_message(document)
+        if usage is not None:
+            usage.provider = self._provider
+            usage.operation = self._operation
+            usage.request_model = self._request_model(request_body)
+            usage.upstream_request_id = request_id(fields)
+        return usage
+
+    def _read_events(
+        self, request_body: bytes, body: bytes, fields: Mapping[str, str], opened_ns: int, first_token_ns: int
+    ) -> Usage | None:
+        if b"\r" in body or not body.endswith(b"\n\n") or len(body) > MESSAGE_MAX_BYTES:
+            return None
+        messages = body.split(b"\n\n")
+        asked = _object(request_body)
+        if len(messages) > EVENTS_MAX or asked is None or asked.get("n") not in (None, 1):
+            return None
+        odd: list[str] = []
+        reader = self._play(messages, odd)
+        if reader is None or reader.raw is None or reader.error is not None:
+            return None
+        usage = build(reader, streamed=True, ended=False)
+        if usage.usage_state is not UsageState.FINAL or odd:
+            return None
+        usage.provider = self._endpoint.provider or reader.provider or self._provider
+        usage.operation = self._operation
+        usage.request_model = name(asked.get("model")) or self._endpoint.model
+        usage.upstream_request_id = request_id(fields)
+        if first_token_ns and opened_ns:
+            usage.time_to_first_token_ms = (first_token_ns - opened_ns) / 1e6
+        return usage
+
+    def _play(self, messages: Sequence[bytes], odd: list[str]) -> Reader | None:
+        """The family's reader after these events; None where one of them is none of the family's usual ones."""
+        if self.lean is None:
+            return None
+        reader = self.lean(odd.append)
+        known = False
+        for message in messages:
+            if not message or (known and reader.can_skip(message)):
+                continue
+            event, data = _event(message)
+            if data is None or (data == b"[DONE]" and not known):
+                return None
+            if data == b"[DONE]":
+                if reader.done():
+                    break
+                continue
+            document = orjson.loads(data)
+            if not known and not reader.recognises(document, event):
+                return None
+            known = True
+            if reader.message(document, event):
+                break
+        return reader if known else None
+
+    def _request_model(self, body: bytes) -> str | None:
+        asked = _object(body)
+        if asked is None:
+            raise ValueError("a request that the general way must read")
+        return name(asked.get("model")) or self._endpoint.model
+
+
+class KeptStream:
+    """What of one stream must be kept so that its usage can be read when it is over.
+
+    `pieces`: what is kept. `first_token_ns`: when the first token came, by the taps' clock; 0 until then.
+    `reader`: not None once more than `KEPT_MAX_BYTES` would have had to be kept: it has read along since, and `pieces`
+    is empty; its `finish` gives the usage.
+    """
+
+    __slots__ = (
+        "_at_border", "_first_token", "_opened_ns", "_plan", "_probe", "_probed", "_request_body",
+        "_searched", "_size", "_skips", "_unprobed", "first_token_ns", "pieces", "reader",
+    )  # fmt: skip
+
+    def __init__(self, plan: Plan, request_body: bytes, opened_ns: int) -> None:
+        self._plan = plan
+        self._request_body = request_body
+        self._opened_ns = opened_ns
+        self.pieces: list[bytes] = []
+        self.first_token_ns = 0
+        self.reader: ResponseReader | None = None
+        self._size = 0
+        self._at_border = True
+        # Set once it is known whose stream it is, and what its events repeat: from then on some can be dropped.
+        self._skips: Callable[[bytes], bool] | None = None
+        # An estimate counts every byte: then nothing is dropped.
+        self._probe = plan.lean(_ignore) if plan.lean is not None and not plan.taps.estimate else None
+        self._probed = PROBED_PIECES_MAX
+        self._unprobed = b""
+        self._first_token = plan.first_token
+        self._searched = 0
+        if plan.coded:
+            self.reader = plan.open(request_body, opened_ns)  # coded pieces must be decoded to be seen
+
+    def wants(self, piece: bytes) -> bool:
+        """Whether this piece must be kept. Ask for each piece once, in order: the answer for the next depends on it."""
+        started, self._at_border = self._at_border, piece.endswith(b"\n\n")
+        if self._skips is not None:
+            return not (started and self._at_border and self._skips(piece))
+        if self._probe is not None:
+            self._look_at(self._probe, piece)
+        return True
+
+    def add(self, piece: bytes) -> None:
+        """Take a copy of one piece as it passes."""
+        if self.reader is not None:
+            self.reader.feed(piece)
+            return
+        if self._first_token is not None:
+            self._time(piece)
+        if self.wants(piece):
+            self.pieces.append(piece)
+            self._size += len(piece)
+            if self._size > KEPT_MAX_BYTES:
+                self._read_along()
+
+    def read(self, *, whole: bool = True, fields: Mapping[str, str] | None = None) -> Usage | None:
+        """The usage, here and now: for who does not hand `pieces` on. `fields`: see `Plan.read`."""
+        if self.reader is not None:
+            return self.reader.finish(whole)
+        return self._plan.read(
+            self._request_body,
+            self.pieces,
+            whole=whole,
+            opened_ns=self._opened_ns,
+            first_token_ns=self.first_token_ns,
+            fields=fields,
+        )
+
+    def _read_along(self) -> None:
+        """Too much would have to be kept: the taps' own reader, which keeps less, takes over."""
+        self.reader = self._plan.open(self._request_body, self._opened_ns)
+        pieces, self.pieces = self.pieces, []
+        if self.reader is not None:
+            for piece in pieces:
+                self.reader.feed(piece)
+            if self.first_token_ns:
+                self.reader.first_token_at(self.first_token_ns)
+
+    def _look_at(self, probe: Reader, piece: bytes) -> None:
+        """Whether the stream is the family's, and all is known that its reader needs before it skips anything."""
+        self._unprobed += piece
+        self._probed -= 1
+        if self._probed < 0 or b"\r" in piece:
+            self._probe, self._unprobed = None, b""  # everything is kept, and read along if it is much
+        elif self._at_border:
+            messages, self._unprobed = self._unprobed.split(b"\n\n"), b""
+            try:
+                understood = all(_shown(probe, message) for message in messages if message)
+            except Exception:  # noqa: BLE001 - whatever is odd here is kept, and read the general way
+                understood = False
+            if not understood:
+                self._probe = None
+            elif all(getattr(probe, fact) for fact in ("seen", *probe.skip_after)):
+                self._probe = None
+                self._skips = self._plan.skips
+
+    def _time(self, piece: bytes) -> None:
+        if len(piece) > FIRST_TOKEN_PIECE_BYTES:
+            self._searched += len(piece)
+        if self._searched > FIRST_TOKEN_MAX_BYTES:
+            self._first_token = None
+        elif self._first_token is not None and self._first_token.search(piece) is not None:
+            self.first_token_ns = self._plan.taps.clock_ns()
+            self._first_token = None
+
+
+def _shown(probe: Reader, message: bytes) -> bool:
+    """Show one event to the family's reader; whether it is one of the family's (or a comment). May raise."""
+    if message.startswith(b":") and b"\n" not in message:
+        return True
+    event, data = _event(message)
+    if data is None or data == b"[DONE]":
+        return False
+    document = orjson.loads(data)
+    if not probe.recognises(document, event):
+        return False
+    probe.message(document, event)
+    return True
+
+
+def _ignore(kind: str) -> None:
+    """What the probe finds odd is counted when the stream is read."""
+
+
+def _object(body: bytes) -> Document | None:
+    """A plain request's members; empty where there is no body, None where the general way must say what it holds."""
+    if not body:
+        return {}
+    if body[0] != 0x7B or len(body) > BODY_MAX_BYTES:
+        return None
+    try:
+        document: Document = orjson.loads(body)
+    except ValueError:
+        return None
+    return document
+
+
+def _event(message: bytes) -> tuple[str, bytes | None]:
+    """The name and the data of an event of one `data:` line, with an `event:` line before it or none; else None."""
+    event = ""
+    if message.startswith(b"event:"):
+        line, _, message = message.partition(b"\n")
+        event = line[6:].strip().decode("utf-8", "replace")
+    if not message.startswith(b"data:") or b"\n" in message:
+        return event, None
+    return event, message[5:].removeprefix(b" ")
+
+
+def _chat(document: Document) -> Usage | None:
+    choices = document.get("choices")
+    if type(choices) is not list or not choices:
+        return None
+    reasons: dict[int, str] = {}
+    for place, choice in enumerate(choices):
+        index = choice.get("index")
+        if type(index) is not int or index != place or "usage" in choice:
+            return None
+        if found := name(choice.get("finish_reason")):
+            reasons[place] = found
+    if len(reasons) > 128:
+        return None
+    usage = _counted(document["usage"], _CHAT)
+    if usage is not None:
+        usage.model = name(document.get("model"))
+        usage.response_id = name(document.get("id"))
+        usage.service_tier = name(document.get("service_tier"))
+        usage.finish_reasons = list(reasons.values())
+    return usage
+
+
+def _response(document: Document) -> Usage | None:
+    if document.get("object") != "response" or document.get("status") not in ("completed", "incomplete"):
+        return None
+    usage = _counted(document["usage"], _RESPONSES)
+    if usage is not None:
+        usage.model = name(document.get("model"))
+        usage.response_id = name(document.get("id"))
+        usage.service_tier = name(document.get("service_tier"))
+        status = document["status"]
+        details = document.get("incomplete_details")
+        said = name(details.get("reason")) if status == "incomplete" and type(details) is dict else None
+        usage.finish_reasons = [said or status]
+    return usage
+
+
+_CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
+_RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
+
+
+def _counted(raw: Document, names: tuple[str, str, str, str]) -> Usage | None:
+    """OpenAI's usage object where it is as documented; the rest of `fields.fill_tokens` is for what is not."""
+    entered, said = raw.get(names[0]), raw.get(names[1])
+    if type(entered) is not int or type(said) is not int or not 0 <= entered <= COUNT_MAX or not 0 <= said <= COUNT_MAX:
+        return None
+    total = entered + said
+    members = 3
+    usage = Usage(
+        usage_state=UsageState.FINAL,
+        streamed=False,
+        input_tokens=entered,
+        output_tokens=said,
+        total_tokens=total,
+        raw_usage=raw,
+    )
+    if len(raw) > 3:
+        for key, known in ((names[2], INPUT_DETAILS), (names[3], OUTPUT_DETAILS)):
+            if key in raw:
+                members += 1
+                details = raw[key]
+                if details is not None and not _take(usage, details, known):
+                    return None
+        cached = (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
+        if (
+            (usage.reasoning_output_tokens or 0) > said
+            or cached > entered
+            or (usage.audio_input_tokens or 0) > entered
+            or (usage.image_input_tokens or 0) > entered
+        ):
+            return None
+    stated = raw.get("total_tokens")
+    return usage if type(stated) is int and stated == total and len(raw) == members else None
+
+
+def _take(usage: Usage, details: Document, known: Mapping[str, str]) -> bool:
+    for key, value in details.items():
+        field = known.get(key)
+        if field is None or (value is not None and (type(value) is not int or not 0 <= value <= COUNT_MAX)):
+            return False
+        if value is not None and not getattr(usage, field):
+            setattr(usage, field, value)
+    return True
+
+
+_ANTHROPIC = frozenset(
+    (
+        *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation"),
+        *("service_tier", "server_tool_use"),
+    )
+)
+
+
+def _anthropic_message(document: Document) -> Usage | None:
+    raw: dict[str, Any] = document["usage"]
+    if document.get("type") != "message" or not raw.keys() <= _ANTHROPIC or raw.get("server_tool_use") is not None:
+        return None
+    counts = [
+        raw.get("input_tokens"),
+        raw.get("output_tokens"),
+        raw.get("cache_read_input_tokens"),
+        raw.get("cache_creation_input_tokens"),
+    ]
+    for value in counts:
+        if value is not None and (type(value) is not int or not 0 <= value <= COUNT_MAX):
+            return None
+    plain, said, read, written = counts
+    if not plain or not said:
+        return None
+    usage = Usage(
+        usage_state=UsageState.FINAL,
+        streamed=False,
+        model=name(document.get("model")),
+        response_id=name(document.get("id")),
+        input_tokens=plain + (read or 0) + (written or 0),
+        output_tokens=said,
+        cache_read_input_tokens=read,
+        cache_write_input_tokens=written,
+        service_tier=name(raw.get("service_tier")),
+        raw_usage=raw,
+    )
+    usage.total_tokens = plain + (read or 0) + (written or 0) + said
+    split = raw.get("cache_creation")
+    if split is not None:
+        if len(split) != 2 or written is None:
+            return None
+        short, long = split["ephemeral_5m_input_tokens"], split["ephemeral_1h_input_tokens"]
+        if type(short) is not int or type(long) is not int or short < 0 or long < 0 or short + long != written:
+            return None
+        usage.cache_write_5m_input_tokens, usage.cache_write_1h_input_tokens = short, long
+    if found := name(document.get("stop_reason")):
+        usage.finish_reasons = [found]
+    return usage
