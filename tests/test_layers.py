@@ -33,8 +33,7 @@ PURE = (
     "sidecar.proxy.response_parser",
     "sidecar.proxy.route",
     "sidecar.proxy.subscriber",
-    "sidecar.spool.groups",
-    "sidecar.spool.words",
+    "sidecar.spool.types",
     "sidecar.usage",
 )
 # A protocol may say that a method is awaited: there is no code in it that waits.
@@ -71,7 +70,7 @@ SHORT = {
     "runtime/certificates.py": "until the upstream's side is rebuilt",
     "runtime/ipc.py": "until the processes are rebuilt",
     "runtime/unclaimed.py": "until the processes are rebuilt",
-    "spool/intents.py": "until the spool is rebuilt",
+    "spool/retention.py": "what goes and when is a policy of its own",
     "usage/providers/fallback.py": "until the providers are rebuilt",
     "usage/providers/ollama.py": "a vendor has a file",
     "usage/seen_ids.py": "until usage is rebuilt",

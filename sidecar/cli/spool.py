@@ -101,11 +101,12 @@ def _add_choice(parser: argparse.ArgumentParser) -> None:
 
 def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.cli.files import balance_of, spool_of
+    from sidecar.spool.files import size_or_zero
 
     with spool_of(data_dir) as reader:
         instances = []
         for instance in reader.instances():
-            totals, chunks = reader.totals(instance), reader.chunks(instance)
+            totals, segments = reader.totals(instance), reader.segments(instance)
             instances.append(
                 {
                     "instance": instance,
@@ -113,8 +114,8 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
                     "open": totals.open,
                     "lost": sum(totals.lost.values()),
                     "last_seq": reader.last_seq(instance),
-                    "chunks": len(chunks),
-                    "size_bytes": sum(_size(chunk.path) for chunk in chunks),
+                    "chunks": len(segments),
+                    "size_bytes": sum(size_or_zero(segment.path) for segment in segments),
                 }
             )
     now = _now(data_dir)
@@ -285,7 +286,3 @@ def _write(lines: Iterator[bytes], file: BinaryIO) -> int:
         file.write(line + b"\n")
         count += 1
     return count
-
-
-def _size(path: Path) -> int:
-    return sum(p.stat().st_size for suffix in ("", "-wal") if (p := path.with_name(path.name + suffix)).exists())

@@ -23,7 +23,7 @@ from sidecar.delivery.rows import Cursor, NewParked, Sealing, Settlement, StateE
 from sidecar.delivery.store import DeliveryStore
 from sidecar.delivery.types import REMOVED, Parking, SpoolReader
 from sidecar.model.delivery import Abilities, Dedup
-from sidecar.spool.words import SpoolError
+from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
 COPIED: Final = "copied"  # parked: pending when the directory was copied, and left to the original

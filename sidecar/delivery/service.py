@@ -41,7 +41,7 @@ from sidecar.delivery.worker import Worker
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend
 from sidecar.model.record import Record
-from sidecar.spool.words import SpoolError
+from sidecar.spool.types import SpoolError
 
 _LOG: Final = logging.getLogger(__name__)
 

@@ -32,7 +32,7 @@ from sidecar.delivery.settlement import Reply
 from sidecar.delivery.tail import Feed, Item, Source, Tail
 from sidecar.delivery.types import MISSING, BackendStatus, Ended, Now
 from sidecar.model.delivery import AddsUp, Backend, Blocked, Dedup, Sealed, Unknown, Verdict
-from sidecar.spool.words import SpoolError
+from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
 

@@ -24,7 +24,7 @@ from sidecar.runtime import backend_factory, directory_identity
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import Snapshot, SpoolError, SpoolReader, adopt_orphans, count_set_aside, disk_room
-from sidecar.spool.retention import retire_chunks
+from sidecar.spool.retention import retire_segments
 
 log = logging.getLogger("sidecar.billing")
 
@@ -152,10 +152,10 @@ class Billing:
         keep_s = 0.0 if self.room is Room.SHORT else settings.retention
         gone: dict[str, int] = {}
         for instance, upto in self.delivery.retired_upto().items():
-            if retire_chunks(settings.data_dir, instance, upto + 1, keep_s, settings.retention_bytes) and (
-                left := self.reader.chunks(instance)
+            if retire_segments(settings.data_dir, instance, upto + 1, keep_s, settings.retention_bytes) and (
+                left := self.reader.segments(instance)
             ):
-                gone[instance] = left[0].opening.first_seq - 1
+                gone[instance] = left[0].first_seq - 1
         return gone
 
 

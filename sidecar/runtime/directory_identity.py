@@ -22,8 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from sidecar.spool import SpoolError, SpoolReader, files
-from sidecar.spool.chunk import NO_BOUND
+from sidecar.spool import NO_BOUND, SpoolError, SpoolReader, files
 from sidecar.storage.files import PRIVATE, replacing, sync_directory
 
 NAME: Final = "place"

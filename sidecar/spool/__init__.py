@@ -1,14 +1,16 @@
 """The durable log of records. `Spool` writes one slot, `SpoolReader` reads all of them.
 
-`words` has what is passed in and out, `chunk` one file, `writer` the thread, `recovery` and `salvage` what happens
-after a crash and after damage, `retention` what goes and when, `verify` the recount.
+`types` has what is passed in and out, `segment` the bytes of one file and the scan that reads them, `slot` a spool as
+its owner holds it, `writer` the threads, `recovery` what happens after a crash and after damage, `retention` what goes
+and when, `verify` the recount.
 """
 
 from sidecar.spool.files import FileLock, count_set_aside, disk_room, ground_warning, make_room
-from sidecar.spool.owner import Spool, adopt_orphans, sqlite_version
-from sidecar.spool.reader import SpoolReader
-from sidecar.spool.verify import SlotReport, verify, verify_slot
-from sidecar.spool.words import (
+from sidecar.spool.reader import NO_BOUND, SpoolReader
+from sidecar.spool.slot import Spool, adopt_orphans
+from sidecar.spool.types import (
+    ORIGINS_KEPT,
+    SOURCE_BYTES,
     Batch,
     Health,
     Limits,
@@ -23,8 +25,12 @@ from sidecar.spool.words import (
     StoredGroup,
     Tally,
 )
+from sidecar.spool.verify import SlotReport, verify, verify_slot
 
 __all__ = [
+    "NO_BOUND",
+    "ORIGINS_KEPT",
+    "SOURCE_BYTES",
     "Batch",
     "FileLock",
     "Health",
@@ -47,7 +53,6 @@ __all__ = [
     "disk_room",
     "ground_warning",
     "make_room",
-    "sqlite_version",
     "verify",
     "verify_slot",
 ]

@@ -2,11 +2,12 @@
 
 Layout under the data directory (`root`):
 
-    spool/<instance>/lock, 00000001.db, 00000002.db, …   one slot per writer
-    reserve                                              room kept free for delivery's verdicts
-    set-aside/<instance>-<chunk>-<time>/                 damaged files, whole; nothing here is ever deleted
-
-SQLite syncs the directory for the files it makes; names that are made or moved here are synced here.
+    spool/<instance>/lock, 00000001.seg, 00000002.seg, …   one slot per writer
+    spool/<instance>/committed                             the last commit that is on disk (`segment.CommitMark`)
+    spool/<instance>/retired                               where the oldest segment that retention left begins
+    spool/<instance>/unwritten                             what could not be written at the end (`last_words`)
+    reserve                                                room kept free for delivery's verdicts
+    set-aside/<instance>-<segment>-<time>/                 damaged files, whole; nothing here is ever deleted
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final, TextIO
 
-from sidecar.spool.words import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
+from sidecar.spool.types import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
 from sidecar.storage.files import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
 
-_CHUNK_NAME: Final = re.compile(r"(\d{8,})\.db")
+_SEGMENT_NAME: Final = re.compile(r"(\d{8,})\.seg")
+_OLD_NAME: Final = re.compile(r"\d{8,}\.db")  # SQLite files, of releases before there were segments
 _INSTANCE_NAME: Final = re.compile(r"[a-z0-9][a-z0-9_.-]{0,63}")
 # On these a sync promises nothing that outlives the host (tmpfs, overlay in memory) or locks are not to be trusted.
 _SHAKY_GROUND: Final = {
@@ -35,11 +36,11 @@ _SHAKY_GROUND: Final = {
     "ramfs": "it is memory and is gone after a restart",
     "overlay": "it is a container's own layer and is gone with the container",
     "aufs": "it is a container's own layer and is gone with the container",
-    "nfs": "locks and syncs over a network are not what SQLite needs",
-    "nfs4": "locks and syncs over a network are not what SQLite needs",
-    "cifs": "locks and syncs over a network are not what SQLite needs",
-    "smb3": "locks and syncs over a network are not what SQLite needs",
-    "9p": "locks and syncs over a network are not what SQLite needs",
+    "nfs": "locks and syncs over a network are not to be trusted",
+    "nfs4": "locks and syncs over a network are not to be trusted",
+    "cifs": "locks and syncs over a network are not to be trusted",
+    "smb3": "locks and syncs over a network are not to be trusted",
+    "9p": "locks and syncs over a network are not to be trusted",
 }
 
 
@@ -77,21 +78,31 @@ def check_instance(instance: str) -> str:
     return instance
 
 
-def chunk_path(slot: Path, number: int) -> Path:
-    return slot / f"{number:08d}.db"
+def segment_path(slot: Path, number: int) -> Path:
+    return slot / f"{number:08d}.seg"
 
 
-def chunk_numbers(slot: Path) -> list[int]:
-    """The chunk files of a slot, oldest first."""
+def segment_inodes(slot: Path) -> dict[int, int]:
+    """The segment files of a slot, oldest first, and their inodes: a repaired one has another.
+
+    Raises `SpoolError` for a slot that an older release wrote.
+    """
     try:
-        names = os.listdir(slot)
+        with os.scandir(slot) as entries:
+            there = {entry.name: entry.inode() for entry in entries}
     except FileNotFoundError:
-        return []
-    return sorted(int(match[1]) for name in names if (match := _CHUNK_NAME.fullmatch(name)))
+        return {}
+    if old := next((name for name in sorted(there) if _OLD_NAME.fullmatch(name)), None):
+        raise SpoolError(
+            f"{slot / old} is of an older release, which kept records in SQLite files, and is not read here: let that"
+            " release deliver what is in it and move the data directory away, or set SIDECAR_DATA_DIR to another"
+        )
+    found = {int(match[1]): inode for name, inode in there.items() if (match := _SEGMENT_NAME.fullmatch(name))}
+    return dict(sorted(found.items()))
 
 
-def wal_path(path: Path) -> Path:
-    return path.with_name(path.name + "-wal")
+def segment_numbers(slot: Path) -> list[int]:
+    return list(segment_inodes(slot))
 
 
 def size_or_zero(path: Path) -> int:
@@ -102,7 +113,7 @@ def size_or_zero(path: Path) -> int:
 
 
 def write_retired(slot: Path, first_seq: int, recorded: int) -> None:
-    """Say what the oldest chunk that retention leaves begins with: what is missing after it was not retired."""
+    """Say what the oldest segment that retention leaves begins with: what is missing after it was not retired."""
     draft = slot / "retired.draft"
     with open_private(draft) as file:
         json.dump({"first_seq": first_seq, "recorded": recorded}, file)
@@ -128,45 +139,8 @@ def read_retired(slot: Path) -> tuple[int, int]:
         return 1, 0
 
 
-_BESIDE: Final = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file
-
-
-def remove_chunk(path: Path) -> None:
-    """Unlink a chunk and SQLite's files beside it.
-
-    The main file goes first: a log alone means nothing (`remove_strays`), but a main file whose log was unlinked before
-    the power went looks like one that has lost its records.
-    """
-    for suffix in ("", *_BESIDE):
-        path.with_name(path.name + suffix).unlink(missing_ok=True)
-
-
-def remove_strays(slot: Path) -> None:
-    """Remove logs without a main file: a removal was interrupted."""
-    there = set(os.listdir(slot))
-    for name in there:
-        main = next((name.removesuffix(suffix) for suffix in _BESIDE if name.endswith(suffix)), None)
-        if main is not None and _CHUNK_NAME.fullmatch(main) and main not in there:
-            (slot / name).unlink(missing_ok=True)
-
-
-def set_aside(root: Path, instance: str, path: Path) -> Path:
-    """Move a damaged chunk, whole, to where nobody writes. Answers where it is now."""
-    base = root / "set-aside"
-    make_directory(base)
-    target = base / f"{instance}-{path.stem}-{time.time_ns()}"
-    target.mkdir(mode=0o700)
-    for suffix in ("-wal", "-shm", ""):
-        source = path.with_name(path.name + suffix)
-        if source.exists():
-            source.rename(target / source.name)
-    for directory in (target, base, path.parent):
-        sync_directory(directory)
-    return target
-
-
 def count_set_aside(root: Path) -> int:
-    """How many damaged chunks are kept there, until somebody has looked at them and moved them away."""
+    """How many damaged segments are kept there, until somebody has looked at them and moved them away."""
     try:
         return sum(1 for _ in (root / "set-aside").iterdir())
     except FileNotFoundError:

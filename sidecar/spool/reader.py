@@ -1,42 +1,72 @@
 """Reading the spool from outside: for delivery, the commands and `verify`, in this process or another.
 
-Every connection is `mode=ro` and every transaction short, so reading never makes the writer wait and never keeps
-a log from being put away. What must always hold
-- Groups come oldest first, by number; each was checked against its checksum.
-- A chunk counts only below the first number of the chunk after it.
+Nothing is locked and the writer never waits. What must always hold
+- Groups come oldest first, by number, and only those whose commit is on disk: the last frame of a segment that is
+  being written counts once it is marked as confirmed, or another frame stands behind it.
+- A segment counts only below the first commit of the one after it.
 - What was committed once and cannot be read any more is told (`missing`), never passed over in silence: the
-  cumulative `recorded` in each row says how many should have come before it.
+  cumulative `recorded` in each frame says how many should have come before it.
+
+What was found out about a segment is remembered by its number and inode: where it begins, and a place every 256 KiB
+from which to read on.
 """
 
 from __future__ import annotations
 
 import heapq
-import sqlite3
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final, NamedTuple
 
-from sidecar.spool import files, last_words, recovery
-from sidecar.spool.chunk import NO_BOUND, meta, readable_rows, translate
-from sidecar.spool.groups import RECORD_COLUMNS, Opening, RecordGroup, read_lost
-from sidecar.spool.spans import Place, missing_between, runs, start_of
-from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals, StoredGroup
+from sidecar.spool import files, last_words
+from sidecar.spool.segment import BEGINS, HEADER_BYTES, CommitMark, Frame, SegmentFile
+from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup, intent_id
 
-# Connections kept for the next read: delivery stands in one chunk per instance and backend group at a time.
-_CONNECTIONS_KEPT: Final = 8
+NO_BOUND: Final = (1 << 63) - 1  # beyond every number
+# Files kept open for the next read: delivery stands in one segment per instance at a time.
+_FILES_KEPT: Final = 8
+_PLACES_EVERY: Final = 256 << 10  # bytes
+
+
+class Place(NamedTuple):
+    """A frame from which to read on."""
+
+    first_seq: int
+    offset: int
+    seen: int  # the commit before it
+
+
+_START: Final = Place(0, HEADER_BYTES, 0)
 
 
 @dataclass(slots=True, frozen=True)
-class ChunkInfo:
-    """Where a begun chunk stands in its row."""
+class SegmentInfo:
+    """Where a begun segment stands in its row."""
 
     path: Path
     number: int
-    opening: Opening
-    bound_seq: int  # numbers from here on are the next chunk's
+    first_seq: int  # numbers below it are not in this segment
+    base_recorded: int  # records committed before it
+    bound_seq: int  # numbers from here on are the next segment's
+    bound_commit: int  # and so are commits from here on
+    newest: bool  # may still be written
+
+
+@dataclass(slots=True)
+class _Known:
+    """What was found out about one file."""
+
+    inode: int
+    first: tuple[int, int, int] | None = None  # number, recorded before, commit; None: not begun
+    sealed: bool = False
+    places: list[Place] = field(default_factory=list)
+    tail: Place | None = None  # the last frame that was seen
+    folded: Place = _START  # up to here `open` is true
+    open: set[str] = field(default_factory=set)
 
 
 class SpoolReader:
@@ -45,8 +75,8 @@ class SpoolReader:
     def __init__(self, root: Path) -> None:
         self.root = root
         self._lock = threading.Lock()
-        self._openings: dict[Path, Opening] = {}
-        self._kept: OrderedDict[Path, tuple[int, sqlite3.Connection]] = OrderedDict()
+        self._known: dict[Path, _Known] = {}
+        self._files: OrderedDict[tuple[Path, int], SegmentFile] = OrderedDict()
 
     def instances(self) -> list[str]:
         return files.instances(self.root)
@@ -67,7 +97,7 @@ class SpoolReader:
             return found
 
     def groups(self, instance: str, after_seq: int = 0) -> Iterator[StoredGroup]:
-        """All of them, in steps of `read`, so that no transaction stays open."""
+        """All of them, in steps of `read`."""
         while found := self.read(instance, after_seq):
             yield from found
             after_seq = found[-1].last_seq
@@ -81,65 +111,42 @@ class SpoolReader:
     def last_seq(self, instance: str) -> int:
         """The greatest committed number; 0 when there is none."""
         with self._lock:
-            for info in reversed(self._chunks(instance)):
-                try:
-                    with self._reading(info.path) as connection:
-                        return recovery.last_seq(connection, info.opening)
-                except SpoolDamaged:
-                    continue  # mended by whoever opens the slot; until then what is before it counts
-            return 0
+            last = self._last(instance)
+            return 0 if last is None else last[1].last_seq
 
     def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
-        """How many records with `after_seq < seq <= upto_seq` were recorded: rows, and what is missing."""
+        """How many records with `after_seq < seq <= upto_seq` were recorded: those here, and what is missing."""
         if upto_seq <= after_seq:
             return 0
-        total = 0
         with self._lock:
-            at: Place | None = files.read_retired(files.slot_dir(self.root, instance))
-            for info in self._chunks(instance):
-                if info.bound_seq <= after_seq + 1:
-                    at = None
-                    continue
-                if info.opening.first_seq > upto_seq:
-                    break
-                at = at or (info.opening.first_seq, info.opening.base_recorded)
-                total += missing_between(at, info.opening.first_seq, info.opening.base_recorded, after_seq)
-                at = (max(info.opening.first_seq, at[0]), max(info.opening.base_recorded, at[1]))
-                with self._reading(info.path) as connection:
-                    for run in runs(connection, after_seq, min(upto_seq, info.bound_seq - 1)):
-                        total += missing_between(at, run.first_seq, run.before, after_seq) + run.missing + run.wanted
-                        at = (run.last_seq + 1, max(at[1], run.recorded))
-        return total
+            segments = self._segments(instance)
+            upto = self._recorded_upto(instance, segments, upto_seq)
+            return max(upto - self._recorded_upto(instance, segments, after_seq), 0)
 
     def totals(self, instance: str) -> SpoolTotals:
         """As the last commit left them; `open` are the intents on disk without a completion."""
         note = last_words.read(files.slot_dir(self.root, instance))
         with self._lock:
-            admitted = recorded = open_calls = 0
-            lost = "{}"
-            for info in reversed(self._chunks(instance)):
-                try:
-                    with self._reading(info.path) as connection:
-                        _, admitted, recorded, lost = recovery.last_totals(connection)
-                        open_calls = len(recovery.open_intents(connection))
-                except SpoolDamaged:
-                    continue
-                break
-        together, gone = last_words.add(
-            note, admitted=admitted, recorded=recorded, open_calls=open_calls, lost=read_lost(lost)
-        )
+            last = self._last(instance)
+            if last is None:
+                admitted, recorded, open_calls, lost = 0, 0, 0, dict[str, int]()
+            else:
+                info, frame = last
+                admitted, recorded, lost = frame.admitted, frame.recorded, frame.lost
+                open_calls = self._open_calls(info, frame.commit_number)
+        together, gone = last_words.add(note, admitted=admitted, recorded=recorded, open_calls=open_calls, lost=lost)
         return SpoolTotals(admitted=together, recorded=recorded, open=open_calls, lost=gone)
 
-    def chunks(self, instance: str) -> list[ChunkInfo]:
-        """The begun chunks of a slot, oldest first."""
+    def segments(self, instance: str) -> list[SegmentInfo]:
+        """The begun segments of a slot, oldest first."""
         with self._lock:
-            return self._chunks(instance)
+            return self._segments(instance)
 
     def close(self) -> None:
         with self._lock:
-            for _, connection in self._kept.values():
-                connection.close()
-            self._kept.clear()
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     def __enter__(self) -> SpoolReader:
         return self
@@ -156,143 +163,234 @@ class SpoolReader:
                 yield group.committed_ns, group.first_seq, group
 
     def _before(self, instance: str, since_ns: int) -> int:
-        """A number that everything committed at `since_ns` or later is beyond: older chunks need not be read."""
+        """A number that everything committed at `since_ns` or later is beyond: older segments need not be read."""
         before = 0
-        for info in self.chunks(instance)[:-1] if since_ns else ():
-            try:
-                with self._lock, self._reading(info.path) as connection:
-                    if recovery.newest_commit_ns(connection) >= since_ns:
-                        break
-            except SpoolError:
+        for info in self.segments(instance)[:-1] if since_ns else ():
+            if (newest_ns := newest_commit_ns(info.path)) is None or newest_ns >= since_ns:
                 break
             before = info.bound_seq - 1
         return before
 
+    # Groups
+
     def _groups(self, instance: str, after_seq: int) -> Iterator[StoredGroup]:
-        """Groups and holes beyond `after_seq`. `recorded` is carried from row to row and from chunk to chunk."""
-        chunks = self._chunks(instance)
-        at: Place | None = files.read_retired(files.slot_dir(self.root, instance))
-        for info in chunks:
+        """Groups and holes beyond `after_seq`. `recorded` is carried from frame to frame and over segments."""
+        segments = self._segments(instance)
+        at: tuple[int, int] | None = files.read_retired(files.slot_dir(self.root, instance))
+        for info in segments:
             if info.bound_seq <= after_seq + 1:
-                at = None  # what is missing in chunks before is no longer asked for
+                at = None  # what is missing in segments before is no longer asked for
                 continue
-            opening = info.opening
             if at is not None:
-                yield from _hole(at, opening.first_seq, opening.base_recorded, after_seq)
+                yield from _hole(at, info.first_seq, info.base_recorded, after_seq)
             else:
                 at = (0, 0)
-            at = (max(opening.first_seq, at[0]), max(opening.base_recorded, at[1]))
-            for group in self._chunk_groups(info, after_seq):
-                yield from _hole(at, group.first_seq, group.totals.recorded - group.count, after_seq)
-                at = (group.last_seq + 1, max(at[1], group.totals.recorded))
-                if group.last_seq > after_seq:
-                    yield _stored(group, after_seq)
+            at = (max(info.first_seq, at[0]), max(info.base_recorded, at[1]))
+            for frame in self._frames(info, after_seq):
+                yield from _hole(at, frame.first_seq, frame.before, after_seq)
+                at = (frame.last_seq + 1, max(at[1], frame.recorded))
+                if frame.count and frame.last_seq > after_seq:
+                    yield _stored(frame, after_seq)
 
-    def _chunk_groups(self, info: ChunkInfo, after_seq: int) -> Iterator[RecordGroup]:
-        """The readable groups of one chunk, from the one before `after_seq + 1` on."""
-        with self._reading(info.path) as connection:
-            try:
-                start = start_of(connection, after_seq)
-            except sqlite3.DatabaseError:
-                start = 0
-            rows = readable_rows(connection, "record_group", "first_seq", RECORD_COLUMNS, start, info.bound_seq)
-            for row in rows:
+    def _recorded_upto(self, instance: str, segments: list[SegmentInfo], seq: int) -> int:
+        """How many records with numbers up to `seq` were recorded; those that retention took count as one lump."""
+        at = files.read_retired(files.slot_dir(self.root, instance))
+        if seq < at[0]:
+            return at[1]
+        for info in segments:
+            if info.first_seq > seq:
+                return info.base_recorded - missing_between(at, info.first_seq, info.base_recorded, seq)
+            at = (info.first_seq, info.base_recorded)
+            if info.bound_seq <= seq:
+                continue
+            for frame in self._frames(info, seq):
+                if frame.first_seq > seq:
+                    return frame.before - missing_between(at, frame.first_seq, frame.before, seq)
+                if frame.last_seq >= seq:
+                    return frame.before + seq - frame.first_seq + 1
+                at = (frame.last_seq + 1, max(at[1], frame.recorded))
+        return at[1]
+
+    def _open_calls(self, info: SegmentInfo, upto_commit: int) -> int:
+        """Intents of the newest segment that nothing has closed; those open at its beginning stand in its first."""
+        known = self._known[info.path]
+        for frame in self._from(info, known, known.folded):
+            if frame.commit_number > upto_commit:
+                break
+            if frame.commit_number <= known.folded.seen:
+                continue
+            if frame.flags & BEGINS:
+                known.open.clear()
+            for line in frame.intents:
                 try:
-                    yield RecordGroup.read(row)
-                except (SpoolDamaged, ValueError):
-                    continue  # the next row's `recorded` tells
+                    known.open.add(intent_id(line))
+                except ValueError:
+                    continue  # told by `verify`
+            known.open.difference_update(frame.closes)
+            known.folded = Place(0, frame.offset, frame.commit_number)
+        return len(known.open)
 
-    def _chunks(self, instance: str) -> list[ChunkInfo]:
+    # Frames
+
+    def _last(self, instance: str) -> tuple[SegmentInfo, Frame] | None:
+        """The last commit that counts, and its segment."""
+        for info in reversed(self._segments(instance)):
+            known = self._known[info.path]
+            found = None
+            if known.sealed and info.bound_commit == NO_BOUND:
+                found = self._file(info.path, known).seal()
+            if found is None:
+                for frame in self._from(info, known, known.tail or _START):
+                    found = frame
+            if found is not None:
+                return info, found
+        return None
+
+    def _frames(self, info: SegmentInfo, after_seq: int) -> Iterator[Frame]:
+        """The frames of one segment that count, from the one that holds `after_seq` or one before it on."""
+        known = self._known[info.path]
+        start = _START
+        at = bisect_right(known.places, after_seq + 1, key=lambda place: place.first_seq)
+        if at:
+            start = known.places[at - 1]
+        if known.tail is not None and start.first_seq < known.tail.first_seq <= after_seq + 1:
+            start = known.tail
+        yield from self._from(info, known, start)
+
+    def _from(self, info: SegmentInfo, known: _Known, start: Place) -> Iterator[Frame]:
+        try:
+            file = self._file(info.path, known)
+        except FileNotFoundError:
+            return  # retired just now
+        if info.newest and not known.sealed:
+            known.sealed = file.seal() is not None
+        confirmed = NO_BOUND
+        if info.newest and not known.sealed:
+            # Before the frames: what is confirmed later may be seen or not, what is seen is confirmed.
+            mark = CommitMark.read(info.path.parent)
+            confirmed = -1 if mark is None else mark.commit_number
+        seen = start.seen
+        waiting: Frame | None = None
+        for item in file.frames(start.offset, seen=seen, enough=confirmed if 0 <= confirmed < NO_BOUND else None):
+            if not isinstance(item, Frame) or item.commit_number < seen:
+                continue
+            if item.commit_number >= info.bound_commit:
+                return
+            if waiting is not None:
+                yield waiting
+                waiting = None
+            self._remember(known, item, seen)
+            seen = item.commit_number
+            if item.commit_number <= confirmed:
+                yield item
+            else:
+                waiting = item
+
+    def _remember(self, known: _Known, frame: Frame, seen: int) -> None:
+        place = Place(frame.first_seq, frame.offset, seen)
+        if not known.places or frame.offset >= known.places[-1].offset + _PLACES_EVERY:
+            known.places.append(place)
+        if known.tail is None or frame.offset > known.tail.offset:
+            known.tail = place
+
+    # Files
+
+    def _segments(self, instance: str) -> list[SegmentInfo]:
         slot = files.slot_dir(self.root, instance)
-        begun: list[tuple[Path, int, Opening]] = []
-        for number in files.chunk_numbers(slot):
-            path = files.chunk_path(slot, number)
-            opening = self._opening(path)
-            if opening is not None:
-                begun.append((path, number, opening))
-        found: list[ChunkInfo] = []
-        bound = NO_BOUND
-        for path, number, opening in reversed(begun):
-            found.append(ChunkInfo(path, number, opening, bound))
-            if opening.first_seq > 0:
-                bound = min(bound, opening.first_seq)
+        inodes = files.segment_inodes(slot)
+        paths = {files.segment_path(slot, number): number for number in inodes}
+        for path in [path for path in self._known if path.parent == slot and path not in paths]:
+            self._forget(path)
+        begun: list[tuple[Path, int, tuple[int, int, int]]] = []
+        for path, number in paths.items():
+            known = self._known.get(path)
+            if known is None or known.inode != inodes[number]:
+                self._forget(path)
+                known = self._known[path] = _Known(inodes[number])
+            if known.first is None:
+                self._begin(path, known, newest=number == max(inodes))
+            if known.first is not None:
+                begun.append((path, number, known.first))
+        found: list[SegmentInfo] = []
+        bound_seq = bound_commit = NO_BOUND
+        for path, number, (first_seq, base, commit) in reversed(begun):
+            found.append(SegmentInfo(path, number, first_seq, base, bound_seq, bound_commit, not found))
+            bound_seq, bound_commit = min(bound_seq, first_seq), min(bound_commit, commit)
         found.reverse()
         return found
 
-    def _opening(self, path: Path) -> Opening | None:
-        """Fixed once a chunk has begun, so asked only once; None for one made ahead."""
-        known = self._openings.get(path)
-        if known is not None:
-            return known
+    def _begin(self, path: Path, known: _Known, *, newest: bool) -> None:
+        """Find out where a segment begins. Fixed once it has begun, so asked only once."""
         try:
-            with self._reading(path) as connection:
-                first_seq, base = meta(connection, "first_seq"), meta(connection, "base_recorded")
-        except SpoolError:
-            return None  # being made, just retired, or damaged: what follows tells what is missing
-        if first_seq is None:
-            return None
-        opening = self._openings[path] = Opening(int(first_seq), int(base))
-        return opening
+            file = self._file(path, known)
+        except FileNotFoundError:
+            return
+        if newest and file.is_ahead():
+            return
+        known.sealed = file.seal() is not None
+        for item in file.frames():
+            if isinstance(item, Frame):
+                known.first = (item.first_seq, item.before, item.commit_number)
+                return
 
-    def _reading(self, path: Path) -> _Reading:
-        return _Reading(self, path)
-
-    def _connection(self, path: Path) -> sqlite3.Connection:
-        """A kept connection while the name still means the same file, else a new one."""
-        try:
-            inode = path.stat().st_ino
-        except OSError as error:
-            self._openings.pop(path, None)
-            self._forget(path)
-            raise files.translate(error, f"cannot read {path}") from error
-        kept = self._kept.get(path)
-        if kept is not None and kept[0] == inode:
-            self._kept.move_to_end(path)
-            return kept[1]
-        self._forget(path)
-        connection = recovery.open_read_only(path)
-        self._kept[path] = (inode, connection)
-        while len(self._kept) > _CONNECTIONS_KEPT:
-            self._kept.popitem(last=False)[1][1].close()
-        return connection
+    def _file(self, path: Path, known: _Known) -> SegmentFile:
+        """Raises `FileNotFoundError` where the name is gone or means another file by now."""
+        key = (path, known.inode)
+        file = self._files.get(key)
+        if file is None:
+            try:
+                file = SegmentFile(path)
+            except SpoolError as error:
+                if isinstance(error.__cause__, FileNotFoundError):
+                    raise FileNotFoundError(path) from None
+                raise
+            if file.inode != known.inode:
+                file.close()
+                raise FileNotFoundError(path)
+            self._files[key] = file
+            while len(self._files) > _FILES_KEPT:
+                self._files.popitem(last=False)[1].close()
+        else:
+            self._files.move_to_end(key)
+        return file
 
     def _forget(self, path: Path) -> None:
-        kept = self._kept.pop(path, None)
-        if kept is not None:
-            kept[1].close()
+        known = self._known.pop(path, None)
+        if known is not None and (file := self._files.pop((path, known.inode), None)) is not None:
+            file.close()
 
 
-class _Reading:
-    """A kept connection for a moment; `sqlite3` errors leave as the spool's."""
-
-    __slots__ = ("_path", "_reader")
-
-    def __init__(self, reader: SpoolReader, path: Path) -> None:
-        self._reader = reader
-        self._path = path
-
-    def __enter__(self) -> sqlite3.Connection:
-        return self._reader._connection(self._path)
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(error, sqlite3.Error):
-            self._reader._forget(self._path)
-            raise translate(error, self._path) from error
+def newest_commit_ns(path: Path) -> int | None:
+    """When the last commit of a sealed segment was; None where it is not sealed or cannot be read."""
+    try:
+        with SegmentFile(path) as file:
+            seal = file.seal()
+    except SpoolError:
+        return None
+    return None if seal is None else seal.committed_ns
 
 
-def _stored(group: RecordGroup, after_seq: int) -> StoredGroup:
-    lines = tuple(group.body.split(b"\n"))
-    had = max(after_seq - group.first_seq + 1, 0)
+def missing_between(at: tuple[int, int], first_seq: int, recorded: int, after_seq: int) -> int:
+    """How many records beyond `after_seq` should stand between `at` and `first_seq`, with `recorded` before it.
+
+    `at`: the next number, and how many were recorded before it.
+    """
+    # Of a hole that `after_seq` lies in, what was read before the damage came is not missing.
+    return max(min(recorded - at[1], first_seq - 1 - after_seq), 0)
+
+
+def _stored(frame: Frame, after_seq: int) -> StoredGroup:
+    had = max(after_seq - frame.first_seq + 1, 0)
     return StoredGroup(
-        first_seq=group.first_seq + had,
-        last_seq=group.last_seq,
-        lines=lines[had:] if had else lines,
-        salvaged=group.salvaged,
-        committed_ns=group.totals.committed_ns,
+        first_seq=frame.first_seq + had,
+        last_seq=frame.last_seq,
+        lines=tuple(frame.lines[had:]),
+        salvaged=frame.salvaged,
+        committed_ns=frame.committed_ns,
     )
 
 
-def _hole(at: Place, first_seq: int, recorded: int, after_seq: int) -> Iterator[StoredGroup]:
+def _hole(at: tuple[int, int], first_seq: int, recorded: int, after_seq: int) -> Iterator[StoredGroup]:
     """The records that should stand between `at` and `first_seq`, where there are any."""
     missing = missing_between(at, first_seq, recorded, after_seq)
     if missing:

@@ -26,8 +26,7 @@ from sidecar.model.exchange import Exchange, Release
 from sidecar.model.record import encode
 from sidecar.model.record_id import CHANCE_BYTES, Ids
 from sidecar.settings import Durability, OnSpoolFull
-from sidecar.spool.intents import encode_intent
-from sidecar.spool.words import Batch, Health, State, Tally
+from sidecar.spool.types import Batch, Health, State, Tally, encode_intent
 
 log = logging.getLogger("sidecar.recorder")
 

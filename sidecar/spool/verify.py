@@ -1,22 +1,19 @@
-"""The recount: what the rows themselves say, beside what the totals say.
+"""The recount: what the frames themselves say, beside what the totals say.
 
-Reads every chunk of a slot, checks every group against its checksum, its lines against their numbers, and the
-cumulative totals of every row against the rows before it. Changes nothing and may run beside the writer.
+Reads every segment of a slot, every frame against its checksum, its lines against their numbers, and the cumulative
+totals of each against those before it. Changes nothing and may run beside the writer.
 """
 
 from __future__ import annotations
 
-import sqlite3
 from dataclasses import dataclass
-from typing import Any
 
 import orjson
 
 from sidecar.spool import files
-from sidecar.spool.groups import INTENT_COLUMNS, RECORD_COLUMNS, IntentGroup, RecordGroup
-from sidecar.spool.reader import ChunkInfo, SpoolReader
-from sidecar.spool.recovery import reading
-from sidecar.spool.words import SpoolDamaged, SpoolError, SpoolTotals
+from sidecar.spool.reader import SegmentInfo, SpoolReader
+from sidecar.spool.segment import Frame, Hole, SegmentFile
+from sidecar.spool.types import SpoolError, SpoolTotals, intent_id
 
 # Enough to see what is wrong; a broken disk would fill the screen.
 _PROBLEMS_MAX = 50
@@ -27,10 +24,10 @@ class SlotReport:
     """One slot, recounted. It is in order when `problems` is empty."""
 
     instance: str
-    chunks: int
+    segments: int
     groups: int
-    records: int  # rows recounted
-    before: int  # recorded in chunks that retention took
+    records: int  # recounted
+    before: int  # recorded in segments that retention took
     missing: int  # recorded once, no longer readable
     totals: SpoolTotals  # as stored with the last commit
     problems: tuple[str, ...]
@@ -42,13 +39,14 @@ class SlotReport:
 
 @dataclass(slots=True)
 class _Count:
-    """Carried from row to row."""
+    """Carried from frame to frame."""
 
     groups: int = 0
     records: int = 0
     missing: int = 0
     recorded: int = 0
     last_seq: int = 0
+    commit_number: int = 0
 
 
 def verify(reader: SpoolReader) -> list[SlotReport]:
@@ -58,17 +56,17 @@ def verify(reader: SpoolReader) -> list[SlotReport]:
 
 def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
     """Recount one slot."""
-    # Totals first: rows that are committed while we count may only add to them.
+    # Totals first: what is committed while we count may only add to them.
     totals = reader.totals(instance)
-    chunks = reader.chunks(instance)
+    segments = reader.segments(instance)
     problems: list[str] = []
     _, before = files.read_retired(files.slot_dir(reader.root, instance))
     count = _Count(recorded=before)
-    for info in chunks:
-        _count_chunk(info, instance, count, problems, totals.recorded)
+    for info in segments:
+        _count_segment(info, instance, count, problems, totals.recorded)
     recounted = before + count.records + count.missing
     if recounted != totals.recorded:
-        problems.append(f"the rows hold {recounted} records, the totals say {totals.recorded}")
+        problems.append(f"the segments hold {recounted} records, the totals say {totals.recorded}")
     if not totals.holds:
         lost = sum(totals.lost.values())
         problems.append(
@@ -76,7 +74,7 @@ def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
         )
     return SlotReport(
         instance=instance,
-        chunks=len(chunks),
+        segments=len(segments),
         groups=count.groups,
         records=count.records,
         before=before,
@@ -86,45 +84,56 @@ def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
     )
 
 
-def _count_chunk(info: ChunkInfo, instance: str, count: _Count, problems: list[str], upto_recorded: int) -> None:
+def _count_segment(info: SegmentInfo, instance: str, count: _Count, problems: list[str], upto_recorded: int) -> None:
     name = info.path.name
-    base = info.opening.base_recorded
+    base = info.base_recorded
     if base != count.recorded:
         problems.append(f"{name}: {base - count.recorded} records before it cannot be read")
         count.missing += max(base - count.recorded, 0)
     count.recorded = base
+    count.commit_number = 0
     try:
-        with reading(info.path) as connection:
-            _check_intents(connection, name, problems)
-            rows = connection.execute(
-                f"SELECT {RECORD_COLUMNS} FROM record_group WHERE first_seq < ? AND recorded <= ? ORDER BY first_seq",
-                (info.bound_seq, upto_recorded),
-            )
-            for row in rows:
-                _count_row(row, name, instance, count, problems)
-    except (SpoolError, sqlite3.Error) as error:
+        with SegmentFile(info.path) as file:
+            if file.damaged is not None:
+                problems.append(f"{name}: {file.damaged}")
+            sealed = file.seal() is not None
+            for item in file.frames():
+                if isinstance(item, Hole):
+                    # At the end of a segment that is being written it is the next commit.
+                    if sealed or not info.newest or not item.torn:
+                        problems.append(f"{name}: bytes {item.offset} to {item.end} are no record")
+                elif item.commit_number >= info.bound_commit or item.recorded > upto_recorded:
+                    break
+                else:
+                    _count_frame(item, name, instance, count, problems)
+    except SpoolError as error:
         problems.append(f"{name}: {error}")
 
 
-def _count_row(row: tuple[Any, ...], name: str, instance: str, count: _Count, problems: list[str]) -> None:
-    try:
-        group = RecordGroup.read(row)
-    except (SpoolDamaged, ValueError) as error:
-        problems.append(f"{name}: {error}")
-        return
-    if group.first_seq <= count.last_seq:
-        problems.append(f"{name}: group {group.first_seq} repeats numbers up to {count.last_seq}")
-    before = group.totals.recorded - group.count
-    if before != count.recorded:
-        count.missing += max(before - count.recorded, 0)
-        problems.append(f"{name}: group {group.first_seq} follows {count.recorded} records and says {before}")
-    count.groups += 1
-    count.records += group.count
-    count.recorded = group.totals.recorded
-    count.last_seq = group.last_seq
-    for seq, line in enumerate(group.body.split(b"\n"), group.first_seq):
+def _count_frame(frame: Frame, name: str, instance: str, count: _Count, problems: list[str]) -> None:
+    if frame.count and frame.first_seq <= count.last_seq:
+        problems.append(f"{name}: group {frame.first_seq} repeats numbers up to {count.last_seq}")
+    if frame.commit_number > count.commit_number + 1 > 1:
+        problems.append(f"{name}: commits {count.commit_number + 1} to {frame.commit_number - 1} cannot be read")
+    count.commit_number = frame.commit_number
+    if frame.before != count.recorded:
+        count.missing += max(frame.before - count.recorded, 0)
+        problems.append(f"{name}: group {frame.first_seq} follows {count.recorded} records and says {frame.before}")
+    lines = frame.lines
+    if len(lines) != frame.count:
+        problems.append(f"{name}: group {frame.first_seq} holds {len(lines)} records and says {frame.count}")
+    count.groups += bool(lines)
+    count.records += len(lines)
+    count.recorded = frame.recorded
+    count.last_seq = max(frame.last_seq, count.last_seq)
+    for seq, line in enumerate(lines, frame.first_seq):
         if not _is_record(line, seq, instance):
             problems.append(f"{name}: number {seq} is not the record it should be")
+    for line in frame.intents:
+        try:
+            intent_id(line)
+        except ValueError as error:
+            problems.append(f"{name}: commit {frame.commit_number}: {error}")
 
 
 def _is_record(line: bytes, seq: int, instance: str) -> bool:
@@ -133,11 +142,3 @@ def _is_record(line: bytes, seq: int, instance: str) -> bool:
         return bool(row["seq"] == seq and row["instance"] == instance and row["id"])
     except (ValueError, KeyError, TypeError):
         return False
-
-
-def _check_intents(connection: sqlite3.Connection, name: str, problems: list[str]) -> None:
-    for row in connection.execute(f"SELECT {INTENT_COLUMNS} FROM intent_group ORDER BY commit_number"):
-        try:
-            IntentGroup.read(row)
-        except (SpoolDamaged, ValueError) as error:
-            problems.append(f"{name}: {error}")

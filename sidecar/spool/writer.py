@@ -1,13 +1,14 @@
-"""The one thread that writes: batches in, durable transactions out, in the order of arrival.
+"""The one thread that writes: batches in, durable commits out, in the order of arrival.
 
-Group commit: while one transaction runs, the next batches gather in the queue. What must always hold
+Group commit: while one commit runs, the next batches gather in the queue. What must always hold
 - A batch is handed back exactly once, after it is on disk; none is dropped, however long the disk takes nothing.
 - Batches are committed in order, so what a batch says of the intake's count is true of the disk once it is there.
-- A file that failed is not written again: what was unconfirmed goes to a new one (`Chunk` has the one exception).
+- A segment that failed is not written again: what was unconfirmed goes to a new one.
 - `recorded` is counted here, from the lines that were written, and nowhere else.
 
-Putting full chunks away and replacing broken ones is `house`'s; what goes into a transaction is worked out in `plan`.
-What may be let in, and how long an answer waits, is the recorder's.
+Whatever a commit should not wait for is done by `Maintenance` on a thread of its own: the next segment is made ahead,
+full ones are sealed, failed ones replaced by what they confirmed. What may be let in, and how long a response waits,
+is the recorder's.
 """
 
 from __future__ import annotations
@@ -17,29 +18,32 @@ import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 from sidecar.spool import files
-from sidecar.spool.chunk import PAGE_BYTES, Chunk
-from sidecar.spool.groups import IntentGroup, Opening
-from sidecar.spool.house import CreateChunk, House
-from sidecar.spool.plan import Plan, Position, make_plan
-from sidecar.spool.words import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
+from sidecar.spool.recovery import Position
+from sidecar.spool.segment import BEGINS, CommitMark, Confirmed, Group, Segment, repair
+from sidecar.spool.types import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")
 
-_LOG_FACTOR: Final = 2  # the log may be this many times `chunk_bytes` before the chunk is changed
-# How often to look whether the reserve and the chunk are still there: a commit takes 0.1 ms, so not before each.
+# How often to look whether the reserve and the segment are still there: a commit takes 0.1 ms, so not before each.
 _LOOK_S: Final = 0.1
 _START_BYTES: Final = 4 << 20  # left alone for the next start
 _LAST_TRY_S: Final = 2.0  # at the end: what may fit into the reserve's room is 64 MiB at most
+_RETRY_S: Final = 0.02  # between tries to seal segments while closing
+
+
+class CreateSegment(Protocol):
+    def __call__(self, path: Path, number: int, instance: str, *, allocate_bytes: int) -> Segment: ...
 
 
 @dataclass(slots=True, frozen=True)
 class Committed:
-    """What one transaction stored, for the loop."""
+    """What one commit stored, for the loop."""
 
     batches: tuple[Batch, ...]
     records: int
@@ -49,34 +53,74 @@ class Committed:
     last_seq: int
 
 
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """One commit, and what it changes in the calls that are open."""
+
+    group: Group
+    opened: dict[str, bytes]
+    closed: list[str]
+
+
+def make_plan(at: Position, batches: list[Batch], now_ns: int, *, begins: bool) -> Plan:
+    """One commit, worked out before the disk is asked. Changes nothing.
+
+    The lines of `batches` have consecutive numbers. `begins`: the segment's first, which restates what is open.
+    """
+    lines = [line for batch in batches for line in batch.lines]
+    opened = {id_: line for batch in batches for id_, line in batch.opens}
+    closed = [id_ for batch in batches for id_ in batch.closes]
+    if opened and closed:  # opened and closed inside one commit: nobody need ever know
+        both = opened.keys() & set(closed)
+        opened = {id_: line for id_, line in opened.items() if id_ not in both}
+        closed = [id_ for id_ in closed if id_ not in both]
+    origins = [origin for batch in batches for origin in batch.origins]
+    intents, closes = opened, closed
+    if begins:
+        gone = set(closed)
+        intents = {id_: line for id_, line in (at.open_intents | opened).items() if id_ not in gone}
+        closes, origins = [], [*at.origins.items(), *origins]
+    last = batches[-1]
+    group = Group(
+        commit_number=at.commit_number + 1,
+        first_seq=next((batch.first_seq for batch in batches if batch.lines), at.last_seq + 1),
+        committed_ns=now_ns,
+        admitted=last.admitted,
+        recorded=at.recorded + len(lines),
+        lines=lines,
+        intents=list(intents.values()),
+        lost=last.lost,
+        closes=closes,
+        origins=origins,
+        flags=BEGINS if begins else 0,
+    )
+    return Plan(group, opened, closed)
+
+
 class Writer:
-    """Owns the chunk being written. `store` may be called directly before `start`, never after."""
+    """Owns the segment being written. `store` may be called directly before `start`, never after."""
 
     def __init__(
-        self,
-        root: Path,
-        position: Position,
-        limits: Limits,
-        *,
-        create: CreateChunk = Chunk.create,
+        self, root: Path, position: Position, limits: Limits, *, create: CreateSegment = Segment.create
     ) -> None:
         self._at = position
-        self._open: dict[str, bytes] = dict(position.open_intents or {})
         self._limits = limits
         self._root = root
         self._reserve = files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes)
+        self._mark = CommitMark(files.slot_dir(root, position.instance))
         self._looked_s = 0.0
         self._queue: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
-        self._chunk: Chunk | None = None
-        self._chunk_log_bytes = 0
-        self._chunk_data_bytes = 0
-        self._chunk_since_s = 0.0
+        self._next: Batch | None = None  # taken from the queue, and not fit for the commit before
+        self._segment: Segment | None = None
+        self._segment_since_s = 0.0
         self._thread = threading.Thread(target=self._run, name="spool-writer", daemon=True)
         self._stopping = threading.Event()
         self._gave_up = False
         self._last_try = False
         self._report: Callable[[Committed], None] = lambda committed: None
-        self.house = House(root, position.instance, create, lambda: self.health.state is State.FULL)
+        self.maintenance = Maintenance(
+            root, position.instance, limits, create, disk_is_full=lambda: self.health.state is State.FULL
+        )
         self.health = Health()  # replaced as a whole, so any thread may read it
 
     @property
@@ -84,22 +128,17 @@ class Writer:
         return self._at
 
     @property
-    def open_intents(self) -> dict[str, bytes]:
-        """What the disk knows to be open: it is settled by the next start, and so not lost."""
-        return self._open
-
-    @property
     def submit(self) -> Callable[[Batch], None]:
         """Hand a batch over. Never waits."""
         return self._queue.put
 
     def start(self, report: Callable[[Committed], None]) -> None:
-        """From now on batches are committed on the thread; `report` is called there after each transaction."""
+        """From now on batches are committed on the thread; `report` is called there after each commit."""
         self._report = report
         self._thread.start()
 
     def stop(self) -> bool:
-        """Commit what was handed over, put the chunk away, end the threads. False: something could not be written."""
+        """Commit what was handed over, seal the segment, end the threads. False: something could not be written."""
         deadline_s = time.monotonic() + self._limits.stop_s
         if self._thread.ident is not None:
             self._queue.put(None)
@@ -108,46 +147,55 @@ class Writer:
             self._thread.join(max(self._limits.retry_s_max, _LAST_TRY_S))
         self._stopping.set()
         if self._thread.is_alive():  # a sync that does not come back
-            self.house.leave()
+            self.maintenance.leave()
             return False
-        if self._chunk is not None:
-            self.house.put_away(self._chunk)
-        self.house.stop(deadline_s)
+        if self._segment is not None:
+            self.maintenance.put_away(self._segment)
+        self.maintenance.stop(deadline_s)
+        self._mark.close()
         return not self._gave_up
 
     # The thread
 
     def _run(self) -> None:
         ending = False
-        while not ending:
-            first = self._queue.get()
+        while not ending or self._next is not None:
+            first = self._next or self._queue.get()
+            self._next = None
             if first is None:
                 break
-            batches, ending = self._gather(first)
+            batches, ending = self._gather(first, ending)
             started_s = time.perf_counter()
-            plan = self._store_until_done(batches)
-            if plan is None:
+            group = self._store_until_done(batches)
+            if group is None:
                 return
             took_s = time.perf_counter() - started_s
+            size = sum(map(len, group.lines))
             self._report(
-                Committed(tuple(batches), plan.records, plan.size_bytes, took_s, self._at.recorded, self._at.last_seq)
+                Committed(tuple(batches), len(group.lines), size, took_s, self._at.recorded, self._at.last_seq)
             )
 
-    def _gather(self, first: Batch) -> tuple[list[Batch], bool]:
-        """All that is waiting, up to one transaction's size; and whether the end was met."""
+    def _gather(self, first: Batch, ending: bool) -> tuple[list[Batch], bool]:
+        """What is waiting, up to one commit's size and as long as its numbers have no gap; whether the end was met."""
         batches, size = [first], first.size_bytes
-        while size < self._limits.transaction_bytes:
+        next_seq = first.first_seq + len(first.lines) if first.lines else None
+        while size < self._limits.transaction_bytes and not ending:
             try:
                 batch = self._queue.get_nowait()
             except queue.Empty:
-                return batches, False
+                break
             if batch is None:
                 return batches, True
+            if batch.lines:
+                if next_seq is not None and batch.first_seq != next_seq:
+                    self._next = batch
+                    break
+                next_seq = batch.first_seq + len(batch.lines)
             batches.append(batch)
             size += batch.size_bytes
-        return batches, False
+        return batches, ending
 
-    def _store_until_done(self, batches: list[Batch]) -> Plan | None:
+    def _store_until_done(self, batches: list[Batch]) -> Group | None:
         """Try for as long as it takes; None when we are stopping and it did not work."""
         wait_s = self._limits.retry_s_min
         while True:
@@ -173,68 +221,61 @@ class Writer:
             log.error("records wait in memory: %s", error)
             self.health = health
 
-    def store(self, batches: list[Batch]) -> Plan:
-        """One try at one transaction. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
+    def store(self, batches: list[Batch]) -> Group:
+        """One try at one commit. Raises `SpoolFull` or `SpoolFailed`; then nothing of it counts."""
         self._look()
-        plan = make_plan(self._at, batches, self._limits.group_bytes, time.time_ns())
-        chunk = self._chunk or self._take_chunk()
-        opening = None
-        if chunk.opening is None:
-            opening = Opening(plan.first_seq, self._at.recorded)
-        intents = plan.intents(self._open, restate=opening is not None)
+        self._look_for_room()
+        segment = self._segment or self._take_segment()
+        plan = make_plan(self._at, batches, time.time_ns(), begins=not segment.begun)
         try:
-            chunk.write(plan.groups, intents, opening)
+            segment.append(plan.group)
         except SpoolFull:
             self._reserve.give_up()
+            if segment.broken:
+                self._abandon(segment)
             raise
         except SpoolError:
-            self._abandon(chunk)
+            self._abandon(segment)
             raise
-        self._confirm(plan, intents)
+        self._confirm(segment, plan)
         if self.health.state is not State.OK:
             log.warning("the spool writes again")
             self.health = Health()
-            self.house.retry()
-        return plan
+            self.maintenance.retry()
+        return plan.group
 
-    def _confirm(self, plan: Plan, intents: IntentGroup | None) -> None:
-        """It is on disk: move on, and change the chunk when it is full or old."""
-        at, totals = self._at, plan.totals
-        at.commit_number, at.last_seq = totals.commit_number, plan.last_seq
-        at.admitted, at.recorded, at.lost = totals.admitted, totals.recorded, totals.lost
-        self._open.update(plan.opened)
+    def _confirm(self, segment: Segment, plan: Plan) -> None:
+        """It is on disk: say so, move on, and change the segment when it is full or old."""
+        group = plan.group
+        self._mark.write(Confirmed(segment.number, group.commit_number, group.last_seq, group.recorded))
+        at = self._at
+        at.commit_number, at.last_seq = group.commit_number, group.last_seq
+        at.admitted, at.recorded, at.lost = group.admitted, group.recorded, dict(group.lost)
+        at.open_intents.update(plan.opened)
         for id_ in plan.closed:
-            self._open.pop(id_, None)
-        size = plan.size_bytes + (sum(map(len, intents.lines)) if intents is not None else 0)
-        self._chunk_data_bytes += size
-        self._chunk_log_bytes += _log_bytes(size, len(plan.groups) + (intents is not None))
+            at.open_intents.pop(id_, None)
+        at.note_origins(group.origins)
         limits = self._limits
-        if (
-            self._chunk_data_bytes >= limits.chunk_bytes
-            or self._chunk_log_bytes >= limits.chunk_bytes * _LOG_FACTOR
-            or time.monotonic() - self._chunk_since_s >= limits.chunk_age_s
-        ):
-            full, self._chunk = self._chunk, None
-            if full is not None:
-                self.house.put_away(full)
-        elif not self.house.has_ahead and self._chunk_log_bytes >= limits.chunk_bytes // 2:
-            self.house.order(self._next_number())
+        if segment.end >= limits.segment_bytes or time.monotonic() - self._segment_since_s >= limits.segment_age_s:
+            self._segment = None
+            self.maintenance.put_away(segment)
+        elif not self.maintenance.has_ahead and segment.end >= limits.segment_bytes // 2:
+            self.maintenance.order(self._next_number())
 
-    def _take_chunk(self) -> Chunk:
-        """The chunk that was made ahead, or one made now."""
+    def _take_segment(self) -> Segment:
+        """The segment that was made ahead, or one made now."""
         try:
-            chunk = self.house.take() or self.house.make(self._next_number())
+            segment = self.maintenance.take() or self.maintenance.make(self._next_number())
         except SpoolFull:
             self._reserve.give_up()
             raise
-        self._chunk = chunk
-        self._chunk_data_bytes = self._chunk_log_bytes = 0
-        self._chunk_since_s = time.monotonic()
-        return chunk
+        self._segment = segment
+        self._segment_since_s = time.monotonic()
+        return segment
 
     def _next_number(self) -> int:
-        self._at.chunk_number += 1
-        return self._at.chunk_number
+        self._at.segment_number += 1
+        return self._at.segment_number
 
     def _look(self) -> None:
         """Records may not use the reserve's room: where it was given up it has to be made again first.
@@ -245,12 +286,9 @@ class Writer:
         if self.health.state is State.OK and now_s - self._looked_s < _LOOK_S:
             return
         self._looked_s = now_s
-        if not self._root.is_dir():
-            # Before anything else: whatever fails next in a directory that is not there says nothing of the reason.
-            self._let_go()
-            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
-        if self._chunk is not None and not self._chunk.path.exists():
-            path = self._chunk.path
+        self._look_for_root()
+        if self._segment is not None and not self._segment.path.exists():
+            path = self._segment.path
             self._let_go()
             raise SpoolFailed(f"{path} is not there: {REMOVED}")
         if self._last_try:
@@ -266,21 +304,167 @@ class Writer:
         elif not self._reserve.present and not self._reserve.restore():
             raise self._reserve.missing()
 
+    def _look_for_root(self) -> None:
+        """Before anything else: whatever fails next in a directory that is not there says nothing of the reason."""
+        if not self._root.is_dir():
+            self._let_go()
+            raise SpoolFailed(f"{self._root} is not there: {REMOVED}")
+
+    def _look_for_room(self) -> None:
+        """Before each commit. The segment may have room that was taken ahead, but delivery has none then: it waits for
+        the reserve to be given up, and nobody else notices that the disk is full."""
+        limits = self._limits
+        if self._last_try or not limits.reserve_bytes or self._reserve.room() >= limits.allocate_bytes:
+            return
+        self._look_for_root()
+        self._reserve.give_up()
+        raise SpoolFull(
+            f"no room is left on the disk of {self._root}: free some; records wait in memory until there is"
+        )
+
     def _let_go(self) -> None:
-        """Our files are gone: SQLite would go on writing into what nobody can open any more, also into the chunk that
-        was made ahead. Closed now, while no other file stands in their place: it takes a log away by its name."""
-        gone, self._chunk = self._chunk, None
+        """Our files are gone: what is written to them from now on can be opened by nobody, also in the segment that
+        was made ahead."""
+        gone, self._segment = self._segment, None
         if gone is not None:
             gone.close()
-        self.house.let_go()
+        self._mark.close()
+        self.maintenance.let_go()
 
-    def _abandon(self, chunk: Chunk) -> None:
-        """A file that failed: leave it; what it confirmed is copied out of it, off this thread."""
-        self._chunk = None
-        log.error("a chunk failed and is not written again", extra={"facts": {"chunk": str(chunk.path)}})
-        self.house.replace(chunk, self._at.last_seq)
+    def _abandon(self, segment: Segment) -> None:
+        """A segment that failed: leave it; what it confirmed is copied out of it, off this thread."""
+        self._segment = None
+        log.error("a segment failed and is not written again", extra={"facts": {"segment": str(segment.path)}})
+        self.maintenance.replace(segment, self._at.commit_number)
 
 
-def _log_bytes(size_bytes: int, rows: int) -> int:
-    """About how much a transaction adds to the log: its full pages, one begun page and one parent a row."""
-    return (size_bytes // PAGE_BYTES + 2 * rows) * PAGE_BYTES
+class Maintenance:
+    """The segments of one slot that nobody writes, on a thread of their own.
+
+    A segment belongs to the writer until it is handed in here, and to this thread from then on.
+    """
+
+    def __init__(
+        self, root: Path, instance: str, limits: Limits, create: CreateSegment, *, disk_is_full: Callable[[], bool]
+    ) -> None:
+        self._disk_is_full = disk_is_full
+        self._root = root
+        self._instance = instance
+        self._limits = limits
+        self._create = create
+        self._ahead: Future[Segment] | None = None
+        self._unsealed: list[Segment] = []  # only the thread touches it
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="spool-maintenance")
+
+    # For the writer
+
+    @property
+    def has_ahead(self) -> bool:
+        return self._ahead is not None
+
+    def order(self, number: int) -> None:
+        """Have the next segment made."""
+        self._ahead = self._thread.submit(self.make, number)
+
+    def take(self) -> Segment | None:
+        """The segment that was ordered, if it was and could be made."""
+        ahead, self._ahead = self._ahead, None
+        try:
+            return None if ahead is None else ahead.result()
+        except SpoolError as error:
+            log.warning("the next segment could not be made ahead: %s", error)
+            return None
+
+    def let_go(self) -> None:
+        """Forget the segment that was ordered: its file is gone, or will be."""
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            self._thread.submit(self._discard, ahead)
+
+    def make(self, number: int) -> Segment:
+        """A new segment, at once. Raises `SpoolError`."""
+        path = files.segment_path(files.slot_dir(self._root, self._instance), number)
+        step = min(self._limits.allocate_bytes, self._limits.segment_bytes)
+        return self._create(path, number, self._instance, allocate_bytes=step)
+
+    def put_away(self, segment: Segment) -> None:
+        """Nothing more will be written to it: seal it; one that was never begun is removed."""
+        self._thread.submit(self._seal if segment.begun else self._drop, segment)
+
+    def replace(self, segment: Segment, upto_commit: int) -> None:
+        """It failed: copy out what was confirmed, which is nothing where it failed at its first commit."""
+        if segment.begun:
+            self._thread.submit(self._replace, segment, upto_commit)
+        else:
+            self._thread.submit(self._drop, segment)
+
+    def retry(self) -> None:
+        """There is room again: seal what had to wait."""
+        self._thread.submit(self._seal_all)
+
+    def stop(self, deadline_s: float) -> None:
+        """Finish what was ordered, as far as the disk lets us until then (monotonic time)."""
+        self.let_go()
+        self._thread.submit(self._seal_rest, deadline_s)
+        self._thread.shutdown(wait=True)
+
+    def leave(self) -> None:
+        """Do not wait: a file that is still being written cannot be touched."""
+        self._thread.shutdown(wait=False)
+
+    def quiet(self) -> None:
+        """Wait until all that was ordered so far is done."""
+        self._thread.submit(int).result()
+
+    # On the thread
+
+    def _seal(self, segment: Segment) -> None:
+        self._unsealed.append(segment)
+        self._seal_all()
+
+    def _seal_all(self) -> None:
+        if self._disk_is_full():
+            return  # the room that is left is delivery's; a segment that is not sealed holds everything as well
+        waiting, self._unsealed = self._unsealed, []
+        for segment in waiting:
+            upto = segment.commit_number
+            try:
+                segment.seal()
+            except SpoolError as error:
+                if isinstance(error, SpoolFull) and not segment.broken:
+                    self._unsealed.append(segment)  # tried again with the next one, or when there is room
+                    continue
+                log.error("a full segment could not be sealed: %s", error)
+                self._replace(segment, upto)
+
+    def _seal_rest(self, deadline_s: float) -> None:
+        """At the end: what still cannot be sealed is dealt with by the next start."""
+        self._seal_all()
+        while self._unsealed and time.monotonic() < deadline_s:
+            time.sleep(_RETRY_S)
+            self._seal_all()
+        for segment in self._unsealed:
+            segment.close()
+
+    def _replace(self, segment: Segment, upto_commit: int) -> None:
+        try:
+            segment.close()
+            done = repair(self._root, self._instance, segment.path, segment.number, upto=upto_commit)
+            facts = {"set_aside": str(done.set_aside), "records_salvaged": done.records}
+            log.error("a segment that failed was set aside", extra={"facts": facts})
+        except (SpoolError, OSError) as error:
+            # Readers go on reading it where it is; the next start tries again.
+            log.error("what a failed segment holds could not be copied out yet: %s", error)
+
+    def _drop(self, segment: Segment) -> None:
+        try:
+            segment.close()
+            segment.path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("an unused segment could not be removed: %s", error)
+
+    def _discard(self, ahead: Future[Segment]) -> None:
+        try:
+            self._drop(ahead.result())
+        except SpoolError:
+            return

@@ -1,7 +1,7 @@
 """What the spool takes: `PYTHONPATH=.:tests python tests/bench/spool.py [records]`. Bounded; asserts nothing.
 
 Records a second appended in groups with fsync, time to be ready with all of them pending, the event loop's share of a
-call in both modes, and the latency of a commit over changes of chunk.
+call in both modes, and the latency of a commit over changes of segment.
 """
 
 from __future__ import annotations
@@ -89,11 +89,11 @@ async def loop_share(root: Path, mode: str, calls: int = 40_000, a_turn: int = 3
     print(f"{mode}: {took_s / calls * 1e6:.1f} µs of the loop a call, {encoding_s / calls * 1e6:.1f} of them encoding")
 
 
-async def latency(root: Path, chunk_bytes: int, calls: int = 10_000) -> None:
+async def latency(root: Path, segment_bytes: int, calls: int = 10_000) -> None:
     took: list[float] = []
     told = Told()
     async with (
-        Spool.open(root, limits=Limits(chunk_bytes=chunk_bytes), metrics=told) as spool,
+        Spool.open(root, limits=Limits(segment_bytes=segment_bytes), metrics=told) as spool,
         SpoolRecorder(spool, Told()) as recorder,
     ):
         for _ in range(calls):
@@ -103,9 +103,9 @@ async def latency(root: Path, chunk_bytes: int, calls: int = 10_000) -> None:
             recorder.complete(exchange, released.set_result)
             await released
             took.append(time.perf_counter() - started_s)
-        await asyncio.to_thread(spool._writer.house.quiet)
-        chunks = spool._writer.position.chunk_number
-    print(f"one call at a time over {chunks} chunks: {quantiles(took)}")
+        await asyncio.to_thread(spool._writer.maintenance.quiet)
+        segments = spool._writer.position.segment_number
+    print(f"one call at a time over {segments} segments: {quantiles(took)}")
     print(f"  its commits alone: {quantiles([seconds for _, _, seconds in told.commits])}")
 
 
@@ -127,8 +127,8 @@ def main(records: int) -> None:
         ready(Path(base, "append"))
         for mode in ("buffered", "committed"):
             asyncio.run(loop_share(Path(base, mode), mode))
-        for chunk_mib in (64, 8):
-            asyncio.run(latency(Path(base, f"latency-{chunk_mib}"), chunk_mib << 20))
+        for segment_mib in (64, 8):
+            asyncio.run(latency(Path(base, f"latency-{segment_mib}"), segment_mib << 20))
         appended_and_synced(Path(base, "plain"))
 
 

@@ -345,8 +345,8 @@ async def test_the_recount_agrees_through_redrive_adoption_and_other_backends(tm
 
 
 async def test_the_recount_agrees_after_retention(tmp_path: Path) -> None:
-    """Chunks that are delivered go, and what was counted of them stays: over a kill, and a redrive after it."""
-    count, small = 20_000, Limits(chunk_bytes=1 << 20)
+    """Segments that are delivered go, and what was counted of them stays: over a kill, and a redrive after it."""
+    count, small = 20_000, Limits(segment_bytes=1 << 20)
     async with tiny_upstream() as upstream, watching() as (receiver, url):
         settings = {
             "SIDECAR_BACKENDS": "ledger,webhook",
@@ -355,13 +355,13 @@ async def test_the_recount_agrees_after_retention(tmp_path: Path) -> None:
         }
         async with with_pending(tmp_path, upstream, count, small, **settings) as (whole, ids):
             (slot,) = (path for path in (whole.data_dir / "spool").iterdir() if path.is_dir())
-            chunks = sorted(slot.glob("*.db"))
-            assert len(chunks) > 2
+            segments = sorted(slot.glob("*.seg"))
+            assert len(segments) > 2
 
             async def agrees() -> dict[str, Any]:
                 balance = await whole.settled(limit_s=60)
                 assert balance["holds"], balance
-                await until(lambda: not any(path.exists() for path in chunks[:-1]), limit_s=60)
+                await until(lambda: not any(path.exists() for path in segments[:-1]), limit_s=60)
                 assert await whole.get("/balance") == balance
                 for command in (["spool", "verify"], ["balance"]):
                     code, out, err = await whole.command(*command)

@@ -61,14 +61,14 @@ class Child:
         *,
         clients: int = 8,
         durability: str = "committed",
-        chunk_bytes: int = SMALL.chunk_bytes,
+        segment_bytes: int = SMALL.segment_bytes,
         env: dict[str, str] | None = None,
     ) -> None:
         self.said: dict[str, list[str]] = {"A": [], "I": [], "R": [], "B": []}
         self.changed = threading.Condition()
-        paths = os.pathsep.join([str(CHILD.parent), str(CHILD.parent.parent)])
+        paths = os.pathsep.join(str(path) for path in CHILD.parents[:3])
         self.process = subprocess.Popen(
-            [sys.executable, str(CHILD), str(root), str(seed), str(clients), durability, str(chunk_bytes)],
+            [sys.executable, str(CHILD), str(root), str(seed), str(clients), durability, str(segment_bytes)],
             stdout=subprocess.PIPE,
             env=os.environ | {"PYTHONPATH": paths} | (env or {}),
         )
@@ -162,7 +162,7 @@ def test_one_open_stream_on_an_idle_spool_then_a_kill(tmp_path: Path, child: typ
 
 
 def test_a_kill_while_it_opens(tmp_path: Path, child: type[Child]) -> None:
-    """Opening recovers, settles and begins a chunk; a kill anywhere in it changes nothing for the next."""
+    """Opening recovers, settles and begins a segment; a kill anywhere in it changes nothing for the next."""
     first = child(tmp_path, SEED)
     first.wait_until_said("R", 50)
     first.kill()
@@ -194,13 +194,13 @@ def test_a_sync_that_fails_once_then_a_kill(tmp_path: Path, child: type[Child], 
     root.mkdir()
     order = tmp_path / "fail"
     running = child(root, SEED, env=shim | {"SHIM_FAIL_ONCE": str(order)})
-    # A failing sync may also meet the chunk that is made ahead, which costs nothing; so it is ordered until it has met
-    # one that is written.
+    # A failing sync may also meet the segment that is made ahead, which costs nothing; so it is ordered until it has
+    # met one that is written.
     set_aside: list[Path] = []
     count = 0
     for count in range(20, 4000, 100):
         running.wait_until_said("R", count)
-        if set_aside := list((root / "set-aside").glob("*/*.db")):
+        if set_aside := list((root / "set-aside").glob("*/*.seg")):
             break
         order.touch()
     running.wait_until_said("R", count + 100)
@@ -213,7 +213,7 @@ def test_a_sync_that_fails_once_then_a_kill(tmp_path: Path, child: type[Child], 
 @pytest.mark.parametrize("slow_ms", [60, 300])
 def test_a_slow_sync_then_a_kill(tmp_path: Path, child: type[Child], shim: dict[str, str], slow_ms: int) -> None:
     slow = shim | {"SHIM_SLOW_MS": str(slow_ms)}
-    running = child(tmp_path, SEED, clients=32, chunk_bytes=1 << 20, env=slow)
+    running = child(tmp_path, SEED, clients=32, segment_bytes=1 << 20, env=slow)
     running.wait_until_said("R", 40)
     running.kill()
     judge(tmp_path, *(set(running.said[kind]) for kind in ("A", "I", "R")))
@@ -224,7 +224,7 @@ def test_buffered_risks_no_more_than_its_bound_on_a_slow_disk(
 ) -> None:
     slow_s = 0.3
     slow = shim | {"SHIM_SLOW_MS": "300"}
-    running = child(tmp_path, SEED, clients=32, durability="buffered", chunk_bytes=1 << 20, env=slow)
+    running = child(tmp_path, SEED, clients=32, durability="buffered", segment_bytes=1 << 20, env=slow)
     running.wait_until_said("R", 60)
     running.wait_until_said("B", 60)
     running.kill()

@@ -27,7 +27,7 @@ def test_the_steps(free: int, room: Room) -> None:
 
 
 async def fill(data_dir: Path) -> int:
-    """A spool, or one chunk more of it; how many there are."""
+    """A spool, or one segment more of it; how many there are."""
     metrics = Metrics()
     async with (
         Spool.open(data_dir, metrics=metrics) as spool,
@@ -38,12 +38,12 @@ async def fill(data_dir: Path) -> int:
             assert recorder.admit(exchange)
             recorder.complete(exchange, None)
     with SpoolReader(data_dir) as reader:
-        return len(reader.chunks(spool.instance))
+        return len(reader.segments(spool.instance))
 
 
 @pytest.mark.parametrize(("mark", "room"), [("1", Room.ENOUGH), (str(1000 * TIB), Room.SHORT)])
 async def test_delivered_chunks_go_early_when_the_disk_is_nearly_full(tmp_path: Path, mark: str, room: Room) -> None:
-    chunks = [await fill(tmp_path) for _ in range(3)]  # each run begins a chunk
+    chunks = [await fill(tmp_path) for _ in range(3)]  # each run begins a segment
     assert chunks == [1, 2, 3]
     environ = {"SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_DISK_LOW_BYTES": mark}
     settings = load(environ, backend_settings=backend_settings(), serving=False)
@@ -55,7 +55,7 @@ async def test_delivered_chunks_go_early_when_the_disk_is_nearly_full(tmp_path: 
         await bills.retire()
         with SpoolReader(tmp_path) as reader:
             [instance] = reader.instances()
-            left = len(reader.chunks(instance))
+            left = len(reader.segments(instance))
         balance = await bills.balance({})
     assert balance.holds, balance.problems
     assert balance.recorded == 900

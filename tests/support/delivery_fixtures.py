@@ -16,7 +16,7 @@ from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.model.record import encode
-from sidecar.spool.words import SpoolTotals, StoredGroup
+from sidecar.spool.types import SpoolTotals, StoredGroup
 
 START_S = datetime(2026, 11, 20, 9, tzinfo=UTC).timestamp()
 QUICK = Limits(

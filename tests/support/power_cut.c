@@ -100,6 +100,39 @@ ssize_t write(int fd, const void *bytes, size_t size) { REAL(write); return writ
 ssize_t pwrite(int fd, const void *bytes, size_t size, off_t at) { return written(fd, bytes, size, at, NULL); }
 ssize_t pwrite64(int fd, const void *bytes, size_t size, off64_t at) { return written(fd, bytes, size, at, NULL); }
 
+/* Several pieces in one call, written down as one write of what was taken. */
+static ssize_t gathered(int fd, const struct iovec *parts, int count, off64_t at, int flags) {
+    static ssize_t (*real)(int, const struct iovec *, int, off64_t, int);
+    if (!real) real = (__typeof__(real))dlsym(RTLD_NEXT, "pwritev64v2");
+    char path[PATH_MAX];
+    if (!ours_fd(fd, path)) return real(fd, parts, count, at, flags);
+    pthread_mutex_lock(&lock);
+    ssize_t done = real(fd, parts, count, at, flags);
+    int error = errno;
+    if (done > 0) {
+        char *bytes = malloc((size_t)done), *to = bytes;
+        if (!bytes) abort();
+        for (int i = 0; i < count && to < bytes + done; i++) {
+            size_t left = (size_t)(bytes + done - to), size = parts[i].iov_len < left ? parts[i].iov_len : left;
+            memcpy(to, parts[i].iov_base, size);
+            to += size;
+        }
+        note('w', path, at, done, bytes);
+        free(bytes);
+    }
+    pthread_mutex_unlock(&lock);
+    errno = error;
+    return done;
+}
+ssize_t pwritev(int fd, const struct iovec *parts, int count, off_t at) { return gathered(fd, parts, count, at, 0); }
+ssize_t pwritev64(int fd, const struct iovec *parts, int count, off64_t at) { return gathered(fd, parts, count, at, 0); }
+ssize_t pwritev2(int fd, const struct iovec *parts, int count, off_t at, int flags) {
+    return gathered(fd, parts, count, at, flags);
+}
+ssize_t pwritev64v2(int fd, const struct iovec *parts, int count, off64_t at, int flags) {
+    return gathered(fd, parts, count, at, flags);
+}
+
 static int sized(int (*real)(int, off64_t), int fd, off64_t size) {
     char path[PATH_MAX];
     if (!ours_fd(fd, path)) return real(fd, size);

@@ -59,9 +59,9 @@ async def stream(recorder: SpoolRecorder, reader: SpoolReader, instance: str) ->
     say("I", exchange.id)
 
 
-async def main(root: Path, seed: int, clients: int, durability: str, chunk_bytes: int) -> None:
+async def main(root: Path, seed: int, clients: int, durability: str, segment_bytes: int) -> None:
     chance = random.Random(seed)
-    limits = replace(SMALL, chunk_bytes=chunk_bytes)
+    limits = replace(SMALL, segment_bytes=segment_bytes)
     async with Spool.open(root, limits=limits, instance="a") as spool, asyncio.TaskGroup() as tasks:
         recorder = SpoolRecorder(spool, Told(), commit_wait_s=30, durability=durability)
         os.write(1, b"up\n")

@@ -1,13 +1,13 @@
-"""What the spool's and the recorder's tests share: small limits, exchanges, chunks that fail on order."""
+"""What the spool's and the recorder's tests share: small limits, exchanges, segments that fail on order."""
 
 from __future__ import annotations
 
 import asyncio
+import errno
 import shutil
-import sqlite3
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,14 @@ import orjson
 
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.spool import Limits, Spool, SpoolReader
-from sidecar.spool.chunk import Chunk
-from sidecar.spool.groups import IntentGroup, Opening, RecordGroup
 from sidecar.spool.recorder import SpoolRecorder
+from sidecar.spool.segment import Group, Segment, write_error
 
-# Chunks change every few dozen records, groups are a handful of lines, nothing waits long.
+# Segments change every dozen records, commits are a handful of lines, nothing waits long.
 SMALL = Limits(
-    chunk_bytes=32 << 10,
+    segment_bytes=12 << 10,
+    allocate_bytes=4 << 10,
     transaction_bytes=16 << 10,
-    group_bytes=4 << 10,
     reserve_bytes=64 << 10,
     recover_margin_bytes=64 << 10,
     retry_s_min=0.005,
@@ -101,50 +100,49 @@ def only_instance(root: Path) -> str:
 
 
 def crashed_copy(root: Path, target: Path) -> Path:
-    """What a crash at this moment would leave: all files but the shared memory, and no locks."""
-    shutil.copytree(root, target, ignore=shutil.ignore_patterns("*-shm"))
+    """What a crash at this moment would leave: all files."""
+    shutil.copytree(root, target)
     return target
 
 
-class StallingChunk(Chunk):
+class StallingSegment(Segment):
     """Waits before each commit while `gate` is closed."""
 
     gate: threading.Event
 
-    def write(self, groups: Iterable[RecordGroup], intents: IntentGroup | None, opening: Opening | None) -> None:
+    def append(self, group: Group, *, sync: bool = True) -> None:
         self.gate.wait(30)
-        super().write(groups, intents, opening)
+        super().append(group, sync=sync)
 
 
-def stalling() -> tuple[type[StallingChunk], threading.Event]:
+def stalling() -> tuple[type[StallingSegment], threading.Event]:
     gate = threading.Event()
     gate.set()
-    return type("Stalling", (StallingChunk,), {"gate": gate}), gate
+    return type("Stalling", (StallingSegment,), {"gate": gate}), gate
 
 
-class FailingChunk(Chunk):
-    """Fails the commits whose turn is in `turns`; "after" means that the commit mark was written all the same."""
+class FailingSegment(Segment):
+    """Fails the commits whose turn is in `turns`; "after" means that the frame was written all the same."""
 
     turns: dict[int, str]
     turn: list[int]
 
-    def write(self, groups: Iterable[RecordGroup], intents: IntentGroup | None, opening: Opening | None) -> None:
+    def append(self, group: Group, *, sync: bool = True) -> None:
         self.turn[0] += 1
         how = self.turns.get(self.turn[0])
+        if how is None:
+            super().append(group, sync=sync)
+            return
         if how == "after":
-            super().write(list(groups), intents, None)
-            if opening is not None:
-                self.opening = None
-        if how is not None:
-            error = sqlite3.OperationalError("disk I/O error")
-            error.sqlite_errorcode = sqlite3.SQLITE_IOERR_FSYNC
-            error.sqlite_errorname = "SQLITE_IOERR_FSYNC"
-            raise self._failed(error)
-        super().write(groups, intents, opening)
+            before = self._closing
+            super().append(group, sync=sync)
+            self._closing = before
+        self.broken = True
+        raise write_error(OSError(errno.EIO, "Input/output error"), self.path)
 
 
-def failing(turns: dict[int, str]) -> type[FailingChunk]:
-    return type("Failing", (FailingChunk,), {"turns": turns, "turn": [0]})
+def failing(turns: dict[int, str]) -> type[FailingSegment]:
+    return type("Failing", (FailingSegment,), {"turns": turns, "turn": [0]})
 
 
 def flip(path: Path, offset: int, mask: int = 0x10) -> None:

@@ -38,7 +38,7 @@ from sidecar.model.delivery import (
     Verdict,
 )
 from sidecar.model.exchange import Outcome
-from sidecar.spool.words import SpoolDamaged, StoredGroup
+from sidecar.spool.types import SpoolDamaged, StoredGroup
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)

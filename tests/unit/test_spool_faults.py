@@ -23,10 +23,9 @@ from sidecar.spool import (
     adopt_orphans,
     ground_warning,
     last_words,
-    sqlite_version,
     verify,
 )
-from sidecar.spool.files import Reserve, chunk_numbers, slot_dir
+from sidecar.spool.files import Reserve, segment_numbers, slot_dir
 from sidecar.spool.recorder import SpoolRecorder
 
 
@@ -50,7 +49,7 @@ async def test_a_failed_sync_moves_on_to_another_file(tmp_path: Path, how: str, 
     found = rows(tmp_path, spool.instance)
     assert [row["seq"] for row in found] == list(range(1, 11))
     assert len({row["id"] for row in found}) == 10
-    assert len(list((tmp_path / "set-aside").glob("*/*.db"))) == (turn > 1)
+    assert len(list((tmp_path / "set-aside").glob("*/*.seg"))) == (turn > 1)
     _in_order(tmp_path)
 
 
@@ -60,10 +59,10 @@ async def test_the_file_that_failed_is_not_written_again(tmp_path: Path) -> None
         recorder = SpoolRecorder(spool, Told())
         for _ in range(3):
             await recorded(recorder, call())
-        first = spool._writer._chunk
+        first = spool._writer._segment
         assert first is not None
         await recorded(recorder, call())
-        assert spool._writer._chunk is not first
+        assert spool._writer._segment is not first
         assert first.broken
 
 
@@ -118,13 +117,13 @@ async def test_a_data_directory_that_was_removed_is_noticed(tmp_path: Path) -> N
     assert len(rows(tmp_path / "data", spool.instance)) == spool.snapshot().totals.admitted
 
 
-async def test_a_chunk_made_ahead_is_not_written_in_a_directory_that_is_gone(tmp_path: Path) -> None:
+async def test_a_segment_made_ahead_is_not_written_in_a_directory_that_is_gone(tmp_path: Path) -> None:
     """It was open before the directory went: writing it works, and what is in it can be opened by nobody."""
     async with Spool.open(tmp_path / "data", limits=replace(SMALL, stop_s=0.1)) as spool:
         recorder = SpoolRecorder(spool, Told(), commit_wait_s=0.05)
-        while not spool._writer.house.has_ahead:
+        while not spool._writer.maintenance.has_ahead:
             await recorded(recorder, call())
-        await asyncio.to_thread(spool._writer.house.quiet)
+        await asyncio.to_thread(spool._writer.maintenance.quiet)
         (tmp_path / "data").rename(tmp_path / "gone")
         spool._writer._looked_s = 0.0  # it looks ten times a second: let it be now
         _one_more(recorder)
@@ -276,10 +275,10 @@ async def test_orphans_are_settled_and_a_slot_in_use_is_left_alone(tmp_path: Pat
             await recorded(recorder, call())
             recorder.admit(call(route="/open"))
             await recorder.aclose()
-        chunks = len(chunk_numbers(slot_dir(tmp_path, "held")))
+        segments = len(segment_numbers(slot_dir(tmp_path, "held")))
         assert adopt_orphans(tmp_path, limits=SMALL) == ["orphan"]
         assert adopt_orphans(tmp_path, limits=SMALL) == []  # in order now: left as it is
-        assert len(chunk_numbers(slot_dir(tmp_path, "held"))) == chunks
+        assert len(segment_numbers(slot_dir(tmp_path, "held"))) == segments
     found = rows(tmp_path, "orphan")
     assert [(row["route"], row["outcome"]) for row in found][1:] == [("/open", "unknown")]
     assert (found[1]["status"], found[1]["usage"], found[1]["duration_ms"]) == (None, None, None)
@@ -291,33 +290,33 @@ async def test_retention_goes_by_age_and_by_size_and_never_beyond_what_is_delive
         recorder = SpoolRecorder(spool, Told())
         for _ in range(150):
             await recorded(recorder, call())
-        await asyncio.to_thread(spool._writer.house.quiet)
+        await asyncio.to_thread(spool._writer.maintenance.quiet)
         with SpoolReader(tmp_path) as reader:
-            infos = reader.chunks(spool.instance)
+            infos = reader.segments(spool.instance)
         assert len(infos) > 4
-        third = infos[2].opening.first_seq
+        third = infos[2].first_seq
         assert spool.retire(third, retention_s=3600, retention_bytes=1 << 40) == 0  # neither too old nor too many
         assert spool.retire(third - 1, retention_s=0, retention_bytes=1 << 40) == 1  # the second is not all delivered
         assert spool.retire(third, retention_s=3600, retention_bytes=0) == 1
         assert rows(tmp_path, spool.instance)[0]["seq"] == third
-        assert not list(slot_dir(tmp_path, spool.instance).glob("0000000[12].db*"))
+        assert not list(slot_dir(tmp_path, spool.instance).glob("0000000[12].seg*"))
         assert spool.retire(1 << 40, retention_s=0, retention_bytes=0) >= 2
         await recorded(recorder, call())
         assert spool.snapshot().totals.recorded == 151
     _in_order(tmp_path)
 
 
-async def test_a_quiet_spool_changes_its_chunk_by_age(tmp_path: Path) -> None:
-    limits = Limits(reserve_bytes=0, recover_margin_bytes=0, chunk_age_s=0.0)
+async def test_a_quiet_spool_changes_its_segment_by_age(tmp_path: Path) -> None:
+    limits = Limits(reserve_bytes=0, recover_margin_bytes=0, segment_age_s=0.0)
     async with Spool.open(tmp_path, limits=limits) as spool:
         recorder = SpoolRecorder(spool, Told())
         for _ in range(3):
             await recorded(recorder, call())
-    assert len(chunk_numbers(slot_dir(tmp_path, spool.instance))) >= 3
+    assert len(segment_numbers(slot_dir(tmp_path, spool.instance))) >= 3
     assert len(rows(tmp_path, spool.instance)) == 3
 
 
-async def test_an_open_call_survives_many_changes_of_chunk(tmp_path: Path) -> None:
+async def test_an_open_call_survives_many_changes_of_segment(tmp_path: Path) -> None:
     async with Spool.open(tmp_path, limits=SMALL) as spool:
         recorder = SpoolRecorder(spool, Told())
         recorder.admit(waiting := call(route="/stream"))
@@ -325,7 +324,7 @@ async def test_an_open_call_survives_many_changes_of_chunk(tmp_path: Path) -> No
             await until(lambda: reader.totals(spool.instance).open == 1)
             for _ in range(100):
                 await recorded(recorder, call())
-            assert len(reader.chunks(spool.instance)) > 2
+            assert len(reader.segments(spool.instance)) > 2
             assert reader.totals(spool.instance).open == 1
             await ended(recorder, waiting)
             assert reader.totals(spool.instance).open == 0
@@ -371,7 +370,6 @@ def test_ground_that_does_not_keep_records_is_named(tmp_path: Path) -> None:
     assert "memory" in (ground_warning(Path("/dev/shm")) or "memory")
     if os.path.ismount("/dev/shm"):
         assert "SIDECAR_DATA_DIR" in (ground_warning(Path("/dev/shm/not/there/yet")) or "")
-    assert sqlite_version().count(".") == 2
 
 
 async def test_what_a_full_disk_did_not_take_until_the_end_is_in_the_balance(

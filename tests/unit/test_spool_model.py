@@ -64,7 +64,7 @@ class Model:
                 if step in ("crash", "reopen"):
                     if step == "crash":
                         await until(lambda: spool.snapshot().totals.recorded == self.recorded)
-                        await asyncio.to_thread(spool._writer.house.quiet)  # a copy takes time
+                        await asyncio.to_thread(spool._writer.maintenance.quiet)  # a copy takes time
                         self.copies += 1
                         self.root = crashed_copy(self.root, self.base / str(self.copies))
                         self.admitted -= len(self.fresh)  # nobody on disk knows of these

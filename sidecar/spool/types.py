@@ -1,4 +1,4 @@
-"""The words of the spool: what is handed in, what is read out, what is counted, and what can go wrong.
+"""What is handed to the spool, read out of it and counted, what can go wrong, and how an open call is noted.
 
 No I/O here. A `Batch` is made on the event loop, filled for one loop turn and then belongs to the
 writer thread until it is handed back committed; nothing in it is changed after `Spool.submit`
@@ -10,10 +10,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
+
+import orjson
+
+from sidecar.model.exchange import Exchange, Outcome
+from sidecar.model.record import encode
 
 # For a directory that went while it was written. No word of a restart: what waits in memory would be lost with it.
 REMOVED: Final = "its directory was removed or moved; put it back, and what waits in memory is written by itself"
+
+
+SOURCE_BYTES: Final = 16
+# Sources that a slot remembers, the most recently heard of: a serving process is one source, and those that ended long
+# ago send nothing again.
+ORIGINS_KEPT: Final = 256
 
 
 class SpoolError(Exception):
@@ -29,7 +40,7 @@ class SpoolFailed(SpoolError):
 
 
 class SpoolDamaged(SpoolError):
-    """A file is not what was written: it has to be set aside and salvaged."""
+    """A file is not what was written: what can be read of it is copied, and it is set aside."""
 
 
 class SpoolLocked(SpoolError):
@@ -121,21 +132,64 @@ class Batch:
     handed_s: float = 0.0  # and of the hand-over
     releases: list[Callable[[bool], None]] = field(default_factory=list)
     done: Callable[[Batch], None] | None = None  # called on the loop, once, after the commit
+    # Whose work this is: (source, frame number) of what a serving process sent, committed with the lines. A source is
+    # `SOURCE_BYTES` long and numbers its frames upwards; `Spool.origins` answers the greatest number of each.
+    origins: list[tuple[bytes, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Limits:
     """Sizes of the spool, in bytes unless named otherwise."""
 
-    # Small enough that recovery reads one write-ahead log in well under a second and that retention
-    # goes in small steps, large enough that a change of file is rare (one a second at full speed).
-    chunk_bytes: int = 64 << 20
-    chunk_age_s: float = 86_400.0  # a quiet spool changes files daily, so that retention can bite
-    transaction_bytes: int = 4 << 20  # of lines in one commit: bounds the writer's copy
-    group_bytes: int = 512 << 10  # of lines in one row: what a reader has to hold at least
-    reserve_bytes: int = 32 << 20  # durability.md: room for delivery's verdicts on a full disk
+    # Small enough that recovery scans one in well under a second and that retention goes in small steps, large enough
+    # that a change of file is rare (one a second at full speed).
+    segment_bytes: int = 64 << 20
+    segment_age_s: float = 86_400.0  # a quiet spool changes files daily, so that retention can bite
+    # What a segment is lengthened by before it is written: syncs then carry no new length, and a quiet spool takes no
+    # more than this.
+    allocate_bytes: int = 1 << 20
+    # Of lines and intents in one commit, which is one frame: what a reader has to hold at least. One batch that is
+    # larger is one commit all the same.
+    transaction_bytes: int = 1 << 20
+    reserve_bytes: int = 32 << 20  # room for delivery's verdicts on a full disk
     # Free beyond the reserve before records are written again; keeps a nearly full disk from flapping.
     recover_margin_bytes: int = 8 << 20
     retry_s_min: float = 0.05  # first wait after a failed commit; doubles
     retry_s_max: float = 1.0
     stop_s: float = 10.0  # how long closing waits for a disk that takes nothing
+
+
+# An intent is what was known of a call that is still open: its record as it would be if nothing more were heard of it.
+# Settled after a crash it is a record with outcome `unknown` under the admitted id: no status, no usage, no duration,
+# because nobody saw how it ended.
+
+_UNSEEN: Final[dict[str, Any]] = {
+    "first_byte_ms": None,
+    "duration_ms": None,
+    "status": None,
+    "outcome": Outcome.UNKNOWN,
+    "response_headers": [],
+    "request_bytes": 0,
+    "response_bytes": 0,
+    "usage": None,
+    "error": None,
+}
+
+
+def encode_intent(exchange: Exchange, *, instance: str) -> bytes:
+    """The intent's line: compact JSON, no line end. It has no number yet."""
+    return encode(exchange, seq=0, instance=instance)
+
+
+def intent_id(line: bytes) -> str:
+    """Whose intent this is. Raises `ValueError` when the line is none."""
+    try:
+        return str(orjson.loads(line)["id"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"not an intent: {type(error).__name__} on {error}") from None
+
+
+def settle(line: bytes, *, seq: int, instance: str) -> bytes:
+    """The record of a call that was found open."""
+    row: dict[str, Any] = orjson.loads(line)
+    return orjson.dumps(row | _UNSEEN | {"seq": seq, "instance": instance})

@@ -1,7 +1,7 @@
 """The spool as its one writer holds it: open, hand over, be told, retire, close.
 
 A slot (`spool/<instance>/`) is locked for as long as this process has it. Opening recovers what a crash left, settles
-calls that were found open, and begins a new chunk, so numbers and totals go on where they stopped. The event
+calls that were found open, and begins a new segment, so numbers and totals go on where they stopped. The event
 loop only ever hands over (`submit`) and is told (`Batch.done`, `on_committed`); waiting for the disk is the writer's.
 """
 
@@ -10,21 +10,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import sqlite3
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol
 
 from sidecar.spool import files, last_words
-from sidecar.spool.chunk import Chunk
-from sidecar.spool.groups import read_lost
-from sidecar.spool.house import CreateChunk
-from sidecar.spool.intents import settle
 from sidecar.spool.recovery import Recovered, recover
-from sidecar.spool.retention import retire_chunks
-from sidecar.spool.words import (
+from sidecar.spool.retention import retire_segments
+from sidecar.spool.segment import Segment
+from sidecar.spool.types import (
     Batch,
     Health,
     Limits,
@@ -33,14 +29,16 @@ from sidecar.spool.words import (
     SpoolFull,
     SpoolLocked,
     SpoolTotals,
+    State,
     Tally,
+    settle,
 )
-from sidecar.spool.writer import Committed, Writer
+from sidecar.spool.writer import Committed, CreateSegment, Writer
 
 log = logging.getLogger("sidecar.spool")
 
 LAST_WORDS_S: Final = 2.0  # how long the end of a life waits for a disk to take the count of what it did not take
-_NEW_CHUNK_TRIES: Final = 3  # at opening: a sync that fails once must not keep the service from starting
+_BEGIN_TRIES: Final = 3  # at opening: a sync that fails once must not keep the service from starting
 
 
 class SpoolMetrics(Protocol):
@@ -72,7 +70,8 @@ class Spool:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._callbacks: list[Callable[[], None]] = []
         at = writer.position
-        self.tally = Tally(admitted=at.admitted, lost=read_lost(at.lost))
+        self._origins = dict(at.origins)
+        self.tally = Tally(admitted=at.admitted, lost=dict(at.lost))
         self._recorded = at.recorded
         self._last_seq = at.last_seq
         self._next_seq = at.last_seq + settled + 1
@@ -86,9 +85,9 @@ class Spool:
         metrics: SpoolMetrics | None = None,
         limits: Limits | None = None,
         remembered_seq: Callable[[str], int] = lambda instance: 0,
-        create: CreateChunk = Chunk.create,
+        create: CreateSegment = Segment.create,
     ) -> Spool:
-        """Take a slot (by name, else the first that nobody holds, else a new one), recover it, begin a new chunk.
+        """Take a slot (by name, else the first that nobody holds, else a new one), recover it, begin a new segment.
 
         `remembered_seq` says the greatest number that delivery knows of a slot: where that is more than the files
         hold, the difference is reported as loss and no number is given twice. Raises `SpoolLocked` or
@@ -113,7 +112,7 @@ class Spool:
         metrics: SpoolMetrics | None,
         limits: Limits,
         remembered_seq: int,
-        create: CreateChunk,
+        create: CreateSegment,
     ) -> Spool:
         files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes).restore()
         recovered = recover(root, instance, remembered_seq=remembered_seq)
@@ -130,10 +129,11 @@ class Spool:
             raise
         _tell_stopped(recovered.stopped, instance)
         spool._recorded, spool._last_seq = writer.position.recorded, writer.position.last_seq
-        for chunk in recovered.to_seal:
-            writer.house.put_away(chunk)
-        for path in recovered.empty:
-            files.remove_chunk(path)
+        for segment in recovered.to_seal:
+            writer.maintenance.put_away(segment)
+        if writer.health.state is State.OK:  # what they restate stands in the new segment now
+            for path in recovered.empty:
+                path.unlink(missing_ok=True)
         return spool
 
     def _wait_with(self, opening: Batch) -> None:
@@ -164,15 +164,22 @@ class Spool:
         totals = SpoolTotals(admitted=tally.admitted, recorded=self._recorded, open=tally.open, lost=dict(tally.lost))
         return Snapshot(totals, self._last_seq)
 
+    def origins(self) -> Mapping[bytes, int]:
+        """The greatest frame number that was on disk at opening, by source: sent again, those up to it are recorded.
+
+        Of the last `ORIGINS_KEPT` sources that were heard of. What is committed from then on, `Batch.done` tells.
+        """
+        return self._origins
+
     def health(self) -> Health:
         return self._writer.health
 
     def retire(self, before: int, *, retention_s: float, retention_bytes: int) -> int:
-        """Remove whole chunks of records below `before` (all delivered), too old or too many. Answers how many.
+        """Remove whole segments of records below `before` (all delivered), too old or too many. Answers how many.
 
         Touches the disk: call it from a thread.
         """
-        return retire_chunks(self.root, self.instance, before, retention_s, retention_bytes)
+        return retire_segments(self.root, self.instance, before, retention_s, retention_bytes)
 
     async def __aenter__(self) -> Spool:
         self._loop = asyncio.get_running_loop()
@@ -185,7 +192,7 @@ class Spool:
         await self.aclose()
 
     async def aclose(self) -> None:
-        """Commit what was handed over, put the chunk away, let go of the slot. Safe to call twice."""
+        """Commit what was handed over, seal the segment, let go of the slot. Safe to call twice."""
         # Shielded: being cancelled here must not leave a thread writing into a slot that is free for others.
         await asyncio.shield(asyncio.to_thread(self.close))
         await asyncio.sleep(0)  # let the loop hear of the last commits
@@ -199,8 +206,8 @@ class Spool:
     def _leave_word(self) -> None:
         """The disk took nothing until the end of the wait: say what is lost, there and in the log."""
         at, tally = self._writer.position, self.tally
-        lost = {**read_lost(at.lost), **tally.lost}
-        kept = at.recorded + len(self._writer.open_intents) + sum(lost.values())
+        lost = {**at.lost, **tally.lost}
+        kept = at.recorded + len(at.open_intents) + sum(lost.values())
         self.unwritten = max(tally.admitted - kept, 0)
         reason = self._writer.health.reason or "the disk took nothing"
         wrote = self._write_note(last_words.Note(tally.admitted, dict(lost)))
@@ -288,8 +295,8 @@ def _adopt(root: Path, instance: str, limits: Limits) -> int | None:
     if recovered.clean:
         return None
     writer = Writer(root, recovered.position, limits)
-    for chunk in recovered.to_seal:
-        writer.house.put_away(chunk)
+    for segment in recovered.to_seal:
+        writer.maintenance.put_away(segment)
     try:
         writer.store([_settling_batch(recovered)])
         last_words.forget(files.slot_dir(root, instance))
@@ -305,11 +312,6 @@ def _tell_stopped(calls: int, instance: str) -> None:
             "calls of the last run are lost: its records waited in memory when it was stopped",
             extra={"facts": {"calls": calls, "instance": instance}},
         )
-
-
-def sqlite_version() -> str:
-    """The library that keeps the records, for `check`."""
-    return sqlite3.sqlite_version
 
 
 def _take_slot(root: Path, instance: str | None) -> tuple[str, files.FileLock]:
@@ -334,8 +336,8 @@ def _lock_slot(root: Path, name: str) -> files.FileLock:
 def _settling_batch(recovered: Recovered) -> Batch:
     """Records of the calls that were found open; they close their intents in the same transaction."""
     at = recovered.position
-    batch = Batch(first_seq=at.last_seq + 1, admitted=at.admitted, lost=read_lost(at.lost))
-    for seq, (id_, intent) in enumerate((at.open_intents or {}).items(), at.last_seq + 1):
+    batch = Batch(first_seq=at.last_seq + 1, admitted=at.admitted, lost=dict(at.lost))
+    for seq, (id_, intent) in enumerate(at.open_intents.items(), at.last_seq + 1):
         line = settle(intent, seq=seq, instance=at.instance)
         batch.lines.append(line)
         batch.closes.append(id_)
@@ -344,8 +346,10 @@ def _settling_batch(recovered: Recovered) -> Batch:
 
 
 def _begin(writer: Writer, opening: Batch) -> bool:
-    """Begin the new chunk. False: the disk is full, it will be begun when there is room."""
-    for _ in range(_NEW_CHUNK_TRIES - 1):
+    """Begin the new segment. False: the disk is full, it will be begun when there is room."""
+    tries = 0
+    while True:
+        tries += 1
         try:
             writer.store([opening])
             return True
@@ -353,10 +357,6 @@ def _begin(writer: Writer, opening: Batch) -> bool:
             writer.note(error)
             return False
         except SpoolFailed as error:
-            log.warning("a new chunk failed, another is tried: %s", error)
-    try:
-        writer.store([opening])
-        return True
-    except SpoolFull as error:
-        writer.note(error)
-        return False
+            if tries == _BEGIN_TRIES:
+                raise
+            log.warning("a new segment failed, another is tried: %s", error)
