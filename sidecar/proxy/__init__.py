@@ -1,7 +1,8 @@
 """The hop: calls come in, go to the upstream untouched, and leave one exchange each.
 
-Reading order: `rules` (what it is told), `headers` and `answer` (pure), `upstream` and `client` (one
-connection each), `call` (one exchange between the two), `ending` (its end), `proxy` (the whole).
+Reading order: `config` (what it is told), `headers` and `response_parser` (pure), `upstream` and `client_connection`
+(one connection each), `call` (one exchange between the two; docs/call.md draws it), `ending` (what its end means),
+`server` (the whole).
 """
 
 from sidecar.model.http_url import UpstreamAddress

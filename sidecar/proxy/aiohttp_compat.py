@@ -152,6 +152,11 @@ class ClientProtocol(RequestHandler):
         self._held = paused
         self._tell_transport()
 
+    @property
+    def _is_held(self) -> bool:
+        """Whether reading stands still for a reason of our own."""
+        return self._held
+
     def _tell_transport(self) -> None:
         """One of two reasons is enough to stop; both must be gone to go on."""
         stop = self._held or self.upload_paused

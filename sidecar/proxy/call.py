@@ -49,7 +49,7 @@ from sidecar.proxy.local_responses import OwnAnswer
 from sidecar.proxy.request_body import RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import Answer
 from sidecar.proxy.tunnel import Tunnel
-from sidecar.proxy.upstream import NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
+from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
 from sidecar.usage import RequestTap
 
 log = logging.getLogger(__name__)
@@ -57,6 +57,8 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY", "PROPFIND", "REPORT"})
+
+SHORTAGE_WAIT_S: Final = 0.1  # between two looks whether there are descriptors again
 
 # What the way of every chunk compares with: a look-up in the enumeration costs as much as the comparison.
 STREAMING: Final = Phase.STREAMING
@@ -312,7 +314,7 @@ class Call:
 
     async def _connect(self) -> None:
         try:
-            connection = await self._hop.upstream.connect()
+            connection = await self._new_connection()
         except TimeoutError:
             within = f"no connection within {self._hop.rules.connect_timeout_s:g} s"
             why = Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)
@@ -328,6 +330,18 @@ class Call:
             else:
                 self.connection = connection
                 self._on(Event.CONNECTED)
+
+    async def _new_connection(self) -> UpstreamConnection:
+        """A short want of descriptors (a burst of clients that are just being refused) is waited out, not answered."""
+        patience_s = self._hop.rules.connect_timeout_s
+        while True:
+            try:
+                return await self._hop.upstream.connect()
+            except UnreachableError as error:
+                patience_s -= SHORTAGE_WAIT_S
+                if error.reason != NO_RESOURCES or patience_s < 0:
+                    raise
+            await asyncio.sleep(SHORTAGE_WAIT_S)
 
     def _unreachable(self, event: Event, why: Why) -> None:
         assert why.own is not None

@@ -1,7 +1,14 @@
-"""A client's connection: requests come out of it in order, answers go into it in order.
+"""A client's connection: requests come out of it in order, responses go into it in order.
 
-It owns what belongs to the connection and not to a call: pipelining, keep-alive, what is too large
-or malformed to become a call, and closing so that the client can still read its last answer.
+It owns what belongs to the connection and not to a call: pipelining, keep-alive, what is too large or malformed to
+become a call, protocol switches, and closing so that the client can still read its last response.
+
+What must always hold here:
+- No next call while the client's transport is full, or while one is open: what a client does not read costs nobody
+  anything, and is not asked of the upstream.
+- What is read and not parsed yet is at most one read of the socket. Until it is worked off the socket is not read.
+- What stands behind a request that offers another protocol is that protocol's, or HTTP, and which of the two is known
+  only by the response. Until then it is kept, and given to neither. Bytes of a body are given to its call alone.
 """
 
 from __future__ import annotations
@@ -12,7 +19,9 @@ import socket
 import struct
 from asyncio import BaseTransport
 from collections import deque
-from typing import TYPE_CHECKING, Final
+from collections.abc import Callable
+from enum import IntEnum
+from typing import Final
 
 from sidecar.proxy import local_responses
 from sidecar.proxy.aiohttp_compat import (
@@ -26,29 +35,76 @@ from sidecar.proxy.aiohttp_compat import (
     refusal,
 )
 from sidecar.proxy.call import Call
-from sidecar.proxy.context import NEVER, Hop
+from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
 from sidecar.proxy.local_responses import OwnAnswer
 from sidecar.proxy.tunnel import Tunnel
-
-if TYPE_CHECKING:
-    from sidecar.proxy.server import Clients
 
 log = logging.getLogger(__name__)
 
 LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
-SWITCH_TAIL_BYTES_MAX: Final = 65_536  # what a client may send ahead of the 101
+HEAD_END: Final = b"\r\n\r\n"
+AHEAD_BYTES_MAX: Final = 65_536  # what a client may send ahead of a 101 before it is no longer read
+BORDER_BYTES: Final = len(LAST_CHUNK) - 3  # of `0 CR LF CR LF` all but one
+PIECE_BYTES: Final = 16_384  # given to the parser at once: it copies what it does not parse, so it is given little
+WAITING_MAX: Final = PIPELINE_MAX // 2  # requests parsed ahead; the parser stops by itself at twice as many
 RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, so that a cut cannot look like an end
 
 _REQUEST_LINE = re.compile(rb"(?:\r\n)*[!#$%&'*+.^_`|~0-9A-Za-z-]{1,64} [!-~]+ HTTP/1\.[01]\r\n")
+
+
+class Input(IntEnum):
+    """What is done with what the client sends."""
+
+    REQUESTS = 0  # it is parsed
+    AHEAD = 1  # it is kept: a protocol switch was asked for, and is not decided
+    TUNNEL = 2  # it goes to the upstream as it came
+    DROPPED = 3
+
+
+class Clients:
+    """The open client connections."""
+
+    def __init__(self, connections_max: int, metrics: ProxyMetrics, *, refused_max: int = 64) -> None:
+        self.open: set[Client] = set()
+        self._max = connections_max
+        self._lingering_max = connections_max + refused_max
+        self._metrics = metrics
+        self._on_empty: list[Callable[[], None]] = []
+
+    def opened(self, client: Client) -> bool:
+        """Count it in. False when there are too many; the caller answers 503."""
+        self.open.add(client)
+        self._metrics.connections_changed(1)
+        return len(self.open) <= self._max
+
+    @property
+    def may_linger(self) -> bool:
+        """Whether there is room for a refused client to be read on until it has seen its refusal."""
+        return len(self.open) <= self._lingering_max
+
+    def closed(self, client: Client) -> None:
+        if client in self.open:
+            self.open.discard(client)
+            self._metrics.connections_changed(-1)
+            if not self.open:
+                for tell in self._on_empty:
+                    tell()
+
+    def when_empty(self, tell: Callable[[], None]) -> None:
+        """`tell` is called once there is none any more, at once where there is none now."""
+        self._on_empty.append(tell)
+        if not self.open:
+            tell()
 
 
 class Client(ClientProtocol):
     """One client connection."""
 
     __slots__ = (
-        "_behind", "_clients", "_closing", "_deaf", "_head_bytes", "_hop", "_last_bytes", "_no_more", "_own",
-        "_queue", "_switch_tail", "_switching", "_taking", "_tunnel", "_uploading", "call", "deadline",
-        "full", "peer",
+        "_ahead", "_at", "_border", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
+        "_last_call", "_linger_bytes", "_linger_until", "_offer", "_own", "_parser_holds", "_queue", "_taking",
+        "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full",
+        "peer",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients) -> None:
@@ -62,22 +118,36 @@ class Client(ClientProtocol):
         )
         self._hop = hop
         self._clients = clients
-        self._queue: deque[tuple[RawRequestMessage, StreamReader]] = deque()
+        # the connection
+        self._input = Input.REQUESTS
+        self.deadline = NEVER
+        self.full = False  # the client does not read as fast as we write
+        # what came and is not parsed
+        self._unread = b""
+        self._at = 0  # in `_unread`: how far it is parsed
+        self._parser_holds = False  # requests: it stopped at its own limit
+        # the head and the body that are coming
+        self._head_bytes = 0  # of a head that is still coming
+        self._border = b""  # the last bytes that were parsed: the end of a head may begin in them
         self._uploading: StreamReader | None = None  # a chunked body that is still coming
         self._last_bytes = b""  # of what came while it did
-        self._head_bytes = 0  # of a head that is still coming
-        self._no_more = False  # no request behind the ones in hand will be taken
-        self._deaf = False  # what comes is dropped
-        self._own: OwnAnswer | None = None  # to be sent when the calls in hand are answered
-        self._behind = False  # requests were parsed ahead; reading is paused until they are taken up
+        self._upgrade_body: StreamReader | None = None  # the body of a request that offers another protocol
+        self._upgrade_left = 0  # of such a body, where it is sized
+        # requests, and what is done with them
+        self._queue: deque[tuple[RawRequestMessage, StreamReader]] = deque()
+        self._last_call = False  # no request behind the ones in hand will be taken
         self._taking = False
-        self._closing = False
-        self._switching = False  # a protocol switch was asked for, and is not decided
-        self._switch_tail = b""
-        self._tunnel: Tunnel | None = None
-        self.full = False  # the client does not read as fast as we write
         self.call: Call | None = None
-        self.deadline = NEVER
+        # another protocol
+        self._offer: RawRequestMessage | None = None  # the request that offers it, where that is passed on
+        self._ahead = bytearray()
+        self._tunnel: Tunnel | None = None
+        # the end
+        self._own: OwnAnswer | None = None  # to be sent when the calls in hand are answered
+        self._closing = False
+        self._unsent = 0  # bytes, when it was last looked at
+        self._linger_until = 0.0
+        self._linger_bytes = 0
 
     # -- called by the event loop ----------------------------------------------------------------
 
@@ -89,50 +159,30 @@ class Client(ClientProtocol):
         self.peer = self._hop.headers.peer(ip, tls=tls)
         self.deadline = self._hop.loop.time() + self._hop.rules.head_timeout_s
         if not self._clients.opened(self):
-            self.reject(local_responses.TOO_MANY, "connections")
+            self.reject(local_responses.TOO_MANY, "connections", linger=self._clients.may_linger)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         self._clients.closed(self)
         super().connection_lost(exc)
-        self._deaf = True
+        self._input = Input.DROPPED
         self._queue.clear()
+        self._unread = b""
         self._tunnel = None
         call, self.call = self.call, None
         if call is not None:
             call.client_left(exc)
 
     def data_received(self, data: bytes) -> None:
-        if self._tunnel is not None:
+        """The one place that decides which way bytes go, before the first of them is looked at."""
+        if self._input is Input.REQUESTS:
+            self._parse(data)
+        elif self._input is Input.TUNNEL:
+            assert self._tunnel is not None
             self._tunnel.from_client(data)
-            return
-        if self._deaf:
-            return
-        if self._switching:
-            self._keep_for_switch(data)
-            return
-        try:
-            messages, switched, tail = self.parse(data)
-        except HttpProcessingError as error:
-            self._malformed(error, data)
-            return
-        if messages:
-            if len(data) + self._head_bytes > self._hop.rules.head_bytes_max and self._too_large(messages[-1][0]):
-                self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
-                return
-            self._head_bytes = 0
-            self._line_up(messages, data, switched, tail)
-            if self.call is None:
-                self._take()
-                return
-        elif self._uploading is not None:
-            self._last_bytes = (self._last_bytes + data)[-len(LAST_CHUNK) :]
-            if self._uploading.is_eof():
-                self._body_ended(safe=self._last_bytes == LAST_CHUNK)
-        elif data and (self.call is None or self.call.upload_done):
-            self._count_head(len(data))
-        call = self.call
-        if call is not None and not call.upload_done:
-            call.pump()
+        elif self._input is Input.AHEAD:
+            self._keep(data)
+        elif self._closing:
+            self._linger(len(data))
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -145,6 +195,125 @@ class Client(ClientProtocol):
         self.full = False
         if self.call is not None:
             self.call.client_full(False)
+        elif not self._closing:
+            if not self._head_bytes:
+                self.deadline = self._hop.loop.time() + self._hop.rules.keepalive_timeout_s
+            self._take()
+
+    # -- parsing ---------------------------------------------------------------------------------
+
+    def _parse(self, data: bytes) -> None:
+        if self._at < len(self._unread) or self._parser_holds:
+            # The socket is paused, but what a TLS layer had decrypted may still come.
+            self._unread, self._at = self._unread[self._at :] + data, 0
+            return
+        if len(data) <= PIECE_BYTES and not (self._head_bytes or self._is_delicate(data, 0)):
+            self._feed(data)  # the way of nearly every request
+            if not self._queue:
+                return
+        else:
+            self._unread, self._at = data, 0
+        self._parse_unread()
+
+    def _is_delicate(self, data: bytes, at: int) -> bool:
+        """Whether a request that offers another protocol may be in it. aiohttp's parser loses what stands behind such
+        a request; so what might hold one is given to it cut where one could end. Odd spellings may be missed (the
+        connection then ends after the response, and nothing is taken for what it is not)."""
+        if self._upgrade_body is not None:
+            return True
+        if self.call is not None and not self.call.upload_done:
+            return False
+        end = at + PIECE_BYTES
+        return data.find(b"pgrade", at, end) >= 0 or data.find(b"PGRADE", at, end) >= 0
+
+    def _parse_unread(self) -> None:
+        self._parse_pieces()
+        call = self.call
+        if call is not None and not call.upload_done:
+            call.pump()  # once, however many pieces it took
+
+    def _parse_pieces(self) -> None:
+        """Parse what was read, as long as its requests are not too many; read on when that is all."""
+        while self._input is Input.REQUESTS and not self.upload_paused:
+            if len(self._queue) >= WAITING_MAX:
+                self.pause(True)
+                return
+            if self._parser_holds:
+                self._parser_holds = False
+                self._feed(b"")
+                continue
+            data, at = self._unread, self._at
+            if at >= len(data):
+                self._unread, self._at = b"", 0
+                break
+            end = self._end_of_piece(data, at)
+            self._at = end
+            self._feed(data if end - at == len(data) else data[at:end], pump=False)
+        if self._at < len(self._unread):
+            if self._input is Input.REQUESTS:
+                self.pause(True)  # the upload is paused
+                return
+            data, self._unread, self._at = self._unread[self._at :], b"", 0
+            self.data_received(data)  # it goes another way now
+        elif self._is_held:
+            self.pause(False)
+
+    def _end_of_piece(self, data: bytes, at: int) -> int:
+        """Where the parser is stopped to look: where a head, or a body whose request offers another protocol, may end.
+        All that goes on in a plain body is one piece."""
+        if self._upgrade_body is not None and self._upgrade_left > 0:
+            return min(len(data), at + self._upgrade_left)
+        if self._upgrade_body is None and self.call is not None and not self.call.upload_done and not self._queue:
+            return len(data)
+        mark, reach = HEAD_END, at + PIECE_BYTES
+        if self._upgrade_body is not None and self._offer is None:
+            # Chunks, and nothing but requests behind them. Behind trailers none is taken, so only the plain end counts.
+            mark, reach = LAST_CHUNK[2:], len(data)
+        over = self._border + data[at : at + len(mark) - 1]
+        found = over.find(mark)
+        if found >= 0 and found + len(mark) > len(self._border):
+            return at + found + len(mark) - len(self._border)
+        if self._head_bytes or self._upgrade_body is not None or self._is_delicate(data, at):
+            found = data.find(mark, at, reach)
+            if found >= 0:
+                return found + len(mark)
+        return min(len(data), reach)
+
+    def _feed(self, data: bytes, *, pump: bool = True) -> None:
+        """Give it to the parser, and take what comes of it."""
+        before = self._border
+        if data:
+            self._border = (before + data)[-BORDER_BYTES:] if len(data) < BORDER_BYTES else data[-BORDER_BYTES:]
+        in_body = bool(self._queue) and self._body_waits()
+        try:
+            messages, switched, tail = self.parse(data)
+        except HttpProcessingError as error:
+            self._malformed(error, data)
+            return
+        if messages:
+            if len(data) + self._head_bytes > self._hop.rules.head_bytes_max and self._too_large(messages[-1][0]):
+                self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
+                return
+            self._head_bytes = 0
+            self._line_up(messages, before[1 - len(HEAD_END) :], data, switched, tail)
+            if self.call is None:
+                self._take()
+                return
+        elif self._uploading is not None:
+            self._last_bytes = (self._last_bytes + data)[-len(LAST_CHUNK) :]
+            if self._uploading.is_eof():
+                self._body_ended(safe=self._last_bytes == LAST_CHUNK)
+        elif data and (self.call is None or self.call.upload_done) and not in_body:
+            self._count_head(len(data))
+        if self._upgrade_body is not None and not messages:
+            self._upgrade_body_came(data, switched, tail)
+        call = self.call
+        if pump and call is not None and not call.upload_done:
+            call.pump()
+
+    def _body_waits(self) -> bool:
+        """Whether what comes is the body of a request that waits its turn, behind the call that is open."""
+        return not self._queue[-1][1].is_eof()
 
     # -- for the call ----------------------------------------------------------------------------
 
@@ -160,56 +329,59 @@ class Client(ClientProtocol):
     def read_on(self) -> None:
         """A read of the upload has made room: let the parser go on with what it holds, in a turn of its own."""
         if self.resume_upload():
-            self._hop.loop.call_soon(self.parse_on)
+            self._hop.loop.call_soon(self._parse_on)
 
-    def parse_on(self) -> None:
-        """Parse what the parser held back while an upload was paused."""
-        if not self._deaf and self.transport is not None:
-            self.data_received(b"")
+    def _parse_on(self) -> None:
+        """Parse what was held back: by the parser, while an upload was paused, and by us."""
+        if self._input is Input.REQUESTS and self.transport is not None and not self.upload_paused:
+            self._feed(b"")
+            self._parse_unread()
 
     def may_keep_alive(self, message: RawRequestMessage) -> bool:
-        """Whether another request may come after this one; said in the head of its answer."""
+        """Whether another request may come after this one; said in the head of its response."""
         if message.should_close or self._hop.stopping:
             return False
-        return not self._no_more or bool(self._queue)
+        return not self._last_call or bool(self._queue)
 
     def may_switch(self, message: RawRequestMessage) -> bool:
-        """Whether a protocol switch is passed on: HTTP/2 would hide its calls from the record."""
-        return self._switching and b"h2c" not in message.headers.get("Upgrade", "").lower().encode("utf-8", "replace")
+        """Whether the protocol switch that this request offers is passed on."""
+        return message is self._offer
 
     def switch(self, tunnel: Tunnel) -> None:
         """The upstream agreed: hand over what was sent ahead."""
         self._tunnel = tunnel
-        self._switching = False
-        tail, self._switch_tail = self._switch_tail, b""
+        self._input = Input.TUNNEL
+        self._offer = None
+        ahead, self._ahead = self._ahead, bytearray()
         self.pause(False)
-        if tail:
-            tunnel.from_client(tail)
+        if ahead:
+            tunnel.from_client(bytes(ahead))
 
     def call_over(self, keep_alive: bool, upload_done: bool) -> None:
-        """The answer is written; go on to the next request, or close."""
+        """The response is written; go on to the next request, or close."""
         self.call = None
         transport = self.transport
         if transport is None or transport.is_closing():
             return
+        rules = self._hop.rules
         if not keep_alive or self._hop.stopping:
-            self._hang_up(linger=not upload_done or self._no_more)
+            self._hang_up(linger=not upload_done or self._last_call)
             return
-        if self._switching:
-            self._switch_declined()
-        self.deadline = self._hop.now + self._hop.rules.keepalive_timeout_s
-        if not self._taking and (self._queue or self._behind or self._no_more):
+        if self._offer is not None and not self._queue:
+            self._declined()
+        self.deadline = self._hop.now + (rules.idle_timeout_s if self.full else rules.keepalive_timeout_s)
+        if not self._taking and (self._queue or self._parser_holds or self._unread or self._last_call):
             self._take()
 
-    def reject(self, own: OwnAnswer, limit: str) -> None:
+    def reject(self, own: OwnAnswer, limit: str, *, linger: bool = True) -> None:
         """Answer without a call (nothing is recorded) and close."""
         self._hop.metrics.limit_reached(limit)
         self.send(own.encode(close=True))
-        self._hang_up(linger=True)
+        self._hang_up(linger=linger)
 
     def reset(self) -> None:
         """Cut, so that nothing can be taken for a clean end. `abort` alone would send one."""
-        self._deaf = True
+        self._input = Input.DROPPED
         transport = self.transport
         if transport is None:
             return
@@ -225,50 +397,54 @@ class Client(ClientProtocol):
         """Close once what is written has left."""
         self._hang_up(linger=False)
 
+    # -- for the server --------------------------------------------------------------------------
+
     def expired(self) -> None:
-        """The connection's own deadline passed: idle, a head that does not end, or lingering."""
+        """The connection's own deadline passed: idle, a head that does not end, or nothing more to be waited for."""
         self.deadline = NEVER
         transport = self.transport
         if transport is None:
             return
         if self._closing:
-            transport.abort()
+            self._expired_closing()
         elif self._head_bytes:
             self._hop.metrics.limit_reached("head_timeout")
             self._refuse(local_responses.TOO_SLOW, "head_timeout")
+        elif self.full:
+            self._hop.metrics.limit_reached("idle_timeout")
+            self.reset()  # it asked for more than it reads
         else:
-            transport.close()
+            self._hang_up(linger=False)
 
     def stop(self) -> None:
         """Close if no call is open; else the open one is the last."""
         if self.call is None and self.transport is not None and not self._closing:
-            self.transport.close()
+            self._hang_up(linger=False)
 
-    # -- leaves ----------------------------------------------------------------------------------
+    # -- requests --------------------------------------------------------------------------------
 
-    def _line_up(self, messages: Messages, data: bytes, switched: bool, tail: bytes) -> None:
+    def _line_up(self, messages: Messages, before: bytes, data: bytes, switched: bool, tail: bytes) -> None:
         """Put what was parsed into the queue, unless it stands behind something that cannot be trusted."""
         if self._uploading is not None:
             # A body ended and a request follows in one piece: trailers cannot be told from fields.
             self._body_ended(safe=False)
             return
         for message, payload in messages:
-            if self._no_more:
+            if self._last_call:
                 break
             self._queue.append((message, payload))
             if message.chunked:
                 self._chunked(payload, data, last=message is messages[-1][0])
             if message.upgrade:
-                self._switch_asked(message, data, switched, tail)
-        if len(self._queue) >= PIPELINE_MAX // 2:
-            self._behind = True
-            self.pause(True)
+                self._offered(message, payload, before + data, switched, tail)
+        if len(self._queue) >= PIPELINE_MAX:
+            self._parser_holds = True
 
     def _take(self) -> None:
-        """Take up the next requests. A call may be over before `start` returns."""
+        """Take up the next request, where the client reads. A call may be over before `start` returns."""
         self._taking = True
         try:
-            while self.call is None and self._queue and not self._closing:
+            while self.call is None and self._queue and not self._closing and not self.full:
                 message, payload = self._queue.popleft()
                 self.parser_idle_again()
                 if len(self._hop.calls) >= self._hop.rules.calls_max:
@@ -283,16 +459,15 @@ class Client(ClientProtocol):
                     self._start_failed(call)
         finally:
             self._taking = False
-        if self._behind and not self._queue and not self._closing:
-            self._behind = False
-            self.pause(False)
-            self._hop.loop.call_soon(self.parse_on)
-        elif self.call is None and not self._closing:
-            if self._own is not None:
-                self.send(self._own.encode(close=True))
-                self._hang_up(linger=True)
-            elif self._no_more and not self._switching:
-                self._hang_up(linger=True)
+        if self._closing or self._queue:
+            return
+        if self.call is None and self._own is not None:
+            self.send(self._own.encode(close=True))
+            self._hang_up(linger=True)
+        elif self.call is None and self._last_call:
+            self._hang_up(linger=True)
+        elif self._input is Input.REQUESTS and (self._parser_holds or self._unread or self._is_held):
+            self._hop.loop.call_soon(self._parse_on)
 
     def _start_failed(self, call: Call) -> None:
         if call in self._hop.calls:
@@ -308,13 +483,13 @@ class Client(ClientProtocol):
         if not payload.is_eof():
             self._uploading = payload
         elif not last or self._last_bytes != LAST_CHUNK:
-            self._no_more = True
+            self._last_call = True
 
     def _body_ended(self, *, safe: bool) -> None:
         self._uploading = None
         self._last_bytes = b""
         if not safe:
-            self._no_more = True
+            self._last_call = True
 
     def _count_head(self, size: int) -> None:
         if not self._head_bytes:
@@ -352,46 +527,92 @@ class Client(ClientProtocol):
 
     def _own_refused(self, reason: str) -> None:
         self._hop.metrics.request_rejected(reason)
-        self._no_more = self._deaf = True
+        self._last_call = True
+        self._input = Input.DROPPED
+        self._unread, self._at, self._parser_holds = b"", 0, False
 
-    def _switch_asked(self, message: RawRequestMessage, data: bytes, switched: bool, tail: bytes) -> None:
-        """What follows is another protocol's, if the upstream agrees. aiohttp's parser keeps what came
-        behind the head for WebSocket only; for others it is lost, so the connection ends after the answer,
-        and with bytes behind the head the switch is not passed on at all."""
-        if switched:
-            self._switching = True
-            self._switch_tail = tail
-        else:
-            self._no_more = True
-            whole = data.find(b"\r\n\r\n") + 4 == len(data)
-            self._switching = whole and not message.should_close and self._uploading is None
+    # -- another protocol ------------------------------------------------------------------------
 
-    def _keep_for_switch(self, data: bytes) -> None:
-        self._switch_tail += data
-        if len(self._switch_tail) > SWITCH_TAIL_BYTES_MAX:
+    def _offered(
+        self, message: RawRequestMessage, payload: StreamReader, data: bytes, switched: bool, tail: bytes
+    ) -> None:
+        """A request offers another protocol. HTTP/2 is not passed on, since it would hide its calls from the record:
+        such a request is like any other. What is passed on is decided by the response, and until the request is whole
+        what comes is its body."""
+        if _may_pass_on(message):
+            self._offer = message
+        if not payload.is_eof():
+            self._upgrade_body = payload
+            self._upgrade_left = 0 if message.chunked else _length(message) - payload.total_bytes
+        elif switched:
+            self._upgrade_whole(tail, parser_switched=True)
+        elif data.endswith(HEAD_END) and data.count(HEAD_END) == 1:
+            self._upgrade_whole(b"", parser_switched=False)
+        else:  # nobody knows what the parser has lost behind it
+            self._offer = None
+            self._last_call = True
+
+    def _upgrade_body_came(self, data: bytes, switched: bool, tail: bytes) -> None:
+        payload = self._upgrade_body
+        assert payload is not None
+        if payload.is_eof():
+            self._upgrade_body = None
+            self._upgrade_whole(tail, parser_switched=switched)
+        elif self._upgrade_left > 0:
+            self._upgrade_left -= len(data)
+
+    def _upgrade_whole(self, tail: bytes, *, parser_switched: bool) -> None:
+        """The request is whole. `tail`: what the parser gave back of what stood behind it."""
+        if self._offer is not None:
+            self._input = Input.AHEAD
+            self._ahead = bytearray(tail)
+        elif parser_switched:
+            self._http_again(tail)
+
+    def _keep(self, data: bytes) -> None:
+        """It is the new protocol's, if the upstream agrees."""
+        self._ahead += data
+        if len(self._ahead) > AHEAD_BYTES_MAX:
             self.pause(True)
 
-    def _switch_declined(self) -> None:
-        """The answer was no 101: what was sent ahead is HTTP after all."""
-        self._switching = False
-        self.pause(False)
-        tail, self._switch_tail = self._switch_tail, b""
+    def _declined(self) -> None:
+        """The response was no 101: what was sent ahead is HTTP after all."""
+        self._offer = None
+        if self._input is Input.AHEAD:
+            self._input = Input.REQUESTS
+            ahead, self._ahead = self._ahead, bytearray()
+            self._http_again(bytes(ahead))
+            if ahead:
+                self._hop.loop.call_soon(self._parse_on)
+            else:
+                self.pause(False)
+
+    def _http_again(self, tail: bytes) -> None:
         self.parser_resume_http()
-        if tail:
-            self._hop.loop.call_soon(self.data_received, tail)
+        self._unread, self._at = tail + self._unread[self._at :], 0
+
+    # -- the end ---------------------------------------------------------------------------------
 
     def _hang_up(self, *, linger: bool) -> None:
-        """Close after what is written has left. `linger`: the client may still be sending, and closing
-        with unread bytes would reset the connection and take the answer with it."""
+        """Close after what is written has left. `linger`: the client may still be sending, and closing with unread
+        bytes would reset the connection and take the response with it. So it is read on, as nginx does: until it is
+        silent for a while, and neither for ever nor without end."""
         transport = self.transport
         if self._closing or transport is None or transport.is_closing():
             return
-        self._closing = self._deaf = True
+        rules, now = self._hop.rules, self._hop.loop.time()
+        self._closing = True
+        self._input = Input.DROPPED
         self._queue.clear()
+        self._unread, self._at, self._parser_holds = b"", 0, False
+        self._unsent = transport.get_write_buffer_size()
         if not linger:
+            self.deadline = now + rules.idle_timeout_s
             transport.close()
             return
-        self.deadline = self._hop.loop.time() + self._hop.rules.linger_s
+        self.deadline = now + rules.linger_s
+        self._linger_until = now + rules.linger_total_s
+        self._linger_bytes = rules.linger_bytes_max
         if self.upload_paused:
             self.resume_upload()
         self.pause(False)
@@ -400,3 +621,39 @@ class Client(ClientProtocol):
                 transport.write_eof()
             except (OSError, RuntimeError):
                 transport.close()
+
+    def _linger(self, size: int) -> None:
+        """More of an upload that nobody wants."""
+        self._linger_bytes -= size
+        if self._linger_bytes < 0:
+            self._abort()
+        else:
+            self.deadline = min(self._hop.loop.time() + self._hop.rules.linger_s, self._linger_until)
+
+    def _expired_closing(self) -> None:
+        """Nothing came for a while, or too much. A client that still reads its response may go on with that."""
+        transport = self.transport
+        if transport is None:
+            return
+        unsent, before = transport.get_write_buffer_size(), self._unsent
+        self._unsent = unsent
+        if 0 < unsent < before:
+            self.deadline = self._hop.loop.time() + self._hop.rules.linger_s
+        else:
+            self._abort()
+
+    def _abort(self) -> None:
+        if self.transport is not None:
+            self.transport.abort()
+
+
+def _may_pass_on(message: RawRequestMessage) -> bool:
+    """Whether the protocol switch that a request offers is passed on, if the connection allows it."""
+    if message.version.minor == 0 or message.should_close or message.method == "CONNECT":
+        return False
+    return b"h2c" not in message.headers.get("Upgrade", "").lower().encode("utf-8", "replace")
+
+
+def _length(message: RawRequestMessage) -> int:
+    """Of a sized body. The parser has seen to it that it is one number."""
+    return int(message.headers.get("Content-Length", "0"))

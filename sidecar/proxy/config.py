@@ -42,7 +42,9 @@ class ProxyRules:
     keepalive_timeout_s: float = 75.0  # an idle client connection; nginx's figure
     upstream_keepalive_s: float = 4.0  # an idle upstream connection; uvicorn and Node close theirs after 5
     upstream_connection_age_s: float = 300.0  # any upstream connection: so a name that moved is followed
-    linger_s: float = 5.0  # how long an unwanted upload is read and dropped, so that the answer can be read
+    linger_s: float = 5.0  # an unwanted upload is read and dropped, so that the answer can be read: until this silence,
+    linger_total_s: float = 30.0  # but no longer than this (both are nginx's figures),
+    linger_bytes_max: int = 268_435_456  # and no more of it: 2 s of a fast client's sending
 
     head_bytes_max: int = 65_536  # a whole head; Envoy allows 60 KiB, and tokens in cookies grow
     head_fields_max: int = 128  # aiohttp's figure; Envoy allows 100

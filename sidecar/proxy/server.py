@@ -9,20 +9,24 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import resource
 import socket
 import ssl
 import stat
+import sys
 from asyncio import AbstractServer, TimerHandle
+from dataclasses import replace
 from typing import Final
 
 from sidecar.model.exchange import Recorder
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
-from sidecar.proxy.client_connection import Client
+from sidecar.proxy.client_connection import Client, Clients
 from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream, client_tls
+from sidecar.storage.sockets import for_both_families
 from sidecar.usage import Taps
 
 log = logging.getLogger(__name__)
@@ -30,32 +34,33 @@ log = logging.getLogger(__name__)
 BACKLOG: Final = 4096  # connections waiting to be accepted; the kernel caps it at somaxconn
 SWEEP_S_MAX: Final = 1.0  # how late a deadline may be noticed
 SWEEP_S_MIN: Final = 0.02
+REFUSED_MAX: Final = 64  # connections too many that are answered and read on for a moment; more are closed at once
+REFUSED_MIN: Final = 4
+FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
+FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
 
 
-class Clients:
-    """The open client connections."""
+def within_files(files: int, rules: ProxyRules) -> ProxyRules:
+    """The rules, with connections and drains cut down to what this many file descriptors allow: an open call needs one
+    for its client and one for the upstream, a drain one, and what else the process has open must go on working."""
+    connections, drains = rules.connections_max, rules.drains_max
+    if files_needed(rules) <= files:
+        return rules
+    left = files - min(FILES_BESIDE, max(FILES_BESIDE_MIN, files // 4))
+    drains = min(drains, left // 8)
+    connections = min(connections, max(1, (left - drains - min(REFUSED_MAX, left // 16)) // 2))
+    return replace(rules, connections_max=connections, drains_max=drains)
 
-    def __init__(self, connections_max: int, metrics: ProxyMetrics) -> None:
-        self.open: set[Client] = set()
-        self._max = connections_max
-        self._metrics = metrics
-        self.gone: asyncio.Event = asyncio.Event()
-        self.gone.set()
 
-    def opened(self, client: Client) -> bool:
-        """False: one too many; it is told so and closed."""
-        self.open.add(client)
-        self.gone.clear()
-        self._metrics.connections_changed(1)
-        return len(self.open) <= self._max
+def files_needed(rules: ProxyRules) -> int:
+    """The file descriptors with which nothing has to be cut down."""
+    return 2 * rules.connections_max + rules.drains_max + REFUSED_MAX + FILES_BESIDE
 
-    def closed(self, client: Client) -> None:
-        if client in self.open:
-            self.open.discard(client)
-            self._metrics.connections_changed(-1)
-            if not self.open:
-                self.gone.set()
+
+def _files() -> int:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return sys.maxsize if soft == resource.RLIM_INFINITY else soft
 
 
 class Proxy:
@@ -103,7 +108,9 @@ class Proxy:
 
     async def start(self) -> None:
         """Open the connector. Raises `OSError` or `ssl.SSLError` for certificates that cannot be read."""
-        rules, address = self._rules, self._address
+        files = _files()
+        rules, address = within_files(files, self._rules), self._address
+        self._rules = rules
         loop = asyncio.get_running_loop()
         tls = None
         if address.tls:
@@ -139,7 +146,8 @@ class Proxy:
             loop=loop,
             now=loop.time(),
         )
-        clients = self._clients = Clients(rules.connections_max, self._metrics)
+        refused = min(REFUSED_MAX, max(REFUSED_MIN, files // 16))
+        clients = self._clients = Clients(rules.connections_max, self._metrics, refused_max=refused)
         self._server = Server(lambda server: Client(server, hop, clients), loop)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
 
@@ -158,6 +166,8 @@ class Proxy:
         loop = asyncio.get_running_loop()
         tls = self._tls
         handshake_s = self._rules.head_timeout_s if tls is not None else None
+        if path is None and sock is None:
+            sock = for_both_families(host, port)
         if path is not None:
             _remove_stale(path)
             listener: AbstractServer = await loop.create_unix_server(
@@ -223,9 +233,11 @@ class Proxy:
             except Exception:
                 log.exception("a call could not be cut")
         # A last answer may still be in a socket's buffer; lingering clients are not waited for long.
+        gone = asyncio.Event()
+        clients.when_empty(gone.set)
         try:
             async with asyncio.timeout(CUT_S):
-                await clients.gone.wait()
+                await gone.wait()
         except TimeoutError:
             for client in list(clients.open):
                 if client.transport is not None:

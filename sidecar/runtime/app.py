@@ -40,7 +40,7 @@ from sidecar.runtime.supervisor import WorkerError, workers
 from sidecar.settings import OnSpoolFull, Settings
 from sidecar.spool import Snapshot, SpoolError, ground_warning, make_room
 from sidecar.storage.files import Trouble
-from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, listening, remove
+from sidecar.storage.sockets import CONTROL, SocketError, for_both_families, listen_privately, listening, remove
 
 log = logging.getLogger("sidecar.app")
 
@@ -249,6 +249,8 @@ async def open_admin(stack: AsyncExitStack, settings: Settings, sidecar: Instanc
     else:
         site = web.TCPSite(runner, address.host, address.port)
     with listening(address, "SIDECAR_ADMIN_LISTEN"):
+        if not address.path and (both := for_both_families(address.host, address.port)) is not None:
+            site = web.SockSite(runner, both)
         await site.start()
     if (open_to := open_port(settings)) is not None:
         log.warning(open_to)

@@ -179,7 +179,7 @@ async def serving_early(settings: Settings, found: Trouble) -> AsyncIterator[Ear
     """Let calls in. What was not taken by a whole until the end is lost, and said."""
     reason = text_of(settings.data_dir, found)
     log.error("served all the same, and records wait in memory: %s; recording begins by itself", reason)
-    factory.raise_file_limit(settings.connections)
+    factory.raise_file_limit(settings)
     key = factory.kept_hash_key(settings) or factory.new_hash_key()
     metrics = Metrics(backends=settings.backends)
     spool = LateSpool(reason)

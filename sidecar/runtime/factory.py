@@ -22,6 +22,7 @@ from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import client_path
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.route import Routes
+from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.logging import Seldom
 from sidecar.runtime.metrics import Metrics
@@ -37,7 +38,6 @@ from sidecar.usage.response_headers import provider_of_host
 log = logging.getLogger("sidecar.parts")
 
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
-FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
 IDLE_PIN: Final = (
     "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
 )
@@ -264,16 +264,17 @@ def calm_collector() -> None:
     gc.set_threshold(COLLECT_EVERY, 20, 50)
 
 
-def raise_file_limit(connections: int) -> None:
+def raise_file_limit(settings: Settings) -> None:
     """Take all the file descriptors that we may have: an open call needs two, and a soft limit of 1,024 is common."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = 2 * connections + FILES_BESIDE
+    wished = rules(settings)
+    wanted = files_needed(wished)
     top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < top:
         resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
     if hard != resource.RLIM_INFINITY and hard < wanted:
         log.warning(
-            "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: raise `ulimit -n`, or "
-            "lower the setting; beyond that, connections wait unanswered",
-            connections, wanted, hard,
+            "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: %d connections are taken "
+            "at once, and further ones are refused with 503; raise `ulimit -n`, or lower the setting",
+            wished.connections_max, wanted, hard, within_files(hard, wished).connections_max,
         )  # fmt: skip

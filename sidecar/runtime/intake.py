@@ -81,7 +81,7 @@ async def serving(
     """Open a slot and the hop behind it. Leaving is the drain: no new calls, open ones finish within
     `SIDECAR_STOP_S`, what they left is committed, the slot is let go. `early`: the hop that serves already. Raises the
     parts' own errors."""
-    factory.raise_file_limit(settings.connections)
+    factory.raise_file_limit(settings)
     async with AsyncExitStack() as stack:
         instance = None if early is None else early.instance
         opening = partial(

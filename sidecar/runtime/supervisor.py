@@ -315,6 +315,8 @@ def _bind_tcp(address: Address, count: int, tls: Path | None) -> tuple[list[sock
             bound.append(listener)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            if where[0] == "::" and socket.has_dualstack_ipv6():
+                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
             listener.bind(where)
             where = listener.getsockname()  # port 0: the others join the one that was given
             listener.listen(BACKLOG)

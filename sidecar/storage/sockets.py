@@ -83,6 +83,22 @@ def _why(error: OSError, address: Address) -> str:
     return f"cannot listen on {address}: {os.strerror(number) if number else error}"
 
 
+def for_both_families(host: str | None, port: int) -> socket.socket | None:
+    """For `::` a socket, bound and not listening, that takes IPv4 as well; asyncio and the system's default may leave
+    that out. None for every other address, and where there is no such socket. Raises `OSError`."""
+    if host is None or host.strip("[]") != "::" or not socket.has_dualstack_ipv6():
+        return None
+    sock = socket.socket(socket.AF_INET6, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        sock.bind(("::", port))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
 def listen_privately(path: Path) -> socket.socket:
     """A socket at this path that only its owner can connect to. One left by a process that is gone is replaced.
 

@@ -30,11 +30,10 @@ from sidecar.model.exchange import Exchange, Outcome, Release, Usage  # noqa: E4
 from sidecar.model.http_url import UpstreamAddress  # noqa: E402
 from sidecar.model.record import encode  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
-from sidecar.proxy.client_connection import Client  # noqa: E402
+from sidecar.proxy.client_connection import Client, Clients  # noqa: E402
 from sidecar.proxy.context import Hop  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402
-from sidecar.proxy.server import Clients  # noqa: E402
 from sidecar.proxy.upstream import Upstream, UpstreamConnection  # noqa: E402
 from sidecar.runtime import factory  # noqa: E402
 from sidecar.runtime.metrics import Metrics  # noqa: E402

@@ -7,7 +7,18 @@ import os
 
 import pytest
 import websockets
-from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, field_of, on_both_loops, reply, until
+from support.rawhttp import (
+    Conversation,
+    Hop,
+    Outcome,
+    RawUpstream,
+    answering,
+    dechunk,
+    field_of,
+    on_both_loops,
+    reply,
+    until,
+)
 from websockets.asyncio.client import connect
 from websockets.asyncio.server import ServerConnection, serve
 from websockets.typing import Subprotocol
@@ -78,18 +89,112 @@ async def test_behind_a_declined_websocket_comes_http() -> None:
 @pytest.mark.parametrize("behind", [b"", b"GET /next HTTP/1.1\r\nHost: me\r\n\r\n"])
 @pytest.mark.parametrize("protocol", [b"h2c", b"spdy/9"])
 @on_both_loops
-async def test_behind_another_declined_switch_the_connection_ends(protocol: bytes, behind: bytes) -> None:
+async def test_behind_another_declined_switch_comes_http_too(protocol: bytes, behind: bytes) -> None:
     seen: list[bytes] = []
     async with RawUpstream(answering(reply(b"plain"), seen=seen)) as upstream, Hop(upstream.url) as hop:
         client = await hop.client()
         await client.send(ASK % protocol + behind)
-        head, body = await client.message()
-        assert body == b"plain"
-        assert field_of(head, b"Connection") == b"close"
-        assert await client.rest() == b""
-        assert len(seen) == 1
-        if protocol == b"h2c" or behind:  # HTTP/2 would hide its calls; and aiohttp has lost what came behind
-            assert field_of(seen[0], b"Upgrade") is None
+        for _ in range(2 if behind else 1):
+            head, body = await client.message()
+            assert body == b"plain"
+            assert field_of(head, b"Connection") is None
+        await client.send(b"GET /third HTTP/1.1\r\nHost: me\r\n\r\n")
+        await client.message()
+        assert [request.split(b" ")[1] for request in seen] == [b"/ws", *([b"/next"] if behind else []), b"/third"]
+        # HTTP/2 would hide its calls from the record
+        assert field_of(seen[0], b"Upgrade") == (None if protocol == b"h2c" else protocol)
+
+
+OFFERS = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: %b\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize(
+    ("method", "protocol"),
+    [(b"POST", b"h2c"), (b"PUT", b"websocket"), (b"PATCH", b"TLS/1.3"), (b"POST", b"foo/2, h2c")],
+)
+@pytest.mark.parametrize("coding", ["sized", "chunked", "expect"])
+@pytest.mark.parametrize("size", [10, 70_000, 1_000_000])
+@on_both_loops
+async def test_an_upload_that_offers_another_protocol(method: bytes, protocol: bytes, coding: str, size: int) -> None:
+    """As Java's client and `curl --http2` send it: all of it arrives, and the connection serves on."""
+    seen: list[bytes] = []
+
+    async def script(conversation: Conversation) -> None:
+        while True:
+            head = await conversation.head()
+            if field_of(head, b"Expect") is not None:
+                await conversation.send(b"HTTP/1.1 100 Continue\r\n\r\n")
+            body = await conversation.body_of(head)
+            seen.append(dechunk(body) if field_of(head, b"Transfer-Encoding") else body)
+            await conversation.send(reply(b"got %d" % len(seen[-1])))
+
+    body = b"GET / HTTP/1.1\r\n\r\n" * (size // 18 + 1)
+    body = body[:size]
+    fields = OFFERS % protocol
+    if coding == "chunked":
+        fields += b"Transfer-Encoding: chunked\r\n"
+        wire = b"%x\r\n%b\r\n0\r\n\r\n" % (size, body)
+    else:
+        fields += b"Content-Length: %d\r\n" % size
+        wire = body
+    if coding == "expect":
+        fields += b"Expect: 100-continue\r\n"
+    head = b"%b /up HTTP/1.1\r\nHost: me\r\n%b\r\n" % (method, fields)
+    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
+        client = await hop.client()
+        await client.send(head)
+        if coding == "expect":
+            assert (await client.head()).startswith(b"HTTP/1.1 100 ")
+        await asyncio.sleep(0.01)  # the body in a read of its own
+        await client.send(wire)
+        assert (await client.message())[1] == b"got %d" % size
+        await client.send(head + wire) if coding != "expect" else await client.send(head)
+        if coding == "expect":
+            await client.head()
+            await client.send(wire)
+        assert (await client.message())[1] == b"got %d" % size
+        assert seen == [body, body]
+        exchange = await hop.recorder.ended(2)
+        assert (exchange.status, exchange.request_bytes) == (200, size)
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 3])
+@pytest.mark.parametrize("chunked", [False, True])
+@on_both_loops
+async def test_a_tunnel_behind_a_body(pieces: int, chunked: bool) -> None:
+    """Docker's `exec` asks for `tcp` in a POST with a JSON body."""
+    body = b'{"Detach": false}'
+
+    async def script(conversation: Conversation) -> None:
+        head = await conversation.head()
+        assert field_of(head, b"Upgrade") == b"tcp"
+        came = await conversation.body_of(head)
+        assert (dechunk(came) if chunked else came) == body
+        await conversation.send(AGREE % b"tcp" + b"welcome")
+        assert await conversation.exactly(5) == b"ls\r\n\n"
+        await conversation.send(b"bye")
+
+    fields = b"Transfer-Encoding: chunked\r\n" if chunked else b"Content-Length: %d\r\n" % len(body)
+    wire = b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body) if chunked else body
+    head = b"POST /exec HTTP/1.1\r\nHost: me\r\nConnection: Upgrade\r\nUpgrade: tcp\r\n" + fields + b"\r\n"
+    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
+        client = await hop.client()
+        if pieces == 1:
+            await client.send(head + wire)
+        elif pieces == 2:
+            await client.send(head)
+            await asyncio.sleep(0.01)
+            await client.send(wire)
+        else:
+            await client.send(head + wire[:3])
+            await asyncio.sleep(0.01)
+            await client.send(wire[3:])
+        await client.head()
+        assert await client.exactly(7) == b"welcome"
+        await client.send(b"ls\r\n\n")
+        assert await client.rest() == b"bye"
+        exchange = await hop.recorder.ended()
+        assert (exchange.status, exchange.request_bytes, exchange.response_bytes) == (101, len(body) + 5, 10)
 
 
 @on_both_loops

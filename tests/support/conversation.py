@@ -176,6 +176,14 @@ class Peer:
             self.protocol.resume_writing()
         self._talk.turn()
 
+    def reads(self, size: int) -> None:
+        """That much of what was written, and no more."""
+        was_full = len(self.unread) > FULL_BYTES
+        self.heard, self.unread = self.heard + self.unread[:size], self.unread[size:]
+        if was_full and len(self.unread) <= FULL_BYTES and not (self.closing or self.over):
+            self.protocol.resume_writing()
+        self._talk.turn()
+
     # -- what a test looks at --------------------------------------------------------------------
 
     def hears(self, expected: bytes) -> None:

@@ -5,8 +5,11 @@ Each test is a conversation over transports in memory (`support.conversation`), 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
-from support.conversation import conversation, get, ok, own, post, post_head, sent
+from support.conversation import Talk, conversation, get, ok, own, post, post_head, sent
+from support.rawhttp import dechunk
 
 from sidecar.model.exchange import Outcome, UsageState
 from sidecar.proxy.upstream import UnreachableError
@@ -1184,3 +1187,264 @@ def test_a_fault_of_ours_in_a_body() -> None:
         talk.upstream.says(b"23")
         talk.client.is_closed()
         talk.recorded(BROKE, status=200, response_bytes=2, error="the proxy failed to handle this call")
+
+
+# -- another protocol is offered, with a body or without -----------------------------------------
+
+H2C = b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQAoAAAAAIAAAAA\r\n"
+TCP = b"Connection: Upgrade\r\nUpgrade: tcp\r\n"
+TCP_SENT = b"Upgrade: tcp\r\nConnection: Upgrade\r\n"
+TCP_AGREED = AGREED.replace(b"websocket", b"tcp")
+
+
+def cuts(data: bytes, *at: int) -> list[bytes]:
+    edges = [0, *at, len(data)]
+    return [data[start:end] for start, end in pairwise(edges) if start < end]
+
+
+@pytest.mark.parametrize("name", [b"Upgrade", b"upgrade", b"UPGRADE"])
+def test_an_offer_of_http_2_is_a_request_like_any_other(name: bytes) -> None:
+    offer = H2C.replace(b"Upgrade: h2c", name + b": h2c")
+    with conversation() as talk:
+        for _ in range(3):
+            talk.client.says(get(b"/a", offer))
+            talk.upstream.hears(sent(get()))
+            assert not talk.client.held
+            talk.upstream.says(ok())
+            talk.client.hears(ok())
+            talk.recorded(COMPLETE, status=200, response_bytes=2)
+        talk.client.is_open()
+        assert len(talk.upstreams) == 1
+
+
+def test_pipelined_offers_of_http_2_are_all_answered() -> None:
+    with conversation() as talk:
+        talk.client.says(b"".join(get(b"/%d" % number, H2C) for number in range(50)))
+        for number in range(50):
+            talk.upstream.hears(sent(get(b"/%d" % number)))
+            talk.upstream.says(ok())
+            talk.client.hears(ok())
+            talk.recorded(COMPLETE, status=200, response_bytes=2)
+        talk.client.is_open()
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+@pytest.mark.parametrize("value", [b"h2c", b"foo/2, h2c", b"websocket", b"TLS/1.3", b"tcp"])
+def test_an_upload_that_offers_another_protocol_cut_anywhere(value: bytes, chunked: bool) -> None:
+    """Its body is nothing but a body, wherever the reads end, and what is behind it is the next request."""
+    body = b"GET /evil HTTP/1.1\r\nHost: me\r\n\r\n"
+    fields = b"Connection: Upgrade\r\nUpgrade: %b\r\n" % value
+    if chunked:
+        head = post_head(b"/up", fields + b"Transfer-Encoding: chunked\r\n")
+        wire = head + b"%x\r\n%b\r\n0\r\n\r\n" % (len(body), body)
+    else:
+        head = post_head(b"/up", fields + b"Content-Length: %d\r\n" % len(body))
+        wire = head + body
+    whole = wire + get(b"/next")
+    for at in range(len(head) - 12, len(whole) - 1):
+        with conversation() as talk:
+            talk.client.says(*cuts(whole, at))
+            came = talk.upstream.heard.partition(b"\r\n\r\n")[2]
+            assert (dechunk(came) if chunked else came) == body
+            assert b"/next" not in talk.upstream.heard
+            talk.upstream.heard = b""
+            talk.upstream.says(ok())
+            if talk.client.closing or talk.client.half_closed:  # never wrong, but this is not meant to happen
+                raise AssertionError(f"the connection ended: cut at {at}")
+            talk.client.hears(ok())
+            talk.recorded(COMPLETE, status=200, request_bytes=len(body), response_bytes=2)
+            talk.upstream.hears(sent(get(b"/next")))
+            talk.upstream.says(ok())
+            talk.client.hears(ok())
+            talk.recorded(COMPLETE, status=200, response_bytes=2)
+
+
+@pytest.mark.parametrize("size", [5, 300_000])
+def test_a_switch_with_a_body_goes_on_behind_it(size: int) -> None:
+    body = b"b" * size
+    request = post(body, b"/exec", TCP)
+    with conversation() as talk:
+        for piece in cuts(request + b"\r\n\r\nahead", len(request) - 2):
+            talk.client.says(piece)
+        talk.upstream.hears(
+            b"POST /exec HTTP/1.1\r\nHost: up.test\r\n" + TCP_SENT + b"Content-Length: %d\r\n\r\n" % size + body
+        )
+        talk.upstream.says(TCP_AGREED)
+        talk.client.hears(TCP_AGREED)
+        talk.upstream.hears(b"\r\n\r\nahead")
+        talk.client.says(b"more")
+        talk.upstream.hears(b"more")
+        talk.client.leaves()
+        talk.recorded(COMPLETE, status=101, request_bytes=size + 13)
+
+
+def test_an_early_agreement_waits_for_the_body() -> None:
+    with conversation() as talk:
+        talk.client.says(post_head(b"/exec", TCP + b"Content-Length: 10\r\n") + b"01234")
+        talk.upstream.heard = b""
+        talk.upstream.says(TCP_AGREED)
+        talk.client.hears_nothing()
+        talk.client.says(b"56789ahead")
+        talk.upstream.hears(b"56789ahead")
+        talk.client.hears(TCP_AGREED)
+        talk.client.leaves()
+        talk.recorded(COMPLETE, status=101, request_bytes=15)
+
+
+def test_a_declined_switch_with_a_body() -> None:
+    with conversation() as talk:
+        talk.client.says(post(b"body", b"/exec", TCP) + get(b"/next"))
+        talk.upstream.heard = b""
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        talk.recorded(COMPLETE, status=200, request_bytes=4, response_bytes=2)
+        talk.upstream.hears(sent(get(b"/next")))
+        talk.upstream.says(ok())
+        talk.recorded(COMPLETE, status=200, response_bytes=2)
+        talk.client.is_open()
+
+
+def test_a_response_before_the_body_of_an_offer_is_whole() -> None:
+    with conversation() as talk:
+        talk.client.says(post_head(b"/exec", TCP + b"Content-Length: 60\r\n"))
+        talk.upstream.heard = b""
+        talk.upstream.says(ok(status=b"401 Unauthorized"))
+        talk.client.says(get(b"/evil"))
+        talk.upstream.hears_nothing()
+        assert len(talk.upstreams) == 1
+        talk.recorded(COMPLETE, status=401, response_bytes=2)
+        talk.client.is_closed()
+
+
+def test_an_offer_in_an_odd_spelling_is_never_taken_for_another_thing() -> None:
+    """What the parser may have lost behind it is not guessed at: the connection ends behind the response."""
+    offer = b"Connection: uPGRaDE\r\nuPGRaDE: tcp\r\n"
+    with conversation() as talk:
+        talk.client.says(get(b"/a", offer) + get(b"/next"))
+        talk.upstream.hears(sent(get()))
+        talk.upstream.says(ok())
+        talk.client.hears(closing(ok()))
+        talk.client.is_closed()
+        talk.recorded(COMPLETE, status=200, response_bytes=2)
+
+
+# -- pipelining ----------------------------------------------------------------------------------
+
+
+def test_no_next_call_for_a_client_that_does_not_read() -> None:
+    with conversation() as talk:
+        talk.client.stops_reading()
+        talk.client.says(b"".join(get(b"/%d" % number) for number in range(100)))
+        big = ok(b"x" * 200_000)
+        talk.upstream.says(big)
+        talk.recorded(COMPLETE, status=200, response_bytes=200_000)
+        talk.upstream.hears(sent(get(b"/0")))  # and no other
+        assert talk.client.held
+        talk.client.reads_on()
+        talk.upstream.hears(sent(get(b"/1")))
+
+
+def test_what_a_client_pipelines_stays_outside() -> None:
+    """One read, and the socket is left alone until that is worked off."""
+    flood = b"".join(get(b"/%d" % number) for number in range(50_000))
+    with conversation() as talk:
+        talk.client.says(flood)
+        assert talk.client.waiting_bytes > len(flood) - 3 * 262_144
+        for number in range(2_000):
+            talk.upstream.hears(sent(get(b"/%d" % number)))
+            talk.upstream.says_ahead(ok())
+            while not talk.upstream.heard:
+                talk.turn()
+        client = talk.client.protocol
+        assert len(client._queue) <= 32  # type: ignore[attr-defined]
+        assert len(client._unread) <= 262_144  # type: ignore[attr-defined]
+        assert talk.client.waiting_bytes > len(flood) - 3 * 262_144
+        talk.client.resets()
+
+
+def test_a_client_that_reads_nothing_is_cut_in_the_end() -> None:
+    with conversation(idle_timeout_s=20, keepalive_timeout_s=75) as talk:
+        talk.client.stops_reading()
+        talk.client.says(get(b"/1") + get(b"/2"))
+        talk.upstream.says(ok(b"x" * 200_000))
+        talk.recorded(COMPLETE, status=200, response_bytes=200_000)
+        talk.passes(21)
+        talk.client.is_cut()
+        talk.upstream.hears(sent(get(b"/1")))
+        talk.nothing_recorded()
+
+
+def test_the_body_of_a_pipelined_request_is_no_head() -> None:
+    """It may be large, and come while the call before it is still open."""
+    with conversation() as talk:
+        talk.client.says(get(b"/1"))
+        talk.client.says(post_head(b"/2", b"Content-Length: 90000\r\n"))
+        talk.client.says(b"x" * 90_000)
+        talk.upstream.hears(sent(get(b"/1")))
+        talk.passes(40)
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        talk.recorded(COMPLETE, status=200, response_bytes=2)
+        assert talk.upstream.heard.count(b"x") == 90_000
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        talk.recorded(COMPLETE, status=200, request_bytes=90_000, response_bytes=2)
+
+
+# -- an upload that nobody wants -----------------------------------------------------------------
+
+
+def refused_upload(talk: Talk) -> None:
+    talk.client.says(post_head(fields=b"Content-Length: 1000000000\r\n"))
+    talk.upstream.says(ok(b"big", status=b"413 Too Large"))
+    assert talk.client.half_closed
+    talk.recorded(COMPLETE, status=413, response_bytes=3)
+
+
+def test_an_unwanted_upload_is_read_on_while_it_comes() -> None:
+    with conversation(linger_s=5, linger_total_s=30) as talk:
+        refused_upload(talk)
+        for _ in range(6):
+            talk.passes(4)
+            talk.client.says(b"x" * 100_000)
+            assert not talk.client.over
+        talk.client.leaves()
+
+
+def test_but_not_in_silence_and_not_for_ever() -> None:
+    with conversation(linger_s=5, linger_total_s=30) as talk:
+        refused_upload(talk)
+        talk.passes(6)
+        talk.client.is_dropped()
+    with conversation(linger_s=5, linger_total_s=30) as talk:
+        refused_upload(talk)
+        for _ in range(7):
+            talk.passes(4)
+            talk.client.says(b"x")
+        assert not talk.client.over
+        talk.passes(4)
+        talk.client.is_dropped()
+
+
+def test_and_not_without_end() -> None:
+    with conversation(linger_bytes_max=1_000_000) as talk:
+        refused_upload(talk)
+        talk.client.says(b"x" * 900_000)
+        assert not talk.client.over
+        talk.client.says(b"x" * 200_000)
+        talk.client.is_dropped()
+
+
+def test_a_slow_reader_of_an_early_response_may_read_it_to_its_end() -> None:
+    with conversation(linger_s=5) as talk:
+        talk.client.says(post_head(fields=b"Content-Length: 1000000000\r\n"))
+        talk.client.stops_reading()
+        talk.upstream.says(ok(b"b" * 150_000, status=b"413 Too Large"))
+        talk.client.reads(50_000)
+        talk.passes(6)
+        assert not talk.client.over
+        talk.client.reads(50_000)
+        talk.passes(6)
+        assert not talk.client.over
+        talk.passes(6)
+        talk.client.is_dropped()
