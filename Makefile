@@ -41,7 +41,7 @@ run: $(RUN) ## serve for real: make run UPSTREAM=https://api.example.com
 	@$(if $(UPSTREAM),SIDECAR_UPSTREAM_URL='$(UPSTREAM)') exec $(BIN)/metering-sidecar serve $(ARGS)
 
 test: $(TEST) ## the whole test suite (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
-	FUZZ_SECONDS=$${FUZZ_SECONDS:-60} $(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-20} $(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
 
 lint: $(TEST) ## ruff, its format, mypy, and who may import whom
 	$(BIN)/ruff check .

