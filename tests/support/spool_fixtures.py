@@ -49,6 +49,9 @@ class Told:
     def released_uncommitted(self, count: int) -> None:
         self.uncommitted += count
 
+    def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
+        assert not list(counts)
+
     def committed(self, records: int, size_bytes: int, seconds: float) -> None:
         self.commits.append((records, size_bytes, seconds))
 
