@@ -89,7 +89,7 @@ def encode_frame(
 def decode_frame(data: bytes) -> Told:
     """Raises `FrameError`."""
     try:
-        frame = marshal.loads(data)
+        frame = marshal.loads(data)  # noqa: S302 - of a process of ours: the socket is our user's alone
         told = Told(*frame)
     except (ValueError, TypeError, EOFError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
@@ -161,9 +161,10 @@ def _plain(value: Any, depth: int = 0) -> Any:
     """The same of plain types alone; what is something else leaves the name of its type."""
     if value is None or type(value) in (str, int, float, bool, bytes):
         return value
-    for plain in (str, bool, int, float, bytes):
-        if isinstance(value, plain):
-            return plain(value) if plain is not str else str.__str__(value)
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
     if depth < _DEPTH_MAX and isinstance(value, Mapping):
         return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
     if depth < _DEPTH_MAX and isinstance(value, tuple):

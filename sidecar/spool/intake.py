@@ -151,18 +151,21 @@ class Intake:
 
     # Frames
 
-    def take(self, source: Source, data: bytes) -> None:
-        """One frame as it came. Raises `FrameError`. One that was seen before is passed over."""
+    def take(self, source: Source, data: bytes) -> int:
+        """One frame as it came; how many calls it is the first to tell of. One that was seen before is passed over.
+
+        Raises `FrameError`."""
         told = decode_frame(data)
         if told.number <= source.taken or source.gone:
             if told.number <= source.stored:
                 source.acknowledge(source.stored)
-            return
+            return 0
         source.taken = told.number
         _count(self.tally, told)
         if told.counts:
             self._metrics.add(told.counts)
         self._arrived.append((source, told))
+        return told.admitted
 
     def store(self) -> None:
         """Everything that has come, as one batch, stage by stage."""

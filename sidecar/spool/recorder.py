@@ -26,7 +26,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from sidecar.model.exchange import Exchange, Release
 from sidecar.model.record_id import CHANCE_BYTES, Ids
@@ -223,6 +223,11 @@ class Recorder:
         """No commit is to be waited for until there was one."""
         self._degraded = reason
 
+    def resume(self) -> None:
+        """Commits may be waited for again. Where something waits, the commit of that will tell."""
+        if not self._in_flight and self._filling is None:
+            self._degraded = None
+
     def flush(self) -> None:
         """Hand over what has gathered, and what was counted: somebody asks for the figures of this moment."""
         if self._filling is not None:
@@ -266,7 +271,7 @@ class Recorder:
         filling = 0 if self._filling is None else len(self._filling.ended)
         return sum(frame.records for frame in self._in_flight) + filling
 
-    async def __aenter__(self) -> Recorder:
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -453,10 +458,14 @@ class SpoolRecorderMetrics(IntakeMetrics, Protocol):
     def released_uncommitted(self, count: int) -> None: ...
 
 
+class WholeSpool(IntakeSpool, Protocol):
+    def health(self) -> Health: ...
+
+
 class SpoolRecorder(Recorder):
     """A recorder and the intake of its frames in one process, over an open spool: what a writer's tests need."""
 
-    def __init__(self, spool: IntakeSpool, metrics: SpoolRecorderMetrics, **given: Any) -> None:
+    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, **given: Any) -> None:
         """`given`: what `Recorder` takes beside a link."""
         link = _Direct(spool, metrics, self.acknowledged)
         super().__init__(link, link, source=link.source.id, **given)
@@ -465,9 +474,7 @@ class SpoolRecorder(Recorder):
 class _Direct:
     """Both ends of a link without one. Counts at once, so that nothing is left to be sent."""
 
-    def __init__(
-        self, spool: IntakeSpool, metrics: SpoolRecorderMetrics, acknowledged: Callable[[int], None]
-    ) -> None:
+    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, acknowledged: Callable[[int], None]) -> None:
         self.lost = metrics.lost
         self.released_uncommitted = metrics.released_uncommitted
         self.health = spool.health
