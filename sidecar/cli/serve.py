@@ -14,12 +14,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     settings = serving_settings(arguments)
 
-    from sidecar.delivery import StateError
-    from sidecar.ledger import LedgerError
     from sidecar.runtime import app
-    from sidecar.runtime.early import NoRoomError
+    from sidecar.runtime.disk import NoRoomError
     from sidecar.runtime.instance_lock import LockError, NotWritableError
-    from sidecar.runtime.supervisor import WorkerError
+    from sidecar.runtime.supervisor import StartError
     from sidecar.spool import SpoolError
     from sidecar.storage.sockets import SocketError
 
@@ -27,9 +25,9 @@ def run(arguments: argparse.Namespace) -> int:
         return app.run(settings)
     except NotWritableError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
-    except (NoRoomError, LockError, SpoolError, StateError, SocketError, WorkerError) as error:
+    except StartError as error:
+        raise CommandError(str(error), error.code) from None
+    except (NoRoomError, LockError, SocketError, SpoolError) as error:
         raise CommandError(str(error)) from None
-    except LedgerError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
     except OSError as error:
         raise CommandError(f"cannot start: {error}") from None

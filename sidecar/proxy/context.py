@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from sidecar.model.exchange import Recorder, Subscriber
+from sidecar.model.seldom import Seldom
 from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.drains import REASONS, Drains
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream
-from sidecar.runtime.logging import Seldom
 from sidecar.usage import RawHeaders, Taps
 
 log = logging.getLogger(__name__)

@@ -16,6 +16,7 @@ from sidecar.meters.definition import MetersError, read_meters
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
 from sidecar.settings import Settings
 
+LEDGER_NAME: Final = "ledger"
 LEDGER: Final = "ledger.db"
 
 

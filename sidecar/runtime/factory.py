@@ -1,6 +1,6 @@
 """From settings to parts: the one place where a setting's name meets a part's argument.
 
-Nothing here runs; what is made here is started and stopped by `app` (one process) and `worker` (one of several).
+Nothing here runs; what is made here is started and stopped by `serving`.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ from typing import Final
 
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.http_url import UpstreamAddress
+from sidecar.model.seldom import Seldom
 from sidecar.model.target import client_path
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
-from sidecar.runtime.logging import Seldom
-from sidecar.runtime.metrics import Metrics
+from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
-from sidecar.spool.recorder import IntakeSpool, SpoolRecorder
+from sidecar.spool.recorder import Link, Recorder
 from sidecar.storage.files import write_once
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import Pin, UsageTaps
@@ -83,7 +83,7 @@ def rules(settings: Settings) -> ProxyRules:
     )
 
 
-def proxy(settings: Settings, recorder: SpoolRecorder, metrics: Metrics, key: bytes) -> Proxy:
+def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, key: bytes) -> Proxy:
     """The hop with everything that reads along."""
     taps = usage_taps(settings, metrics.usage_anomaly)
     for pin in idle_pins(settings):
@@ -177,10 +177,11 @@ def body_fields(settings: Settings) -> tuple[str, ...]:
     return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
 
 
-def recorder(settings: Settings, spool: IntakeSpool, metrics: Metrics) -> SpoolRecorder:
-    return SpoolRecorder(
-        spool,
-        metrics,
+def recorder(settings: Settings, link: Link, counts: HopCounts, source: bytes) -> Recorder:
+    return Recorder(
+        link,
+        counts,
+        source=source,
         durability=settings.durability,
         on_full=settings.on_spool_full,
         commit_wait_s=settings.commit_wait_s,

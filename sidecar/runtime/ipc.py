@@ -1,27 +1,559 @@
-"""What supervisor and worker say to each other: lines of JSON over a socket pair.
+"""What the processes of one instance say to each other.
 
-The supervisor begins with `{"remembered": {instance: seq}}`, what delivery knows of each slot.
-A worker sends `{"ready": instance}` once and `{"committed": true}` when there is something to deliver; it answers
-`{"ask": n}` with `{"answer": n, …}`. The supervisor also sends `{"do": "stop"}` and `{"do": "reload"}`. The end of the
-line is a message too: a worker whose supervisor is gone drains and ends.
+The *seam*, between each process that serves and the one that meters: a stream socket, on it messages of a length, a
+kind and a payload. Who serves sends HELLO, then FRAMEs (`spool.frames`), STATUS when asked, BYE at its end. Who meters
+answers WELCOME with the last frame that is on disk, ACK with each further one, HEALTH when writing changes, ASK.
+The listener belongs to the supervisor, so it outlives the process that meters; who serves connects again by itself and
+sends again what was not acknowledged.
+
+The *wire*, between the supervisor and each process that it started: lines of JSON over a socket pair. Its end is a
+message too: a process whose supervisor is gone finishes what it has and ends.
 """
 
 from __future__ import annotations
 
 import asyncio
+import json
+import logging
+import marshal
+import os
+import secrets
 import socket
-from collections.abc import Mapping
-from typing import Any, Final
+import struct
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import IntEnum
+from pathlib import Path
+from typing import Any, Final, NamedTuple
 
-import orjson
+from sidecar.spool import Health, State
+from sidecar.spool.frames import FRAME_BYTES_MAX, MARSHAL_VERSION, SOURCE_BYTES, VERSION, FrameError
+from sidecar.spool.intake import Intake, Source
+from sidecar.spool.recorder import Recorder
+from sidecar.storage.sockets import SocketError, connect, listen_privately, peer_uid
 
-CANNOT_START: Final = 3  # a worker's exit code: it has said why, and another try would say the same
-LOST: Final = 4  # a worker's exit code: records were left over that the disk did not take
-LINE_BYTES_MAX: Final = 16 << 20  # a worker's counts with every label at its cap are under 1 MiB
+log = logging.getLogger("sidecar.seam")
+
+SEAM: Final = "seam.sock"  # in the data directory
+CANNOT_START: Final = 3  # exit codes of a process: it has said why, and another try would say the same
+LOST: Final = 4  # records were left over that the disk did not take
+ASK_S: Final = 2.0  # who serves and has not answered by then is left out
+CONNECT_S_MIN: Final = 0.02  # first pause before another try to connect; doubles
+CONNECT_S_MAX: Final = 0.5
+BYE_S: Final = 5.0  # how long who serves waits at its end for what it sent to be read
+# A process may have died with its connection not accepted yet: what it had sent is read before its calls are settled.
+GONE_S: Final = 0.5
+HEALTH_S: Final = 0.05  # how late who serves hears that writing has changed
+LINE_BYTES_MAX: Final = 1 << 20  # of the wire
+
+_HEAD: Final = struct.Struct("!IB")  # length of the payload, kind
+
+
+class Kind(IntEnum):
+    HELLO = 1
+    FRAME = 2
+    STATUS = 3
+    BYE = 4
+    WELCOME = 11
+    ACK = 12
+    HEALTH = 13
+    ASK = 14
+    READ = 15  # everything up to BYE was read
+
+
+class Hello(NamedTuple):
+    version: str
+    source: bytes
+    worker: int
+    next_number: int
+
+
+class Status(NamedTuple):
+    """How a process that serves does; `asked` is the question that it answers."""
+
+    asked: int
+    unseen: int  # open calls that no frame has told of
+    connections: int
+    drains: int
+    state: str
+    reason: str | None
+    refusing: bool
+
+
+class Told(NamedTuple):
+    """How writing goes. `suspended`: no commit is to be waited for."""
+
+    state: str
+    reason: str | None
+    suspended: bool
+
+
+def message(kind: Kind, payload: Any = ()) -> bytes:
+    data = payload if isinstance(payload, bytes) else marshal.dumps(tuple(payload), MARSHAL_VERSION)
+    return _HEAD.pack(len(data), kind) + data
+
+
+class Messages:
+    """Bytes in, messages out."""
+
+    __slots__ = ("_rest",)
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
+        """Each message that is whole now. Raises `FrameError` for what is none."""
+        data = self._rest + data if self._rest else data
+        self._rest = b""
+        at, end = 0, len(data)
+        while end - at >= _HEAD.size:
+            length, number = _HEAD.unpack_from(data, at)
+            if length > FRAME_BYTES_MAX + LINE_BYTES_MAX:
+                raise FrameError(f"a message of {length} bytes")
+            if end - at - _HEAD.size < length:
+                break
+            at += _HEAD.size
+            try:
+                kind = Kind(number)
+            except ValueError:
+                raise FrameError(f"a message of kind {number}") from None
+            yield kind, data[at : at + length]
+            at += length
+        self._rest = data[at:]
+
+
+def read_tuple(data: bytes) -> tuple[Any, ...]:
+    """Raises `FrameError`."""
+    try:
+        found = marshal.loads(data)  # noqa: S302 - of a process of ours: the socket is our user's alone
+    except (ValueError, TypeError, EOFError) as error:
+        raise FrameError(f"not a message: {error}") from None
+    if type(found) is not tuple:
+        raise FrameError("not a message")
+    return found
+
+
+# --- where the seam is ---------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, frozen=True)
+class Address:
+    """A path in the data directory, or a name that needs no disk (Linux, where nothing can be written)."""
+
+    path: Path | None = None
+    name: str = ""
+
+    def connect(self) -> socket.socket:
+        """Raises `OSError`."""
+        if self.path is not None:
+            return connect(self.path, timeout_s=1.0)
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.connect(self.name)
+        except OSError:
+            sock.close()
+            raise
+        return sock
+
+
+def listen_at_seam(data_dir: Path, *, held: bool) -> tuple[socket.socket, Address]:
+    """The listener and where it is. `held`: the data directory is ours alone. Raises `SocketError`."""
+    path = data_dir.absolute() / SEAM
+    if held:
+        try:
+            listener = listen_privately(path)
+        except SocketError:
+            if sys.platform != "linux":
+                raise
+        else:
+            return listener, Address(path=path)
+    elif sys.platform != "linux":
+        raise SocketError(f"{path} cannot be made: nothing can be written there")
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    name = f"\0metering-sidecar-{secrets.token_hex(16)}"
+    listener.bind(name)
+    listener.listen(256)
+    return listener, Address(name=name)
+
+
+# --- the end that serves -------------------------------------------------------------------------------
+
+
+class Link(asyncio.Protocol):
+    """The way from a recorder to whoever meters (`recorder.Link`): connects, and connects again."""
+
+    def __init__(self, address: Address, source: bytes, worker: int, status: Callable[[int], Status]) -> None:
+        """`status`: how this process does, as the answer to a question's number."""
+        self._address = address
+        self._source = source
+        self._worker = worker
+        self._status = status
+        self._recorder: Recorder | None = None
+        self._transport: asyncio.Transport | None = None
+        self._welcome = False
+        self._messages = Messages()
+        self._told = Told(State.OK.value, None, suspended=False)
+        self._pause_s = CONNECT_S_MIN
+        self._timer: asyncio.TimerHandle | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._closed = False
+        self._read = asyncio.Event()
+        self.met = asyncio.Event()  # whoever meters was there once
+
+    def start(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._connect_soon()
+
+    # As `recorder.Link`
+
+    def send(self, number: int, data: bytes) -> None:
+        if self._welcome and self._transport is not None:
+            self._transport.write(message(Kind.FRAME, data))
+
+    def health(self) -> Health:
+        return Health(State(self._told.state), self._told.reason)
+
+    # The connection
+
+    def _connect_soon(self) -> None:
+        self._timer = None
+        if not self._closed:
+            self._task = asyncio.get_running_loop().create_task(self._connect())
+
+    async def _connect(self) -> None:
+        try:
+            sock = self._address.connect()
+            sock.setblocking(False)
+            await asyncio.get_running_loop().create_unix_connection(lambda: self, sock=sock)
+        except OSError:
+            self._try_again()
+
+    def _try_again(self) -> None:
+        if not self._closed and self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(self._pause_s, self._connect_soon)
+            self._pause_s = min(self._pause_s * 2, CONNECT_S_MAX)
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport) or hasattr(transport, "write")
+        assert self._recorder is not None
+        self._transport = transport  # type: ignore[assignment]
+        self._messages = Messages()
+        hello = Hello(VERSION, self._source, self._worker, self._recorder.next_number)
+        self._write(message(Kind.HELLO, hello))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport, self._welcome = None, False
+        self._try_again()
+
+    def data_received(self, data: bytes) -> None:
+        recorder = self._recorder
+        assert recorder is not None
+        acknowledged = 0
+        try:
+            for kind, payload in self._messages.feed(data):
+                if kind is Kind.ACK:
+                    (acknowledged,) = read_tuple(payload)
+                elif kind is Kind.ASK:
+                    (number,) = read_tuple(payload)
+                    recorder.flush()
+                    self._write(message(Kind.STATUS, self._status(number)))
+                elif kind is Kind.HEALTH:
+                    self._hear(Told(*read_tuple(payload)))
+                elif kind is Kind.WELCOME:
+                    stored, *told = read_tuple(payload)
+                    self._hear(Told(*told))
+                    self._begin(stored)
+                elif kind is Kind.READ:
+                    self._read.set()
+        except (FrameError, TypeError, ValueError) as error:
+            log.error("what the metering process says cannot be read: %s", error)
+            if self._transport is not None:
+                self._transport.abort()
+        if acknowledged:
+            recorder.acknowledged(acknowledged)
+
+    def _begin(self, stored: int) -> None:
+        """What it has on disk is done with; the rest goes (again), in order, and then what is new."""
+        recorder = self._recorder
+        assert recorder is not None
+        self._pause_s = CONNECT_S_MIN
+        if stored:
+            recorder.acknowledged(stored)
+        for _, data in recorder.unacknowledged(stored):
+            self._write(message(Kind.FRAME, data))
+        self._welcome = True
+        self.met.set()
+
+    def _hear(self, told: Told) -> None:
+        assert self._recorder is not None
+        before, self._told = self._told, told
+        if told.suspended:
+            self._recorder.suspend(told.reason or "")
+        elif before.suspended:
+            self._recorder.resume()
+
+    def _write(self, data: bytes) -> None:
+        if self._transport is not None:
+            self._transport.write(data)
+
+    async def aclose(self) -> bool:
+        """The clean end. False: not everything that was sent is known to be read."""
+        self._closed = True
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._welcome:
+            self._write(message(Kind.BYE))
+            try:
+                async with asyncio.timeout(BYE_S):
+                    await self._read.wait()
+            except TimeoutError:
+                pass
+        if self._transport is not None:
+            self._transport.close()
+        return self._read.is_set()
+
+
+# --- the end that meters -------------------------------------------------------------------------------
+
+
+@dataclass(slots=True, eq=False)
+class Server:
+    """A process that serves, as the one that meters knows it."""
+
+    source: Source
+    worker: int
+    connection: _Connection | None = None
+    gone: bool = False  # it has died, or ended: the supervisor says so
+    status: Status | None = None
+    unseen: int = 0  # of its last status, less what its frames have told of since
+
+
+class Seam:
+    """Everybody who serves, heard by the one that meters."""
+
+    def __init__(self, intake: Intake, health: Callable[[], Told], counted: Callable[[int, int], None]) -> None:
+        """`health`: how writing goes now. `counted`: told the open connections and drains of all together."""
+        self._intake = intake
+        self._health = health
+        self._counted = counted
+        self._told = health()
+        self._servers: dict[bytes, Server] = {}
+        self._asked = 0
+        self._waiting: asyncio.Event = asyncio.Event()
+        self._store: asyncio.Handle | None = None
+        self._listener: asyncio.AbstractServer | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._loop = asyncio.get_running_loop()
+
+    async def listen(self, listener: socket.socket) -> None:
+        self._listener = await self._loop.create_unix_server(lambda: _Connection(self), sock=listener)
+        self._look()
+
+    async def aclose(self) -> None:
+        """Hear nobody any more; what was heard is handed to the intake."""
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._listener is not None:
+            self._listener.close()
+        for server in self._servers.values():
+            if server.connection is not None:
+                server.connection.close()
+        self.store()
+
+    # Who there is
+
+    def expect(self, source: bytes, worker: int) -> None:
+        """A process that serves was started: only such are heard."""
+        if source not in self._servers:
+            server = Server(Source(source, lambda number: self._acknowledge(server, number)), worker)
+            self._servers[source] = server
+            self._intake.came(server.source)
+
+    def gone(self, source: bytes) -> None:
+        """It is no more. Its calls are settled once everything that it had sent is read."""
+        server = self._servers.get(source)
+        if server is None:
+            return
+        server.gone = True
+        self._waiting.set()
+        if server.connection is None:
+            self._loop.call_later(GONE_S, self._settle, server)
+
+    @property
+    def unseen(self) -> int:
+        return sum(server.unseen for server in self._servers.values())
+
+    @property
+    def serving(self) -> list[Server]:
+        return [server for server in self._servers.values() if not server.gone]
+
+    def _settle(self, server: Server) -> None:
+        if server.connection is not None or not self._intake.recording:
+            return  # it is being read; or there is no spool yet, and nothing is open in it
+        if self._servers.pop(server.source.id, None) is None:
+            return
+        settled = self._intake.settle(server.source.id)
+        if settled:
+            facts = {"worker": server.worker, "calls": settled}
+            log.warning("calls that were open in a process that died are recorded as unknown", extra={"facts": facts})
+
+    def recording(self) -> None:
+        """There is a spool now."""
+        for server in list(self._servers.values()):
+            self._acknowledge(server, server.source.stored)
+            if server.gone and server.connection is None:
+                self._settle(server)
+        self._look_now()
+        self.store()
+
+    # What is heard
+
+    def hello(self, connection: _Connection, hello: Hello) -> Server | None:
+        """None: it is not heard."""
+        server = self._servers.get(hello.source)
+        if hello.version != VERSION or server is None:
+            log.warning("a process that this instance did not start is not heard at the seam")
+            return None
+        if server.connection is not None:
+            server.connection.close()
+        server.connection = connection
+        connection.write(message(Kind.WELCOME, (server.source.stored, *self._told)))
+        if self._asked:  # somebody may be waiting for what it has to tell
+            connection.write(message(Kind.ASK, (self._asked,)))
+        return server
+
+    def frame(self, server: Server, data: bytes) -> None:
+        told = self._intake.take(server.source, data)
+        server.unseen = max(server.unseen - told, 0)
+        if self._store is None:
+            self._store = self._loop.call_soon(self.store)
+
+    def store(self) -> None:
+        self._store = None
+        self._intake.store()
+
+    def status(self, server: Server, status: Status) -> None:
+        server.status, server.unseen = status, status.unseen
+        servers = self.serving
+        self._counted(
+            sum(s.status.connections for s in servers if s.status is not None),
+            sum(s.status.drains for s in servers if s.status is not None),
+        )
+        self._waiting.set()
+
+    def closed(self, server: Server, connection: _Connection) -> None:
+        if server.connection is connection:
+            server.connection = None
+            server.unseen = 0
+            self._waiting.set()
+            if server.gone:
+                self._settle(server)
+
+    async def until_alone(self) -> None:
+        """Until nobody who serves is connected any more."""
+        while any(server.connection is not None for server in self._servers.values()):
+            self._waiting.clear()
+            await self._waiting.wait()
+
+    async def ask(self) -> list[Status]:
+        """How each that serves does now, of those that answer in time; all frames that they had are taken by then."""
+        self._asked += 1
+        number = self._asked
+        asked = self.serving
+        for server in asked:
+            if server.connection is not None:
+                server.connection.write(message(Kind.ASK, (number,)))
+
+        def missing() -> list[Server]:
+            # One that is not connected yet, or again, has the more to tell.
+            return [s for s in asked if not s.gone and (s.status is None or s.status.asked < number)]
+
+        try:
+            async with asyncio.timeout(ASK_S):
+                while missing():
+                    self._waiting.clear()
+                    await self._waiting.wait()
+        except TimeoutError:
+            pass
+        return [s.status for s in asked if s.status is not None and s.status.asked >= number]
+
+    # What is said
+
+    def _acknowledge(self, server: Server, number: int) -> None:
+        if server.connection is not None and number:
+            server.connection.write(message(Kind.ACK, (number,)))
+
+    def _look(self) -> None:
+        self._timer = self._loop.call_later(HEALTH_S, self._look)
+        self._look_now()
+
+    def _look_now(self) -> None:
+        told = self._health()
+        if told != self._told:
+            self._told = told
+            for server in self._servers.values():
+                if server.connection is not None:
+                    server.connection.write(message(Kind.HEALTH, told))
+
+
+class _Connection(asyncio.Protocol):
+    """One connection at the seam."""
+
+    def __init__(self, seam: Seam) -> None:
+        self._seam = seam
+        self._messages = Messages()
+        self._transport: Any = None
+        self._server: Server | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = transport
+        sock = transport.get_extra_info("socket")
+        uid = None if sock is None else peer_uid(sock.fileno())
+        if uid is not None and uid != os.geteuid():
+            log.warning("another user tried to speak at the seam and is not heard", extra={"facts": {"uid": uid}})
+            self._transport.abort()
+
+    def data_received(self, data: bytes) -> None:
+        try:
+            for kind, payload in self._messages.feed(data):
+                if self._server is None:
+                    if kind is not Kind.HELLO:
+                        raise FrameError("it did not say who it is")
+                    source = Hello(*read_tuple(payload))
+                    if type(source.source) is not bytes or len(source.source) != SOURCE_BYTES:
+                        raise FrameError("it did not say who it is")
+                    self._server = self._seam.hello(self, source)
+                    if self._server is None:
+                        self.close()
+                        return
+                elif kind is Kind.FRAME:
+                    self._seam.frame(self._server, payload)
+                elif kind is Kind.STATUS:
+                    self._seam.status(self._server, Status(*read_tuple(payload)))
+                elif kind is Kind.BYE:
+                    self._seam.store()
+                    self.write(message(Kind.READ))
+        except (FrameError, TypeError) as error:
+            log.error("what came over the seam cannot be read: %s", error)
+            self.close()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._server is not None:
+            self._seam.closed(self._server, self)
+
+    def write(self, data: bytes) -> None:
+        self._transport.write(data)
+
+    def close(self) -> None:
+        self._transport.close()
+
+
+# --- the wire to the supervisor ------------------------------------------------------------------------
 
 
 class Wire:
-    """One end. Sending never waits; a peer that is gone is noticed by `receive`."""
+    """The end of a process that was started. Sending never waits; a supervisor that is gone is noticed by `receive`."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._reader = reader
@@ -32,20 +564,20 @@ class Wire:
         sock.setblocking(False)
         return cls(*await asyncio.open_connection(sock=sock, limit=LINE_BYTES_MAX))
 
-    def send(self, message: Mapping[str, Any]) -> None:
+    def send(self, **fields: Any) -> None:
         if not self._writer.is_closing():
-            self._writer.write(orjson.dumps(message) + b"\n")
+            self._writer.write(json.dumps(fields).encode() + b"\n")
 
     async def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the other end is gone."""
+        """The next message; None when the supervisor is gone."""
         try:
             line = await self._reader.readline()
         except (OSError, ValueError):
             return None
         if not line.endswith(b"\n"):
             return None
-        message: dict[str, Any] = orjson.loads(line)
-        return message
+        found: dict[str, Any] = json.loads(line)
+        return found
 
     async def aclose(self) -> None:
         self._writer.close()
@@ -53,3 +585,30 @@ class Wire:
             await self._writer.wait_closed()
         except OSError:
             pass
+
+
+@dataclass(slots=True)
+class WireEnd:
+    """The supervisor's end: no loop, never waits."""
+
+    sock: socket.socket
+    rest: bytes = field(default=b"")
+
+    def send(self, fields: Mapping[str, Any]) -> None:
+        try:
+            self.sock.sendall(json.dumps(dict(fields)).encode() + b"\n")
+        except OSError:
+            pass  # it is gone: its end is noticed by other means
+
+    def receive(self) -> list[dict[str, Any]] | None:
+        """What has come; None when the other end is gone."""
+        try:
+            data = self.sock.recv(65_536)
+        except BlockingIOError:
+            return []
+        except OSError:
+            return None
+        if not data:
+            return None
+        *lines, self.rest = (self.rest + data).split(b"\n")
+        return [json.loads(line) for line in lines]

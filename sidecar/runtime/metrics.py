@@ -187,7 +187,76 @@ class Gauges:
     retry_after_s: dict[str, float] = field(default_factory=dict)
 
 
-class Metrics(Collector):
+class HopEvents:
+    """What only the hop can count: one method for each kind of happening, for whoever keeps the counts."""
+
+    __slots__ = ()
+
+    def count(self, name: str, text: str, count: float = 1) -> None:
+        """One more of a family, under its label; "" for a family that has none."""
+        raise NotImplementedError
+
+    def request_rejected(self, reason: str) -> None:
+        """A request that never became a call: no request line, too long a head, and the like."""
+        self.count("sidecar_rejected", reason)
+
+    def upstream_retried(self) -> None:
+        self.count("sidecar_upstream_retries", "")
+
+    def upstream_failed(self, reason: str) -> None:
+        """No connection, or one that ended, or what came was no answer."""
+        self.count("sidecar_upstream_failures", reason)
+
+    def redirected(self, what: str) -> None:
+        """An answer points to the upstream's own address: one of `REDIRECTS`."""
+        self.count("sidecar_upstream_redirects", what)
+
+    def attribution_anomaly(self, kind: str) -> None:
+        """A client said two things at once, or more than a record keeps."""
+        self.count("sidecar_attribution_anomalies", kind)
+
+    def usage_anomaly(self, kind: str) -> None:
+        self.count("sidecar_usage_anomalies", kind)
+
+    def limit_reached(self, name: str) -> None:
+        self.count("sidecar_limits_reached", name)
+
+    def lost(self, reason: str, count: int) -> None:
+        self.count("sidecar_lost", reason, count)
+
+    def released_uncommitted(self, count: int) -> None:
+        self.count("sidecar_released_uncommitted", "", count)
+
+
+class HopCounts(HopEvents):
+    """The counts of a process that serves, kept until they are told (`take`)."""
+
+    __slots__ = ("_counts", "connections", "drains")
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], float] = {}
+        self.connections = 0  # open now
+        self.drains = 0
+
+    def count(self, name: str, text: str, count: float = 1) -> None:
+        key = (name, text)
+        self._counts[key] = self._counts.get(key, 0) + count
+
+    def take(self) -> list[tuple[str, str, float]]:
+        """What was counted since the last time: family, label, count."""
+        if not self._counts:
+            return []
+        counts, self._counts = self._counts, {}
+        return [(name, text, count) for (name, text), count in counts.items()]
+
+    def connections_changed(self, delta: int) -> None:
+        self.connections += delta
+
+    def drains_changed(self, delta: int) -> None:
+        self.drains += delta
+
+
+class Metrics(HopEvents, Collector):
     """The counts of one process. Build as many as you like: each has its own registry."""
 
     def __init__(self, *, backends: Sequence[str] = ()) -> None:
@@ -233,36 +302,24 @@ class Metrics(Collector):
         if exchange.usage is not None:
             self._count_usage(exchange)
 
-    def request_rejected(self, reason: str) -> None:
-        """A request that never became a call: no request line, too long a head, and the like."""
-        self._count_capped("sidecar_rejected", (reason,))
+    def count(self, name: str, text: str, count: float = 1) -> None:
+        self._count_capped(name, (text,) if text else (), count)
 
-    def upstream_retried(self) -> None:
-        self._counters["sidecar_upstream_retries"][()] += 1
+    def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
+        """What a process that serves has counted (`HopCounts.take`): family, label, count."""
+        for name, text, count in counts:
+            self.count(name, text, count)
 
-    def upstream_failed(self, reason: str) -> None:
-        """No connection, or one that ended, or what came was no answer."""
-        self._count_capped("sidecar_upstream_failures", (reason,))
-
-    def redirected(self, what: str) -> None:
-        """An answer points to the upstream's own address: one of `REDIRECTS`."""
-        self._counters["sidecar_upstream_redirects"][(what,)] += 1
-
-    def attribution_anomaly(self, kind: str) -> None:
-        """A client said two things at once, or more than a record keeps."""
-        self._count_capped("sidecar_attribution_anomalies", (kind,))
-
-    def limit_reached(self, name: str) -> None:
-        self._count_capped("sidecar_limits_reached", (name,))
+    def set_open(self, *, connections: int, drains: int) -> None:
+        """What is open in all processes that serve."""
+        self._gauges["sidecar_connections"][()] = connections
+        self._gauges["sidecar_drains"][()] = drains
 
     def connections_changed(self, delta: int) -> None:
         self._gauges["sidecar_connections"][()] += delta
 
     def drains_changed(self, delta: int) -> None:
         self._gauges["sidecar_drains"][()] += delta
-
-    def usage_anomaly(self, kind: str) -> None:
-        self._count_capped("sidecar_usage_anomalies", (kind,))
 
     # --- happenings in the spool ----------------------------------------------------------------
 
@@ -271,12 +328,6 @@ class Metrics(Collector):
         self._counters["sidecar_committed_records"][()] += records
         self._counters["sidecar_committed_bytes"][()] += size_bytes
         self._commits.observe(seconds)
-
-    def lost(self, reason: str, count: int) -> None:
-        self._count_capped("sidecar_lost", (reason,), count)
-
-    def released_uncommitted(self, count: int) -> None:
-        self._counters["sidecar_released_uncommitted"][()] += count
 
     # --- happenings in delivery -----------------------------------------------------------------
 

@@ -18,7 +18,8 @@ from sidecar.delivery.queries import DeliveryQueries, Found
 from sidecar.delivery.rows import Parked
 from sidecar.delivery.types import Now
 from sidecar.model.delivery import Backend
-from sidecar.runtime import backend_factory, billing, directory_identity
+from sidecar.runtime import backend_factory, directory_identity
+from sidecar.runtime.backend_factory import LEDGER_NAME
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
@@ -67,7 +68,7 @@ async def adopt(data_dir: Path, how: directory_identity.As) -> dict[str, int]:
                 # Kept before anything is parked: cut short here, it is a copy still, and nothing of it is delivered.
                 directory_identity.store(data_dir, state.all_cursors(), noticed)
             for name in state.served():
-                if not (noticed.whole and name == billing.LEDGER):
+                if not (noticed.whole and name == LEDGER_NAME):
                     counts[name] = await removed_backend.leave(name, state, reader, time.time, ends)
         else:
             directory_identity.thaw(data_dir, ends)

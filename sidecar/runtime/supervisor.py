@@ -1,338 +1,517 @@
-"""Several workers on one port: who starts them, restarts one that dies, and adds up what they know.
+"""The supervisor: holds what must outlive a process, starts the processes, and starts those again that die.
 
-The supervisor binds one SO_REUSEPORT socket a worker and hands it down, so that the kernel spreads connections (one
-shared socket gives nearly all of them to one process) and a restarted worker listens where the dead one did:
-connections that wait in its queue are not refused meanwhile. It serves nothing itself; it bills, and it answers the
-admin port.
+It holds the data directory's lock and every listening socket: calls, scrapes and what the others tell each other wait
+in a queue while a process is started again, and are not refused. It serves nothing and meters nothing itself, so there
+is little in it that can die.
 
-What a dead worker had counted is kept: a sum that went down would look like a restart to Prometheus.
+The others are forked from it: everything that they need is imported here once, and its memory is shared. So there is no
+thread and no event loop in this process. What a worker leaves open when it dies is settled by the process that meters,
+which is told of every coming and going.
+
+A stop goes in order: no more calls, open ones end, what they left is recorded and delivered, the admin port closes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
+import contextlib
 import logging
 import os
+import selectors
+import signal
 import socket
-import sys
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import FrameType
 from typing import Any, Final
 
-from sidecar.runtime.admin import Readiness
-from sidecar.runtime.intake import url_of
-from sidecar.runtime.ipc import CANNOT_START, LOST, Wire
-from sidecar.runtime.metrics import Metrics
-from sidecar.settings import Address, Settings
-from sidecar.spool import Snapshot, SpoolTotals
+from sidecar.runtime import factory
+from sidecar.runtime import logging as logs
+from sidecar.runtime.disk import LOOK_S, NoRoomError, no_room, text_of
+from sidecar.runtime.instance_lock import DataLock, InUseError, LockError
+from sidecar.runtime.ipc import ASK_S, Address, WireEnd, listen_at_seam
+from sidecar.runtime.metering import Start, meter
+from sidecar.runtime.serving import serve
+from sidecar.settings import Address as Listen
+from sidecar.settings import OnSpoolFull, Settings
+from sidecar.spool.frames import SOURCE_BYTES
+from sidecar.storage.files import Trouble
 from sidecar.storage.sockets import listening, remove
 
 log = logging.getLogger("sidecar.supervisor")
 
 BACKLOG: Final = 4096  # connections waiting to be accepted, for each worker
-ASK_S: Final = 2.0  # a worker that has not answered by then is left out; its slot is read from disk
-POLL_S: Final = 1.0  # how old the counts of a worker may be that dies
-START_S: Final = 60.0  # a worker recovers its slot first; a million records take three seconds
-RESTART_S_MIN: Final = 0.1  # first pause before a dead worker is started again; doubles while it keeps dying
+START_S: Final = 60.0  # for those that serve: they open no file
+RESTART_S_MIN: Final = 0.1  # pause before the second start in a row; doubles while it keeps dying
 RESTART_S_MAX: Final = 5.0
-STEADY_S: Final = 60.0  # a worker that lived so long starts again without a pause
+STEADY_S: Final = 60.0  # a process that lived so long starts again without a pause
+# What the process that meters may take at its end: the last delivery pass, a disk that takes nothing, answers.
+METERING_STOP_S: Final = 40.0
+OK: Final = 0
+FAILED: Final = 1
+STOPPERS: Final = (signal.SIGINT, signal.SIGTERM)
+OWN_NAME: Final = Path("/proc/self/comm")
+METERING: Final = "metering"
+SERVING: Final = "serving"
 
 
-STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all workers is the state of the whole
+class StartError(Exception):
+    """A process cannot start. The text says what to do about it; `code` is the exit code of the command."""
+
+    def __init__(self, text: str, code: int = FAILED) -> None:
+        super().__init__(text)
+        self.code = code
 
 
-class WorkerError(Exception):
-    """The workers do not start. The text says what to do about it."""
+@dataclass(slots=True, eq=False)
+class Process:
+    """One place among the processes, over restarts."""
+
+    role: str
+    number: int = 0  # of the worker
+    listeners: Sequence[socket.socket] = ()
+    pid: int = 0  # 0: not running
+    wire: WireEnd | None = None
+    source: bytes = b""  # of one that serves: another with each start
+    ready: bool = False
+    was_ready: bool = False  # once, in any life
+    cannot: tuple[str, int] | None = None  # why it cannot start, and the exit code for that
+    began_s: float = 0.0
+    pause_s: float = 0.0
+    due_s: float = 0.0  # when it is to be started again
+    code: int = 0  # its last exit code; negative: a signal
+
+    def __str__(self) -> str:
+        return "the metering process" if self.role == METERING else f"worker {self.number}"
 
 
 @dataclass(slots=True)
-class _Worker:
-    """One place among the workers, over restarts."""
+class Sockets:
+    """What listens, and where."""
 
-    number: int
-    listener: socket.socket
-    process: asyncio.subprocess.Process | None = None
-    wire: Wire | None = None
-    ready: asyncio.Event = field(default_factory=asyncio.Event)
-    counts: Mapping[str, Any] = field(default_factory=dict)  # as of the last answer of this process
-    waiting: dict[int, asyncio.Future[dict[str, Any]]] = field(default_factory=dict)
+    workers: list[list[socket.socket]] = field(default_factory=list)  # for each worker, one an address
+    admin: socket.socket | None = None
+    seam: socket.socket | None = None
+    seam_address: Address = field(default_factory=Address)
+    proxy_url: str = ""
+    admin_url: str = ""
+    paths: list[Path] = field(default_factory=list)  # to be taken away at the end
+
+    def of_workers(self) -> set[socket.socket]:
+        return {sock for socks in self.workers for sock in socks}
 
 
-class Workers:
-    """The workers as one intake (`app.Intake`)."""
+class Supervisor:
+    """`run` once."""
 
-    def __init__(
-        self,
-        settings: Settings,
-        *,
-        environ: Mapping[str, str],
-        committed: Callable[[], None],
-        remembered: Callable[[], Mapping[str, int]],
-        let_go: Callable[[], None],
-    ) -> None:
+    def __init__(self, settings: Settings) -> None:
         self._settings = settings
-        self._environ = environ
-        self._committed = committed
-        self._remembered = remembered
-        self._let_go = let_go
-        self._workers: list[_Worker] = []
-        self._tasks: list[asyncio.Task[None]] = []
-        self._gone = Metrics()  # what dead workers had counted
-        self._asks = itertools.count(1)
-        self._stopping = False
-        self._started = False
-        self._refused = asyncio.Event()  # a worker said that it cannot start
-        self.lost_at_stop = False  # a worker ended with records that the disk did not take
-        self.url = ""
+        self._lock: DataLock | None = None
+        self._held: Trouble | None = None  # why the lock could not be taken yet
+        self._look_s = 0.0  # when to try again
+        self._key = b""
+        self._sockets = Sockets()
+        self._metering = Process(METERING)
+        self._serving: list[Process] = []
+        self._instance: str | None = None
+        self._died: dict[bytes, int] = {}  # who served and died while nobody metered, and the worker's number
+        self._selector = selectors.DefaultSelector()
+        self._stops = 0  # how often we were asked to stop
+        self._reload = False
+        self._failed = False  # something ended that should not have, or left records behind
+        self._draining = False
+        self._woken: tuple[socket.socket, socket.socket] | None = None
 
-    def __repr__(self) -> str:
-        return f"<Workers: {sum(w.ready.is_set() for w in self._workers)} of {len(self._workers)} ready>"
-
-    # --- as an intake ------------------------------------------------------------------------------
-
-    async def snapshots(self) -> dict[str, Snapshot]:
-        """Of each worker that answers. What is left out is read from disk by the caller."""
-        return {
-            answer["instance"]: Snapshot(SpoolTotals(**answer["totals"]), answer["last_seq"])
-            for answer in await self._ask_all()
-        }
-
-    async def metrics(self) -> Metrics:
-        await self._ask_all()
-        together = Metrics()
-        together.absorb(self._gone.state())
-        for worker in self._workers:
-            together.absorb(worker.counts)
-        return together
-
-    async def readiness(self) -> Readiness:
-        answers = await self._ask_all()
-        missing = len(self._workers) - len(answers)
-        notes = [note for answer in answers for note in answer["notes"]]
-        if missing:
-            notes.append(f"{missing} of {len(self._workers)} workers do not answer")
-        states = {answer["state"] for answer in answers}
-        state = "stopping" if self._stopping else next((s for s in STATES if s in states), "degraded")
-        ready = not self._stopping and any(answer["ready"] for answer in answers)
-        return Readiness(ready=ready, state=state, notes=notes)
-
-    def reload(self) -> None:
-        for worker in self._workers:
-            if worker.wire is not None:
-                worker.wire.send({"do": "reload"})
-
-    def end_at_once(self) -> None:
-        for worker in self._workers:
-            if worker.process is not None and worker.process.returncode is None:
-                worker.process.kill()
-
-    # --- their life --------------------------------------------------------------------------------
-
-    async def start(self) -> None:
-        """Bind, start all, wait until each is ready. Raises `SocketError` or `WorkerError`."""
-        listeners, self.url = _bind(self._settings.listen, self._settings.workers, self._settings.tls_cert_file)
-        self._workers = [_Worker(number, listener) for number, listener in enumerate(listeners)]
-        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
-        ready = asyncio.create_task(self._all_ready())
-        refused = asyncio.create_task(self._refused.wait())
+    def run(self) -> int:
+        """Until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
+        SIGHUP reads the listener's certificate anew. The exit code; raises what keeps it from starting.
+        """
+        settings = self._settings
         try:
-            done, _ = await asyncio.wait((ready, refused), timeout=START_S, return_when=asyncio.FIRST_COMPLETED)
+            self._take_lock()
+            self._key = factory.kept_hash_key(settings) or factory.new_hash_key()
+            self._open_sockets()
+            factory.raise_file_limit(settings)
+            factory.calm_collector()
+            self._listen_to_signals()
+            self._start(self._metering)
+            self._wait(lambda: self._metering.ready)
+            self._serving = [Process(SERVING, n, socks) for n, socks in enumerate(self._sockets.workers)]
+            for process in self._serving:
+                self._start(process)
+            self._wait(lambda: all(process.ready for process in self._serving), limit_s=START_S)
+            self._announce()
+            urls = {"proxy": self._sockets.proxy_url, "admin": self._sockets.admin_url}
+            log.info("ready", extra={"facts": urls})
+            self._wait(lambda: self._stops > 0)
+            self._stop()
         finally:
-            ready.cancel()
-            refused.cancel()
-        if self._refused.is_set():
-            raise WorkerError("a worker cannot start: its log line above says why")
-        if not done:
-            raise WorkerError(f"the workers are not ready after {START_S:.0f} s: see their log lines above")
-        self._started = True
-        self._tasks.append(asyncio.create_task(self._poll()))
+            self._end()
+        return FAILED if self._failed else OK
 
-    async def _all_ready(self) -> None:
-        for worker in self._workers:
-            await worker.ready.wait()
+    # --- what is held ------------------------------------------------------------------------------
 
-    async def stop(self) -> None:
-        """Let every worker drain; end those by force that take longer than they may."""
-        self._stopping = True
-        await self._ask_all()
-        for worker in self._workers:
-            if worker.wire is not None:
-                worker.wire.send({"do": "stop"})
-        # Ours too: as long as one of us holds a listening socket, connections wait in its queue for nobody.
-        for worker in self._workers:
-            worker.listener.close()
-        processes = [w.process for w in self._workers if w.process is not None and w.process.returncode is None]
+    def _take_lock(self) -> None:
+        settings = self._settings
         try:
-            async with asyncio.timeout(self._settings.stop_s + 2 * ASK_S):
-                await asyncio.gather(*(process.wait() for process in processes))
-        except TimeoutError:
-            for process in processes:
-                if process.returncode is None:
-                    log.error(
-                        "worker %d did not end in time and is killed: its open calls are settled later", process.pid
-                    )
-                    process.kill()
-                    await process.wait()
-        self.lost_at_stop = any(process.returncode == LOST for process in processes)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self.url and self._settings.listen.path:
-            remove(Path(self._settings.listen.path))
-
-    async def _keep(self, worker: _Worker) -> None:
-        """Run one worker, again and again until we stop."""
-        pause_s = RESTART_S_MIN
-        loop = asyncio.get_running_loop()
-        while True:
-            began_s = loop.time()
-            await self._run_once(worker)
-            if self._stopping:
-                return
-            code = None if worker.process is None else worker.process.returncode
-            if code == CANNOT_START and not self._started:
-                self._refused.set()
-                return
-            log.error("worker %d ended with %s: it is started again", worker.number, code)
-            pause_s = RESTART_S_MIN if loop.time() - began_s > STEADY_S else min(pause_s * 2, RESTART_S_MAX)
-            await asyncio.sleep(pause_s)
-
-    async def _run_once(self, worker: _Worker) -> None:
-        if self._stopping:  # while it waited to be started again
-            return
-        ours, theirs = socket.socketpair()
-        with theirs:
-            fds = (worker.listener.fileno(), theirs.fileno())
-            worker.process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "sidecar.runtime.intake_worker"),
-                *map(str, fds),
-                pass_fds=fds,
-                env=dict(self._environ),
-            )
-        worker.wire = await Wire.over(ours)
-        worker.wire.send({"remembered": dict(await asyncio.to_thread(self._remembered))})
-        try:
-            await self._hear(worker, worker.wire)
-        finally:
-            worker.ready.clear()
-            for waiting in worker.waiting.values():
-                waiting.cancel()
-            worker.waiting.clear()
-            await worker.wire.aclose()
-            worker.wire = None
-        await worker.process.wait()
-        # A worker that is killed while it commits leaves a commit in SQLite's log of which the log's index, in memory
-        # shared by all who have the file open, knows nothing. The next to open looks again only if it is the first.
-        await asyncio.to_thread(self._let_go)
-        self._gone.absorb(worker.counts)
-        worker.counts = {}
-        self._committed()  # what it committed last
-
-    async def _hear(self, worker: _Worker, wire: Wire) -> None:
-        while (message := await wire.receive()) is not None:
-            if "answer" in message:
-                worker.counts = message["counts"]
-                waiting = worker.waiting.pop(message["answer"], None)
-                if waiting is not None and not waiting.done():
-                    waiting.set_result(message)
-            elif "committed" in message:
-                self._committed()
-            elif "ready" in message:
-                worker.ready.set()
-                self._committed()  # what it settled or salvaged while it opened
-                log.info("worker %d is ready", worker.number, extra={"facts": {"instance": message["ready"]}})
-
-    async def _poll(self) -> None:
-        while True:
-            await asyncio.sleep(POLL_S)
-            await self._ask_all()
-
-    async def _ask_all(self) -> list[dict[str, Any]]:
-        """The state of each worker that answers in time."""
-        answers = await asyncio.gather(*(self._ask(worker) for worker in self._workers))
-        return [answer for answer in answers if answer is not None]
-
-    async def _ask(self, worker: _Worker) -> dict[str, Any] | None:
-        if worker.wire is None or not worker.ready.is_set():
-            return None
-        number = next(self._asks)
-        waiting = worker.waiting[number] = asyncio.get_running_loop().create_future()
-        worker.wire.send({"ask": number})
-        try:
-            async with asyncio.timeout(ASK_S):
-                answer: dict[str, Any] = await waiting
-                return answer
-        except (TimeoutError, asyncio.CancelledError):
-            task = asyncio.current_task()
-            if task is not None and task.cancelling():
+            self._lock = DataLock.take(settings.data_dir, wait_s=settings.stop_s)
+        except (LockError, OSError) as error:
+            found = no_room(settings.data_dir, error)
+            if found is None:
                 raise
-            return None
+            if settings.on_spool_full is OnSpoolFull.REFUSE:
+                raise NoRoomError(f"cannot start: {text_of(settings.data_dir, found)}") from error
+            self._held = found
+            self._look_s = time.monotonic() + LOOK_S
+
+    def _try_lock(self) -> None:
+        """There was no room for it at the start. Whoever else found room first has it."""
+        self._look_s = time.monotonic() + LOOK_S
+        try:
+            self._lock = DataLock.take(self._settings.data_dir)
+        except InUseError as error:
+            log.error("%s", error)
+            self._failed = True
+            self._stops += 1
+            return
+        except (LockError, OSError):
+            return
+        self._held = None
+        self._announce()
+        self._tell(self._metering, {"do": "locked"})
+
+    def _announce(self) -> None:
+        if self._lock is not None and self._serving and all(process.was_ready for process in self._serving):
+            self._lock.announce(admin=self._sockets.admin_url, proxy=self._sockets.proxy_url)
+
+    def _open_sockets(self) -> None:
+        settings, sockets = self._settings, self._sockets
+        with listening(settings.listen, "SIDECAR_LISTEN"):
+            sockets.workers, sockets.proxy_url = bind(
+                settings.listen, settings.workers, tls=settings.tls_cert_file is not None
+            )
+        if settings.listen.path:
+            sockets.paths.append(Path(settings.listen.path))
+        with listening(settings.admin_listen, "SIDECAR_ADMIN_LISTEN"):
+            [[sockets.admin]], sockets.admin_url = bind(settings.admin_listen, 1, first=True)
+        if settings.admin_listen.path:
+            sockets.paths.append(Path(settings.admin_listen.path))
+        sockets.seam, sockets.seam_address = listen_at_seam(settings.data_dir, held=self._lock is not None)
+        if sockets.seam_address.path is not None:
+            sockets.paths.append(sockets.seam_address.path)
+
+    # --- processes ---------------------------------------------------------------------------------
+
+    def _start(self, process: Process) -> None:
+        ours, theirs = socket.socketpair()
+        ours.setblocking(False)
+        process.ready, process.cannot, process.due_s = False, None, 0.0
+        process.began_s = time.monotonic()
+        if process.role == SERVING:
+            process.source = os.urandom(SOURCE_BYTES)
+            # Told before it begins: only who is expected is heard.
+            self._tell(self._metering, {"came": process.source.hex(), "worker": process.number})
+        pid = os.fork()
+        if not pid:
+            self._become(process, ours, theirs)
+        theirs.close()
+        process.pid, process.wire = pid, WireEnd(ours)
+        self._selector.register(ours, selectors.EVENT_READ, process)
+        if process.role == METERING:
+            self._died.clear()
+
+    def _become(self, process: Process, ours: socket.socket, theirs: socket.socket) -> None:
+        """In the child: be it, and end. Nothing of the supervisor's stays open, or its end would not be noticed."""
+        code = FAILED
+        try:
+            for number in (*STOPPERS, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)  # what is to be done is the supervisor's to say
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            signal.set_wakeup_fd(-1)
+            ours.close()
+            self._selector.close()
+            for other in (self._metering, *self._serving):
+                if other.wire is not None:
+                    other.wire.sock.close()
+            for sock in self._woken or ():
+                sock.close()
+            settings, sockets = self._settings, self._sockets
+            who = {"role": process.role}
+            if process.role == SERVING:
+                who["worker"] = str(process.number)
+            logs.set_up(settings.log_level.value.upper(), **who)
+            with contextlib.suppress(OSError):  # what `ps` and `top` show, where there is such a file
+                name = f"serve-{process.number}" if process.role == SERVING else "meter"
+                OWN_NAME.write_text(f"sidecar-{name}")
+            assert sockets.seam is not None
+            assert sockets.admin is not None
+            if process.role == METERING:
+                for sock in sockets.of_workers():
+                    sock.close()
+                work = meter(
+                    settings, self._start_of_metering(), key=self._key, seam=sockets.seam, admin=sockets.admin,
+                    wire_socket=theirs,
+                )  # fmt: skip
+            else:
+                for sock in sockets.of_workers() - set(process.listeners):
+                    sock.close()
+                sockets.admin.close()
+                sockets.seam.close()
+                work = serve(
+                    settings, key=self._key, address=sockets.seam_address, source=process.source,
+                    worker=process.number, listeners=process.listeners, wire_socket=theirs,
+                )  # fmt: skip
+            code = _run(work)
+        except BaseException:
+            log.exception("%s has died", process)
         finally:
-            worker.waiting.pop(number, None)
+            with contextlib.suppress(Exception):
+                logging.shutdown()
+            os._exit(code)
+
+    def _start_of_metering(self) -> Start:
+        alive = {process.source: process.number for process in self._serving if process.source}
+        return Start(sources={**self._died, **alive}, gone=tuple(self._died), instance=self._instance, held=self._held)
+
+    def _tell(self, process: Process, fields: dict[str, Any]) -> None:
+        if process.wire is not None:
+            process.wire.send(fields)
+
+    def _hear(self, process: Process) -> None:
+        assert process.wire is not None
+        told = process.wire.receive()
+        if told is None:
+            self._selector.unregister(process.wire.sock)
+            return
+        for fields in told:
+            if "cannot" in fields:
+                process.cannot = (fields["cannot"], fields["code"])
+            elif "ready" in fields:
+                process.ready = process.was_ready = True
+                self._instance = fields.get("instance") or self._instance
+
+    def _collect(self) -> None:
+        """Those that have ended: what they said last, why they ended, and what follows."""
+        for process in (self._metering, *self._serving):
+            if not process.pid:
+                continue
+            pid, status = os.waitpid(process.pid, os.WNOHANG)
+            if pid:
+                self._ended(process, os.waitstatus_to_exitcode(status))
+
+    def _ended(self, process: Process, code: int) -> None:
+        process.pid, process.ready, process.code = 0, False, code
+        if process.wire is not None:
+            if process.wire.sock in {key.fileobj for key in self._selector.get_map().values()}:
+                self._hear(process)
+            with contextlib.suppress(KeyError, ValueError):
+                self._selector.unregister(process.wire.sock)
+            process.wire.sock.close()
+            process.wire = None
+        if process.role == SERVING and process.source:
+            self._tell(self._metering, {"gone": process.source.hex()})
+            if not self._metering.pid:
+                self._died[process.source] = process.number
+            process.source = b""
+        if self._draining and (process.role == SERVING or not any(other.pid for other in self._serving)):
+            self._failed = self._failed or code != 0
+            return
+        if not process.was_ready:
+            text, wrong = process.cannot or (f"{process} ended with {code}: its log lines above say why", FAILED)
+            raise StartError(text, wrong)
+        why = process.cannot[0] if process.cannot else f"ended with {code}"
+        log.error("%s %s: it is started again", process, why)
+        now_s = time.monotonic()
+        if now_s - process.began_s >= STEADY_S:
+            process.pause_s = 0.0
+        process.due_s = now_s + process.pause_s
+        process.pause_s = min(max(process.pause_s * 2, RESTART_S_MIN), RESTART_S_MAX)
+
+    # --- waiting -----------------------------------------------------------------------------------
+
+    def _listen_to_signals(self) -> None:
+        woken = self._woken = socket.socketpair()
+        for sock in woken:
+            sock.setblocking(False)
+        signal.set_wakeup_fd(woken[1].fileno(), warn_on_full_buffer=False)
+        self._selector.register(woken[0], selectors.EVENT_READ, None)
+        for number in STOPPERS:
+            signal.signal(number, self._asked_to_stop)
+        signal.signal(signal.SIGHUP, self._asked_to_reload)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+
+    def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:
+        self._stops += 1
+
+    def _asked_to_reload(self, number: int, frame: FrameType | None) -> None:
+        self._reload = True
+
+    def _wait(self, done: Callable[[], bool], *, limit_s: float | None = None) -> bool:
+        """Look after everything until it is done, or asked to stop (again), or the time is over: False."""
+        until_s = None if limit_s is None else time.monotonic() + limit_s
+        stops = self._stops
+        while not done():
+            if self._stops != stops:
+                return False
+            now_s = time.monotonic()
+            if until_s is not None and now_s >= until_s:
+                return False
+            due = [process.due_s for process in (self._metering, *self._serving) if process.due_s]
+            due += [] if until_s is None else [until_s]
+            due += [self._look_s] if self._held is not None else []
+            for key, _ in self._selector.select(max(min(due) - now_s, 0.0) if due else None):
+                if key.data is None:
+                    assert self._woken is not None
+                    self._woken[0].recv(4096)
+                else:
+                    self._hear(key.data)
+            self._collect()
+            now_s = time.monotonic()
+            for process in (self._metering, *self._serving):
+                if process.due_s and process.due_s <= now_s:
+                    self._start(process)
+            if self._held is not None and self._look_s <= now_s:
+                self._try_lock()
+            if self._reload:
+                self._reload = False
+                log.info(
+                    "SIGHUP: the listener's certificate is read anew; secrets and all other settings are those of "
+                    "the start"
+                )
+                for process in self._serving:
+                    self._tell(process, {"do": "reload"})
+        return True
+
+    # --- the end -----------------------------------------------------------------------------------
+
+    def _stop(self) -> None:
+        settings = self._settings
+        log.info("stopping", extra={"facts": {"stop_delay_s": settings.stop_delay_s, "stop_s": settings.stop_s}})
+        self._tell(self._metering, {"do": "stopping"})
+        if settings.stop_delay_s:
+            # Whoever sends us calls learns by /readyz that they shall go elsewhere; those that come meanwhile are
+            # served.
+            self._wait(lambda: False, limit_s=settings.stop_delay_s)
+            log.info("taking no more calls")
+        self._draining = True
+        for process in self._serving:
+            process.due_s = 0.0
+            self._tell(process, {"do": "stop"})
+        # Ours too: as long as one of us holds a listening socket, connections wait in its queue for nobody.
+        for sock in self._sockets.of_workers():
+            sock.close()
+        if not self._drained(self._serving, settings.stop_s + 2 * ASK_S + settings.commit_wait_s):
+            return
+        self._metering.due_s = 0.0
+        self._tell(self._metering, {"do": "stop"})
+        if self._drained([self._metering], METERING_STOP_S):
+            log.info("stopped")
+
+    def _drained(self, processes: Sequence[Process], limit_s: float) -> bool:
+        """Wait until they have ended; those that take too long are killed. False: asked again, so all end at once."""
+        stops = self._stops
+        if not self._wait(lambda: not any(process.pid for process in processes), limit_s=limit_s):
+            if self._stops != stops:
+                # What is committed stays committed, what is open is settled at the next start: as after a crash.
+                log.warning("asked a second time: ending at once")
+                self._failed = True
+                return False
+            for process in processes:
+                if process.pid:
+                    log.error("%s did not end in time and is killed: its open calls are settled later", process)
+                    os.kill(process.pid, signal.SIGKILL)
+            self._wait(lambda: not any(process.pid for process in processes))
+        return True
+
+    def _end(self) -> None:
+        """Whatever is still there ends now; every path and the lock are let go of."""
+        for process in (*self._serving, self._metering):
+            if process.pid:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(process.pid, signal.SIGKILL)
+                with contextlib.suppress(ChildProcessError):
+                    os.waitpid(process.pid, 0)
+                process.pid = 0
+        for path in self._sockets.paths:
+            with contextlib.suppress(OSError):
+                remove(path)
+        if self._lock is not None:
+            self._lock.release()
 
 
-@asynccontextmanager
-async def workers(
-    settings: Settings,
-    *,
-    committed: Callable[[], None],
-    remembered: Callable[[], Mapping[str, int]],
-    let_go: Callable[[], None],
-) -> AsyncIterator[Workers]:
-    """All workers, started and ready. Leaving drains them. `let_go` closes what this process has open of the spool."""
-    # What the command line changed must hold for the workers too: they read the environment.
-    environ = {**os.environ, "SIDECAR_DATA_DIR": str(settings.data_dir.absolute())}
-    them = Workers(settings, environ=environ, committed=committed, remembered=remembered, let_go=let_go)
+def _run(work: Coroutine[Any, Any, int]) -> int:
+    with asyncio.Runner(loop_factory=factory.loop_factory()) as runner:
+        return runner.run(work)
+
+
+# --- sockets that listen -------------------------------------------------------------------------------
+
+
+def bind(
+    address: Listen, count: int, *, tls: bool = False, first: bool = False
+) -> tuple[list[list[socket.socket]], str]:
+    """For each of `count` processes its listening sockets, one for each address that the name stands for (or for the
+    `first` alone), and the URL. Raises `OSError`.
+
+    Several share the port with SO_REUSEPORT, so that the kernel spreads connections (one shared socket gives nearly all
+    of them to one process) and a process that is started again listens where the dead one did.
+    """
+    if address.path:
+        sock = _bound(socket.AF_UNIX, socket.SOCK_STREAM, 0, address.path)
+        return [[sock]] * count, url_of(address.path)
+    infos = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    infos = list(dict.fromkeys(infos))[: 1 if first else None]
+    if count > 1:
+        for family, kind, proto, _, where in infos:
+            # Sockets that share a port would share it with another program of the same user that does so too.
+            with socket.socket(family, kind, proto) as trial:
+                _reuse(trial, where)
+                trial.bind(where)
+    made: list[list[socket.socket]] = [[] for _ in range(count)]
+    port = address.port
     try:
-        await them.start()
-        yield them
-    finally:
-        await them.stop()
-
-
-def _bind(address: Address, count: int, tls: Path | None) -> tuple[list[socket.socket], str]:
-    """One listening socket a worker, and the URL; all on one address. Raises `SocketError`."""
-    with listening(address, "SIDECAR_LISTEN"):
-        if address.path:
-            return [_bind_unix(address.path)] * count, f"unix:{address.path}"
-        return _bind_tcp(address, count, tls)
-
-
-def _bind_tcp(address: Address, count: int, tls: Path | None) -> tuple[list[socket.socket], str]:
-    info = socket.getaddrinfo(address.host or None, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    family, kind, proto, _, where = info[0]
-    with socket.socket(family, kind, proto) as trial:
-        # Sockets that share a port would share it with another program of the same user that does so too.
-        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        trial.bind(where)
-    bound: list[socket.socket] = []
-    try:
-        for _ in range(count):
-            listener = socket.socket(family, kind, proto)
-            bound.append(listener)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            if where[0] == "::" and socket.has_dualstack_ipv6():
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listener.bind(where)
-            where = listener.getsockname()  # port 0: the others join the one that was given
-            listener.listen(BACKLOG)
+        for family, kind, proto, _, where in infos:
+            for socks in made:
+                target = (where[0], port, *where[2:])
+                socks.append(sock := _bound(family, kind, proto, target, shared=count > 1))
+                port = sock.getsockname()[1]  # port 0: the others join the one that was given
     except OSError:
-        for listener in bound:
-            listener.close()
+        for sock in (sock for socks in made for sock in socks):
+            sock.close()
         raise
-    return bound, url_of((str(where[0]), int(where[1])), tls=tls is not None)
+    host = made[0][0].getsockname()[0]
+    return made, url_of((str(host), int(port)), tls=tls)
 
 
-def _bind_unix(path: str) -> socket.socket:
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _bound(family: int, kind: int, proto: int, where: Any, *, shared: bool = False) -> socket.socket:
+    sock = socket.socket(family, kind, proto)
     try:
-        listener.bind(path)
-        listener.listen(BACKLOG)
+        if family != socket.AF_UNIX:
+            _reuse(sock, where)
+            if shared:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        sock.bind(where)
+        sock.listen(BACKLOG)
     except OSError:
-        listener.close()
+        sock.close()
         raise
-    return listener
+    return sock
+
+
+def _reuse(sock: socket.socket, where: Any) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if sock.family == socket.AF_INET6:
+        # `::` takes IPv4 as well; the system's default may leave that out.
+        both = where[0] == "::" and socket.has_dualstack_ipv6()
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, not both)
+
+
+def url_of(bound: tuple[str, int] | str, *, tls: bool = False) -> str:
+    """`http://127.0.0.1:8080`, also for what listens everywhere; `unix:/path`."""
+    if isinstance(bound, str):
+        return f"unix:{bound}"
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(bound[0], bound[0])
+    shown = f"[{host}]" if ":" in host else host
+    return f"{'https' if tls else 'http'}://{shown}:{bound[1]}"

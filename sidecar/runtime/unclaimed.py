@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable
 from typing import Final
 
-from sidecar.runtime.logging import Seldom
+from sidecar.model.seldom import Seldom
 
 log = logging.getLogger("sidecar.usage")
 

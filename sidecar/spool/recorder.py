@@ -1,14 +1,19 @@
-"""The intake: gives each call its id, its number and its record, and holds the last byte until that is on disk.
+"""The recorder: gives each call its id, its place and its record, and holds the last byte until that is on disk.
 
-Everything here runs on the event loop and is synchronous, so an exchange can be ended while its task is being
-cancelled. What must always hold
+Here is the half that serves: what it learns of calls goes, as numbered frames (`frames`), over a link to whoever writes
+them (`intake`, mostly in another process), and comes back as the number up to which everything is on disk. Everything
+runs on the event loop and is synchronous, so an exchange can be ended while its task is being cancelled. What must
+always hold
 - An admitted exchange ends in exactly one place: recorded, or counted lost with a reason.
 - Every `release` is called exactly once, on the loop.
+- A frame is kept until it is acknowledged, and offered again to whoever takes the place of one that died.
 - Memory is bounded by `memory_bytes`; beyond it the policy decides, and what is lost is counted.
-- The balance's `admitted`, `open` and `lost` are counted here; `recorded` is the writer's.
 
-A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one. How records
-reach the disk is the spool's.
+A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one.
+
+`committed`: one frame is under way at a time; what ends meanwhile gathers and goes when that one is on disk, so that a
+commit is shared by all who wait. `buffered`: what ends gathers for ten milliseconds, and nobody waits while the disk
+keeps up.
 """
 
 from __future__ import annotations
@@ -18,30 +23,36 @@ import logging
 import os
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Final, Protocol
+from typing import Any, Final, Protocol, Self
 
 from sidecar.model.exchange import Exchange, Release
-from sidecar.model.record import encode
 from sidecar.model.record_id import CHANCE_BYTES, Ids
 from sidecar.settings import Durability, OnSpoolFull
-from sidecar.spool.types import Batch, Health, State, Tally, encode_intent
+from sidecar.spool.frames import FRAME_BYTES_MAX, SOURCE_BYTES, encode_frame
+from sidecar.spool.intake import Intake, IntakeMetrics, IntakeSpool, Source
+from sidecar.spool.types import Health, State
 
 log = logging.getLogger("sidecar.recorder")
 
-# design.md section 6. Fresh calls are looked at twice in this time: at the first look a call is young, at the second
-# it is old and its intent goes to the disk, 10 to 20 ms after admission.
+# Fresh calls are looked at twice in this time: at the first look a call is young, at the second it is old and its
+# intent goes to the disk, 10 to 20 ms after admission.
 INTENT_AGE_S: Final = 0.020
-# durability.md section 1: a record older than this and not on disk makes `buffered` wait like `committed`.
+# A record older than this and not on disk makes `buffered` wait like `committed` (docs/guarantees.md).
 BUFFERED_AGE_S: Final = 0.020
-# In `buffered` records gather before they go to the writer: a commit costs 100 µs of CPU whatever is in it, and the
-# hand-over between two threads as much again. How long depends on what the disk needs of the 20 ms.
-GATHER_S_MAX: Final = 0.015
+# In `buffered` records gather before they go: a frame and a commit cost the same whatever is in them. How long depends
+# on what the disk needs of the 20 ms.
+GATHER_S_MAX: Final = 0.010
 GATHER_S_MIN: Final = 0.002
 COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
-# What a waiting line costs beside its bytes (object header, list slots, its share of the batch).
-_LINE_OVERHEAD_BYTES: Final = 128
+# Entries of one frame: more are not kept back, so that a frame stays far below what may be sent at once.
+ENTRIES_MAX: Final = 512
+# What a call costs in memory until its frame is made, and beside its bytes afterwards (object headers, its share of the
+# frame). The record of a chat call is about 900 bytes.
+_GUESS_BYTES: Final = 1024
+_OVERHEAD_BYTES: Final = 128
 
 
 class Gathering:
@@ -56,61 +67,83 @@ class Gathering:
         self.seconds = min(max(BUFFERED_AGE_S - 2 * self._commit_s, GATHER_S_MIN), GATHER_S_MAX)
 
 
-class RecorderMetrics(Protocol):
-    def call_ended(self, exchange: Exchange) -> None: ...
+class HopCounts(Protocol):
+    """What the hop counts, as far as it is needed here. `take`: what was counted since the last time."""
+
     def lost(self, reason: str, count: int) -> None: ...
     def released_uncommitted(self, count: int) -> None: ...
+    def take(self) -> Sequence[tuple[str, str, float]]: ...
 
 
-class IntakeSpool(Protocol):
-    """A spool as far as it is needed here."""
+class Link(Protocol):
+    """The way to whoever writes. Frames are handed over in order; `Recorder.acknowledged` is called in return."""
 
-    tally: Tally
+    def send(self, number: int, data: bytes) -> None:
+        """Never waits. What cannot be sent is asked for again (`Recorder.unacknowledged`)."""
+        ...
+
+    def health(self) -> Health:
+        """How writing goes, as far as is known here."""
+        ...
+
+
+@dataclass(slots=True)
+class Frame:
+    """What gathers until it is sent, and then waits to be acknowledged."""
+
+    number: int
+    since_s: float  # loop time of the oldest entry
+    sent_s: float = 0.0
+    data: bytes = b""
+    opens: list[Exchange] = field(default_factory=list)
+    ended: list[Exchange] = field(default_factory=list)
+    closes: list[str] = field(default_factory=list)  # ids that an earlier frame opened
+    lost: dict[str, int] = field(default_factory=dict)
+    releases: list[Release] = field(default_factory=list)
+    records: int = 0
+    size_bytes: int = 0
 
     @property
-    def instance(self) -> str: ...
-    @property
-    def next_seq(self) -> int: ...
-    def submit(self, batch: Batch) -> None: ...
-    def health(self) -> Health: ...
+    def entries(self) -> int:
+        return len(self.opens) + len(self.ended)
 
 
-class SpoolRecorder:
-    """`exchange.Recorder`, over a spool."""
+class Recorder:
+    """`exchange.Recorder`, over a link."""
 
     def __init__(
         self,
-        spool: IntakeSpool,
-        metrics: RecorderMetrics,
+        link: Link,
+        metrics: HopCounts,
         *,
+        source: bytes | None = None,
         durability: Durability | str = Durability.COMMITTED,
         on_full: OnSpoolFull | str = OnSpoolFull.PASS,
         commit_wait_s: float = 1.0,
         memory_bytes: int = 64 << 20,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
-        self._spool = spool
+        """`source`: 16 bytes of chance that name this recorder; its calls' ids end with the first six of them."""
+        self._link = link
         self._metrics = metrics
+        self.source = os.urandom(SOURCE_BYTES) if source is None else source
         self._buffered = Durability(durability) is Durability.BUFFERED
         self._refuse = OnSpoolFull(on_full) is OnSpoolFull.REFUSE
         self._commit_wait_s = commit_wait_s
         self._memory_bytes = memory_bytes
         self._clock_ns = clock_ns
-        self._ids = Ids(os.urandom(CHANCE_BYTES))
-        self._tally = spool.tally
-        self._instance = spool.instance
-        self._seq = spool.next_seq - 1
+        self._ids = Ids(self.source[:CHANCE_BYTES])
         # Where an open call is: young, old (next look writes its intent), or with its intent handed over.
         self._young: dict[str, Exchange] = {}
         self._old: dict[str, Exchange] = {}
         self._intended: dict[str, Exchange] = {}
         self._look: asyncio.TimerHandle | None = None
-        self._filling: Batch | None = None  # this loop turn's
-        self._in_flight: deque[Batch] = deque()  # handed over and not yet on disk, oldest first
+        self._number = 0  # of the last frame
+        self._filling: Frame | None = None
+        self._in_flight: deque[Frame] = deque()  # handed over and not yet on disk, oldest first
         self._gathering = Gathering()
         self._waiting_bytes = 0
         self._overdue: asyncio.TimerHandle | None = None
-        self._lost_told = spool.tally.lost  # as of the last batch
         self._degraded: str | None = None  # since a wait ran out, until a commit succeeds
         self._loop: asyncio.AbstractEventLoop = asyncio.get_running_loop()
         self._idle = asyncio.Event()
@@ -125,10 +158,6 @@ class SpoolRecorder:
         exchange.id = id_ = self._ids.next(now_ns)
         exchange.started_ns = now_ns
         exchange.started_mono_ns = time.monotonic_ns()
-        tally = self._tally
-        tally.admitted += 1
-        tally.open += 1
-        tally.unseen += 1
         self._young[id_] = exchange
         if self._look is None:
             self._look = self._loop.call_later(INTENT_AGE_S / 2, self._look_at_open)
@@ -143,40 +172,79 @@ class SpoolRecorder:
             intended = True
         if exchange.duration_ms is None:
             exchange.duration_ms = (time.monotonic_ns() - exchange.started_mono_ns) / 1e6
-        self._metrics.call_ended(exchange)
-        self._seq += 1
         # With `refuse` nothing more is let in by now, and what was let in is taken: it is bounded by the calls open.
         if self._waiting_bytes >= self._memory_bytes and not self._refuse:
             self._lose(id_, intended)
             return True
-        line = encode(exchange, seq=self._seq, instance=self._instance)
-        batch = self._batch_for(self._seq)
-        batch.lines.append(line)
-        size = len(line) + _LINE_OVERHEAD_BYTES
-        batch.size_bytes += size
-        self._waiting_bytes += size
+        frame = self._filling
+        if frame is None:
+            frame = self._begin()
+        frame.ended.append(exchange)
+        frame.size_bytes += _GUESS_BYTES
+        self._waiting_bytes += _GUESS_BYTES
         if intended:
-            batch.closes.append(id_)
-        else:
-            self._tally.unseen -= 1
-        if release is None:
-            return True
-        return not self._hold(batch, release)
+            frame.closes.append(id_)
+        held = release is not None and self._hold(frame, release)
+        if len(frame.ended) >= ENTRIES_MAX:
+            self._send(frame)
+        return not held
+
+    # The contract of the link
+
+    def acknowledged(self, number: int) -> None:
+        """Everything up to this frame is on disk. Called on the loop."""
+        waiting = self._in_flight
+        done: list[Frame] = []
+        while waiting and waiting[0].number <= number:
+            done.append(waiting.popleft())
+        if not done:
+            return
+        now_s = self._loop.time()
+        for frame in done:
+            self._gathering.committed(now_s - frame.sent_s)
+            self._waiting_bytes -= frame.size_bytes
+        if self._degraded is not None:
+            log.warning("the disk takes records again")
+            self._degraded = None
+        for frame in done:
+            self._release(frame, True)
+        filling = self._filling
+        if filling is not None:
+            if not waiting and not self._buffered:
+                self._send(filling)
+        elif not waiting:
+            self._idle.set()
+
+    def unacknowledged(self, after: int = 0) -> Iterator[tuple[int, bytes]]:
+        """What has to be sent (again) to one that has everything up to frame `after` on disk."""
+        return ((frame.number, frame.data) for frame in list(self._in_flight) if frame.number > after)
+
+    def suspend(self, reason: str) -> None:
+        """No commit is to be waited for until there was one."""
+        self._degraded = reason
+
+    def resume(self) -> None:
+        """Commits may be waited for again. Where something waits, the commit of that will tell."""
+        if not self._in_flight and self._filling is None:
+            self._degraded = None
+
+    def flush(self) -> None:
+        """Hand over what has gathered, and what was counted: somebody asks for the figures of this moment."""
+        if self._filling is not None:
+            self._send(self._filling)
+        elif counts := self._metrics.take():
+            self._send(self._begin(), counts)
 
     # What others ask
 
     def health(self) -> Health:
         """For `/readyz`: the recorder's own promise first, then how writing goes."""
-        spool = self._spool.health()
+        spool = self._link.health()
         if spool.state is not State.OK:
             return spool
         if self._memory_full():
             return Health(State.FULL, "the memory behind the disk is full")
         return Health(State.DEGRADED, self._degraded) if self._degraded is not None else spool
-
-    def suspend(self, reason: str) -> None:
-        """No commit is to be waited for until there was one."""
-        self._degraded = reason
 
     @property
     def refusing(self) -> bool:
@@ -187,7 +255,23 @@ class SpoolRecorder:
     def open_calls(self) -> int:
         return len(self._young) + len(self._old) + len(self._intended)
 
-    async def __aenter__(self) -> SpoolRecorder:
+    @property
+    def unseen(self) -> int:
+        """Open calls that no frame has told of: a crash takes them without a trace."""
+        return len(self._young) + len(self._old)
+
+    @property
+    def next_number(self) -> int:
+        """Of the next frame: those before it were sent, or wait."""
+        return self._number + 1
+
+    @property
+    def waiting_records(self) -> int:
+        """Calls that ended and are not known to be on disk."""
+        filling = 0 if self._filling is None else len(self._filling.ended)
+        return sum(frame.records for frame in self._in_flight) + filling
+
+    async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(
@@ -203,33 +287,33 @@ class SpoolRecorder:
         self._old.update(self._young)
         self._young.clear()
         self._write_intents()
-        self._open_batch()  # also when nothing is waiting: the totals are true to the last call
-        self._hand_over()
+        self.flush()
         try:
             async with asyncio.timeout(self._commit_wait_s + 1.0):
                 await self._idle.wait()
         except TimeoutError:
-            calls = sum(len(batch.lines) for batch in self._in_flight)
-            log.error("stopping with %d records that are not on disk yet", calls)
+            log.error("stopping with %d records that are not on disk yet", self.waiting_records)
         if self._overdue is not None:
             self._overdue.cancel()
             self._overdue = None
 
     def __repr__(self) -> str:
-        return f"<SpoolRecorder: {self.open_calls} open, {len(self._in_flight)} batches waiting>"
+        return f"<{type(self).__name__}: {self.open_calls} open, {len(self._in_flight)} frames waiting>"
 
-    # Holding answers
+    # Holding responses
 
-    def _hold(self, batch: Batch, release: Release) -> bool:
-        """Whether the answer waits; then `release` is kept with the batch."""
+    def _hold(self, frame: Frame, release: Release) -> bool:
+        """Whether the response waits; then `release` is kept with the frame."""
         if self._degraded is not None and not self._refuse:
             self._metrics.released_uncommitted(1)
             return False
         if self._buffered and not self._refuse_now() and not self._is_late():
             return False
-        if self._buffered and not batch.releases:
-            self._loop.call_soon(self._flush, batch)  # somebody waits: no more gathering
-        batch.releases.append(release)
+        if self._buffered and not frame.releases:
+            self._loop.call_soon(self._flush, frame)  # somebody waits: no more gathering
+        frame.releases.append(release)
+        if self._overdue is None:
+            self._overdue = self._loop.call_at(frame.since_s + self._commit_wait_s, self._wait_ran_out)
         return True
 
     def _refuse_now(self) -> bool:
@@ -239,11 +323,17 @@ class SpoolRecorder:
         """Whether the oldest record that is not on disk is older than `buffered` allows."""
         return bool(self._in_flight) and self._loop.time() - self._in_flight[0].since_s > BUFFERED_AGE_S
 
+    def _holding(self) -> Iterator[Frame]:
+        """The frames that somebody waits for, oldest first."""
+        yield from (frame for frame in self._in_flight if frame.releases)
+        if self._filling is not None and self._filling.releases:
+            yield self._filling
+
     def _wait_ran_out(self) -> None:
-        """A timer's call: the oldest held answer has waited `commit_wait_s`, or it is time to look again."""
+        """A timer's call: the oldest held response has waited `commit_wait_s`, or it is time to look again."""
         self._overdue = None
         now_s = self._loop.time()
-        oldest = next((batch for batch in self._in_flight if batch.releases), None)
+        oldest = next(self._holding(), None)
         if oldest is None:
             return
         if now_s < oldest.since_s + self._commit_wait_s:
@@ -254,90 +344,71 @@ class SpoolRecorder:
             log.error("the disk is slow or stuck: %s", self._degraded)
         if self._refuse:
             self._release_all(False, upto_s=now_s - self._commit_wait_s)
-            self._arm()
+            oldest = next(self._holding(), None)
+            if oldest is not None:
+                self._overdue = self._loop.call_at(oldest.since_s + self._commit_wait_s, self._wait_ran_out)
         else:
             self._metrics.released_uncommitted(self._release_all(True, upto_s=now_s))
 
     def _release_all(self, granted: bool, *, upto_s: float) -> int:
-        released = 0
-        for batch in list(self._in_flight):
-            if batch.since_s <= upto_s and batch.releases:
-                released += self._release(batch, granted)
-        return released
+        return sum(self._release(frame, granted) for frame in list(self._holding()) if frame.since_s <= upto_s)
 
-    def _release(self, batch: Batch, granted: bool) -> int:
-        releases, batch.releases = batch.releases, []
+    def _release(self, frame: Frame, granted: bool) -> int:
+        releases, frame.releases = frame.releases, []
         for release in releases:
             try:
                 release(granted)
             except Exception as error:  # noqa: BLE001 - one connection's trouble is not its neighbour's
-                self._loop.call_exception_handler({"message": "releasing an answer failed", "exception": error})
+                self._loop.call_exception_handler({"message": "releasing a response failed", "exception": error})
         return len(releases)
 
-    def _arm(self) -> None:
-        if self._overdue is None:
-            oldest = next((batch for batch in self._in_flight if batch.releases), None)
-            if oldest is not None:
-                self._overdue = self._loop.call_at(oldest.since_s + self._commit_wait_s, self._wait_ran_out)
+    # Frames
 
-    # Batches
-
-    def _batch_for(self, seq: int) -> Batch:
-        """The batch of this loop turn; a gap in the numbers begins another."""
-        batch = self._filling
-        if batch is not None and batch.lines and batch.first_seq + len(batch.lines) != seq:
-            self._hand_over()
-            batch = None
-        if batch is None:
-            batch = self._begin_batch()
-        if not batch.lines:
-            batch.first_seq = seq
-        return batch
-
-    def _begin_batch(self) -> Batch:
-        batch = self._filling = Batch(done=self._committed, since_s=self._loop.time())
-        if self._buffered:
-            self._loop.call_later(self._gathering.seconds, self._flush, batch)
-        else:
-            self._loop.call_soon(self._flush, batch)
-        return batch
-
-    def _flush(self, batch: Batch) -> None:
-        """Once a loop turn, or when they have gathered for long enough: they go to the writer."""
-        if self._filling is batch:
-            self._hand_over()
-
-    def _hand_over(self) -> None:
-        batch, self._filling = self._filling, None
-        if batch is None:
-            return
-        tally = self._tally
-        batch.admitted = tally.admitted - tally.unseen
-        batch.lost = self._lost_told = tally.lost
-        batch.handed_s = self._loop.time()
-        self._in_flight.append(batch)
+    def _begin(self) -> Frame:
+        self._number += 1
         self._idle.clear()
-        self._spool.submit(batch)
-        if batch.releases and self._overdue is None:
-            self._overdue = self._loop.call_at(batch.since_s + self._commit_wait_s, self._wait_ran_out)
+        frame = self._filling = Frame(self._number, self._loop.time())
+        if self._buffered:
+            self._loop.call_later(self._gathering.seconds, self._flush, frame)
+        elif not self._in_flight:
+            self._loop.call_soon(self._flush, frame)
+        # Else the acknowledgement of the one that is under way sends it.
+        return frame
 
-    def _committed(self, batch: Batch) -> None:
-        """On the loop, in order: it is on disk."""
-        assert self._in_flight[0] is batch
-        self._in_flight.popleft()
-        self._gathering.committed(self._loop.time() - batch.handed_s)
-        self._waiting_bytes -= batch.size_bytes
-        self._tally.open -= len(batch.lines)
-        if self._degraded is not None:
-            log.warning("the disk takes records again")
-            self._degraded = None
-        self._release(batch, True)
-        if self._in_flight or self._filling is not None:
-            return
-        if self._tally.lost is not self._lost_told:  # what was lost while the disk stood still goes on record
-            self._open_batch()
-        else:
-            self._idle.set()
+    def _flush(self, frame: Frame) -> None:
+        """Once a loop turn, or when they have gathered for long enough: they go."""
+        if self._filling is frame:
+            self._send(frame)
+
+    def _send(self, frame: Frame, counts: Sequence[tuple[str, str, float]] | None = None) -> None:
+        self._filling = None
+        frame.sent_s = self._loop.time()
+        frame.data = self._encoded(frame, self._metrics.take() if counts is None else counts)
+        frame.records = len(frame.ended)
+        size = len(frame.data) + _OVERHEAD_BYTES * frame.entries
+        self._waiting_bytes += size - frame.size_bytes
+        frame.size_bytes = size
+        # From here on the bytes are all that is kept of them.
+        frame.opens, frame.ended, frame.closes = [], [], []
+        self._in_flight.append(frame)
+        self._link.send(frame.number, frame.data)
+
+    def _encoded(self, frame: Frame, counts: Sequence[tuple[str, str, float]]) -> bytes:
+        admitted = frame.entries + sum(frame.lost.values()) - len(frame.closes)
+        given: dict[str, Any] = {
+            "admitted": admitted,
+            "lost": frame.lost or None,
+            "opens": frame.opens,
+            "closes": frame.closes,
+            "counts": counts,
+        }
+        data = encode_frame(frame.number, ended=frame.ended, **given)
+        if len(data) > FRAME_BYTES_MAX:  # all that can be so long is what providers say beside their figures
+            for exchange in frame.ended:
+                if exchange.usage is not None:
+                    exchange.usage.raw_usage = None
+            data = encode_frame(frame.number, ended=frame.ended, **given)
+        return data
 
     # Limits
 
@@ -345,21 +416,15 @@ class SpoolRecorder:
         return self._waiting_bytes >= self._memory_bytes
 
     def _cannot_promise(self) -> bool:
-        return self._degraded is not None or self._memory_full() or self._spool.health().state is not State.OK
+        return self._degraded is not None or self._memory_full() or self._link.health().state is not State.OK
 
     def _lose(self, id_: str, intended: bool) -> None:
-        """No room for this record: count it. Its number stays unused, which is its trace."""
-        tally = self._tally
-        tally.open -= 1
-        tally.lost = {**tally.lost, "spool_full": tally.lost.get("spool_full", 0) + 1}
+        """No room for this record: count it."""
+        frame = self._filling if self._filling is not None else self._begin()
+        frame.lost["spool_full"] = frame.lost.get("spool_full", 0) + 1
         self._metrics.lost("spool_full", 1)
         if intended:
-            self._open_batch().closes.append(id_)
-        else:
-            tally.unseen -= 1
-
-    def _open_batch(self) -> Batch:
-        return self._filling if self._filling is not None else self._begin_batch()
+            frame.closes.append(id_)
 
     # Open calls
 
@@ -377,12 +442,50 @@ class SpoolRecorder:
         """The old ones have been open long enough. With full memory they wait: a later look tries again."""
         if not self._old or self._memory_full():
             return
-        batch = self._open_batch()
-        for id_, exchange in self._old.items():
-            line = encode_intent(exchange, instance=self._instance)
-            batch.opens.append((id_, line))
-            batch.size_bytes += len(line) + _LINE_OVERHEAD_BYTES
-            self._waiting_bytes += len(line) + _LINE_OVERHEAD_BYTES
-        self._tally.unseen -= len(self._old)
+        frame = self._filling if self._filling is not None else self._begin()
+        frame.opens.extend(self._old.values())
+        guess = _GUESS_BYTES * len(self._old)
+        frame.size_bytes += guess
+        self._waiting_bytes += guess
         self._intended.update(self._old)
         self._old.clear()
+        if len(frame.opens) >= ENTRIES_MAX:
+            self._send(frame)
+
+
+class SpoolRecorderMetrics(IntakeMetrics, Protocol):
+    def lost(self, reason: str, count: int) -> None: ...
+    def released_uncommitted(self, count: int) -> None: ...
+
+
+class WholeSpool(IntakeSpool, Protocol):
+    def health(self) -> Health: ...
+
+
+class SpoolRecorder(Recorder):
+    """A recorder and the intake of its frames in one process, over an open spool: what a writer's tests need."""
+
+    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, **given: Any) -> None:
+        """`given`: what `Recorder` takes beside a link."""
+        link = _Direct(spool, metrics, self.acknowledged)
+        super().__init__(link, link, source=link.source.id, **given)
+
+
+class _Direct:
+    """Both ends of a link without one. Counts at once, so that nothing is left to be sent."""
+
+    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, acknowledged: Callable[[int], None]) -> None:
+        self.lost = metrics.lost
+        self.released_uncommitted = metrics.released_uncommitted
+        self.health = spool.health
+        self.source = Source(os.urandom(SOURCE_BYTES), acknowledged)
+        self._intake = Intake(metrics)
+        self._intake.begin(spool)
+        self._intake.came(self.source)
+
+    def send(self, number: int, data: bytes) -> None:
+        self._intake.take(self.source, data)
+        self._intake.store()
+
+    def take(self) -> Sequence[tuple[str, str, float]]:
+        return ()

@@ -71,7 +71,9 @@ class Spool:
         self._callbacks: list[Callable[[], None]] = []
         at = writer.position
         self._origins = dict(at.origins)
+        self._open_intents: Mapping[str, bytes] = {}
         self.tally = Tally(admitted=at.admitted, lost=dict(at.lost))
+        self.tally.open = len(at.open_intents) - settled  # those that may go on
         self._recorded = at.recorded
         self._last_seq = at.last_seq
         self._next_seq = at.last_seq + settled + 1
@@ -86,17 +88,21 @@ class Spool:
         limits: Limits | None = None,
         remembered_seq: Callable[[str], int] = lambda instance: 0,
         create: CreateSegment = Segment.create,
+        goes_on: Callable[[str], bool] = lambda id_: False,
     ) -> Spool:
         """Take a slot (by name, else the first that nobody holds, else a new one), recover it, begin a new segment.
 
         `remembered_seq` says the greatest number that delivery knows of a slot: where that is more than the files
-        hold, the difference is reported as loss and no number is given twice. Raises `SpoolLocked` or
-        another `SpoolError`.
+        hold, the difference is reported as loss and no number is given twice. `goes_on` says of the id of a call that
+        was found open whether it still is: then it is not settled (`open_intents`). Raises `SpoolLocked` or another
+        `SpoolError`.
         """
         files.make_directory(files.spool_dir(root))
         instance, lock = _take_slot(root, instance)
         try:
-            return cls._open_locked(root, instance, lock, metrics, limits or Limits(), remembered_seq(instance), create)
+            return cls._open_locked(
+                root, instance, lock, metrics, limits or Limits(), remembered_seq(instance), create, goes_on
+            )
         except BaseException as error:
             lock.release()
             if isinstance(error, OSError):
@@ -113,12 +119,15 @@ class Spool:
         limits: Limits,
         remembered_seq: int,
         create: CreateSegment,
+        goes_on: Callable[[str], bool],
     ) -> Spool:
         files.Reserve(root, limits.reserve_bytes, limits.recover_margin_bytes).restore()
         recovered = recover(root, instance, remembered_seq=remembered_seq)
-        opening = _settling_batch(recovered)
+        opening = _settling_batch(recovered, goes_on)
+        goes_on_now = {id_: line for id_, line in recovered.position.open_intents.items() if goes_on(id_)}
         writer = Writer(root, recovered.position, limits, create=create)
         spool = cls(root, instance, lock, writer, recovered, len(opening.lines), metrics)
+        spool._open_intents = goes_on_now
         try:
             if _begin(writer, opening):
                 last_words.keep_room(files.slot_dir(root, instance))
@@ -163,6 +172,11 @@ class Spool:
         tally = self.tally
         totals = SpoolTotals(admitted=tally.admitted, recorded=self._recorded, open=tally.open, lost=dict(tally.lost))
         return Snapshot(totals, self._last_seq)
+
+    @property
+    def open_intents(self) -> Mapping[str, bytes]:
+        """Calls that were open at opening and go on, by id: their lines."""
+        return self._open_intents
 
     def origins(self) -> Mapping[bytes, int]:
         """The greatest frame number that was on disk at opening, by source: sent again, those up to it are recorded.
@@ -333,11 +347,12 @@ def _lock_slot(root: Path, name: str) -> files.FileLock:
     return files.FileLock(slot / "lock")
 
 
-def _settling_batch(recovered: Recovered) -> Batch:
+def _settling_batch(recovered: Recovered, goes_on: Callable[[str], bool] = lambda id_: False) -> Batch:
     """Records of the calls that were found open; they close their intents in the same transaction."""
     at = recovered.position
     batch = Batch(first_seq=at.last_seq + 1, admitted=at.admitted, lost=dict(at.lost))
-    for seq, (id_, intent) in enumerate(at.open_intents.items(), at.last_seq + 1):
+    left = [(id_, intent) for id_, intent in at.open_intents.items() if not goes_on(id_)]
+    for seq, (id_, intent) in enumerate(left, at.last_seq + 1):
         line = settle(intent, seq=seq, instance=at.instance)
         batch.lines.append(line)
         batch.closes.append(id_)

@@ -128,9 +128,6 @@ class Batch:
     size_bytes: int = 0
     admitted: int = 0  # admitted - unseen, as of the hand-over
     lost: Mapping[str, int] = field(default_factory=dict)
-    since_s: float = 0.0  # loop time of the oldest entry
-    handed_s: float = 0.0  # and of the hand-over
-    releases: list[Callable[[bool], None]] = field(default_factory=list)
     done: Callable[[Batch], None] | None = None  # called on the loop, once, after the commit
     # Whose work this is: (source, frame number) of what a serving process sent, committed with the lines. A source is
     # `SOURCE_BYTES` long and numbers its frames upwards; `Spool.origins` answers the greatest number of each.

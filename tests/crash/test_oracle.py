@@ -18,10 +18,10 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support.mishaps import POISONED, Watching, children, draw_faults, kill_one, revenium_id
+from support.mishaps import POISONED, Watching, draw_faults, kill_one, revenium_id
 from support.oracle import SETTINGS, Oracle, judge
 from support.tiny import tiny_upstream
-from support.whole import Whole
+from support.whole import Whole, children
 
 ROUNDS = int(os.environ.get("CRASH_ROUNDS", "25"))
 SEED = int(os.environ.get("CRASH_SEED", "20261121"))

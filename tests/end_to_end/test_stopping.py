@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.serialization import (
 from support.tiny import tiny_upstream
 from support.whole import ROOT, Whole, environment
 
-from sidecar.runtime.intake import only_fault
+from sidecar.runtime.metering import only_fault
 from sidecar.spool import SpoolError
 from sidecar.storage.sockets import SocketError
 

@@ -20,8 +20,8 @@ import pytest
 import trustme
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, on_both_loops
 
+from sidecar.model.seldom import SELDOM_S, Seldom
 from sidecar.proxy.upstream import why_unreachable
-from sidecar.runtime.logging import SELDOM_S, Seldom
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 UNREACHABLE = (502, "upstream_unreachable", "no connection to the upstream")

@@ -14,7 +14,6 @@ import signal
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -26,14 +25,6 @@ from sidecar.dev.mock_backends.faults import Do, Fault
 
 RECORD_ID = re.compile(rb'"(?:id|event_id|correlationId|transactionId)":"([0-9a-f-]{36})"')
 POISONED = ("webhook", "meter", "flexprice")  # their bodies name records, and a refusal of a batch is split
-
-
-def children(pid: int) -> list[int]:
-    """The processes that this one has started and that run."""
-    found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
-    return found
 
 
 class Watching(Receiver):

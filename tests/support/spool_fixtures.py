@@ -7,7 +7,7 @@ import errno
 import shutil
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +48,9 @@ class Told:
 
     def released_uncommitted(self, count: int) -> None:
         self.uncommitted += count
+
+    def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
+        assert not list(counts)
 
     def committed(self, records: int, size_bytes: int, seconds: float) -> None:
         self.commits.append((records, size_bytes, seconds))

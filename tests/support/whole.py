@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -64,11 +65,35 @@ class Whole:
         self.proxy_url, self.admin_url = lock["proxy"], lock["admin"]
         return True
 
+    def children(self) -> dict[str, list[int]]:
+        """The processes that it has started, by what they do: `meter` and `serve`."""
+        assert self.process is not None
+        found: dict[str, list[int]] = {"meter": [], "serve": []}
+        for pid in children(self.process.pid):
+            with contextlib.suppress(OSError):
+                name = Path(f"/proc/{pid}/comm").read_text().strip().removeprefix("sidecar-")
+                found.setdefault(name.partition("-")[0], []).append(pid)
+        return found
+
     async def kill(self) -> None:
-        """SIGKILL: no last words."""
+        """SIGKILL of everything at once, as at the end of a container: no last words."""
         assert self.process is not None
         if self.process.returncode is None:
+            self.process.send_signal(signal.SIGSTOP)  # so that it starts none anew meanwhile
+            pids = children(self.process.pid)
             self.process.kill()
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await self.process.wait()
+            async with asyncio.timeout(STOP_LIMIT_S):
+                while any(is_running(pid) for pid in pids):
+                    await asyncio.sleep(0.005)
+
+    async def kill_supervisor(self) -> None:
+        """SIGKILL of the process that was started, and of no other."""
+        assert self.process is not None
+        self.process.kill()
         await self.process.wait()
 
     async def stop(self, number: int = signal.SIGTERM) -> int:
@@ -149,6 +174,22 @@ async def running_receiver() -> AsyncIterator[tuple[Receiver, str]]:
         yield receiver, await receiver.start()
     finally:
         await receiver.aclose()
+
+
+def children(pid: int) -> list[int]:
+    """The processes that this one has started and that run."""
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        found += [int(child) for child in (task / "children").read_text().split()]
+    return found
+
+
+def is_running(pid: int) -> bool:
+    """Not gone, and no zombie that nobody has collected."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:

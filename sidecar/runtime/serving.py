@@ -1,0 +1,119 @@
+"""A process that serves: the hop and its recorder, and the link over which it tells what it saw. No file, no database,
+no delivery.
+
+It ends by draining: when its supervisor says so, and when that is gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from collections.abc import AsyncIterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.proxy import Proxy
+from sidecar.runtime import factory
+from sidecar.runtime.ipc import CANNOT_START, LOST, Address, Link, Status, Wire
+from sidecar.runtime.metrics import HopCounts
+from sidecar.settings import Settings
+from sidecar.spool.recorder import Recorder
+
+log = logging.getLogger("sidecar.serving")
+
+MEET_S: Final = 10.0  # how long a start waits for whoever meters; then calls are served all the same
+TICK_S: Final = 1.0  # how old what the hop counted may be that nobody asked for
+
+
+@dataclass(slots=True, kw_only=True)
+class Serving:
+    """An open hop. `proxy.listen` lets calls in."""
+
+    proxy: Proxy
+    recorder: Recorder
+    link: Link
+    counts: HopCounts
+    left: int = 0  # records that nobody took until the end
+
+    def status(self, asked: int) -> Status:
+        health = self.recorder.health()
+        return Status(
+            asked, self.recorder.unseen, self.counts.connections, self.counts.drains, health.state.value, health.reason,
+            self.recorder.refusing,
+        )  # fmt: skip
+
+
+@asynccontextmanager
+async def serving(
+    settings: Settings, *, key: bytes, address: Address, source: bytes, worker: int = 0
+) -> AsyncIterator[Serving]:
+    """Open the hop. Leaving is the drain: no new calls, open ones finish within `SIDECAR_STOP_S`, what they left is
+    acknowledged. Raises what certificates that cannot be read raise."""
+    async with AsyncExitStack() as stack:
+        counts = HopCounts()
+        link = Link(address, source, worker, lambda asked: found.status(asked))  # noqa: PLW0108 - it is made below
+        recorder = factory.recorder(settings, link, counts, source)
+        proxy = factory.proxy(settings, recorder, counts, key)
+        await proxy.start()
+        found = Serving(proxy=proxy, recorder=recorder, link=link, counts=counts)
+        link.start(recorder)
+        stack.push_async_callback(_part, found)
+        ticking = asyncio.create_task(_tick(recorder))
+        stack.callback(ticking.cancel)
+        stack.push_async_callback(proxy.aclose)
+        stack.push_async_callback(proxy.stop, settings.stop_s)
+        try:
+            async with asyncio.timeout(MEET_S):
+                await link.met.wait()
+        except TimeoutError:
+            log.error("the metering process does not answer: calls are served, and what they leave waits in memory")
+        factory.calm_collector()
+        yield found
+
+
+async def _part(found: Serving) -> None:
+    """The last acknowledgements, and a clean end of the link. What was read there is the other end's to see to."""
+    await found.recorder.aclose()
+    if not await found.link.aclose():
+        found.left = found.recorder.waiting_records
+        if found.left:
+            log.error(
+                "%d calls were served and their records are lost: nobody took them until the end", found.left,
+                extra={"facts": {"calls": found.left, "kept_in_balance": False}},
+            )  # fmt: skip
+
+
+async def _tick(recorder: Recorder) -> None:
+    while True:
+        await asyncio.sleep(TICK_S)
+        recorder.flush()
+
+
+async def serve(
+    settings: Settings, *, key: bytes, address: Address, source: bytes, worker: int,
+    listeners: Sequence[socket.socket], wire_socket: socket.socket,
+) -> int:  # fmt: skip
+    """Serve on the given sockets until told to stop; the exit code."""
+    wire = await Wire.over(wire_socket)
+    opened = False
+    try:
+        async with serving(settings, key=key, address=address, source=source, worker=worker) as found:
+            for listener in listeners:
+                await found.proxy.listen(sock=listener)
+            opened = True
+            wire.send(ready=True)
+            while (told := await wire.receive()) is not None and told.get("do") != "stop":
+                if told.get("do") == "reload":
+                    found.proxy.reload_tls()
+            if told is None:
+                log.warning("the supervisor is gone: open calls are finished, and no more are taken")
+    except OSError as error:
+        if opened:
+            raise
+        wire.send(cannot=f"cannot start: {error}", code=1)
+        await wire.aclose()
+        return CANNOT_START
+    await wire.aclose()
+    return LOST if found.left else 0

@@ -1,0 +1,174 @@
+"""What a serving process tells of its calls, as bytes: a *frame* of everything that one turn of its loop, or ten
+milliseconds, brought.
+
+A frame is `marshal` of plain tuples: it is written and read by two processes of one program on one machine, and costs
+a third of JSON. `VERSION` is said once, when two processes meet; others than ours are never read. Frames of one source
+are numbered from 1 and counted once, however often they are sent.
+
+    (number, admitted, lost, opens, ended, closes, counts)
+
+- `admitted`: calls that were let in and that no earlier frame told of. A crash takes those without a trace.
+- `lost`: `{reason: calls}` that were given up since the last frame, or None.
+- `opens`: exchanges of calls that have been open for long, so that a crash leaves a record of them.
+- `ended`: what ended, each a tuple that begins with its kind: `(EXCHANGE, …)`.
+- `closes`: ids of calls in `ended` or `lost` that an earlier `opens` told of.
+- `counts`: what only the hop can count, `(name, label, count)` each.
+"""
+
+from __future__ import annotations
+
+import marshal
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Final, NamedTuple
+
+from sidecar.model.exchange import USAGE_FIELDS, Exchange, Outcome, Subscriber, Usage, UsageState
+
+# Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
+VERSION: Final = f"1 {sys.implementation.cache_tag}"
+EXCHANGE: Final = 0  # kinds of what ended
+MARSHAL_VERSION: Final = 2  # without the table of what stood before: each object costs a look-up there
+FRAME_BYTES_MAX: Final = 64 << 20  # of one; a frame of the largest records there can be has a tenth of it
+SOURCE_BYTES: Final = 16
+_DEPTH_MAX: Final = 100  # of a provider's own usage object; real ones are five deep
+
+_usage_values: Final = attrgetter(*USAGE_FIELDS)
+_OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}
+_STATES: Final = {state.value: state for state in UsageState}
+
+
+class FrameError(ValueError):
+    """These bytes are no frame of ours."""
+
+
+class Told(NamedTuple):
+    """A frame as it was read."""
+
+    number: int
+    admitted: int
+    lost: Mapping[str, int] | None
+    opens: Sequence[tuple[Any, ...]]
+    ended: Sequence[tuple[Any, ...]]
+    closes: Sequence[str]
+    counts: Sequence[tuple[str, str, float]]
+
+    @property
+    def is_for_disk(self) -> bool:
+        return bool(self.admitted or self.lost or self.opens or self.ended or self.closes)
+
+
+def encode_frame(
+    number: int,
+    *,
+    admitted: int = 0,
+    lost: Mapping[str, int] | None = None,
+    opens: Iterable[Exchange] = (),
+    ended: Iterable[Exchange] = (),
+    closes: Sequence[str] = (),
+    counts: Sequence[tuple[str, str, float]] = (),
+) -> bytes:
+    """The frame. An exchange with something in it that cannot be sent goes with its name in that place: a record with
+    a mark in it beats no record."""
+    frame = (
+        number,
+        admitted,
+        None if lost is None else dict(lost),
+        [_packed(exchange) for exchange in opens],
+        [_packed(exchange) for exchange in ended],
+        list(closes),
+        list(counts),
+    )
+    try:
+        data = marshal.dumps(frame, MARSHAL_VERSION)
+    except ValueError:  # a type of somebody's own, or nested too deeply
+        data = marshal.dumps(_plain(frame), MARSHAL_VERSION)
+    return data
+
+
+def decode_frame(data: bytes) -> Told:
+    """Raises `FrameError`."""
+    try:
+        frame = marshal.loads(data)  # noqa: S302 - of a process of ours: the socket is our user's alone
+        told = Told(*frame)
+    except (ValueError, TypeError, EOFError) as error:
+        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+    if type(told.number) is not int or type(told.ended) is not list or type(told.opens) is not list:
+        raise FrameError("not a frame: other fields than expected")
+    return told
+
+
+def _packed(e: Exchange) -> tuple[Any, ...]:
+    subscriber, usage = e.subscriber, e.usage
+    return (
+        EXCHANGE,
+        e.id,
+        e.method,
+        e.url,
+        e.route,
+        e.request_headers,
+        e.client_ip,
+        e.user_agent,
+        e.trace_id,
+        None if subscriber is None else (subscriber.id, subscriber.source),
+        e.dimensions if type(e.dimensions) is dict else dict(e.dimensions),
+        e.parent_id,
+        e.started_ns,
+        e.started_mono_ns,
+        e.first_byte_ms,
+        e.duration_ms,
+        e.status,
+        e.outcome.value,
+        e.response_headers,
+        e.request_bytes,
+        e.response_bytes,
+        # `usage_state` is the first of its fields, and a type of ours.
+        None if usage is None else (usage.usage_state.value, *_usage_values(usage)[1:]),
+        e.error,
+    )
+
+
+def exchange_of(packed: Sequence[Any]) -> Exchange:
+    """The exchange that an entry of `opens` or `ended` holds. Raises `FrameError` for a kind that is not known."""
+    try:
+        (
+            kind, id_, method, url, route, request_headers, client_ip, user_agent, trace_id, subscriber, dimensions,
+            parent_id, started_ns, started_mono_ns, first_byte_ms, duration_ms, status, outcome, response_headers,
+            request_bytes, response_bytes, usage, error,
+        ) = packed  # fmt: skip
+        if kind != EXCHANGE:
+            raise FrameError(f"not a frame: an entry of kind {kind}")
+        return Exchange(
+            id=id_, method=method, url=url, route=route, request_headers=request_headers, client_ip=client_ip,
+            user_agent=user_agent, trace_id=trace_id,
+            subscriber=None if subscriber is None else Subscriber(*subscriber),
+            dimensions=dimensions, parent_id=parent_id, started_ns=started_ns, started_mono_ns=started_mono_ns,
+            first_byte_ms=first_byte_ms, duration_ms=duration_ms, status=status, outcome=_OUTCOMES[outcome],
+            response_headers=response_headers, request_bytes=request_bytes, response_bytes=response_bytes,
+            usage=None if usage is None else _usage_of(usage), error=error,
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError) as error:
+        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+
+
+def _usage_of(values: Sequence[Any]) -> Usage:
+    named = dict(zip(USAGE_FIELDS, values, strict=True))
+    named["usage_state"] = _STATES[named["usage_state"]]
+    return Usage(**named)
+
+
+def _plain(value: Any, depth: int = 0) -> Any:
+    """The same of plain types alone; what is something else leaves the name of its type."""
+    if value is None or type(value) in (str, int, float, bool, bytes):
+        return value
+    if isinstance(value, str):
+        return str.__str__(value)
+    if isinstance(value, int | float):
+        return float(value) if isinstance(value, float) else int(value)
+    if depth < _DEPTH_MAX and isinstance(value, Mapping):
+        return {_plain(key, depth + 1): _plain(item, depth + 1) for key, item in value.items()}
+    if depth < _DEPTH_MAX and isinstance(value, tuple):
+        return tuple(_plain(item, depth + 1) for item in value)
+    if depth < _DEPTH_MAX and isinstance(value, list):
+        return [_plain(item, depth + 1) for item in value]
+    return f"<{type(value).__name__}>"

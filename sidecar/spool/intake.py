@@ -1,0 +1,263 @@
+"""The intake: frames of calls in, groups of the spool out, acknowledgements back.
+
+One process does this for all that serve. Everything that a record costs is done here, stage by stage over all frames
+that have come: read all, count all, write all lines, hand over one batch. What must always hold
+- A frame is counted once: one that was seen, in this life or before (`IntakeSpool.origins`), is passed over.
+- It is acknowledged when the batch that holds it is on disk, in order.
+- A call whose intent is on disk ends in one record: its own, or `unknown` once its process is known to be gone.
+- Of the balance, `admitted`, `open` and `lost` are counted here; `recorded` is the writer's.
+
+Runs on one thread, the event loop's, and never waits. Before there is a spool (`begin`) frames are counted and kept.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Final, Protocol
+
+from sidecar.model.exchange import Exchange
+from sidecar.model.record import encode
+from sidecar.model.record_id import CHANCE_BYTES
+from sidecar.spool.frames import FrameError, Told, decode_frame, exchange_of
+from sidecar.spool.types import Batch, Tally, encode_intent, settle
+
+log = logging.getLogger("sidecar.intake")
+
+_TAIL: Final = -2 * CHANCE_BYTES  # where an id says who gave it
+
+
+class IntakeMetrics(Protocol):
+    def call_ended(self, exchange: Exchange) -> None: ...
+    def add(self, counts: Sequence[tuple[str, str, float]]) -> None: ...
+
+
+class IntakeSpool(Protocol):
+    """A spool as far as it is needed here."""
+
+    tally: Tally
+
+    @property
+    def instance(self) -> str: ...
+    @property
+    def next_seq(self) -> int: ...
+    @property
+    def open_intents(self) -> Mapping[str, bytes]: ...
+    def origins(self) -> Mapping[bytes, int]: ...
+    def submit(self, batch: Batch) -> None: ...
+
+
+@dataclass(slots=True, eq=False)
+class Source:
+    """A process that serves, for as long as it lives: its connections may come and go."""
+
+    id: bytes
+    acknowledge: Callable[[int], None]  # told the number up to which all its frames are on disk
+    taken: int = 0  # the last frame that was counted
+    stored: int = 0  # the last one that is on disk
+    gone: bool = False
+    # Frames that need no disk are acknowledged with the one before them that does.
+    waiting: int = 0  # batches handed over and not yet on disk
+    open: dict[str, bytes] = field(default_factory=dict)  # calls whose intent is on disk, or on its way
+
+    @property
+    def tail(self) -> str:
+        """What the ids of its calls end with."""
+        return self.id[:CHANCE_BYTES].hex()
+
+
+class Intake:
+    """Counts and stores what sources tell."""
+
+    def __init__(self, metrics: IntakeMetrics) -> None:
+        self._metrics = metrics
+        self._spool: IntakeSpool | None = None
+        self._early = Tally()
+        self._seq = 0
+        self._instance = ""
+        self._sources: dict[bytes, Source] = {}
+        self._settled: set[bytes] = set()
+        self._arrived: list[tuple[Source, Told]] = []
+
+    def begin(self, spool: IntakeSpool) -> None:
+        """There is a spool now: what was counted before goes into it first, at the next `store`."""
+        self._spool, self._instance, self._seq = spool, spool.instance, spool.next_seq - 1
+        stored = spool.origins()
+        for source in self._sources.values():
+            self._remember(source, stored)
+        # Of a life before this one some may be there already: its acknowledgement came to nobody.
+        self._arrived = [(source, told) for source, told in self._arrived if told.number > source.stored]
+        for _, told in self._arrived:
+            _count(spool.tally, told)
+
+    @property
+    def tally(self) -> Tally:
+        """Of this moment; before there is a spool, what was counted without one."""
+        return self._early if self._spool is None else self._spool.tally
+
+    @property
+    def recording(self) -> bool:
+        return self._spool is not None
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has come that `store` has not seen."""
+        return bool(self._arrived)
+
+    # Sources
+
+    def came(self, source: Source) -> None:
+        """One that serves has connected for the first time in this life."""
+        self._sources[source.id] = source
+        if self._spool is not None:
+            self._remember(source, self._spool.origins())
+
+    def knows(self, source: bytes) -> Source | None:
+        return self._sources.get(source)
+
+    def is_settled(self, source: bytes) -> bool:
+        """Whether what it left open has become records: it is not heard any more."""
+        return source in self._settled
+
+    def _remember(self, source: Source, stored: Mapping[bytes, int]) -> None:
+        assert self._spool is not None
+        source.stored = stored.get(source.id, 0)
+        source.taken = max(source.taken, source.stored)
+        tail = source.tail
+        source.open.update({id_: line for id_, line in self._spool.open_intents.items() if id_[_TAIL:] == tail})
+
+    def settle(self, source: bytes) -> int:
+        """A process is gone for good, and everything that came from it was taken: what it had open becomes records with
+        outcome `unknown`. How many."""
+        if source in self._settled or self._spool is None:
+            return 0
+        self.store()
+        known = self._sources.pop(source, None)
+        if known is None:
+            known = Source(source, lambda number: None)
+            self._remember(known, self._spool.origins())
+        self._settled.add(source)
+        known.gone = True
+        if not known.open:
+            return 0
+        batch = self._batch()
+        for id_, line in known.open.items():
+            self._add(batch, settle(line, seq=self._seq + 1, instance=self._instance))
+            batch.closes.append(id_)
+        self._submit(batch)
+        return len(batch.lines)
+
+    # Frames
+
+    def take(self, source: Source, data: bytes) -> int:
+        """One frame as it came; how many calls it is the first to tell of. One that was seen before is passed over.
+
+        Raises `FrameError`."""
+        told = decode_frame(data)
+        if told.number <= source.taken or source.gone:
+            if told.number <= source.stored:
+                source.acknowledge(source.stored)
+            return 0
+        source.taken = told.number
+        _count(self.tally, told)
+        if told.counts:
+            self._metrics.add(told.counts)
+        self._arrived.append((source, told))
+        return told.admitted
+
+    def store(self) -> None:
+        """Everything that has come, as one batch, stage by stage."""
+        if self._spool is None or not self._arrived:
+            return
+        arrived, self._arrived = self._arrived, []
+        exchanges = self._read([entry for _, told in arrived for entry in told.ended])
+        call_ended = self._metrics.call_ended
+        for exchange in exchanges:
+            try:
+                call_ended(exchange)
+            except Exception:
+                log.exception("a call could not be counted; it is recorded all the same")
+        seq, instance = self._seq, self._instance
+        lines = [encode(exchange, seq=seq + n, instance=instance) for n, exchange in enumerate(exchanges, 1)]
+        batch = self._batch()
+        batch.lines = lines
+        batch.size_bytes = sum(map(len, lines))
+        self._seq += len(lines)
+        sources: dict[bytes, tuple[Source, int]] = {}
+        for source, told in arrived:
+            for exchange in self._read(told.opens):
+                line = encode_intent(exchange, instance=instance)
+                batch.opens.append((exchange.id, line))
+                batch.size_bytes += len(line)
+                source.open[exchange.id] = line
+            for id_ in told.closes:
+                source.open.pop(id_, None)
+            batch.closes.extend(told.closes)
+            if told.is_for_disk:
+                sources[source.id] = (source, told.number)
+            elif not source.waiting and source.id not in sources:
+                source.stored = told.number
+                source.acknowledge(told.number)
+        if not sources:
+            return
+        # The last of each: the numbers before it are in here or in what was handed over before.
+        batch.origins = [(source.id, number) for source, number in sources.values()]
+        told_to = [(source, source.taken) for source, _ in sources.values()]
+        for source, _ in told_to:
+            source.waiting += 1
+        batch.done = lambda done: self._stored(done, told_to)
+        self._submit(batch)
+
+    def _read(self, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
+        """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
+        try:
+            return [exchange_of(entry) for entry in entries]
+        except FrameError:
+            found = []
+            for entry in entries:
+                try:
+                    found.append(exchange_of(entry))
+                except FrameError as error:
+                    log.error("a call cannot be recorded: %s", error)
+                    tally = self.tally
+                    tally.open -= 1
+                    tally.lost = _sum(tally.lost, {"spool_failed": 1})
+                    self._metrics.add([("sidecar_lost", "spool_failed", 1)])
+            return found
+
+    def _batch(self) -> Batch:
+        return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, []))
+
+    def _add(self, batch: Batch, line: bytes) -> None:
+        self._seq += 1
+        batch.lines.append(line)
+        batch.size_bytes += len(line)
+
+    def _submit(self, batch: Batch) -> None:
+        assert self._spool is not None
+        tally = self._spool.tally
+        batch.admitted = tally.admitted
+        batch.lost = tally.lost
+        self._spool.submit(batch)
+
+    def _stored(self, batch: Batch, sources: Sequence[tuple[Source, int]]) -> None:
+        """On the loop, in order: it is on disk."""
+        self.tally.open -= len(batch.lines)
+        for source, number in sources:
+            source.waiting -= 1
+            source.stored = number
+            source.acknowledge(number)
+
+
+def _count(tally: Tally, told: Told) -> None:
+    tally.admitted += told.admitted
+    tally.open += told.admitted
+    if told.lost:
+        tally.open -= sum(told.lost.values())
+        tally.lost = _sum(tally.lost, told.lost)
+
+
+def _sum(one: Mapping[str, int], other: Mapping[str, int]) -> Mapping[str, int]:
+    return dict(Counter(one) + Counter(other)) if other else one

@@ -1,0 +1,184 @@
+"""The seam between serving and metering: frames are counted once whatever dies, and calls go on while it does."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.oracle import SETTINGS, Oracle, judge
+from support.spool_fixtures import SMALL, Told, call, rows, until
+from support.tiny import tiny_upstream
+from support.whole import Whole
+
+from sidecar.model.exchange import Exchange
+from sidecar.spool import Health, Spool
+from sidecar.spool.frames import EXCHANGE, FrameError, decode_frame, encode_frame, exchange_of
+from sidecar.spool.intake import Intake, Source
+from sidecar.spool.recorder import Recorder
+
+CHANCES = 25
+
+
+class Counts:
+    """What the hop counts; nothing here counts anything but losses."""
+
+    def lost(self, reason: str, count: int) -> None: ...
+    def released_uncommitted(self, count: int) -> None: ...
+    def take(self) -> Sequence[tuple[str, str, float]]:
+        return ()
+
+
+class Breaking:
+    """A link that is cut when told so: then nothing arrives, nor comes back."""
+
+    def __init__(self) -> None:
+        self.intake: Intake | None = None
+        self.source: Source | None = None
+
+    def send(self, number: int, data: bytes) -> None:
+        if self.intake is not None and self.source is not None:
+            self.intake.take(self.source, data)
+            self.intake.store()
+
+    def health(self) -> Health:
+        return Health()
+
+
+async def one_life(root: Path, recorder: Recorder, link: Breaking, chance: random.Random, made: dict[str, str]) -> None:
+    """One that meters: opens, is told (again) what is not acknowledged, is cut off now and then, and ends."""
+    tail = recorder.source[:6].hex()
+    async with Spool.open(root, limits=SMALL, goes_on=lambda id_: id_.endswith(tail)) as spool:
+        intake = Intake(Told())
+        intake.begin(spool)
+        open_calls: list[Exchange] = []
+        deaf = False
+
+        def acknowledge(number: int) -> None:
+            if not deaf:
+                recorder.acknowledged(number)
+
+        source = Source(recorder.source, acknowledge)
+        intake.came(source)
+
+        def join() -> None:
+            recorder.acknowledged(source.stored)
+            link.intake, link.source = intake, source
+            for number, data in list(recorder.unacknowledged(source.stored)):
+                link.send(number, data)
+
+        join()
+        for _ in range(chance.randrange(1, 12)):
+            step = chance.choice(("call", "call", "open", "cut", "join", "wait"))
+            if step == "call":
+                exchange = call()
+                assert recorder.admit(exchange)
+                recorder.complete(exchange, None)
+                made[exchange.id] = "complete"
+            elif step == "open":
+                exchange = call()
+                assert recorder.admit(exchange)
+                open_calls.append(exchange)
+            elif step == "cut":
+                link.intake, deaf = None, chance.random() < 0.5
+            elif step == "join" and link.intake is None:
+                deaf = False
+                join()
+            else:
+                await asyncio.sleep(chance.random() * 0.03)
+        link.intake = None
+        for exchange in open_calls:  # some end while nobody meters
+            recorder.complete(exchange, None)
+            made[exchange.id] = "complete"
+        recorder.flush()
+
+
+@pytest.mark.parametrize("seed", range(CHANCES))
+async def test_any_sequence_of_sends_cuts_and_deaths_counts_each_call_once(tmp_path: Path, seed: int) -> None:
+    chance, link, made = random.Random(seed), Breaking(), dict[str, str]()
+    recorder = Recorder(link, Counts(), durability=chance.choice(("committed", "buffered")), commit_wait_s=30)
+    for _ in range(chance.randrange(1, 5)):
+        await one_life(tmp_path, recorder, link, chance, made)
+    with_rest = Counter[str]()
+    left = call()
+    assert recorder.admit(left)
+    async with Spool.open(tmp_path, limits=SMALL, goes_on=lambda id_: id_.endswith(recorder.source[:6].hex())) as spool:
+        intake = Intake(Told())
+        intake.begin(spool)
+        source = Source(recorder.source, recorder.acknowledged)
+        intake.came(source)
+        recorder.acknowledged(source.stored)
+        link.intake, link.source = intake, source
+        for number, data in list(recorder.unacknowledged(source.stored)):
+            link.send(number, data)
+        await until(lambda: recorder._intended)
+        await until(lambda: not recorder._in_flight and recorder._filling is None)
+        assert intake.settle(source.id) == 1  # and then the process that serves dies
+        assert intake.settle(source.id) == 0
+        made[left.id] = "unknown"
+        await until(lambda: spool.snapshot().totals.recorded == len(made))
+        assert spool.snapshot().totals.holds
+        assert spool.snapshot().totals.open == 0
+    stored = rows(tmp_path, spool.instance)
+    with_rest.update(row["id"] for row in stored)
+    assert set(with_rest.values()) == {1}
+    assert {row["id"]: row["outcome"] for row in stored} == made
+    assert [row["seq"] for row in stored] == [*range(1, len(made) + 1)]
+
+
+def test_an_exchange_crosses_as_it_is() -> None:
+    exchange = call(dimensions={"a": "\ud800"}, first_byte_ms=1.5, duration_ms=2.0)
+    told = decode_frame(encode_frame(7, admitted=1, ended=[exchange], counts=[("sidecar_lost", "x", 1)]))
+    assert (told.number, told.admitted, told.counts) == (7, 1, [("sidecar_lost", "x", 1)])
+    assert exchange_of(told.ended[0]) == exchange
+    assert told.ended[0][0] == EXCHANGE
+
+
+@pytest.mark.parametrize("data", [b"", b"\x00", b"nonsense", encode_frame(1)[:-3], b"N"])
+def test_what_is_no_frame_is_told(data: bytes) -> None:
+    with pytest.raises(FrameError):
+        decode_frame(data)
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("durability", ["committed", "buffered"])
+async def test_sigkill_of_metering_under_load_loses_and_doubles_nothing(tmp_path: Path, durability: str) -> None:
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_DURABILITY=durability)
+        async with whole:
+            assert whole.process is not None
+            oracle = Oracle(lambda: whole.proxy_url, seed=11, clients=6)
+            load = asyncio.create_task(oracle.run())
+            for _ in range(4):
+                await more(oracle, 40)
+                [metering] = whole.children()["meter"]
+                os.kill(metering, signal.SIGKILL)
+                await more(oracle, 20)  # calls go on
+                async with asyncio.timeout(30):
+                    while whole.children()["meter"] in ([], [metering]):
+                        await asyncio.sleep(0.01)
+            await more(oracle, 20)
+            oracle.stop()
+            await load
+            assert oracle.sent == len(oracle.owed), "no call failed"
+            balance = await whole.settled()
+            records: list[dict[str, Any]] = await whole.records()
+            assert await whole.stop() == 0, whole.log.read_text()
+    judge(oracle.owed, records)
+    extra = [row for row in records if row["dimensions"].get("call") not in oracle.owed]
+    assert not extra, (len(extra), extra[:3])
+    assert balance["holds"], balance
+    assert balance["backends"]["ledger"]["delivered"] == len(records)
+
+
+async def more(oracle: Oracle, count: int) -> None:
+    owed = len(oracle.owed)
+    async with asyncio.timeout(60):
+        while len(oracle.owed) < owed + count:
+            await asyncio.sleep(0.01)
