@@ -14,6 +14,8 @@ from support.rawhttp import dechunk
 from sidecar.model.exchange import Outcome, UsageState
 from sidecar.proxy.upstream import UnreachableError
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 COMPLETE, CLIENT_LEFT, BROKE = Outcome.COMPLETE, Outcome.CLIENT_LEFT, Outcome.UPSTREAM_BROKE
 MODEL = b"/model"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
