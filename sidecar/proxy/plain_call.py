@@ -5,12 +5,12 @@ Which way a request takes is decided before its first byte is parsed, by what ca
 hand. All others go through `client_connection` and `call`.
 
 From there on only two things go the short way: a whole plain response in one read, and the commit of the record.
-Whatever else happens (a response that comes in pieces or in chunks, a client that leaves, a lost connection, a deadline,
-a stop) makes it a `Call` in phase `WAITING`, of whose response nothing has been read yet, and *that* is told what
-happened. So there is one set of rules for everything that can go wrong.
+Whatever else happens (a response that comes in pieces or in chunks, a client that leaves, a lost connection, a
+deadline, a stop) makes it a `Call` in phase `WAITING`, of whose response nothing has been read yet, and *that* is told
+what happened. So there is one set of rules for everything that can go wrong.
 
-What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which the
-usage is read later and elsewhere (`model.exchange.PlainExchange`).
+What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
+the usage is read later and elsewhere (`model.exchange.PlainExchange`).
 """
 
 from __future__ import annotations

@@ -94,9 +94,12 @@ _Fields = list[tuple[bytes, bytes]]
 class _Heads(Generic[_Facts]):
     """The lines, names and shapes that one direction knows."""
 
-    def __init__(self, *, careful: frozenset[bytes], by_value: bool) -> None:
+    def __init__(self, *, careful: frozenset[bytes], by_value: bool, matters: frozenset[bytes]) -> None:
+        """`careful`: fields of heads that are not plain. `by_value`: whether any field's value makes another shape,
+        or only that of those in `matters`, which always do."""
         self._careful = careful
-        self._by_value = by_value  # whether a field's value can matter to what is recorded
+        self._by_value = by_value
+        self._matters = matters
         self._lines: dict[bytes, _Known] = {}
         self._lines_bytes = 0
         self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, id, whether it is known by its name alone
@@ -151,13 +154,18 @@ class _Heads(Generic[_Facts]):
         elif meaning == _HOST:
             wire = self._host(name, value)
         seen = self._values[low] = self._values.get(low, 0) + 1
-        if seen > VALUES_MAX and self._may_vary(low):
+        if seen > VALUES_MAX and low not in self._matters:
             self._names[name] = (meaning, name_id, True)
             return meaning, name_id, wire, 0
         if len(self._lines) >= LINES_MAX or self._lines_bytes > LINES_BYTES_MAX:
             self.forget()
             return self._learn(line)
-        found = self._lines[line] = (meaning, self._id() if self._by_value else name_id, wire, 0)
+        found = self._lines[line] = (
+            meaning,
+            self._id() if self._by_value or low in self._matters else name_id,
+            wire,
+            0,
+        )
         self._lines_bytes += len(line)
         return found
 
@@ -171,9 +179,6 @@ class _Heads(Generic[_Facts]):
         return known
 
     def _meaning(self, low: bytes, id_: int) -> tuple[int, int, bool]:
-        raise NotImplementedError
-
-    def _may_vary(self, low: bytes) -> bool:
         raise NotImplementedError
 
     def _host(self, name: bytes, value: bytes) -> bytes:
@@ -225,11 +230,11 @@ class PlainRequests(_Heads[_Facts]):
     ) -> None:
         """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
         path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions."""
-        super().__init__(careful=_CAREFUL_REQUEST, by_value=True)
+        matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
+        super().__init__(careful=_CAREFUL_REQUEST, by_value=True, matters=matters)
         self._describe = describe
         self._authority = authority
         self._base = base
-        self._matters = matters | {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
         self._head_bytes_max = min(head_bytes_max, HEAD_BYTES_MAX)
         self._fields_max = min(fields_max, FIELDS_MAX)
         self._target_bytes_max = target_bytes_max
@@ -239,7 +244,7 @@ class PlainRequests(_Heads[_Facts]):
         super().forget()
         self._targets.clear()
 
-    def read(self, head: bytes, peer: object) -> PlainHead[_Facts] | None:
+    def read(self, head: bytes, peer: object) -> PlainHead[_Facts] | None:  # noqa: C901 - one pass, for every call
         """`head`: up to, and without, its empty line and the CRLF before. `peer`: whose connection it is; equal peers
         are told the same of. None: not plain."""
         if len(head) > self._head_bytes_max or (lines := _cut(head, self._fields_max)) is None:
@@ -343,9 +348,6 @@ class PlainRequests(_Heads[_Facts]):
             return _TRACE, id_, low not in self._matters
         return _PASS, id_, low in _VOLATILE and low not in self._matters
 
-    def _may_vary(self, low: bytes) -> bool:
-        return low not in self._matters
-
     def _host(self, name: bytes, value: bytes) -> bytes:
         return b"%b: %b" % (name, value if self._authority is None else self._authority)
 
@@ -355,11 +357,12 @@ DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
 
 
 class PlainResponses(_Heads[_Facts]):
-    """Responses of a kind that was seen before. No value of a field matters to the shape."""
+    """Responses of a kind that was seen before. Only values that say how a body is read make another shape."""
 
     def __init__(self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset()) -> None:
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
-        super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False)
+        matters = frozenset({b"content-type", b"content-encoding", b"transfer-encoding", b"connection"})
+        super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters)
         self._describe = describe
         self._statuses: dict[bytes, tuple[int, int]] = {}
 
@@ -367,7 +370,7 @@ class PlainResponses(_Heads[_Facts]):
         super().forget()
         self._statuses.clear()
 
-    def read(self, head: bytes) -> PlainHead[_Facts] | None:
+    def read(self, head: bytes) -> PlainHead[_Facts] | None:  # noqa: C901 - one pass, for every call
         """`head`: as for requests. `wire` ends behind the last field: the caller may add its own, and the empty
         line. A response without a length and not in chunks is not plain: its end would be the connection's."""
         if len(head) > HEAD_BYTES_MAX or (lines := _cut(head, FIELDS_MAX)) is None:
@@ -449,9 +452,6 @@ class PlainResponses(_Heads[_Facts]):
         if low == b"proxy-connection":
             return _DROP, id_, True
         return _PASS, id_, low in _VOLATILE or low in (b"date", b"set-cookie")
-
-    def _may_vary(self, low: bytes) -> bool:
-        return low not in (b"transfer-encoding", b"connection")
 
     def _host(self, name: bytes, value: bytes) -> bytes:
         raise AssertionError("a response has no Host")

@@ -122,7 +122,8 @@ FIRST = st.sampled_from(
     [
         b"GET / HTTP/1.1", b"POST /v1/x?a=b HTTP/1.1", b"GET /a#b HTTP/1.1", b"GET http://h/x HTTP/1.1",
         b"GET / HTTP/1.0", b"get / HTTP/1.1", b"GET  / HTTP/1.1", b"OPTIONS * HTTP/1.1", b"CONNECT h:1 HTTP/1.1",
-        b"DELETE /%20 HTTP/1.1", b"GET /\xc3\xa4 HTTP/1.1", b"GET / HTTP/1.1 ", b"BREW / HTTP/1.1", b"GET /\"x HTTP/1.1",
+        b"DELETE /%20 HTTP/1.1", b"GET /\xc3\xa4 HTTP/1.1", b"GET / HTTP/1.1 ", b"BREW / HTTP/1.1",
+        b"GET /\"x HTTP/1.1",
     ]
 )  # fmt: skip
 HEADS = st.builds(
