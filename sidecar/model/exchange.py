@@ -194,14 +194,16 @@ class PlainExchange:
     shape: RequestShape
     client_ip: str | None
     trace_id: str | None
-    request_body: bytes
+    request_bytes: int
+    request_body: bytes  # empty where nobody reads it
     id: str = ""
     started_ns: int = 0
     started_mono_ns: int = 0
     first_byte_ms: float | None = None
     duration_ms: float | None = None
     response: ResponseShape | None = None  # None: it is open
-    response_head: bytes = b""  # as it came, without its empty line
+    response_bytes: int = 0
+    response_head: bytes = b""  # as it came, without its empty line; likewise
     response_body: bytes = b""
 
     def exchange(self) -> Exchange:
@@ -222,13 +224,13 @@ class PlainExchange:
             started_mono_ns=self.started_mono_ns,
             first_byte_ms=self.first_byte_ms,
             duration_ms=self.duration_ms,
-            request_bytes=len(self.request_body),
+            request_bytes=self.request_bytes,
         )
         if response is not None:
             exchange.outcome = Outcome.COMPLETE
             exchange.status = response.status
             exchange.response_headers = response.response_headers
-            exchange.response_bytes = len(self.response_body)
+            exchange.response_bytes = self.response_bytes
         return exchange
 
 

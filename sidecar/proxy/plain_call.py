@@ -118,11 +118,12 @@ class PlainCalls:
             return False
         asked = plain.shape.facts
         trace = None if plain.trace is None else trace_id(plain.trace)
-        exchange = PlainExchange(asked.shape, client.peer.ip, trace, data[end + 4 :])
+        body = data[end + 4 :]
+        exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
         if not hop.recorder.admit(exchange):
             connection.release()
             return False
-        PlainCall(self, client, connection, exchange, head, plain)
+        PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
         return True
 
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
@@ -201,6 +202,7 @@ class PlainCall:
         exchange: PlainExchange,
         head: bytes,
         plain: PlainHead[_Asked],
+        wire: bytes,
     ) -> None:
         hop = calls.hop
         self._calls = calls
@@ -212,7 +214,6 @@ class PlainCall:
         self.client: PlainClient | None = client
         self.connection: UpstreamConnection | None = connection
         self.deadline = hop.now + hop.rules.response_timeout_s
-        wire = plain.wire + exchange.request_body
         may_repeat = connection.used and plain.shape.facts.idempotent
         self._again = wire if may_repeat else None
         hop.calls.add(self)
@@ -246,8 +247,11 @@ class PlainCall:
         elapsed_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
         exchange.first_byte_ms = exchange.duration_ms = elapsed_ms
         exchange.response = plain.shape.facts
-        exchange.response_head = data[:end]
-        exchange.response_body = body = data[end + 4 :]
+        body = data[end + 4 :]
+        exchange.response_bytes = len(body)
+        if exchange.shape.read:
+            exchange.response_head = data[:end]
+            exchange.response_body = body
         ours = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
         self._closes = not client.may_keep_alive(False)
         if self._closes:
