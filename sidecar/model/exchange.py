@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
+from operator import attrgetter
 from typing import Any, Final, Protocol
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
@@ -101,6 +102,20 @@ USAGE_FIELDS: Final = tuple(f.name for f in fields(Usage))
 USAGE_TEXTS: Final = ("model", "request_model", "response_id", "upstream_request_id", "service_tier", "error")
 
 
+_texts: Final = attrgetter(*USAGE_TEXTS)
+
+
+def cut_usage(usage: Usage, limit_reached: Callable[[str], None]) -> None:
+    """Most texts are cut where they are read; a model in the path, and what a new reader forgets, is cut here."""
+    texts = _texts(usage)
+    if sum(map(len, filter(None, texts))) < USAGE_CHARS_MAX:  # nearly always: the six together have some 200
+        return
+    for name, text in zip(USAGE_TEXTS, texts, strict=True):
+        if text is not None and len(text) >= USAGE_CHARS_MAX:
+            limit_reached("usage_chars")
+            setattr(usage, name, cut(text, USAGE_CHARS_MAX))
+
+
 @dataclass(slots=True, frozen=True)
 class Subscriber:
     """Who pays, and how we learned it (`header:x-tenant`, `jwt:sub`, …)."""
@@ -139,6 +154,86 @@ class Exchange:
     error: str | None = None  # a fixed text of ours; never bytes from the wire
 
 
+@dataclass(slots=True, frozen=True, kw_only=True)
+class RequestShape:
+    """What requests that differ in lengths and ids only have in common (see `proxy.plain_head`).
+
+    `number`: never used twice in one process. `target`, `fields`: what a reader of usage asks of the request's head.
+    `read`: whether anybody reads the bodies of such calls.
+    """
+
+    number: int
+    method: str
+    target: str
+    fields: tuple[tuple[bytes, bytes], ...]
+    read: bool
+    url: str
+    route: str | None
+    request_headers: list[str]
+    user_agent: str | None
+    subscriber: Subscriber | None
+    dimensions: Mapping[str, str]
+
+
+@dataclass(slots=True, frozen=True, kw_only=True)
+class ResponseShape:
+    """The same of responses."""
+
+    number: int
+    status: int
+    response_headers: list[str]
+
+
+@dataclass(slots=True, eq=False)
+class PlainExchange:
+    """One call that took the short way: what is its own, beside its two shapes. Its usage is read later, from bytes.
+
+    The recorder takes one in the place of an `Exchange`.
+    """
+
+    shape: RequestShape
+    client_ip: str | None
+    trace_id: str | None
+    request_bytes: int
+    request_body: bytes  # empty where nobody reads it
+    id: str = ""
+    started_ns: int = 0
+    started_mono_ns: int = 0
+    first_byte_ms: float | None = None
+    duration_ms: float | None = None
+    response: ResponseShape | None = None  # None: it is open
+    response_bytes: int = 0
+    response_head: bytes = b""  # as it came, without its empty line; likewise
+    response_body: bytes = b""
+
+    def exchange(self) -> Exchange:
+        """The same as an exchange, without usage."""
+        shape, response = self.shape, self.response
+        exchange = Exchange(
+            method=shape.method,
+            url=shape.url,
+            route=shape.route,
+            request_headers=shape.request_headers,
+            client_ip=self.client_ip,
+            user_agent=shape.user_agent,
+            trace_id=self.trace_id,
+            subscriber=shape.subscriber,
+            dimensions=shape.dimensions,
+            id=self.id,
+            started_ns=self.started_ns,
+            started_mono_ns=self.started_mono_ns,
+            first_byte_ms=self.first_byte_ms,
+            duration_ms=self.duration_ms,
+            request_bytes=self.request_bytes,
+        )
+        if response is not None:
+            exchange.outcome = Outcome.COMPLETE
+            exchange.status = response.status
+            exchange.response_headers = response.response_headers
+            exchange.response_bytes = self.response_bytes
+        return exchange
+
+
 Release = Callable[[bool], None]
 """Called once on the event loop: True, send what was held; False, cut the connection unclean."""
 
@@ -146,7 +241,7 @@ Release = Callable[[bool], None]
 class Recorder(Protocol):
     """Where exchanges go. The proxy knows only this much of everything behind it."""
 
-    def admit(self, exchange: Exchange) -> bool:
+    def admit(self, exchange: Exchange | PlainExchange) -> bool:
         """Let a call in: set id and start times, take its place in the intake.
 
         False means that no record can be promised (`SIDECAR_ON_SPOOL_FULL=refuse`): answer 503
@@ -154,7 +249,7 @@ class Recorder(Protocol):
         """
         ...
 
-    def complete(self, exchange: Exchange, release: Release | None) -> bool:
+    def complete(self, exchange: Exchange | PlainExchange, release: Release | None) -> bool:
         """End an admitted exchange, once; a second call for the same one does nothing and returns True.
 
         Synchronous, so that it works while a task is being cancelled. True: the held last piece

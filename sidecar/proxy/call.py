@@ -24,20 +24,17 @@ from asyncio import Task
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import IntEnum
-from operator import attrgetter
 from time import monotonic_ns
 from typing import Final, Protocol, TypeVar
 
 from sidecar.model.exchange import (
-    USAGE_CHARS_MAX,
-    USAGE_TEXTS,
     Exchange,
     Outcome,
     Release,
     Subscriber,
     Usage,
     UsageState,
-    cut,
+    cut_usage,
 )
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
@@ -67,8 +64,6 @@ OVER: Final = Phase.OVER
 COMPLETED: Final = ending.ending(Phase.STREAMING, Cause.WHOLE, client=True, framed=True)
 """How nearly every call ends, decided once."""
 
-_texts: Final = attrgetter(*USAGE_TEXTS)
-
 
 class Downstream(Protocol):
     """The client's connection, as its call sees it."""
@@ -92,8 +87,8 @@ class Downstream(Protocol):
         """Room was made for more of the upload."""
         ...
 
-    def may_keep_alive(self, message: RawRequestMessage) -> bool:
-        """Whether another request may come after this one."""
+    def may_keep_alive(self, should_close: bool) -> bool:
+        """Whether another request may come after this one. `should_close`: its client says that it is the last."""
         ...
 
     def may_switch(self, message: RawRequestMessage) -> bool:
@@ -189,6 +184,38 @@ class Call:
         self._tunnel: Tunnel | None = None
         # the record
         self._exchange: Exchange
+
+    @classmethod
+    def resume(
+        cls,
+        hop: Hop,
+        client: Downstream,
+        message: RawRequestMessage,
+        exchange: Exchange,
+        connection: UpstreamConnection,
+        *,
+        body: bytes,
+        again: bytes | None,
+        deadline: float,
+    ) -> Call:
+        """A call whose request was let in and sent already, and of whose response nothing was read yet. `again`: the
+        request as it was sent, where it may go once more."""
+        call = cls(hop, client, message, EMPTY_PAYLOAD)
+        call._exchange = exchange
+        tap = call._request_tap = _ask(None, hop.taps.request, message.method, message.path, message.raw_headers)
+        if tap is not None and body:
+            _ask(None, tap.feed, body)
+        if again is not None:
+            call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
+            call.body.done = True
+            call.body.keep(again, hop.rules.retry_body_bytes_max)
+        call.connection = connection
+        connection.owner = call
+        call._expect()
+        call.phase = Phase.WAITING
+        call.deadline = deadline
+        hop.calls.add(call)
+        return call
 
     @property
     def upload_done(self) -> bool:
@@ -354,16 +381,7 @@ class Call:
         hop, body, connection = self._hop, self.body, self.connection
         assert connection is not None
         connection.owner = self
-        self.response = Answer(
-            hop.headers,
-            self._announce,
-            head_only=self._message.method == "HEAD",
-            http10=self._http10,
-            upgrade=self._switch,
-            mute=self.client is None,
-            asked=self._message,
-            peer=None if self.client is None else self.client.peer,
-        )
+        self._expect()
         data, self._head = self._head, b""
         if body is not None and not body.done:
             data += body.take()
@@ -381,6 +399,19 @@ class Call:
             self.phase = Phase.SENDING
             self.deadline = hop.now + hop.rules.idle_timeout_s
             self._read_on()
+
+    def _expect(self) -> None:
+        """The next bytes from upstream are the response."""
+        self.response = Answer(
+            self._hop.headers,
+            self._announce,
+            head_only=self._message.method == "HEAD",
+            http10=self._http10,
+            upgrade=self._switch,
+            mute=self.client is None,
+            asked=self._message,
+            peer=None if self.client is None else self.client.peer,
+        )
 
     def _upload(self, event: Event, why: Why) -> None:
         """Move what has come of the body to the upstream, as far as the upstream takes it."""
@@ -470,7 +501,9 @@ class Call:
         meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
         if status == 101:
             return meter_id
-        self._keep_alive = not response.close_delimited and self.upload_done and client.may_keep_alive(self._message)
+        self._keep_alive = (
+            not response.close_delimited and self.upload_done and client.may_keep_alive(self._message.should_close)
+        )
         if not self._keep_alive:
             return meter_id + b"Connection: close\r\n"
         if self._http10:
@@ -781,7 +814,9 @@ class Call:
         exchange.response_headers = list(local_responses.FIELD_NAMES)
         exchange.response_bytes = 0 if head_only else len(own.body)
         self._keep_alive = (
-            self.upload_done and end.outcome is not Outcome.REFUSED and client.may_keep_alive(self._message)
+            self.upload_done
+            and end.outcome is not Outcome.REFUSED
+            and client.may_keep_alive(self._message.should_close)
         )
         fields = b""
         if self._hop.rules.meter_id_header:
@@ -988,14 +1023,3 @@ def _ask(otherwise: T, question: Callable[..., T], *args: object) -> T:
     except Exception:
         log.exception("a usage reader failed; the call goes on without what it knew")
         return otherwise
-
-
-def cut_usage(usage: Usage, limit_reached: Callable[[str], None]) -> None:
-    """Most texts are cut where they are read; a model in the path, and what a new reader forgets, is cut here."""
-    texts = _texts(usage)
-    if sum(map(len, filter(None, texts))) < USAGE_CHARS_MAX:  # nearly always: the six together have some 200
-        return
-    for name, text in zip(USAGE_TEXTS, texts, strict=True):
-        if text is not None and len(text) >= USAGE_CHARS_MAX:
-            limit_reached("usage_chars")
-            setattr(usage, name, cut(text, USAGE_CHARS_MAX))

@@ -37,6 +37,7 @@ from sidecar.proxy.aiohttp_compat import (
 from sidecar.proxy.call import Call
 from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
 from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.plain_call import PlainCall, PlainCalls
 from sidecar.proxy.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -102,12 +103,12 @@ class Client(ClientProtocol):
 
     __slots__ = (
         "_ahead", "_at", "_border", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
-        "_last_call", "_linger_bytes", "_linger_until", "_offer", "_own", "_parser_holds", "_queue", "_taking",
-        "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full",
-        "peer",
+        "_last_call", "_linger_bytes", "_linger_until", "_offer", "_own", "_parser_holds", "_plain", "_queue",
+        "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline",
+        "full", "peer",
     )  # fmt: skip
 
-    def __init__(self, server: Server, hop: Hop, clients: Clients) -> None:
+    def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
         rules = hop.rules
         super().__init__(
             server,
@@ -118,6 +119,7 @@ class Client(ClientProtocol):
         )
         self._hop = hop
         self._clients = clients
+        self._plain = plain
         # the connection
         self._input = Input.REQUESTS
         self.deadline = NEVER
@@ -137,7 +139,7 @@ class Client(ClientProtocol):
         self._queue: deque[tuple[RawRequestMessage, StreamReader]] = deque()
         self._last_call = False  # no request behind the ones in hand will be taken
         self._taking = False
-        self.call: Call | None = None
+        self.call: Call | PlainCall | None = None
         # another protocol
         self._offer: RawRequestMessage | None = None  # the request that offers it, where that is passed on
         self._ahead = bytearray()
@@ -175,6 +177,10 @@ class Client(ClientProtocol):
     def data_received(self, data: bytes) -> None:
         """The one place that decides which way bytes go, before the first of them is looked at."""
         if self._input is Input.REQUESTS:
+            plain = self._plain
+            if plain is not None and self.call is None and self._is_between() and plain.take(self, data):
+                self._border = data[-BORDER_BYTES:]
+                return
             self._parse(data)
         elif self._input is Input.TUNNEL:
             assert self._tunnel is not None
@@ -183,6 +189,21 @@ class Client(ClientProtocol):
             self._keep(data)
         elif self._closing:
             self._linger(len(data))
+
+    def _is_between(self) -> bool:
+        """Whether the next byte is the first of a request, and nothing of an earlier one is in the way."""
+        return not (
+            self._head_bytes
+            or self._queue
+            or self._last_call
+            or self._parser_holds
+            or self._unread
+            or self.full
+            or self._closing
+            or self._uploading is not None
+            or self._upgrade_body is not None
+            or self._offer is not None
+        )
 
     def pause_writing(self) -> None:
         super().pause_writing()
@@ -337,9 +358,9 @@ class Client(ClientProtocol):
             self._feed(b"")
             self._parse_unread()
 
-    def may_keep_alive(self, message: RawRequestMessage) -> bool:
+    def may_keep_alive(self, should_close: bool) -> bool:
         """Whether another request may come after this one; said in the head of its response."""
-        if message.should_close or self._hop.stopping:
+        if should_close or self._hop.stopping:
             return False
         return not self._last_call or bool(self._queue)
 

@@ -23,6 +23,22 @@ NEVER: Final = float("inf")  # no deadline
 Attribute = Callable[[RawHeaders, str, str | None], tuple[Subscriber | None, Mapping[str, str]]]
 """(fields that go upstream, target, client's address) -> who pays, and what else the record says."""
 
+
+class PlainAttribution(Protocol):
+    """`attribute`, for calls that differ in nothing that matters from one that was seen before."""
+
+    @property
+    def reads(self) -> frozenset[bytes]:
+        """Names (lower case) of all fields by which it answers; beside them it looks at the target alone."""
+        ...
+
+    def plainly(
+        self, headers: RawHeaders, target: str, client_ip: str | None
+    ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
+        """The same answer, and nothing is counted; None where each such call has something to be counted."""
+        ...
+
+
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
 """(who the head named, look-up of a member of the request's body) -> who pays."""
 

@@ -128,7 +128,7 @@ class HeaderRules:
         self.via = rules.via.encode("latin-1") if rules.via else None
         self._trusted = rules.trusted_proxies
         self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
-        self._base_url = (rules.public_url or address.url).rstrip("/")
+        self.record_base = (rules.public_url or address.url).rstrip("/")
         self._query_values = rules.query_values
         self._base = address.base.decode("ascii")
         self._limit_reached = limit_reached
@@ -217,7 +217,7 @@ class HeaderRules:
         if "#" in target:
             target = target.partition("#")[0]
         path, _, query = target.partition("?")
-        url = f"{self._base_url}{path}" if path != "*" else f"{self._base_url}/*"
+        url = f"{self.record_base}{path}" if path != "*" else f"{self.record_base}/*"
         if query and (names := self._shown(query)):
             url = f"{url}?{names}"
         if len(url) > URL_CHARS_MAX:

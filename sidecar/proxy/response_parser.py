@@ -34,6 +34,7 @@ STATUS_MIN: Final = 100  # below, llhttp reads on; above 599 there are some in u
 REASON_CHARS_MAX: Final = 80  # of the parser's own words, which are constants: the longest has 60
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
+_CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
 _LENGTH = re.compile(rb"[0-9]+\Z")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -45,10 +46,10 @@ class Answer:
     """Feed it; look at what it says afterwards."""
 
     __slots__ = (
-        "_announce", "_asked", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10", "_interim",
-        "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_until_eof", "_upgrade",
-        "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields", "filter", "keep_alive", "mute",
-        "names", "out", "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
+        "_announce", "_asked", "_at_border", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10",
+        "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_until_eof",
+        "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields", "filter",
+        "keep_alive", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
     )  # fmt: skip
 
     def __init__(
@@ -79,6 +80,7 @@ class Answer:
         self._mended = False  # its lengths, or they are about to be
         self._beside = 0  # bytes since the last one of the body
         self._chunked = False
+        self._at_border = False  # the next byte is the first of a chunk, for the client as for the parser
         self._until_eof = False
         self._remaining = -1  # of a sized body; -1: not sized
         self.out: list[bytes] = []  # for the client, to be taken after each feed
@@ -103,6 +105,11 @@ class Answer:
 
     def feed(self, data: bytes) -> None:
         """Take what the upstream sent. Never raises; look at `broken`."""
+        if self._at_border:
+            pieces = whole_chunks(data)
+            if pieces:
+                self._pass(data, pieces)
+                return
         if self._remaining > 0 and self.started:
             self._feed_sized(data)
             return
@@ -128,6 +135,7 @@ class Answer:
             self.broken = "the head of the answer is too large"
         if self.done or self.broken is not None:
             self._parser = None
+            self._at_border = False
 
     def _new_parser(self) -> httptools.HttpResponseParser:
         parser = httptools.HttpResponseParser(self)
@@ -176,6 +184,21 @@ class Answer:
         if not self._remaining:
             self.done = True
             self._parser = None
+
+    def _pass(self, data: bytes, pieces: list[bytes]) -> None:
+        """Whole chunks, from one border to another: the parser, which stands at the first, need not see them, and the
+        client gets them as they came."""
+        self._beside = 0
+        for piece in pieces:
+            self.body_bytes += len(piece)
+            tap = self.tap
+            if tap is not None and not self.ended:
+                try:
+                    self.ended = tap.feed(piece)
+                except Exception:  # noqa: BLE001 - see `on_body`
+                    self.tap = None
+        if not self.mute:
+            self.out.append(data)
 
     def eof(self, clean: bool) -> None:
         """The connection ended. Only a body without a length of its own may end this way."""
@@ -244,6 +267,8 @@ class Answer:
         else:
             self._frame(head, parser.should_keep_alive())
         ours = self._announce(self)
+        if self.filter is not None:
+            self._at_border = False  # what the client gets is not what came
         if not self.mute:
             line = b"HTTP/1.1 %d %b\r\n" % (status, self._reason)
             self.out.append(b"".join((line, *head.parts, ours, b"\r\n")))
@@ -271,8 +296,15 @@ class Answer:
             self.close_delimited = True
         else:
             self._chunked = True
+            self._at_border = head.chunked
             if not head.chunked:
                 head.parts.append(b"Transfer-Encoding: chunked\r\n")
+
+    def on_chunk_header(self) -> None:
+        self._at_border = False
+
+    def on_chunk_complete(self) -> None:
+        self._at_border = self._chunked and not self._until_eof and self.filter is None
 
     def on_body(self, piece: bytes) -> None:
         if self.done:
@@ -339,6 +371,22 @@ class Answer:
         self.fields = []
         self._reason = b""
         self._interim = True
+
+
+def whole_chunks(data: bytes) -> list[bytes]:
+    """What is in the chunks, where `data` is nothing but whole ones, each begun by nothing but its size; else, and
+    where the last one (of no size) is among them, an empty list."""
+    at, end, pieces = 0, len(data), []
+    while at < end:
+        size = _CHUNK_SIZE.match(data, at)
+        if size is None:
+            return []
+        start = size.end()
+        at = start + int(size[1], 16) + 2
+        if at > end or at == start + 2 or data[at - 2 : at] != b"\r\n":
+            return []
+        pieces.append(data[start : at - 2])
+    return pieces
 
 
 class _NoAnswer(Exception):

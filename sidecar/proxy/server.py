@@ -23,8 +23,9 @@ from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
 from sidecar.proxy.client_connection import Client, Clients
 from sidecar.proxy.config import ProxyRules
-from sidecar.proxy.context import Attribute, AttributeByBody, Hop, ProxyMetrics, Route
+from sidecar.proxy.context import Attribute, AttributeByBody, Hop, PlainAttribution, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
+from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls
 from sidecar.storage.sockets import for_both_families
 from sidecar.usage import Taps
@@ -74,12 +75,14 @@ class Proxy:
         taps: Taps,
         attribute: Attribute,
         attribute_by_body: AttributeByBody | None = None,
+        plainly: PlainAttribution | None = None,
         route: Route,
         metrics: ProxyMetrics,
     ) -> None:
+        """`plainly`: as `attribute`, for calls that may take the short way; None: none may."""
         self._rules = rules
         self._address = UpstreamAddress.parse(rules.upstream_url)
-        self._parts = (recorder, taps, attribute, attribute_by_body, route)
+        self._parts = (recorder, taps, attribute, attribute_by_body, plainly, route)
         self._metrics = metrics
         self._hop: Hop | None = None
         self._clients: Clients | None = None
@@ -132,7 +135,7 @@ class Proxy:
             keepalive_s=rules.upstream_keepalive_s,
             age_s=rules.upstream_connection_age_s,
         )
-        recorder, taps, attribute, attribute_by_body, route = self._parts
+        recorder, taps, attribute, attribute_by_body, plainly, route = self._parts
         hop = self._hop = Hop(
             rules=rules,
             headers=HeaderRules(rules, address, self._metrics.limit_reached, self._metrics.redirected),
@@ -148,7 +151,8 @@ class Proxy:
         )
         refused = min(REFUSED_MAX, max(REFUSED_MIN, files // 16))
         clients = self._clients = Clients(rules.connections_max, self._metrics, refused_max=refused)
-        self._server = Server(lambda server: Client(server, hop, clients), loop)
+        plain = None if plainly is None else PlainCalls(hop, address, plainly)
+        self._server = Server(lambda server: Client(server, hop, clients, plain), loop)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
 
     async def listen(

@@ -110,6 +110,11 @@ class Attributor:
             header: source for source, header, _ in self._asked if header is not None and _is_secret(source)
         }
 
+    @property
+    def reads(self) -> frozenset[bytes]:
+        """Names of the header fields (lower case) by whose values it answers; beside them only by the target."""
+        return frozenset(self._wanted)
+
     def __call__(
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]]:
@@ -145,6 +150,18 @@ class Attributor:
                     self._compare(found)
                 return subscriber, dimensions
         return None, dimensions
+
+    def plainly(
+        self, headers: RawHeaders, target: str, client_ip: str | None
+    ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
+        """The same answer, and nothing is counted; None where there is something to be counted each time."""
+        odd: list[str] = []
+        self._anomaly, count = odd.append, self._anomaly
+        try:
+            found = self(headers, target, client_ip)
+        finally:
+            self._anomaly = count
+        return None if odd else found
 
     def by_body(self, known: Subscriber | None, member: Callable[[str], str | None]) -> Subscriber | None:
         """Who pays, now that the body was seen: `member` looks into it. What an earlier source knew stays."""

@@ -31,6 +31,7 @@ from sidecar.settings import Settings
 from sidecar.spool.files import translate
 from sidecar.spool.recorder import Link, Recorder
 from sidecar.storage.files import write_once
+from sidecar.usage.plain_calls import PlainReader
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import Pin, UsageTaps
 from sidecar.usage.response_headers import provider_of_host
@@ -85,26 +86,44 @@ def rules(settings: Settings) -> ProxyRules:
 
 def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, key: bytes) -> Proxy:
     """The hop with everything that reads along."""
-    taps = usage_taps(settings, metrics.usage_anomaly)
     for pin in idle_pins(settings):
         log.warning(
             "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
         )
-    routes = Routes([route.pattern for route in settings.routes], known_routes())
+    routes = _routes(settings)
     attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
+    by_body = attribute.by_body if body_fields(settings) else None
+    return Proxy(
+        rules=rules(settings),
+        recorder=recorder,
+        taps=telling_taps(settings, metrics, routes),
+        attribute=attribute,
+        attribute_by_body=by_body,
+        # Who pays by a member of the body is asked where the hash key is: in the process that serves.
+        plainly=attribute if by_body is None else None,
+        route=routes.match,
+        metrics=metrics,
+    )
+
+
+def plain_readers(settings: Settings, metrics: Metrics) -> Callable[[], PlainReader]:
+    """What reads the plain calls of each process that serves."""
+    taps = telling_taps(settings, metrics, _routes(settings))
+    return lambda: PlainReader(taps, None, metrics.limit_reached)
+
+
+def _routes(settings: Settings) -> Routes:
+    return Routes([route.pattern for route in settings.routes], known_routes())
+
+
+def telling_taps(settings: Settings, metrics: HopCounts | Metrics, routes: Routes) -> UsageTaps:
+    """Taps that count what is odd, and tell of responses that nobody claims."""
+    taps = usage_taps(settings, metrics.usage_anomaly)
     _, base = _upstream(settings)
     taps.unclaimed = Unclaimed(
         lambda method, target: routes.match(method, client_path(target, base)), taps.upstream_host, time.monotonic
     )
-    return Proxy(
-        rules=rules(settings),
-        recorder=recorder,
-        taps=taps,
-        attribute=attribute,
-        attribute_by_body=attribute.by_body if body_fields(settings) else None,
-        route=routes.match,
-        metrics=metrics,
-    )
+    return taps
 
 
 def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:

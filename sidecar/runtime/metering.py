@@ -459,7 +459,9 @@ class Unable(Exception):
 async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[Metering]:
     """Hear who serves. Nothing is recorded before `recording`, which is entered within."""
     counted = Metrics(backends=settings.backends)
-    whole = Metering(settings=settings, counted=counted, intake=Intake(counted))
+    whole = Metering(
+        settings=settings, counted=counted, intake=Intake(counted, factory.plain_readers(settings, counted))
+    )
     whole.seam = Seam(whole.intake, whole.told, whole.set_open)
     await whole.seam.listen(seam)
     try:

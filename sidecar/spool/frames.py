@@ -5,14 +5,17 @@ A frame is `marshal` of plain tuples: it is written and read by two processes of
 a third of JSON. `VERSION` is said once, when two processes meet; others than ours are never read. Frames of one source
 are numbered from 1 and counted once, however often they are sent.
 
-    (number, admitted, lost, opens, ended, closes, counts)
+    (number, admitted, lost, opens, ended, closes, counts, requests, responses)
 
 - `admitted`: calls that were let in and that no earlier frame told of. A crash takes those without a trace.
 - `lost`: `{reason: calls}` that were given up since the last frame, or None.
 - `opens`: exchanges of calls that have been open for long, so that a crash leaves a record of them.
-- `ended`: what ended, each a tuple that begins with its kind: `(EXCHANGE, …)`.
+- `ended`: what ended, each a tuple that begins with its kind: `(EXCHANGE, …)`, or `(PLAIN, …)` of a call that took the
+  short way and whose usage is still to be read.
 - `closes`: ids of calls in `ended` or `lost` that an earlier `opens` told of.
 - `counts`: what only the hop can count, `(name, label, count)` each.
+- `requests`, `responses`: the shapes that plain calls of this frame refer to, by number. Each frame has its own, so
+  that whoever reads it needs no other; one that is known by its number need not be read again.
 """
 
 from __future__ import annotations
@@ -23,11 +26,22 @@ from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
 
-from sidecar.model.exchange import USAGE_FIELDS, Exchange, Outcome, Subscriber, Usage, UsageState
+from sidecar.model.exchange import (
+    USAGE_FIELDS,
+    Exchange,
+    Outcome,
+    PlainExchange,
+    RequestShape,
+    ResponseShape,
+    Subscriber,
+    Usage,
+    UsageState,
+)
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"1 {sys.implementation.cache_tag}"
+VERSION: Final = f"2 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
+PLAIN: Final = 1
 MARSHAL_VERSION: Final = 2  # without the table of what stood before: each object costs a look-up there
 FRAME_BYTES_MAX: Final = 64 << 20  # of one; a frame of the largest records there can be has a tenth of it
 SOURCE_BYTES: Final = 16
@@ -52,6 +66,8 @@ class Told(NamedTuple):
     ended: Sequence[tuple[Any, ...]]
     closes: Sequence[str]
     counts: Sequence[tuple[str, str, float]]
+    requests: Mapping[int, tuple[Any, ...]]
+    responses: Mapping[int, tuple[Any, ...]]
 
     @property
     def is_for_disk(self) -> bool:
@@ -63,21 +79,36 @@ def encode_frame(
     *,
     admitted: int = 0,
     lost: Mapping[str, int] | None = None,
-    opens: Iterable[Exchange] = (),
-    ended: Iterable[Exchange] = (),
+    opens: Iterable[Exchange | PlainExchange] = (),
+    ended: Iterable[Exchange | PlainExchange] = (),
     closes: Sequence[str] = (),
     counts: Sequence[tuple[str, str, float]] = (),
 ) -> bytes:
     """The frame. An exchange with something in it that cannot be sent goes with its name in that place: a record with
     a mark in it beats no record."""
+    requests: dict[int, tuple[Any, ...]] = {}
+    responses: dict[int, tuple[Any, ...]] = {}
+    entries = []
+    for exchange in ended:
+        if type(exchange) is PlainExchange and exchange.response is not None:
+            shape, response = exchange.shape, exchange.response
+            if shape.number not in requests:
+                requests[shape.number] = _packed_request(shape)
+            if response.number not in responses:
+                responses[response.number] = (response.status, response.response_headers)
+            entries.append(_packed_plain(exchange, shape.number, response.number))
+        else:
+            entries.append(_packed(_whole(exchange)))
     frame = (
         number,
         admitted,
         None if lost is None else dict(lost),
-        [_packed(exchange) for exchange in opens],
-        [_packed(exchange) for exchange in ended],
+        [_packed(_whole(exchange)) for exchange in opens],
+        entries,
         list(closes),
         list(counts),
+        requests,
+        responses,
     )
     try:
         data = marshal.dumps(frame, MARSHAL_VERSION)
@@ -93,7 +124,13 @@ def decode_frame(data: bytes) -> Told:
         told = Told(*frame)
     except (ValueError, TypeError, EOFError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
-    if type(told.number) is not int or type(told.ended) is not list or type(told.opens) is not list:
+    if (
+        type(told.number) is not int
+        or type(told.ended) is not list
+        or type(told.opens) is not list
+        or type(told.requests) is not dict
+        or type(told.responses) is not dict
+    ):
         raise FrameError("not a frame: other fields than expected")
     return told
 
@@ -126,6 +163,62 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
         None if usage is None else (usage.usage_state.value, *_usage_values(usage)[1:]),
         e.error,
     )
+
+
+def _whole(exchange: Exchange | PlainExchange) -> Exchange:
+    return exchange.exchange() if isinstance(exchange, PlainExchange) else exchange
+
+
+def _packed_plain(e: PlainExchange, shape: int, response: int) -> tuple[Any, ...]:
+    return (
+        PLAIN, shape, response, e.client_ip, e.trace_id, e.request_bytes, e.request_body, e.id, e.started_ns,
+        e.started_mono_ns, e.first_byte_ms, e.duration_ms, e.response_bytes, e.response_head, e.response_body,
+    )  # fmt: skip
+
+
+def _packed_request(shape: RequestShape) -> tuple[Any, ...]:
+    subscriber = shape.subscriber
+    return (
+        shape.method, shape.target, shape.fields, shape.read, shape.url, shape.route, shape.request_headers,
+        shape.user_agent, None if subscriber is None else (subscriber.id, subscriber.source), shape.dimensions,
+    )  # fmt: skip
+
+
+def request_shape_of(number: int, packed: Sequence[Any]) -> RequestShape:
+    """Raises `FrameError`."""
+    try:
+        method, target, fields, read, url, route, request_headers, user_agent, subscriber, dimensions = packed
+        return RequestShape(
+            number=number, method=method, target=target, fields=fields, read=read, url=url, route=route,
+            request_headers=request_headers, user_agent=user_agent,
+            subscriber=None if subscriber is None else Subscriber(*subscriber), dimensions=dimensions,
+        )  # fmt: skip
+    except (TypeError, ValueError) as error:
+        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+
+
+def response_shape_of(number: int, packed: Sequence[Any]) -> ResponseShape:
+    """Raises `FrameError`."""
+    try:
+        status, response_headers = packed
+    except (TypeError, ValueError) as error:
+        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+    return ResponseShape(number=number, status=status, response_headers=response_headers)
+
+
+def plain_of(packed: Sequence[Any], shape: RequestShape, response: ResponseShape) -> PlainExchange:
+    """The plain call that an entry of `ended` holds, of these two shapes."""
+    try:
+        (
+            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
+            duration_ms, response_bytes, response_head, response_body,
+        ) = packed  # fmt: skip
+    except ValueError as error:
+        raise FrameError(f"not a frame: {error}") from None
+    return PlainExchange(
+        shape, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
+        duration_ms, response, response_bytes, response_head, response_body,
+    )  # fmt: skip
 
 
 def exchange_of(packed: Sequence[Any]) -> Exchange:

@@ -18,20 +18,36 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from sidecar.model.exchange import Exchange
+from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
 from sidecar.model.record import encode
 from sidecar.model.record_id import CHANCE_BYTES
-from sidecar.spool.frames import FrameError, Told, decode_frame, exchange_of
+from sidecar.spool.frames import (
+    PLAIN,
+    FrameError,
+    Told,
+    decode_frame,
+    exchange_of,
+    plain_of,
+    request_shape_of,
+    response_shape_of,
+)
 from sidecar.spool.types import Batch, Tally, encode_intent, settle
 
 log = logging.getLogger("sidecar.intake")
 
+SHAPES_MAX: Final = 4_096  # remembered of each source; a frame brings all that it needs
 _TAIL: Final = -2 * CHANCE_BYTES  # where an id says who gave it
 
 
 class IntakeMetrics(Protocol):
     def call_ended(self, exchange: Exchange) -> None: ...
     def add(self, counts: Sequence[tuple[str, str, float]]) -> None: ...
+
+
+class Reading(Protocol):
+    """Makes exchanges of the plain calls of one source (`usage.plain_calls`)."""
+
+    def exchange(self, plain: PlainExchange) -> Exchange: ...
 
 
 class IntakeSpool(Protocol):
@@ -61,6 +77,10 @@ class Source:
     # Frames that need no disk are acknowledged with the one before them that does.
     waiting: int = 0  # batches handed over and not yet on disk
     open: dict[str, bytes] = field(default_factory=dict)  # calls whose intent is on disk, or on its way
+    # What plain calls have in common, by the numbers that it gave.
+    requests: dict[int, RequestShape] = field(default_factory=dict)
+    responses: dict[int, ResponseShape] = field(default_factory=dict)
+    reading: Reading | None = None
 
     @property
     def tail(self) -> str:
@@ -71,8 +91,10 @@ class Source:
 class Intake:
     """Counts and stores what sources tell."""
 
-    def __init__(self, metrics: IntakeMetrics) -> None:
+    def __init__(self, metrics: IntakeMetrics, reading: Callable[[], Reading] | None = None) -> None:
+        """`reading`: makes what reads the plain calls of one source; None: there are none."""
         self._metrics = metrics
+        self._make_reading = reading
         self._spool: IntakeSpool | None = None
         self._early = Tally()
         self._seq = 0
@@ -172,7 +194,7 @@ class Intake:
         if self._spool is None or not self._arrived:
             return
         arrived, self._arrived = self._arrived, []
-        exchanges = self._read([entry for _, told in arrived for entry in told.ended])
+        exchanges = [exchange for source, told in arrived for exchange in self._read(source, told, told.ended)]
         call_ended = self._metrics.call_ended
         for exchange in exchanges:
             try:
@@ -187,7 +209,7 @@ class Intake:
         self._seq += len(lines)
         sources: dict[bytes, tuple[Source, int]] = {}
         for source, told in arrived:
-            for exchange in self._read(told.opens):
+            for exchange in self._read(source, told, told.opens):
                 line = encode_intent(exchange, instance=instance)
                 batch.opens.append((exchange.id, line))
                 batch.size_bytes += len(line)
@@ -210,22 +232,44 @@ class Intake:
         batch.done = lambda done: self._stored(done, told_to)
         self._submit(batch)
 
-    def _read(self, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
+    def _read(self, source: Source, told: Told, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
         """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
-        try:
-            return [exchange_of(entry) for entry in entries]
-        except FrameError:
-            found = []
-            for entry in entries:
-                try:
-                    found.append(exchange_of(entry))
-                except FrameError as error:
-                    log.error("a call cannot be recorded: %s", error)
-                    tally = self.tally
-                    tally.open -= 1
-                    tally.lost = _sum(tally.lost, {"spool_failed": 1})
-                    self._metrics.add([("sidecar_lost", "spool_failed", 1)])
-            return found
+        if told.requests:
+            self._learn(source, told)
+        found = []
+        for entry in entries:
+            try:
+                found.append(self._plain(source, entry) if entry[0] == PLAIN else exchange_of(entry))
+            except (FrameError, LookupError) as error:
+                log.error("a call cannot be recorded: %s", error)
+                tally = self.tally
+                tally.open -= 1
+                tally.lost = _sum(tally.lost, {"spool_failed": 1})
+                self._metrics.add([("sidecar_lost", "spool_failed", 1)])
+        return found
+
+    def _plain(self, source: Source, entry: Sequence[Any]) -> Exchange:
+        reading = source.reading
+        if reading is None:
+            if self._make_reading is None:
+                raise FrameError("not a frame: a plain call, and nobody reads such")
+            reading = source.reading = self._make_reading()
+        return reading.exchange(plain_of(entry, source.requests[entry[1]], source.responses[entry[2]]))
+
+    def _learn(self, source: Source, told: Told) -> None:
+        """The shapes of a frame that are not known yet. As many are kept as the serving process keeps."""
+        for number, packed in told.requests.items():
+            if number not in source.requests:
+                if len(source.requests) >= SHAPES_MAX:
+                    source.requests = {kept: source.requests[kept] for kept in told.requests if kept in source.requests}
+                source.requests[number] = request_shape_of(number, packed)
+        for number, packed in told.responses.items():
+            if number not in source.responses:
+                if len(source.responses) >= SHAPES_MAX:
+                    source.responses = {
+                        kept: source.responses[kept] for kept in told.responses if kept in source.responses
+                    }
+                source.responses[number] = response_shape_of(number, packed)
 
     def _batch(self) -> Batch:
         return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, []))

@@ -28,11 +28,11 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
-from sidecar.model.exchange import Exchange, Release
+from sidecar.model.exchange import Exchange, PlainExchange, Release
 from sidecar.model.record_id import CHANCE_BYTES, Ids
 from sidecar.settings import Durability, OnSpoolFull
 from sidecar.spool.frames import FRAME_BYTES_MAX, SOURCE_BYTES, encode_frame
-from sidecar.spool.intake import Intake, IntakeMetrics, IntakeSpool, Source
+from sidecar.spool.intake import Intake, IntakeMetrics, IntakeSpool, Reading, Source
 from sidecar.spool.types import Health, State
 
 log = logging.getLogger("sidecar.recorder")
@@ -49,6 +49,7 @@ GATHER_S_MIN: Final = 0.002
 COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
 # Entries of one frame: more are not kept back, so that a frame stays far below what may be sent at once.
 ENTRIES_MAX: Final = 512
+FRAME_BYTES_ENOUGH: Final = 4 << 20  # likewise, of bodies that are still to be read
 # What a call costs in memory until its frame is made, and beside its bytes afterwards (object headers, its share of the
 # frame). The record of a chat call is about 900 bytes.
 _GUESS_BYTES: Final = 1024
@@ -95,8 +96,8 @@ class Frame:
     since_s: float  # loop time of the oldest entry
     sent_s: float = 0.0
     data: bytes = b""
-    opens: list[Exchange] = field(default_factory=list)
-    ended: list[Exchange] = field(default_factory=list)
+    opens: list[Exchange | PlainExchange] = field(default_factory=list)
+    ended: list[Exchange | PlainExchange] = field(default_factory=list)
     closes: list[str] = field(default_factory=list)  # ids that an earlier frame opened
     lost: dict[str, int] = field(default_factory=dict)
     releases: list[Release] = field(default_factory=list)
@@ -134,9 +135,9 @@ class Recorder:
         self._clock_ns = clock_ns
         self._ids = Ids(self.source[:CHANCE_BYTES])
         # Where an open call is: young, old (next look writes its intent), or with its intent handed over.
-        self._young: dict[str, Exchange] = {}
-        self._old: dict[str, Exchange] = {}
-        self._intended: dict[str, Exchange] = {}
+        self._young: dict[str, Exchange | PlainExchange] = {}
+        self._old: dict[str, Exchange | PlainExchange] = {}
+        self._intended: dict[str, Exchange | PlainExchange] = {}
         self._look: asyncio.TimerHandle | None = None
         self._number = 0  # of the last frame
         self._filling: Frame | None = None
@@ -151,7 +152,7 @@ class Recorder:
 
     # The contract of the proxy
 
-    def admit(self, exchange: Exchange) -> bool:
+    def admit(self, exchange: Exchange | PlainExchange) -> bool:
         if self._refuse and self._cannot_promise():
             return False
         now_ns = self._clock_ns()
@@ -163,7 +164,7 @@ class Recorder:
             self._look = self._loop.call_later(INTENT_AGE_S / 2, self._look_at_open)
         return True
 
-    def complete(self, exchange: Exchange, release: Release | None) -> bool:
+    def complete(self, exchange: Exchange | PlainExchange, release: Release | None) -> bool:
         id_ = exchange.id
         intended = False
         if self._young.pop(id_, None) is None and self._old.pop(id_, None) is None:
@@ -180,12 +181,15 @@ class Recorder:
         if frame is None:
             frame = self._begin()
         frame.ended.append(exchange)
-        frame.size_bytes += _GUESS_BYTES
-        self._waiting_bytes += _GUESS_BYTES
+        size = _GUESS_BYTES
+        if type(exchange) is PlainExchange:
+            size += len(exchange.request_body) + len(exchange.response_body)
+        frame.size_bytes += size
+        self._waiting_bytes += size
         if intended:
             frame.closes.append(id_)
         held = release is not None and self._hold(frame, release)
-        if len(frame.ended) >= ENTRIES_MAX:
+        if len(frame.ended) >= ENTRIES_MAX or frame.size_bytes >= FRAME_BYTES_ENOUGH:
             self._send(frame)
         return not held
 
@@ -405,7 +409,7 @@ class Recorder:
         data = encode_frame(frame.number, ended=frame.ended, **given)
         if len(data) > FRAME_BYTES_MAX:  # all that can be so long is what providers say beside their figures
             for exchange in frame.ended:
-                if exchange.usage is not None:
+                if isinstance(exchange, Exchange) and exchange.usage is not None:
                     exchange.usage.raw_usage = None
             data = encode_frame(frame.number, ended=frame.ended, **given)
         return data
@@ -465,21 +469,33 @@ class WholeSpool(IntakeSpool, Protocol):
 class SpoolRecorder(Recorder):
     """A recorder and the intake of its frames in one process, over an open spool: what a writer's tests need."""
 
-    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, **given: Any) -> None:
-        """`given`: what `Recorder` takes beside a link."""
-        link = _Direct(spool, metrics, self.acknowledged)
+    def __init__(
+        self,
+        spool: WholeSpool,
+        metrics: SpoolRecorderMetrics,
+        reading: Callable[[], Reading] | None = None,
+        **given: Any,
+    ) -> None:
+        """`reading`: as `Intake` takes it. `given`: what `Recorder` takes beside a link."""
+        link = _Direct(spool, metrics, self.acknowledged, reading)
         super().__init__(link, link, source=link.source.id, **given)
 
 
 class _Direct:
     """Both ends of a link without one. Counts at once, so that nothing is left to be sent."""
 
-    def __init__(self, spool: WholeSpool, metrics: SpoolRecorderMetrics, acknowledged: Callable[[int], None]) -> None:
+    def __init__(
+        self,
+        spool: WholeSpool,
+        metrics: SpoolRecorderMetrics,
+        acknowledged: Callable[[int], None],
+        reading: Callable[[], Reading] | None,
+    ) -> None:
         self.lost = metrics.lost
         self.released_uncommitted = metrics.released_uncommitted
         self.health = spool.health
         self.source = Source(os.urandom(SOURCE_BYTES), acknowledged)
-        self._intake = Intake(metrics)
+        self._intake = Intake(metrics, reading)
         self._intake.begin(spool)
         self._intake.came(self.source)
 

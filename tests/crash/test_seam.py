@@ -174,7 +174,9 @@ async def test_sigkill_of_metering_under_load_loses_and_doubles_nothing(tmp_path
     extra = [row for row in records if row["dimensions"].get("call") not in oracle.owed]
     assert not extra, (len(extra), extra[:3])
     assert balance["holds"], balance
-    assert balance["backends"]["ledger"]["delivered"] == len(records)
+    ledger = balance["backends"]["ledger"]
+    # Killed between its own commit and delivery's, the ledger is asked again and says that it has them.
+    assert ledger["delivered"] + ledger["duplicate"] == len(records)
 
 
 async def more(oracle: Oracle, count: int) -> None:

@@ -20,11 +20,12 @@ import socket
 from collections.abc import Iterator
 from typing import Any, cast
 
-from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant
+from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant, plainly
 
 from sidecar.model.exchange import Exchange, Outcome
 from sidecar.proxy import Proxy, ProxyRules
 from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.usage.plain_calls import PlainReader
 
 TURNS = 24  # of the loop after a step: more than any step of the proxy takes
 FULL_BYTES = 65_536  # written and not read: the transport says that it is full, as asyncio's and uvloop's do
@@ -310,10 +311,11 @@ class Talk:
         self.clients: list[Peer] = []
         taps = options.pop("taps", None) or FrameTaps()
         attribute_by_body = options.pop("attribute_by_body", None)
+        self.recorder.plain = PlainReader(taps, attribute_by_body, self.counts.limit_reached)
         rules = {"forwarded": "none", "upstream_url": "http://up.test", **options}
         self.proxy = Proxy(
             rules=ProxyRules(**rules), recorder=self.recorder, taps=taps, attribute=by_tenant,
-            attribute_by_body=attribute_by_body, route=by_first_segment, metrics=self.counts,
+            attribute_by_body=attribute_by_body, plainly=plainly(None), route=by_first_segment, metrics=self.counts,
         )  # fmt: skip
         self._seen = 0
         self._stopping: asyncio.Task[None] | None = None

@@ -19,11 +19,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from support import ways
 
-from sidecar.model.exchange import Exchange, Outcome, Release, Subscriber, Usage, UsageState
+from sidecar.model.exchange import Exchange, Outcome, PlainExchange, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Attribute, Proxy, ProxyRules, Route
 from sidecar.proxy.context import AttributeByBody
 from sidecar.usage import RawHeaders, ResponseFilter, SocketTap, Taps
+from sidecar.usage.plain_calls import PlainReader
 
 PATIENCE_S = 5.0  # how long a test waits for what must come
 
@@ -223,15 +225,17 @@ class ListRecorder:
     """Keeps exchanges in lists. `hold` keeps answers back until `let_go`; `full` takes no more calls."""
 
     def __init__(self) -> None:
-        self.admitted: list[Exchange] = []
+        self.admitted: list[Exchange | PlainExchange] = []
         self.records: list[Exchange] = []
         self.hold = False
         self.full = False
         self.held: list[Release] = []
-        self._done: set[int] = set()
+        self.plain: PlainReader | None = None  # reads what took the short way
+        self.plain_calls = 0
+        self._done: set[str] = set()
         self._changed = asyncio.Event()
 
-    def admit(self, exchange: Exchange) -> bool:
+    def admit(self, exchange: Exchange | PlainExchange) -> bool:
         if self.full:
             return False
         exchange.id = f"{len(self.admitted):036d}"
@@ -240,10 +244,16 @@ class ListRecorder:
         self.admitted.append(exchange)
         return True
 
-    def complete(self, exchange: Exchange, release: Release | None) -> bool:
-        assert id(exchange) not in self._done, "an exchange ended twice"
-        self._done.add(id(exchange))
-        assert any(exchange is known for known in self.admitted[-1000:]), "an exchange ended that was never let in"
+    def complete(self, exchange: Exchange | PlainExchange, release: Release | None) -> bool:
+        assert exchange.id not in self._done, "an exchange ended twice"
+        self._done.add(exchange.id)
+        assert any(exchange.id == known.id for known in self.admitted[-1000:]), (
+            "an exchange ended that was never let in"
+        )
+        if isinstance(exchange, PlainExchange):
+            assert self.plain is not None
+            self.plain_calls += 1
+            exchange = self.plain.exchange(exchange)
         self.records.append(exchange)
         self._changed.set()
         if self.hold and release is not None:
@@ -377,6 +387,22 @@ def by_tenant(headers: RawHeaders, target: str, client_ip: str | None) -> tuple[
     return None, {}
 
 
+class PlainByTenant:
+    """`by_tenant`, for the short way."""
+
+    reads = frozenset({b"x-tenant"})
+
+    def plainly(
+        self, headers: RawHeaders, target: str, client_ip: str | None
+    ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
+        return by_tenant(headers, target, client_ip)
+
+
+def plainly(attribute: Attribute | None) -> PlainByTenant | None:
+    """What opens the short way, where a test has it open."""
+    return PlainByTenant() if ways.short_open and attribute in (None, by_tenant) else None
+
+
 def by_first_segment(method: str, path: str) -> str | None:
     segment = path.split("/")[1] if path.startswith("/") else ""
     return f"/{segment}" if segment else None
@@ -398,12 +424,15 @@ class Hop:
         self.recorder = ListRecorder()
         self.counts = Counts()
         self.rules = ProxyRules(upstream_url=upstream_url, **rules)
+        taps = taps or FrameTaps()
+        self.recorder.plain = PlainReader(taps, attribute_by_body, self.counts.limit_reached)
         self.proxy = Proxy(
             rules=self.rules,
             recorder=self.recorder,
-            taps=taps or FrameTaps(),
+            taps=taps,
             attribute=attribute or by_tenant,
             attribute_by_body=attribute_by_body,
+            plainly=plainly(attribute),
             route=route or by_first_segment,
             metrics=self.counts,
         )

@@ -14,6 +14,8 @@ from support.rawhttp import dechunk
 from sidecar.model.exchange import Outcome, UsageState
 from sidecar.proxy.upstream import UnreachableError
 
+pytestmark = pytest.mark.usefixtures("both_ways")
+
 COMPLETE, CLIENT_LEFT, BROKE = Outcome.COMPLETE, Outcome.CLIENT_LEFT, Outcome.UPSTREAM_BROKE
 MODEL = b"/model"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -1448,3 +1450,46 @@ def test_a_slow_reader_of_an_early_response_may_read_it_to_its_end() -> None:
         assert not talk.client.over
         talk.passes(6)
         talk.client.is_dropped()
+
+
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "body"),
+    [
+        ([CHUNKED, b"3\r\nabc\r\n", b"0\r\n\r\n"], b"abc"),
+        ([CHUNKED, b"3\r\nabc\r\n2\r\nde\r\n", b"1\r\nf\r\n", b"0\r\n\r\n"], b"abcdef"),
+        ([CHUNKED + b"3\r\nab", b"c\r\n", b"2\r\nde\r\n", b"0\r\n\r\n"], b"abcde"),
+        ([CHUNKED, b"3\r\nabc\r", b"\n2\r\nde\r\n", b"2\r\nfg\r\n0\r\n\r\n"], b"abcdefg"),
+        ([CHUNKED, b"0\r\n\r\n"], b""),
+    ],
+)
+def test_whole_chunks_reach_the_client_as_they_came(pieces: list[bytes], body: bytes) -> None:
+    with conversation() as talk:
+        talk.client.says(get(b"/a"))
+        talk.upstream.hears(sent(get(b"/a")))
+        talk.upstream.says(*pieces)
+        said = talk.client.heard
+        assert said.startswith(CHUNKED)
+        assert said.endswith(b"0\r\n\r\n")
+        talk.recorded(Outcome.COMPLETE, status=200, response_bytes=len(body))
+
+
+@pytest.mark.parametrize("size", [b"0x3", b"+3", b" 3", b"3_0", b"-3", b"3;x=\n", b"", b"g"])
+def test_a_chunk_size_that_is_none_breaks_the_response_wherever_it_comes(size: bytes) -> None:
+    for before in ([], [b"3\r\nabc\r\n"]):
+        with conversation() as talk:
+            talk.client.says(get(b"/a"))
+            talk.upstream.says(CHUNKED, *before, size + b"\r\nabc\r\n")
+            talk.client.is_closed()  # without an end mark
+            assert not talk.client.heard.endswith(b"0\r\n\r\n")
+            assert talk.recorder.records[-1].outcome is Outcome.UPSTREAM_BROKE
+
+
+def test_what_comes_behind_the_last_chunk_is_nobodys() -> None:
+    with conversation() as talk:
+        talk.client.says(get(b"/a"))
+        talk.upstream.says(CHUNKED, b"3\r\nabc\r\n", b"0\r\n\r\n3\r\nabc\r\n")
+        assert talk.client.heard == CHUNKED + b"3\r\nabc\r\n0\r\n\r\n"
+        talk.upstream.is_dropped()

@@ -1,0 +1,350 @@
+"""The short way of a plain call: one request in one piece, one response in one piece, and nothing to be judged.
+
+Which way a request takes is decided before its first byte is parsed, by what came in one read: a whole plain head
+(`plain_head`) and its whole body, on a connection on which nothing else is under way, with an upstream connection at
+hand. All others go through `client_connection` and `call`.
+
+From there on only two things go the short way: a whole plain response in one read, and the commit of the record.
+Whatever else happens (a response that comes in pieces or in chunks, a client that leaves, a lost connection, a
+deadline, a stop) makes it a `Call` in phase `WAITING`, of whose response nothing has been read yet, and *that* is told
+what happened. So there is one set of rules for everything that can go wrong.
+
+What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
+the usage is read later and elsewhere (`model.exchange.PlainExchange`).
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import monotonic_ns
+from typing import Final, Protocol
+
+from aiohttp import HttpVersion11
+
+from sidecar.model.exchange import (
+    HEADER_NAME_CHARS_MAX,
+    URL_CHARS_MAX,
+    USER_AGENT_CHARS_MAX,
+    PlainExchange,
+    RequestShape,
+    ResponseShape,
+)
+from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
+from sidecar.proxy.context import NEVER, Hop, PlainAttribution
+from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
+from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.plain_head import PlainHead, PlainRequests, PlainResponses
+from sidecar.proxy.request_body import may_change
+from sidecar.proxy.upstream import UpstreamConnection
+
+log = logging.getLogger(__name__)
+
+BODY_BYTES_MAX: Final = 65_536  # of either body: it is kept until the usage was read
+# What a reader of usage asks of a request's head.
+_READ: Final = frozenset({b"content-type", b"content-encoding"})
+
+Fields = list[tuple[bytes, bytes]]
+
+
+class PlainClient(Downstream, Protocol):
+    """The client's connection, as a plain call sees it."""
+
+    call: Call | PlainCall | None
+    deadline: float
+
+
+@dataclass(slots=True, frozen=True)
+class _Asked:
+    """What is known of requests of one shape."""
+
+    shape: RequestShape
+    idempotent: bool
+
+
+@dataclass(slots=True, frozen=True)
+class _Message:
+    """A plain request as the careful way would have parsed it."""
+
+    method: str
+    path: str
+    raw_headers: Fields
+    version = HttpVersion11
+    should_close = False
+    upgrade = False
+    chunked = False
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {}  # asked for upgrades alone
+
+
+class PlainCalls:
+    """What the plain calls of one proxy share."""
+
+    def __init__(self, hop: Hop, address: UpstreamAddress, attribution: PlainAttribution) -> None:
+        rules = hop.rules
+        self.hop = hop
+        self._attribution = attribution
+        self._numbers = 0
+        self._requests: PlainRequests[_Asked] = PlainRequests(
+            describe=self._describe,
+            authority=None if rules.preserve_host else hop.headers.authority,
+            base=address.base,
+            matters=attribution.reads,
+            head_bytes_max=rules.head_bytes_max,
+            fields_max=rules.head_fields_max,
+            target_bytes_max=rules.target_bytes_max,
+        )
+        dropped = frozenset({METER_ID}) if rules.meter_id_header else frozenset[bytes]()
+        self.responses: PlainResponses[ResponseShape] = PlainResponses(
+            describe=self._describe_response, dropped=dropped
+        )
+
+    def take(self, client: PlainClient, data: bytes) -> bool:
+        """Let the call in and send it on; False: it is none of ours, and nothing has happened."""
+        hop = self.hop
+        end = data.find(b"\r\n\r\n")
+        if end < 0 or len(hop.calls) >= hop.rules.calls_max:
+            return False
+        head = data[:end]
+        plain = self._requests.read(head, client.peer)
+        if plain is None or plain.length > BODY_BYTES_MAX or end + 4 + plain.length != len(data):
+            return False
+        connection = hop.upstream.take()
+        if connection is None:
+            return False
+        asked = plain.shape.facts
+        trace = None if plain.trace is None else trace_id(plain.trace)
+        body = data[end + 4 :]
+        exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
+        if not hop.recorder.admit(exchange):
+            connection.release()
+            return False
+        PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
+        return True
+
+    def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
+        """What the careful way makes of such a request; None where it has something to count or to change in each."""
+        assert isinstance(peer, Peer)
+        hop = self.hop
+        rules = hop.headers
+        agents = [value for name, value in fields if name.lower() == b"user-agent"]
+        if _cut_in_record(fields) or any(len(value) > USER_AGENT_CHARS_MAX for value in agents):
+            return None
+        line, authority = rules.request_line(method, target)
+        if len(line) + len(rules.record_base) > URL_CHARS_MAX:
+            return None
+        head = rules.request(fields, peer, authority=authority)
+        if len(head.fields) != len(fields):
+            return None  # `Connection` takes some out
+        attributed = self._attribution.plainly(head.fields, target, rules.client_ip(peer, None))
+        if attributed is None:
+            return None
+        subscriber, dimensions = attributed
+        try:
+            tap = hop.taps.request(method, target, head.fields)
+            if tap is not None and tap.may_ask and may_change(method, fields):
+                return None
+        except Exception:
+            log.exception("a usage reader failed; such calls are handled with care")
+            return None
+        url, path = rules.record_url(target)
+        self._numbers += 1
+        shape = RequestShape(
+            number=self._numbers,
+            method=method,
+            target=target,
+            fields=tuple(field for field in fields if field[0].lower() in _READ),
+            read=tap is not None,
+            url=url,
+            route=hop.route(method, path),
+            request_headers=head.names,
+            user_agent=rules.agent(head.user_agent),
+            subscriber=subscriber,
+            dimensions=dict(dimensions),
+        )
+        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT), line + head.lines
+
+    def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
+        if _cut_in_record(fields):
+            return None
+        try:
+            head = ResponseHead(self.hop.headers, fields, status=status)
+        except ValueError:
+            return None
+        self._numbers += 1
+        shape = ResponseShape(number=self._numbers, status=status, response_headers=head.names)
+        return shape, b"".join(head.parts)
+
+
+def _cut_in_record(fields: Fields) -> bool:
+    """Whether a record would keep a name in part, which is counted each time."""
+    return any(len(name) > HEADER_NAME_CHARS_MAX for name, _ in fields)
+
+
+class PlainCall:
+    """One call on the short way. `exchange` is its own until it is recorded."""
+
+    __slots__ = (
+        "_again", "_calls", "_closes", "_head", "_out", "_recorded", "client", "connection", "deadline", "exchange",
+    )  # fmt: skip
+
+    upload_done: Final = True
+
+    def __init__(
+        self,
+        calls: PlainCalls,
+        client: PlainClient,
+        connection: UpstreamConnection,
+        exchange: PlainExchange,
+        head: bytes,
+        plain: PlainHead[_Asked],
+        wire: bytes,
+    ) -> None:
+        hop = calls.hop
+        self._calls = calls
+        self._head = head
+        self._out = b""  # the response, while it waits for the record
+        self._recorded = False
+        self.exchange = exchange
+        self._closes = False  # the connection is closed behind the response
+        self.client: PlainClient | None = client
+        self.connection: UpstreamConnection | None = connection
+        self.deadline = hop.now + hop.rules.response_timeout_s
+        may_repeat = connection.used and plain.shape.facts.idempotent
+        self._again = wire if may_repeat else None
+        hop.calls.add(self)
+        client.call = self
+        client.deadline = NEVER
+        connection.owner = self
+        connection.write(wire)
+
+    # -- the two things that go the short way ----------------------------------------------------
+
+    def upstream_data(self, data: bytes) -> None:
+        calls, client, connection = self._calls, self.client, self.connection
+        end = data.find(b"\r\n\r\n")
+        plain = None if end < 0 else calls.responses.read(data[:end])
+        if (
+            plain is None
+            or plain.length != len(data) - end - 4
+            or plain.length > BODY_BYTES_MAX
+            or client is None
+            or connection is None
+        ):
+            self._handle_with_care(lambda call: call.upstream_data(data))
+            return
+        hop, exchange = calls.hop, self.exchange
+        self.connection = None
+        self.deadline = NEVER
+        if plain.close:
+            connection.discard()
+        else:
+            connection.release(plain.keep_alive)
+        elapsed_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
+        exchange.first_byte_ms = exchange.duration_ms = elapsed_ms
+        exchange.response = plain.shape.facts
+        body = data[end + 4 :]
+        exchange.response_bytes = len(body)
+        if exchange.shape.read:
+            exchange.response_head = data[:end]
+            exchange.response_body = body
+        ours = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
+        self._closes = not client.may_keep_alive(False)
+        if self._closes:
+            ours += b"Connection: close\r\n"
+        out = b"%b%b\r\n%b" % (plain.wire, ours, body)
+        self._recorded = True
+        if hop.recorder.complete(exchange, self._release):
+            client.send(out)
+            self._over()
+        else:
+            self._out = out
+
+    def _release(self, send: bool) -> None:
+        """The record is on disk, or it is decided that the response goes without, or not at all."""
+        client = self.client
+        if client is None:
+            return  # it has left, and the call with it
+        if send:
+            client.send(self._out)
+        else:
+            client.reset()
+        self._over()
+
+    def _over(self) -> None:
+        hop = self._calls.hop
+        hop.calls.discard(self)
+        client, self.client = self.client, None
+        if client is not None:
+            client.call_over(not self._closes, True)
+        if hop.idle is not None and not hop.calls:
+            hop.idle()
+
+    # -- everything else -------------------------------------------------------------------------
+
+    def _handle_with_care(self, tell: Callable[[Call], None]) -> None:
+        """Go on as a `Call`, which is told what happened. Of the response nothing has been read."""
+        hop, client, connection = self._calls.hop, self.client, self.connection
+        if client is None or connection is None:
+            return
+        hop.calls.discard(self)
+        exchange = self.exchange
+        lines = self._head.split(b"\r\n")[1:]
+        fields = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
+        message = _Message(exchange.shape.method, exchange.shape.target, fields)
+        call = Call.resume(
+            hop, client, message, exchange.exchange(), connection,
+            body=exchange.request_body, again=self._again, deadline=self.deadline,
+        )  # fmt: skip
+        if client.call is self:  # else it has left
+            client.call = call
+        self.client = self.connection = None
+        tell(call)
+
+    def _cut(self) -> None:
+        """On record, and held: the client gets nothing."""
+        if self.client is not None:
+            self.client.reset()
+        self._over()
+
+    def upstream_lost(self, clean: bool, reset: bool) -> None:
+        self._handle_with_care(lambda call: call.upstream_lost(clean, reset))
+
+    def upstream_full(self, full: bool) -> None:
+        """All that there is to send is sent."""
+
+    def client_left(self, error: BaseException | None) -> None:
+        if self._recorded:
+            self.client = None
+            self._over()
+        else:
+            self._handle_with_care(lambda call: call.client_left(error))
+
+    def client_full(self, full: bool) -> None:
+        if not self._recorded:
+            self._handle_with_care(lambda call: call.client_full(full))
+
+    def expired(self) -> None:
+        self._handle_with_care(lambda call: call.expired())
+
+    def stop(self) -> None:
+        if self._recorded:
+            self._cut()
+        else:
+            self._handle_with_care(lambda call: call.stop())
+
+    def failed(self) -> None:
+        if self._recorded:
+            self._cut()
+        else:
+            self._handle_with_care(lambda call: call.failed())
+
+    def pump(self) -> None:
+        """The request came whole."""
+
+    def upload_broke(self, own: OwnAnswer) -> None:
+        """The request came whole."""

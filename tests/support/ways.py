@@ -1,0 +1,19 @@
+"""The two ways of a call: tests of what is forwarded and recorded run on both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+short_open = True
+"""Whether plain calls may take the short way."""
+
+
+@pytest.fixture(params=["short", "careful"])
+def both_ways(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The test runs once with the short way open and once without it."""
+    global short_open
+    short_open = request.param == "short"
+    yield request.param
+    short_open = True

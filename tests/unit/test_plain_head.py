@@ -1,0 +1,316 @@
+"""The short way's heads: whatever they accept is what the careful parsers and rewriting make of it, byte for byte."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from typing import Any
+
+import httptools
+import pytest
+from aiohttp.http_exceptions import HttpProcessingError
+from aiohttp.http_parser import HttpRequestParser
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy.config import ProxyRules
+from sidecar.proxy.headers import HeaderRules, Peer
+from sidecar.proxy.plain_head import (
+    LINES_MAX,
+    SHAPES_MAX,
+    VALUES_MAX,
+    PlainHead,
+    PlainRequests,
+    PlainResponses,
+)
+
+Fields = list[tuple[bytes, bytes]]
+UPSTREAM = "http://api.example.com:8080/base"
+
+
+def rules_for(**changes: Any) -> HeaderRules:
+    return HeaderRules(ProxyRules(upstream_url=UPSTREAM, **changes), UpstreamAddress.parse(UPSTREAM))
+
+
+class Careful:
+    """Both descriptions, as the careful way makes them."""
+
+    def __init__(self, rules: HeaderRules) -> None:
+        self.rules = rules
+        self.asked = 0
+
+    def request(self, method: str, target: str, fields: Fields, peer: object) -> tuple[dict[str, Any], bytes] | None:
+        self.asked += 1
+        assert isinstance(peer, Peer)
+        line, authority = self.rules.request_line(method, target)
+        head = self.rules.request(fields, peer, authority=authority)
+        return {"names": head.names, "agent": head.user_agent, "method": method, "target": target}, line + head.lines
+
+    def response(self, status: int, fields: Fields) -> tuple[dict[str, Any], bytes] | None:
+        from sidecar.proxy.headers import ResponseHead
+
+        self.asked += 1
+        head = ResponseHead(self.rules, fields, status=status)
+        return {"names": head.names, "status": status}, b"".join(head.parts)
+
+
+class _Flow:
+    _reading_paused = False
+
+    def pause_reading(self) -> None: ...
+    def resume_reading(self, *_: object, **__: object) -> None: ...
+
+
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.AbstractEventLoop]:
+    loop = asyncio.new_event_loop()
+    yield loop
+    loop.close()
+
+
+def parsed(loop: asyncio.AbstractEventLoop, data: bytes) -> Any:
+    """What the careful parser makes of a request; None where it refuses."""
+    parser = HttpRequestParser(
+        _Flow(), loop, 1 << 17, max_line_size=1 << 15, max_field_size=1 << 15, auto_decompress=False  # type: ignore[arg-type]
+    )  # fmt: skip
+    try:
+        messages, upgraded, _ = parser.feed_data(data)
+    except HttpProcessingError:
+        return None
+    return messages[0][0] if messages and not upgraded else None
+
+
+def reader(
+    rules: HeaderRules, matters: frozenset[bytes] = frozenset()
+) -> tuple[PlainRequests[dict[str, Any]], Careful]:
+    careful = Careful(rules)
+    address = UpstreamAddress.parse(UPSTREAM)
+    requests: PlainRequests[dict[str, Any]] = PlainRequests(
+        describe=careful.request,
+        authority=None if rules.preserve_host else rules.authority,
+        base=address.base,
+        matters=matters,
+    )
+    return requests, careful
+
+
+PEER = rules_for().peer("192.0.2.7", tls=False)
+HEAD = (
+    b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:8080\r\nContent-Type: application/json\r\n"
+    b"Authorization: Bearer sk-test\r\nUser-Agent: test/1\r\nTraceparent: 00-%032x-00f067aa0ba902b7-01\r\n"
+    b"Idempotency-Key: %d\r\nContent-Length: %d"
+)
+
+NAMES = st.sampled_from(
+    [
+        b"Host", b"host", b"Content-Length", b"content-length", b"Content-Type", b"Authorization", b"X-Api-Key",
+        b"User-Agent", b"Accept", b"Connection", b"Keep-Alive", b"Traceparent", b"Idempotency-Key", b"Cookie",
+        b"Transfer-Encoding", b"Upgrade", b"Expect", b"TE", b"X-Forwarded-For", b"Via", b"X-Custom", b"X Custom", b"",
+        b"Proxy-Connection", b"x_y", b"X-\xe4", b"Trailer", b"X-Forwarded-Host", b"Content-Encoding",
+    ]
+)  # fmt: skip
+VALUES = st.sampled_from(
+    [
+        b"a", b"", b" ", b"a b", b" a", b"a ", b"5", b"0", b"05", b"+5", b"5, 5", b"keep-alive", b"close", b"Close",
+        b"keep-alive, X-Custom", b"chunked", b"100-continue", b"h2c", b"example.org", b"a\tb", b"\xc3\xa4", b"a\rb",
+        b"a\x00b", b"00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01", b"a\nb", b"trailers", b"99999999999",
+    ]
+)  # fmt: skip
+LINE = st.tuples(NAMES, st.sampled_from([b": ", b":", b" : ", b":\t", b":  "]), VALUES).map(b"".join)
+FIRST = st.sampled_from(
+    [
+        b"GET / HTTP/1.1", b"POST /v1/x?a=b HTTP/1.1", b"GET /a#b HTTP/1.1", b"GET http://h/x HTTP/1.1",
+        b"GET / HTTP/1.0", b"get / HTTP/1.1", b"GET  / HTTP/1.1", b"OPTIONS * HTTP/1.1", b"CONNECT h:1 HTTP/1.1",
+        b"DELETE /%20 HTTP/1.1", b"GET /\xc3\xa4 HTTP/1.1", b"GET / HTTP/1.1 ", b"BREW / HTTP/1.1",
+        b"GET /\"x HTTP/1.1",
+    ]
+)  # fmt: skip
+HEADS = st.builds(
+    lambda first, lines, host: b"\r\n".join([first, *([b"Host: example.org"] if host else []), *lines]),
+    FIRST, st.lists(LINE, max_size=6), st.booleans(),
+)  # fmt: skip
+
+
+def forwarded(rules: HeaderRules, message: Any, peer: Peer) -> bytes:
+    line, authority = rules.request_line(message.method, message.path)
+    return line + rules.request(message.raw_headers, peer, authority=authority).lines
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"preserve_host": True}, {"forwarded": "forwarded", "via": "edge"}, {"forwarded": "none"}],
+    ids=["plain", "preserve_host", "forwarded", "none"],
+)
+@given(heads=st.lists(HEADS, min_size=1, max_size=4))
+@settings(deadline=None)
+def test_what_is_plain_is_what_the_careful_way_makes_of_it(
+    loop: asyncio.AbstractEventLoop, changes: dict[str, Any], heads: list[bytes]
+) -> None:
+    rules = rules_for(**changes)
+    requests, _ = reader(rules)
+    peer = rules.peer("192.0.2.7", tls=True)
+    for head in [*heads, *heads]:  # the second time from memory
+        plain = requests.read(head, peer)
+        if plain is None:
+            continue
+        message = parsed(loop, head + b"\r\n\r\n" + b"x" * min(plain.length, 10))
+        assert message is not None, head
+        assert plain.wire == forwarded(rules, message, peer)
+        assert not message.chunked
+        assert not message.upgrade
+        assert not message.should_close
+        lengths = [value for name, value in message.raw_headers if name.lower() == b"content-length"]
+        assert plain.length == (int(lengths[0]) if lengths else 0)
+        expected = rules.request(message.raw_headers, peer).names
+        assert plain.shape.facts["names"] == expected
+        assert plain.shape.facts["method"] == message.method
+        assert plain.shape.facts["target"] == message.path
+
+
+def test_the_usual_head_is_plain_and_described_once() -> None:
+    requests, careful = reader(rules_for())
+    shapes = {read(requests, HEAD % (i + 1, i, i)).shape.number for i in range(50)}
+    assert len(shapes) == 1
+    assert careful.asked == 1
+
+
+def read(requests: PlainRequests[dict[str, Any]], head: bytes, peer: Peer = PEER) -> PlainHead[dict[str, Any]]:
+    plain = requests.read(head, peer)
+    assert plain is not None
+    return plain
+
+
+def test_a_value_that_matters_makes_another_shape_and_one_that_does_not_matter_none() -> None:
+    requests, _ = reader(rules_for(), matters=frozenset({b"x-tenant", b"x-request-id"}))
+    base = b"GET / HTTP/1.1\r\nHost: h\r\n"
+    assert read(requests, base + b"X-Tenant: a").shape is not read(requests, base + b"X-Tenant: b").shape
+    assert read(requests, base + b"X-Request-Id: a").shape is not read(requests, base + b"X-Request-Id: b").shape
+    for i in range(VALUES_MAX + 2):
+        read(requests, base + b"X-Free: %d" % i)
+        read(requests, base + b"X-Tenant: %d" % i)
+    assert read(requests, base + b"X-Free: y").shape is read(requests, base + b"X-Free: z").shape
+    assert read(requests, base + b"X-Tenant: y").shape is not read(requests, base + b"X-Tenant: z").shape
+
+
+def test_each_peer_has_its_own_ending() -> None:
+    rules = rules_for()
+    requests, _ = reader(rules)
+    one, other = rules.peer("192.0.2.1", tls=False), rules.peer("192.0.2.2", tls=True)
+    head = HEAD % (1, 2, 3)
+    assert b"X-Forwarded-For: 192.0.2.1\r\n" in read(requests, head, one).wire
+    assert b"X-Forwarded-For: 192.0.2.2\r\nX-Forwarded-Proto: https\r\n" in read(requests, head, other).wire
+    assert read(requests, head, one).shape is read(requests, head, other).shape
+
+
+def test_what_is_remembered_is_bounded() -> None:
+    requests, _ = reader(rules_for(), matters=frozenset({b"x-tenant"}))
+    for i in range(2 * LINES_MAX):
+        head = b"GET /%d HTTP/1.1\r\nHost: h\r\nX-Tenant: %d\r\nX-%d: 1" % (i, i, i % 5000)
+        read(requests, head)
+    assert len(requests._lines) <= LINES_MAX
+    assert len(requests._targets) <= LINES_MAX
+    assert len(requests._shapes) <= SHAPES_MAX
+
+
+def test_a_head_that_would_be_rewritten_otherwise_is_never_plain() -> None:
+    rules = rules_for()
+    careful = Careful(rules)
+
+    def other(method: str, target: str, fields: Fields, peer: object) -> tuple[dict[str, Any], bytes] | None:
+        found = careful.request(method, target, fields, peer)
+        assert found is not None
+        return found[0], found[1].replace(b"Accept", b"accept")
+
+    requests: PlainRequests[dict[str, Any]] = PlainRequests(
+        describe=other, authority=rules.authority, base=b"/base", matters=frozenset()
+    )
+    head = b"GET / HTTP/1.1\r\nHost: h\r\nAccept: x"
+    assert requests.read(head, PEER) is None
+    assert requests.read(head, PEER) is None
+    assert careful.asked == 1
+
+
+STATUS = st.sampled_from(
+    [
+        b"HTTP/1.1 200 OK", b"HTTP/1.1 200", b"HTTP/1.1 200 ", b"HTTP/1.1 404 Not Found", b"HTTP/1.1 204 No Content",
+        b"HTTP/1.1 304 Not Modified", b"HTTP/1.0 200 OK", b"HTTP/1.1 100 Continue", b"HTTP/1.1 101 Switching",
+        b"HTTP/1.1 099 Odd", b"HTTP/1.1  200 OK", b"HTTP/1.1 599 x", b"HTTP/1.1 600 x", b"HTTP/1.1 500 \xe4",
+    ]
+)  # fmt: skip
+RESPONSES = st.builds(
+    lambda first, lines: b"\r\n".join([first, *lines]),
+    STATUS,
+    st.lists(LINE | st.sampled_from([b"Content-Length: 5", b"Transfer-Encoding: chunked"]), max_size=6),
+)
+
+
+class Heard:
+    def __init__(self) -> None:
+        self.fields: Fields = []
+        self.complete = False
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self.fields.append((name, value))
+
+    def on_headers_complete(self) -> None:
+        self.complete = True
+
+
+@given(heads=st.lists(RESPONSES, min_size=1, max_size=4), via=st.sampled_from([None, "edge"]))
+@settings(deadline=None)
+def test_a_plain_response_is_what_the_careful_way_makes_of_it(heads: list[bytes], via: str | None) -> None:
+    from sidecar.proxy.headers import ResponseHead
+
+    rules = rules_for(via=via)
+    responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules).response)
+    for head in [*heads, *heads]:
+        plain = responses.read(head)
+        if plain is None:
+            continue
+        heard = Heard()
+        parser = httptools.HttpResponseParser(heard)
+        parser.feed_data(head + b"\r\n\r\n")
+        assert heard.complete
+        status = parser.get_status_code()
+        expected = ResponseHead(rules, heard.fields, status=status)
+        assert plain.wire == head.partition(b"\r\n")[0] + b"\r\n" + b"".join(expected.parts)
+        assert plain.shape.facts == {"names": expected.names, "status": status}
+        assert plain.chunked == expected.chunked
+        assert plain.length == (-1 if expected.length is None else expected.length)
+        assert plain.close == expected.close
+        assert parser.should_keep_alive() is not plain.close
+
+
+RESPONSE = (
+    b"HTTP/1.1 200 OK\r\nServer: x\r\nDate: Sat, 28 Nov 2026 19:00:%02d GMT\r\nContent-Type: application/json\r\n"
+    b"Content-Length: %d\r\nConnection: keep-alive\r\nKeep-Alive: timeout=%d\r\nX-Request-Id: %032x"
+)
+
+
+def test_the_usual_response_is_plain_and_described_once() -> None:
+    careful = Careful(rules_for())
+    responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=careful.response)
+    for i in range(50):
+        plain = responses.read(RESPONSE % (i, i, i, i))
+        assert plain is not None
+        assert (plain.length, plain.keep_alive, plain.close) == (i, b"timeout=%d" % i, False)
+        assert b"Keep-Alive" not in plain.wire
+        assert plain.wire.endswith(b"X-Request-Id: %032x\r\n" % i)
+    assert careful.asked == 1
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nContent-Length: 5",
+        b"HTTP/1.1 200 OK\r\nContent-Length: 5\r\nTransfer-Encoding: chunked",
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: gzip, chunked",
+        b"HTTP/1.1 200 OK",
+        b"HTTP/1.1 302 Found\r\nLocation: http://api.example.com:8080/base/x\r\nContent-Length: 0",
+        b"HTTP/1.1 200 OK\nContent-Length: 5",
+    ],
+)
+def test_a_response_whose_framing_must_be_judged_is_not_plain(head: bytes) -> None:
+    responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
+    assert responses.read(head) is None

@@ -1,0 +1,213 @@
+"""One conversation, sent both ways: with the short way open and without it the client hears the same bytes, the
+upstream gets the same bytes, and the records say the same."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from itertools import chain, pairwise
+from typing import Any
+
+import pytest
+from hypothesis import event, example, given, settings
+from hypothesis import strategies as st
+from support import ways
+from support.conversation import Peer, Talk, conversation, get, ok, post, sent
+
+from sidecar.usage.readers import UsageTaps
+
+Step = tuple[Any, ...]
+CHAT = (
+    b'{"id":"chatcmpl-1","object":"chat.completion","model":"gpt-5-mini","choices":[{"index":0,"finish_reason":"stop",'
+    b'"message":{"role":"assistant","content":"hi"}}],"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}'
+)
+JSON = b"Content-Type: application/json\r\n"
+EVENTS = (b'data: {"choices":[],"id":"x"}\n\n', b"data: [DONE]\n\n")
+STREAM = (
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
+    + b"".join(b"%x\r\n%b\r\n" % (len(piece), piece) for piece in EVENTS)
+    + b"0\r\n\r\n"
+)
+
+REQUESTS = [
+    get(),
+    get(b"/a?x=1&key=2"),
+    get(b"/b/%41/../c"),
+    get(b"/a", b"X-Tenant: acme\r\n"),
+    get(b"/a", b"X-Tenant: acme\r\nX-Tenant: other\r\n"),
+    get(b"/a", b"Connection: close\r\n"),
+    get(b"/a", b"Connection: keep-alive, X-Tenant\r\nX-Tenant: acme\r\n"),
+    get(b"/a", b"Traceparent: 00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01\r\n"),
+    get(b"/a", b"Traceparent: nonsense\r\n"),
+    get(b"/a", b"User-Agent: " + b"x" * 600 + b"\r\n"),
+    get(b"/" + b"y" * 2100),
+    get(b"/a", b"X-" + b"n" * 200 + b": 1\r\n"),
+    get(b"/a").replace(b"HTTP/1.1", b"HTTP/1.0"),
+    get(b"/a").replace(b"GET", b"HEAD"),
+    get(b"/a").replace(b"GET", b"OPTIONS"),
+    get(b"/a").replace(b"\r\n", b"\n"),
+    b"GET /a HTTP/1.1\r\n\r\n",
+    b"GET http://other.test/a HTTP/1.1\r\nHost: me\r\n\r\n",
+    b"nonsense\r\n\r\n",
+    post(b"hello"),
+    post(b""),
+    post(b"x" * 70_000),
+    post(b"once", fields=b"Idempotency-Key: k\r\n"),
+    post(b"hello").replace(b"POST", b"PUT"),
+    post(b'{"model":"gpt-5-mini","messages":[]}', b"/v1/chat/completions", JSON),
+    post(b'{"model":"gpt-5-mini","stream":true,"messages":[]}', b"/v1/chat/completions", JSON),
+    post(b"hi", fields=b"Expect: 100-continue\r\n"),
+    b"POST /a HTTP/1.1\r\nHost: me\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nhi\r\n0\r\n\r\n",
+    b"POST /a HTTP/1.1\r\nHost: me\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nhi",
+    b"POST /a HTTP/1.1\r\nHost: me\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"GET /a HTTP/1.1\r\nHost: me\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n",
+    get(b"/1") + get(b"/2"),
+    post(b"hi") + get(b"/2"),
+    get(b"/a") + b"GET /half",
+]
+RESPONSES = [
+    ok(),
+    ok(b""),
+    ok(CHAT, JSON),
+    ok(CHAT, JSON + b"x-request-id: req_1\r\nSet-Cookie: a=b\r\nDate: Sat, 28 Nov 2026 19:00:00 GMT\r\n"),
+    ok(b"no", status=b"404 Not Found"),
+    ok(b"no", JSON, status=b"500 Internal Server Error"),
+    ok(b"ok", b"Connection: close\r\n"),
+    ok(b"ok", b"Keep-Alive: timeout=1\r\n"),
+    ok(b"ok", b"Keep-Alive: timeout=5, max=1\r\nConnection: keep-alive\r\n"),
+    ok(b"ok", b"Connection: X-Own\r\nX-Own: 1\r\n"),
+    ok(b"ok", b"Location: http://up.test/there\r\n", status=b"302 Found"),
+    ok(b"ok", b"X-Odd:  two blanks\r\n"),
+    ok(b"ok") + b"more",
+    ok(b"z" * 70_000),
+    STREAM,
+    b"HTTP/1.1 204 No Content\r\n\r\n",
+    b"HTTP/1.1 304 Not Modified\r\nContent-Length: 5\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/plain\r\n\r\nuntil the end",
+    b"HTTP/1.0 200 OK\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 100 Continue\r\n\r\n" + ok(),
+    b"HTTP/1.1 200 OK\nContent-Length: 2\n\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nContent-Length: 2\r\n\r\nok",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    b"nonsense\r\n\r\n",
+    b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
+]
+
+CUTS = st.lists(st.integers(0, 400), max_size=2)
+STEPS = st.one_of(
+    st.tuples(st.just("request"), st.integers(0, len(REQUESTS) - 1), CUTS),
+    st.tuples(st.just("response"), st.integers(0, len(RESPONSES) - 1), CUTS),
+    st.sampled_from(
+        [
+            ("leaves",), ("resets",), ("lost",), ("reset upstream",), ("holds",), ("commits", True), ("commits", False),
+            ("passes", 1.0), ("passes", 1000.0), ("stops reading",), ("reads on",), ("new client",),
+        ]
+    ),
+)  # fmt: skip
+USUAL: st.SearchStrategy[list[Step]] = st.tuples(
+    st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24]), st.just([])),
+    st.tuples(st.just("response"), st.sampled_from([0, 2, 3, 4, 5, 7]), st.just([])),
+).map(list)
+SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL), max_size=8).map(
+    lambda parts: list(chain.from_iterable(parts))
+)
+
+
+def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
+    places = [0, *sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
+    return [data[start:stop] for start, stop in pairwise(places)]
+
+
+def play(talk: Talk, step: Step) -> None:
+    what, client = step[0], talk.client
+    upstream = talk.upstreams[-1] if talk.upstreams else None
+    if what == "request" and not client.over:
+        client.says(*pieces(REQUESTS[step[1]], step[2]))
+    elif what == "response" and upstream is not None and not upstream.over:
+        upstream.says(*pieces(RESPONSES[step[1]], step[2]))
+    elif what in ("leaves", "resets") and not client.over:
+        client.leaves() if what == "leaves" else client.resets()
+    elif what in ("lost", "reset upstream") and upstream is not None and not upstream.over:
+        upstream.leaves() if what == "lost" else upstream.resets()
+    elif what == "holds":
+        talk.holds()
+    elif what == "commits":
+        talk.commits(step[1])
+    elif what == "passes":
+        talk.passes(step[1])
+    elif what == "stops reading":
+        client.stops_reading()
+    elif what == "reads on":
+        client.reads_on()
+    elif what == "new client":
+        talk.client = talk.new_client()
+
+
+def seen(peer: Peer) -> tuple[Any, ...]:
+    return peer.heard + peer.unread, peer.over, peer.closing, peer.was_reset, peer.held
+
+
+def fact(exchange: Any) -> dict[str, Any]:
+    facts = asdict(exchange)
+    for name in ("started_ns", "started_mono_ns", "duration_ms", "first_byte_ms"):
+        facts[name] = facts[name] is not None
+    return facts
+
+
+def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> tuple[list[Any], int]:
+    ways.short_open = short
+    try:
+        with conversation(taps=UsageTaps(), **options) as talk:
+            talk.client.says(get(b"/warm"))
+            talk.upstream.says(ok())
+            told: list[Any] = []
+            for step in script:
+                play(talk, step)
+                told.append((step, [seen(peer) for peer in talk.clients], [seen(peer) for peer in talk.upstreams]))
+            talk.finish()
+            told.append([fact(exchange) for exchange in talk.recorder.records])
+            counts = asdict(talk.counts)
+            told.append(
+                {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in counts.items()}
+            )
+            plain = talk.recorder.plain_calls
+    finally:
+        ways.short_open = True
+    return told, plain
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"forwarded": "x-forwarded", "via": "edge"}, {"meter_id_header": True, "preserve_host": True}],
+    ids=["plain", "via", "meter_id"],
+)
+@given(script=SCRIPTS)
+@example(script=[("request", 0, []), ("response", 0, []), ("request", 24, []), ("response", 2, [])])
+@example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("leaves",), ("commits", True)])
+@example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("commits", False)])
+@example(script=[("request", 0, []), ("lost",), ("response", 0, [])])
+@example(
+    script=[("request", 0, []), ("request", 31, []), ("response", 0, []), ("response", 0, []), ("response", 0, [])]
+)
+@settings(max_examples=40)
+def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
+    short, plain = transcript(script, short=True, options=options)
+    careful, none = transcript(script, short=False, options=options)
+    assert none == 0
+    event(f"calls on the short way: {min(plain, 3)}")
+    for one, other in zip(short, careful, strict=True):
+        assert one == other
+
+
+def test_the_usual_call_takes_the_short_way() -> None:
+    _, plain = transcript([("request", 24, []), ("response", 2, [])] * 3, short=True, options={})
+    assert plain == 3
+
+
+def test_a_response_that_is_not_plain_is_handled_with_care() -> None:
+    with conversation() as talk:
+        talk.warm()
+        talk.client.says(get(b"/a"))
+        talk.upstream.hears(sent(get(b"/a")))
+        talk.upstream.says(STREAM[:120], STREAM[120:])
+        assert talk.client.heard == STREAM
+        assert talk.recorder.plain_calls == 0
