@@ -35,7 +35,8 @@ class Outcome(StrEnum):
 # What a record keeps of a text that a client or an upstream chooses. A longer one is cut, with CUT at its end.
 URL_CHARS_MAX: Final = 2_048  # base, path and query names; signed URLs are longer by their values, which stay out
 USER_AGENT_CHARS_MAX: Final = 512  # browsers in applications reach 400
-HEADER_NAME_CHARS_MAX: Final = 128  # each; how many there may be is the head's limit
+HEADER_NAME_CHARS_MAX: Final = 128  # each
+HEADER_NAMES_CHARS_MAX: Final = 4_096  # those of one head together; browsers and gateways send some 500
 USAGE_CHARS_MAX: Final = 512  # each model, id or word of an answer; the longest seen (a Bedrock ARN) is about 200
 CUT: Final = "…"
 

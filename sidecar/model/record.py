@@ -7,7 +7,7 @@ byte for byte, and a backend's own form is derived from it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from itertools import compress
@@ -78,8 +78,63 @@ class Record:
 
 def encode(exchange: Exchange, *, seq: int, instance: str) -> bytes:
     """The record's line: compact JSON, no line end. Times in UTC with microseconds."""
+    row = _row(exchange, seq, instance)
+    try:
+        return orjson.dumps(row, option=orjson.OPT_UTC_Z)
+    except TypeError:  # orjson.JSONEncodeError is one; a record with a mark in it beats no record
+        return orjson.dumps(_storable(row), option=orjson.OPT_UTC_Z)
+
+
+def encode_all(exchanges: Sequence[Exchange], *, first_seq: int, instance: str) -> tuple[list[bytes], bool]:
+    """The lines of these, numbered from `first_seq` on; and whether each says exactly what its exchange does, so that
+    `record_of` may be used in the place of reading it."""
+    lines: list[bytes] = []
+    exact = True
+    for seq, exchange in enumerate(exchanges, first_seq):
+        row = _row(exchange, seq, instance)
+        try:
+            lines.append(orjson.dumps(row, option=orjson.OPT_UTC_Z))
+        except TypeError:
+            lines.append(orjson.dumps(_storable(row), option=orjson.OPT_UTC_Z))
+            exact = False
+    return lines, exact
+
+
+def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Record:
+    """What `Record.from_json` makes of this line, without reading it: the exchange is still at hand."""
+    started_at = datetime.fromtimestamp(exchange.started_ns / 1e9, UTC)
+    return Record(
+        id=exchange.id,
+        seq=seq,
+        instance=instance,
+        parent_id=exchange.parent_id,
+        started_at=started_at,
+        started_s=started_at.timestamp(),
+        first_byte_ms=exchange.first_byte_ms,
+        duration_ms=exchange.duration_ms,
+        method=exchange.method,
+        url=exchange.url,
+        route=exchange.route,
+        status=exchange.status,
+        outcome=exchange.outcome,
+        request_headers=tuple(exchange.request_headers),
+        response_headers=tuple(exchange.response_headers),
+        request_bytes=exchange.request_bytes,
+        response_bytes=exchange.response_bytes,
+        client_ip=exchange.client_ip,
+        user_agent=exchange.user_agent,
+        trace_id=exchange.trace_id,
+        subscriber=exchange.subscriber,
+        dimensions=dict(exchange.dimensions),
+        usage=exchange.usage,
+        error=exchange.error,
+        json=line,
+    )
+
+
+def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
     subscriber, usage = exchange.subscriber, exchange.usage
-    row: dict[str, Any] = {
+    return {
         "id": exchange.id,
         "seq": seq,
         "instance": instance,
@@ -104,10 +159,6 @@ def encode(exchange: Exchange, *, seq: int, instance: str) -> bytes:
         "usage": None if usage is None else usage_to_dict(usage),
         "error": exchange.error,
     }
-    try:
-        return orjson.dumps(row, option=orjson.OPT_UTC_Z)
-    except TypeError:  # orjson.JSONEncodeError is one; a record with a mark in it beats no record
-        return orjson.dumps(_storable(row), option=orjson.OPT_UTC_Z)
 
 
 def _storable(value: Any, depth: int = 0) -> Any:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from asyncio import AbstractEventLoop
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from ssl import SSLContext
 from typing import Final, Protocol
 
@@ -219,12 +220,17 @@ class Connector:
         connector._factory = make  # type: ignore[assignment]
         self._connector = connector
         url = URL.build(scheme="https" if tls is not None else "http", host=host, port=port)
-        self._request = ClientRequest("GET", url, loop=loop, ssl=tls or True, server_hostname=server_name)
+        self._request_with = partial(ClientRequest, "GET", url, loop=loop, server_hostname=server_name)
+        self._request = self._request_with(ssl=tls or True)
         self._timeout = ClientTimeout(total=None, connect=connect_timeout_s)
 
     async def connect(self) -> Lease:
         """A new connection. Raises `TimeoutError`, `OSError` or `aiohttp.ClientError`."""
         return await self._connector.connect(self._request, [], self._timeout)
+
+    def renew_tls(self, tls: SSLContext) -> None:
+        """For connections made from now on."""
+        self._request = self._request_with(ssl=tls)
 
     async def aclose(self) -> None:
         """Closes every connection, also those in use."""

@@ -247,7 +247,7 @@ class Call:
             method=method,
             url=url,
             route=hop.route(method, path),
-            request_headers=head.names,
+            request_headers=rules.names_for_record(head.names),
             client_ip=client_ip,
             user_agent=rules.agent(head.user_agent),
             trace_id=None if head.traceparent is None else trace_id(head.traceparent),
@@ -488,7 +488,7 @@ class Call:
     def _announce(self, response: Answer) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""
         hop, exchange = self._hop, self._exchange
-        exchange.response_headers = response.names
+        exchange.response_headers = hop.headers.names_for_record(response.names)
         status, fields = response.status, response.fields
         if self._request_tap is not None:
             response.tap = _ask(None, hop.taps.response, self._request_tap, status, fields)

@@ -17,7 +17,14 @@ from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Final
 
-from sidecar.model.exchange import HEADER_NAME_CHARS_MAX, URL_CHARS_MAX, USER_AGENT_CHARS_MAX, cut
+from sidecar.model.exchange import (
+    CUT,
+    HEADER_NAME_CHARS_MAX,
+    HEADER_NAMES_CHARS_MAX,
+    URL_CHARS_MAX,
+    USER_AGENT_CHARS_MAX,
+    cut,
+)
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import below, origin_form
 from sidecar.proxy.config import Forwarded, ProxyRules
@@ -69,6 +76,7 @@ QUIET_TOKENS: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"h
 
 NAMES_KEPT_MAX: Final = 2048  # distinct spellings remembered; clients choose them, so they are bounded
 NAME_KEPT_BYTES_MAX: Final = 64
+NAMES_UNCOUNTED: Final = HEADER_NAMES_CHARS_MAX // HEADER_NAME_CHARS_MAX  # so many are short enough whatever they say
 
 
 class Kinds(dict[bytes, tuple[int, str]]):
@@ -138,6 +146,18 @@ class HeaderRules:
         self.request_kinds = Kinds(REQUEST, too_long)
         # The field is ours then: one of the upstream's beside it could be taken for it.
         self.response_kinds = Kinds(RESPONSE | {METER_ID: HOP} if self.meter_id else RESPONSE, too_long)
+
+    def names_for_record(self, names: list[str]) -> list[str]:
+        """The names of a head's fields, as many as a record keeps; a last one of `CUT` says that there were more."""
+        if len(names) <= NAMES_UNCOUNTED:
+            return names
+        left = HEADER_NAMES_CHARS_MAX
+        for place, name in enumerate(names):
+            left -= len(name)
+            if left < 0:
+                self._limit_reached("header_names_chars")
+                return [*names[:place], CUT]
+        return names
 
     # -- the client ------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from aiohttp import HttpVersion11
 
 from sidecar.model.exchange import (
     HEADER_NAME_CHARS_MAX,
+    HEADER_NAMES_CHARS_MAX,
     URL_CHARS_MAX,
     USER_AGENT_CHARS_MAX,
     PlainExchange,
@@ -181,8 +182,9 @@ class PlainCalls:
 
 
 def _cut_in_record(fields: Fields) -> bool:
-    """Whether a record would keep a name in part, which is counted each time."""
-    return any(len(name) > HEADER_NAME_CHARS_MAX for name, _ in fields)
+    """Whether a record would keep the names in part, which is counted each time."""
+    names = [len(name) for name, _ in fields]
+    return max(names, default=0) > HEADER_NAME_CHARS_MAX or sum(names) > HEADER_NAMES_CHARS_MAX
 
 
 class PlainCall:

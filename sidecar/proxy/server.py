@@ -26,7 +26,7 @@ from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, AttributeByBody, Hop, PlainAttribution, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.plain_call import PlainCalls
-from sidecar.proxy.upstream import Upstream, client_tls
+from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
 from sidecar.storage.sockets import for_both_families
 from sidecar.usage import Taps
 
@@ -115,13 +115,7 @@ class Proxy:
         rules, address = within_files(files, self._rules), self._address
         self._rules = rules
         loop = asyncio.get_running_loop()
-        tls = None
-        if address.tls:
-            tls = client_tls(
-                ca_file=rules.upstream_ca_file,
-                cert_file=rules.upstream_client_cert_file,
-                key_file=rules.upstream_client_key_file,
-            )
+        tls = self._upstream_tls() if address.tls else None
         if rules.listener_cert_file is not None:
             self._tls = _listener_tls(rules.listener_cert_file, rules.listener_key_file)
         upstream = Upstream(
@@ -198,16 +192,30 @@ class Proxy:
         return name if isinstance(name, str) else (name[0], name[1])
 
     def reload_tls(self) -> None:
-        """Read the listener's certificate anew; connections made from now on get it. What cannot be
-        read changes nothing."""
+        """Read the certificates of both sides anew; connections made from now on get them. What cannot be read changes
+        nothing."""
         rules = self._rules
-        if self._tls is None or rules.listener_cert_file is None:
-            return
-        try:
-            _listener_tls(rules.listener_cert_file, rules.listener_key_file)  # a trial: a failed load is not undone
-            self._tls.load_cert_chain(rules.listener_cert_file, rules.listener_key_file)
-        except (OSError, ssl.SSLError) as error:
-            log.error("the certificate was not reloaded, the old one stays: %s", error)
+        if self._tls is not None and rules.listener_cert_file is not None:
+            try:
+                _listener_tls(rules.listener_cert_file, rules.listener_key_file)  # a trial: a failed load is not undone
+                load_chain(self._tls, rules.listener_cert_file, rules.listener_key_file)
+            except (OSError, ValueError) as error:
+                log.error("the certificate was not reloaded, the old one stays: %s", why_unreadable(error))
+        named = rules.upstream_client_cert_file is not None or rules.upstream_ca_file is not None
+        if self._hop is not None and self._address.tls and named:
+            try:
+                self._hop.upstream.renew_tls(self._upstream_tls())
+            except (OSError, ValueError) as error:
+                why = why_unreadable(error)
+                log.error("the certificates for the upstream were not reloaded, the old ones stay: %s", why)
+
+    def _upstream_tls(self) -> ssl.SSLContext:
+        rules = self._rules
+        return client_tls(
+            ca_file=rules.upstream_ca_file,
+            cert_file=rules.upstream_client_cert_file,
+            key_file=rules.upstream_client_key_file,
+        )
 
     async def stop(self, timeout_s: float) -> None:
         """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises."""
@@ -275,7 +283,7 @@ class Proxy:
 def _listener_tls(cert_file: str, key_file: str | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
-    context.load_cert_chain(cert_file, key_file)
+    load_chain(context, cert_file, key_file)
     return context
 
 

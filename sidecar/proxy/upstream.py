@@ -77,6 +77,7 @@ class UpstreamConnection(UpstreamProtocol):
         self.lease: Lease | None = None
         self.use_until = 0.0  # the loop's time: whoever takes it later makes a new one
         self.old_at = 0.0  # likewise, whatever it does
+        self.generation = 0  # of the certificates that it was made with
         self.calls = 0  # served
         self.why_lost = RESET  # one of the words above
         self.used = False  # it has answered before: its end may have been on the way when it was taken
@@ -228,6 +229,7 @@ class Upstream:
         self._keepalive_s = keepalive_s
         self._age_s = age_s
         self._idle: dict[UpstreamConnection, None] = {}  # in order of use; the last one used is taken next
+        self._generation = 0
         self._connector = Connector(
             lambda: UpstreamConnection(self, loop),
             loop=loop,
@@ -260,6 +262,7 @@ class Upstream:
 
     async def connect(self) -> UpstreamConnection:
         """A new one. Raises `TimeoutError` or `UnreachableError`."""
+        generation = self._generation
         try:
             lease = await self._connector.connect()
         except TimeoutError:
@@ -269,6 +272,7 @@ class Upstream:
         connection = lease.protocol
         assert isinstance(connection, UpstreamConnection)
         connection.lease = lease
+        connection.generation = generation
         return connection
 
     def keep(self, connection: UpstreamConnection) -> None:
@@ -277,10 +281,17 @@ class Upstream:
         connection.used = True
         connection.calls += 1
         connection.use_until = min(now + connection.idle_s(self._keepalive_s), connection.old_at)
-        if connection.use_until > now and connection.is_connected():
+        fresh = connection.use_until > now and connection.generation == self._generation
+        if fresh and connection.is_connected():
             self._idle[connection] = None
         else:
             connection.discard()
+
+    def renew_tls(self, tls: ssl.SSLContext) -> None:
+        """Other certificates, for connections made from now on; those there are serve their call and no other."""
+        self._generation += 1
+        self._connector.renew_tls(tls)
+        self._close_idle()
 
     def forget(self, connection: UpstreamConnection) -> None:
         """It ended while it was idle."""
@@ -294,10 +305,13 @@ class Upstream:
 
     async def aclose(self) -> None:
         """Close all connections."""
+        self._close_idle()
+        await self._connector.aclose()
+
+    def _close_idle(self) -> None:
         idle, self._idle = self._idle, {}
         for connection in idle:
             connection.discard()
-        await self._connector.aclose()
 
 
 def keep_alive_hint(field: bytes) -> tuple[float | None, int | None]:
@@ -363,9 +377,27 @@ def _number(error: BaseException) -> int:
 
 
 def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
-    """How the upstream is verified. ALPN is set because a server may otherwise pick HTTP/2."""
+    """How the upstream is verified, and what it is shown. ALPN is set because a server may otherwise pick HTTP/2.
+    Raises what `load_chain` does."""
     context = ssl.create_default_context(cafile=ca_file)
     context.set_alpn_protocols(["http/1.1"])
     if cert_file is not None:
-        context.load_cert_chain(cert_file, key_file)
+        load_chain(context, cert_file, key_file)
     return context
+
+
+def load_chain(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
+    """A certificate and its key. Raises `OSError` (an `ssl.SSLError` is one) or, for a key that needs a password,
+    `ValueError`: nobody is there to be asked, though OpenSSL would ask the terminal and wait."""
+
+    def ask() -> str:
+        raise ValueError("the key is encrypted: expected one that needs no password")
+
+    context.load_cert_chain(cert_file, key_file, password=ask)
+
+
+def why_unreadable(error: Exception) -> str:
+    """What is wrong with a certificate, for a person."""
+    if isinstance(error, ssl.SSLError):
+        return (error.reason or "not PEM").replace("_", " ").lower()
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
+from sidecar.proxy.upstream import load_chain, why_unreadable
 from sidecar.settings import Settings
 
 
@@ -22,28 +23,15 @@ def faults(settings: Settings) -> list[str]:
         try:
             ssl.create_default_context(cafile=str(settings.upstream_ca_file))
         except OSError as error:
-            found.append(f"SIDECAR_UPSTREAM_CA_FILE: expected certificates (PEM): {_reason(error)}")
+            found.append(f"SIDECAR_UPSTREAM_CA_FILE: expected certificates (PEM): {why_unreadable(error)}")
     return found
 
 
-class _EncryptedError(Exception):
-    pass
-
-
 def _chain_fault(cert: Path, key: Path) -> str | None:
-    def ask() -> str:
-        raise _EncryptedError  # nobody is there to be asked for its password
-
     try:
-        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(cert, key, password=ask)
-    except _EncryptedError:
-        return "the key is encrypted: expected one that needs no password"
+        load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), str(cert), str(key))
+    except ValueError as error:
+        return str(error)
     except OSError as error:
-        return f"expected a certificate chain and its key (PEM): {_reason(error)}"
+        return f"expected a certificate chain and its key (PEM): {why_unreadable(error)}"
     return None
-
-
-def _reason(error: OSError) -> str:
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or "not PEM").replace("_", " ").lower()
-    return error.strerror or str(error)

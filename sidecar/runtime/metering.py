@@ -24,9 +24,12 @@ from typing import Any, Final
 from aiohttp import web
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
+from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
-from sidecar.model.delivery import Backend
+from sidecar.model.delivery import AddsUp, Backend
+from sidecar.model.exchange import Exchange
+from sidecar.model.record import Record, record_of
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.runtime import backend_factory, directory_identity, factory
 from sidecar.runtime.admin import Instance, Readiness, application
@@ -54,6 +57,7 @@ from sidecar.spool import (
 )
 from sidecar.spool.intake import Intake
 from sidecar.spool.retention import retire_segments
+from sidecar.spool.types import Batch, StoredGroup
 from sidecar.storage.files import Trouble
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
@@ -79,6 +83,7 @@ class Billing:
     backends: Mapping[str, Backend]
     copied: directory_identity.Noticed | None = None  # the directory is a copy, and nobody has decided yet
     spool: Spool | None = None  # the slot that is written here
+    sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -113,6 +118,39 @@ class Billing:
         await self.remember_place()
         log.warning("the data directory is adopted", extra={"facts": {"as": how.value, "parked": counts}})
         return counts
+
+    def hand_over(self, instance: str, batch: Batch, exchanges: Sequence[Exchange]) -> None:
+        """What is on disk now goes to delivery as it is in memory: nothing is read back, and nothing parsed."""
+        last_seq = batch.first_seq + len(batch.lines) - 1
+        group = StoredGroup(first_seq=batch.first_seq, last_seq=last_seq, lines=tuple(batch.lines))
+        if not exchanges:
+            self.delivery.offer(instance, group)
+            return
+        records = [
+            record_of(exchange, seq=seq, instance=instance, line=line)
+            for seq, (exchange, line) in enumerate(zip(exchanges, batch.lines, strict=True), batch.first_seq)
+        ]
+        self.delivery.offer(instance, group, records)
+        for backend in self.sums:
+            self._add_up(backend, instance, batch, records)
+
+    def _add_up(self, backend: AddsUp, instance: str, batch: Batch, records: Sequence[Record]) -> None:
+        try:
+            sums, left = backend.add_up(records)
+        except ArithmeticError:
+            return  # found one by one, when they are read
+        out = left.skipped.keys() | left.parked.keys()
+        lines = {record.id: (record.seq, record.json) for record in records if record.id in out} if out else {}
+        self.delivery.apply(
+            SummedBatch(
+                instance=instance,
+                first_seq=batch.first_seq,
+                last_seq=records[-1].seq,
+                sums=sums,
+                left=left,
+                lines=lines,
+            )
+        )
 
     async def remember_place(self) -> None:
         """Keep how far delivery has come: a `delivery.db` that is put back later is behind that."""
@@ -267,6 +305,7 @@ async def billing(
             backends=by_name,
             copied=copied,
             spool=spool,
+            sums=[backend for backend in backends if isinstance(backend, AddsUp)],
         )
         stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
@@ -493,6 +532,7 @@ async def recording(
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
             whole.intake.begin(bills.spool)
+            whole.intake.handed = bills.hand_over
             whole.seam.recording()
             stack.push_async_callback(whole.seam.aclose)  # what was heard until the end is committed
             stack.push_async_callback(whole.stop)

@@ -58,7 +58,8 @@ REJECTED_REASONS: Final = (
 )  # fmt: skip
 LIMITS: Final = (
     "connections", "calls", "spool_full", "proxy_fault", "drains", "drains_share", "disconnect_drain", "idle_timeout",
-    "response_timeout", "head_timeout", "url_chars", "user_agent_chars", "header_name_chars", "usage_chars",
+    "response_timeout", "head_timeout", "url_chars", "user_agent_chars", "header_name_chars", "header_names_chars",
+    "usage_chars",
 )  # fmt: skip
 ATTRIBUTION_ANOMALIES: Final = ("credentials_conflict", "header_repeated", "query_repeated", "dimension_cut")
 UPSTREAM_FAILURES: Final = (

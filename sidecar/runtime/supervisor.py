@@ -126,7 +126,7 @@ class Supervisor:
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
-        SIGHUP reads the listener's certificate anew. The exit code; raises what keeps it from starting.
+        SIGHUP reads the certificates of both sides anew. The exit code; raises what keeps it from starting.
         """
         settings = self._settings
         try:
@@ -377,7 +377,7 @@ class Supervisor:
             if self._reload:
                 self._reload = False
                 log.info(
-                    "SIGHUP: the listener's certificate is read anew; secrets and all other settings are those of "
+                    "SIGHUP: the certificates of both sides are read anew; secrets and other settings are those of "
                     "the start"
                 )
                 for process in self._serving:

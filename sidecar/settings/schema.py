@@ -234,8 +234,12 @@ class Settings:
         types.flag, "false", "ask for usage in OpenAI-shaped streams that lack it, and take the extra chunk out again"
     )
 
-    upstream_ca_file: Path | None = _setting(types.readable_file, None, "CA certificates to trust upstream (PEM)")
-    upstream_cert_file: Path | None = _setting(types.readable_file, None, "our certificate for the upstream (PEM)")
+    upstream_ca_file: Path | None = _setting(
+        types.readable_file, None, "CA certificates to trust upstream (PEM); SIGHUP rereads"
+    )
+    upstream_cert_file: Path | None = _setting(
+        types.readable_file, None, "our certificate for the upstream (PEM); SIGHUP rereads"
+    )
     upstream_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
     upstream_server_name: str | None = _setting(
         types.text, None, "the name expected in the upstream's certificate, if not the URL's host"

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
-from sidecar.model.record import encode
+from sidecar.model.record import encode_all
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
     PLAIN,
@@ -95,6 +95,9 @@ class Intake:
         """`reading`: makes what reads the plain calls of one source; None: there are none."""
         self._metrics = metrics
         self._make_reading = reading
+        # Told of every batch with records that is on disk, before delivery is woken; its exchanges, line by line, where
+        # they say exactly what the lines do, else none.
+        self.handed: Callable[[str, Batch, Sequence[Exchange]], None] | None = None
         self._spool: IntakeSpool | None = None
         self._early = Tally()
         self._seq = 0
@@ -201,8 +204,8 @@ class Intake:
                 call_ended(exchange)
             except Exception:
                 log.exception("a call could not be counted; it is recorded all the same")
-        seq, instance = self._seq, self._instance
-        lines = [encode(exchange, seq=seq + n, instance=instance) for n, exchange in enumerate(exchanges, 1)]
+        instance = self._instance
+        lines, exact = encode_all(exchanges, first_seq=self._seq + 1, instance=instance)
         batch = self._batch()
         batch.lines = lines
         batch.size_bytes = sum(map(len, lines))
@@ -229,7 +232,7 @@ class Intake:
         told_to = [(source, source.taken) for source, _ in sources.values()]
         for source, _ in told_to:
             source.waiting += 1
-        batch.done = lambda done: self._stored(done, told_to)
+        batch.done = lambda done: self._stored(done, told_to, exchanges if exact else ())
         self._submit(batch)
 
     def _read(self, source: Source, told: Told, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
@@ -272,7 +275,7 @@ class Intake:
                 source.responses[number] = response_shape_of(number, packed)
 
     def _batch(self) -> Batch:
-        return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, []))
+        return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, [], ()))
 
     def _add(self, batch: Batch, line: bytes) -> None:
         self._seq += 1
@@ -286,13 +289,15 @@ class Intake:
         batch.lost = tally.lost
         self._spool.submit(batch)
 
-    def _stored(self, batch: Batch, sources: Sequence[tuple[Source, int]]) -> None:
+    def _stored(self, batch: Batch, sources: Sequence[tuple[Source, int]], exchanges: Sequence[Exchange]) -> None:
         """On the loop, in order: it is on disk."""
         self.tally.open -= len(batch.lines)
         for source, number in sources:
             source.waiting -= 1
             source.stored = number
             source.acknowledge(number)
+        if batch.lines and self.handed is not None:
+            self.handed(self._instance, batch, exchanges)
 
 
 def _count(tally: Tally, told: Told) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import trustme
+from cryptography.hazmat.primitives import serialization
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, on_both_loops, reply, until
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
@@ -145,6 +146,98 @@ async def test_a_listener_with_tls_and_a_new_certificate(authority: trustme.CA, 
         assert await serial() == second
         await kept.send(GET)
         assert (await kept.message())[1] == b"hello"
+
+
+@on_both_loops
+async def test_a_new_certificate_for_the_upstream(
+    authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    chain, key = pem(authority, tmp_path, "client.example")
+    go = asyncio.Event()
+
+    async def script(conversation: Conversation) -> None:
+        shown = str(conversation.writer.get_extra_info("peercert")["serialNumber"]).encode()
+        while True:
+            head = await conversation.head()
+            if b"/slow" in head:
+                await go.wait()
+            await conversation.send(reply(shown))
+
+    rules: dict[str, Any] = {
+        "upstream_ca_file": str(ca),
+        "upstream_client_cert_file": chain,
+        "upstream_client_key_file": key,
+    }
+    context = server_tls(authority, ask_client=True)
+    async with RawUpstream(script, tls=context) as upstream, Hop(upstream.url, **rules) as hop:
+        first = (await hop.call(GET))[1]
+        busy = await hop.client()
+        await busy.send(GET.replace(b"/x", b"/slow"))
+        await hop.recorder.let_in(2)
+        assert (await hop.call(GET))[1] == first
+        assert upstream.connections == 2
+        pem(authority, tmp_path, "client.example")
+        assert (await hop.call(GET))[1] == first
+        hop.proxy.reload_tls()
+        second = (await hop.call(GET))[1]
+        assert second != first
+        assert upstream.connections == 3  # the idle one was closed
+        go.set()
+        assert (await busy.message())[1] == first  # its call goes on
+        busy_again = [(await hop.call(GET))[1] for _ in range(3)]
+        assert busy_again == [second] * 3  # and its connection serves no other
+        assert upstream.connections == 3
+        for broken in (b"no certificate", b"", None, Path(key).read_bytes()):
+            whole = Path(chain).read_bytes()
+            if broken is None:
+                Path(chain).unlink()
+            else:
+                Path(chain).write_bytes(broken)
+            caplog.clear()
+            hop.proxy.reload_tls()
+            Path(chain).write_bytes(whole)
+            (line,) = [record for record in caplog.records if record.name.startswith("sidecar")]
+            assert line.levelname == "ERROR"
+            assert "the certificates for the upstream were not reloaded, the old ones stay: " in line.getMessage()
+            assert (await hop.call(GET))[1] == second
+        ca.write_text("no authority")
+        hop.proxy.reload_tls()
+        assert (await hop.call(GET))[1] == second
+        assert upstream.connections == 3
+        trustme.CA().cert_pem.write_to_path(str(ca))  # whom we trust is read anew as well
+        hop.proxy.reload_tls()
+        assert (await hop.call(GET))[0].startswith(b"HTTP/1.1 502 ")
+
+
+@on_both_loops
+async def test_a_key_that_wants_a_password_is_not_asked_for_one(
+    authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    ca = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(str(ca))
+    chain, key = pem(authority, tmp_path, "client.example")
+    rules: dict[str, Any] = {
+        "upstream_ca_file": str(ca),
+        "upstream_client_cert_file": chain,
+        "upstream_client_key_file": key,
+    }
+    async with RawUpstream(answering(reply()), tls=server_tls(authority, ask_client=True)) as upstream:
+        async with Hop(upstream.url, **rules) as hop:
+            assert (await hop.call(GET))[1] == b"ok"
+            secret = serialization.load_pem_private_key(Path(key).read_bytes(), None)
+            Path(key).write_bytes(
+                secret.private_bytes(
+                    serialization.Encoding.PEM,
+                    serialization.PrivateFormat.PKCS8,
+                    serialization.BestAvailableEncryption(b"x"),
+                )
+            )
+            hop.proxy.reload_tls()
+            assert "the key is encrypted" in caplog.text
+            assert (await hop.call(GET))[1] == b"ok"
+            assert upstream.connections == 1
 
 
 @on_both_loops

@@ -10,13 +10,19 @@ import json
 import pytest
 from support.rawhttp import Conversation, Hop, RawUpstream, answering, field_of, fields_of, on_both_loops, reply
 
-from sidecar.model.exchange import HEADER_NAME_CHARS_MAX, URL_CHARS_MAX, USAGE_CHARS_MAX, USER_AGENT_CHARS_MAX
+from sidecar.model.exchange import (
+    HEADER_NAME_CHARS_MAX,
+    HEADER_NAMES_CHARS_MAX,
+    URL_CHARS_MAX,
+    USAGE_CHARS_MAX,
+    USER_AGENT_CHARS_MAX,
+)
 from sidecar.model.record import encode
 from sidecar.proxy.subscriber import DIMENSION_CHARS_MAX, Attributor
 from sidecar.usage.readers import UsageTaps
 
 LONG = b"a" * 8_000
-RECORD_BYTES_MAX = 65_536  # with every field at its bound: 128 and 256 header names make most of it
+RECORD_BYTES_MAX = 24_576  # with every field at its bound; the names of header fields make a third of it
 
 
 @on_both_loops
@@ -54,6 +60,32 @@ async def test_what_fits_is_kept_whole_and_not_counted() -> None:
     assert exchange.url.endswith(path)
     assert exchange.user_agent == agent
     assert name in exchange.request_headers
+    assert hop.counts.limits == []
+
+
+@on_both_loops
+async def test_names_of_fields_are_bounded_together_on_both_sides() -> None:
+    def fields(count: int, length: int) -> bytes:
+        return b"".join(b"N%03d%b: 1\r\n" % (number, b"n" * (length - 4)) for number in range(count))
+
+    seen: list[bytes] = []
+    many = fields(100, 64)
+    async with RawUpstream(answering(reply(fields=many), seen=seen)) as upstream, Hop(upstream.url) as hop:
+        head, _ = await hop.call(b"GET /x HTTP/1.1\r\nHost: me\r\n" + many + b"\r\n")
+        exchange = await hop.recorder.ended()
+    assert many in seen[0]
+    assert many in head
+    for names in (exchange.request_headers, exchange.response_headers):
+        assert names[-1] == "…"
+        assert HEADER_NAMES_CHARS_MAX - 64 < sum(map(len, names)) <= HEADER_NAMES_CHARS_MAX + 1
+        assert names[-2].startswith("N06")
+    assert hop.counts.limits == ["header_names_chars"] * 2
+    few = fields(100, 40)
+    async with RawUpstream(answering(reply(fields=few))) as upstream, Hop(upstream.url) as hop:
+        await hop.call(b"GET /x HTTP/1.1\r\nHost: me\r\n" + few + b"\r\n")
+        exchange = await hop.recorder.ended()
+    assert len(exchange.request_headers) == 101
+    assert len(exchange.response_headers) == 101
     assert hop.counts.limits == []
 
 

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
-from sidecar.model.record import Record, encode
+from sidecar.model.record import Record, encode, encode_all, record_of
 
 ID = "0199f7a0-0000-7000-8000-000000000001"
 
@@ -102,3 +102,23 @@ def test_no_raw_usage_makes_it_fail(raw: object) -> None:
 def test_what_is_no_record_is_refused_as_such(line: bytes) -> None:
     with pytest.raises(ValueError, match="not a record"):
         Record.from_json(line)
+
+
+def test_what_is_at_hand_is_what_would_be_read() -> None:
+    usage = Usage(usage_state=UsageState.FINAL, input_tokens=43, units={"pages": "1.5"}, raw_usage={"a": [1, 2.5]})
+    made = [
+        exchange(usage=usage, request_headers=["Content-Type"], dimensions={"team": "x"}, first_byte_ms=0.25),
+        exchange(subscriber=None, started_ns=1_764_360_000_123_456_789, error="cut"),
+    ]
+    lines, exact = encode_all(made, first_seq=7, instance="i")
+    assert exact
+    for seq, (one, line) in enumerate(zip(made, lines, strict=True), 7):
+        assert line == encode(one, seq=seq, instance="i")
+        assert record_of(one, seq=seq, instance="i", line=line) == Record.from_json(line)
+
+
+def test_a_line_that_says_less_than_its_exchange_is_told() -> None:
+    odd = Exchange(method="GET", url="http://up/\udcff", id="a" * 36)
+    lines, exact = encode_all([odd], first_seq=1, instance="i")
+    assert not exact
+    assert Record.from_json(lines[0]).url == "http://up/?"
