@@ -158,7 +158,7 @@ class LedgerWorker:
     def _take_handed(self, instance: str) -> list[SummedBatch]:
         taken: list[SummedBatch] = []
         waiting, records = self._handed[instance], 0
-        while waiting and (not taken or records + waiting[0].records <= self._context.limits.sum_records):
+        while waiting and (not taken or records + waiting[0].records <= self._context.limits.sums_records):
             taken.append(waiting.popleft())
             records += taken[-1].records
         return taken
@@ -172,7 +172,10 @@ class LedgerWorker:
                 seq, line = batch.lines[record_id]
                 plan.parked.append(NewParked(seq=seq, record_id=record_id, reason=reason, line=line))
         out, first = _out(plan), batches[0].first_seq
-        plan.applied = _runs([seq for seq in range(first, plan.upto_seq + 1) if seq not in out])
+        if out:
+            plan.applied = _runs([seq for seq in range(first, plan.upto_seq + 1) if seq not in out])
+        else:
+            plan.applied = [Run(first, plan.upto_seq)]
         return await self._write(instance, plan, first, out, [batch.sums for batch in batches])
 
     async def _add_items(self, instance: str, items: Sequence[Item]) -> Added:

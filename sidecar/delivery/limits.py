@@ -29,7 +29,9 @@ class Limits:
     parse_records: int = 40  # one slice of reading lines: about 0.5 ms
     read_bytes: int = 512 << 10  # of lines in one look at a spool: some 550 records
     sum_records: int = 500  # added up at once by a backend that keeps sums: some 2 ms of the event loop
-    sums_kept: int = 64  # batches whose sums were handed over and wait to be added; more are read from the spool
+    sums_kept: int = 512  # batches whose sums were handed over and wait to be added; more are read from the spool
+    sums_records: int = 50_000  # of those, added at once: their sums are made, so that it is one short transaction
+    sums_linger_s: float = 0.5  # between two such: each costs two syncs, whatever is in it
     tail_bytes: int = 2 << 20  # of lines kept for the other backends; parsed they take three times that
     tail_pieces: int = 64  # of one instance: a piece is a look, or a commit that was handed over
     linger_s: float = 0.1  # between two looks into a spool that was read to its end: batches fill up meanwhile

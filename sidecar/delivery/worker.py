@@ -479,7 +479,7 @@ class Worker:
         source = self._sums.handed(self._feed, now.mono_s, hurry=self.draining)
         items: list[Item] = []
         if source is not None:
-            source.next_read_s = now.mono_s + self._limits.linger_s
+            source.next_read_s = now.mono_s + self._limits.sums_linger_s
         else:
             source = await self._feed.next(self._sums.wanted, now.mono_s, hurry=self.draining)
             if source is None:
