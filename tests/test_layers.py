@@ -21,6 +21,7 @@ PURE = (
     "sidecar.delivery.circuit_breaker",
     "sidecar.delivery.dedup_window",
     "sidecar.delivery.limits",
+    "sidecar.delivery.parking_log",
     "sidecar.delivery.retry_policy",
     "sidecar.delivery.types",
     "sidecar.meters",
@@ -30,9 +31,12 @@ PURE = (
     "sidecar.proxy.ending",
     "sidecar.proxy.headers",
     "sidecar.proxy.local_responses",
+    "sidecar.proxy.plain_head",
+    "sidecar.proxy.redirects",
     "sidecar.proxy.response_parser",
     "sidecar.proxy.route",
     "sidecar.proxy.subscriber",
+    "sidecar.spool.frames",
     "sidecar.spool.types",
     "sidecar.usage",
 )
@@ -62,15 +66,15 @@ SHORT = {
     "delivery/parking_log.py": "pure, with a table test",
     "dev/mock_backends/replay.py": "what every stand-in answers to a repeat; used by all vendors",
     "model/record_id.py": "the form of an id, with its table test",
+    "model/seldom.py": "used by all layers, so it stands under them",
     "proxy/route.py": "one of the two things a record says of a call beside who pays",
+    "runtime/admin/answers.py": "what both ports answer with, under both of them",
+    "runtime/certificates.py": "`check` asks it too, without the rest of start-up",
+    "runtime/logging.py": "the form of a log line, for every process and command",
     "runtime/signals.py": "the one place that takes signals for the loop",
+    "runtime/unclaimed.py": "when an answer without a reader is said; with a test of its own",
     "spool/retention.py": "what goes and when is a policy of its own",
     "usage/estimate.py": "the one place that guesses",
-    # To go with the work that rebuilds their neighbours.
-    "runtime/admin/answers.py": "until the processes are rebuilt",
-    "runtime/certificates.py": "until the upstream's side is rebuilt",
-    "runtime/ipc.py": "until the processes are rebuilt",
-    "runtime/unclaimed.py": "until the processes are rebuilt",
 }
 
 

@@ -13,6 +13,7 @@ ROOT = Path(__file__).parent.parent
 PAGES = sorted({*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")})
 LINK = re.compile(r"\]\(([^)\s]+)\)")
 NAMED = re.compile(r"`((?:sidecar|tests|docs|config|requirements)(?:/[\w.-]+)+/?|[A-Z]+\.md|pyproject\.toml|\.ci/run)`")
+DRAWN = re.compile(r"(?<![\w./-])(?:sidecar|tests)(?:/\w+)+(?:\.py|/(?!\S))")  # in figures and code, without quotes
 FENCE = re.compile(r"^ *```sh\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 
 # Named in pages and not there yet: to go with the work that brings them.
@@ -45,7 +46,8 @@ def test_links_lead_somewhere(page: Path) -> None:
 
 @pages
 def test_files_that_are_named_exist(page: Path) -> None:
-    missing = {name for name in NAMED.findall(page.read_text()) if not (ROOT / name).exists()}
+    text = page.read_text()
+    missing = {name for name in {*NAMED.findall(text), *DRAWN.findall(text)} if not (ROOT / name).exists()}
     assert not missing - PENDING - MADE
 
 

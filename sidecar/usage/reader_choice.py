@@ -12,8 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import Document, Reader, Tree, escaped_key
 
 ENVELOPES = ("response", "result", "data")
 """Members in which gateways and vendors wrap a known answer."""

@@ -13,8 +13,9 @@ from typing import Any
 import orjson
 
 from sidecar.usage.formats.content_encoding import Codings, Unreadable, decoder
-from sidecar.usage.formats.json_scanner import Members, Tree, pruned
+from sidecar.usage.formats.json_scanner import Members, pruned
 from sidecar.usage.formats.multipart import FormFields
+from sidecar.usage.providers.base import Tree
 from sidecar.usage.values import name
 
 BODY_MAX_BYTES = 65_536  # kept whole; prompts with pictures are larger and are skimmed

@@ -35,11 +35,11 @@ import orjson
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.usage import RawHeaders
 from sidecar.usage.endpoints import Endpoint
-from sidecar.usage.fields import INPUT_DETAILS, OUTPUT_DETAILS
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
 from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Document, Reader, build
+from sidecar.usage.providers.fields import INPUT_DETAILS, OUTPUT_DETAILS
 from sidecar.usage.providers.openai import ChatCompletions, Responses
 from sidecar.usage.readers import RequestReadingTap, UsageTaps
 from sidecar.usage.request_reader import BODY_MAX_BYTES, QUESTIONS, WANTED

@@ -15,6 +15,7 @@ import json
 import platform
 import re
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -117,6 +118,7 @@ def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) 
 
 def main() -> None:
     arguments = _arguments()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # and so do the peers
     files = _allow_files()
     raw: dict[str, object] = {"at": time.time(), "machine": platform.platform(), "python": platform.python_version()}
     makers: dict[str, Callable[[Path, int], p.Peer]] = {

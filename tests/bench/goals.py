@@ -15,6 +15,7 @@ BUFFERED, COMMITTED, TWO, DOWN = (
     "sidecar committed, one down",
 )
 CHAT, UNIQUE, ALONE = "chat", "chat, unique heads", "chat, 1 connection"
+DELIVERY_CPU_S_MIN = 0.5
 
 Raw = Mapping[str, Any]
 
@@ -64,7 +65,18 @@ def _figure(part: str, key: str) -> Callable[[Raw], float | None]:
 
 
 def _delivered(case: str) -> Callable[[Raw], float | None]:
-    return lambda raw: _middle(raw.get("delivery") or (), "records_per_cpu_s", case=case)
+    return lambda raw: _middle(_enough(raw.get("delivery") or ()), "records_per_cpu_s", case=case)
+
+
+def _three_by_one(raw: Raw) -> float | None:
+    rows = _enough(raw.get("delivery") or ())
+    three, one = _middle(rows, "us", case="three at once"), _middle(rows, "us", case="meter")
+    return three / one if three is not None and one else None
+
+
+def _enough(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The rows with so much work that what a start costs, which is taken off and never the same, is small beside it."""
+    return [row for row in rows if row["cpu_s"] >= DELIVERY_CPU_S_MIN]
 
 
 def _call(peer: str, case: str, other: str = ENVOY) -> Callable[[Raw], float | None]:
@@ -92,8 +104,7 @@ GOALS = (
     Goal("P5", "memory before load (PSS, all processes)", 110, "MiB", _figure("open", "before_mib")),
     Goal("P7", "records a CPU second to a batch backend", 20_000, "/s", _delivered("meter"), at_least=True),
     Goal("P7", "requests a CPU second where each record is one", 3_000, "/s", _delivered("revenium"), at_least=True),
-    Goal("P7", "CPU of three backends at once by one", 1.3, "×",
-         _ratio("delivery", "us", {"case": "three at once"}, {"case": "meter"})),
+    Goal("P7", "CPU of three backends at once by one", 1.3, "×", _three_by_one),
     Goal("P8", "p50 added with a backend down by none down", 1.1, "×", _added(DOWN, 0.5, COMMITTED)),
     Goal("P9", "CPU of a call, two workers by one", 1.1, "×", _call(TWO, CHAT, BUFFERED)),
 )  # fmt: skip

@@ -23,7 +23,7 @@ from support.oracle import SETTINGS, Oracle, judge
 from support.tiny import tiny_upstream
 from support.whole import Whole, children
 
-ROUNDS = int(os.environ.get("CRASH_ROUNDS", "25"))
+ROUNDS = int(os.environ.get("CRASH_ROUNDS", "16"))
 SEED = int(os.environ.get("CRASH_SEED", "20261121"))
 ACT_ROUNDS = 25  # between two quiet phases
 QUIET_S = 90.0  # retries that were pushed back during the faults may have half a minute to go

@@ -21,7 +21,7 @@ from support.filled import fill
 from support.mishaps import watching
 from support.oracle import CHAT
 from support.tiny import tiny_upstream
-from support.whole import ROOT, Whole, environment
+from support.whole import ROOT, Whole, children, environment
 
 from sidecar.dev.mock_backends.faults import Do, Fault
 
@@ -35,9 +35,13 @@ MIB = 1 << 20
 
 
 def memory_bytes(whole: Whole) -> int:
+    """Of all processes of the instance, what they share counted once (PSS)."""
     assert whole.process is not None
-    pages = int(Path(f"/proc/{whole.process.pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
+    total = 0
+    for pid in (whole.process.pid, *children(whole.process.pid)):
+        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+    return total
 
 
 def size_bytes(root: Path, pattern: str = "**/*") -> int:

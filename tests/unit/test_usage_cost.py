@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.busy import DOCUMENTS, STREAMS, TEXT, USAGE, filled, members_of
 
-from sidecar.usage.formats.json_scanner import Members, Tree
+from sidecar.usage.formats.json_scanner import Members
 from sidecar.usage.formats.json_tail import Tail
+from sidecar.usage.providers.base import Tree
 from sidecar.usage.readers import UsageTaps
 
 PIECE = 65_536

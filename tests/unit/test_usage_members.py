@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sidecar.usage.formats.json_scanner import BULK_BYTES, ELEMENTS_MAX, VALUE_MAX_BYTES, Members, Tree, pruned
+from sidecar.usage.formats.json_scanner import BULK_BYTES, ELEMENTS_MAX, VALUE_MAX_BYTES, Members, pruned
+from sidecar.usage.providers.base import Tree
 
 WANTED: Tree = {
     "usage": True,

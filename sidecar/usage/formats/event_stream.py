@@ -15,8 +15,8 @@ from typing import Protocol
 
 import orjson
 
-from sidecar.usage.formats.json_scanner import STEPS_EARNED, STEPS_FREE, Members, Tree, pruned
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.formats.json_scanner import STEPS_EARNED, STEPS_FREE, Members, pruned
+from sidecar.usage.providers.base import Document, Reader, Tree
 
 MESSAGE_MAX_BYTES = 65_536  # one unfinished message kept whole; larger ones are images and whole responses
 EVENT_NAME_MAX_BYTES = 128

@@ -23,10 +23,8 @@ from typing import Any
 import orjson
 
 from sidecar.usage.formats.json_tail import Tail
+from sidecar.usage.providers.base import Tree
 from sidecar.usage.values import lenient_loads
-
-Tree = dict[str, Any]
-"""Wanted places: `{"id": True, "choices": [{"finish_reason": True}], "response": {"usage": True}}`."""
 
 VALUE_MAX_BYTES = 65_536  # one captured value; the largest known usage object is about 2 KiB
 KEPT_MAX_BYTES = 262_144  # all captured values of one document together

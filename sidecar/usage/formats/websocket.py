@@ -19,8 +19,8 @@ from collections.abc import Callable, Sequence
 
 from sidecar.model.exchange import Usage
 from sidecar.usage import RawHeaders
-from sidecar.usage.formats.json_scanner import Members, Tree
-from sidecar.usage.providers.base import Document
+from sidecar.usage.formats.json_scanner import Members
+from sidecar.usage.providers.base import Document, Tree
 from sidecar.usage.providers.realtime import Session
 
 MESSAGE_MAX_BYTES = 262_144  # of a message kept whole; a larger one (a response with a picture) is skimmed as it passes

@@ -11,9 +11,8 @@ import re
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.fields import fill_parts, fill_tokens, settle_parts, settle_total
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fields import fill_parts, fill_tokens, settle_parts, settle_total
 from sidecar.usage.values import count, name, part
 
 _MESSAGE: Tree = {

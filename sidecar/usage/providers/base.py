@@ -45,7 +45,6 @@ from types import MappingProxyType
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import USAGE_FIELDS, Usage, UsageState
-from sidecar.usage.formats.json_scanner import Tree
 from sidecar.usage.values import (
     count,
     error_word,
@@ -56,6 +55,8 @@ from sidecar.usage.values import (
 )
 
 Document = dict[str, Any]
+Tree = dict[str, Any]
+"""Wanted places: `{"id": True, "choices": [{"finish_reason": True}], "response": {"usage": True}}`."""
 
 CHOICES_MAX = 1_024  # parallel answers of one call whose finish reasons are kept; OpenAI allows 128
 

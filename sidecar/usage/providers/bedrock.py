@@ -14,10 +14,9 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.fields import fill_tokens, settle_total
-from sidecar.usage.formats.json_scanner import Tree
 from sidecar.usage.providers.anthropic import Messages
-from sidecar.usage.providers.base import Document, Reader, known
+from sidecar.usage.providers.base import Document, Reader, Tree, known
+from sidecar.usage.providers.fields import fill_tokens, settle_total
 from sidecar.usage.values import count, error_word, lenient_loads, name, overlay, part
 
 _METRICS = "amazon-bedrock-invocationMetrics"

@@ -12,9 +12,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.fields import fill_tokens
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fields import fill_tokens
 from sidecar.usage.values import name, part, quantity
 
 Path = str

@@ -11,8 +11,7 @@ import re
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, fill_modalities
+from sidecar.usage.providers.base import Document, Reader, Tree, fill_modalities
 from sidecar.usage.values import count, name, part
 
 _ANSWER: Tree = {

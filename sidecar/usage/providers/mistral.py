@@ -5,9 +5,8 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.fields import fill_tokens
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fields import fill_tokens
 from sidecar.usage.values import name, part
 
 

@@ -6,8 +6,7 @@ import re
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, escaped_key
+from sidecar.usage.providers.base import Document, Reader, Tree, escaped_key
 
 _COUNTS = ("prompt_eval_count", "prompt_eval_cached_count", "eval_count")
 

@@ -12,9 +12,8 @@ import re
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.fields import fill_tokens
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fields import fill_tokens
 from sidecar.usage.values import count, name, part
 
 # One search instead of many: a member of interest that is not null.

@@ -12,8 +12,7 @@ from typing import ClassVar, Protocol
 from urllib.parse import parse_qs, unquote
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader, build
+from sidecar.usage.providers.base import Document, Reader, Tree, build
 from sidecar.usage.providers.gemini import Gemini
 from sidecar.usage.providers.openai import TERMINAL, Media, Responses
 from sidecar.usage.values import lenient_loads, name, part

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document, Reader
+from sidecar.usage.providers.base import Document, Reader, Tree
 from sidecar.usage.values import part, quantity
 
 

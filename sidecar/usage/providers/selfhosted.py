@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import CHOICES_MAX, Document, Reader
+from sidecar.usage.providers.base import CHOICES_MAX, Document, Reader, Tree
 from sidecar.usage.providers.cohere import Cohere
 from sidecar.usage.providers.declared import DeclaredReader
 from sidecar.usage.values import count, name, overlay, part

@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import ClassVar
 
-from sidecar.usage.formats.json_scanner import Tree
-from sidecar.usage.providers.base import Document
+from sidecar.usage.providers.base import Document, Tree
 from sidecar.usage.providers.declared import DeclaredReader
 from sidecar.usage.providers.openai import ChatCompletions
 from sidecar.usage.values import name
