@@ -53,7 +53,10 @@ _CAREFUL_REQUEST: Final = frozenset(
         b"proxy-authenticate", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"via",
     }
 )  # fmt: skip
-_CAREFUL_RESPONSE: Final = frozenset({b"upgrade", b"trailer", b"te", b"location", b"content-location", b"refresh"})
+# A coded body can be a thousand times what it is on the wire: the careful way looks into it step by step.
+_CAREFUL_RESPONSE: Final = frozenset(
+    {b"upgrade", b"trailer", b"te", b"location", b"content-location", b"refresh", b"content-encoding"}
+)
 # Their value is another one for each call, and says nothing of what the call is.
 _VOLATILE: Final = frozenset(
     {
@@ -316,7 +319,10 @@ class PlainRequests(_Heads[_Facts]):
     def _learn_shape(
         self, key: tuple[int, ...], own: bytes, method: str, target: str, lines: list[bytes], peer: object
     ) -> Shape[_Facts] | None:
-        described = self._describe(method, target, _fields(lines[1:]), peer)
+        fields = _fields(lines[1:])
+        if len({name.lower() for name, _ in fields}) < len(fields):
+            return self._keep_shape(key, None)  # which names may occur twice is the careful way's to judge
+        described = self._describe(method, target, fields, peer)
         if described is None or not described[1].startswith(own):
             return self._keep_shape(key, None)
         shape = self._keep_shape(key, described[0])
@@ -361,7 +367,7 @@ class PlainResponses(_Heads[_Facts]):
 
     def __init__(self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset()) -> None:
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
-        matters = frozenset({b"content-type", b"content-encoding", b"transfer-encoding", b"connection"})
+        matters = frozenset({b"content-type", b"transfer-encoding", b"connection"})
         super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters)
         self._describe = describe
         self._statuses: dict[bytes, tuple[int, int]] = {}

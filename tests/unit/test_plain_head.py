@@ -10,7 +10,7 @@ import httptools
 import pytest
 from aiohttp.http_exceptions import HttpProcessingError
 from aiohttp.http_parser import HttpRequestParser
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.model.http_url import UpstreamAddress
@@ -143,6 +143,8 @@ def forwarded(rules: HeaderRules, message: Any, peer: Peer) -> bytes:
     ids=["plain", "preserve_host", "forwarded", "none"],
 )
 @given(heads=st.lists(HEADS, min_size=1, max_size=4))
+@example(heads=[b"GET / HTTP/1.1\r\nHost: h\r\nUser-Agent: a\r\nUser-Agent: a"])
+@example(heads=[b"GET / HTTP/1.1\r\nHost: h\r\nX-Custom: a\r\nx-custom: b"])
 @settings(deadline=None)
 def test_what_is_plain_is_what_the_careful_way_makes_of_it(
     loop: asyncio.AbstractEventLoop, changes: dict[str, Any], heads: list[bytes]
