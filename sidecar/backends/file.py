@@ -146,7 +146,7 @@ def _verdict_for(error: OSError | StorageError, file: AppendOnce) -> Verdict:
         found = Trouble.DENIED if error.errno == errno.EISDIR else trouble(error, file.path)
     if found in (Trouble.DAMAGED, Trouble.NOT_DATABASE):
         return Blocked(f"{file.memory} is damaged: {MEMORY.when_damaged}")
-    if found in (Trouble.NEWER, Trouble.FOREIGN):
+    if found in (Trouble.NEWER, Trouble.OLDER, Trouble.FOREIGN):
         return Blocked(str(error))
     if found is Trouble.FULL:
         return Retry("disk_full")

@@ -22,12 +22,10 @@ def _error(text: str, found: Trouble | None) -> StateError:
     return kind(text, found)
 
 
-_TABLES: Final = Path(__file__).with_name("schema.sql").read_text()
 SCHEMA: Final = Schema(
     name="delivery",
     version=2,
-    tables=_TABLES,
-    migrations={1: _TABLES[_TABLES.index("CREATE TABLE applied(") : _TABLES.index("CREATE TABLE counter(")]},
+    tables=Path(__file__).with_name("schema.sql").read_text(),
     when_damaged="move it aside and start again; what may have been delivered before is then parked unless the backend "
     "recognises repeats",
     when_full="make some, delivery goes on by itself",

@@ -16,22 +16,20 @@ from sidecar.storage.sqlite import Schema, problem_of
 
 SUMS: Final = (*COUNTS, *TOKENS)
 
-# Since format 2. Of each spool the last batch that is in the sums, written in the transaction that adds it.
-_APPLIED_UPTO: Final = """
-CREATE TABLE applied_upto (
-  instance TEXT PRIMARY KEY,
-  first_seq INTEGER NOT NULL,
-  last_seq INTEGER NOT NULL,
-  left_out TEXT NOT NULL -- numbers between them that were kept out of the sums, as a JSON array
-) STRICT, WITHOUT ROWID;
-"""
 _TABLES: Final = f"""
 CREATE TABLE applied (
   key TEXT PRIMARY KEY, -- of a sealed delivery: made from record ids, so it is unique over all spools
   at INTEGER NOT NULL -- Unix seconds
 ) STRICT, WITHOUT ROWID;
 CREATE INDEX applied_at ON applied (at);
-{_APPLIED_UPTO}CREATE TABLE series (
+-- Of each spool the last batch that is in the sums, written in the transaction that adds it.
+CREATE TABLE applied_upto (
+  instance TEXT PRIMARY KEY,
+  first_seq INTEGER NOT NULL,
+  last_seq INTEGER NOT NULL,
+  left_out TEXT NOT NULL -- numbers between them that were kept out of the sums, as a JSON array
+) STRICT, WITHOUT ROWID;
+CREATE TABLE series (
   id INTEGER PRIMARY KEY,
   key TEXT NOT NULL UNIQUE, -- the five as a JSON array: unlike NULLs in an index, two nulls are the same
   subscriber TEXT,
@@ -85,7 +83,6 @@ SCHEMA: Final = Schema(
     name="ledger",
     version=2,
     tables=_TABLES,
-    migrations={1: _APPLIED_UPTO},
     when_empty="the ledger is made with the first delivery to it",
     when_damaged="put its copy back, or move it away to begin a new one",
     when_full="free some, delivery goes on by itself",

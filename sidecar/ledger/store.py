@@ -298,6 +298,8 @@ def _verdict_for(error: OSError | sqlite3.Error | LedgerError, path: Path) -> Ve
     match error.trouble if isinstance(error, LedgerError) else trouble(error, path):
         case Trouble.NEWER:
             return Blocked("newer_version")
+        case Trouble.OLDER:
+            return Blocked("older_version")
         case Trouble.DAMAGED | Trouble.NOT_DATABASE | Trouble.FOREIGN:
             return Blocked("ledger_damaged")
         case Trouble.DENIED | Trouble.READ_ONLY | Trouble.GONE:

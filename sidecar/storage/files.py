@@ -52,6 +52,7 @@ class Trouble(StrEnum):
     NOT_DATABASE = "not an SQLite file"
     BUSY = "in use by another process"
     NEWER = "written by a newer version"
+    OLDER = "written by an older version"
     FOREIGN = "another program's"
     FAILED = "the disk fails"
 

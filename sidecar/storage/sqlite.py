@@ -5,9 +5,9 @@ because a build or a file system may refuse them silently. On macOS a plain fsyn
 `fullfsync` is set there. One connection writes and checkpoints, all others are read-only: SQLite before 3.51.3 can
 damage a log that two connections checkpoint (https://sqlite.org/wal.html#walresetbug).
 
-A file is told apart by its `user_version` and its tables: 0 and empty is a new one, a greater version than the schema's
-is a newer program's, and tables among which is none of the schema's are another program's. The last two are refused and
-left as they are.
+A file is told apart by its `user_version` and its tables: 0 and empty is a new one, another version than the schema's
+is a newer or an older program's, and tables among which is none of the schema's are another program's. All but a new
+one and our own are refused and left as they are, for writing and for reading alike: nothing is converted.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ import contextlib
 import re
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -38,7 +38,6 @@ class Schema:
     """What a file of one kind holds, and what is said where it cannot be used.
 
     `tables`: the statements of a new file, each `CREATE TABLE` at the beginning of a line.
-    `migrations`: for each older version the statements that make the next version of it.
     `when_empty`, `when_damaged`, `when_full`: the end of the sentence in these cases, which says what to do.
     `error`: what is raised, made of its text and the trouble.
     """
@@ -46,7 +45,6 @@ class Schema:
     name: str  # in messages: "ledger"
     version: int
     tables: str
-    migrations: Mapping[int, str] = field(default_factory=dict)
     when_empty: str = "it is made when it is first written"
     when_damaged: str = "put its copy back, or move it away to begin a new one"
     when_full: str = "free some, writing goes on by itself"
@@ -60,9 +58,9 @@ class Schema:
 def open_db(path: Path, *, schema: Schema, read_only: bool = False, lasting: bool = False) -> sqlite3.Connection:
     """A connection in autocommit mode that any thread may use, one at a time.
 
-    For writing the file is made if need be, for its owner alone, and brought to the schema's version. `read_only` opens
-    what is there and never makes or changes anything. Without `lasting` such a connection is for one short look: a file
-    that nobody has open is then read without a log beside it, which a full or read-only disk could not hold.
+    For writing the file and its tables are made if need be, for its owner alone. `read_only` opens what is there and
+    never makes or changes anything. Without `lasting` such a connection is for one short look: a file that nobody has
+    open is then read without a log beside it, which a full or read-only disk could not hold.
 
     Raises the schema's error, with what to do.
     """
@@ -73,7 +71,7 @@ def open_db(path: Path, *, schema: Schema, read_only: bool = False, lasting: boo
         db = _connect(path)
         try:
             _make_durable(db, path, schema)
-            _bring_up(db, path, schema)
+            _make_tables(db, path, schema)
         except BaseException:
             db.close()
             raise
@@ -141,19 +139,14 @@ def _make_durable(db: sqlite3.Connection, path: Path, schema: Schema) -> None:
         db.execute("PRAGMA checkpoint_fullfsync = ON")
 
 
-def _bring_up(db: sqlite3.Connection, path: Path, schema: Schema) -> None:
-    """Make the tables, or bring older ones to this version. In one transaction: a crash leaves the old file."""
+def _make_tables(db: sqlite3.Connection, path: Path, schema: Schema) -> None:
+    """Make the tables of a new file. In one transaction: a crash leaves an empty one."""
     if _version(db, path, schema) == schema.version:
         return
     with transaction(db):
-        version = _version(db, path, schema)  # again, now that nobody else can change it
-        if version == 0:
+        if _version(db, path, schema) == 0:  # again, now that nobody else can change it
             _run(db, schema.tables)
-            version = schema.version
-        while version < schema.version:
-            _run(db, schema.migrations[version])
-            version += 1
-        db.execute(f"PRAGMA user_version = {version}")
+            db.execute(f"PRAGMA user_version = {schema.version}")
 
 
 def _run(db: sqlite3.Connection, statements: str) -> None:
@@ -182,6 +175,12 @@ def _version(db: sqlite3.Connection, path: Path, schema: Schema) -> int:
         raise schema.error(
             f"{path} is a database of another program, and no {schema.name}: move it away, or {_OTHER_DIRECTORY}",
             Trouble.FOREIGN,
+        )
+    if 0 < version < schema.version:
+        raise schema.error(
+            f"{path} has format {version}, which an older release wrote, and is not read here: let that release "
+            f"deliver what is in the data directory and move the directory away, or {_OTHER_DIRECTORY}",
+            Trouble.OLDER,
         )
     return version
 

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.delivery.database import SCHEMA as DELIVERY
+from sidecar.ledger.schema import SCHEMA as LEDGER
 from sidecar.storage import files, sqlite
 from sidecar.storage.files import StorageError, Trouble, explain, replacing, try_lock, write_file, write_once
 from sidecar.storage.sqlite import Schema, open_db, problem_of, transaction
@@ -34,7 +36,6 @@ TWO = Schema(
     name="shelf",
     version=2,
     tables=TABLES + "CREATE TABLE box (name TEXT) STRICT;\n",
-    migrations={1: "CREATE TABLE box (name TEXT) STRICT;\nINSERT INTO box SELECT name FROM shelf;"},
     error=ShelfError,
 )
 
@@ -94,23 +95,35 @@ def test_a_lasting_reader_sees_what_is_written_later(path: Path) -> None:
         assert ask(reader, "SELECT count(*) FROM shelf") == 1
 
 
-def test_an_older_file_is_brought_up_in_one_step(path: Path) -> None:
+def test_an_older_file_is_refused_and_kept(path: Path) -> None:
     with closing(open_db(path, schema=ONE)) as db:
         db.execute("INSERT INTO shelf VALUES ('a')")
-    with closing(open_db(path, schema=TWO)) as db:
-        assert ask(db, "SELECT name FROM box") == "a"
-        assert ask(db, "PRAGMA user_version") == 2
+    before = path.read_bytes()
+    for read_only in (False, True):
+        with pytest.raises(ShelfError, match=r"has format 1, .*older release.* let that release deliver") as caught:
+            open_db(path, schema=TWO, read_only=read_only)
+        assert caught.value.trouble is Trouble.OLDER
+    assert path.read_bytes() == before
+    assert "older release" in str(problem_of(path, schema=TWO))
 
 
-def test_a_migration_that_fails_leaves_the_old_file(path: Path) -> None:
-    open_db(path, schema=ONE).close()
-    bad = Schema(
-        name="shelf", version=2, tables=TABLES, migrations={1: "CREATE TABLE box (a);\nSELECT nothing FROM nowhere;"}
-    )
+def test_tables_that_cannot_all_be_made_leave_an_empty_file(path: Path) -> None:
+    bad = Schema(name="shelf", version=1, tables=TABLES + "CREATE TABLE box (a);\nSELECT nothing FROM nowhere;")
     with pytest.raises(StorageError):
         open_db(path, schema=bad)
     with closing(open_db(path, schema=ONE)) as db:
         assert ask(db, "SELECT count(*) FROM sqlite_schema WHERE name = 'box'") == 0
+        assert ask(db, "SELECT count(*) FROM shelf") == 0
+
+
+@pytest.mark.parametrize("schema", [LEDGER, DELIVERY], ids=["ledger.db", "delivery.db"])
+def test_what_the_first_releases_wrote_is_refused_by_name(tmp_path: Path, schema: Schema) -> None:
+    path = tmp_path / f"{schema.name}.db"
+    open_db(path, schema=schema).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 1")
+    with pytest.raises(StorageError, match=rf"{schema.name}\.db has format 1.*set SIDECAR_DATA_DIR"):
+        open_db(path, schema=schema)
 
 
 def test_a_newer_file_is_refused_and_kept(path: Path) -> None:
