@@ -114,7 +114,7 @@ class Caller:
     """Calls through one running sidecar, with what they cost it."""
 
     def __init__(self, whole: Whole) -> None:
-        # The loops of both: one passes the bytes on and reads most of them, the other reads plain calls and records all.
+        # The loops of both: one passes bytes on and reads most of them, the other reads plain calls and records all.
         children = whole.children()
         self._stats = [Path(f"/proc/{pid}/schedstat") for pid in (*children["serve"], *children["meter"])]
         address = urlsplit(whole.proxy_url)
