@@ -189,7 +189,7 @@ class Settings:
     head_bytes: int = _setting(types.size(1024, 1 << 20), "65536", "largest head of a request; then 431")
     target_bytes: int = _setting(types.size(256, 1 << 20), "16384", "longest request target; then 414")
     connections: int = _setting(types.count(1, 1_000_000), "10240", "client connections at once, for each worker")
-    workers: int = _setting(types.count(1, 256), "1", "processes that share the port")
+    workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
 
     preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
     rewrite_redirects: bool = _setting(
