@@ -55,6 +55,7 @@ from sidecar.spool import (
     ground_warning,
     make_room,
 )
+from sidecar.spool.files import spool_dir
 from sidecar.spool.intake import Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
@@ -88,6 +89,7 @@ class Billing:
     free_bytes: int = 0
     disk_bytes: int = 0
     set_aside: int = 0  # damaged chunks that were copied and are kept
+    spool_bytes: int = 0  # of all slots, as `SIDECAR_RETENTION_BYTES` counts
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
@@ -181,6 +183,7 @@ class Billing:
         self.free_bytes, self.disk_bytes, self.set_aside, self.ledger_bytes = await asyncio.to_thread(
             lambda: (*disk_room(root), count_set_aside(root), size_of(root / backend_factory.LEDGER))
         )
+        self.spool_bytes = await asyncio.to_thread(lambda: sum(map(size_of, spool_dir(root).glob("*/*.seg"))))
         room = room_left(self.free_bytes, self.settings.spool.disk_low_bytes)
         if room is not self.room:
             self.room = room
@@ -394,6 +397,7 @@ class Metering:
             gauges.disk_bytes = bills.disk_bytes
             gauges.disk_low_bytes = bills.settings.spool.disk_low_bytes
             gauges.chunks_set_aside = bills.set_aside
+            gauges.spool_bytes = bills.spool_bytes
             gauges.ledger_bytes = bills.ledger_bytes
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
