@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sidecar.backends import BACKENDS, answers, backend_settings
 from sidecar.runtime.metrics import FAMILIES
-from sidecar.settings import Setting, core_settings
+from sidecar.settings import SECTIONS, Setting, Settings, section_settings
 from sidecar.usage.providers import realtime
 from sidecar.usage.providers.table import render
 
@@ -24,7 +24,10 @@ BACKENDS_PAGE = README.parent / "docs" / "backends.md"
 
 
 def settings_tables() -> str:
-    parts = [_table((None, setting) for setting in core_settings())]
+    parts = []
+    for section in SECTIONS.values():
+        about = "What all parts share." if section is Settings else section.__doc__ or ""
+        parts += [about, _table((None, setting) for setting in section_settings(section))]
     parts += [TOML_ONLY, "Of the backends, each under the name that `SIDECAR_BACKENDS` has for it:"]
     for name, settings in backend_settings().items():
         head = f"<details><summary><code>{name}</code>: {BACKENDS[name].summary}</summary>"

@@ -26,7 +26,6 @@ PURE = (
     "sidecar.delivery.types",
     "sidecar.meters",
     "sidecar.model",
-    "sidecar.proxy.config",
     "sidecar.proxy.drains",
     "sidecar.proxy.ending",
     "sidecar.proxy.headers",

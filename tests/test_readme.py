@@ -52,7 +52,7 @@ def test_every_setting_is_in_the_readme(variable: str) -> None:
 @pytest.mark.parametrize("setting", core_settings(), ids=lambda setting: setting.name)
 def test_every_setting_does_something(setting: Setting) -> None:
     sources = [path for path in (ROOT / "sidecar").rglob("*.py") if path.parent.name != "settings"]
-    used = any(re.search(rf"\bsettings\.{setting.name}\b", path.read_text()) for path in sources)
+    used = any(re.search(rf"\bsettings\.(\w+\.)?{setting.name}\b", path.read_text()) for path in sources)
     assert used, f"{setting.variable()} is accepted and not used"
 
 
@@ -104,12 +104,12 @@ def test_the_env_file_can_be_used_with_every_line_switched_on(tmp_path: Path) ->
         if found:
             environ[found[1]] = str(secret) if found[2].startswith("/run/secrets/") else found[2]
     assert len(environ) > 10
-    assert load(environ, backend_settings=backend_settings()).upstream_url == "https://api.example.com"
+    assert load(environ, backend_settings=backend_settings()).proxy.upstream_url == "https://api.example.com"
 
 
 def test_the_toml_file_can_be_used() -> None:
     settings = load({CONFIG: str(ROOT / "config/sidecar.toml")}, backend_settings=backend_settings())
-    assert len(settings.routes) == 2
+    assert len(settings.proxy.routes) == 2
     assert settings.subscribers == {"acme": {"revenium": "acme-corp"}}
 
 
@@ -128,7 +128,7 @@ def test_every_alert_says_what_to_do() -> None:
 
 
 def test_the_grace_periods_are_longer_than_the_stop() -> None:
-    stop_s = Settings().stop_delay_s + Settings().stop_s + 10  # and the last delivery
+    stop_s = Settings().serve.stop_delay_s + Settings().serve.stop_s + 10  # and the last delivery
     service = yaml.safe_load((ROOT / "config/compose.yml").read_text())["services"]["metering-sidecar"]
     assert float(service["stop_grace_period"].removesuffix("s")) > stop_s
     pod = next(yaml.safe_load_all((ROOT / "config/kubernetes.yml").read_text()))["spec"]["template"]["spec"]

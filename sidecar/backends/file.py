@@ -42,13 +42,12 @@ from sidecar.model.delivery import (
     Delivered,
     Duplicate,
     Encoded,
-    Retry,
     Sealed,
     Verdict,
 )
 from sidecar.model.record import Record
 from sidecar.settings import setting, types
-from sidecar.storage.files import StorageError, Trouble, sync_directory, sync_file, trouble, try_lock
+from sidecar.storage.files import StorageError, Trouble, sync_directory, sync_file, trouble, try_lock, verdict_for
 from sidecar.storage.sqlite import Schema, error_of, open_db, transaction
 
 BATCH_MAX: Final = 1000
@@ -59,7 +58,6 @@ MODE: Final = 0o600  # records name subscribers and addresses; a file that is th
 READ_BYTES: Final = 1 << 20  # of what is longer than remembered, at a time
 LINE_BYTES_MAX: Final = 4 << 20  # a longer line is none of ours: it is passed over
 _OURS: Final = re.compile(rb'\{"id":"[0-9a-f-]{36}","seq":')  # how every line of ours begins
-_DENIED: Final = frozenset({Trouble.DENIED, Trouble.READ_ONLY, Trouble.GONE})
 # `IF NOT EXISTS`: the first files had these tables and no number of their format yet.
 _TABLES: Final = """
 CREATE TABLE IF NOT EXISTS applied (
@@ -77,8 +75,8 @@ CREATE TABLE IF NOT EXISTS beyond (
 ) STRICT, WITHOUT ROWID;
 """
 # Nothing is lost with a damaged one: what is in the file is recognised by the ids of its records.
-MEMORY: Final = Schema(
-    name="memory of what was written",
+INDEX: Final = Schema(
+    name="index of what was written",
     version=1,
     tables=_TABLES,
     when_damaged="move it away, the lines in the file are then looked through",
@@ -113,7 +111,7 @@ class FileBackend:
         self._policy = settings.policy
         self._file = AppendOnce(
             path=settings.path or context.data_dir / "records.ndjson",
-            memory=context.data_dir / "file.db",
+            index_path=context.data_dir / "file.db",
             rotate_bytes=settings.rotate_bytes,
             clock=clock,
         )
@@ -139,18 +137,11 @@ class LockedFileError(Exception):
 
 
 def _verdict_for(error: OSError | StorageError, file: AppendOnce) -> Verdict:
-    """Nothing of a failed append counts, so that it may always be tried again."""
     if isinstance(error, StorageError):
         found = error.trouble
     else:
         found = Trouble.DENIED if error.errno == errno.EISDIR else trouble(error, file.path)
-    if found in (Trouble.DAMAGED, Trouble.NOT_DATABASE):
-        return Blocked(f"{file.memory} is damaged: {MEMORY.when_damaged}")
-    if found in (Trouble.NEWER, Trouble.OLDER, Trouble.FOREIGN):
-        return Blocked(str(error))
-    if found is Trouble.FULL:
-        return Retry("disk_full")
-    return Blocked("not_writable") if found in _DENIED else Retry("write_failed")
+    return verdict_for(found, damaged=f"{file.index_path} is damaged: {INDEX.when_damaged}", unfit=str(error))
 
 
 @dataclass(slots=True)
@@ -167,13 +158,13 @@ class _Open:
 class AppendOnce:
     """A file to which each key's bytes are appended once. Blocking; one call at a time."""
 
-    def __init__(self, *, path: Path, memory: Path, rotate_bytes: int, clock: Callable[[], float] = time) -> None:
+    def __init__(self, *, path: Path, index_path: Path, rotate_bytes: int, clock: Callable[[], float] = time) -> None:
         self.path = path
-        self.memory = memory
+        self.index_path = index_path
         self._rotate_bytes = rotate_bytes
         self._clock = clock
         self._lock = Lock()
-        self._known: sqlite3.Connection | None = None
+        self._index: sqlite3.Connection | None = None
         self._open: _Open | None = None
 
     def append(self, key: str, data: bytes) -> bool:
@@ -183,38 +174,38 @@ class AppendOnce:
         """
         with self._lock:
             try:
-                return self._append(self._remembered(), key, data)
+                return self._append(self._opened_index(), key, data)
             except (OSError, StorageError, sqlite3.Error) as error:
                 # Pages of a failed sync may be gone and a failed commit may not be: what is on disk is looked
                 # through again before the next byte.
                 self._forget()
                 if isinstance(error, sqlite3.Error):
-                    raise error_of(error, self.memory, MEMORY) from error
+                    raise error_of(error, self.index_path, INDEX) from error
                 raise
 
-    def _append(self, memory: sqlite3.Connection, key: str, data: bytes) -> bool:
-        if memory.execute("SELECT 1 FROM applied WHERE key = ?", (key,)).fetchone():
+    def _append(self, index: sqlite3.Connection, key: str, data: bytes) -> bool:
+        if index.execute("SELECT 1 FROM applied WHERE key = ?", (key,)).fetchone():
             return False
         current = self._current(len(data))
-        there = _known_of(memory, data)
+        there = _known_of(index, data)
         left = _without(data, there)
         if left:
             _write(current, left)
-        self._remember(memory, key, current, there=there)
+        self._remember(index, key, current, there=there)
         return True
 
     def close(self) -> None:
         with self._lock:
             self._forget()
 
-    def _remembered(self) -> sqlite3.Connection:
-        if self._known is None:
-            self._known = open_db(self.memory, schema=MEMORY)
-        return self._known
+    def _opened_index(self) -> sqlite3.Connection:
+        if self._index is None:
+            self._index = open_db(self.index_path, schema=INDEX)
+        return self._index
 
     def _remember(
         self,
-        memory: sqlite3.Connection,
+        index: sqlite3.Connection,
         key: str | None,
         current: _Open,
         *,
@@ -222,29 +213,29 @@ class AppendOnce:
         beyond: Iterable[str] = (),
     ) -> None:
         """One transaction: how long the file is, the key, and which ids beyond its old length are met or found."""
-        with transaction(memory):
-            memory.execute(
+        with transaction(index):
+            index.execute(
                 "INSERT OR REPLACE INTO written VALUES (1, ?, ?, ?)",
                 (current.device, current.inode, current.size_bytes),
             )
-            memory.executemany("INSERT OR IGNORE INTO beyond VALUES (?)", ((one,) for one in beyond))
-            memory.executemany("DELETE FROM beyond WHERE record_id = ?", ((one,) for one in there))
+            index.executemany("INSERT OR IGNORE INTO beyond VALUES (?)", ((one,) for one in beyond))
+            index.executemany("DELETE FROM beyond WHERE record_id = ?", ((one,) for one in there))
             if key is not None:
-                memory.execute("INSERT INTO applied (key) VALUES (?)", (key,))
-                memory.execute("DELETE FROM applied WHERE seq <= (SELECT max(seq) FROM applied) - ?", (KEYS_KEPT,))
+                index.execute("INSERT INTO applied (key) VALUES (?)", (key,))
+                index.execute("DELETE FROM applied WHERE seq <= (SELECT max(seq) FROM applied) - ?", (KEYS_KEPT,))
 
     def _current(self, more_bytes: int) -> _Open:
         """The file to write to: the open one unless it was moved away or would grow past its size."""
         current = self._open
         if current is not None and not _is_at(current, self.path):
-            self._let_go()
+            self._close_file()
             current = None
         if current is None:
             current = self._take_up()
         if current.size_bytes and current.size_bytes + more_bytes > self._rotate_bytes:
             _end_line(current)  # what was cut short there cannot be completed in another file
             self.path.rename(self._free_name())
-            self._let_go()
+            self._close_file()
             sync_directory(self.path.parent)
             current = self._take_up()
         return current
@@ -257,8 +248,8 @@ class AppendOnce:
             sync_directory(self.path.parent)
             stat = os.fstat(descriptor)
             current = _Open(descriptor, stat.st_dev, stat.st_ino, stat.st_size)
-            memory = self._remembered()
-            row = memory.execute("SELECT device, inode, size_bytes FROM written").fetchone()
+            index = self._opened_index()
+            row = index.execute("SELECT device, inode, size_bytes FROM written").fetchone()
             # A device's number may be another after a restart of the machine; an inode stays what it is.
             same = row is not None and row[1] == current.inode
             if not same or row[2] != stat.st_size:
@@ -285,8 +276,8 @@ class AppendOnce:
                 " somebody else; nothing is cut off, and no record of ours that is there is written again",
                 extra={"facts": {"path": str(self.path), "bytes": size_bytes - start, "records": len(found)}},
             )
-        assert self._known is not None
-        self._remember(self._known, None, current, beyond=found)
+        assert self._index is not None
+        self._remember(self._index, None, current, beyond=found)
 
     def _take_lock(self, descriptor: int) -> None:
         if try_lock(descriptor):
@@ -320,16 +311,16 @@ class AppendOnce:
                 return name
         raise OSError(errno.EEXIST, "no free name for the rotated file")
 
-    def _let_go(self) -> None:
+    def _close_file(self) -> None:
         if self._open is not None:
             os.close(self._open.descriptor)
             self._open = None
 
     def _forget(self) -> None:
-        self._let_go()
-        if self._known is not None:
-            self._known.close()
-            self._known = None
+        self._close_file()
+        if self._index is not None:
+            self._index.close()
+            self._index = None
 
 
 def _write(current: _Open, data: bytes) -> None:
@@ -388,13 +379,13 @@ def _id_in(line: bytes) -> str | None:
         return None
 
 
-def _known_of(memory: sqlite3.Connection, data: bytes) -> frozenset[str]:
+def _known_of(index: sqlite3.Connection, data: bytes) -> frozenset[str]:
     """Which of these lines are in the file already."""
-    if memory.execute("SELECT 1 FROM beyond LIMIT 1").fetchone() is None:
+    if index.execute("SELECT 1 FROM beyond LIMIT 1").fetchone() is None:
         return frozenset()
     ids = [one for line in data.split(b"\n") if (one := _id_in(line)) is not None]
     ask = "SELECT 1 FROM beyond WHERE record_id = ?"
-    return frozenset(one for one in ids if memory.execute(ask, (one,)).fetchone() is not None)
+    return frozenset(one for one in ids if index.execute(ask, (one,)).fetchone() is not None)
 
 
 def _without(data: bytes, there: frozenset[str]) -> bytes:

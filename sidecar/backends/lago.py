@@ -77,14 +77,14 @@ class LagoBackend(HttpBackend[LagoSettings]):
 
     def _piece(self, record: Record, subscription: str, meter: Meter, amount: Any) -> Piece:
         event = meter_event(record, meter)
-        told = {
+        payload = {
             "transaction_id": event.event_id,
             "external_subscription_id": subscription,
             "code": meter.event_name or meter.name,
             "timestamp": f"{record.started_at.timestamp():.3f}",
             "properties": {**_dimensions(record), self._settings.value_key: plain_number(amount)},
         }
-        return Piece(event, orjson.dumps(told))
+        return Piece(event, orjson.dumps(payload))
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["lago"], _judge)

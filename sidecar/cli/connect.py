@@ -44,8 +44,8 @@ class Tried:
 async def try_everything(settings: Settings) -> list[Tried]:
     """The upstream and each backend that is switched on, all at the same time."""
     attempts = [_backend(settings, name) for name in settings.backends]
-    if settings.upstream_url is not None:
-        attempts.insert(0, _upstream(settings.upstream_url, settings))
+    if settings.proxy.upstream_url is not None:
+        attempts.insert(0, _upstream(settings.proxy.upstream_url, settings))
     return [tried for each in await asyncio.gather(*attempts) for tried in each]
 
 
@@ -109,10 +109,10 @@ async def _reach_upstream(settings: Settings, url: str) -> str:
         return f"unix:{path}"
     context = None
     if url.startswith("https://"):
-        context = ssl.create_default_context(cafile=settings.upstream_ca_file)
-        if settings.upstream_cert_file is not None:
-            context.load_cert_chain(settings.upstream_cert_file, settings.upstream_key_file)
-    return await _reach(url, context, settings.upstream_server_name)
+        context = ssl.create_default_context(cafile=settings.proxy.upstream_ca_file)
+        if settings.proxy.upstream_cert_file is not None:
+            context.load_cert_chain(settings.proxy.upstream_cert_file, settings.proxy.upstream_key_file)
+    return await _reach(url, context, settings.proxy.upstream_server_name)
 
 
 async def _reach_backend(name: str, url: str | None) -> str:

@@ -40,7 +40,7 @@ def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] =
     from sidecar.runtime import backend_factory, certificates
 
     def judge(settings: Settings) -> list[str]:
-        return [*backend_factory.faults(settings), *certificates.faults(settings)]
+        return [*backend_factory.faults(settings), *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 

@@ -132,15 +132,15 @@ async def run(
     if mode is not None and backend not in (known := _with_modes()):
         raise DemoError(f"--mode {mode}: only {' and '.join(known)} have modes, and are named with --backend")
     async with AsyncExitStack() as stack:
-        room = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
-        data_dir = room / "data"
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
+        data_dir = folder / "data"
         upstream_url = await stack.enter_async_context(_scripted())
         environ = environment(upstream_url, data_dir)
         receiver, receiver_url = None, ""
         if backend is not None:
             receiver, receiver_url = await stack.enter_async_context(_receiving(backend))
             environ |= pointed_at(backend, receiver_url, mode)
-            environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(room, backend))}
+            environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(folder, backend))}
         sidecar = await stack.enter_async_context(start(environ))
         say(f"scripted upstream  {upstream_url}  (OpenAI and Anthropic; nothing leaves this machine)")
         say(f"sidecar            {sidecar.proxy_url}  in front of it; records go to {data_dir}")
@@ -189,9 +189,9 @@ def _with_modes() -> list[str]:
     return [name for name, row in BACKENDS.items() if any(setting.name == "mode" for setting in row.settings)]
 
 
-def _customers(room: Path, backend: str) -> Path:
+def _customers(folder: Path, backend: str) -> Path:
     """The file that says who the demo's subscribers are at the backend, which most backends want to know."""
-    path = room / "sidecar.toml"
+    path = folder / "sidecar.toml"
     names = dict.fromkeys(call.subscriber for call in CALLS)
     path.write_text("".join(f'[subscribers.{name}]\n{backend} = "cus_{name}"\n' for name in names))
     return path

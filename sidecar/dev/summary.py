@@ -46,22 +46,22 @@ def added_up(backend: str, rows: Iterable[tuple[str, object]]) -> Arrived:
     found = Arrived()
     for path, body in rows:
         for one in body if isinstance(body, list) else [body]:
-            if isinstance(one, dict) and (told := _consumed(backend, path, one)) is not None:
-                found.is_mapped = told.is_mapped
-                found.own_counts = found.own_counts or told.own_counts
-                for name, value in _amounts(told):
-                    sums = found.sums.setdefault(str(told.customer), {})
+            if isinstance(one, dict) and (consumed := _consumed(backend, path, one)) is not None:
+                found.is_mapped = consumed.is_mapped
+                found.own_counts = found.own_counts or consumed.own_counts
+                for name, value in _amounts(consumed):
+                    sums = found.sums.setdefault(str(consumed.customer), {})
                     sums[name] = sums.get(name, 0) + value
     return found
 
 
 def _consumed(backend: str, path: str, body: Mapping[str, Any]) -> Consumed | None:
-    told = (row.vendor.consumed(path, body) for row in VENDORS if row.backend == backend)
-    return next((one for one in told if one is not None), None)
+    readings = (row.vendor.consumed(path, body) for row in VENDORS if row.backend == backend)
+    return next((one for one in readings if one is not None), None)
 
 
-def _amounts(told: Consumed) -> list[tuple[str, int]]:
-    named = [(name.replace("-", "_"), value) for name, value in told.amounts.items()]
+def _amounts(consumed: Consumed) -> list[tuple[str, int]]:
+    named = [(name.replace("-", "_"), value) for name, value in consumed.amounts.items()]
     return [
         (name, int(value))
         for name, value in named

@@ -160,21 +160,6 @@ class LedgerReader:
             if value is not None
         ]
 
-    def meter_totals(
-        self, meter: Meter, since: datetime | None = None, until: datetime | None = None
-    ) -> dict[str | None, str]:
-        """Subscriber -> what the meter bills: the sum over groups and buckets, of LATEST the last one's."""
-        totals: dict[str | None, Decimal] = {}
-        last: dict[str | None, datetime] = {}
-        beginning = datetime.fromtimestamp(0, UTC)
-        for row in self.meter(meter, since, until):
-            value, start = Decimal(row.value), row.start or beginning
-            if meter.kind is not Kind.LATEST:
-                totals[row.subscriber] = EXACT.add(totals.get(row.subscriber, Decimal(0)), value)
-            elif row.subscriber not in last or start >= last[row.subscriber]:
-                totals[row.subscriber], last[row.subscriber] = value, start
-        return {subscriber: write_amount(value) for subscriber, value in totals.items()}
-
     def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, errors_told(self._path, SCHEMA):
             db.create_aggregate("exact_sum", 1, cast(Any, _Sum))

@@ -23,12 +23,13 @@ from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
-from sidecar.model.delivery import Applied, Blocked, Delivered, Duplicate, Refused, Retry, Verdict
-from sidecar.storage.files import Trouble, trouble
+from sidecar.model.delivery import Applied, Delivered, Duplicate, Refused, Verdict
+from sidecar.storage.files import Trouble, trouble, verdict_for
 from sidecar.storage.sqlite import open_db, transaction
 
 KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
 PRUNE_EVERY_S: Final = 3600
+DAMAGED: Final = "ledger_damaged"
 
 _READ_HOUR: Final = f"SELECT {', '.join(SUMS)}, cost_usd FROM hourly WHERE hour = ? AND series = ?"
 _WRITE_HOUR: Final = (
@@ -295,17 +296,7 @@ def _text(value: Decimal | None) -> str | None:
 
 
 def _verdict_for(error: OSError | sqlite3.Error | LedgerError, path: Path) -> Verdict:
-    match error.trouble if isinstance(error, LedgerError) else trouble(error, path):
-        case Trouble.NEWER:
-            return Blocked("newer_version")
-        case Trouble.OLDER:
-            return Blocked("older_version")
-        case Trouble.DAMAGED | Trouble.NOT_DATABASE | Trouble.FOREIGN:
-            return Blocked("ledger_damaged")
-        case Trouble.DENIED | Trouble.READ_ONLY | Trouble.GONE:
-            return Blocked("not_writable")
-        case Trouble.FULL:
-            return Retry("disk_full")
-        case Trouble.BUSY:
-            return Retry("busy")
-    return Retry("write_failed")
+    found = error.trouble if isinstance(error, LedgerError) else trouble(error, path)
+    versions = {Trouble.NEWER: "newer_version", Trouble.OLDER: "older_version"}
+    unfit = versions.get(found, DAMAGED) if found else DAMAGED
+    return verdict_for(found, damaged=DAMAGED, unfit=unfit)

@@ -6,8 +6,7 @@ Reading order: `config` (what it is told), `headers` and `response_parser` (pure
 """
 
 from sidecar.model.http_url import UpstreamAddress
-from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, ProxyMetrics, Route
 from sidecar.proxy.server import Proxy
 
-__all__ = ["Attribute", "Proxy", "ProxyMetrics", "ProxyRules", "Route", "UpstreamAddress"]
+__all__ = ["Attribute", "Proxy", "ProxyMetrics", "Route", "UpstreamAddress"]

@@ -208,7 +208,7 @@ class Call:
         if again is not None:
             call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
             call.body.done = True
-            call.body.keep(again, hop.rules.retry_body_bytes_max)
+            call.body.keep(again, hop.settings.retry_body_bytes_max)
         call.connection = connection
         connection.owner = call
         call._expect()
@@ -270,7 +270,7 @@ class Call:
         if body is not None:
             if tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw):
                 self.phase = Phase.GATHERING
-                self.deadline = hop.loop.time() + hop.rules.idle_timeout_s
+                self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
                 self._on(Event.UPLOAD)
                 return
             body.tap = tap
@@ -308,7 +308,7 @@ class Call:
         self._exchange.request_bytes = body.size_bytes
         if whole is None:
             if body.size_bytes > before:
-                self.deadline = hop.now + hop.rules.idle_timeout_s
+                self.deadline = hop.now + hop.settings.idle_timeout_s
             self._read_on()
             return
         changed = _ask(None, tap.with_usage_asked, whole)
@@ -343,7 +343,7 @@ class Call:
         try:
             connection = await self._new_connection()
         except TimeoutError:
-            within = f"no connection within {self._hop.rules.connect_timeout_s:g} s"
+            within = f"no connection within {self._hop.settings.upstream_connect_timeout_s:g} s"
             why = Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)
             self._connecting = None
             self._on(Event.UNREACHABLE, why)
@@ -360,7 +360,7 @@ class Call:
 
     async def _new_connection(self) -> UpstreamConnection:
         """A short want of descriptors (a burst of clients that are just being refused) is waited out, not answered."""
-        patience_s = self._hop.rules.connect_timeout_s
+        patience_s = self._hop.settings.upstream_connect_timeout_s
         while True:
             try:
                 return await self._hop.upstream.connect()
@@ -390,14 +390,14 @@ class Call:
             if body is None:
                 body = self.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
                 body.done = True
-            body.keep(data, hop.rules.retry_body_bytes_max)
+            body.keep(data, hop.settings.retry_body_bytes_max)
         connection.write(data)
         if body is None or body.done:
             self.phase = Phase.WAITING
-            self.deadline = hop.now + hop.rules.response_timeout_s
+            self.deadline = hop.now + hop.settings.upstream_timeout_s
         else:
             self.phase = Phase.SENDING
-            self.deadline = hop.now + hop.rules.idle_timeout_s
+            self.deadline = hop.now + hop.settings.idle_timeout_s
             self._read_on()
 
     def _expect(self) -> None:
@@ -423,12 +423,12 @@ class Call:
         self._exchange.request_bytes = body.size_bytes
         if wire:
             connection.write(wire)
-            self.deadline = hop.now + hop.rules.idle_timeout_s
+            self.deadline = hop.now + hop.settings.idle_timeout_s
         if not body.done:
             self._read_on()
         elif self.phase is Phase.SENDING:
             self.phase = Phase.WAITING
-            self.deadline = hop.now + hop.rules.response_timeout_s
+            self.deadline = hop.now + hop.settings.upstream_timeout_s
             if self.response is not None and self.response.upgraded:
                 self._on(Event.SWITCHED)
 
@@ -453,7 +453,7 @@ class Call:
             if self.phase is STREAMING:
                 response.feed(data)
                 if not (response.done or response.ended) and response.broken is None:  # nearly every chunk
-                    self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+                    self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
                     out, client = response.out, self.client
                     if out and client is not None:
                         client.send(out[0] if len(out) == 1 else b"".join(out))
@@ -498,7 +498,7 @@ class Call:
         if client is None:
             return b""
         exchange.status = status
-        meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
+        meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.settings.meter_id_header else b""
         if status == 101:
             return meter_id
         self._keep_alive = (
@@ -515,7 +515,7 @@ class Call:
         response = self.response
         assert response is not None
         if response.started:
-            self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+            self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
             if self.phase is not Phase.TRAILING:
                 self.phase = STREAMING
         self._flush()
@@ -633,7 +633,7 @@ class Call:
             self._over()
             return
         self.phase = Phase.TRAILING
-        self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+        self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
         if client is None or not client.full:
             connection.pause(False)
 
@@ -694,7 +694,7 @@ class Call:
             return
         self.phase = Phase.DRAINING
         self._hop.metrics.drains_changed(1)
-        self.deadline = self._hop.loop.time() + self._hop.rules.disconnect_drain_s
+        self.deadline = self._hop.loop.time() + self._hop.settings.disconnect_drain_s
         if self.connection is not None:
             self.connection.pause(False)
 
@@ -703,7 +703,7 @@ class Call:
         hop = self._hop
         if not self.upload_done or self.connection is None or self._request_tap is None:
             return False
-        if hop.rules.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
+        if hop.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
             return False
         owners = hop.drains.owners(self._payer(self._request_tap), self._exchange.client_ip)
         limit = hop.drains.take(owners)
@@ -819,7 +819,7 @@ class Call:
             and client.may_keep_alive(self._message.should_close)
         )
         fields = b""
-        if self._hop.rules.meter_id_header:
+        if self._hop.settings.meter_id_header:
             fields = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
         self._own = own.encode(
             close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
@@ -868,7 +868,7 @@ class Call:
         elif self.connection is not None and self.phase not in (Phase.HELD, Phase.CATCHING_UP):
             self.connection.pause(full)
             if not full and self.upload_done:
-                self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+                self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
 
     # -- protocol switches -----------------------------------------------------------------------
 
@@ -898,7 +898,7 @@ class Call:
             client.switch(tunnel)
 
     def tunnel_moved(self) -> None:
-        self.deadline = self._hop.now + self._hop.rules.idle_timeout_s
+        self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
 
     def tunnel_message(self, usage: Usage, release: Release) -> bool:
         """A message in the tunnel reported usage: admit its record and hand it over in one step. False: `release` will

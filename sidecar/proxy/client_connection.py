@@ -109,13 +109,13 @@ class Client(ClientProtocol):
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
-        rules = hop.rules
+        settings = hop.settings
         super().__init__(
             server,
             hop.loop,
-            target_bytes_max=rules.target_bytes_max,
-            field_bytes_max=rules.head_bytes_max,
-            fields_max=rules.head_fields_max,
+            target_bytes_max=settings.target_bytes,
+            field_bytes_max=settings.head_bytes,
+            fields_max=settings.head_fields_max,
         )
         self._hop = hop
         self._clients = clients
@@ -159,7 +159,7 @@ class Client(ClientProtocol):
         ip = peer[0] if isinstance(peer, tuple) else None
         tls = transport.get_extra_info("sslcontext") is not None
         self.peer = self._hop.headers.peer(ip, tls=tls)
-        self.deadline = self._hop.loop.time() + self._hop.rules.head_timeout_s
+        self.deadline = self._hop.loop.time() + self._hop.settings.head_timeout_s
         if not self._clients.opened(self):
             self.reject(local_responses.TOO_MANY, "connections", linger=self._clients.may_linger)
 
@@ -218,7 +218,7 @@ class Client(ClientProtocol):
             self.call.client_full(False)
         elif not self._closing:
             if not self._head_bytes:
-                self.deadline = self._hop.loop.time() + self._hop.rules.keepalive_timeout_s
+                self.deadline = self._hop.loop.time() + self._hop.settings.keepalive_timeout_s
             self._take()
 
     # -- parsing ---------------------------------------------------------------------------------
@@ -312,7 +312,7 @@ class Client(ClientProtocol):
             self._malformed(error, data)
             return
         if messages:
-            if len(data) + self._head_bytes > self._hop.rules.head_bytes_max and self._too_large(messages[-1][0]):
+            if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
             self._head_bytes = 0
@@ -384,13 +384,13 @@ class Client(ClientProtocol):
         transport = self.transport
         if transport is None or transport.is_closing():
             return
-        rules = self._hop.rules
+        settings = self._hop.settings
         if not keep_alive or self._hop.stopping:
             self._hang_up(linger=not upload_done or self._last_call)
             return
         if self._offer is not None and not self._queue:
             self._declined()
-        self.deadline = self._hop.now + (rules.idle_timeout_s if self.full else rules.keepalive_timeout_s)
+        self.deadline = self._hop.now + (settings.idle_timeout_s if self.full else settings.keepalive_timeout_s)
         if not self._taking and (self._queue or self._parser_holds or self._unread or self._last_call):
             self._take()
 
@@ -468,7 +468,7 @@ class Client(ClientProtocol):
             while self.call is None and self._queue and not self._closing and not self.full:
                 message, payload = self._queue.popleft()
                 self.parser_idle_again()
-                if len(self._hop.calls) >= self._hop.rules.calls_max:
+                if len(self._hop.calls) >= self._hop.settings.calls_max:
                     self.reject(local_responses.TOO_MANY, "calls")
                     return
                 self.deadline = NEVER
@@ -514,18 +514,18 @@ class Client(ClientProtocol):
 
     def _count_head(self, size: int) -> None:
         if not self._head_bytes:
-            self.deadline = self._hop.loop.time() + self._hop.rules.head_timeout_s
+            self.deadline = self._hop.loop.time() + self._hop.settings.head_timeout_s
         self._head_bytes += size
-        if self._head_bytes > self._hop.rules.head_bytes_max:
+        if self._head_bytes > self._hop.settings.head_bytes:
             self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
 
     def _too_large(self, message: RawRequestMessage) -> bool:
         size = sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
-        return size + len(message.path) > self._hop.rules.head_bytes_max
+        return size + len(message.path) > self._hop.settings.head_bytes
 
     def _malformed(self, error: HttpProcessingError, data: bytes) -> None:
         """Fixed texts only: the parser's own words hold bytes of the request, secrets included."""
-        kind = refusal(error, self._hop.rules.target_bytes_max)
+        kind = refusal(error, self._hop.settings.target_bytes)
         call = self.call
         if call is not None and not call.upload_done:
             self._own_refused("bad_chunk")
@@ -621,19 +621,19 @@ class Client(ClientProtocol):
         transport = self.transport
         if self._closing or transport is None or transport.is_closing():
             return
-        rules, now = self._hop.rules, self._hop.loop.time()
+        settings, now = self._hop.settings, self._hop.loop.time()
         self._closing = True
         self._input = Input.DROPPED
         self._queue.clear()
         self._unread, self._at, self._parser_holds = b"", 0, False
         self._unsent = transport.get_write_buffer_size()
         if not linger:
-            self.deadline = now + rules.idle_timeout_s
+            self.deadline = now + settings.idle_timeout_s
             transport.close()
             return
-        self.deadline = now + rules.linger_s
-        self._linger_until = now + rules.linger_total_s
-        self._linger_bytes = rules.linger_bytes_max
+        self.deadline = now + settings.linger_s
+        self._linger_until = now + settings.linger_total_s
+        self._linger_bytes = settings.linger_bytes_max
         if self.upload_paused:
             self.resume_upload()
         self.pause(False)
@@ -649,7 +649,7 @@ class Client(ClientProtocol):
         if self._linger_bytes < 0:
             self._abort()
         else:
-            self.deadline = min(self._hop.loop.time() + self._hop.rules.linger_s, self._linger_until)
+            self.deadline = min(self._hop.loop.time() + self._hop.settings.linger_s, self._linger_until)
 
     def _expired_closing(self) -> None:
         """Nothing came for a while, or too much. A client that still reads its response may go on with that."""
@@ -659,7 +659,7 @@ class Client(ClientProtocol):
         unsent, before = transport.get_write_buffer_size(), self._unsent
         self._unsent = unsent
         if 0 < unsent < before:
-            self.deadline = self._hop.loop.time() + self._hop.rules.linger_s
+            self.deadline = self._hop.loop.time() + self._hop.settings.linger_s
         else:
             self._abort()
 

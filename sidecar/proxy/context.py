@@ -10,10 +10,10 @@ from typing import Final, Protocol
 
 from sidecar.model.exchange import Recorder, Subscriber
 from sidecar.model.seldom import Seldom
-from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.drains import REASONS, Drains
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream
+from sidecar.settings import OnDisconnect, ProxySettings
 from sidecar.usage import RawHeaders, Taps
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class OpenCall(Protocol):
 class Hop:
     """What all calls of one proxy share."""
 
-    rules: ProxyRules
+    settings: ProxySettings
     headers: HeaderRules
     upstream: Upstream
     recorder: Recorder
@@ -89,7 +89,12 @@ class Hop:
     idle: Callable[[], None] | None = None  # called when the last call is over
 
     def __post_init__(self) -> None:
-        self.drains = Drains(self.rules.drains_max)
+        self.drains = Drains(self.settings.drains)
+
+    def disconnect_policy(self, route: str | None) -> OnDisconnect:
+        """What to do when the client leaves a call on this route."""
+        own = (found.on_disconnect for found in self.settings.routes if found.pattern == route)
+        return next((policy for policy in own if policy is not None), self.settings.on_disconnect)
 
     def upstream_failed(self, reason: str, words: str) -> None:
         """A call got no answer. `words` are ours or the system's, for a person."""
@@ -98,7 +103,7 @@ class Hop:
         if calls is not None:
             log.warning(
                 "the upstream gives no answer: %s", words,
-                extra={"facts": {"reason": reason, "upstream": self.rules.upstream_url, "calls": calls}},
+                extra={"facts": {"reason": reason, "upstream": self.settings.upstream_url, "calls": calls}},
             )  # fmt: skip
 
     def not_drained(self, limit: str) -> None:

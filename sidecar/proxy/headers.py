@@ -27,8 +27,8 @@ from sidecar.model.exchange import (
 )
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import below, origin_form
-from sidecar.proxy.config import Forwarded, ProxyRules
 from sidecar.proxy.redirects import Called, Redirects
+from sidecar.settings import ProxySettings
 from sidecar.usage import RawHeaders
 
 METER_ID: Final = b"x-meter-id"
@@ -119,30 +119,30 @@ def _ignore(word: str) -> None:
 
 
 class HeaderRules:
-    """`ProxyRules`, made ready for the two passes a call. `limit_reached` is told what a record does not keep whole,
+    """`ProxySettings`, made ready for the two passes a call. `limit_reached` is told what a record does not keep whole,
     `redirected` what became of a redirect to the upstream."""
 
     def __init__(
         self,
-        rules: ProxyRules,
+        settings: ProxySettings,
         address: UpstreamAddress,
         limit_reached: Callable[[str], None] = _ignore,
         redirected: Callable[[str], None] = _ignore,
     ) -> None:
         self._address = address
         self.authority = address.authority
-        self.preserve_host = rules.preserve_host
-        self.mode: Forwarded = rules.forwarded
-        self.via = rules.via.encode("latin-1") if rules.via else None
-        self._trusted = rules.trusted_proxies
+        self.preserve_host = settings.preserve_host
+        self.mode = str(settings.forwarded)
+        self.via = settings.via.encode("latin-1") if settings.via else None
+        self._trusted = settings.trusted_proxies
         self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
-        self.record_base = (rules.public_url or address.url).rstrip("/")
-        self._query_values = rules.query_values
+        self.record_base = (settings.public_url or address.url).rstrip("/")
+        self._query_values = frozenset(settings.query_values)
         self._base = address.base.decode("ascii")
         self._limit_reached = limit_reached
         too_long = partial(limit_reached, "header_name_chars")
-        self.redirects = Redirects(address, rewrite=rules.rewrite_redirects, counted=redirected)
-        self.meter_id = rules.meter_id_header
+        self.redirects = Redirects(address, rewrite=settings.rewrite_redirects, counted=redirected)
+        self.meter_id = settings.meter_id_header
         self.request_kinds = Kinds(REQUEST, too_long)
         # The field is ours then: one of the upstream's beside it could be taken for it.
         self.response_kinds = Kinds(RESPONSE | {METER_ID: HOP} if self.meter_id else RESPONSE, too_long)

@@ -86,20 +86,20 @@ class PlainCalls:
     """What the plain calls of one proxy share."""
 
     def __init__(self, hop: Hop, address: UpstreamAddress, attribution: PlainAttribution) -> None:
-        rules = hop.rules
+        settings = hop.settings
         self.hop = hop
         self._attribution = attribution
         self._numbers = 0
         self._requests: PlainRequests[_Asked] = PlainRequests(
             describe=self._describe,
-            authority=None if rules.preserve_host else hop.headers.authority,
+            authority=None if settings.preserve_host else hop.headers.authority,
             base=address.base,
             matters=attribution.reads,
-            head_bytes_max=rules.head_bytes_max,
-            fields_max=rules.head_fields_max,
-            target_bytes_max=rules.target_bytes_max,
+            head_bytes_max=settings.head_bytes,
+            fields_max=settings.head_fields_max,
+            target_bytes_max=settings.target_bytes,
         )
-        dropped = frozenset({METER_ID}) if rules.meter_id_header else frozenset[bytes]()
+        dropped = frozenset({METER_ID}) if settings.meter_id_header else frozenset[bytes]()
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
             describe=self._describe_response, dropped=dropped
         )
@@ -108,7 +108,7 @@ class PlainCalls:
         """Let the call in and send it on; False: it is none of ours, and nothing has happened."""
         hop = self.hop
         end = data.find(b"\r\n\r\n")
-        if end < 0 or len(hop.calls) >= hop.rules.calls_max:
+        if end < 0 or len(hop.calls) >= hop.settings.calls_max:
             return False
         head = data[:end]
         plain = self._requests.read(head, client.peer)
@@ -215,7 +215,7 @@ class PlainCall:
         self._closes = False  # the connection is closed behind the response
         self.client: PlainClient | None = client
         self.connection: UpstreamConnection | None = connection
-        self.deadline = hop.now + hop.rules.response_timeout_s
+        self.deadline = hop.now + hop.settings.upstream_timeout_s
         may_repeat = connection.used and plain.shape.facts.idempotent
         self._again = wire if may_repeat else None
         hop.calls.add(self)
@@ -254,7 +254,7 @@ class PlainCall:
         if exchange.shape.read:
             exchange.response_head = data[:end]
             exchange.response_body = body
-        ours = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.rules.meter_id_header else b""
+        ours = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.settings.meter_id_header else b""
         self._closes = not client.may_keep_alive(False)
         if self._closes:
             ours += b"Connection: close\r\n"

@@ -16,17 +16,18 @@ import stat
 import sys
 from asyncio import AbstractServer, TimerHandle
 from dataclasses import replace
+from pathlib import Path
 from typing import Final
 
 from sidecar.model.exchange import Recorder
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
 from sidecar.proxy.client_connection import Client, Clients
-from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.context import Attribute, AttributeByBody, Hop, PlainAttribution, ProxyMetrics, Route
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
+from sidecar.settings import ProxySettings
 from sidecar.storage.sockets import for_both_families
 from sidecar.usage import Taps
 
@@ -42,21 +43,21 @@ FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
 
 
-def within_files(files: int, rules: ProxyRules) -> ProxyRules:
-    """The rules, with connections and drains cut down to what this many file descriptors allow: an open call needs one
+def within_files(files: int, settings: ProxySettings) -> ProxySettings:
+    """With connections and drains cut down to what this many file descriptors allow: an open call needs one
     for its client and one for the upstream, a drain one, and what else the process has open must go on working."""
-    connections, drains = rules.connections_max, rules.drains_max
-    if files_needed(rules) <= files:
-        return rules
+    connections, drains = settings.connections, settings.drains
+    if files_needed(settings) <= files:
+        return settings
     left = files - min(FILES_BESIDE, max(FILES_BESIDE_MIN, files // 4))
     drains = min(drains, left // 8)
     connections = min(connections, max(1, (left - drains - min(REFUSED_MAX, left // 16)) // 2))
-    return replace(rules, connections_max=connections, drains_max=drains)
+    return replace(settings, connections=connections, drains=drains)
 
 
-def files_needed(rules: ProxyRules) -> int:
+def files_needed(settings: ProxySettings) -> int:
     """The file descriptors with which nothing has to be cut down."""
-    return 2 * rules.connections_max + rules.drains_max + REFUSED_MAX + FILES_BESIDE
+    return 2 * settings.connections + settings.drains + REFUSED_MAX + FILES_BESIDE
 
 
 def _files() -> int:
@@ -70,7 +71,7 @@ class Proxy:
     def __init__(
         self,
         *,
-        rules: ProxyRules,
+        settings: ProxySettings,
         recorder: Recorder,
         taps: Taps,
         attribute: Attribute,
@@ -80,8 +81,8 @@ class Proxy:
         metrics: ProxyMetrics,
     ) -> None:
         """`plainly`: as `attribute`, for calls that may take the short way; None: none may."""
-        self._rules = rules
-        self._address = UpstreamAddress.parse(rules.upstream_url)
+        self._settings = settings
+        self._address = UpstreamAddress.parse(settings.upstream_url or "")
         self._parts = (recorder, taps, attribute, attribute_by_body, plainly, route)
         self._metrics = metrics
         self._hop: Hop | None = None
@@ -92,8 +93,8 @@ class Proxy:
         self._tls: ssl.SSLContext | None = None
         self._sweeper: TimerHandle | None = None
         shortest = min(
-            rules.response_timeout_s, rules.idle_timeout_s, rules.head_timeout_s, rules.keepalive_timeout_s,
-            rules.disconnect_drain_s, rules.linger_s, rules.upstream_keepalive_s or rules.idle_timeout_s,
+            settings.upstream_timeout_s, settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
+            settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
         )  # fmt: skip
         self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
@@ -112,27 +113,27 @@ class Proxy:
     async def start(self) -> None:
         """Open the connector. Raises `OSError` or `ssl.SSLError` for certificates that cannot be read."""
         files = _files()
-        rules, address = within_files(files, self._rules), self._address
-        self._rules = rules
+        settings, address = within_files(files, self._settings), self._address
+        self._settings = settings
         loop = asyncio.get_running_loop()
         tls = self._upstream_tls() if address.tls else None
-        if rules.listener_cert_file is not None:
-            self._tls = _listener_tls(rules.listener_cert_file, rules.listener_key_file)
+        if settings.tls_cert_file is not None:
+            self._tls = _listener_tls(settings.tls_cert_file, settings.tls_key_file)
         upstream = Upstream(
             loop=loop,
             host=address.host,
             port=address.port,
             socket_path=address.socket_path,
             tls=tls,
-            server_name=rules.upstream_server_name,
-            connect_timeout_s=rules.connect_timeout_s,
-            keepalive_s=rules.upstream_keepalive_s,
-            age_s=rules.upstream_connection_age_s,
+            server_name=settings.upstream_server_name,
+            connect_timeout_s=settings.upstream_connect_timeout_s,
+            keepalive_s=settings.upstream_keepalive_s,
+            age_s=settings.upstream_connection_age_s,
         )
         recorder, taps, attribute, attribute_by_body, plainly, route = self._parts
         hop = self._hop = Hop(
-            rules=rules,
-            headers=HeaderRules(rules, address, self._metrics.limit_reached, self._metrics.redirected),
+            settings=settings,
+            headers=HeaderRules(settings, address, self._metrics.limit_reached, self._metrics.redirected),
             upstream=upstream,
             recorder=recorder,
             taps=taps,
@@ -144,7 +145,7 @@ class Proxy:
             now=loop.time(),
         )
         refused = min(REFUSED_MAX, max(REFUSED_MIN, files // 16))
-        clients = self._clients = Clients(rules.connections_max, self._metrics, refused_max=refused)
+        clients = self._clients = Clients(settings.connections, self._metrics, refused_max=refused)
         plain = None if plainly is None else PlainCalls(hop, address, plainly)
         self._server = Server(lambda server: Client(server, hop, clients, plain), loop)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
@@ -163,7 +164,7 @@ class Proxy:
             raise RuntimeError("start the proxy before it listens")
         loop = asyncio.get_running_loop()
         tls = self._tls
-        handshake_s = self._rules.head_timeout_s if tls is not None else None
+        handshake_s = self._settings.head_timeout_s if tls is not None else None
         if path is None and sock is None:
             sock = for_both_families(host, port)
         if path is not None:
@@ -194,14 +195,14 @@ class Proxy:
     def reload_tls(self) -> None:
         """Read the certificates of both sides anew; connections made from now on get them. What cannot be read changes
         nothing."""
-        rules = self._rules
-        if self._tls is not None and rules.listener_cert_file is not None:
+        settings = self._settings
+        if self._tls is not None and settings.tls_cert_file is not None:
             try:
-                _listener_tls(rules.listener_cert_file, rules.listener_key_file)  # a trial: a failed load is not undone
-                load_chain(self._tls, rules.listener_cert_file, rules.listener_key_file)
+                _listener_tls(settings.tls_cert_file, settings.tls_key_file)  # a trial: a failed load is not undone
+                load_chain(self._tls, settings.tls_cert_file, settings.tls_key_file)
             except (OSError, ValueError) as error:
                 log.error("the certificate was not reloaded, the old one stays: %s", why_unreadable(error))
-        named = rules.upstream_client_cert_file is not None or rules.upstream_ca_file is not None
+        named = settings.upstream_cert_file is not None or settings.upstream_ca_file is not None
         if self._hop is not None and self._address.tls and named:
             try:
                 self._hop.upstream.renew_tls(self._upstream_tls())
@@ -210,11 +211,11 @@ class Proxy:
                 log.error("the certificates for the upstream were not reloaded, the old ones stay: %s", why)
 
     def _upstream_tls(self) -> ssl.SSLContext:
-        rules = self._rules
+        settings = self._settings
         return client_tls(
-            ca_file=rules.upstream_ca_file,
-            cert_file=rules.upstream_client_cert_file,
-            key_file=rules.upstream_client_key_file,
+            ca_file=settings.upstream_ca_file,
+            cert_file=settings.upstream_cert_file,
+            key_file=settings.upstream_key_file,
         )
 
     async def stop(self, timeout_s: float) -> None:
@@ -280,7 +281,7 @@ class Proxy:
             client.expired()
 
 
-def _listener_tls(cert_file: str, key_file: str | None) -> ssl.SSLContext:
+def _listener_tls(cert_file: Path, key_file: Path | None) -> ssl.SSLContext:
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.set_alpn_protocols(["http/1.1"])
     load_chain(context, cert_file, key_file)

@@ -14,6 +14,7 @@ import socket
 import ssl
 from asyncio import AbstractEventLoop, BaseTransport
 from contextlib import suppress
+from pathlib import Path
 from typing import Final, Protocol
 
 from aiohttp import (
@@ -376,7 +377,7 @@ def _number(error: BaseException) -> int:
     return errno.ECONNRESET if isinstance(error, ConnectionError) else 0
 
 
-def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | None) -> ssl.SSLContext:
+def client_tls(*, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
     """How the upstream is verified, and what it is shown. ALPN is set because a server may otherwise pick HTTP/2.
     Raises what `load_chain` does."""
     context = ssl.create_default_context(cafile=ca_file)
@@ -386,7 +387,7 @@ def client_tls(*, ca_file: str | None, cert_file: str | None, key_file: str | No
     return context
 
 
-def load_chain(context: ssl.SSLContext, cert_file: str, key_file: str | None) -> None:
+def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
     """A certificate and its key. Raises `OSError` (an `ssl.SSLError` is one) or, for a key that needs a password,
     `ValueError`: nobody is there to be asked, though OpenSSL would ask the terminal and wait."""
 

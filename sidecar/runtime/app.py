@@ -27,7 +27,7 @@ from sidecar.storage.sockets import listening
 
 def run(settings: Settings) -> int:
     """Serve with these settings; the exit code. Raises the parts' own errors from starting."""
-    logs.set_up(settings.log_level.value.upper(), role="supervisor")
+    logs.set_up(settings.serve.log_level.value.upper(), role="supervisor")
     return Supervisor(settings).run()
 
 
@@ -45,13 +45,13 @@ async def running(settings: Settings) -> AsyncIterator[Running]:
     """Serve and meter in this loop, with the seam between them as ever. Raises the parts' own errors."""
     # `last` closes after `stack`: the admin port answers while calls end and the last deliveries go out.
     async with AsyncExitStack() as last, AsyncExitStack() as stack:
-        taking = partial(DataLock.take, settings.data_dir, wait_s=settings.stop_s)
+        taking = partial(DataLock.take, settings.data_dir, wait_s=settings.serve.stop_s)
         lock = last.enter_context(await asyncio.to_thread(taking))
         seam, address = listen_at_seam(settings.data_dir, held=True)
-        with listening(settings.listen, "SIDECAR_LISTEN"):
-            [listeners], proxy_url = bind(settings.listen, 1, tls=settings.tls_cert_file is not None)
-        with listening(settings.admin_listen, "SIDECAR_ADMIN_LISTEN"):
-            [[admin]], admin_url = bind(settings.admin_listen, 1, first=True)
+        with listening(settings.serve.listen, "SIDECAR_LISTEN"):
+            [listeners], proxy_url = bind(settings.serve.listen, 1, tls=settings.proxy.tls_cert_file is not None)
+        with listening(settings.serve.admin_listen, "SIDECAR_ADMIN_LISTEN"):
+            [[admin]], admin_url = bind(settings.serve.admin_listen, 1, first=True)
         factory.raise_file_limit(settings)
         key = factory.kept_hash_key(settings) or factory.new_hash_key()
         source = os.urandom(SOURCE_BYTES)

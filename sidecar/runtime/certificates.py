@@ -6,10 +6,10 @@ import ssl
 from pathlib import Path
 
 from sidecar.proxy.upstream import load_chain, why_unreadable
-from sidecar.settings import Settings
+from sidecar.settings import ProxySettings
 
 
-def faults(settings: Settings) -> list[str]:
+def faults(settings: ProxySettings) -> list[str]:
     """What is wrong with them, each by the name of its setting."""
     found = []
     for prefix, cert, key in (
@@ -21,7 +21,7 @@ def faults(settings: Settings) -> list[str]:
             found.append(f"{prefix}_CERT_FILE and {prefix}_KEY_FILE: {why}")
     if settings.upstream_ca_file is not None:
         try:
-            ssl.create_default_context(cafile=str(settings.upstream_ca_file))
+            ssl.create_default_context(cafile=settings.upstream_ca_file)
         except OSError as error:
             found.append(f"SIDECAR_UPSTREAM_CA_FILE: expected certificates (PEM): {why_unreadable(error)}")
     return found
@@ -29,7 +29,7 @@ def faults(settings: Settings) -> list[str]:
 
 def _chain_fault(cert: Path, key: Path) -> str | None:
     try:
-        load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), str(cert), str(key))
+        load_chain(ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), cert, key)
     except ValueError as error:
         return str(error)
     except OSError as error:

@@ -21,7 +21,7 @@ from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.seldom import Seldom
 from sidecar.model.target import client_path
-from sidecar.proxy import Proxy, ProxyRules
+from sidecar.proxy import Proxy
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
@@ -29,7 +29,7 @@ from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
-from sidecar.spool.recorder import Link, Recorder
+from sidecar.spool.recorder import Recorder
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
 from sidecar.usage.providers.table import known_routes
@@ -47,43 +47,6 @@ HASH_KEY_FILE: Final = "hash.key"
 HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # as `attribution` writes the keyed hash of a credential
 
 
-def rules(settings: Settings) -> ProxyRules:
-    """What the hop is told."""
-    url = settings.upstream_url or ""
-    return ProxyRules(
-        upstream_url=url,
-        public_url=settings.public_url,
-        preserve_host=settings.preserve_host,
-        forwarded=settings.forwarded.value,
-        via=settings.via,
-        trusted_proxies=settings.trusted_proxies,
-        query_values=frozenset(settings.query_values),
-        meter_id_header=settings.meter_id_header,
-        rewrite_redirects=settings.rewrite_redirects,
-        on_disconnect=settings.on_disconnect.value,
-        on_disconnect_routes={r.pattern: r.on_disconnect.value for r in settings.routes if r.on_disconnect is not None},
-        disconnect_drain_s=settings.disconnect_drain_s,
-        drains_max=settings.drains,
-        connect_timeout_s=settings.upstream_connect_timeout_s,
-        response_timeout_s=settings.upstream_timeout_s,
-        idle_timeout_s=settings.idle_timeout_s,
-        head_timeout_s=settings.head_timeout_s,
-        keepalive_timeout_s=settings.keepalive_timeout_s,
-        upstream_keepalive_s=settings.upstream_keepalive_s,
-        upstream_connection_age_s=settings.upstream_connection_age_s,
-        head_bytes_max=settings.head_bytes,
-        target_bytes_max=settings.target_bytes,
-        connections_max=settings.connections,
-        stop_s=settings.stop_s,
-        upstream_ca_file=_path(settings.upstream_ca_file),
-        upstream_client_cert_file=_path(settings.upstream_cert_file),
-        upstream_client_key_file=_path(settings.upstream_key_file),
-        upstream_server_name=settings.upstream_server_name,
-        listener_cert_file=_path(settings.tls_cert_file),
-        listener_key_file=_path(settings.tls_key_file),
-    )
-
-
 def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, key: bytes) -> Proxy:
     """The hop with everything that reads along."""
     for pin in idle_pins(settings):
@@ -94,7 +57,7 @@ def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, 
     attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
     by_body = attribute.by_body if body_fields(settings) else None
     return Proxy(
-        rules=rules(settings),
+        settings=settings.proxy,
         recorder=recorder,
         taps=telling_taps(settings, metrics, routes),
         attribute=attribute,
@@ -113,7 +76,7 @@ def plain_readers(settings: Settings, metrics: Metrics) -> Callable[[], PlainRea
 
 
 def _routes(settings: Settings) -> Routes:
-    return Routes([route.pattern for route in settings.routes], known_routes())
+    return Routes([route.pattern for route in settings.proxy.routes], known_routes())
 
 
 def telling_taps(settings: Settings, metrics: HopCounts | Metrics, routes: Routes) -> UsageTaps:
@@ -127,11 +90,11 @@ def telling_taps(settings: Settings, metrics: HopCounts | Metrics, routes: Route
 
 
 def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
-    sources = [Source.parse(text) for text in settings.subscriber]
+    sources = [Source.parse(text) for text in settings.attribution.subscriber]
     host, base = _upstream(settings)
     return Attributor(
         sources=sources,
-        dimensions=settings.dimensions,
+        dimensions=settings.attribution.dimensions,
         hash_key=key,
         provider=provider_of_host(host),
         base=base,
@@ -157,8 +120,8 @@ class WhoPays:
 
 
 def pins_of(settings: Settings) -> list[Pin]:
-    pins = dict(settings.providers)
-    pins |= {route.pattern: route.provider for route in settings.routes if route.provider is not None}
+    pins = dict(settings.usage.providers)
+    pins |= {route.pattern: route.provider for route in settings.proxy.routes if route.provider is not None}
     return [Pin(pattern, provider) for pattern, provider in pins.items()]
 
 
@@ -173,9 +136,9 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
         upstream_host=host,
         upstream_base=base,
         pins=pins_of(settings),
-        elements=settings.elements,
-        estimate=settings.estimate,
-        ask_for_usage=settings.ask_for_usage,
+        elements=settings.usage.elements,
+        estimate=settings.usage.estimate,
+        ask_for_usage=settings.usage.ask_for_usage,
         body_fields=body_fields(settings),
         clock_ns=time.monotonic_ns,
         anomaly=anomaly,
@@ -184,28 +147,16 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
 
 def _upstream(settings: Settings) -> tuple[str | None, str]:
     """The upstream's host, and the path of its URL."""
-    if not settings.upstream_url:
+    if not settings.proxy.upstream_url:
         return None, ""
-    address = UpstreamAddress.parse(settings.upstream_url)
+    address = UpstreamAddress.parse(settings.proxy.upstream_url)
     return address.host, address.base.decode("ascii")
 
 
 def body_fields(settings: Settings) -> tuple[str, ...]:
     """The members of a request's body that may say who pays."""
-    sources = (Source.parse(text) for text in settings.subscriber)
+    sources = (Source.parse(text) for text in settings.attribution.subscriber)
     return tuple(source.name for source in sources if source.kind is SourceKind.BODY)
-
-
-def recorder(settings: Settings, link: Link, counts: HopCounts, source: bytes) -> Recorder:
-    return Recorder(
-        link,
-        counts,
-        source=source,
-        durability=settings.durability,
-        on_full=settings.on_spool_full,
-        commit_wait_s=settings.commit_wait_s,
-        memory_bytes=settings.spool_memory_bytes,
-    )
 
 
 def hash_key(settings: Settings, made: bytes | None = None) -> bytes:
@@ -232,8 +183,8 @@ def new_hash_key() -> bytes:
 def kept_hash_key(settings: Settings) -> bytes | None:
     """The key that was set, condensed to 32 bytes so that any length of text will do, or the one in the data directory;
     None where there is none yet. Raises `OSError`."""
-    if settings.hash_key is not None:
-        return hashlib.blake2b(settings.hash_key.reveal().encode(), digest_size=HASH_KEY_BYTES).digest()
+    if settings.attribution.hash_key is not None:
+        return hashlib.blake2b(settings.attribution.hash_key.reveal().encode(), digest_size=HASH_KEY_BYTES).digest()
     path = settings.data_dir / HASH_KEY_FILE
     try:
         kept = bytes.fromhex(path.read_text("ascii").strip())
@@ -263,10 +214,6 @@ def _keep_hash_key(path: Path, key: bytes) -> bytes:
     return key if write_once(path, key.hex().encode() + b"\n") else bytes.fromhex(path.read_text("ascii").strip())
 
 
-def _path(path: Path | None) -> str | None:
-    return None if path is None else str(path)
-
-
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     """uvloop where it is available: half the cost of the standard loop."""
     try:
@@ -287,7 +234,7 @@ def calm_collector() -> None:
 def raise_file_limit(settings: Settings) -> None:
     """Take all the file descriptors that we may have: an open call needs two, and a soft limit of 1,024 is common."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wished = rules(settings)
+    wished = settings.proxy
     wanted = files_needed(wished)
     top = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < top:
@@ -296,5 +243,5 @@ def raise_file_limit(settings: Settings) -> None:
         log.warning(
             "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: %d connections are taken "
             "at once, and further ones are refused with 503; raise `ulimit -n`, or lower the setting",
-            wished.connections_max, wanted, hard, within_files(hard, wished).connections_max,
+            wished.connections, wanted, hard, within_files(hard, wished).connections,
         )  # fmt: skip

@@ -55,6 +55,7 @@ from sidecar.spool import (
     ground_warning,
     make_room,
 )
+from sidecar.spool.files import spool_dir
 from sidecar.spool.intake import Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
@@ -88,6 +89,7 @@ class Billing:
     free_bytes: int = 0
     disk_bytes: int = 0
     set_aside: int = 0  # damaged chunks that were copied and are kept
+    spool_bytes: int = 0  # of all slots, as `SIDECAR_RETENTION_BYTES` counts
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
@@ -181,10 +183,11 @@ class Billing:
         self.free_bytes, self.disk_bytes, self.set_aside, self.ledger_bytes = await asyncio.to_thread(
             lambda: (*disk_room(root), count_set_aside(root), size_of(root / backend_factory.LEDGER))
         )
-        room = room_left(self.free_bytes, self.settings.disk_low_bytes)
+        self.spool_bytes = await asyncio.to_thread(lambda: sum(map(size_of, spool_dir(root).glob("*/*.seg"))))
+        room = room_left(self.free_bytes, self.settings.spool.disk_low_bytes)
         if room is not self.room:
             self.room = room
-            facts = {"free_bytes": self.free_bytes, "disk_low_bytes": self.settings.disk_low_bytes}
+            facts = {"free_bytes": self.free_bytes, "disk_low_bytes": self.settings.spool.disk_low_bytes}
             if room is Room.ENOUGH:
                 log.info("the disk has room again", extra={"facts": facts})
             else:
@@ -199,10 +202,10 @@ class Billing:
     def _retire_segments(self) -> dict[str, int]:
         """The number up to which each slot has nothing any more, where something went."""
         settings = self.settings
-        keep_s = 0.0 if self.room is Room.SHORT else settings.retention
+        keep_s = 0.0 if self.room is Room.SHORT else settings.spool.retention
         gone: dict[str, int] = {}
         for instance, upto in self.delivery.retired_upto().items():
-            if retire_segments(settings.data_dir, instance, upto + 1, keep_s, settings.retention_bytes) and (
+            if retire_segments(settings.data_dir, instance, upto + 1, keep_s, settings.spool.retention_bytes) and (
                 left := self.reader.segments(instance)
             ):
                 gone[instance] = left[0].first_seq - 1
@@ -392,8 +395,9 @@ class Metering:
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
             gauges.disk_bytes = bills.disk_bytes
-            gauges.disk_low_bytes = bills.settings.disk_low_bytes
+            gauges.disk_low_bytes = bills.settings.spool.disk_low_bytes
             gauges.chunks_set_aside = bills.set_aside
+            gauges.spool_bytes = bills.spool_bytes
             gauges.ledger_bytes = bills.ledger_bytes
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
@@ -559,7 +563,7 @@ def only_fault(
 
 async def open_admin(stack: AsyncExitStack, settings: Settings, listener: socket.socket, whole: Instance) -> None:
     """Answer at the admin port; it is closed with the stack."""
-    guard = Guard.of(settings.admin_listen, settings.admin_token, settings.admin_hosts)
+    guard = Guard.of(settings.serve.admin_listen, settings.serve.admin_token, settings.serve.admin_hosts)
     runner = web.AppRunner(application(whole, guard), access_log=None, shutdown_timeout=ADMIN_STOP_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
@@ -666,7 +670,7 @@ class _Process:
                 return LOST if spool.unwritten else 0
             except Unable as unable:
                 found = unable.found
-                if self._settings.on_spool_full is OnSpoolFull.REFUSE:
+                if self._settings.spool.on_spool_full is OnSpoolFull.REFUSE:
                     return await self._cannot(NoRoomError(f"cannot start: {text_of(self._settings.data_dir, found)}"))
                 if serves_early:
                     log.warning("still no room to begin: %s", unable)
@@ -723,6 +727,6 @@ class _Process:
         # The supervisor is gone: those that serve finish what is open, and are heard until then.
         whole.stopping = True
         with suppress(TimeoutError):
-            async with asyncio.timeout(self._settings.stop_s + ORPHANED_S):
+            async with asyncio.timeout(self._settings.serve.stop_s + ORPHANED_S):
                 await whole.seam.until_alone()
         self._stop.set()

@@ -119,6 +119,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_bytes": Family("gauge", "Size of that disk"),
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
+    "sidecar_spool_bytes": Family("gauge", "Size of the spool; delivered records stay until their retention is over"),
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
@@ -181,6 +182,7 @@ class Gauges:
     disk_bytes: int = 0
     disk_low_bytes: int = 0
     chunks_set_aside: int = 0
+    spool_bytes: int = 0
     ledger_bytes: int = 0
     pending: dict[str, int] = field(default_factory=dict)
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -455,6 +457,7 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_chunks_set_aside"][()] = gauges.chunks_set_aside
         # Here and not where a process counts: the sum over workers is no version.
         self._gauges["sidecar_build_info"] = {(sidecar.__version__, platform.python_version()): 1}
+        self._gauges["sidecar_spool_bytes"][()] = gauges.spool_bytes
         self._gauges["sidecar_ledger_bytes"][()] = gauges.ledger_bytes
         self._gauges["sidecar_pending"] = {(name,): value for name, value in gauges.pending.items()}
         parked: Counter[Key] = Counter()

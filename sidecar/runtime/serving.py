@@ -54,7 +54,7 @@ async def serving(
     async with AsyncExitStack() as stack:
         counts = HopCounts()
         link = Link(address, source, worker, lambda asked: found.status(asked))  # noqa: PLW0108 - it is made below
-        recorder = factory.recorder(settings, link, counts, source)
+        recorder = Recorder(link, counts, settings.spool, source=source)
         proxy = factory.proxy(settings, recorder, counts, key)
         await proxy.start()
         found = Serving(proxy=proxy, recorder=recorder, link=link, counts=counts)
@@ -63,7 +63,7 @@ async def serving(
         ticking = asyncio.create_task(_tick(recorder))
         stack.callback(ticking.cancel)
         stack.push_async_callback(proxy.aclose)
-        stack.push_async_callback(proxy.stop, settings.stop_s)
+        stack.push_async_callback(proxy.stop, settings.serve.stop_s)
         try:
             async with asyncio.timeout(MEET_S):
                 await link.met.wait()

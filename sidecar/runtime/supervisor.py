@@ -156,12 +156,12 @@ class Supervisor:
     def _take_lock(self) -> None:
         settings = self._settings
         try:
-            self._lock = DataLock.take(settings.data_dir, wait_s=settings.stop_s)
+            self._lock = DataLock.take(settings.data_dir, wait_s=settings.serve.stop_s)
         except (LockError, OSError) as error:
             found = no_room(settings.data_dir, error)
             if found is None:
                 raise
-            if settings.on_spool_full is OnSpoolFull.REFUSE:
+            if settings.spool.on_spool_full is OnSpoolFull.REFUSE:
                 raise NoRoomError(f"cannot start: {text_of(settings.data_dir, found)}") from error
             self._held = found
             self._look_s = time.monotonic() + LOOK_S
@@ -188,16 +188,16 @@ class Supervisor:
 
     def _open_sockets(self) -> None:
         settings, sockets = self._settings, self._sockets
-        with listening(settings.listen, "SIDECAR_LISTEN"):
+        with listening(settings.serve.listen, "SIDECAR_LISTEN"):
             sockets.workers, sockets.proxy_url = bind(
-                settings.listen, settings.workers, tls=settings.tls_cert_file is not None
+                settings.serve.listen, settings.serve.workers, tls=settings.proxy.tls_cert_file is not None
             )
-        if settings.listen.path:
-            sockets.paths.append(Path(settings.listen.path))
-        with listening(settings.admin_listen, "SIDECAR_ADMIN_LISTEN"):
-            [[sockets.admin]], sockets.admin_url = bind(settings.admin_listen, 1, first=True)
-        if settings.admin_listen.path:
-            sockets.paths.append(Path(settings.admin_listen.path))
+        if settings.serve.listen.path:
+            sockets.paths.append(Path(settings.serve.listen.path))
+        with listening(settings.serve.admin_listen, "SIDECAR_ADMIN_LISTEN"):
+            [[sockets.admin]], sockets.admin_url = bind(settings.serve.admin_listen, 1, first=True)
+        if settings.serve.admin_listen.path:
+            sockets.paths.append(Path(settings.serve.admin_listen.path))
         sockets.seam, sockets.seam_address = listen_at_seam(settings.data_dir, held=self._lock is not None)
         if sockets.seam_address.path is not None:
             sockets.paths.append(sockets.seam_address.path)
@@ -241,7 +241,7 @@ class Supervisor:
             who = {"role": process.role}
             if process.role == SERVING:
                 who["worker"] = str(process.number)
-            logs.set_up(settings.log_level.value.upper(), **who)
+            logs.set_up(settings.serve.log_level.value.upper(), **who)
             with contextlib.suppress(OSError):  # what `ps` and `top` show, where there is such a file
                 name = f"serve-{process.number}" if process.role == SERVING else "meter"
                 OWN_NAME.write_text(f"sidecar-{name}")
@@ -388,12 +388,13 @@ class Supervisor:
 
     def _stop(self) -> None:
         settings = self._settings
-        log.info("stopping", extra={"facts": {"stop_delay_s": settings.stop_delay_s, "stop_s": settings.stop_s}})
+        facts = {"stop_delay_s": settings.serve.stop_delay_s, "stop_s": settings.serve.stop_s}
+        log.info("stopping", extra={"facts": facts})
         self._tell(self._metering, {"do": "stopping"})
-        if settings.stop_delay_s:
+        if settings.serve.stop_delay_s:
             # Whoever sends us calls learns by /readyz that they shall go elsewhere; those that come meanwhile are
             # served.
-            self._wait(lambda: False, limit_s=settings.stop_delay_s)
+            self._wait(lambda: False, limit_s=settings.serve.stop_delay_s)
             log.info("taking no more calls")
         self._draining = True
         for process in self._serving:
@@ -402,7 +403,7 @@ class Supervisor:
         # Ours too: as long as one of us holds a listening socket, connections wait in its queue for nobody.
         for sock in self._sockets.of_workers():
             sock.close()
-        if not self._drained(self._serving, settings.stop_s + 2 * ASK_S + settings.commit_wait_s):
+        if not self._drained(self._serving, settings.serve.stop_s + 2 * ASK_S + settings.spool.commit_wait_s):
             return
         self._metering.due_s = 0.0
         self._tell(self._metering, {"do": "stop"})

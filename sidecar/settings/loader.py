@@ -17,7 +17,16 @@ from typing import Any, Final
 
 from sidecar.model.grammar import Unfit
 from sidecar.model.path_pattern import check_pattern
-from sidecar.settings.schema import PREFIX, Effective, OnDisconnect, Route, Setting, Settings, core_settings
+from sidecar.settings.schema import (
+    PREFIX,
+    Effective,
+    OnDisconnect,
+    Route,
+    Setting,
+    Settings,
+    core_settings,
+    settings_from,
+)
 from sidecar.settings.types import Many
 
 CONFIG: Final = PREFIX + "CONFIG"
@@ -105,7 +114,7 @@ class _Loading:
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
-        settings = Settings(**core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own)
+        settings = settings_from(core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own)
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
         self._check_together(settings)
@@ -187,6 +196,8 @@ class _Loading:
         except tomllib.TOMLDecodeError as error:
             # Its message names line and column, and at most one character of the text.
             self.problems.append(f"{CONFIG}={_quote(name)}: is no TOML: {error}")
+        except ValueError:  # a zero byte: of other names the system says itself what is wrong with them
+            self.problems.append(f"{CONFIG}={_quote(name)}: is no path")
 
     def _subscribers(self) -> dict[str, dict[str, str]]:
         table = self.toml.pop("subscribers", {})
@@ -245,14 +256,16 @@ class _Loading:
                 self.problems.append(f"SIDECAR_BACKENDS: {name} is no backend{guess or f'; there are {have}'}")
         for side in ("tls", "upstream"):
             cert, key = (f"{side}_cert_file", f"{side}_key_file")
-            if (getattr(settings, cert) is None) != (getattr(settings, key) is None):
-                have, need = (cert, key) if getattr(settings, cert) is not None else (key, cert)
+            if (getattr(settings.proxy, cert) is None) != (getattr(settings.proxy, key) is None):
+                have, need = (cert, key) if getattr(settings.proxy, cert) is not None else (key, cert)
                 self.problems.append(f"{PREFIX}{need.upper()} is not set: expected beside {PREFIX}{have.upper()}")
-        if settings.listen == settings.admin_listen and (settings.listen.port or settings.listen.path):
-            self.problems.append(f"SIDECAR_ADMIN_LISTEN={settings.listen}: is SIDECAR_LISTEN already")
-        if settings.upstream_url is not None and settings.upstream_url.startswith("http://"):
+        if settings.serve.listen == settings.serve.admin_listen and (
+            settings.serve.listen.port or settings.serve.listen.path
+        ):
+            self.problems.append(f"SIDECAR_ADMIN_LISTEN={settings.serve.listen}: is SIDECAR_LISTEN already")
+        if settings.proxy.upstream_url is not None and settings.proxy.upstream_url.startswith("http://"):
             for name in ("upstream_ca_file", "upstream_cert_file", "upstream_server_name"):
-                if getattr(settings, name) is not None:
+                if getattr(settings.proxy, name) is not None:
                     self.problems.append(f"{PREFIX}{name.upper()} is set, but SIDECAR_UPSTREAM_URL is no https:// one")
 
     def _check_needed(self, settings: Settings) -> None:

@@ -1,8 +1,9 @@
 """Every setting of the core, once: its name, kind, default and meaning. `check`, `--help` and the README read it.
 
-`Settings` is the table: each field carries its `Setting`, and the field's type is checked against the kind's. What
-a backend needs beyond that stands in the backend's own file as a tuple of `Setting` and arrives under
-`Settings.backend(name)`.
+The table is the fields of the sections: each carries its `Setting`, and the field's type is checked against the kind's.
+A part is handed its section whole (`settings.proxy`), so a setting has one name and one default: it is declared here,
+under its variable's name in lower case, and read where it is used. What a backend needs beyond that stands in the
+backend's own file, as such a section, and arrives under `Settings.backend(name)`.
 """
 
 from __future__ import annotations
@@ -119,52 +120,17 @@ def _field(setting: Setting) -> Any:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The configuration, read and checked. Made by `load`."""
+class ProxySettings:
+    """How calls are passed on, who is believed, and where it ends."""
 
     upstream_url: str | None = _setting(
         types.upstream_url, None, "the API behind: `http(s)://host[:port][/base]` or `unix:/path[:/base]`"
     )
-    listen: Address = _setting(types.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
-    admin_listen: Address = _setting(
-        types.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
-    )
-    admin_token: Secret | None = _secret(
-        types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
-    )
-    admin_hosts: tuple[str, ...] = _setting(
-        types.hosts, None, "further names by which the admin port may be called; its own addresses always may"
-    )
-    data_dir: Path = _setting(
-        types.path, "./sidecar-data", "spool and ledger; locked by one running instance, on a disk that stays"
-    )
-    backends: tuple[str, ...] = _setting(types.names, "ledger", "who is told of each call, separated by commas")
-    durability: Durability = _setting(
-        types.one_of(Durability), "committed",
-        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after",
-    )  # fmt: skip
-    on_spool_full: OnSpoolFull = _setting(
-        types.one_of(OnSpoolFull), "pass",
-        "neither disk nor memory takes a record: `pass` (served, counted as lost, alarm) or `refuse` (503)",
-    )  # fmt: skip
-    commit_wait_s: float = _setting(
-        types.duration(0.01, 60), "1", "how long an answer waits for its commit before the spool counts as failing"
-    )
-    spool_memory_bytes: int = _setting(
-        types.size(1 << 20), "67108864", "records kept in memory while the disk takes none"
-    )
-    retention: float = _setting(types.duration(), "7d", "how long delivered records are kept")
-    backend_gaps: str = _setting(
-        types.word_of("deliver", "skip"), "deliver", "records made while a backend was left out: `deliver` or `skip`"
-    )
-    retention_bytes: int = _setting(types.size(), "10737418240", "room for delivered records; the oldest go first")
-    disk_low_bytes: int = _setting(
-        types.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"
-    )
-
     upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
-    upstream_timeout_s: float = _setting(types.duration(0.001), "600", "to the head of the answer; then 504")
-    upstream_keepalive_s: float = _setting(
+    upstream_timeout_s: float = _setting(  # long model calls think for minutes
+        types.duration(0.001), "600", "to the head of the answer; then 504"
+    )
+    upstream_keepalive_s: float = _setting(  # uvicorn and Node close theirs after 5 s
         types.duration(), "4",
         "an idle upstream connection is kept; less where the upstream's `Keep-Alive: timeout`, less a second, is less",
     )  # fmt: skip
@@ -172,24 +138,29 @@ class Settings:
         types.duration(), "300", "an older upstream connection is not used again, so that a name that moved is followed"
     )
     idle_timeout_s: float = _setting(types.duration(0.001), "600", "between two pieces of a body; then cut")
-    head_timeout_s: float = _setting(types.duration(0.001), "30", "for a client to send its request's head")
-    keepalive_timeout_s: float = _setting(types.duration(), "75", "an idle client connection is kept")
-    stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
-    stop_delay_s: float = _setting(
-        types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+    head_timeout_s: float = _setting(  # first to last byte (slow-loris); Apache allows 20 to 40 s
+        types.duration(0.001), "30", "for a client to send its request's head"
     )
+    keepalive_timeout_s: float = _setting(
+        types.duration(), "75", "an idle client connection is kept"
+    )  # as nginx has it
     on_disconnect: OnDisconnect = _setting(
         types.one_of(OnDisconnect), "drain",
         "the client left mid-stream: `drain` (read on while usage is still to come) or `stop`; per route in TOML",
     )  # fmt: skip
     disconnect_drain_s: float = _setting(types.duration(), "30", "the longest such reading on")
-    drains: int = _setting(
+    drains: int = _setting(  # each holds an upstream connection that nobody reads
         types.count(0, 100_000), "256", "calls read on after their client left, at once; a quarter for each subscriber"
     )
-    head_bytes: int = _setting(types.size(1024, 1 << 20), "65536", "largest head of a request; then 431")
-    target_bytes: int = _setting(types.size(256, 1 << 20), "16384", "longest request target; then 414")
-    connections: int = _setting(types.count(1, 1_000_000), "10240", "client connections at once, for each worker")
-    workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
+    head_bytes: int = _setting(  # Envoy allows 60 KiB, and tokens in cookies grow
+        types.size(1024, 1 << 20), "65536", "largest head of a request; then 431"
+    )
+    target_bytes: int = _setting(  # signed URLs reach 8 KiB
+        types.size(256, 1 << 20), "16384", "longest request target; then 414"
+    )
+    connections: int = _setting(  # each costs a descriptor here and one upstream
+        types.count(1, 1_000_000), "10240", "client connections at once, for each worker"
+    )
 
     preserve_host: bool = _setting(types.flag, "false", "send the client's `Host` upstream, not the upstream's own")
     rewrite_redirects: bool = _setting(
@@ -207,6 +178,83 @@ class Settings:
     query_values: tuple[str, ...] = _setting(
         types.texts, None, "query parameters whose values may be recorded; of all others only the names are"
     )
+    routes: tuple[Route, ...] = _setting(
+        types.many("path patterns, separated by commas", _routes), None,
+        "path patterns to group calls by: `/v1/things/{id}`; more per route in TOML",
+    )  # fmt: skip
+
+    upstream_ca_file: Path | None = _setting(
+        types.readable_file, None, "CA certificates to trust upstream (PEM); SIGHUP rereads"
+    )
+    upstream_cert_file: Path | None = _setting(
+        types.readable_file, None, "our certificate for the upstream (PEM); SIGHUP rereads"
+    )
+    upstream_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
+    upstream_server_name: str | None = _setting(  # SNI as well
+        types.text, None, "the name expected in the upstream's certificate, if not the URL's host"
+    )
+    tls_cert_file: Path | None = _setting(types.readable_file, None, "serve TLS with this chain (PEM); SIGHUP rereads")
+    tls_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
+
+    # Limits that nobody has to set; tests make them small.
+    calls_max: int = 20_000  # calls open at once, streams included
+    head_fields_max: int = 128  # aiohttp's figure; Envoy allows 100
+    retry_body_bytes_max: int = 65_536  # a request kept at hand for the one retry
+    linger_s: float = 5.0  # an unwanted upload is read and dropped, so that the answer can be read: until this silence,
+    linger_total_s: float = 30.0  # but no longer than this (both are nginx's figures),
+    linger_bytes_max: int = 268_435_456  # and no more of it: 2 s of a fast client's sending
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServeSettings:
+    """The processes: where they listen, how many they are, and how they stop."""
+
+    listen: Address = _setting(types.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
+    admin_listen: Address = _setting(
+        types.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
+    )
+    admin_token: Secret | None = _secret(
+        types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
+    )
+    admin_hosts: tuple[str, ...] = _setting(
+        types.hosts, None, "further names by which the admin port may be called; its own addresses always may"
+    )
+    workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
+    stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
+    stop_delay_s: float = _setting(
+        types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+    )
+    log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpoolSettings:
+    """What is promised of a record, and how much of the disk it may take."""
+
+    durability: Durability = _setting(
+        types.one_of(Durability), "committed",
+        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after",
+    )  # fmt: skip
+    on_spool_full: OnSpoolFull = _setting(
+        types.one_of(OnSpoolFull), "pass",
+        "neither disk nor memory takes a record: `pass` (served, counted as lost, alarm) or `refuse` (503)",
+    )  # fmt: skip
+    commit_wait_s: float = _setting(
+        types.duration(0.01, 60), "1", "how long an answer waits for its commit before the spool counts as failing"
+    )
+    spool_memory_bytes: int = _setting(
+        types.size(1 << 20), "67108864", "records kept in memory while the disk takes none"
+    )
+    retention: float = _setting(types.duration(), "7d", "how long delivered records are kept")
+    retention_bytes: int = _setting(types.size(), "10737418240", "room for delivered records; the oldest go first")
+    disk_low_bytes: int = _setting(
+        types.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttributionSettings:
+    """Who pays for a call, and what it is filed under."""
 
     subscriber: tuple[str, ...] = _setting(
         types.sources, "credential",
@@ -219,10 +267,12 @@ class Settings:
     dimensions: Mapping[str, str] = _setting(
         types.dimensions, None, "header values to file calls under: `feature=x-feature,team=x-team`"
     )
-    routes: tuple[Route, ...] = _setting(
-        types.many("path patterns, separated by commas", _routes), None,
-        "path patterns to group calls by: `/v1/things/{id}`; more per route in TOML",
-    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageSettings:
+    """How usage is read."""
+
     providers: Mapping[str, str] = _setting(
         types.pins, None, "pin the reader of usage: `/my/path=openai` (pattern=provider)"
     )
@@ -234,19 +284,25 @@ class Settings:
         types.flag, "false", "ask for usage in OpenAI-shaped streams that lack it, and take the extra chunk out again"
     )
 
-    upstream_ca_file: Path | None = _setting(
-        types.readable_file, None, "CA certificates to trust upstream (PEM); SIGHUP rereads"
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """The configuration, read and checked. Made by `load`."""
+
+    data_dir: Path = _setting(
+        types.path, "./sidecar-data", "spool and ledger; locked by one running instance, on a disk that stays"
     )
-    upstream_cert_file: Path | None = _setting(
-        types.readable_file, None, "our certificate for the upstream (PEM); SIGHUP rereads"
+    backends: tuple[str, ...] = _setting(types.names, "ledger", "who is told of each call, separated by commas")
+    backend_gaps: str = _setting(
+        types.word_of("deliver", "skip"), "deliver", "records made while a backend was left out: `deliver` or `skip`"
     )
-    upstream_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
-    upstream_server_name: str | None = _setting(
-        types.text, None, "the name expected in the upstream's certificate, if not the URL's host"
-    )
-    tls_cert_file: Path | None = _setting(types.readable_file, None, "serve TLS with this chain (PEM); SIGHUP rereads")
-    tls_key_file: Path | None = _setting(types.readable_file, None, "its key (PEM)")
-    log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
+
+    # Each is handed to the part that it is of.
+    proxy: ProxySettings = field(default_factory=ProxySettings)
+    serve: ServeSettings = field(default_factory=ServeSettings)
+    spool: SpoolSettings = field(default_factory=SpoolSettings)
+    attribution: AttributionSettings = field(default_factory=AttributionSettings)
+    usage: UsageSettings = field(default_factory=UsageSettings)
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
@@ -260,9 +316,32 @@ class Settings:
         return self.backend_values.get(name, {})
 
 
+# The sections in the order of the README; "": the settings that stand in no section.
+SECTIONS: Final[Mapping[str, type[Any]]] = {
+    "proxy": ProxySettings,
+    "serve": ServeSettings,
+    "": Settings,
+    "spool": SpoolSettings,
+    "attribution": AttributionSettings,
+    "usage": UsageSettings,
+}
+
+
+def section_settings(section: type[Any]) -> tuple[Setting, ...]:
+    """A section's table, in the order of its fields."""
+    return tuple(replace(f.metadata["setting"], name=f.name) for f in fields(section) if "setting" in f.metadata)
+
+
 def core_settings() -> tuple[Setting, ...]:
-    """The core's table, in the order of the README."""
-    return tuple(replace(f.metadata["setting"], name=f.name) for f in fields(Settings) if "setting" in f.metadata)
+    """The core's table, section by section."""
+    return tuple(setting for section in SECTIONS.values() for setting in section_settings(section))
+
+
+def settings_from(values: Mapping[str, Any], **structured: Any) -> Settings:
+    """`values` by the names of `core_settings`, each put into its section."""
+    made = {name: {s.name: values[s.name] for s in section_settings(kind)} for name, kind in SECTIONS.items()}
+    core = made.pop("")
+    return Settings(**core, **{name: SECTIONS[name](**own) for name, own in made.items()}, **structured)
 
 
 @overload

@@ -7,7 +7,7 @@ always hold
 - An admitted exchange ends in exactly one place: recorded, or counted lost with a reason.
 - Every `release` is called exactly once, on the loop.
 - A frame is kept until it is acknowledged, and offered again to whoever takes the place of one that died.
-- Memory is bounded by `memory_bytes`; beyond it the policy decides, and what is lost is counted.
+- Memory is bounded by `spool_memory_bytes`; beyond it the policy decides, and what is lost is counted.
 
 A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one.
 
@@ -30,7 +30,7 @@ from typing import Any, Final, Protocol, Self
 
 from sidecar.model.exchange import Exchange, PlainExchange, Release
 from sidecar.model.record_id import CHANCE_BYTES, Ids
-from sidecar.settings import Durability, OnSpoolFull
+from sidecar.settings import Durability, OnSpoolFull, SpoolSettings
 from sidecar.spool.frames import FRAME_BYTES_MAX, SOURCE_BYTES, encode_frame
 from sidecar.spool.intake import Intake, IntakeMetrics, IntakeSpool, Reading, Source
 from sidecar.spool.types import Health, State
@@ -116,22 +116,19 @@ class Recorder:
         self,
         link: Link,
         metrics: HopCounts,
+        settings: SpoolSettings,
         *,
         source: bytes | None = None,
-        durability: Durability | str = Durability.COMMITTED,
-        on_full: OnSpoolFull | str = OnSpoolFull.PASS,
-        commit_wait_s: float = 1.0,
-        memory_bytes: int = 64 << 20,
         clock_ns: Callable[[], int] = time.time_ns,
     ) -> None:
         """`source`: 16 bytes of chance that name this recorder; its calls' ids end with the first six of them."""
         self._link = link
         self._metrics = metrics
         self.source = os.urandom(SOURCE_BYTES) if source is None else source
-        self._buffered = Durability(durability) is Durability.BUFFERED
-        self._refuse = OnSpoolFull(on_full) is OnSpoolFull.REFUSE
-        self._commit_wait_s = commit_wait_s
-        self._memory_bytes = memory_bytes
+        self._buffered = Durability(settings.durability) is Durability.BUFFERED
+        self._refuse = OnSpoolFull(settings.on_spool_full) is OnSpoolFull.REFUSE
+        self._commit_wait_s = settings.commit_wait_s
+        self._memory_bytes = settings.spool_memory_bytes
         self._clock_ns = clock_ns
         self._ids = Ids(self.source[:CHANCE_BYTES])
         # Where an open call is: young, old (next look writes its intent), or with its intent handed over.
@@ -474,11 +471,12 @@ class SpoolRecorder(Recorder):
         spool: WholeSpool,
         metrics: SpoolRecorderMetrics,
         reading: Callable[[], Reading] | None = None,
+        clock_ns: Callable[[], int] = time.time_ns,
         **given: Any,
     ) -> None:
-        """`reading`: as `Intake` takes it. `given`: what `Recorder` takes beside a link."""
+        """`reading`: as `Intake` takes it. `given`: of `SpoolSettings`."""
         link = _Direct(spool, metrics, self.acknowledged, reading)
-        super().__init__(link, link, source=link.source.id, **given)
+        super().__init__(link, link, SpoolSettings(**given), source=link.source.id, clock_ns=clock_ns)
 
 
 class _Direct:

@@ -21,6 +21,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import IO, Final
 
+from sidecar.model.delivery import Blocked, Retry, Verdict
+
 PROBE_BYTES: Final = 64 << 10  # the shared memory of a log is 32 KiB
 DATABASE_FILES: Final = 4  # a database, its log, its shared memory, and one that is made ahead
 START_BYTES: Final = 1 << 20  # what opening everything takes, with some to spare
@@ -92,6 +94,24 @@ def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
             return found
         return Trouble.DENIED if code in _OPEN_CODES else Trouble.FAILED
     return Trouble.FAILED
+
+
+def verdict_for(found: Trouble | None, *, damaged: str, unfit: str) -> Verdict:
+    """What a backend that keeps a file here says of a fault in it. Nothing of what failed counts, so it may be tried
+    again. `damaged` and `unfit`: the reason to block where it is broken, and where another version or program made it.
+    """
+    match found:
+        case Trouble.FULL:
+            return Retry("disk_full")
+        case Trouble.BUSY:
+            return Retry("busy")
+        case Trouble.DAMAGED | Trouble.NOT_DATABASE:
+            return Blocked(damaged)
+        case Trouble.NEWER | Trouble.OLDER | Trouble.FOREIGN:
+            return Blocked(unfit)
+        case Trouble.DENIED | Trouble.READ_ONLY | Trouble.GONE:
+            return Blocked("not_writable")
+    return Retry("write_failed")
 
 
 def explain(error: OSError | sqlite3.Error, what: str, path: Path | None = None) -> str:

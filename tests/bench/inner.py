@@ -131,7 +131,7 @@ class Wires:
     def __init__(self, *, metered: bool) -> None:
         loop = asyncio.get_running_loop()
         settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
-        rules, self.metrics = factory.rules(settings), Metrics()
+        self.metrics = Metrics()
         upstream = Upstream(
             loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
             connect_timeout_s=1, keepalive_s=1e9, age_s=1e9,
@@ -141,7 +141,8 @@ class Wires:
         self.route = Routes([], known_routes()).match
         self.taps = factory.usage_taps(settings, self.metrics.usage_anomaly)
         hop = Hop(
-            rules=rules, headers=HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url)), upstream=upstream,
+            settings=settings.proxy, upstream=upstream,
+            headers=HeaderRules(settings.proxy, UpstreamAddress.parse(UPSTREAM)),
             recorder=self.recorder if metered else NoRecorder(),
             taps=self.taps if metered else cast(Any, NoTaps()),
             attribute=self.attribute if metered else lambda headers, target, ip: (None, {}),

@@ -71,7 +71,7 @@ async def loop_share(root: Path, mode: str, calls: int = 40_000, a_turn: int = 3
     exchanges = [call() for _ in range(calls)]
     async with (
         Spool.open(root) as spool,
-        SpoolRecorder(spool, Told(), durability=mode, memory_bytes=1 << 30) as recorder,
+        SpoolRecorder(spool, Told(), durability=mode, spool_memory_bytes=1 << 30) as recorder,
     ):
         started_s = time.thread_time()
         for turn in range(0, calls, a_turn):

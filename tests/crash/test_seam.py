@@ -18,6 +18,7 @@ from support.tiny import tiny_upstream
 from support.whole import Whole
 
 from sidecar.model.exchange import Exchange
+from sidecar.settings import Durability, SpoolSettings
 from sidecar.spool import Health, Spool
 from sidecar.spool.frames import EXCHANGE, FrameError, decode_frame, encode_frame, exchange_of
 from sidecar.spool.intake import Intake, Source
@@ -102,7 +103,8 @@ async def one_life(root: Path, recorder: Recorder, link: Breaking, chance: rando
 @pytest.mark.parametrize("seed", range(CHANCES))
 async def test_any_sequence_of_sends_cuts_and_deaths_counts_each_call_once(tmp_path: Path, seed: int) -> None:
     chance, link, made = random.Random(seed), Breaking(), dict[str, str]()
-    recorder = Recorder(link, Counts(), durability=chance.choice(("committed", "buffered")), commit_wait_s=30)
+    durability = Durability(chance.choice(("committed", "buffered")))
+    recorder = Recorder(link, Counts(), SpoolSettings(durability=durability, commit_wait_s=30))
     for _ in range(chance.randrange(1, 5)):
         await one_life(tmp_path, recorder, link, chance, made)
     with_rest = Counter[str]()

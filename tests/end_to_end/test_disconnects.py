@@ -255,7 +255,7 @@ async def test_no_answer_is_a_model_call_without_numbers(how: str) -> None:
         await conversation.send(b"no http at all\r\n\r\n" if how == "no http" else b"")
         await conversation.rest()
 
-    rules: dict[str, Any] = {"response_timeout_s": 0.05} if how == "silent" else {}
+    rules: dict[str, Any] = {"upstream_timeout_s": 0.05} if how == "silent" else {}
     async with RawUpstream(script) as upstream:
         url = "http://127.0.0.1:1" if how == "unreachable" else upstream.url
         async with Hop(url, taps=UsageTaps(), **rules) as hop:

@@ -49,7 +49,7 @@ def payer(exchange: Exchange) -> str | None:
 
 async def test_a_subscriber_gets_a_quarter_and_others_are_still_metered(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream()
-    async with RawUpstream(upstream) as server, Hop(server.url, drains_max=8) as hop:
+    async with RawUpstream(upstream) as server, Hop(server.url, drains=8) as hop:
         with caplog.at_level(logging.WARNING):
             for _ in range(5):
                 await leave(hop, "holder")
@@ -74,7 +74,7 @@ async def test_a_subscriber_gets_a_quarter_and_others_are_still_metered(caplog: 
 
 async def test_an_address_gets_a_quarter_where_nobody_is_named() -> None:
     upstream = Upstream()
-    async with RawUpstream(upstream) as server, Hop(server.url, drains_max=8) as hop:
+    async with RawUpstream(upstream) as server, Hop(server.url, drains=8) as hop:
         for _ in range(4):
             await leave(hop)
         await leave(hop, "other")
@@ -85,7 +85,7 @@ async def test_an_address_gets_a_quarter_where_nobody_is_named() -> None:
 
 async def test_one_address_gets_half_whatever_it_calls_itself() -> None:
     upstream = Upstream()
-    async with RawUpstream(upstream) as server, Hop(server.url, drains_max=8) as hop:
+    async with RawUpstream(upstream) as server, Hop(server.url, drains=8) as hop:
         for number in range(6):
             await leave(hop, f"made-up-{number}")
         assert hop.counts.drains == 4
@@ -97,7 +97,7 @@ async def test_one_address_gets_half_whatever_it_calls_itself() -> None:
 async def test_all_slots_taken_is_counted_said_and_on_record(caplog: pytest.LogCaptureFixture) -> None:
     upstream = Upstream()
     trusted = (ip_network("127.0.0.0/8"),)
-    async with RawUpstream(upstream) as server, Hop(server.url, drains_max=4, trusted_proxies=trusted) as hop:
+    async with RawUpstream(upstream) as server, Hop(server.url, drains=4, trusted_proxies=trusted) as hop:
         for number in range(4):
             await leave(hop, f"t{number}", f"192.0.2.{number}")
         assert hop.counts.drains == 4
@@ -123,7 +123,7 @@ async def test_who_pays_may_stand_in_the_body() -> None:
     upstream = Upstream()
     async with (
         RawUpstream(upstream) as server,
-        Hop(server.url, drains_max=8, attribute_by_body=by_body) as hop,
+        Hop(server.url, drains=8, attribute_by_body=by_body) as hop,
     ):
         for number in range(3):
             await leave(hop, f"t{number}")

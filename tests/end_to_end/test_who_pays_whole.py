@@ -39,6 +39,7 @@ async def test_a_made_up_credential_is_counted_and_said_and_changes_nobody(tmp_p
     assert len({record["subscriber"]["id"] for record in records}) == 1
     assert seen['sidecar_attribution_anomalies_total{kind="credentials_conflict"}'] == 3
     assert seen["sidecar_ledger_bytes"] > 0
+    assert seen["sidecar_spool_bytes"] > 0
     log = whole.log.read_text()
     (line,) = [json.loads(line) for line in log.splitlines() if "more than one credential" in line]
     assert line["level"] == "WARNING"

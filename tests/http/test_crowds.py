@@ -10,26 +10,26 @@ import tracemalloc
 import pytest
 from support.rawhttp import Conversation, Hop, RawUpstream, answering, on_both_loops, reply, until
 
-from sidecar.proxy import ProxyRules
 from sidecar.proxy.server import FILES_BESIDE_MIN, files_needed, within_files
+from sidecar.settings import ProxySettings
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 HELD_MAX = 4 * 2**20
 
 
 def test_connections_follow_the_limit_of_descriptors() -> None:
-    rules = ProxyRules(upstream_url="http://up.test", connections_max=10_240, drains_max=100)
+    rules = ProxySettings(upstream_url="http://up.test", connections=10_240, drains=100)
     assert within_files(files_needed(rules), rules) is rules
     for files in (100, 256, 1_024, 4_096, 20_000):
         cut = within_files(files, rules)
-        assert 1 <= cut.connections_max < rules.connections_max
-        assert 2 * cut.connections_max + cut.drains_max + min(FILES_BESIDE_MIN, files // 2) <= files
-    assert within_files(16_384, rules).connections_max > 7_000
+        assert 1 <= cut.connections < rules.connections
+        assert 2 * cut.connections + cut.drains + min(FILES_BESIDE_MIN, files // 2) <= files
+    assert within_files(16_384, rules).connections > 7_000
 
 
 @on_both_loops
 async def test_a_crowd_is_refused_and_those_inside_are_served() -> None:
-    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, connections_max=20) as hop:
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, connections=20) as hop:
         clients = [await hop.client() for _ in range(120)]
         await until(lambda: hop.counts.connections >= 20)
         inside = []

@@ -13,6 +13,7 @@ from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, Script, ans
 
 from sidecar.model.exchange import Exchange, UsageState
 from sidecar.proxy.response_parser import Answer
+from sidecar.settings import OnDisconnect, Route
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 GET10 = b"GET /x HTTP/1.0\r\n\r\n"
@@ -62,7 +63,7 @@ async def test_a_connection_that_is_not_accepted_in_time() -> None:
             filler.setblocking(False)
             filler.connect_ex(full.getsockname())
             fillers.append(filler)
-        async with Hop(f"http://127.0.0.1:{full.getsockname()[1]}", connect_timeout_s=0.2) as hop:
+        async with Hop(f"http://127.0.0.1:{full.getsockname()[1]}", upstream_connect_timeout_s=0.2) as hop:
             head, body = await hop.call(GET)
             assert (head[:12], error_type(body)) == (b"HTTP/1.1 504", "upstream_connect_timeout")
             assert (await hop.recorder.ended()).outcome is Outcome.UNREACHABLE
@@ -77,7 +78,7 @@ async def _silence(conversation: Conversation) -> None:
 
 @on_both_loops
 async def test_no_answer_in_time() -> None:
-    async with RawUpstream(_silence) as upstream, Hop(upstream.url, response_timeout_s=0.1) as hop:
+    async with RawUpstream(_silence) as upstream, Hop(upstream.url, upstream_timeout_s=0.1) as hop:
         head, body = await hop.call(GET)
         assert (head[:12], error_type(body)) == (b"HTTP/1.1 504", "upstream_timeout")
         exchange = await hop.recorder.ended()
@@ -384,9 +385,9 @@ async def test_left_before_the_head_the_upstream_is_read_to_the_usage() -> None:
     ("path", "rules"),
     [
         (b"/model", {"on_disconnect": "stop"}),
-        (b"/model", {"on_disconnect_routes": {"/model": "stop"}}),
+        (b"/model", {"routes": (Route(pattern="/model", on_disconnect=OnDisconnect.STOP),)}),
         (b"/plain", {}),
-        (b"/model", {"drains_max": 0}),
+        (b"/model", {"drains": 0}),
     ],
 )
 @on_both_loops
@@ -396,7 +397,7 @@ async def test_left_and_stopped(path: bytes, rules: dict[str, Any]) -> None:
         assert (exchange.outcome, exchange.status, exchange.response_bytes) == (Outcome.CLIENT_LEFT, 200, 7)
         assert exchange.usage is None or exchange.usage.usage_state is UsageState.PARTIAL
         await until(partial(_over, upstream.open[0].reader))
-        assert hop.counts.limits == (["drains"] if "drains_max" in rules else [])
+        assert hop.counts.limits == (["drains"] if "drains" in rules else [])
 
 
 @on_both_loops

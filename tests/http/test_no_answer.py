@@ -137,7 +137,7 @@ async def test_why_there_is_no_answer(
 ) -> None:
     status, kind, message = answer
     caplog.set_level(logging.WARNING, "sidecar")
-    async with where(tmp_path) as url, Hop(url, connect_timeout_s=0.2 if where is full_queue else 10) as hop:
+    async with where(tmp_path) as url, Hop(url, upstream_connect_timeout_s=0.2 if where is full_queue else 10) as hop:
         for _ in range(2):
             head, body = await hop.call(GET)
             assert head.startswith(b"HTTP/1.1 %d " % status)

@@ -52,8 +52,8 @@ async def test_an_upstream_over_tls(authority: trustme.CA, tmp_path: Path) -> No
     context = server_tls(authority, ask_client=True, names=names)
     rules: dict[str, Any] = {
         "upstream_ca_file": str(ca),
-        "upstream_client_cert_file": chain,
-        "upstream_client_key_file": key,
+        "upstream_cert_file": chain,
+        "upstream_key_file": key,
     }
     async with RawUpstream(answering(reply(b"safe"), seen=seen), tls=context) as upstream:
         async with Hop(upstream.url, **rules) as hop:
@@ -122,7 +122,7 @@ async def test_a_listener_with_tls_and_a_new_certificate(authority: trustme.CA, 
     seen: list[bytes] = []
     async with (
         RawUpstream(answering(reply(b"hello"), seen=seen)) as upstream,
-        Hop(upstream.url, listener_cert_file=chain, listener_key_file=key) as hop,
+        Hop(upstream.url, tls_cert_file=chain, tls_key_file=key) as hop,
     ):
 
         async def serial() -> str:
@@ -167,8 +167,8 @@ async def test_a_new_certificate_for_the_upstream(
 
     rules: dict[str, Any] = {
         "upstream_ca_file": str(ca),
-        "upstream_client_cert_file": chain,
-        "upstream_client_key_file": key,
+        "upstream_cert_file": chain,
+        "upstream_key_file": key,
     }
     context = server_tls(authority, ask_client=True)
     async with RawUpstream(script, tls=context) as upstream, Hop(upstream.url, **rules) as hop:
@@ -220,8 +220,8 @@ async def test_a_key_that_wants_a_password_is_not_asked_for_one(
     chain, key = pem(authority, tmp_path, "client.example")
     rules: dict[str, Any] = {
         "upstream_ca_file": str(ca),
-        "upstream_client_cert_file": chain,
-        "upstream_client_key_file": key,
+        "upstream_cert_file": chain,
+        "upstream_key_file": key,
     }
     async with RawUpstream(answering(reply()), tls=server_tls(authority, ask_client=True)) as upstream:
         async with Hop(upstream.url, **rules) as hop:
@@ -278,7 +278,7 @@ async def test_a_socket_made_elsewhere() -> None:
 
 @on_both_loops
 async def test_too_many_connections() -> None:
-    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, connections_max=2) as hop:
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url, connections=2) as hop:
         first, second, third = [await hop.client() for _ in range(3)]
         assert (await third.rest()).startswith(b"HTTP/1.1 503 ")
         assert hop.counts.limits == ["connections"]

@@ -23,8 +23,9 @@ from typing import Any, cast
 from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant, plainly
 
 from sidecar.model.exchange import Exchange, Outcome
-from sidecar.proxy import Proxy, ProxyRules
+from sidecar.proxy import Proxy
 from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.settings import ProxySettings
 from sidecar.usage.plain_calls import PlainReader
 
 TURNS = 24  # of the loop after a step: more than any step of the proxy takes
@@ -312,9 +313,9 @@ class Talk:
         taps = options.pop("taps", None) or FrameTaps()
         attribute_by_body = options.pop("attribute_by_body", None)
         self.recorder.plain = PlainReader(taps, attribute_by_body, self.counts.limit_reached)
-        rules = {"forwarded": "none", "upstream_url": "http://up.test", **options}
+        settings = {"forwarded": "none", "upstream_url": "http://up.test", **options}
         self.proxy = Proxy(
-            rules=ProxyRules(**rules), recorder=self.recorder, taps=taps, attribute=by_tenant,
+            settings=ProxySettings(**settings), recorder=self.recorder, taps=taps, attribute=by_tenant,
             attribute_by_body=attribute_by_body, plainly=plainly(None), route=by_first_segment, metrics=self.counts,
         )  # fmt: skip
         self._seen = 0
@@ -442,7 +443,7 @@ class Talk:
 
 @contextlib.contextmanager
 def conversation(**options: Any) -> Iterator[Talk]:
-    """`options` are those of `ProxyRules`, and `taps`, `attribute_by_body`."""
+    """`options` are those of `ProxySettings`, and `taps`, `attribute_by_body`."""
     talk = Talk(**options)
     asyncio.set_event_loop(talk.loop)
     try:

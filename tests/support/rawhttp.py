@@ -22,8 +22,9 @@ import pytest
 from support import ways
 
 from sidecar.model.exchange import Exchange, Outcome, PlainExchange, Release, Subscriber, Usage, UsageState
-from sidecar.proxy import Attribute, Proxy, ProxyRules, Route
+from sidecar.proxy import Attribute, Proxy, Route
 from sidecar.proxy.context import AttributeByBody
+from sidecar.settings import ProxySettings
 from sidecar.usage import RawHeaders, ResponseFilter, SocketTap, Taps
 from sidecar.usage.plain_calls import PlainReader
 
@@ -419,15 +420,15 @@ class Hop:
         attribute: Attribute | None = None,
         attribute_by_body: AttributeByBody | None = None,
         route: Route | None = None,
-        **rules: Any,
+        **settings: Any,
     ) -> None:
         self.recorder = ListRecorder()
         self.counts = Counts()
-        self.rules = ProxyRules(upstream_url=upstream_url, **rules)
+        self.settings = ProxySettings(upstream_url=upstream_url, **settings)
         taps = taps or FrameTaps()
         self.recorder.plain = PlainReader(taps, attribute_by_body, self.counts.limit_reached)
         self.proxy = Proxy(
-            rules=self.rules,
+            settings=self.settings,
             recorder=self.recorder,
             taps=taps,
             attribute=attribute or by_tenant,

@@ -353,7 +353,7 @@ def test_a_request_that_can_be_read_in_two_ways_is_a_refused_call() -> None:
 
 
 def test_one_connection_too_many() -> None:
-    with conversation(connections_max=1) as talk:
+    with conversation(connections=1) as talk:
         second = talk.new_client()
         second.hears(TOO_MANY)
         second.is_closed()
@@ -431,7 +431,7 @@ def test_stopped_while_a_connection_is_made() -> None:
 
 
 def test_no_response_in_time() -> None:
-    with conversation(response_timeout_s=60) as talk:
+    with conversation(upstream_timeout_s=60) as talk:
         talk.client.says(get())
         talk.passes(59)
         talk.nothing_recorded()
@@ -849,7 +849,7 @@ def test_with_stop_nothing_is_read_on() -> None:
 
 
 def test_without_a_free_slot_nothing_is_read_on() -> None:
-    with conversation(drains_max=0) as talk:
+    with conversation(drains=0) as talk:
         talk.client.says(get(MODEL))
         talk.client.leaves()
         talk.upstream.is_dropped()
@@ -1020,7 +1020,7 @@ def test_the_next_pipelined_call_waits_for_the_disk() -> None:
 
 def test_a_late_commit_after_the_end_of_the_response_is_waited_for() -> None:
     """No timeout of the traffic ends the wait for the disk."""
-    with conversation(idle_timeout_s=20, response_timeout_s=20) as talk:
+    with conversation(idle_timeout_s=20, upstream_timeout_s=20) as talk:
         talk.holds()
         talk.client.says(get())
         talk.upstream.says(ok())

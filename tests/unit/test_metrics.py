@@ -124,11 +124,12 @@ def test_why_requests_came_to_nothing_is_counted() -> None:
 
 def test_the_figures_of_the_moment_come_with_the_scrape() -> None:
     gauges = Gauges(admitted=7, recorded=6, open=1, holds=False, pending={"ledger": 4}, parked={("ledger", "no"): 2})
-    gauges.ledger_bytes = 9
+    gauges.ledger_bytes, gauges.spool_bytes = 9, 8
     seen = samples(Metrics(), gauges)
     assert seen[("sidecar_admitted_total",)] == 7
     assert seen[("sidecar_balance_holds",)] == 0
     assert seen[("sidecar_ledger_bytes",)] == 9
+    assert seen[("sidecar_spool_bytes",)] == 8
     assert seen[("sidecar_pending", ("backend", "ledger"))] == 4
     assert seen[("sidecar_parked_now", ("backend", "ledger"), ("reason", "no"))] == 2
 

@@ -14,7 +14,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.model.http_url import UpstreamAddress
-from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.headers import HeaderRules, Peer
 from sidecar.proxy.plain_head import (
     LINES_MAX,
@@ -24,13 +23,14 @@ from sidecar.proxy.plain_head import (
     PlainRequests,
     PlainResponses,
 )
+from sidecar.settings import ProxySettings
 
 Fields = list[tuple[bytes, bytes]]
 UPSTREAM = "http://api.example.com:8080/base"
 
 
 def rules_for(**changes: Any) -> HeaderRules:
-    return HeaderRules(ProxyRules(upstream_url=UPSTREAM, **changes), UpstreamAddress.parse(UPSTREAM))
+    return HeaderRules(ProxySettings(upstream_url=UPSTREAM, **changes), UpstreamAddress.parse(UPSTREAM))
 
 
 class Careful:

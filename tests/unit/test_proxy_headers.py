@@ -11,17 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.model.http_url import UpstreamAddress
-from sidecar.proxy.config import ProxyRules
 from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
 from sidecar.proxy.local_responses import BAD_REQUEST
 from sidecar.proxy.response_parser import HEAD_BYTES_MAX, Answer
+from sidecar.settings import ProxySettings
 
 Fields = list[tuple[bytes, bytes]]
 
 
 def made(**settings: Any) -> HeaderRules:
-    rules = ProxyRules(**{"upstream_url": "http://up.example/base/", **settings})
-    return HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url))
+    rules = ProxySettings(**{"upstream_url": "http://up.example/base/", **settings})
+    return HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url or ""))
 
 
 def lines(fields: Fields, peer: Peer | None = None, *, http10: bool = False, authority: str | None = None,

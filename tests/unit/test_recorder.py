@@ -180,7 +180,7 @@ async def test_pass_waits_once_and_then_no_more_until_a_commit(held: Held) -> No
 
 async def test_refuse_cuts_what_waited_and_turns_the_next_away(held: Held) -> None:
     make, gate, told, spool = held
-    recorder, answers = make(on_full="refuse"), Answers()
+    recorder, answers = make(on_spool_full="refuse"), Answers()
     gate.clear()
     recorder.admit(first := call())
     recorder.admit(in_flight := call())
@@ -205,7 +205,7 @@ async def test_refuse_cuts_what_waited_and_turns_the_next_away(held: Held) -> No
 async def test_refuse_turns_away_at_once_when_a_write_fails(tmp_path: Path) -> None:
     turns = dict.fromkeys(range(2, 12), "before")
     async with Spool.open(tmp_path, limits=SMALL, create=failing(turns).create) as spool:
-        recorder = SpoolRecorder(spool, Told(), on_full="refuse", commit_wait_s=30)
+        recorder = SpoolRecorder(spool, Told(), on_spool_full="refuse", commit_wait_s=30)
         answers = Answers()
         recorder.admit(exchange := call())
         assert recorder.complete(exchange, answers) is False
@@ -216,7 +216,7 @@ async def test_refuse_turns_away_at_once_when_a_write_fails(tmp_path: Path) -> N
 
 async def test_memory_is_bounded_and_what_is_lost_is_counted(held: Held) -> None:
     make, gate, told, spool = held
-    recorder, answers = make(memory_bytes=4000), Answers()
+    recorder, answers = make(spool_memory_bytes=4000), Answers()
     recorder.admit(stream := call(route="/stream"))
     await until(lambda: recorder._intended)
     await until(lambda: not recorder._in_flight)
@@ -251,7 +251,7 @@ async def test_memory_is_bounded_and_what_is_lost_is_counted(held: Held) -> None
 
 async def test_refuse_loses_nothing_that_was_let_in(held: Held) -> None:
     make, gate, told, spool = held
-    recorder = make(memory_bytes=2000, on_full="refuse", commit_wait_s=30)
+    recorder = make(spool_memory_bytes=2000, on_spool_full="refuse", commit_wait_s=30)
     gate.clear()
     let_in = [call() for _ in range(20)]
     for exchange in let_in:

@@ -7,6 +7,7 @@ import pickle
 import tempfile
 from dataclasses import fields
 from ipaddress import ip_network
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from sidecar.settings import (
     PREFIX,
+    SECTIONS,
     Address,
     Durability,
     Element,
@@ -28,6 +30,7 @@ from sidecar.settings import (
     all_settings,
     core_settings,
     load,
+    section_settings,
     types,
 )
 
@@ -45,6 +48,15 @@ BACKENDS: dict[str, tuple[Setting, ...]] = {
     ),
 }
 UPSTREAM = {"SIDECAR_UPSTREAM_URL": "https://api.example.com"}
+PLACES = {
+    found.name: f"{section}.{found.name}".lstrip(".")
+    for section, kind in SECTIONS.items()
+    for found in section_settings(kind)
+}
+# Of the proxy's, nobody's to set.
+PROXY_LIMITS = {
+    "calls_max", "head_fields_max", "retry_body_bytes_max", "linger_s", "linger_total_s", "linger_bytes_max",
+}  # fmt: skip
 
 
 def read(environ: dict[str, str] | None = None, **variables: str) -> Settings:
@@ -59,17 +71,19 @@ def problems(environ: dict[str, str] | None = None, **variables: str) -> list[st
 
 def test_defaults_are_the_documented_ones() -> None:
     s = read()
-    assert s.upstream_url == "https://api.example.com"
-    assert (s.listen, s.admin_listen) == (Address("0.0.0.0", 8080), Address("127.0.0.1", 9464))
-    assert (s.data_dir, s.backends, s.workers) == (Path("sidecar-data"), ("ledger",), 1)
-    assert (s.durability, s.on_spool_full, s.on_disconnect) == ("committed", "pass", "drain")
-    assert (s.upstream_connect_timeout_s, s.upstream_timeout_s, s.idle_timeout_s, s.stop_s) == (10, 600, 600, 30)
-    assert (s.commit_wait_s, s.spool_memory_bytes) == (1, 64 << 20)
-    assert (s.retention, s.retention_bytes, s.disconnect_drain_s) == (7 * 86_400, 10 << 30, 30)
-    assert (s.preserve_host, s.forwarded, s.via, s.meter_id_header) == (False, "x-forwarded", None, False)
-    assert s.subscriber == ("credential",)
-    assert s.hash_key is None
-    assert (s.estimate, s.ask_for_usage, s.log_level) == (False, False, "INFO")
+    assert s.proxy.upstream_url == "https://api.example.com"
+    assert (s.serve.listen, s.serve.admin_listen) == (Address("0.0.0.0", 8080), Address("127.0.0.1", 9464))
+    assert (s.data_dir, s.backends, s.serve.workers) == (Path("sidecar-data"), ("ledger",), 1)
+    assert (s.spool.durability, s.spool.on_spool_full, s.proxy.on_disconnect) == ("committed", "pass", "drain")
+    timeouts = (s.proxy.upstream_connect_timeout_s, s.proxy.upstream_timeout_s, s.proxy.idle_timeout_s)
+    assert (*timeouts, s.serve.stop_s) == (10, 600, 600, 30)
+    assert (s.spool.commit_wait_s, s.spool.spool_memory_bytes) == (1, 64 << 20)
+    assert (s.spool.retention, s.spool.retention_bytes, s.proxy.disconnect_drain_s) == (7 * 86_400, 10 << 30, 30)
+    head = (s.proxy.preserve_host, s.proxy.forwarded, s.proxy.via, s.proxy.meter_id_header)
+    assert head == (False, "x-forwarded", None, False)
+    assert s.attribution.subscriber == ("credential",)
+    assert s.attribution.hash_key is None
+    assert (s.usage.estimate, s.usage.ask_for_usage, s.serve.log_level) == (False, False, "INFO")
 
 
 def test_settings_without_arguments_are_the_defaults() -> None:
@@ -78,7 +92,9 @@ def test_settings_without_arguments_are_the_defaults() -> None:
 
 def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
     structured = {"subscribers", "meters", "backend_values", "effective"}
-    assert {f.name for f in fields(Settings)} - {s.name for s in core_settings()} == structured
+    assert {f.name for f in fields(Settings)} - set(PLACES) - set(SECTIONS) == structured
+    sections = [kind for name, kind in SECTIONS.items() if name]
+    assert {f.name for kind in sections for f in fields(kind)} - set(PLACES) == PROXY_LIMITS
     assert all(s.help for s in core_settings())
 
 
@@ -120,7 +136,7 @@ def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
     ],
 )  # fmt: skip
 def test_a_value_is_read(variable: str, value: str, attribute: str, expected: Any) -> None:
-    found = getattr(read({f"SIDECAR_{variable}": value}), attribute)
+    found = attrgetter(PLACES[attribute])(read({f"SIDECAR_{variable}": value}))
     assert found == expected
     assert type(found) is type(expected) or isinstance(found, (int, float))
 
@@ -218,7 +234,7 @@ def test_one_problem_is_one_problem() -> None:
 
 def test_commands_that_only_read_need_nothing_set() -> None:
     settings = load({"SIDECAR_BACKENDS": "stripe"}, backend_settings=BACKENDS, serving=False)
-    assert settings.upstream_url is None
+    assert settings.proxy.upstream_url is None
 
 
 def test_an_unreadable_upstream_is_not_also_reported_as_missing() -> None:
@@ -226,7 +242,7 @@ def test_an_unreadable_upstream_is_not_also_reported_as_missing() -> None:
 
 
 def test_an_empty_variable_counts_as_not_set() -> None:
-    assert read(SIDECAR_LISTEN="", SIDECAR_HASH_KEY="", SIDECAR_HASH_KEY_FILE="").listen.port == 8080
+    assert read(SIDECAR_LISTEN="", SIDECAR_HASH_KEY="", SIDECAR_HASH_KEY_FILE="").serve.listen.port == 8080
 
 
 def test_a_long_value_is_not_repeated_whole() -> None:
@@ -372,15 +388,15 @@ def test_a_toml_file_may_hold_everything(tmp_path: Path) -> None:
         ),
         backend_settings=BACKENDS,
     )
-    assert (settings.upstream_url, settings.workers, settings.stop_s) == ("http://up.example", 2, 1.5)
-    assert settings.preserve_host is True
+    assert (settings.proxy.upstream_url, settings.serve.workers, settings.serve.stop_s) == ("http://up.example", 2, 1.5)
+    assert settings.proxy.preserve_host is True
     assert settings.backends == ("ledger", "stripe")
-    assert settings.hash_key == Secret("0123456789abcdef")
+    assert settings.attribution.hash_key == Secret("0123456789abcdef")
     assert settings.backend("stripe") == {"api_key": Secret("sk_test"), "mode": "v2", "meters": ()}
-    assert settings.dimensions == {"feature": "x-feature"}
-    assert settings.elements == (Element("rows", header="x-rows"),)
-    assert settings.providers == {"/a": "openai"}
-    assert settings.routes == (
+    assert settings.attribution.dimensions == {"feature": "x-feature"}
+    assert settings.usage.elements == (Element("rows", header="x-rows"),)
+    assert settings.usage.providers == {"/a": "openai"}
+    assert settings.proxy.routes == (
         Route(pattern="/v1/things/{id}", on_disconnect=OnDisconnect.STOP, provider="openai"),
         Route(pattern="/v1/other"),
     )
@@ -391,7 +407,7 @@ def test_a_toml_file_may_hold_everything(tmp_path: Path) -> None:
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     file = toml(tmp_path, 'workers = 2\nlisten = "0.0.0.0:1"\n')
     settings = read(file, SIDECAR_WORKERS="3")
-    assert (settings.workers, settings.listen.port) == (3, 1)
+    assert (settings.serve.workers, settings.serve.listen.port) == (3, 1)
     origins = {line.variable: line.origin for line in settings.effective}
     assert origins["SIDECAR_WORKERS"] == "environment"
     assert origins["SIDECAR_LISTEN"] == file["SIDECAR_CONFIG"]
@@ -428,6 +444,7 @@ def test_a_fault_of_the_file_is_named(tmp_path: Path, text: str, why: str) -> No
 def test_a_missing_or_odd_file_is_named(tmp_path: Path) -> None:
     assert "cannot be read: No such file" in problems(SIDECAR_CONFIG=str(tmp_path / "none.toml"))[0]
     (tmp_path / "odd.toml").write_bytes(b"\xff")
+    assert problems(SIDECAR_CONFIG="a\0b") == [f"SIDECAR_CONFIG={'a' + chr(0) + 'b'!r}: is no path"]
     assert "is not UTF-8" in problems(SIDECAR_CONFIG=str(tmp_path / "odd.toml"))[0]
 
 

@@ -15,8 +15,18 @@ import pytest
 
 from sidecar.delivery.database import SCHEMA as DELIVERY
 from sidecar.ledger.schema import SCHEMA as LEDGER
+from sidecar.model.delivery import Blocked, Retry, Verdict
 from sidecar.storage import files, sqlite
-from sidecar.storage.files import StorageError, Trouble, explain, replacing, try_lock, write_file, write_once
+from sidecar.storage.files import (
+    StorageError,
+    Trouble,
+    explain,
+    replacing,
+    try_lock,
+    verdict_for,
+    write_file,
+    write_once,
+)
 from sidecar.storage.sqlite import Schema, open_db, problem_of, transaction
 
 TABLES = """
@@ -50,6 +60,27 @@ def ask(db: sqlite3.Connection, question: str) -> object:
 
 
 # --- opening a database ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("found", "verdict"),
+    [
+        (Trouble.FULL, Retry("disk_full")),
+        (Trouble.BUSY, Retry("busy")),
+        (Trouble.FAILED, Retry("write_failed")),
+        (None, Retry("write_failed")),
+        (Trouble.DENIED, Blocked("not_writable")),
+        (Trouble.READ_ONLY, Blocked("not_writable")),
+        (Trouble.GONE, Blocked("not_writable")),
+        (Trouble.DAMAGED, Blocked("broken")),
+        (Trouble.NOT_DATABASE, Blocked("broken")),
+        (Trouble.NEWER, Blocked("another's")),
+        (Trouble.OLDER, Blocked("another's")),
+        (Trouble.FOREIGN, Blocked("another's")),
+    ],
+)
+def test_what_is_wrong_with_a_backends_file_is_a_verdict(found: Trouble | None, verdict: Verdict) -> None:
+    assert verdict_for(found, damaged="broken", unfit="another's") == verdict
 
 
 def test_a_new_file_is_durable_private_and_of_the_schemas_version(path: Path) -> None:

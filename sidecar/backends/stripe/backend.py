@@ -125,8 +125,8 @@ class StripeBackend(HttpBackend[StripeSettings]):
                 continue
             for meter, amount in amounts:
                 if not self._is_taken(amount):
-                    told = f"meter {meter.name} = {plain_number(amount)}"
-                    encoded.withheld[meter_event(record, meter)] = Withheld("value_not_taken", told)
+                    why = f"meter {meter.name} = {plain_number(amount)}"
+                    encoded.withheld[meter_event(record, meter)] = Withheld("value_not_taken", why)
                 elif self._mode == "stream":
                     pieces.append(self._piece(record, customer, meter, amount))
                 else:
@@ -230,8 +230,8 @@ class StripeBackend(HttpBackend[StripeSettings]):
             body, path, content_type = urlencode(fields).encode(), ADJUSTMENTS_V1, FORM
             headers = dict(self._headers)
         else:
-            told = {"event_name": name, "type": "cancel", "cancel": {"identifier": event.event_id}}
-            body, path, content_type = orjson.dumps(told), ADJUSTMENTS_V2, "application/json"
+            payload = {"event_name": name, "type": "cancel", "cancel": {"identifier": event.event_id}}
+            body, path, content_type = orjson.dumps(payload), ADJUSTMENTS_V2, "application/json"
             headers = {**self._headers, **self._version}
         sealed = Sealed(key=event_key(event.event_id), events=(event,), body=body, path=path, content_type=content_type)
         yes = ANSWERS["stripe adjustments"]

@@ -108,9 +108,9 @@ class ScriptedLLM:
             script = self._script(request)
             body = _body(maker, request, raw)
         except _Refusal as refusal:
-            told = orjson.dumps(maker.vendor.error(refusal.status, refusal.message, number))
+            reply = orjson.dumps(maker.vendor.error(refusal.status, refusal.message, number))
             headers |= refusal.headers
-            return web.Response(status=refusal.status, body=told, content_type="application/json", headers=headers)
+            return web.Response(status=refusal.status, body=reply, content_type="application/json", headers=headers)
         packer = _packer(request, script, headers)
         await asyncio.sleep(script.head_delay_s)
         if maker.stream is not None and body.get("stream") is True:

@@ -90,8 +90,8 @@ class Guard:
 
 def open_port(settings: Settings) -> str | None:
     """What an operator should know of a port that others can reach and that asks for no token."""
-    address = settings.admin_listen
-    if address.private or settings.admin_token is not None:
+    address = settings.serve.admin_listen
+    if address.private or settings.serve.admin_token is not None:
         return None
     return (
         f"the admin port {address} can be reached by others and SIDECAR_ADMIN_TOKEN is not set: /metrics and /balance "

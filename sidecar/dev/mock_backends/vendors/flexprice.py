@@ -98,8 +98,8 @@ class Flexprice:
         if found := problems(body, EVENT_FIELDS):
             return _invalid(found, Unit(_id_of(body), body, Verdict.REFUSED))
         event_id = body.get("event_id") or f"event_{call.fingerprint()[:26]}"
-        told = {"message": "Event accepted for processing", "event_id": event_id}
-        return Answer.json(202, told, self._take(call, body, 0))
+        reply = {"message": "Event accepted for processing", "event_id": event_id}
+        return Answer.json(202, reply, self._take(call, body, 0))
 
     def _bulk(self, call: Call) -> Answer:
         body = self._open(call)
@@ -219,5 +219,5 @@ def _invalid(found: list[Problem], *units: Unit) -> Answer:
 
 
 def _error(status: int, code: str, message: str, *units: Unit) -> Answer:
-    told = {"code": code, "message": message, "http_status_code": status, "details": None}
-    return Answer(status, orjson.dumps(told), units=units)
+    reply = {"code": code, "message": message, "http_status_code": status, "details": None}
+    return Answer(status, orjson.dumps(reply), units=units)

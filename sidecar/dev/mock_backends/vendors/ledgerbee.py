@@ -119,8 +119,8 @@ def _refusal(call: Call, body: Mapping[str, Any], refused: Unit) -> Answer | Non
         if not isinstance(value, str | int | float):
             found.append((f"metadata.{name}", "must be a string, a number or a boolean"))
     if found:
-        told = {"validationErrors": [{"property": name, "constraints": {"is": what}} for name, what in found]}
-        return _error(call, 400, "Validation failed", refused, code="SHARED_VALIDATION_FAILED", details=told)
+        reply = {"validationErrors": [{"property": name, "constraints": {"is": what}} for name, what in found]}
+        return _error(call, 400, "Validation failed", refused, code="SHARED_VALIDATION_FAILED", details=reply)
     meter = body.get("meterId") or body.get("meterName")
     if not meter:
         return _error(call, 400, "provide meterId or meterName", refused, code="METER_IDENTIFIER_REQUIRED")

@@ -117,5 +117,5 @@ def _key_of(event: dict[str, Any]) -> str | None:
 
 def _problem(status: int, detail: str, *units: Unit) -> Answer:
     title = {400: "Bad Request", 401: "Unauthorized", 429: "Too Many Requests"}.get(status, "Internal Server Error")
-    told = {"type": "about:blank", "title": title, "status": status, "detail": detail}
-    return Answer(status, orjson.dumps(told), "application/problem+json", units=units)
+    reply = {"type": "about:blank", "title": title, "status": status, "detail": detail}
+    return Answer(status, orjson.dumps(reply), "application/problem+json", units=units)

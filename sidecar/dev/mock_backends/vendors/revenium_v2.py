@@ -128,8 +128,8 @@ class ReveniumV2:
     @staticmethod
     def consumed(path: str, body: Mapping[str, Any]) -> Consumed | None:
         if "inputTokenCount" in body:
-            told = {"input_tokens": body["inputTokenCount"], "output_tokens": body["outputTokenCount"]}
-            return Consumed(body["subscriber"]["id"], {"api_calls": 1, **told}, own_counts=True)
+            tokens = {"input_tokens": body["inputTokenCount"], "output_tokens": body["outputTokenCount"]}
+            return Consumed(body["subscriber"]["id"], {"api_calls": 1, **tokens}, own_counts=True)
         if "payload" not in body:
             return None
         return Consumed(body.get("subscriberCredentialId") or body.get("subscriberCredential"), body["payload"])

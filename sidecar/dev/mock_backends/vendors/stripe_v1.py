@@ -119,11 +119,11 @@ class StripeV1:
             message = f"An event already exists with identifier {event.identifier}."
             return _error(400, (None, message, None), Unit(event.identifier, form, Verdict.DUPLICATE))
         verdict = self._book.enter(event, call.at_s)
-        told = {
+        reply = {
             "object": "billing.meter_event", "created": int(call.at_s), "event_name": event.event_name,
             "identifier": event.identifier, "livemode": False, "payload": event.payload, "timestamp": int(event.at_s),
         }  # fmt: skip
-        return Answer.json(200, told, Unit(event.identifier, form, verdict))
+        return Answer.json(200, reply, Unit(event.identifier, form, verdict))
 
     def _adjust(self, call: Call, form: Form) -> Answer:
         problem = _missing(form, "event_name", "type") or _unknown(form, "event_name", "type", "cancel", "expand")
@@ -138,11 +138,11 @@ class StripeV1:
             problem = ("resource_missing", f"No such meter event within the last 24 hours: '{identifier}'", "cancel")
         if problem is not None:
             return _error(400, problem, Unit(None, form, Verdict.REFUSED))
-        told = {
+        reply = {
             "object": "billing.meter_event_adjustment", "cancel": {"identifier": identifier},
             "event_name": form["event_name"], "livemode": False, "status": "pending", "type": "cancel",
         }  # fmt: skip
-        return Answer.json(200, told, Unit(f"cancel:{identifier}", form, Verdict.DELIVERED))
+        return Answer.json(200, reply, Unit(f"cancel:{identifier}", form, Verdict.DELIVERED))
 
     def _define(self, call: Call, form: Form) -> Answer:
         aggregation, customer, value = (
@@ -280,6 +280,6 @@ def _unauthorized(credential: str) -> Answer:
 
 def _error(status: int, problem: Problem, *units: Unit, kind: str = "invalid_request_error") -> Answer:
     code, message, param = problem
-    told = {"type": kind, "message": message, "code": code, "param": param}
-    body = {"error": {name: value for name, value in told.items() if value is not None}}
+    reply = {"type": kind, "message": message, "code": code, "param": param}
+    body = {"error": {name: value for name, value in reply.items() if value is not None}}
     return Answer(status, orjson.dumps(body), units=units)

@@ -69,11 +69,11 @@ class StripeV2:
         token = f"token_receiver_{number}_{hashlib.sha256(secret_key(call).encode()).hexdigest()[:12]}"
         self._memory.keep("sessions", number, call.at_s)
         self._memory.keep(f"session:{_digest(token)}", True, call.at_s)
-        told = {
+        reply = {
             "id": f"mes_receiver_{number}", "object": "v2.billing.meter_event_session", "authentication_token": token,
             "created": rfc3339(call.at_s), "expires_at": rfc3339(call.at_s + SESSION_S), "livemode": False,
         }  # fmt: skip
-        return Answer.json(200, told)
+        return Answer.json(200, reply)
 
     def _single(self, call: Call) -> Answer:
         if refusal := self._stranger(call):
@@ -87,12 +87,12 @@ class StripeV2:
         if self._book.has(event.identifier, call.at_s):
             message = "A meter event with a duplicate identifier has already been submitted."
             return _error(400, "duplicate_meter_event", message, Unit(event.identifier, body, Verdict.DUPLICATE))
-        told = {
+        reply = {
             "object": "v2.billing.meter_event", "created": rfc3339(call.at_s), "event_name": event.event_name,
             "identifier": event.identifier, "livemode": False, "payload": event.payload,
             "timestamp": rfc3339(event.at_s),
         }  # fmt: skip
-        return Answer.json(200, told, Unit(event.identifier, body, self._book.enter(event, call.at_s)))
+        return Answer.json(200, reply, Unit(event.identifier, body, self._book.enter(event, call.at_s)))
 
     def _stream(self, call: Call) -> Answer:
         token = bearer(call)
@@ -131,12 +131,12 @@ class StripeV2:
             return _error(400, "parameter_invalid", "event_name, type=cancel and cancel.identifier are required")
         if not self._book.cancels(identifier, name, call.at_s):
             return _error(404, "not_found", "no such meter event within the last 24 hours")
-        told = {
+        reply = {
             "id": f"mea_receiver_{identifier}", "object": "v2.billing.meter_event_adjustment",
             "cancel": {"identifier": identifier}, "created": rfc3339(call.at_s), "event_name": name,
             "livemode": False, "status": "pending", "type": "cancel",
         }  # fmt: skip
-        return Answer.json(200, told, Unit(f"cancel:{identifier}", body, Verdict.DELIVERED))
+        return Answer.json(200, reply, Unit(f"cancel:{identifier}", body, Verdict.DELIVERED))
 
     def _read(self, call: Call, row: dict[str, Any], place: int | None = None) -> tuple[MeterEvent | None, Answer]:
         """The event, or the refusal of the whole call."""
@@ -182,5 +182,5 @@ def _digest(token: str) -> str:
 
 def _error(status: int, code: str, message: str, *units: Unit, kind: str | None = None) -> Answer:
     """`type` stands only where the vendor's clients tell errors apart by it."""
-    told = {"code": code, "message": message} | ({} if kind is None else {"type": kind})
-    return Answer(status, orjson.dumps({"error": told}), units=units)
+    reply = {"code": code, "message": message} | ({} if kind is None else {"type": kind})
+    return Answer(status, orjson.dumps({"error": reply}), units=units)
