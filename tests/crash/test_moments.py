@@ -27,6 +27,8 @@ from support.whole import Whole, children
 from sidecar.dev.mock_backends.faults import Do, Fault
 from sidecar.spool import Limits, SpoolReader
 
+pytestmark = pytest.mark.timeout(240)  # several starts each, which take seconds on a busy machine
+
 REVENIUM_SLOTS = 16  # requests at once: what may be under way at a kill
 
 
@@ -172,7 +174,7 @@ async def said(whole: Whole, condition: Callable[[dict[str, Any]], bool]) -> dic
 
 
 async def delivered(whole: Whole, backend: str, count: int) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(150):
         while (await whole.get("/balance"))["backends"][backend]["delivered"] < count:
             await asyncio.sleep(0.05)
 
@@ -366,7 +368,7 @@ async def test_the_recount_agrees_after_retention(tmp_path: Path) -> None:
             async def agrees() -> dict[str, Any]:
                 balance = await whole.settled(limit_s=60)
                 assert balance["holds"], balance
-                await until(lambda: not any(path.exists() for path in segments[:-1]), limit_s=60)
+                await until(lambda: not any(path.exists() for path in segments[:-1]), limit_s=100)
                 assert await whole.get("/balance") == balance
                 for command in (["spool", "verify"], ["balance"]):
                     code, out, err = await whole.command(*command)

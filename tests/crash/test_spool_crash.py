@@ -85,7 +85,7 @@ class Child:
 
     def wait_until_said(self, kind: str, count: int = 1) -> None:
         with self.changed:
-            done = self.changed.wait_for(lambda: len(self.said.get(kind, [])) >= count, timeout=30)
+            done = self.changed.wait_for(lambda: len(self.said.get(kind, [])) >= count, timeout=100)
         assert done, f"the child said too little ({ {k: len(v) for k, v in self.said.items()} })"
 
     def kill(self) -> None:
@@ -219,6 +219,7 @@ def test_a_slow_sync_then_a_kill(tmp_path: Path, child: type[Child], shim: dict[
     judge(tmp_path, *(set(running.said[kind]) for kind in ("A", "I", "R")))
 
 
+@pytest.mark.timeout(240)  # the child's disk takes 0.3 s for each sync
 def test_buffered_risks_no_more_than_its_bound_on_a_slow_disk(
     tmp_path: Path, child: type[Child], shim: dict[str, str]
 ) -> None:

@@ -22,6 +22,8 @@ from sidecar.delivery import removed_backend
 from sidecar.runtime import offline
 from sidecar.runtime.directory_identity import As
 
+pytestmark = pytest.mark.timeout(240)  # several starts each, which take seconds on a busy machine
+
 
 async def calls(whole: Whole, count: int) -> None:
     async with aiohttp.ClientSession() as session:

@@ -35,7 +35,7 @@ def test_figures_are_ratios_of_medians_within_the_run() -> None:
 def test_bounds_from_below_and_single_figures() -> None:
     raw = {
         "open": {"kib_each": 25.1, "before_mib": 90.0},
-        "delivery": [{"case": "meter", "us": 50.0, "records_per_cpu_s": 19_999.0}],
+        "delivery": [{"case": "meter", "us": 50.0, "cpu_s": 2.0, "records_per_cpu_s": 19_999.0}],
     }
     found = lines(raw)
     assert found["memory of an open stream (PSS, all processes)"].endswith("MISSED")
