@@ -121,7 +121,7 @@ class Answer:
             # Whatever the parser keeps of it meanwhile, a body's frame is no longer than a head.
             self._beside = self._beside + len(data) if self.body_bytes == before else 0
             if self._beside > BESIDE_BYTES_MAX and not self.done and self.broken is None:
-                self.broken = "the trailers of the answer are too large"
+                self.broken = "too much of the answer is no body: trailers, or what stands beside the sizes of chunks"
         else:
             self._head.append(data)
             self._head_bytes += len(data)
