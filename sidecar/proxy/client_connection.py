@@ -437,9 +437,19 @@ class Client(ClientProtocol):
         else:
             self._hang_up(linger=False)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is open, and no call is."""
+        return self.call is None and self.transport is not None and not self._closing
+
+    def fileno(self) -> int:
+        """Of its socket; -1: it has none."""
+        sock = None if self.transport is None else self.transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
+
     def stop(self) -> None:
         """Close if no call is open; else the open one is the last."""
-        if self.call is None and self.transport is not None and not self._closing:
+        if self.is_idle:
             self._hang_up(linger=False)
 
     # -- requests --------------------------------------------------------------------------------
