@@ -257,7 +257,7 @@ class Proxy:
                 call.stop()
             except Exception:
                 log.exception("a call could not be cut")
-        # A last answer may still be in a socket's buffer; lingering clients are not waited for long.
+        # A last response may still be in a socket's buffer; lingering clients are not waited for long.
         gone = asyncio.Event()
         clients.when_empty(gone.set)
         try:
