@@ -228,20 +228,17 @@ class Proxy:
         What clients have sent by now is still taken up: a call in a socket, or in the queue of those that wait to be
         accepted, would be reset by a close, though its client sent it while everything was well."""
         hop, clients = self._hop, self._clients
-        first = hop is not None and not hop.stopping
-        if hop is not None and clients is not None and first:
-            hop.stopping = True
-            began = hop.loop.time()
-            await self._take_what_came(hop, clients, began + min(CAME_S, timeout_s))
-            timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
-        for path in self._socket_paths:
-            _remove_stale(path)
-        self._socket_paths.clear()
-        if hop is None or clients is None or not first:
+        if hop is None or clients is None or hop.stopping:
+            self._close_listeners()
             return
+        hop.stopping = True
+        began = hop.loop.time()
+        if self._listeners:
+            await self._take_what_came(clients, began + min(CAME_S, timeout_s))
+            self._close_listeners()
+            # On the connections that were let in last, too.
+            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s))
+            timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
         for client in list(clients.open):
             client.stop()
         if hop.calls:
@@ -268,11 +265,19 @@ class Proxy:
                 if client.transport is not None:
                     client.transport.abort()
 
-    async def _take_what_came(self, hop: Hop, clients: Clients, until: float) -> None:
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for path in self._socket_paths:
+            _remove_stale(path)
+        self._socket_paths.clear()
+
+    async def _take_what_came(self, clients: Clients, until: float) -> None:
         """Go on until nothing has come any more in two looks: in between a connection may be neither in the queue nor
         among ours yet."""
-        quiet = 0
-        while self._listeners and quiet < 2 and hop.loop.time() < until:
+        quiet, loop = 0, asyncio.get_running_loop()
+        while quiet < 2 and loop.time() < until:
             quiet = 0 if self._something_came(clients) else quiet + 1
             await asyncio.sleep(CAME_LOOK_S)
 
