@@ -42,9 +42,9 @@ from sidecar.proxy.context import NEVER, Hop
 from sidecar.proxy.drains import REASONS
 from sidecar.proxy.ending import Cause, Ending, Phase
 from sidecar.proxy.headers import Peer, trace_id
-from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.request_body import RequestBody, head_of, may_change
-from sidecar.proxy.response_parser import Answer
+from sidecar.proxy.response_parser import UpstreamResponse
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
 from sidecar.usage import RequestTap
@@ -99,8 +99,8 @@ class Downstream(Protocol):
         """The upstream agreed to the switch."""
         ...
 
-    def reject(self, own: OwnAnswer, limit: str) -> None:
-        """Answer without a call, and close."""
+    def reject(self, own: LocalResponse, limit: str) -> None:
+        """Respond without a call, and close."""
         ...
 
     def reset(self) -> None: ...
@@ -138,7 +138,7 @@ class Event(IntEnum):
 class Why:
     """What is to be said of an event. The texts are ours and fixed."""
 
-    own: OwnAnswer | None = None
+    own: LocalResponse | None = None
     error: str | None = None
     reason: str | None = None  # one of the words of `upstream`
     clean: bool = True  # the connection ended in good order
@@ -179,7 +179,7 @@ class Call:
         # the upstream's side
         self._connecting: Task[None] | None = None
         self.connection: UpstreamConnection | None = None
-        self.response: Answer | None = None
+        self.response: UpstreamResponse | None = None
         self._own = b""  # the response of ours that the client gets instead
         self._tunnel: Tunnel | None = None
         # the record
@@ -276,7 +276,7 @@ class Call:
             body.tap = tap
         self._set_out()
 
-    def _refused(self, coding: bytes | None) -> OwnAnswer | None:
+    def _refused(self, coding: bytes | None) -> LocalResponse | None:
         """What the parser lets through and we do not."""
         message = self._message
         if message.version.major != 1 or message.version.minor > 1:
@@ -293,7 +293,7 @@ class Call:
         """A piece of the upload has come."""
         self._on(Event.UPLOAD)
 
-    def upload_broke(self, own: OwnAnswer) -> None:
+    def upload_broke(self, own: LocalResponse) -> None:
         """The client's body turned out malformed: nothing of it may be taken for whole upstream."""
         self._on(Event.UPLOAD_BROKE, Why(own=own))
 
@@ -402,7 +402,7 @@ class Call:
 
     def _expect(self) -> None:
         """The next bytes from upstream are the response."""
-        self.response = Answer(
+        self.response = UpstreamResponse(
             self._hop.headers,
             self._announce,
             head_only=self._message.method == "HEAD",
@@ -469,7 +469,7 @@ class Call:
             self.failed()
 
     @staticmethod
-    def _seen(response: Answer) -> Event:
+    def _seen(response: UpstreamResponse) -> Event:
         if response.broken is not None:
             return Event.BROKE
         if response.done:
@@ -485,7 +485,7 @@ class Call:
         exchange = self._exchange
         exchange.first_byte_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
 
-    def _announce(self, response: Answer) -> bytes:
+    def _announce(self, response: UpstreamResponse) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""
         hop, exchange = self._hop, self._exchange
         exchange.response_headers = hop.headers.names_for_record(response.names)
@@ -655,7 +655,7 @@ class Call:
         return self._hop.recorder.complete(exchange, self._release if held else None)
 
     def _ask_request(self, tap: RequestTap) -> None:
-        """What only the request's body says: who pays, and which model gave no answer."""
+        """What only the request's body says: who pays, and which model gave no response."""
         exchange, response, by_body = self._exchange, self.response, self._hop.attribute_by_body
         body = self.body
         if body is not None and not body.size_bytes:
@@ -781,7 +781,7 @@ class Call:
         """The one way out for all calls that do not end as they should."""
         self._let_go(end)
         if end.client is ending.Client.OWN:
-            self._answer(end, cause, why)
+            self._respond(end, cause, why)
             return
         own = why.own or local_responses.FOR.get(cause)
         error = why.error
@@ -804,7 +804,7 @@ class Call:
                 client.reset()
         self._over()
 
-    def _answer(self, end: Ending, cause: Cause, why: Why) -> None:
+    def _respond(self, end: Ending, cause: Cause, why: Why) -> None:
         """A response of ours instead of the upstream's, where the client has had nothing of one."""
         client, exchange = self.client, self._exchange
         own = why.own or local_responses.FOR[cause]
@@ -878,7 +878,7 @@ class Call:
             self.connection.pause(True)
 
     def _join(self, event: Event, why: Why) -> None:
-        """The upstream answered 101: from here on bytes go both ways unread."""
+        """The upstream responded with 101: from here on bytes go both ways unread."""
         client, connection, response = self.client, self.connection, self.response
         assert response is not None
         if client is None or connection is None:

@@ -36,7 +36,7 @@ from sidecar.proxy.aiohttp_compat import (
 )
 from sidecar.proxy.call import Call
 from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
-from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_call import PlainCall, PlainCalls
 from sidecar.proxy.tunnel import Tunnel
 
@@ -73,7 +73,7 @@ class Clients:
         self._on_empty: list[Callable[[], None]] = []
 
     def opened(self, client: Client) -> bool:
-        """Count it in. False when there are too many; the caller answers 503."""
+        """Count it in. False when there are too many; the caller responds with 503."""
         self.open.add(client)
         self._metrics.connections_changed(1)
         return len(self.open) <= self._max
@@ -145,7 +145,7 @@ class Client(ClientProtocol):
         self._ahead = bytearray()
         self._tunnel: Tunnel | None = None
         # the end
-        self._own: OwnAnswer | None = None  # to be sent when the calls in hand are answered
+        self._own: LocalResponse | None = None  # to be sent when the calls in hand are answered
         self._closing = False
         self._unsent = 0  # bytes, when it was last looked at
         self._linger_until = 0.0
@@ -394,8 +394,8 @@ class Client(ClientProtocol):
         if not self._taking and (self._queue or self._parser_holds or self._unread or self._last_call):
             self._take()
 
-    def reject(self, own: OwnAnswer, limit: str, *, linger: bool = True) -> None:
-        """Answer without a call (nothing is recorded) and close."""
+    def reject(self, own: LocalResponse, limit: str, *, linger: bool = True) -> None:
+        """Respond without a call (nothing is recorded) and close."""
         self._hop.metrics.limit_reached(limit)
         self.send(own.encode(close=True))
         self._hang_up(linger=linger)
@@ -437,9 +437,19 @@ class Client(ClientProtocol):
         else:
             self._hang_up(linger=False)
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether it is open, and no call is."""
+        return self.call is None and self.transport is not None and not self._closing
+
+    def fileno(self) -> int:
+        """Of its socket; -1: it has none."""
+        sock = None if self.transport is None else self.transport.get_extra_info("socket")
+        return -1 if sock is None else int(sock.fileno())
+
     def stop(self) -> None:
         """Close if no call is open; else the open one is the last."""
-        if self.call is None and self.transport is not None and not self._closing:
+        if self.is_idle:
             self._hang_up(linger=False)
 
     # -- requests --------------------------------------------------------------------------------
@@ -539,7 +549,7 @@ class Client(ClientProtocol):
         else:
             self._refuse(local_responses.BAD_REQUEST, "malformed")
 
-    def _refuse(self, own: OwnAnswer, reason: str) -> None:
+    def _refuse(self, own: LocalResponse, reason: str) -> None:
         """Something that is no call: answered after the calls in hand, and the end of the connection."""
         self._own_refused(reason)
         self._own = own

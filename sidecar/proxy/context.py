@@ -97,7 +97,7 @@ class Hop:
         return next((policy for policy in own if policy is not None), self.settings.on_disconnect)
 
     def upstream_failed(self, reason: str, words: str) -> None:
-        """A call got no answer. `words` are ours or the system's, for a person."""
+        """A call got no response. `words` are ours or the system's, for a person."""
         self.metrics.upstream_failed(reason)
         calls = self.seldom.due(f"upstream {reason}", self.loop.time())
         if calls is not None:
@@ -107,7 +107,7 @@ class Hop:
             )  # fmt: skip
 
     def not_drained(self, limit: str) -> None:
-        """The answer of a client that left is not read on, though its usage was still to come."""
+        """The response of a client that left is not read on, though its usage was still to come."""
         self.metrics.limit_reached(limit)
         calls = self.seldom.due(limit, self.loop.time())
         if calls is not None:

@@ -1,4 +1,4 @@
-"""Who may have answers read on after leaving, and how many: a fixed number of slots, shared fairly.
+"""Who may have responses read on after leaving, and how many: a fixed number of slots, shared fairly.
 
 Each slot holds an upstream connection for the sake of the usage in what is still to come, so there is an end to them;
 and whoever could fill them all would make everybody's calls free of charge. So one subscriber, or one client's address

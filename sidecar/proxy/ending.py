@@ -60,7 +60,7 @@ class Client(Enum):
 
     NOTHING = "nothing"  # it is gone
     REST = "the rest"  # what is held leaves when the record is on disk
-    OWN = "an answer of ours"  # when that is on disk
+    OWN = "a response of ours"  # when that is on disk
     END = "an end"  # of the tunnel, when that is on disk
     CLOSE = "a close"  # the framing shows that the response is not whole
     RESET = "a reset"
@@ -69,7 +69,7 @@ class Client(Enum):
 class Upstream(Enum):
     """What becomes of the upstream's connection."""
 
-    KEEP = "given back"  # or closed, where its answer says so
+    KEEP = "given back"  # or closed, where its response says so
     DROP = "dropped"
     FINISH = "closed after what was written has left"
 
@@ -136,7 +136,7 @@ ERRORS: Final = {
     Cause.UNRECORDED: "a message could not be recorded",
     Cause.STOPPED: "cut at the end of the graceful stop",
 }
-"""What the record says, where neither an answer of ours nor the upstream has words for it."""
+"""What the record says, where neither a response of ours nor the upstream has words for it."""
 
 
 def ending(phase: Phase, cause: Cause, *, client: bool, framed: bool, end_mark: bool = False) -> Ending:

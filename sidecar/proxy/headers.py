@@ -457,7 +457,7 @@ _REQUEST_HANDLERS: Final[dict[int, Callable[[RequestHead, bytes, bytes], None]]]
 
 
 class ResponseHead:
-    """What an answer's head says, and the lines that the client is sent. Raises `ValueError` for
+    """What a response's head says, and the lines that the client is sent. Raises `ValueError` for
     framing that cannot be read.
 
     `http10`: the client knows no chunks. Only a 101 keeps its `Upgrade`. `called` says what the client asked for, where

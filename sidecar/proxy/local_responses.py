@@ -1,4 +1,4 @@
-"""The answers that are ours: small JSON with fixed texts.
+"""The responses that are ours: small JSON with fixed texts.
 
 No byte of a request ever appears in them: a header echoed in a 400 has leaked many a secret.
 """
@@ -13,8 +13,8 @@ from sidecar.proxy.ending import Cause
 
 
 @dataclass(frozen=True, slots=True)
-class OwnAnswer:
-    """One fixed answer. `reason` is also the label of its counter."""
+class LocalResponse:
+    """One fixed response. `reason` is also the label of its counter."""
 
     status: int
     phrase: str
@@ -28,7 +28,7 @@ class OwnAnswer:
     def encode(
         self, *, close: bool, keep_alive_10: bool = False, head_only: bool = False, fields: bytes = b""
     ) -> bytes:
-        """The whole answer. `fields` are further field lines, each with its line end."""
+        """The whole response. `fields` are further field lines, each with its line end."""
         body = self.body
         connection = b"Connection: close\r\n" if close else b"Connection: keep-alive\r\n" if keep_alive_10 else b""
         return b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b%b\r\n%b" % (
@@ -38,30 +38,34 @@ class OwnAnswer:
 
 FIELD_NAMES: Final = ("Content-Type", "Content-Length")
 
-BAD_REQUEST: Final = OwnAnswer(400, "Bad Request", "bad_request", "the request is not valid HTTP/1.1")
-AMBIGUOUS: Final = OwnAnswer(
+BAD_REQUEST: Final = LocalResponse(400, "Bad Request", "bad_request", "the request is not valid HTTP/1.1")
+AMBIGUOUS: Final = LocalResponse(
     400, "Bad Request", "ambiguous_framing", "the request's framing can be read in more than one way"
 )
-BAD_CHUNK: Final = OwnAnswer(400, "Bad Request", "bad_chunk", "the request's chunked body is malformed")
-BAD_VERSION: Final = OwnAnswer(400, "Bad Request", "bad_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
-TOO_SLOW: Final = OwnAnswer(408, "Request Timeout", "request_timeout", "the request did not arrive in time")
-TARGET_TOO_LONG: Final = OwnAnswer(414, "URI Too Long", "target_too_long", "the request target is too long")
-HEAD_TOO_LARGE: Final = OwnAnswer(
+BAD_CHUNK: Final = LocalResponse(400, "Bad Request", "bad_chunk", "the request's chunked body is malformed")
+BAD_VERSION: Final = LocalResponse(400, "Bad Request", "bad_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
+TOO_SLOW: Final = LocalResponse(408, "Request Timeout", "request_timeout", "the request did not arrive in time")
+TARGET_TOO_LONG: Final = LocalResponse(414, "URI Too Long", "target_too_long", "the request target is too long")
+HEAD_TOO_LARGE: Final = LocalResponse(
     431, "Request Header Fields Too Large", "head_too_large", "the request's header fields are too large or too many"
 )
-UNKNOWN_METHOD: Final = OwnAnswer(501, "Not Implemented", "unknown_method", "this method is not passed on")
-OWN_FAULT: Final = OwnAnswer(500, "Internal Server Error", "proxy_fault", "the proxy failed to handle this call")
-UNREACHABLE: Final = OwnAnswer(502, "Bad Gateway", "upstream_unreachable", "no connection to the upstream")
-BROKEN: Final = OwnAnswer(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid answer")
-SPOOL_FULL: Final = OwnAnswer(503, "Service Unavailable", "metering_unavailable", "no call can be recorded right now")
-TOO_MANY: Final = OwnAnswer(503, "Service Unavailable", "too_many_calls", "too many calls are open")
-STOPPING: Final = OwnAnswer(503, "Service Unavailable", "stopping", "this proxy is stopping")
-CONNECT_TIMEOUT: Final = OwnAnswer(
+UNKNOWN_METHOD: Final = LocalResponse(501, "Not Implemented", "unknown_method", "this method is not passed on")
+OWN_FAULT: Final = LocalResponse(500, "Internal Server Error", "proxy_fault", "the proxy failed to handle this call")
+UNREACHABLE: Final = LocalResponse(502, "Bad Gateway", "upstream_unreachable", "no connection to the upstream")
+BROKEN: Final = LocalResponse(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid answer")
+SPOOL_FULL: Final = LocalResponse(
+    503, "Service Unavailable", "metering_unavailable", "no call can be recorded right now"
+)
+TOO_MANY: Final = LocalResponse(503, "Service Unavailable", "too_many_calls", "too many calls are open")
+STOPPING: Final = LocalResponse(503, "Service Unavailable", "stopping", "this proxy is stopping")
+CONNECT_TIMEOUT: Final = LocalResponse(
     504, "Gateway Timeout", "upstream_connect_timeout", "the upstream accepted no connection in time"
 )
-RESPONSE_TIMEOUT: Final = OwnAnswer(504, "Gateway Timeout", "upstream_timeout", "the upstream did not answer in time")
+RESPONSE_TIMEOUT: Final = LocalResponse(
+    504, "Gateway Timeout", "upstream_timeout", "the upstream did not answer in time"
+)
 
-FOR: Final[Mapping[Cause, OwnAnswer]] = {
+FOR: Final[Mapping[Cause, LocalResponse]] = {
     Cause.UPLOAD_STALLED: TOO_SLOW,
     Cause.UPLOAD_BROKE: BAD_CHUNK,
     Cause.UNREACHABLE: UNREACHABLE,

@@ -36,7 +36,7 @@ from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
 from sidecar.proxy.context import NEVER, Hop, PlainAttribution
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
-from sidecar.proxy.local_responses import OwnAnswer
+from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainHead, PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.upstream import UpstreamConnection
@@ -348,5 +348,5 @@ class PlainCall:
     def pump(self) -> None:
         """The request came whole."""
 
-    def upload_broke(self, own: OwnAnswer) -> None:
+    def upload_broke(self, own: LocalResponse) -> None:
         """The request came whole."""

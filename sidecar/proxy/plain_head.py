@@ -8,7 +8,7 @@ never taken. The short way can therefore only forward what the careful way would
 
 Only heads that leave nothing to be judged are plain: printable ASCII, every line ended by CRLF, `name: value` with one
 space, one Host, one Content-Length at most, nothing about transfer codings of a request, upgrades, expectations or
-trailers. For all others the answer is None, and the careful way reads them from their first byte.
+trailers. For all others the result is None, and the careful way reads them from their first byte.
 
 What is remembered is bounded, and holds header values (credentials too): it is never shown.
 """

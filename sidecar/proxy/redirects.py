@@ -1,4 +1,4 @@
-"""Where an answer points: what leads to the upstream's own address leads back through here.
+"""Where a response points: what leads to the upstream's own address leads back through here.
 
 An upstream builds absolute URLs out of the `Host` it is sent, which is its own (`SIDECAR_PRESERVE_HOST` apart). A
 client that follows one leaves the proxy behind: the call is not metered, and most clients drop its credentials on the

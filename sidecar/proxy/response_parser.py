@@ -1,9 +1,9 @@
-"""One answer of the upstream, read piece by piece and turned into the bytes that the client gets.
+"""One response of the upstream, read piece by piece and turned into the bytes that the client gets.
 
 Pure: bytes go in through `feed` and come out in `out`; what that means (send, hold, retry, cut) is
 for `call` to decide after each `feed`. httptools parses; what it does not know is done here: an
-answer to HEAD ends at its head, an unsized body ends with its connection, and a sized body needs no
-parser once its head is read. A parser costs half a microsecond, so each answer has its own and no
+response to HEAD ends at its head, an unsized body ends with its connection, and a sized body needs no
+parser once its head is read. A parser costs half a microsecond, so each response has its own and no
 state can leak from one to the next.
 
 The upstream is trusted and was chosen, so it is read as leniently as curl and nginx read it, where what is meant is
@@ -29,7 +29,7 @@ from sidecar.usage import ResponseFilter, ResponseTap
 HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
 HEAD_BYTES_MAX: Final = 262_144  # with all 1xx before it; nginx gives 8 KiB, Node 16 KiB; cookies can be large
 BESIDE_BYTES_MAX: Final = HEAD_BYTES_MAX  # of trailers, and of chunk extensions: what comes without a byte of the body
-INTERIM_MAX: Final = 32  # 1xx answers to one request
+INTERIM_MAX: Final = 32  # 1xx responses to one request
 STATUS_MIN: Final = 100  # below, llhttp reads on; above 599 there are some in use (999), and they pass
 REASON_CHARS_MAX: Final = 80  # of the parser's own words, which are constants: the longest has 60
 
@@ -38,11 +38,11 @@ _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
 _LENGTH = re.compile(rb"[0-9]+\Z")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
-Announce = Callable[["Answer"], bytes]
+Announce = Callable[["UpstreamResponse"], bytes]
 """Called once with the final head: sets `tap`, and gives the field lines that the client gets besides."""
 
 
-class Answer:
+class UpstreamResponse:
     """Feed it; look at what it says afterwards."""
 
     __slots__ = (
@@ -95,7 +95,7 @@ class Answer:
         self.started = False  # the final head is read
         self.done = False  # the message is whole
         self.ended = False  # the stream's own end mark has been seen
-        self.broken: str | None = None  # a fixed text: why this is no answer
+        self.broken: str | None = None  # a fixed text: why this is no response
         self.extra = False  # bytes came behind the end
         self.reusable = False  # the connection may serve another call
         self.keep_alive: bytes | None = None  # how long, as the upstream said it
@@ -121,7 +121,7 @@ class Answer:
             # Whatever the parser keeps of it meanwhile, a body's frame is no longer than a head.
             self._beside = self._beside + len(data) if self.body_bytes == before else 0
             if self._beside > BESIDE_BYTES_MAX and not self.done and self.broken is None:
-                self.broken = "the trailers of the answer are too large"
+                self.broken = "too much of the answer is no body: trailers, or what stands beside the sizes of chunks"
         else:
             self._head.append(data)
             self._head_bytes += len(data)
@@ -225,7 +225,7 @@ class Answer:
             if self.done:
                 self.extra = True
             elif len(self.trailers) >= HEAD_FIELDS_MAX:
-                raise _NoAnswer("the trailers of the answer have too many fields")
+                raise _NotAResponse("the trailers of the answer have too many fields")
             else:
                 self.trailers.append((name, value))
         else:
@@ -239,29 +239,29 @@ class Answer:
         assert parser is not None
         status = parser.get_status_code()
         if len(self.fields) > HEAD_FIELDS_MAX:
-            raise _NoAnswer("the answer has too many fields")
+            raise _NotAResponse("the answer has too many fields")
         reason = self._reason
         if not reason.isalpha() and _CONTROL.search(reason):
-            raise _NoAnswer("the status line holds control characters")
+            raise _NotAResponse("the status line holds control characters")
         if status < 200:
             if status < STATUS_MIN:
-                raise _NoAnswer("the status is not one of HTTP's")
+                raise _NotAResponse("the status is not one of HTTP's")
             if status != 101:
                 self._pass_interim(status)
                 return
             if not self._upgrade:
-                raise _NoAnswer("a protocol switch that nobody asked for")
+                raise _NotAResponse("a protocol switch that nobody asked for")
         try:
             head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10, called=self._called)
         except ValueError as error:
-            raise _NoAnswer("the framing of the answer cannot be read") from error
+            raise _NotAResponse("the framing of the answer cannot be read") from error
         self.status = status
         self.names = head.names
         self.keep_alive = head.keep_alive
         self.started = True
         bodiless = self._head_only or status in (204, 304, 101)
         if bodiless:
-            # The parser thinks that an unsized answer to HEAD ends with the connection; the head says more.
+            # The parser thinks that an unsized response to HEAD ends with the connection; the head says more.
             one_more = parser.should_keep_alive() or parser.get_http_version() == "1.1"
             self.reusable = one_more and not head.close and status != 101
         else:
@@ -364,7 +364,7 @@ class Answer:
     def _pass_interim(self, status: int) -> None:
         self._interims += 1
         if self._interims > INTERIM_MAX:
-            raise _NoAnswer("too many interim answers")
+            raise _NotAResponse("too many interim answers")
         if not self._http10 and not self.mute:  # HTTP/1.0 knows no 1xx
             head = ResponseHead(self._rules, self.fields, status=status)
             self.out.append(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, self._reason, b"".join(head.parts)))
@@ -389,7 +389,7 @@ def whole_chunks(data: bytes) -> list[bytes]:
     return pieces
 
 
-class _NoAnswer(Exception):
+class _NotAResponse(Exception):
     """Raised inside a parser callback; the text is ours and fixed."""
 
 
@@ -429,7 +429,7 @@ def _is_about_length(error: BaseException) -> bool:
 
 def _why(error: BaseException) -> str:
     inner = error.__context__
-    if isinstance(inner, _NoAnswer):
+    if isinstance(inner, _NotAResponse):
         return str(inner)
     text = str(error)  # one of the parser's constants
     if not text.isascii() or not text.isprintable() or len(text) > REASON_CHARS_MAX:

@@ -10,11 +10,13 @@ import asyncio
 import logging
 import os
 import resource
+import select
 import socket
 import ssl
 import stat
 import sys
-from asyncio import AbstractServer, TimerHandle
+from asyncio import Server as AsyncioServer
+from asyncio import TimerHandle
 from dataclasses import replace
 from pathlib import Path
 from typing import Final
@@ -41,6 +43,8 @@ REFUSED_MIN: Final = 4
 FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the admin port; 40 are in use when idle
 FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
+CAME_S: Final = 1.0  # at a stop: how long what had come by then may take to be taken up
+CAME_LOOK_S: Final = 0.005  # between two looks whether there is more of it
 
 
 def within_files(files: int, settings: ProxySettings) -> ProxySettings:
@@ -88,7 +92,7 @@ class Proxy:
         self._hop: Hop | None = None
         self._clients: Clients | None = None
         self._server: Server | None = None
-        self._listeners: list[AbstractServer] = []
+        self._listeners: list[AsyncioServer] = []
         self._socket_paths: list[str] = []
         self._tls: ssl.SSLContext | None = None
         self._sweeper: TimerHandle | None = None
@@ -169,7 +173,7 @@ class Proxy:
             sock = for_both_families(host, port)
         if path is not None:
             _remove_stale(path)
-            listener: AbstractServer = await loop.create_unix_server(
+            listener = await loop.create_unix_server(
                 server, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
             )
             self._listeners.append(listener)
@@ -219,17 +223,22 @@ class Proxy:
         )
 
     async def stop(self, timeout_s: float) -> None:
-        """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises."""
+        """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises.
+
+        What clients have sent by now is still taken up: a call in a socket, or in the queue of those that wait to be
+        accepted, would be reset by a close, though its client sent it while everything was well."""
         hop, clients = self._hop, self._clients
-        for listener in self._listeners:
-            listener.close()
-        self._listeners.clear()
-        for path in self._socket_paths:
-            _remove_stale(path)
-        self._socket_paths.clear()
         if hop is None or clients is None or hop.stopping:
+            self._close_listeners()
             return
         hop.stopping = True
+        began = hop.loop.time()
+        if self._listeners:
+            await self._take_what_came(clients, began + min(CAME_S, timeout_s))
+            self._close_listeners()
+            # On the connections that were let in last, too.
+            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s))
+            timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
         for client in list(clients.open):
             client.stop()
         if hop.calls:
@@ -245,7 +254,7 @@ class Proxy:
                 call.stop()
             except Exception:
                 log.exception("a call could not be cut")
-        # A last answer may still be in a socket's buffer; lingering clients are not waited for long.
+        # A last response may still be in a socket's buffer; lingering clients are not waited for long.
         gone = asyncio.Event()
         clients.when_empty(gone.set)
         try:
@@ -255,6 +264,32 @@ class Proxy:
             for client in list(clients.open):
                 if client.transport is not None:
                     client.transport.abort()
+
+    def _close_listeners(self) -> None:
+        for listener in self._listeners:
+            listener.close()
+        self._listeners.clear()
+        for path in self._socket_paths:
+            _remove_stale(path)
+        self._socket_paths.clear()
+
+    async def _take_what_came(self, clients: Clients, until: float) -> None:
+        """Go on until nothing has come any more in two looks: in between a connection may be neither in the queue nor
+        among ours yet."""
+        quiet, loop = 0, asyncio.get_running_loop()
+        while quiet < 2 and loop.time() < until:
+            quiet = 0 if self._something_came(clients) else quiet + 1
+            await asyncio.sleep(CAME_LOOK_S)
+
+    def _something_came(self, clients: Clients) -> bool:
+        """Whether a connection waits to be accepted, or there is something to be read on one that has no call."""
+        look = select.poll()
+        files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
+        files += [client.fileno() for client in clients.open if client.is_idle]
+        for file in files:
+            if file >= 0:
+                look.register(file, select.POLLIN)
+        return bool(look.poll(0))
 
     async def aclose(self) -> None:
         """Let go of everything; calls that are still open are cut."""

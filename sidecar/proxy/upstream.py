@@ -1,7 +1,7 @@
 """Connections to the upstream: how they are made, kept, read and given back.
 
 The one file that talks to the upstream's sockets. A connection belongs to one call at a time; while
-nobody owns it, a byte that arrives on it closes it (it would be read as the next call's answer).
+nobody owns it, a byte that arrives on it closes it (it would be read as the next call's response).
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from aiohttp import (
 
 from sidecar.proxy.aiohttp_compat import Connector, Lease, UpstreamProtocol
 
-# Why a call got no answer, as its record and the metric say it.
+# Why a call got no response, as its record and the metric say it.
 DNS: Final = "dns"
 TLS: Final = "tls"
 REFUSED: Final = "refused"
 TIMEOUT: Final = "timeout"
-RESET: Final = "reset"  # it ended before the answer did
-NOT_HTTP: Final = "not_http"  # what came is no answer
+RESET: Final = "reset"  # it ended before the response did
+NOT_HTTP: Final = "not_http"  # what came is no response
 NO_ROUTE: Final = "no_route"
 NO_RESOURCES: Final = "no_resources"  # ours: descriptors, ports, memory
 OTHER: Final = "other"
@@ -81,7 +81,7 @@ class UpstreamConnection(UpstreamProtocol):
         self.generation = 0  # of the certificates that it was made with
         self.calls = 0  # served
         self.why_lost = RESET  # one of the words above
-        self.used = False  # it has answered before: its end may have been on the way when it was taken
+        self.used = False  # it has responded before: its end may have been on the way when it was taken
         self._upstream = upstream
         self._said_done = False
         self._read_paused = False
@@ -113,7 +113,7 @@ class UpstreamConnection(UpstreamProtocol):
             transport.resume_reading()
 
     def release(self, keep_alive: bytes | None = None) -> None:
-        """Give it back, for the next call. `keep_alive`: the field of that name in the answer."""
+        """Give it back, for the next call. `keep_alive`: the field of that name in the response."""
         if self._read_paused:
             self.pause(False)  # else its end would never be noticed
         self.owner = None

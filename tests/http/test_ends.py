@@ -12,7 +12,7 @@ import pytest
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, Script, answering, on_both_loops, reply, until
 
 from sidecar.model.exchange import Exchange, UsageState
-from sidecar.proxy.response_parser import Answer
+from sidecar.proxy.response_parser import UpstreamResponse
 from sidecar.settings import OnDisconnect, Route
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
@@ -488,10 +488,10 @@ async def test_an_error_after_the_first_byte_adds_nothing_to_the_stream(
         await client.send(GET)
         await client.until(b"<first>\r\n")
 
-        def broken(self: Answer, data: bytes) -> None:
+        def broken(self: UpstreamResponse, data: bytes) -> None:
             raise RuntimeError("a fault of ours")
 
-        monkeypatch.setattr(Answer, "feed", broken)
+        monkeypatch.setattr(UpstreamResponse, "feed", broken)
         go.set()
         with pytest.raises((ConnectionResetError, EOFError)):
             await client.until(b"HTTP/1.1")

@@ -14,6 +14,8 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, on_both_loops, reply, until
 
+from sidecar.proxy import server
+
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
 
@@ -376,6 +378,54 @@ async def test_a_stop_lets_open_calls_finish_and_takes_no_more() -> None:
         await stop
         assert (await hop.recorder.ended()).outcome is Outcome.COMPLETE
         await hop.proxy.stop(0)
+
+
+@on_both_loops
+async def test_a_stop_takes_up_what_was_sent_before_it() -> None:
+    """On connections that nobody has accepted yet, and on those that were kept."""
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url) as hop:
+        kept = await hop.client()
+        await kept.send(GET)
+        assert (await kept.message())[1] == b"ok"
+        fresh = []
+        for _ in range(50):  # the loop does not turn meanwhile
+            sock = socket.create_connection(("127.0.0.1", hop.port))
+            sock.sendall(GET)
+            sock.setblocking(False)
+            fresh.append(sock)
+        kept.writer.write(GET)
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        clients = [kept, *[Conversation(*await asyncio.open_connection(sock=sock)) for sock in fresh]]
+        for client in clients:
+            head, body = await client.message()
+            assert head.startswith(b"HTTP/1.1 200 ")
+            assert b"\r\nConnection: close\r\n" in head
+            assert body == b"ok"
+            assert await client.rest() == b""
+            client.drop()
+        await stop
+        assert len(hop.recorder.records) == 52
+        with pytest.raises(OSError):  # refused
+            await hop.client()
+
+
+@on_both_loops
+async def test_a_stop_takes_up_no_more_than_its_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that come without end do not keep it going."""
+    monkeypatch.setattr(server, "CAME_S", 0.1)
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url) as hop:
+
+        async def knock() -> None:
+            while True:
+                client = await hop.client()
+                await client.send(GET)
+                client.drop()
+
+        knocking = asyncio.ensure_future(knock())
+        await hop.recorder.let_in(1)
+        await asyncio.wait_for(hop.proxy.stop(5), 5)
+        with pytest.raises(OSError):
+            await knocking
 
 
 @on_both_loops

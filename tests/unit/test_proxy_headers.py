@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
 from sidecar.proxy.local_responses import BAD_REQUEST
-from sidecar.proxy.response_parser import HEAD_BYTES_MAX, Answer
+from sidecar.proxy.response_parser import HEAD_BYTES_MAX, UpstreamResponse
 from sidecar.settings import ProxySettings
 
 Fields = list[tuple[bytes, bytes]]
@@ -264,7 +264,7 @@ ANSWERS = [
 
 
 def read(pieces: list[bytes]) -> tuple[Any, ...]:
-    answer = Answer(made(), lambda answer: b"X-Ours: 1\r\n", head_only=False, http10=False, upgrade=False)
+    answer = UpstreamResponse(made(), lambda answer: b"X-Ours: 1\r\n", head_only=False, http10=False, upgrade=False)
     out = b""
     for piece in pieces:
         answer.feed(piece)
@@ -340,7 +340,7 @@ def test_what_was_read_leniently_is_passed_on_strictly(answer: bytes, head: byte
 )  # fmt: skip
 def test_what_is_refused_is_named(fields: bytes, why: str) -> None:
     for data in ([b"HTTP/1.1 200 OK\r\n" + fields], [b"HTTP/1.1 200 OK\r\n", *(bytes([b]) for b in fields)]):
-        answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+        answer = UpstreamResponse(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
         for piece in data:
             answer.feed(piece)
             if answer.broken:
@@ -359,13 +359,14 @@ def test_what_is_refused_is_named(fields: bytes, why: str) -> None:
     ],
 )  # fmt: skip
 def test_status_lines(line: bytes, passes: bool) -> None:
-    answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+    answer = UpstreamResponse(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
     answer.feed(line + b"\r\nContent-Length: 0\r\n\r\n")
     assert (answer.done, answer.broken is None) == (passes, passes)
     if not passes:
         assert answer.out == []
 
 
+TOO_MUCH_BESIDE = "too much of the answer is no body: trailers, or what stands beside the sizes of chunks"
 CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
 
 
@@ -375,10 +376,10 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
     [
         (CHUNKED + b"0\r\n", b"X: %b\r\n" % (b"v" * 1000), "too many fields"),
         (CHUNKED + b"0\r\n", b"a:\r\n", "too many fields"),
-        (CHUNKED + b"0\r\nX: ", b"v" * 1000, "the trailers of the answer are too large"),
-        (CHUNKED + b"0\r\n", b"n" * 1000, "the trailers of the answer are too large"),
-        (CHUNKED + b"0\r\nX: y\r\n", b"N: %b\r\n" % (b"v" * 9000), "the trailers of the answer are too large"),
-        (CHUNKED + b"2;x=", b"e" * 1000, "the trailers of the answer are too large"),
+        (CHUNKED + b"0\r\nX: ", b"v" * 1000, TOO_MUCH_BESIDE),
+        (CHUNKED + b"0\r\n", b"n" * 1000, TOO_MUCH_BESIDE),
+        (CHUNKED + b"0\r\nX: y\r\n", b"N: %b\r\n" % (b"v" * 9000), TOO_MUCH_BESIDE),
+        (CHUNKED + b"2;x=", b"e" * 1000, TOO_MUCH_BESIDE),
         (b"HTTP/1.1 200 OK\r\nX: ", b"v" * 1000, "the head of the answer is too large"),
         (b"HTTP/1.1 200 OK\r\nContent-Length: 2, 2\r\nX: ", b"v" * 1000, "the head of the answer is too large"),
         (b"", b"HTTP/1.1 103 Hint\r\nLink: <a>\r\n\r\n", "too many interim answers"),
@@ -387,7 +388,7 @@ CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n2\r\nok\r\n"
     ],
 )  # fmt: skip
 def test_whatever_an_upstream_sends_without_end_is_bounded(first: bytes, again: bytes, why: str, mute: bool) -> None:
-    answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False, mute=mute)
+    answer = UpstreamResponse(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False, mute=mute)
     answer.feed(first)
     fed = kept = 0
     while answer.broken is None and fed < 2 * HEAD_BYTES_MAX:
@@ -414,7 +415,7 @@ def test_no_bytes_make_an_answer_raise(noise: bytes, cuts: list[int]) -> None:
     for start in (b"", b"HTTP/1.1 200 OK\r\n", b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"):
         data = start + noise
         edges = sorted({0, len(data), *(min(cut, len(data)) for cut in cuts)})
-        answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+        answer = UpstreamResponse(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
         for first, last in pairwise(edges):
             answer.feed(data[first:last])
             if answer.broken:
@@ -426,7 +427,7 @@ def test_no_bytes_make_an_answer_raise(noise: bytes, cuts: list[int]) -> None:
 def test_bytes_behind_the_end_are_seen() -> None:
     for data in (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\nab", b"HTTP/1.1 204 x\r\n\r\nHTTP/1.1 200 OK\r\n\r\n"):
         for cut in range(len(data) - 1, len(data)):
-            answer = Answer(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
+            answer = UpstreamResponse(made(), lambda answer: b"", head_only=False, http10=False, upgrade=False)
             answer.feed(data[:cut])
             answer.feed(data[cut:])
             assert answer.done
