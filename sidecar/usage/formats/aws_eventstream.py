@@ -110,6 +110,7 @@ class EventStream:
         pos, end = 0, len(data)
         late: deque[int] = deque(maxlen=LAST_FRAMES)  # where they begin
         preludes, skipped, units, spent = self._preludes, self._skipped, self._units, self._reads <= 0
+        last = b""  # the head that was skipped last: frames of one kind follow each other
         while not self._skip and end - pos >= PRELUDE_BYTES:
             known = preludes.get(data[pos : pos + PRELUDE_BYTES])
             total, head_size = known if known is not None else self._check(data, pos)
@@ -129,11 +130,15 @@ class EventStream:
                 raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
             if spent:
                 late.append(pos)
-            elif data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size] not in skipped:
-                self._units = units
-                if self._read(data, pos, head_size, after):
-                    return True
-                units, spent = self._units, self._reads <= 0
+            elif not (last and head_size == len(last) and data.startswith(last, pos + PRELUDE_BYTES)):
+                head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
+                if head in skipped:
+                    last = head
+                else:
+                    self._units = units
+                    if self._read(data, pos, head_size, after):
+                        return True
+                    units, spent = self._units, self._reads <= 0
             pos = after
         self._units = units
         if not self._skip:
