@@ -40,6 +40,8 @@ from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainHead, PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.usage import RawHeaders
+from sidecar.usage.plain_calls import fields_of
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +73,7 @@ class _Message:
 
     method: str
     path: str
-    raw_headers: Fields
+    raw_headers: RawHeaders
     version = HttpVersion11
     should_close = False
     upgrade = False
@@ -295,9 +297,7 @@ class PlainCall:
             return
         hop.calls.discard(self)
         exchange = self.exchange
-        lines = self._head.split(b"\r\n")[1:]
-        fields = [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-        message = _Message(exchange.shape.method, exchange.shape.target, fields)
+        message = _Message(exchange.shape.method, exchange.shape.target, fields_of(self._head))
         call = Call.resume(
             hop, client, message, exchange.exchange(), connection,
             body=exchange.request_body, again=self._again, deadline=self.deadline,
