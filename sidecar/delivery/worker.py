@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -107,6 +108,7 @@ class Worker:
         self._sends = asyncio.TaskGroup()
         self._trouble: str | None = None  # why nothing can be read or stored
         self._wakeup = asyncio.Event()
+        self._rests_until_s = math.inf  # monotonic
         self.idle = asyncio.Event()  # nothing can be done before something happens
         self.draining = False
         self._per_record = 1.0  # requests that a record gives
@@ -122,9 +124,13 @@ class Worker:
         )
 
     def wake(self) -> None:
-        """Records were committed, or something changed that this worker should look at."""
+        """Records were committed. Where this worker would not look at them before it wakes by itself, it is left alone:
+        commits are many, and a turn costs what a hundred records do."""
         self._feed.wake()
-        self._ring()
+        self.idle.clear()
+        look_s = self._feed.next_look_s
+        if self.draining or look_s is None or look_s < self._rests_until_s:
+            self._wakeup.set()
 
     def clock_stepped(self) -> None:
         """The wall clock jumped: what may have been taken is not recognised for sure any more."""
@@ -479,7 +485,7 @@ class Worker:
         source = self._sums.handed(self._feed, now.mono_s, hurry=self.draining)
         items: list[Item] = []
         if source is not None:
-            source.next_read_s = now.mono_s + self._limits.sums_linger_s
+            source.next_read_s = source.soon_s = now.mono_s + self._limits.sums_linger_s
         else:
             source = await self._feed.next(self._sums.wanted, now.mono_s, hurry=self.draining)
             if source is None:
@@ -563,11 +569,13 @@ class Worker:
         if self._quiet():
             self.idle.set()
         now = self._now()
+        self._rests_until_s = self._due_s(now)
         try:
-            async with asyncio.timeout(max(self._due_s(now) - now.mono_s, 0.0)):
+            async with asyncio.timeout(max(self._rests_until_s - now.mono_s, 0.0)):
                 await self._wakeup.wait()
         except TimeoutError:
             pass
+        self._rests_until_s = math.inf  # whoever is at work looks again before it rests
         self._wakeup.clear()
 
     def _due_s(self, now: Now) -> float:
