@@ -16,6 +16,7 @@ from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import batch_key, event_key
 from sidecar.meters.buckets import SUMS, BatchSums, batch_sums, bucket_deltas, to_wire
 from sidecar.meters.hourly import body_of, deltas, grouped
+from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import (
     Abilities,
     Applied,
@@ -67,10 +68,17 @@ class LedgerBackend:
             encoded.sealed.append(Sealed(key=batch_key(events), events=events, body=body))
         return encoded
 
-    def add_up(self, records: Sequence[Record]) -> tuple[BatchSums, Encoded]:
-        """What records amount to, without those that the policy keeps out."""
+    def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
+        """What records and groups amount to, without those that the policy keeps out."""
         left = Encoded()
-        return batch_sums([r for r in records if self._policy.place(r, left)], self._meters), left
+        wanted = [r for r in records if self._policy.place(r, left)]
+        taken = []
+        for group in groups:
+            if self._policy.place(group.kind.example, Encoded()):
+                taken.append(group)
+            else:
+                wanted += [r for r in group.records() if self._policy.place(r, left)]
+        return batch_sums(wanted, self._meters, taken), left
 
     def applied(self, instance: str) -> Applied | Verdict | None:
         return self._store.applied(instance)

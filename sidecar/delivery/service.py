@@ -141,7 +141,7 @@ class Delivery:
         for worker in self._workers.values():
             worker.wake()
 
-    def offer(self, instance: str, group: StoredGroup, records: Sequence[Record] | None = None) -> None:
+    def offer(self, instance: str, group: StoredGroup, records: Sequence[Record] = ()) -> None:
         """The writer is in this process: what it has just committed need not be read again. Call it before `wake`."""
         self.tail.offer(instance, group, records)
 

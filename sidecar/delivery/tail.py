@@ -12,7 +12,6 @@ is stored; until then the same ones come again.
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
@@ -65,16 +64,28 @@ class Piece:
 
     first_seq: int
     last_seq: int
-    items: Sequence[Item]
     size_bytes: int
+    read: Sequence[Item] | None = None
+    # Or, as it was handed over: nothing is made of it before somebody asks.
+    lines: Sequence[bytes] = ()
+    records: Sequence[Record] = ()  # some of them
+
+    @property
+    def items(self) -> Sequence[Item]:
+        if self.read is None:
+            known = {record.seq: record for record in self.records}
+            self.read = [Item(seq, line, record=known.get(seq)) for seq, line in enumerate(self.lines, self.first_seq)]
+            self.lines = self.records = ()
+        return self.read
 
     def after(self, seq: int) -> Sequence[Item]:
         """Those with a greater number."""
+        items = self.items
         if seq < self.first_seq:
-            return self.items
-        if len(self.items) == self.last_seq - self.first_seq + 1:  # no hole: the place follows from the number
-            return self.items[seq - self.first_seq + 1 :]
-        return [item for item in self.items if item.seq > seq]
+            return items
+        if len(items) == self.last_seq - self.first_seq + 1:  # no hole: the place follows from the number
+            return items[seq - self.first_seq + 1 :]
+        return [item for item in items if item.seq > seq]
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +119,8 @@ class Tail:
         """Blocks."""
         return self._reader.instances()
 
-    def offer(self, instance: str, group: StoredGroup, records: Sequence[Record] | None = None) -> None:
-        """Records that were committed just now, in the order of their numbers, `records` where they are at hand.
+    def offer(self, instance: str, group: StoredGroup, records: Sequence[Record] = ()) -> None:
+        """Records that were committed just now, in the order of their numbers; `records`: of those that are at hand.
 
         Call it before delivery is woken. What is not offered, or let go before somebody took it, is read from the
         spool; so a writer that stops offering costs time and nothing else.
@@ -117,12 +128,8 @@ class Tail:
         self._offered[instance] = group.last_seq
         if len(group.lines) != group.last_seq - group.first_seq + 1 or group.missing:
             return  # not whole: the spool tells what is missing
-        made = records if records is not None and len(records) == len(group.lines) else itertools.repeat(None)
-        items = [
-            Item(seq, line, record=record)
-            for seq, line, record in zip(itertools.count(group.first_seq), group.lines, made, strict=False)
-        ]
-        self._keep(instance, Piece(group.first_seq, group.last_seq, items, sum(map(len, group.lines))))
+        size = sum(map(len, group.lines))
+        self._keep(instance, Piece(group.first_seq, group.last_seq, size, lines=group.lines, records=records))
 
     def wake(self) -> None:
         """Something was committed: what was found to be the end is so no more."""
@@ -184,7 +191,7 @@ class Tail:
             last = group.last_seq
         if last == after_seq:
             return None, False
-        return Piece(after_seq + 1, last, items, size), size >= limit
+        return Piece(after_seq + 1, last, size, items), size >= limit
 
     def _find(self, instance: str, after_seq: int) -> Piece | None:
         pieces = self._pieces.get(instance)

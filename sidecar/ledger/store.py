@@ -19,7 +19,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
-from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey
+from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey, add_batches
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
@@ -93,7 +93,7 @@ class LedgerStore:
         """Add what a batch amounts to, unless its numbers are in already."""
         with self._lock:
             try:
-                return self._write(self._open(), _Upto(instance, batch), sums)
+                return self._write(self._open(), _Upto(instance, batch), [add_batches(sums)])
             except ArithmeticError:
                 return Refused("sum_not_exact")
             except (OSError, sqlite3.Error, LedgerError) as error:

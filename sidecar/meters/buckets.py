@@ -12,10 +12,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from itertools import chain
 from typing import Any, Final
 
 from sidecar.meters.definition import Kind, Meter
-from sidecar.meters.hourly import EXACT, Delta, Series, deltas, grouped, write_amount
+from sidecar.meters.hourly import EXACT, Delta, Series, delta_of, deltas, grouped, merged, subscriber_of, write_amount
+from sidecar.meters.properties import differs_in_group
+from sidecar.model.call_group import SUMMED, CallGroup
 from sidecar.model.record import Record
 
 Groups = Iterable[tuple[tuple[int, Series], Sequence[Record]]]
@@ -24,6 +27,8 @@ Groups = Iterable[tuple[tuple[int, Series], Sequence[Record]]]
 UNIQUE_MAX: Final = 10_000  # of one bucket: 160 kB on disk
 SUMS: Final = frozenset({Kind.COUNT, Kind.SUM})
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_APART: Final = "apart"
+_NOWHERE: Final = "nowhere"
 _MICROSECOND: Final = timedelta(microseconds=1)
 HASH_BYTES: Final = 8  # two of 10,000 values meet once in 3.7 * 10^11 buckets
 
@@ -68,6 +73,20 @@ class BucketDelta:
         """Add to a sum or a count."""
         self.value = number if self.value is None else EXACT.add(self.value, number)
 
+    def join(self, other: BucketDelta) -> None:
+        """Add what another batch adds to the same running value."""
+        if self.kind is Kind.UNIQUE_COUNT:
+            self.hashes |= other.hashes
+        elif other.value is None:
+            return
+        elif self.kind is Kind.LATEST:
+            if self.value is None or (other.at_us, other.record_id) > (self.at_us, self.record_id):
+                self.value, self.at_us, self.record_id = other.value, other.at_us, other.record_id
+        elif self.kind is Kind.MAX:
+            self.value = other.value if self.value is None else max(self.value, other.value)
+        else:
+            self.plus(other.value)
+
     def negative(self) -> BucketDelta:
         """What takes a sum back."""
         return BucketDelta(self.key, self.kind, None if self.value is None else -self.value)
@@ -108,10 +127,70 @@ class BatchSums:
     buckets: list[BucketDelta]
 
 
-def batch_sums(records: Iterable[Record], meters: Sequence[Meter]) -> BatchSums:
+def batch_sums(records: Iterable[Record], meters: Sequence[Meter], call_groups: Sequence[CallGroup] = ()) -> BatchSums:
     """Raises `ArithmeticError` where a sum is not exact."""
-    groups = grouped(records)
-    return BatchSums(deltas(groups), bucket_deltas(groups.items(), meters))
+    by_series = grouped(records)
+    hourly = merged([*deltas(by_series), *map(delta_of, call_groups)]) if call_groups else deltas(by_series)
+    buckets = {delta.key: delta for delta in bucket_deltas(by_series.items(), meters)}
+    for group in call_groups:
+        _add_group(buckets, group, meters)
+    return BatchSums(hourly, list(buckets.values()))
+
+
+def add_batches(batches: Sequence[BatchSums]) -> BatchSums:
+    """Several batches as one: each running value is touched once, whatever is in them. Takes them over."""
+    if len(batches) == 1:
+        return batches[0]
+    buckets: dict[BucketKey, BucketDelta] = {}
+    for delta in chain.from_iterable(batch.buckets for batch in batches):
+        found = buckets.setdefault(delta.key, delta)
+        if found is not delta:
+            found.join(delta)
+    return BatchSums(merged(chain.from_iterable(batch.hourly for batch in batches)), list(buckets.values()))
+
+
+def _add_group(found: dict[BucketKey, BucketDelta], group: CallGroup, meters: Sequence[Meter]) -> None:
+    """What calls of one kind add. What a meter makes of all of them alike is asked once for the kind."""
+    facts = group.kind.facts
+    known = facts.get(BucketKey)
+    if not isinstance(known, _Keys) or known.hour != group.hour or known.meters is not meters:
+        keys = [_key_for(meter, group.kind.example, group.hour) for meter in meters]
+        known = facts[BucketKey] = _Keys(meters, group.hour, keys)
+    apart: list[Meter] = []
+    for meter, key in zip(meters, known.keys, strict=True):
+        if key is _APART:
+            apart.append(meter)
+        elif isinstance(key, BucketKey):
+            total = group.calls if meter.kind is Kind.COUNT else group.sum_of(meter.field or "")
+            if total is not None:
+                _delta_at(found, key, meter).plus(Decimal(total))
+    if apart:
+        for delta in bucket_deltas(grouped(group.records()).items(), apart):
+            there = found.setdefault(delta.key, delta)
+            if there is not delta:
+                there.join(delta)
+
+
+@dataclass(slots=True, frozen=True, eq=False)
+class _Keys:
+    """Where each of these meters adds calls of a kind, in one hour."""
+
+    meters: Sequence[Meter]
+    hour: int
+    keys: Sequence[BucketKey | str]
+
+
+def _key_for(meter: Meter, example: Record, hour: int) -> BucketKey | str:
+    """Where a meter adds calls like this one: its running value; `_APART` where each is to be asked, `_NOWHERE`."""
+    asked = {each.key for each in meter.filters} | ({meter.group_by} if meter.group_by else set())
+    if meter.kind not in SUMS or meter.expression is not None or any(map(differs_in_group, asked)):
+        return _APART
+    if meter.kind is Kind.SUM and meter.field not in SUMMED:
+        return _APART
+    if not meter.measured((example,)):
+        return _NOWHERE
+    start = meter.bucket(datetime.fromtimestamp(hour, UTC))
+    return BucketKey(meter.name, meter.version, subscriber_of(example), meter.group(example), start)
 
 
 def _delta_at(found: dict[BucketKey, BucketDelta], key: BucketKey, meter: Meter) -> BucketDelta:

@@ -19,10 +19,10 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.model.call_group import HOUR_S, CallGroup
 from sidecar.model.exchange import Outcome, UsageState
 from sidecar.model.record import Record
 
-HOUR_S: Final = 3600
 NAME_CHARS_MAX: Final = 256  # of a series name: ids are at most 200, a model name comes from the wire
 DIGITS_MAX: Final = 60  # of a money sum: 10^12 calls of 10^18 with 24 places fit
 AMOUNT_CHARS_MAX: Final = 40  # of one amount as stated; what is longer is no amount
@@ -77,6 +77,17 @@ class Delta:
     tokens: dict[str, int] = field(default_factory=dict)  # only kinds that were reported
     cost_usd: Decimal | None = None
     units: dict[str, Decimal] = field(default_factory=dict)
+
+    def join(self, other: Delta) -> None:
+        """Add another one of the same hour and series."""
+        for name, count in other.counts.items():
+            self.counts[name] += count
+        for name, count in other.tokens.items():
+            self.tokens[name] = self.tokens.get(name, 0) + count
+        if other.cost_usd is not None:
+            self.cost_usd = other.cost_usd if self.cost_usd is None else EXACT.add(self.cost_usd, other.cost_usd)
+        for name, amount in other.units.items():
+            self.units[name] = EXACT.add(self.units.get(name, Decimal(0)), amount)
 
     def negative(self) -> Delta:
         """What takes this back."""
@@ -148,6 +159,42 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
         if usage.units:
             _add_units(delta.units, usage.units)
     return delta
+
+
+def delta_of(group: CallGroup) -> Delta:
+    """The effect of calls that differ in numbers only."""
+    facts, calls = group.kind.facts, group.calls
+    series = facts.get(Series)
+    if not isinstance(series, Series):
+        series = facts[Series] = series_of(group.kind.example)
+    record = group.kind.example
+    state = None if record.usage is None else record.usage.usage_state
+    without = calls if state is UsageState.ABSENT else 0
+    return Delta(
+        group.hour,
+        series,
+        counts={
+            "records": calls,
+            "calls": calls if record.parent_id is None else 0,
+            "errors": calls if (record.status or 0) >= 400 or record.outcome in _FAULTS else 0,
+            "with_usage": 0 if state is None else calls - without,
+            "partial_usage": calls if state is UsageState.PARTIAL else 0,
+            "without_usage": without,
+            "request_bytes": group.request_bytes,
+            "response_bytes": group.response_bytes,
+        },
+        tokens={name: group.tokens[name] for name in TOKENS if name in group.tokens},
+    )
+
+
+def merged(all_deltas: Iterable[Delta]) -> list[Delta]:
+    """One for each hour and series. Takes them over."""
+    found: dict[tuple[int, Series], Delta] = {}
+    for delta in all_deltas:
+        there = found.setdefault((delta.hour, delta.series), delta)
+        if there is not delta:
+            there.join(delta)
+    return list(found.values())
 
 
 def _add_units(sums: dict[str, Decimal], units: Mapping[str, object]) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, Final
 
 from sidecar.meters.hourly import TOKENS, read_amount, subscriber_of
+from sidecar.model.call_group import APART, SUMMED
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
 
@@ -110,6 +111,11 @@ FIXED: Final[Mapping[str, Callable[[Record], Value]]] = {**TEXTS, **WHOLE, **DEC
 def is_property(name: str) -> bool:
     """Whether a definition may use this name."""
     return name in FIXED or re.fullmatch(rf"({DIMENSION}|{UNIT})[A-Za-z0-9_]{{1,64}}", name) is not None
+
+
+def differs_in_group(name: str) -> bool:
+    """Whether calls of one group (`model.call_group`) may differ in this property."""
+    return name in SUMMED or name in APART or name.startswith(UNIT)
 
 
 def value_of(record: Record, name: str) -> Value:

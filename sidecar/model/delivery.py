@@ -12,7 +12,8 @@ from enum import StrEnum
 from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
-    from sidecar.model.record import Record
+    from sidecar.model.call_group import CallGroup
+from sidecar.model.record import Record
 
 
 @dataclass(slots=True, frozen=True)
@@ -181,8 +182,9 @@ class AddsUp(Protocol):
     noted already is never added again.
     """
 
-    def add_up(self, records: Sequence[Record]) -> tuple[object, Encoded]:
-        """What these records amount to, and those that stay out of it (`skipped`, `parked`). Pure.
+    def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[object, Encoded]:
+        """What these records and these groups of calls amount to, and those that stay out of it (`skipped`, `parked`).
+        Pure.
 
         Raises `ArithmeticError` where that cannot be kept exact.
         """

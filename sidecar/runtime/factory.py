@@ -69,10 +69,10 @@ def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, 
     )
 
 
-def plain_readers(settings: Settings, metrics: Metrics) -> Callable[[], PlainReader]:
-    """What reads the plain calls of each process that serves."""
+def plain_readers(settings: Settings, metrics: Metrics) -> Callable[[str], PlainReader]:
+    """What makes records of the plain calls of each process that serves, given the instance whose records they are."""
     taps = telling_taps(settings, metrics, _routes(settings))
-    return lambda: PlainReader(taps, None, metrics.limit_reached)
+    return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance)
 
 
 def _routes(settings: Settings) -> Routes:

@@ -27,9 +27,9 @@ from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, c
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
+from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import AddsUp, Backend
-from sidecar.model.exchange import Exchange
-from sidecar.model.record import Record, record_of
+from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.runtime import backend_factory, directory_identity, factory
 from sidecar.runtime.admin import Instance, Readiness, application
@@ -56,7 +56,7 @@ from sidecar.spool import (
     make_room,
 )
 from sidecar.spool.files import spool_dir
-from sidecar.spool.intake import Intake
+from sidecar.spool.intake import Ended, Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
 from sidecar.storage.files import Trouble
@@ -121,33 +121,34 @@ class Billing:
         log.warning("the data directory is adopted", extra={"facts": {"as": how.value, "parked": counts}})
         return counts
 
-    def hand_over(self, instance: str, batch: Batch, exchanges: Sequence[Exchange]) -> None:
-        """What is on disk now goes to delivery as it is in memory: nothing is read back, and nothing parsed."""
+    def hand_over(self, instance: str, batch: Batch, ended: Ended) -> None:
+        """What is on disk now goes to delivery as it is in memory: nothing is read back."""
         last_seq = batch.first_seq + len(batch.lines) - 1
         group = StoredGroup(first_seq=batch.first_seq, last_seq=last_seq, lines=tuple(batch.lines))
-        if not exchanges:
-            self.delivery.offer(instance, group)
-            return
-        records = [
-            record_of(exchange, seq=seq, instance=instance, line=line)
-            for seq, (exchange, line) in enumerate(zip(exchanges, batch.lines, strict=True), batch.first_seq)
-        ]
+        whole = len(ended.exchanges) + sum(group.calls for group in ended.groups) == len(batch.lines)
+        records = ended.records(instance) if whole else []
         self.delivery.offer(instance, group, records)
-        for backend in self.sums:
-            self._add_up(backend, instance, batch, records)
+        if whole:
+            for backend in self.sums:
+                self._add_up(backend, instance, batch, records, ended.groups)
 
-    def _add_up(self, backend: AddsUp, instance: str, batch: Batch, records: Sequence[Record]) -> None:
+    def _add_up(
+        self, backend: AddsUp, instance: str, batch: Batch, records: Sequence[Record], groups: Sequence[CallGroup]
+    ) -> None:
         try:
-            sums, left = backend.add_up(records)
+            sums, left = backend.add_up(records, groups)
         except ArithmeticError:
             return  # found one by one, when they are read
         out = left.skipped.keys() | left.parked.keys()
-        lines = {record.id: (record.seq, record.json) for record in records if record.id in out} if out else {}
+        lines: dict[str, tuple[int, bytes]] = {}
+        if out:
+            apart = [record for group in groups for record in group.records()]
+            lines = {record.id: (record.seq, record.json) for record in (*records, *apart) if record.id in out}
         self.delivery.apply(
             SummedBatch(
                 instance=instance,
                 first_seq=batch.first_seq,
-                last_seq=records[-1].seq,
+                last_seq=batch.first_seq + len(batch.lines) - 1,
                 sums=sums,
                 left=left,
                 lines=lines,

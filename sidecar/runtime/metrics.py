@@ -14,8 +14,9 @@ from __future__ import annotations
 import platform
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -24,8 +25,9 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
+from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
-from sidecar.model.exchange import Exchange, Outcome, cut
+from sidecar.model.exchange import Exchange, Outcome, Usage, cut
 
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
 LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer than 60
@@ -305,6 +307,21 @@ class Metrics(HopEvents, Collector):
         if exchange.usage is not None:
             self._count_usage(exchange)
 
+    def calls_ended(self, group: CallGroup) -> None:
+        """The same for plain calls that differ in numbers only."""
+        record = group.kind.example
+        method = record.method if record.method in METHODS else "other"
+        key = (record.route or "other", method, STATUS_CLASSES[(record.status or 0) // 100], record.outcome)
+        self._calls[key] = self._calls.get(key, 0) + group.calls
+        self._request_bytes[()] += group.request_bytes
+        self._response_bytes[()] += group.response_bytes
+        durations, first_byte = self._durations[record.outcome], self._first_byte
+        for milliseconds in group.durations_ms:  # plain responses come in one piece: their first byte is their last
+            durations.observe(milliseconds / 1e3)
+            first_byte.observe(milliseconds / 1e3)
+        if record.usage is not None:
+            self._add_usage(record.usage, group.calls, group.tokens.get)
+
     def count(self, name: str, text: str, count: float = 1) -> None:
         self._count_capped(name, (text,) if text else (), count)
 
@@ -410,6 +427,10 @@ class Metrics(HopEvents, Collector):
     def _count_usage(self, exchange: Exchange) -> None:
         usage = exchange.usage
         assert usage is not None
+        self._add_usage(usage, 1, partial(getattr, usage))
+
+    def _add_usage(self, usage: Usage, calls: int, tokens_of: Callable[[str], int | None]) -> None:
+        """`tokens_of`: how many of a kind, by the name of its field."""
         provider = usage.provider or "other"
         model = usage.model or usage.request_model or "other"
         known = self._models.get(model)
@@ -419,9 +440,9 @@ class Metrics(HopEvents, Collector):
                 known = self._models[model] = label(model)
         model = known
         state = (usage.usage_state, provider, model)
-        self._usage[state] = self._usage.get(state, 0) + 1
+        self._usage[state] = self._usage.get(state, 0) + calls
         for kind, attribute in _TOKEN_KINDS:
-            tokens = getattr(usage, attribute)
+            tokens = tokens_of(attribute)
             if tokens:
                 key = (kind, provider, model)
                 self._tokens[key] = self._tokens.get(key, 0) + tokens

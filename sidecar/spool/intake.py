@@ -1,7 +1,7 @@
 """The intake: frames of calls in, groups of the spool out, acknowledgements back.
 
-One process does this for all that serve. Everything that a record costs is done here, stage by stage over all frames
-that have come: read all, count all, write all lines, hand over one batch. What must always hold
+One process does this for all that serve. Everything that a record costs is done here, over all frames that have
+come: their calls become lines and sums (`Ended`), and one batch is handed over. What must always hold
 - A frame is counted once: one that was seen, in this life or before (`IntakeSpool.origins`), is passed over.
 - It is acknowledged when the batch that holds it is on disk, in order.
 - A call whose intent is on disk ends in one record: its own, or `unknown` once its process is known to be gone.
@@ -18,8 +18,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
+from sidecar.model.call_group import CallGroup
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
-from sidecar.model.record import encode_all
+from sidecar.model.record import Record, encode_exactly, record_of
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
     PLAIN,
@@ -41,13 +42,36 @@ _TAIL: Final = -2 * CHANCE_BYTES  # where an id says who gave it
 
 class IntakeMetrics(Protocol):
     def call_ended(self, exchange: Exchange) -> None: ...
+    def calls_ended(self, group: CallGroup) -> None: ...
     def add(self, counts: Sequence[tuple[str, str, float]]) -> None: ...
 
 
 class Reading(Protocol):
-    """Makes exchanges of the plain calls of one source (`usage.plain_calls`)."""
+    """Makes records of the plain calls of one source (`usage.plain_calls`)."""
 
+    def line(
+        self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int
+    ) -> bytes | None: ...
+    def take_groups(self) -> Sequence[CallGroup]: ...
     def exchange(self, plain: PlainExchange) -> Exchange: ...
+
+
+@dataclass(slots=True, eq=False)
+class Ended:
+    """What a batch of records holds, as far as it need not be read back from their lines.
+
+    `exchanges`: number, line and, where the line says exactly what it does, the exchange. `groups`: all others.
+    """
+
+    exchanges: list[tuple[int, bytes, Exchange | None]] = field(default_factory=list)
+    groups: list[CallGroup] = field(default_factory=list)
+
+    def records(self, instance: str) -> list[Record]:
+        """Those that are in no group. Raises `ValueError` for a line that is no record."""
+        return [
+            Record.from_json(line) if exchange is None else record_of(exchange, seq=seq, instance=instance, line=line)
+            for seq, line, exchange in self.exchanges
+        ]
 
 
 class IntakeSpool(Protocol):
@@ -91,13 +115,12 @@ class Source:
 class Intake:
     """Counts and stores what sources tell."""
 
-    def __init__(self, metrics: IntakeMetrics, reading: Callable[[], Reading] | None = None) -> None:
-        """`reading`: makes what reads the plain calls of one source; None: there are none."""
+    def __init__(self, metrics: IntakeMetrics, reading: Callable[[str], Reading] | None = None) -> None:
+        """`reading`: makes what reads the plain calls of one source, given our instance; None: there are none."""
         self._metrics = metrics
         self._make_reading = reading
-        # Told of every batch with records that is on disk, before delivery is woken; its exchanges, line by line, where
-        # they say exactly what the lines do, else none.
-        self.handed: Callable[[str, Batch, Sequence[Exchange]], None] | None = None
+        # Told of every batch with records that is on disk, before delivery is woken.
+        self.handed: Callable[[str, Batch, Ended], None] | None = None
         self._spool: IntakeSpool | None = None
         self._early = Tally()
         self._seq = 0
@@ -193,26 +216,16 @@ class Intake:
         return told.admitted
 
     def store(self) -> None:
-        """Everything that has come, as one batch, stage by stage."""
+        """Everything that has come, as one batch."""
         if self._spool is None or not self._arrived:
             return
         arrived, self._arrived = self._arrived, []
-        exchanges = [exchange for source, told in arrived for exchange in self._read(source, told, told.ended)]
-        call_ended = self._metrics.call_ended
-        for exchange in exchanges:
-            try:
-                call_ended(exchange)
-            except Exception:
-                log.exception("a call could not be counted; it is recorded all the same")
         instance = self._instance
-        lines, exact = encode_all(exchanges, first_seq=self._seq + 1, instance=instance)
         batch = self._batch()
-        batch.lines = lines
-        batch.size_bytes = sum(map(len, lines))
-        self._seq += len(lines)
+        ended = self._read_ended(batch, arrived)
         sources: dict[bytes, tuple[Source, int]] = {}
         for source, told in arrived:
-            for exchange in self._read(source, told, told.opens):
+            for exchange in self._read(source, told.opens):
                 line = encode_intent(exchange, instance=instance)
                 batch.opens.append((exchange.id, line))
                 batch.size_bytes += len(line)
@@ -232,32 +245,76 @@ class Intake:
         told_to = [(source, source.taken) for source, _ in sources.values()]
         for source, _ in told_to:
             source.waiting += 1
-        batch.done = lambda done: self._stored(done, told_to, exchanges if exact else ())
+        batch.done = lambda done: self._stored(done, told_to, ended)
         self._submit(batch)
 
-    def _read(self, source: Source, told: Told, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
+    def _read_ended(self, batch: Batch, arrived: Sequence[tuple[Source, Told]]) -> Ended:
+        ended = Ended()
+        for source, told in arrived:
+            if told.requests:
+                self._learn(source, told)
+            for entry in told.ended:
+                self._add_ended(batch, ended, source, entry)
+        for source, _ in arrived:
+            if source.reading is not None:
+                ended.groups.extend(source.reading.take_groups())
+        for group in ended.groups:
+            self._count(group)
+        return ended
+
+    def _add_ended(self, batch: Batch, ended: Ended, source: Source, entry: Sequence[Any]) -> None:
         """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
-        if told.requests:
-            self._learn(source, told)
+        seq = self._seq + 1
+        try:
+            if entry[0] == PLAIN:
+                shape, response = source.requests[entry[1]], source.responses[entry[2]]
+                reading = source.reading
+                if reading is None:
+                    reading = source.reading = self._reading()
+                line = reading.line(entry, shape, response, seq=seq)
+                if line is not None:
+                    self._add(batch, line)
+                    return
+                exchange = reading.exchange(plain_of(entry, shape, response))
+            else:
+                exchange = exchange_of(entry)
+        except (FrameError, LookupError) as error:
+            self._lose(error)
+            return
+        line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
+        ended.exchanges.append((seq, line, exchange if exact else None))
+        self._count(exchange)
+        self._add(batch, line)
+
+    def _read(self, source: Source, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
         found = []
         for entry in entries:
             try:
-                found.append(self._plain(source, entry) if entry[0] == PLAIN else exchange_of(entry))
-            except (FrameError, LookupError) as error:
-                log.error("a call cannot be recorded: %s", error)
-                tally = self.tally
-                tally.open -= 1
-                tally.lost = _sum(tally.lost, {"spool_failed": 1})
-                self._metrics.add([("sidecar_lost", "spool_failed", 1)])
+                found.append(exchange_of(entry))
+            except FrameError as error:
+                self._lose(error)
         return found
 
-    def _plain(self, source: Source, entry: Sequence[Any]) -> Exchange:
-        reading = source.reading
-        if reading is None:
-            if self._make_reading is None:
-                raise FrameError("not a frame: a plain call, and nobody reads such")
-            reading = source.reading = self._make_reading()
-        return reading.exchange(plain_of(entry, source.requests[entry[1]], source.responses[entry[2]]))
+    def _lose(self, error: Exception) -> None:
+        log.error("a call cannot be recorded: %s", error)
+        tally = self.tally
+        tally.open -= 1
+        tally.lost = _sum(tally.lost, {"spool_failed": 1})
+        self._metrics.add([("sidecar_lost", "spool_failed", 1)])
+
+    def _reading(self) -> Reading:
+        if self._make_reading is None:
+            raise FrameError("not a frame: a plain call, and nobody reads such")
+        return self._make_reading(self._instance)
+
+    def _count(self, ended: Exchange | CallGroup) -> None:
+        try:
+            if isinstance(ended, CallGroup):
+                self._metrics.calls_ended(ended)
+            else:
+                self._metrics.call_ended(ended)
+        except Exception:
+            log.exception("a call could not be counted; it is recorded all the same")
 
     def _learn(self, source: Source, told: Told) -> None:
         """The shapes of a frame that are not known yet. As many are kept as the serving process keeps."""
@@ -275,7 +332,7 @@ class Intake:
                 source.responses[number] = response_shape_of(number, packed)
 
     def _batch(self) -> Batch:
-        return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, [], ()))
+        return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, [], Ended()))
 
     def _add(self, batch: Batch, line: bytes) -> None:
         self._seq += 1
@@ -289,7 +346,7 @@ class Intake:
         batch.lost = tally.lost
         self._spool.submit(batch)
 
-    def _stored(self, batch: Batch, sources: Sequence[tuple[Source, int]], exchanges: Sequence[Exchange]) -> None:
+    def _stored(self, batch: Batch, sources: Sequence[tuple[Source, int]], ended: Ended) -> None:
         """On the loop, in order: it is on disk."""
         self.tally.open -= len(batch.lines)
         for source, number in sources:
@@ -297,7 +354,7 @@ class Intake:
             source.stored = number
             source.acknowledge(number)
         if batch.lines and self.handed is not None:
-            self.handed(self._instance, batch, exchanges)
+            self.handed(self._instance, batch, ended)
 
 
 def _count(tally: Tally, told: Told) -> None:

@@ -487,7 +487,7 @@ class _Direct:
         spool: WholeSpool,
         metrics: SpoolRecorderMetrics,
         acknowledged: Callable[[int], None],
-        reading: Callable[[], Reading] | None,
+        reading: Callable[[str], Reading] | None,
     ) -> None:
         self.lost = metrics.lost
         self.released_uncommitted = metrics.released_uncommitted

@@ -1,12 +1,21 @@
-"""Plain calls become exchanges: what took the short way is read here, whole, some time after it went by."""
+"""Plain calls become records: what took the short way is read here, whole, some time after it went by.
+
+Nearly all of them differ from the one before in numbers and ids only. Such a call becomes its line at once, put
+together from what its pair of shapes has in common, and is added to the sums of its kind (`model.call_group`): no
+object is made for it. Whatever is unusual becomes an `Exchange`, and goes the way of all others.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, Final
 
+import orjson
+
+from sidecar.model.call_group import HOUR_S, TOKEN_FIELDS, CallGroup, CallKind
 from sidecar.model.exchange import (
     Exchange,
     PlainExchange,
@@ -16,6 +25,7 @@ from sidecar.model.exchange import (
     Usage,
     cut_usage,
 )
+from sidecar.model.record import LineTemplate
 from sidecar.usage import RawHeaders, Taps
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import VALUE_MAX_BYTES
@@ -25,28 +35,104 @@ log = logging.getLogger(__name__)
 
 PLANS_MAX: Final = 4_096  # remembered: pairs of shapes; as many shapes as there are tenants, models and routes in use
 
+_HOUR_NS: Final = HOUR_S * 1_000_000_000
+_TOKENS: Final = frozenset(TOKEN_FIELDS)
+_NO_MODELS: Final = (None, None)
+
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
 
 
-@dataclass(frozen=True, slots=True)
+KINDS_MAX: Final = 256  # of calls, for each pair of shapes: one for each model that is asked for, or that responds
+
+
+@dataclass(slots=True, eq=False)
 class _Reading:
-    """How calls of one pair of shapes are read. `own`: (line of the head, lower-case name) of each field whose value is
-    another one for each call."""
+    """How calls of one pair of shapes are read and written. `own`: (line of the head, lower-case name) of each field
+    whose value is another one for each call."""
 
     plan: Plan | None
+    template: LineTemplate | None
     own: tuple[tuple[int, str], ...] = ()
+    kinds: dict[tuple[str | None, str | None], CallKind] = field(default_factory=dict)
 
 
 class PlainReader:
     """Reads the finished plain calls of one process that serves: the numbers of its shapes mean nothing elsewhere."""
 
-    def __init__(self, taps: Taps, by_body: AttributeByBody | None, limit_reached: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        taps: Taps,
+        by_body: AttributeByBody | None,
+        limit_reached: Callable[[str], None],
+        *,
+        instance: str = "",
+    ) -> None:
         """`by_body`: who pays by a member of the request's body; None: no member could say it. `limit_reached`: told of
-        a text that was cut."""
+        a text that was cut. `instance`: whose records they become."""
+        self._instance = instance
         self._taps = taps
         self._by_body = by_body
         self._limit_reached = limit_reached
         self._readings: dict[tuple[int, int], _Reading] = {}
+        self._groups: list[CallGroup] = []
+
+    # For most of them: a line each, and sums
+
+    def line(self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int) -> bytes | None:
+        """The record's line of a call as `frames` packs it, counted in `take_groups`; None where it is to be read as an
+        `exchange`, for a call that is in any way unusual."""
+        (
+            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, _, first_byte_ms, duration_ms,
+            response_bytes, response_head, response_body,
+        ) = packed  # fmt: skip
+        key = shape.number, response.number
+        reading = self._readings.get(key)
+        if reading is None:
+            reading = self._prepare(key, shape, response, response_head)
+        template = reading.template
+        if template is None:
+            return None
+        plan = reading.plan
+        if not shape.read or plan is None:
+            row, usage, models = None, b"null", _NO_MODELS
+        else:
+            row = plan.row(request_body, response_body, _own(reading, response_head) if reading.own else None)
+            if row is None:
+                return None
+            usage, models = orjson.dumps(row), (row["model"], row["request_model"])
+        line = template.line(
+            seq, id_, started_ns, first_byte_ms, duration_ms, request_bytes, response_bytes, client_ip, trace_id, usage
+        )
+        kind = reading.kinds.get(models)
+        if kind is None:
+            if len(reading.kinds) >= KINDS_MAX:
+                reading.kinds.clear()
+            kind = reading.kinds[models] = CallKind(line)
+        hour = started_ns // _HOUR_NS * HOUR_S
+        group = kind.group
+        if group is None or group.hour != hour:
+            group = kind.group = CallGroup(kind, hour)
+            self._groups.append(group)
+        group.seqs.append(seq)
+        group.lines.append(line)
+        group.durations_ms.append(duration_ms)
+        group.request_bytes += request_bytes
+        group.response_bytes += response_bytes
+        if row is not None:
+            tokens = group.tokens
+            for name in row.keys() & _TOKENS:
+                if (count := row[name]) is not None:
+                    tokens[name] = tokens.get(name, 0) + count
+        return line
+
+    def take_groups(self) -> Sequence[CallGroup]:
+        """What was counted since the last time."""
+        groups, self._groups = self._groups, []
+        for group in groups:
+            group.kind.group = None
+        return groups
+
+    # For the others
 
     def exchange(self, plain: PlainExchange) -> Exchange:
         """The exchange that the careful way would have made of it. Never raises for what a body holds."""
@@ -56,31 +142,40 @@ class PlainReader:
                 if self._by_body is not None or type(self._taps) is not UsageTaps:
                     exchange.usage = self._by_taps(plain, plain.response, exchange)
                 else:
-                    exchange.usage = self._by_plan(plain, plain.response, self._taps)
+                    exchange.usage = self._by_plan(plain, plain.response)
                 if exchange.usage is not None:
                     cut_usage(exchange.usage, self._limit_reached)
             except Exception:
                 log.exception("a usage reader failed; the call goes on without what it knew")
         return exchange
 
-    def _by_plan(self, plain: PlainExchange, response: ResponseShape, taps: UsageTaps) -> Usage | None:
+    def _prepare(self, key: tuple[int, int], shape: RequestShape, response: ResponseShape, head: bytes) -> _Reading:
+        if len(self._readings) >= PLANS_MAX:
+            self._readings.clear()
+        taps = self._taps
+        template: LineTemplate | None = None
+        if self._by_body is None and type(taps) is UsageTaps:
+            with suppress(ValueError):
+                template = LineTemplate(shape, response, self._instance)
+        plan: Plan | None = None
+        own: tuple[tuple[int, str], ...] = ()
+        if shape.read and type(taps) is UsageTaps:
+            fields = fields_of(head)
+            plan = prepare(taps, shape.method, shape.target, shape.fields, response.status, fields)
+            if plan is not None:
+                names = [name.decode("latin-1").lower() for name, _ in fields]
+                own = tuple((at, name) for at, name in enumerate(names, 1) if name in plan.per_call)
+        found = self._readings[key] = _Reading(plan, template, own)
+        return found
+
+    def _by_plan(self, plain: PlainExchange, response: ResponseShape) -> Usage | None:
         key = plain.shape.number, response.number
-        reading = self._readings.get(key)
-        if reading is None:
-            if len(self._readings) >= PLANS_MAX:
-                self._readings.clear()
-            reading = self._readings[key] = _reading(taps, plain.shape, response, plain.response_head)
-        plan = reading.plan
-        if plan is None:
+        head = plain.response_head
+        reading = self._readings.get(key) or self._prepare(key, plain.shape, response, head)
+        if reading.plan is None:
             return None
-        fields: dict[str, str] | None = None
-        if reading.own:
-            lines = plain.response_head.split(b"\r\n")
-            fields = {}
-            for at, name in reading.own:
-                value = lines[at].partition(b": ")[2][:VALUE_MAX_BYTES].decode("latin-1")
-                fields[name] = f"{fields[name]}, {value}" if name in fields else value
-        return plan.read(plain.request_body, plain.response_body, fields=fields)
+        fields = _own(reading, head) if reading.own else None
+        return reading.plan.read(plain.request_body, plain.response_body, fields=fields)
 
     def _by_taps(self, plain: PlainExchange, response: ResponseShape, exchange: Exchange) -> Usage | None:
         shape = plain.shape
@@ -100,13 +195,14 @@ class PlainReader:
         return usage
 
 
-def _reading(taps: UsageTaps, shape: RequestShape, response: ResponseShape, head: bytes) -> _Reading:
-    fields = fields_of(head)
-    plan = prepare(taps, shape.method, shape.target, shape.fields, response.status, fields)
-    if plan is None:
-        return _Reading(None)
-    names = [name.decode("latin-1").lower() for name, _ in fields]
-    return _Reading(plan, tuple((at, name) for at, name in enumerate(names, 1) if name in plan.per_call))
+def _own(reading: _Reading, head: bytes) -> dict[str, str]:
+    """The fields of this response that are another one's in each."""
+    lines = head.split(b"\r\n")
+    fields: dict[str, str] = {}
+    for at, name in reading.own:
+        value = lines[at].partition(b": ")[2][:VALUE_MAX_BYTES].decode("latin-1")
+        fields[name] = f"{fields[name]}, {value}" if name in fields else value
+    return fields
 
 
 def fields_of(head: bytes) -> RawHeaders:

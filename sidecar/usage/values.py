@@ -81,7 +81,7 @@ def plain_decimal(number: Decimal) -> str:
 def name(value: object) -> str | None:
     """A model, an id, a reason: non-empty text of sane length, else None (an empty one never replaces a known one)."""
     if type(value) is str and value:
-        return cut(value, NAME_MAX_CHARS)
+        return value if len(value) <= NAME_MAX_CHARS else cut(value, NAME_MAX_CHARS)
     return None
 
 

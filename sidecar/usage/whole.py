@@ -32,7 +32,8 @@ from typing import Any
 
 import orjson
 
-from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState
+from sidecar.model.record import usage_of
 from sidecar.usage import RawHeaders
 from sidecar.usage.endpoints import Endpoint
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
@@ -58,6 +59,11 @@ DECODING_STEPS_MAX = 64  # of a coded body that is over: at half a MiB and more 
 KEPT_MAX_BYTES = 65_536  # of one stream; what needs more is read along from there on
 EVENTS_MAX = 64  # of a stream that is read the lean way; kept ones are two to six
 PROBED_PIECES_MAX = 16  # at the beginning of a stream, until its family and its id are known
+
+CHOICES_MAX = 128  # of one response that is read the lean way
+
+Row = dict[str, Any]
+"""The record's `usage` object, as `model.record.usage_to_dict` makes it."""
 
 _LEAN: tuple[type[Reader], ...] = (ChatCompletions, Responses, Messages)
 
@@ -206,13 +212,15 @@ class Plan:
                 fields = self._fields
             try:
                 if body[:1] == b"{":
-                    usage = self._read_plain(request_body, body, fields)
+                    row = self._read_plain(request_body, body, fields)
+                    if row is not None:
+                        return usage_of(row)
                 else:
                     usage = self._read_events(request_body, body, fields, opened_ns, first_token_ns)
+                    if usage is not None:
+                        return usage
             except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
-                usage = None
-            if usage is not None:
-                return usage
+                pass
         return self.read_generally(
             request_body, response, whole=whole, opened_ns=opened_ns, first_token_ns=first_token_ns, fields=fields
         )
@@ -264,25 +272,40 @@ class Plan:
 
     # The lean ways. None: something is unusual, and the general way decides.
 
-    def _read_plain(self, request_body: bytes, body: bytes, fields: Mapping[str, str]) -> Usage | None:
+    def row(self, request_body: bytes, response: bytes, fields: Mapping[str, str] | None = None) -> Row | None:
+        """The `usage` object of the record of one call with a plain response, for most calls of the lean families; None
+        where `read` is to be asked. Never raises. `fields`: as for `read`."""
+        if self.lean is None or response[:1] != b"{":
+            return None
+        try:
+            return self._read_plain(request_body, response, self._fields if fields is None else fields)
+        except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
+            return None
+
+    def _read_plain(self, request_body: bytes, body: bytes, fields: Mapping[str, str]) -> Row | None:
         if len(body) > DOCUMENT_MAX_BYTES:
             return None
         document = orjson.loads(body)
         if document.get("error"):
             return None
+        row: Row = {
+            "usage_state": "final",
+            "provider": self._provider,
+            "operation": self._operation,
+            "streamed": False,
+            "model": None,
+            "request_model": self._request_model(request_body),
+            "response_id": None,
+        }
+        if (said := request_id(fields)) is not None:
+            row["upstream_request_id"] = said
+        return row if self._fill(row, document) else None
+
+    def _fill(self, row: Row, document: Document) -> bool:
         family = self.lean
         if family is ChatCompletions:
-            usage = _chat(document)
-        elif family is Responses:
-            usage = _response(document)
-        else:
-            usage = _anthropic_message(document)
-        if usage is not None:
-            usage.provider = self._provider
-            usage.operation = self._operation
-            usage.request_model = self._request_model(request_body)
-            usage.upstream_request_id = request_id(fields)
-        return usage
+            return _chat(row, document)
+        return _response(row, document) if family is Responses else _anthropic_message(row, document)
 
     def _read_events(
         self, request_body: bytes, body: bytes, fields: Mapping[str, str], opened_ns: int, first_token_ns: int
@@ -487,88 +510,110 @@ def _event(message: bytes) -> tuple[str, bytes | None]:
     return event, message[5:].removeprefix(b" ")
 
 
-def _chat(document: Document) -> Usage | None:
+def _named(row: Row, document: Document, tier: object) -> bool:
+    """Fill in what the response calls itself; False where a text is none, or so long that it is cut."""
+    model, response_id, request_model = document.get("model"), document.get("id"), row["request_model"]
+    chars = 0
+    if model:
+        row["model"] = model
+        chars += len(model)
+    if response_id:
+        row["response_id"] = response_id
+        chars += len(response_id)
+    if tier:
+        row["service_tier"] = tier
+        chars += len(tier)  # type: ignore[arg-type]
+        if type(tier) is not str:
+            return False
+    if request_model:
+        chars += len(request_model)
+    return chars < USAGE_CHARS_MAX and (type(model) is str or not model) and (type(response_id) is str or not response_id)
+
+
+def _chat(row: Row, document: Document) -> bool:
     choices = document.get("choices")
-    if type(choices) is not list or not choices:
-        return None
-    reasons: dict[int, str] = {}
-    for place, choice in enumerate(choices):
+    if type(choices) is not list or not 0 < len(choices) <= CHOICES_MAX:
+        return False
+    reasons: list[str] = []
+    place = 0
+    for choice in choices:
         index = choice.get("index")
         if type(index) is not int or index != place or "usage" in choice:
-            return None
+            return False
         if found := name(choice.get("finish_reason")):
-            reasons[place] = found
-    if len(reasons) > 128:
-        return None
-    usage = _counted(document["usage"], _CHAT)
-    if usage is not None:
-        usage.model = name(document.get("model"))
-        usage.response_id = name(document.get("id"))
-        usage.service_tier = name(document.get("service_tier"))
-        usage.finish_reasons = list(reasons.values())
-    return usage
+            reasons.append(found)
+        place += 1
+    raw = document["usage"]
+    if not _counted(row, raw, _CHAT):
+        return False
+    if reasons:
+        row["finish_reasons"] = reasons
+    if not _named(row, document, document.get("service_tier")):
+        return False
+    row["raw_usage"] = raw
+    return True
 
 
-def _response(document: Document) -> Usage | None:
-    if document.get("object") != "response" or document.get("status") not in ("completed", "incomplete"):
-        return None
-    usage = _counted(document["usage"], _RESPONSES)
-    if usage is not None:
-        usage.model = name(document.get("model"))
-        usage.response_id = name(document.get("id"))
-        usage.service_tier = name(document.get("service_tier"))
-        status = document["status"]
-        details = document.get("incomplete_details")
-        said = name(details.get("reason")) if status == "incomplete" and type(details) is dict else None
-        usage.finish_reasons = [said or status]
-    return usage
+def _response(row: Row, document: Document) -> bool:
+    status = document.get("status")
+    if document.get("object") != "response" or status not in ("completed", "incomplete"):
+        return False
+    if not _counted(row, document["usage"], _RESPONSES):
+        return False
+    details = document.get("incomplete_details")
+    said = name(details.get("reason")) if status == "incomplete" and type(details) is dict else None
+    row["finish_reasons"] = [said or status]
+    if not _named(row, document, document.get("service_tier")):
+        return False
+    row["raw_usage"] = document["usage"]
+    return True
 
 
 _CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
 _RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
 
 
-def _counted(raw: Document, names: tuple[str, str, str, str]) -> Usage | None:
+def _counted(row: Row, raw: Document, names: tuple[str, str, str, str]) -> bool:
     """OpenAI's usage object where it is as documented; the rest of `fields.fill_tokens` is for what is not."""
-    entered, said = raw.get(names[0]), raw.get(names[1])
+    get = raw.get
+    entered, said = get(names[0]), get(names[1])
     if type(entered) is not int or type(said) is not int or not 0 <= entered <= COUNT_MAX or not 0 <= said <= COUNT_MAX:
-        return None
+        return False
     total = entered + said
-    members = 3
-    usage = Usage(
-        usage_state=UsageState.FINAL,
-        streamed=False,
-        input_tokens=entered,
-        output_tokens=said,
-        total_tokens=total,
-        raw_usage=raw,
-    )
-    if len(raw) > 3:
-        for key, known in ((names[2], INPUT_DETAILS), (names[3], OUTPUT_DETAILS)):
-            if key in raw:
-                members += 1
-                details = raw[key]
-                if details is not None and not _take(usage, details, known):
-                    return None
-        cached = (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
-        if (
-            (usage.reasoning_output_tokens or 0) > said
-            or cached > entered
-            or (usage.audio_input_tokens or 0) > entered
-            or (usage.image_input_tokens or 0) > entered
-        ):
-            return None
-    stated = raw.get("total_tokens")
-    return usage if type(stated) is int and stated == total and len(raw) == members else None
+    stated = get("total_tokens")
+    if type(stated) is not int or stated != total:
+        return False
+    row["input_tokens"], row["output_tokens"], row["total_tokens"] = entered, said, total
+    members = len(raw)
+    if members == 3:
+        return True
+    for key, known, most in ((names[2], INPUT_DETAILS, entered), (names[3], OUTPUT_DETAILS, said)):
+        if key in raw:
+            members -= 1
+            details = raw[key]
+            if details is not None and not _take(row, details, known, most):
+                return False
+    # What is read from a cache and what is written to it are two parts of the same.
+    written = row.get("cache_write_input_tokens")
+    return members == 3 and not (written and written + (row.get("cache_read_input_tokens") or 0) > entered)
 
 
-def _take(usage: Usage, details: Document, known: Mapping[str, str]) -> bool:
+def _take(row: Row, details: Document, known: Mapping[str, str], most: int) -> bool:
+    """The parts of a whole; False where one is no count, more than the whole, or not known."""
     for key, value in details.items():
-        field = known.get(key)
-        if field is None or (value is not None and (type(value) is not int or not 0 <= value <= COUNT_MAX)):
+        if value is None:
+            if key not in known:
+                return False
+            continue
+        if type(value) is not int or not 0 <= value <= most:
             return False
-        if value is not None and not getattr(usage, field):
-            setattr(usage, field, value)
+        field = known.get(key)
+        if field is None:
+            return False
+        if value or field not in row:
+            if row.get(field):
+                return False  # said twice
+            row[field] = value
     return True
 
 
@@ -580,10 +625,10 @@ _ANTHROPIC = frozenset(
 )
 
 
-def _anthropic_message(document: Document) -> Usage | None:
+def _anthropic_message(row: Row, document: Document) -> bool:
     raw: dict[str, Any] = document["usage"]
     if document.get("type") != "message" or not raw.keys() <= _ANTHROPIC or raw.get("server_tool_use") is not None:
-        return None
+        return False
     counts = [
         raw.get("input_tokens"),
         raw.get("output_tokens"),
@@ -592,31 +637,27 @@ def _anthropic_message(document: Document) -> Usage | None:
     ]
     for value in counts:
         if value is not None and (type(value) is not int or not 0 <= value <= COUNT_MAX):
-            return None
+            return False
     plain, said, read, written = counts
     if not plain or not said:
-        return None
-    usage = Usage(
-        usage_state=UsageState.FINAL,
-        streamed=False,
-        model=name(document.get("model")),
-        response_id=name(document.get("id")),
-        input_tokens=plain + (read or 0) + (written or 0),
-        output_tokens=said,
-        cache_read_input_tokens=read,
-        cache_write_input_tokens=written,
-        service_tier=name(raw.get("service_tier")),
-        raw_usage=raw,
-    )
-    usage.total_tokens = plain + (read or 0) + (written or 0) + said
+        return False
+    entered = plain + (read or 0) + (written or 0)
+    row["input_tokens"], row["output_tokens"], row["total_tokens"] = entered, said, entered + said
+    if read is not None:
+        row["cache_read_input_tokens"] = read
+    if written is not None:
+        row["cache_write_input_tokens"] = written
     split = raw.get("cache_creation")
     if split is not None:
         if len(split) != 2 or written is None:
-            return None
+            return False
         short, long = split["ephemeral_5m_input_tokens"], split["ephemeral_1h_input_tokens"]
         if type(short) is not int or type(long) is not int or short < 0 or long < 0 or short + long != written:
-            return None
-        usage.cache_write_5m_input_tokens, usage.cache_write_1h_input_tokens = short, long
+            return False
+        row["cache_write_5m_input_tokens"], row["cache_write_1h_input_tokens"] = short, long
     if found := name(document.get("stop_reason")):
-        usage.finish_reasons = [found]
-    return usage
+        row["finish_reasons"] = [found]
+    if not _named(row, document, raw.get("service_tier")):
+        return False
+    row["raw_usage"] = raw
+    return True

@@ -1,0 +1,65 @@
+"""Calls that differ in numbers only, counted together: what a batch of plain calls adds up to, without a record each.
+
+The records of such calls say the same of everything but what `SUMMED` and `APART` name. So whoever adds up asks one of
+them (`CallKind.example`) and takes the sums of all; who needs them one by one (`CallGroup.records`) reads their lines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from sidecar.model.exchange import USAGE_FIELDS
+from sidecar.model.record import Record
+
+HOUR_S: Final = 3600
+TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tokens"))
+# Properties of a record that are summed up in a group.
+SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
+# And those that are others for each call, beside its times, ids and costs.
+APART: Final = frozenset({"finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd"})
+
+
+@dataclass(slots=True, eq=False)
+class CallKind:
+    """What such calls have in common. `facts`: whatever somebody worked out of it, by a name of his own."""
+
+    line: bytes  # of one of them
+    facts: dict[object, object] = field(default_factory=dict)
+    group: CallGroup | None = None  # that is being filled
+    _example: Record | None = None
+
+    @property
+    def example(self) -> Record:
+        if self._example is None:
+            self._example = Record.from_json(self.line)
+        return self._example
+
+
+@dataclass(slots=True, eq=False)
+class CallGroup:
+    """Calls of one kind that began in one hour, in the order of their numbers."""
+
+    kind: CallKind
+    hour: int  # Unix seconds of its start
+    seqs: list[int] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    durations_ms: list[float] = field(default_factory=list)
+    request_bytes: int = 0
+    response_bytes: int = 0
+    tokens: dict[str, int] = field(default_factory=dict)  # sums, of kinds that were reported
+
+    @property
+    def calls(self) -> int:
+        return len(self.lines)
+
+    def sum_of(self, name: str) -> int | None:
+        """Of one of `SUMMED`; None: no call reported it."""
+        if name == "request_bytes":
+            return self.request_bytes
+        return self.response_bytes if name == "response_bytes" else self.tokens.get(name)
+
+    def records(self) -> Sequence[Record]:
+        """One by one. Costs what reading each line does."""
+        return [Record.from_json(line) for line in self.lines]
