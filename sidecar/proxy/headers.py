@@ -104,9 +104,9 @@ def named(connection: bytes) -> frozenset[bytes]:
     return frozenset(token.strip() for token in connection.split(b",")) - QUIET_TOKENS - _NOT_DROPPED
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, frozen=True, eq=False)
 class Peer:
-    """The other end of a client connection: made once, used for all its calls."""
+    """The other end of client connections from one address: one object, which is compared by being it."""
 
     ip: str | None  # None: a Unix socket
     trusted: bool
@@ -130,6 +130,7 @@ class HeaderRules:
         redirected: Callable[[str], None] = _ignore,
     ) -> None:
         self._address = address
+        self._peers: dict[tuple[str | None, bool], Peer] = {}
         self.authority = address.authority
         self.preserve_host = settings.preserve_host
         self.mode = str(settings.forwarded)
@@ -163,6 +164,14 @@ class HeaderRules:
 
     def peer(self, ip: str | None, *, tls: bool) -> Peer:
         """What is known of a client connection. An address is written as the upstream should see it."""
+        known = self._peers.get((ip, tls))
+        if known is None:
+            if len(self._peers) >= ADDRESSES_KEPT_MAX:
+                self._peers.clear()
+            known = self._peers[ip, tls] = self._peer(ip, tls=tls)
+        return known
+
+    def _peer(self, ip: str | None, *, tls: bool) -> Peer:
         shown = None
         if ip is not None:
             address = address_in(ip)

@@ -46,6 +46,8 @@ from sidecar.usage.plain_calls import fields_of
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 65_536  # of either body: it is kept until the usage was read
+# Kinds of heads are learned when they come for the second time: of paths with an id in them each comes once.
+SIGHTS = 2
 # What a reader of usage asks of a request's head.
 _READ: Final = frozenset({b"content-type", b"content-encoding"})
 
@@ -100,10 +102,11 @@ class PlainCalls:
             head_bytes_max=settings.head_bytes,
             fields_max=settings.head_fields_max,
             target_bytes_max=settings.target_bytes,
+            sights=SIGHTS,
         )
         dropped = frozenset({METER_ID}) if settings.meter_id_header else frozenset[bytes]()
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
-            describe=self._describe_response, dropped=dropped
+            describe=self._describe_response, dropped=dropped, sights=SIGHTS
         )
 
     def take(self, client: PlainClient, data: bytes) -> bool:
@@ -244,7 +247,7 @@ class PlainCall:
         hop, exchange = calls.hop, self.exchange
         self.connection = None
         self.deadline = NEVER
-        if plain.close:
+        if plain.shape.close:
             connection.discard()
         else:
             connection.release(plain.keep_alive)

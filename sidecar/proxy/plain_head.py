@@ -16,9 +16,10 @@ What is remembered is bounded, and holds header values (credentials too): it is 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 # What a line means here.
 _PASS: Final = 0
@@ -70,61 +71,122 @@ _Facts = TypeVar("_Facts")
 
 @dataclass(slots=True)
 class Shape(Generic[_Facts]):
-    """What heads that differ in volatile lines only have in common."""
+    """What heads that differ in volatile lines only have in common.
+
+    The places are those of lines in the head, 0 for none (there stands the request or status line).
+    """
 
     number: int
     facts: _Facts  # what the owner worked out when it saw the first one
+    changed: tuple[tuple[int, bytes], ...]  # lines that are forwarded as another one
+    dropped: tuple[int, ...]  # lines that are not forwarded, last first
+    length_at: int
+    length_from: int  # in that line
+    trace_at: int
+    keep_alive_at: int
+    close: bool
+    chunked: bool
     endings: dict[object, bytes] = field(default_factory=dict)  # peer -> what is sent behind the message's own lines
 
+    def own(self, lines: list[bytes]) -> bytes:
+        """What is forwarded of a head itself, each line ended. Takes `lines` over."""
+        for at, line in self.changed:
+            lines[at] = line
+        for at in self.dropped:
+            del lines[at]
+        lines.append(b"")
+        return b"\r\n".join(lines)
 
-@dataclass(slots=True)
-class PlainHead(Generic[_Facts]):
+    def length(self, lines: list[bytes]) -> int:
+        return int(lines[self.length_at][self.length_from :])
+
+
+class PlainHead(NamedTuple, Generic[_Facts]):
     """One head, understood."""
 
     shape: Shape[_Facts]
     wire: bytes  # what is forwarded, the empty line included
     length: int  # of the body, bytes; 0 where no length is given (requests), -1 (responses)
-    close: bool  # `Connection: close`; responses only
-    chunked: bool  # responses only
-    trace: bytes | None  # the value of `traceparent`
-    keep_alive: bytes | None  # the value of the upstream's `Keep-Alive`
+    trace: bytes | None = None  # requests: the value of `traceparent`
+    keep_alive: bytes | None = None  # responses: the value of `Keep-Alive`
 
 
-_Known = tuple[int, int, bytes, int]  # meaning, id, wire form, length
 _Fields = list[tuple[bytes, bytes]]
+_NEW: Final = object()
 
 
 class _Heads(Generic[_Facts]):
-    """The lines, names and shapes that one direction knows."""
+    """The lines, names and shapes that one direction knows.
 
-    def __init__(self, *, careful: frozenset[bytes], by_value: bool, matters: frozenset[bytes]) -> None:
+    Each line has a number: its own, or that of its name where values say nothing of what a message is. The numbers of a
+    head's lines are its shape, and everything else follows from that.
+    """
+
+    def __init__(self, *, careful: frozenset[bytes], by_value: bool, matters: frozenset[bytes], sights: int) -> None:
         """`careful`: fields of heads that are not plain. `by_value`: whether any field's value makes another shape,
-        or only that of those in `matters`, which always do."""
+        or only that of those in `matters`, which always do. `sights`: how often a shape is seen before it is learned,
+        which costs what a few calls do and is wasted on one that does not come again; until then it is not plain."""
         self._careful = careful
         self._by_value = by_value
         self._matters = matters
-        self._lines: dict[bytes, _Known] = {}
+        self._sights = sights
+        self._firsts: dict[bytes, int] = {}  # request or status lines
+        self._lines: dict[bytes, int] = {}
         self._lines_bytes = 0
-        self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, id, whether it is known by its name alone
+        self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, number, whether it is known by its name alone
         self._values: dict[bytes, int] = {}  # name -> different values seen
+        self._meanings: dict[int, tuple[int, bytes | None]] = {}  # by number; the line that is forwarded in its place
         self._shapes: dict[tuple[int, ...], Shape[_Facts] | None] = {}
+        self._glimpsed: dict[tuple[int, ...], int] = {}
         self._next_id = 0
         self._next_shape = 0
+        self._forgot = 0
 
     def forget(self) -> None:
         """Start anew; numbers are never used twice."""
+        self._forgot += 1
+        self._firsts.clear()
         self._lines.clear()
         self._lines_bytes = 0
         self._names.clear()
         self._values.clear()
+        self._meanings.clear()
         self._shapes.clear()
+        self._glimpsed.clear()
 
-    def _id(self) -> int:
+    def _id(self, meaning: int, wire: bytes | None = None) -> int:
         self._next_id += 1
+        self._meanings[self._next_id] = (meaning, wire)
         return self._next_id
 
-    def _learn(self, line: bytes) -> _Known | None:
-        """What a line means that is not remembered; None: it is not plain."""
+    def _key(self, lines: list[bytes]) -> tuple[int, ...] | None:
+        """The numbers of a head's lines; None: one of them is not plain."""
+        ids = list(map(self._lines.get, lines))
+        ids[0] = self._firsts.get(lines[0])
+        if None in ids:
+            forgot = self._forgot
+            for at, line in enumerate(lines):
+                if ids[at] is None:
+                    id_ = ids[at] = self._learn(line) if at else self._learn_first(line)
+                    if id_ is None:
+                        return None
+            if forgot != self._forgot:
+                return self._key(lines)  # the numbers before that mean nothing any more
+        return tuple(ids)  # type: ignore[arg-type]
+
+    def _learn_first(self, line: bytes) -> int | None:
+        raise NotImplementedError
+
+    def _keep_first(self, line: bytes, id_: int) -> int:
+        if len(self._firsts) >= LINES_MAX:
+            for old in self._firsts.values():
+                del self._meanings[old]
+            self._firsts.clear()
+        self._firsts[line] = id_
+        return id_
+
+    def _learn(self, line: bytes) -> int | None:
+        """The number of a line that is not remembered; None: it is not plain."""
         name, colon, value = line.partition(b": ")
         known = self._names.get(name)
         if known is None:
@@ -135,16 +197,12 @@ class _Heads(Generic[_Facts]):
             return None
         meaning, name_id, by_name = known
         if meaning == _LENGTH:
-            if not value.isdigit() or len(value) > LENGTH_DIGITS_MAX:
-                return None
-            return meaning, name_id, line, int(value)
-        if by_name:
-            return meaning, name_id, line, 0
-        return self._learn_value(line, name, value, meaning, name_id)
+            return name_id if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
+        return name_id if by_name else self._learn_value(line, name, value, meaning, name_id)
 
-    def _learn_value(self, line: bytes, name: bytes, value: bytes, meaning: int, name_id: int) -> _Known | None:
+    def _learn_value(self, line: bytes, name: bytes, value: bytes, meaning: int, name_id: int) -> int | None:
         low = name.lower()
-        wire = line
+        wire: bytes | None = None
         if low == b"connection":
             token = value.lower()
             if token == b"close":
@@ -159,18 +217,14 @@ class _Heads(Generic[_Facts]):
         seen = self._values[low] = self._values.get(low, 0) + 1
         if seen > VALUES_MAX and low not in self._matters:
             self._names[name] = (meaning, name_id, True)
-            return meaning, name_id, wire, 0
+            return name_id
         if len(self._lines) >= LINES_MAX or self._lines_bytes > LINES_BYTES_MAX:
             self.forget()
             return self._learn(line)
-        found = self._lines[line] = (
-            meaning,
-            self._id() if self._by_value or low in self._matters else name_id,
-            wire,
-            0,
-        )
+        id_ = self._id(meaning, wire) if self._by_value or low in self._matters else name_id
+        self._lines[line] = id_
         self._lines_bytes += len(line)
-        return found
+        return id_
 
     def _learn_name(self, name: bytes) -> tuple[int, int, bool] | None:
         low = name.lower()
@@ -178,23 +232,62 @@ class _Heads(Generic[_Facts]):
             return None
         if len(self._names) >= NAMES_MAX:
             self.forget()
-        known = self._names[name] = self._meaning(low, self._id())
+        meaning, by_name = self._meaning(low)
+        known = self._names[name] = (meaning, self._id(meaning), by_name)
         return known
 
-    def _meaning(self, low: bytes, id_: int) -> tuple[int, int, bool]:
+    def _meaning(self, low: bytes) -> tuple[int, bool]:
+        """What a field means, and whether it is known by its name alone."""
         raise NotImplementedError
 
     def _host(self, name: bytes, value: bytes) -> bytes:
         raise NotImplementedError
 
-    def _keep_shape(self, key: tuple[int, ...], facts: _Facts | None) -> Shape[_Facts] | None:
-        """Remember what a head of these lines is; None: such heads are read with care."""
+    def _glimpse(self, key: tuple[int, ...]) -> bool:
+        """Whether a shape that is not known was seen often enough to be learned now."""
+        sights = self._glimpsed.pop(key, 0) + 1
+        if sights >= self._sights:
+            return True
+        if len(self._glimpsed) >= SHAPES_MAX:
+            self._glimpsed.clear()
+        self._glimpsed[key] = sights
+        return False
+
+    def _shape(self, key: tuple[int, ...], lines: list[bytes], facts: _Facts) -> Shape[_Facts]:
+        """A new shape, of which nothing is checked yet."""
+        changed: list[tuple[int, bytes]] = []
+        dropped: list[int] = []
+        at_by_meaning: dict[int, int] = {}
+        for at, id_ in enumerate(key):
+            meaning, wire = self._meanings[id_]
+            at_by_meaning[meaning] = at
+            if meaning in (_DROP, _CLOSE, _KEEP_ALIVE):
+                dropped.append(at)
+            elif wire is not None and wire != lines[at]:
+                changed.append((at, wire))
+        self._next_shape += 1
+        length_at = at_by_meaning.get(_LENGTH, 0)
+        return Shape(
+            number=self._next_shape,
+            facts=facts,
+            changed=tuple(changed),
+            dropped=tuple(reversed(dropped)),
+            length_at=length_at,
+            length_from=lines[length_at].find(b": ") + 2,
+            trace_at=at_by_meaning.get(_TRACE, 0),
+            keep_alive_at=at_by_meaning.get(_KEEP_ALIVE, 0),
+            close=_CLOSE in at_by_meaning,
+            chunked=_CHUNKED in at_by_meaning,
+        )
+
+    def _meant(self, key: tuple[int, ...]) -> Counter[int]:
+        """How many lines of each meaning there are."""
+        return Counter(self._meanings[id_][0] for id_ in key)
+
+    def _remember(self, key: tuple[int, ...], shape: Shape[_Facts] | None) -> Shape[_Facts] | None:
+        """None: such heads are read with care."""
         if len(self._shapes) >= SHAPES_MAX:
             self._shapes.clear()
-        shape: Shape[_Facts] | None = None
-        if facts is not None:
-            self._next_shape += 1
-            shape = Shape(self._next_shape, facts)
         self._shapes[key] = shape
         return shape
 
@@ -230,110 +323,67 @@ class PlainRequests(_Heads[_Facts]):
         head_bytes_max: int = HEAD_BYTES_MAX,
         fields_max: int = FIELDS_MAX,
         target_bytes_max: int = HEAD_BYTES_MAX,
+        sights: int = 1,
     ) -> None:
         """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
         path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
-        super().__init__(careful=_CAREFUL_REQUEST, by_value=True, matters=matters)
+        super().__init__(careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights)
         self._describe = describe
         self._authority = authority
         self._base = base
         self._head_bytes_max = min(head_bytes_max, HEAD_BYTES_MAX)
         self._fields_max = min(fields_max, FIELDS_MAX)
         self._target_bytes_max = target_bytes_max
-        self._targets: dict[bytes, tuple[int, bytes, str, str]] = {}
 
-    def forget(self) -> None:
-        super().forget()
-        self._targets.clear()
-
-    def read(self, head: bytes, peer: object) -> PlainHead[_Facts] | None:  # noqa: C901 - one pass, for every call
-        """`head`: up to, and without, its empty line and the CRLF before. `peer`: whose connection it is; equal peers
-        are told the same of. None: not plain."""
+    def read(self, head: bytes, peer: object) -> PlainHead[_Facts] | None:
+        """`head`: up to, and without, its empty line and the CRLF before. `peer`: whose connection it is; what is sent
+        behind the head's own lines is worked out once for each. None: not plain."""
         if len(head) > self._head_bytes_max or (lines := _cut(head, self._fields_max)) is None:
             return None
-        target = self._targets.get(lines[0])
-        if target is None:
-            target = self._learn_target(lines[0])
-            if target is None:
-                return None
-        id_, wire, method, path = target
-        key, out = [id_], [wire]
-        get = self._lines.get
-        length, hosts, lengths = 0, 0, 0
-        trace = None
-        for line in lines[1:]:
-            known = get(line)
-            if known is None:
-                known = self._learn(line)
-                if known is None:
-                    return None
-                get = self._lines.get
-            meaning, id_, wire, size = known
-            key.append(id_)
-            if meaning == _PASS:
-                out.append(wire)
-            elif meaning == _LENGTH:
-                length = size
-                lengths += 1
-                out.append(wire)
-            elif meaning == _HOST:
-                hosts += 1
-                out.append(wire)
-            elif meaning == _TRACE:
-                if trace is not None:
-                    return None
-                trace = line.partition(b": ")[2]
-                out.append(wire)
-            elif meaning == _CLOSE:
-                return None  # what comes behind it is the careful way's to refuse
-        if hosts != 1 or lengths > 1:
+        key = self._key(lines)
+        if key is None:
             return None
-        shape_key = tuple(key)
-        out.append(b"")
-        own = b"\r\n".join(out)
-        try:
-            shape = self._shapes[shape_key]
-        except KeyError:
-            shape = self._learn_shape(shape_key, own, method, path, lines, peer)
+        shape: Any = self._shapes.get(key, _NEW)
+        if shape is _NEW:
+            shape = self._learn_shape(key, lines, peer) if self._glimpse(key) else None
         if shape is None:
             return None
+        length = shape.length(lines) if shape.length_at else 0
+        trace = lines[shape.trace_at].partition(b": ")[2] if shape.trace_at else None
         ending = shape.endings.get(peer)
         if ending is None:
-            ending = self._learn_ending(shape, own, method, path, lines, peer)
+            ending = self._learn_ending(shape, lines, peer)
             if ending is None:
-                self._shapes[shape_key] = None
+                self._shapes[key] = None
                 return None
-        return PlainHead(shape, own + ending, length, False, False, trace, None)
+        return PlainHead(shape, shape.own(lines) + ending, length, trace)
 
-    def _learn_target(self, line: bytes) -> tuple[int, bytes, str, str] | None:
+    def _learn_first(self, line: bytes) -> int | None:
         match = _REQUEST_LINE.fullmatch(line)
         if match is None or len(match[2]) > self._target_bytes_max:
             return None
-        if len(self._targets) >= LINES_MAX:
-            self._targets.clear()
-        wire = b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2])
-        found = self._targets[line] = (self._id(), wire, match[1].decode(), match[2].decode())
-        return found
+        return self._keep_first(line, self._id(_PASS, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2])))
 
-    def _learn_shape(
-        self, key: tuple[int, ...], own: bytes, method: str, target: str, lines: list[bytes], peer: object
-    ) -> Shape[_Facts] | None:
-        fields = _fields(lines[1:])
-        if len({name.lower() for name, _ in fields}) < len(fields):
-            return self._keep_shape(key, None)  # which names may occur twice is the careful way's to judge
-        described = self._describe(method, target, fields, peer)
-        if described is None or not described[1].startswith(own):
-            return self._keep_shape(key, None)
-        shape = self._keep_shape(key, described[0])
-        if shape is not None:
-            shape.endings[peer] = described[1][len(own) :]
-        return shape
+    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
+        meant = self._meant(key)
+        # What comes behind a request that closes, and what may occur twice, is the careful way's to judge.
+        once = len({line.partition(b":")[0].lower() for line in lines[1:]}) == len(lines) - 1
+        if meant[_HOST] != 1 or meant[_CLOSE] or not once:
+            return self._remember(key, None)
+        described = self._described(lines, peer)
+        if described is None:
+            return self._remember(key, None)
+        shape = self._shape(key, lines, described[0])
+        own = shape.own(lines.copy())
+        if not described[1].startswith(own):
+            return self._remember(key, None)
+        shape.endings[peer] = described[1][len(own) :]
+        return self._remember(key, shape)
 
-    def _learn_ending(
-        self, shape: Shape[_Facts], own: bytes, method: str, target: str, lines: list[bytes], peer: object
-    ) -> bytes | None:
-        described = self._describe(method, target, _fields(lines[1:]), peer)
+    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
+        described = self._described(lines, peer)
+        own = shape.own(lines.copy())
         if described is None or not described[1].startswith(own):
             return None
         if len(shape.endings) >= PEERS_MAX:
@@ -341,18 +391,22 @@ class PlainRequests(_Heads[_Facts]):
         ending = shape.endings[peer] = described[1][len(own) :]
         return ending
 
-    def _meaning(self, low: bytes, id_: int) -> tuple[int, int, bool]:
+    def _described(self, lines: list[bytes], peer: object) -> tuple[_Facts, bytes] | None:
+        method, target, _ = lines[0].decode().split(" ")
+        return self._describe(method, target, _fields(lines[1:]), peer)
+
+    def _meaning(self, low: bytes) -> tuple[int, bool]:
         if low == b"content-length":
-            return _LENGTH, id_, True
+            return _LENGTH, True
         if low == b"host":
-            return _HOST, id_, False
+            return _HOST, False
         if low == b"connection":
-            return _DROP, id_, False
+            return _DROP, False
         if low in (b"keep-alive", b"proxy-connection"):
-            return _DROP, id_, True
+            return _DROP, True
         if low == b"traceparent":
-            return _TRACE, id_, low not in self._matters
-        return _PASS, id_, low in _VOLATILE and low not in self._matters
+            return _TRACE, low not in self._matters
+        return _PASS, low in _VOLATILE and low not in self._matters
 
     def _host(self, name: bytes, value: bytes) -> bytes:
         return b"%b: %b" % (name, value if self._authority is None else self._authority)
@@ -365,99 +419,61 @@ DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
 class PlainResponses(_Heads[_Facts]):
     """Responses of a kind that was seen before. Only values that say how a body is read make another shape."""
 
-    def __init__(self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset()) -> None:
+    def __init__(
+        self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset(), sights: int = 1
+    ) -> None:
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
         matters = frozenset({b"content-type", b"transfer-encoding", b"connection"})
-        super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters)
+        super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights)
         self._describe = describe
-        self._statuses: dict[bytes, tuple[int, int]] = {}
 
-    def forget(self) -> None:
-        super().forget()
-        self._statuses.clear()
-
-    def read(self, head: bytes) -> PlainHead[_Facts] | None:  # noqa: C901 - one pass, for every call
+    def read(self, head: bytes) -> PlainHead[_Facts] | None:
         """`head`: as for requests. `wire` ends behind the last field: the caller may add its own, and the empty
         line. A response without a length and not in chunks is not plain: its end would be the connection's."""
         if len(head) > HEAD_BYTES_MAX or (lines := _cut(head, FIELDS_MAX)) is None:
             return None
-        status = self._statuses.get(lines[0])
-        if status is None:
-            status = self._learn_status(lines[0])
-            if status is None:
-                return None
-        key, out = [status[1]], [lines[0]]
-        get = self._lines.get
-        length, close, chunked = -1, False, False
-        keep_alive = None
-        for line in lines[1:]:
-            known = get(line)
-            if known is None:
-                known = self._learn(line)
-                if known is None:
-                    return None
-                get = self._lines.get
-            meaning, id_, _, size = known
-            key.append(id_)
-            if meaning == _PASS:
-                out.append(line)
-            elif meaning == _LENGTH:
-                if length >= 0 or chunked:
-                    return None
-                length = size
-                out.append(line)
-            elif meaning == _CHUNKED:
-                if length >= 0 or chunked:
-                    return None
-                chunked = True
-                out.append(line)
-            elif meaning == _CLOSE:
-                close = True
-            elif meaning == _KEEP_ALIVE:
-                keep_alive = line.partition(b": ")[2]
-        if length < 0 and not chunked:
+        key = self._key(lines)
+        if key is None:
             return None
-        shape_key = tuple(key)
-        out.append(b"")
-        own = b"\r\n".join(out)
-        try:
-            shape = self._shapes[shape_key]
-        except KeyError:
-            shape = self._learn_shape(shape_key, own[len(lines[0]) + 2 :], status[0], lines)
+        shape: Any = self._shapes.get(key, _NEW)
+        if shape is _NEW:
+            shape = self._learn_shape(key, lines) if self._glimpse(key) else None
         if shape is None:
             return None
-        return PlainHead(shape, own + shape.endings[None], length, close, chunked, None, keep_alive)
+        length = shape.length(lines) if shape.length_at else -1
+        keep_alive = lines[shape.keep_alive_at].partition(b": ")[2] if shape.keep_alive_at else None
+        return PlainHead(shape, shape.own(lines) + shape.endings[None], length, None, keep_alive)
 
-    def _learn_status(self, line: bytes) -> tuple[int, int] | None:
+    def _learn_first(self, line: bytes) -> int | None:
         match = _STATUS_LINE.fullmatch(line)
-        if match is None or (status := int(match[1])) in _BODILESS:
-            return None
-        if len(self._statuses) >= LINES_MAX:
-            self._statuses.clear()
-        found = self._statuses[line] = (status, self._id())
-        return found
+        return None if match is None or int(match[1]) in _BODILESS else self._keep_first(line, self._id(_PASS))
 
-    def _learn_shape(self, key: tuple[int, ...], own: bytes, status: int, lines: list[bytes]) -> Shape[_Facts] | None:
-        described = self._describe(status, _fields(lines[1:]))
-        if described is None or not described[1].startswith(own):
-            return self._keep_shape(key, None)
-        shape = self._keep_shape(key, described[0])
-        if shape is not None:
-            shape.endings[None] = described[1][len(own) :]
-        return shape
+    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes]) -> Shape[_Facts] | None:
+        meant = self._meant(key)
+        if meant[_LENGTH] + meant[_CHUNKED] != 1:
+            return self._remember(key, None)
+        described = self._describe(int(lines[0][9:12]), _fields(lines[1:]))
+        if described is None:
+            return self._remember(key, None)
+        shape = self._shape(key, lines, described[0])
+        own = shape.own(lines.copy())[len(lines[0]) + 2 :]
+        if not described[1].startswith(own):
+            return self._remember(key, None)
+        shape.endings[None] = described[1][len(own) :]
+        return self._remember(key, shape)
 
-    def _meaning(self, low: bytes, id_: int) -> tuple[int, int, bool]:
+    def _meaning(self, low: bytes) -> tuple[int, bool]:
         if low == b"content-length":
-            return _LENGTH, id_, True
+            return _LENGTH, True
         if low == b"transfer-encoding":
-            return _CHUNKED, id_, False
+            return _CHUNKED, False
         if low == b"connection":
-            return _DROP, id_, False
+            return _DROP, False
         if low == b"keep-alive":
-            return _KEEP_ALIVE, id_, True
+            return _KEEP_ALIVE, True
         if low == b"proxy-connection":
-            return _DROP, id_, True
-        return _PASS, id_, low in _VOLATILE or low in (b"date", b"set-cookie")
+            return _DROP, True
+        return _PASS, low in _VOLATILE or low in (b"date", b"set-cookie")
 
     def _host(self, name: bytes, value: bytes) -> bytes:
         raise AssertionError("a response has no Host")

@@ -527,7 +527,9 @@ def _named(row: Row, document: Document, tier: object) -> bool:
             return False
     if request_model:
         chars += len(request_model)
-    return chars < USAGE_CHARS_MAX and (type(model) is str or not model) and (type(response_id) is str or not response_id)
+    return (
+        chars < USAGE_CHARS_MAX and (type(model) is str or not model) and (type(response_id) is str or not response_id)
+    )
 
 
 def _chat(row: Row, document: Document) -> bool:
@@ -535,14 +537,12 @@ def _chat(row: Row, document: Document) -> bool:
     if type(choices) is not list or not 0 < len(choices) <= CHOICES_MAX:
         return False
     reasons: list[str] = []
-    place = 0
-    for choice in choices:
+    for place, choice in enumerate(choices):
         index = choice.get("index")
         if type(index) is not int or index != place or "usage" in choice:
             return False
         if found := name(choice.get("finish_reason")):
             reasons.append(found)
-        place += 1
     raw = document["usage"]
     if not _counted(row, raw, _CHAT):
         return False

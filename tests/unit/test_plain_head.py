@@ -211,7 +211,7 @@ def test_what_is_remembered_is_bounded() -> None:
         head = b"GET /%d HTTP/1.1\r\nHost: h\r\nX-Tenant: %d\r\nX-%d: 1" % (i, i, i % 5000)
         read(requests, head)
     assert len(requests._lines) <= LINES_MAX
-    assert len(requests._targets) <= LINES_MAX
+    assert len(requests._firsts) <= LINES_MAX
     assert len(requests._shapes) <= SHAPES_MAX
 
 
@@ -278,10 +278,10 @@ def test_a_plain_response_is_what_the_careful_way_makes_of_it(heads: list[bytes]
         expected = ResponseHead(rules, heard.fields, status=status)
         assert plain.wire == head.partition(b"\r\n")[0] + b"\r\n" + b"".join(expected.parts)
         assert plain.shape.facts == {"names": expected.names, "status": status}
-        assert plain.chunked == expected.chunked
+        assert plain.shape.chunked == expected.chunked
         assert plain.length == (-1 if expected.length is None else expected.length)
-        assert plain.close == expected.close
-        assert parser.should_keep_alive() is not plain.close
+        assert plain.shape.close == expected.close
+        assert parser.should_keep_alive() is not plain.shape.close
 
 
 RESPONSE = (
@@ -296,7 +296,7 @@ def test_the_usual_response_is_plain_and_described_once() -> None:
     for i in range(50):
         plain = responses.read(RESPONSE % (i, i, i, i))
         assert plain is not None
-        assert (plain.length, plain.keep_alive, plain.close) == (i, b"timeout=%d" % i, False)
+        assert (plain.length, plain.keep_alive, plain.shape.close) == (i, b"timeout=%d" % i, False)
         assert b"Keep-Alive" not in plain.wire
         assert plain.wire.endswith(b"X-Request-Id: %032x\r\n" % i)
     assert careful.asked == 1
