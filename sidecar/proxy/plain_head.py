@@ -30,9 +30,12 @@ _CLOSE: Final = 4
 _CHUNKED: Final = 5
 _TRACE: Final = 6
 _KEEP_ALIVE: Final = 7  # the upstream's hint of how long it keeps the connection
+_FIRST: Final = 8  # the request or status line
 
 LINES_MAX: Final = 4_096  # remembered lines
 LINES_BYTES_MAX: Final = 2 << 20  # and their bytes: tokens in fields reach some kB
+RECENT_MAX: Final = 512  # remembered lines that are known by their names
+RECENT_BYTES_MAX: Final = 64  # of each
 NAMES_MAX: Final = 2_048
 SHAPES_MAX: Final = 2_048
 PEERS_MAX: Final = 256  # endings of a head that are remembered for each shape
@@ -115,6 +118,21 @@ _Fields = list[tuple[bytes, bytes]]
 _NEW: Final = object()
 
 
+class _NotPlain(Exception):
+    """A line that the careful way must judge."""
+
+
+class _Numbers(dict[bytes, int]):
+    """Lines that are remembered. One that is not is learned when it is looked up, which raises `_NotPlain`."""
+
+    def __init__(self, learn: Callable[[bytes], int]) -> None:
+        super().__init__()
+        self._learn = learn
+
+    def __missing__(self, line: bytes) -> int:
+        return self._learn(line)
+
+
 class _Heads(Generic[_Facts]):
     """The lines, names and shapes that one direction knows.
 
@@ -122,16 +140,27 @@ class _Heads(Generic[_Facts]):
     head's lines are its shape, and everything else follows from that.
     """
 
-    def __init__(self, *, careful: frozenset[bytes], by_value: bool, matters: frozenset[bytes], sights: int) -> None:
-        """`careful`: fields of heads that are not plain. `by_value`: whether any field's value makes another shape,
-        or only that of those in `matters`, which always do. `sights`: how often a shape is seen before it is learned,
-        which costs what a few calls do and is wasted on one that does not come again; until then it is not plain."""
+    def __init__(
+        self,
+        *,
+        first: re.Pattern[bytes],
+        careful: frozenset[bytes],
+        by_value: bool,
+        matters: frozenset[bytes],
+        sights: int,
+    ) -> None:
+        """`first`: a plain request or status line; no field's line is one. `careful`: fields of heads that are not
+        plain. `by_value`: whether any field's value makes another shape, or only that of those in `matters`, which
+        always do. `sights`: how often a shape is seen before it is learned, which costs what a few calls do and is
+        wasted on one that does not come again; until then it is not plain."""
+        self._first = first
         self._careful = careful
         self._by_value = by_value
         self._matters = matters
         self._sights = sights
-        self._firsts: dict[bytes, int] = {}  # request or status lines
-        self._lines: dict[bytes, int] = {}
+        self._lines = _Numbers(self._number)
+        self._firsts: dict[bytes, int] = {}  # request and status lines, where there are too many for `_lines`
+        self._recent: dict[bytes, int] = {}  # lines that are known by their names: a length or a date comes again
         self._lines_bytes = 0
         self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, number, whether it is known by its name alone
         self._values: dict[bytes, int] = {}  # name -> different values seen
@@ -145,8 +174,9 @@ class _Heads(Generic[_Facts]):
     def forget(self) -> None:
         """Start anew; numbers are never used twice."""
         self._forgot += 1
-        self._firsts.clear()
         self._lines.clear()
+        self._firsts.clear()
+        self._recent.clear()
         self._lines_bytes = 0
         self._names.clear()
         self._values.clear()
@@ -161,29 +191,43 @@ class _Heads(Generic[_Facts]):
 
     def _key(self, lines: list[bytes]) -> tuple[int, ...] | None:
         """The numbers of a head's lines; None: one of them is not plain."""
-        ids = list(map(self._lines.get, lines))
-        ids[0] = self._firsts.get(lines[0])
-        if None in ids:
-            forgot = self._forgot
-            for at, line in enumerate(lines):
-                if ids[at] is None:
-                    id_ = ids[at] = self._learn(line) if at else self._learn_first(line)
-                    if id_ is None:
-                        return None
-            if forgot != self._forgot:
-                return self._key(lines)  # the numbers before that mean nothing any more
-        return tuple(ids)  # type: ignore[arg-type]
+        forgot = self._forgot
+        try:
+            key = tuple(map(self._lines.__getitem__, lines))
+        except _NotPlain:
+            return None
+        return key if forgot == self._forgot else self._key(lines)  # else the numbers before that mean nothing any more
+
+    def _number(self, line: bytes) -> int:
+        """Of a line that is not in `_lines`. Raises `_NotPlain`."""
+        id_ = self._recent.get(line) or self._firsts.get(line)
+        if id_ is None:
+            id_ = self._learn_first(line) if self._first.fullmatch(line) else self._learn(line)
+            if id_ is None:
+                raise _NotPlain
+        return id_
 
     def _learn_first(self, line: bytes) -> int | None:
         raise NotImplementedError
 
-    def _keep_first(self, line: bytes, id_: int) -> int:
+    def _keep_first(self, line: bytes, wire: bytes | None) -> int:
+        id_ = self._id(_FIRST, wire)
+        if len(self._lines) < LINES_MAX // 2:
+            self._lines[line] = id_
+            self._lines_bytes += len(line)
+            return id_
         if len(self._firsts) >= LINES_MAX:
-            for old in self._firsts.values():
-                del self._meanings[old]
-            self._firsts.clear()
+            self.forget()
+            return self._keep_first(line, wire)
         self._firsts[line] = id_
         return id_
+
+    def _by_name(self, line: bytes, name_id: int) -> int:
+        if len(self._recent) >= RECENT_MAX:
+            self._recent.clear()
+        if len(line) <= RECENT_BYTES_MAX:
+            self._recent[line] = name_id
+        return name_id
 
     def _learn(self, line: bytes) -> int | None:
         """The number of a line that is not remembered; None: it is not plain."""
@@ -197,8 +241,8 @@ class _Heads(Generic[_Facts]):
             return None
         meaning, name_id, by_name = known
         if meaning == _LENGTH:
-            return name_id if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
-        return name_id if by_name else self._learn_value(line, name, value, meaning, name_id)
+            return self._by_name(line, name_id) if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
+        return self._by_name(line, name_id) if by_name else self._learn_value(line, name, value, meaning, name_id)
 
     def _learn_value(self, line: bytes, name: bytes, value: bytes, meaning: int, name_id: int) -> int | None:
         low = name.lower()
@@ -281,8 +325,11 @@ class _Heads(Generic[_Facts]):
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:
-        """How many lines of each meaning there are."""
-        return Counter(self._meanings[id_][0] for id_ in key)
+        """How many lines of each meaning there are; none where it does not begin as a message does."""
+        meant = Counter(self._meanings[id_][0] for id_ in key)
+        if self._meanings[key[0]][0] != _FIRST or meant[_FIRST] != 1:
+            return Counter()  # no message
+        return meant
 
     def _remember(self, key: tuple[int, ...], shape: Shape[_Facts] | None) -> Shape[_Facts] | None:
         """None: such heads are read with care."""
@@ -328,7 +375,7 @@ class PlainRequests(_Heads[_Facts]):
         """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
         path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
-        super().__init__(careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights)
+        super().__init__(first=_REQUEST_LINE, careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights)
         self._describe = describe
         self._authority = authority
         self._base = base
@@ -363,7 +410,7 @@ class PlainRequests(_Heads[_Facts]):
         match = _REQUEST_LINE.fullmatch(line)
         if match is None or len(match[2]) > self._target_bytes_max:
             return None
-        return self._keep_first(line, self._id(_PASS, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2])))
+        return self._keep_first(line, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2]))
 
     def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         meant = self._meant(key)
@@ -424,7 +471,9 @@ class PlainResponses(_Heads[_Facts]):
     ) -> None:
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
         matters = frozenset({b"content-type", b"transfer-encoding", b"connection"})
-        super().__init__(careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights)
+        super().__init__(
+            first=_STATUS_LINE, careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights
+        )
         self._describe = describe
 
     def read(self, head: bytes) -> PlainHead[_Facts] | None:
@@ -446,7 +495,7 @@ class PlainResponses(_Heads[_Facts]):
 
     def _learn_first(self, line: bytes) -> int | None:
         match = _STATUS_LINE.fullmatch(line)
-        return None if match is None or int(match[1]) in _BODILESS else self._keep_first(line, self._id(_PASS))
+        return None if match is None or int(match[1]) in _BODILESS else self._keep_first(line, None)
 
     def _learn_shape(self, key: tuple[int, ...], lines: list[bytes]) -> Shape[_Facts] | None:
         meant = self._meant(key)

@@ -1,10 +1,11 @@
 """What the parts of one call cost, in one process and without sockets: `python tests/bench/inner.py [word …]`.
 
-The real client, call, answer and upstream connection run over transports in memory, with and without what meters. Each
-part is timed apart as well. For every part: CPU microseconds of the quickest block of calls (the least disturbed one),
-and how many bytecodes and functions it runs, which no busy machine can falsify. The whole call costs more than the sum
-of its parts: caches and branch predictors hold one part but not all, so what counts is how much is run, not which.
-In a running process, with the kernel between, it is more again. Nothing here is a test: no figure is asserted.
+The real client, call and upstream connection run over transports in memory, on the short way and on the careful one;
+then what the metering process makes of a frame. For every part: CPU microseconds of the quickest block of calls (the
+least disturbed one), and how many bytecodes and functions it runs, which no busy machine can falsify. The whole call
+costs more than the sum of its parts: caches and branch predictors hold one part but not all, so what counts is how much
+is run, not which. In a running process, with the kernel between, it is more again. Nothing here is a test: no figure is
+asserted.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import uvloop
 
@@ -26,20 +27,33 @@ import peers  # noqa: E402
 import streams  # noqa: E402
 
 from sidecar.backends import backend_settings  # noqa: E402
-from sidecar.model.exchange import Exchange, Outcome, PlainExchange, Release, Usage  # noqa: E402
+from sidecar.meters.buckets import batch_sums  # noqa: E402
+from sidecar.meters.definition import DEFAULT_METERS  # noqa: E402
+from sidecar.model.call_group import CallGroup  # noqa: E402
+from sidecar.model.exchange import (  # noqa: E402
+    Exchange,
+    Outcome,
+    PlainExchange,
+    RequestShape,
+    ResponseShape,
+    Usage,
+)
 from sidecar.model.http_url import UpstreamAddress  # noqa: E402
 from sidecar.model.record import encode  # noqa: E402
+from sidecar.proxy import plain_call  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
 from sidecar.proxy.client_connection import Client, Clients  # noqa: E402
 from sidecar.proxy.context import Hop  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
+from sidecar.proxy.plain_call import PlainCalls  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402
 from sidecar.proxy.upstream import Upstream, UpstreamConnection  # noqa: E402
 from sidecar.runtime import factory  # noqa: E402
-from sidecar.runtime.metrics import Metrics  # noqa: E402
+from sidecar.runtime.metrics import HopCounts, Metrics  # noqa: E402
 from sidecar.settings import load  # noqa: E402
-from sidecar.spool import Batch, Health, Spool, Tally  # noqa: E402
-from sidecar.spool.recorder import SpoolRecorder  # noqa: E402
+from sidecar.spool import Health  # noqa: E402
+from sidecar.spool.frames import decode_frame, encode_frame  # noqa: E402
+from sidecar.spool.recorder import Recorder  # noqa: E402
 from sidecar.usage.providers.table import known_routes  # noqa: E402
 
 BLOCKS = 60
@@ -95,31 +109,22 @@ class Transport(asyncio.Transport):
     def close(self) -> None: ...
     def abort(self) -> None: ...
 
+    def get_write_buffer_size(self) -> int:
+        return 0
+
     def can_write_eof(self) -> bool:
         return False
 
 
-class NoRecorder:
-    def admit(self, exchange: Exchange | PlainExchange) -> bool:
-        exchange.id = "0" * 36
-        return True
-
-    def complete(self, exchange: Exchange | PlainExchange, release: Release | None) -> bool:
-        return True
-
-
-class NoTaps:
-    def request(self, method: str, target: str, headers: object) -> None: ...
-
-
-class Memory:
-    """A spool whose disk is never waited for."""
+class NoLink:
+    """Frames go nowhere, and are on disk at once."""
 
     def __init__(self) -> None:
-        self.tally, self.instance, self.next_seq = Tally(), "a", 1
+        self.recorder: Recorder | None = None
 
-    def submit(self, batch: Batch) -> None:
-        cast(Any, batch.done)(batch)
+    def send(self, number: int, data: bytes) -> None:
+        assert self.recorder is not None
+        self.recorder.acknowledged(number)
 
     def health(self) -> Health:
         return Health()
@@ -128,29 +133,30 @@ class Memory:
 class Wires:
     """One client and one upstream connection of a real proxy, with nothing at their ends."""
 
-    def __init__(self, *, metered: bool) -> None:
+    def __init__(self, *, plain: bool = True) -> None:
         loop = asyncio.get_running_loop()
-        settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
-        self.metrics = Metrics()
+        settings = load(
+            {"SIDECAR_UPSTREAM_URL": UPSTREAM, "SIDECAR_DURABILITY": "buffered"}, backend_settings=backend_settings()
+        )
+        counts = HopCounts()
         upstream = Upstream(
             loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
             connect_timeout_s=1, keepalive_s=1e9, age_s=1e9,
         )  # fmt: skip
-        self.recorder = SpoolRecorder(cast(Spool, Memory()), self.metrics, durability="buffered")
+        link = NoLink()
+        self.recorder = link.recorder = Recorder(link, counts, settings.spool)
         self.attribute = factory.attributor(settings, b"k" * 32, lambda kind: None)
         self.route = Routes([], known_routes()).match
-        self.taps = factory.usage_taps(settings, self.metrics.usage_anomaly)
+        self.taps = factory.usage_taps(settings, counts.usage_anomaly)
+        address = UpstreamAddress.parse(UPSTREAM)
         hop = Hop(
-            settings=settings.proxy, upstream=upstream,
-            headers=HeaderRules(settings.proxy, UpstreamAddress.parse(UPSTREAM)),
-            recorder=self.recorder if metered else NoRecorder(),
-            taps=self.taps if metered else cast(Any, NoTaps()),
-            attribute=self.attribute if metered else lambda headers, target, ip: (None, {}),
-            route=self.route if metered else lambda method, path: None,
-            metrics=self.metrics, loop=loop, now=loop.time(),
+            settings=settings.proxy, upstream=upstream, headers=HeaderRules(settings.proxy, address),
+            recorder=self.recorder, taps=self.taps, attribute=self.attribute, route=self.route, metrics=counts,
+            loop=loop, now=loop.time(),
         )  # fmt: skip
-        clients = Clients(9, self.metrics)
-        self.client = Client(Server(lambda server: Client(server, hop, clients), loop), hop, clients)
+        calls = PlainCalls(hop, address, self.attribute) if plain else None
+        clients = Clients(9, counts)
+        self.client = Client(Server(lambda server: Client(server, hop, clients), loop), hop, clients, calls)
         self.client.connection_made(Transport())
         self.connection = UpstreamConnection(upstream, loop)
         self.connection.connection_made(Transport())
@@ -170,7 +176,7 @@ class Wires:
         return answer.finish(True)
 
     def finished(self) -> Exchange:
-        """An exchange as it reaches the recorder."""
+        """An exchange as the careful way hands it to the recorder."""
         subscriber, dimensions = self.attribute(FIELDS, PATH, None)
         return Exchange(
             method="POST", url=UPSTREAM + PATH, route=PATH, client_ip="127.0.0.1",
@@ -180,9 +186,40 @@ class Wires:
             request_bytes=len(BODY), response_bytes=len(DOCUMENT), usage=self.tap(),
         )  # fmt: skip
 
-    def record(self, exchange: Exchange) -> None:
-        self.recorder.admit(exchange)
-        self.recorder.complete(exchange, None)
+
+class Metering:
+    """What the metering process does with a frame of calls, up to the disk and behind it."""
+
+    def __init__(self, exchange: Exchange) -> None:
+        settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
+        self.metrics = Metrics(backends=["ledger"])
+        self.reader = factory.plain_readers(settings, self.metrics)("a")
+        self.shape = RequestShape(
+            number=1, method="POST", target=PATH, fields=((b"Content-Type", b"application/json"),), read=True,
+            url=exchange.url, route=PATH, request_headers=exchange.request_headers, user_agent=None,
+            subscriber=exchange.subscriber, dimensions={},
+        )  # fmt: skip
+        self.response = ResponseShape(number=1, status=200, response_headers=exchange.response_headers)
+        head = ANSWER[: ANSWER.index(b"\r\n\r\n")]
+        plain = PlainExchange(
+            self.shape, "127.0.0.1", None, len(BODY), BODY, exchange.id, exchange.started_ns, 0, 1.5, 1.5,
+            self.response, len(DOCUMENT), head, DOCUMENT,
+        )  # fmt: skip
+        self.calls = [plain] * CALLS
+        self.frame = self.pack()
+        self.told = decode_frame(self.frame)
+
+    def pack(self) -> bytes:
+        return encode_frame(1, admitted=CALLS, ended=self.calls)
+
+    def lines(self) -> Sequence[CallGroup]:
+        for seq, entry in enumerate(self.told.ended):
+            self.reader.line(entry, self.shape, self.response, seq=seq)
+        return self.reader.take_groups()
+
+    def counted(self, groups: Sequence[CallGroup]) -> None:
+        for group in groups:
+            self.metrics.calls_ended(group)
 
 
 def counted(run: Callable[[], object]) -> str:
@@ -209,19 +246,21 @@ def counted(run: Callable[[], object]) -> str:
 
 
 async def part(name: str, run: Callable[[], object], each: int = 1) -> None:
+    """`each`: calls that one run is for."""
     if not wanted(name):
         return
     best = float("inf")
+    runs = CALLS // each
     for _ in range(BLOCKS):
         before = time.thread_time_ns()
-        for _ in range(CALLS):
+        for _ in range(runs):
             run()
         best = min(best, time.thread_time_ns() - before)
         await asyncio.sleep(0)
-    print(f"{name:24}{best / CALLS / each / 1e3:8.2f} µs   {counted(run) if each == 1 else ''}", flush=True)
+    print(f"{name:24}{best / CALLS / 1e3:8.2f} µs   {counted(run) if each == 1 else ''}", flush=True)
 
 
-async def chunks(name: str, *, metered: bool, cut: bool) -> None:
+async def chunks(name: str, *, cut: bool) -> None:
     """A relayed chunk of a stream. `cut`: its framing does not end where the read does, as on a busy network."""
     if not wanted(name):
         return
@@ -233,7 +272,7 @@ async def chunks(name: str, *, metered: bool, cut: bool) -> None:
     best = float("inf")
     seen = ""
     for _ in range(BLOCKS // 4):
-        wires = Wires(metered=metered)
+        wires = Wires()
         wires.client.data_received(STREAM_REQUEST)
         data_received = wires.connection.data_received
         data_received(streams.HEAD)
@@ -254,20 +293,26 @@ def wanted(name: str) -> bool:
 
 async def main() -> None:
     factory.calm_collector()
-    plain, metered = Wires(metered=False), Wires(metered=True)
-    exchange = metered.finished()
-    print(f"{'':24}{'CPU':>11}   bytecodes, functions: Python, C")
-    await part("taps", metered.tap)
-    await part("encode", lambda: encode(exchange, seq=1, instance="a"))
-    await part("record", lambda: metered.record(exchange))
-    await part("call_ended", lambda: metered.metrics.call_ended(exchange))
-    await part("attribution", lambda: metered.attribute(FIELDS, PATH, "127.0.0.1"))
-    await part("route", lambda: metered.route("POST", PATH))
-    await part("hop alone", plain.call)
-    await part("call, metered", metered.call)
-    await chunks("chunk alone", metered=False, cut=False)
-    await chunks("chunk, metered", metered=True, cut=False)
-    await chunks("chunk, metered, cut", metered=True, cut=True)
+    plain_call.SIGHTS = 1
+    wires, careful = Wires(), Wires(plain=False)
+    exchange = wires.finished()
+    metering = Metering(exchange)
+    groups = metering.lines()
+    print(f"{'':24}{'CPU a call':>11}   bytecodes, functions: Python, C")
+    await part("hop, short way", wires.call)
+    await part("hop, careful way", careful.call)
+    await part("taps", wires.tap)
+    await part("attribution", lambda: wires.attribute(FIELDS, PATH, "127.0.0.1"))
+    await part("route", lambda: wires.route("POST", PATH))
+    await part("frame written", metering.pack, CALLS)
+    await part("frame read", lambda: decode_frame(metering.frame), CALLS)
+    await part("lines, short way", metering.lines, CALLS)
+    await part("counts, short way", lambda: metering.counted(groups), CALLS)
+    await part("sums, short way", lambda: batch_sums([], DEFAULT_METERS, groups), CALLS)
+    await part("line, careful way", lambda: encode(exchange, seq=1, instance="a"))
+    await part("counts, careful way", lambda: metering.metrics.call_ended(exchange))
+    await chunks("chunk", cut=False)
+    await chunks("chunk, cut", cut=True)
 
 
 if __name__ == "__main__":
