@@ -145,6 +145,10 @@ class Delivery:
         """The writer is in this process: what it has just committed need not be read again. Call it before `wake`."""
         self.tail.offer(instance, group, records)
 
+    def note(self, instance: str, last_seq: int) -> None:
+        """The same without the records: what they add up to is handed over (`apply`), and nobody wants them apart."""
+        self.tail.note(instance, last_seq)
+
     def apply(self, batch: SummedBatch) -> bool:
         """What committed records add up to is at hand: backends that keep sums need not read them. Call it before
         `wake`. False: nobody wants it, which costs nothing but the reading."""

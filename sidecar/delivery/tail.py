@@ -131,6 +131,10 @@ class Tail:
         size = sum(map(len, group.lines))
         self._keep(instance, Piece(group.first_seq, group.last_seq, size, lines=group.lines, records=records))
 
+    def note(self, instance: str, last_seq: int) -> None:
+        """Records up to this number are on disk, and this process will say when there are more."""
+        self._offered[instance] = last_seq
+
     def wake(self) -> None:
         """Something was committed: what was found to be the end is so no more."""
         self._wakes += 1

@@ -43,7 +43,6 @@ class CallGroup:
 
     kind: CallKind
     hour: int  # Unix seconds of its start
-    seqs: list[int] = field(default_factory=list)
     lines: list[bytes] = field(default_factory=list)
     durations_ms: list[float] = field(default_factory=list)
     request_bytes: int = 0
@@ -59,6 +58,15 @@ class CallGroup:
         if name == "request_bytes":
             return self.request_bytes
         return self.response_bytes if name == "response_bytes" else self.tokens.get(name)
+
+    def join(self, other: CallGroup) -> None:
+        """Take in later calls of the same kind and hour."""
+        self.lines += other.lines
+        self.durations_ms += other.durations_ms
+        self.request_bytes += other.request_bytes
+        self.response_bytes += other.response_bytes
+        for name, count in other.tokens.items():
+            self.tokens[name] = self.tokens.get(name, 0) + count
 
     def records(self) -> Sequence[Record]:
         """One by one. Costs what reading each line does."""

@@ -17,7 +17,7 @@ import random
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -70,6 +70,7 @@ ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take a
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all is the state of the whole
 DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
 LOOK_EVERY_S: Final = 5.0  # a disk of 200 MB/s loses 1 GiB, the default mark, in that time
+HAND_ON_S: Final = 0.25  # of the half second that sums gather before they are stored
 RETIRE_EVERY_S: Final = 60.0  # how often delivered chunks are looked at; retention is counted in days
 
 
@@ -90,6 +91,8 @@ class Billing:
     disk_bytes: int = 0
     set_aside: int = 0  # damaged chunks that were copied and are kept
     spool_bytes: int = 0  # of all slots, as `SIDECAR_RETENTION_BYTES` counts
+    _committed: list[tuple[str, Batch, Ended]] = field(default_factory=list)  # that delivery has not been given
+    _handing: asyncio.TimerHandle | None = None
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
@@ -122,18 +125,39 @@ class Billing:
         return counts
 
     def hand_over(self, instance: str, batch: Batch, ended: Ended) -> None:
-        """What is on disk now goes to delivery as it is in memory: nothing is read back."""
-        last_seq = batch.first_seq + len(batch.lines) - 1
-        group = StoredGroup(first_seq=batch.first_seq, last_seq=last_seq, lines=tuple(batch.lines))
-        whole = len(ended.exchanges) + sum(group.calls for group in ended.groups) == len(batch.lines)
-        records = ended.records(instance) if whole else []
-        self.delivery.offer(instance, group, records)
-        if whole:
-            for backend in self.sums:
-                self._add_up(backend, instance, batch, records, ended.groups)
+        """What is on disk now goes to delivery as it is in memory, in a moment: nothing is read back."""
+        self._committed.append((instance, batch, ended))
+
+    def committed(self) -> None:
+        """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
+        the same whatever is in them."""
+        if len(self.sums) < len(self.backends):
+            self.hand_on()
+        elif self._handing is None:
+            self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
+
+    def hand_on(self) -> None:
+        """Give delivery all that was committed."""
+        if self._handing is not None:
+            self._handing.cancel()
+            self._handing = None
+        committed, self._committed = self._committed, []
+        for instance, done, ended in committed:
+            group = StoredGroup(first_seq=done.first_seq, last_seq=done.last_seq, lines=tuple(done.lines))
+            if len(self.sums) < len(self.backends):
+                self.delivery.offer(instance, group, ended.records(instance))
+            else:
+                self.delivery.note(instance, done.last_seq)
+        if self.sums:
+            for instance, first_seq, last_seq, ended in _runs(committed):
+                records = ended.records(instance)
+                batch = SummedBatch(instance=instance, first_seq=first_seq, last_seq=last_seq, sums=None)
+                for backend in self.sums:
+                    self._add_up(backend, batch, records, ended.groups)
+        self.delivery.wake()
 
     def _add_up(
-        self, backend: AddsUp, instance: str, batch: Batch, records: Sequence[Record], groups: Sequence[CallGroup]
+        self, backend: AddsUp, batch: SummedBatch, records: Sequence[Record], groups: Sequence[CallGroup]
     ) -> None:
         try:
             sums, left = backend.add_up(records, groups)
@@ -144,16 +168,7 @@ class Billing:
         if out:
             apart = [record for group in groups for record in group.records()]
             lines = {record.id: (record.seq, record.json) for record in (*records, *apart) if record.id in out}
-        self.delivery.apply(
-            SummedBatch(
-                instance=instance,
-                first_seq=batch.first_seq,
-                last_seq=batch.first_seq + len(batch.lines) - 1,
-                sums=sums,
-                left=left,
-                lines=lines,
-            )
-        )
+        self.delivery.apply(replace(batch, sums=sums, left=left, lines=lines))
 
     async def remember_place(self) -> None:
         """Keep how far delivery has come: a `delivery.db` that is put back later is behind that."""
@@ -211,6 +226,22 @@ class Billing:
             ):
                 gone[instance] = left[0].first_seq - 1
         return gone
+
+
+def _runs(committed: Sequence[tuple[str, Batch, Ended]]) -> list[tuple[str, int, int, Ended]]:
+    """Commits that follow each other and of which all is at hand, as one: instance, first and last number, and what
+    they hold."""
+    runs: list[tuple[str, int, int, Ended]] = []
+    for instance, batch, ended in committed:
+        if ended.calls != len(batch.lines):
+            continue  # settled by us: it is read from the spool
+        if runs and runs[-1][0] == instance and runs[-1][2] + 1 == batch.first_seq:
+            _, first_seq, _, whole = runs.pop()
+            whole.join(ended)
+            runs.append((instance, first_seq, batch.last_seq, whole))
+        else:
+            runs.append((instance, batch.first_seq, batch.last_seq, ended))
+    return runs
 
 
 def remembered(settings: Settings, state: DeliveryStore) -> dict[str, int]:
@@ -311,13 +342,14 @@ async def billing(
             spool=spool,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
         )
+        stack.callback(bills.hand_on)
         stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
         if spool is not None:
-            spool.on_committed(delivery.wake)
             await stack.enter_async_context(spool)
+            spool.on_committed(bills.committed)
             unopened.pop_all()
             delivery.wake()  # what was settled or salvaged while it opened
         yield bills

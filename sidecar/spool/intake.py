@@ -66,6 +66,21 @@ class Ended:
     exchanges: list[tuple[int, bytes, Exchange | None]] = field(default_factory=list)
     groups: list[CallGroup] = field(default_factory=list)
 
+    @property
+    def calls(self) -> int:
+        return len(self.exchanges) + sum(group.calls for group in self.groups)
+
+    def join(self, other: Ended) -> None:
+        """Take in what follows. Takes `other` over."""
+        self.exchanges += other.exchanges
+        kinds = {(group.kind, group.hour): group for group in self.groups}
+        for group in other.groups:
+            found = kinds.setdefault((group.kind, group.hour), group)
+            if found is group:
+                self.groups.append(group)
+            else:
+                found.join(group)
+
     def records(self, instance: str) -> list[Record]:
         """Those that are in no group. Raises `ValueError` for a line that is no record."""
         return [

@@ -12,7 +12,7 @@ always hold
 A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one.
 
 `committed`: one frame is under way at a time; what ends meanwhile gathers and goes when that one is on disk, so that a
-commit is shared by all who wait. `buffered`: what ends gathers for ten milliseconds, and nobody waits while the disk
+commit is shared by all who wait. `buffered`: what ends gathers for a few milliseconds, and nobody waits while the disk
 keeps up.
 """
 
@@ -44,7 +44,7 @@ INTENT_AGE_S: Final = 0.020
 BUFFERED_AGE_S: Final = 0.020
 # In `buffered` records gather before they go: a frame and a commit cost the same whatever is in them. How long depends
 # on what the disk needs of the 20 ms.
-GATHER_S_MAX: Final = 0.010
+GATHER_S_MAX: Final = 0.015
 GATHER_S_MIN: Final = 0.002
 COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
 # Entries of one frame: more are not kept back, so that a frame stays far below what may be sent at once.
@@ -470,7 +470,7 @@ class SpoolRecorder(Recorder):
         self,
         spool: WholeSpool,
         metrics: SpoolRecorderMetrics,
-        reading: Callable[[], Reading] | None = None,
+        reading: Callable[[str], Reading] | None = None,
         clock_ns: Callable[[], int] = time.time_ns,
         **given: Any,
     ) -> None:

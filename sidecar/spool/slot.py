@@ -164,7 +164,7 @@ class Spool:
         self._writer.submit(batch)
 
     def on_committed(self, callback: Callable[[], None]) -> None:
-        """Have `callback` called on the loop after each commit that brought records: it wakes delivery."""
+        """Have `callback` called on the loop after each commit that brought records."""
         self._callbacks.append(callback)
 
     def snapshot(self) -> Snapshot:

@@ -133,6 +133,11 @@ class Batch:
     # `SOURCE_BYTES` long and numbers its frames upwards; `Spool.origins` answers the greatest number of each.
     origins: list[tuple[bytes, int]] = field(default_factory=list)
 
+    @property
+    def last_seq(self) -> int:
+        """Of its lines, where it has any."""
+        return self.first_seq + len(self.lines) - 1
+
 
 @dataclass(slots=True, frozen=True, kw_only=True)
 class Limits:

@@ -113,7 +113,6 @@ class PlainReader:
         if group is None or group.hour != hour:
             group = kind.group = CallGroup(kind, hour)
             self._groups.append(group)
-        group.seqs.append(seq)
         group.lines.append(line)
         group.durations_ms.append(duration_ms)
         group.request_bytes += request_bytes

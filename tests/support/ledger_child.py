@@ -19,6 +19,7 @@ from support.delivery_fixtures import QUICK, World, until
 from sidecar.backends.ledger import LedgerBackend
 from sidecar.ledger import LedgerStore
 from sidecar.meters.buckets import BatchSums
+from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Encoded
 from sidecar.model.record import Record
 
@@ -31,10 +32,10 @@ class Child(LedgerBackend):
 
     first = True
 
-    def add_up(self, records: Sequence[Record]) -> tuple[BatchSums, Encoded]:
+    def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
         if self.first and any(record.seq == PARKED for record in records):
             raise ArithmeticError("not exact")
-        return super().add_up(records)
+        return super().add_up(records, groups)
 
 
 async def deliver(order: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import orjson
 
+from sidecar.model.call_group import CallGroup
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.spool import Limits, Spool, SpoolReader
 from sidecar.spool.recorder import SpoolRecorder
@@ -39,6 +40,9 @@ class Told:
         self.lost_by: Counter[str] = Counter()
         self.uncommitted = 0
         self.commits: list[tuple[int, int, float]] = []
+
+    def calls_ended(self, group: CallGroup) -> None:
+        """Plain calls have no reader here."""
 
     def call_ended(self, exchange: Exchange) -> None:
         self.ended.append(exchange)

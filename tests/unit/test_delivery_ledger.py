@@ -16,6 +16,7 @@ from sidecar.delivery.database import open_reader
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.buckets import BatchSums
+from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Applied, Blocked, Encoded, Retry, Verdict
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
@@ -41,10 +42,10 @@ class Picky(LedgerBackend):
 
     poison: frozenset[str] = frozenset()
 
-    def add_up(self, records: Sequence[Record]) -> tuple[BatchSums, Encoded]:
+    def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
         if any(record.id in self.poison for record in records):
             raise ArithmeticError("not exact")
-        return super().add_up(records)
+        return super().add_up(records, groups)
 
 
 @pytest.fixture
