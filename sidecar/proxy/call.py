@@ -451,8 +451,13 @@ class Call:
         assert response is not None
         try:
             if self.phase is STREAMING:
+                if response.pass_by(data):  # nearly every chunk
+                    self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+                    if self.client is not None:
+                        self.client.send(data)
+                    return
                 response.feed(data)
-                if not (response.done or response.ended) and response.broken is None:  # nearly every chunk
+                if not (response.done or response.ended) and response.broken is None:
                     self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
                     out, client = response.out, self.client
                     if out and client is not None:

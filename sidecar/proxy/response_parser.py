@@ -24,7 +24,7 @@ import httptools
 from sidecar.proxy.aiohttp_compat import RawRequestMessage
 from sidecar.proxy.headers import METER_ID, HeaderRules, Peer, ResponseHead
 from sidecar.proxy.redirects import Called
-from sidecar.usage import ResponseFilter, ResponseTap
+from sidecar.usage import ResponseFilter, ResponseTap, Skips
 
 HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
 HEAD_BYTES_MAX: Final = 262_144  # with all 1xx before it; nginx gives 8 KiB, Node 16 KiB; cookies can be large
@@ -47,9 +47,10 @@ class UpstreamResponse:
 
     __slots__ = (
         "_announce", "_asked", "_at_border", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10",
-        "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_until_eof",
-        "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields", "filter",
-        "keep_alive", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers", "upgraded",
+        "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
+        "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields",
+        "filter", "keep_alive", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
+        "upgraded",
     )  # fmt: skip
 
     def __init__(
@@ -81,6 +82,7 @@ class UpstreamResponse:
         self._beside = 0  # bytes since the last one of the body
         self._chunked = False
         self._at_border = False  # the next byte is the first of a chunk, for the client as for the parser
+        self._skips: Skips | None = None  # of what the tap need not be fed, since it was fed last
         self._until_eof = False
         self._remaining = -1  # of a sized body; -1: not sized
         self.out: list[bytes] = []  # for the client, to be taken after each feed
@@ -102,6 +104,26 @@ class UpstreamResponse:
         self.close_delimited = False  # the client's copy ends by closing
         self.upgraded = False
         self.tail = b""  # what came behind a 101
+
+    def pass_by(self, data: bytes) -> bool:
+        """Whether this is exactly one chunk of a stream, to be forwarded as it is, in which nobody is interested; then
+        it is counted, and must not be fed. Most of what a stream brings is that."""
+        skips = self._skips
+        if skips is None or not self._at_border:
+            return False
+        size = _CHUNK_SIZE.match(data)
+        if size is None:
+            return False
+        start = size.end()
+        length = int(size[1], 16)
+        if start + length + 2 != len(data) or not 0 < length <= skips.bytes_max or data[-2:] != b"\r\n":
+            return False
+        piece = data[start:-2]
+        if not (piece.endswith(skips.end) and skips.nothing_in(piece)):
+            return False
+        self._beside = 0
+        self.body_bytes += length
+        return True
 
     def feed(self, data: bytes) -> None:
         """Take what the upstream sent. Never raises; look at `broken`."""
@@ -197,6 +219,7 @@ class UpstreamResponse:
                     self.ended = tap.feed(piece)
                 except Exception:  # noqa: BLE001 - see `on_body`
                     self.tap = None
+        self._skips = None if self.tap is None or self.ended else self.tap.skips
         if not self.mute:
             self.out.append(data)
 
@@ -307,6 +330,7 @@ class UpstreamResponse:
         self._at_border = self._chunked and not self._until_eof and self.filter is None
 
     def on_body(self, piece: bytes) -> None:
+        self._skips = None  # found anew once whole chunks come again
         if self.done:
             self.extra = True
             return

@@ -6,8 +6,8 @@ it, whatever the bytes are, and it keeps a bounded amount of them.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
 
 from sidecar.model.exchange import RawHeaders as RawHeaders
 from sidecar.model.exchange import Usage
@@ -38,6 +38,15 @@ class RequestTap(Protocol):
         ...
 
 
+class Skips(NamedTuple):
+    """Which pieces need not be fed: those that end with `end`, where a message of the stream does, have at most
+    `bytes_max`, and in which there is nothing of interest. Leaving one out changes nothing."""
+
+    end: bytes
+    bytes_max: int
+    nothing_in: Callable[[bytes], bool]
+
+
 class ResponseTap(Protocol):
     """Reads along with one response body."""
 
@@ -49,6 +58,11 @@ class ResponseTap(Protocol):
     @property
     def behind(self) -> bool:
         """Whether coded bytes wait to be looked into: `feed(b"")` works off another step, `finish` all of them."""
+        ...
+
+    @property
+    def skips(self) -> Skips | None:
+        """Which of the next pieces may be left out; None: none. To be asked again after each `feed`."""
         ...
 
     def feed(self, piece: bytes) -> bool:

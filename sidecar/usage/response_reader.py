@@ -13,12 +13,13 @@ from collections.abc import Callable
 from typing import Protocol
 
 from sidecar.model.exchange import Usage, UsageState
+from sidecar.usage import Skips
 from sidecar.usage.custom_fields import CustomFields, from_headers
 from sidecar.usage.endpoints import Endpoint, Endpoints
 from sidecar.usage.estimate import estimate
 from sidecar.usage.formats.aws_eventstream import EventStream, begins
 from sidecar.usage.formats.content_encoding import Codings, Unreadable, decoder
-from sidecar.usage.formats.event_stream import Framing, JsonLines, ServerSentEvents
+from sidecar.usage.formats.event_stream import Framing, JsonLines, Messages, ServerSentEvents
 from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES, Elements, LinesOrDocument, OneDocument, read_whole
 from sidecar.usage.providers.base import Reader, build, clear, known
 from sidecar.usage.providers.fallback import Failed, Unmetered
@@ -118,6 +119,13 @@ class ResponseReader:
     def behind(self) -> bool:
         """Whether decoded bytes wait: `feed(b"")` works off another step of them, `finish` only a few."""
         return self._decoder is not None and not self._ended and self._decoder.behind
+
+    @property
+    def skips(self) -> Skips | None:
+        watched = self._first_token is not None or self._mentions is not None or self._context.estimate
+        if watched or self._ended or self._decoder is not None or not isinstance(self._framing, Messages):
+            return None
+        return self._framing.skips
 
     def feed(self, piece: bytes) -> bool:
         if self._ended:

@@ -16,18 +16,11 @@ Three ways lead through `Plan.read`, each falling back to the next when anything
    they are, and handed to the family's own reader.
 3. the general one: the taps' own reader, fed once. All bounds (rations of steps, decoded size, unclaimed responses,
    estimates, custom fields) are its own.
-
-Of a stream only few events matter. `KeptStream` is told every piece as it passes and keeps those that may, for a few
-searches a piece. How the kept pieces are cut: a piece is dropped only if it begins at the border of an event and ends
-at one (a blank line), so that what is kept, joined, is the stream without some whole events; and only once the family's
-reader, having seen the events before, would skip it unparsed, which changes nothing in it. Events that span pieces are
-kept whole.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import orjson
@@ -43,12 +36,10 @@ from sidecar.usage.providers.base import Document, Reader, build
 from sidecar.usage.providers.fields import INPUT_DETAILS, OUTPUT_DETAILS
 from sidecar.usage.providers.openai import ChatCompletions, Responses
 from sidecar.usage.readers import RequestReadingTap, UsageTaps
-from sidecar.usage.request_reader import BODY_MAX_BYTES, QUESTIONS, WANTED
+from sidecar.usage.request_reader import BODY_MAX_BYTES
 from sidecar.usage.response_headers import REQUEST_IDS, hinted_provider, request_id
 from sidecar.usage.response_reader import (
     DEFAULT_PROVIDER,
-    FIRST_TOKEN_MAX_BYTES,
-    FIRST_TOKEN_PIECE_BYTES,
     ResponseReader,
     plain_type,
 )
@@ -56,9 +47,7 @@ from sidecar.usage.values import COUNT_MAX, name
 
 CODED_PIECE_BYTES = 16_384  # of a coded body, handed to its decoder at a time; as it comes from a socket
 DECODING_STEPS_MAX = 64  # of a coded body that is over: at half a MiB and more each, far beyond what is kept whole
-KEPT_MAX_BYTES = 65_536  # of one stream; what needs more is read along from there on
 EVENTS_MAX = 64  # of a stream that is read the lean way; kept ones are two to six
-PROBED_PIECES_MAX = 16  # at the beginning of a stream, until its family and its id are known
 
 CHOICES_MAX = 128  # of one response that is read the lean way
 
@@ -113,7 +102,7 @@ class Plan:
 
     __slots__ = (
         "_endpoint", "_fields", "_headers", "_method", "_operation", "_provider", "_status", "_target",
-        "lean", "per_call", "skips", "taps",
+        "lean", "per_call", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -143,21 +132,9 @@ class Plan:
         self.lean = self._lean_family()
         self._provider = DEFAULT_PROVIDER
         self._operation = ""
-        # Whether whole events can hold nothing of interest, of a stream that is known to be the lean family's.
-        self.skips: Callable[[bytes], bool] | None = None
         if row is not None and self.lean is not None:
             self._operation = row.operation
             self._provider = endpoint.provider or row.provider or hinted_provider(self._fields) or DEFAULT_PROVIDER
-            skipper = self.lean(taps.anomaly)
-            skipper.response_id = skipper.model = "known"
-            skipper.seen = True
-            self.skips = skipper.can_skip  # which changes nothing in it, so one serves all calls
-
-    @property
-    def first_token(self) -> re.Pattern[bytes] | None:
-        """What the first generated text looks like on the wire; None where that is not known."""
-        row = self._endpoint.row
-        return None if row is None or self._status >= 400 else row.reader.first_token
 
     @property
     def coded(self) -> bool:
@@ -169,25 +146,6 @@ class Plan:
         if row is None or not plain or fields.get("content-encoding") or not plain_type(fields.get("content-type", "")):
             return None
         return row.reader if row.reader in _LEAN else None
-
-    def stream(self, request_body: bytes, opened_ns: int = 0) -> KeptStream:
-        """For one streamed response of this shape, before its first piece. See `shrink` for the request's body."""
-        return KeptStream(self, request_body, opened_ns)
-
-    def shrink(self, request_body: bytes) -> bytes:
-        """The request's body without its prompt, which `read` takes in its place: an open stream must not hold it.
-
-        As it is where that is not possible: not plain JSON, or its length is needed for an estimate.
-        """
-        if self.taps.estimate or not request_body or request_body[0] != 0x7B or len(request_body) > BODY_MAX_BYTES:
-            return request_body
-        try:
-            document = orjson.loads(request_body)
-            kept = {key: document[key] for key in WANTED if key in document}
-            kept.update(dict.fromkeys(QUESTIONS & document.keys()))
-            return orjson.dumps(kept)
-        except (ValueError, TypeError):
-            return request_body
 
     def read(
         self,
@@ -201,10 +159,10 @@ class Plan:
     ) -> Usage | None:
         """The usage of one call; None where it is no model call. Never raises.
 
-        `request_body`: as on the wire. `response`: its body, or its pieces in order, as on the wire; of a stream those
-        that `KeptStream` kept are enough. `whole`: it ended as its framing (or its end mark) says. `opened_ns`,
-        `first_token_ns`: of the monotonic clock; 0 where it is not known. `fields`: the response's fields of
-        `per_call`, by lower-case name, where they differ from those that the plan was made with.
+        `request_body`: as on the wire. `response`: its body, or its pieces in order, as on the wire. `whole`: it ended
+        as its framing (or its end mark) says. `opened_ns`, `first_token_ns`: of the monotonic clock; 0 where it is not
+        known. `fields`: the response's fields of `per_call`, by lower-case name, where they differ from those that the
+        plan was made with.
         """
         if self.lean is not None and whole:
             body = response if isinstance(response, bytes) else b"".join(response)
@@ -360,130 +318,6 @@ class Plan:
         if asked is None:
             raise ValueError("a request that the general way must read")
         return name(asked.get("model")) or self._endpoint.model
-
-
-class KeptStream:
-    """What of one stream must be kept so that its usage can be read when it is over.
-
-    `pieces`: what is kept. `first_token_ns`: when the first token came, by the taps' clock; 0 until then.
-    `reader`: not None once more than `KEPT_MAX_BYTES` would have had to be kept: it has read along since, and `pieces`
-    is empty; its `finish` gives the usage.
-    """
-
-    __slots__ = (
-        "_at_border", "_first_token", "_opened_ns", "_plan", "_probe", "_probed", "_request_body",
-        "_searched", "_size", "_skips", "_unprobed", "first_token_ns", "pieces", "reader",
-    )  # fmt: skip
-
-    def __init__(self, plan: Plan, request_body: bytes, opened_ns: int) -> None:
-        self._plan = plan
-        self._request_body = request_body
-        self._opened_ns = opened_ns
-        self.pieces: list[bytes] = []
-        self.first_token_ns = 0
-        self.reader: ResponseReader | None = None
-        self._size = 0
-        self._at_border = True
-        # Set once it is known whose stream it is, and what its events repeat: from then on some can be dropped.
-        self._skips: Callable[[bytes], bool] | None = None
-        # An estimate counts every byte: then nothing is dropped.
-        self._probe = plan.lean(_ignore) if plan.lean is not None and not plan.taps.estimate else None
-        self._probed = PROBED_PIECES_MAX
-        self._unprobed = b""
-        self._first_token = plan.first_token
-        self._searched = 0
-        if plan.coded:
-            self.reader = plan.open(request_body, opened_ns)  # coded pieces must be decoded to be seen
-
-    def wants(self, piece: bytes) -> bool:
-        """Whether this piece must be kept. Ask for each piece once, in order: the answer for the next depends on it."""
-        started, self._at_border = self._at_border, piece.endswith(b"\n\n")
-        if self._skips is not None:
-            return not (started and self._at_border and self._skips(piece))
-        if self._probe is not None:
-            self._look_at(self._probe, piece)
-        return True
-
-    def add(self, piece: bytes) -> None:
-        """Take a copy of one piece as it passes."""
-        if self.reader is not None:
-            self.reader.feed(piece)
-            return
-        if self._first_token is not None:
-            self._time(piece)
-        if self.wants(piece):
-            self.pieces.append(piece)
-            self._size += len(piece)
-            if self._size > KEPT_MAX_BYTES:
-                self._read_along()
-
-    def read(self, *, whole: bool = True, fields: Mapping[str, str] | None = None) -> Usage | None:
-        """The usage, here and now: for who does not hand `pieces` on. `fields`: see `Plan.read`."""
-        if self.reader is not None:
-            return self.reader.finish(whole)
-        return self._plan.read(
-            self._request_body,
-            self.pieces,
-            whole=whole,
-            opened_ns=self._opened_ns,
-            first_token_ns=self.first_token_ns,
-            fields=fields,
-        )
-
-    def _read_along(self) -> None:
-        """Too much would have to be kept: the taps' own reader, which keeps less, takes over."""
-        self.reader = self._plan.open(self._request_body, self._opened_ns)
-        pieces, self.pieces = self.pieces, []
-        if self.reader is not None:
-            for piece in pieces:
-                self.reader.feed(piece)
-            if self.first_token_ns:
-                self.reader.first_token_at(self.first_token_ns)
-
-    def _look_at(self, probe: Reader, piece: bytes) -> None:
-        """Whether the stream is the family's, and all is known that its reader needs before it skips anything."""
-        self._unprobed += piece
-        self._probed -= 1
-        if self._probed < 0 or b"\r" in piece:
-            self._probe, self._unprobed = None, b""  # everything is kept, and read along if it is much
-        elif self._at_border:
-            messages, self._unprobed = self._unprobed.split(b"\n\n"), b""
-            try:
-                understood = all(_shown(probe, message) for message in messages if message)
-            except Exception:  # noqa: BLE001 - whatever is odd here is kept, and read the general way
-                understood = False
-            if not understood:
-                self._probe = None
-            elif all(getattr(probe, fact) for fact in ("seen", *probe.skip_after)):
-                self._probe = None
-                self._skips = self._plan.skips
-
-    def _time(self, piece: bytes) -> None:
-        if len(piece) > FIRST_TOKEN_PIECE_BYTES:
-            self._searched += len(piece)
-        if self._searched > FIRST_TOKEN_MAX_BYTES:
-            self._first_token = None
-        elif self._first_token is not None and self._first_token.search(piece) is not None:
-            self.first_token_ns = self._plan.taps.clock_ns()
-            self._first_token = None
-
-
-def _shown(probe: Reader, message: bytes) -> bool:
-    """Show one event to the family's reader; whether it is one of the family's (or a comment). May raise."""
-    if message.startswith(b":") and b"\n" not in message:
-        return True
-    event, data = _event(message)
-    if data is None or data == b"[DONE]":
-        return False
-    document = orjson.loads(data)
-    if not probe.recognises(document, event):
-        return False
-    probe.message(document, event)
-    return True
-
-
-def _ignore(kind: str) -> None:
-    """What the probe finds odd is counted when the stream is read."""
 
 
 def _object(body: bytes) -> Document | None:

@@ -310,6 +310,7 @@ class _FrameResponseTap:
     """Usage is `<usage>`, the end mark is `<end>`; both in one piece each."""
 
     behind = False
+    skips = None
 
     def __init__(self) -> None:
         self.size = 0

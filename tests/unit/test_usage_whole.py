@@ -17,7 +17,7 @@ from sidecar.model.exchange import Usage
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.openai import ChatCompletions, Responses
 from sidecar.usage.readers import Element, Pin, UsageTaps
-from sidecar.usage.whole import KEPT_MAX_BYTES, Plan, prepare, read_call
+from sidecar.usage.whole import Plan, prepare, read_call
 
 SAMPLES = {f"sample {name}": sample for name, sample in load().items() if not sample.websocket}
 SAMPLES |= {f"case {name}": sample for name, sample in load(CASES).items() if not sample.websocket}
@@ -47,9 +47,15 @@ def taps_of(sample: Sample | None = None, **more: Any) -> tuple[UsageTaps, list[
 
 
 def along(
-    sample: Sample, pieces: Sequence[bytes], *, whole: bool = True, **more: Any
+    sample: Sample,
+    pieces: Sequence[bytes],
+    *,
+    whole: bool = True,
+    skipping: bool = False,
+    fed: list[bytes] | None = None,
+    **more: Any,
 ) -> tuple[Usage | None, set[str], bool]:
-    """By the taps; the anomalies; whether the first token was seen."""
+    """By the taps; the anomalies; whether the first token was seen. `skipping`: what may be left out is."""
     taps, odd = taps_of(sample, **more)
     request = taps.request(sample.method, sample.path, sample.request_headers)
     if request is None:
@@ -59,6 +65,12 @@ def along(
     if response is None:
         return None, set(odd), False
     for piece in pieces:
+        skips = response.skips if skipping else None
+        may = skips is not None and piece.endswith(skips.end) and 0 < len(piece) <= skips.bytes_max
+        if may and skips is not None and skips.nothing_in(piece):
+            continue
+        if fed is not None:
+            fed.append(piece)
         response.feed(piece)
     usage = response.finish(whole)
     return usage, set(odd), usage is not None and usage.time_to_first_token_ms is not None
@@ -74,18 +86,12 @@ def whole_ways(sample: Sample, pieces: Sequence[bytes], *, whole: bool, timed: b
     """Every way that leads through `whole`, and what each gave."""
     found: dict[str, Any] = {}
     noted = TOKEN_NS if timed else 0
-    for way in ("lean, joined", "general, joined", "lean, pieces", "kept"):
+    for way in ("lean, joined", "general, joined", "lean, pieces"):
         plan, odd = plan_of(sample, **more)
         if plan is None:
             found[way] = None, set()
             continue
         read = plan.read_generally if way.startswith("general") else plan.read
-        if way == "kept":
-            stream = plan.stream(plan.shrink(sample.request_body), OPENED_NS)
-            for piece in pieces:
-                stream.add(piece)
-            found[way] = stream.read(whole=whole), set(odd)
-            continue
         body: bytes | Sequence[bytes] = pieces if way.endswith("pieces") else b"".join(pieces)
         usage = read(sample.request_body, body, whole=whole, opened_ns=OPENED_NS, first_token_ns=noted)
         found[way] = usage, set(odd)
@@ -94,6 +100,7 @@ def whole_ways(sample: Sample, pieces: Sequence[bytes], *, whole: bool, timed: b
 
 def check(sample: Sample, pieces: Sequence[bytes], *, whole: bool = True, **more: Any) -> None:
     expected, odd, timed = along(sample, pieces, whole=whole, **more)
+    assert along(sample, pieces, whole=whole, skipping=True, **more) == (expected, odd, timed)
     for way, (usage, anomalies) in whole_ways(sample, pieces, whole=whole, timed=timed, **more).items():
         assert usage == expected, way
         assert anomalies == odd, way
@@ -311,40 +318,16 @@ def _chunk(text: str, **more: Any) -> bytes:
     return b"data: " + orjson.dumps({"id": "c1", "model": "m", "choices": [choice], "usage": None, **more}) + b"\n\n"
 
 
-def test_of_a_stream_of_whole_events_only_the_first_and_the_last_ones_are_kept() -> None:
+def test_of_a_stream_of_whole_events_only_the_first_and_the_last_ones_are_fed() -> None:
     counts = {"prompt_tokens": 3, "completion_tokens": 200, "total_tokens": 203}
     pieces = [_chunk(f"word {number}") for number in range(200)] + [
         _chunk("", choices=[], usage=counts),
         b"data: [DONE]\n\n",
     ]
     sample = _made("/v1/chat/completions", b"".join(pieces), SSE)
-    plan, _ = plan_of(sample)
-    assert plan is not None
-    stream = plan.stream(plan.shrink(sample.request_body), OPENED_NS)
-    for piece in pieces:
-        stream.add(piece)
-    assert stream.pieces == [pieces[0], *pieces[-2:]]
-    assert stream.read() == along(sample, pieces)[0]
-
-
-@pytest.mark.parametrize("size", [700, 100_000], ids=["cut oddly", "in large pieces"])
-def test_what_would_be_too_much_to_keep_is_read_along(size: int) -> None:
-    counts = {"prompt_tokens": 3, "completion_tokens": 2_000, "total_tokens": 2_003}
-    body = b"".join(_chunk(f"word {number}") for number in range(2_000)) + _chunk("", choices=[], usage=counts)
-    body += b"data: [DONE]\n\n"
-    sample = _made("/v1/chat/completions", body, SSE)
-    plan, odd = plan_of(sample)
-    assert plan is not None
-    stream = plan.stream(sample.request_body, OPENED_NS)
-    held = 0
-    for piece in sliced(body, size):
-        stream.add(piece)
-        held = max(held, sum(map(len, stream.pieces)))
-    assert held <= KEPT_MAX_BYTES + size
-    assert stream.reader is not None
-    expected, anomalies, _ = along(sample, sliced(body, size))
-    assert stream.read() == expected
-    assert set(odd) == anomalies
+    fed: list[bytes] = []
+    assert along(sample, pieces, skipping=True, fed=fed) == along(sample, pieces)
+    assert fed == [pieces[0], *pieces[-2:]]
 
 
 def test_a_plan_serves_calls_whose_values_differ() -> None:
@@ -358,14 +341,6 @@ def test_a_plan_serves_calls_whose_values_differ() -> None:
         general = plan.read_generally(sample.request_body, sample.body, fields={"x-request-id": number})
         assert general == usage
     assert {"x-request-id", "request-id"} <= plan.per_call
-
-
-def test_a_prompt_is_not_held() -> None:
-    plan, _ = plan_of(SAMPLES["sample openai_chat_stream.sse"])
-    assert plan is not None
-    small = plan.shrink(orjson.dumps({"model": "m", "messages": ["x" * 10_000], "n": 2, "stream": True}))
-    assert orjson.loads(small) == {"model": "m", "messages": None, "n": 2, "stream": True}
-    assert plan.shrink(b"--x\r\n") == b"--x\r\n"
 
 
 def test_what_can_have_no_usage_has_no_plan() -> None:

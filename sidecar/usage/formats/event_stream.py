@@ -15,10 +15,12 @@ from typing import Protocol
 
 import orjson
 
+from sidecar.usage import Skips
 from sidecar.usage.formats.json_scanner import STEPS_EARNED, STEPS_FREE, Members, pruned
 from sidecar.usage.providers.base import Document, Reader, Tree
 
 MESSAGE_MAX_BYTES = 65_536  # one unfinished message kept whole; larger ones are images and whole responses
+SKIPPED_BYTES_MAX = 4_096  # of a piece that is searched at once; larger ones are split first
 EVENT_NAME_MAX_BYTES = 128
 
 # Messages are rationed in steps as members are: see there. A stream that is beyond its ration has the last messages of
@@ -39,7 +41,7 @@ _DONE = b"[DONE]"
 _CLOSERS = b"}]"
 
 
-# How it works. `_Messages` holds the rest of an unfinished message (`_rest`) and nothing else of what passed. A piece
+# How it works. `Messages` holds the rest of an unfinished message (`_rest`) and nothing else of what passed. A piece
 # is
 #   - skipped unseen, if it begins and ends at a separator and the reader has no interest in it (`feed`: most of them);
 #   - else joined to the rest and cut at its last separator: what stands before it is whole messages (`_messages`), what
@@ -109,7 +111,7 @@ class Parsing:
         return pruned(data, self._reader.wanted)
 
 
-class _Messages(Parsing):
+class Messages(Parsing):
     """What server-sent events and JSON lines have in common: messages that end with a separator."""
 
     __slots__ = ("_long", "_rest", "_skip_lf", "_started", "_steps", "_strict", "_tried")
@@ -126,6 +128,15 @@ class _Messages(Parsing):
         self._strict = False  # what the strict parser refuses is let go
         self._tried = 0  # size of an unfinished message that was not yet one
 
+    @property
+    def skips(self) -> Skips | None:
+        """Pieces that begin and end at a separator; None where the next one does not begin at one."""
+        if self._started and not self._rest and not self._skip_lf and self._long is None:
+            reader = self._reader
+            lean = type(reader).can_skip is Reader.can_skip and reader.may_skip
+            return Skips(self.separator, SKIPPED_BYTES_MAX, reader.nothing_in if lean else reader.can_skip)
+        return None
+
     def feed(self, piece: bytes) -> bool:
         if (
             self._started
@@ -133,7 +144,7 @@ class _Messages(Parsing):
             and not self._skip_lf
             and self._long is None
             and piece.endswith(self.separator)
-            and len(piece) <= MESSAGE_MAX_BYTES // 16
+            and len(piece) <= SKIPPED_BYTES_MAX
             and self._reader.can_skip(piece)
         ):
             return False
@@ -309,7 +320,7 @@ class _Messages(Parsing):
         raise NotImplementedError
 
 
-class ServerSentEvents(_Messages):
+class ServerSentEvents(Messages):
     __slots__ = ()
 
     separator = b"\n\n"
@@ -341,7 +352,7 @@ class ServerSentEvents(_Messages):
         return _LongEvent(self._reader.wanted)
 
 
-class JsonLines(_Messages):
+class JsonLines(Messages):
     __slots__ = ()
 
     def _data(self, message: bytes) -> tuple[bytes, str]:
