@@ -102,6 +102,8 @@ BY_PRICE_KEY: Final[Mapping[str, Unit]] = {unit.price_key: unit for unit in UNIT
 # The five that nearly all calls are priced by: without any other the sum is written out (`Rates.plain`).
 FIVE: Final = (INPUT, "output_tokens", "cache_read_tokens", "cache_write_tokens", "cache_write_1h_tokens")
 Five = tuple[int, int, int | None, int | None, int | None]
+Plain = tuple[Five, tuple[tuple[int, Five], ...]]
+"""The base, and `(above, prices)` of the tiers in rising order."""
 
 
 def pico(amount: Fraction | str, per: int = 1) -> Fraction:
@@ -166,9 +168,9 @@ class Rates:
         self.priced = frozenset(prices)
         self.minimum = minimum
         self.seconds_least = seconds_least  # audio is billed as at least so long
-        self.plain: tuple[Five, tuple[tuple[int, Five], ...]] | None = self._plain()
+        self.plain = self._plain()
 
-    def _plain(self) -> tuple[Five, tuple[tuple[int, Five], ...]] | None:
+    def _plain(self) -> Plain | None:
         """The base and the tiers of a model that is priced by the five alone, in whole pico-USD; else None.
 
         Prices of units that are no tokens do not matter: calls that report any are summed the long way.

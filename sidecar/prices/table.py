@@ -35,6 +35,7 @@ DEPTH_MAX: Final = 6  # of `or` and `and` in a match; the data have three
 _KNOWN_ENDS: Final = re.compile(
     r"(?:[-@:](?:20\d{2}-?\d{2}-?\d{2}|\d{4}|latest|preview|v\d+(?::\d+)?|\d{1,3}|20\d{2}-\d{2}))*(?:-v\d+(?::\d+)?)?"
 )
+_TUNED_ENDS: Final = re.compile(r"[\d-]*(?::.*)?")
 _COMPACT_DATE: Final = re.compile(r"(-)(20\d{2})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?=-|:|$)")
 _AMOUNT: Final = re.compile(r"\d{1,18}(?:\.\d{1,40})?")
 
@@ -163,10 +164,11 @@ def prices_at(
     return {BY_PRICE_KEY[key].name: _price(key, value) for key, value in prices.items()}, frozenset(context) - spoken
 
 
-def depends_on_time(model: Model) -> bool:
-    """Whether a day has more than one price."""
+def hours_of(model: Model) -> list[int]:
+    """The seconds of a day (UTC) at which another price of the model begins; none where a day has one price."""
     rows = model["prices"] if isinstance(model["prices"], list) else []
-    return any("start_time" in (row.get("constraint") or ()) for row in (*rows, *(model.get("price_variants") or ())))
+    constraints = [row.get("constraint") or {} for row in (*rows, *(model.get("price_variants") or ()))]
+    return sorted({_second(text) for each in constraints for key, text in each.items() if key != "start_date"})
 
 
 def _price(key: str, value: Any) -> Price:
@@ -218,8 +220,8 @@ def _fits(clause: Mapping[str, Any], text: str) -> bool | None:
 
 def _only_known(word: str, rest: str) -> bool:
     """Whether what follows a model's name leaves it the same model."""
-    if word.startswith("ft:"):
-        return not rest or rest[0] in ":-"
+    if word.startswith("ft:"):  # a date, and whose it is
+        return _TUNED_ENDS.fullmatch(rest) is not None
     if rest and word[-1] in "-@:":
         rest = word[-1] + rest
     return _KNOWN_ENDS.fullmatch(rest) is not None
@@ -256,11 +258,16 @@ def _builtin_rows() -> Sequence[Mapping[str, Any]]:
 def load(path: Path) -> Table:
     """A table from a file. Raises `TableError`, with what is wrong."""
     try:
-        if path.stat().st_size > FILE_BYTES_MAX:
-            raise TableError(f"{path}: is larger than {FILE_BYTES_MAX >> 20} MiB: that is no table of prices")
-        return read(path.read_bytes(), str(path))
+        path = path.expanduser()
+        size = path.stat().st_size
+        data = path.read_bytes() if size <= FILE_BYTES_MAX else b""
     except OSError as error:
         raise TableError(f"{path}: cannot be read: {error.strerror}") from None
+    except (RuntimeError, ValueError):  # a home directory of nobody, a zero byte
+        raise TableError(f"{path}: is no path: expected builtin, none, or a file") from None
+    if size > FILE_BYTES_MAX:
+        raise TableError(f"{path}: is larger than {FILE_BYTES_MAX >> 20} MiB: that is no table of prices")
+    return read(data, str(path))
 
 
 def read(data: bytes, name: str) -> Table:
