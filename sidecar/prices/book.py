@@ -22,7 +22,7 @@ from typing import Any, Final
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
-from sidecar.prices.rates import PICO, Count, Five, Plain, Price, Rates, amount_text
+from sidecar.prices.rates import PICO, ZEROS, Count, Five, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
 
 Cost = dict[str, Any]
@@ -48,7 +48,6 @@ UNKNOWNS: Final = (
 
 KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties the memory, it does not fill it
 SECONDS_A_DAY: Final = 86_400
-_ZEROS: Final = ["0." + "0" * (12 - digits) for digits in range(13)]  # before that many digits of pico-units
 _EPOCH: Final = date(1970, 1, 1).toordinal()
 _DIGITS_MAX: Final = 15  # before the point, of what others state: more is no amount
 
@@ -414,10 +413,9 @@ class PriceBook:
         entry = _Entry(None, of_cost["model"], "custom", of_cost["currency"] or USD, of_cost["state"], None)
         if total is None:
             return _null(entry, of_cost.get("reason", "unknown_model")), None
-        shares = {name: Fraction(text) * PICO * price.markup for name, text in (of_cost["parts"] or {}).items()}
-        if not shares and total:
-            shares = {"cost": total * price.markup}
-        parts, done = _added_up(shares)
+        factor, scale = price.markup.as_integer_ratio()
+        shares = [(name, amount_of(text) * factor) for name, text in (of_cost["parts"] or {}).items()]
+        parts, done = added_up(shares or [("cost", total * factor)], scale)
         if done < price.minimum:
             parts["minimum"], done = price.minimum - done, price.minimum
         reason = of_cost.get("reason")
@@ -478,16 +476,16 @@ def _plain_cost(entry: _Entry, plain: Plain, usage: Usage) -> Priced | None:
         return None
     parts = {}
     if of_read:
-        parts["input"] = _ZEROS[len(text := str(of_read))] + text.rstrip("0")
+        parts["input"] = ZEROS[len(text := str(of_read))] + text.rstrip("0")
     if of_written:
-        parts["output"] = _ZEROS[len(text := str(of_written))] + text.rstrip("0")
+        parts["output"] = ZEROS[len(text := str(of_written))] + text.rstrip("0")
     if of_cached:
-        parts["cache_read"] = _ZEROS[len(text := str(of_cached))] + text.rstrip("0")
+        parts["cache_read"] = ZEROS[len(text := str(of_cached))] + text.rstrip("0")
     if writes:
         parts.update(writes)
     cost: Cost = {
         "currency": entry.currency,
-        "total": _ZEROS[len(text := str(total))] + text.rstrip("0"),
+        "total": ZEROS[len(text := str(total))] + text.rstrip("0"),
         "parts": parts,
         "state": entry.state,
         "source": entry.source,
@@ -688,17 +686,6 @@ def _of_meter(price: CustomPrice, record: Record | None, started_s: float) -> tu
         return None, False
     quantity = price.meter.quantity(record)
     return (None, True) if quantity is None else (round(Fraction(quantity) * price.unit), True)
-
-
-def _added_up(shares: Mapping[str, Fraction]) -> tuple[dict[str, int], int]:
-    """Rounded so that the parts add up to the total, which is rounded once, half to even."""
-    parts: dict[str, int] = {}
-    running, done = Fraction(0), 0
-    for name, share in shares.items():
-        running += share
-        if (now := round(running)) != done:
-            parts[name], done = now - done, now
-    return parts, done
 
 
 def _made(

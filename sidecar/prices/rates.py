@@ -11,7 +11,7 @@ the whole request: the input with all that is cached in it decides, and the pric
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import combinations
@@ -20,6 +20,7 @@ from typing import Final
 
 PICO: Final = 10**12
 DECIMALS: Final = 12
+ZEROS: Final = ["0." + "0" * (DECIMALS - digits) for digits in range(DECIMALS + 1)]  # before that many digits
 Count = int | Fraction
 Price = tuple[Fraction, tuple[tuple[int, Fraction], ...]]
 """Of one unit, in pico-USD: the base, and `(above, price)` of the tiers in rising order."""
@@ -218,19 +219,31 @@ class Rates:
         return self._rounded(parts[::-1], odd, counted)
 
     def _rounded(self, parts: list[tuple[str, Count]], odd: bool, counted: bool) -> Sum:
-        """Each part is what the running sum grows by when it is rounded: so they add up to the total, which is
-        rounded once."""
-        found: dict[str, int] = {}
-        running, done = Fraction(0), 0
-        for name, amount in parts:
-            running += Fraction(amount) / self._scale
-            if (now := round(running)) != done:  # half to even
-                found[name] = now - done
-                done = now
+        found, done = added_up(parts, self._scale)
         if done < self.minimum:
             found["minimum"] = self.minimum - done
             done = self.minimum
         return Sum(found, done, odd, counted)
+
+
+def added_up(parts: Iterable[tuple[str, Count]], scale: int) -> tuple[dict[str, int], int]:
+    """Amounts in the `scale`-th part of a pico-USD, as whole ones: each part is what the running sum grows by, so that
+    they add up to the total, which is rounded once. Those that are nothing are left out."""
+    found: dict[str, int] = {}
+    running: Count = 0
+    done = 0
+    for name, amount in parts:
+        running += amount
+        if isinstance(running, int):
+            now, rest = divmod(running, scale)
+            if 2 * rest > scale or (2 * rest == scale and now % 2):  # half to even
+                now += 1
+        else:
+            now = round(running / scale)
+        if now != done:
+            found[name] = now - done
+            done = now
+    return found, done
 
 
 def _overlap(a: Unit, b: Unit) -> frozenset[tuple[str, str]] | None:
@@ -243,9 +256,15 @@ def _overlap(a: Unit, b: Unit) -> frozenset[tuple[str, str]] | None:
     return a.dimensions | b.dimensions if ours.keys() & theirs.keys() else None
 
 
+def amount_of(text: str) -> int:
+    """The same back: pico-USD of a text that `amount_text` made."""
+    whole, _, rest = text.partition(".")
+    return int(whole) * PICO + int(rest.ljust(DECIMALS, "0") or 0)
+
+
 def amount_text(amount: int) -> str:
     """Pico-USD as a decimal text, without zeros at the end."""
-    if 0 < amount < PICO:
-        return f"0.{amount:012d}".rstrip("0")
+    if 0 < amount < PICO:  # nearly all: a third of what formatting costs
+        return ZEROS[len(text := str(amount))] + text.rstrip("0")
     whole, rest = divmod(amount, PICO)
     return f"{whole}.{rest:012d}".rstrip("0") if rest else str(whole)

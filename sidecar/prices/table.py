@@ -31,10 +31,14 @@ TABLE_FILE: Final = "table.json"
 FILE_BYTES_MAX: Final = 64 << 20  # LiteLLM's is 2 MB; more is a wrong path
 DEPTH_MAX: Final = 6  # of `or` and `and` in a match; the data have three
 
-# What may stand around the name of a model without making another one of it: a date, a version, `latest`.
-_KNOWN_ENDS: Final = re.compile(
-    r"(?:[-@:](?:20\d{2}-?\d{2}-?\d{2}|\d{4}|latest|preview|v\d+(?::\d+)?|\d{1,3}|20\d{2}-\d{2}))*(?:-v\d+(?::\d+)?)?"
-)
+# What may stand behind the name of a model without making another one of it: a date, `latest`, `preview`, a release
+# (`-001`), and on Bedrock a version (`-v1:0`; a second version of what has no date is another model). A digit or two
+# more is another model too: `claude-sonnet-5-7` is none of `claude-sonnet-5`.
+_MONTH_DAY: Final = r"(?:0[1-9]|1[0-2])-?(?:0[1-9]|[12]\d|3[01])"
+_KNOWN_END: Final = rf"[-@:](?:20\d{{2}}-?{_MONTH_DAY}|{_MONTH_DAY}|\d{{4}}|0\d{{2}}|default|latest|preview)"
+_KNOWN_ENDS: Final = re.compile(rf"(?:{_KNOWN_END})*(?:-v1(?::\d+)?)?|(?:{_KNOWN_END})+-v\d+(?::\d+)?")
+_DATE_BEGUN: Final = re.compile(r"[-@:](?:20\d{2}-?|0)?\Z")  # the end of a clause's word that a date goes on from
+_REGION: Final = re.compile(r"(?:us|eu|apac|jp|au|ca)\.")  # of Bedrock; `global.` and `us-gov.` have other prices
 _TUNED_ENDS: Final = re.compile(r"[\d-]*(?::.*)?")
 _COMPACT_DATE: Final = re.compile(r"(-)(20\d{2})(0[1-9]|1[0-2])(0[1-9]|[12]\d|3[01])(?=-|:|$)")
 _AMOUNT: Final = re.compile(r"\d{1,18}(?:\.\d{1,40})?")
@@ -215,15 +219,17 @@ def _fits(clause: Mapping[str, Any], text: str) -> bool | None:
     if kind == "ends_with":
         return None if not text.endswith(word) else text != word
     before, found_word, after = text.partition(word)
-    return None if not found_word else bool(before) or not _only_known(word, after)
+    if not found_word:
+        return None
+    return not ((not before or _REGION.fullmatch(before)) and _only_known(word, after))
 
 
 def _only_known(word: str, rest: str) -> bool:
     """Whether what follows a model's name leaves it the same model."""
     if word.startswith("ft:"):  # a date, and whose it is
         return _TUNED_ENDS.fullmatch(rest) is not None
-    if rest and word[-1] in "-@:":
-        rest = word[-1] + rest
+    if rest and (begun := _DATE_BEGUN.search(word)) is not None:
+        rest = begun[0] + rest
     return _KNOWN_ENDS.fullmatch(rest) is not None
 
 

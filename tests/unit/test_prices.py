@@ -18,7 +18,7 @@ from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import usage_to_dict
 from sidecar.prices import PICO, PriceBook, amount_text
 from sidecar.prices.book import KEPT_MAX, Priced, counts_of
-from sidecar.prices.rates import Rates, pico
+from sidecar.prices.rates import Rates, amount_of, pico
 from sidecar.prices.table import Table, TableError, builtin, prices_at, read
 
 NOW_S = datetime(2026, 11, 20, 12, 0, tzinfo=UTC).timestamp()
@@ -130,6 +130,38 @@ def test_a_name_that_only_looks_like_a_known_one_is_an_estimate(
     priced = book.cost(usage("anthropic", name, input_tokens=1_000_000, output_tokens=0), at("2026-01-01"))
     assert state(priced) == expected
     assert total(priced) == "6"  # a million is above the tier
+
+
+@pytest.mark.parametrize(
+    ("provider", "name", "near"),
+    [
+        ("anthropic", "claude-sonnet-4-20250514", False),
+        ("anthropic", "claude-3-5-haiku-20241022", False),
+        ("anthropic", "claude-opus-4-1-20250805", False),
+        ("anthropic", "claude-opus-4-5-7", True),
+        ("anthropic", "claude-opus-4-57", True),
+        ("google", "gemini-2.5-pro-preview-05-06", False),
+        ("google", "gemini-2.0-flash-001", False),
+        ("google", "claude-sonnet-4-5@20250929", False),
+        ("aws", "us.amazon.nova-pro-v1:0", False),
+        ("aws", "amazon.nova-pro-v2:0", True),
+        ("aws", "global.amazon.nova-pro-v1:0", True),
+        ("aws", "my-amazon.nova-pro-v1:0", True),
+        ("openai", "gpt-4o-2024-08-06", False),
+        ("openai", "gpt-5.2-20251211", False),
+    ],
+)
+def test_what_stands_around_a_name_may_make_another_model_of_it(provider: str, name: str, near: bool) -> None:
+    found = TABLE.find(TABLE.providers[provider], name)
+    assert found is not None
+    assert found.near is near
+
+
+def test_no_name_of_the_table_itself_is_near() -> None:
+    for provider in TABLE.providers.values():
+        for model in provider.models:
+            found = TABLE.find(provider, model["id"])
+            assert found is None or found.name != model["id"] or not found.near, model["id"]
 
 
 def test_a_fine_tuned_model_has_its_own_price(book: PriceBook) -> None:
@@ -434,6 +466,12 @@ def test_amounts_are_plain_text() -> None:
     assert [amount_text(each) for each in (0, 1, PICO // 2, PICO, 12_345 * PICO + 10)] == [
         "0", "0.000000000001", "0.5", "1", "12345.00000000001",
     ]  # fmt: skip
+
+
+@given(st.integers(0, 10**25))
+def test_the_text_of_an_amount_reads_back(amount: int) -> None:
+    assert amount_of(amount_text(amount)) == amount
+    assert Fraction(amount_text(amount)) * PICO == amount
 
 
 # The table, and what is remembered
