@@ -18,11 +18,14 @@ from sidecar.prices.table import Table, TableError, builtin, load
 from sidecar.settings import Settings
 
 __all__ = [
+    "ESTIMATES",
     "PICO",
+    "UNKNOWNS",
     "Cost",
     "CustomPrice",
     "PriceBook",
     "Priced",
+    "Pricer",
     "PricesError",
     "Side",
     "Table",

@@ -19,6 +19,8 @@ from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Final
 
+import orjson
+
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
@@ -126,10 +128,10 @@ class _Entry:
 
     looks_further: bool = False  # either of these two is there
 
-    def for_call(self, usage: Usage, started_s: float) -> _Entry:
+    def for_call(self, raw_usage: Any, started_s: float) -> _Entry:
         """The entry that holds for this call."""
         entry = self
-        if entry.by_raw is not None and (terms := _terms(usage.raw_usage)) is not None:
+        if entry.by_raw is not None and (terms := _terms(raw_usage)) is not None:
             entry = entry.by_raw(terms)
         return entry if entry.by_hour is None else entry.by_hour.at(started_s % SECONDS_A_DAY)
 
@@ -180,22 +182,64 @@ class PriceBook:
         if usage is None:
             return self._of_meters(Side.PROVIDER, record, started_s)
         if not isinstance(usage, Usage):
-            usage = _usage_of(usage)
+            return self._of_row(usage, started_s, host, batch, record)
         key = (usage.provider, usage.model, usage.request_model, usage.service_tier, host, batch)
         entry = self._kept.get(key)
         if entry is None or not entry.since_s <= started_s < entry.until_s:
             entry = self._kept[key] = self._look_up(usage, started_s, host, batch)
         if entry.looks_further:
-            entry = entry.for_call(usage, started_s)
+            entry = entry.for_call(usage.raw_usage, started_s)
         if (
             entry.plain is not None
             and usage.usage_state is UsageState.FINAL
             and not usage.units
             and usage.cost_usd is None
-            and (cost := _plain_cost(entry, entry.plain, usage)) is not None
+            and (
+                cost := _plain_cost(
+                    entry,
+                    entry.plain,
+                    usage.input_tokens,
+                    usage.output_tokens,
+                    usage.cache_read_input_tokens,
+                    usage.cache_write_input_tokens,
+                    usage.cache_write_5m_input_tokens,
+                    usage.cache_write_1h_input_tokens,
+                )
+            )
+            is not None
         ):
             return cost
         return self._long(Side.PROVIDER, entry, usage, started_s, record)
+
+    def _of_row(
+        self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool, record: Record | None
+    ) -> Priced:
+        """`cost` of a usage object as JSON has it. No `Usage` is made of one that is plain."""
+        get = row.get
+        entry = self.entry_of(row, started_s, host, batch)
+        if entry.looks_further:
+            entry = entry.for_call(get("raw_usage"), started_s)
+        if (
+            entry.plain is not None
+            and get("usage_state") == "final"
+            and not get("units")
+            and get("cost_usd") is None
+            and (
+                cost := _plain_cost(
+                    entry,
+                    entry.plain,
+                    get("input_tokens"),
+                    get("output_tokens"),
+                    get("cache_read_input_tokens"),
+                    get("cache_write_input_tokens"),
+                    get("cache_write_5m_input_tokens"),
+                    get("cache_write_1h_input_tokens"),
+                )
+            )
+            is not None
+        ):
+            return cost
+        return self._long(Side.PROVIDER, entry, _usage_of(row), started_s, record)
 
     def charge(
         self,
@@ -236,6 +280,19 @@ class PriceBook:
         """Cost and charge of a record that is at hand, for who reads records back."""
         cost = self.cost(record.usage, record.started_s, host=host, batch=batch, record=record)
         return cost, self.charge(record.usage, record.started_s, cost, host=host, batch=batch, record=record)
+
+    def pricer(self, row: Mapping[str, Any], *, host: str | None = None, batch: bool = False) -> Pricer:
+        """For many calls of one kind, whose provider and models are those of this usage object."""
+        return Pricer(self, row, host, batch)
+
+    def entry_of(self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool) -> _Entry:
+        """What holds for calls of this kind on the day of `started_s`; kept."""
+        get = row.get
+        key = (get("provider"), get("model"), get("request_model"), get("service_tier"), host, batch)
+        entry = self._kept.get(key)
+        if entry is None or not entry.since_s <= started_s < entry.until_s:
+            entry = self._kept[key] = self._look_up(_usage_of(row), started_s, host, batch)
+        return entry
 
     # Looking up
 
@@ -445,11 +502,94 @@ class PriceBook:
         return _made(entry, parts, total, ESTIMATED if unknown else EXACT, "meter" if unknown else None, None), total
 
 
-def _plain_cost(entry: _Entry, plain: Plain, usage: Usage) -> Priced | None:
+class Pricer:
+    """The costs of calls that have provider, models, host and batch in common, as JSON: for where lines are written.
+
+    Gives what `PriceBook.cost` gives. Where a call has other terms than the first (a service tier, another day), that
+    is looked up anew or asked of the book.
+    """
+
+    __slots__ = ("_batch", "_book", "_by_raw", "_entry", "_head", "_host", "_plain", "_tail", "_tier")
+
+    def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
+        self._book, self._host, self._batch = book, host, batch
+        self._tier = row.get("service_tier")
+        self._entry = _Entry(None)  # of no day
+        self._plain: Plain | None = None
+        self._by_raw = False
+        self._head = self._tail = ""
+
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        """The `cost` of a call with this usage object, and its total in pico-units; None: it is not known."""
+        if not self._entry.since_s <= started_s < self._entry.until_s:
+            self._renew(row, started_s)
+        get = row.get
+        plain = self._plain
+        if (
+            plain is None
+            or (read := get("input_tokens")) is None
+            or (written := get("output_tokens")) is None
+            or get("usage_state") != "final"
+            or get("service_tier") != self._tier
+            or get("units")
+            or get("cost_usd") is not None
+            or get("cache_write_input_tokens")
+            or get("cache_write_1h_input_tokens")
+            or get("cache_write_5m_input_tokens")
+            or (self._by_raw and _terms(get("raw_usage")) is not None)
+        ):
+            return self._by_book(row, started_s)
+        prices, tiers = plain
+        for above, of_tier in tiers:
+            if read > above:
+                prices = of_tier
+        total = of_written = written * prices[1]
+        behind = ""
+        if (cached := get("cache_read_input_tokens")) and (price := prices[2]) is not None:
+            read -= cached
+            if of_cached := cached * price:
+                total += of_cached
+                if of_cached >= PICO:
+                    return self._by_book(row, started_s)
+                behind = f',"cache_read":"{ZEROS[len(text := str(of_cached))]}{text.rstrip("0")}"'
+        total += (of_read := read * prices[0])
+        if of_read <= 0 or of_written <= 0 or total >= PICO:
+            return self._by_book(row, started_s)
+        read_text, written_text, text = str(of_read), str(of_written), str(total)
+        line = (
+            f'{self._head}{ZEROS[len(text)]}{text.rstrip("0")}","parts":{{"input":"{ZEROS[len(read_text)]}'
+            f'{read_text.rstrip("0")}","output":"{ZEROS[len(written_text)]}{written_text.rstrip("0")}"{behind}{self._tail}'
+        )
+        return line.encode(), total
+
+    def _by_book(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        cost, total = self._book.cost(row, started_s, host=self._host, batch=self._batch)
+        return orjson.dumps(cost), total
+
+    def _renew(self, row: Mapping[str, Any], started_s: float) -> None:
+        self._entry = entry = self._book.entry_of(row, started_s, self._host, self._batch)
+        self._tier = row.get("service_tier")
+        self._plain = entry.plain if entry.by_hour is None else None
+        self._by_raw = entry.by_raw is not None
+        self._head = f'{{"currency":"{entry.currency}","total":"'
+        facts = {"state": entry.state, "source": entry.source, "model": entry.model}
+        facts |= {} if entry.reason is None else {"reason": entry.reason}
+        self._tail = "}," + orjson.dumps(facts).decode()[1:]
+
+
+def _plain_cost(
+    entry: _Entry,
+    plain: Plain,
+    read: int | None,
+    written: int | None,
+    cached: int | None,
+    kept: int | None,
+    short: int | None,
+    long: int | None,
+) -> Priced | None:
     """The cost of a call of tokens alone, whose model has prices for input, output and caches alone: nearly all of
     them. None: it is not so plain after all (counts that disagree, amounts of a whole unit and more), and goes the
     long way, which gives the same."""
-    read, written = usage.input_tokens, usage.output_tokens
     if read is None or written is None:
         return None
     prices, tiers = plain
@@ -457,18 +597,18 @@ def _plain_cost(entry: _Entry, plain: Plain, usage: Usage) -> Priced | None:
         if read > above:
             prices = of_tier
     of_cached = 0
-    if (cached := usage.cache_read_input_tokens) and (price := prices[2]) is not None:
+    if cached and (price := prices[2]) is not None:
         read -= cached
         of_cached = cached * price
     of_written = written * prices[1]
     total = of_written + of_cached
     writes: dict[str, str] | None = None
-    if usage.cache_write_input_tokens or usage.cache_write_1h_input_tokens or usage.cache_write_5m_input_tokens:
-        found = _plain_writes(usage, prices)
+    if kept or short or long:
+        found = _plain_writes(prices, kept or 0, short or 0, long or 0)
         if found is None:
             return None
-        writes, of_writes, kept = found
-        read -= kept
+        writes, of_writes = found
+        read -= kept or 0
         total += of_writes
     of_read = read * prices[0]
     total += of_read
@@ -496,10 +636,8 @@ def _plain_cost(entry: _Entry, plain: Plain, usage: Usage) -> Priced | None:
     return cost, total
 
 
-def _plain_writes(usage: Usage, prices: Five) -> tuple[dict[str, str], int, int] | None:
-    """Cache writes by their life: their parts, what they cost, and how many tokens they take from the input."""
-    kept = usage.cache_write_input_tokens or 0
-    short, long = usage.cache_write_5m_input_tokens or 0, usage.cache_write_1h_input_tokens or 0
+def _plain_writes(prices: Five, kept: int, short: int, long: int) -> tuple[dict[str, str], int] | None:
+    """Cache writes by their life: their parts, and what they cost."""
     if prices[3] is None or short + long > kept or (long and prices[4] is None):
         return None
     of_short, of_long = (kept - long) * prices[3], long * (prices[4] or 0)
@@ -508,7 +646,7 @@ def _plain_writes(usage: Usage, prices: Five) -> tuple[dict[str, str], int, int]
         parts["cache_write_5m" if short else "cache_write"] = amount_text(of_short)
     if of_long:
         parts["cache_write_1h"] = amount_text(of_long)
-    return parts, of_short + of_long, kept
+    return parts, of_short + of_long
 
 
 class _ByHour:

@@ -11,9 +11,12 @@ import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
 
+import orjson
+
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.record import usage_to_dict
 from sidecar.prices import PriceBook
 from sidecar.prices.custom import read_prices
 from sidecar.prices.table import builtin
@@ -68,6 +71,11 @@ def main() -> None:
         "without a price": unknown,
     }.items():
         print(f"{name:<44}{quickest(lambda each=each: book.cost(each, NOW_S)):9.2f} µs")  # type: ignore[misc]
+    row = usage_to_dict(cached)
+    print(f"{'a cache read, of a usage object':<44}{quickest(lambda: book.cost(row, NOW_S)):9.2f} µs")
+    print(f"{'  and as JSON':<44}{quickest(lambda: orjson.dumps(book.cost(row, NOW_S)[0])):9.2f} µs")
+    pricer = book.pricer(row)
+    print(f"{'  and by a pricer of its kind':<44}{quickest(lambda: pricer.json(row, NOW_S)):9.2f} µs")
     loop = quickest(lambda: None)
     print(f"{'  (of which the loop)':<44}{loop:9.2f} µs")
     own = read_prices([{"for": "customer", "provider": "*", "model": "*", "markup": "1.2"}], ())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import tracemalloc
 from dataclasses import replace
@@ -427,7 +428,33 @@ def test_the_short_way_gives_what_the_long_way_does(a: int, b: int, c: int, d: i
     book = PriceBook(TABLE)
     short = book.cost(call, NOW_S)
     entry = next(iter(book._kept.values()))
+    assert book.cost(usage_to_dict(call), NOW_S) == short
     assert book._long(entry=entry, usage=call, started_s=NOW_S, record=None, side="provider") == short  # type: ignore[arg-type]
+
+
+@given(
+    st.integers(0, 3_000_000), st.integers(0, 3_000_000), st.integers(0, 300_000),
+    st.sampled_from([None, 0, 5]), st.sampled_from([None, "default", "priority", "scale"]),
+    st.sampled_from([NOW_S, NOW_S + 86_400, NOW_S - 86_400]), st.sampled_from([None, {"speed": "fast"}, {"x": 1}]),
+    st.sampled_from([
+        ("openai", "gpt-5"), ("anthropic", "claude-opus-5"), ("deepseek", "deepseek-chat"), ("openai", "none"),
+        ("gcp.gemini", "gemini-2.5-pro"), ("anthropic", "claude-opus-5-fancy"),
+    ]),
+)  # fmt: skip
+def test_a_pricer_writes_what_the_book_says(
+    read: int, hit: int, written: int, kept: int | None, tier: str | None, started_s: float, raw: Any,
+    who: tuple[str, str],
+) -> None:  # fmt: skip
+    facts: dict[str, Any] = {"input_tokens": read + hit + (kept or 0), "output_tokens": written}
+    first = usage(*who, **facts)
+    call = usage(
+        *who, **facts, cache_read_input_tokens=hit, cache_write_input_tokens=kept, service_tier=tier, raw_usage=raw
+    )
+    book = PriceBook(TABLE)
+    pricer = book.pricer(usage_to_dict(first))
+    for each in (first, call, first):
+        line, amount = pricer.json(usage_to_dict(each), started_s)
+        assert (json.loads(line), amount) == book.cost(each, started_s)
 
 
 @given(st.dictionaries(st.sampled_from(["input_tokens", "output_tokens"]), counts, min_size=1))

@@ -115,13 +115,13 @@ def one(table: Table, provider: Any, model: Any, entry: Any, at: datetime, conte
 
 
 def test_every_model_costs_what_the_package_says(table: Table) -> None:
-    """Two usages for each of all models; `make crash` does fifty."""
+    """Two usages for each of all models; `make fuzz` does fifty."""
     assert compare(table, 2, random.SystemRandom().randrange(1 << 30)) > 4_000
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
-def test_every_model_costs_what_the_package_says_for_fifty_usages(table: Table) -> None:
+def test_fuzz_fifty_usages_of_every_model(table: Table) -> None:
     assert compare(table, 50, 1) > 100_000
 
 
