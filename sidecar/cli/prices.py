@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
-from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -24,7 +23,8 @@ from sidecar.cli.shared import (
     moment,
     read_settings,
 )
-from sidecar.prices import PICO, PriceBook, PricesError, Side, Table, TableError, price_book, table_of
+from sidecar.prices import PriceBook, PricesError, Side, Table, TableError, price_book, table_of
+from sidecar.prices.compare import decimal_text, differences, money
 from sidecar.prices.rates import UNITS, Price
 from sidecar.prices.table import Found, Model, load, prices_at
 from sidecar.settings import Settings
@@ -91,7 +91,7 @@ def _own_rows(book: PriceBook, arguments: argparse.Namespace, at: datetime) -> I
         head = {"provider": own.provider, "model": own.model, "match": "own", "terms": _side(own.side)}
         if not own.prices:
             of = "the table's price" if own.side is Side.PROVIDER else "the cost"
-            yield head | {"unit": f"times {_plain(own.markup)} of {of}", "source": "[[prices]]"}
+            yield head | {"unit": f"times {decimal_text(own.markup)} of {of}", "source": "[[prices]]"}
         yield from (head | row | {"source": f"[[prices]] {own.currency}"} for row in _rows(own.prices))
 
 
@@ -138,20 +138,7 @@ def _rows(prices: Mapping[str, Price]) -> Iterator[dict[str, Any]]:
     for unit, (base, tiers) in prices.items():
         per = UNITS[unit].per
         for above, price in ((None, base), *tiers):
-            yield {"unit": UNITS[unit].part, "price": _money(price, per), "per": per, "above": above}
-
-
-def _money(price: Fraction, per: int) -> str:
-    return _plain(price * per / PICO)
-
-
-def _plain(amount: Fraction) -> str:
-    """A fraction that is a decimal, as one; every price was written as such."""
-    digits = 0
-    while amount.denominator != 1 and digits < 40:
-        amount, digits = amount * 10, digits + 1
-    text = str(round(amount)).rjust(digits + 1, "0")
-    return f"{text[:-digits]}.{text[-digits:]}" if digits else text
+            yield {"unit": UNITS[unit].part, "price": money(price, per), "per": per, "above": above}
 
 
 def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
@@ -159,7 +146,11 @@ def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
         now, then = table_of(settings.prices.prices), load(Path(arguments.file))
     except TableError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
-    rows = list(_differences(now, then))
+    day = datetime.now(UTC).date().isoformat()
+    rows = [
+        {"provider": each.provider, "model": each.model, "unit": each.unit, "now": each.before, "then": each.after}
+        for each in differences(now, then, day)
+    ]
     form = Format(arguments.format)
     if form is Format.TABLE:
         if rows:
@@ -169,33 +160,3 @@ def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
     else:
         print(render(rows, _DIFF, form), end="")
     return EXIT_OK
-
-
-def _differences(now: Table | None, then: Table) -> Iterator[dict[str, Any]]:
-    ours = {} if now is None else _today(now)
-    theirs = _today(then)
-    for key in sorted(ours.keys() | theirs.keys()):
-        before, after = ours.get(key, {}), theirs.get(key, {})
-        for unit in sorted(before.keys() | after.keys()):
-            if before.get(unit) != after.get(unit):
-                provider, model = key
-                yield {
-                    "provider": provider, "model": model, "unit": unit,
-                    "now": before.get(unit), "then": after.get(unit),
-                }  # fmt: skip
-
-
-def _today(table: Table) -> dict[tuple[str, str], dict[str, str]]:
-    """Each model's standard prices as text, tiers behind their base."""
-    at = datetime.now(UTC)
-    made: dict[tuple[str, str], dict[str, str]] = {}
-    for provider in table.providers.values():
-        for model in provider.models:
-            prices, _ = prices_at(model, at.date().isoformat(), 0.0, {})
-            made[provider.id, str(model["id"])] = {
-                UNITS[unit].part: " ".join(
-                    [_money(base, UNITS[unit].per), *(f"{_money(p, UNITS[unit].per)}>{above}" for above, p in tiers)]
-                )
-                for unit, (base, tiers) in prices.items()
-            }
-    return made

@@ -12,6 +12,7 @@ from typing import Final
 
 from sidecar.meters.definition import MetersError, read_meters
 from sidecar.prices.book import Cost, PriceBook, Priced
+from sidecar.prices.compare import Difference, differences
 from sidecar.prices.custom import CustomPrice, PricesError, Side, read_prices
 from sidecar.prices.rates import PICO, amount_text
 from sidecar.prices.table import Table, TableError, builtin, load
@@ -23,6 +24,7 @@ __all__ = [
     "UNKNOWNS",
     "Cost",
     "CustomPrice",
+    "Difference",
     "PriceBook",
     "Priced",
     "Pricer",
@@ -31,6 +33,7 @@ __all__ = [
     "Table",
     "TableError",
     "amount_text",
+    "differences",
     "faults",
     "price_book",
     "table_of",

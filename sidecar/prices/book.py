@@ -12,10 +12,9 @@ tokens of input, output and caches alone is summed in a few lines (`_plain_cost`
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import date
-from decimal import Decimal, InvalidOperation
 from fractions import Fraction
 from typing import Any, Final
 
@@ -24,7 +23,8 @@ import orjson
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
-from sidecar.prices.rates import PICO, ZEROS, Count, Five, Plain, Price, Rates, added_up, amount_of, amount_text
+from sidecar.prices.facts import Terms, context_of, counts_of, declared_of, names_of, terms_of, usage_of
+from sidecar.prices.rates import PICO, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
 
 Cost = dict[str, Any]
@@ -51,7 +51,6 @@ UNKNOWNS: Final = (
 KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties the memory, it does not fill it
 SECONDS_A_DAY: Final = 86_400
 _EPOCH: Final = date(1970, 1, 1).toordinal()
-_DIGITS_MAX: Final = 15  # before the point, of what others state: more is no amount
 
 # Ours (OpenTelemetry's gen_ai.provider.name where it has one) to the table's.
 PROVIDERS: Final[Mapping[str, str]] = {
@@ -71,43 +70,6 @@ AWS: Final = "aws"
 FREE: Final = ":free"  # how gateways call a model that costs nothing; another one without prices has none that is known
 SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of terms that have another price
 TERMS_MAX: Final = 16  # kinds of them that are kept for one model
-Terms = tuple[str | None, bool]
-# What providers call the tier that costs the standard price.
-STANDARD_TIERS: Final = frozenset(
-    {"", "default", "standard", "standard_only", "on_demand", "on-demand", "service_tier_unspecified", "unspecified"}
-)
-STANDARD_SPEEDS: Final = frozenset({"", "standard"})
-ELSEWHERE: Final = frozenset({"", "global", "not_available"})  # `inference_geo` without a surcharge
-
-_COUNTS: Final = {
-    "input_tokens": "input_tokens",
-    "output_tokens": "output_tokens",
-    "cache_read_input_tokens": "cache_read_tokens",
-    "cache_write_input_tokens": "cache_write_tokens",
-    "cache_write_5m_input_tokens": "cache_write_5m_tokens",
-    "cache_write_1h_input_tokens": "cache_write_1h_tokens",
-    "tool_use_input_tokens": "input_tool_tokens",
-    "reasoning_output_tokens": "output_reasoning_tokens",
-    "text_input_tokens": "input_text_tokens",
-    "image_input_tokens": "input_image_tokens",
-    "audio_input_tokens": "input_audio_tokens",
-    "text_output_tokens": "output_text_tokens",
-    "image_output_tokens": "output_image_tokens",
-    "audio_output_tokens": "output_audio_tokens",
-}
-# The record's `units` that the table may have a price for; seconds are of the input but for speech.
-_UNITS: Final[Mapping[str, tuple[str, ...]]] = {
-    "audio_seconds": ("audio_seconds", "input_audio_seconds"),
-    "search_units": ("rerank_searches",),
-    "search_queries": ("web_searches",),
-    "web_search_requests": ("web_searches",),
-    "pages": ("input_document_pages",),
-    "characters": ("input_characters",),
-    "billable_characters": ("input_characters",),
-}
-_CACHED_DETAILS: Final = ("input_token_details", "input_tokens_details", "prompt_tokens_details")
-_CACHED_BY_MODALITY: Final = {m: f"cache_{m}_read_tokens" for m in ("text", "audio", "image", "video")}
-_USAGE_NAMES: Final = frozenset(f.name for f in fields(Usage))
 
 
 @dataclass(slots=True, frozen=True)
@@ -131,7 +93,7 @@ class _Entry:
     def for_call(self, raw_usage: Any, started_s: float) -> _Entry:
         """The entry that holds for this call."""
         entry = self
-        if entry.by_raw is not None and (terms := _terms(raw_usage)) is not None:
+        if entry.by_raw is not None and (terms := terms_of(raw_usage)) is not None:
             entry = entry.by_raw(terms)
         return entry if entry.by_hour is None else entry.by_hour.at(started_s % SECONDS_A_DAY)
 
@@ -239,7 +201,7 @@ class PriceBook:
             is not None
         ):
             return cost
-        return self._long(Side.PROVIDER, entry, _usage_of(row), started_s, record)
+        return self._long(Side.PROVIDER, entry, usage_of(row), started_s, record)
 
     def charge(
         self,
@@ -257,9 +219,9 @@ class PriceBook:
         if usage is None:
             return self._of_meters(Side.CUSTOMER, record, started_s)
         if not isinstance(usage, Usage):
-            usage = _usage_of(usage)
+            usage = usage_of(usage)
         day = started_s // SECONDS_A_DAY
-        terms = _terms(usage.raw_usage)
+        terms = terms_of(usage.raw_usage)
         key = (usage.provider, usage.model, usage.request_model, usage.service_tier, host, batch, day, terms)
         kept = self._kept_charges.get(key)
         if kept is None:
@@ -291,7 +253,7 @@ class PriceBook:
         key = (get("provider"), get("model"), get("request_model"), get("service_tier"), host, batch)
         entry = self._kept.get(key)
         if entry is None or not entry.since_s <= started_s < entry.until_s:
-            entry = self._kept[key] = self._look_up(_usage_of(row), started_s, host, batch)
+            entry = self._kept[key] = self._look_up(usage_of(row), started_s, host, batch)
         return entry
 
     # Looking up
@@ -427,7 +389,7 @@ class PriceBook:
     # The long way
 
     def _long(self, side: Side, entry: _Entry, usage: Usage, started_s: float, record: Record | None) -> Priced:
-        declared = _declared(usage.cost_usd) if side is Side.PROVIDER else None
+        declared = declared_of(usage.cost_usd) if side is Side.PROVIDER else None
         if entry.rates is None:
             return self._unpriced(entry.model, entry.source, entry.reason or "unknown_model", declared)
         if usage.usage_state is UsageState.ABSENT:
@@ -536,7 +498,7 @@ class Pricer:
             or get("cache_write_input_tokens")
             or get("cache_write_1h_input_tokens")
             or get("cache_write_5m_input_tokens")
-            or (self._by_raw and _terms(get("raw_usage")) is not None)
+            or (self._by_raw and terms_of(get("raw_usage")) is not None)
         ):
             return self._by_book(row, started_s)
         prices, tiers = plain
@@ -666,41 +628,12 @@ class _ByHour:
         return entry
 
 
-def _terms(raw: Any) -> Terms | None:
-    """Of the vendor's usage object: the speed a call was served at, and whether its region costs more; None where it
-    says nothing of either."""
-    if type(raw) is not dict:
-        return None
-    speed, geo = raw.get("speed"), raw.get("inference_geo")
-    fast = isinstance(speed, str) and speed.lower() not in STANDARD_SPEEDS
-    dear = isinstance(geo, str) and geo.lower() not in ELSEWHERE
-    return (str(speed) if fast else None, dear) if fast or dear else None
-
-
 def _day(started_s: float) -> str:
     return date.fromordinal(_EPOCH + int(started_s // SECONDS_A_DAY)).isoformat()
 
 
 def _rank(price: CustomPrice) -> tuple[bool, int, bool, str]:
     return price.rank
-
-
-def names_of(usage: Usage, aws: bool = False) -> list[str]:
-    """What the model may be looked up by, the best first, in lower case.
-
-    The response's word for it is the model that answered. On Bedrock the request's goes before it: only there is the
-    region (`us.anthropic.…`), and the price is the region's.
-    """
-    said = (usage.request_model, usage.model) if aws else (usage.model, usage.request_model)
-    return list(dict.fromkeys(_bare(name.lower()) for name in said if name))
-
-
-def _bare(name: str) -> str:
-    """Without the path that Google (`publishers/google/models/…`) and AWS (ARNs) put before it."""
-    if name.startswith("arn:"):
-        return name.rpartition("/")[2]
-    before, found, after = name.rpartition("models/")
-    return after if found and (not before or before.endswith("/")) and after else name
 
 
 def _same_model(name: str, found: Found) -> bool:
@@ -711,19 +644,6 @@ def _same_model(name: str, found: Found) -> bool:
 def _in_gov(names: Sequence[str], host: str | None) -> bool:
     """AWS's government regions have prices of their own, which the table does not have."""
     return any(name.startswith("us-gov.") for name in names) or (host is not None and ".us-gov-" in host)
-
-
-def context_of(tier: str | None, batch: bool, speed: str | None) -> dict[str, str]:
-    """Under which terms the provider served a call, in the table's words; what costs the standard price is left out."""
-    context: dict[str, str] = {}
-    word = (tier or "").lower()
-    if batch or word == "batch":
-        context["processing"] = "batch"
-    elif word not in STANDARD_TIERS:
-        context["service_tier"] = word
-    if speed and speed.lower() not in STANDARD_SPEEDS:
-        context["speed"] = speed.lower()
-    return context
 
 
 def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = False) -> _Entry:
@@ -744,76 +664,6 @@ def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = Fal
 def _times(price: Price, factor: Fraction) -> Price:
     base, tiers = price
     return base * factor, tuple((above, amount * factor) for above, amount in tiers)
-
-
-def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]:
-    """The counts of a record in the table's units, and why their sum would not be certain."""
-    counts: dict[str, Count] = {}
-    for name, unit in _COUNTS.items():
-        if type(value := getattr(usage, name)) is int and value >= 0:
-            counts[unit] = value
-    lives = counts.get("cache_write_5m_tokens", 0) + counts.get("cache_write_1h_tokens", 0)
-    if lives and counts.get("cache_write_tokens", 0) < lives:
-        counts["cache_write_tokens"] = lives
-    unsure: str | None = None
-    if usage.usage_state in (UsageState.PARTIAL, UsageState.ESTIMATED):
-        unsure = f"{usage.usage_state}_usage"
-    elif counts.get("cache_write_1h_tokens") and "cache_write_tokens" in rates.priced:
-        # Billed like those of five minutes they would be a third too cheap.
-        unsure = None if "cache_write_1h_tokens" in rates.priced else "cache_write_life"
-    for name, amount in (usage.units or {}).items():
-        units, count = _UNITS.get(name, ()), _count(amount)
-        if count is None or not units:
-            continue
-        if name == "audio_seconds" and usage.operation == "speech":
-            units = ("audio_seconds", "output_audio_seconds")
-        counts |= dict.fromkeys(units, count)
-        if count and rates.priced.isdisjoint(units):
-            unsure = unsure or "unpriced_unit"
-    if counts.get("cache_read_tokens") and not rates.priced.isdisjoint(_CACHED_BY_MODALITY.values()):
-        for word, tokens in _cached_details(usage.raw_usage):
-            if (cached := _CACHED_BY_MODALITY.get(word)) is not None:
-                counts[cached] = counts.get(cached, 0) + tokens
-    return counts, unsure
-
-
-def _cached_details(raw: Any) -> Iterator[tuple[str, int]]:
-    """What of the cached tokens was audio, images and so on: only the vendor's own object tells it."""
-    if type(raw) is not dict:
-        return
-    for key in _CACHED_DETAILS:  # OpenAI
-        inner = raw[key].get("cached_tokens_details") if type(raw.get(key)) is dict else None
-        for name, value in inner.items() if type(inner) is dict else ():
-            if type(value) is int and value >= 0:
-                yield str(name).removesuffix("_tokens"), value
-    rows = raw.get("cacheTokensDetails")  # Gemini
-    for row in rows if type(rows) is list else ():
-        if type(row) is dict and type(value := row.get("tokenCount")) is int and value >= 0:
-            yield str(row.get("modality")).lower(), value
-
-
-def _count(value: object) -> Count | None:
-    """A quantity as it was stated: seconds may have a fraction."""
-    if type(value) is int:
-        return value if value >= 0 else None
-    if isinstance(value, (float, str, Decimal)):
-        number = _decimal(str(value))
-        return None if number is None else Fraction(number)
-    return None
-
-
-def _decimal(text: str) -> Decimal | None:
-    try:
-        number = Decimal(text)
-    except InvalidOperation:
-        return None
-    return number if number.is_finite() and number >= 0 and number.adjusted() < _DIGITS_MAX else None
-
-
-def _declared(text: object) -> int | None:
-    """The provider's own cost in pico-USD; None where it states none that can be read."""
-    number = None if text is None else _decimal(str(text))
-    return None if number is None else round(Fraction(number) * PICO)
 
 
 def _of_meter(price: CustomPrice, record: Record | None, started_s: float) -> tuple[int | None, bool]:
@@ -854,12 +704,3 @@ def _null(entry: _Entry, reason: str) -> Cost:
         "model": entry.model,
         "reason": reason,
     }
-
-
-def _usage_of(row: Mapping[str, Any]) -> Usage:
-    """The `usage` object of a record's JSON. Raises `ValueError` where it is none."""
-    try:
-        known = {name: row[name] for name in _USAGE_NAMES & row.keys()}
-        return Usage(**{**known, "usage_state": UsageState(row["usage_state"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"not a record's usage: {type(error).__name__}: {error}") from None

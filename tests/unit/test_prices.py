@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import usage_to_dict
 from sidecar.prices import PICO, PriceBook, amount_text
-from sidecar.prices.book import KEPT_MAX, Priced, counts_of
+from sidecar.prices.book import KEPT_MAX, Priced
+from sidecar.prices.facts import counts_of
 from sidecar.prices.rates import Rates, amount_of, pico
 from sidecar.prices.table import Table, TableError, builtin, prices_at, read
 
