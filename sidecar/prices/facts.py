@@ -27,6 +27,7 @@ STANDARD_TIERS: Final = frozenset(
 STANDARD_SPEEDS: Final = frozenset({"", "standard"})
 ELSEWHERE: Final = frozenset({"", "global", "not_available"})  # `inference_geo` without a surcharge
 
+WHOLES: Final = ("input_tokens", "output_tokens")
 _COUNTS: Final = {
     "input_tokens": "input_tokens",
     "output_tokens": "output_tokens",
@@ -115,6 +116,9 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
     elif counts.get("cache_write_1h_tokens") and "cache_write_tokens" in rates.priced:
         # Billed like those of five minutes they would be a third too cheap.
         unsure = None if "cache_write_1h_tokens" in rates.priced else "cache_write_life"
+    priced = rates.priced  # nothing at all: the model is free
+    if priced and any(counts.get(whole) and whole not in priced for whole in WHOLES):  # not free: it is not known
+        unsure = unsure or "unpriced_unit"
     for name, amount in (usage.units or {}).items():
         units, count = _UNITS.get(name, ()), _count(amount)
         if count is None or not units:
@@ -122,7 +126,7 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
         if name == "audio_seconds" and usage.operation == "speech":
             units = ("audio_seconds", "output_audio_seconds")
         counts |= dict.fromkeys(units, count)
-        if count and rates.priced.isdisjoint(units):
+        if count and priced and priced.isdisjoint(units):
             unsure = unsure or "unpriced_unit"
     if counts.get("cache_read_tokens") and not rates.priced.isdisjoint(_CACHED_BY_MODALITY.values()):
         for word, tokens in _cached_details(usage.raw_usage):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import tracemalloc
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -518,6 +520,20 @@ def test_the_table_is_small_and_is_checked() -> None:
             read(data, "somewhere")
 
 
+def test_a_table_needs_no_network_and_none_of_the_library_that_it_is_from() -> None:
+    program = """
+import socket, sys
+def refuse(*_, **__): raise AssertionError("a socket was opened")
+socket.socket.connect = socket.getaddrinfo = refuse
+from sidecar.prices import PriceBook, table_of
+cost, _ = PriceBook(table_of("builtin")).cost(
+    {"usage_state": "final", "provider": "openai", "model": "gpt-5", "input_tokens": 1000, "output_tokens": 0}, 1.8e9)
+assert cost["total"] == "0.00125", cost
+assert not {"pydantic", "httpx2", "httpx", "genai_prices"} & sys.modules.keys()
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=30)
+
+
 @pytest.mark.parametrize(
     ("row", "says"),
     [
@@ -572,7 +588,7 @@ def test_what_is_remembered_is_bounded(book: PriceBook) -> None:
 
 
 def test_counts_that_are_none_are_left_out() -> None:
-    rates = Rates({})
+    rates = Rates({"input_tokens": (pico("1", 1_000_000), ())})
     found, unsure = counts_of(
         usage("openai", "gpt-5", input_tokens=-1, units={"audio_seconds": "x", "pages": 2}), rates
     )

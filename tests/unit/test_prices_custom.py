@@ -83,6 +83,23 @@ def test_a_model_of_nobody_has_the_price_that_it_is_given() -> None:
     assert cost(prices, usage("ollama", "llama3.3")) == "0.1"
 
 
+def test_output_without_a_price_is_not_free() -> None:
+    found, _ = book({"provider": "openai", "model": "*", "input": "1"}).cost(usage(), NOW_S)
+    assert found is not None
+    assert (found["total"], found["state"], found["reason"]) == ("1", "estimated", "unpriced_unit")
+
+
+def test_amounts_stay_in_the_currency_of_their_list() -> None:
+    call = usage("alibaba.dashscope", "qwen-max")
+    found, _ = book().cost(call, NOW_S)
+    assert found is not None
+    assert (found["total"], found["state"]) == (None, "unpriced")  # its list is in CNY, which is no reason for a guess
+    own = {"provider": "alibaba.dashscope", "model": "qwen-*", "input": "2.4", "output": "9.6", "currency": "CNY"}
+    found, _ = book(own).cost(call, NOW_S)
+    assert found is not None
+    assert (found["total"], found["currency"]) == ("3.36", "CNY")
+
+
 def test_the_most_specific_holds() -> None:
     prices = book(
         {"provider": "*", "model": "*", "input": "1", "output": "0"},
