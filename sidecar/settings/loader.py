@@ -199,7 +199,7 @@ class _Loading:
         except tomllib.TOMLDecodeError as error:
             # Its message names line and column, and at most one character of the text.
             self.problems.append(f"{CONFIG}={_quote(name)}: is no TOML: {error}")
-        except ValueError:  # a zero byte: of other names the system says itself what is wrong with them
+        except (ValueError, RuntimeError):  # a zero byte, a home directory of nobody; of others the system says itself
             self.problems.append(f"{CONFIG}={_quote(name)}: is no path")
 
     def _subscribers(self) -> dict[str, dict[str, str]]:
@@ -337,6 +337,8 @@ def _secret_file(name: str, origin: str) -> _Found:
             content = file.read(SECRET_FILE_BYTES + 1)
     except OSError as error:
         return _Found(None, origin, f"{_quote(name)} cannot be read: {error.strerror}")
+    except RuntimeError:
+        return _Found(None, origin, f"{_quote(name)} is no path: there is no user whose home directory it begins with")
     if len(content) > SECRET_FILE_BYTES:
         return _Found(None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long")
     try:

@@ -99,6 +99,14 @@ def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
 
 
 @pytest.mark.parametrize(
+    "variable", ["SIDECAR_CONFIG", "SIDECAR_DATA_DIR", "SIDECAR_TLS_KEY_FILE", "SIDECAR_HASH_KEY_FILE"]
+)
+def test_a_path_in_the_home_of_nobody_is_told(variable: str) -> None:
+    with pytest.raises(SettingsError, match="path"):
+        load({variable: "~nobody-of-that-name/x"}, backend_settings={"ledger": ()}, serving=False)
+
+
+@pytest.mark.parametrize(
     ("variable", "value", "attribute", "expected"),
     [
         ("UPSTREAM_URL", "HTTP://Example.COM:8000/Base/", "upstream_url", "http://example.com:8000/Base"),
