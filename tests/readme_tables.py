@@ -17,7 +17,8 @@ from sidecar.usage.providers.table import render
 
 TOML_ONLY = """\
 TOML only: `[routes."/v1/things/{id}"]` with `on_disconnect` and `provider`, `[subscribers.ID]` with
-`backend = "its id there"`, `[[meters]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables too."""
+`backend = "its id there"`, `[[meters]]`, `[[prices]]`; `[dimensions]`, `[elements]` and `[providers]` may be tables
+too."""
 
 README = Path(__file__).parent.parent / "README.md"
 BACKENDS_PAGE = README.parent / "docs" / "backends.md"

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, meters, receiver, records, serve, spool, usage
+from sidecar.cli import balance, check, demo, meters, prices, receiver, records, serve, spool, usage
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
@@ -28,6 +28,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "balance": balance,
     "spool": spool,
     "meters": meters,
+    "prices": prices,
     "receiver": receiver,
 }
 

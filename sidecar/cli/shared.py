@@ -35,12 +35,14 @@ def known_backend_settings() -> BackendSettings:
 
 
 def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
-    """All that `serve` needs, with what only the parts can judge: meters, backends, the ledger's file,
-    certificates."""
+    """All that `serve` needs, with what only the parts can judge: meters, prices, backends, the ledger's
+    file, certificates."""
+    from sidecar import prices
     from sidecar.runtime import backend_factory, certificates
 
     def judge(settings: Settings) -> list[str]:
-        return [*backend_factory.faults(settings), *certificates.faults(settings.proxy)]
+        own = prices.faults(settings)
+        return [*backend_factory.faults(settings), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 

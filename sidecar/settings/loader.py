@@ -32,7 +32,7 @@ from sidecar.settings.types import Many
 CONFIG: Final = PREFIX + "CONFIG"
 SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
 SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
-STRUCTURED: Final = ("meters", "subscribers")  # tables of the TOML file that no variable can hold
+STRUCTURED: Final = ("meters", "prices", "subscribers")  # tables of the TOML file that no variable can hold
 
 # Kubernetes puts the addresses of every Service of the namespace into the environment; one that is called
 # `sidecar` or `sidecar-…` would otherwise keep us from starting.
@@ -110,11 +110,14 @@ class _Loading:
 
     def run(self, serving: bool, judge: Callable[[Settings], Sequence[str]] | None = None) -> Settings:
         self._read_toml()
+        prices = self._prices()
         core: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
-        settings = settings_from(core, subscribers=self._subscribers(), meters=self._meters(), backend_values=own)
+        settings = settings_from(
+            core, subscribers=self._subscribers(), meters=self._meters(), price_tables=prices, backend_values=own
+        )
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
         self._check_together(settings)
@@ -196,7 +199,7 @@ class _Loading:
         except tomllib.TOMLDecodeError as error:
             # Its message names line and column, and at most one character of the text.
             self.problems.append(f"{CONFIG}={_quote(name)}: is no TOML: {error}")
-        except ValueError:  # a zero byte: of other names the system says itself what is wrong with them
+        except (ValueError, RuntimeError):  # a zero byte, a home directory of nobody; of others the system says itself
             self.problems.append(f"{CONFIG}={_quote(name)}: is no path")
 
     def _subscribers(self) -> dict[str, dict[str, str]]:
@@ -219,12 +222,19 @@ class _Loading:
         return found
 
     def _meters(self) -> tuple[Mapping[str, Any], ...]:
-        tables = self.toml.pop("meters", [])
+        return self._tables("meters")
+
+    def _prices(self) -> tuple[Mapping[str, Any], ...]:
+        """`prices = "…"` is the setting of that name, and left to it."""
+        return () if isinstance(self.toml.get("prices"), str) else self._tables("prices")
+
+    def _tables(self, key: str) -> tuple[Mapping[str, Any], ...]:
+        tables = self.toml.pop(key, [])
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
-            self._wrong("meters", "expected [[meters]] tables")
+            self._wrong(key, f"expected [[{key}]] tables")
             return ()
         if tables:
-            self.effective.append(Effective("[[meters]]", f"{len(tables)} defined", self.toml_name, ""))
+            self.effective.append(Effective(f"[[{key}]]", f"{len(tables)} defined", self.toml_name, ""))
         return tuple(tables)
 
     def _wrong(self, key: str, why: str) -> None:
@@ -327,6 +337,8 @@ def _secret_file(name: str, origin: str) -> _Found:
             content = file.read(SECRET_FILE_BYTES + 1)
     except OSError as error:
         return _Found(None, origin, f"{_quote(name)} cannot be read: {error.strerror}")
+    except RuntimeError:
+        return _Found(None, origin, f"{_quote(name)} is no path: there is no user whose home directory it begins with")
     if len(content) > SECRET_FILE_BYTES:
         return _Found(None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long")
     try:

@@ -286,6 +286,20 @@ class UsageSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PriceSettings:
+    """What a call cost."""
+
+    prices: str = _setting(  # a path, where it is none of the words
+        types.text, "builtin",
+        "the providers' prices: `builtin`, `none`, or a file: genai-prices' data (v2) or LiteLLM's",
+    )  # fmt: skip
+    cost: str = _setting(
+        types.word_of("table", "declared"), "table",
+        "where a provider states the cost of a call itself, and it has a price too: which of them is the total",
+    )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The configuration, read and checked. Made by `load`."""
 
@@ -303,10 +317,12 @@ class Settings:
     spool: SpoolSettings = field(default_factory=SpoolSettings)
     attribution: AttributionSettings = field(default_factory=AttributionSettings)
     usage: UsageSettings = field(default_factory=UsageSettings)
+    prices: PriceSettings = field(default_factory=PriceSettings)
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
     meters: tuple[Mapping[str, Any], ...] = ()  # checked by `meters`
+    price_tables: tuple[Mapping[str, Any], ...] = ()  # checked by `prices`
 
     backend_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective: tuple[Effective, ...] = field(default=(), repr=False, compare=False)
@@ -324,6 +340,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "spool": SpoolSettings,
     "attribution": AttributionSettings,
     "usage": UsageSettings,
+    "prices": PriceSettings,
 }
 
 

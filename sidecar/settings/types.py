@@ -232,11 +232,19 @@ def _address(value: str) -> Address:
 
 address: Final = Kind("host:port or unix:/path", _address)
 
-path: Final = Kind("a path", lambda value: Path(value).expanduser())
+
+def _path(value: str) -> Path:
+    try:
+        return Path(value).expanduser()
+    except RuntimeError:
+        raise Unfit("expected a path: there is no user whose home directory it begins with") from None
+
+
+path: Final = Kind("a path", _path)
 
 
 def _readable(value: str) -> Path:
-    found = Path(value).expanduser()
+    found = _path(value)
     if not found.is_file():
         raise Unfit("there is no such file")
     return found

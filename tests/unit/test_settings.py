@@ -91,11 +91,19 @@ def test_settings_without_arguments_are_the_defaults() -> None:
 
 
 def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
-    structured = {"subscribers", "meters", "backend_values", "effective"}
+    structured = {"subscribers", "meters", "price_tables", "backend_values", "effective"}
     assert {f.name for f in fields(Settings)} - set(PLACES) - set(SECTIONS) == structured
     sections = [kind for name, kind in SECTIONS.items() if name]
     assert {f.name for kind in sections for f in fields(kind)} - set(PLACES) == PROXY_LIMITS
     assert all(s.help for s in core_settings())
+
+
+@pytest.mark.parametrize(
+    "variable", ["SIDECAR_CONFIG", "SIDECAR_DATA_DIR", "SIDECAR_TLS_KEY_FILE", "SIDECAR_HASH_KEY_FILE"]
+)
+def test_a_path_in_the_home_of_nobody_is_told(variable: str) -> None:
+    with pytest.raises(SettingsError, match="path"):
+        load({variable: "~nobody-of-that-name/x"}, backend_settings={"ledger": ()}, serving=False)
 
 
 @pytest.mark.parametrize(

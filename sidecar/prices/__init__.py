@@ -1,0 +1,83 @@
+"""What a call cost (`cost`), and what the customer pays for it (`charge`).
+
+`price_book(settings)` reads the tables once and gives a `PriceBook`, which does no I/O afterwards; new prices are a new
+book. See docs/prices.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from sidecar.meters.definition import MetersError, read_meters
+from sidecar.prices.book import Cost, PriceBook, Priced
+from sidecar.prices.compare import Difference, differences
+from sidecar.prices.custom import CustomPrice, PricesError, Side, read_prices
+from sidecar.prices.rates import PICO, amount_text
+from sidecar.prices.table import Table, TableError, builtin, load
+from sidecar.settings import Settings
+
+__all__ = [
+    "ESTIMATES",
+    "PICO",
+    "UNKNOWNS",
+    "Cost",
+    "CustomPrice",
+    "Difference",
+    "PriceBook",
+    "Priced",
+    "Pricer",
+    "PricesError",
+    "Side",
+    "Table",
+    "TableError",
+    "amount_text",
+    "differences",
+    "faults",
+    "price_book",
+    "table_of",
+]
+
+BUILTIN: Final = "builtin"
+NONE: Final = "none"
+
+
+def table_of(name: str) -> Table | None:
+    """The table that `SIDECAR_PRICES` names. Raises `TableError`."""
+    word = name.strip()
+    if word.lower() == NONE:
+        return None
+    return builtin() if word.lower() == BUILTIN else load(Path(word))
+
+
+def price_book(settings: Settings) -> PriceBook:
+    """The prices as set. Raises `PricesError` with every fault of the file and of every `[[prices]]`."""
+    table, own, problems = _read(settings)
+    if problems:
+        raise PricesError(problems)
+    return PriceBook(table, own, declared_first=settings.prices.cost == "declared")
+
+
+def faults(settings: Settings) -> list[str]:
+    """What is wrong with the prices, for `check` and the start."""
+    return _read(settings)[2]
+
+
+def _read(settings: Settings) -> tuple[Table | None, Sequence[CustomPrice], list[str]]:
+    problems: list[str] = []
+    table: Table | None = None
+    own: Sequence[CustomPrice] = ()
+    try:
+        table = table_of(settings.prices.prices)
+    except TableError as error:
+        problems.append(f"SIDECAR_PRICES={error}")
+    try:
+        meters = read_meters(settings.meters)
+    except MetersError:
+        return table, own, problems  # said by the meters; which of them have a price cannot be judged
+    try:
+        own = read_prices(settings.price_tables, meters)
+    except PricesError as error:
+        problems += error.problems
+    return table, own, problems

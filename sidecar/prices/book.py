@@ -1,0 +1,706 @@
+"""What one call cost, from the facts of its record: a table, prices of one's own, and a memory of what was looked up.
+
+Always holds: an unknown price is null and never zero; what is not certain says so (`estimated`, with a reason); a sum
+is exact in pico-units of its currency. Nothing here reads a clock, a file or the environment, so a book is replaced by
+making another one.
+
+A price is looked up once for each (provider, model, tier, …, day). With it at hand, a call of a model that is priced by
+tokens of input, output and caches alone is summed in a few lines (`_plain_cost`); everything else goes the long way
+(`_long`), which gives the same for those too.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from datetime import date
+from fractions import Fraction
+from typing import Any, Final
+
+import orjson
+
+from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.record import Record
+from sidecar.prices.custom import USD, CustomPrice, Side
+from sidecar.prices.facts import Terms, context_of, counts_of, declared_of, names_of, terms_of, usage_of
+from sidecar.prices.rates import PICO, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
+from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
+
+Cost = dict[str, Any]
+"""The record's `cost` (or `charge`): currency, total, parts, state, source, model; and where there is one, `reason`
+(why it is estimated or unpriced) and `declared` (what the provider itself says, in USD)."""
+Priced = tuple[Cost | None, int | None]
+"""A cost and its total in pico-units of its currency; None: it is not known. Both are None where there is nothing to
+be priced."""
+
+EXACT: Final = "exact"
+ESTIMATED: Final = "estimated"
+DECLARED: Final = "declared"
+UNPRICED: Final = "unpriced"
+
+# Every `reason`: a closed list, fit for a label.
+ESTIMATES: Final = (
+    "near_match", "other_name", "gateway", "provider_guessed", "tier", "region", "cache_write_life", "unpriced_unit",
+    "partial_usage", "estimated_usage", "counts_disagree", "meter",
+)  # fmt: skip
+UNKNOWNS: Final = (
+    "unknown_model", "unknown_provider", "no_price", "no_model", "no_table", "no_usage", "nothing_counted",
+)  # fmt: skip
+
+KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties the memory, it does not fill it
+SECONDS_A_DAY: Final = 86_400
+_EPOCH: Final = date(1970, 1, 1).toordinal()
+
+# Ours (OpenTelemetry's gen_ai.provider.name where it has one) to the table's.
+PROVIDERS: Final[Mapping[str, str]] = {
+    "azure.ai.openai": "azure",
+    "azure.ai.inference": "azure",
+    "aws.bedrock": "aws",
+    "gcp.gemini": "google",
+    "gcp.gen_ai": "google",
+    "gcp.vertex_ai": "google",
+    "mistral_ai": "mistral",
+    "moonshot_ai": "moonshotai",
+    "x_ai": "x-ai",
+    "voyage": "voyageai",
+    "cloudflare.workers_ai": "cloudflare",
+}
+AWS: Final = "aws"
+FREE: Final = ":free"  # how gateways call a model that costs nothing; another one without prices has none that is known
+SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of terms that have another price
+TERMS_MAX: Final = 16  # kinds of them that are kept for one model
+
+
+@dataclass(slots=True, frozen=True)
+class _Entry:
+    """What was found for calls of one kind. `rates` None: no price. Holds from `since_s` until before `until_s`."""
+
+    rates: Rates | None
+    model: str | None = None
+    source: str = ""
+    currency: str = USD
+    state: str = EXACT
+    reason: str | None = None
+    plain: Plain | None = None  # of the rates, where nothing else is to be added
+    since_s: float = 0.0
+    until_s: float = 0.0
+    by_hour: _ByHour | None = None  # which entry holds instead, at a time of the day
+    by_raw: Callable[[Terms], _Entry] | None = None  # likewise, where the vendor's usage object tells of other terms
+
+    looks_further: bool = False  # either of these two is there
+
+    def for_call(self, raw_usage: Any, started_s: float) -> _Entry:
+        """The entry that holds for this call."""
+        entry = self
+        if entry.by_raw is not None and (terms := terms_of(raw_usage)) is not None:
+            entry = entry.by_raw(terms)
+        return entry if entry.by_hour is None else entry.by_hour.at(started_s % SECONDS_A_DAY)
+
+
+class PriceBook:
+    """Prices calls. `charges`: whether there are prices for the customer; `needs_record`: whether any meter is priced,
+    so that `cost` and `charge` want the record as well."""
+
+    def __init__(
+        self, table: Table | None, custom: Sequence[CustomPrice] = (), *, declared_first: bool = False
+    ) -> None:
+        self.table = table
+        self.declared_first = declared_first
+        self.own = tuple(sorted(custom, key=_rank, reverse=True))  # the most specific first
+        self.source = "custom" if table is None else table.source
+        self._custom = {side: [p for p in self.own if p.side is side and p.meter is None] for side in Side}
+        self._meters = {side: tuple(p for p in custom if p.side is side and p.meter is not None) for side in Side}
+        self.charges = any(p.side is Side.CUSTOMER for p in custom)
+        self.needs_record = any(self._meters.values())
+        self._kept: dict[Any, _Entry] = {}
+        self._kept_charges: dict[Any, tuple[_Entry | None, CustomPrice | None]] = {}
+
+    def __repr__(self) -> str:
+        return f"<PriceBook: {self.table!r}, {len(self.own)} of one's own, {len(self._kept)} looked up>"
+
+    @staticmethod
+    def word(provider: str) -> str:
+        """The table's word for a provider of a record."""
+        return PROVIDERS.get(provider.lower(), provider)
+
+    # The call
+
+    def cost(
+        self,
+        usage: Usage | Mapping[str, Any] | None,
+        started_s: float,
+        *,
+        host: str | None = None,
+        batch: bool = False,
+        record: Record | None = None,
+    ) -> Priced:
+        """What the provider takes for a call that began at `started_s` (Unix seconds).
+
+        `usage`: of the record, or its `usage` object as JSON has it; None: no model was called. `host`: of the upstream
+        that was asked. `batch`: it is a result of a batch. `record`: where a meter has a price. The dict is the
+        caller's own, ready for JSON.
+        """
+        if usage is None:
+            return self._of_meters(Side.PROVIDER, record, started_s)
+        if not isinstance(usage, Usage):
+            return self._of_row(usage, started_s, host, batch, record)
+        key = (usage.provider, usage.model, usage.request_model, usage.service_tier, host, batch)
+        entry = self._kept.get(key)
+        if entry is None or not entry.since_s <= started_s < entry.until_s:
+            entry = self._kept[key] = self._look_up(usage, started_s, host, batch)
+        if entry.looks_further:
+            entry = entry.for_call(usage.raw_usage, started_s)
+        if (
+            entry.plain is not None
+            and usage.usage_state is UsageState.FINAL
+            and not usage.units
+            and usage.cost_usd is None
+            and (
+                cost := _plain_cost(
+                    entry,
+                    entry.plain,
+                    usage.input_tokens,
+                    usage.output_tokens,
+                    usage.cache_read_input_tokens,
+                    usage.cache_write_input_tokens,
+                    usage.cache_write_5m_input_tokens,
+                    usage.cache_write_1h_input_tokens,
+                )
+            )
+            is not None
+        ):
+            return cost
+        return self._long(Side.PROVIDER, entry, usage, started_s, record)
+
+    def _of_row(
+        self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool, record: Record | None
+    ) -> Priced:
+        """`cost` of a usage object as JSON has it. No `Usage` is made of one that is plain."""
+        get = row.get
+        entry = self.entry_of(row, started_s, host, batch)
+        if entry.looks_further:
+            entry = entry.for_call(get("raw_usage"), started_s)
+        if (
+            entry.plain is not None
+            and get("usage_state") == "final"
+            and not get("units")
+            and get("cost_usd") is None
+            and (
+                cost := _plain_cost(
+                    entry,
+                    entry.plain,
+                    get("input_tokens"),
+                    get("output_tokens"),
+                    get("cache_read_input_tokens"),
+                    get("cache_write_input_tokens"),
+                    get("cache_write_5m_input_tokens"),
+                    get("cache_write_1h_input_tokens"),
+                )
+            )
+            is not None
+        ):
+            return cost
+        return self._long(Side.PROVIDER, entry, usage_of(row), started_s, record)
+
+    def charge(
+        self,
+        usage: Usage | Mapping[str, Any] | None,
+        started_s: float,
+        cost: Priced,
+        *,
+        host: str | None = None,
+        batch: bool = False,
+        record: Record | None = None,
+    ) -> Priced:
+        """What the customer pays for the same call, whose cost is `cost`. (None, None) where no price is for it."""
+        if not self.charges:
+            return None, None
+        if usage is None:
+            return self._of_meters(Side.CUSTOMER, record, started_s)
+        if not isinstance(usage, Usage):
+            usage = usage_of(usage)
+        day = started_s // SECONDS_A_DAY
+        terms = terms_of(usage.raw_usage)
+        key = (usage.provider, usage.model, usage.request_model, usage.service_tier, host, batch, day, terms)
+        kept = self._kept_charges.get(key)
+        if kept is None:
+            kept = self._customer_entry(
+                usage, started_s, host, context_of(usage.service_tier, batch, terms and terms[0])
+            )
+            if len(self._kept_charges) >= KEPT_MAX:
+                self._kept_charges.clear()
+            self._kept_charges[key] = kept
+        entry, price = kept
+        if price is None:
+            return self._of_meters(Side.CUSTOMER, record, started_s)
+        if entry is None:
+            return self._marked_up(price, cost, record, started_s)
+        return self._long(Side.CUSTOMER, entry, usage, started_s, record)
+
+    def of_record(self, record: Record, *, host: str | None = None, batch: bool = False) -> tuple[Priced, Priced]:
+        """Cost and charge of a record that is at hand, for who reads records back."""
+        cost = self.cost(record.usage, record.started_s, host=host, batch=batch, record=record)
+        return cost, self.charge(record.usage, record.started_s, cost, host=host, batch=batch, record=record)
+
+    def pricer(self, row: Mapping[str, Any], *, host: str | None = None, batch: bool = False) -> Pricer:
+        """For many calls of one kind, whose provider and models are those of this usage object."""
+        return Pricer(self, row, host, batch)
+
+    def entry_of(self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool) -> _Entry:
+        """What holds for calls of this kind on the day of `started_s`; kept."""
+        get = row.get
+        key = (get("provider"), get("model"), get("request_model"), get("service_tier"), host, batch)
+        entry = self._kept.get(key)
+        if entry is None or not entry.since_s <= started_s < entry.until_s:
+            entry = self._kept[key] = self._look_up(usage_of(row), started_s, host, batch)
+        return entry
+
+    # Looking up
+
+    def _look_up(self, usage: Usage, started_s: float, host: str | None, batch: bool) -> _Entry:
+        """What holds on this day for calls of this kind."""
+        if len(self._kept) >= KEPT_MAX:
+            self._kept.clear()
+        provider, words = self._provider(usage.provider, host)
+        names = names_of(usage, AWS in words)
+        day = _day(started_s)
+        since_s = started_s // SECONDS_A_DAY * SECONDS_A_DAY
+        until_s = since_s + SECONDS_A_DAY
+        own = self._of_ones_own(Side.PROVIDER, words, names, day)
+        tier = usage.service_tier
+        if own is not None and own.prices:
+            made = _own_entry(own, context_of(tier, batch, None), plainly=not self._meters[Side.PROVIDER])
+            return replace(
+                made,
+                since_s=since_s,
+                until_s=until_s,
+                by_raw=lambda terms: _own_entry(own, context_of(tier, batch, terms[0])),
+                looks_further=True,
+            )
+        found, unsure = self._model(provider, usage.provider, names)
+        if found is None:
+            model = names[0] if names else None
+            return _Entry(None, model, self.source, USD, UNPRICED, unsure, since_s=since_s, until_s=until_s)
+        if unsure is None and _in_gov(names, host):
+            unsure = "region"
+
+        def served(speed: str | None, reason: str | None) -> _Entry:
+            context = context_of(tier, batch, speed)
+
+            def at(second: float) -> _Entry:
+                return self._table_entry(found, day, second, context, reason, own)
+
+            changes = hours_of(found.model)
+            return _Entry(None, by_hour=_ByHour(changes, at)) if changes else at(0.0)
+
+        kept: dict[tuple[str | None, bool], _Entry] = {}
+
+        def by_raw(terms: tuple[str | None, bool]) -> _Entry:
+            if terms not in kept:
+                if len(kept) >= TERMS_MAX:
+                    kept.clear()
+                kept[terms] = served(terms[0], unsure or ("region" if terms[1] else None))
+            return kept[terms]
+
+        made = served(None, unsure)
+        looks = by_raw if found.provider in SAYS_IN_USAGE else None
+        further = looks is not None or made.by_hour is not None
+        return replace(made, since_s=since_s, until_s=until_s, by_raw=looks, looks_further=further)
+
+    def _table_entry(
+        self,
+        found: Found,
+        day: str,
+        second: float,
+        context: Mapping[str, str],
+        reason: str | None,
+        own: CustomPrice | None,
+    ) -> _Entry:
+        asked = {} if found.borrowed else context  # another provider's tiers are not this one's
+        prices, unspoken = prices_at(found.model, day, second, asked)
+        if unspoken or (found.borrowed and context):
+            reason = reason or "tier"
+        if not prices and not found.name.endswith(FREE):
+            return _Entry(None, found.name, self.source, USD, UNPRICED, "no_price")
+        minimum, source = 0, self.source
+        if own is not None:
+            prices = {unit: _times(price, own.markup) for unit, price in prices.items()}
+            minimum, source = own.minimum, f"custom+{source}"
+        rates = Rates(prices, minimum=minimum, seconds_least=found.model.get("seconds_least", 0))
+        state = EXACT if reason is None else ESTIMATED
+        plain = None if self._meters[Side.PROVIDER] else rates.plain
+        return _Entry(rates, found.name, source, USD, state, reason, plain)
+
+    def _provider(self, word: str | None, host: str | None) -> tuple[Provider | None, frozenset[str]]:
+        """The table's provider, by the address that was called, else by the record's word; and every word for it."""
+        found = None
+        if self.table is not None:
+            if host:
+                found = self.table.by_address(f"https://{host}/")
+            if found is None and word:
+                found = self.table.by_word(PROVIDERS.get(word, word))
+        words = {w for w in (word and word.lower(), PROVIDERS.get(word or ""), found and found.id) if w}
+        return found, frozenset(words)
+
+    def _model(
+        self, provider: Provider | None, word: str | None, names: Sequence[str]
+    ) -> tuple[Found | None, str | None]:
+        """The entry, and why it is not certain (or why there is none)."""
+        table = self.table
+        if table is None:
+            return None, "no_table"
+        if not names:
+            return None, "no_model"
+        if provider is not None:
+            for place, name in enumerate(names):
+                if (found := table.find(provider, name)) is not None:
+                    other = place > 0 and not _same_model(names[0], found)
+                    return found, "near_match" if found.near else "other_name" if other else None
+        elif word is not None:
+            return None, "unknown_provider"  # one that the table does not have: a model's maker is not who serves it
+        for name in names:  # `vendor/model`, as gateways have it
+            vendor, slash, rest = name.partition("/")
+            maker = table.by_word(vendor) if slash and rest else None
+            if maker is not None and (found := table.find(maker, rest)) is not None:
+                return found, "gateway"
+        if provider is None:
+            for name in names:
+                maker = table.by_model(name)
+                if maker is not None and (found := table.find(maker, name)) is not None:
+                    return found, "provider_guessed"
+        return None, "unknown_model" if provider is not None else "unknown_provider"
+
+    def _of_ones_own(self, side: Side, words: Iterable[str], names: Sequence[str], day: str) -> CustomPrice | None:
+        for price in self._custom[side]:  # the most specific first
+            if any(price.holds(words, name, day) for name in names or ("",)):
+                return price
+        return None
+
+    def _customer_entry(
+        self, usage: Usage, started_s: float, host: str | None, context: Mapping[str, str]
+    ) -> tuple[_Entry | None, CustomPrice | None]:
+        _, words = self._provider(usage.provider, host)
+        own = self._of_ones_own(Side.CUSTOMER, words, names_of(usage, AWS in words), _day(started_s))
+        if own is None or not own.prices:
+            return None, own
+        return _own_entry(own, context), own
+
+    # The long way
+
+    def _long(self, side: Side, entry: _Entry, usage: Usage, started_s: float, record: Record | None) -> Priced:
+        declared = declared_of(usage.cost_usd) if side is Side.PROVIDER else None
+        if entry.rates is None:
+            return self._unpriced(entry.model, entry.source, entry.reason or "unknown_model", declared)
+        if usage.usage_state is UsageState.ABSENT:
+            return self._unpriced(entry.model, entry.source, "no_usage", declared)
+        counts, unsure = counts_of(usage, entry.rates)
+        summed = entry.rates.sum(counts)
+        if not summed.counted and entry.rates.priced:
+            return self._unpriced(entry.model, entry.source, "nothing_counted", declared)
+        reason = entry.reason or unsure or ("counts_disagree" if summed.odd else None)
+        parts, total = summed.parts, summed.total
+        if counts.get("cache_write_5m_tokens", 0) > 0 and "cache_write" in parts:
+            parts = {"cache_write_5m" if name == "cache_write" else name: part for name, part in parts.items()}
+        for price in self._meters[side]:
+            part, known = _of_meter(price, record, started_s)
+            if part:
+                parts[price.name.replace(" ", ":")] = part
+                total += part
+            reason = reason or (None if known else "meter")
+        state = EXACT if reason is None else ESTIMATED
+        if declared is not None and self.declared_first:
+            return self._of_declared(entry, declared)
+        return _made(entry, parts, total, state, reason, declared), total
+
+    def _of_declared(self, entry: _Entry, declared: int) -> Priced:
+        cost: Cost = {
+            "currency": USD, "total": amount_text(declared), "parts": {}, "state": DECLARED, "source": "provider",
+            "model": entry.model, "declared": amount_text(declared),
+        }  # fmt: skip
+        return cost, declared
+
+    def _unpriced(self, model: str | None, source: str, reason: str, declared: int | None) -> Priced:
+        entry = _Entry(None, model, source, USD, UNPRICED, reason)
+        return (_null(entry, reason), None) if declared is None else self._of_declared(entry, declared)
+
+    def _marked_up(self, price: CustomPrice, cost: Priced, record: Record | None, started_s: float) -> Priced:
+        """The charge that is a multiple of the cost."""
+        of_cost, total = cost
+        if of_cost is None:
+            return self._of_meters(Side.CUSTOMER, record, started_s)
+        entry = _Entry(None, of_cost["model"], "custom", of_cost["currency"] or USD, of_cost["state"], None)
+        if total is None:
+            return _null(entry, of_cost.get("reason", "unknown_model")), None
+        factor, scale = price.markup.as_integer_ratio()
+        shares = [(name, amount_of(text) * factor) for name, text in (of_cost["parts"] or {}).items()]
+        parts, done = added_up(shares or [("cost", total * factor)], scale)
+        if done < price.minimum:
+            parts["minimum"], done = price.minimum - done, price.minimum
+        reason = of_cost.get("reason")
+        for each in self._meters[Side.CUSTOMER]:
+            part, known = _of_meter(each, record, started_s)
+            if part:
+                parts[each.name.replace(" ", ":")] = part
+                done += part
+            reason = reason or (None if known else "meter")
+        state = of_cost["state"] if reason is None or of_cost["state"] != EXACT else ESTIMATED
+        return _made(entry, parts, done, state, reason, None), done
+
+    def _of_meters(self, side: Side, record: Record | None, started_s: float) -> Priced:
+        """What a call costs by meters alone. (None, None) where none measures it."""
+        parts: dict[str, int] = {}
+        total, currency, unknown = 0, None, False
+        for price in self._meters[side]:
+            part, known = _of_meter(price, record, started_s)
+            unknown = unknown or not known
+            if part is not None:
+                parts[price.name.replace(" ", ":")] = part
+                currency = price.currency
+                total += part
+        if currency is None:
+            return None, None
+        entry = _Entry(None, None, "custom", currency, EXACT, None)
+        return _made(entry, parts, total, ESTIMATED if unknown else EXACT, "meter" if unknown else None, None), total
+
+
+class Pricer:
+    """The costs of calls that have provider, models, host and batch in common, as JSON: for where lines are written.
+
+    Gives what `PriceBook.cost` gives. Where a call has other terms than the first (a service tier, another day), that
+    is looked up anew or asked of the book.
+    """
+
+    __slots__ = ("_batch", "_book", "_by_raw", "_entry", "_head", "_host", "_plain", "_tail", "_tier")
+
+    def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
+        self._book, self._host, self._batch = book, host, batch
+        self._tier = row.get("service_tier")
+        self._entry = _Entry(None)  # of no day
+        self._plain: Plain | None = None
+        self._by_raw = False
+        self._head = self._tail = ""
+
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        """The `cost` of a call with this usage object, and its total in pico-units; None: it is not known."""
+        if not self._entry.since_s <= started_s < self._entry.until_s:
+            self._renew(row, started_s)
+        get = row.get
+        plain = self._plain
+        if (
+            plain is None
+            or (read := get("input_tokens")) is None
+            or (written := get("output_tokens")) is None
+            or get("usage_state") != "final"
+            or get("service_tier") != self._tier
+            or get("units")
+            or get("cost_usd") is not None
+            or get("cache_write_input_tokens")
+            or get("cache_write_1h_input_tokens")
+            or get("cache_write_5m_input_tokens")
+            or (self._by_raw and terms_of(get("raw_usage")) is not None)
+        ):
+            return self._by_book(row, started_s)
+        prices, tiers = plain
+        for above, of_tier in tiers:
+            if read > above:
+                prices = of_tier
+        total = of_written = written * prices[1]
+        behind = ""
+        if (cached := get("cache_read_input_tokens")) and (price := prices[2]) is not None:
+            read -= cached
+            if of_cached := cached * price:
+                total += of_cached
+                if of_cached >= PICO:
+                    return self._by_book(row, started_s)
+                behind = f',"cache_read":"{ZEROS[len(text := str(of_cached))]}{text.rstrip("0")}"'
+        total += (of_read := read * prices[0])
+        if of_read <= 0 or of_written <= 0 or total >= PICO:
+            return self._by_book(row, started_s)
+        read_text, written_text, text = str(of_read), str(of_written), str(total)
+        line = (
+            f'{self._head}{ZEROS[len(text)]}{text.rstrip("0")}","parts":{{"input":"{ZEROS[len(read_text)]}'
+            f'{read_text.rstrip("0")}","output":"{ZEROS[len(written_text)]}{written_text.rstrip("0")}"{behind}{self._tail}'
+        )
+        return line.encode(), total
+
+    def _by_book(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        cost, total = self._book.cost(row, started_s, host=self._host, batch=self._batch)
+        return orjson.dumps(cost), total
+
+    def _renew(self, row: Mapping[str, Any], started_s: float) -> None:
+        self._entry = entry = self._book.entry_of(row, started_s, self._host, self._batch)
+        self._tier = row.get("service_tier")
+        self._plain = entry.plain if entry.by_hour is None else None
+        self._by_raw = entry.by_raw is not None
+        self._head = f'{{"currency":"{entry.currency}","total":"'
+        facts = {"state": entry.state, "source": entry.source, "model": entry.model}
+        facts |= {} if entry.reason is None else {"reason": entry.reason}
+        self._tail = "}," + orjson.dumps(facts).decode()[1:]
+
+
+def _plain_cost(
+    entry: _Entry,
+    plain: Plain,
+    read: int | None,
+    written: int | None,
+    cached: int | None,
+    kept: int | None,
+    short: int | None,
+    long: int | None,
+) -> Priced | None:
+    """The cost of a call of tokens alone, whose model has prices for input, output and caches alone: nearly all of
+    them. None: it is not so plain after all (counts that disagree, amounts of a whole unit and more), and goes the
+    long way, which gives the same."""
+    if read is None or written is None:
+        return None
+    prices, tiers = plain
+    for above, of_tier in tiers:
+        if read > above:
+            prices = of_tier
+    of_cached = 0
+    if cached and (price := prices[2]) is not None:
+        read -= cached
+        of_cached = cached * price
+    of_written = written * prices[1]
+    total = of_written + of_cached
+    writes: dict[str, str] | None = None
+    if kept or short or long:
+        found = _plain_writes(prices, kept or 0, short or 0, long or 0)
+        if found is None:
+            return None
+        writes, of_writes = found
+        read -= kept or 0
+        total += of_writes
+    of_read = read * prices[0]
+    total += of_read
+    if read < 0 or not 0 < total < PICO:  # amounts below one are written with their zeros at hand
+        return None
+    parts = {}
+    if of_read:
+        parts["input"] = ZEROS[len(text := str(of_read))] + text.rstrip("0")
+    if of_written:
+        parts["output"] = ZEROS[len(text := str(of_written))] + text.rstrip("0")
+    if of_cached:
+        parts["cache_read"] = ZEROS[len(text := str(of_cached))] + text.rstrip("0")
+    if writes:
+        parts.update(writes)
+    cost: Cost = {
+        "currency": entry.currency,
+        "total": ZEROS[len(text := str(total))] + text.rstrip("0"),
+        "parts": parts,
+        "state": entry.state,
+        "source": entry.source,
+        "model": entry.model,
+    }
+    if entry.reason is not None:
+        cost["reason"] = entry.reason
+    return cost, total
+
+
+def _plain_writes(prices: Five, kept: int, short: int, long: int) -> tuple[dict[str, str], int] | None:
+    """Cache writes by their life: their parts, and what they cost."""
+    if prices[3] is None or short + long > kept or (long and prices[4] is None):
+        return None
+    of_short, of_long = (kept - long) * prices[3], long * (prices[4] or 0)
+    parts = {}
+    if of_short:
+        parts["cache_write_5m" if short else "cache_write"] = amount_text(of_short)
+    if of_long:
+        parts["cache_write_1h"] = amount_text(of_long)
+    return parts, of_short + of_long
+
+
+class _ByHour:
+    """The entries of a model whose price depends on the time of day: one for each span between two changes."""
+
+    __slots__ = ("_changes", "_made", "_make")
+
+    def __init__(self, changes: list[int], make: Callable[[float], _Entry]) -> None:
+        self._changes, self._make = changes, make
+        self._made: dict[int, _Entry] = {}
+
+    def at(self, second: float) -> _Entry:
+        span = bisect_right(self._changes, second)
+        entry = self._made.get(span)
+        if entry is None:
+            entry = self._made[span] = self._make(second)
+        return entry
+
+
+def _day(started_s: float) -> str:
+    return date.fromordinal(_EPOCH + int(started_s // SECONDS_A_DAY)).isoformat()
+
+
+def _rank(price: CustomPrice) -> tuple[bool, int, bool, str]:
+    return price.rank
+
+
+def _same_model(name: str, found: Found) -> bool:
+    """Whether another name for it is known to mean this entry: a deployment's name says nothing."""
+    return found.name.lower().endswith(name)
+
+
+def _in_gov(names: Sequence[str], host: str | None) -> bool:
+    """AWS's government regions have prices of their own, which the table does not have."""
+    return any(name.startswith("us-gov.") for name in names) or (host is not None and ".us-gov-" in host)
+
+
+def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = False) -> _Entry:
+    """The entry of a price of one's own that states amounts."""
+    factor = Fraction(1)
+    reason: str | None = None
+    for word in context.values():
+        if word in own.multipliers:
+            factor *= own.multipliers[word]
+        else:
+            reason = "tier"
+    prices = {unit: _times(price, factor) for unit, price in own.prices.items()}
+    state = EXACT if reason is None else ESTIMATED
+    rates = Rates(prices, minimum=own.minimum)
+    return _Entry(rates, own.model, "custom", own.currency, state, reason, rates.plain if plainly else None)
+
+
+def _times(price: Price, factor: Fraction) -> Price:
+    base, tiers = price
+    return base * factor, tuple((above, amount * factor) for above, amount in tiers)
+
+
+def _of_meter(price: CustomPrice, record: Record | None, started_s: float) -> tuple[int | None, bool]:
+    """What a meter's price comes to for this call, and whether that is known. None: it is not measured."""
+    if not price.start <= _day(started_s) < price.until or price.meter is None:
+        return None, True
+    if record is None:
+        return None, False
+    quantity = price.meter.quantity(record)
+    return (None, True) if quantity is None else (round(Fraction(quantity) * price.unit), True)
+
+
+def _made(
+    entry: _Entry, parts: Mapping[str, int], total: int, state: str, reason: str | None, declared: int | None
+) -> Cost:
+    cost: Cost = {
+        "currency": entry.currency,
+        "total": amount_text(total),
+        "parts": {name: amount_text(part) for name, part in parts.items()},
+        "state": state,
+        "source": entry.source,
+        "model": entry.model,
+    }
+    if reason is not None:
+        cost["reason"] = reason
+    if declared is not None:
+        cost["declared"] = amount_text(declared)
+    return cost
+
+
+def _null(entry: _Entry, reason: str) -> Cost:
+    return {
+        "currency": None,
+        "total": None,
+        "parts": None,
+        "state": UNPRICED,
+        "source": entry.source,
+        "model": entry.model,
+        "reason": reason,
+    }

@@ -1,0 +1,183 @@
+"""The facts of a record in the table's words: what was counted, under which terms it was served, and by which names
+its model may be looked up.
+
+A vendor's own usage object is asked for what the record's vocabulary has no word for: what of the cached tokens was
+audio, the speed, the region. Nothing in it is trusted to have the type that it should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
+from decimal import Decimal, InvalidOperation
+from fractions import Fraction
+from typing import Any, Final
+
+from sidecar.model.exchange import Usage, UsageState
+from sidecar.prices.rates import PICO, Count, Rates
+
+Terms = tuple[str | None, bool]
+"""Of a vendor's usage object: a speed that is not the standard one, and whether the region costs more."""
+
+_DIGITS_MAX: Final = 15  # before the point, of what others state: more is no amount
+# What providers call the tier that costs the standard price.
+STANDARD_TIERS: Final = frozenset(
+    {"", "default", "standard", "standard_only", "on_demand", "on-demand", "service_tier_unspecified", "unspecified"}
+)
+STANDARD_SPEEDS: Final = frozenset({"", "standard"})
+ELSEWHERE: Final = frozenset({"", "global", "not_available"})  # `inference_geo` without a surcharge
+
+WHOLES: Final = ("input_tokens", "output_tokens")
+_COUNTS: Final = {
+    "input_tokens": "input_tokens",
+    "output_tokens": "output_tokens",
+    "cache_read_input_tokens": "cache_read_tokens",
+    "cache_write_input_tokens": "cache_write_tokens",
+    "cache_write_5m_input_tokens": "cache_write_5m_tokens",
+    "cache_write_1h_input_tokens": "cache_write_1h_tokens",
+    "tool_use_input_tokens": "input_tool_tokens",
+    "reasoning_output_tokens": "output_reasoning_tokens",
+    "text_input_tokens": "input_text_tokens",
+    "image_input_tokens": "input_image_tokens",
+    "audio_input_tokens": "input_audio_tokens",
+    "text_output_tokens": "output_text_tokens",
+    "image_output_tokens": "output_image_tokens",
+    "audio_output_tokens": "output_audio_tokens",
+}
+# The record's `units` that the table may have a price for; seconds are of the input but for speech.
+_UNITS: Final[Mapping[str, tuple[str, ...]]] = {
+    "audio_seconds": ("audio_seconds", "input_audio_seconds"),
+    "search_units": ("rerank_searches",),
+    "search_queries": ("web_searches",),
+    "web_search_requests": ("web_searches",),
+    "pages": ("input_document_pages",),
+    "characters": ("input_characters",),
+    "billable_characters": ("input_characters",),
+}
+_CACHED_DETAILS: Final = ("input_token_details", "input_tokens_details", "prompt_tokens_details")
+_CACHED_BY_MODALITY: Final = {m: f"cache_{m}_read_tokens" for m in ("text", "audio", "image", "video")}
+_USAGE_NAMES: Final = frozenset(f.name for f in fields(Usage))
+
+
+def context_of(tier: str | None, batch: bool, speed: str | None) -> dict[str, str]:
+    """Under which terms the provider served a call, in the table's words; what costs the standard price is left out."""
+    context: dict[str, str] = {}
+    word = (tier or "").lower()
+    if batch or word == "batch":
+        context["processing"] = "batch"
+    elif word not in STANDARD_TIERS:
+        context["service_tier"] = word
+    if speed and speed.lower() not in STANDARD_SPEEDS:
+        context["speed"] = speed.lower()
+    return context
+
+
+def terms_of(raw: Any) -> Terms | None:
+    """Of the vendor's usage object: the speed a call was served at, and whether its region costs more; None where it
+    says nothing of either."""
+    if type(raw) is not dict:
+        return None
+    speed, geo = raw.get("speed"), raw.get("inference_geo")
+    fast = isinstance(speed, str) and speed.lower() not in STANDARD_SPEEDS
+    dear = isinstance(geo, str) and geo.lower() not in ELSEWHERE
+    return (str(speed) if fast else None, dear) if fast or dear else None
+
+
+def names_of(usage: Usage, aws: bool = False) -> list[str]:
+    """What the model may be looked up by, the best first, in lower case.
+
+    The response's word for it is the model that answered. On Bedrock the request's goes before it: only there is the
+    region (`us.anthropic.…`), and the price is the region's.
+    """
+    said = (usage.request_model, usage.model) if aws else (usage.model, usage.request_model)
+    return list(dict.fromkeys(_bare(name.lower()) for name in said if name))
+
+
+def _bare(name: str) -> str:
+    """Without the path that Google (`publishers/google/models/…`) and AWS (ARNs) put before it."""
+    if name.startswith("arn:"):
+        return name.rpartition("/")[2]
+    before, found, after = name.rpartition("models/")
+    return after if found and (not before or before.endswith("/")) and after else name
+
+
+def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]:
+    """The counts of a record in the table's units, and why their sum would not be certain."""
+    counts: dict[str, Count] = {}
+    for name, unit in _COUNTS.items():
+        if type(value := getattr(usage, name)) is int and value >= 0:
+            counts[unit] = value
+    lives = counts.get("cache_write_5m_tokens", 0) + counts.get("cache_write_1h_tokens", 0)
+    if lives and counts.get("cache_write_tokens", 0) < lives:
+        counts["cache_write_tokens"] = lives
+    unsure: str | None = None
+    if usage.usage_state in (UsageState.PARTIAL, UsageState.ESTIMATED):
+        unsure = f"{usage.usage_state}_usage"
+    elif counts.get("cache_write_1h_tokens") and "cache_write_tokens" in rates.priced:
+        # Billed like those of five minutes they would be a third too cheap.
+        unsure = None if "cache_write_1h_tokens" in rates.priced else "cache_write_life"
+    priced = rates.priced  # nothing at all: the model is free
+    if priced and any(counts.get(whole) and whole not in priced for whole in WHOLES):  # not free: it is not known
+        unsure = unsure or "unpriced_unit"
+    for name, amount in (usage.units or {}).items():
+        units, count = _UNITS.get(name, ()), _count(amount)
+        if count is None or not units:
+            continue
+        if name == "audio_seconds" and usage.operation == "speech":
+            units = ("audio_seconds", "output_audio_seconds")
+        counts |= dict.fromkeys(units, count)
+        if count and priced and priced.isdisjoint(units):
+            unsure = unsure or "unpriced_unit"
+    if counts.get("cache_read_tokens") and not rates.priced.isdisjoint(_CACHED_BY_MODALITY.values()):
+        for word, tokens in _cached_details(usage.raw_usage):
+            if (cached := _CACHED_BY_MODALITY.get(word)) is not None:
+                counts[cached] = counts.get(cached, 0) + tokens
+    return counts, unsure
+
+
+def _cached_details(raw: Any) -> Iterator[tuple[str, int]]:
+    """What of the cached tokens was audio, images and so on: only the vendor's own object tells it."""
+    if type(raw) is not dict:
+        return
+    for key in _CACHED_DETAILS:  # OpenAI
+        inner = raw[key].get("cached_tokens_details") if type(raw.get(key)) is dict else None
+        for name, value in inner.items() if type(inner) is dict else ():
+            if type(value) is int and value >= 0:
+                yield str(name).removesuffix("_tokens"), value
+    rows = raw.get("cacheTokensDetails")  # Gemini
+    for row in rows if type(rows) is list else ():
+        if type(row) is dict and type(value := row.get("tokenCount")) is int and value >= 0:
+            yield str(row.get("modality")).lower(), value
+
+
+def _count(value: object) -> Count | None:
+    """A quantity as it was stated: seconds may have a fraction."""
+    if type(value) is int:
+        return value if value >= 0 else None
+    if isinstance(value, (float, str, Decimal)):
+        number = _decimal(str(value))
+        return None if number is None else Fraction(number)
+    return None
+
+
+def _decimal(text: str) -> Decimal | None:
+    try:
+        number = Decimal(text)
+    except InvalidOperation:
+        return None
+    return number if number.is_finite() and number >= 0 and number.adjusted() < _DIGITS_MAX else None
+
+
+def declared_of(text: object) -> int | None:
+    """The provider's own cost in pico-USD; None where it states none that can be read."""
+    number = None if text is None else _decimal(str(text))
+    return None if number is None else round(Fraction(number) * PICO)
+
+
+def usage_of(row: Mapping[str, Any]) -> Usage:
+    """The `usage` object of a record's JSON. Raises `ValueError` where it is none."""
+    try:
+        known = {name: row[name] for name in _USAGE_NAMES & row.keys()}
+        return Usage(**{**known, "usage_state": UsageState(row["usage_state"])})
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"not a record's usage: {type(error).__name__}: {error}") from None
