@@ -151,14 +151,23 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
         reported = [count for count in map(get, usages) if type(count) is int]
         if reported:
             delta.tokens[name] = sum(reported)
+    for record in records:
+        cost = usd_of(record)
+        if cost is not None:
+            delta.cost_usd = cost if delta.cost_usd is None else EXACT.add(delta.cost_usd, cost)
     for usage in usages:
-        if usage.cost_usd is not None:
-            cost = read_amount(usage.cost_usd)
-            if cost is not None:
-                delta.cost_usd = cost if delta.cost_usd is None else EXACT.add(delta.cost_usd, cost)
         if usage.units:
             _add_units(delta.units, usage.units)
     return delta
+
+
+def usd_of(record: Record) -> Decimal | None:
+    """What a call cost in US dollars; None where that is not known, or priced in another currency."""
+    cost = record.cost
+    if cost is not None:
+        return read_amount(cost.get("total")) if cost.get("currency") == "USD" else None
+    # Of a record that nobody priced: what its provider states.
+    return None if record.usage is None or record.usage.cost_usd is None else read_amount(record.usage.cost_usd)
 
 
 def delta_of(group: CallGroup) -> Delta:
@@ -184,6 +193,7 @@ def delta_of(group: CallGroup) -> Delta:
             "response_bytes": group.response_bytes,
         },
         tokens={name: group.tokens[name] for name in TOKENS if name in group.tokens},
+        cost_usd=Decimal(group.cost_pico).scaleb(-12, EXACT) if group.priced else None,
     )
 
 

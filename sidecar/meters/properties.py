@@ -13,7 +13,7 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
-from sidecar.meters.hourly import TOKENS, read_amount, subscriber_of
+from sidecar.meters.hourly import TOKENS, read_amount, subscriber_of, usd_of
 from sidecar.model.call_group import APART, SUMMED
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
@@ -102,7 +102,8 @@ WHOLE: Final[Mapping[str, Callable[[Record], Value]]] = {
 DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
     "duration_ms": lambda r: _millis(r.duration_ms),
     "first_byte_ms": lambda r: _millis(r.first_byte_ms),
-    "cost_usd": lambda r: None if r.usage is None else read_amount(r.usage.cost_usd),
+    "cost_usd": usd_of,
+    "charge": lambda r: None if r.charge is None else read_amount(r.charge.get("total")),
 }
 FLAGS: Final[Mapping[str, Callable[[Record], Value]]] = {"streamed": _of_usage("streamed")}
 FIXED: Final[Mapping[str, Callable[[Record], Value]]] = {**TEXTS, **WHOLE, **DECIMAL, **FLAGS}

@@ -18,14 +18,14 @@ TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tok
 # Properties of a record that are summed up in a group.
 SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
 # And those that are others for each call, beside its times, ids and costs.
-APART: Final = frozenset({"finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd"})
+APART: Final = frozenset({"finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd", "charge"})
 
 
 @dataclass(slots=True, eq=False)
 class CallKind:
     """What such calls have in common. `facts`: whatever somebody worked out of it, by a name of his own."""
 
-    line: bytes  # of one of them
+    line: bytes = b""  # of one of them
     facts: dict[object, object] = field(default_factory=dict)
     group: CallGroup | None = None  # that is being filled
     _example: Record | None = None
@@ -48,6 +48,9 @@ class CallGroup:
     request_bytes: int = 0
     response_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)  # sums, of kinds that were reported
+    cost_pico: int = 0  # of those that are priced, in US dollars times 10^12
+    priced: int = 0
+    unpriced: int = 0  # of which no cost is known although there was something to be priced
 
     @property
     def calls(self) -> int:
@@ -65,6 +68,9 @@ class CallGroup:
         self.durations_ms += other.durations_ms
         self.request_bytes += other.request_bytes
         self.response_bytes += other.response_bytes
+        self.cost_pico += other.cost_pico
+        self.priced += other.priced
+        self.unpriced += other.unpriced
         for name, count in other.tokens.items():
             self.tokens[name] = self.tokens.get(name, 0) + count
 

@@ -14,6 +14,10 @@ from enum import StrEnum
 from operator import attrgetter
 from typing import Any, Final, Protocol
 
+Money = Mapping[str, Any]
+"""A `cost` or `charge` as docs/prices.md has it: `currency`, `total` and `parts` (decimals as text; null where nothing
+is known), `state`, `source`, `model` and perhaps `reason` and `declared`."""
+
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """Header fields as they came: names in the sender's spelling, in order, repeated ones apart."""
 
@@ -152,6 +156,8 @@ class Exchange:
     request_bytes: int = 0
     response_bytes: int = 0
     usage: Usage | None = None  # None: the answer is no model call
+    cost: Money | None = None  # what it took, where there is something to be priced
+    charge: Money | None = None  # what its customer is asked for it, where prices say so
     error: str | None = None  # a fixed text of ours; never bytes from the wire
 
 

@@ -19,6 +19,7 @@ import orjson
 from sidecar.model.exchange import (
     USAGE_FIELDS,
     Exchange,
+    Money,
     Outcome,
     RequestShape,
     ResponseShape,
@@ -75,6 +76,8 @@ class Record:
     usage: Usage | None
     error: str | None
     json: bytes  # the stored line, without its line end
+    cost: Money | None = None
+    charge: Money | None = None
 
     @classmethod
     def from_json(cls, line: bytes) -> Record:
@@ -129,6 +132,8 @@ def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Re
         usage=exchange.usage,
         error=exchange.error,
         json=line,
+        cost=exchange.cost,
+        charge=exchange.charge,
     )
 
 
@@ -159,7 +164,7 @@ class LineTemplate:
         self._form = (
             b'{"id":"%%b","seq":%%d,"instance":%b,"parent_id":null,"started_at":"%%b","first_byte_ms":%%a,"duration_ms":%%a'
             b',%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
-            b',"error":null}'
+            b',"cost":%%b,"error":null}'
         ) % tuple(_literal(value) for value in (instance, between, request.user_agent, behind))
         self._client_ip: str | None = None
         self._client_ip_json = b"null"
@@ -177,8 +182,9 @@ class LineTemplate:
         client_ip: str | None,
         trace_id: str | None,
         usage: bytes,
+        cost: bytes,
     ) -> bytes:
-        """`usage`: JSON. The times are those of `Exchange`."""
+        """`usage`, `cost`: JSON. The times are those of `Exchange`."""
         second, micros = divmod(started_ns // 1000, 1_000_000)
         if second != self._second:
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
@@ -196,6 +202,7 @@ class LineTemplate:
             self._client_ip_json,
             b"null" if trace_id is None else orjson.dumps(trace_id),
             usage,
+            cost,
         )
 
 
@@ -239,6 +246,8 @@ def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
         "subscriber": None if subscriber is None else {"id": subscriber.id, "source": subscriber.source},
         "dimensions": exchange.dimensions,
         "usage": None if usage is None else usage_to_dict(usage),
+        "cost": exchange.cost,
+        **({} if exchange.charge is None else {"charge": exchange.charge}),
         "error": exchange.error,
     }
 
@@ -302,6 +311,8 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
         usage=None if usage is None else usage_of(usage),
         error=row.get("error"),
         json=line,
+        cost=row.get("cost"),
+        charge=row.get("charge"),
     )
 
 

@@ -14,13 +14,17 @@ import resource
 import secrets
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Final
 
+from sidecar.model.exchange import Exchange
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.http_url import UpstreamAddress
+from sidecar.model.record import record_of
 from sidecar.model.seldom import Seldom
 from sidecar.model.target import client_path
+from sidecar.prices import PriceBook
 from sidecar.proxy import Proxy
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
@@ -69,10 +73,27 @@ def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, 
     )
 
 
-def plain_readers(settings: Settings, metrics: Metrics) -> Callable[[str], PlainReader]:
+def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
     """What makes records of the plain calls of each process that serves, given the instance whose records they are."""
     taps = telling_taps(settings, metrics, _routes(settings))
-    return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance)
+    host = "".join(part or "" for part in _upstream(settings))
+    pricer = None if book.charges or book.needs_record else partial(book.pricer, host=host)
+    return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance, pricer=pricer)
+
+
+def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
+    """What fills in the costs of one call."""
+    host = "".join(part or "" for part in _upstream(settings))
+
+    def price(exchange: Exchange) -> None:
+        record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
+        started_s = exchange.started_ns / 1e9
+        cost = book.cost(exchange.usage, started_s, host=host, record=record)
+        exchange.cost = cost[0]
+        if book.charges:
+            exchange.charge = book.charge(exchange.usage, started_s, cost, host=host, record=record)[0]
+
+    return price
 
 
 def _routes(settings: Settings) -> Routes:

@@ -31,6 +31,7 @@ from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import AddsUp, Backend
 from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
+from sidecar.prices import price_book
 from sidecar.runtime import backend_factory, directory_identity, factory
 from sidecar.runtime.admin import Instance, Readiness, application
 from sidecar.runtime.admin.control import control
@@ -535,9 +536,9 @@ class Unable(Exception):
 async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[Metering]:
     """Hear who serves. Nothing is recorded before `recording`, which is entered within."""
     counted = Metrics(backends=settings.backends)
-    whole = Metering(
-        settings=settings, counted=counted, intake=Intake(counted, factory.plain_readers(settings, counted))
-    )
+    book = price_book(settings)
+    intake = Intake(counted, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
+    whole = Metering(settings=settings, counted=counted, intake=intake)
     whole.seam = Seam(whole.intake, whole.told, whole.set_open)
     await whole.seam.listen(seam)
     try:

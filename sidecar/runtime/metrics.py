@@ -68,6 +68,9 @@ UPSTREAM_FAILURES: Final = (
     "dns", "tls", "refused", "timeout", "reset", "not_http", "no_route", "no_resources", "other",
 )  # fmt: skip
 REDIRECTS: Final = ("rewritten", "off", "outside", "scheme")  # as `redirects` has them
+PICO: Final = 10**12  # in a dollar
+# Why a call has no cost although it consumed something; one that failed has none either, and nothing is missing.
+UNPRICED: Final = frozenset({"unknown_model", "unknown_provider", "no_price"})
 _TOKEN_KINDS: Final = (
     ("input", "input_tokens"),
     ("output", "output_tokens"),
@@ -123,6 +126,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
     "sidecar_spool_bytes": Family("gauge", "Size of the spool; delivered records stay until their retention is over"),
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
+    "sidecar_cost_usd": Family(
+        "counter", "What calls cost, in US dollars, as far as that is known", ("provider", "model")
+    ),
+    "sidecar_unpriced_calls": Family(
+        "counter", "Model calls whose cost is not known, because no price is", ("provider", "model")
+    ),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
     "sidecar_send_failures": Family(
@@ -321,6 +330,10 @@ class Metrics(HopEvents, Collector):
             first_byte.observe(milliseconds / 1e3)
         if record.usage is not None:
             self._add_usage(record.usage, group.calls, group.tokens.get)
+            if group.priced:
+                self._add_cost(record.usage, group.cost_pico / PICO)
+            if group.unpriced:
+                self._add_unpriced(record.usage, group.unpriced)
 
     def count(self, name: str, text: str, count: float = 1) -> None:
         self._count_capped(name, (text,) if text else (), count)
@@ -428,9 +441,21 @@ class Metrics(HopEvents, Collector):
         usage = exchange.usage
         assert usage is not None
         self._add_usage(usage, 1, partial(getattr, usage))
+        cost = exchange.cost
+        if cost is not None and cost.get("total") is None:
+            if cost.get("reason") in UNPRICED:
+                self._add_unpriced(usage, 1)
+        elif cost is not None and cost.get("currency") == "USD":
+            self._add_cost(usage, float(cost["total"]))
 
-    def _add_usage(self, usage: Usage, calls: int, tokens_of: Callable[[str], int | None]) -> None:
-        """`tokens_of`: how many of a kind, by the name of its field."""
+    def _add_cost(self, usage: Usage, usd: float) -> None:
+        self._count("sidecar_cost_usd", self._of_model(usage), usd)
+
+    def _add_unpriced(self, usage: Usage, calls: int) -> None:
+        self._count("sidecar_unpriced_calls", self._of_model(usage), calls)
+
+    def _of_model(self, usage: Usage) -> tuple[str, str]:
+        """The labels of a model, of which there are not too many."""
         provider = usage.provider or "other"
         model = usage.model or usage.request_model or "other"
         known = self._models.get(model)
@@ -438,7 +463,11 @@ class Metrics(HopEvents, Collector):
             known = "other"
             if len(self._models) < MODELS_MAX:
                 known = self._models[model] = label(model)
-        model = known
+        return provider, known
+
+    def _add_usage(self, usage: Usage, calls: int, tokens_of: Callable[[str], int | None]) -> None:
+        """`tokens_of`: how many of a kind, by the name of its field."""
+        provider, model = self._of_model(usage)
         state = (usage.usage_state, provider, model)
         self._usage[state] = self._usage.get(state, 0) + calls
         for kind, attribute in _TOKEN_KINDS:

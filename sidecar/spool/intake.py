@@ -130,8 +130,15 @@ class Source:
 class Intake:
     """Counts and stores what sources tell."""
 
-    def __init__(self, metrics: IntakeMetrics, reading: Callable[[str], Reading] | None = None) -> None:
-        """`reading`: makes what reads the plain calls of one source, given our instance; None: there are none."""
+    def __init__(
+        self,
+        metrics: IntakeMetrics,
+        reading: Callable[[str], Reading] | None = None,
+        price: Callable[[Exchange], None] | None = None,
+    ) -> None:
+        """`reading`: makes what reads the plain calls of one source, given our instance; None: there are none. `price`:
+        fills in what a call cost."""
+        self._price = price
         self._metrics = metrics
         self._make_reading = reading
         # Told of every batch with records that is on disk, before delivery is woken.
@@ -296,6 +303,11 @@ class Intake:
         except (FrameError, LookupError) as error:
             self._lose(error)
             return
+        if self._price is not None:
+            try:
+                self._price(exchange)
+            except Exception:
+                log.exception("a call could not be priced; it is recorded all the same")
         line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
         ended.exchanges.append((seq, line, exchange if exact else None))
         self._count(exchange)

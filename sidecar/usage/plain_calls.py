@@ -8,10 +8,10 @@ object is made for it. Whatever is unusual becomes an `Exchange`, and goes the w
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import orjson
 
@@ -39,6 +39,10 @@ _HOUR_NS: Final = HOUR_S * 1_000_000_000
 _TOKENS: Final = frozenset(TOKEN_FIELDS)
 _NO_MODELS: Final = (None, None)
 
+_USD: Final = b'{"currency":"USD"'
+_UNKNOWN: Final = (b"null", None)
+
+_Price = Callable[[Mapping[str, Any], float], tuple[bytes, int | None]]
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
 
 
@@ -53,7 +57,26 @@ class _Reading:
     plan: Plan | None
     template: LineTemplate | None
     own: tuple[tuple[int, str], ...] = ()
-    kinds: dict[tuple[str | None, str | None], CallKind] = field(default_factory=dict)
+    kinds: dict[tuple[str | None, str | None], tuple[CallKind, _Price]] = field(default_factory=dict)
+
+
+class Pricer(Protocol):
+    """What prices calls that have their models in common (`prices.Pricer`)."""
+
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]: ...
+
+
+class _Free:
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        return _UNKNOWN
+
+
+def _free(row: Mapping[str, Any]) -> Pricer:
+    return _Free()
+
+
+def _no_cost(row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+    return _UNKNOWN
 
 
 class PlainReader:
@@ -66,9 +89,12 @@ class PlainReader:
         limit_reached: Callable[[str], None],
         *,
         instance: str = "",
+        pricer: Callable[[Mapping[str, Any]], Pricer] | None = _free,
     ) -> None:
         """`by_body`: who pays by a member of the request's body; None: no member could say it. `limit_reached`: told of
-        a text that was cut. `instance`: whose records they become."""
+        a text that was cut. `instance`: whose records they become. `pricer`: what prices calls with such a usage
+        object; None: prices want each call's record, so there are no lines."""
+        self._pricer = pricer
         self._instance = instance
         self._taps = taps
         self._by_body = by_body
@@ -90,7 +116,7 @@ class PlainReader:
         if reading is None:
             reading = self._prepare(key, shape, response, response_head)
         template = reading.template
-        if template is None:
+        if template is None or self._pricer is None:
             return None
         plan = reading.plan
         if not shape.read or plan is None:
@@ -100,14 +126,18 @@ class PlainReader:
             if row is None:
                 return None
             usage, models = orjson.dumps(row), (row["model"], row["request_model"])
-        line = template.line(
-            seq, id_, started_ns, first_byte_ms, duration_ms, request_bytes, response_bytes, client_ip, trace_id, usage
-        )
-        kind = reading.kinds.get(models)
-        if kind is None:
+        known = reading.kinds.get(models)
+        if known is None:
             if len(reading.kinds) >= KINDS_MAX:
                 reading.kinds.clear()
-            kind = reading.kinds[models] = CallKind(line)
+            known = reading.kinds[models] = (CallKind(), _no_cost if row is None else self._pricer(row).json)
+        kind, price = known
+        cost, pico = _UNKNOWN if row is None else price(row, started_ns / 1e9)
+        line = template.line(
+            seq, id_, started_ns, first_byte_ms, duration_ms, request_bytes, response_bytes, client_ip, trace_id, usage,
+            cost,
+        )  # fmt: skip
+        kind.line = kind.line or line
         hour = started_ns // _HOUR_NS * HOUR_S
         group = kind.group
         if group is None or group.hour != hour:
@@ -118,6 +148,12 @@ class PlainReader:
         group.request_bytes += request_bytes
         group.response_bytes += response_bytes
         if row is not None:
+            if pico is not None:
+                if cost.startswith(_USD):
+                    group.cost_pico += pico
+                    group.priced += 1
+            elif cost != b"null":
+                group.unpriced += 1
             tokens = group.tokens
             for name in row.keys() & _TOKENS:
                 if (count := row[name]) is not None:

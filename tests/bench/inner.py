@@ -40,6 +40,7 @@ from sidecar.model.exchange import (  # noqa: E402
 )
 from sidecar.model.http_url import UpstreamAddress  # noqa: E402
 from sidecar.model.record import encode  # noqa: E402
+from sidecar.prices import price_book  # noqa: E402
 from sidecar.proxy import plain_call  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
 from sidecar.proxy.client_connection import Client, Clients  # noqa: E402
@@ -193,7 +194,7 @@ class Metering:
     def __init__(self, exchange: Exchange) -> None:
         settings = load({"SIDECAR_UPSTREAM_URL": UPSTREAM}, backend_settings=backend_settings())
         self.metrics = Metrics(backends=["ledger"])
-        self.reader = factory.plain_readers(settings, self.metrics)("a")
+        self.reader = factory.plain_readers(settings, self.metrics, price_book(settings))("a")
         self.shape = RequestShape(
             number=1, method="POST", target=PATH, fields=((b"Content-Type", b"application/json"),), read=True,
             url=exchange.url, route=PATH, request_headers=exchange.request_headers, user_agent=None,

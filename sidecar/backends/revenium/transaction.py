@@ -13,6 +13,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.backends.base import clip
+from sidecar.meters.hourly import usd_of, write_amount
 from sidecar.meters.properties import answered
 from sidecar.model.exchange import Outcome, Usage
 from sidecar.model.record import Record
@@ -113,7 +114,7 @@ def metadata(record: Record) -> str | None:
             ("operation", usage.operation),
             ("service_tier", usage.service_tier),
             ("usage", usage.usage_state.value),
-            ("cost_usd", usage.cost_usd),
+            ("cost_usd", None if (cost := usd_of(record)) is None else write_amount(cost)),
         ]
     pairs += [("route", record.route), ("outcome", record.outcome.value)]
     texts = [f"{name}={_plain(value)}" for name, value in pairs if value]
