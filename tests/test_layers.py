@@ -24,6 +24,7 @@ PURE = (
     "sidecar.delivery.parking_log",
     "sidecar.delivery.retry_policy",
     "sidecar.delivery.types",
+    "sidecar.gate.denials",
     "sidecar.meters",
     "sidecar.model",
     "sidecar.proxy.drains",
