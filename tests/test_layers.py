@@ -25,6 +25,7 @@ PURE = (
     "sidecar.delivery.retry_policy",
     "sidecar.delivery.types",
     "sidecar.gate.denials",
+    "sidecar.gate.sources.signed_claim",
     "sidecar.meters",
     "sidecar.model",
     "sidecar.proxy.drains",

@@ -23,6 +23,7 @@ from urllib.parse import parse_qs
 import orjson
 
 from sidecar.model.target import query_of
+from sidecar.settings import AskedSettings
 from sidecar.usage.endpoints import Endpoints
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Reader
@@ -143,6 +144,12 @@ def denial(
     else:
         headers.append(("Retry-After", str(wait_s)))
     return Denial(status, tuple(headers), orjson.dumps(body))
+
+
+def as_set(settings: AskedSettings, kind: Kind, amounts: Amounts | None) -> tuple[int, Amounts | None]:
+    """Status and amounts of a denial as the operator wants them: for `denial`, where a limit has nothing of its own."""
+    used_up, rate = settings.gate_status
+    return used_up if kind == "quota" else rate, amounts if settings.gate_amounts else None
 
 
 def of_call(endpoints: Endpoints, method: str, target: str) -> tuple[Family | None, bool]:

@@ -17,10 +17,12 @@ from sidecar.gate.denials import (
     Denial,
     Family,
     Kind,
+    as_set,
     denial,
     header_text,
     of_call,
 )
+from sidecar.settings import AskedSettings
 from sidecar.usage.endpoints import Endpoints, Pin
 from sidecar.usage.providers.table import ROWS
 
@@ -191,6 +193,14 @@ def test_a_pinned_path_has_its_providers_shape() -> None:
     endpoints = Endpoints(ROWS, pins, (), None)
     assert of_call(endpoints, "POST", "/llm/ask") == (Family.OPENAI, False)
     assert of_call(endpoints, "POST", "/claude") == (Family.ANTHROPIC, False)
+
+
+def test_status_and_amounts_are_as_the_operator_has_set_them() -> None:
+    amounts = Amounts("1", "2", "calls")
+    assert as_set(AskedSettings(), "quota", amounts) == (402, None)
+    assert as_set(AskedSettings(), "rate", amounts) == (429, None)
+    shown = AskedSettings(gate_status=(403, 429), gate_amounts=True)
+    assert as_set(shown, "quota", amounts) == (403, amounts)
 
 
 def test_an_array_holds_the_one_error() -> None:
