@@ -24,6 +24,7 @@ PURE = (
     "sidecar.delivery.parking_log",
     "sidecar.delivery.retry_policy",
     "sidecar.delivery.types",
+    "sidecar.gate.answers",
     "sidecar.gate.denials",
     "sidecar.gate.sources.signed_claim",
     "sidecar.meters",
