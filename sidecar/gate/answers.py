@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Final
+from typing import Final, NamedTuple
 
 from sidecar.gate.sources.base import Answer, Caller, Known, NoAnswer, Source
 from sidecar.settings import AskedSettings, OnGateFailure
@@ -33,6 +33,7 @@ FAILURE_S_MAX: Final = 60.0  # up to this
 DENIED_S_MAX: Final = 60.0  # how far apart a denied subscriber's questions grow while it does not call
 WATCHED_S: Final = 900.0  # and for how long it is asked for at all without a call
 DELIVERY_S: Final = 5.0  # until what was settled here has been delivered and taken in there
+NOT_ASKED: Final = "not_asked"  # nobody was, or the answer is still to come
 BUCKET_S: Final = 1.0  # of what was settled since: amounts within a second are one
 BUCKETS_MAX: Final = 64  # beyond it the oldest two become one, and count as long as the younger
 
@@ -53,9 +54,8 @@ class Standing(StrEnum):
     FAILED = "failed"  # it was asked for in vain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
-    """Whether a call may be made, and why."""
+class Decision(NamedTuple):
+    """Whether a call may be made, and why. Made for each call, so a tuple."""
 
     allowed: bool
     source: str
@@ -128,6 +128,7 @@ class Entry:
     denied: bool = False  # by the vendor, or by what was taken off its answer
     answered_s: float = 0.0
     believed_s: float = 0.0  # until then
+    due_s: float = 0.0  # from then on a call has it asked for anew, while it holds
     until_s: float | None = None  # the end of the answer's period
     until_wall_s: float | None = None
     failures: int = 0
@@ -163,6 +164,7 @@ def take(
     entry.until_s = None if answer.until_s is None else now_s + (answer.until_s - wall_s)
     end_s = now_s + age_s if entry.until_s is None else min(now_s + age_s, entry.until_s)
     entry.believed_s = max(end_s, now_s + BELIEVED_S_MIN)
+    entry.due_s = now_s + (entry.believed_s - now_s) * AHEAD
     entry.failures, entry.reason, entry.asked_s = 0, "", now_s
 
 
@@ -186,10 +188,10 @@ def may_ask_s(entry: Entry) -> float:
     return entry.asked_s + min(FAILURE_S * 2.0 ** min(entry.failures - 1, 10), FAILURE_S_MAX)
 
 
-def is_due(entry: Entry, ages: Ages, now_s: float) -> bool:
-    """Whether a call finds its answer so old that it is asked for anew, while it holds."""
-    age_s = ages.denied_s if entry.denied else entry.believed_s - entry.answered_s
-    return now_s >= entry.answered_s + min(age_s, entry.believed_s - entry.answered_s) * AHEAD
+def deny(entry: Entry, ages: Ages) -> None:
+    """What was taken off an answer leaves nothing: a vendor that is topped up meanwhile says so when it is asked."""
+    entry.denied = True
+    entry.due_s = min(entry.due_s, entry.answered_s + ages.denied_s * AHEAD)
 
 
 def own_time_s(entry: Entry, source: Source, now_s: float) -> float | None:
@@ -218,12 +220,12 @@ def left_of(entry: Entry, answer: Answer, unit: str | None) -> int | None:
 def decide(entry: Entry, source: Source, caller: Caller, ages: Ages, *, now_s: float, wall_s: float) -> Decision:
     """By the answer where it is believed; else as the operator has it for when nobody answers."""
     if standing(entry, now_s) is Standing.FRESH:
-        return _by_answer(entry, source, caller, Freshness.FRESH, now_s, wall_s)
+        return by_answer(entry, source, caller, Freshness.FRESH, now_s=now_s, wall_s=wall_s)
     is_over = entry.until_s is not None and entry.until_s <= now_s
     is_kept = entry.answer is not None and now_s - entry.answered_s <= ages.last_s and not is_over
     if ages.on_failure is OnGateFailure.LAST and is_kept:
-        return _by_answer(entry, source, caller, Freshness.LAST, now_s, wall_s)
-    return without(source, ages, entry.reason or "not_asked")
+        return by_answer(entry, source, caller, Freshness.LAST, now_s=now_s, wall_s=wall_s)
+    return without(source, ages, entry.reason or NOT_ASKED)
 
 
 def without(source: Source, ages: Ages, reason: str) -> Decision:
@@ -245,24 +247,25 @@ def reservation(entry: Entry, source: Source, caller: Caller, estimate: Mapping[
     return wanted if left is None else min(wanted, max(left, 0))
 
 
-def _by_answer(
-    entry: Entry, source: Source, caller: Caller, freshness: Freshness, now_s: float, wall_s: float
+def by_answer(
+    entry: Entry, source: Source, caller: Caller, freshness: Freshness, *, now_s: float, wall_s: float
 ) -> Decision:
+    """What the answer says of a call, less what was taken off it."""
     assert entry.answer is not None
     answer = entry.answer.judge(caller, wall_s)
     left = left_of(entry, answer, source.unit)
     used_up = answer.allowed and left is not None and left <= 0
     allowed = answer.allowed and not used_up
     return Decision(
-        allowed=allowed,
-        source=source.name,
-        freshness=freshness,
-        reason="used_up_since" if used_up else answer.reason,
-        limit=None if allowed else answer.limit or source.name,
-        age_s=max(now_s - entry.answered_s, 0.0),
-        remaining=answer.remaining if left is None else left,
-        unit=answer.unit,
-        until_wall_s=answer.until_s,
-        message=answer.message,
-        shadow=answer.shadow,
+        allowed,
+        source.name,
+        freshness,
+        "used_up_since" if used_up else answer.reason,
+        None if allowed else answer.limit or source.name,
+        now_s - entry.answered_s,
+        answer.remaining if left is None else left,
+        answer.unit,
+        answer.until_s,
+        answer.message,
+        answer.shadow,
     )

@@ -16,7 +16,7 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from time import monotonic, time
 from typing import Final, Self
 
@@ -191,15 +191,23 @@ class Asking:
     # -- one source
 
     def _decide(self, caller: Caller, *, final: bool) -> Decision | None:
-        found = [self._of_one(asked, caller, final=final) for asked in self._asked]
-        denial = next((one for one in found if one is not None and not one.allowed), None)
-        if denial is None and None in found:
+        chosen, must_ask = ALLOWED, False
+        for asked in self._asked:
+            found = self._of_one(asked, caller, final=final)
+            if found is None:
+                must_ask = True
+            elif not found.allowed:
+                chosen = found
+                break
+            else:
+                chosen = found if chosen is ALLOWED else _stalest(chosen, found)
+        if must_ask and chosen.allowed:
+            # The others were asked in the same turn: one that says no meanwhile need not be waited for.
             return None
-        chosen = denial or _stalest([one for one in found if one is not None])
         if chosen is not ALLOWED:
             word = "allowed" if chosen.allowed else "denied"
             reason = chosen.reason if chosen.freshness is Freshness.NONE else ""
-            self.counts[word, chosen.source, chosen.freshness, reason] += 1
+            self.counts[word, chosen.source, chosen.freshness.value, reason] += 1
         return chosen
 
     def _of_one(self, asked: _Asked, caller: Caller, *, final: bool) -> Decision | None:
@@ -212,19 +220,27 @@ class Asking:
         now_s = self._mono()
         entry.used_s = now_s
         stands = answers.standing(entry, now_s)
+        if stands is Standing.FRESH:
+            return self._by_answer(asked, entry, caller, now_s)
         may_wait = stands is Standing.ABSENT and not final and (not asked.down or subject in asked.flights)
         if may_wait and self._ask(asked, entry) is not None:
             return None
         decision = answers.decide(entry, asked.source, caller, self._ages, now_s=now_s, wall_s=self._wall())
-        if stands is not Standing.FRESH:
-            self._ask(asked, entry)
-            if decision.reason == "not_asked":
-                return answers.without(asked.source, self._ages, self._why_not(asked, entry))
+        self._ask(asked, entry)
+        if decision.reason == answers.NOT_ASKED:
+            return answers.without(asked.source, self._ages, self._why_not(asked, entry))
+        return decision
+
+    def _by_answer(self, asked: _Asked, entry: Entry, caller: Caller, now_s: float) -> Decision:
+        """By an answer that is believed, and have it renewed in time."""
+        source = asked.source
+        decision = answers.by_answer(entry, source, caller, Freshness.FRESH, now_s=now_s, wall_s=self._wall())
+        if source.polled_s is not None:
             return decision
-        if not decision.allowed and asked.source.polled_s is None and not entry.denied:
-            entry.denied = True  # by what was taken off: a vendor that is topped up says so when it is asked
+        if not decision.allowed and not entry.denied:
+            answers.deny(entry, self._ages)
             self._plan(asked, entry)
-        if asked.source.polled_s is None and answers.is_due(entry, self._ages, now_s):
+        if now_s >= entry.due_s:
             self._ask(asked, entry)
         return decision
 
@@ -339,14 +355,11 @@ class Asking:
             asked.timers[entry.subject] = loop.call_later(wait_s, self._on_time, asked, entry)
 
 
-def _stalest(found: Sequence[Decision]) -> Decision:
-    """Of several yeses the one that rests on least; with the first rule that would have said no."""
-    if not found:
-        return ALLOWED
+def _stalest(one: Decision, other: Decision) -> Decision:
+    """Of two yeses the one that rests on less; with the first rule that would have said no."""
     order = (Freshness.NONE, Freshness.LAST, Freshness.FRESH)
-    chosen = min(found, key=lambda one: order.index(one.freshness))
-    shadow = next((one.shadow for one in found if one.shadow is not None), None)
-    return chosen if chosen.shadow == shadow else replace(chosen, shadow=shadow)
+    chosen = min(one, other, key=lambda each: order.index(each.freshness))
+    return chosen._replace(shadow=one.shadow or other.shadow)
 
 
 def _evict(asked: _Asked) -> bool:

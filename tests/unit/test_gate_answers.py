@@ -72,10 +72,10 @@ def test_a_yes_is_believed_for_a_minute_and_a_no_for_five_seconds() -> None:
 
 def test_it_is_asked_for_anew_at_four_fifths_of_its_age() -> None:
     yes, no = entry_of(YES), entry_of(NO)
-    assert not answers.is_due(yes, AGES, 1047.9)
-    assert answers.is_due(yes, AGES, 1048.0)
-    assert not answers.is_due(no, AGES, 1003.9)
-    assert answers.is_due(no, AGES, 1004.0)
+    assert (yes.due_s, no.due_s) == (1048.0, 1004.0)
+    answers.deny(yes, AGES)
+    assert yes.due_s == 1004.0, "denied by what was used here: as soon as one that the vendor denies"
+    assert entry_of(replace(YES, until_s=WALL_S + 10)).due_s == 1008.0
 
 
 @pytest.mark.parametrize("answer", [YES, NO])
