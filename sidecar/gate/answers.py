@@ -24,7 +24,7 @@ from enum import StrEnum
 from typing import Final, NamedTuple
 
 from sidecar.gate.sources.base import Answer, Caller, Known, NoAnswer, Source
-from sidecar.settings import AskedSettings, OnGateFailure
+from sidecar.settings import AskedSettings
 
 AHEAD: Final = 0.8  # of an answer's age: then it is asked for anew, while the old one still holds
 BELIEVED_S_MIN: Final = 1.0  # of any answer, also one whose period is just over: no vendor is asked without a pause
@@ -36,6 +36,14 @@ DELIVERY_S: Final = 5.0  # until what was settled here has been delivered and ta
 NOT_ASKED: Final = "not_asked"  # nobody was, or the answer is still to come
 BUCKET_S: Final = 1.0  # of what was settled since: amounts within a second are one
 BUCKETS_MAX: Final = 64  # beyond it the oldest two become one, and count as long as the younger
+
+
+class OnFailure(StrEnum):
+    """What holds where nobody answers, as `SIDECAR_GATE_ON_FAILURE` has it."""
+
+    OPEN = "open"
+    CLOSED = "closed"
+    LAST = "last"  # as was last answered, then as `open`
 
 
 class Freshness(StrEnum):
@@ -77,15 +85,15 @@ class Ages:
     allowed_s: float = 60.0
     denied_s: float = 5.0
     last_s: float = 3600.0
-    on_failure: OnGateFailure = OnGateFailure.OPEN
+    on_failure: OnFailure = OnFailure.OPEN
 
     @classmethod
-    def of(cls, settings: AskedSettings) -> Ages:
+    def of(cls, settings: AskedSettings, on_failure: str = OnFailure.OPEN) -> Ages:
         return cls(
             allowed_s=settings.gate_age,
             denied_s=settings.gate_denied_age,
             last_s=settings.gate_last_age,
-            on_failure=settings.gate_on_failure,
+            on_failure=OnFailure(on_failure),
         )
 
 
@@ -223,14 +231,14 @@ def decide(entry: Entry, source: Source, caller: Caller, ages: Ages, *, now_s: f
         return by_answer(entry, source, caller, Freshness.FRESH, now_s=now_s, wall_s=wall_s)
     is_over = entry.until_s is not None and entry.until_s <= now_s
     is_kept = entry.answer is not None and now_s - entry.answered_s <= ages.last_s and not is_over
-    if ages.on_failure is OnGateFailure.LAST and is_kept:
+    if ages.on_failure is OnFailure.LAST and is_kept:
         return by_answer(entry, source, caller, Freshness.LAST, now_s=now_s, wall_s=wall_s)
     return without(source, ages, entry.reason or NOT_ASKED)
 
 
 def without(source: Source, ages: Ages, reason: str) -> Decision:
     """The decision where there is no answer: `last` without one is `open`."""
-    allowed = ages.on_failure is not OnGateFailure.CLOSED
+    allowed = ages.on_failure is not OnFailure.CLOSED
     return Decision(
         allowed=allowed,
         source=source.name,

@@ -21,7 +21,7 @@ from time import monotonic, time
 from typing import Final, Self
 
 from sidecar.gate import answers
-from sidecar.gate.answers import Ages, Decision, Entry, Freshness, Standing
+from sidecar.gate.answers import Ages, Decision, Entry, Freshness, OnFailure, Standing
 from sidecar.gate.sources.base import Caller, NoAnswer, Source
 from sidecar.settings import AskedSettings
 
@@ -80,7 +80,7 @@ class Asking:
     """The sources of one process. Open it as a context; `counts` and `questions` are for metrics.
 
     `counts`: decisions by (`allowed` or `denied`, source, freshness, reason where nobody answered). `questions`: by
-    (source, `answered` or why not).
+    (source, `answered` or why not). `on_failure`: `open`, `closed` or `last`.
     """
 
     def __init__(
@@ -88,13 +88,14 @@ class Asking:
         sources: Sequence[Source],
         settings: AskedSettings,
         *,
+        on_failure: str = OnFailure.OPEN,
         ages: Ages | None = None,
         mono: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ) -> None:
         self.counts: Counter[tuple[str, str, str, str]] = Counter()
         self.questions: Counter[tuple[str, str]] = Counter()
-        self._ages = ages or Ages.of(settings)
+        self._ages = ages or Ages.of(settings, on_failure)
         self._timeout_s = settings.gate_timeout
         self._subjects_max = settings.gate_subscribers
         self._mono, self._wall = mono, wall
@@ -139,7 +140,7 @@ class Asking:
         return found
 
     def reserve(self, caller: Caller, estimate: Mapping[str, int]) -> Hold:
-        """Hold back what a call that was let through may use, by unit (money in pico-USD)."""
+        """Hold back what a call that was let through may use, by unit: money in pico-USD, meters in millionths."""
         hold, wall_s = Hold(), self._wall()
         for asked in self._asked:
             entry = self._known(asked, caller)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, Literal
@@ -146,10 +146,46 @@ def denial(
     return Denial(status, tuple(headers), orjson.dumps(body))
 
 
-def as_set(settings: AskedSettings, kind: Kind, amounts: Amounts | None) -> tuple[int, Amounts | None]:
-    """Status and amounts of a denial as the operator wants them: for `denial`, where a limit has nothing of its own."""
-    used_up, rate = settings.gate_status
-    return used_up if kind == "quota" else rate, amounts if settings.gate_amounts else None
+class Denials:
+    """Makes the response for a call that the gate turned away, as the operator has it."""
+
+    def __init__(
+        self,
+        endpoints: Endpoints,
+        settings: AskedSettings,
+        *,
+        statuses: Mapping[str, int] | None = None,
+        chance: Callable[[], float] = lambda: 0.0,
+    ) -> None:
+        """`statuses`: by kind, where they are not 402 and 429. `chance`: 0 to 1, for the jitter of waits."""
+        self._endpoints = endpoints
+        self._statuses = statuses or {}
+        self._show_amounts = settings.gate_amounts
+        self._chance = chance
+
+    def __call__(
+        self,
+        method: str,
+        target: str,
+        *,
+        limit: str,
+        kind: str,
+        retry_after_s: float | None,
+        message: str | None,
+        amounts: Amounts | None = None,
+    ) -> Denial:
+        family, in_array = of_call(self._endpoints, method, target)
+        return denial(
+            family,
+            limit=limit,
+            kind="quota" if kind == "quota" else "rate",
+            retry_after_s=retry_after_s,
+            message=message,
+            amounts=amounts if self._show_amounts else None,
+            streamed=in_array,
+            status=self._statuses.get(kind),
+            jitter=self._chance(),
+        )
 
 
 def of_call(endpoints: Endpoints, method: str, target: str) -> tuple[Family | None, bool]:

@@ -39,12 +39,6 @@ class OnDisconnect(StrEnum):
     STOP = "stop"
 
 
-class OnGateFailure(StrEnum):
-    OPEN = "open"
-    CLOSED = "closed"
-    LAST = "last"
-
-
 class Forwarded(StrEnum):
     X_FORWARDED = "x-forwarded"
     FORWARDED = "forwarded"
@@ -293,15 +287,8 @@ class UsageSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedSettings:
-    """Whom the gate asks outside, how old an answer may be, and what a denied client is told."""
+    """Whom the gate asks outside, and how old an answer may be."""
 
-    gate_on_failure: OnGateFailure = _setting(
-        types.one_of(OnGateFailure), "open",
-        "nobody answers: `open` (calls pass), `closed` (they are denied) or `last` (as last answered, then `open`)",
-    )  # fmt: skip
-    gate_status: tuple[int, int] = _setting(
-        types.denial_statuses, "402,429", "of a denial: for what is used up, then for a rate"
-    )
     gate_amounts: bool = _setting(types.flag, "false", "tell a denied client how much of the limit is used")
     gate_timeout: float = _setting(  # it is waited for once a subscriber, before its first call
         types.duration(0.05, 30), "2s", "how long an answer may take"

@@ -376,14 +376,3 @@ def _unit(value: str) -> str | None:
 
 
 unit: Final = Kind(f"one of {', '.join(_UNITS)}, meter:NAME, or none", _unit)
-
-
-def _denial_statuses(items: Sequence[str]) -> tuple[int, int]:
-    if not 1 <= len(items) <= 2 or not all(re.fullmatch(r"4\d\d", item, re.ASCII) for item in items):
-        raise ValueError
-    return int(items[0]), int(items[1]) if len(items) == 2 else 429
-
-
-denial_statuses: Final = Kind(
-    "one or two statuses from 400 to 499, such as 402,429", lambda v: _denial_statuses(_split(v))
-)

@@ -17,7 +17,7 @@ from support.scripted import running_receiver
 
 from sidecar.dev.mock_backends import Do, Fault, GateLie, Lie, Receiver, Terms
 from sidecar.gate import asking as asking_module
-from sidecar.gate.answers import Ages, Freshness
+from sidecar.gate.answers import Ages, Freshness, OnFailure
 from sidecar.gate.asking import ALLOWED, Asking
 from sidecar.gate.sources.base import COST_USD, PICO, Answer, Caller, Known, NoAnswer, Source
 from sidecar.gate.sources.flexprice import FlexpriceWallets
@@ -25,7 +25,7 @@ from sidecar.gate.sources.lago import LagoWallets
 from sidecar.gate.sources.openmeter import OpenmeterAccess
 from sidecar.gate.sources.revenium import ReveniumProductKey
 from sidecar.gate.sources.revenium_controls import ReveniumControls
-from sidecar.settings import AskedSettings, OnGateFailure
+from sidecar.settings import AskedSettings
 
 KEY = "rev_mk_1234567890"
 CALL = {"calls": 1}
@@ -144,7 +144,7 @@ async def test_money_is_counted_down_between_two_answers(receiver: Receiver) -> 
         assert found.remaining == PICO // 4
 
 
-@pytest.mark.parametrize("on_failure", list(OnGateFailure))
+@pytest.mark.parametrize("on_failure", list(OnFailure))
 @pytest.mark.parametrize(
     ("fault", "reason"),
     [
@@ -158,14 +158,13 @@ async def test_money_is_counted_down_between_two_answers(receiver: Receiver) -> 
     ],
 )
 async def test_a_vendor_that_gives_no_answer_is_the_operators_word_and_is_counted(
-    fault: Fault, reason: str, on_failure: OnGateFailure, receiver: Receiver
+    fault: Fault, reason: str, on_failure: OnFailure, receiver: Receiver
 ) -> None:
     receiver.faults.set(fault)
     source = ReveniumProductKey(api_key=KEY, url=receiver.url)
-    settings = AskedSettings(gate_timeout=0.3, gate_on_failure=on_failure)
-    async with Asking([source], settings) as asking:
+    async with Asking([source], AskedSettings(gate_timeout=0.3), on_failure=on_failure) as asking:
         found = await asking.decided(caller("acme"))
-        assert (found.allowed, found.freshness) == (on_failure is not OnGateFailure.CLOSED, Freshness.NONE)
+        assert (found.allowed, found.freshness) == (on_failure is not OnFailure.CLOSED, Freshness.NONE)
         assert found.reason == reason
         await until(lambda: asking.questions[source.name, reason] == 1)
         again = asking.decide(caller("acme"))
@@ -173,13 +172,13 @@ async def test_a_vendor_that_gives_no_answer_is_the_operators_word_and_is_counte
         assert again.reason == reason
         (status,) = asking.status()
         assert (status.reason, status.failures) == (reason, 1)
-    word = "denied" if on_failure is OnGateFailure.CLOSED else "allowed"
+    word = "denied" if on_failure is OnFailure.CLOSED else "allowed"
     assert asking.counts[word, "revenium", "none", reason] == 2
 
 
 async def test_last_goes_on_with_what_was_said_and_a_running_count() -> None:
     source = Says(Answer(allowed=True, remaining=2, unit="calls"), DOWN)
-    ages = Ages(allowed_s=1.0, on_failure=OnGateFailure.LAST)
+    ages = Ages(allowed_s=1.0, on_failure=OnFailure.LAST)
     async with Asking([source], WAIT, ages=ages) as asking:
         await asking.decided(caller())
         asking.settle(asking.reserve(caller(), CALL), CALL)
@@ -246,8 +245,7 @@ async def test_who_is_denied_by_what_it_used_here_is_let_in_when_the_vendor_is_t
 
 async def test_a_failed_renewal_lets_the_old_answer_hold_to_its_end() -> None:
     source = Says(YES, DOWN)
-    settings = AskedSettings(gate_on_failure=OnGateFailure.CLOSED)
-    async with Asking([source], settings, ages=Ages(allowed_s=1.0, on_failure=OnGateFailure.CLOSED)) as asking:
+    async with Asking([source], WAIT, ages=Ages(allowed_s=1.0, on_failure=OnFailure.CLOSED)) as asking:
         await asking.decided(caller())
         seen: list[tuple[bool, str]] = []
 
@@ -351,11 +349,11 @@ async def test_a_crowd_that_is_held_leaves_no_room_and_is_told_so() -> None:
 
 async def test_whom_no_vendor_can_know_is_the_operators_word() -> None:
     source = Says(NO)
-    for on_failure in OnGateFailure:
-        async with Asking([source], AskedSettings(gate_on_failure=on_failure)) as asking:
+    for on_failure in OnFailure:
+        async with Asking([source], WAIT, on_failure=on_failure) as asking:
             found = asking.decide(caller(None))
             assert found is not None
-            assert (found.allowed, found.reason) == (on_failure is not OnGateFailure.CLOSED, "no_customer")
+            assert (found.allowed, found.reason) == (on_failure is not OnFailure.CLOSED, "no_customer")
     assert source.asked == []
 
 

@@ -398,6 +398,8 @@ async def test_an_entitlement_runs_down_with_what_was_reported(receiver: Receive
         (b'{"hasAccess": true, "balance": 0, "overage": 9}', "calls", Answer(allowed=True, limit="f")),
         (b'{"hasAccess": true, "balance": 0.1}', COST_USD,
          Answer(allowed=True, remaining=PICO // 10, unit=COST_USD, limit="f")),
+        (b'{"hasAccess": true, "balance": 2.5}', "meter:pages",
+         Answer(allowed=True, remaining=2_500_000, unit="meter:pages", limit="f")),
         (b'{"hasAccess": true, "balance": 1e30}', "calls", NoAnswer("numbers")),
         (b'{"hasAccess": true, "balance": 1e999999999}', "calls", NoAnswer("numbers")),
         (b'{"hasAccess": true, "balance": NaN}', "calls", NoAnswer("unexpected_answer")),

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.gate import answers
-from sidecar.gate.answers import BUCKETS_MAX, DELIVERY_S, Ages, Decision, Entry, Freshness, Standing, Tally
+from sidecar.gate.answers import BUCKETS_MAX, DELIVERY_S, Ages, Decision, Entry, Freshness, OnFailure, Standing, Tally
 from sidecar.gate.sources.base import Answer, Caller, NoAnswer
-from sidecar.settings import AskedSettings, OnGateFailure
+from sidecar.settings import AskedSettings
 
 WALL_S = 1_795_000_000.0
 ACME = Caller(subscriber="acme")
@@ -57,8 +57,8 @@ def decide(entry: Entry, now_s: float, *, source: Stand = STAND, ages: Ages = AG
 
 def test_the_settings_are_the_ages() -> None:
     assert Ages.of(AskedSettings()) == AGES
-    own = AskedSettings(gate_age=9.0, gate_denied_age=2.0, gate_last_age=7.0, gate_on_failure=OnGateFailure.LAST)
-    assert Ages.of(own) == Ages(allowed_s=9.0, denied_s=2.0, last_s=7.0, on_failure=OnGateFailure.LAST)
+    own = AskedSettings(gate_age=9.0, gate_denied_age=2.0, gate_last_age=7.0)
+    assert Ages.of(own, "last") == Ages(allowed_s=9.0, denied_s=2.0, last_s=7.0, on_failure=OnFailure.LAST)
 
 
 def test_a_yes_is_believed_for_a_minute_and_a_no_for_five_seconds() -> None:
@@ -84,7 +84,7 @@ def test_an_answer_ends_with_its_period(answer: Answer) -> None:
     entry = entry_of(ending)
     assert answers.standing(entry, 1002.9) is Standing.FRESH
     assert answers.standing(entry, 1003.0) is Standing.ABSENT
-    for word in OnGateFailure:
+    for word in OnFailure:
         ages = Ages(on_failure=word)
         assert decide(entry, 1003.0, ages=ages).freshness is Freshness.NONE, "nor is it a last answer"
 
@@ -161,7 +161,7 @@ def test_what_was_used_before_the_period_began_is_the_old_periods() -> None:
 def test_without_an_answer_the_operators_word_holds(
     on_failure: str, at_s: float, allowed: bool, freshness: str
 ) -> None:
-    ages = Ages(on_failure=OnGateFailure(on_failure))
+    ages = Ages(on_failure=OnFailure(on_failure))
     entry = entry_of(NO)
     answers.miss(entry, NoAnswer("http_500"), 1003.0)
     found = decide(entry, at_s, ages=ages)
@@ -176,7 +176,7 @@ def test_a_last_answer_runs_down_too() -> None:
     entry = entry_of(YES)
     answers.miss(entry, NoAnswer("timeout"), 1050.0)
     entry.since.add(10, 1070.0)
-    found = decide(entry, 1100.0, ages=Ages(on_failure=OnGateFailure.LAST))
+    found = decide(entry, 1100.0, ages=Ages(on_failure=OnFailure.LAST))
     assert (found.allowed, found.freshness, found.remaining) == (False, "last", 0)
 
 

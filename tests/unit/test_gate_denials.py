@@ -15,9 +15,9 @@ from sidecar.gate.denials import (
     TEXT_CHARS_MAX,
     Amounts,
     Denial,
+    Denials,
     Family,
     Kind,
-    as_set,
     denial,
     header_text,
     of_call,
@@ -195,12 +195,18 @@ def test_a_pinned_path_has_its_providers_shape() -> None:
     assert of_call(endpoints, "POST", "/claude") == (Family.ANTHROPIC, False)
 
 
-def test_status_and_amounts_are_as_the_operator_has_set_them() -> None:
-    amounts = Amounts("1", "2", "calls")
-    assert as_set(AskedSettings(), "quota", amounts) == (402, None)
-    assert as_set(AskedSettings(), "rate", amounts) == (429, None)
-    shown = AskedSettings(gate_status=(403, 429), gate_amounts=True)
-    assert as_set(shown, "quota", amounts) == (403, amounts)
+def test_what_the_operator_has_set_is_in_every_denial() -> None:
+    endpoints, amounts = Endpoints(ROWS, (), (), None), Amounts("1", "2", "calls")
+    plain = Denials(endpoints, AskedSettings())
+    own = Denials(endpoints, AskedSettings(gate_amounts=True), statuses={"quota": 403, "rate": 420}, chance=lambda: 1.0)
+    call: dict[str, Any] = {"limit": "l", "retry_after_s": 3.0, "message": None, "amounts": amounts}
+    target = GEMINI_STREAM
+    assert plain("POST", target, kind="quota", **call) == denial("gemini", limit="l", kind="quota", streamed=True)
+    assert own("POST", target, kind="quota", **call) == denial(
+        "gemini", limit="l", kind="quota", streamed=True, status=403, amounts=amounts
+    )
+    assert fields(own("POST", "/orders", kind="rate", **call))["retry-after"] == "4"
+    assert own("POST", "/orders", kind="rate", **call).status == 420
 
 
 def test_an_array_holds_the_one_error() -> None:

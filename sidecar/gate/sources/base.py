@@ -26,8 +26,10 @@ from sidecar.storage.http_client import HttpClient, NoAnswer
 __all__ = ["Answer", "Caller", "Known", "NoAnswer", "Source", "Vendor"]
 
 COST_USD: Final = "cost_usd"
+METER: Final = "meter:"
 PICO: Final = 10**12
-"""Money is counted in whole millionths of a millionth of a dollar, everything else in whole units of itself."""
+MILLIONTHS: Final = 10**6
+"""Amounts are whole numbers here as in the limits: money in pico-USD, meters in millionths, the rest as it is."""
 
 NUMBER_CHARS_MAX: Final = 40  # of an amount as text: 18 digits before the point and 18 behind are the vendors' widest
 NUMBER_DIGITS_MAX: Final = 24  # before the point; more would cost time to make whole, and is no amount of anything
@@ -54,7 +56,7 @@ class Answer:
 
     allowed: bool
     reason: str = ""  # why not, in a fixed word
-    remaining: int | None = None  # in `unit`, money in pico-USD; None: nothing to count down
+    remaining: int | None = None  # in `unit`, as it is counted here; None: nothing to count down
     unit: str | None = None
     at_s: float | None = None  # up to when usage is in it, Unix seconds; None: up to the question
     until_s: float | None = None  # it says nothing of what is after this moment, Unix seconds
@@ -185,9 +187,9 @@ def amount(value: object) -> Decimal | None:
 
 
 def whole_units(value: Decimal, unit: str | None) -> int:
-    """What is left in whole units, never more than there is."""
-    scaled = value * PICO if unit == COST_USD else value
-    return int(scaled.to_integral_value(rounding="ROUND_FLOOR"))
+    """What is left as it is counted here, never more than there is."""
+    scale = PICO if unit == COST_USD else MILLIONTHS if unit is not None and unit.startswith(METER) else 1
+    return int((value * scale).to_integral_value(rounding="ROUND_FLOOR"))
 
 
 def moment(value: object) -> float | None:

@@ -13,11 +13,22 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from time import time
 from typing import Any, Final
 from urllib.parse import quote
 
-from sidecar.gate.sources.base import MISSING, UNEXPECTED, Answer, Caller, NoAnswer, Vendor, customer, moment
+from sidecar.gate.sources.base import (
+    MISSING,
+    UNEXPECTED,
+    Answer,
+    Caller,
+    NoAnswer,
+    Vendor,
+    customer,
+    moment,
+    whole_units,
+)
 from sidecar.gate.sources.signed_claim import PublicKey, read_claim
 
 HOST: Final = "https://api.revenium.io"
@@ -110,7 +121,7 @@ def judged(claims: Mapping[str, Any], unit: str | None, now_s: float) -> Answer 
     return Answer(
         allowed=left > 0,
         reason="" if left > 0 else "quota_used_up",
-        remaining=left,
+        remaining=whole_units(Decimal(left), unit),
         unit=unit,
         at_s=made_s,
         until_s=until_s,
