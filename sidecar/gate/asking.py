@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 ASKS_AT_ONCE: Final = 16  # questions on the wire to one source
 WAITING_MAX: Final = 1000  # questions to one source that are under way or wait their turn; beyond it none is begun
 DOWN_AFTER: Final = 3  # failures in a row, of whatever subjects
+OPEN_MAX: Final = 200_000  # calls whose estimate is held by their id, of all processes: each may have 20,000
 PROBE_S: Final = 1.0  # between two questions to a source that is down, doubled with each,
 PROBE_S_MAX: Final = 30.0  # up to this
 EVICTION_LOOKS: Final = 16  # of the least used entries, for one that nothing holds
@@ -100,6 +101,8 @@ class Asking:
         self._subjects_max = settings.gate_subscribers
         self._mono, self._wall = mono, wall
         self._asked = [_Asked(source, asyncio.Semaphore(ASKS_AT_ONCE)) for source in sources]
+        self._open: dict[str, Hold] = {}
+        self.not_held = 0
         self._closed = False
 
     async def __aenter__(self) -> Self:
@@ -172,6 +175,32 @@ class Asking:
             entry = self._known(asked, caller)
             if entry is not None and asked.source.unit is not None:
                 entry.since.add(max(amounts.get(asked.source.unit, 0), 0), now_s)
+
+    # The same by the id of a call, for a process that is told of its begin and its end by others.
+
+    def began(self, call_id: str, caller: Caller, estimate: Mapping[str, int]) -> None:
+        """A call was let through: hold back its estimate until `ended`. Beyond a bound nothing is held, and counted."""
+        if call_id in self._open:
+            return
+        if len(self._open) >= OPEN_MAX:
+            self.not_held += 1
+            return
+        self._open[call_id] = self.reserve(caller, estimate)
+
+    def ended(self, call_id: str, caller: Caller, amounts: Mapping[str, int]) -> None:
+        """What it did use. A call that held nothing is charged all the same."""
+        hold = self._open.pop(call_id, None)
+        if hold is None:
+            self.charge(caller, amounts)
+        else:
+            self.settle(hold, amounts)
+
+    def died(self, is_of: Callable[[str], bool]) -> int:
+        """A process is no more: what its calls (by their ids) held is free. How many those were."""
+        gone = [call_id for call_id in self._open if is_of(call_id)]
+        for call_id in gone:
+            self.release(self._open.pop(call_id))
+        return len(gone)
 
     def status(self) -> list[SourceStatus]:
         return [

@@ -132,6 +132,34 @@ async def test_what_a_call_holds_is_given_back_or_settled_once() -> None:
         assert not found.allowed
 
 
+async def test_a_call_is_held_by_its_id_from_its_begin_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Says(Answer(allowed=True, remaining=9, unit="calls"))
+    async with Asking([source], WAIT) as asking:
+        await asking.decided(caller())
+
+        def left() -> int | None:
+            found = asking.decide(caller())
+            return None if found is None else found.remaining
+
+        for call_id in ("a-1", "a-2", "b-1", "a-1"):
+            asking.began(call_id, caller(), CALL)
+        assert left() == 6, "one that is told twice is held once"
+        asking.ended("a-1", caller(), {"calls": 2})
+        assert left() == 5
+        asking.ended("a-1", caller(), {})
+        asking.ended("never-begun", caller(), CALL)
+        assert left() == 4, "what held nothing is charged all the same"
+        assert asking.died(lambda call_id: call_id.startswith("a-")) == 1
+        assert left() == 5
+        assert asking.died(lambda call_id: call_id.startswith("a-")) == 0
+        asking.ended("b-1", caller(), {})
+        assert left() == 6
+        monkeypatch.setattr(asking_module, "OPEN_MAX", 1)
+        asking.began("c-1", caller(), CALL)
+        asking.began("c-2", caller(), CALL)
+        assert (left(), asking.not_held) == (5, 1)
+
+
 async def test_money_is_counted_down_between_two_answers(receiver: Receiver) -> None:
     source = FlexpriceWallets(api_key=KEY, url=receiver.url)
     async with Asking([source], WAIT) as asking:
