@@ -78,6 +78,33 @@ class Decision(NamedTuple):
     shadow: str | None = None  # a limit that would stop it, were it in force
 
 
+class Told(NamedTuple):
+    """What a denied client is told of a decision; the arguments of `denials.Denials`."""
+
+    limit: str
+    kind: str  # `quota`, or `rate` for what a short wait may mend
+    retry_after_s: float | None
+    message: str | None  # None: the sentence of the kind
+
+
+def told(decision: Decision) -> Told:
+    """Of a decision that denies. Nobody is told that a quota is used up because a vendor does not answer."""
+    limit = decision.limit or decision.source
+    if decision.freshness is Freshness.NONE:
+        return Told(limit, "rate", FAILURE_S, "Whether this call may be made cannot be looked up just now.")
+    return Told(limit, "quota", None, decision.message or _SENTENCES.get(decision.reason))
+
+
+_SENTENCES: Final = {
+    "no_subscription": "No subscription allows this call.",
+    "subscription_ended": "The subscription for this call has ended.",
+    "no_customer": "No account allows this call.",
+    "no_wallet": "No prepaid balance allows this call.",
+    "no_entitlement": "No plan allows this call.",
+    "balance_used_up": "The prepaid balance is used up.",
+}
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ages:
     """How long answers are believed, and what holds without one."""

@@ -11,7 +11,11 @@ from typing import Any
 import pytest
 from support.backend_fixtures import Request, ScriptedServer
 
-from sidecar.gate.denials import Denial, Kind, denial, of_call
+from sidecar.gate.answers import told
+from sidecar.gate.asking import Asking
+from sidecar.gate.denials import Denial, Denials, Kind, denial, of_call
+from sidecar.gate.sources import Answer, Caller
+from sidecar.settings import AskedSettings
 from sidecar.usage.endpoints import Endpoints
 from sidecar.usage.providers.table import ROWS
 
@@ -163,6 +167,37 @@ async def test_bedrock_raises_throttling_for_a_rate() -> None:
     error, requests = await denied(lambda url: bedrock(url, mode="standard"), "rate", retry_after_s=1.0)
     assert type(error).__name__ == "ThrottlingException"
     assert len(requests) == 3
+
+
+async def test_what_a_vendor_denies_reaches_each_client_in_its_own_shape() -> None:
+    """From the vendor's answer to the exception: one decision, and the response that is made of it."""
+    says_no = Answer(allowed=False, reason="balance_used_up")
+    deny = Denials(ENDPOINTS, AskedSettings(), chance=lambda: 0.5)
+
+    class Wallets:
+        name, unit, lag_s, polled_s = "lago", None, 0.0, None
+
+        def subject(self, caller: Caller) -> str | None:
+            return caller.subscriber
+
+        async def ask(self, subject: str) -> Answer:
+            return says_no
+
+        async def aclose(self) -> None: ...
+
+    async with Asking([Wallets()], AskedSettings()) as asking:
+        decision = await asking.decided(Caller(subscriber="acme"))
+    reason = told(decision)
+
+    def turned_away(request: Request) -> bytes:
+        return deny(request.method, request.target, **reason._asdict()).encode(close=False)
+
+    async with ScriptedServer(script=turned_away).running() as server:
+        for call in (openai_chat, anthropic_messages, gemini, bedrock):
+            server.requests.clear()
+            with pytest.raises(Exception, match=r"The prepaid balance is used up\."):
+                await asyncio.to_thread(call, server.url)
+            assert len(server.requests) == 1
 
 
 async def test_whoever_speaks_no_known_api_reads_a_problem() -> None:

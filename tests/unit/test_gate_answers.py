@@ -9,7 +9,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.gate import answers
-from sidecar.gate.answers import BUCKETS_MAX, DELIVERY_S, Ages, Decision, Entry, Freshness, OnFailure, Standing, Tally
+from sidecar.gate.answers import (
+    BUCKETS_MAX,
+    DELIVERY_S,
+    Ages,
+    Decision,
+    Entry,
+    Freshness,
+    OnFailure,
+    Standing,
+    Tally,
+    Told,
+)
 from sidecar.gate.sources.base import Answer, Caller, NoAnswer
 from sidecar.settings import AskedSettings
 
@@ -170,6 +181,27 @@ def test_without_an_answer_the_operators_word_holds(
     never = Entry("y")
     answers.miss(never, NoAnswer("timeout"), 1003.0)
     assert decide(never, at_s, ages=ages).allowed is (on_failure != "closed"), "nothing was ever said: `last` is `open`"
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (NO, None),
+        (replace(NO, message="Ask finance."), "Ask finance."),
+        (replace(NO, reason="no_subscription"), "No subscription allows this call."),
+        (replace(NO, reason="balance_used_up"), "The prepaid balance is used up."),
+    ],
+)
+def test_a_denied_client_is_told_why(answer: Answer, sentence: str | None) -> None:
+    assert answers.told(decide(entry_of(answer), 1001.0)) == Told("monthly", "quota", None, sentence)
+
+
+def test_nobody_is_told_that_a_quota_is_used_up_because_a_vendor_does_not_answer() -> None:
+    entry = Entry("acme")
+    answers.miss(entry, NoAnswer("timeout"), 1000.0)
+    found = answers.told(decide(entry, 1001.0, ages=Ages(on_failure=OnFailure.CLOSED)))
+    assert (found.limit, found.kind, found.retry_after_s) == ("stand", "rate", 5.0)
+    assert found.message == "Whether this call may be made cannot be looked up just now."
 
 
 def test_a_last_answer_runs_down_too() -> None:
