@@ -278,3 +278,50 @@ def test_a_tally_stays_small() -> None:
     assert len(tally._buckets) == len(tally._amounts) == BUCKETS_MAX
     tally.forget(199_998.0 - 20.0)
     assert tally.total == 10
+
+
+steps = st.lists(
+    st.tuples(
+        st.sampled_from(["call", "call", "call", "pass", "ask"]),
+        st.integers(1, 30),  # the estimate
+        st.floats(0, 1),  # how much of it the call used
+        st.floats(0, 20, width=32),  # how long it took, or how much time passes
+    ),
+    max_size=120,
+)
+
+
+@given(steps, st.integers(0, 300), st.floats(0, DELIVERY_S), st.floats(0, 90))
+def test_a_balance_is_overshot_by_one_call_at_most_whenever_it_is_asked_for(
+    taken: list[tuple[str, int, float, float]], balance: int, delivery_s: float, lag_s: float
+) -> None:
+    """A vendor that counts what was delivered, with a delay up to what its source says, and a gate that asks it now and
+    then: by what it answered and what was used here, no more is let through than there is, and one last call."""
+    source, now_s = Stand(lag_s=90.0), 1000.0
+    entry = Entry("acme")
+    used: list[tuple[float, int]] = []  # when a call ended, and what it used
+    running: list[tuple[float, int, int]] = []  # when it will, what it holds, what it will have used
+
+    def end(until_s: float) -> None:
+        for call in sorted(running):
+            if call[0] <= until_s:
+                running.remove(call)
+                entry.reserved -= call[1]
+                entry.since.add(call[2], call[0])
+                used.append((call[0], call[2]))
+
+    for what, estimate, share, seconds in [("ask", 1, 0.0, 0.0), *taken]:
+        end(now_s)
+        if what == "ask":
+            known = sum(amount for at_s, amount in used if at_s <= now_s - delivery_s - lag_s)
+            answer = Answer(allowed=known < balance, remaining=balance - known, unit="calls")
+            answers.take(entry, source, answer, AGES, asked_s=now_s, now_s=now_s, wall_s=WALL_S + now_s)
+        elif what == "pass":
+            now_s += seconds
+        elif answers.by_answer(entry, source, ACME, Freshness.FRESH, now_s=now_s, wall_s=WALL_S + now_s).allowed:
+            held = answers.reservation(entry, source, ACME, {"calls": estimate}, WALL_S)
+            entry.reserved += held
+            running.append((now_s + seconds, held, round(estimate * share)))
+    end(now_s + 1000.0)
+    last_call = max((estimate for _, estimate, _, _ in taken), default=0)
+    assert sum(amount for _, amount in used) < balance + max(last_call, 1)
