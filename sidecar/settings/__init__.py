@@ -18,6 +18,7 @@ from sidecar.settings.loader import CONFIG, BackendSettings, SettingsError, all_
 from sidecar.settings.schema import (
     PREFIX,
     SECTIONS,
+    AskedSettings,
     AttributionSettings,
     Durability,
     Effective,
@@ -48,6 +49,7 @@ __all__ = [
     "PREFIX",
     "SECTIONS",
     "Address",
+    "AskedSettings",
     "AttributionSettings",
     "BackendSettings",
     "Durability",

@@ -300,6 +300,38 @@ class PriceSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class AskedSettings:
+    """Whom the gate asks outside, and how old an answer may be."""
+
+    gate_amounts: bool = _setting(types.flag, "false", "tell a denied client how much of the limit is used")
+    gate_timeout: float = _setting(  # it is waited for once a subscriber, before its first call
+        types.duration(0.05, 30), "2s", "how long an answer may take"
+    )
+    gate_age: float = _setting(  # renewed at four fifths of it while calls come
+        types.duration(1, 3600), "60s", "how long an answer is believed that lets calls through"
+    )
+    gate_denied_age: float = _setting(types.duration(1, 3600), "5s", "how long one that denies them")
+    gate_last_age: float = _setting(types.duration(), "1h", "how long `last` goes on with an old answer")
+    gate_subscribers: int = _setting(  # of each some 2 KiB
+        types.count(10, 1_000_000), "10000", "subscribers whose answers are remembered, for each of those asked"
+    )
+    gate_revenium_unit: str | None = _setting(
+        types.unit, "calls", "what the quota of a product key counts: `calls`, `total_tokens`, … or `none`"
+    )
+    gate_revenium_public_key_file: Path | None = _setting(
+        types.readable_file, None, "the key (PEM) that the claims of a product key are checked with"
+    )
+    gate_revenium_team: str | None = _setting(types.text, None, "whose Cost Controls hold; for `revenium_controls`")
+    gate_openmeter_feature: str | None = _setting(types.text, None, "the feature that gives access; for `openmeter`")
+    gate_openmeter_unit: str | None = _setting(
+        types.unit, None, "what that feature's meter counts; set it where its limit is a hard one"
+    )
+    gate_lago_id: str = _setting(
+        types.word_of("subscription", "customer"), "subscription", "what a subscriber's id at Lago is the id of"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The configuration, read and checked. Made by `load`."""
 
@@ -318,6 +350,7 @@ class Settings:
     attribution: AttributionSettings = field(default_factory=AttributionSettings)
     usage: UsageSettings = field(default_factory=UsageSettings)
     prices: PriceSettings = field(default_factory=PriceSettings)
+    asked: AskedSettings = field(default_factory=AskedSettings)
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
@@ -341,6 +374,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "attribution": AttributionSettings,
     "usage": UsageSettings,
     "prices": PriceSettings,
+    "asked": AskedSettings,
 }
 
 

@@ -358,3 +358,29 @@ def _host_name(value: str) -> str:
 hosts: Final = each("host names, separated by commas", _host_name)
 
 header_token: Final = Kind("one word without spaces", header_name)
+
+
+_HEADER_VALUE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
+
+
+def _header_text(value: str) -> str:
+    if not _HEADER_VALUE.fullmatch(value):
+        raise Unfit("expected printable ASCII, without spaces or line ends around it")
+    return value
+
+
+header_text: Final = Kind("a text that a header can carry", _header_text)
+
+
+_UNITS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens", "cost_usd")
+
+
+def _unit(value: str) -> str | None:
+    if value == "none":
+        return None
+    if value not in _UNITS and not (value.startswith("meter:") and plain_name(value.removeprefix("meter:"))):
+        raise ValueError
+    return value
+
+
+unit: Final = Kind(f"one of {', '.join(_UNITS)}, meter:NAME, or none", _unit)

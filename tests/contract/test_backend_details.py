@@ -13,7 +13,6 @@ from urllib.parse import parse_qs, parse_qsl, urlsplit
 import orjson
 import pytest
 from support.backend_fixtures import (
-    HOSTILE,
     SECRET,
     T0_NS,
     Request,
@@ -34,7 +33,6 @@ from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
 from sidecar.backends.revenium import completion
 from sidecar.backends.revenium.backend import ReveniumBackend
-from sidecar.backends.revenium.product_key import Claim, NoSubscription, ProductKeys
 from sidecar.backends.stripe.backend import StripeBackend
 from sidecar.backends.stripe.reports import Complaint, ReportError, read_report
 from sidecar.dev.mock_backends import Receiver, Terms
@@ -304,38 +302,6 @@ async def test_revenium_sends_what_another_mode_sealed_where_it_belongs() -> Non
         assert server.requests[0].target == "/meter/v1/api/meter"
         assert "idempotency-key" not in server.requests[0].headers
         await now.aclose()
-
-
-async def test_product_keys_are_looked_up_and_their_claim_read(vendor: Vendor) -> None:
-    receiver = await vendor("revenium")
-    keys = ProductKeys(api_key="k", url=receiver.url + "/meter")
-    claim = await keys.look_up("acme-quota-3", field="productKey")
-    assert isinstance(claim, Claim)
-    assert (claim.consumer, claim.total_quota, claim.consumed_quota, claim.quota_left) == ("acme-quota-3", 3, 0, 3)
-    assert claim.period_end is not None
-    free = await keys.look_up("acme")
-    assert isinstance(free, Claim)
-    assert free.quota_left is None
-    assert await keys.look_up("unknown-1") == NoSubscription()
-    with pytest.raises(ValueError, match="application"):
-        await keys.look_up("x", field="platformAPIKey")
-    await keys.aclose()
-    stranger = ProductKeys(api_key="other", url=receiver.url)
-    assert await stranger.look_up("acme") == Blocked("forbidden")
-    await stranger.aclose()
-    await receiver.aclose()
-    gone = ProductKeys(api_key="k", url=receiver.url)
-    assert await gone.look_up("acme") == Retry("refused")
-    await gone.aclose()
-    async with ScriptedServer().running() as server:
-        odd = ProductKeys(api_key="k", url=server.url, timeout_s=0.2)
-        for body in (b"", b"[]", b'{"claim": 7}', b'{"claim": "a.b"}', b'{"claim": "a.!.c"}', b'{"claim": "a.W10.c"}'):
-            server.says(answer(200, body))
-            assert await odd.look_up(HOSTILE) == Retry("no_claim")
-        assert "\r" not in server.requests[0].target
-        server.hold = asyncio.Event()
-        assert await odd.look_up("acme") == Retry("timeout")
-        await odd.aclose()
 
 
 # LedgerBee

@@ -95,7 +95,8 @@ class Route:
 
     `path` may hold `{name}` parts, each one segment; they are added to `Call.query`. `when` tells apart what shares a
     path. `exclusive` names what may not run twice at once, and `busy` is the answer to the second. `failed` sees the
-    5xx answers that a fault put in the vendor's mouth, for vendors that replay those too.
+    5xx answers that a fault put in the vendor's mouth, for vendors that replay those too. `lies` answers a question
+    of the gate with what cannot be (`faults.GateLie`).
     """
 
     method: str
@@ -105,6 +106,7 @@ class Route:
     exclusive: Callable[[Call], str | None] | None = None
     busy: Callable[[Call], Answer] | None = None
     failed: Callable[[Call, Answer], None] | None = None
+    lies: Callable[[Call, str], Answer] | None = None
 
 
 class Consumed(NamedTuple):

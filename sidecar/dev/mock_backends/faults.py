@@ -26,7 +26,7 @@ class Do(StrEnum):
     STATUS_AFTER = "status_after"  # take it, and answer `status` nevertheless
     CUT_BEFORE = "cut_before"  # close the connection; nothing is taken
     CUT_AFTER = "cut_after"  # take it, and close the connection without a word
-    LIE = "lie"  # answer with a 2xx that is no yes (`lie` says which); nothing is taken
+    LIE = "lie"  # answer with a 2xx that is no yes, or an untrue one (`lie` says which); nothing is taken
 
 
 class Lie(StrEnum):
@@ -40,6 +40,16 @@ class Lie(StrEnum):
     WRONG_SHAPE = "wrong_shape"  # JSON of another form; a yes where no body is promised
     PACKED = "packed"  # compressed, and not said so
     CUT = "cut"  # the beginning of an object
+
+
+class GateLie(StrEnum):
+    """What an answer to a question of the gate says that cannot be. What is no such question is answered as ever."""
+
+    CLAIM_EXPIRED = "claim_expired"  # one that was true yesterday
+    CLAIM_UNSIGNED = "claim_unsigned"  # `alg: none`
+    CLAIM_SHARED_KEY = "claim_shared_key"  # `alg: HS256`, as if the public key were a secret
+    CLAIM_FORGED = "claim_forged"  # one bit of the signature is another
+    NEGATIVE = "negative"  # less than nothing is left, where the contract knows no such thing
 
 
 class FaultError(ValueError):
@@ -68,8 +78,8 @@ class Fault:
             raise FaultError(f"status={self.status}: expected an error status, 400 to 599")
         if not 0.0 <= self.delay_s <= DELAY_S_MAX:
             raise FaultError(f"delay_s={self.delay_s}: expected seconds, 0 to {DELAY_S_MAX:.0f}")
-        if self.lie not in list(Lie):
-            raise FaultError(f"lie={self.lie!r}: expected one of {', '.join(Lie)}")
+        if self.lie not in (*Lie, *GateLie):
+            raise FaultError(f"lie={self.lie!r}: expected one of {', '.join((*Lie, *GateLie))}")
         if self.times is not None and self.times < 1:
             raise FaultError(f"times={self.times}: expected a whole number from 1, or null for no end")
 

@@ -25,8 +25,9 @@ from typing import Any, Final, NamedTuple
 import orjson
 from aiohttp import web
 
+from sidecar.dev.mock_backends import asked
 from sidecar.dev.mock_backends.contract import Answer, Call, Route, Terms, Unit, Vendor, Verdict
-from sidecar.dev.mock_backends.faults import Do, Fault, FaultError, Faults, lie_of, parse
+from sidecar.dev.mock_backends.faults import Do, Fault, FaultError, Faults, GateLie, lie_of, parse
 from sidecar.dev.mock_backends.store import TAKEN_BYTES_MAX, Store, StoreError, Taken
 from sidecar.dev.mock_backends.vendors import VENDORS
 from sidecar.runtime.signals import stop_event
@@ -100,6 +101,7 @@ class Receiver:
         app = web.Application(client_max_size=BODY_BYTES_MAX)
         app.router.add_get("/_received", self._list)
         app.router.add_delete("/_received", self._forget)
+        app.router.add_get("/_claim_key", self._claim_key)
         app.router.add_get("/_faults", self._faults)
         app.router.add_post("/_faults", self._set_faults)
         app.router.add_delete("/_faults", self._set_faults)
@@ -170,6 +172,9 @@ class Receiver:
             return _cut(request)
         if fault is not None and fault.do is Do.STATUS:
             return self._fail(call, stand, fault)
+        if fault is not None and fault.do is Do.LIE and fault.lie in list(GateLie):
+            lies = stand.route.lies
+            return self._settle(call, stand, self._ask(call, stand) if lies is None else lies(call, fault.lie))
         if fault is not None and fault.do is Do.LIE:
             status, body, content_type = lie_of(fault.lie, stand.vendor.fault_body(500))
             return _web(Answer(status, body, content_type))
@@ -238,6 +243,9 @@ class Receiver:
     async def _list(self, request: web.Request) -> web.Response:
         body = b"".join(self._store.lines(request.query.get("backend")))
         return web.Response(body=body, content_type="application/x-ndjson")
+
+    async def _claim_key(self, request: web.Request) -> web.Response:
+        return web.Response(text=asked.PUBLIC_KEY, content_type="application/x-pem-file")
 
     async def _forget(self, request: web.Request) -> web.Response:
         self.forget()

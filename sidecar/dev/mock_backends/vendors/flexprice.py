@@ -14,6 +14,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.dev.mock_backends.asked import consume, dollars_left, is_unknown
 from sidecar.dev.mock_backends.checks import (
     Field,
     Problem,
@@ -64,7 +65,7 @@ AGGREGATION_FIELDS: Final[Mapping[str, Field]] = {
 
 
 class Flexprice:
-    """`/v1/events`, `/v1/events/bulk`, `/v1/meters`."""
+    """`/v1/events`, `/v1/events/bulk`, `/v1/meters`, and what a customer's wallet has left (`asked`)."""
 
     def __init__(self, memory: Memory, terms: Terms) -> None:
         self._memory = memory
@@ -75,6 +76,7 @@ class Flexprice:
             Route(method="POST", path="/v1/meters", handle=self._define),
             Route(method="GET", path="/v1/meters", handle=self._meters),
             Route(method="GET", path="/v1/meters/{id}", handle=self._meter),
+            Route(method="GET", path="/v1/customers/wallets", handle=self._wallets, lies=self._wallets),
         )
 
     @staticmethod
@@ -127,7 +129,27 @@ class Flexprice:
                 verdict = Verdict.DUPLICATE
             else:
                 self._memory.keep(name, True, call.at_s)
+        if verdict is Verdict.DELIVERED:
+            consume(self._memory, event.get("external_customer_id"), {"events": 1}, call.at_s)
         return Unit(event_id, event, verdict)
+
+    def _wallets(self, call: Call, lie: str | None = None) -> Answer:
+        if refusal := self._stranger(call, bearer_too=False):
+            return refusal
+        customer = call.query.get("lookup_key") or call.query.get("id")
+        if not customer:
+            return _invalid([("id", "or lookup_key is required")])
+        if is_unknown(customer):
+            return _error(404, "not_found", "no such customer")
+        left = f"{dollars_left(self._memory, customer, call.at_s):.2f}"
+        wallet: dict[str, Any] = {
+            "id": f"wallet_{customer}", "customer_id": f"cust_{customer}", "currency": "usd", "wallet_status": "active",
+            "wallet_type": "PRE_PAID", "conversion_rate": "1", "balance": left, "credit_balance": left,
+        }  # fmt: skip
+        if call.query.get("include_real_time_balance") == "true":
+            live = "NaN" if lie is not None else left
+            wallet |= {"real_time_balance": live, "real_time_credit_balance": live, "is_cached_fallback": False}
+        return Answer.json(200, [wallet])
 
     def _define(self, call: Call) -> Answer:
         body = self._open(call, bearer_too=True)

@@ -2,6 +2,8 @@
 
 A duplicate is refused with 422 `value_already_exist`. A batch is taken whole or not at all, and its answer names what
 is wrong by the event's index, duplicates among the rest. An unknown `code` is taken and ignored, silently.
+
+The customer of a subscription `sub_<name>` is `<name>`, and its wallet holds what the name says (`asked`).
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.dev.mock_backends.asked import consume, dollars_left, is_unknown
 from sidecar.dev.mock_backends.checks import is_integer, is_json, is_number, parse_json, rfc3339
 from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict, bearer
 
@@ -22,7 +25,7 @@ Errors = dict[str, list[str]]
 
 
 class Lago:
-    """`/api/v1/events` and `/api/v1/events/batch`."""
+    """`/api/v1/events` and `/api/v1/events/batch`, and what a customer's wallet has left."""
 
     def __init__(self, memory: Memory, terms: Terms) -> None:
         self._memory = memory
@@ -30,6 +33,8 @@ class Lago:
         self.routes = (
             Route(method="POST", path="/api/v1/events", handle=self._single, when=_is_lagos),
             Route(method="POST", path="/api/v1/events/batch", handle=self._batch),
+            Route(method="GET", path="/api/v1/wallets", handle=self._wallets, lies=self._wallets),
+            Route(method="GET", path="/api/v1/subscriptions/{subscription}", handle=self._subscription),
         )
 
     @staticmethod
@@ -105,6 +110,7 @@ class Lago:
     def _enter(self, call: Call, event: Mapping[str, Any]) -> dict[str, Any]:
         """Keep it, and give it back as the vendor shows it."""
         self._memory.keep(f"{event['external_subscription_id']}\0{event['transaction_id']}", True, call.at_s)
+        consume(self._memory, _owner(event["external_subscription_id"]), {"events": 1}, call.at_s)
         at_s = float(event["timestamp"]) if event.get("timestamp") is not None else call.at_s
         return {
             "lago_id": f"receiver-{call.fingerprint()[:12]}", "transaction_id": event["transaction_id"],
@@ -113,6 +119,31 @@ class Lago:
             "properties": event.get("properties", {}), "lago_subscription_id": None,
             "external_subscription_id": event["external_subscription_id"], "created_at": rfc3339(call.at_s),
         }  # fmt: skip
+
+    def _wallets(self, call: Call, lie: str | None = None) -> Answer:
+        if not self._terms.admits(bearer(call)):
+            return _error(401, "Unauthorized", None)
+        customer = call.query.get("external_customer_id", "")
+        if is_unknown(customer):
+            return _error(404, "Not Found", "customer_not_found")
+        left = dollars_left(self._memory, customer, call.at_s)
+        cents: Any = "a lot" if lie is not None else int(left * 100)
+        wallet = {
+            "lago_id": "receiver", "lago_customer_id": "receiver", "external_customer_id": customer, "status": "active",
+            "currency": "USD", "rate_amount": "1.0", "balance_cents": int(left * 100), "ongoing_balance_cents": cents,
+            "credits_ongoing_balance": str(left), "expiration_at": None, "last_balance_sync_at": None,
+        }  # fmt: skip
+        pages = {"current_page": 1, "next_page": None, "prev_page": None, "total_pages": 1, "total_count": 1}
+        return Answer.json(200, {"wallets": [wallet], "meta": pages})
+
+    def _subscription(self, call: Call) -> Answer:
+        if not self._terms.admits(bearer(call)):
+            return _error(401, "Unauthorized", None)
+        subscription = call.query["subscription"]
+        if is_unknown(subscription):
+            return _error(404, "Not Found", "subscription_not_found")
+        row = {"external_id": subscription, "external_customer_id": _owner(subscription), "status": "active"}
+        return Answer.json(200, {"subscription": row})
 
     def _open(self, call: Call) -> dict[str, Any] | Answer:
         if not self._terms.admits(bearer(call)):
@@ -124,6 +155,11 @@ class Lago:
         except ValueError:
             return _error(400, "Bad Request", None)
         return body if isinstance(body, dict) else _error(400, "Bad Request", None)
+
+
+def _owner(subscription: str) -> str:
+    """Whose a subscription is: nobody can say so here, so it is in its name."""
+    return subscription.removeprefix("sub_")
 
 
 def _is_lagos(call: Call) -> bool:

@@ -4,6 +4,9 @@ v1 compares the whole content type, so a `; charset=utf-8` is refused there; v3 
 `source` and `id` for 32 days, which is the example configuration: the open-source build de-duplicates nothing unless
 told to. Duplicates get the normal answer. What the vendor's sink would silently drop (a missing attribute) is refused
 here at once: a stand-in that swallows it would hide the mistake.
+
+The gate may ask for a customer's access to two features, `api_calls` and `total_tokens`: one whose id ends in
+`-quota-<n>` may use n of each, and has what was not covered as overage; any other has access without a balance.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.dev.mock_backends.asked import allowed, consume, consumed, is_unknown
 from sidecar.dev.mock_backends.checks import (
     Field,
     mapping,
@@ -29,6 +33,9 @@ from sidecar.dev.mock_backends.contract import Answer, Call, Consumed, Memory, R
 V1: Final = "/api/v1/events"
 V3: Final = ("/openmeter/events", "/v3/openmeter/events", "/api/v3/openmeter/events")
 WINDOW_S: Final = 768 * 3600.0
+ACCESS: Final = "/api/v1/customers/{customer}/access"
+VALUE: Final = "/api/v2/customers/{customer}/entitlements/{feature}/value"
+FEATURES: Final = ("api_calls", "total_tokens")
 
 ONE: Final = "application/cloudevents+json"
 MANY: Final = "application/cloudevents-batch+json"
@@ -48,7 +55,7 @@ FIELDS: Final[Mapping[str, Field]] = {
 
 
 class OpenMeter:
-    """The two event paths."""
+    """The two event paths, and what a customer has access to."""
 
     def __init__(self, memory: Memory, terms: Terms) -> None:
         self._memory = memory
@@ -56,6 +63,8 @@ class OpenMeter:
         self.routes = (
             Route(method="POST", path=V1, handle=self._v1),
             *(Route(method="POST", path=path, handle=self._v3) for path in V3),
+            Route(method="GET", path=ACCESS, handle=self._access, lies=self._access),
+            Route(method="GET", path=VALUE, handle=self._value, lies=self._value),
         )
 
     @staticmethod
@@ -98,7 +107,39 @@ class OpenMeter:
         if self._memory.recall(name, call.at_s, WINDOW_S):
             return Unit(event["id"], event, Verdict.DUPLICATE)
         self._memory.keep(name, True, call.at_s)
+        tokens = (event.get("data") or {}).get("total_tokens")
+        used = {"api_calls": 1, "total_tokens": tokens if isinstance(tokens, int) else 0}
+        consume(self._memory, event["subject"], used, call.at_s)
         return Unit(event["id"], event, Verdict.DELIVERED)
+
+    def _access(self, call: Call, lie: str | None = None) -> Answer:
+        if refusal := self._no_customer(call):
+            return refusal
+        return Answer.json(200, {"entitlements": {name: self._entitlement(call, name, lie) for name in FEATURES}})
+
+    def _value(self, call: Call, lie: str | None = None) -> Answer:
+        if refusal := self._no_customer(call):
+            return refusal
+        if call.query["feature"] not in FEATURES:
+            return _problem(404, "no such entitlement")
+        return Answer.json(200, self._entitlement(call, call.query["feature"], lie))
+
+    def _no_customer(self, call: Call) -> Answer | None:
+        if self._terms.key is not None and not self._terms.admits(bearer(call)):
+            return _problem(401, "the token is missing or wrong")
+        return _problem(404, "no such customer") if is_unknown(call.query["customer"]) else None
+
+    def _entitlement(self, call: Call, feature: str, lie: str | None) -> dict[str, Any]:
+        customer = call.query["customer"]
+        quota = allowed(customer, "quota")
+        if lie is not None:
+            return {"hasAccess": True, "balance": -5, "usage": 5, "overage": 0}
+        if quota is None:
+            return {"hasAccess": True}
+        used = consumed(self._memory, customer, feature, call.at_s)
+        return {
+            "hasAccess": used < quota, "balance": max(quota - used, 0), "usage": used, "overage": max(used - quota, 0),
+        }  # fmt: skip
 
 
 def _events(body: Any, kind: str) -> list[dict[str, Any]] | None:
@@ -116,6 +157,8 @@ def _key_of(event: dict[str, Any]) -> str | None:
 
 
 def _problem(status: int, detail: str, *units: Unit) -> Answer:
-    title = {400: "Bad Request", 401: "Unauthorized", 429: "Too Many Requests"}.get(status, "Internal Server Error")
+    title = {400: "Bad Request", 401: "Unauthorized", 404: "Not Found", 429: "Too Many Requests"}.get(
+        status, "Internal Server Error"
+    )
     reply = {"type": "about:blank", "title": title, "status": status, "detail": detail}
     return Answer(status, orjson.dumps(reply), "application/problem+json", units=units)

@@ -4,20 +4,19 @@ The documents name the statuses 200 (201 for `/event`), 400, 403 and 404 and no 
 one of the framework the service runs on. `/event` takes halves without `responseCode`, because the vendor's own
 printed example has none, although the schema wants it.
 
-Which consumers exist is decided by name, since nobody can register one here: a product key or application that begins
-with `unknown` is not there, and one that ends in `-quota-<n>` may use n calls.
+Which consumers exist is decided by name, since nobody can register one here (`asked`): one that ends in `-quota-<n>`
+may use n calls.
 """
 
 from __future__ import annotations
 
-import base64
-import re
 from collections.abc import Mapping
 from typing import Any, Final
 from urllib.parse import parse_qs, urlsplit
 
 import orjson
 
+from sidecar.dev.mock_backends.asked import allowed, is_unknown, signed
 from sidecar.dev.mock_backends.checks import (
     Field,
     Problem,
@@ -36,6 +35,7 @@ from sidecar.dev.mock_backends.checks import (
     text,
 )
 from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memory, Route, Terms, Unit, Verdict
+from sidecar.dev.mock_backends.faults import GateLie
 
 BASE: Final = "/meter/v1/api"
 
@@ -74,7 +74,7 @@ RATE_FIELDS: Final[Mapping[str, Field]] = {
     "sourceType": text(),
 }
 
-_QUOTA: Final = re.compile(r"-quota-(\d{1,9})$")
+DAY_S: Final = 86_400.0
 
 
 def meter_problems(body: Mapping[str, Any]) -> list[Problem]:
@@ -105,7 +105,7 @@ class ReveniumV1:
             Route(method="POST", path=f"{BASE}/event", handle=self._event),
             Route(method="POST", path=f"{BASE}/meter/rate", handle=self._rate),
             Route(method="POST", path=f"{BASE}/meter/ingest", handle=self._ingest),
-            Route(method="GET", path=f"{BASE}/meter/product-key", handle=self._product_key),
+            Route(method="GET", path=f"{BASE}/meter/product-key", handle=self._product_key, lies=self._product_key),
         )
 
     @staticmethod
@@ -168,32 +168,32 @@ class ReveniumV1:
             return _bad(call, found, body)
         return Answer.json(200, {}, Unit(None, body, Verdict.DELIVERED))
 
-    def _product_key(self, call: Call) -> Answer:
+    def _product_key(self, call: Call, lie: str | None = None) -> Answer:
         if refusal := self._stranger(call):
             return refusal
         consumer = call.query.get("productKey") or call.query.get("application")
         if not consumer:
             return _bad(call, [("productKey", "or application is required")], None)
-        if consumer.startswith("unknown"):
+        if is_unknown(consumer):
             return _error(call, 404, "Not Found", "no such subscription")
-        return Answer.json(200, {"claim": self._claim(consumer, call.at_s)})
+        claims = self._claims(consumer, call.at_s - (DAY_S if lie == GateLie.CLAIM_EXPIRED else 0.0))
+        if lie == GateLie.NEGATIVE:
+            claims["totalQuota"] = -5
+        return Answer.json(200, {"claim": signed(claims, lie)})
 
-    def _claim(self, consumer: str, now_s: float) -> str:
-        """A token of the vendor's form. Its signature is no signature: nobody here has the vendor's private key."""
-        quota = _QUOTA.search(consumer)
+    def _claims(self, consumer: str, now_s: float) -> dict[str, Any]:
+        quota = allowed(consumer, "quota")
         used = self._memory.recall(f"used:{consumer}", now_s) or 0
         month_ms = int(now_s // 2_592_000 * 2_592_000 * 1000)
-        claims: dict[str, Any] = {
+        return {
             "iss": "HyperCurrent", "organization": "Receiver", "consumingOrganization": "Receiver",
             "consumer": consumer, "product": "receiver", "productTags": [], "productLicenseTags": [],
             "productVersion": "1.0.0", "assets": [], "expiration": None,
-            "totalQuota": int(quota[1]) if quota else 0, "consumedQuota": used,
+            "totalQuota": quota or 0, "consumedQuota": used,
             "consumedSubscriptionQuota": used, "subscriptionStart": month_ms, "subscriptionPeriodStart": month_ms,
             "subscriptionPeriodEnd": month_ms + 2_592_000_000, "elementAccessEvents": [],
             "timestamp": int(now_s * 1000),
         }  # fmt: skip
-        parts = (orjson.dumps({"alg": "RS256", "typ": "JWT"}), orjson.dumps(claims), b"no signature")
-        return ".".join(base64.urlsafe_b64encode(part).decode().rstrip("=") for part in parts)
 
     def _open(self, call: Call) -> dict[str, Any] | Answer:
         """The body, or the refusal."""

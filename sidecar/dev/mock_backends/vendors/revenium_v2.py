@@ -4,6 +4,9 @@ The same key with the same bytes replays the first answer; with others it is `id
 first call runs it is `idempotency_key_in_progress`. Without a key every repetition counts again. Only successes are
 remembered: whether the service caches its refusals is not documented. Unknown fields are taken, as the service takes
 those of newer clients.
+
+Cost Controls are there to be read: a team that ends in `-limit-<n>` has one rule, n tokens a day for each subscriber,
+counted from the completions that came; a team that begins with `none` has no rules (204), any other an empty list.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any, Final
 
 import orjson
 
+from sidecar.dev.mock_backends.asked import allowed, is_unknown
 from sidecar.dev.mock_backends.checks import (
     Field,
     Problem,
@@ -34,6 +38,8 @@ from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memo
 from sidecar.dev.mock_backends.replay import Replay
 
 BASE: Final = "/meter/v2"
+RULES: Final = "/v2/api/ai/enforcement-rules/{team}"
+DAY_S: Final = 86_400.0
 RETRY_AFTER_S: Final = 1
 
 _KEY: Final = re.compile(r"[\x21-\x7e]{1,255}")  # printable ASCII without the space, as documented
@@ -111,14 +117,18 @@ COMPLETION_FIELDS: Final[Mapping[str, Field]] = {
 
 
 class ReveniumV2:
-    """The two v2 calls that the sidecar makes."""
+    """The two v2 calls that the sidecar makes, and the rules that its gate reads."""
 
     def __init__(self, memory: Memory, terms: Terms) -> None:
         self._replay = Replay(memory)
+        self._memory = memory
         self._terms = terms
-        self.routes = tuple(
-            Route(method="POST", path=f"{BASE}{path}", handle=handle, exclusive=_key_of, busy=_busy)
-            for path, handle in (("/events", self._event), ("/ai/completions", self._completion))
+        self.routes = (
+            *(
+                Route(method="POST", path=f"{BASE}{path}", handle=handle, exclusive=_key_of, busy=_busy)
+                for path, handle in (("/events", self._event), ("/ai/completions", self._completion))
+            ),
+            Route(method="GET", path=RULES, handle=self._rules, lies=self._rules),
         )
 
     @staticmethod
@@ -174,7 +184,41 @@ class ReveniumV2:
         answer = Answer.json(200, resource, Unit(key or identity, body, Verdict.DELIVERED))
         if key is not None:
             self._replay.keep(call, credential, key, answer)
+        subscriber = body.get("subscriber")
+        if isinstance(subscriber, dict) and isinstance(subscriber.get("id"), str):
+            day = f"tokens:{int(call.at_s // DAY_S)}"
+            spent: dict[str, int] = dict(self._memory.recall(day, call.at_s) or {})
+            spent[subscriber["id"]] = spent.get(subscriber["id"], 0) + (body.get("totalTokenCount") or 0)
+            self._memory.keep(day, spent, call.at_s)
         return answer
+
+    def _rules(self, call: Call, lie: str | None = None) -> Answer:
+        if not self._terms.admits(call.header("x-api-key")):
+            return _error(401, "invalid API key")
+        team = call.query["team"]
+        if is_unknown(team):
+            return _error(404, "no such team")
+        if team.startswith("none"):
+            return Answer(204)
+        threshold = allowed(team, "limit")
+        if threshold is None:
+            return Answer.json(200, {"rules": []})
+        day = int(call.at_s // DAY_S)
+        spent: dict[str, int] = self._memory.recall(f"tokens:{day}", call.at_s) or {}
+        total, end = sum(spent.values()), rfc3339((day + 1) * DAY_S)
+        if lie is not None:
+            threshold = total = -5
+        rule = {
+            "ruleId": "rule-receiver", "name": "tokens a day", "threshold": threshold, "currentValue": total,
+            "percentUsed": total * 100 // max(threshold, 1), "periodType": "DAILY", "action": "BLOCK",
+            "breached": any(tokens >= threshold for tokens in spent.values()), "shadowMode": False, "filters": [],
+            "groupBy": "SUBSCRIBER", "windowEnd": end, "resetsAt": end, "denyMessage": None, "source": "RULE",
+            "groupBreakdown": [
+                {"groupValue": name, "currentValue": tokens, "breached": tokens >= threshold}
+                for name, tokens in spent.items()
+            ],
+        }  # fmt: skip
+        return Answer.json(200, {"rules": [rule], "departmentBudgetBlocks": {}})
 
 
 def _completion_problems(body: Mapping[str, Any]) -> list[Problem]:
