@@ -454,7 +454,7 @@ def _take(row: Row, details: Document, known: Mapping[str, str], most: int) -> b
 _ANTHROPIC = frozenset(
     (
         *("input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation"),
-        *("service_tier", "server_tool_use"),
+        *("service_tier", "server_tool_use", "inference_geo"),
     )
 )
 
