@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from support.oracle import SETTINGS, Oracle, judge
+from support.serve import METERING, SERVING
 from support.spool_fixtures import SMALL, Told, call, rows, until
 from support.tiny import tiny_upstream
 from support.whole import Whole
@@ -179,6 +180,48 @@ async def test_sigkill_of_metering_under_load_loses_and_doubles_nothing(tmp_path
     ledger = balance["backends"]["ledger"]
     # Killed between its own commit and delivery's, the ledger is asked again and says that it has them.
     assert ledger["delivered"] + ledger["duplicate"] == len(records)
+
+
+POINTS = [f"{when} {step}" for step in (*SERVING, *METERING) for when in ("before", "after")]
+if "CRASH_ROUNDS" not in os.environ:  # the others are for `make crash`: each takes two starts
+    POINTS = ["after Link.send", "before Intake.store", "after Segment.append", "before Seam.acknowledge"]
+# What a serving process knows and has not told dies with it: `buffered` promises no more.
+CASES = [
+    (durability, point)
+    for durability in ("committed", "buffered")
+    for point in POINTS
+    if durability == "committed" or point.split()[1] not in SERVING
+]
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize(("durability", "point"), CASES)
+async def test_a_death_at_each_step_of_the_seam_loses_and_doubles_nothing(
+    tmp_path: Path, durability: str, point: str
+) -> None:
+    serving = point.split()[1] in SERVING
+    mark = tmp_path / "died"
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_DURABILITY=durability)
+        whole.env |= {"DIES_AT": f"{point} 3", "DIES_MARK": str(mark)}
+        async with whole:
+            oracle = Oracle(lambda: whole.proxy_url, seed=5, clients=6)
+            load = asyncio.create_task(oracle.run())
+            async with asyncio.timeout(60):
+                while not mark.exists():
+                    await asyncio.sleep(0.01)
+            await more(oracle, 40)
+            oracle.stop()
+            await load
+            balance = await whole.settled()
+            records: list[dict[str, Any]] = await whole.records()
+            assert await whole.stop() == 0, whole.log.read_text()
+    judge(oracle.owed, records)
+    assert balance["holds"], balance
+    ledger = balance["backends"]["ledger"]
+    assert ledger["delivered"] + ledger["duplicate"] == len(records)
+    if not serving:
+        assert oracle.sent == len(oracle.owed), "no call failed"
 
 
 async def more(oracle: Oracle, count: int) -> None:

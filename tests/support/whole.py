@@ -44,7 +44,7 @@ class Whole:
     async def start(self) -> Whole:
         """Start, and wait until it says in its lock file where it listens."""
         with self.log.open("ab") as log:
-            command = (sys.executable, "-m", "sidecar", "serve", *self.arguments)
+            command = (sys.executable, str(ROOT / "tests" / "support" / "serve.py"), "serve", *self.arguments)
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=environment(self.env), cwd=ROOT, stderr=log, stdout=log
             )

@@ -1,0 +1,75 @@
+"""The program as its user runs it, but for two things that only tests want.
+
+Every plain call takes the short way, also the first of its kind: tests that tell calls apart by a header would never
+take it otherwise. And where `DIES_AT` names a step (`before Intake.store 3`: the third time, before it is done), the
+process that comes to it first dies there by SIGKILL, once in the life of the file `DIES_MARK`.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from sidecar.cli import main
+from sidecar.delivery import DeliveryStore
+from sidecar.ledger import LedgerStore
+from sidecar.proxy import plain_call
+from sidecar.runtime.ipc import Link, Seam
+from sidecar.runtime.metering import Billing
+from sidecar.spool import Spool
+from sidecar.spool.intake import Intake
+from sidecar.spool.recorder import Recorder
+from sidecar.spool.segment import CommitMark, Segment
+
+SERVING: dict[str, tuple[type[Any], str]] = {
+    "Recorder.send": (Recorder, "_send"),
+    "Link.send": (Link, "send"),
+    "Recorder.acknowledged": (Recorder, "acknowledged"),
+}
+METERING: dict[str, tuple[type[Any], str]] = {
+    "Intake.take": (Intake, "take"),
+    "Intake.store": (Intake, "store"),
+    "Spool.submit": (Spool, "submit"),
+    "Segment.append": (Segment, "append"),
+    "CommitMark.write": (CommitMark, "write"),
+    "Spool.told": (Spool, "_told"),
+    "Seam.acknowledge": (Seam, "_acknowledge"),
+    "Billing.hand_on": (Billing, "hand_on"),
+    "LedgerStore.apply_sums": (LedgerStore, "apply_sums"),
+    "DeliveryStore.commit": (DeliveryStore, "commit"),
+}
+
+
+def dies(step: str, when: str, count: int, mark: Path) -> None:
+    owner, name = (SERVING | METERING)[step]
+    real: Callable[..., Any] = getattr(owner, name)
+    passed = 0
+
+    def die() -> None:
+        nonlocal passed
+        passed += 1
+        if passed == count and not mark.exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def instead(*args: Any, **more: Any) -> Any:
+        if when == "before":
+            die()
+        found = real(*args, **more)
+        if when == "after":
+            die()
+        return found
+
+    setattr(owner, name, instead)
+
+
+if __name__ == "__main__":
+    plain_call.SIGHTS = 1
+    if "DIES_AT" in os.environ:
+        when, step, count = os.environ["DIES_AT"].split()
+        dies(step, when, int(count), Path(os.environ["DIES_MARK"]))
+    sys.exit(main())
