@@ -25,6 +25,7 @@ from typing import Final
 
 from sidecar.proxy import local_responses
 from sidecar.proxy.aiohttp_compat import (
+    EMPTY_PAYLOAD,
     PIPELINE_MAX,
     ClientProtocol,
     HttpProcessingError,
@@ -103,8 +104,8 @@ class Client(ClientProtocol):
 
     __slots__ = (
         "_ahead", "_at", "_border", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
-        "_last_call", "_linger_bytes", "_linger_until", "_offer", "_own", "_parser_holds", "_plain", "_queue",
-        "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline",
+        "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
+        "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline",
         "full", "peer",
     )  # fmt: skip
 
@@ -128,6 +129,7 @@ class Client(ClientProtocol):
         self._unread = b""
         self._at = 0  # in `_unread`: how far it is parsed
         self._parser_holds = False  # requests: it stopped at its own limit
+        self._may_hold = False  # the beginning of one
         # the head and the body that are coming
         self._head_bytes = 0  # of a head that is still coming
         self._border = b""  # the last bytes that were parsed: the end of a head may begin in them
@@ -197,6 +199,7 @@ class Client(ClientProtocol):
             or self._queue
             or self._last_call
             or self._parser_holds
+            or self._may_hold
             or self._unread
             or self.full
             or self._closing
@@ -306,12 +309,14 @@ class Client(ClientProtocol):
         if data:
             self._border = (before + data)[-BORDER_BYTES:] if len(data) < BORDER_BYTES else data[-BORDER_BYTES:]
         in_body = bool(self._queue) and self._body_waits()
+        self._may_hold = True
         try:
             messages, switched, tail = self.parse(data)
         except HttpProcessingError as error:
             self._malformed(error, data)
             return
         if messages:
+            self._may_hold = not self._is_all(messages, before, data)
             if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
@@ -331,6 +336,16 @@ class Client(ClientProtocol):
         call = self.call
         if pump and call is not None and not call.upload_done:
             call.pump()
+
+    def _is_all(self, messages: Messages, before: bytes, data: bytes) -> bool:
+        """Whether the last of these requests is sure to end where `data` does: the parser then holds nothing of the
+        next one. `before`: the end of what it was given before."""
+        message, payload = messages[-1]
+        if payload is EMPTY_PAYLOAD:
+            return (before + data).endswith(HEAD_END)
+        length = message.headers.get("Content-Length", "")
+        end = data.find(HEAD_END)
+        return len(messages) == 1 and end >= 0 and length.isdecimal() and end + len(HEAD_END) + int(length) == len(data)
 
     def _body_waits(self) -> bool:
         """Whether what comes is the body of a request that waits its turn, behind the call that is open."""

@@ -182,6 +182,8 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 )
 @given(script=SCRIPTS)
 @example(script=[("request", 0, []), ("response", 0, []), ("request", 24, []), ("response", 2, [])])
+@example(script=[("request", 33, []), ("response", 0, []), ("request", 0, [])])
+@example(script=[("request", 19, [40]), ("response", 0, []), ("request", 0, []), ("response", 0, [])])
 @example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("leaves",), ("commits", True)])
 @example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("commits", False)])
 @example(script=[("request", 0, []), ("lost",), ("response", 0, [])])
