@@ -23,11 +23,13 @@ from typing import Final, Protocol
 
 from aiohttp import HttpVersion11
 
+from sidecar.gate.admission import Prepared
 from sidecar.model.exchange import (
     HEADER_NAME_CHARS_MAX,
     HEADER_NAMES_CHARS_MAX,
     URL_CHARS_MAX,
     USER_AGENT_CHARS_MAX,
+    Gate,
     PlainExchange,
     RequestShape,
     ResponseShape,
@@ -67,6 +69,7 @@ class _Asked:
 
     shape: RequestShape
     idempotent: bool
+    prepared: Prepared | None  # None: nobody asks whether it may be made
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,7 +101,7 @@ class PlainCalls:
             describe=self._describe,
             authority=None if settings.preserve_host else hop.headers.authority,
             base=address.base,
-            matters=attribution.reads,
+            matters=attribution.reads if hop.gate is None else attribution.reads | hop.gate.reads,
             head_bytes_max=settings.head_bytes,
             fields_max=settings.head_fields_max,
             target_bytes_max=settings.target_bytes,
@@ -123,14 +126,28 @@ class PlainCalls:
         if connection is None:
             return False
         asked = plain.shape.facts
+        gate = None
+        if asked.prepared is not None and (gate := self._may(asked.prepared, data[end + 4 :])) is None:
+            connection.release()
+            return False
         trace = None if plain.trace is None else trace_id(plain.trace)
         body = data[end + 4 :]
         exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
+        exchange.gate = gate
         if not hop.recorder.admit(exchange):
+            if gate is not None and hop.gate is not None:
+                hop.gate.cancelled(gate)
             connection.release()
             return False
         PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
         return True
+
+    def _may(self, prepared: Prepared, body: bytes) -> Gate | None:
+        """What was decided, where it may be made and that can be said at once; all others go the careful way."""
+        gate = self.hop.gate
+        assert gate is not None
+        verdict = gate.at_once(gate.weigh(prepared, body, len(body)))
+        return None if verdict is None or verdict.denial is not None else verdict.gate
 
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
         """What the careful way makes of such a request; None where it has something to count or to change in each."""
@@ -172,7 +189,14 @@ class PlainCalls:
             subscriber=subscriber,
             dimensions=dict(dimensions),
         )
-        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT), line + head.lines
+        prepared = None
+        if hop.gate is not None:
+            prepared = hop.gate.prepare(
+                method, target, fields, subscriber=subscriber, dimensions=dimensions, route=shape.route
+            )
+            if not (prepared.plan.slots or prepared.reads_body):
+                prepared = None  # no limit can ever have a say
+        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT, prepared), line + head.lines
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
         if _cut_in_record(fields):
