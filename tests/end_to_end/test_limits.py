@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
+import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -120,3 +122,177 @@ async def test_of_400_calls_at_once_exactly_as_many_as_allowed_reach_the_upstrea
     row = limit_of(rows, "calls-per-day")
     assert (row["used"], row["reserved"], row["scope"]) == ("100", "0", {"subscriber": "acme"})
     assert 'sidecar_gate_decisions_total{decision="denied",limit="calls-per-day",source="limits"} 300.0' in text
+
+
+@pytest.mark.timeout(120)
+async def test_tokens_of_streams_are_set_aside_by_max_tokens_and_settled_by_what_they_took(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.gate.clear()
+        async with limited(tmp_path, url, SIDECAR_LIMITS="output_tokens=1000/day", SIDECAR_WORKERS="2") as whole:
+            streams = [asyncio.create_task(call(session, whole, stream=True, max_tokens=200)) for _ in range(12)]
+            async with asyncio.timeout(LIMIT_S):
+                while sum(task.done() for task in streams) < 7:
+                    await asyncio.sleep(0.01)
+            # Five of 200 are let in together; none beside them, until they have said what they took.
+            assert up.calls == 5
+            row = limit_of((await whole.get("/limits"))["limits"], "output_tokens-per-day")
+            assert (row["used"], row["reserved"]) == ("0", "1000")
+            up.gate.set()
+            statuses = sorted(status for status, _ in await asyncio.gather(*streams))
+            assert statuses == [200] * 5 + [402] * 7
+            await whole.settled()
+            row = limit_of((await whole.get("/limits"))["limits"], "output_tokens-per-day")
+            assert (row["used"], row["reserved"]) == (str(5 * up.output_tokens), "0")
+            status, _ = await call(session, whole, stream=True, max_tokens=200)
+            assert status == 200
+
+
+@pytest.mark.timeout(120)
+async def test_a_client_that_hangs_up_is_charged_what_was_set_aside(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.gate.clear()
+        settings = {"SIDECAR_LIMITS": "output_tokens=1000/day,concurrent=1", "SIDECAR_ON_DISCONNECT": "stop"}
+        async with limited(tmp_path, url, **settings) as whole:
+            task = asyncio.create_task(call(session, whole, stream=True, max_tokens=300))
+            async with asyncio.timeout(LIMIT_S):
+                while not up.calls:
+                    await asyncio.sleep(0.01)
+            denied, body = await call(session, whole, stream=True, max_tokens=300)
+            assert denied == 429, body
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await until_used(whole, "output_tokens-per-day", "300", "0")
+            up.gate.set()
+            status, _ = await call(session, whole, stream=True, max_tokens=300)
+            assert status == 200
+            await until_used(whole, "output_tokens-per-day", str(300 + up.output_tokens), "0")
+
+
+async def until_used(whole: Whole, name: str, used: str, reserved: str) -> None:
+    rows: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                rows = (await whole.get("/limits"))["limits"]
+                found = [(row["used"], row["reserved"]) for row in rows if row["limit"] == name]
+                if found == [(used, reserved)]:
+                    return
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"{name} is not at {used} and {reserved}: {rows}; {whole.log.read_text()}") from None
+
+
+@pytest.mark.timeout(120)
+async def test_what_consumed_nothing_is_given_back(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.status = 500
+        async with limited(tmp_path, url, SIDECAR_LIMITS="calls=5/day,total_tokens=5000/day") as whole:
+            answers = [await call(session, whole, max_tokens=100) for _ in range(12)]
+            assert {status for status, _ in answers} == {500}
+            await until_used(whole, "calls-per-day", "0", "0")
+            up.status = 200
+            statuses = [(await call(session, whole, max_tokens=100))[0] for _ in range(7)]
+            assert statuses == [200] * 5 + [402] * 2
+            await until_used(whole, "total_tokens-per-day", str(5 * 15), "0")
+        unreachable = limited(tmp_path / "other", "http://127.0.0.1:9", SIDECAR_LIMITS="calls=2/day")
+        unreachable.data_dir.parent.mkdir()
+        async with unreachable:
+            assert {(await call(session, unreachable))[0] for _ in range(6)} == {502}
+
+
+@pytest.mark.timeout(120)
+async def test_a_window_that_has_passed_lets_calls_in_again(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_LIMITS="calls=5/2s", SIDECAR_WORKERS="2") as whole:
+            first = sorted([status for status, _ in await asyncio.gather(*(call(session, whole) for _ in range(9)))])
+            assert first.count(200) == 5
+            assert first.count(429) == 4
+            async with asyncio.timeout(LIMIT_S):
+                while (await call(session, whole))[0] != 200:
+                    await asyncio.sleep(0.1)
+            assert up.calls == 6
+
+
+@pytest.mark.timeout(120)
+async def test_calls_at_once_are_never_more_than_allowed(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_LIMITS="concurrent=7", SIDECAR_WORKERS="3") as whole:
+            served = 0
+            for _ in range(5):
+                up.gate.clear()
+                tasks = [asyncio.create_task(call(session, whole)) for _ in range(30)]
+                async with asyncio.timeout(LIMIT_S):
+                    while sum(task.done() for task in tasks) < 23:
+                        await asyncio.sleep(0.01)
+                assert up.open == 7
+                up.gate.set()
+                served += sum(status == 200 for status, _ in await asyncio.gather(*tasks))
+            assert served == 35
+            assert up.open_max == 7
+            # One after the other no client meets its own call before it.
+            assert {(await call(session, whole))[0] for _ in range(40)} == {200}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("who", ["serve", "meter", "all"])
+async def test_after_a_kill_settled_and_reserved_are_what_the_records_say(tmp_path: Path, who: str) -> None:
+    """Between admission and settling: calls are open while a process is killed, with more on their way."""
+    async with upstream() as (up, url), client() as session:
+        whole = limited(
+            tmp_path, url, SIDECAR_LIMITS="calls=400/day,output_tokens=100000/day", SIDECAR_WORKERS="2",
+        )  # fmt: skip
+        async with whole:
+            done = [await call(session, whole, max_tokens=100) for _ in range(20)]
+            assert {status for status, _ in done} == {200}
+            up.gate.clear()
+            tasks = [asyncio.create_task(tried(session, whole)) for _ in range(40)]
+            async with asyncio.timeout(LIMIT_S):
+                while up.calls < 60:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # their intents are on disk by then: 20 ms and a commit
+            if who == "all":
+                await whole.kill()
+                up.gate.set()
+                await asyncio.gather(*tasks)
+                await whole.start()
+            else:
+                os.kill(whole.children()[who][0], signal.SIGKILL)
+                up.gate.set()
+                await asyncio.gather(*tasks)
+                async with asyncio.timeout(LIMIT_S):
+                    while len(whole.children()["meter"]) < 1 or len(whole.children()["serve"]) < 2:
+                        await asyncio.sleep(0.02)
+            more = await asyncio.gather(*(tried(session, whole) for _ in range(10)))
+            assert 200 in more
+            await whole.settled()
+            records = await whole.records()
+            calls, tokens = expected(records)
+            await until_used(whole, "calls-per-day", str(calls), "0")
+            await until_used(whole, "output_tokens-per-day", str(tokens), "0")
+            assert calls >= 60
+            # A restart derives the same from the records alone.
+            assert await whole.stop() == 0, whole.log.read_text()
+            await whole.start()
+            await until_used(whole, "calls-per-day", str(calls), "0")
+            await until_used(whole, "output_tokens-per-day", str(tokens), "0")
+
+
+async def tried(session: aiohttp.ClientSession, whole: Whole) -> int:
+    try:
+        return (await call(session, whole, max_tokens=100))[0]
+    except aiohttp.ClientError:
+        return 0
+
+
+def expected(records: list[dict[str, Any]]) -> tuple[int, int]:
+    calls = tokens = 0
+    for record in records:
+        if record["outcome"] == "denied":
+            continue
+        usage, held = record["usage"], record.get("gate", {}).get("reserved", {})
+        calls += 1
+        if usage is not None and usage["usage_state"] == "final":
+            tokens += usage["output_tokens"]
+        else:
+            tokens += next((amount for key, amount in held.items() if key.startswith("output_tokens")), 0)
+    return calls, tokens
