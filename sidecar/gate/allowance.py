@@ -4,8 +4,8 @@ A call falls under a few limits; those and its scopes are looked up once for all
 counter that it touches is a `Slot` that all plans share: what is left of its lease, and until when that is good. A
 decision is one comparison a slot, and where one of them is not enough, the owner is asked.
 
-What open calls hold is summed up by counter (`outstanding`): that is what the owner is told when it asks, and what
-makes the sums of a new owner true.
+What open calls hold is added up by counter when the owner asks, and once a second: that makes its sums true, also those
+of a new one.
 """
 
 from __future__ import annotations
@@ -88,7 +88,8 @@ class Allowances:
         self._plans: dict[Facts, Plan] = {}
         self._slots: dict[tuple[str, str], Slot] = {}
         self._by_key: dict[str, Slot] = {}
-        self.outstanding: dict[str, int] = {}  # by counter: what open calls hold
+        # What each open call holds, by counter. Each is known by its dictionary: no sum is kept on the way of a call.
+        self._open: dict[int, Mapping[str, int]] = {}
         self._leased: set[Slot] = set()
 
     def plan(self, facts: Facts) -> Plan:
@@ -126,17 +127,16 @@ class Allowances:
 
     def take(self, plan: Plan, needs: Needs, now_ns: int) -> dict[str, int] | None:
         """What the call holds, by counter; None: the owner has to be asked."""
-        for slot in plan.slots:
-            if slot.left < needs[slot.place] * slot.factor or now_ns >= slot.until_ns or slot.full or not slot.left:
+        slots = plan.slots
+        for slot in slots:
+            # Also who needs nothing of a counter needs that there is something left.
+            if slot.left < (needs[slot.place] * slot.factor or 1) or now_ns >= slot.until_ns:
                 return None
         held = {}
-        outstanding = self.outstanding
-        for slot in plan.slots:
-            amount = needs[slot.place] * slot.factor
+        for slot in slots:
+            held[slot.key] = amount = needs[slot.place] * slot.factor
             slot.left -= amount
-            key = slot.key
-            held[key] = amount
-            outstanding[key] = outstanding.get(key, 0) + amount
+        self._open[id(held)] = held
         return held
 
     def used_up(self, plan: Plan, now_ns: int) -> Limit | None:
@@ -146,20 +146,22 @@ class Allowances:
                 return slot.limit
         return None
 
-    def granted(self, plan: Plan, decision: Decision, at_ns: int) -> None:
-        """The owner's answer for a call that asked at `at_ns`: what it holds is outstanding, the rest is a lease."""
-        held, more, full = decision.held, decision.more, decision.full
+    def granted(self, plan: Plan, decision: Decision, at_ns: int) -> dict[str, int]:
+        """The owner's answer for a call that asked at `at_ns`; what it holds. The rest is a lease."""
+        more, full = decision.more, decision.full
+        held = dict(decision.held)
+        if held:
+            self._open[id(held)] = held
         for slot in plan.slots:
             key = slot.limit.key(slot.scope, at_ns)
             if key != slot.key:
                 self._turn(slot, key, at_ns)
             if key in full:
-                slot.full = True
-            if key in held:
-                self.outstanding[key] = self.outstanding.get(key, 0) + held[key]
-            if (lease := more.get(key, 0)) > 0:
+                slot.full, slot.left = True, 0
+            elif (lease := more.get(key, 0)) > 0:
                 slot.left += lease
                 self._leased.add(slot)
+        return held
 
     def _turn(self, slot: Slot, key: str, at_ns: int) -> None:
         """Another period: what was left of the old one is nothing in the new one."""
@@ -170,30 +172,29 @@ class Allowances:
         self._by_key[key] = slot
 
     def ended(self, held: Mapping[str, int]) -> None:
-        """The record of a call that held this is on its way."""
-        outstanding = self.outstanding
-        for key, amount in held.items():
-            left = outstanding.get(key, 0) - amount
-            if left > 0:
-                outstanding[key] = left
-            else:
-                outstanding.pop(key, None)
+        """The record of the call that held this is on its way. `held`: as it was given."""
+        self._open.pop(id(held), None)
 
     def cancelled(self, held: Mapping[str, int]) -> None:
         """Nothing was sent: another call may have it."""
-        self.ended(held)
+        if self._open.pop(id(held), None) is None:
+            return
         for key, amount in held.items():
             slot = self._by_key.get(key)
-            if slot is not None:
+            if slot is not None and not slot.full:
                 slot.left += amount
                 self._leased.add(slot)
 
     def give_up(self) -> dict[str, int]:
-        """End all leases; what open calls hold."""
+        """End all leases; what open calls hold, by counter."""
         for slot in self._leased:
             slot.left = 0
         self._leased.clear()
-        return dict(self.outstanding)
+        sums: dict[str, int] = {}
+        for held in self._open.values():
+            for key, amount in held.items():
+                sums[key] = sums.get(key, 0) + amount
+        return sums
 
     @property
     def leases(self) -> bool:

@@ -19,6 +19,7 @@ from sidecar.usage.providers.base import Tree
 from sidecar.usage.request_reader import BODY_MAX_BYTES
 
 BYTES_A_TOKEN: Final = 4
+_OBJECT: Final = (b"{", b" ", b"\n", b"\r", b"\t")
 OUTPUT_TOKENS_DEFAULT: Final = 1_000  # where neither the request nor the model's last answers say anything
 # No model known gives more in one answer; a request that names a larger figure is after the others' allowance.
 OUTPUT_TOKENS_MAX: Final = 1_000_000
@@ -36,7 +37,6 @@ _WANTED: Final[Tree] = {
     "generationConfig": {"maxOutputTokens": True, "candidateCount": True},
     "inferenceConfig": {"maxTokens": True},
 }
-_OUTPUT: Final = ("max_completion_tokens", "max_output_tokens", "max_tokens")
 
 
 class Asked(NamedTuple):
@@ -54,7 +54,7 @@ NOTHING_ASKED: Final = Asked(None, 0, 0, {})
 def read_request(body: bytes, length: int | None = None) -> Asked:
     """`body`: of it as much as has come. `length`: how long it is in all, where that is known. Never raises."""
     document: Any = None
-    if body[:1] == b"{" or body[:1].isspace():
+    if body.startswith(_OBJECT):
         try:
             document = orjson.loads(body)
         except ValueError:
@@ -72,16 +72,20 @@ def read_request(body: bytes, length: int | None = None) -> Asked:
 
 
 def _output(document: Mapping[str, Any]) -> int | None:
-    stated = [document.get(name) for name in _OUTPUT]
-    choices = document.get("n")
-    generation, inference = document.get("generationConfig"), document.get("inferenceConfig")
-    if isinstance(generation, dict):
-        stated.append(generation.get("maxOutputTokens"))
-        choices = choices or generation.get("candidateCount")
-    if isinstance(inference, dict):
-        stated.append(inference.get("maxTokens"))
-    tokens = next((value for value in stated if type(value) is int and value >= 0), None)
-    if tokens is None:
+    find = document.get
+    tokens = find("max_tokens")
+    if type(tokens) is not int:
+        tokens = find("max_completion_tokens", find("max_output_tokens"))
+    choices = find("n")
+    if type(tokens) is not int:
+        generation, inference = find("generationConfig"), find("inferenceConfig")
+        if isinstance(generation, dict):
+            tokens, choices = generation.get("maxOutputTokens"), generation.get("candidateCount")
+        elif isinstance(inference, dict):
+            tokens = inference.get("maxTokens")
+        if type(tokens) is not int:
+            return None
+    if tokens < 0:
         return None
     times = min(max(choices, 1), CHOICES_MAX) if type(choices) is int else 1
     return min(tokens, OUTPUT_TOKENS_MAX) * times

@@ -129,13 +129,15 @@ class Subscriber:
     source: str
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True)
 class Gate:
     """What was decided before the call was sent on.
 
     `limit`: the one that denied it, or would have. `source`: who said so: `limits`, a vendor's name, or `on_failure`
     where nobody could be asked. `age_s`: how old the answer was. `reserved`: by counter (`limit|scope|period`), what
     was set aside for the call; its end settles that.
+
+    Nobody changes one. It is not frozen, because one is made for each call under limits.
     """
 
     decision: str  # allowed, denied, shadow

@@ -29,7 +29,6 @@ from sidecar.model.exchange import (
     HEADER_NAMES_CHARS_MAX,
     URL_CHARS_MAX,
     USER_AGENT_CHARS_MAX,
-    Gate,
     PlainExchange,
     RequestShape,
     ResponseShape,
@@ -127,9 +126,11 @@ class PlainCalls:
             return False
         asked = plain.shape.facts
         gate = None
-        if asked.prepared is not None and (gate := self._may(asked.prepared, data[end + 4 :])) is None:
-            connection.release()
-            return False
+        if asked.prepared is not None and hop.gate is not None:
+            gate = hop.gate.quickly(asked.prepared, data[end + 4 :])
+            if gate is None:
+                connection.release()
+                return False
         trace = None if plain.trace is None else trace_id(plain.trace)
         body = data[end + 4 :]
         exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
@@ -141,13 +142,6 @@ class PlainCalls:
             return False
         PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
         return True
-
-    def _may(self, prepared: Prepared, body: bytes) -> Gate | None:
-        """What was decided, where it may be made and that can be said at once; all others go the careful way."""
-        gate = self.hop.gate
-        assert gate is not None
-        verdict = gate.at_once(gate.weigh(prepared, body, len(body)))
-        return None if verdict is None or verdict.denial is not None else verdict.gate
 
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
         """What the careful way makes of such a request; None where it has something to count or to change in each."""
