@@ -314,7 +314,7 @@ class Call:
         length, waits = _body_ahead(message.raw_headers)
         self._gating = _Gating(gate, prepared, gathers, length)
         self.phase = Phase.ADMISSION
-        if self.body is None or not (prepared.reads_body and waits) or (length or 0) > READ_BYTES_MAX:
+        if self.body is None or not (prepared.reads_body and waits):
             self._weigh(self._gating)
         else:
             self.deadline = hop.loop.time() + hop.settings.idle_timeout_s

@@ -296,3 +296,139 @@ def expected(records: list[dict[str, Any]]) -> tuple[int, int]:
         else:
             tokens += next((amount for key, amount in held.items() if key.startswith("output_tokens")), 0)
     return calls, tokens
+
+
+@pytest.mark.timeout(120)
+async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_not(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        """
+        [[limits]]
+        name = "team-tokens"
+        unit = "total_tokens"
+        amount = 1000
+        window = "month"
+        timezone = "Europe/Berlin"
+        "dimensions.team" = "*"
+
+        [[limits]]
+        name = "everybody"
+        subscriber = ""
+        unit = "calls"
+        amount = 3
+        window = "total"
+        action = "warn"
+        """
+    )
+    settings = {"SIDECAR_CONFIG": str(config), "SIDECAR_DIMENSIONS": "team=x-team"}
+    async with upstream() as (_, url), client() as session:
+        async with limited(tmp_path, url, **settings) as whole:
+            for _ in range(4):
+                assert (await call(session, whole))[0] == 200
+            await whole.settled()
+            code, out, err = await whole.command("limits")
+            assert code == 0, err
+            assert await whole.stop() == 0
+            for text in (out, (await whole.command("limits"))[1]):
+                assert [" ".join(line.split()) for line in text.splitlines() if "tokens" in line] == [
+                    text_of_row(text, "team-tokens")
+                ]
+                assert "team-tokens dimensions.team (none) 60 0 1000 6.0" in text_of_row(text, "team-tokens")
+                assert "everybody 4 0 3 133.3" in text_of_row(text, "everybody")
+            code, out, _ = await whole.command("limits", "--format", "json", "--over", "100")
+            assert [row["limit"] for row in json.loads(out)["limits"]] == ["everybody"]
+            assert "a limit is used up" in whole.log.read_text()
+
+
+def text_of_row(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return " ".join(line.split())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("policy", "expected"), [("open", 200), ("closed", 429), ("last", 200)])
+async def test_without_an_owner_the_setting_decides(tmp_path: Path, policy: str, expected: int) -> None:
+    async with upstream() as (up, url), client() as session:
+        settings = {"SIDECAR_LIMITS": "calls=10/day", "SIDECAR_GATE_ON_FAILURE": policy}
+        async with limited(tmp_path, url, SIDECAR_DURABILITY="buffered", **settings) as whole:
+            assert (await call(session, whole))[0] == 200
+            meter = whole.children()["meter"][0]
+            os.kill(meter, signal.SIGSTOP)
+            try:
+                status, body = await call(session, whole)
+            finally:
+                os.kill(meter, signal.SIGCONT)
+            assert status == expected, body
+            await whole.settled()
+            records = await whole.records()
+            assert records[-1]["gate"]["source"] == "on_failure"
+            assert records[-1]["gate"]["decision"] == ("denied" if expected == 429 else "allowed")
+            served = 1 + (expected == 200)
+            assert up.calls == served
+            # It was not reserved, and counts all the same.
+            await until_used(whole, "calls-per-day", str(served), "0")
+
+
+@pytest.mark.timeout(120)
+async def test_a_dry_run_denies_nothing_and_says_what_it_would_have(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        settings = {"SIDECAR_LIMITS": "calls=2/day", "SIDECAR_GATE_DRY_RUN": "true"}
+        async with limited(tmp_path, url, **settings) as whole:
+            assert [(await call(session, whole))[0] for _ in range(4)] == [200] * 4
+            await whole.settled()
+            gates = [record["gate"] for record in await whole.records()]
+            assert [gate["decision"] for gate in gates] == ["allowed", "allowed", "shadow", "shadow"]
+            assert gates[-1]["limit"] == "calls-per-day"
+            assert up.calls == 4
+            await until_used(whole, "calls-per-day", "4", "0")
+
+
+@pytest.mark.timeout(120)
+async def test_who_pays_and_which_model_may_stand_in_the_body_and_a_denied_call_is_said_in_full(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        """
+        [[limits]]
+        name = "no-opus"
+        model = "opus"
+        unit = "calls"
+        amount = 0
+        window = "total"
+        [[limits]]
+        name = "two-a-day"
+        unit = "calls"
+        amount = 2
+        window = "day"
+        """
+    )
+    async with upstream() as (up, url), client() as session:
+        whole = Whole(tmp_path / "data", url, SIDECAR_SUBSCRIBER="body:user", SIDECAR_CONFIG=str(config))
+        async with whole:
+            address = whole.proxy_url + "/v1/chat/completions"
+            long = "x" * 300_000  # more than is waited for
+            asked = [
+                {"model": "opus", "user": "a"}, {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "a"},
+                {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "b"},
+                {"model": "opus", "user": "b", "messages": long},
+            ]  # fmt: skip
+            found = []
+            for body in asked:
+                async with session.post(address, json=body) as answer:
+                    found.append((answer.status, answer.headers.get("X-Sidecar-Limit")))
+                    if answer.status == 402:
+                        assert answer.headers["x-should-retry"] == "false"
+                        assert "Retry-After" not in answer.headers
+                        assert await answer.json(content_type=None)
+            assert found == [
+                (402, "no-opus"), (200, None), (200, None), (402, "two-a-day"), (200, None), (402, "no-opus"),
+            ]  # fmt: skip
+            assert up.calls == 3
+            await whole.settled()
+            records = await whole.records()
+    assert [record["outcome"] for record in records].count("denied") == 3
+    denied = records[0]
+    assert (denied["status"], denied["usage"], denied["subscriber"]["id"]) == (402, None, "a")
+    assert denied["gate"] == {"decision": "denied", "limit": "no-opus", "source": "limits", "age_s": 0.0}
+    assert denied["error"] == "denied by the limit no-opus"
