@@ -127,6 +127,13 @@ class Limit:
             return self.meter.kind is not Kind.COUNT
         return self.unit not in ("calls", "concurrent")
 
+    @property
+    def in_hours(self) -> bool:
+        """Whether sums by hour, subscriber, model, provider and route tell what was used of it."""
+        return self.meter is None and all(
+            scope != "key" and not scope.startswith(DIMENSION) for scope, _ in self.scopes
+        )
+
     def scope_of(self, facts: Facts) -> str | None:
         """Which of this limit's counters such a call falls under; None: under none."""
         values = []

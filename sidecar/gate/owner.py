@@ -14,11 +14,12 @@ import logging
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from decimal import Decimal
+from typing import Any, Final, NamedTuple, Protocol
 
 from sidecar.gate.counters import DENIED, Counter, Counters, Need, Row
 from sidecar.gate.estimate import Outputs
-from sidecar.gate.limits import Charging
+from sidecar.gate.limits import PICO, Charge, Charging, Facts
 from sidecar.model.exchange import Exchange
 from sidecar.model.record import Record
 
@@ -240,6 +241,43 @@ def count_records(lines: Iterable[bytes], charging: Charging, wanted: Callable[[
         if wanted(record):
             call = exchange_of(record)
             counters.settle("", charging.charges(call), call.started_ns)
+    return counters
+
+
+class Hour(NamedTuple):
+    """What calls of one kind consumed in one hour, as the ledger has it. `refused`: their status was 400 or above."""
+
+    start_ns: int
+    facts: Facts
+    calls: int
+    with_usage: int
+    refused: bool
+    input_tokens: int
+    output_tokens: int
+    total_tokens: int
+    cost_usd: Decimal
+
+
+def count_hours(hours: Iterable[Hour], charging: Charging) -> Counters:
+    """The counters as these hours leave them, for records that are there no more. Of keys, dimensions and meters the
+    hours say nothing; of calls whose usage stayed unknown they have what was seen."""
+    counters = Counters(charging.limits)
+    for hour in hours:
+        # One of 400 or above without usage consumed nothing.
+        calls = min(hour.calls, hour.with_usage) if hour.refused else hour.calls
+        amounts = {
+            "calls": calls,
+            "input_tokens": hour.input_tokens,
+            "output_tokens": hour.output_tokens,
+            "total_tokens": hour.total_tokens,
+            "cost_usd": int(hour.cost_usd * PICO),
+        }
+        charges = []
+        for limit in charging.limits:
+            scope = limit.scope_of(hour.facts) if limit.in_hours else None
+            if scope is not None and (amount := amounts.get(limit.unit, 0)):
+                charges.append(Charge(limit, limit.key(scope, hour.start_ns), scope, amount, 0))
+        counters.settle("", charges, hour.start_ns)
     return counters
 
 

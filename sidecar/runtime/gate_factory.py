@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
@@ -13,6 +15,7 @@ from sidecar.gate.admission import Admission, Meant, Response, problem
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.limits import (
     Charging,
+    Facts,
     Limit,
     LimitsError,
     Price,
@@ -20,13 +23,17 @@ from sidecar.gate.limits import (
     read_limits,
     remarks,
 )
-from sidecar.gate.owner import Owner, count_records
+from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.windows import SECOND_NS
+from sidecar.ledger import LedgerReader, UsageRow
 from sidecar.meters.definition import MetersError, read_meters
+from sidecar.meters.hourly import HOUR_S
 from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
+from sidecar.model.record import Record
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
+from sidecar.runtime.backend_factory import LEDGER
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
@@ -35,6 +42,7 @@ from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
 LIMITS: Final = "limits"
+BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
 
 def limits(settings: Settings) -> tuple[Limit, ...]:
@@ -200,12 +208,52 @@ def owner(settings: Settings) -> Owner | None:
 
 def counted(settings: Settings, reader: SpoolReader, instance: str, last_seq: int) -> Counters | None:
     """The counters as the records leave them: all of other slots, and of the one that is written here those up to
-    `last_seq`. Reads files."""
+    `last_seq`. What the spool has no more is taken from the ledger, by whole hours. Reads files."""
     found = charging(settings)
     if found is None:
         return None
     since_ns = oldest_start_ns(found.limits, time.time_ns())
-    return count_records(reader.lines(since_ns=since_ns), found, lambda r: r.instance != instance or r.seq <= last_seq)
+    from_s = max(since_ns / SECOND_NS, _complete_from_s(reader, since_ns))
+    counters = count_records(
+        reader.lines(since_ns=since_ns),
+        found,
+        lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
+    )
+    path = settings.data_dir / LEDGER
+    if from_s * SECOND_NS > since_ns and path.exists():
+        since = datetime.fromtimestamp(since_ns // SECOND_NS, UTC)
+        until = datetime.fromtimestamp(from_s, UTC)
+        counters.absorb(count_hours(map(_hour, LedgerReader(path).usage(BY, since, until)), found))
+    return counters
+
+
+def _complete_from_s(reader: SpoolReader, since_ns: int) -> float:
+    """The hour from which on nothing was taken out of the spool for its age or its size; 0: nothing ever was."""
+    found = 0.0
+    for instance in reader.instances():
+        segments = reader.segments(instance)
+        if not segments or segments[0].first_seq <= 1:
+            continue
+        groups = reader.read(instance, segments[0].first_seq - 1, bytes_max=1)
+        lines = [line for group in groups for line in group.lines[:1]]
+        if lines:
+            found = max(found, math.ceil(Record.from_json(lines[0]).started_s / HOUR_S) * float(HOUR_S))
+    return found
+
+
+def _hour(row: UsageRow) -> Hour:
+    subscriber, model, provider, route, status, hour = row.group
+    return Hour(
+        start_ns=int(datetime.fromisoformat(hour or "").timestamp()) * SECOND_NS,
+        facts=Facts(subscriber=subscriber, model=model, provider=provider, route=route),
+        calls=row.calls,
+        with_usage=row.with_usage,
+        refused=status in ("4xx", "5xx"),
+        input_tokens=row.input_tokens or 0,
+        output_tokens=row.output_tokens or 0,
+        total_tokens=row.total_tokens or 0,
+        cost_usd=Decimal(row.cost_usd or 0),
+    )
 
 
 def shown(row: Row) -> dict[str, Any]:

@@ -613,7 +613,7 @@ async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq:
     began_s = asyncio.get_running_loop().time()
     try:
         found = await asyncio.to_thread(gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq)
-    except (OSError, SpoolError) as error:
+    except (OSError, SpoolError, LedgerError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
     gate.load(found or Counters(()))

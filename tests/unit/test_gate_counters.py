@@ -5,14 +5,15 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 import pytest
 
 from sidecar.gate.admission import Admission, Meant, Verdict
 from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Need
-from sidecar.gate.limits import Charge, Charging, Limit, read_limits
-from sidecar.gate.owner import Owner, count_records
+from sidecar.gate.limits import Charge, Charging, Facts, Limit, read_limits
+from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.windows import SECOND_NS
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import encode
@@ -22,7 +23,7 @@ DAY_NS = 86_400 * SECOND_NS
 
 
 def limits(*short: str, **more: Any) -> tuple[Limit, ...]:
-    return read_limits([more] if more else [], short)
+    return read_limits([more] if more else [], short, dimensions=["team"])
 
 
 def counters(*short: str, **given: Any) -> Counters:
@@ -403,6 +404,32 @@ def test_the_answer_that_a_process_had_not_heard_yet_counts_as_held() -> None:
     process.tell()
     world.turn()
     assert world.owner.counters.reserved(CALLS) == 1
+
+
+def test_hours_of_the_ledger_count_where_there_are_no_records_any_more() -> None:
+    charging = Charging(
+        limits(
+            "calls=9/month", "total_tokens=9/month", "cost_usd=9/month",
+            name="teams", unit="calls", amount=1, window="month", dimensions={"team": "*"},
+        )
+    )  # fmt: skip
+    facts = Facts(subscriber="acme", model="m")
+    kind: dict[str, Any] = {
+        "start_ns": AT_NS,
+        "facts": facts,
+        "input_tokens": 5,
+        "output_tokens": 6,
+        "total_tokens": 11,
+    }
+    hours = [
+        Hour(calls=4, with_usage=3, refused=False, cost_usd=Decimal("0.5"), **kind),
+        Hour(calls=7, with_usage=1, refused=True, cost_usd=Decimal(0), **kind),
+    ]
+    book = count_hours(hours, charging)
+    assert book.settled("calls-per-month|acme|2026-11", AT_NS) == 5
+    assert book.settled("total_tokens-per-month|acme|2026-11", AT_NS) == 22
+    assert book.settled("cost_usd-per-month|acme|2026-11", AT_NS) == 5 * 10**11
+    assert len(book.rows(AT_NS)) == 3, "the hours know no team"
 
 
 def test_the_gate_of_a_record_is_read_back() -> None:
