@@ -343,10 +343,6 @@ class Call:
         who = None if by_body is None else (lambda member: by_body(exchange.subscriber, member))
         came = b"" if body is None else body.ahead
         weighed = gating.weighed = gating.gate.weigh(gating.prepared, came, gating.length, who)
-        if not weighed.plan.slots:
-            self.phase = Phase.CONNECTING
-            self._go_on(gating.gathers)
-            return
         verdict = gating.gate.at_once(weighed)
         if verdict is None:
             gating.gate.ask(weighed, self._judge)

@@ -188,8 +188,6 @@ class PlainCalls:
             prepared = hop.gate.prepare(
                 method, target, fields, subscriber=subscriber, dimensions=dimensions, route=shape.route
             )
-            if not (prepared.plan.slots or prepared.reads_body):
-                prepared = None  # no limit can ever have a say
         return _Asked(shape, head.idempotency_key or method in IDEMPOTENT, prepared), line + head.lines
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:

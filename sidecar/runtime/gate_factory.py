@@ -188,7 +188,8 @@ class Settling:
         self._metrics = metrics
         self._owner = owner
         self.add = metrics.add
-        self.calls_ended = metrics.calls_ended  # of calls that no limit had a say in; where limits are set there are none
+        # Of calls of which no limit was asked. Where there are limits, each call comes by itself.
+        self.calls_ended = metrics.calls_ended
 
     def call_ended(self, exchange: Exchange) -> None:
         self._owner.settle(exchange)
