@@ -117,7 +117,11 @@ class _Loading:
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
         settings = settings_from(
-            core, subscribers=self._subscribers(), meters=self._meters(), price_tables=prices, limits=limits,
+            core,
+            subscribers=self._subscribers(),
+            meters=self._meters(),
+            price_tables=prices,
+            limits=limits,
             backend_values=own,
         )
         self._refuse_unknown_variables()
