@@ -257,6 +257,9 @@ class Charging:
             if usage.total_tokens is not None:
                 return usage.total_tokens
             return (usage.input_tokens or 0) + (usage.output_tokens or 0)
+        priced = None if call.cost is None or call.cost.get("currency") != "USD" else call.cost.get("total")
+        if isinstance(priced, str) and AMOUNT.fullmatch(priced):
+            return _rounded_up(Decimal(priced) * PICO)
         if usage.cost_usd is not None and AMOUNT.fullmatch(usage.cost_usd):
             return _rounded_up(Decimal(usage.cost_usd) * PICO)
         if self._price is None:

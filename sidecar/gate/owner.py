@@ -299,6 +299,7 @@ def exchange_of(record: Record) -> Exchange:
         subscriber=record.subscriber,
         dimensions=record.dimensions,
         usage=record.usage,
+        cost=record.cost,
         gate=record.gate,
     )
 

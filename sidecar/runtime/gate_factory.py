@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import random
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -11,8 +12,9 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Response, problem
+from sidecar.gate.admission import Admission, Meant, Response
 from sidecar.gate.counters import Counters, Row
+from sidecar.gate.denials import denial, of_call
 from sidecar.gate.limits import (
     Charging,
     Facts,
@@ -27,11 +29,11 @@ from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.windows import SECOND_NS
 from sidecar.ledger import LedgerReader, UsageRow
 from sidecar.meters.definition import MetersError, read_meters
-from sidecar.meters.hourly import HOUR_S
-from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release
+from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usage, UsageState
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
+from sidecar.prices import PICO, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
 from sidecar.runtime.backend_factory import LEDGER
 from sidecar.runtime.metrics import Metrics
@@ -42,6 +44,7 @@ from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
 LIMITS: Final = "limits"
+HOUR_S: Final = 3600
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
 
@@ -78,7 +81,7 @@ def faults(settings: Settings) -> list[str]:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault and still worth knowing."""
-    found = remarks(limits(settings), priced=price(settings) is not None)
+    found = remarks(limits(settings), priced=settings.prices.prices != "none")
     if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
         found.append("limits are defined and SIDECAR_GATE does not have limits: none of them holds")
     if settings.gate.gate_dry_run and (settings.limits or settings.gate.limits):
@@ -87,14 +90,28 @@ def notes(settings: Settings) -> list[str]:
 
 
 def price(settings: Settings) -> Price | None:
-    """What tokens cost; None: only what a provider states is known."""
-    return None
+    """What tokens will cost; None: nobody asks, or there are no prices."""
+    if settings.prices.prices == "none" or not any(limit.unit == "cost_usd" for limit in limits(settings)):
+        return None
+    book = price_book(settings)
+
+    def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
+        usage = Usage(
+            usage_state=UsageState.FINAL, provider=provider, model=model, input_tokens=input_tokens,
+            output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
+        )  # fmt: skip
+        cost, _ = book.cost(usage, at_ns / SECOND_NS, host=settings.proxy.upstream_url or "", record=None)
+        if cost is None or cost.get("total") is None or cost.get("currency") != "USD":
+            return None
+        return int(Decimal(cost["total"]) * PICO)
+
+    return find
 
 
 def charging(settings: Settings) -> Charging | None:
     """None: there is no limit."""
     found = limits(settings)
-    return Charging(found, price(settings), settings.gate.gate_unknown) if found else None
+    return Charging(found, None, settings.gate.gate_unknown) if found else None
 
 
 # --- in a process that serves --------------------------------------------------------------------------
@@ -115,7 +132,7 @@ def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | No
         key_of=_key_of(taps, key),
         reads=frozenset(name.encode() for name in CREDENTIALS),
         price=price(settings),
-        deny=partial(_deny, settings),
+        deny=partial(_deny, settings, taps),
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
         body_says_who=any(source.kind is SourceKind.BODY for source in sources),
@@ -150,6 +167,7 @@ def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
 
 def _deny(
     settings: Settings,
+    taps: UsageTaps,
     method: str,
     target: str,
     *,
@@ -158,8 +176,13 @@ def _deny(
     retry_after_s: float | None,
     message: str | None,
 ) -> Response:
-    status = settings.gate.gate_status.get(kind)
-    return problem(method, target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message, status=status)
+    """In the form of the API that was called."""
+    family, streamed = of_call(taps.endpoints, method, target)
+    return denial(
+        family, limit=limit, kind="quota" if kind == "quota" else "rate", retry_after_s=retry_after_s,
+        message=message, streamed=streamed, status=settings.gate.gate_status.get(kind),
+        jitter=random.random(),  # noqa: S311 - no secret
+    )  # fmt: skip
 
 
 class GatedRecorder:

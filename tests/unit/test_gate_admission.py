@@ -169,7 +169,9 @@ def test_what_stays_used_up_is_denied_without_a_question() -> None:
     verdicts: list[Verdict] = []
     gate.ask(weigh(gate), verdicts.append)
     gate.answered(answer(1, 1, "denied", limit="calls-per-day", full=[KEY]))
-    verdicts.append(gate.at_once(weigh(gate)) or pytest.fail("it asks again"))
+    again = gate.at_once(weigh(gate))
+    assert again is not None, "it asks again"
+    verdicts.append(again)
     for verdict in verdicts:
         assert verdict.denial is not None
         assert (verdict.denial.status, verdict.gate.limit) == (402, "calls-per-day")

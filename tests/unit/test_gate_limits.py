@@ -261,6 +261,8 @@ def test_a_message_of_a_socket_is_no_call_and_its_tokens_count() -> None:
 def test_money_is_what_the_provider_says_else_what_the_table_says_else_what_was_reserved() -> None:
     assert charged(call(cost_usd="0.0031"))["cost_usd"] == (3_100_000_000, 0)
     assert charged(call(), price=lambda *asked: 42)["cost_usd"] == (42, 0)
+    said = call(cost={"currency": "USD", "total": "0.25", "state": "exact"}, cost_usd="9")
+    assert charged(said)["cost_usd"] == (250_000_000_000, 0)
     held = Gate("allowed", reserved={"cost_usd-per-total|acme|total": 7})
     assert charged(call(gate=held), price=lambda *asked: None)["cost_usd"] == (7, 7)
     assert charged(call(gate=held), "observed", price=lambda *asked: None)["cost_usd"] == (0, 7)
