@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, meters, prices, receiver, records, serve, spool, usage
+from sidecar.cli import balance, check, demo, limits, meters, prices, receiver, records, serve, spool, usage
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
@@ -26,6 +26,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "usage": usage,
     "records": records,
     "balance": balance,
+    "limits": limits,
     "spool": spool,
     "meters": meters,
     "prices": prices,

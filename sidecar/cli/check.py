@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault of the settings and still worth knowing before the first call."""
+    from sidecar.runtime import gate_factory
     from sidecar.runtime.admin.guard import open_port
     from sidecar.runtime.factory import IDLE_PIN, idle_pins
     from sidecar.spool.files import ground_warning
@@ -66,6 +67,7 @@ def notes(settings: Settings) -> list[str]:
     if (warning := ground_warning(there)) is not None:
         found.append(warning)
     found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
+    found += gate_factory.notes(settings)
     return found
 
 

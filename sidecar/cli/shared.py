@@ -35,13 +35,13 @@ def known_backend_settings() -> BackendSettings:
 
 
 def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
-    """All that `serve` needs, with what only the parts can judge: meters, prices, backends, the ledger's
+    """All that `serve` needs, with what only the parts can judge: meters, prices, limits, backends, the ledger's
     file, certificates."""
     from sidecar import prices
-    from sidecar.runtime import backend_factory, certificates
+    from sidecar.runtime import backend_factory, certificates, gate_factory
 
     def judge(settings: Settings) -> list[str]:
-        own = prices.faults(settings)
+        own = [*prices.faults(settings), *gate_factory.faults(settings)]
         return [*backend_factory.faults(settings), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)

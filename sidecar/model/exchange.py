@@ -129,6 +129,32 @@ class Subscriber:
     source: str
 
 
+@dataclass(slots=True)
+class Gate:
+    """What was decided before the call was sent on.
+
+    `limit`: the one that denied it, or would have. `source`: who said so: `limits`, a vendor's name, or `on_failure`
+    where nobody could be asked. `age_s`: how old the answer was. `reserved`: by counter (`limit|scope|period`), what
+    was set aside for the call; its end settles that.
+
+    Nobody changes one. It is not frozen, because one is made for each call under limits.
+    """
+
+    decision: str  # allowed, denied, shadow
+    limit: str | None = None
+    source: str = "limits"
+    age_s: float = 0.0
+    reserved: Mapping[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = {
+            "decision": self.decision, "limit": self.limit, "source": self.source, "age_s": self.age_s,
+        }  # fmt: skip
+        if self.reserved:
+            found["reserved"] = self.reserved
+        return found
+
+
 @dataclass(slots=True, kw_only=True)
 class Exchange:
     """One call as the proxy saw it. Sizes are body bytes on the wire, framing excluded."""
@@ -159,6 +185,7 @@ class Exchange:
     cost: Money | None = None  # what it took, where there is something to be priced
     charge: Money | None = None  # what its customer is asked for it, where prices say so
     error: str | None = None  # a fixed text of ours; never bytes from the wire
+    gate: Gate | None = None  # None: no limit and no gate had a say
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -212,6 +239,7 @@ class PlainExchange:
     response_bytes: int = 0
     response_head: bytes = b""  # as it came, without its empty line; likewise
     response_body: bytes = b""
+    gate: Gate | None = None
 
     def exchange(self) -> Exchange:
         """The same as an exchange, without usage."""
@@ -232,6 +260,7 @@ class PlainExchange:
             first_byte_ms=self.first_byte_ms,
             duration_ms=self.duration_ms,
             request_bytes=self.request_bytes,
+            gate=self.gate,
         )
         if response is not None:
             exchange.outcome = Outcome.COMPLETE

@@ -19,6 +19,7 @@ import orjson
 from sidecar.model.exchange import (
     USAGE_FIELDS,
     Exchange,
+    Gate,
     Money,
     Outcome,
     RequestShape,
@@ -75,6 +76,7 @@ class Record:
     dimensions: dict[str, str]
     usage: Usage | None
     error: str | None
+    gate: Gate | None = None
     json: bytes  # the stored line, without its line end
     cost: Money | None = None
     charge: Money | None = None
@@ -131,6 +133,7 @@ def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Re
         dimensions=dict(exchange.dimensions),
         usage=exchange.usage,
         error=exchange.error,
+        gate=exchange.gate,
         json=line,
         cost=exchange.cost,
         charge=exchange.charge,
@@ -223,7 +226,7 @@ def _started_at(started_ns: int) -> datetime:
 
 def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
     subscriber, usage = exchange.subscriber, exchange.usage
-    return {
+    row: dict[str, Any] = {
         "id": exchange.id,
         "seq": seq,
         "instance": instance,
@@ -250,6 +253,9 @@ def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
         **({} if exchange.charge is None else {"charge": exchange.charge}),
         "error": exchange.error,
     }
+    if exchange.gate is not None:  # left out, not null: most sidecars have no limits
+        row["gate"] = exchange.gate.to_dict()
+    return row
 
 
 def _storable(value: Any, depth: int = 0) -> Any:
@@ -310,10 +316,16 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
         dimensions=row.get("dimensions") or {},
         usage=None if usage is None else usage_of(usage),
         error=row.get("error"),
+        gate=None if (gate := row.get("gate")) is None else _read_gate(gate),
         json=line,
         cost=row.get("cost"),
         charge=row.get("charge"),
     )
+
+
+def _read_gate(row: dict[str, Any]) -> Gate:
+    source, age_s = row.get("source") or "", row.get("age_s") or 0.0
+    return Gate(row["decision"], row.get("limit"), source, age_s, row.get("reserved") or {})
 
 
 def usage_of(row: dict[str, Any]) -> Usage:

@@ -22,11 +22,13 @@ import asyncio
 import logging
 from asyncio import Task
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from time import monotonic_ns
 from typing import Final, Protocol, TypeVar
 
+from sidecar.gate.admission import Admission, Prepared, Response, Verdict, Weighed
+from sidecar.gate.estimate import READ_BYTES_MAX
 from sidecar.model.exchange import (
     Exchange,
     Outcome,
@@ -47,7 +49,7 @@ from sidecar.proxy.request_body import RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import UpstreamResponse
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
-from sidecar.usage import RequestTap
+from sidecar.usage import RawHeaders, RequestTap
 
 log = logging.getLogger(__name__)
 
@@ -119,26 +121,27 @@ class Event(IntEnum):
 
     UPLOAD = 0  # a piece of the request's body has come, or there is room for one
     UPLOAD_BROKE = 1
-    CONNECTED = 2
-    UNREACHABLE = 3
-    PIECE = 4  # of the response: an interim one, the head, or some of the body
-    END_MARK = 5  # the stream's own, in a body that is not over
-    WHOLE = 6  # the response
-    SWITCHED = 7  # the upstream agreed to another protocol
-    BROKE = 8  # the response is no HTTP, or was cut off
-    CLIENT_LEFT = 9
-    EXPIRED = 10
-    COMMITTED = 11
-    NOT_COMMITTED = 12  # what is held may not leave
-    STOP = 13
-    FAULT = 14  # ours
+    JUDGED = 2  # whether the call may be made is known
+    CONNECTED = 3
+    UNREACHABLE = 4
+    PIECE = 5  # of the response: an interim one, the head, or some of the body
+    END_MARK = 6  # the stream's own, in a body that is not over
+    WHOLE = 7  # the response
+    SWITCHED = 8  # the upstream agreed to another protocol
+    BROKE = 9  # the response is no HTTP, or was cut off
+    CLIENT_LEFT = 10
+    EXPIRED = 11
+    COMMITTED = 12
+    NOT_COMMITTED = 13  # what is held may not leave
+    STOP = 14
+    FAULT = 15  # ours
 
 
 @dataclass(frozen=True, slots=True)
 class Why:
     """What is to be said of an event. The texts are ours and fixed."""
 
-    own: LocalResponse | None = None
+    own: LocalResponse | Response | None = None
     error: str | None = None
     reason: str | None = None  # one of the words of `upstream`
     clean: bool = True  # the connection ended in good order
@@ -147,13 +150,26 @@ class Why:
 NOTHING: Final = Why()
 
 
+@dataclass(slots=True)
+class _Gating:
+    """What is known while it is found out whether a call may be made."""
+
+    gate: Admission
+    prepared: Prepared
+    gathers: bool  # its body is gathered next
+    length: int | None  # of its body, where the head says it
+    weighed: Weighed | None = None
+    verdict: Verdict | None = None
+    sent: bool = False  # some of the call has gone upstream
+
+
 class Call:
     """One exchange under way."""
 
     __slots__ = (
-        "_asked", "_connecting", "_drain_owners", "_exchange", "_head", "_hop", "_http10", "_idempotent", "_keep_alive",
-        "_message", "_not_drained", "_own", "_request_tap", "_switch", "_tunnel", "body", "client", "connection",
-        "deadline", "phase", "response",
+        "_asked", "_connecting", "_drain_owners", "_exchange", "_gating", "_head", "_hop", "_http10", "_idempotent",
+        "_keep_alive", "_message", "_not_drained", "_own", "_request_tap", "_switch", "_tunnel", "body", "client",
+        "connection", "deadline", "phase", "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
@@ -176,6 +192,7 @@ class Call:
         self._idempotent = False
         self._switch = False  # a protocol switch is passed on
         self._asked = False  # usage was asked for on the client's behalf
+        self._gating: _Gating | None = None  # None: nobody asks whether it may be made
         # the upstream's side
         self._connecting: Task[None] | None = None
         self.connection: UpstreamConnection | None = None
@@ -267,14 +284,95 @@ class Call:
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
         body = self.body
-        if body is not None:
-            if tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw):
-                self.phase = Phase.GATHERING
-                self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
-                self._on(Event.UPLOAD)
-                return
+        gathers = body is not None and (
+            tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw)
+        )
+        if body is not None and not gathers:
             body.tap = tap
-        self._set_out()
+        if hop.gate is not None:
+            self._ask_gate(hop.gate, gathers)
+        else:
+            self._go_on(gathers)
+
+    def _go_on(self, gathers: bool) -> None:
+        if gathers:
+            hop = self._hop
+            self.phase = Phase.GATHERING
+            self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
+            self._on(Event.UPLOAD)
+        else:
+            self._set_out()
+
+    # -- may it be made? -------------------------------------------------------------------------
+
+    def _ask_gate(self, gate: Admission, gathers: bool) -> None:
+        hop, message, exchange = self._hop, self._message, self._exchange
+        prepared = gate.prepare(
+            message.method, message.path, message.raw_headers,
+            subscriber=exchange.subscriber, dimensions=exchange.dimensions, route=exchange.route,
+        )  # fmt: skip
+        length, waits = _body_ahead(message.raw_headers)
+        self._gating = _Gating(gate, prepared, gathers, length)
+        self.phase = Phase.ADMISSION
+        if self.body is None or not (prepared.reads_body and waits):
+            self._weigh(self._gating)
+        else:
+            self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
+            self._on(Event.UPLOAD)
+
+    def _look_ahead(self, event: Event, why: Why) -> None:
+        """More of the body that says how much the call may need. Once that is enough, no more is read until it is
+        known that the upstream gets it."""
+        hop, body, gating = self._hop, self.body, self._gating
+        assert gating is not None
+        if body is None or body.reading or gating.weighed is not None:
+            return
+        before = body.size_bytes
+        body.look_ahead()
+        self._exchange.request_bytes = body.size_bytes
+        if body.done or body.size_bytes >= READ_BYTES_MAX:
+            self._weigh(gating)
+            return
+        if body.size_bytes > before:
+            self.deadline = hop.now + hop.settings.idle_timeout_s
+        self._read_on()
+
+    def _weigh(self, gating: _Gating) -> None:
+        body, exchange, by_body = self.body, self._exchange, self._hop.attribute_by_body
+        self.deadline = NEVER  # the gate has its own
+        who = None if by_body is None else (lambda member: by_body(exchange.subscriber, member))
+        came = b"" if body is None else body.ahead
+        weighed = gating.weighed = gating.gate.weigh(gating.prepared, came, gating.length, who)
+        verdict = gating.gate.at_once(weighed)
+        if verdict is None:
+            gating.gate.ask(weighed, self._judge)
+        else:
+            self._judge(verdict)
+
+    def _judge(self, verdict: Verdict) -> None:
+        gating = self._gating
+        assert gating is not None
+        if self.phase is not Phase.ADMISSION:
+            gating.gate.cancelled(verdict.gate)
+            return
+        gating.verdict = verdict
+        try:
+            self._on(Event.JUDGED)
+        except Exception:
+            log.exception("a call could not be handled")
+            self.failed()
+
+    def _judged(self, event: Event, why: Why) -> None:
+        gating = self._gating
+        assert gating is not None
+        verdict = gating.verdict
+        assert verdict is not None
+        self._exchange.gate = verdict.gate
+        if verdict.denial is not None:
+            self._finish(Cause.DENIED, Why(own=verdict.denial, error=verdict.error))
+        else:
+            self.phase = Phase.CONNECTING
+            self._go_on(gating.gathers)
 
     def _refused(self, coding: bytes | None) -> LocalResponse | None:
         """What the parser lets through and we do not."""
@@ -374,7 +472,7 @@ class Call:
         assert why.own is not None
         assert why.reason is not None
         self._hop.upstream_failed(why.reason, why.error or "")
-        self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{why.own.message} ({why.reason})"))
+        self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{local_responses.message_of(why.own)} ({why.reason})"))
 
     def _send(self, event: Event, why: Why) -> None:
         """The head and what there is of the body, in one write."""
@@ -383,7 +481,9 @@ class Call:
         connection.owner = self
         self._expect()
         data, self._head = self._head, b""
-        if body is not None and not body.done:
+        if self._gating is not None:
+            self._gating.sent = True
+        if body is not None and (body.holds or not body.done):
             data += body.take()
             self._exchange.request_bytes = body.size_bytes
         if connection.used and self._idempotent:
@@ -645,6 +745,8 @@ class Call:
     def _record(self, outcome: Outcome, *, whole: bool, error: str | None, tunnel: bool, held: bool = True) -> bool:
         """Hand the exchange over. False: `_release` will be called. Who calls this has left the phases before it."""
         exchange, response = self._exchange, self.response
+        if self._gating is not None and not self._gating.sent:
+            self._take_back(self._gating)
         exchange.outcome = outcome
         exchange.error = error
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
@@ -658,6 +760,13 @@ class Call:
         if exchange.usage is not None:
             self._look_over(exchange.usage)
         return self._hop.recorder.complete(exchange, self._release if held else None)
+
+    def _take_back(self, gating: _Gating) -> None:
+        """Nothing of the call went upstream: what was set aside for it is free."""
+        given = self._exchange.gate
+        if given is not None and given.reserved:
+            gating.gate.cancelled(given)
+            self._exchange.gate = replace(given, reserved={})
 
     def _ask_request(self, tap: RequestTap) -> None:
         """What only the request's body says: who pays, and which model gave no response."""
@@ -791,7 +900,7 @@ class Call:
         own = why.own or local_responses.FOR.get(cause)
         error = why.error
         if error is None and (end.client is not ending.Client.NOTHING or cause is Cause.FAULT):
-            error = ending.ERRORS.get(cause) if own is None else own.message
+            error = ending.ERRORS.get(cause) if own is None else local_responses.message_of(own)
         if end.client is ending.Client.END:
             self._hold(end, error)
             return
@@ -816,7 +925,7 @@ class Call:
         assert client is not None
         head_only = self._message.method == "HEAD"
         exchange.status = own.status
-        exchange.response_headers = list(local_responses.FIELD_NAMES)
+        exchange.response_headers = list(local_responses.field_names(own))
         exchange.response_bytes = 0 if head_only else len(own.body)
         self._keep_alive = (
             self.upload_done
@@ -829,7 +938,7 @@ class Call:
         self._own = own.encode(
             close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
         )
-        self._hold(end, why.error or own.message)
+        self._hold(end, why.error or local_responses.message_of(own))
 
     def _let_go(self, end: Ending) -> None:
         """Of the upstream."""
@@ -958,8 +1067,15 @@ CAUSES: Final[Mapping[Event, Cause]] = {
 """Of the events that end a call, whatever its phase."""
 
 _HANDLERS: Final[Mapping[Event, Mapping[Handler, tuple[Phase, ...]]]] = {
-    Event.UPLOAD: {Call._gather: (Phase.GATHERING,), Call._upload: (Phase.SENDING, Phase.STREAMING)},
-    Event.UPLOAD_BROKE: {Call._end: (Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.STREAMING)},
+    Event.UPLOAD: {
+        Call._look_ahead: (Phase.ADMISSION,),
+        Call._gather: (Phase.GATHERING,),
+        Call._upload: (Phase.SENDING, Phase.STREAMING),
+    },
+    Event.JUDGED: {Call._judged: (Phase.ADMISSION,)},
+    Event.UPLOAD_BROKE: {
+        Call._end: (Phase.ADMISSION, Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.STREAMING),
+    },
     Event.CONNECTED: {Call._send: (Phase.CONNECTING,)},
     Event.UNREACHABLE: {Call._unreachable: (Phase.CONNECTING,)},
     Event.PIECE: {
@@ -990,14 +1106,15 @@ _HANDLERS: Final[Mapping[Event, Mapping[Handler, tuple[Phase, ...]]]] = {
     },
     Event.CLIENT_LEFT: {
         Call._left: (
-            Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.TUNNEL, Phase.HELD, Phase.TRAILING,
+            Phase.ADMISSION, Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.TUNNEL, Phase.HELD,
+            Phase.TRAILING,
         ),
         Call._drain_or_leave: (Phase.WAITING, Phase.STREAMING),
     },
     Event.EXPIRED: {
         Call._expire: (
-            Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.STREAMING, Phase.DRAINING,
-            Phase.TUNNEL, Phase.TRAILING,
+            Phase.ADMISSION, Phase.GATHERING, Phase.CONNECTING, Phase.SENDING, Phase.WAITING, Phase.STREAMING,
+            Phase.DRAINING, Phase.TUNNEL, Phase.TRAILING,
         ),
     },
     Event.COMMITTED: {Call._committed: (Phase.HELD,)},
@@ -1018,6 +1135,19 @@ def _table() -> list[list[Handler | None]]:
 
 TABLE: Final = _table()
 """By phase and event: what is done. None: nothing, it says nothing new there."""
+
+
+def _body_ahead(fields: RawHeaders) -> tuple[int | None, bool]:
+    """The length of the body, where it is said, and whether it may be waited for: a client that waits for a 100 sends
+    none before the upstream has spoken."""
+    length, waits = None, True
+    for name, value in fields:
+        lower = name.lower()
+        if lower == b"content-length" and value.isdigit():
+            length = int(value)
+        elif lower == b"expect":
+            waits = False
+    return length, waits
 
 
 def _ask(otherwise: T, question: Callable[..., T], *args: object) -> T:

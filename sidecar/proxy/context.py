@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
+from sidecar.gate.admission import Admission
 from sidecar.model.exchange import Recorder, Subscriber
 from sidecar.model.seldom import Seldom
 from sidecar.proxy.drains import REASONS, Drains
@@ -81,6 +82,7 @@ class Hop:
     route: Route
     metrics: ProxyMetrics
     loop: AbstractEventLoop
+    gate: Admission | None = None  # None: no limit is set, and nothing is asked
     now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
     calls: set[OpenCall] = field(default_factory=set)
     drains: Drains = field(init=False)

@@ -17,17 +17,18 @@ from sidecar.model.exchange import Outcome
 class Phase(IntEnum):
     """Where a call stands. It goes from top to bottom, and may leave some out."""
 
-    GATHERING = 0  # the request's body is kept back until it is whole: asking for usage changes its length
-    CONNECTING = 1  # a connection to the upstream is being made, for the first time or once more
-    SENDING = 2  # the request is on its way, and there is more of it to come
-    WAITING = 3  # the request is whole; the client has not had the head of a response
-    STREAMING = 4  # the client has the head; the body passes (and so may what is left of the upload)
-    DRAINING = 5  # the client is gone; the response is read on for the usage in it
-    TUNNEL = 6  # after a 101: bytes go both ways
-    CATCHING_UP = 7  # the response ended, and the usage reader still works off what it holds
-    HELD = 8  # on record; the end of the response waits for the disk
-    TRAILING = 9  # on record and on disk; what stands behind the stream's end mark passes
-    OVER = 10
+    ADMISSION = 0  # whether it may be made is being found out; nothing of it has gone upstream
+    GATHERING = 1  # the request's body is kept back until it is whole: asking for usage changes its length
+    CONNECTING = 2  # a connection to the upstream is being made, for the first time or once more
+    SENDING = 3  # the request is on its way, and there is more of it to come
+    WAITING = 4  # the request is whole; the client has not had the head of a response
+    STREAMING = 5  # the client has the head; the body passes (and so may what is left of the upload)
+    DRAINING = 6  # the client is gone; the response is read on for the usage in it
+    TUNNEL = 7  # after a 101: bytes go both ways
+    CATCHING_UP = 8  # the response ended, and the usage reader still works off what it holds
+    HELD = 9  # on record; the end of the response waits for the disk
+    TRAILING = 10  # on record and on disk; what stands behind the stream's end mark passes
+    OVER = 11
 
 
 class Cause(IntEnum):
@@ -53,6 +54,7 @@ class Cause(IntEnum):
     UNRECORDED = 17  # a message in a tunnel could not be recorded
     STOPPED = 18
     FAULT = 19  # ours
+    DENIED = 20  # by the gate
 
 
 class Client(Enum):
@@ -105,13 +107,14 @@ _OUTCOMES: Final = {
     Cause.UNRECORDED: Outcome.STOPPED,
     Cause.STOPPED: Outcome.STOPPED,
     Cause.FAULT: Outcome.UPSTREAM_BROKE,
+    Cause.DENIED: Outcome.DENIED,
 }
 
 # What may still be answered by us where the client has had nothing of a response.
 _ANSWERED: Final = frozenset(
     {
         Cause.UPLOAD_STALLED, Cause.UPLOAD_BROKE, Cause.REFUSED, Cause.UNREACHABLE, Cause.NO_RESPONSE, Cause.BROKE,
-        Cause.FAULT,
+        Cause.FAULT, Cause.DENIED,
     }
 )  # fmt: skip
 _LEFT: Final = frozenset({Cause.CLIENT_CLOSED, Cause.CLIENT_RESET})

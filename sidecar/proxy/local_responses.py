@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
+from sidecar.gate.admission import Response
 from sidecar.proxy.ending import Cause
 
 
@@ -37,6 +38,16 @@ class LocalResponse:
 
 
 FIELD_NAMES: Final = ("Content-Type", "Content-Length")
+
+
+def field_names(own: LocalResponse | Response) -> tuple[str, ...]:
+    """Of its head, for the record."""
+    return FIELD_NAMES if isinstance(own, LocalResponse) else (*(name for name, _ in own.headers), "Content-Length")
+
+
+def message_of(own: LocalResponse | Response) -> str:
+    return own.message if isinstance(own, LocalResponse) else "denied"
+
 
 BAD_REQUEST: Final = LocalResponse(400, "Bad Request", "bad_request", "the request is not valid HTTP/1.1")
 AMBIGUOUS: Final = LocalResponse(

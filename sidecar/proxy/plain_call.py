@@ -23,6 +23,7 @@ from typing import Final, Protocol
 
 from aiohttp import HttpVersion11
 
+from sidecar.gate.admission import Prepared
 from sidecar.model.exchange import (
     HEADER_NAME_CHARS_MAX,
     HEADER_NAMES_CHARS_MAX,
@@ -67,6 +68,7 @@ class _Asked:
 
     shape: RequestShape
     idempotent: bool
+    prepared: Prepared | None  # None: nobody asks whether it may be made
 
 
 @dataclass(slots=True, frozen=True)
@@ -98,7 +100,7 @@ class PlainCalls:
             describe=self._describe,
             authority=None if settings.preserve_host else hop.headers.authority,
             base=address.base,
-            matters=attribution.reads,
+            matters=attribution.reads if hop.gate is None else attribution.reads | hop.gate.reads,
             head_bytes_max=settings.head_bytes,
             fields_max=settings.head_fields_max,
             target_bytes_max=settings.target_bytes,
@@ -123,10 +125,19 @@ class PlainCalls:
         if connection is None:
             return False
         asked = plain.shape.facts
+        gate = None
+        if asked.prepared is not None and hop.gate is not None:
+            gate = hop.gate.quickly(asked.prepared, data[end + 4 :])
+            if gate is None:
+                connection.release()
+                return False
         trace = None if plain.trace is None else trace_id(plain.trace)
         body = data[end + 4 :]
         exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
+        exchange.gate = gate
         if not hop.recorder.admit(exchange):
+            if gate is not None and hop.gate is not None:
+                hop.gate.cancelled(gate)
             connection.release()
             return False
         PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
@@ -172,7 +183,12 @@ class PlainCalls:
             subscriber=subscriber,
             dimensions=dict(dimensions),
         )
-        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT), line + head.lines
+        prepared = None
+        if hop.gate is not None:
+            prepared = hop.gate.prepare(
+                method, target, fields, subscriber=subscriber, dimensions=dimensions, route=shape.route
+            )
+        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT, prepared), line + head.lines
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
         if _cut_in_record(fields):

@@ -37,7 +37,7 @@ class RequestBody:
     def __init__(self, payload: StreamReader, *, chunked: bool) -> None:
         self._payload = payload
         self._chunked = chunked
-        self._gathered: list[bytes] = []
+        self._gathered: list[bytes] = []  # read, and not passed on
         self._copy: list[bytes] | None = None  # of the request as it was sent
         self._copy_bytes = 0
         self._copy_bytes_max = 0
@@ -51,7 +51,11 @@ class RequestBody:
 
     def take(self) -> bytes:
         """What has come since the last time, framed for the upstream."""
-        piece = wire = self._read()
+        piece = self._read()
+        if self._gathered:
+            piece = b"".join(self._gathered) + piece
+            self._gathered.clear()
+        wire = piece
         if piece and self._chunked:
             wire = b"%x\r\n%b\r\n" % (len(piece), piece)
         if self.done and self._chunked:
@@ -63,7 +67,26 @@ class RequestBody:
     def gather(self) -> bytes | None:
         """The whole body, once it has come. The tap has not seen it yet."""
         self._gathered.append(self._read())
-        return b"".join(self._gathered) if self.done else None
+        if not self.done:
+            return None
+        whole = b"".join(self._gathered)
+        self._gathered.clear()
+        return whole
+
+    def look_ahead(self) -> None:
+        """Read what has come, and keep it for `take` or `gather`."""
+        if piece := self._read():
+            self._gathered.append(piece)
+
+    @property
+    def ahead(self) -> bytes:
+        """What was read and not taken yet."""
+        return b"".join(self._gathered)
+
+    @property
+    def holds(self) -> bool:
+        """Whether something was read that nobody has taken yet."""
+        return bool(self._gathered)
 
     def look(self) -> None:
         """Show the tap what has come of a body that went nowhere."""

@@ -21,6 +21,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
+from sidecar.gate.admission import Admission
 from sidecar.model.exchange import Recorder
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
@@ -83,12 +84,15 @@ class Proxy:
         plainly: PlainAttribution | None = None,
         route: Route,
         metrics: ProxyMetrics,
+        gate: Admission | None = None,
     ) -> None:
-        """`plainly`: as `attribute`, for calls that may take the short way; None: none may."""
+        """`gate`: None: every call may be made. `plainly`: as `attribute`, for calls that may take the short way; None:
+        none may."""
         self._settings = settings
         self._address = UpstreamAddress.parse(settings.upstream_url or "")
         self._parts = (recorder, taps, attribute, attribute_by_body, plainly, route)
         self._metrics = metrics
+        self._gate = gate
         self._hop: Hop | None = None
         self._clients: Clients | None = None
         self._server: Server | None = None
@@ -145,6 +149,7 @@ class Proxy:
             attribute_by_body=attribute_by_body,
             route=route,
             metrics=self._metrics,
+            gate=self._gate,
             loop=loop,
             now=loop.time(),
         )

@@ -18,7 +18,9 @@ from functools import partial
 from pathlib import Path
 from typing import Final
 
+from sidecar.gate.admission import Admission
 from sidecar.model.exchange import Exchange
+from sidecar.model.exchange import Recorder as ProxyRecorder
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.record import record_of
@@ -33,7 +35,6 @@ from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import Settings
 from sidecar.spool.files import translate
-from sidecar.spool.recorder import Recorder
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
 from sidecar.usage.providers.table import known_routes
@@ -51,7 +52,13 @@ HASH_KEY_FILE: Final = "hash.key"
 HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # as `attribution` writes the keyed hash of a credential
 
 
-def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, key: bytes) -> Proxy:
+def proxy(
+    settings: Settings,
+    recorder: ProxyRecorder,
+    metrics: HopCounts | Metrics,
+    key: bytes,
+    gate: Admission | None = None,
+) -> Proxy:
     """The hop with everything that reads along."""
     for pin in idle_pins(settings):
         log.warning(
@@ -70,6 +77,7 @@ def proxy(settings: Settings, recorder: Recorder, metrics: HopCounts | Metrics, 
         plainly=attribute if by_body is None else None,
         route=routes.match,
         metrics=metrics,
+        gate=gate,
     )
 
 

@@ -3,6 +3,8 @@
 The *seam*, between each process that serves and the one that meters: a stream socket, on it messages of a length, a
 kind and a payload. Who serves sends HELLO, then FRAMEs (`spool.frames`), STATUS when asked, BYE at its end. Who meters
 answers WELCOME with the last frame that is on disk, ACK with each further one, HEALTH when writing changes, ASK.
+Where limits are set, who serves asks GATE_ASK whether a call may be made, and hears GATE_ANSWER; it says GATE_HOLDING,
+what its open calls hold, by itself and when told to by GATE_TELL. What it says of its calls goes before either.
 The listener belongs to the supervisor, so it outlives the process that meters; who serves connects again by itself and
 sends again what was not acknowledged.
 
@@ -27,6 +29,8 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+from sidecar.gate.admission import Admission
+from sidecar.gate.owner import Owner
 from sidecar.spool import Health, State
 from sidecar.spool.frames import FRAME_BYTES_MAX, MARSHAL_VERSION, SOURCE_BYTES, VERSION, FrameError
 from sidecar.spool.intake import Intake, Source
@@ -55,11 +59,15 @@ class Kind(IntEnum):
     FRAME = 2
     STATUS = 3
     BYE = 4
+    GATE_ASK = 5
+    GATE_HOLDING = 6
     WELCOME = 11
     ACK = 12
     HEALTH = 13
     ASK = 14
     READ = 15  # everything up to BYE was read
+    GATE_ANSWER = 16
+    GATE_TELL = 17
 
 
 class Hello(NamedTuple):
@@ -183,8 +191,19 @@ def listen_at_seam(data_dir: Path, *, held: bool) -> tuple[socket.socket, Addres
 class Link(asyncio.Protocol):
     """The way from a recorder to whoever meters (`recorder.Link`): connects, and connects again."""
 
-    def __init__(self, address: Address, source: bytes, worker: int, status: Callable[[int], Status]) -> None:
-        """`status`: how this process does, as the answer to a question's number."""
+    def __init__(
+        self,
+        address: Address,
+        source: bytes,
+        worker: int,
+        status: Callable[[int], Status],
+        gate: Admission | None = None,
+    ) -> None:
+        """`status`: how this process does, as the answer to a question's number. `gate`: whose questions go this way
+        too."""
+        self._gate = gate
+        if gate is not None:
+            gate.send = self._ask_gate
         self._address = address
         self._source = source
         self._worker = worker
@@ -266,6 +285,10 @@ class Link(asyncio.Protocol):
                     self._begin(stored)
                 elif kind is Kind.READ:
                     self._read.set()
+                elif kind is Kind.GATE_ANSWER and self._gate is not None:
+                    self._gate.answered(read_tuple(payload))
+                elif kind is Kind.GATE_TELL:
+                    self.tell_gate()
         except (FrameError, TypeError, ValueError) as error:
             log.error("what the metering process says cannot be read: %s", error)
             if self._transport is not None:
@@ -284,6 +307,28 @@ class Link(asyncio.Protocol):
             self._write(message(Kind.FRAME, data))
         self._welcome = True
         self.met.set()
+        for question in () if self._gate is None else self._gate.questions():
+            self._ask_gate(question)
+
+    # The gate
+
+    def _ask_gate(self, question: tuple[Any, ...]) -> None:
+        """It is asked again where nobody is there to hear it. What calls took that have ended is said first."""
+        if self._welcome:
+            self._say_what_ended()
+            self._write(message(Kind.GATE_ASK, question))
+
+    def tell_gate(self) -> None:
+        """Say what open calls hold, and use no lease any more. Where nobody hears it, a new owner will ask."""
+        if self._gate is not None:
+            self._say_what_ended()
+            told = self._gate.tell()
+            if self._welcome:
+                self._write(message(Kind.GATE_HOLDING, told))
+
+    def _say_what_ended(self) -> None:
+        if self._recorder is not None and self._recorder.gathers:
+            self._recorder.flush()
 
     def _hear(self, told: Told) -> None:
         assert self._recorder is not None
@@ -332,9 +377,17 @@ class Server:
 class Seam:
     """Everybody who serves, heard by the one that meters."""
 
-    def __init__(self, intake: Intake, health: Callable[[], Told], counted: Callable[[int, int], None]) -> None:
-        """`health`: how writing goes now. `counted`: told the open connections and drains of all together."""
+    def __init__(
+        self,
+        intake: Intake,
+        health: Callable[[], Told],
+        counted: Callable[[int, int], None],
+        gate: Owner | None = None,
+    ) -> None:
+        """`health`: how writing goes now. `counted`: told the open connections and drains of all together. `gate`: whom
+        those that serve ask whether a call may be made."""
         self._intake = intake
+        self._gate = gate
         self._health = health
         self._counted = counted
         self._told = health()
@@ -393,7 +446,11 @@ class Seam:
             return  # it is being read; or there is no spool yet, and nothing is open in it
         if self._servers.pop(server.source.id, None) is None:
             return
+        self.store()
+        left_open = list(server.source.open.values())
         settled = self._intake.settle(server.source.id)
+        if self._gate is not None:
+            self._gate.died(server.source.tail, left_open)
         if settled:
             facts = {"worker": server.worker, "calls": settled}
             log.warning("calls that were open in a process that died are recorded as unknown", extra={"facts": facts})
@@ -421,6 +478,8 @@ class Seam:
         connection.write(message(Kind.WELCOME, (server.source.stored, *self._told)))
         if self._asked:  # somebody may be waiting for what it has to tell
             connection.write(message(Kind.ASK, (self._asked,)))
+        if self._gate is not None:
+            self._gate.came(server.source.tail, connection)
         return server
 
     def frame(self, server: Server, data: bytes) -> None:
@@ -428,6 +487,16 @@ class Seam:
         server.unseen = max(server.unseen - told, 0)
         if self._store is None:
             self._store = self._loop.call_soon(self.store)
+
+    def asked_gate(self, server: Server, payload: bytes) -> None:
+        if self._gate is not None:
+            self.store()  # what has ended counts first
+            self._gate.ask(server.source.tail, read_tuple(payload))
+
+    def told_gate(self, server: Server, payload: bytes) -> None:
+        if self._gate is not None:
+            self.store()
+            self._gate.told(server.source.tail, read_tuple(payload))
 
     def store(self) -> None:
         self._store = None
@@ -447,6 +516,8 @@ class Seam:
             server.connection = None
             server.unseen = 0
             self._waiting.set()
+            if self._gate is not None:
+                self._gate.left(server.source.tail)
             if server.gone:
                 self._settle(server)
 
@@ -531,10 +602,14 @@ class _Connection(asyncio.Protocol):
                     self._seam.frame(self._server, payload)
                 elif kind is Kind.STATUS:
                     self._seam.status(self._server, Status(*read_tuple(payload)))
+                elif kind is Kind.GATE_ASK:
+                    self._seam.asked_gate(self._server, payload)
+                elif kind is Kind.GATE_HOLDING:
+                    self._seam.told_gate(self._server, payload)
                 elif kind is Kind.BYE:
                     self._seam.store()
                     self.write(message(Kind.READ))
-        except (FrameError, TypeError) as error:
+        except (FrameError, TypeError, ValueError) as error:
             log.error("what came over the seam cannot be read: %s", error)
             self.close()
 
@@ -544,6 +619,13 @@ class _Connection(asyncio.Protocol):
 
     def write(self, data: bytes) -> None:
         self._transport.write(data)
+
+    def answer(self, payload: tuple[Any, ...]) -> None:
+        """To a question whether a call may be made."""
+        self.write(message(Kind.GATE_ANSWER, payload))
+
+    def please_tell(self) -> None:
+        self.write(message(Kind.GATE_TELL))
 
     def close(self) -> None:
         self._transport.close()

@@ -25,6 +25,8 @@ from aiohttp import web
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.gate.counters import Counters
+from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallGroup
@@ -32,7 +34,7 @@ from sidecar.model.delivery import AddsUp, Backend
 from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.prices import price_book
-from sidecar.runtime import backend_factory, directory_identity, factory
+from sidecar.runtime import backend_factory, directory_identity, factory, gate_factory
 from sidecar.runtime.admin import Instance, Readiness, application
 from sidecar.runtime.admin.control import control
 from sidecar.runtime.admin.guard import Guard, open_port
@@ -69,6 +71,7 @@ START_FAULTS: Final = (LockError, SpoolError, StateError, LedgerError, OSError)
 ORPHANED_S: Final = 10.0  # beyond SIDECAR_STOP_S, where nobody is left to say that all who serve have ended
 ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all is the state of the whole
+LOAD_SLOW_S: Final = 1.0  # calls wait so long for a decision at most
 DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
 LOOK_EVERY_S: Final = 5.0  # a disk of 200 MB/s loses 1 GiB, the default mark, in that time
 HAND_ON_S: Final = 0.25  # of the half second that sums gather before they are stored
@@ -366,6 +369,7 @@ class Metering:
     settings: Settings
     counted: Metrics
     intake: Intake
+    gate: Owner | None = None
     seam: Seam = field(init=False)
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
@@ -436,6 +440,14 @@ class Metering:
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
         return self.counted.exposition(gauges)
+
+    async def limits(self) -> list[dict[str, Any]]:
+        """Who is at what of which limit."""
+        if self.gate is None:
+            return []
+        await self.seam.ask()
+        self.seam.store()
+        return [gate_factory.shown(row) for row in self.gate.rows()]
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
@@ -537,14 +549,18 @@ async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[
     """Hear who serves. Nothing is recorded before `recording`, which is entered within."""
     counted = Metrics(backends=settings.backends)
     book = price_book(settings)
-    intake = Intake(counted, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
-    whole = Metering(settings=settings, counted=counted, intake=intake)
-    whole.seam = Seam(whole.intake, whole.told, whole.set_open)
+    gate = gate_factory.owner(settings)
+    telling = counted if gate is None else gate_factory.Settling(counted, gate)
+    intake = Intake(telling, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
+    whole = Metering(settings=settings, counted=counted, intake=intake, gate=gate)
+    whole.seam = Seam(whole.intake, whole.told, whole.set_open, gate)
     await whole.seam.listen(seam)
     try:
         yield whole
     finally:
         await whole.seam.aclose()
+        if gate is not None:
+            gate.close()
 
 
 @asynccontextmanager
@@ -569,7 +585,11 @@ async def recording(
             opened = True
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
+            last_seq = bills.spool.next_seq - 1
             whole.intake.begin(bills.spool)
+            if whole.gate is not None:
+                loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
+                stack.callback(loading.cancel)
             whole.intake.handed = bills.hand_over
             whole.seam.recording()
             stack.push_async_callback(whole.seam.aclose)  # what was heard until the end is committed
@@ -584,6 +604,22 @@ async def recording(
         if found is not None:
             raise Unable(fault, found) from fault
         raise fault from None
+
+
+async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq: int) -> None:
+    """Give the gate what the records say. `last_seq`: of the slot that is written here, the last that was there before
+    this life: those behind it are settled as they come."""
+    assert bills.spool is not None
+    began_s = asyncio.get_running_loop().time()
+    try:
+        found = await asyncio.to_thread(gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq)
+    except (OSError, SpoolError, LedgerError, ValueError) as error:
+        log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
+        found = None
+    gate.load(found or Counters(()))
+    took_s = asyncio.get_running_loop().time() - began_s
+    if took_s > LOAD_SLOW_S:
+        log.warning("reading what was used of the limits took %.1f s", took_s)
 
 
 def only_fault(

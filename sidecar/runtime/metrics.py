@@ -100,6 +100,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_usage_anomalies": Family("counter", "Odd content met while reading usage", ("kind",)),
     "sidecar_attribution_anomalies": Family("counter", "Odd heads met while finding out who pays", ("kind",)),
     "sidecar_rejected": Family("counter", "Requests refused before they became a call", ("reason",)),
+    "sidecar_gate_decisions": Family(
+        "counter", "Whether calls may be made: `allowed`, `denied`, `shadow`", ("decision", "source", "limit")
+    ),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
     "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
     "sidecar_upstream_redirects": Family(
@@ -337,6 +340,10 @@ class Metrics(HopEvents, Collector):
 
     def count(self, name: str, text: str, count: float = 1) -> None:
         self._count_capped(name, (text,) if text else (), count)
+
+    def gate_decided(self, decision: str, source: str, limit: str | None) -> None:
+        """`limit`: the one that denied a call, or would have; None: none did."""
+        self._count_capped("sidecar_gate_decisions", (decision, source, limit or ""))
 
     def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
         """What a process that serves has counted (`HopCounts.take`): family, label, count."""

@@ -14,8 +14,9 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
+from sidecar.gate.admission import Admission
 from sidecar.proxy import Proxy
-from sidecar.runtime import factory
+from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.ipc import CANNOT_START, LOST, Address, Link, Status, Wire
 from sidecar.runtime.metrics import HopCounts
 from sidecar.settings import Settings
@@ -53,14 +54,20 @@ async def serving(
     acknowledged. Raises what certificates that cannot be read raise."""
     async with AsyncExitStack() as stack:
         counts = HopCounts()
-        link = Link(address, source, worker, lambda asked: found.status(asked))  # noqa: PLW0108 - it is made below
+        gate = gate_factory.admission(settings, factory.usage_taps(settings, lambda kind: None), key)
+        link = Link(
+            address, source, worker,
+            lambda asked: found.status(asked),  # noqa: PLW0108 - it is made below
+            gate,
+        )  # fmt: skip
         recorder = Recorder(link, counts, settings.spool, source=source)
-        proxy = factory.proxy(settings, recorder, counts, key)
+        given = recorder if gate is None else gate_factory.GatedRecorder(recorder, gate)
+        proxy = factory.proxy(settings, given, counts, key, gate)
         await proxy.start()
         found = Serving(proxy=proxy, recorder=recorder, link=link, counts=counts)
         link.start(recorder)
         stack.push_async_callback(_part, found)
-        ticking = asyncio.create_task(_tick(recorder))
+        ticking = asyncio.create_task(_tick(recorder, link, gate))
         stack.callback(ticking.cancel)
         stack.push_async_callback(proxy.aclose)
         stack.push_async_callback(proxy.stop, settings.serve.stop_s)
@@ -85,10 +92,12 @@ async def _part(found: Serving) -> None:
             )  # fmt: skip
 
 
-async def _tick(recorder: Recorder) -> None:
+async def _tick(recorder: Recorder, link: Link, gate: Admission | None) -> None:
     while True:
         await asyncio.sleep(TICK_S)
         recorder.flush()
+        if gate is not None and gate.has_to_tell:
+            link.tell_gate()  # a lease lasts until here
 
 
 async def serve(

@@ -111,12 +111,18 @@ class _Loading:
     def run(self, serving: bool, judge: Callable[[Settings], Sequence[str]] | None = None) -> Settings:
         self._read_toml()
         prices = self._prices()
+        limits = self._limits()
         core: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
         settings = settings_from(
-            core, subscribers=self._subscribers(), meters=self._meters(), price_tables=prices, backend_values=own
+            core,
+            subscribers=self._subscribers(),
+            meters=self._meters(),
+            price_tables=prices,
+            limits=limits,
+            backend_values=own,
         )
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
@@ -235,6 +241,18 @@ class _Loading:
             return ()
         if tables:
             self.effective.append(Effective(f"[[{key}]]", f"{len(tables)} defined", self.toml_name, ""))
+        return tuple(tables)
+
+    def _limits(self) -> tuple[Mapping[str, Any], ...]:
+        """`[[limits]]`; what is no table is the short form, as in the environment."""
+        tables = self.toml.get("limits")
+        if not isinstance(tables, list) or not any(isinstance(table, dict) for table in tables):
+            return ()
+        del self.toml["limits"]
+        if not all(isinstance(table, dict) for table in tables):
+            self._wrong("limits", "expected [[limits]] tables")
+            return ()
+        self.effective.append(Effective("[[limits]]", f"{len(tables)} defined", self.toml_name, ""))
         return tuple(tables)
 
     def _wrong(self, key: str, why: str) -> None:

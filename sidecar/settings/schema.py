@@ -332,6 +332,32 @@ class AskedSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class GateSettings:
+    """Whether a call may be made."""
+
+    limits: tuple[str, ...] = _setting(
+        types.limits,
+        None,
+        "of each subscriber: `calls=600/minute,cost_usd=50/month,concurrent=20`; more: `[[limits]]`",
+    )
+    gate: tuple[str, ...] = _setting(
+        types.names, "limits", "who is asked before a call is sent on; `limits`: those defined here; `none`"
+    )
+    gate_on_failure: str = _setting(
+        types.word_of("open", "closed", "last"), "open",
+        "who has to be asked does not answer: `open` (the call goes), `closed`, or `last` (as it was within a minute)",
+    )  # fmt: skip
+    gate_dry_run: bool = _setting(types.flag, "false", "deny nothing; records say what would have been")
+    gate_unknown: str = _setting(
+        types.word_of("reserve", "observed", "zero"), "reserve",
+        "a call whose usage stays unknown counts as what was set aside for it, as what was seen of it, or as nothing",
+    )  # fmt: skip
+    gate_status: Mapping[str, int] = _setting(
+        types.statuses, None, "other statuses than `quota=402,rate=429` for what is used up and what comes back soon"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The configuration, read and checked. Made by `load`."""
 
@@ -351,11 +377,13 @@ class Settings:
     usage: UsageSettings = field(default_factory=UsageSettings)
     prices: PriceSettings = field(default_factory=PriceSettings)
     asked: AskedSettings = field(default_factory=AskedSettings)
+    gate: GateSettings = field(default_factory=GateSettings)
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
     meters: tuple[Mapping[str, Any], ...] = ()  # checked by `meters`
     price_tables: tuple[Mapping[str, Any], ...] = ()  # checked by `prices`
+    limits: tuple[Mapping[str, Any], ...] = ()  # checked by `gate`
 
     backend_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective: tuple[Effective, ...] = field(default=(), repr=False, compare=False)
@@ -375,6 +403,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "usage": UsageSettings,
     "prices": PriceSettings,
     "asked": AskedSettings,
+    "gate": GateSettings,
 }
 
 

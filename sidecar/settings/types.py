@@ -357,6 +357,26 @@ def _host_name(value: str) -> str:
 
 hosts: Final = each("host names, separated by commas", _host_name)
 
+
+def _limits(items: Sequence[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(items))
+
+
+limits: Final = many("unit=amount/window, separated by commas, such as calls=600/minute", _limits)
+"""What each says is judged by the gate, together with `[[limits]]`."""
+
+
+def _statuses(items: Sequence[str]) -> Mapping[str, int]:
+    found: dict[str, int] = {}
+    for name, value in _pairs(items):
+        if name not in ("quota", "rate") or not re.fullmatch(r"4\d\d", value, re.ASCII):
+            raise Unfit(f"{name}={value}: expected quota=STATUS or rate=STATUS, 400 to 499")
+        found[name] = int(value)
+    return found
+
+
+statuses: Final = many("quota=STATUS, rate=STATUS", _statuses)
+
 header_token: Final = Kind("one word without spaces", header_name)
 
 

@@ -29,6 +29,7 @@ from typing import Any, Final, NamedTuple
 from sidecar.model.exchange import (
     USAGE_FIELDS,
     Exchange,
+    Gate,
     Outcome,
     PlainExchange,
     RequestShape,
@@ -39,9 +40,10 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"2 {sys.implementation.cache_tag}"
+VERSION: Final = f"3 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
+GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
 MARSHAL_VERSION: Final = 2  # without the table of what stood before: each object costs a look-up there
 FRAME_BYTES_MAX: Final = 64 << 20  # of one; a frame of the largest records there can be has a tenth of it
 SOURCE_BYTES: Final = 16
@@ -96,7 +98,8 @@ def encode_frame(
                 requests[shape.number] = _packed_request(shape)
             if response.number not in responses:
                 responses[response.number] = (response.status, response.response_headers)
-            entries.append(_packed_plain(exchange, shape.number, response.number))
+            entry = _packed_plain(exchange, shape.number, response.number)
+            entries.append(entry if exchange.gate is None else (GATED, entry, packed_gate(exchange.gate)))
         else:
             entries.append(_packed(_whole(exchange)))
     frame = (
@@ -162,7 +165,20 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
         # `usage_state` is the first of its fields, and a type of ours.
         None if usage is None else (usage.usage_state.value, *_usage_values(usage)[1:]),
         e.error,
+        None if e.gate is None else packed_gate(e.gate),
     )
+
+
+def packed_gate(gate: Gate) -> tuple[Any, ...]:
+    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved)
+
+
+def gate_of(packed: Sequence[Any]) -> Gate:
+    """Raises `FrameError`."""
+    try:
+        return Gate(*packed)
+    except TypeError as error:
+        raise FrameError(f"not a frame: {error}") from None
 
 
 def _whole(exchange: Exchange | PlainExchange) -> Exchange:
@@ -227,7 +243,7 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
         (
             kind, id_, method, url, route, request_headers, client_ip, user_agent, trace_id, subscriber, dimensions,
             parent_id, started_ns, started_mono_ns, first_byte_ms, duration_ms, status, outcome, response_headers,
-            request_bytes, response_bytes, usage, error,
+            request_bytes, response_bytes, usage, error, gate,
         ) = packed  # fmt: skip
         if kind != EXCHANGE:
             raise FrameError(f"not a frame: an entry of kind {kind}")
@@ -239,6 +255,7 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
             first_byte_ms=first_byte_ms, duration_ms=duration_ms, status=status, outcome=_OUTCOMES[outcome],
             response_headers=response_headers, request_bytes=request_bytes, response_bytes=response_bytes,
             usage=None if usage is None else _usage_of(usage), error=error,
+            gate=None if gate is None else gate_of(gate),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None

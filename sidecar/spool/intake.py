@@ -23,11 +23,13 @@ from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, Respon
 from sidecar.model.record import Record, encode_exactly, record_of
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
+    GATED,
     PLAIN,
     FrameError,
     Told,
     decode_frame,
     exchange_of,
+    gate_of,
     plain_of,
     request_shape_of,
     response_shape_of,
@@ -298,6 +300,14 @@ class Intake:
                     self._add(batch, line)
                     return
                 exchange = reading.exchange(plain_of(entry, shape, response))
+            elif entry[0] == GATED:  # settled one by one, so it needs to be an exchange
+                _, plain, gate = entry
+                shape, response = source.requests[plain[1]], source.responses[plain[2]]
+                reading = source.reading
+                if reading is None:
+                    reading = source.reading = self._reading()
+                exchange = reading.exchange(plain_of(plain, shape, response))
+                exchange.gate = gate_of(gate)
             else:
                 exchange = exchange_of(entry)
         except (FrameError, LookupError) as error:

@@ -267,6 +267,11 @@ class Recorder:
         return self._number + 1
 
     @property
+    def gathers(self) -> bool:
+        """Whether there is something that `flush` would send beside counts."""
+        return self._filling is not None
+
+    @property
     def waiting_records(self) -> int:
         """Calls that ended and are not known to be on disk."""
         filling = 0 if self._filling is None else len(self._filling.ended)

@@ -110,6 +110,11 @@ class _Spellings(dict[bytes, str]):
         return name
 
 
+def known_providers() -> set[str]:
+    """Every provider that a host or a header can name."""
+    return {*_HOSTS.values(), *_HINTS.values()}
+
+
 class Heads:
     """Picks the few fields that matter out of a head."""
 

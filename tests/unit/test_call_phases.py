@@ -66,6 +66,9 @@ def test_every_phase_but_the_last_can_be_stopped_and_survives_a_fault() -> None:
         # nothing came, and we answer
         ("CONNECTING", "REFUSED", True, False, ("refused", "OWN", "DROP")),
         ("CONNECTING", "UNREACHABLE", True, False, ("unreachable", "OWN", "DROP")),
+        ("ADMISSION", "DENIED", True, False, ("denied", "OWN", "DROP")),
+        ("ADMISSION", "UPLOAD_STALLED", True, False, ("refused", "OWN", "DROP")),
+        ("ADMISSION", "CLIENT_CLOSED", False, False, ("client_left", "NOTHING", "DROP")),
         ("GATHERING", "UPLOAD_STALLED", True, False, ("refused", "OWN", "DROP")),
         ("SENDING", "UPLOAD_STALLED", True, True, ("refused", "OWN", "DROP")),
         ("SENDING", "UPLOAD_BROKE", True, True, ("refused", "OWN", "DROP")),
@@ -128,6 +131,7 @@ def test_what_holds_in_every_row() -> None:
             assert cause in (Cause.WHOLE, Cause.CLIENT_CLOSED, Cause.TUNNEL_CLOSED)
         if end.client is Client.OWN:
             assert phase in (
+                Phase.ADMISSION,
                 Phase.GATHERING,
                 Phase.CONNECTING,
                 Phase.SENDING,
@@ -135,7 +139,7 @@ def test_what_holds_in_every_row() -> None:
                 Phase.DRAINING,
                 Phase.OVER,
             )
-            assert cause in local_responses.FOR or cause is Cause.REFUSED
+            assert cause in local_responses.FOR or cause in (Cause.REFUSED, Cause.DENIED)
         if end.client is Client.CLOSE:
             assert framed, "an end without framing would look whole"
         if not client and phase is not Phase.TUNNEL and cause is not Cause.WHOLE:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from typing import Any
 
 import aiohttp
 import pytest
@@ -98,6 +99,9 @@ class Quiet:
 
     async def readiness(self) -> Readiness:
         return Readiness(ready=True, state="ok")
+
+    async def limits(self) -> list[dict[str, Any]]:
+        return []
 
 
 async def test_over_a_socket() -> None:

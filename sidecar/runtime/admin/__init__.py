@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
@@ -39,9 +39,11 @@ class Instance(Protocol):
 
     async def readiness(self) -> Readiness: ...
 
+    async def limits(self) -> list[dict[str, Any]]: ...
+
 
 def application(instance: Instance, guard: Guard) -> web.Application:
-    """`/healthz` `/readyz` `/metrics` `/balance`, for whom `guard` lets through."""
+    """`/healthz` `/readyz` `/metrics` `/balance` `/limits`, for whom `guard` lets through."""
 
     async def healthz(_: web.Request) -> web.Response:
         return json_answer({"status": "alive"})
@@ -58,9 +60,13 @@ def application(instance: Instance, guard: Guard) -> web.Application:
         found = await instance.balance()
         return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
 
+    async def limits(_: web.Request) -> web.Response:
+        return json_answer({"limits": await instance.limits()})
+
     app = web.Application(middlewares=[guard.middleware])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/balance", balance)
+    app.router.add_get("/limits", limits)
     return app

@@ -1,0 +1,414 @@
+"""What the hop asks before it sends a call on, in a process that serves.
+
+A decision is made at once where the allowance of this process is enough (`at_once`), else the owner is asked
+(`ask`), and its answer comes back as a `Verdict`. Who cannot be asked within `ANSWER_S` decides nothing:
+`SIDECAR_GATE_ON_FAILURE` does.
+
+Nothing of a request is kept here but by what it is counted: names, and how much it may take.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, Protocol
+
+import orjson
+
+from sidecar.gate.allowance import ONE_CALL, Allowances, Needs, Plan, needs_of
+from sidecar.gate.counters import ALLOWED, DENIED, Decision
+from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, Asked, read_request
+from sidecar.gate.limits import Facts, Limit, Price
+from sidecar.gate.windows import SECOND_NS, Sliding
+from sidecar.model.exchange import Gate, RawHeaders, Subscriber
+
+ANSWER_S: Final = 1.0  # a metering process that was killed is there again within half of it, mostly
+LAST_S: Final = 60.0  # how old an answer may be that `last` goes by
+LASTS_MAX: Final = 4_096
+MODELS_MAX: Final = 256  # remembered for one kind of call
+USUAL_MAX: Final = 4_096  # models whose usual output is known here
+LIMITS: Final = "limits"
+ON_FAILURE: Final = "on_failure"
+PROBLEM: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"  # draft-ietf-httpapi-ratelimit
+
+
+class Response(Protocol):
+    """What a denied client is told, whole."""
+
+    @property
+    def status(self) -> int: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, str]]: ...
+    @property
+    def body(self) -> bytes: ...
+    def encode(
+        self, *, close: bool, keep_alive_10: bool = False, head_only: bool = False, fields: bytes = b""
+    ) -> bytes: ...
+
+
+class Deny(Protocol):
+    """Makes the response for a call of this method and target."""
+
+    def __call__(
+        self, method: str, target: str, *, limit: str, kind: str, retry_after_s: float | None, message: str | None
+    ) -> Response: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Meant:
+    """What a target says of the model that is asked."""
+
+    provider: str | None = None
+    model: str | None = None
+    consumes: bool = True  # whether such a call may use tokens at all
+
+
+@dataclass(slots=True)
+class Prepared:
+    """What is known of a call by its head. `plan`: of the limits that it falls under by that."""
+
+    method: str
+    target: str
+    facts: Facts
+    consumes: bool
+    reads_body: bool
+    plan: Plan
+    weighed: Weighed = field(init=False)  # where no body has to be read
+    plans: dict[str | None, Plan] = field(default_factory=dict)  # by the model that the body names
+
+    def __post_init__(self) -> None:
+        self.weighed = Weighed(self, self.plan, ONE_CALL, self.facts.model)
+
+
+# Not frozen, because some of these are made for each call, and a frozen one takes seven times as long to make.
+
+
+@dataclass(slots=True)
+class Weighed:
+    """A call, and how much of what it may need."""
+
+    prepared: Prepared
+    plan: Plan
+    needs: Needs
+    model: str | None
+
+
+@dataclass(slots=True)
+class Verdict:
+    """`denial`: None: the call may go."""
+
+    gate: Gate
+    denial: Response | None = None
+    error: str = ""
+
+
+Then = Callable[[Verdict], None]
+
+
+class Handle(Protocol):
+    def cancel(self) -> None: ...
+
+
+@dataclass(slots=True)
+class _Pending:
+    weighed: Weighed
+    at_ns: int
+    then: Then
+    timer: Handle
+
+
+class Admission:
+    """Of one process that serves."""
+
+    def __init__(
+        self,
+        limits: Sequence[Limit],
+        *,
+        meant: Callable[[str, str], Meant],
+        clock_ns: Callable[[], int],
+        call_later: Callable[[float, Callable[[], None]], Handle],
+        key_of: Callable[[RawHeaders], str | None],
+        reads: frozenset[bytes] = frozenset(),
+        price: Price | None = None,
+        deny: Deny | None = None,
+        on_failure: str = "open",
+        dry_run: bool = False,
+        body_says_who: bool = False,
+    ) -> None:
+        """`meant`: of (method, target). `key_of`: the hash of the credential in a head, which stands in one of
+        the fields `reads` (lower case). `body_says_who`: who pays may
+        stand in a body. `send` has to be set before the first `ask`: it is given a question as plain values."""
+        self._allowances = Allowances(limits, dry_run=dry_run)
+        self._limits = {limit.name: limit for limit in limits}
+        scopes = {scope for limit in limits for scope, _ in limit.scopes}
+        self.by_key = "key" in scopes
+        self.reads = reads if self.by_key else frozenset()
+        self._by_model = "model" in scopes
+        self._body_says_who = body_says_who and "subscriber" in scopes
+        self._meant = meant
+        self._clock_ns = clock_ns
+        self._call_later = call_later
+        self._key_of = key_of
+        self._price = price
+        self._deny = deny or problem
+        self._on_failure = on_failure
+        self._usual: dict[str, int] = {}
+        self._pending: dict[int, _Pending] = {}
+        self._asked = 0
+        self._seen = 0  # the number of the owner's last answer
+        self._told = 0
+        self._lasts: dict[Facts, tuple[str, str | None, int]] = {}
+        self.send: Callable[[tuple[Any, ...]], None] = _nobody
+
+    # -- what the hop asks -----------------------------------------------------------------------
+
+    def prepare(
+        self,
+        method: str,
+        target: str,
+        fields: RawHeaders,
+        *,
+        subscriber: Subscriber | None,
+        dimensions: Mapping[str, str],
+        route: str | None,
+    ) -> Prepared:
+        """What the head says; the same for all calls with the same of it."""
+        meant = self._meant(method, target)
+        facts = Facts(
+            subscriber=None if subscriber is None else subscriber.id,
+            key=(self._key_of(fields) or "unauthenticated") if self.by_key else None,
+            model=meant.model,
+            route=route,
+            provider=meant.provider,
+            dimensions=tuple(dimensions.items()),
+        )
+        plan = self._allowances.plan(facts)
+        posted = method not in ("GET", "HEAD", "OPTIONS", "DELETE")
+        asks_model = self._by_model and meant.consumes and meant.model is None
+        reads_body = posted and ((meant.consumes and plan.needs_body) or asks_model or self._body_says_who)
+        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan)
+
+    def weigh(
+        self,
+        prepared: Prepared,
+        body: bytes = b"",
+        length: int | None = None,
+        who: Callable[[Callable[[str], str | None]], Subscriber | None] | None = None,
+    ) -> Weighed:
+        """How much the call may need. `body`: as much of it as has come; `length`: of all of it, where that is known.
+        `who`: asks a look-up of the body's members who pays."""
+        if not prepared.reads_body:
+            return prepared.weighed
+        asked = read_request(body, length) if body or length else NOTHING_ASKED
+        model = prepared.facts.model or asked.model
+        if who is not None and self._body_says_who:
+            subscriber = who(lambda name: _member(asked, name))
+            facts = replace(prepared.facts, model=model, subscriber=None if subscriber is None else subscriber.id)
+            plan = self._allowances.plan(facts)
+        else:
+            plan = prepared.plans.get(model) or self._plan(prepared, model)
+        needs = self._needs(prepared, plan, model, asked) if prepared.consumes else ONE_CALL
+        return Weighed(prepared, plan, needs, model)
+
+    def _plan(self, prepared: Prepared, model: str | None) -> Plan:
+        if len(prepared.plans) >= MODELS_MAX:
+            prepared.plans.clear()
+        plan = prepared.plans[model] = self._allowances.plan(replace(prepared.facts, model=model))
+        return plan
+
+    def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> Needs:
+        output = asked.output_tokens
+        if output is None:
+            output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
+        cost = 0
+        if plan.needs_cost and self._price is not None:
+            provider = prepared.facts.provider
+            cost = self._price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
+        return needs_of(asked.input_tokens, output, cost)
+
+    def at_once(self, weighed: Weighed) -> Verdict | None:
+        """The decision, where this process can make it alone; None: `ask`."""
+        plan, now_ns = weighed.plan, self._clock_ns()
+        held = self._allowances.take(plan, weighed.needs, now_ns)
+        if held is not None:
+            return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held))
+        limit = self._allowances.used_up(plan, now_ns)
+        if limit is not None:
+            return self._denied(weighed, Gate(DENIED, limit.name), limit, None)
+        return None
+
+    def quickly(self, prepared: Prepared, body: bytes) -> Gate | None:
+        """The same for a call that is whole, where it may go; None: anything else."""
+        weighed = self.weigh(prepared, body, len(body)) if prepared.reads_body else prepared.weighed
+        held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns())
+        return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held)
+
+    def ask(self, weighed: Weighed, then: Then) -> None:
+        """Ask the owner; `then` is called once, later."""
+        self._asked += 1
+        number, at_ns = self._asked, self._clock_ns()
+        timer = self._call_later(ANSWER_S, lambda: self._unanswered(number))
+        self._pending[number] = _Pending(weighed, at_ns, then, timer)
+        self.send(self._question(number))
+
+    def cancelled(self, gate: Gate) -> None:
+        """Nothing of the call was sent on: what it held is free."""
+        self._allowances.cancelled(gate.reserved)
+
+    def ended(self, gate: Gate) -> None:
+        """The call's record is on its way to the owner."""
+        self._allowances.ended(gate.reserved)
+
+    # -- what the owner says ---------------------------------------------------------------------
+
+    def _question(self, number: int) -> tuple[Any, ...]:
+        pending = self._pending[number]
+        needs = pending.weighed.plan.asked(pending.weighed.needs)
+        return number, pending.at_ns, pending.weighed.model, [tuple(need) for need in needs]
+
+    def questions(self) -> list[tuple[Any, ...]]:
+        """What is not answered yet, for an owner that has just come."""
+        self._seen = self._told = 0
+        return [self._question(number) for number in self._pending]
+
+    def answered(self, payload: Sequence[Any]) -> None:
+        """The owner's answer (`Owner` packs it)."""
+        self._seen, number, usual, *rest = payload
+        pending = self._pending.pop(number, None)
+        if pending is None:
+            return  # decided without it; what it granted ends with the next `tell`
+        pending.timer.cancel()
+        decision = Decision(*rest)
+        weighed = pending.weighed
+        if weighed.model is not None and usual is not None:
+            if len(self._usual) >= USUAL_MAX:
+                self._usual.clear()
+            self._usual[weighed.model] = usual
+        held = self._allowances.granted(weighed.plan, decision, pending.at_ns)
+        if self._on_failure == "last":
+            if len(self._lasts) >= LASTS_MAX:
+                self._lasts.clear()
+            self._lasts[weighed.prepared.facts] = (decision.decision, decision.limit, pending.at_ns)
+        gate = Gate(decision.decision, decision.limit, LIMITS, 0.0, held)
+        if decision.decision != DENIED:
+            pending.then(Verdict(gate))
+            return
+        limit = self._limits[decision.limit or ""]
+        pending.then(self._denied(weighed, gate, limit, decision.retry_after_s))
+
+    def tell(self) -> tuple[int, dict[str, int]]:
+        """The last answer that was heard, and what open calls hold. All leases end."""
+        self._told = self._seen
+        return self._seen, self._allowances.give_up()
+
+    @property
+    def has_to_tell(self) -> bool:
+        """Whether the owner counts something as given that this process does not use."""
+        return self._allowances.leases or self._told != self._seen
+
+    def _unanswered(self, number: int) -> None:
+        pending = self._pending.pop(number, None)
+        if pending is None:
+            return
+        weighed = pending.weighed
+        decision, name, age_s = ALLOWED, None, 0.0
+        if self._on_failure == "closed":
+            decision = DENIED
+        elif self._on_failure == "last":
+            decision, name, at_ns = self._lasts.get(weighed.prepared.facts, (ALLOWED, None, 0))
+            age_s = round((pending.at_ns - at_ns) / SECOND_NS, 1) if at_ns else 0.0
+            if age_s > LAST_S:
+                decision, name, age_s = ALLOWED, None, 0.0
+        if decision != DENIED:
+            pending.then(Verdict(Gate(ALLOWED, None, ON_FAILURE, age_s)))
+            return
+        limit = self._limits[name] if name is not None else weighed.plan.slots[0].limit
+        gate = Gate(DENIED, limit.name, ON_FAILURE, age_s)
+        response = self._response(weighed, limit.name, "rate", 1.0, "the limits cannot be looked up right now")
+        pending.then(Verdict(gate, response, "denied: the owner of the limits does not answer"))
+
+    def _denied(self, weighed: Weighed, gate: Gate, limit: Limit, retry_after_s: float | None) -> Verdict:
+        kind = "rate" if limit.is_rate else "quota"
+        if limit.is_rate and retry_after_s is None:
+            retry_after_s = max(limit_wait_s(limit, self._clock_ns()), 0.0)
+        response = self._response(weighed, limit.name, kind, retry_after_s, None)
+        return Verdict(gate, response, f"denied by the limit {limit.name}")
+
+    def _response(
+        self, weighed: Weighed, limit: str, kind: str, retry_after_s: float | None, message: str | None
+    ) -> Response:
+        prepared = weighed.prepared
+        return self._deny(
+            prepared.method, prepared.target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message
+        )
+
+
+def limit_wait_s(limit: Limit, now_ns: int) -> float:
+    """Until a rate that is used up may be asked for again."""
+    window = limit.window
+    if isinstance(window, Sliding) or limit.unit == "concurrent":
+        return 1.0
+    return (window.period(now_ns).end_ns - now_ns) / SECOND_NS
+
+
+def _member(asked: Asked, name: str) -> str | None:
+    value = asked.members.get(name)
+    return str(value) if type(value) in (str, int) and value != "" else None
+
+
+def _nobody(question: tuple[Any, ...]) -> None:
+    """There is nobody to ask: it stays unanswered."""
+
+
+# --- a denial in a form that is nobody's own -----------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """`application/problem+json`."""
+
+    status: int
+    headers: tuple[tuple[str, str], ...]
+    body: bytes
+
+    def encode(
+        self, *, close: bool, keep_alive_10: bool = False, head_only: bool = False, fields: bytes = b""
+    ) -> bytes:
+        connection = b"Connection: close\r\n" if close else b"Connection: keep-alive\r\n" if keep_alive_10 else b""
+        own = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.headers)
+        phrase = _PHRASES.get(self.status, b"Denied")
+        return b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n%b%b\r\n%b" % (
+            self.status, phrase, own, len(self.body), connection, fields, b"" if head_only else self.body,
+        )  # fmt: skip
+
+
+_PHRASES: Final = {402: b"Payment Required", 403: b"Forbidden", 429: b"Too Many Requests"}
+RETRY_AFTER_S_MAX: Final = 120
+
+
+def problem(
+    method: str,
+    target: str,
+    *,
+    limit: str,
+    kind: str,
+    retry_after_s: float | None,
+    message: str | None,
+    status: int | None = None,
+) -> Problem:
+    """402 for what is used up, 429 for what comes back soon. A client library repeats a 429: it is told how soon that
+    makes sense, and of a 402 that it does not."""
+    status = status or (402 if kind == "quota" else 429)
+    body = {
+        "type": PROBLEM,
+        "title": "Quota exceeded" if kind == "quota" else "Rate limit exceeded",
+        "status": status,
+        "detail": message or f"the limit {limit} does not allow this call",
+        "violated-policies": [limit],
+    }
+    headers = [("Content-Type", "application/problem+json"), ("X-Sidecar-Limit", limit)]
+    if kind == "rate" and retry_after_s is not None and retry_after_s <= RETRY_AFTER_S_MAX:
+        headers.append(("Retry-After", str(int(retry_after_s) + 1)))
+    else:
+        headers.append(("x-should-retry", "false"))
+    return Problem(status, tuple(headers), orjson.dumps(body))

@@ -1,0 +1,201 @@
+"""What a process that serves was granted, and the decisions that it makes out of that by itself.
+
+A call falls under a few limits; those and its scopes are looked up once for all calls that are alike (a `Plan`). Each
+counter that it touches is a `Slot` that all plans share: what is left of its lease, and until when that is good. A
+decision is one comparison a slot, and where one of them is not enough, the owner is asked.
+
+What open calls hold is added up by counter when the owner asks, and once a second: that makes its sums true, also those
+of a new one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sidecar.gate.counters import Decision, Need
+from sidecar.gate.limits import Action, Facts, Limit
+from sidecar.gate.windows import FOREVER_NS, Calendar
+from sidecar.meters.definition import Kind
+
+PLANS_MAX: Final = 8_192  # of a few hundred bytes: subscribers, models and routes in use
+SLOTS_MAX: Final = 65_536
+
+CALLS: Final = 0  # places in what a call needs
+INPUT: Final = 1
+OUTPUT: Final = 2
+TOTAL: Final = 3
+COST: Final = 4
+NOTHING: Final = 5
+_PLACES: Final = {
+    "calls": CALLS, "concurrent": CALLS, "input_tokens": INPUT, "output_tokens": OUTPUT, "total_tokens": TOTAL,
+    "cost_usd": COST,
+}  # fmt: skip
+
+Needs = tuple[int, int, int, int, int, int]
+"""By place: one call, input tokens, output tokens, both, pico-USD, nothing."""
+
+ONE_CALL: Final[Needs] = (1, 0, 0, 0, 0, 0)
+
+
+def needs_of(input_tokens: int, output_tokens: int, cost: int = 0) -> Needs:
+    return (1, input_tokens, output_tokens, input_tokens + output_tokens, cost, 0)
+
+
+class Slot:
+    """One counter, as far as this process may use it. `until_ns`: the end of its period."""
+
+    __slots__ = ("blocks", "factor", "full", "key", "left", "limit", "place", "scope", "until_ns")
+
+    def __init__(self, limit: Limit, scope: str, *, dry_run: bool) -> None:
+        self.limit = limit
+        self.scope = scope
+        meter = limit.meter
+        unit = limit.unit
+        if meter is not None:
+            unit = "calls" if meter.kind is Kind.COUNT else meter.field or ""
+        self.place = _PLACES.get(unit, NOTHING)
+        # A meter counts in millionths, and may weigh what it counts.
+        self.factor = limit.scale if meter is not None else 1
+        if meter is not None and meter.multiplier is not None:
+            self.factor = int(self.factor * meter.multiplier) + 1
+        self.blocks = limit.action is Action.BLOCK and not dry_run
+        self.key = ""
+        self.left = 0
+        self.until_ns = 0
+        self.full = False  # its period is used up
+
+
+@dataclass(slots=True, frozen=True)
+class Plan:
+    """The limits that calls of one kind fall under."""
+
+    slots: tuple[Slot, ...]
+    needs_body: bool
+    needs_cost: bool
+
+    def asked(self, needs: Needs) -> list[Need]:
+        return [Need(slot.limit.name, slot.scope, needs[slot.place] * slot.factor) for slot in self.slots]
+
+
+class Allowances:
+    """Of one process."""
+
+    def __init__(self, limits: Sequence[Limit], *, dry_run: bool = False) -> None:
+        self._limits = tuple(limits)
+        self._dry_run = dry_run
+        self._plans: dict[Facts, Plan] = {}
+        self._slots: dict[tuple[str, str], Slot] = {}
+        self._by_key: dict[str, Slot] = {}
+        # What each open call holds, by counter. Each is known by its dictionary: no sum is kept on the way of a call.
+        self._open: dict[int, Mapping[str, int]] = {}
+        self._leased: set[Slot] = set()
+
+    def plan(self, facts: Facts) -> Plan:
+        plan = self._plans.get(facts)
+        if plan is None:
+            if len(self._plans) >= PLANS_MAX:
+                self._plans.clear()
+            plan = self._plans[facts] = self._make(facts)
+        return plan
+
+    def _make(self, facts: Facts) -> Plan:
+        slots = []
+        for limit in self._limits:
+            scope = limit.scope_of(facts)
+            if scope is None:
+                continue
+            slot = self._slots.get((limit.name, scope))
+            if slot is None:
+                if len(self._slots) >= SLOTS_MAX:
+                    self._forget()
+                slot = self._slots[limit.name, scope] = Slot(limit, scope, dry_run=self._dry_run)
+            slots.append(slot)
+        return Plan(
+            tuple(slots),
+            any(slot.limit.needs_body for slot in slots),
+            any(slot.limit.unit == "cost_usd" for slot in slots),
+        )
+
+    def _forget(self) -> None:
+        """Too many subscribers: begin anew. Leases that go with it are given up by the next `give_up`."""
+        self._slots.clear()
+        self._plans.clear()
+        self._by_key.clear()
+        self._leased.clear()
+
+    def take(self, plan: Plan, needs: Needs, now_ns: int) -> dict[str, int] | None:
+        """What the call holds, by counter; None: the owner has to be asked."""
+        slots = plan.slots
+        for slot in slots:
+            # Also who needs nothing of a counter needs that there is something left.
+            if slot.left < (needs[slot.place] * slot.factor or 1) or now_ns >= slot.until_ns:
+                return None
+        held = {}
+        for slot in slots:
+            held[slot.key] = amount = needs[slot.place] * slot.factor
+            slot.left -= amount
+        self._open[id(held)] = held
+        return held
+
+    def used_up(self, plan: Plan, now_ns: int) -> Limit | None:
+        """The limit of which the owner has said that it stays used up for now."""
+        for slot in plan.slots:
+            if slot.full and slot.blocks and now_ns < slot.until_ns:
+                return slot.limit
+        return None
+
+    def granted(self, plan: Plan, decision: Decision, at_ns: int) -> dict[str, int]:
+        """The owner's answer for a call that asked at `at_ns`; what it holds. The rest is a lease."""
+        more, full = decision.more, decision.full
+        held = dict(decision.held)
+        if held:
+            self._open[id(held)] = held
+        for slot in plan.slots:
+            key = slot.limit.key(slot.scope, at_ns)
+            if key != slot.key:
+                self._turn(slot, key, at_ns)
+            if key in full:
+                slot.full, slot.left = True, 0
+            elif (lease := more.get(key, 0)) > 0:
+                slot.left += lease
+                self._leased.add(slot)
+        return held
+
+    def _turn(self, slot: Slot, key: str, at_ns: int) -> None:
+        """Another period: what was left of the old one is nothing in the new one."""
+        window = slot.limit.window
+        self._by_key.pop(slot.key, None)
+        slot.key, slot.left, slot.full = key, 0, False
+        slot.until_ns = window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
+        self._by_key[key] = slot
+
+    def ended(self, held: Mapping[str, int]) -> None:
+        """The record of the call that held this is on its way. `held`: as it was given."""
+        self._open.pop(id(held), None)
+
+    def cancelled(self, held: Mapping[str, int]) -> None:
+        """Nothing was sent: another call may have it."""
+        if self._open.pop(id(held), None) is None:
+            return
+        for key, amount in held.items():
+            slot = self._by_key.get(key)
+            if slot is not None and not slot.full:
+                slot.left += amount
+                self._leased.add(slot)
+
+    def give_up(self) -> dict[str, int]:
+        """End all leases; what open calls hold, by counter."""
+        for slot in self._leased:
+            slot.left = 0
+        self._leased.clear()
+        sums: dict[str, int] = {}
+        for held in self._open.values():
+            for key, amount in held.items():
+                sums[key] = sums.get(key, 0) + amount
+        return sums
+
+    @property
+    def leases(self) -> bool:
+        return bool(self._leased)

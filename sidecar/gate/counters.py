@@ -1,0 +1,275 @@
+"""The counters of all limits, in the hands of one owner: what was settled, what is out, and what is left.
+
+A process that serves is granted *allowance*: for a call that it asked for, and a little more (a lease) where there is
+plenty, so that the next calls need no question. What it was granted and has not told the end of is *out*. Both kinds
+are one sum for each process and counter: the record of a call brings back what was reserved for it, a process tells
+now and then what its open calls hold (which takes the place of the sum, and so ends its leases), and one that died
+holds nothing. What must always hold:
+
+- settled + out <= amount whenever a call of a blocking limit is let in; what it really takes may go over that once.
+- All limits that a call falls under are decided in one step: where one denies, nothing is taken of any.
+- A call is settled once, into the period that it was let in in.
+- Nothing here is kept on a disk. `settle` is given each record, at its end or read again after a restart.
+
+Times are Unix nanoseconds and come in as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, NamedTuple
+
+from sidecar.gate.limits import Action, Charge, Limit
+from sidecar.gate.windows import FOREVER_NS, SECOND_NS, Calendar, Sliding
+
+LEASE_PARTS: Final = 50  # a lease is at most this part of what is left
+LEASE_CALLS_MAX: Final = 256  # and at most so many calls of the size of the one that asked
+LATE_NS: Final = 3600 * SECOND_NS  # how long a counter is kept after its period: calls that were let in in it still end
+WARN_PERCENT: Final = 80
+ALLOWED: Final = "allowed"
+DENIED: Final = "denied"
+SHADOW: Final = "shadow"
+
+
+@dataclass(slots=True, eq=False)
+class Counter:
+    """Of one limit, scope and period; a sliding window has one for ever."""
+
+    limit: Limit
+    key: str
+    scope: str
+    end_ns: int
+    settled: int = 0
+    out: int = 0  # granted to all processes together
+    parts: dict[int, int] = field(default_factory=dict)  # of a sliding window
+    told_percent: int = 0
+
+    def used(self, at_ns: int) -> int:
+        """What is settled and counts at that moment."""
+        sliding = self.limit.sliding
+        return self.settled if sliding is None else sliding.total(self.parts, at_ns)
+
+    def left(self, at_ns: int) -> int:
+        return self.limit.amount - self.used(at_ns) - self.out
+
+    def add(self, amount: int, at_ns: int) -> None:
+        sliding = self.limit.sliding
+        if sliding is None:
+            self.settled += amount
+        else:
+            part = sliding.part(at_ns)
+            self.parts[part] = self.parts.get(part, 0) + amount
+
+
+class Need(NamedTuple):
+    """What a call may add to one limit's counter."""
+
+    limit: str
+    scope: str
+    amount: int
+
+
+class Decision(NamedTuple):
+    """`held`: by counter, what is reserved for the call; `more`: by counter, the lease beside it."""
+
+    decision: str
+    limit: str | None = None
+    held: Mapping[str, int] = {}
+    more: Mapping[str, int] = {}
+    full: Sequence[str] = ()  # counters that stay used up until their period ends
+    retry_after_s: float | None = None
+    leased_to: Sequence[str] = ()  # denied: who else may have something left of it
+
+
+class Row(NamedTuple):
+    """Where one counter stands, for `limits`."""
+
+    limit: Limit
+    scope: str
+    used: int
+    reserved: int
+    until_ns: int | None
+
+
+class Counters:
+    """`decide`, `settle`; `holding` and `gone` for what is out."""
+
+    def __init__(
+        self,
+        limits: Sequence[Limit],
+        *,
+        dry_run: bool = False,
+        reached: Callable[[Counter, int], None] | None = None,
+    ) -> None:
+        """`dry_run`: no limit blocks. `reached`: told once that a counter came to so many percent."""
+        self.limits = {limit.name: limit for limit in limits}
+        self._dry_run = dry_run
+        self._reached = reached
+        self._counters: dict[str, Counter] = {}
+        self._out: dict[str, dict[str, int]] = {}  # by process, then by counter
+        self._leased: dict[str, set[str]] = {}  # by counter: who was given a lease since it last told
+
+    def decide(self, process: str, needs: Sequence[Need], at_ns: int) -> Decision:
+        """Whether a call that needs so much may go, and what it takes of which counter. Raises `KeyError` for a limit
+        that is not known."""
+        found = [(self._counter_of(need, at_ns), need.amount) for need in needs]
+        verdict, name, full = ALLOWED, None, []
+        for counter, _ in found:
+            if counter.left(at_ns) > 0:
+                continue
+            limit = counter.limit
+            if limit.sliding is None and limit.unit != "concurrent" and counter.settled >= limit.amount:
+                full.append(counter.key)
+            if limit.action is Action.BLOCK and not self._dry_run:
+                wait_s = self.wait_s(counter, at_ns)
+                leased = sorted(self._leased.get(counter.key, ()))
+                return Decision(DENIED, limit.name, full=full, leased_to=leased, retry_after_s=wait_s)
+            if limit.action is not Action.WARN and verdict is ALLOWED:
+                verdict, name = SHADOW, limit.name
+        held: dict[str, int] = {}
+        more: dict[str, int] = {}
+        for counter, amount in found:
+            left = counter.left(at_ns)
+            # A call that may need more than is left takes the rest and goes: the last one is let in, not turned away.
+            reserved = min(amount, left) if left > 0 else amount
+            held[counter.key] = reserved
+            lease = min((left - reserved) // LEASE_PARTS, amount * LEASE_CALLS_MAX) if left > 0 else 0
+            if lease >= amount > 0:
+                more[counter.key] = lease
+                self._leased.setdefault(counter.key, set()).add(process)
+            self._grant(process, counter, reserved + more.get(counter.key, 0))
+        return Decision(verdict, name, held, more, full)
+
+    def wait_s(self, counter: Counter, at_ns: int) -> float | None:
+        """How long until some of it is free again, where that is known and is a matter of waiting."""
+        limit = counter.limit
+        if not limit.is_rate:
+            return None
+        if limit.unit == "concurrent":
+            return 1.0
+        window = limit.window
+        end_ns = window.less_at_ns(counter.parts, at_ns) if isinstance(window, Sliding) else counter.end_ns
+        return max(end_ns - at_ns, 0) / SECOND_NS
+
+    def settle(self, process: str, charges: Iterable[Charge], at_ns: int) -> None:
+        """A call has ended. `at_ns`: when it was let in."""
+        for charge in charges:
+            counter = self._counter(charge.limit, charge.key, charge.scope, at_ns)
+            if charge.reserved:
+                self._give_back(process, counter, charge.reserved)
+            if charge.amount:
+                counter.add(charge.amount, at_ns)
+                if self._reached is not None:
+                    self._tell(counter, at_ns)
+
+    def holding(self, process: str, sums: Mapping[str, int], at_ns: int) -> None:
+        """What a process's open calls hold, all of it; nothing else is out to it."""
+        self.gone(process)
+        for key, amount in sums.items():
+            counter = self._by_key(key, at_ns)
+            if counter is not None and amount > 0:
+                self._grant(process, counter, amount)
+
+    def gone(self, process: str) -> None:
+        """It holds nothing any more."""
+        for key, amount in self._out.pop(process, {}).items():
+            counter = self._counters.get(key)
+            if counter is not None:
+                counter.out -= amount
+        for key in [key for key, leased in self._leased.items() if process in leased]:
+            self._leased[key].discard(process)
+            if not self._leased[key]:
+                del self._leased[key]
+
+    def absorb(self, found: Counters) -> None:
+        """Add what others have settled."""
+        for key, counter in found._counters.items():
+            mine = self._counter(counter.limit, key, counter.scope, 0)
+            mine.end_ns = counter.end_ns
+            mine.settled += counter.settled
+            for part, amount in counter.parts.items():
+                mine.parts[part] = mine.parts.get(part, 0) + amount
+
+    def sweep(self, at_ns: int) -> None:
+        """Forget counters that nothing can ask for any more."""
+        for key, counter in list(self._counters.items()):
+            sliding = counter.limit.sliding
+            if sliding is not None:
+                oldest = sliding.part(at_ns) - 2 * 60
+                counter.parts = {part: amount for part, amount in counter.parts.items() if part >= oldest}
+                over = not counter.parts
+            else:
+                over = counter.end_ns + LATE_NS < at_ns or not (counter.settled or counter.limit.unit != "concurrent")
+            if over and not counter.out:
+                del self._counters[key]
+
+    def rows(self, at_ns: int) -> list[Row]:
+        """All counters whose period is now, in the order of the limits, those that used most first."""
+        found: dict[str, list[Row]] = {name: [] for name in self.limits}
+        for counter in self._counters.values():
+            if counter.end_ns <= at_ns:
+                continue
+            until_ns = None if counter.end_ns >= FOREVER_NS else counter.end_ns
+            row = Row(counter.limit, counter.scope, counter.used(at_ns), counter.out, until_ns)
+            found[counter.limit.name].append(row)
+        return [row for rows in found.values() for row in sorted(rows, key=lambda r: (-r.used - r.reserved, r.scope))]
+
+    def settled(self, key: str, at_ns: int) -> int:
+        counter = self._counters.get(key)
+        return 0 if counter is None else counter.used(at_ns)
+
+    def reserved(self, key: str) -> int:
+        counter = self._counters.get(key)
+        return 0 if counter is None else counter.out
+
+    def __repr__(self) -> str:
+        return f"<Counters: {len(self._counters)} of {len(self.limits)} limits, {len(self._out)} processes>"
+
+    def _counter_of(self, need: Need, at_ns: int) -> Counter:
+        limit = self.limits[need.limit]
+        return self._counter(limit, limit.key(need.scope, at_ns), need.scope, at_ns)
+
+    def _counter(self, limit: Limit, key: str, scope: str, at_ns: int) -> Counter:
+        counter = self._counters.get(key)
+        if counter is None:
+            window = limit.window
+            end_ns = window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
+            counter = self._counters[key] = Counter(limit, key, scope, end_ns)
+        return counter
+
+    def _by_key(self, key: str, at_ns: int) -> Counter | None:
+        """None: of a limit that there is no more."""
+        name, _, rest = key.partition("|")
+        limit = self.limits.get(name)
+        return None if limit is None else self._counter(limit, key, rest.rpartition("|")[0], at_ns)
+
+    def _grant(self, process: str, counter: Counter, amount: int) -> None:
+        counter.out += amount
+        out = self._out.setdefault(process, {})
+        out[counter.key] = out.get(counter.key, 0) + amount
+
+    def _give_back(self, process: str, counter: Counter, amount: int) -> None:
+        """Never more than is out: what was granted in a life before this one is not."""
+        out = self._out.get(process)
+        have = 0 if out is None else out.get(counter.key, 0)
+        back = min(amount, have)
+        if out is None or not back:
+            return
+        counter.out -= back
+        if have == back:
+            del out[counter.key]
+        else:
+            out[counter.key] = have - back
+
+    def _tell(self, counter: Counter, at_ns: int) -> None:
+        amount, used = counter.limit.amount, counter.used(at_ns)
+        for percent in (100, WARN_PERCENT):
+            if used * 100 >= amount * percent:
+                if counter.told_percent < percent:
+                    counter.told_percent = percent
+                    assert self._reached is not None
+                    self._reached(counter, percent)
+                return
+        if counter.limit.sliding is not None:
+            counter.told_percent = 0

@@ -1,0 +1,118 @@
+"""How much a call may consume, as far as its request says it.
+
+Input by the size of the body (a token of English is about four bytes; prompts in JSON have some overhead, so this is
+rather too much than too little), output by what the request allows for it. Where it allows anything, what the model's
+last answers took is a better guess than its ceiling: 95 of 100 took no more.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections import deque
+from collections.abc import Mapping
+from typing import Any, Final, NamedTuple
+
+import orjson
+
+from sidecar.usage.formats.json_scanner import pruned
+from sidecar.usage.providers.base import Tree
+from sidecar.usage.request_reader import BODY_MAX_BYTES
+
+BYTES_A_TOKEN: Final = 4
+_OBJECT: Final = (b"{", b" ", b"\n", b"\r", b"\t")
+OUTPUT_TOKENS_DEFAULT: Final = 1_000  # where neither the request nor the model's last answers say anything
+# No model known gives more in one answer; a request that names a larger figure is after the others' allowance.
+OUTPUT_TOKENS_MAX: Final = 1_000_000
+CHOICES_MAX: Final = 128  # OpenAI takes no more
+ANSWERS_KEPT: Final = 100  # of each model
+MODELS_KEPT: Final = 1_000
+READ_BYTES_MAX: Final = BODY_MAX_BYTES  # waited for and read before a decision; as the reader of usage has it
+
+_WANTED: Final[Tree] = {
+    "model": True,
+    "max_tokens": True,
+    "max_completion_tokens": True,
+    "max_output_tokens": True,
+    "n": True,
+    "generationConfig": {"maxOutputTokens": True, "candidateCount": True},
+    "inferenceConfig": {"maxTokens": True},
+}
+
+
+class Asked(NamedTuple):
+    """What a request's body says of its size."""
+
+    model: str | None
+    input_tokens: int
+    output_tokens: int | None  # None: as many as the model likes
+    members: Mapping[str, Any]  # of its top level
+
+
+NOTHING_ASKED: Final = Asked(None, 0, 0, {})
+
+
+def read_request(body: bytes, length: int | None = None) -> Asked:
+    """`body`: of it as much as has come. `length`: how long it is in all, where that is known. Never raises."""
+    document: Any = None
+    if body.startswith(_OBJECT):
+        try:
+            document = orjson.loads(body)
+        except ValueError:
+            document = pruned(body, _WANTED)
+    if not isinstance(document, dict):
+        document = {}
+    model = document.get("model")
+    size = max(len(body), length or 0)
+    return Asked(
+        model=model if isinstance(model, str) and model else None,
+        input_tokens=-(-size // BYTES_A_TOKEN),
+        output_tokens=_output(document),
+        members=document,
+    )
+
+
+def _output(document: Mapping[str, Any]) -> int | None:
+    find = document.get
+    tokens = find("max_tokens")
+    if type(tokens) is not int:
+        tokens = find("max_completion_tokens", find("max_output_tokens"))
+    choices = find("n")
+    if type(tokens) is not int:
+        generation, inference = find("generationConfig"), find("inferenceConfig")
+        if isinstance(generation, dict):
+            tokens, choices = generation.get("maxOutputTokens"), generation.get("candidateCount")
+        elif isinstance(inference, dict):
+            tokens = inference.get("maxTokens")
+        if type(tokens) is not int:
+            return None
+    if tokens < 0:
+        return None
+    times = min(max(choices, 1), CHOICES_MAX) if type(choices) is int else 1
+    return min(tokens, OUTPUT_TOKENS_MAX) * times
+
+
+class Outputs:
+    """How many tokens the last answers of each model had."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, tuple[deque[int], list[int]]] = {}
+
+    def seen(self, model: str, tokens: int) -> None:
+        known = self._last.get(model)
+        if known is None:
+            if len(self._last) >= MODELS_KEPT:
+                self._last.pop(next(iter(self._last)))
+            known = self._last[model] = (deque(), [])
+        order, ranked = known
+        if len(order) >= ANSWERS_KEPT:
+            ranked.remove(order.popleft())
+        order.append(tokens)
+        insort(ranked, tokens)
+
+    def usual(self, model: str | None) -> int | None:
+        """What 95 of 100 had no more than; None: nothing is known."""
+        known = None if model is None else self._last.get(model)
+        if known is None:
+            return None
+        ranked = known[1]
+        return ranked[-(-len(ranked) * 95 // 100) - 1]

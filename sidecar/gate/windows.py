@@ -1,0 +1,118 @@
+"""Which period a moment belongs to, and when that ends.
+
+A calendar window has a name for each of its periods ("2026-11", "2026-11-28T09+0100"), and that name is a part of the
+counter's key: a new period is another counter, so nothing is ever set back. A sliding window is counted in 60 parts, in
+whole numbers; the oldest part, of which only some still lies in the window, counts whole, so that nothing is let
+through that a finer count would have stopped.
+
+Times are Unix nanoseconds.
+"""
+
+from __future__ import annotations
+
+from calendar import monthrange
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime, timedelta, tzinfo
+from typing import Final, NamedTuple
+
+SECOND_NS: Final = 1_000_000_000
+FOREVER_NS: Final = 1 << 63
+PARTS: Final = 60  # of a sliding window
+CALENDAR: Final = ("minute", "hour", "day", "week", "month", "year", "total")
+_SHORT_S: Final = {"minute": 60, "hour": 3600}
+LONGEST_S: Final = 366 * 86_400  # of a sliding window
+
+
+class Period(NamedTuple):
+    id: str
+    start_ns: int
+    end_ns: int  # the first moment of the next one
+
+
+@dataclass(slots=True)
+class Calendar:
+    """Periods of a calendar in one time zone.
+
+    `anchor_day`: on which a month begins; in a shorter month its last day takes that place.
+    """
+
+    unit: str
+    zone: tzinfo
+    anchor_day: int = 1
+    _known: Period = field(default=Period("", 0, 0), repr=False, compare=False)
+
+    def period(self, at_ns: int) -> Period:
+        known = self._known
+        if not known.start_ns <= at_ns < known.end_ns:
+            known = self._known = self._find(at_ns)
+        return known
+
+    def _find(self, at_ns: int) -> Period:
+        if self.unit == "total":
+            return Period("total", 0, FOREVER_NS)
+        at = datetime.fromtimestamp(at_ns // SECOND_NS, self.zone)
+        length_s = _SHORT_S.get(self.unit)
+        if length_s is not None:
+            # By the zone's own minutes and hours, some of which are half an hour off; where the clock is set back an
+            # hour comes twice, and the offset in the name keeps the two apart.
+            into_s = at.second + (at.minute * 60 if self.unit == "hour" else 0)
+            start_s = at_ns // SECOND_NS - into_s
+            name = at.strftime("%Y-%m-%dT%H%z" if self.unit == "hour" else "%Y-%m-%dT%H:%M%z")
+            return Period(name, start_s * SECOND_NS, (start_s + length_s) * SECOND_NS)
+        first, following, name = self._days(at.date())
+        return Period(name, self._midnight_ns(first), self._midnight_ns(following))
+
+    def _days(self, day: date) -> tuple[date, date, str]:
+        """The first day of the period, that of the next one, and the period's name."""
+        if self.unit == "day":
+            return day, day + timedelta(days=1), day.isoformat()
+        if self.unit == "week":
+            first = day - timedelta(days=day.weekday())
+            year, week, _ = first.isocalendar()
+            return first, first + timedelta(days=7), f"{year}-W{week:02}"
+        if self.unit == "year":
+            return date(day.year, 1, 1), date(day.year + 1, 1, 1), str(day.year)
+        first = self._anchored(day.year, day.month)
+        if day < first:
+            first = self._anchored(day.year - (day.month == 1), (day.month - 2) % 12 + 1)
+        following = self._anchored(first.year + (first.month == 12), first.month % 12 + 1)
+        return first, following, first.strftime("%Y-%m") if self.anchor_day == 1 else first.isoformat()
+
+    def _anchored(self, year: int, month: int) -> date:
+        return date(year, month, min(self.anchor_day, monthrange(year, month)[1]))
+
+    def _midnight_ns(self, day: date) -> int:
+        return int(datetime(day.year, day.month, day.day, tzinfo=self.zone).timestamp()) * SECOND_NS
+
+
+@dataclass(slots=True, frozen=True)
+class Sliding:
+    """The last so many seconds."""
+
+    seconds: int
+
+    def part(self, at_ns: int) -> int:
+        """The number of the part that a moment lies in."""
+        return at_ns * PARTS // (self.seconds * SECOND_NS)
+
+    def start_ns(self, at_ns: int) -> int:
+        """Of the oldest part that counts."""
+        return (self.part(at_ns) - PARTS) * self.seconds * SECOND_NS // PARTS
+
+    def total(self, parts: Mapping[int, int], at_ns: int) -> int:
+        """What counts of these amounts by part. The oldest one counts whole, and so do some that lie ahead: a clock
+        that was set back must not give anything away."""
+        oldest = self.part(at_ns) - PARTS
+        return sum(amount for part, amount in parts.items() if part >= oldest)
+
+    def less_at_ns(self, parts: Mapping[int, int], at_ns: int) -> int:
+        """When the oldest amount that counts leaves the window; `at_ns` where there is none."""
+        oldest = self.part(at_ns) - PARTS
+        counting = [part for part, amount in parts.items() if part >= oldest and amount]
+        if not counting:
+            return at_ns
+        return ((min(counting) + PARTS + 1) * self.seconds * SECOND_NS + PARTS - 1) // PARTS
+
+
+Window = Calendar | Sliding

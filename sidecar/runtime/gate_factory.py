@@ -1,0 +1,298 @@
+"""From settings to limits, to who is asked about them, and to what keeps them from being used."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import random
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+from decimal import Decimal
+from functools import partial
+from typing import Any, Final
+
+from sidecar.gate.admission import Admission, Meant, Response
+from sidecar.gate.counters import Counters, Row
+from sidecar.gate.denials import denial, of_call
+from sidecar.gate.limits import (
+    Charging,
+    Facts,
+    Limit,
+    LimitsError,
+    Price,
+    oldest_start_ns,
+    read_limits,
+    remarks,
+)
+from sidecar.gate.owner import Hour, Owner, count_hours, count_records
+from sidecar.gate.windows import SECOND_NS
+from sidecar.ledger import LedgerReader, UsageRow
+from sidecar.meters.definition import MetersError, read_meters
+from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usage, UsageState
+from sidecar.model.exchange import PlainExchange as Plain
+from sidecar.model.grammar import Source, SourceKind
+from sidecar.model.record import Record
+from sidecar.prices import PICO, price_book
+from sidecar.proxy.subscriber import CREDENTIALS, Attributor
+from sidecar.runtime.backend_factory import LEDGER
+from sidecar.runtime.metrics import Metrics
+from sidecar.settings import Settings
+from sidecar.spool import SpoolReader
+from sidecar.usage.providers.table import known_routes
+from sidecar.usage.readers import UsageTaps
+from sidecar.usage.response_headers import known_providers
+
+LIMITS: Final = "limits"
+HOUR_S: Final = 3600
+BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
+
+
+def limits(settings: Settings) -> tuple[Limit, ...]:
+    """Those that hold; none where nobody asks for them. Raises `LimitsError` and `MetersError`."""
+    if LIMITS not in settings.gate.gate:
+        return ()
+    pinned = {*settings.usage.providers.values(), *(r.provider for r in settings.proxy.routes if r.provider)}
+    return read_limits(
+        settings.limits,
+        settings.gate.limits,
+        meters=read_meters(settings.meters),
+        dimensions=settings.attribution.dimensions,
+        providers=known_providers() | pinned,
+        routes={route.pattern.partition(" ")[2] or route.pattern for route in settings.proxy.routes}
+        | {route.partition(" ")[2] for route in known_routes()},
+    )
+
+
+def faults(settings: Settings) -> list[str]:
+    """What keeps the limits from being used, all of it."""
+    try:
+        limits(settings)
+    except LimitsError as error:
+        return list(error.problems)
+    except MetersError:
+        pass  # told by whoever reads the meters
+    return [
+        f"SIDECAR_GATE: {name} is nobody who can be asked: expected {LIMITS}, or none"
+        for name in settings.gate.gate
+        if name != LIMITS
+    ]
+
+
+def notes(settings: Settings) -> list[str]:
+    """What is no fault and still worth knowing."""
+    found = remarks(limits(settings), priced=settings.prices.prices != "none")
+    if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
+        found.append("limits are defined and SIDECAR_GATE does not have limits: none of them holds")
+    if settings.gate.gate_dry_run and (settings.limits or settings.gate.limits):
+        found.append("SIDECAR_GATE_DRY_RUN: no limit denies a call")
+    return found
+
+
+def price(settings: Settings) -> Price | None:
+    """What tokens will cost; None: nobody asks, or there are no prices."""
+    if settings.prices.prices == "none" or not any(limit.unit == "cost_usd" for limit in limits(settings)):
+        return None
+    book = price_book(settings)
+
+    def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
+        usage = Usage(
+            usage_state=UsageState.FINAL, provider=provider, model=model, input_tokens=input_tokens,
+            output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
+        )  # fmt: skip
+        cost, _ = book.cost(usage, at_ns / SECOND_NS, host=settings.proxy.upstream_url or "", record=None)
+        if cost is None or cost.get("total") is None or cost.get("currency") != "USD":
+            return None
+        return int(Decimal(cost["total"]) * PICO)
+
+    return find
+
+
+def charging(settings: Settings) -> Charging | None:
+    """None: there is no limit."""
+    found = limits(settings)
+    return Charging(found, None, settings.gate.gate_unknown) if found else None
+
+
+# --- in a process that serves --------------------------------------------------------------------------
+
+
+def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | None:
+    """What the hop asks; None: every call may be made."""
+    found = limits(settings)
+    if not found:
+        return None
+    loop = asyncio.get_running_loop()
+    sources = [Source.parse(text) for text in settings.attribution.subscriber]
+    return Admission(
+        found,
+        meant=partial(_meant, taps),
+        clock_ns=time.time_ns,
+        call_later=loop.call_later,
+        key_of=_key_of(taps, key),
+        reads=frozenset(name.encode() for name in CREDENTIALS),
+        price=price(settings),
+        deny=partial(_deny, settings, taps),
+        on_failure=settings.gate.gate_on_failure,
+        dry_run=settings.gate.gate_dry_run,
+        body_says_who=any(source.kind is SourceKind.BODY for source in sources),
+    )
+
+
+def _meant(taps: UsageTaps, method: str, target: str) -> Meant:
+    endpoint = taps.endpoints.of(method, target)
+    if endpoint is None:
+        return Meant(taps.endpoints.provider_of(method, target), consumes=False)
+    row = endpoint.row
+    return Meant(
+        provider=endpoint.provider or (None if row is None else row.provider),
+        model=endpoint.model,
+        consumes=row is None or row.unmetered is None,
+    )
+
+
+def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
+    """The hash of the credential that a head bears, whoever pays."""
+    keyed = Attributor(
+        sources=[Source(SourceKind.CREDENTIAL, "")], dimensions={}, hash_key=key,
+        provider=taps.endpoints.host_provider,
+    )  # fmt: skip
+
+    def find(fields: RawHeaders) -> str | None:
+        subscriber, _ = keyed(fields, "", None)
+        return None if subscriber is None else subscriber.id
+
+    return find
+
+
+def _deny(
+    settings: Settings,
+    taps: UsageTaps,
+    method: str,
+    target: str,
+    *,
+    limit: str,
+    kind: str,
+    retry_after_s: float | None,
+    message: str | None,
+) -> Response:
+    """In the form of the API that was called."""
+    family, streamed = of_call(taps.endpoints, method, target)
+    return denial(
+        family, limit=limit, kind="quota" if kind == "quota" else "rate", retry_after_s=retry_after_s,
+        message=message, streamed=streamed, status=settings.gate.gate_status.get(kind),
+        jitter=random.random(),  # noqa: S311 - no secret
+    )  # fmt: skip
+
+
+class GatedRecorder:
+    """The recorder of a process in which calls may hold something: what a call held is the owner's to settle once its
+    record is on its way."""
+
+    def __init__(self, recorder: Recorder, gate: Admission) -> None:
+        self.admit = recorder.admit
+        self._complete = recorder.complete
+        self._gate = gate
+
+    def complete(self, exchange: Exchange | Plain, release: Release | None) -> bool:
+        gate = exchange.gate
+        if gate is not None and gate.reserved:
+            self._gate.ended(gate)
+        return self._complete(exchange, release)
+
+
+# --- in the process that meters ------------------------------------------------------------------------
+
+
+class Settling:
+    """The metrics of the intake, with the gate beside them: each call is settled where it is counted."""
+
+    def __init__(self, metrics: Metrics, owner: Owner) -> None:
+        self._metrics = metrics
+        self._owner = owner
+        self.add = metrics.add
+        # Of calls of which no limit was asked. Where there are limits, each call comes by itself.
+        self.calls_ended = metrics.calls_ended
+
+    def call_ended(self, exchange: Exchange) -> None:
+        self._owner.settle(exchange)
+        if (gate := exchange.gate) is not None:
+            self._metrics.gate_decided(gate.decision, gate.source, gate.limit)
+        self._metrics.call_ended(exchange)
+
+
+def owner(settings: Settings) -> Owner | None:
+    """Who holds the counters; None: there is no limit."""
+    found = charging(settings)
+    if found is None:
+        return None
+    loop = asyncio.get_running_loop()
+    return Owner(found, dry_run=settings.gate.gate_dry_run, clock_ns=time.time_ns, call_later=loop.call_later)
+
+
+def counted(settings: Settings, reader: SpoolReader, instance: str, last_seq: int) -> Counters | None:
+    """The counters as the records leave them: all of other slots, and of the one that is written here those up to
+    `last_seq`. What the spool has no more is taken from the ledger, by whole hours. Reads files."""
+    found = charging(settings)
+    if found is None:
+        return None
+    since_ns = oldest_start_ns(found.limits, time.time_ns())
+    from_s = max(since_ns / SECOND_NS, _complete_from_s(reader, since_ns))
+    counters = count_records(
+        reader.lines(since_ns=since_ns),
+        found,
+        lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
+    )
+    path = settings.data_dir / LEDGER
+    if from_s * SECOND_NS > since_ns and path.exists():
+        since = datetime.fromtimestamp(since_ns // SECOND_NS, UTC)
+        until = datetime.fromtimestamp(from_s, UTC)
+        counters.absorb(count_hours(map(_hour, LedgerReader(path).usage(BY, since, until)), found))
+    return counters
+
+
+def _complete_from_s(reader: SpoolReader, since_ns: int) -> float:
+    """The hour from which on nothing was taken out of the spool for its age or its size; 0: nothing ever was."""
+    found = 0.0
+    for instance in reader.instances():
+        segments = reader.segments(instance)
+        if not segments or segments[0].first_seq <= 1:
+            continue
+        groups = reader.read(instance, segments[0].first_seq - 1, bytes_max=1)
+        lines = [line for group in groups for line in group.lines[:1]]
+        if lines:
+            found = max(found, math.ceil(Record.from_json(lines[0]).started_s / HOUR_S) * float(HOUR_S))
+    return found
+
+
+def _hour(row: UsageRow) -> Hour:
+    subscriber, model, provider, route, status, hour = row.group
+    return Hour(
+        start_ns=int(datetime.fromisoformat(hour or "").timestamp()) * SECOND_NS,
+        facts=Facts(subscriber=subscriber, model=model, provider=provider, route=route),
+        calls=row.calls,
+        with_usage=row.with_usage,
+        refused=status in ("4xx", "5xx"),
+        input_tokens=row.input_tokens or 0,
+        output_tokens=row.output_tokens or 0,
+        total_tokens=row.total_tokens or 0,
+        cost_usd=Decimal(row.cost_usd or 0),
+    )
+
+
+def shown(row: Row) -> dict[str, Any]:
+    """A counter as `/limits` shows it."""
+    limit = row.limit
+    until = None if row.until_ns is None else datetime.fromtimestamp(row.until_ns // SECOND_NS, UTC).isoformat()
+    return {
+        "limit": limit.name,
+        "scope": {name: value for (name, _), value in zip(limit.scopes, row.scope.split(","), strict=False)},
+        "unit": limit.unit,
+        "used": limit.text(row.used),
+        "reserved": limit.text(row.reserved),
+        "amount": limit.text(limit.amount),
+        "percent": round(100 * row.used / limit.amount, 1) if limit.amount else None,
+        "window": limit.window_text or None,
+        "until": until,
+        "action": limit.action.value,
+    }

@@ -1,0 +1,434 @@
+"""Limits as their user meets them: real processes, real sockets, and exactly as many calls upstream as are allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from aiohttp import web
+from support.whole import Whole
+
+LIMIT_S = 60.0
+
+
+class Upstream:
+    """An API that counts what reaches it, and says that each call took so many tokens."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.gate = asyncio.Event()  # answers wait for it
+        self.gate.set()
+        self.input_tokens = 10
+        self.output_tokens = 5
+        self.status = 200
+        self.open = 0
+        self.open_max = 0
+
+    async def answer(self, request: web.Request) -> web.StreamResponse:
+        self.calls += 1
+        self.open += 1
+        self.open_max = max(self.open_max, self.open)
+        try:
+            body = await request.read()
+            await self.gate.wait()
+        finally:
+            self.open -= 1
+        usage = {
+            "prompt_tokens": self.input_tokens,
+            "completion_tokens": self.output_tokens,
+            "total_tokens": self.input_tokens + self.output_tokens,
+        }
+        if self.status != 200:
+            return web.json_response({"error": {"message": "no"}}, status=self.status)
+        if body and json.loads(body).get("stream"):
+            response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+            await response.prepare(request)
+            for chunk in ({"choices": [{"index": 0, "delta": {"content": "x"}}]}, {"choices": [], "usage": usage}):
+                row = {"id": "1", "object": "chat.completion.chunk", "model": "gpt-5", **chunk}
+                await response.write(b"data: " + json.dumps(row).encode() + b"\n\n")
+            await response.write(b"data: [DONE]\n\n")
+            return response
+        row = {"id": "1", "object": "chat.completion", "model": "gpt-5", "choices": [], "usage": usage}
+        return web.json_response(row)
+
+
+@asynccontextmanager
+async def upstream() -> AsyncIterator[tuple[Upstream, str]]:
+    found = Upstream()
+    app = web.Application(client_max_size=1 << 24)
+    app.router.add_route("*", "/{tail:.*}", found.answer)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    site = web.TCPSite(runner, "127.0.0.1", 0, backlog=1024)
+    await site.start()
+    try:
+        yield found, f"http://127.0.0.1:{runner.addresses[0][1]}"
+    finally:
+        found.gate.set()
+        await runner.cleanup()
+
+
+async def call(session: aiohttp.ClientSession, whole: Whole, who: str = "acme", **body: Any) -> tuple[int, bytes]:
+    url = whole.proxy_url + "/v1/chat/completions"
+    given = {"model": "gpt-5", "messages": [{"role": "user", "content": "hello"}], **body}
+    async with session.post(url, json=given, headers={"x-tenant": who}) as answer:
+        return answer.status, await answer.read()
+
+
+def client() -> aiohttp.ClientSession:
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(LIMIT_S))
+
+
+def limited(tmp_path: Path, url: str, **settings: str) -> Whole:
+    return Whole(tmp_path / "data", url, SIDECAR_SUBSCRIBER="header:x-tenant", **settings)
+
+
+def limit_of(rows: list[dict[str, Any]], name: str) -> dict[str, Any]:
+    (found,) = [row for row in rows if row["limit"] == name]
+    return found
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("durability", ["committed", "buffered"])
+async def test_of_400_calls_at_once_exactly_as_many_as_allowed_reach_the_upstream(
+    tmp_path: Path, workers: int, durability: str
+) -> None:
+    async with upstream() as (up, url), client() as session:
+        whole = limited(
+            tmp_path, url, SIDECAR_LIMITS="calls=100/day", SIDECAR_WORKERS=str(workers), SIDECAR_DURABILITY=durability
+        )
+        async with whole:
+            answers = await asyncio.gather(*(call(session, whole) for _ in range(400)))
+            statuses = sorted(status for status, _ in answers)
+            assert statuses == [200] * 100 + [402] * 300, (statuses.count(200), statuses.count(402))
+            assert up.calls == 100
+            balance = await whole.settled()
+            assert balance["holds"]
+            assert balance["recorded"] == 400
+            records = await whole.records()
+            rows = (await whole.get("/limits"))["limits"]
+            text = await whole.text("/metrics")
+    assert sum(record["outcome"] == "denied" for record in records) == 300
+    assert all(record["gate"]["limit"] == "calls-per-day" for record in records if record["outcome"] == "denied")
+    row = limit_of(rows, "calls-per-day")
+    assert (row["used"], row["reserved"], row["scope"]) == ("100", "0", {"subscriber": "acme"})
+    assert 'sidecar_gate_decisions_total{decision="denied",limit="calls-per-day",source="limits"} 300.0' in text
+
+
+@pytest.mark.timeout(120)
+async def test_tokens_of_streams_are_set_aside_by_max_tokens_and_settled_by_what_they_took(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.gate.clear()
+        async with limited(tmp_path, url, SIDECAR_LIMITS="output_tokens=1000/day", SIDECAR_WORKERS="2") as whole:
+            streams = [asyncio.create_task(call(session, whole, stream=True, max_tokens=200)) for _ in range(12)]
+            async with asyncio.timeout(LIMIT_S):
+                while sum(task.done() for task in streams) < 7:
+                    await asyncio.sleep(0.01)
+            # Five of 200 are let in together; none beside them, until they have said what they took.
+            assert up.calls == 5
+            row = limit_of((await whole.get("/limits"))["limits"], "output_tokens-per-day")
+            assert (row["used"], row["reserved"]) == ("0", "1000")
+            up.gate.set()
+            statuses = sorted(status for status, _ in await asyncio.gather(*streams))
+            assert statuses == [200] * 5 + [402] * 7
+            await whole.settled()
+            row = limit_of((await whole.get("/limits"))["limits"], "output_tokens-per-day")
+            assert (row["used"], row["reserved"]) == (str(5 * up.output_tokens), "0")
+            status, _ = await call(session, whole, stream=True, max_tokens=200)
+            assert status == 200
+
+
+@pytest.mark.timeout(120)
+async def test_a_client_that_hangs_up_is_charged_what_was_set_aside(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.gate.clear()
+        settings = {"SIDECAR_LIMITS": "output_tokens=1000/day,concurrent=1", "SIDECAR_ON_DISCONNECT": "stop"}
+        async with limited(tmp_path, url, **settings) as whole:
+            task = asyncio.create_task(call(session, whole, stream=True, max_tokens=300))
+            async with asyncio.timeout(LIMIT_S):
+                while not up.calls:
+                    await asyncio.sleep(0.01)
+            denied, body = await call(session, whole, stream=True, max_tokens=300)
+            assert denied == 429, body
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            await until_used(whole, "output_tokens-per-day", "300", "0")
+            up.gate.set()
+            status, _ = await call(session, whole, stream=True, max_tokens=300)
+            assert status == 200
+            await until_used(whole, "output_tokens-per-day", str(300 + up.output_tokens), "0")
+
+
+async def until_used(whole: Whole, name: str, used: str, reserved: str) -> None:
+    rows: list[dict[str, Any]] = []
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while True:
+                rows = (await whole.get("/limits"))["limits"]
+                found = [(row["used"], row["reserved"]) for row in rows if row["limit"] == name]
+                if found == [(used, reserved)]:
+                    return
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"{name} is not at {used} and {reserved}: {rows}; {whole.log.read_text()}") from None
+
+
+@pytest.mark.timeout(120)
+async def test_what_consumed_nothing_is_given_back(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.status = 500
+        async with limited(tmp_path, url, SIDECAR_LIMITS="calls=5/day,total_tokens=5000/day") as whole:
+            answers = [await call(session, whole, max_tokens=100) for _ in range(12)]
+            assert {status for status, _ in answers} == {500}
+            await until_used(whole, "calls-per-day", "0", "0")
+            up.status = 200
+            statuses = [(await call(session, whole, max_tokens=100))[0] for _ in range(7)]
+            assert statuses == [200] * 5 + [402] * 2
+            await until_used(whole, "total_tokens-per-day", str(5 * 15), "0")
+        unreachable = limited(tmp_path / "other", "http://127.0.0.1:9", SIDECAR_LIMITS="calls=2/day")
+        unreachable.data_dir.parent.mkdir()
+        async with unreachable:
+            assert {(await call(session, unreachable))[0] for _ in range(6)} == {502}
+
+
+@pytest.mark.timeout(120)
+async def test_a_window_that_has_passed_lets_calls_in_again(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_LIMITS="calls=5/2s", SIDECAR_WORKERS="2") as whole:
+            first = sorted([status for status, _ in await asyncio.gather(*(call(session, whole) for _ in range(9)))])
+            assert first.count(200) == 5
+            assert first.count(429) == 4
+            async with asyncio.timeout(LIMIT_S):
+                while (await call(session, whole))[0] != 200:
+                    await asyncio.sleep(0.1)
+            assert up.calls == 6
+
+
+@pytest.mark.timeout(120)
+async def test_calls_at_once_are_never_more_than_allowed(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_LIMITS="concurrent=7", SIDECAR_WORKERS="3") as whole:
+            served = 0
+            for _ in range(5):
+                up.gate.clear()
+                tasks = [asyncio.create_task(call(session, whole)) for _ in range(30)]
+                async with asyncio.timeout(LIMIT_S):
+                    while sum(task.done() for task in tasks) < 23:
+                        await asyncio.sleep(0.01)
+                assert up.open == 7
+                up.gate.set()
+                served += sum(status == 200 for status, _ in await asyncio.gather(*tasks))
+            assert served == 35
+            assert up.open_max == 7
+            # One after the other no client meets its own call before it.
+            assert {(await call(session, whole))[0] for _ in range(40)} == {200}
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("who", ["serve", "meter", "all"])
+async def test_after_a_kill_settled_and_reserved_are_what_the_records_say(tmp_path: Path, who: str) -> None:
+    """Between admission and settling: calls are open while a process is killed, with more on their way."""
+    async with upstream() as (up, url), client() as session:
+        whole = limited(
+            tmp_path, url, SIDECAR_LIMITS="calls=400/day,output_tokens=100000/day", SIDECAR_WORKERS="2",
+        )  # fmt: skip
+        async with whole:
+            done = [await call(session, whole, max_tokens=100) for _ in range(20)]
+            assert {status for status, _ in done} == {200}
+            up.gate.clear()
+            tasks = [asyncio.create_task(tried(session, whole)) for _ in range(40)]
+            async with asyncio.timeout(LIMIT_S):
+                while up.calls < 60:
+                    await asyncio.sleep(0.01)
+            await asyncio.sleep(0.1)  # their intents are on disk by then: 20 ms and a commit
+            if who == "all":
+                await whole.kill()
+                up.gate.set()
+                await asyncio.gather(*tasks)
+                await whole.start()
+            else:
+                os.kill(whole.children()[who][0], signal.SIGKILL)
+                up.gate.set()
+                await asyncio.gather(*tasks)
+                async with asyncio.timeout(LIMIT_S):
+                    while len(whole.children()["meter"]) < 1 or len(whole.children()["serve"]) < 2:
+                        await asyncio.sleep(0.02)
+            more = await asyncio.gather(*(tried(session, whole) for _ in range(10)))
+            assert 200 in more
+            await whole.settled()
+            records = await whole.records()
+            calls, tokens = expected(records)
+            await until_used(whole, "calls-per-day", str(calls), "0")
+            await until_used(whole, "output_tokens-per-day", str(tokens), "0")
+            assert calls >= 60
+            # A restart derives the same from the records alone.
+            assert await whole.stop() == 0, whole.log.read_text()
+            await whole.start()
+            await until_used(whole, "calls-per-day", str(calls), "0")
+            await until_used(whole, "output_tokens-per-day", str(tokens), "0")
+
+
+async def tried(session: aiohttp.ClientSession, whole: Whole) -> int:
+    try:
+        return (await call(session, whole, max_tokens=100))[0]
+    except aiohttp.ClientError:
+        return 0
+
+
+def expected(records: list[dict[str, Any]]) -> tuple[int, int]:
+    calls = tokens = 0
+    for record in records:
+        if record["outcome"] == "denied":
+            continue
+        usage, held = record["usage"], record.get("gate", {}).get("reserved", {})
+        calls += 1
+        if usage is not None and usage["usage_state"] == "final":
+            tokens += usage["output_tokens"]
+        else:
+            tokens += next((amount for key, amount in held.items() if key.startswith("output_tokens")), 0)
+    return calls, tokens
+
+
+@pytest.mark.timeout(120)
+async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_not(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        """
+        [[limits]]
+        name = "team-tokens"
+        unit = "total_tokens"
+        amount = 1000
+        window = "month"
+        timezone = "Europe/Berlin"
+        "dimensions.team" = "*"
+
+        [[limits]]
+        name = "everybody"
+        subscriber = ""
+        unit = "calls"
+        amount = 3
+        window = "total"
+        action = "warn"
+        """
+    )
+    settings = {"SIDECAR_CONFIG": str(config), "SIDECAR_DIMENSIONS": "team=x-team"}
+    async with upstream() as (_, url), client() as session:
+        async with limited(tmp_path, url, **settings) as whole:
+            for _ in range(4):
+                assert (await call(session, whole))[0] == 200
+            await whole.settled()
+            code, out, err = await whole.command("limits")
+            assert code == 0, err
+            assert await whole.stop() == 0
+            for text in (out, (await whole.command("limits"))[1]):
+                assert [" ".join(line.split()) for line in text.splitlines() if "tokens" in line] == [
+                    text_of_row(text, "team-tokens")
+                ]
+                assert "team-tokens dimensions.team (none) 60 0 1000 6.0" in text_of_row(text, "team-tokens")
+                assert "everybody 4 0 3 133.3" in text_of_row(text, "everybody")
+            code, out, _ = await whole.command("limits", "--format", "json", "--over", "100")
+            assert [row["limit"] for row in json.loads(out)["limits"]] == ["everybody"]
+            assert "a limit is used up" in whole.log.read_text()
+
+
+def text_of_row(text: str, name: str) -> str:
+    (line,) = [line for line in text.splitlines() if line.startswith(name)]
+    return " ".join(line.split())
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(("policy", "expected"), [("open", 200), ("closed", 429), ("last", 200)])
+async def test_without_an_owner_the_setting_decides(tmp_path: Path, policy: str, expected: int) -> None:
+    async with upstream() as (up, url), client() as session:
+        settings = {"SIDECAR_LIMITS": "calls=10/day", "SIDECAR_GATE_ON_FAILURE": policy}
+        async with limited(tmp_path, url, SIDECAR_DURABILITY="buffered", **settings) as whole:
+            assert (await call(session, whole))[0] == 200
+            meter = whole.children()["meter"][0]
+            os.kill(meter, signal.SIGSTOP)
+            try:
+                status, body = await call(session, whole)
+            finally:
+                os.kill(meter, signal.SIGCONT)
+            assert status == expected, body
+            await whole.settled()
+            records = await whole.records()
+            assert records[-1]["gate"]["source"] == "on_failure"
+            assert records[-1]["gate"]["decision"] == ("denied" if expected == 429 else "allowed")
+            served = 1 + (expected == 200)
+            assert up.calls == served
+            # It was not reserved, and counts all the same.
+            await until_used(whole, "calls-per-day", str(served), "0")
+
+
+@pytest.mark.timeout(120)
+async def test_a_dry_run_denies_nothing_and_says_what_it_would_have(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        settings = {"SIDECAR_LIMITS": "calls=2/day", "SIDECAR_GATE_DRY_RUN": "true"}
+        async with limited(tmp_path, url, **settings) as whole:
+            assert [(await call(session, whole))[0] for _ in range(4)] == [200] * 4
+            await whole.settled()
+            gates = [record["gate"] for record in await whole.records()]
+            assert [gate["decision"] for gate in gates] == ["allowed", "allowed", "shadow", "shadow"]
+            assert gates[-1]["limit"] == "calls-per-day"
+            assert up.calls == 4
+            await until_used(whole, "calls-per-day", "4", "0")
+
+
+@pytest.mark.timeout(120)
+async def test_who_pays_and_which_model_may_stand_in_the_body_and_a_denied_call_is_said_in_full(
+    tmp_path: Path,
+) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        """
+        [[limits]]
+        name = "no-opus"
+        model = "opus"
+        unit = "calls"
+        amount = 0
+        window = "total"
+        [[limits]]
+        name = "two-a-day"
+        unit = "calls"
+        amount = 2
+        window = "day"
+        """
+    )
+    async with upstream() as (up, url), client() as session:
+        whole = Whole(tmp_path / "data", url, SIDECAR_SUBSCRIBER="body:user", SIDECAR_CONFIG=str(config))
+        async with whole:
+            address = whole.proxy_url + "/v1/chat/completions"
+            long = "x" * 300_000  # more than is waited for
+            asked = [
+                {"model": "opus", "user": "a"}, {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "a"},
+                {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "b"},
+                {"model": "opus", "user": "b", "messages": long},
+            ]  # fmt: skip
+            found = []
+            for body in asked:
+                async with session.post(address, json=body) as answer:
+                    found.append((answer.status, answer.headers.get("X-Sidecar-Limit")))
+                    if answer.status == 402:
+                        assert answer.headers["x-should-retry"] == "false"
+                        assert "Retry-After" not in answer.headers
+                        assert await answer.json(content_type=None)
+            assert found == [
+                (402, "no-opus"), (200, None), (200, None), (402, "two-a-day"), (200, None), (402, "no-opus"),
+            ]  # fmt: skip
+            assert up.calls == 3
+            await whole.settled()
+            records = await whole.records()
+    assert [record["outcome"] for record in records].count("denied") == 3
+    denied = records[0]
+    assert (denied["status"], denied["usage"], denied["subscriber"]["id"]) == (402, None, "a")
+    assert denied["gate"] == {"decision": "denied", "limit": "no-opus", "source": "limits", "age_s": 0.0}
+    assert denied["error"] == "denied by the limit no-opus"

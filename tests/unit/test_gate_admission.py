@@ -1,0 +1,228 @@
+"""What a request says of how much it may take, and what the hop is told without an owner."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.gate.admission import Admission, Meant, Verdict, problem
+from sidecar.gate.estimate import CHOICES_MAX, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Outputs, read_request
+from sidecar.gate.limits import read_limits
+from sidecar.gate.windows import SECOND_NS
+from sidecar.model.exchange import Subscriber
+
+AT_NS = 1_795_000_000 * SECOND_NS
+
+
+@pytest.mark.parametrize(
+    ("body", "output"),
+    [
+        ({"max_tokens": 100}, 100),
+        ({"max_tokens": None, "max_completion_tokens": 100}, 100),
+        ({"max_output_tokens": 100}, 100),
+        ({"max_tokens": 100, "n": 3}, 300),
+        ({"max_tokens": 100, "n": 10**9}, 100 * CHOICES_MAX),
+        ({"max_tokens": 100, "n": -1}, 100),
+        ({"max_tokens": 100, "n": True}, 100),
+        ({"max_tokens": 999_999_999_999}, OUTPUT_TOKENS_MAX),
+        ({"max_tokens": -5}, None),
+        ({"max_tokens": "100"}, None),
+        ({"max_tokens": True}, None),
+        ({"max_tokens": 1.5}, None),
+        ({"generationConfig": {"maxOutputTokens": 100, "candidateCount": 2}}, 200),
+        ({"inferenceConfig": {"maxTokens": 100}}, 100),
+        ({"generationConfig": [1]}, None),
+        ({}, None),
+    ],
+)
+def test_how_much_a_request_allows(body: dict[str, Any], output: int | None) -> None:
+    text = json.dumps({"model": "m", "messages": [{"content": '"max_tokens": 7'}], **body}).encode()
+    asked = read_request(text, len(text))
+    assert (asked.model, asked.output_tokens) == ("m", output)
+    assert asked.input_tokens == -(-len(text) // 4)
+
+
+def test_the_beginning_of_a_long_request_is_read_as_far_as_it_is_there() -> None:
+    text = json.dumps({"model": "m", "max_tokens": 9, "messages": "x" * 200_000}).encode()
+    asked = read_request(text[:65_536], len(text))
+    assert (asked.model, asked.output_tokens, asked.input_tokens) == ("m", 9, -(-len(text) // 4))
+
+
+@given(st.binary(max_size=300))
+def test_no_request_is_too_odd(body: bytes) -> None:
+    asked = read_request(body, None)
+    assert asked.input_tokens == -(-len(body) // 4)
+
+
+def test_what_a_model_usually_takes() -> None:
+    outputs = Outputs()
+    assert outputs.usual("m") is None
+    for tokens in range(1, 1001):
+        outputs.seen("m", tokens)
+    assert outputs.usual("m") == 995
+    assert outputs.usual(None) is None
+
+
+class Timer:
+    def __init__(self, do: Callable[[], None]) -> None:
+        self.do = do
+        self.cancelled = False
+
+    def cancel(self) -> None:
+        self.cancelled = True
+
+
+def admission(*short: str, **given: Any) -> tuple[Admission, list[tuple[Any, ...]], list[Timer]]:
+    asked: list[tuple[Any, ...]] = []
+    timers: list[Timer] = []
+
+    def later(after_s: float, do: Callable[[], None]) -> Timer:
+        timers.append(Timer(do))
+        return timers[-1]
+
+    options: dict[str, Any] = {
+        "meant": lambda method, target: Meant("openai", None, True),
+        "clock_ns": lambda: AT_NS,
+        "call_later": later,
+        "key_of": lambda fields: None,
+    }
+    gate = Admission(read_limits((), short), **(options | given))
+    gate.send = asked.append
+    return gate, asked, timers
+
+
+def weigh(gate: Admission, body: bytes = b"{}", method: str = "POST") -> Any:
+    prepared = gate.prepare(method, "/v1/x", (), subscriber=Subscriber("acme", "test"), dimensions={}, route=None)
+    return gate.weigh(prepared, body, len(body))
+
+
+def asking(calls: int, output: int, total: int) -> list[tuple[str, str, int]]:
+    names = ("calls-per-day", "output_tokens-per-day", "total_tokens-per-day")
+    return [(name, "acme", amount) for name, amount in zip(names, (calls, output, total), strict=True)]
+
+
+def test_what_is_asked_of_the_owner() -> None:
+    gate, asked, _ = admission("calls=9/day", "output_tokens=9/day", "total_tokens=9/day")
+    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 50}'), lambda verdict: None)
+    gate.ask(weigh(gate), lambda verdict: None)
+    gate.ask(weigh(gate, b"", "GET"), lambda verdict: None)
+    assert [question[2:] for question in asked] == [
+        ("m", asking(1, 50, 58)),
+        (None, asking(1, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT + 1)),
+        (None, asking(1, 0, 0)),
+    ]  # fmt: skip
+
+
+def test_money_is_set_aside_by_the_price() -> None:
+    prices = {"m": 3}
+    gate, asked, _ = admission(
+        "cost_usd=9/day",
+        price=lambda provider, model, tokens_in, tokens_out, at: (
+            None if model not in prices else prices[model] * (tokens_in + tokens_out)
+        ),
+    )
+    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 92}'), lambda verdict: None)
+    gate.ask(weigh(gate, b'{"model": "unpriced", "max_tokens": 92}'), lambda verdict: None)
+    assert [question[3] for question in asked] == [
+        [("cost_usd-per-day", "acme", 300)],
+        [("cost_usd-per-day", "acme", 0)],
+    ]
+
+
+def answer(number: int, reply: int, decision: str = "allowed", **given: Any) -> tuple[Any, ...]:
+    fields = {"limit": None, "held": {}, "more": {}, "full": [], "retry": None} | given
+    return (reply, number, None, decision, *fields.values())
+
+
+KEY = "calls-per-day|acme|2026-11-18"
+
+
+def test_a_lease_is_used_without_a_question_until_the_process_tells() -> None:
+    gate, asked, _ = admission("calls=9/day")
+    verdicts: list[Verdict] = []
+    weighed = weigh(gate)
+    assert gate.at_once(weighed) is None
+    gate.ask(weighed, verdicts.append)
+    gate.answered(answer(1, 1, held={KEY: 1}, more={KEY: 2}))
+    here = [gate.at_once(weighed) for _ in range(3)]
+    assert [verdict is not None for verdict in here] == [True, True, False]
+    assert here[0] is not None
+    gate.cancelled(here[0].gate)
+    again = gate.at_once(weighed)
+    assert again is not None
+    assert here[1] is not None
+    gate.ended(here[1].gate)
+    gate.ended(here[1].gate)
+    before = gate.has_to_tell
+    assert gate.tell() == (1, {KEY: 2})
+    assert (before, gate.has_to_tell) == (True, False)
+    assert len(asked) == 1
+
+
+def test_what_stays_used_up_is_denied_without_a_question() -> None:
+    gate, _, _ = admission("calls=9/day")
+    verdicts: list[Verdict] = []
+    gate.ask(weigh(gate), verdicts.append)
+    gate.answered(answer(1, 1, "denied", limit="calls-per-day", full=[KEY]))
+    again = gate.at_once(weigh(gate))
+    assert again is not None, "it asks again"
+    verdicts.append(again)
+    for verdict in verdicts:
+        assert verdict.denial is not None
+        assert (verdict.denial.status, verdict.gate.limit) == (402, "calls-per-day")
+
+
+def test_an_answer_that_comes_too_late_changes_nothing() -> None:
+    gate, _, timers = admission("calls=9/day", on_failure="closed")
+    verdicts: list[Verdict] = []
+    gate.ask(weigh(gate), verdicts.append)
+    timers[0].do()
+    gate.answered(answer(1, 1, held={KEY: 1}))
+    assert [verdict.gate.source for verdict in verdicts] == ["on_failure"]
+    assert gate.tell() == (1, {})
+
+
+def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
+    now = [AT_NS]
+    gate, _, timers = admission("calls=9/day", on_failure="last", clock_ns=lambda: now[0])
+    verdicts: list[Verdict] = []
+    gate.ask(weigh(gate), verdicts.append)
+    gate.answered(answer(1, 1, "denied", limit="calls-per-day"))
+    for after_s in (30, 100):
+        now[0] = AT_NS + after_s * SECOND_NS
+        gate.ask(weigh(gate), verdicts.append)
+        timers[-1].do()
+    assert [(verdict.gate.decision, verdict.gate.age_s) for verdict in verdicts] == [
+        ("denied", 0.0), ("denied", 30.0), ("allowed", 0.0),
+    ]  # fmt: skip
+
+
+def test_a_question_is_asked_again_of_an_owner_that_has_just_come() -> None:
+    gate, asked, _ = admission("calls=9/day")
+    gate.ask(weigh(gate), lambda verdict: None)
+    assert gate.questions() == asked
+
+
+@pytest.mark.parametrize(
+    ("kind", "retry_after_s", "status", "says", "silent"),
+    [
+        ("quota", None, 402, ("x-should-retry", "false"), "Retry-After"),
+        ("quota", 3600.0, 402, ("x-should-retry", "false"), "Retry-After"),
+        ("rate", 12.2, 429, ("Retry-After", "13"), "x-should-retry"),
+        ("rate", 3600.0, 429, ("x-should-retry", "false"), "Retry-After"),
+    ],
+)
+def test_a_denial_never_asks_for_a_long_wait(
+    kind: str, retry_after_s: float | None, status: int, says: tuple[str, str], silent: str
+) -> None:
+    made = problem("POST", "/x", limit="one", kind=kind, retry_after_s=retry_after_s, message=None)
+    assert made.status == status
+    assert says in made.headers
+    assert ("X-Sidecar-Limit", "one") in made.headers
+    assert silent not in dict(made.headers)
+    assert json.loads(made.body)["violated-policies"] == ["one"]

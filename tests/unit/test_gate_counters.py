@@ -1,0 +1,439 @@
+"""The counters of the owner, what processes decide out of it, and the two together under everything that can happen."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from sidecar.gate.admission import Admission, Meant, Verdict
+from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Need
+from sidecar.gate.limits import Charge, Charging, Facts, Limit, read_limits
+from sidecar.gate.owner import Hour, Owner, count_hours, count_records
+from sidecar.gate.windows import SECOND_NS
+from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
+from sidecar.model.record import encode
+
+AT_NS = 1_795_000_000 * SECOND_NS
+DAY_NS = 86_400 * SECOND_NS
+
+
+def limits(*short: str, **more: Any) -> tuple[Limit, ...]:
+    return read_limits([more] if more else [], short, dimensions=["team"])
+
+
+def counters(*short: str, **given: Any) -> Counters:
+    return Counters(limits(*short), **given)
+
+
+def settle(book: Counters, key: str, amount: int, reserved: int = 0, at_ns: int = AT_NS, process: str = "a") -> None:
+    limit = book.limits[key.split("|", maxsplit=1)[0]]
+    book.settle(process, [Charge(limit, key, key.split("|")[1], amount, reserved)], at_ns)
+
+
+CALLS = "calls-per-day|acme|2026-11-18"
+ONE = Need("calls-per-day", "acme", 1)
+
+
+def test_the_last_one_is_let_in_and_the_next_is_not() -> None:
+    book = counters("calls=3/day")
+    decisions = [book.decide("a", [ONE], AT_NS).decision for _ in range(5)]
+    assert decisions == [ALLOWED] * 3 + [DENIED] * 2
+    assert book.reserved(CALLS) == 3
+    settle(book, CALLS, 1, 1)
+    settle(book, CALLS, 0, 1)  # one that gave it back
+    assert (book.settled(CALLS, AT_NS), book.reserved(CALLS)) == (1, 1)
+    assert book.decide("a", [ONE], AT_NS).decision == ALLOWED
+    assert book.decide("a", [ONE], AT_NS).decision == DENIED
+
+
+def test_where_one_limit_denies_nothing_is_taken_of_any() -> None:
+    book = counters("calls=100/day", "total_tokens=10/day")
+    needs = [ONE, Need("total_tokens-per-day", "acme", 10)]
+    assert book.decide("a", needs, AT_NS).decision == ALLOWED
+    before = book.reserved(CALLS)
+    denied = book.decide("a", needs, AT_NS)
+    assert (denied.decision, denied.limit) == (DENIED, "total_tokens-per-day")
+    assert book.reserved(CALLS) == before
+
+
+def test_a_call_that_may_need_more_than_is_left_takes_the_rest() -> None:
+    book = counters("total_tokens=100/day")
+    need = Need("total_tokens-per-day", "acme", 80)
+    key = "total_tokens-per-day|acme|2026-11-18"
+    assert book.decide("a", [need], AT_NS).held == {key: 80}
+    assert book.decide("a", [need], AT_NS).held == {key: 20}
+    assert book.decide("a", [need], AT_NS).decision == DENIED
+    # each takes what it could at most: over the limit by less than one call
+    settle(book, key, 80, 80)
+    settle(book, key, 80, 20)
+    assert book.settled(key, AT_NS) == 160 <= 100 + 80
+
+
+def test_a_new_period_is_another_counter_and_a_late_end_belongs_to_the_old_one() -> None:
+    book = counters("calls=1/day")
+    assert book.decide("a", [ONE], AT_NS).decision == ALLOWED
+    assert book.decide("a", [ONE], AT_NS).decision == DENIED
+    tomorrow = AT_NS + DAY_NS
+    assert book.decide("a", [ONE], tomorrow).decision == ALLOWED
+    settle(book, CALLS, 1, 1)
+    assert book.settled(CALLS, tomorrow) == 1
+    assert book.decide("a", [ONE], tomorrow).decision == DENIED
+    assert [row.used + row.reserved for row in book.rows(tomorrow)] == [1]
+
+
+def test_a_sliding_window_lets_go_of_what_is_old() -> None:
+    book = counters("calls=2/60s")
+    need, key = Need("calls-per-60s", "acme", 1), "calls-per-60s|acme|"
+    for second in (0, 30):
+        assert book.decide("a", [need], AT_NS + second * SECOND_NS).decision == ALLOWED
+        settle(book, key, 1, 1, AT_NS + second * SECOND_NS)
+    denied = book.decide("a", [need], AT_NS + 59 * SECOND_NS)
+    assert denied.decision == DENIED
+    assert denied.retry_after_s is not None
+    assert 1 <= denied.retry_after_s <= 3
+    again_ns = AT_NS + 59 * SECOND_NS + int(denied.retry_after_s * SECOND_NS)
+    assert book.decide("a", [need], again_ns).decision == ALLOWED
+    assert book.decide("a", [need], again_ns).decision == DENIED
+    book.sweep(again_ns + 10 * 60 * SECOND_NS)
+    assert book.settled(key, again_ns) == 0
+
+
+def test_calls_at_once() -> None:
+    book = counters("concurrent=2")
+    need, key = Need("concurrent", "acme", 1), "concurrent|acme|total"
+    assert [book.decide("a", [need], AT_NS).decision for _ in range(3)] == [ALLOWED, ALLOWED, DENIED]
+    settle(book, key, 0, 1)
+    assert book.decide("a", [need], AT_NS).decision == ALLOWED
+
+
+def test_warn_and_shadow_and_a_dry_run_deny_nothing() -> None:
+    table = {"name": "soft", "unit": "calls", "amount": 1, "window": "day"}
+    for action, dry, expected in (("warn", False, ALLOWED), ("shadow", False, SHADOW), ("block", True, SHADOW)):
+        book = Counters(read_limits([table | {"action": action}]), dry_run=dry)
+        need = Need("soft", "acme", 1)
+        found = [book.decide("a", [need], AT_NS) for _ in range(3)]
+        assert [decision.decision for decision in found] == [ALLOWED, expected, expected]
+        assert found[2].limit == (None if action == "warn" else "soft")
+        assert book.reserved("soft|acme|2026-11-18") == 3
+
+
+def test_it_is_said_once_that_a_limit_is_nearly_used_up_and_that_it_is() -> None:
+    said: list[int] = []
+
+    def reached(counter: Counter, percent: int) -> None:
+        said.append(percent)
+
+    book = counters("calls=10/day", reached=reached)
+    for _ in range(12):
+        settle(book, CALLS, 1)
+    assert said == [80, 100]
+
+
+def test_a_lease_is_a_small_part_and_near_the_limit_there_is_none() -> None:
+    book = counters("calls=1000/day")
+    first = book.decide("a", [ONE], AT_NS)
+    assert first.more == {CALLS: 999 // 50}
+    settle(book, CALLS, 940)
+    assert not book.decide("a", [ONE], AT_NS).more
+    assert book.reserved(CALLS) == 1 + 19 + 1
+
+
+def test_a_process_that_died_holds_nothing_and_one_that_tells_holds_what_it_says() -> None:
+    book = counters("calls=1000/day")
+    for process in ("a", "b"):
+        book.decide(process, [ONE], AT_NS)
+    book.gone("a")
+    leased = book.reserved(CALLS)
+    book.holding("b", {CALLS: 1, "gone-limit|acme|total": 5}, AT_NS)
+    assert book.reserved(CALLS) == 1 < leased
+    settle(book, CALLS, 1, 1, process="a")  # what it had not been granted in this life
+    assert book.reserved(CALLS) == 1
+
+
+def test_counters_that_nobody_can_ask_for_are_forgotten() -> None:
+    book = counters("calls=10/minute", "concurrent=2")
+    for number in range(100):
+        book.decide("a", [Need("calls-per-minute", f"s{number}", 1), Need("concurrent", f"s{number}", 1)], AT_NS)
+    book.gone("a")
+    book.sweep(AT_NS + 2 * 3600 * SECOND_NS)
+    assert "0 of 2" in repr(book)
+
+
+# --- the owner and processes together ------------------------------------------------------------------
+
+
+class Timer:
+    def cancel(self) -> None:
+        """Never due in these tests unless they say so."""
+
+
+@dataclass
+class World:
+    """An owner, processes, and messages between them that are delivered when the test says so."""
+
+    short: tuple[str, ...]
+    chance: random.Random
+    now_ns: int = AT_NS
+    queue: list[Callable[[], None]] = field(default_factory=list)
+    lines: list[bytes] = field(default_factory=list)
+    sent: int = 0
+    admitted_over: int = 0
+    processes: dict[str, Process] = field(default_factory=dict)
+    number: int = 0
+
+    def __post_init__(self) -> None:
+        self.limits = read_limits((), self.short)
+        self.owner = self.new_owner()
+
+    def new_owner(self) -> Owner:
+        return Owner(
+            Charging(self.limits), dry_run=False, clock_ns=lambda: self.now_ns, call_later=lambda after, do: Timer()
+        )
+
+    def process(self) -> Process:
+        self.number += 1
+        made = Process(self, f"{self.number:012x}")
+        self.processes[made.tail] = made
+        self.owner.came(made.tail, made)
+        return made
+
+    def restart_owner(self) -> None:
+        """SIGKILL of the process that meters: its counters are gone, and what was on the way to it."""
+        self.queue.clear()
+        self.owner = self.new_owner()
+        for made in self.processes.values():
+            made.reconnect()
+        self.owner.load(count_records(self.lines, Charging(self.limits), lambda record: True))
+
+    def turn(self) -> None:
+        while self.queue:
+            self.queue.pop(0)()
+
+
+class Process:
+    def __init__(self, world: World, tail: str) -> None:
+        self.world, self.tail = world, tail
+        self.gate = Admission(
+            world.limits,
+            meant=lambda method, target: Meant("openai", None, True),
+            clock_ns=lambda: world.now_ns,
+            call_later=lambda after, do: Timer(),
+            key_of=lambda fields: None,
+        )
+        self.gate.send = self.ask
+        self.open: list[Exchange] = []
+        self.unwritten: list[Exchange] = []  # in frames that nobody has taken
+        self.denied = 0
+        self.calls = 0
+
+    # to the owner, in order
+    def ask(self, question: tuple[Any, ...]) -> None:
+        self.flush()
+        owner = self.world.owner
+        self.world.queue.append(lambda: owner.ask(self.tail, question))
+
+    def flush(self) -> None:
+        ended, self.unwritten = self.unwritten, []
+        owner = self.world.owner
+        for exchange in ended:
+            self.world.queue.append(lambda exchange=exchange: self.record(owner, exchange))  # type: ignore[misc]
+
+    def record(self, owner: Owner, exchange: Exchange) -> None:
+        owner.settle(exchange)
+        self.world.lines.append(encode(exchange, seq=len(self.world.lines) + 1, instance="i"))
+
+    def tell(self) -> None:
+        self.flush()
+        told, owner = self.gate.tell(), self.world.owner
+        self.world.queue.append(lambda: owner.told(self.tail, told))
+
+    def reconnect(self) -> None:
+        self.world.owner.came(self.tail, self)
+        for question in self.gate.questions():
+            self.ask(question)
+
+    # from the owner
+    def answer(self, payload: tuple[Any, ...]) -> None:
+        self.world.queue.append(lambda: self.gate.answered(payload))
+
+    def please_tell(self) -> None:
+        self.world.queue.append(self.tell)
+
+    def call(self, tokens: int = 10) -> None:
+        self.calls += 1
+        exchange = Exchange(
+            method="POST", url="u", id=f"{self.calls:024x}{self.tail}", subscriber=Subscriber("acme", "test"),
+            started_ns=self.world.now_ns,
+        )  # fmt: skip
+        prepared = self.gate.prepare("POST", "/v1/x", (), subscriber=exchange.subscriber, dimensions={}, route=None)
+        body = b'{"model": "m", "max_tokens": %d}' % tokens
+        weighed = self.gate.weigh(prepared, body, len(body))
+        verdict = self.gate.at_once(weighed)
+        if verdict is not None:
+            self.judged(exchange, verdict)
+        else:
+            self.gate.ask(weighed, lambda verdict: self.judged(exchange, verdict))
+
+    def judged(self, exchange: Exchange, verdict: Verdict) -> None:
+        exchange.gate = verdict.gate
+        if verdict.denial is None:
+            self.world.sent += 1
+            self.open.append(exchange)
+        else:
+            self.denied += 1
+            exchange.outcome = Outcome.DENIED
+            self.unwritten.append(exchange)
+
+    def end(self, number: int, *, known: bool = True, tokens: int = 10) -> None:
+        exchange = self.open.pop(number)
+        exchange.outcome = Outcome.COMPLETE if known else Outcome.CLIENT_LEFT
+        state = UsageState.FINAL if known else UsageState.ABSENT
+        exchange.usage = Usage(usage_state=state, request_model="m", provider="openai")
+        exchange.status = 200
+        if known:
+            exchange.usage.input_tokens, exchange.usage.output_tokens = 5, tokens
+            exchange.usage.total_tokens = 5 + tokens
+        assert exchange.gate is not None
+        self.gate.ended(exchange.gate)
+        self.unwritten.append(exchange)
+
+    def die(self) -> None:
+        """SIGKILL: of its open calls some have left an intent."""
+        world = self.world
+        del world.processes[self.tail]
+        world.turn()
+        lines = [encode(exchange, seq=0, instance="i") for exchange in self.open if world.chance.random() < 0.5]
+        world.owner.left(self.tail)
+        world.owner.died(self.tail, lines)
+        world.lines += lines
+
+
+def reserved_by_open_calls(world: World) -> dict[str, int]:
+    sums: dict[str, int] = {}
+    for process in world.processes.values():
+        for exchange in process.open:
+            assert exchange.gate is not None
+            for key, amount in exchange.gate.reserved.items():
+                sums[key] = sums.get(key, 0) + amount
+    return sums
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_settled_is_what_the_records_say_and_reserved_what_open_calls_hold(seed: int) -> None:
+    chance = random.Random(seed)
+    world = World(("calls=300/day", "total_tokens=6000/day", "concurrent=25"), chance)
+    world.owner.load(Counters(()))
+    for _ in range(3):
+        world.process()
+    for _ in range(1500):
+        processes = list(world.processes.values())
+        process = chance.choice(processes)
+        happens = chance.random()
+        if happens < 0.5:
+            process.call(chance.choice([1, 10, 100]))
+        elif happens < 0.85 and process.open:
+            process.end(chance.randrange(len(process.open)), known=chance.random() < 0.8, tokens=chance.randint(0, 10))
+        elif happens < 0.9:
+            process.flush()
+        elif happens < 0.95:
+            process.tell()
+        elif happens < 0.955:
+            for each in processes:
+                each.flush()
+            world.turn()
+            world.restart_owner()
+        elif happens < 0.96 and len(processes) > 1:
+            process.flush()
+            process.die()
+            world.process()
+        for _ in range(chance.randrange(4)):
+            if world.queue:
+                world.queue.pop(0)()
+        concurrent = sum(len(each.open) for each in world.processes.values())
+        assert concurrent <= 25
+    world.turn()
+    for process in world.processes.values():
+        process.tell()
+    world.turn()
+    derived = count_records(world.lines, Charging(world.limits), lambda record: True)
+    held = reserved_by_open_calls(world)
+    for name in ("calls-per-day", "total_tokens-per-day", "concurrent"):
+        period = "total" if name == "concurrent" else "2026-11-18"
+        key = f"{name}|acme|{period}"
+        assert world.owner.counters.settled(key, world.now_ns) == derived.settled(key, world.now_ns), key
+        assert world.owner.counters.reserved(key) == held.get(key, 0), key
+    calls = world.owner.counters
+    assert (
+        calls.settled("calls-per-day|acme|2026-11-18", AT_NS) + calls.reserved("calls-per-day|acme|2026-11-18") <= 300
+    )
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_limit_is_used_to_its_last_call_and_never_beyond(seed: int) -> None:
+    chance = random.Random(seed)
+    world = World(("calls=100/day",), chance)
+    world.owner.load(Counters(()))
+    processes = [world.process() for _ in range(3)]
+    for _ in range(400):
+        chance.choice(processes).call()
+        for _ in range(chance.randrange(3)):
+            if world.queue:
+                world.queue.pop(0)()
+    world.turn()
+    assert world.sent == 100
+    assert sum(process.denied for process in processes) == 300
+
+
+def test_the_answer_that_a_process_had_not_heard_yet_counts_as_held() -> None:
+    world = World(("calls=100/day",), random.Random(0))
+    world.owner.load(Counters(()))
+    process = world.process()
+    world.turn()
+    process.call()
+    world.queue.pop(0)()  # the owner has answered, and the answer is under way
+    process.tell()
+    world.queue.reverse()  # what it tells comes before the answer is read
+    world.queue.pop(0)()
+    assert world.owner.counters.reserved(CALLS) >= 1
+    world.turn()
+    process.tell()
+    world.turn()
+    assert world.owner.counters.reserved(CALLS) == 1
+
+
+def test_hours_of_the_ledger_count_where_there_are_no_records_any_more() -> None:
+    charging = Charging(
+        limits(
+            "calls=9/month", "total_tokens=9/month", "cost_usd=9/month",
+            name="teams", unit="calls", amount=1, window="month", dimensions={"team": "*"},
+        )
+    )  # fmt: skip
+    facts = Facts(subscriber="acme", model="m")
+    kind: dict[str, Any] = {
+        "start_ns": AT_NS,
+        "facts": facts,
+        "input_tokens": 5,
+        "output_tokens": 6,
+        "total_tokens": 11,
+    }
+    hours = [
+        Hour(calls=4, with_usage=3, refused=False, cost_usd=Decimal("0.5"), **kind),
+        Hour(calls=7, with_usage=1, refused=True, cost_usd=Decimal(0), **kind),
+    ]
+    book = count_hours(hours, charging)
+    assert book.settled("calls-per-month|acme|2026-11", AT_NS) == 5
+    assert book.settled("total_tokens-per-month|acme|2026-11", AT_NS) == 22
+    assert book.settled("cost_usd-per-month|acme|2026-11", AT_NS) == 5 * 10**11
+    assert len(book.rows(AT_NS)) == 3, "the hours know no team"
+
+
+def test_the_gate_of_a_record_is_read_back() -> None:
+    exchange = Exchange(method="GET", url="u", id="0" * 36, started_ns=AT_NS, outcome=Outcome.COMPLETE)
+    exchange.gate = Gate("allowed", None, "limits", 0.0, {CALLS: 1})
+    book = count_records([encode(exchange, seq=1, instance="i"), b"no record"], Charging(limits("calls=9/day")), bool)
+    assert book.settled(CALLS, AT_NS) == 1

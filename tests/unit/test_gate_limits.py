@@ -1,0 +1,281 @@
+"""What limits say, what is wrong with them, and what a finished call adds to them."""
+
+from __future__ import annotations
+
+import tomllib
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from sidecar.gate.limits import (
+    PICO,
+    Action,
+    Charging,
+    Facts,
+    Limit,
+    LimitsError,
+    oldest_start_ns,
+    read_limits,
+    remarks,
+)
+from sidecar.gate.windows import SECOND_NS, Calendar, Sliding
+from sidecar.meters.definition import read_meters
+from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
+
+METERS = read_meters(
+    [
+        {"name": "calls_ok", "aggregation": {"type": "COUNT"}, "filters": [{"key": "status_class", "values": ["2xx"]}]},
+        {"name": "weighed", "aggregation": {"type": "SUM", "field": "output_tokens", "multiplier": "0.5"}},
+        {"name": "peak", "aggregation": {"type": "MAX", "field": "output_tokens"}},
+    ]
+)
+AT_NS = 1_795_000_000 * SECOND_NS
+
+
+def read(text: str = "", *short: str, **there: Any) -> tuple[Limit, ...]:
+    tables = tomllib.loads(text).get("limits", [])
+    given = {"meters": METERS, "dimensions": ["team"], "providers": ["openai"], "routes": ["/v1/x"], **there}
+    return read_limits(tables, short, **given)
+
+
+def wrong(text: str = "", *short: str, **there: Any) -> list[str]:
+    with pytest.raises(LimitsError) as caught:
+        read(text, *short, **there)
+    return list(caught.value.problems)
+
+
+def test_the_long_form() -> None:
+    (limit,) = read(
+        """
+        [[limits]]
+        name = "acme-monthly"
+        subscriber = "acme"
+        unit = "cost_usd"
+        amount = "0.000001500001"
+        window = "month"
+        timezone = "Europe/Berlin"
+        anchor_day = 31
+        action = "shadow"
+        """
+    )
+    assert limit.scopes == (("subscriber", "acme"),)
+    assert limit.amount == 1_500_001
+    assert limit.text(limit.amount) == "0.000001500001"
+    assert limit.action is Action.SHADOW
+    assert isinstance(limit.window, Calendar)
+    assert (limit.window.unit, limit.window.anchor_day) == ("month", 31)
+    assert limit.needs_body
+    assert not limit.is_rate
+
+
+def test_the_short_form() -> None:
+    found = read("", "calls=600/minute", "cost_usd=50.5/month", "concurrent=20", "total_tokens=1000/90s", "calls=9")
+    assert [limit.name for limit in found] == [
+        "calls-per-minute", "cost_usd-per-month", "concurrent", "total_tokens-per-90s", "calls-per-total",
+    ]  # fmt: skip
+    assert found[1].amount == int(Decimal("50.5") * PICO)
+    assert found[3].window == Sliding(90)
+    assert [limit.is_rate for limit in found] == [True, False, True, True, False]
+    assert all(limit.scopes == (("subscriber", "*"),) for limit in found)
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ('unit = "tokens"\namount = 1\nwindow = "day"', "unit 'tokens' is unknown"),
+        ('amount = 1\nwindow = "day"', "unit is missing"),
+        ('unit = "meter:nobody"\namount = 1\nwindow = "day"', "there is no such meter, so nothing would ever reach it"),
+        ('unit = "meter:peak"\namount = 1\nwindow = "day"', "a meter of kind MAX does not add up"),
+        ('unit = "calls"\nwindow = "day"', "amount is missing"),
+        ('unit = "calls"\namount = -1\nwindow = "day"', "amount is negative"),
+        ('unit = "calls"\namount = "-1"\nwindow = "day"', "amount is negative"),
+        ('unit = "cost_usd"\namount = 0.5\nwindow = "day"', "amount is a float, which is never exact"),
+        ('unit = "calls"\namount = "1.5"\nwindow = "day"', "amount is finer than calls is counted"),
+        ('unit = "calls"\namount = true\nwindow = "day"', "amount is wrong"),
+        ('unit = "calls"\namount = 1', "window is missing"),
+        ('unit = "calls"\namount = 1\nwindow = "fortnight"', "window 'fortnight' is unknown"),
+        ('unit = "calls"\namount = 1\nwindow = "0s"', "window '0s' is unknown"),
+        ('unit = "calls"\namount = 1\nwindow = "400d"', "window '400d' is unknown"),
+        ('unit = "concurrent"\namount = 1\nwindow = "day"', "window has no meaning"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\ntimezone = "Mars/Base"', "timezone 'Mars/Base' is unknown"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\ntimezone = "../etc/passwd"', "is unknown"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nanchor_day = 3', "anchor_day has a meaning only"),
+        ('unit = "calls"\namount = 1\nwindow = "month"\nanchor_day = 32', "anchor_day is wrong"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\naction = "stop"', "action is wrong"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\ntenant = "x"', "'tenant' is no field of a limit"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nprovider = "opnai"', "no call would ever reach this limit"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nroute = "/v2"', "no call would ever reach this limit"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\ndimensions.feature = "x"', "no call is filed under it"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nmodel = 3', "model is wrong"),
+    ],
+)
+def test_what_is_wrong_is_said(table: str, said: str) -> None:
+    (problem,) = wrong(f'[[limits]]\nname = "one"\n{table}')
+    assert problem.startswith("limit one: ")
+    assert said in problem
+
+
+def test_all_that_is_wrong_is_said_at_once() -> None:
+    problems = wrong(
+        """
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = 1
+        window = "day"
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = 2
+        window = "hour"
+        [[limits]]
+        name = "bad name"
+        unit = "cals"
+        amount = -1
+        window = "x"
+        """,
+        "calls:600",
+        "calls=1/fortnight",
+    )
+    assert "limit same: is defined 2 times" in problems
+    assert sum(problem.startswith("limit number 3: ") for problem in problems) == 4
+    assert any(problem.startswith("SIDECAR_LIMITS: 'calls:600' is wrong") for problem in problems)
+    assert any("calls=1/fortnight: window 'fortnight' is unknown" in problem for problem in problems)
+
+
+def test_an_amount_of_nothing_is_allowed_and_said() -> None:
+    limits = read('[[limits]]\nname = "stop"\nunit = "calls"\namount = 0\nwindow = "total"\nmodel = "gpt-5"')
+    assert remarks(limits) == ["limit stop: its amount is 0: every call is denied"]
+
+
+@pytest.mark.parametrize(
+    ("scope", "facts", "expected"),
+    [
+        ("", {}, "unauthenticated"),
+        ("", {"subscriber": "acme"}, "acme"),
+        ('subscriber = "acme"', {"subscriber": "other"}, None),
+        ('subscriber = "unauthenticated"', {}, "unauthenticated"),
+        ('subscriber = ""', {"subscriber": "acme"}, ""),
+        ('model = "gpt-5"', {"subscriber": "acme", "model": "gpt-5"}, "gpt-5"),
+        ('model = "gpt-5"', {"subscriber": "acme"}, None),
+        ('model = "*"', {"subscriber": "acme"}, None),
+        ('model = "gpt-5"\nsubscriber = "*"', {"subscriber": "acme", "model": "gpt-5"}, "gpt-5,acme"),
+        ('key = "*"', {"key": "key_1"}, "key_1"),
+        ('key = "*"', {}, None),
+        ('dimensions.team = "*"', {"dimensions": (("team", "a"),)}, "a"),
+        # who leaves it out is not without a limit
+        ('dimensions.team = "*"', {}, "(none)"),
+        ('dimensions.team = "a"', {}, None),
+        ('provider = "openai"', {"provider": "openai"}, "openai"),
+        ('route = "/v1/x"', {"route": "/v1/x"}, "/v1/x"),
+    ],
+)
+def test_which_counter_a_call_falls_under(scope: str, facts: dict[str, Any], expected: str | None) -> None:
+    (limit,) = read(f'[[limits]]\nname = "one"\nunit = "calls"\namount = 1\nwindow = "total"\n{scope}')
+    assert limit.scope_of(Facts(**facts)) == expected
+
+
+def call(outcome: Outcome = Outcome.COMPLETE, state: UsageState | None = UsageState.FINAL, **given: Any) -> Exchange:
+    usage = None
+    if state is not None:
+        usage = Usage(
+            usage_state=state, model="gpt-5", provider="openai", input_tokens=given.pop("input_tokens", 10),
+            output_tokens=given.pop("output_tokens", 5), cost_usd=given.pop("cost_usd", None),
+        )  # fmt: skip
+    return Exchange(
+        method="POST", url="u", subscriber=Subscriber("acme", "test"), outcome=outcome, usage=usage, started_ns=AT_NS,
+        status=given.pop("status", 200), first_byte_ms=1.0, **given,
+    )  # fmt: skip
+
+
+LIMITS = read("", "calls=9", "input_tokens=9", "output_tokens=9", "total_tokens=9", "concurrent=9", "cost_usd=9")
+HELD = {
+    "calls-per-total|acme|total": 1,
+    "total_tokens-per-total|acme|total": 100,
+    "concurrent|acme|total": 1,
+}
+
+
+def charged(exchange: Exchange, unknown: str = "reserve", **given: Any) -> dict[str, tuple[int, int]]:
+    charging = Charging(LIMITS, given.get("price"), unknown)
+    return {charge.limit.unit: (charge.amount, charge.reserved) for charge in charging.charges(exchange)}
+
+
+def test_a_known_usage_takes_the_place_of_what_was_reserved() -> None:
+    found = charged(call(gate=Gate("allowed", reserved=HELD)))
+    assert found == {
+        "calls": (1, 1), "input_tokens": (10, 0), "output_tokens": (5, 0), "total_tokens": (15, 100),
+        "concurrent": (0, 1),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("state", "unknown", "expected"),
+    [
+        (UsageState.ABSENT, "reserve", 100),
+        (UsageState.ABSENT, "observed", 0),
+        (UsageState.ABSENT, "zero", 0),
+        (UsageState.PARTIAL, "reserve", 100),
+        (UsageState.PARTIAL, "observed", 15),
+        (UsageState.PARTIAL, "zero", 0),
+    ],
+)
+def test_a_usage_that_stays_unknown(state: UsageState, unknown: str, expected: int) -> None:
+    tokens = {"input_tokens": None, "output_tokens": None} if state is UsageState.ABSENT else {}
+    left = call(Outcome.CLIENT_LEFT, state, gate=Gate("allowed", reserved=HELD), **tokens)
+    assert charged(left, unknown)["total_tokens"] == (expected, 100)
+    assert charged(left, unknown)["calls"] == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "exchange",
+    [
+        call(Outcome.DENIED, None),
+        call(Outcome.REFUSED, None),
+        call(Outcome.UNREACHABLE, UsageState.ABSENT, input_tokens=None, output_tokens=None, status=502),
+        call(Outcome.COMPLETE, None, status=500),
+        call(Outcome.COMPLETE, UsageState.ABSENT, input_tokens=None, output_tokens=None, status=429),
+    ],
+)
+def test_what_consumed_nothing_gives_everything_back(exchange: Exchange) -> None:
+    exchange.gate = Gate("allowed", reserved=HELD)
+    assert charged(exchange) == {"calls": (0, 1), "total_tokens": (0, 100), "concurrent": (0, 1)}
+    exchange.gate = None
+    assert charged(exchange) == {}
+
+
+def test_a_call_whose_end_nobody_saw_is_charged_what_was_reserved() -> None:
+    lost = call(Outcome.UNKNOWN, None, status=None, gate=Gate("allowed", reserved=HELD))
+    assert charged(lost)["total_tokens"] == (100, 100)
+    assert charged(lost, "observed")["total_tokens"] == (0, 100)
+    assert charged(lost)["calls"] == (1, 1)
+
+
+def test_a_message_of_a_socket_is_no_call_and_its_tokens_count() -> None:
+    found = charged(call(parent_id="other"))
+    assert "calls" not in found
+    assert found["total_tokens"] == (15, 0)
+
+
+def test_money_is_what_the_provider_says_else_what_the_table_says_else_what_was_reserved() -> None:
+    assert charged(call(cost_usd="0.0031"))["cost_usd"] == (3_100_000_000, 0)
+    assert charged(call(), price=lambda *asked: 42)["cost_usd"] == (42, 0)
+    said = call(cost={"currency": "USD", "total": "0.25", "state": "exact"}, cost_usd="9")
+    assert charged(said)["cost_usd"] == (250_000_000_000, 0)
+    held = Gate("allowed", reserved={"cost_usd-per-total|acme|total": 7})
+    assert charged(call(gate=held), price=lambda *asked: None)["cost_usd"] == (7, 7)
+    assert charged(call(gate=held), "observed", price=lambda *asked: None)["cost_usd"] == (0, 7)
+
+
+def test_meters_count_in_millionths() -> None:
+    limits = read("", "meter:calls_ok=5", "meter:weighed=5")
+    found = {charge.limit.unit: charge.amount for charge in Charging(limits).charges(call())}
+    assert found == {"meter:calls_ok": 1_000_000, "meter:weighed": 2_500_000}
+
+
+def test_how_far_back_records_count() -> None:
+    limits = read("", "calls=1/hour", "calls=1/90s", "concurrent=1")
+    assert oldest_start_ns(limits, AT_NS) == AT_NS - AT_NS % (3600 * SECOND_NS)
+    assert oldest_start_ns(read("", "calls=1"), AT_NS) == 0
+    assert oldest_start_ns((), AT_NS) == AT_NS
