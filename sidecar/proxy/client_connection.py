@@ -105,8 +105,8 @@ class Client(ClientProtocol):
     __slots__ = (
         "_ahead", "_at", "_border", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
         "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
-        "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline",
-        "full", "peer",
+        "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call",
+        "deadline", "full", "peer",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
