@@ -25,6 +25,7 @@ from sidecar.cli.shared import (
     read_settings,
 )
 from sidecar.ledger import LedgerError, LedgerReader, UsageRow
+from sidecar.meters.hourly import write_amount
 from sidecar.settings import Settings
 
 BY: Final = "subscriber,model"
@@ -134,7 +135,7 @@ def _total(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> dict[str, 
     for name in columns:
         known = [row[name] for row in rows if row[name] is not None]
         if name == "cost_usd":
-            total[name] = str(sum((Decimal(value) for value in known), Decimal(0))) if known else None
+            total[name] = write_amount(sum((Decimal(value) for value in known), Decimal(0))) if known else None
         else:
             total[name] = sum(known) if known else None
     return total
