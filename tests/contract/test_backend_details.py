@@ -726,6 +726,66 @@ async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) ->
     await backend.aclose()
 
 
+def cost(total: str | None, currency: str = "USD", **parts: str) -> dict[str, Any]:
+    state = "unpriced" if total is None else "exact"
+    return {"currency": currency, "total": total, "parts": parts, "state": state, "source": "custom", "model": "m"}
+
+
+MONEY = read_meters([
+    {"name": "api_calls", "aggregation": {"type": "COUNT"}},
+    {"name": "paid", "aggregation": {"type": "SUM", "field": "cost_usd", "multiplier": "1.2"}},
+    {"name": "charged", "aggregation": {"type": "SUM", "field": "charge"}},
+])  # fmt: skip
+
+
+async def test_lago_is_told_the_cost_of_a_call_once_and_exactly(vendor: Vendor) -> None:
+    receiver = await vendor("lago")
+    backend = made(LagoBackend, api_key="k", url=receiver.url, definitions=MONEY, cost_meter="paid")
+    calls = [
+        record(1, cost=cost("0.000204750001"), charge=cost("0.5", "EUR")),
+        record(2, cost=cost(None)),
+        record(3, usage=None),
+        record(4, cost=cost("0")),
+        record(5, usage=usage(cost_usd="0.12345678901234567890123")),
+        record(6, cost=cost("3", "EUR")),
+    ]
+    (batch,) = backend.encode(calls).sealed
+    assert await backend.send(batch) == [Delivered()] * len(batch.events)
+    await backend.aclose()
+    # A call has one event with an amount, none where its cost is not known, and a cost of nothing is no unknown one.
+    amounts = {
+        event["transaction_id"]: event["precise_total_amount_cents"]
+        for event in receiver.billed("lago")
+        if "precise_total_amount_cents" in event
+    }
+    assert amounts == {
+        f"{record_id(1)}:paid": "0.02457000012", f"{record_id(4)}:paid": "0",
+        f"{record_id(5)}:paid": "14.814814681481481",
+    }  # fmt: skip
+    assert len(receiver.billed("lago")) == 6 + 3 + 1  # calls, costs, and the charge as a plain value
+    charged = made(LagoBackend, api_key="k", definitions=MONEY, cost_meter="charged")
+    events = [e for e in only(charged.encode(calls[:1]))["events"] if "precise_total_amount_cents" in e]
+    assert [(e["code"], e["precise_total_amount_cents"]) for e in events] == [("charged", "50")]
+    plain = made(LagoBackend, api_key="k", definitions=MONEY)
+    assert b"precise_total_amount_cents" not in plain.encode(calls).sealed[0].body, "nobody asked for it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"cost_meter": "other"},
+            "SIDECAR_LAGO_COST_METER: other is no meter that lago is sent; there are api_calls, p",
+        ),
+        ({"cost_meter": "paid", "meters": "api_calls"}, "paid is no meter that lago is sent; there are api_calls$"),
+        ({"cost_meter": "api_calls"}, "the meter api_calls is no amount of money: name one with"),
+    ],
+)
+def test_lago_takes_no_meter_for_costs_that_could_miss_one(settings: dict[str, str], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        made(LagoBackend, api_key="k", definitions=MONEY, **settings)
+
+
 @pytest.mark.parametrize(
     ("body", "kinds"),
     [

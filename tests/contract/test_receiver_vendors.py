@@ -753,6 +753,9 @@ async def test_lago_refuses(call: Caller) -> None:
         {"timestamp": -1},
         {"timestamp": True},
         {"properties": {"a": []}},
+        {"precise_total_amount_cents": 1.5},
+        {"precise_total_amount_cents": "1e-6"},
+        {"precise_total_amount_cents": "0." + "1" * 16},
     ):
         status, body = await call(OM, {"event": {**LAGO, **change}}, **LAGO_AUTH)
         assert status == 422
