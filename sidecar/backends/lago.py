@@ -124,7 +124,7 @@ def _cost_meter(name: str | None, meters: Sequence[Meter]) -> Meter | None:
 
 
 def _cents(amount: int | Decimal) -> str:
-    """An amount in hundredths. All digits of a price in pico-USD fit; more, by a multiplier, are rounded half to even."""
+    """An amount in hundredths. All digits of a price fit; more, by a multiplier, are rounded half to even."""
     cents = EXACT.multiply(Decimal(amount), Decimal(100))
     return write_amount(rounded(cents, AMOUNT_PLACES))
 

@@ -81,6 +81,11 @@ def only(encoded: Encoded) -> Any:
     return orjson.loads(sealed.body)
 
 
+def cost(total: str | None, currency: str = "USD", **parts: str) -> dict[str, Any]:
+    state = "unpriced" if total is None else "exact"
+    return {"currency": currency, "total": total, "parts": parts, "state": state, "source": "custom", "model": "m"}
+
+
 # Customers
 
 
@@ -192,6 +197,38 @@ def test_revenium_completion_of_a_plain_call() -> None:
     assert body["subscriber"] == {"id": "sub-1"}
     assert (body["agent"], body["organizationName"], body["traceId"]) == ("bot", "Acme", "abc")
     assert "other" not in body
+
+
+async def test_revenium_is_told_costs_where_asked_rounded_and_only_known_ones(vendor: Vendor) -> None:
+    receiver = await vendor("revenium")
+    backend = made(ReveniumBackend, api_key="k", mode="completions", costs="true", url=receiver.url)
+    parts = {
+        "input": "0.000875", "input_audio": "0.000000000049", "output": "0.002", "output_reasoning": "0.001",
+        "cache_read": "0.0000375", "cache_write_5m": "0.00000000005", "cache_write_1h": "0.0000000001",
+        "web_searches": "0.01", "meter:pages": "0.5",
+    }  # fmt: skip
+    priced = record(1, cost=cost("0.513912500199", **parts))
+    free, declared = record(2, cost=cost("0")), record(3, cost=cost("0.25") | {"state": "declared"})
+    unknown = [record(4, cost=cost(None)), record(5, cost=cost("3", "EUR")), record(6)]
+    nobody_priced = record(7, usage=usage(cost_usd="0.00000000015"))
+    for sealed in backend.encode([priced, free, declared, *unknown, nobody_priced]).sealed:
+        assert await backend.send(sealed) == [Delivered()]
+    await backend.aclose()
+    sent = [{k: v for k, v in body.items() if k.endswith("Cost")} for body in receiver.billed("revenium")]
+    assert sent == [
+        {
+            "inputTokenCost": 0.000875, "outputTokenCost": 0.003, "cacheReadTokenCost": 0.0000375,
+            "cacheCreationTokenCost": 0.0000000002, "totalCost": 0.5139125002,
+        },
+        dict.fromkeys(
+            ("inputTokenCost", "outputTokenCost", "cacheReadTokenCost", "cacheCreationTokenCost", "totalCost"), 0
+        ),
+        {"totalCost": 0.25}, {}, {}, {}, {"totalCost": 0.0000000002},
+    ]  # fmt: skip
+    (sealed,) = made(ReveniumBackend, api_key="k", mode="completions").encode([priced]).sealed
+    assert b'Cost"' not in sealed.body, "nobody asked for them"
+    with pytest.raises(ValueError, match="SIDECAR_REVENIUM_COSTS: the mode events has no field for costs"):
+        made(ReveniumBackend, api_key="k", mode="events", costs="true")
 
 
 def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
@@ -724,11 +761,6 @@ async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) ->
     assert event["timestamp"] == "1795251600.125"
     assert event["properties"]["n"] == "1"
     await backend.aclose()
-
-
-def cost(total: str | None, currency: str = "USD", **parts: str) -> dict[str, Any]:
-    state = "unpriced" if total is None else "exact"
-    return {"currency": currency, "total": total, "parts": parts, "state": state, "source": "custom", "model": "m"}
 
 
 MONEY = read_meters([

@@ -226,6 +226,7 @@ async def test_revenium_v2_forgets_what_it_refused(call: Caller, path: str, reco
         {"requestTime": "2026-11-20T09:00:00"}, {"requestTime": "2026-13-20T09:00:00Z"}, {"costType": "API"},
         {"operationType": "chat"}, {"traceType": "a b"}, {"traceName": "x" * 257}, {"clientSurface": "x" * 65},
         {"subscriber": "acme"}, {"subscriber": {"id": 7}}, {"isStreamed": "yes"},
+        {"totalCost": "0.1"}, {"totalCost": -0.1}, {"inputTokenCost": 0.00000000001}, {"cacheReadTokenCost": True},
     ],
 )  # fmt: skip
 async def test_revenium_v2_refuses_a_completion(call: Caller, change: dict[str, Any]) -> None:
