@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import time_ns
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
@@ -470,6 +472,55 @@ def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
     }
 
 
+def micro(multiplier: str, field: str = "cost_usd") -> dict[str, Any]:
+    return {"name": "micro", "aggregation": {"type": "SUM", "field": field, "multiplier": multiplier}}
+
+
+@pytest.mark.parametrize(
+    ("total", "multiplier", "decimals", "sent"),
+    [
+        ("0.00020475", "1000000", "false", "205"), ("0.0000005", "1000000", "false", "0"),
+        ("0.0000015", "1000000", "false", "2"), ("0.00000049", "1000000", "false", "0"),
+        ("0", "1000000", "false", "0"), ("12.5", "1000000", "false", "12500000"),
+        ("0.00020475", "1000000000", "false", "204750"), ("0.00020475", "1000000", "true", "204.75"),
+        ("123456789.123456789012", "1000000", "true", "123456789123457"),
+        ("1234567890.1234567", "1000000", "false", None), ("0.255", "100", "false", None),
+    ],
+)  # fmt: skip
+async def test_stripe_is_told_money_in_whole_millionths_rounded_once(
+    vendor: Vendor, total: str, multiplier: str, decimals: str, sent: str | None
+) -> None:
+    receiver = await vendor("stripe")
+    definitions = read_meters([micro(multiplier)])
+    backend = made(
+        StripeBackend, api_key="k", url=receiver.url, definitions=definitions, customers=KNOWN, decimals=decimals
+    )
+    call = record(1, started_ns=time_ns(), cost=cost(total))
+    encoded, again = backend.encode([call]), backend.encode([call])
+    assert [one.body for one in encoded.sealed] == [one.body for one in again.sealed], "a redrive says the same"
+    for one in encoded.sealed:
+        assert await backend.send(one) == [Delivered()]
+        assert await backend.send(one) == [Duplicate()]
+    await backend.aclose()
+    told = [row["payload"]["value"] for row in receiver.billed("stripe")]
+    assert told == ([] if sent is None else [sent])
+    assert [why.reason for why in encoded.withheld.values()] == (["value_not_taken"] if sent is None else [])
+
+
+def test_stripe_rounds_nothing_but_money_and_makes_no_event_of_an_unknown_cost() -> None:
+    backend = made(StripeBackend, api_key="k", definitions=read_meters([micro("1000000")]), customers=KNOWN)
+    unknown = record(1, cost=cost(None))
+    assert backend.encode([unknown]).skipped == {unknown.id: "no_value"}
+    halves = made(
+        StripeBackend, api_key="k", definitions=read_meters([micro("1000000.5", "input_tokens")]), customers=KNOWN
+    )
+    (why,) = halves.encode([record(2)]).withheld.values()
+    assert why.reason == "value_not_taken"
+    charged = made(StripeBackend, api_key="k", definitions=read_meters([micro("1000000", "charge")]), customers=KNOWN)
+    (sealed,) = charged.encode([record(3, cost=cost(None), charge=cost("0.0000015", "EUR"))]).sealed
+    assert dict(parse_qsl(sealed.body.decode()))["payload[value]"] == "2"
+
+
 @pytest.mark.parametrize("name", ["stripe", "lago", "ledgerbee"])
 def test_a_meter_that_a_backend_cannot_take_is_refused_by_name(name: str, tmp_path: Path) -> None:
     row = BACKENDS[name]
@@ -686,6 +737,38 @@ async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None
         bad = type(thousand)(key="k", events=thousand.events[:1], body=body, path=thousand.path)
         assert await near.send(bad) == [Refused("validation_error")]
     await near.aclose()
+
+
+async def test_money_goes_to_openmeter_as_text_and_to_flexprice_as_a_number_with_all_digits(vendor: Vendor) -> None:
+    priced = record(1, cost=cost("1234567.000000000001"), charge=cost("0.00000025", "EUR"))
+    calls = [priced, record(2, cost=cost(None)), record(3, cost=cost("0"))]
+    receiver = await vendor("openmeter")
+    backend = made(OpenmeterBackend, api_key="k", url=receiver.url)
+    (batch,) = backend.encode(calls).sealed
+    assert await backend.send(batch) == [Delivered()] * 3
+    await backend.aclose()
+    told = [{k: v for k, v in e["data"].items() if k in ("cost_usd", "charge")} for e in receiver.billed("openmeter")]
+    assert told == [{"cost_usd": "1234567.000000000001", "charge": "0.00000025"}, {}, {"cost_usd": "0"}]
+    receiver = await vendor("flexprice")
+    backend = made(FlexpriceBackend, api_key="k", url=receiver.url)
+    (batch,) = backend.encode(calls).sealed
+    assert b'"cost_usd":1234567.000000000001,"charge":0.00000025' in batch.body
+    assert await backend.send(batch) == [Delivered()] * 3
+    text = batch.body.replace(b"0.00000025", b'"0.00000025"')
+    assert await backend.send(replace(batch, body=text)) != [Delivered()] * 3, "a text adds up to nothing there"
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("name", ["webhook", "file"])
+def test_records_are_passed_on_with_cost_and_charge(name: str, tmp_path: Path) -> None:
+    row = BACKENDS[name]
+    values = {s.name: s.default_value() for s in row.settings}
+    if name == "webhook":
+        values["url"] = "http://127.0.0.1:9/"
+    call = record(1, cost=cost("0.00020475", input="0.00020475"), charge=cost(None))
+    (sealed,) = row.make(values, Context(data_dir=tmp_path)).encode([call]).sealed
+    line = orjson.loads(sealed.body)
+    assert (line["cost"], line["charge"]) == (call.cost, call.charge)
 
 
 async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vendor) -> None:

@@ -411,6 +411,7 @@ async def test_stripe_v1_needs_a_key_and_a_form(call: Caller) -> None:
         {"payload[value]": None},
         {"payload[value]": "many"},
         {"payload[value]": "NaN"},
+        {"payload[value]": "1234567890.123456"},
     ],
 )
 async def test_stripe_v1_takes_with_a_200_what_it_will_not_bill(call: Caller, change: dict[str, Any]) -> None:
@@ -682,6 +683,7 @@ async def test_openmeter_v3_reads_the_content_type_properly(call: Caller, path: 
         ([CLOUD, {**CLOUD, "subject": ""}], MANY), ({**CLOUD, "specversion": "0.3"}, "application/json"),
         (without(CLOUD, "id"), "application/json"), ({**CLOUD, "time": "yesterday"}, "application/json"),
         ({**CLOUD, "data": [1]}, "application/json"), (CLOUD, "text/plain"),
+        ([{**CLOUD, "data": {"cost_usd": 0.1}}], MANY), ([{**CLOUD, "data": {"charge": "1e-6"}}], MANY),
     ],
 )  # fmt: skip
 async def test_openmeter_refuses_with_a_problem(call: Caller, body: Any, kind: str) -> None:
