@@ -47,6 +47,7 @@ COUNTS: Final = (
     "with_usage",  # final, partial or estimated
     "partial_usage",  # of these, a lower bound
     "without_usage",  # model calls whose answer said nothing
+    "unpriced",  # something was to be priced, and no cost is known: the sum of costs lacks them
     "request_bytes",
     "response_bytes",
 )
@@ -143,6 +144,7 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
             "with_usage": len(usages) - without,
             "partial_usage": states.count(UsageState.PARTIAL),
             "without_usage": without,
+            "unpriced": 0,
             "request_bytes": sum([record.request_bytes for record in records]),
             "response_bytes": sum([record.response_bytes for record in records]),
         },
@@ -155,6 +157,8 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
         cost = usd_of(record)
         if cost is not None:
             delta.cost_usd = cost if delta.cost_usd is None else EXACT.add(delta.cost_usd, cost)
+        elif record.cost is not None and record.cost.get("total") is None:
+            delta.counts["unpriced"] += 1
     for usage in usages:
         if usage.units:
             _add_units(delta.units, usage.units)
@@ -189,6 +193,7 @@ def delta_of(group: CallGroup) -> Delta:
             "with_usage": 0 if state is None else calls - without,
             "partial_usage": calls if state is UsageState.PARTIAL else 0,
             "without_usage": without,
+            "unpriced": group.unpriced,
             "request_bytes": group.request_bytes,
             "response_bytes": group.response_bytes,
         },
