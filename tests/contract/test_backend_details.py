@@ -896,7 +896,7 @@ async def test_lago_is_told_the_cost_of_a_call_once_and_exactly(vendor: Vendor) 
         ({"cost_meter": "api_calls"}, "the meter api_calls is no amount of money: name one with"),
     ],
 )
-def test_lago_takes_no_meter_for_costs_that_could_miss_one(settings: dict[str, str], said: str) -> None:
+def test_lago_takes_no_meter_for_costs_that_could_miss_one(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=said):
         made(LagoBackend, api_key="k", definitions=MONEY, **settings)
 

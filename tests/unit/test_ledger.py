@@ -14,6 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -417,15 +418,10 @@ def test_a_sum_that_would_not_be_exact_is_refused_whole(path: Path) -> None:
     store.close()
 
 
-def priced(number: int, total: str | None, model: str = "gpt-5", **changes: object) -> Record:
-    cost = {
-        "currency": "USD",
-        "total": total,
-        "parts": {},
-        "state": "exact" if total else "unpriced",
-        "source": "custom",
-    }
-    return record(number, usage=usage(model=model), cost=cost, **changes)
+def priced(number: int, total: str | None, model: str = "gpt-5", started_ns: int | None = None) -> Record:
+    state = "unpriced" if total is None else "exact"
+    cost: dict[str, Any] = {"currency": "USD", "total": total, "parts": {}, "state": state, "source": "custom"}
+    return record(number, usage=usage(model=model), cost=cost, started_ns=started_ns)
 
 
 def test_calls_that_the_cost_lacks_are_counted_beside_it(path: Path) -> None:
