@@ -429,6 +429,8 @@ def test_calls_that_the_cost_lacks_are_counted_beside_it(path: Path) -> None:
     batch = [
         priced(1, "0.25"), priced(2, None), priced(3, "0"), priced(4, None), priced(5, None, "llama-7"),
         record(6, usage=None), record(7),
+        record(9, status=429, cost={"currency": None, "total": None, "reason": "no_usage"}),
+        record(10, cost={"currency": None, "total": None, "reason": "no_table"}),
         priced(8, None, "old-1", started_ns=T0_NS - 40 * 24 * HOUR_NS),
     ]  # fmt: skip
     put(store, batch)
