@@ -60,6 +60,9 @@ def test_what_counts_as_delivered_is_written_as_the_code_has_it() -> None:
 
 def test_the_toml_of_the_page_is_right() -> None:
     text = (DOCS / "backends.md").read_text()
-    subscribers, meters = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
+    subscribers, *meters = (tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", text, re.DOTALL))
     assert all(theirs.keys() <= BACKENDS.keys() for theirs in subscribers["subscribers"].values())
-    assert read_meters(meters["meters"])[0].name == "output_tokens"
+    read = [read_meters(tables["meters"])[0] for tables in meters]
+    assert [(meter.name, meter.is_money) for meter in read] == [
+        ("output_tokens", False), ("llm_cost_micro_usd", True), ("llm_cost", True)
+    ]  # fmt: skip

@@ -14,6 +14,7 @@ import yaml
 
 from sidecar.backends import backend_settings
 from sidecar.cli import COMMANDS, parser
+from sidecar.prices import price_book
 from sidecar.runtime.metrics import FAMILIES
 from sidecar.settings import CONFIG, PREFIX, Setting, Settings, all_settings, core_settings, load
 
@@ -111,6 +112,18 @@ def test_the_toml_file_can_be_used() -> None:
     settings = load({CONFIG: str(ROOT / "config/sidecar.toml")}, backend_settings=backend_settings())
     assert len(settings.proxy.routes) == 2
     assert settings.subscribers == {"acme": {"revenium": "acme-corp"}}
+
+
+def test_the_prices_in_the_toml_file_can_be_used_as_they_are(tmp_path: Path) -> None:
+    text = (ROOT / "config/sidecar.toml").read_text()
+    head, found, examples = text.partition("# [[prices]]\n")
+    assert found
+    file = tmp_path / "sidecar.toml"
+    file.write_text(head + found[2:] + re.sub(r"^# ?", "", examples, flags=re.MULTILINE))
+    settings = load({CONFIG: str(file)}, backend_settings=backend_settings())
+    book = price_book(settings)
+    assert len(book.own) == 3
+    assert book.charges
 
 
 @pytest.mark.parametrize("path", [p for p in CONFIGS if p.suffix == ".yml"], ids=lambda path: path.name)

@@ -11,7 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from decimal import Decimal
+from decimal import ROUND_HALF_EVEN, Decimal
+from decimal import Context as Arithmetic
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -19,7 +20,7 @@ import orjson
 
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
-from sidecar.meters.hourly import write_amount
+from sidecar.meters.hourly import DIGITS_MAX, write_amount
 from sidecar.meters.properties import answered
 from sidecar.model.delivery import Applied, Encoded, Verdict
 from sidecar.model.exchange import Outcome
@@ -29,6 +30,7 @@ from sidecar.settings import setting, types
 TEXT_CHARS_MAX: Final = 255  # what vendors store of a text; Revenium's own package cuts here as well
 DAY_S: Final = 86_400.0
 
+_ROUNDING: Final = Arithmetic(prec=DIGITS_MAX, rounding=ROUND_HALF_EVEN)
 _HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # how `attribution` writes the keyed hash of a credential
 
 
@@ -220,6 +222,15 @@ def json_number(quantity: int | Decimal) -> orjson.Fragment:
 
 def plain_number(quantity: int | Decimal) -> str:
     return str(quantity) if isinstance(quantity, int) else write_amount(quantity)
+
+
+def rounded(amount: Decimal, places: int) -> Decimal:
+    """With so many decimals at most, half to even: for a vendor that takes no more. Done while a call's event is made,
+    never on sums, so a repeat of the event says the same."""
+    there = amount.as_tuple().exponent
+    if isinstance(there, int) and there >= -places:
+        return amount
+    return amount.quantize(Decimal(1).scaleb(-places), context=_ROUNDING)
 
 
 def rfc3339(moment: datetime) -> str:

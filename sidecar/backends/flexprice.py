@@ -19,6 +19,7 @@ from sidecar.backends.base import (
     Context,
     Provision,
     answered_calls,
+    json_number,
     rfc3339,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, seal_batches
@@ -86,7 +87,7 @@ class FlexpriceBackend(HttpBackend[FlexpriceSettings]):
                 "external_customer_id": customer,
                 "timestamp": rfc3339(record.started_at),
                 "source": SOURCE,
-                "properties": as_json(properties(record)),
+                "properties": as_json(properties(record), money=json_number),
             }
         )
 

@@ -4,12 +4,17 @@ A batch is taken whole or not at all, and its refusal names each bad event by it
 are there already: these are delivered, and the good ones go again without the bad. The event's time always
 travels, because on ClickHouse it is part of the identity. A `code` that no billable metric has is ignored there,
 silently.
+
+`SIDECAR_LAGO_COST_METER` names the meter whose events bear money for Lago's dynamic charges. It has to be a SUM of what
+calls cost or are charged, so that such an event is there for each call with a known amount and for no other, and the
+amount is on one event of a call: it cannot be missed, nor counted twice.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from time import time
 from typing import Any, Final
 
@@ -22,10 +27,12 @@ from sidecar.backends.base import (
     clip,
     metered_calls,
     plain_number,
+    rounded,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, meter_event, seal_batches
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.meters.definition import Kind, Meter
+from sidecar.meters.hourly import EXACT, write_amount
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Duplicate, Encoded, Refused, Retry, Sealed, Verdict
 from sidecar.model.record import Record
 from sidecar.settings import Secret, required_secret, setting, types
@@ -34,6 +41,7 @@ HOST: Final = "https://api.getlago.com"
 BATCH: Final = "/api/v1/events/batch"
 EVENTS_MAX: Final = 100
 BYTES_MAX: Final = 1_000_000  # 100 events have 50 kB; no limit is documented
+AMOUNT_PLACES: Final = 15  # of `precise_total_amount_cents`, which is kept as numeric(40, 15)
 TAKES: Final = frozenset({Kind.COUNT, Kind.SUM, Kind.LATEST, Kind.MAX})
 _THERE: Final = {"transaction_id": ["value_already_exist"]}
 
@@ -44,6 +52,12 @@ class LagoSettings(HttpSettings):
     api_key: Secret = required_secret(HEADER_TEXT, "sent as `Authorization: Bearer …`", also=("LAGO_API_KEY",))
     meters: tuple[str, ...] = setting(types.names, None, "the meters to send; all of them when not set")
     value_key: str = setting(types.text, "value", "the property that the billable metrics aggregate")
+    cost_meter: str | None = setting(
+        types.text,
+        None,
+        "the meter (a SUM of `cost_usd` or `charge`) whose events carry its value in cents as "
+        "`precise_total_amount_cents`, for a dynamic charge",
+    )
 
 
 class LagoBackend(HttpBackend[LagoSettings]):
@@ -64,6 +78,7 @@ class LagoBackend(HttpBackend[LagoSettings]):
         super().__init__(settings, context, clock=clock)
         self.address = settings.url.removesuffix("/api/v1")
         self._meters = chosen_meters(self.name, self._definitions, settings.meters, TAKES)
+        self._cost_meter = _cost_meter(settings.cost_meter, self._meters)
 
     def encode(self, records: Sequence[Record]) -> Encoded:
         encoded = Encoded()
@@ -84,10 +99,34 @@ class LagoBackend(HttpBackend[LagoSettings]):
             "timestamp": f"{record.started_at.timestamp():.3f}",
             "properties": {**_dimensions(record), self._settings.value_key: plain_number(amount)},
         }
+        if meter is self._cost_meter:
+            payload["precise_total_amount_cents"] = _cents(amount)
         return Piece(event, orjson.dumps(payload))
 
     async def send(self, sealed: Sealed) -> list[Verdict]:
         return await self._client.offer(self.address + sealed.path, sealed, self._headers, ANSWERS["lago"], _judge)
+
+
+def _cost_meter(name: str | None, meters: Sequence[Meter]) -> Meter | None:
+    """The meter that bears money. Raises `ValueError` where it is none that could."""
+    if name is None:
+        return None
+    found = next((meter for meter in meters if meter.name == name), None)
+    if found is None:
+        sent = ", ".join(meter.name for meter in meters)
+        raise ValueError(f"SIDECAR_LAGO_COST_METER: {name} is no meter that lago is sent; there are {sent}")
+    if not found.is_money:
+        raise ValueError(
+            f"SIDECAR_LAGO_COST_METER: the meter {name} is no amount of money: name one with "
+            'aggregation = { type = "SUM", field = "cost_usd" } (or "charge")'
+        )
+    return found
+
+
+def _cents(amount: int | Decimal) -> str:
+    """An amount in hundredths. All digits of a price fit; more, by a multiplier, are rounded half to even."""
+    cents = EXACT.multiply(Decimal(amount), Decimal(100))
+    return write_amount(rounded(cents, AMOUNT_PLACES))
 
 
 def _dimensions(record: Record) -> dict[str, str]:

@@ -4,6 +4,8 @@ An event is known there by `source` and `id`, if the deployment de-duplicates at
 does not unless told to, and then the window is its own. `SIDECAR_OPENMETER_DEDUP_WINDOW=0` says that it does
 not, and what was sent without an answer is then parked instead of sent again. v1 compares the whole content type,
 so it goes without parameters.
+
+Meters there read numbers from text as well, as exact decimals: what a call cost is sent so, with all its digits.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from sidecar.backends.base import (
 )
 from sidecar.backends.batching import JSON_ARRAY, Piece, seal_batches
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, HttpBackend, HttpSettings
+from sidecar.meters.hourly import write_amount
 from sidecar.meters.properties import as_json, properties
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Event, Sealed, Verdict
 from sidecar.model.record import Record
@@ -90,7 +93,7 @@ class OpenmeterBackend(HttpBackend[OpenmeterSettings]):
                 "subject": customer,
                 "time": rfc3339(record.started_at),
                 "datacontenttype": "application/json",
-                "data": as_json(properties(record)),
+                "data": as_json(properties(record), money=write_amount),
             }
         )
 

@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -25,6 +26,8 @@ from sidecar.settings import Effective, Settings, SettingsError
 if TYPE_CHECKING:
     from sidecar.cli.connect import Tried
 
+UNPRICED_DAYS: Final = 30
+UNPRICED_SHOWN: Final = 10  # by their calls; clients can invent names of models
 WIDE_CHARS: Final = 10_000  # more than any detail has
 
 
@@ -66,9 +69,48 @@ def notes(settings: Settings) -> list[str]:
         found.append(others)
     if (warning := ground_warning(there)) is not None:
         found.append(warning)
+    found += unpriced_models(settings)
     found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
     found += gate_factory.notes(settings)
     return found
+
+
+def unpriced_models(settings: Settings) -> list[str]:
+    """Models that were called of late, that were not priced, and that would not be priced now either."""
+    from sidecar.ledger import LedgerError, LedgerReader
+    from sidecar.model.exchange import Usage, UsageState
+    from sidecar.prices import PricesError, price_book
+    from sidecar.runtime.factory import priced_host
+
+    ledger = settings.data_dir / "ledger.db"
+    now = datetime.now(UTC)
+    try:
+        if not ledger.exists():
+            return []
+        book = price_book(settings)
+        seen = LedgerReader(ledger).unpriced(now - timedelta(days=UNPRICED_DAYS))
+    except (LedgerError, OSError, PricesError):
+        return []  # whoever needs the ledger says what is wrong with it, and the settings what with the prices
+    host = priced_host(settings)
+    found = []
+    for one in seen:
+        call = Usage(usage_state=UsageState.FINAL, provider=one.provider, model=one.model, input_tokens=1,
+                     output_tokens=1, total_tokens=2)  # fmt: skip
+        if one.model is not None and book.cost(call, now.timestamp(), host=host)[1] is None:
+            found.append(one)
+    lines = [
+        f"no price is known for {one.model} of {one.provider or 'an unknown provider'}: {_calls(one.calls)} of the "
+        f"last {UNPRICED_DAYS} days without a cost, the last of {one.last:%Y-%m-%d}; [[prices]] can give it one"
+        for one in found[:UNPRICED_SHOWN]
+    ]
+    left = found[UNPRICED_SHOWN:]
+    if left:
+        lines.append(f"and {len(left)} more models without a price, with {_calls(sum(one.calls for one in left))}")
+    return lines
+
+
+def _calls(count: int) -> str:
+    return "1 call" if count == 1 else f"{count} calls"
 
 
 def open_to_others(path: Path) -> str | None:

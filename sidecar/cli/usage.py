@@ -32,6 +32,7 @@ BY: Final = "subscriber,model"
 # A table has what fits a screen; JSON and CSV have everything.
 SHOWN: Final = (
     "calls", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens", "cost_usd",
+    "unpriced",
 )  # fmt: skip
 HEADS: Final = {
     "input_tokens": "input", "cache_read_input_tokens": "cached", "output_tokens": "output", "total_tokens": "tokens",
@@ -71,9 +72,19 @@ def run(arguments: argparse.Namespace) -> int:
     except LedgerError as error:
         raise CommandError(str(error), EXIT_USAGE if "cannot be grouped" in str(error) else 1) from None
     print(report(rows, by, Format(arguments.format)), end="")
-    if arguments.format == Format.TABLE and (line := _unclaimed(settings)):
-        print(line)
+    if arguments.format == Format.TABLE:
+        for line in filter(None, (_unpriced(rows), _unclaimed(settings))):
+            print(line)
     return EXIT_OK
+
+
+def _unpriced(rows: Sequence[UsageRow]) -> str | None:
+    """What the sum of costs lacks."""
+    calls = sum(row.unpriced for row in rows)
+    if calls <= 0:
+        return None
+    said = "1 call is" if calls == 1 else f"{calls} calls are"
+    return f"note: {said} not in the cost, because theirs is not known; check names the models without a price"
 
 
 def _unclaimed(settings: Settings) -> str | None:

@@ -44,6 +44,7 @@ class UsageRow:
     with_usage: int
     partial_usage: int
     without_usage: int
+    unpriced: int  # calls that `cost_usd` lacks, because no cost is known of them
     request_bytes: int
     response_bytes: int
     input_tokens: int | None
@@ -64,6 +65,16 @@ class MeterRow:
     start: datetime | None
     value: str  # an exact decimal, with the multiplier
     capped: bool = False  # UNIQUE_COUNT: there are at least so many
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnpricedModel:
+    """A model that was called and whose calls were not priced."""
+
+    provider: str | None
+    model: str | None
+    calls: int
+    last: datetime  # start of the hour of the last of them
 
 
 class _Sum:
@@ -114,6 +125,21 @@ class LedgerReader:
             f"SELECT {', '.join(columns)} FROM hourly JOIN series ON series.id = hourly.series{where}{order}", values
         )
         return [_row(row, len(groups)) for row in rows]
+
+    def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
+        """The models of calls that were not priced, those with the most first."""
+        where, values = _between(since, None)
+        rows = self._ask(
+            "SELECT series.provider, series.model, exact_sum(hourly.unpriced), max(hourly.hour) "
+            "FROM hourly JOIN series ON series.id = hourly.series"
+            f"{where}{' AND' if where else ' WHERE'} hourly.unpriced <> 0 GROUP BY 1, 2",
+            values,
+        )
+        found = [
+            UnpricedModel(provider=provider, model=model, calls=int(calls), last=datetime.fromtimestamp(hour, UTC))
+            for provider, model, calls, hour in rows
+        ]
+        return sorted(found, key=lambda one: (-one.calls, one.provider or "", one.model or ""))
 
     def units(
         self, by: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None

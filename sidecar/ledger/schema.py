@@ -81,7 +81,7 @@ class LedgerError(StorageError):
 # Only of one that is damaged it is said that it may be moved away: the sums of all others are whole.
 SCHEMA: Final = Schema(
     name="ledger",
-    version=2,
+    version=3,
     tables=_TABLES,
     when_empty="the ledger is made with the first delivery to it",
     when_damaged="put its copy back, or move it away to begin a new one",

@@ -27,7 +27,7 @@ import orjson
 
 from sidecar.meters.expression import Expression, ExpressionError, compile_expression
 from sidecar.meters.hourly import EXACT, read_amount, write_amount
-from sidecar.meters.properties import TEXTS, Value, answered, is_property, reader_of, text_of, value_of
+from sidecar.meters.properties import MONEY, TEXTS, Value, answered, is_property, reader_of, text_of, value_of
 from sidecar.model.record import Record
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
@@ -124,6 +124,11 @@ class Meter:
     def scaled(self, value: int | Decimal) -> int | Decimal:
         """With the multiplier, exactly. Raises `ArithmeticError` beyond the digits of a sum."""
         return value if self.multiplier is None else EXACT.multiply(Decimal(value), self.multiplier)
+
+    @property
+    def is_money(self) -> bool:
+        """Whether it sums up what calls cost, or what customers are charged."""
+        return self.kind is Kind.SUM and self.field in MONEY
 
     def group(self, record: Record) -> str | None:
         return None if self.group_by is None else text_of(value_of(record, self.group_by))

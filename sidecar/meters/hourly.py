@@ -26,6 +26,7 @@ from sidecar.model.record import Record
 NAME_CHARS_MAX: Final = 256  # of a series name: ids are at most 200, a model name comes from the wire
 DIGITS_MAX: Final = 60  # of a money sum: 10^12 calls of 10^18 with 24 places fit
 AMOUNT_CHARS_MAX: Final = 40  # of one amount as stated; what is longer is no amount
+NO_TABLE: Final = "no_table"  # a cost's reason where no prices are set at all
 UNAUTHENTICATED: Final = "unauthenticated"
 JSON_INT_MAX: Final = 2**63 - 1  # beyond it a number travels as text
 
@@ -47,6 +48,7 @@ COUNTS: Final = (
     "with_usage",  # final, partial or estimated
     "partial_usage",  # of these, a lower bound
     "without_usage",  # model calls whose answer said nothing
+    "unpriced",  # something was to be priced, and no cost is known: the sum of costs lacks them
     "request_bytes",
     "response_bytes",
 )
@@ -143,6 +145,7 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
             "with_usage": len(usages) - without,
             "partial_usage": states.count(UsageState.PARTIAL),
             "without_usage": without,
+            "unpriced": 0,
             "request_bytes": sum([record.request_bytes for record in records]),
             "response_bytes": sum([record.response_bytes for record in records]),
         },
@@ -155,6 +158,8 @@ def _delta(hour: int, series: Series, records: Sequence[Record]) -> Delta:
         cost = usd_of(record)
         if cost is not None:
             delta.cost_usd = cost if delta.cost_usd is None else EXACT.add(delta.cost_usd, cost)
+        elif _is_unpriced(record):
+            delta.counts["unpriced"] += 1
     for usage in usages:
         if usage.units:
             _add_units(delta.units, usage.units)
@@ -168,6 +173,15 @@ def usd_of(record: Record) -> Decimal | None:
         return read_amount(cost.get("total")) if cost.get("currency") == "USD" else None
     # Of a record that nobody priced: what its provider states.
     return None if record.usage is None or record.usage.cost_usd is None else read_amount(record.usage.cost_usd)
+
+
+def _is_unpriced(record: Record) -> bool:
+    return record.cost is not None and record.cost.get("total") is None and _may_be_unpriced(record)
+
+
+def _may_be_unpriced(record: Record) -> bool:
+    """A call that was refused cost nothing that could be known, and where prices are switched off none is missing."""
+    return (record.status or 0) < 400 and (record.cost or {}).get("reason") != NO_TABLE
 
 
 def delta_of(group: CallGroup) -> Delta:
@@ -189,6 +203,7 @@ def delta_of(group: CallGroup) -> Delta:
             "with_usage": 0 if state is None else calls - without,
             "partial_usage": calls if state is UsageState.PARTIAL else 0,
             "without_usage": without,
+            "unpriced": group.unpriced if group.unpriced and _may_be_unpriced(record) else 0,
             "request_bytes": group.request_bytes,
             "response_bytes": group.response_bytes,
         },

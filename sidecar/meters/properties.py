@@ -105,6 +105,8 @@ DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
     "cost_usd": usd_of,
     "charge": lambda r: None if r.charge is None else read_amount(r.charge.get("total")),
 }
+# Amounts of money, exact to the last digit: a sum of them is an invoice.
+MONEY: Final = frozenset({"cost_usd", "charge"})
 FLAGS: Final[Mapping[str, Callable[[Record], Value]]] = {"streamed": _of_usage("streamed")}
 FIXED: Final[Mapping[str, Callable[[Record], Value]]] = {**TEXTS, **WHOLE, **DECIMAL, **FLAGS}
 
@@ -157,9 +159,13 @@ def properties(record: Record) -> dict[str, Value]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def as_json(values: Mapping[str, Value]) -> dict[str, Any]:
-    """The same as JSON values: numbers stay numbers, since backends sum no texts."""
-    return {name: _number(value) if isinstance(value, Decimal) else value for name, value in values.items()}
+def as_json(values: Mapping[str, Value], *, money: Callable[[Decimal], object]) -> dict[str, Any]:
+    """The same as JSON values: numbers stay numbers, since backends sum no texts. `money` writes the amounts of money,
+    of which a float could lose digits."""
+    return {
+        name: value if not isinstance(value, Decimal) else money(value) if name in MONEY else _number(value)
+        for name, value in values.items()
+    }
 
 
 def _number(value: Decimal) -> int | float:

@@ -84,14 +84,14 @@ def proxy(
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
     """What makes records of the plain calls of each process that serves, given the instance whose records they are."""
     taps = telling_taps(settings, metrics, _routes(settings))
-    host = "".join(part or "" for part in _upstream(settings))
+    host = priced_host(settings)
     pricer = None if book.charges or book.needs_record else partial(book.pricer, host=host)
     return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance, pricer=pricer)
 
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
     """What fills in the costs of one call."""
-    host = "".join(part or "" for part in _upstream(settings))
+    host = priced_host(settings)
 
     def price(exchange: Exchange) -> None:
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
@@ -102,6 +102,11 @@ def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
             exchange.charge = book.charge(exchange.usage, started_s, cost, host=host, record=record)[0]
 
     return price
+
+
+def priced_host(settings: Settings) -> str:
+    """Host and base path of the upstream: what its prices are found by."""
+    return "".join(part or "" for part in _upstream(settings))
 
 
 def _routes(settings: Settings) -> Routes:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import AsyncExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from time import time_ns
 from typing import Any
 from urllib.parse import parse_qs, parse_qsl, urlsplit
 
@@ -79,6 +81,11 @@ async def vendor() -> AsyncIterator[Vendor]:
 def only(encoded: Encoded) -> Any:
     (sealed,) = encoded.sealed
     return orjson.loads(sealed.body)
+
+
+def cost(total: str | None, currency: str = "USD", **parts: str) -> dict[str, Any]:
+    state = "unpriced" if total is None else "exact"
+    return {"currency": currency, "total": total, "parts": parts, "state": state, "source": "custom", "model": "m"}
 
 
 # Customers
@@ -192,6 +199,38 @@ def test_revenium_completion_of_a_plain_call() -> None:
     assert body["subscriber"] == {"id": "sub-1"}
     assert (body["agent"], body["organizationName"], body["traceId"]) == ("bot", "Acme", "abc")
     assert "other" not in body
+
+
+async def test_revenium_is_told_costs_where_asked_rounded_and_only_known_ones(vendor: Vendor) -> None:
+    receiver = await vendor("revenium")
+    backend = made(ReveniumBackend, api_key="k", mode="completions", costs="true", url=receiver.url)
+    parts = {
+        "input": "0.000875", "input_audio": "0.000000000049", "output": "0.002", "output_reasoning": "0.001",
+        "cache_read": "0.0000375", "cache_write_5m": "0.00000000005", "cache_write_1h": "0.0000000001",
+        "web_searches": "0.01", "meter:pages": "0.5",
+    }  # fmt: skip
+    priced = record(1, cost=cost("0.513912500199", **parts))
+    free, declared = record(2, cost=cost("0")), record(3, cost=cost("0.25") | {"state": "declared"})
+    unknown = [record(4, cost=cost(None)), record(5, cost=cost("3", "EUR")), record(6)]
+    nobody_priced = record(7, usage=usage(cost_usd="0.00000000015"))
+    for sealed in backend.encode([priced, free, declared, *unknown, nobody_priced]).sealed:
+        assert await backend.send(sealed) == [Delivered()]
+    await backend.aclose()
+    sent = [{k: v for k, v in body.items() if k.endswith("Cost")} for body in receiver.billed("revenium")]
+    assert sent == [
+        {
+            "inputTokenCost": 0.000875, "outputTokenCost": 0.003, "cacheReadTokenCost": 0.0000375,
+            "cacheCreationTokenCost": 0.0000000002, "totalCost": 0.5139125002,
+        },
+        dict.fromkeys(
+            ("inputTokenCost", "outputTokenCost", "cacheReadTokenCost", "cacheCreationTokenCost", "totalCost"), 0
+        ),
+        {"totalCost": 0.25}, {}, {}, {}, {"totalCost": 0.0000000002},
+    ]  # fmt: skip
+    (sealed,) = made(ReveniumBackend, api_key="k", mode="completions").encode([priced]).sealed
+    assert b'Cost"' not in sealed.body, "nobody asked for them"
+    with pytest.raises(ValueError, match="SIDECAR_REVENIUM_COSTS: the mode events has no field for costs"):
+        made(ReveniumBackend, api_key="k", mode="events", costs="true")
 
 
 def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
@@ -433,6 +472,55 @@ def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
     }
 
 
+def micro(multiplier: str, field: str = "cost_usd") -> dict[str, Any]:
+    return {"name": "micro", "aggregation": {"type": "SUM", "field": field, "multiplier": multiplier}}
+
+
+@pytest.mark.parametrize(
+    ("total", "multiplier", "decimals", "sent"),
+    [
+        ("0.00020475", "1000000", "false", "205"), ("0.0000005", "1000000", "false", "0"),
+        ("0.0000015", "1000000", "false", "2"), ("0.00000049", "1000000", "false", "0"),
+        ("0", "1000000", "false", "0"), ("12.5", "1000000", "false", "12500000"),
+        ("0.00020475", "1000000000", "false", "204750"), ("0.00020475", "1000000", "true", "204.75"),
+        ("123456789.123456789012", "1000000", "true", "123456789123457"),
+        ("1234567890.1234567", "1000000", "false", None), ("0.255", "100", "false", None),
+    ],
+)  # fmt: skip
+async def test_stripe_is_told_money_in_whole_millionths_rounded_once(
+    vendor: Vendor, total: str, multiplier: str, decimals: str, sent: str | None
+) -> None:
+    receiver = await vendor("stripe")
+    definitions = read_meters([micro(multiplier)])
+    backend = made(
+        StripeBackend, api_key="k", url=receiver.url, definitions=definitions, customers=KNOWN, decimals=decimals
+    )
+    call = record(1, started_ns=time_ns(), cost=cost(total))
+    encoded, again = backend.encode([call]), backend.encode([call])
+    assert [one.body for one in encoded.sealed] == [one.body for one in again.sealed], "a redrive says the same"
+    for one in encoded.sealed:
+        assert await backend.send(one) == [Delivered()]
+        assert await backend.send(one) == [Duplicate()]
+    await backend.aclose()
+    told = [row["payload"]["value"] for row in receiver.billed("stripe")]
+    assert told == ([] if sent is None else [sent])
+    assert [why.reason for why in encoded.withheld.values()] == (["value_not_taken"] if sent is None else [])
+
+
+def test_stripe_rounds_nothing_but_money_and_makes_no_event_of_an_unknown_cost() -> None:
+    backend = made(StripeBackend, api_key="k", definitions=read_meters([micro("1000000")]), customers=KNOWN)
+    unknown = record(1, cost=cost(None))
+    assert backend.encode([unknown]).skipped == {unknown.id: "no_value"}
+    halves = made(
+        StripeBackend, api_key="k", definitions=read_meters([micro("1000000.5", "input_tokens")]), customers=KNOWN
+    )
+    (why,) = halves.encode([record(2)]).withheld.values()
+    assert why.reason == "value_not_taken"
+    charged = made(StripeBackend, api_key="k", definitions=read_meters([micro("1000000", "charge")]), customers=KNOWN)
+    (sealed,) = charged.encode([record(3, cost=cost(None), charge=cost("0.0000015", "EUR"))]).sealed
+    assert dict(parse_qsl(sealed.body.decode()))["payload[value]"] == "2"
+
+
 @pytest.mark.parametrize("name", ["stripe", "lago", "ledgerbee"])
 def test_a_meter_that_a_backend_cannot_take_is_refused_by_name(name: str, tmp_path: Path) -> None:
     row = BACKENDS[name]
@@ -651,6 +739,38 @@ async def test_flexprice_events_have_id_time_and_numbers(vendor: Vendor) -> None
     await near.aclose()
 
 
+async def test_money_goes_to_openmeter_as_text_and_to_flexprice_as_a_number_with_all_digits(vendor: Vendor) -> None:
+    priced = record(1, cost=cost("1234567.000000000001"), charge=cost("0.00000025", "EUR"))
+    calls = [priced, record(2, cost=cost(None)), record(3, cost=cost("0"))]
+    receiver = await vendor("openmeter")
+    backend = made(OpenmeterBackend, api_key="k", url=receiver.url)
+    (batch,) = backend.encode(calls).sealed
+    assert await backend.send(batch) == [Delivered()] * 3
+    await backend.aclose()
+    told = [{k: v for k, v in e["data"].items() if k in ("cost_usd", "charge")} for e in receiver.billed("openmeter")]
+    assert told == [{"cost_usd": "1234567.000000000001", "charge": "0.00000025"}, {}, {"cost_usd": "0"}]
+    receiver = await vendor("flexprice")
+    backend = made(FlexpriceBackend, api_key="k", url=receiver.url)
+    (batch,) = backend.encode(calls).sealed
+    assert b'"cost_usd":1234567.000000000001,"charge":0.00000025' in batch.body
+    assert await backend.send(batch) == [Delivered()] * 3
+    text = batch.body.replace(b"0.00000025", b'"0.00000025"')
+    assert await backend.send(replace(batch, body=text)) != [Delivered()] * 3, "a text adds up to nothing there"
+    await backend.aclose()
+
+
+@pytest.mark.parametrize("name", ["webhook", "file"])
+def test_records_are_passed_on_with_cost_and_charge(name: str, tmp_path: Path) -> None:
+    row = BACKENDS[name]
+    values = {s.name: s.default_value() for s in row.settings}
+    if name == "webhook":
+        values["url"] = "http://127.0.0.1:9/"
+    call = record(1, cost=cost("0.00020475", input="0.00020475"), charge=cost(None))
+    (sealed,) = row.make(values, Context(data_dir=tmp_path)).encode([call]).sealed
+    line = orjson.loads(sealed.body)
+    assert (line["cost"], line["charge"]) == (call.cost, call.charge)
+
+
 async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vendor) -> None:
     receiver = await vendor("flexprice")
     backend = made(FlexpriceBackend, api_key="k", url=receiver.url)
@@ -724,6 +844,61 @@ async def test_lago_tells_the_events_of_a_refused_batch_apart(vendor: Vendor) ->
     assert event["timestamp"] == "1795251600.125"
     assert event["properties"]["n"] == "1"
     await backend.aclose()
+
+
+MONEY = read_meters([
+    {"name": "api_calls", "aggregation": {"type": "COUNT"}},
+    {"name": "paid", "aggregation": {"type": "SUM", "field": "cost_usd", "multiplier": "1.2"}},
+    {"name": "charged", "aggregation": {"type": "SUM", "field": "charge"}},
+])  # fmt: skip
+
+
+async def test_lago_is_told_the_cost_of_a_call_once_and_exactly(vendor: Vendor) -> None:
+    receiver = await vendor("lago")
+    backend = made(LagoBackend, api_key="k", url=receiver.url, definitions=MONEY, cost_meter="paid")
+    calls = [
+        record(1, cost=cost("0.000204750001"), charge=cost("0.5", "EUR")),
+        record(2, cost=cost(None)),
+        record(3, usage=None),
+        record(4, cost=cost("0")),
+        record(5, usage=usage(cost_usd="0.12345678901234567890123")),
+        record(6, cost=cost("3", "EUR")),
+    ]
+    (batch,) = backend.encode(calls).sealed
+    assert await backend.send(batch) == [Delivered()] * len(batch.events)
+    await backend.aclose()
+    # A call has one event with an amount, none where its cost is not known, and a cost of nothing is no unknown one.
+    amounts = {
+        event["transaction_id"]: event["precise_total_amount_cents"]
+        for event in receiver.billed("lago")
+        if "precise_total_amount_cents" in event
+    }
+    assert amounts == {
+        f"{record_id(1)}:paid": "0.02457000012", f"{record_id(4)}:paid": "0",
+        f"{record_id(5)}:paid": "14.814814681481481",
+    }  # fmt: skip
+    assert len(receiver.billed("lago")) == 6 + 3 + 1  # calls, costs, and the charge as a plain value
+    charged = made(LagoBackend, api_key="k", definitions=MONEY, cost_meter="charged")
+    events = [e for e in only(charged.encode(calls[:1]))["events"] if "precise_total_amount_cents" in e]
+    assert [(e["code"], e["precise_total_amount_cents"]) for e in events] == [("charged", "50")]
+    plain = made(LagoBackend, api_key="k", definitions=MONEY)
+    assert b"precise_total_amount_cents" not in plain.encode(calls).sealed[0].body, "nobody asked for it"
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            {"cost_meter": "other"},
+            "SIDECAR_LAGO_COST_METER: other is no meter that lago is sent; there are api_calls, p",
+        ),
+        ({"cost_meter": "paid", "meters": "api_calls"}, "paid is no meter that lago is sent; there are api_calls$"),
+        ({"cost_meter": "api_calls"}, "the meter api_calls is no amount of money: name one with"),
+    ],
+)
+def test_lago_takes_no_meter_for_costs_that_could_miss_one(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        made(LagoBackend, api_key="k", definitions=MONEY, **settings)
 
 
 @pytest.mark.parametrize(

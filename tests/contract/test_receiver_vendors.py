@@ -226,6 +226,7 @@ async def test_revenium_v2_forgets_what_it_refused(call: Caller, path: str, reco
         {"requestTime": "2026-11-20T09:00:00"}, {"requestTime": "2026-13-20T09:00:00Z"}, {"costType": "API"},
         {"operationType": "chat"}, {"traceType": "a b"}, {"traceName": "x" * 257}, {"clientSurface": "x" * 65},
         {"subscriber": "acme"}, {"subscriber": {"id": 7}}, {"isStreamed": "yes"},
+        {"totalCost": "0.1"}, {"totalCost": -0.1}, {"inputTokenCost": 0.00000000001}, {"cacheReadTokenCost": True},
     ],
 )  # fmt: skip
 async def test_revenium_v2_refuses_a_completion(call: Caller, change: dict[str, Any]) -> None:
@@ -410,6 +411,7 @@ async def test_stripe_v1_needs_a_key_and_a_form(call: Caller) -> None:
         {"payload[value]": None},
         {"payload[value]": "many"},
         {"payload[value]": "NaN"},
+        {"payload[value]": "1234567890.123456"},
     ],
 )
 async def test_stripe_v1_takes_with_a_200_what_it_will_not_bill(call: Caller, change: dict[str, Any]) -> None:
@@ -681,6 +683,7 @@ async def test_openmeter_v3_reads_the_content_type_properly(call: Caller, path: 
         ([CLOUD, {**CLOUD, "subject": ""}], MANY), ({**CLOUD, "specversion": "0.3"}, "application/json"),
         (without(CLOUD, "id"), "application/json"), ({**CLOUD, "time": "yesterday"}, "application/json"),
         ({**CLOUD, "data": [1]}, "application/json"), (CLOUD, "text/plain"),
+        ([{**CLOUD, "data": {"cost_usd": 0.1}}], MANY), ([{**CLOUD, "data": {"charge": "1e-6"}}], MANY),
     ],
 )  # fmt: skip
 async def test_openmeter_refuses_with_a_problem(call: Caller, body: Any, kind: str) -> None:
@@ -753,6 +756,9 @@ async def test_lago_refuses(call: Caller) -> None:
         {"timestamp": -1},
         {"timestamp": True},
         {"properties": {"a": []}},
+        {"precise_total_amount_cents": 1.5},
+        {"precise_total_amount_cents": "1e-6"},
+        {"precise_total_amount_cents": "0." + "1" * 16},
     ):
         status, body = await call(OM, {"event": {**LAGO, **change}}, **LAGO_AUTH)
         assert status == 422

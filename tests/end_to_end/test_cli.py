@@ -15,6 +15,7 @@ import ssl
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
@@ -27,11 +28,15 @@ import pytest
 import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
+from support.backend_fixtures import record, usage
 from support.whole import Whole, environment, running_receiver
 
 from sidecar.backends import BACKENDS, Buildable, Context, Row
 from sidecar.cli import main
+from sidecar.cli.check import UNPRICED_SHOWN
 from sidecar.dev.mock_llm import ScriptedLLM
+from sidecar.ledger import LedgerStore
+from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.settings import setting, types
 from sidecar.spool import SpoolReader
@@ -665,3 +670,55 @@ def test_every_command_has_help(capsys: pytest.CaptureFixture[str]) -> None:
             main([name, "--help"])
         assert left.value.code == 0
         assert "usage: metering-sidecar" in capsys.readouterr().out
+
+
+def _with_unpriced_calls(data_dir: Path, models: dict[str, int]) -> None:
+    """A ledger of calls of today: one that is priced, and so many unpriced ones of each model."""
+    names = [name for name, calls in models.items() for _ in range(calls)]
+    priced = record(1, started_ns=time.time_ns(), cost={"currency": "USD", "total": "0.5", "parts": {}})
+    unpriced = [
+        record(number, started_ns=time.time_ns(), usage=usage(model=name), cost={"currency": None, "total": None})
+        for number, name in enumerate(names, 2)
+    ]
+    data_dir.mkdir()
+    with closing(LedgerStore(data_dir / "ledger.db")) as store:
+        store.apply("k", body_of(deltas(grouped([priced, *unpriced]))))
+
+
+def test_usage_and_check_say_which_calls_the_cost_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, directory = tmp_path / "sidecar.toml", tmp_path / "data"
+    # gpt-5 has a price by now, and its calls of before stay what they were.
+    _with_unpriced_calls(directory, {"own-model-1": 3, "own-model-2": 1, "gpt-5": 2})
+    monkeypatch.setenv("SIDECAR_DATA_DIR", str(directory))
+    monkeypatch.setenv("SIDECAR_UPSTREAM_URL", "http://127.0.0.1:9")
+    assert main(["usage", "--by", "model"]) == 0
+    out = capsys.readouterr().out
+    assert "unpriced" in out.splitlines()[0]
+    assert "note: 6 calls are not in the cost" in out
+    assert main(["usage", "--by", "", "--format", "json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["cost_usd"], row["unpriced"]) == ("0.5", 6)
+    assert main(["check"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if "no price is known" in line]
+    assert [line.partition(": [[")[0].partition(" days")[0] for line in notes] == [
+        "note: no price is known for own-model-1 of openai: 3 calls of the last 30",
+        "note: no price is known for own-model-2 of openai: 1 call of the last 30",
+    ]
+    file.write_text('[[prices]]\nprovider = "*"\nmodel = "own-*"\ninput = "1"\noutput = "1"\n')
+    monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+    assert main(["check"]) == 0
+    assert "no price is known" not in capsys.readouterr().out
+
+
+def test_check_names_a_bounded_number_of_models_without_a_price(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_unpriced_calls(tmp_path / "data", {f"invented-{number}": 1 for number in range(UNPRICED_SHOWN + 7)})
+    monkeypatch.setenv("SIDECAR_DATA_DIR", str(tmp_path / "data"))
+    monkeypatch.setenv("SIDECAR_UPSTREAM_URL", "http://127.0.0.1:9")
+    assert main(["check"]) == 0
+    notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
+    assert [("no price is known" in line) for line in notes].count(True) == UNPRICED_SHOWN
+    assert "note: and 7 more models without a price, with 7 calls" in notes

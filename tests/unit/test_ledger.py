@@ -14,6 +14,7 @@ from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import orjson
 import pytest
@@ -26,7 +27,19 @@ from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
 from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
 from sidecar.ledger.store import KEYS_KEPT_S
 from sidecar.meters.definition import read_meters
-from sidecar.meters.hourly import body_of, deltas, from_wire, grouped, read_amount, to_wire, write_amount
+from sidecar.meters.hourly import (
+    TOKENS,
+    body_of,
+    delta_of,
+    deltas,
+    from_wire,
+    grouped,
+    hour_of,
+    read_amount,
+    to_wire,
+    write_amount,
+)
+from sidecar.model.call_group import CallGroup, CallKind
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Event, Refused, Retry
 from sidecar.model.exchange import Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import Record
@@ -403,3 +416,51 @@ def test_a_sum_that_would_not_be_exact_is_refused_whole(path: Path) -> None:
     assert store.apply("c", orjson.dumps(body)) == Refused("sum_not_exact")
     assert LedgerReader(path).usage()[0].calls == 2
     store.close()
+
+
+def priced(number: int, total: str | None, model: str = "gpt-5", started_ns: int | None = None) -> Record:
+    state = "unpriced" if total is None else "exact"
+    cost: dict[str, Any] = {"currency": "USD", "total": total, "parts": {}, "state": state, "source": "custom"}
+    return record(number, usage=usage(model=model), cost=cost, started_ns=started_ns)
+
+
+def test_calls_that_the_cost_lacks_are_counted_beside_it(path: Path) -> None:
+    store = LedgerStore(path)
+    batch = [
+        priced(1, "0.25"), priced(2, None), priced(3, "0"), priced(4, None), priced(5, None, "llama-7"),
+        record(6, usage=None), record(7),
+        record(9, status=429, cost={"currency": None, "total": None, "reason": "no_usage"}),
+        record(10, cost={"currency": None, "total": None, "reason": "no_table"}),
+        priced(8, None, "old-1", started_ns=T0_NS - 40 * 24 * HOUR_NS),
+    ]  # fmt: skip
+    put(store, batch)
+    reader = LedgerReader(path)
+    by_model = {row.group[0]: (row.unpriced, row.cost_usd) for row in reader.usage(["model"])}
+    assert by_model == {
+        None: (0, None), "gpt-5": (2, "0.25"), "gpt-5-mini-2025-08-07": (0, None), "llama-7": (1, None),
+        "old-1": (1, None),
+    }  # fmt: skip
+    at = datetime(2026, 11, 21, 9, tzinfo=UTC)
+    seen = reader.unpriced(at - timedelta(days=30))
+    assert [(one.provider, one.model, one.calls, one.last) for one in seen] == [
+        ("openai", "gpt-5", 2, at), ("openai", "llama-7", 1, at)
+    ]  # fmt: skip
+    assert [one.model for one in reader.unpriced()] == ["gpt-5", "llama-7", "old-1"]
+    taken_back = [delta.negative() for delta in deltas(grouped(batch[1:5]))]
+    verdict, _ = store.undo("u", body_of(taken_back))
+    assert verdict == Delivered()
+    assert [one.model for one in reader.unpriced()] == ["old-1"], "what was cancelled lacks nowhere"
+
+
+def test_calls_counted_together_lack_the_same_costs_as_one_by_one() -> None:
+    calls = [priced(1, "0.25"), priced(2, None), priced(3, None)]
+    group = CallGroup(CallKind(_example=calls[0]), hour_of(calls[0]), lines=[b""] * len(calls))
+    for one in calls:
+        group.request_bytes += one.request_bytes
+        group.response_bytes += one.response_bytes
+        for name in TOKENS:
+            count = getattr(one.usage, name)
+            if count is not None:
+                group.tokens[name] = group.tokens.get(name, 0) + count
+    group.priced, group.unpriced, group.cost_pico = 1, 2, 250_000_000_000
+    assert [delta_of(group)] == deltas(grouped(calls))

@@ -73,6 +73,11 @@ class ReveniumSettings(HttpSettings):
         "credential",
         "where `rate` carries it: `subscriberCredentialId` or `subscriptionId`",
     )
+    costs: bool = setting(
+        types.flag,
+        "false",
+        "`completions`: send what a call cost too, as far as it is known; it replaces Revenium's own calculation",
+    )
     on_unknown: str = setting(
         types.word_of(PARK, "resend"),
         PARK,
@@ -91,6 +96,10 @@ class ReveniumBackend(HttpBackend[ReveniumSettings]):
         self._mode = _MODES[settings.mode]
         if self._mode.needs_source and not settings.source_id:
             raise ValueError(f"SIDECAR_REVENIUM_SOURCE_ID is not set: the mode {settings.mode} needs it")
+        if settings.costs and settings.mode != "completions":
+            raise ValueError(
+                f"SIDECAR_REVENIUM_COSTS: the mode {settings.mode} has no field for costs; only completions has"
+            )
         self.abilities = Abilities(
             dedup=self._mode.dedup,
             dedup_window_s=self._mode.dedup_window_s,
@@ -107,6 +116,7 @@ class ReveniumBackend(HttpBackend[ReveniumSettings]):
             rate_field=SUBSCRIPTION_FIELD if settings.rate_field == "subscription" else CREDENTIAL_FIELD,
             api_id=settings.api_id,
             source_id=settings.source_id,
+            costs=settings.costs,
         )
 
     def encode(self, records: Sequence[Record]) -> Encoded:

@@ -3,19 +3,35 @@
 Records hold inclusive totals. Revenium's packages send the numbers as the vendor's wire has them, and prices
 are set on those, so they are rebuilt here: Anthropic and Bedrock count input without what the cache read or
 wrote, Google counts output without thoughts. Nothing else needs this, so it is not in the record.
+
+Costs, where they are sent, take the place of Revenium's own calculation. They are in US dollars, and each is rounded to
+ten decimals by itself.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any, Final
 
+from sidecar.backends.base import json_number, rounded
+from sidecar.meters.hourly import EXACT, read_amount, usd_of
 from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
 
 _WITHOUT_CACHE: Final = ("anthropic", "aws.bedrock")
 _GOOGLE: Final = "gcp."
 _OTHERS_NAMES: Final = {"prompt_tokens", "input_tokens"}  # of models on Vertex that answer in their maker's shape
+
+COST_PLACES: Final = 10
+# Which field a part of a cost goes into. What is priced by the call, the search or the second is in none.
+_PARTS: Final = (
+    ("inputTokenCost", re.compile(r"input(_text|_audio|_image|_video)?(_tool)?")),
+    ("outputTokenCost", re.compile(r"output(_text|_audio|_image|_video)?(_reasoning|_citation)?")),
+    ("cacheCreationTokenCost", re.compile(r"cache(_text|_audio|_image|_video)?_write(_5m|_1h)?")),
+    ("cacheReadTokenCost", re.compile(r"cache(_text|_audio|_image|_video)?_read")),
+)
 
 _STOP_REASONS: Final[Mapping[str, str]] = {
     **dict.fromkeys(("stop", "tool_calls", "function_call", "end_turn", "tool_use", "pause_turn", "completed"), "END"),
@@ -66,6 +82,27 @@ def counts(usage: Usage) -> tuple[int, int, int] | None:
 def _said(raw: Mapping[str, Any], name: str, otherwise: int) -> int:
     value = raw.get(name)
     return value if type(value) is int and value >= 0 else otherwise
+
+
+def costs(record: Record) -> dict[str, Any]:
+    """The cost fields of a completion; nothing where the cost is not known, or is not in US dollars.
+
+    Without parts (the provider said what the call cost, and no more) there is the total alone: the rest is not zero, it
+    is not known.
+    """
+    total = usd_of(record)
+    if total is None:
+        return {}
+    known: dict[str, Decimal] = {"totalCost": total}
+    parts = (record.cost or {}).get("parts")
+    if parts or (record.cost is not None and not total):
+        known |= dict.fromkeys([field for field, _ in _PARTS], Decimal(0))
+    for part, stated in (parts or {}).items():
+        amount = read_amount(stated)
+        field = next((field for field, names in _PARTS if names.fullmatch(part)), None)
+        if field is not None and amount is not None:
+            known[field] = EXACT.add(known[field], amount)
+    return {field: json_number(rounded(amount, COST_PLACES)) for field, amount in known.items()}
 
 
 def stop_reason(record: Record) -> str:

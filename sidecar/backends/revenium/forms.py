@@ -48,6 +48,7 @@ class Options:
     rate_field: str = CREDENTIAL_FIELD
     api_id: str | None = None
     source_id: str | None = None
+    costs: bool = False  # completions: what the call cost, in the place of the vendor's own calculation
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,6 +187,7 @@ def completions(record: Record, options: Options) -> list[Form]:
         errorReason=None if usage.error is None else clip(usage.error),
         errorCode=record.status if (record.status or 0) >= 400 else None,
         subscriber=None if customer is None else {"id": clip(customer)},
+        **(completion.costs(record) if options.costs else {}),
         **{
             field: clip(record.dimensions[name])
             for name, field in _COMPLETION_DIMENSIONS.items()

@@ -5,7 +5,9 @@ session of fifteen minutes and on a host of its own). In all of them the event's
 and meter, is what de-duplicates, for a day. v1 is sent without an `Idempotency-Key`, because Stripe replays the
 stored answer of a key, a 500 included, and no retry would ever get through.
 
-Values are texts, whole numbers unless allowed otherwise, and the customer must be Stripe's own id: an event
+Values are texts, whole numbers unless allowed otherwise. What counts money in millionths or less (a meter of `cost_usd`
+with the multiplier 1000000) is rounded to whole ones, half to even: once for each event, when it is made, from the
+record alone, so that every repeat and every redrive says the same. The customer must be Stripe's own id: an event
 for one that does not exist is answered with 200 and dropped later.
 """
 
@@ -30,6 +32,7 @@ from sidecar.backends.base import (
     metered_calls,
     plain_number,
     rfc3339,
+    rounded,
     subscriber_id,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
@@ -68,6 +71,7 @@ STREAM_BYTES_MAX: Final = 1_000_000  # 100 events have 30 kB; no limit is docume
 PAST_S_MAX: Final = 35 * DAY_S
 FUTURE_S_MAX: Final = 300.0
 CONCURRENCY: Final = 32  # of 1,000 calls a second that an account may make
+MICRO: Final = 1_000_000  # units of money so small that half of one may be rounded away
 DIGITS_MAX: Final = 15  # before Stripe reports `meter_event_value_too_many_digits`; its number is not documented
 TAKES: Final = frozenset(FORMULAS)
 _IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNORECASE)
@@ -123,7 +127,8 @@ class StripeBackend(HttpBackend[StripeSettings]):
             if not self._is_theirs(record, customer):
                 encoded.parked[record.id] = "no_customer"
                 continue
-            for meter, amount in amounts:
+            for meter, exact in amounts:
+                amount = self._whole_money(meter, exact)
                 if not self._is_taken(amount):
                     why = f"meter {meter.name} = {plain_number(amount)}"
                     encoded.withheld[meter_event(record, meter)] = Withheld("value_not_taken", why)
@@ -143,6 +148,15 @@ class StripeBackend(HttpBackend[StripeSettings]):
     def _is_theirs(self, record: Record, customer: str) -> bool:
         """Mapped, or an id that is plainly Stripe's: all others would be dropped there."""
         return customer.startswith("cus_") or subscriber_id(record) in self._customers
+
+    def _whole_money(self, meter: Meter, amount: int | Decimal) -> int | Decimal:
+        """What is sent of it: the amount, but money in millionths or less whole where Stripe would not take its digits.
+
+        In larger units nothing is rounded: a cent of a sum in dollars would be gone.
+        """
+        if not meter.is_money or (meter.multiplier or 1) < MICRO or isinstance(amount, int) or self._is_taken(amount):
+            return amount
+        return rounded(amount, 0)
 
     def _is_taken(self, amount: int | Decimal) -> bool:
         whole = isinstance(amount, int) or amount == amount.to_integral_value()

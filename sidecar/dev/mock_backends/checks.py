@@ -21,6 +21,7 @@ Problem = tuple[str, str]
 
 _RFC3339: Final = re.compile(r"\d{4}-\d\d-\d\d[Tt]\d\d:\d\d:\d\d(\.\d+)?([Zz]|[+-]\d\d:\d\d)")
 _TOKEN: Final = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")
+_DECIMAL: Final = re.compile(r"-?\d+(\.\d+)?")
 _INT32_MAX: Final = 2**31 - 1
 
 
@@ -59,6 +60,14 @@ def int32(*, required: bool = False) -> Field:
 
 def number(*, required: bool = False) -> Field:
     return Field(is_number, "must be a number", required)
+
+
+def decimal_text(*, required: bool = False) -> Field:
+    return Field(
+        lambda value: isinstance(value, str) and _DECIMAL.fullmatch(value) is not None,
+        "must be a decimal as text, without an exponent",
+        required,
+    )
 
 
 def boolean(*, required: bool = False) -> Field:

@@ -20,6 +20,7 @@ from sidecar.dev.mock_backends.checks import (
     Problem,
     mapping,
     moment,
+    number,
     one_of,
     parse_json,
     parse_time,
@@ -42,6 +43,8 @@ EVENT_FIELDS: Final[Mapping[str, Field]] = {
     "source": text(),
     "properties": mapping(),
 }
+# Properties whose sums are money: text is taken by the API, and adds up to nothing there.
+AMOUNTS: Final[Mapping[str, Field]] = {name: number() for name in ("cost_usd", "charge")}
 AGGREGATIONS: Final = (
     "COUNT", "SUM", "AVG", "COUNT_UNIQUE", "LATEST", "SUM_WITH_MULTIPLIER", "MAX", "WEIGHTED_SUM",
 )  # fmt: skip
@@ -97,7 +100,7 @@ class Flexprice:
         body = self._open(call)
         if isinstance(body, Answer):
             return body
-        if found := problems(body, EVENT_FIELDS):
+        if found := _event_problems(body):
             return _invalid(found, Unit(_id_of(body), body, Verdict.REFUSED))
         event_id = body.get("event_id") or f"event_{call.fingerprint()[:26]}"
         reply = {"message": "Event accepted for processing", "event_id": event_id}
@@ -112,7 +115,7 @@ class Flexprice:
             return _invalid([("events", f"must be a list of 1 to {BULK_MAX}")])
         units: list[Unit] = []
         for place, event in enumerate(events):
-            found = problems(event, EVENT_FIELDS) if isinstance(event, dict) else [("event", "must be an object")]
+            found = _event_problems(event) if isinstance(event, dict) else [("event", "must be an object")]
             if found:
                 # What stands before the bad one is in, what stands behind it was never looked at.
                 refused = [Unit(_id_of(row), row, Verdict.REFUSED) for row in events[place:]]
@@ -200,6 +203,13 @@ class Flexprice:
         if bearer_too and call.header("Authorization").startswith("Bearer ") and self._terms.key is None:
             return None
         return Answer.json(401, {"error": "Unauthorized"})
+
+
+def _event_problems(event: Mapping[str, Any]) -> list[Problem]:
+    found, known = problems(event, EVENT_FIELDS), event.get("properties")
+    if isinstance(known, dict):
+        found += [(f"properties.{name}", what) for name, what in problems(known, AMOUNTS)]
+    return found
 
 
 def _meter_problems(body: Mapping[str, Any]) -> list[Problem]:

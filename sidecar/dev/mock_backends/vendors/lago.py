@@ -20,6 +20,7 @@ from sidecar.dev.mock_backends.contract import KEY, Answer, Call, Consumed, Memo
 
 BATCH_MAX: Final = 100
 _TIMESTAMP: Final = re.compile(r"\d{1,12}(\.\d{1,9})?")
+_AMOUNT: Final = re.compile(r"-?\d{1,25}(\.\d{1,15})?")
 
 Errors = dict[str, list[str]]
 
@@ -100,6 +101,9 @@ class Lago:
         properties = event.get("properties", {})
         if not isinstance(properties, dict) or not all(isinstance(v, str | int | float) for v in properties.values()):
             errors["properties"] = ["invalid_format"]
+        amount = event.get("precise_total_amount_cents")
+        if amount is not None and not _is_amount(amount):
+            errors["precise_total_amount_cents"] = ["invalid_format"]
         identity = (str(event.get("external_subscription_id")), str(event.get("transaction_id")))
         is_known = self._memory.recall("\0".join(identity), call.at_s) is not None
         if is_known or identity in within:
@@ -178,6 +182,11 @@ def _is_timestamp(value: Any) -> bool:
     if isinstance(value, str):
         return bool(_TIMESTAMP.fullmatch(value))
     return (is_integer(value) or is_number(value)) and 0 <= value < 10**12
+
+
+def _is_amount(value: Any) -> bool:
+    """Cents as text, as far as the column keeps them: numeric(40, 15)."""
+    return isinstance(value, str) and bool(_AMOUNT.fullmatch(value))
 
 
 def _key_of(event: Mapping[str, Any]) -> str | None:

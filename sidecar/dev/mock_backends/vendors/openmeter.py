@@ -19,6 +19,8 @@ import orjson
 from sidecar.dev.mock_backends.asked import allowed, consume, consumed, is_unknown
 from sidecar.dev.mock_backends.checks import (
     Field,
+    Problem,
+    decimal_text,
     mapping,
     media_type,
     moment,
@@ -52,6 +54,8 @@ FIELDS: Final[Mapping[str, Field]] = {
     "dataschema": text(),
     "data": mapping(),
 }
+# Properties whose sums are money: read from text as exact decimals. A float would be taken too, with what it lost.
+AMOUNTS: Final[Mapping[str, Field]] = {name: decimal_text() for name in ("cost_usd", "charge")}
 
 
 class OpenMeter:
@@ -97,7 +101,7 @@ class OpenMeter:
         if events is None:
             return _problem(400, f"the body does not fit {kind}")
         for place, event in enumerate(events):
-            if found := problems(event, FIELDS):
+            if found := _problems(event):
                 units = (Unit(_key_of(row), row, Verdict.REFUSED) for row in events)
                 return _problem(400, f"event {place}: {sentence(found)}", *units)
         return Answer(success, units=tuple(self._enter(call, event) for event in events))
@@ -149,6 +153,13 @@ def _events(body: Any, kind: str) -> list[dict[str, Any]] | None:
     if isinstance(body, list) and body and kind != ONE and all(isinstance(event, dict) for event in body):
         return body
     return None
+
+
+def _problems(event: dict[str, Any]) -> list[Problem]:
+    found, data = problems(event, FIELDS), event.get("data")
+    if isinstance(data, dict):
+        found += [(f"data.{name}", what) for name, what in problems(data, AMOUNTS)]
+    return found
 
 
 def _key_of(event: dict[str, Any]) -> str | None:

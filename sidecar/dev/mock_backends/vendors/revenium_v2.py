@@ -24,6 +24,7 @@ from sidecar.dev.mock_backends.checks import (
     boolean,
     integer,
     is_json,
+    is_number,
     mapping,
     moment,
     number,
@@ -61,6 +62,14 @@ SKIP_REASONS: Final = (
     "SERVICE_UNAVAILABLE",
 )  # fmt: skip
 
+COSTS: Final = ("inputTokenCost", "outputTokenCost", "cacheCreationTokenCost", "cacheReadTokenCost", "totalCost")
+COST_PLACES: Final = 10
+
+
+def _is_cost(value: Any) -> bool:
+    return is_number(value) and value >= 0 and round(value, COST_PLACES) == value
+
+
 EVENT_FIELDS: Final[Mapping[str, Field]] = {
     "transactionId": text(required=True, empty=False),
     "payload": Field(
@@ -91,8 +100,8 @@ COMPLETION_FIELDS: Final[Mapping[str, Field]] = {
         "reasoningTokenCount", "cacheCreationTokenCount", "cacheCreation5mTokenCount", "cacheCreation1hTokenCount",
         "cacheReadTokenCount", "timeToFirstToken", "retryNumber", "promptLength",
     )},
+    **{name: Field(_is_cost, "must be a number from 0, of at most 10 decimals") for name in COSTS},
     **{name: number() for name in (
-        "inputTokenCost", "outputTokenCost", "cacheCreationTokenCost", "cacheReadTokenCost", "totalCost",
         "costMultiplier", "mediationLatency", "temperature", "responseQualityScore",
     )},
     **{name: text() for name in (

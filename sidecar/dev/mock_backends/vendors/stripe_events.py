@@ -21,6 +21,7 @@ NAME_CHARS_MAX: Final = 100
 IDENTIFIER_CHARS_MAX: Final = 100
 PAST_S_MAX: Final = 35 * DAY_S
 FUTURE_S_MAX: Final = 300.0
+DIGITS_MAX: Final = 15  # of a value; the vendor's own number is not documented
 METERS: Final = "meters"  # the memory's name for what was defined
 
 
@@ -80,8 +81,10 @@ class Book:
         if meter.get("default_aggregation", {}).get("formula") == "count":
             return True
         value_key = meter.get("value_settings", {}).get("event_payload_key", "value")
+        text = event.payload.get(value_key, "")
         try:
-            return Decimal(event.payload.get(value_key, "")).is_finite()
+            # More digits are reported as `meter_event_value_too_many_digits`, hours later.
+            return Decimal(text).is_finite() and sum(map(str.isdigit, text)) <= DIGITS_MAX
         except InvalidOperation:
             return False
 
