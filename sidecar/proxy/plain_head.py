@@ -48,6 +48,7 @@ _PRINTABLE: Final = bytes(range(0x20, 0x7F)) + b"\r\n"
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (/[!\"$-~]*) HTTP/1\.1")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
+_COME_AGAIN: Final = frozenset({b"Date", b"date"})
 _BODILESS: Final = frozenset({204, 304})
 
 # Never plain: what they ask for is the careful way's to judge.
@@ -222,7 +223,8 @@ class _Heads(Generic[_Facts]):
         self._firsts[line] = id_
         return id_
 
-    def _by_name(self, line: bytes, name_id: int) -> int:
+    def _again(self, line: bytes, name_id: int) -> int:
+        """Remember a line that is known by its name and comes again soon: a length, a date."""
         if len(self._recent) >= RECENT_MAX:
             self._recent.clear()
         if len(line) <= RECENT_BYTES_MAX:
@@ -241,8 +243,10 @@ class _Heads(Generic[_Facts]):
             return None
         meaning, name_id, by_name = known
         if meaning == _LENGTH:
-            return self._by_name(line, name_id) if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
-        return self._by_name(line, name_id) if by_name else self._learn_value(line, name, value, meaning, name_id)
+            return self._again(line, name_id) if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
+        if by_name:
+            return self._again(line, name_id) if name in _COME_AGAIN else name_id
+        return self._learn_value(line, name, value, meaning, name_id)
 
     def _learn_value(self, line: bytes, name: bytes, value: bytes, meaning: int, name_id: int) -> int | None:
         low = name.lower()

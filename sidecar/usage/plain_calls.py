@@ -40,6 +40,7 @@ _TOKENS: Final = frozenset(TOKEN_FIELDS)
 _NO_MODELS: Final = (None, None)
 
 _USD: Final = b'{"currency":"USD"'
+_NO_TABLE: Final = b'"reason":"no_table"'  # nobody wants to know
 _UNKNOWN: Final = (b"null", None)
 
 _Price = Callable[[Mapping[str, Any], float], tuple[bytes, int | None]]
@@ -152,7 +153,7 @@ class PlainReader:
                 if cost.startswith(_USD):
                     group.cost_pico += pico
                     group.priced += 1
-            elif cost != b"null":
+            elif cost != b"null" and _NO_TABLE not in cost:
                 group.unpriced += 1
             tokens = group.tokens
             for name in row.keys() & _TOKENS:

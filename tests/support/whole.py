@@ -194,5 +194,5 @@ def is_running(pid: int) -> bool:
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
     """Ours and nothing of the caller's that could reach in."""
-    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV")}
+    kept = {k: v for k, v in os.environ.items() if k in ("PATH", "HOME", "LANG", "TMPDIR", "VIRTUAL_ENV", "PYTHONPATH")}
     return kept | {"PYTHONDONTWRITEBYTECODE": "1"} | dict(settings)
