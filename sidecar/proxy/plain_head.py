@@ -201,11 +201,23 @@ class _Heads(Generic[_Facts]):
 
     def _number(self, line: bytes) -> int:
         """Of a line that is not in `_lines`. Raises `_NotPlain`."""
-        id_ = self._recent.get(line) or self._firsts.get(line)
-        if id_ is None:
-            id_ = self._learn_first(line) if self._first.fullmatch(line) else self._learn(line)
+        id_ = self._recent.get(line)
+        if id_ is not None:
+            return id_
+        name, _, value = line.partition(b": ")
+        known = self._names.get(name)
+        if known is not None:
+            if known[2] and known[0] != _LENGTH and name not in _COME_AGAIN:  # a trace, an id: another one each time
+                if not value or value[:1] == b" " or value[-1:] == b" ":
+                    raise _NotPlain
+                return known[1]
+            id_ = self._learn(line)
+        else:
+            id_ = self._firsts.get(line)
             if id_ is None:
-                raise _NotPlain
+                id_ = self._learn_first(line) if self._first.fullmatch(line) else self._learn(line)
+        if id_ is None:
+            raise _NotPlain
         return id_
 
     def _learn_first(self, line: bytes) -> int | None:
