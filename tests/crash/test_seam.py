@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from support.oracle import SETTINGS, Oracle, judge
-from support.serve import METERING, SERVING
+from support.serve import ADMITTING, COUNTING, METERING, SERVING
 from support.spool_fixtures import SMALL, Told, call, rows, until
 from support.tiny import tiny_upstream
 from support.whole import Whole
@@ -222,6 +222,55 @@ async def test_a_death_at_each_step_of_the_seam_loses_and_doubles_nothing(
     assert ledger["delivered"] + ledger["duplicate"] == len(records)
     if not serving:
         assert oracle.sent == len(oracle.owed), "no call failed"
+
+
+GATE_POINTS = [f"{when} {step}" for step in (*ADMITTING, *COUNTING) for when in ("before", "after")]
+if "CRASH_ROUNDS" not in os.environ:
+    GATE_POINTS = ["after Admission.ask", "before Owner.settle"]
+FREE = ("denied", "refused", "unreachable")  # a call that ended so is given back
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("point", GATE_POINTS)
+async def test_a_death_at_each_step_of_the_gate_leaves_what_the_records_say(tmp_path: Path, point: str) -> None:
+    mark = tmp_path / "died"
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, **SETTINGS, SIDECAR_LIMITS="calls=100000/day")
+        whole.env |= {"DIES_AT": f"{point} 2", "DIES_MARK": str(mark)}
+        async with whole:
+            oracle = Oracle(lambda: whole.proxy_url, seed=7, clients=4, pause_s=0.01)
+            load = asyncio.create_task(oracle.run())
+            async with asyncio.timeout(60):
+                while not mark.exists():
+                    await asyncio.sleep(0.01)
+            await more(oracle, 30)
+            oracle.stop()
+            await load
+            balance = await whole.settled()
+            records: list[dict[str, Any]] = await whole.records()
+            spent = Counter(
+                record["subscriber"]["id"]
+                for record in records
+                if record["outcome"] not in FREE and not refused(record)
+            )
+            async with asyncio.timeout(20):
+                while (used := await held(whole)) != {who: (count, 0) for who, count in spent.items()}:
+                    await asyncio.sleep(0.05)
+            assert await whole.stop() == 0, whole.log.read_text()
+    judge(oracle.owed, records)
+    assert balance["holds"], balance
+    assert sum(count for count, _ in used.values()) >= len(oracle.owed)
+
+
+def refused(record: dict[str, Any]) -> bool:
+    """By the upstream, and nothing was used."""
+    return record["status"] is not None and record["status"] >= 400 and record["usage"] is None
+
+
+async def held(whole: Whole) -> dict[str, tuple[int, int]]:
+    """Of each subscriber: the calls that are counted, and those that are set aside."""
+    rows = (await whole.get("/limits"))["limits"]
+    return {row["scope"]["subscriber"]: (int(row["used"]), int(row["reserved"])) for row in rows}
 
 
 async def more(oracle: Oracle, count: int) -> None:

@@ -16,6 +16,8 @@ from typing import Any
 
 from sidecar.cli import main
 from sidecar.delivery import DeliveryStore
+from sidecar.gate.admission import Admission
+from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerStore
 from sidecar.proxy import plain_call
 from sidecar.runtime.ipc import Link, Seam
@@ -29,6 +31,16 @@ SERVING: dict[str, tuple[type[Any], str]] = {
     "Recorder.send": (Recorder, "_send"),
     "Link.send": (Link, "send"),
     "Recorder.acknowledged": (Recorder, "acknowledged"),
+}
+ADMITTING: dict[str, tuple[type[Any], str]] = {  # in a process that serves, where limits are set
+    "Admission.ask": (Admission, "ask"),
+    "Admission.answered": (Admission, "answered"),
+    "Admission.ended": (Admission, "ended"),
+}
+COUNTING: dict[str, tuple[type[Any], str]] = {  # in the metering process
+    "Owner.ask": (Owner, "ask"),
+    "Owner.told": (Owner, "told"),
+    "Owner.settle": (Owner, "settle"),
 }
 METERING: dict[str, tuple[type[Any], str]] = {
     "Intake.take": (Intake, "take"),
@@ -45,7 +57,7 @@ METERING: dict[str, tuple[type[Any], str]] = {
 
 
 def dies(step: str, when: str, count: int, mark: Path) -> None:
-    owner, name = (SERVING | METERING)[step]
+    owner, name = (SERVING | METERING | ADMITTING | COUNTING)[step]
     real: Callable[..., Any] = getattr(owner, name)
     passed = 0
 
