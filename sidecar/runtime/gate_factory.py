@@ -73,7 +73,7 @@ def faults(settings: Settings) -> list[str]:
     except MetersError:
         pass  # told by whoever reads the meters
     return [
-        f"SIDECAR_GATE: {name} is nobody who can be asked: expected {LIMITS}, or none"
+        f"SIDECAR_GATE: {name} cannot be asked: expected {LIMITS}, or none (docs/gate.md)"
         for name in settings.gate.gate
         if name != LIMITS
     ]

@@ -301,7 +301,7 @@ class PriceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedSettings:
-    """Whom the gate asks outside, and how old an answer may be."""
+    """Whom the gate asks outside, and how old an answer may be. Nobody is asked yet (docs/gate-sources.md)."""
 
     gate_amounts: bool = _setting(types.flag, "false", "tell a denied client how much of the limit is used")
     gate_timeout: float = _setting(  # it is waited for once a subscriber, before its first call
