@@ -13,8 +13,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-import orjson
-
 from sidecar.gate.allowance import ONE_CALL, Allowances, Needs, Plan, needs_of
 from sidecar.gate.counters import ALLOWED, DENIED, Decision
 from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, Asked, read_request
@@ -29,7 +27,6 @@ MODELS_MAX: Final = 256  # remembered for one kind of call
 USUAL_MAX: Final = 4_096  # models whose usual output is known here
 LIMITS: Final = "limits"
 ON_FAILURE: Final = "on_failure"
-PROBLEM: Final = "https://iana.org/assignments/http-problem-types#quota-exceeded"  # draft-ietf-httpapi-ratelimit
 
 
 class Response(Protocol):
@@ -128,9 +125,9 @@ class Admission:
         clock_ns: Callable[[], int],
         call_later: Callable[[float, Callable[[], None]], Handle],
         key_of: Callable[[RawHeaders], str | None],
+        deny: Deny,
         reads: frozenset[bytes] = frozenset(),
         price: Price | None = None,
-        deny: Deny | None = None,
         on_failure: str = "open",
         dry_run: bool = False,
         body_says_who: bool = False,
@@ -150,7 +147,7 @@ class Admission:
         self._call_later = call_later
         self._key_of = key_of
         self._price = price
-        self._deny = deny or problem
+        self._deny = deny
         self._on_failure = on_failure
         self._usual: dict[str, int] = {}
         self._pending: dict[int, _Pending] = {}
@@ -358,57 +355,3 @@ def _member(asked: Asked, name: str) -> str | None:
 
 def _nobody(question: tuple[Any, ...]) -> None:
     """There is nobody to ask: it stays unanswered."""
-
-
-# --- a denial in a form that is nobody's own -----------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Problem:
-    """`application/problem+json`."""
-
-    status: int
-    headers: tuple[tuple[str, str], ...]
-    body: bytes
-
-    def encode(
-        self, *, close: bool, keep_alive_10: bool = False, head_only: bool = False, fields: bytes = b""
-    ) -> bytes:
-        connection = b"Connection: close\r\n" if close else b"Connection: keep-alive\r\n" if keep_alive_10 else b""
-        own = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.headers)
-        phrase = _PHRASES.get(self.status, b"Denied")
-        return b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n%b%b\r\n%b" % (
-            self.status, phrase, own, len(self.body), connection, fields, b"" if head_only else self.body,
-        )  # fmt: skip
-
-
-_PHRASES: Final = {402: b"Payment Required", 403: b"Forbidden", 429: b"Too Many Requests"}
-RETRY_AFTER_S_MAX: Final = 120
-
-
-def problem(
-    method: str,
-    target: str,
-    *,
-    limit: str,
-    kind: str,
-    retry_after_s: float | None,
-    message: str | None,
-    status: int | None = None,
-) -> Problem:
-    """402 for what is used up, 429 for what comes back soon. A client library repeats a 429: it is told how soon that
-    makes sense, and of a 402 that it does not."""
-    status = status or (402 if kind == "quota" else 429)
-    body = {
-        "type": PROBLEM,
-        "title": "Quota exceeded" if kind == "quota" else "Rate limit exceeded",
-        "status": status,
-        "detail": message or f"the limit {limit} does not allow this call",
-        "violated-policies": [limit],
-    }
-    headers = [("Content-Type", "application/problem+json"), ("X-Sidecar-Limit", limit)]
-    if kind == "rate" and retry_after_s is not None and retry_after_s <= RETRY_AFTER_S_MAX:
-        headers.append(("Retry-After", str(int(retry_after_s) + 1)))
-    else:
-        headers.append(("x-should-retry", "false"))
-    return Problem(status, tuple(headers), orjson.dumps(body))

@@ -12,9 +12,9 @@ from decimal import Decimal
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Response
+from sidecar.gate.admission import Admission, Meant
 from sidecar.gate.counters import Counters, Row
-from sidecar.gate.denials import denial, of_call
+from sidecar.gate.denials import Denials
 from sidecar.gate.limits import (
     Charging,
     Facts,
@@ -132,7 +132,12 @@ def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | No
         key_of=_key_of(taps, key),
         reads=frozenset(name.encode() for name in CREDENTIALS),
         price=price(settings),
-        deny=partial(_deny, settings, taps),
+        deny=Denials(
+            taps.endpoints,
+            settings.asked,
+            statuses=settings.gate.gate_status,
+            chance=random.random,
+        ),
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
         body_says_who=any(source.kind is SourceKind.BODY for source in sources),
@@ -163,26 +168,6 @@ def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
         return None if subscriber is None else subscriber.id
 
     return find
-
-
-def _deny(
-    settings: Settings,
-    taps: UsageTaps,
-    method: str,
-    target: str,
-    *,
-    limit: str,
-    kind: str,
-    retry_after_s: float | None,
-    message: str | None,
-) -> Response:
-    """In the form of the API that was called."""
-    family, streamed = of_call(taps.endpoints, method, target)
-    return denial(
-        family, limit=limit, kind="quota" if kind == "quota" else "rate", retry_after_s=retry_after_s,
-        message=message, streamed=streamed, status=settings.gate.gate_status.get(kind),
-        jitter=random.random(),  # noqa: S311 - no secret
-    )  # fmt: skip
 
 
 class GatedRecorder:

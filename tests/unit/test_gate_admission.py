@@ -10,13 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.gate.admission import Admission, Meant, Verdict, problem
+from sidecar.gate.admission import Admission, Meant, Verdict
+from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import CHOICES_MAX, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Outputs, read_request
 from sidecar.gate.limits import read_limits
 from sidecar.gate.windows import SECOND_NS
 from sidecar.model.exchange import Subscriber
+from sidecar.settings import AskedSettings
+from sidecar.usage.readers import UsageTaps
 
 AT_NS = 1_795_000_000 * SECOND_NS
+DENY = Denials(UsageTaps().endpoints, AskedSettings())
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,7 @@ def admission(*short: str, **given: Any) -> tuple[Admission, list[tuple[Any, ...
         "clock_ns": lambda: AT_NS,
         "call_later": later,
         "key_of": lambda fields: None,
+        "deny": DENY,
     }
     gate = Admission(read_limits((), short), **(options | given))
     gate.send = asked.append
@@ -220,7 +225,7 @@ def test_a_question_is_asked_again_of_an_owner_that_has_just_come() -> None:
 def test_a_denial_never_asks_for_a_long_wait(
     kind: str, retry_after_s: float | None, status: int, says: tuple[str, str], silent: str
 ) -> None:
-    made = problem("POST", "/x", limit="one", kind=kind, retry_after_s=retry_after_s, message=None)
+    made = DENY("POST", "/x", limit="one", kind=kind, retry_after_s=retry_after_s, message=None)
     assert made.status == status
     assert says in made.headers
     assert ("X-Sidecar-Limit", "one") in made.headers

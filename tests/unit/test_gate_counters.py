@@ -12,14 +12,18 @@ import pytest
 
 from sidecar.gate.admission import Admission, Meant, Verdict
 from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Need
+from sidecar.gate.denials import Denials
 from sidecar.gate.limits import Charge, Charging, Facts, Limit, read_limits
 from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.windows import SECOND_NS
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import encode
+from sidecar.settings import AskedSettings
+from sidecar.usage.readers import UsageTaps
 
 AT_NS = 1_795_000_000 * SECOND_NS
 DAY_NS = 86_400 * SECOND_NS
+DENY = Denials(UsageTaps().endpoints, AskedSettings())
 
 
 def limits(*short: str, **more: Any) -> tuple[Limit, ...]:
@@ -224,6 +228,7 @@ class Process:
             clock_ns=lambda: world.now_ns,
             call_later=lambda after, do: Timer(),
             key_of=lambda fields: None,
+            deny=DENY,
         )
         self.gate.send = self.ask
         self.open: list[Exchange] = []
