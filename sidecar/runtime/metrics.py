@@ -173,6 +173,11 @@ class Histogram:
         self.counts[bisect_left(SECONDS, seconds)] += 1
         self.total += seconds
 
+    def add(self, other: Histogram) -> None:
+        """Count what another one counted."""
+        self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
+        self.total += other.total
+
     def buckets(self) -> list[tuple[str, float]]:
         """Cumulative, as the exposition wants them."""
         rows, running = [], 0
@@ -327,10 +332,11 @@ class Metrics(HopEvents, Collector):
         self._calls[key] = self._calls.get(key, 0) + group.calls
         self._request_bytes[()] += group.request_bytes
         self._response_bytes[()] += group.response_bytes
-        durations, first_byte = self._durations[record.outcome], self._first_byte
-        for milliseconds in group.durations_ms:  # plain responses come in one piece: their first byte is their last
-            durations.observe(milliseconds / 1e3)
-            first_byte.observe(milliseconds / 1e3)
+        times = Histogram()
+        for milliseconds in group.durations_ms:
+            times.observe(milliseconds / 1e3)
+        self._durations[record.outcome].add(times)
+        self._first_byte.add(times)  # plain responses come in one piece: their first byte is their last
         if record.usage is not None:
             self._add_usage(record.usage, group.calls, group.tokens.get)
             if group.priced:

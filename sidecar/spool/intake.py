@@ -67,6 +67,7 @@ class Ended:
 
     exchanges: list[tuple[int, bytes, Exchange | None]] = field(default_factory=list)
     groups: list[CallGroup] = field(default_factory=list)
+    _records: list[Record] | None = None
 
     @property
     def calls(self) -> int:
@@ -75,6 +76,7 @@ class Ended:
     def join(self, other: Ended) -> None:
         """Take in what follows. Takes `other` over."""
         self.exchanges += other.exchanges
+        self._records = None
         kinds = {(group.kind, group.hour): group for group in self.groups}
         for group in other.groups:
             found = kinds.setdefault((group.kind, group.hour), group)
@@ -85,10 +87,14 @@ class Ended:
 
     def records(self, instance: str) -> list[Record]:
         """Those that are in no group. Raises `ValueError` for a line that is no record."""
-        return [
-            Record.from_json(line) if exchange is None else record_of(exchange, seq=seq, instance=instance, line=line)
-            for seq, line, exchange in self.exchanges
-        ]
+        if self._records is None:  # whoever delivers and whoever adds up ask for the same
+            self._records = [
+                Record.from_json(line)
+                if exchange is None
+                else record_of(exchange, seq=seq, instance=instance, line=line)
+                for seq, line, exchange in self.exchanges
+            ]
+        return self._records
 
 
 class IntakeSpool(Protocol):
