@@ -1,8 +1,8 @@
 """What happened, counted: one method for each kind of happening, one exposition for Prometheus.
 
 Counts are plain numbers in dictionaries and `prometheus_client` only writes them out: on the way of
-a call that costs 0.1 µs where a client counter costs 0.3 and a histogram 0.8 (measured), and the
-counts of several workers can be added up (`state`, `absorb`), so a scrape of any setup shows the sum.
+a call that costs 0.1 µs where a client counter costs 0.3 and a histogram 0.8 (measured). They
+are the metering process's; what only those that serve can count, they tell it (`HopCounts.take`).
 
 Labels are bounded: routes are configured or known patterns, models and reasons beyond their cap
 fall into `other`; a path or a subscriber is never a label. Series that an alert waits for exist at
@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -413,28 +413,6 @@ class Metrics(HopEvents, Collector):
         """One family after the other, in the order of the table above."""
         for name, family in FAMILIES.items():
             yield from self._family(name, family)
-
-    def state(self) -> dict[str, list[tuple[Key, Any]]]:
-        """Everything counted here, as plain data for another process to add up."""
-        rows: dict[str, list[tuple[Key, Any]]] = {}
-        for name, counts in (self._counters | self._gauges).items():
-            rows[name] = list(counts.items())
-        for name, histograms in self._histograms.items():
-            rows[name] = [(key, (h.counts, h.total)) for key, h in histograms.items()]
-        return rows
-
-    def absorb(self, state: Mapping[str, Iterable[tuple[Sequence[str], Any]]]) -> None:
-        """Add the `state` of another process to this one. Families unknown here are left out."""
-        for name, rows in state.items():
-            for raw_key, value in rows:
-                key = tuple(raw_key)
-                if name in self._histograms:
-                    mine = self._histograms[name].setdefault(key, Histogram())
-                    mine.counts = [a + b for a, b in zip(mine.counts, value[0], strict=True)]
-                    mine.total += value[1]
-                elif name in FAMILIES:
-                    counts = self._counters.get(name, self._gauges.get(name, {}))
-                    counts[key] = counts.get(key, 0) + value
 
     # --- helpers ---------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
-from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, Metrics
+from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, HopCounts, Metrics
 
 
 def call(
@@ -93,19 +93,17 @@ def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end() -> None:
     assert seen[("sidecar_parked_now", ("backend", "stripe"), ("reason", "a�"))] == 3
 
 
-def test_two_processes_add_up() -> None:
-    one, two, both = Metrics(backends=["ledger"]), Metrics(backends=["ledger"]), Metrics(backends=["ledger"])
-    for metrics in (one, two):
-        metrics.call_ended(call())
-        metrics.committed(5, 1000, 0.002)
-        metrics.batch_settled("ledger", [Delivered(), Refused("no")], 0.01)
-        metrics.connections_changed(2)
-        both.absorb(metrics.state())
-    seen = samples(both)
-    assert seen[("sidecar_committed_records_total",)] == 10
-    assert seen[("sidecar_connections",)] == 4
-    assert seen[("sidecar_verdicts_total", ("backend", "ledger"), ("verdict", "refused"))] == 2
-    assert seen[("sidecar_send_seconds_count", ("backend", "ledger"))] == 2
+def test_what_a_process_that_serves_has_counted_adds_up() -> None:
+    whole = Metrics(backends=["ledger"])
+    for _ in range(2):
+        hop = HopCounts()
+        hop.limit_reached("connections")
+        hop.lost("stopped", 3)
+        whole.add(hop.take())
+        assert hop.take() == []
+    seen = samples(whole)
+    assert seen[("sidecar_limits_reached_total", ("limit", "connections"))] == 2
+    assert seen[("sidecar_lost_total", ("reason", "stopped"))] == 6
 
 
 def test_why_requests_came_to_nothing_is_counted() -> None:
