@@ -13,10 +13,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from sidecar.gate.allowance import ONE_CALL, Allowances, Needs, Plan, needs_of
-from sidecar.gate.counters import ALLOWED, DENIED, Decision
+from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan, needs_of
+from sidecar.gate.counters import ALLOWED, DENIED
+from sidecar.gate.denials import Amounts
 from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, Asked, read_request
 from sidecar.gate.limits import Facts, Limit, Price
+from sidecar.gate.protocol import LIMITS, ON_FAILURE, Asker, Question, Ruling
 from sidecar.gate.windows import SECOND_NS, Sliding
 from sidecar.model.exchange import Gate, RawHeaders, Subscriber
 
@@ -25,8 +27,6 @@ LAST_S: Final = 60.0  # how old an answer may be that `last` goes by
 LASTS_MAX: Final = 4_096
 MODELS_MAX: Final = 256  # remembered for one kind of call
 USUAL_MAX: Final = 4_096  # models whose usual output is known here
-LIMITS: Final = "limits"
-ON_FAILURE: Final = "on_failure"
 
 
 class Response(Protocol):
@@ -46,9 +46,44 @@ class Response(Protocol):
 class Deny(Protocol):
     """Makes the response for a call of this method and target."""
 
+    @property
+    def shows_amounts(self) -> bool:
+        """Whether it says how much is used, which the owner alone knows."""
+        ...
+
     def __call__(
-        self, method: str, target: str, *, limit: str, kind: str, retry_after_s: float | None, message: str | None
+        self,
+        method: str,
+        target: str,
+        *,
+        limit: str,
+        kind: str,
+        retry_after_s: float | None,
+        message: str | None,
+        amounts: Amounts | None = None,
     ) -> Response: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Outside:
+    """Who is asked beside the limits, as far as a process that serves has to know: the owner asks them.
+
+    `measures`: of the units in which they count down, in the owner's order. `by_model`: what they say may depend on
+    the model. `answer_s`: how long the owner may take for it.
+    """
+
+    names: tuple[str, ...]
+    measures: tuple[Measure, ...]
+    by_model: bool
+    answer_s: float
+
+    @property
+    def needs_estimate(self) -> bool:
+        return any(measure.place in (INPUT, OUTPUT, TOTAL, COST) for measure in self.measures)
+
+    @property
+    def needs_cost(self) -> bool:
+        return any(measure.place == COST for measure in self.measures)
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +106,10 @@ class Prepared:
     reads_body: bool
     plan: Plan
     weighed: Weighed = field(init=False)  # where no body has to be read
-    plans: dict[str | None, Plan] = field(default_factory=dict)  # by the model that the body names
+    kinds: dict[str | None, tuple[Facts, Plan]] = field(default_factory=dict)  # by the model that the body names
 
     def __post_init__(self) -> None:
-        self.weighed = Weighed(self, self.plan, ONE_CALL, self.facts.model)
+        self.weighed = Weighed(self, self.facts, self.plan, ONE_CALL)
 
 
 # Not frozen, because some of these are made for each call, and a frozen one takes seven times as long to make.
@@ -82,12 +117,12 @@ class Prepared:
 
 @dataclass(slots=True)
 class Weighed:
-    """A call, and how much of what it may need."""
+    """A call, and how much of what it may need. `facts`: with what its body says."""
 
     prepared: Prepared
+    facts: Facts
     plan: Plan
     needs: Needs
-    model: str | None
 
 
 @dataclass(slots=True)
@@ -109,6 +144,7 @@ class Handle(Protocol):
 @dataclass(slots=True)
 class _Pending:
     weighed: Weighed
+    call_id: str
     at_ns: int
     then: Then
     timer: Handle
@@ -131,17 +167,23 @@ class Admission:
         on_failure: str = "open",
         dry_run: bool = False,
         body_says_who: bool = False,
+        outside: Outside | None = None,
     ) -> None:
         """`meant`: of (method, target). `key_of`: the hash of the credential in a head, which stands in one of
         the fields `reads` (lower case). `body_says_who`: who pays may
-        stand in a body. `send` has to be set before the first `ask`: it is given a question as plain values."""
+        stand in a body. `send` has
+        to be set before the first `ask`: it is given a question as plain values."""
         self._allowances = Allowances(limits, dry_run=dry_run)
         self._limits = {limit.name: limit for limit in limits}
         scopes = {scope for limit in limits for scope, _ in limit.scopes}
         self.by_key = "key" in scopes
         self.reads = reads if self.by_key else frozenset()
-        self._by_model = "model" in scopes
-        self._body_says_who = body_says_who and "subscriber" in scopes
+        self._outside = outside
+        self._by_model = "model" in scopes or (outside is not None and outside.by_model)
+        self._body_says_who = body_says_who and ("subscriber" in scopes or outside is not None)
+        self._needs_estimate = outside is not None and outside.needs_estimate
+        self._needs_cost = outside is not None and outside.needs_cost
+        self._answer_s = ANSWER_S if outside is None else ANSWER_S + outside.answer_s
         self._meant = meant
         self._clock_ns = clock_ns
         self._call_later = call_later
@@ -182,7 +224,8 @@ class Admission:
         plan = self._allowances.plan(facts)
         posted = method not in ("GET", "HEAD", "OPTIONS", "DELETE")
         asks_model = self._by_model and meant.consumes and meant.model is None
-        reads_body = posted and ((meant.consumes and plan.needs_body) or asks_model or self._body_says_who)
+        needs_body = plan.needs_body or self._needs_estimate
+        reads_body = posted and ((meant.consumes and needs_body) or asks_model or self._body_says_who)
         return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan)
 
     def weigh(
@@ -203,22 +246,23 @@ class Admission:
             facts = replace(prepared.facts, model=model, subscriber=None if subscriber is None else subscriber.id)
             plan = self._allowances.plan(facts)
         else:
-            plan = prepared.plans.get(model) or self._plan(prepared, model)
+            facts, plan = prepared.kinds.get(model) or self._kind(prepared, model)
         needs = self._needs(prepared, plan, model, asked) if prepared.consumes else ONE_CALL
-        return Weighed(prepared, plan, needs, model)
+        return Weighed(prepared, facts, plan, needs)
 
-    def _plan(self, prepared: Prepared, model: str | None) -> Plan:
-        if len(prepared.plans) >= MODELS_MAX:
-            prepared.plans.clear()
-        plan = prepared.plans[model] = self._allowances.plan(replace(prepared.facts, model=model))
-        return plan
+    def _kind(self, prepared: Prepared, model: str | None) -> tuple[Facts, Plan]:
+        if len(prepared.kinds) >= MODELS_MAX:
+            prepared.kinds.clear()
+        facts = replace(prepared.facts, model=model)
+        kind = prepared.kinds[model] = (facts, self._allowances.plan(facts))
+        return kind
 
     def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> Needs:
         output = asked.output_tokens
         if output is None:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
         cost = 0
-        if plan.needs_cost and self._price is not None:
+        if (plan.needs_cost or self._needs_cost) and self._price is not None:
             provider = prepared.facts.provider
             cost = self._price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
         return needs_of(asked.input_tokens, output, cost)
@@ -226,26 +270,29 @@ class Admission:
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""
         plan, now_ns = weighed.plan, self._clock_ns()
-        held = self._allowances.take(plan, weighed.needs, now_ns)
-        if held is not None:
-            return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held))
-        limit = self._allowances.used_up(plan, now_ns)
+        if self._outside is None:
+            held = self._allowances.take(plan, weighed.needs, now_ns)
+            if held is not None:
+                return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held))
+        limit = None if self._deny.shows_amounts else self._allowances.used_up(plan, now_ns)
         if limit is not None:
             return self._denied(weighed, Gate(DENIED, limit.name), limit, None)
         return None
 
     def quickly(self, prepared: Prepared, body: bytes) -> Gate | None:
         """The same for a call that is whole, where it may go; None: anything else."""
+        if self._outside is not None:
+            return None
         weighed = self.weigh(prepared, body, len(body)) if prepared.reads_body else prepared.weighed
         held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns())
         return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held)
 
-    def ask(self, weighed: Weighed, then: Then) -> None:
+    def ask(self, weighed: Weighed, call_id: str, then: Then) -> None:
         """Ask the owner; `then` is called once, later."""
         self._asked += 1
         number, at_ns = self._asked, self._clock_ns()
-        timer = self._call_later(ANSWER_S, lambda: self._unanswered(number))
-        self._pending[number] = _Pending(weighed, at_ns, then, timer)
+        timer = self._call_later(self._answer_s, lambda: self._unanswered(number))
+        self._pending[number] = _Pending(weighed, call_id, at_ns, then, timer)
         self.send(self._question(number))
 
     def cancelled(self, gate: Gate) -> None:
@@ -260,8 +307,12 @@ class Admission:
 
     def _question(self, number: int) -> tuple[Any, ...]:
         pending = self._pending[number]
-        needs = pending.weighed.plan.asked(pending.weighed.needs)
-        return number, pending.at_ns, pending.weighed.model, [tuple(need) for need in needs]
+        weighed, outside, asker = pending.weighed, self._outside, None
+        facts, needs = weighed.facts, weighed.needs
+        if outside is not None:
+            amounts = tuple(measure.of(needs) for measure in outside.measures)
+            asker = Asker(pending.call_id, facts.subscriber, facts.provider, facts.dimensions, amounts)
+        return Question(number, pending.at_ns, facts.model, weighed.plan.asked(needs), asker).plain()
 
     def questions(self) -> list[tuple[Any, ...]]:
         """What is not answered yet, for an owner that has just come."""
@@ -269,29 +320,36 @@ class Admission:
         return [self._question(number) for number in self._pending]
 
     def answered(self, payload: Sequence[Any]) -> None:
-        """The owner's answer (`Owner` packs it)."""
-        self._seen, number, usual, *rest = payload
-        pending = self._pending.pop(number, None)
+        """The owner's answer, a `Ruling`."""
+        ruling = Ruling.read(payload)
+        self._seen = ruling.order
+        pending = self._pending.pop(ruling.number, None)
         if pending is None:
             return  # decided without it; what it granted ends with the next `tell`
         pending.timer.cancel()
-        decision = Decision(*rest)
         weighed = pending.weighed
-        if weighed.model is not None and usual is not None:
+        facts = weighed.facts
+        if facts.model is not None and ruling.usual is not None:
             if len(self._usual) >= USUAL_MAX:
                 self._usual.clear()
-            self._usual[weighed.model] = usual
-        held = self._allowances.granted(weighed.plan, decision, pending.at_ns)
+            self._usual[facts.model] = ruling.usual
+        held = self._allowances.granted(weighed.plan, ruling, pending.at_ns)
         if self._on_failure == "last":
             if len(self._lasts) >= LASTS_MAX:
                 self._lasts.clear()
-            self._lasts[weighed.prepared.facts] = (decision.decision, decision.limit, pending.at_ns)
-        gate = Gate(decision.decision, decision.limit, LIMITS, 0.0, held)
-        if decision.decision != DENIED:
+            self._lasts[facts] = (ruling.decision, ruling.limit, pending.at_ns)
+        gate = Gate(ruling.decision, ruling.limit, ruling.source, ruling.age_s, held)
+        if ruling.decision != DENIED:
             pending.then(Verdict(gate))
             return
-        limit = self._limits[decision.limit or ""]
-        pending.then(self._denied(weighed, gate, limit, decision.retry_after_s))
+        if ruling.spoken is not None:
+            spoken = ruling.spoken
+            response = self._response(weighed, spoken.limit, spoken.kind, spoken.retry_after_s, spoken.message)
+            pending.then(Verdict(gate, response, spoken.error))
+            return
+        amounts = None if ruling.amounts is None else Amounts(*ruling.amounts)
+        limit = self._limits[ruling.limit or ""]
+        pending.then(self._denied(weighed, gate, limit, ruling.retry_after_s, amounts))
 
     def tell(self) -> tuple[int, dict[str, int]]:
         """The last answer that was heard, and what open calls hold. All leases end."""
@@ -312,32 +370,43 @@ class Admission:
         if self._on_failure == "closed":
             decision = DENIED
         elif self._on_failure == "last":
-            decision, name, at_ns = self._lasts.get(weighed.prepared.facts, (ALLOWED, None, 0))
+            decision, name, at_ns = self._lasts.get(weighed.facts, (ALLOWED, None, 0))
             age_s = round((pending.at_ns - at_ns) / SECOND_NS, 1) if at_ns else 0.0
             if age_s > LAST_S:
                 decision, name, age_s = ALLOWED, None, 0.0
         if decision != DENIED:
             pending.then(Verdict(Gate(ALLOWED, None, ON_FAILURE, age_s)))
             return
-        limit = self._limits[name] if name is not None else weighed.plan.slots[0].limit
-        gate = Gate(DENIED, limit.name, ON_FAILURE, age_s)
-        response = self._response(weighed, limit.name, "rate", 1.0, "the limits cannot be looked up right now")
+        if name is None:
+            slots, outside = weighed.plan.slots, self._outside
+            name = slots[0].limit.name if slots else LIMITS if outside is None else outside.names[0]
+        gate = Gate(DENIED, name, ON_FAILURE, age_s)
+        response = self._response(weighed, name, "rate", 1.0, "the limits cannot be looked up right now")
         pending.then(Verdict(gate, response, "denied: the owner of the limits does not answer"))
 
-    def _denied(self, weighed: Weighed, gate: Gate, limit: Limit, retry_after_s: float | None) -> Verdict:
+    def _denied(
+        self, weighed: Weighed, gate: Gate, limit: Limit, retry_after_s: float | None, amounts: Amounts | None = None
+    ) -> Verdict:
         kind = "rate" if limit.is_rate else "quota"
         if limit.is_rate and retry_after_s is None:
             retry_after_s = max(limit_wait_s(limit, self._clock_ns()), 0.0)
-        response = self._response(weighed, limit.name, kind, retry_after_s, None)
+        response = self._response(weighed, limit.name, kind, retry_after_s, None, amounts)
         return Verdict(gate, response, f"denied by the limit {limit.name}")
 
     def _response(
-        self, weighed: Weighed, limit: str, kind: str, retry_after_s: float | None, message: str | None
+        self,
+        weighed: Weighed,
+        limit: str,
+        kind: str,
+        retry_after_s: float | None,
+        message: str | None,
+        amounts: Amounts | None = None,
     ) -> Response:
         prepared = weighed.prepared
         return self._deny(
-            prepared.method, prepared.target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message
-        )
+            prepared.method, prepared.target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message,
+            amounts=amounts,
+        )  # fmt: skip
 
 
 def limit_wait_s(limit: Limit, now_ns: int) -> float:

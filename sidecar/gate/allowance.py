@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
-from sidecar.gate.counters import Decision, Need
-from sidecar.gate.limits import Action, Facts, Limit
+from sidecar.gate.counters import Need
+from sidecar.gate.limits import MILLIONTHS, Action, Facts, Limit
 from sidecar.gate.windows import FOREVER_NS, Calendar
-from sidecar.meters.definition import Kind
+from sidecar.meters.definition import Kind, Meter
 
 PLANS_MAX: Final = 8_192  # of a few hundred bytes: subscribers, models and routes in use
 SLOTS_MAX: Final = 65_536
@@ -43,6 +43,35 @@ def needs_of(input_tokens: int, output_tokens: int, cost: int = 0) -> Needs:
     return (1, input_tokens, output_tokens, input_tokens + output_tokens, cost, 0)
 
 
+class Granted(Protocol):
+    """What the owner gives, as in `counters.Decision`."""
+
+    @property
+    def held(self) -> Mapping[str, int]: ...
+    @property
+    def more(self) -> Mapping[str, int]: ...
+    @property
+    def full(self) -> Sequence[str]: ...
+
+
+class Measure(NamedTuple):
+    """How much a call may need of a unit: what stands at a place of its needs, times a factor."""
+
+    place: int
+    factor: int
+
+    def of(self, needs: Needs) -> int:
+        return needs[self.place] * self.factor
+
+
+def measure_of(unit: str, meter: Meter | None) -> Measure:
+    """Of a unit as limits have it. A meter counts in millionths, and may weigh what it counts."""
+    if meter is None:
+        return Measure(_PLACES.get(unit, NOTHING), 1)
+    factor = MILLIONTHS if meter.multiplier is None else int(MILLIONTHS * meter.multiplier) + 1
+    return Measure(_PLACES.get("calls" if meter.kind is Kind.COUNT else meter.field or "", NOTHING), factor)
+
+
 class Slot:
     """One counter, as far as this process may use it. `until_ns`: the end of its period."""
 
@@ -51,15 +80,7 @@ class Slot:
     def __init__(self, limit: Limit, scope: str, *, dry_run: bool) -> None:
         self.limit = limit
         self.scope = scope
-        meter = limit.meter
-        unit = limit.unit
-        if meter is not None:
-            unit = "calls" if meter.kind is Kind.COUNT else meter.field or ""
-        self.place = _PLACES.get(unit, NOTHING)
-        # A meter counts in millionths, and may weigh what it counts.
-        self.factor = limit.scale if meter is not None else 1
-        if meter is not None and meter.multiplier is not None:
-            self.factor = int(self.factor * meter.multiplier) + 1
+        self.place, self.factor = measure_of(limit.unit, limit.meter)
         self.blocks = limit.action is Action.BLOCK and not dry_run
         self.key = ""
         self.left = 0
@@ -146,7 +167,7 @@ class Allowances:
                 return slot.limit
         return None
 
-    def granted(self, plan: Plan, decision: Decision, at_ns: int) -> dict[str, int]:
+    def granted(self, plan: Plan, decision: Granted, at_ns: int) -> dict[str, int]:
         """The owner's answer for a call that asked at `at_ns`; what it holds. The rest is a lease."""
         more, full = decision.more, decision.full
         held = dict(decision.held)

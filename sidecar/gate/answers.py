@@ -78,6 +78,9 @@ class Decision(NamedTuple):
     shadow: str | None = None  # a limit that would stop it, were it in force
 
 
+NOBODY_ASKED: Final = Decision(allowed=True, source="", freshness=Freshness.FRESH)
+
+
 class Told(NamedTuple):
     """What a denied client is told of a decision; the arguments of `denials.Denials`."""
 

@@ -21,7 +21,7 @@ from time import monotonic, time
 from typing import Final, Self
 
 from sidecar.gate import answers
-from sidecar.gate.answers import Ages, Decision, Entry, Freshness, OnFailure, Standing
+from sidecar.gate.answers import NOBODY_ASKED, Ages, Decision, Entry, Freshness, OnFailure, Standing
 from sidecar.gate.sources.base import Caller, NoAnswer, Source
 from sidecar.settings import AskedSettings
 
@@ -35,15 +35,16 @@ PROBE_S: Final = 1.0  # between two questions to a source that is down, doubled 
 PROBE_S_MAX: Final = 30.0  # up to this
 EVICTION_LOOKS: Final = 16  # of the least used entries, for one that nothing holds
 
-ALLOWED: Final = Decision(allowed=True, source="", freshness=Freshness.FRESH)
-"""Where nobody is asked."""
+
+Used = Callable[[str, int], int]
+"""How much a call did use of a unit, given how much of it was held back; money in pico-USD, meters in millionths."""
 
 
 @dataclass(slots=True)
 class Hold:
     """What a call that was let through holds back, until it is settled or released; once, whatever happens."""
 
-    parts: list[tuple[Entry, str | None, int]] = field(default_factory=list)
+    parts: list[tuple[Entry, str, int]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,10 +79,9 @@ class _Asked:
 
 
 class Asking:
-    """The sources of one process. Open it as a context; `counts` and `questions` are for metrics.
+    """The sources of one process. Open it as a context; `questions` is for metrics: by (source, `answered` or why not).
 
-    `counts`: decisions by (`allowed` or `denied`, source, freshness, reason where nobody answered). `questions`: by
-    (source, `answered` or why not). `on_failure`: `open`, `closed` or `last`.
+    `on_failure`: `open`, `closed` or `last`.
     """
 
     def __init__(
@@ -94,14 +94,14 @@ class Asking:
         mono: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ) -> None:
-        self.counts: Counter[tuple[str, str, str, str]] = Counter()
-        self.questions: Counter[tuple[str, str]] = Counter()
+        self.questions: Counter[tuple[str, ...]] = Counter()
         self._ages = ages or Ages.of(settings, on_failure)
         self._timeout_s = settings.gate_timeout
         self._subjects_max = settings.gate_subscribers
         self._mono, self._wall = mono, wall
         self._asked = [_Asked(source, asyncio.Semaphore(ASKS_AT_ONCE)) for source in sources]
         self._open: dict[str, Hold] = {}
+        self._waits: set[asyncio.Task[None]] = set()
         self.not_held = 0
         self._closed = False
 
@@ -113,7 +113,7 @@ class Asking:
 
     async def __aexit__(self, *exc: object) -> None:
         self._closed = True
-        tasks = [task for asked in self._asked for task in asked.flights.values()]
+        tasks = [*self._waits, *(task for asked in self._asked for task in asked.flights.values())]
         for asked in self._asked:
             for timer in asked.timers.values():
                 timer.cancel()
@@ -126,21 +126,40 @@ class Asking:
 
     # -- on the way of a call
 
-    def decide(self, caller: Caller) -> Decision | None:
-        """Whether a call may be made, by what is at hand; None: somebody must be asked first (`decided`)."""
-        return self._decide(caller, final=False)
+    def decide(self, caller: Caller, *, final: bool = False) -> Decision | None:
+        """Whether a call may be made, by what is at hand; None: somebody must be asked first (`wait`).
 
-    async def decided(self, caller: Caller) -> Decision:
-        """The same, and waits for one question to each source that has to be asked, no longer than the time limit."""
-        found = self._decide(caller, final=False)
-        if found is not None:
-            return found
+        `final`: nobody is waited for, so it is never None."""
+        chosen, must_ask = NOBODY_ASKED, False
+        for asked in self._asked:
+            found = self._of_one(asked, caller, final=final)
+            if found is None:
+                must_ask = True
+            elif not found.allowed:
+                chosen = found
+                break
+            else:
+                chosen = found if chosen is NOBODY_ASKED else _stalest(chosen, found)
+        # The others were asked in the same turn: one that says no meanwhile need not be waited for.
+        return None if must_ask and chosen.allowed else chosen
+
+    async def wait(self, caller: Caller) -> None:
+        """For one question to each source that has to be asked, no longer than the time limit."""
         flights = {flight for asked in self._asked if (flight := self._missing(asked, caller)) is not None}
         if flights:
             await asyncio.wait(flights, timeout=self._timeout_s)
-        found = self._decide(caller, final=True)
-        assert found is not None, "a final decision is one"
-        return found
+
+    def when_answered(self, caller: Caller, then: Callable[[], None]) -> None:
+        """Call `then` once nobody has to be waited for any more (`wait`); never where this is closed before."""
+
+        async def waited() -> None:
+            await self.wait(caller)
+            if not self._closed:
+                then()
+
+        task = asyncio.get_running_loop().create_task(waited())
+        self._waits.add(task)
+        task.add_done_callback(self._waits.discard)
 
     def reserve(self, caller: Caller, estimate: Mapping[str, int]) -> Hold:
         """Hold back what a call that was let through may use, by unit: money in pico-USD, meters in millionths."""
@@ -154,29 +173,28 @@ class Asking:
                 hold.parts.append((entry, asked.source.unit, amount))
         return hold
 
-    def settle(self, hold: Hold, amounts: Mapping[str, int]) -> None:
-        """What the call did use, by unit, in the place of what it held back. A second time does nothing."""
+    def settle(self, hold: Hold, used: Used) -> None:
+        """What the call did use in the place of what it held back. A second time does nothing."""
         now_s = self._mono()
         parts, hold.parts = hold.parts, []
         for entry, unit, amount in parts:
             entry.reserved -= amount
             entry.holds -= 1
-            if unit is not None:
-                entry.since.add(max(amounts.get(unit, 0), 0), now_s)
+            entry.since.add(max(used(unit, amount), 0), now_s)
 
     def release(self, hold: Hold) -> None:
         """The call used nothing."""
-        self.settle(hold, {})
+        self.settle(hold, lambda unit, held: 0)
 
-    def charge(self, caller: Caller, amounts: Mapping[str, int]) -> None:
-        """What a call used that held nothing back here, because another process let it through."""
+    def charge(self, caller: Caller, used: Used) -> None:
+        """What a call used that held nothing back here, because it was let through before this process began."""
         now_s = self._mono()
         for asked in self._asked:
             entry = self._known(asked, caller)
             if entry is not None and asked.source.unit is not None:
-                entry.since.add(max(amounts.get(asked.source.unit, 0), 0), now_s)
+                entry.since.add(max(used(asked.source.unit, 0), 0), now_s)
 
-    # The same by the id of a call, for a process that is told of its begin and its end by others.
+    # The same by the id of a call.
 
     def began(self, call_id: str, caller: Caller, estimate: Mapping[str, int]) -> None:
         """A call was let through: hold back its estimate until `ended`. Beyond a bound nothing is held, and counted."""
@@ -187,13 +205,13 @@ class Asking:
             return
         self._open[call_id] = self.reserve(caller, estimate)
 
-    def ended(self, call_id: str, caller: Caller, amounts: Mapping[str, int]) -> None:
+    def ended(self, call_id: str, caller: Caller, used: Used) -> None:
         """What it did use. A call that held nothing is charged all the same."""
         hold = self._open.pop(call_id, None)
         if hold is None:
-            self.charge(caller, amounts)
+            self.charge(caller, used)
         else:
-            self.settle(hold, amounts)
+            self.settle(hold, used)
 
     def died(self, is_of: Callable[[str], bool]) -> int:
         """A process is no more: what its calls (by their ids) held is free. How many those were."""
@@ -219,26 +237,6 @@ class Asking:
         ]
 
     # -- one source
-
-    def _decide(self, caller: Caller, *, final: bool) -> Decision | None:
-        chosen, must_ask = ALLOWED, False
-        for asked in self._asked:
-            found = self._of_one(asked, caller, final=final)
-            if found is None:
-                must_ask = True
-            elif not found.allowed:
-                chosen = found
-                break
-            else:
-                chosen = found if chosen is ALLOWED else _stalest(chosen, found)
-        if must_ask and chosen.allowed:
-            # The others were asked in the same turn: one that says no meanwhile need not be waited for.
-            return None
-        if chosen is not ALLOWED:
-            word = "allowed" if chosen.allowed else "denied"
-            reason = chosen.reason if chosen.freshness is Freshness.NONE else ""
-            self.counts[word, chosen.source, chosen.freshness.value, reason] += 1
-        return chosen
 
     def _of_one(self, asked: _Asked, caller: Caller, *, final: bool) -> Decision | None:
         subject = asked.source.subject(caller)

@@ -30,6 +30,7 @@ WARN_PERCENT: Final = 80
 ALLOWED: Final = "allowed"
 DENIED: Final = "denied"
 SHADOW: Final = "shadow"
+UNDECIDED: Final = "undecided"  # of a call whose client left before
 
 
 @dataclass(slots=True, eq=False)
@@ -100,11 +101,14 @@ class Counters:
         limits: Sequence[Limit],
         *,
         dry_run: bool = False,
+        leases: bool = True,
         reached: Callable[[Counter, int], None] | None = None,
     ) -> None:
-        """`dry_run`: no limit blocks. `reached`: told once that a counter came to so many percent."""
+        """`dry_run`: no limit blocks. `leases`: False: each call is asked for. `reached`: told once that a counter
+        came to so many percent."""
         self.limits = {limit.name: limit for limit in limits}
         self._dry_run = dry_run
+        self._leases = leases
         self._reached = reached
         self._counters: dict[str, Counter] = {}
         self._out: dict[str, dict[str, int]] = {}  # by process, then by counter
@@ -134,7 +138,7 @@ class Counters:
             # A call that may need more than is left takes the rest and goes: the last one is let in, not turned away.
             reserved = min(amount, left) if left > 0 else amount
             held[counter.key] = reserved
-            lease = min((left - reserved) // LEASE_PARTS, amount * LEASE_CALLS_MAX) if left > 0 else 0
+            lease = min((left - reserved) // LEASE_PARTS, amount * LEASE_CALLS_MAX) if left > 0 and self._leases else 0
             if lease >= amount > 0:
                 more[counter.key] = lease
                 self._leased.setdefault(counter.key, set()).add(process)
@@ -210,10 +214,13 @@ class Counters:
         for counter in self._counters.values():
             if counter.end_ns <= at_ns:
                 continue
-            until_ns = None if counter.end_ns >= FOREVER_NS else counter.end_ns
-            row = Row(counter.limit, counter.scope, counter.used(at_ns), counter.out, until_ns)
-            found[counter.limit.name].append(row)
+            found[counter.limit.name].append(self._row(counter, at_ns))
         return [row for rows in found.values() for row in sorted(rows, key=lambda r: (-r.used - r.reserved, r.scope))]
+
+    def row(self, limit: str, needs: Sequence[Need], at_ns: int) -> Row | None:
+        """Where the counter of this limit stands that such a call falls under."""
+        counter = next((self._counter_of(need, at_ns) for need in needs if need.limit == limit), None)
+        return None if counter is None else self._row(counter, at_ns)
 
     def settled(self, key: str, at_ns: int) -> int:
         counter = self._counters.get(key)
@@ -225,6 +232,11 @@ class Counters:
 
     def __repr__(self) -> str:
         return f"<Counters: {len(self._counters)} of {len(self.limits)} limits, {len(self._out)} processes>"
+
+    @staticmethod
+    def _row(counter: Counter, at_ns: int) -> Row:
+        until_ns = None if counter.end_ns >= FOREVER_NS else counter.end_ns
+        return Row(counter.limit, counter.scope, counter.used(at_ns), counter.out, until_ns)
 
     def _counter_of(self, need: Need, at_ns: int) -> Counter:
         limit = self.limits[need.limit]

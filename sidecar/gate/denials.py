@@ -160,7 +160,7 @@ class Denials:
         """`statuses`: by kind, where they are not 402 and 429. `chance`: 0 to 1, for the jitter of waits."""
         self._endpoints = endpoints
         self._statuses = statuses or {}
-        self._show_amounts = settings.gate_amounts
+        self.shows_amounts = settings.gate_amounts
         self._chance = chance
 
     def __call__(
@@ -181,7 +181,7 @@ class Denials:
             kind="quota" if kind == "quota" else "rate",
             retry_after_s=retry_after_s,
             message=message,
-            amounts=amounts if self._show_amounts else None,
+            amounts=amounts if self.shows_amounts else None,
             streamed=in_array,
             status=self._statuses.get(kind),
             jitter=self._chance(),

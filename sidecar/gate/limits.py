@@ -201,12 +201,7 @@ class Charging:
         What was reserved under is what is charged. A limit that was not asked (it is new, or the owner was not there,
         or the model became known by the response alone) is charged by what the record says.
         """
-        if call.outcome in _GIVEN_BACK:
-            back = True
-        else:
-            status, usage = call.status, call.usage
-            silent = usage is None or usage.usage_state is UsageState.ABSENT
-            back = status is not None and status >= 400 and silent
+        back = _used_nothing(call)
         held = {} if call.gate is None else call.gate.reserved
         by_name = {limit_name(counter): (counter, reserved) for counter, reserved in held.items()}
         facts: Facts | None = None
@@ -224,19 +219,23 @@ class Charging:
             else:
                 counter, reserved = known
                 scope = counter.partition("|")[2].rpartition("|")[0]
-            amount = 0 if back else self._amount(limit, call, reserved)
+            amount = 0 if back else self._amount(limit.unit, limit.meter, call, reserved)
             if amount or reserved:
                 found.append(Charge(limit, counter, scope, amount, reserved))
         return found
 
-    def _amount(self, limit: Limit, call: Exchange, reserved: int) -> int:
-        if limit.unit == "concurrent":
+    def used(self, unit: str, meter: Meter | None, call: Exchange, reserved: int) -> int:
+        """What a call used of a unit. `reserved`: what was set aside for it, where that stays unknown."""
+        return 0 if _used_nothing(call) else self._amount(unit, meter, call, reserved)
+
+    def _amount(self, unit: str, meter: Meter | None, call: Exchange, reserved: int) -> int:
+        if unit == "concurrent":
             return 0
-        if limit.unit == "calls":
+        if unit == "calls":
             return 0 if call.parent_id is not None else 1
         if call.outcome is Outcome.UNKNOWN:
             return reserved if self._unknown == "reserve" else 0
-        seen = self._used(limit.unit, call) if limit.meter is None else self._metered(limit.meter, call)
+        seen = self._used(unit, call) if meter is None else self._metered(meter, call)
         usage = call.usage
         if usage is None or usage.usage_state in _KNOWN:
             # A price that nobody knows is no price of nothing.
@@ -271,6 +270,15 @@ class Charging:
     def _metered(meter: Meter, call: Exchange) -> int:
         quantity = meter.quantity(record_of(call, seq=0, instance="", line=b""))
         return 0 if quantity is None or quantity < 0 else _rounded_up(Decimal(quantity) * MILLIONTHS)
+
+
+def _used_nothing(call: Exchange) -> bool:
+    """It was turned away, or failed before anything was consumed."""
+    if call.outcome in _GIVEN_BACK or (call.gate is not None and not call.gate.sent):
+        return True
+    status, usage = call.status, call.usage
+    silent = usage is None or usage.usage_state is UsageState.ABSENT
+    return status is not None and status >= 400 and silent
 
 
 def facts_of(call: Exchange, key: str | None = None) -> Facts:

@@ -4,6 +4,10 @@ It answers a question in one step over all limits of the call. Where it would de
 those first what they really hold (`tell`), and decides again when they have said it: so a limit is used to its last
 call and never beyond.
 
+Where others are asked too, each call is asked for here, and they are asked first: what they say and what the
+limits say is decided in one step, without an `await` in between. Nothing is leased then, and what a call holds of a
+vendor's answer is known by the call's id until its record is there.
+
 It begins with nothing. `load` gives it what the records say, those that serve tell what their open calls hold, and
 until both is there questions wait. A record that arrives meanwhile is settled at once: what is loaded is added to it.
 """
@@ -11,15 +15,23 @@ until both is there questions wait. A record that arrives meanwhile is settled a
 from __future__ import annotations
 
 import logging
+from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, NamedTuple, Protocol
 
-from sidecar.gate.counters import DENIED, Counter, Counters, Need, Row
+from sidecar.gate import answers
+from sidecar.gate.answers import NOBODY_ASKED, Freshness
+from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Decision, Row
 from sidecar.gate.estimate import Outputs
 from sidecar.gate.limits import PICO, Charge, Charging, Facts
+from sidecar.gate.protocol import LIMITS, ON_FAILURE, Question, Ruling, Spoken, Used
+from sidecar.gate.sources.base import Caller
+from sidecar.gate.windows import SECOND_NS
+from sidecar.meters.definition import Meter
 from sidecar.model.exchange import Exchange
 from sidecar.model.record import Record
 
@@ -28,6 +40,7 @@ log = logging.getLogger("sidecar.gate")
 RECALL_S: Final = 0.25  # a process that has not told by then is taken for holding all that it was granted
 ROUNDS_MAX: Final = 2  # of asking the others for one question
 SWEEP_S: Final = 60.0
+LIMIT_CHARS_MAX: Final = 120  # of what a vendor calls a limit: it gets into records
 
 
 class Process(Protocol):
@@ -41,14 +54,27 @@ class Handle(Protocol):
     def cancel(self) -> None: ...
 
 
-@dataclass(slots=True)
-class _Question:
+class Others(Protocol):
+    """Those outside, as `sidecar.gate.asking.Asking` is."""
+
+    def decide(self, caller: Caller, *, final: bool = False) -> answers.Decision | None: ...
+    def when_answered(self, caller: Caller, then: Callable[[], None]) -> None: ...
+    def began(self, call_id: str, caller: Caller, estimate: Mapping[str, int]) -> None: ...
+    def ended(self, call_id: str, caller: Caller, used: Callable[[str, int], int]) -> None: ...
+    def died(self, is_of: Callable[[str], bool]) -> int: ...
+
+
+@dataclass(slots=True, eq=False)
+class _Asked:
+    """A question of a process. `caller`: None: only limits are asked. `void`: its call has ended meanwhile, or it is
+    asked anew."""
+
     process: str
-    number: int
-    at_ns: int
-    model: str | None
-    needs: list[Need]
+    question: Question
+    caller: Caller | None
     rounds: int = 0
+    waited: bool = False  # for those outside
+    void: bool = False
 
 
 @dataclass(slots=True)
@@ -68,14 +94,24 @@ class Owner:
         dry_run: bool,
         clock_ns: Callable[[], int],
         call_later: Callable[[float, Callable[[], None]], Handle],
+        others: Others | None = None,
+        units: Mapping[str, Meter | None] | None = None,
     ) -> None:
+        """`others`: who else is asked. `units`: in which they count down, each with its meter, in the order of
+        `Asker.amounts`."""
         self._charging = charging
+        self._dry_run = dry_run
         self._clock_ns = clock_ns
         self._call_later = call_later
-        self.counters = Counters(charging.limits, dry_run=dry_run, reached=_say)
+        self._others = others
+        self._units = units or {}
+        self.counters = Counters(charging.limits, dry_run=dry_run, leases=others is None, reached=_say)
+        self.unanswered: Tally[tuple[str, ...]] = Tally()
+        """Decisions without an answer that is believed, by (source, decision, why; `last`: by an old one)."""
         self._outputs = Outputs()
         self._known: dict[str, _Known] = {}
-        self._waiting: list[_Question] = []
+        self._waiting: list[_Asked] = []
+        self._outside: dict[str, _Asked] = {}  # by call: what is not decided yet where others are asked
         self._untold: set[str] = set()  # who was asked to tell and has not yet
         self._timer: Handle | None = None
         self._loaded = False
@@ -98,7 +134,11 @@ class Owner:
     def left(self, process: str) -> None:
         """Its connection is gone. What it holds it holds, until it tells, or has died."""
         self._known.pop(process, None)
-        self._waiting = [question for question in self._waiting if question.process != process]
+        self._waiting = [asked for asked in self._waiting if asked.process != process]
+        for call_id, asked in list(self._outside.items()):
+            if asked.process == process:  # it asks anew when it is here again
+                asked.void = True
+                del self._outside[call_id]
         self._heard(process)
 
     def died(self, process: str, left_open: Iterable[bytes]) -> None:
@@ -110,17 +150,30 @@ class Owner:
             except ValueError:
                 log.exception("a call that was left open could not be counted")
         self.counters.gone(process)
+        if self._others is not None:
+            self._others.died(lambda call_id: process_of(call_id) == process)
         self._heard(process)
 
     # -- what they say ---------------------------------------------------------------------------
 
     def ask(self, process: str, payload: Sequence[Any]) -> None:
-        number, at_ns, model, needs = payload
-        question = _Question(process, number, at_ns, model, [Need(*need) for need in needs])
+        question = Question.read(payload)
+        asker, caller = question.asker, None
+        if asker is not None and self._others is not None:
+            caller = Caller(
+                subscriber=asker.subscriber, model=question.model, provider=asker.provider,
+                dimensions=dict(asker.dimensions),
+            )  # fmt: skip
+        asked = _Asked(process, question, caller)
+        if asker is not None and caller is not None:
+            self._outside[asker.id] = asked
+        self._next(asked)
+
+    def _next(self, asked: _Asked) -> None:
         if not self._loaded or self._untold:
-            self._waiting.append(question)
+            self._waiting.append(asked)
         else:
-            self._decide(question)
+            self._decide(asked)
 
     def told(self, process: str, payload: Sequence[Any]) -> None:
         """What its open calls hold, as of the last answer that it had heard: what was granted since comes on top."""
@@ -147,6 +200,21 @@ class Owner:
         charges = self._charging.charges(call)
         if charges:
             self.counters.settle(process_of(call.id), charges, call.started_ns)
+        if self._others is not None:
+            self._settle_outside(self._others, call)
+
+    def _settle_outside(self, others: Others, call: Exchange) -> None:
+        asked = self._outside.pop(call.id, None)
+        if asked is not None:
+            asked.void = True  # its client left, or it was decided without us: it must not hold anything from here on
+        usage = call.usage
+        caller = Caller(
+            subscriber=None if call.subscriber is None else call.subscriber.id,
+            model=None if usage is None else usage.request_model or usage.model,
+            provider=None if usage is None else usage.provider,
+            dimensions=call.dimensions,
+        )
+        others.ended(call.id, caller, lambda unit, held: self._charging.used(unit, self._units.get(unit), call, held))
 
     def load(self, found: Counters) -> None:
         """What the records say that were there before this life. From here on questions are answered."""
@@ -164,32 +232,79 @@ class Owner:
 
     # -- deciding --------------------------------------------------------------------------------
 
-    def _decide(self, question: _Question) -> None:
-        known = self._known.get(question.process)
-        if known is None:
+    def _decide(self, asked: _Asked) -> None:
+        known = self._known.get(asked.process)
+        if known is None or asked.void:
             return
-        try:
-            decision = self.counters.decide(question.process, question.needs, question.at_ns)
-        except KeyError:  # of a limit that this life does not know: it will hear of the new ones when it starts anew
-            log.error("a process that serves asks for a limit that is not defined")
+        said = self._said(asked)
+        if said is None:
             return
-        if decision.decision == DENIED and decision.leased_to and question.rounds < ROUNDS_MAX:
-            question.rounds += 1
-            self._waiting.append(question)
-            self._recall(decision.leased_to)
-            if not self._untold:
-                self._go_on()
-            return
+        question = asked.question
+        decision = Decision(ALLOWED)
+        if said.allowed or self._dry_run:
+            try:
+                decision = self.counters.decide(asked.process, question.needs, question.at_ns)
+            except KeyError:  # of a limit that this life does not know: it hears of the new ones when it starts anew
+                log.error("a process that serves asks for a limit that is not defined")
+                return
+            if decision.decision == DENIED and decision.leased_to and asked.rounds < ROUNDS_MAX:
+                asked.rounds += 1
+                self._waiting.append(asked)
+                self._recall(decision.leased_to)
+                if not self._untold:
+                    self._go_on()
+                return
+        self._answer(known, asked, said, decision)
+
+    def _said(self, asked: _Asked) -> answers.Decision | None:
+        """What those outside say; None: they are being asked, and it goes on from there."""
+        caller, others = asked.caller, self._others
+        if caller is None or others is None:
+            return NOBODY_ASKED
+        # A dry run must not cost anybody time.
+        said = others.decide(caller, final=asked.waited or self._dry_run)
+        if said is None:
+            asked.waited = True
+            others.when_answered(caller, lambda: self._next(asked))
+        return said
+
+    def _answer(self, known: _Known, asked: _Asked, said: answers.Decision, decision: Decision) -> None:
+        question, asker = asked.question, asked.question.asker
+        word, limit, source, age_s = together(said, decision, dry_run=self._dry_run)
+        if asker is not None and asked.caller is not None and self._others is not None:
+            self._outside.pop(asker.id, None)
+            if said.freshness is not Freshness.FRESH:
+                why = said.reason if said.freshness is Freshness.NONE else said.freshness.value
+                self.unanswered[said.source, word, why] += 1
+            if word != DENIED:
+                estimate = dict(zip(self._units, asker.amounts, strict=False))
+                self._others.began(asker.id, asked.caller, estimate)
         known.answers += 1
         granted = dict(decision.held)
         for key, amount in decision.more.items():
             granted[key] = granted.get(key, 0) + amount
         if granted:
             known.granted.append((known.answers, granted))
-        known.speaks.answer((
-            known.answers, question.number, self._outputs.usual(question.model), decision.decision, decision.limit,
-            dict(decision.held), dict(decision.more), list(decision.full), decision.retry_after_s,
-        ))  # fmt: skip
+        spoken = amounts = None
+        if word == DENIED and source == LIMITS:
+            amounts = self._used(limit, question)
+        elif word == DENIED:
+            why = f" ({said.reason})" if said.reason else ""
+            spoken = Spoken(*answers.told(said), f"denied by {said.source}{why}")
+        known.speaks.answer(
+            Ruling(
+                known.answers, question.number, self._outputs.usual(question.model), word, limit, source, age_s,
+                decision.held, decision.more, decision.full, decision.retry_after_s, spoken, amounts,
+            ).plain()
+        )  # fmt: skip
+
+    def _used(self, limit: str | None, question: Question) -> Used | None:
+        row = self.counters.row(limit or "", question.needs, question.at_ns)
+        if row is None:
+            return None
+        until = None if row.until_ns is None else datetime.fromtimestamp(row.until_ns // SECOND_NS, UTC).isoformat()
+        text = row.limit.text
+        return Used(text(row.used + row.reserved), text(row.limit.amount), row.limit.unit, until)
 
     def _recall(self, processes: Iterable[str]) -> None:
         for process in processes:
@@ -216,12 +331,29 @@ class Owner:
             self._timer.cancel()
             self._timer = None
         waiting, self._waiting = self._waiting, []
-        for question in waiting:
-            self._decide(question)
+        for asked in waiting:
+            self._decide(asked)
 
     def _sweep(self) -> None:
         self.counters.sweep(self._clock_ns())
         self._sweeper = self._call_later(SWEEP_S, self._sweep)
+
+
+def together(said: answers.Decision, decision: Decision, *, dry_run: bool) -> tuple[str, str | None, str, float]:
+    """What holds of what those outside say and what the limits say: the decision, the limit that denies or would, who
+    said so, and how old that is. `decision` is of no weight where those outside deny."""
+    source = ON_FAILURE if said.freshness is Freshness.NONE else said.source
+    age_s = round(said.age_s or 0.0, 1)
+    if not said.allowed and not dry_run:
+        return DENIED, (said.limit or said.source)[:LIMIT_CHARS_MAX], source, age_s
+    if decision.decision != ALLOWED:
+        return decision.decision, decision.limit, LIMITS, 0.0
+    if said is NOBODY_ASKED:
+        return ALLOWED, None, LIMITS, 0.0
+    would = said.shadow if said.allowed else said.limit or said.source
+    if would is not None:
+        return SHADOW, would[:LIMIT_CHARS_MAX], source, age_s
+    return ALLOWED, None, source, age_s
 
 
 def process_of(call_id: str) -> str:

@@ -135,16 +135,18 @@ class Gate:
 
     `limit`: the one that denied it, or would have. `source`: who said so: `limits`, a vendor's name, or `on_failure`
     where nobody could be asked. `age_s`: how old the answer was. `reserved`: by counter (`limit|scope|period`), what
-    was set aside for the call; its end settles that.
+    was set aside for the call; its end settles that. `sent`: False: nothing of the call went upstream, so that it took
+    nothing of anything.
 
     Nobody changes one. It is not frozen, because one is made for each call under limits.
     """
 
-    decision: str  # allowed, denied, shadow
+    decision: str  # allowed, denied, shadow; undecided: the client left before
     limit: str | None = None
     source: str = "limits"
     age_s: float = 0.0
     reserved: Mapping[str, int] = field(default_factory=dict)
+    sent: bool = True
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -152,6 +154,8 @@ class Gate:
         }  # fmt: skip
         if self.reserved:
             found["reserved"] = self.reserved
+        if not self.sent:
+            found["sent"] = False
         return found
 
 

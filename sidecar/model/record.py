@@ -325,7 +325,7 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
 
 def _read_gate(row: dict[str, Any]) -> Gate:
     source, age_s = row.get("source") or "", row.get("age_s") or 0.0
-    return Gate(row["decision"], row.get("limit"), source, age_s, row.get("reserved") or {})
+    return Gate(row["decision"], row.get("limit"), source, age_s, row.get("reserved") or {}, row.get("sent", True))
 
 
 def usage_of(row: dict[str, Any]) -> Usage:

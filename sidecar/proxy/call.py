@@ -28,9 +28,11 @@ from time import monotonic_ns
 from typing import Final, Protocol, TypeVar
 
 from sidecar.gate.admission import Admission, Prepared, Response, Verdict, Weighed
+from sidecar.gate.counters import DENIED, UNDECIDED
 from sidecar.gate.estimate import READ_BYTES_MAX
 from sidecar.model.exchange import (
     Exchange,
+    Gate,
     Outcome,
     Release,
     Subscriber,
@@ -345,7 +347,7 @@ class Call:
         weighed = gating.weighed = gating.gate.weigh(gating.prepared, came, gating.length, who)
         verdict = gating.gate.at_once(weighed)
         if verdict is None:
-            gating.gate.ask(weighed, self._judge)
+            gating.gate.ask(weighed, self._exchange.id, self._judge)
         else:
             self._judge(verdict)
 
@@ -764,9 +766,11 @@ class Call:
     def _take_back(self, gating: _Gating) -> None:
         """Nothing of the call went upstream: what was set aside for it is free."""
         given = self._exchange.gate
-        if given is not None and given.reserved:
+        if given is None:
+            self._exchange.gate = Gate(UNDECIDED, source="", sent=False)
+        elif given.decision != DENIED:
             gating.gate.cancelled(given)
-            self._exchange.gate = replace(given, reserved={})
+            self._exchange.gate = replace(given, reserved={}, sent=False)
 
     def _ask_request(self, tap: RequestTap) -> None:
         """What only the request's body says: who pays, and which model gave no response."""

@@ -9,13 +9,17 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from decimal import Decimal
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant
+from sidecar.gate.admission import Admission, Meant, Outside
+from sidecar.gate.allowance import measure_of
+from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.denials import Denials
 from sidecar.gate.limits import (
+    METER,
     Charging,
     Facts,
     Limit,
@@ -26,9 +30,11 @@ from sidecar.gate.limits import (
     remarks,
 )
 from sidecar.gate.owner import Hour, Owner, count_hours, count_records
+from sidecar.gate.protocol import LIMITS
+from sidecar.gate.sources import SOURCES, problems, sources
 from sidecar.gate.windows import SECOND_NS
 from sidecar.ledger import LedgerReader, UsageRow
-from sidecar.meters.definition import MetersError, read_meters
+from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usage, UsageState
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
@@ -43,7 +49,6 @@ from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
-LIMITS: Final = "limits"
 HOUR_S: Final = 3600
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
@@ -65,18 +70,65 @@ def limits(settings: Settings) -> tuple[Limit, ...]:
 
 
 def faults(settings: Settings) -> list[str]:
-    """What keeps the limits from being used, all of it."""
+    """What keeps the gate from being used, all of it."""
+    found: list[str] = []
+    names = [LIMITS, *SOURCES]
+    for name in settings.gate.gate:
+        if name not in names:
+            near = get_close_matches(name, names, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            found.append(f"SIDECAR_GATE: {name} is nobody who can be asked: expected {', '.join(names)} or none{hint}")
+    found += problems(settings, settings.gate.gate)
     try:
+        found += _missing_meters(settings)
         limits(settings)
     except LimitsError as error:
-        return list(error.problems)
+        found += error.problems
     except MetersError:
         pass  # told by whoever reads the meters
+    return found
+
+
+def _missing_meters(settings: Settings) -> list[str]:
+    """Of the units in which those outside count down."""
+    known = {meter.name for meter in read_meters(settings.meters)}
+    asked = settings.asked
+    units = {
+        "revenium": ("GATE_REVENIUM_UNIT", asked.gate_revenium_unit),
+        "openmeter": ("GATE_OPENMETER_UNIT", asked.gate_openmeter_unit),
+    }
     return [
-        f"SIDECAR_GATE: {name} cannot be asked: expected {LIMITS}, or none (docs/gate.md)"
-        for name in settings.gate.gate
-        if name != LIMITS
+        f"SIDECAR_{variable}={unit}: there is no such meter: expected one of {', '.join(sorted(known)) or 'none'}"
+        for name, (variable, unit) in units.items()
+        if name in settings.gate.gate and unit is not None
+        if unit.startswith(METER) and unit.removeprefix(METER) not in known
     ]
+
+
+def outside(settings: Settings) -> Outside | None:
+    """Who is asked beside the limits; None: nobody. Raises `ValueError` for what `faults` tells."""
+    found = sources(settings, settings.gate.gate)
+    if not found:
+        return None
+    return Outside(
+        names=tuple(source.name for source in found),
+        measures=tuple(measure_of(unit, meter) for unit, meter in _units(settings).items()),
+        by_model=any(source.by_model for source in found),
+        answer_s=settings.asked.gate_timeout,
+    )
+
+
+def _units(settings: Settings) -> dict[str, Meter | None]:
+    """In which those outside count down, each with its meter; in one order for who asks and who is asked."""
+    meters = {METER + meter.name: meter for meter in read_meters(settings.meters)}
+    units = {source.unit for source in sources(settings, settings.gate.gate)} - {None}
+    return {unit: meters.get(unit) for unit in sorted(filter(None, units))}
+
+
+def asking(settings: Settings) -> Asking | None:
+    """Those outside, to be opened; None: nobody is asked. Raises `ValueError` for what `faults` tells."""
+    found = sources(settings, settings.gate.gate)
+    return Asking(found, settings.asked, on_failure=settings.gate.gate_on_failure) if found else None
 
 
 def notes(settings: Settings) -> list[str]:
@@ -84,14 +136,17 @@ def notes(settings: Settings) -> list[str]:
     found = remarks(limits(settings), priced=settings.prices.prices != "none")
     if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
         found.append("limits are defined and SIDECAR_GATE does not have limits: none of them holds")
-    if settings.gate.gate_dry_run and (settings.limits or settings.gate.limits):
-        found.append("SIDECAR_GATE_DRY_RUN: no limit denies a call")
+    asked = [name for name in settings.gate.gate if name in SOURCES]
+    if settings.gate.gate_dry_run and (settings.limits or settings.gate.limits or asked):
+        found.append("SIDECAR_GATE_DRY_RUN: no call is denied")
     return found
 
 
 def price(settings: Settings) -> Price | None:
     """What tokens will cost; None: nobody asks, or there are no prices."""
-    if settings.prices.prices == "none" or not any(limit.unit == "cost_usd" for limit in limits(settings)):
+    asked = outside(settings)
+    counts = any(limit.unit == "cost_usd" for limit in limits(settings)) or (asked is not None and asked.needs_cost)
+    if settings.prices.prices == "none" or not counts:
         return None
     book = price_book(settings)
 
@@ -119,11 +174,11 @@ def charging(settings: Settings) -> Charging | None:
 
 def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | None:
     """What the hop asks; None: every call may be made."""
-    found = limits(settings)
-    if not found:
+    found, asked = limits(settings), outside(settings)
+    if not found and asked is None:
         return None
     loop = asyncio.get_running_loop()
-    sources = [Source.parse(text) for text in settings.attribution.subscriber]
+    payers = [Source.parse(text) for text in settings.attribution.subscriber]
     return Admission(
         found,
         meant=partial(_meant, taps),
@@ -140,7 +195,8 @@ def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | No
         ),
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
-        body_says_who=any(source.kind is SourceKind.BODY for source in sources),
+        body_says_who=any(source.kind is SourceKind.BODY for source in payers),
+        outside=asked,
     )
 
 
@@ -206,13 +262,28 @@ class Settling:
         self._metrics.call_ended(exchange)
 
 
-def owner(settings: Settings) -> Owner | None:
-    """Who holds the counters; None: there is no limit."""
+def owner(settings: Settings, asking: Asking | None) -> Owner | None:
+    """Who decides; None: there is no limit, and nobody outside is asked. `asking`: open."""
     found = charging(settings)
-    if found is None:
+    if found is None and asking is None:
         return None
     loop = asyncio.get_running_loop()
-    return Owner(found, dry_run=settings.gate.gate_dry_run, clock_ns=time.time_ns, call_later=loop.call_later)
+    return Owner(
+        found or Charging((), None, settings.gate.gate_unknown),
+        dry_run=settings.gate.gate_dry_run, clock_ns=time.time_ns, call_later=loop.call_later,
+        others=asking, units=_units(settings),
+    )  # fmt: skip
+
+
+def remarks_on(status: SourceStatus, on_failure: str) -> list[str]:
+    """What `/readyz` says of one of those outside."""
+    found = []
+    if status.failures:
+        word = "is down" if status.down else "does not answer"
+        found.append(f"{status.name} {word} ({status.reason}): calls go by SIDECAR_GATE_ON_FAILURE={on_failure}")
+    if status.unread:
+        found.append(f"{status.name} has {status.unread} rules that are not understood here and do not hold")
+    return found
 
 
 def counted(settings: Settings, reader: SpoolReader, instance: str, last_seq: int) -> Counters | None:

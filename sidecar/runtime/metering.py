@@ -25,6 +25,7 @@ from aiohttp import web
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
@@ -370,6 +371,7 @@ class Metering:
     counted: Metrics
     intake: Intake
     gate: Owner | None = None
+    asking: Asking | None = None
     seam: Seam = field(init=False)
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
@@ -439,6 +441,9 @@ class Metering:
             gauges.ledger_bytes = bills.ledger_bytes
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
+        if self.asking is not None and self.gate is not None:
+            down = {one.name: one.down for one in self.asking.status()}
+            self.counted.set_gate(self.asking.questions, self.gate.unanswered, down)
         return self.counted.exposition(gauges)
 
     async def limits(self) -> list[dict[str, Any]]:
@@ -461,6 +466,8 @@ class Metering:
             notes.append(f"{missing} of {len(serving)} workers do not answer")
             if not answers:
                 state = "degraded" if state == "ok" else state
+        for one in () if self.asking is None else self.asking.status():
+            notes += gate_factory.remarks_on(one, self.settings.gate.gate_on_failure)
         ready = not self.stopping and any(not answer.refusing for answer in answers)
         backends: list[dict[str, object]] = []
         if self.bills is not None:
@@ -549,18 +556,20 @@ async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[
     """Hear who serves. Nothing is recorded before `recording`, which is entered within."""
     counted = Metrics(backends=settings.backends)
     book = price_book(settings)
-    gate = gate_factory.owner(settings)
-    telling = counted if gate is None else gate_factory.Settling(counted, gate)
-    intake = Intake(telling, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
-    whole = Metering(settings=settings, counted=counted, intake=intake, gate=gate)
-    whole.seam = Seam(whole.intake, whole.told, whole.set_open, gate)
-    await whole.seam.listen(seam)
-    try:
-        yield whole
-    finally:
-        await whole.seam.aclose()
+    async with AsyncExitStack() as stack:
+        asking = gate_factory.asking(settings)
+        if asking is not None:
+            await stack.enter_async_context(asking)
+        gate = gate_factory.owner(settings, asking)
         if gate is not None:
-            gate.close()
+            stack.callback(gate.close)
+        telling = counted if gate is None else gate_factory.Settling(counted, gate)
+        intake = Intake(telling, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
+        whole = Metering(settings=settings, counted=counted, intake=intake, gate=gate, asking=asking)
+        whole.seam = Seam(whole.intake, whole.told, whole.set_open, gate)
+        stack.push_async_callback(whole.seam.aclose)
+        await whole.seam.listen(seam)
+        yield whole
 
 
 @asynccontextmanager

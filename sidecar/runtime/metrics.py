@@ -103,6 +103,14 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_gate_decisions": Family(
         "counter", "Whether calls may be made: `allowed`, `denied`, `shadow`", ("decision", "source", "limit")
     ),
+    "sidecar_gate_questions": Family(
+        "counter", "Questions to those whom the gate asks outside: `answered`, or why not", ("source", "result")
+    ),
+    "sidecar_gate_unanswered": Family(
+        "counter", "Calls decided without an answer that is believed; `last`: by an old one",
+        ("source", "decision", "reason"),
+    ),
+    "sidecar_gate_source_down": Family("gauge", "1 while no call waits for it, as it does not answer", ("source",)),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
     "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
     "sidecar_upstream_redirects": Family(
@@ -350,6 +358,17 @@ class Metrics(HopEvents, Collector):
     def gate_decided(self, decision: str, source: str, limit: str | None) -> None:
         """`limit`: the one that denied a call, or would have; None: none did."""
         self._count_capped("sidecar_gate_decisions", (decision, source, limit or ""))
+
+    def set_gate(
+        self,
+        questions: Mapping[Key, int],
+        unanswered: Mapping[Key, int],
+        down: Mapping[str, bool],
+    ) -> None:
+        """All that was counted of those whom the gate asks outside. Their reasons are fixed words."""
+        self._counters["sidecar_gate_questions"] = {**questions}
+        self._counters["sidecar_gate_unanswered"] = {**unanswered}
+        self._gauges["sidecar_gate_source_down"] = {(name,): int(is_down) for name, is_down in down.items()}
 
     def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
         """What a process that serves has counted (`HopCounts.take`): family, label, count."""

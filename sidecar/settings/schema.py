@@ -301,7 +301,7 @@ class PriceSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AskedSettings:
-    """Whom the gate asks outside, and how old an answer may be. Nobody is asked yet (docs/gate-sources.md)."""
+    """Those outside that `SIDECAR_GATE` names, and how old an answer may be (docs/gate-sources.md)."""
 
     gate_amounts: bool = _setting(types.flag, "false", "tell a denied client how much of the limit is used")
     gate_timeout: float = _setting(  # it is waited for once a subscriber, before its first call
@@ -341,7 +341,10 @@ class GateSettings:
         "of each subscriber: `calls=600/minute,cost_usd=50/month,concurrent=20`; more: `[[limits]]`",
     )
     gate: tuple[str, ...] = _setting(
-        types.names, "limits", "who is asked before a call is sent on; `limits`: those defined here; `none`"
+        types.names,
+        "limits",
+        "who is asked before a call is sent on: `limits` (those defined here), `revenium`, `revenium_controls`, "
+        "`openmeter`, `flexprice`, `lago`, or `none`",
     )
     gate_on_failure: str = _setting(
         types.word_of("open", "closed", "last"), "open",

@@ -170,7 +170,7 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
 
 
 def packed_gate(gate: Gate) -> tuple[Any, ...]:
-    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved)
+    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved), gate.sent
 
 
 def gate_of(packed: Sequence[Any]) -> Gate:

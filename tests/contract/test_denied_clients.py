@@ -175,7 +175,7 @@ async def test_what_a_vendor_denies_reaches_each_client_in_its_own_shape() -> No
     deny = Denials(ENDPOINTS, AskedSettings(), chance=lambda: 0.5)
 
     class Wallets:
-        name, unit, lag_s, polled_s = "lago", None, 0.0, None
+        name, unit, by_model, lag_s, polled_s = "lago", None, False, 0.0, None
 
         def subject(self, caller: Caller) -> str | None:
             return caller.subscriber
@@ -186,7 +186,10 @@ async def test_what_a_vendor_denies_reaches_each_client_in_its_own_shape() -> No
         async def aclose(self) -> None: ...
 
     async with Asking([Wallets()], AskedSettings()) as asking:
-        decision = await asking.decided(Caller(subscriber="acme"))
+        assert asking.decide(Caller(subscriber="acme")) is None
+        await asking.wait(Caller(subscriber="acme"))
+        decision = asking.decide(Caller(subscriber="acme"))
+    assert decision is not None
     reason = told(decision)
 
     def turned_away(request: Request) -> bytes:

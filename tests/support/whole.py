@@ -114,6 +114,15 @@ class Whole:
         async with aiohttp.ClientSession() as session, session.get(self.admin_url + path) as answer:
             return await answer.text()
 
+    async def until_metric(self, begin: str, limit_s: float = 30.0) -> None:
+        """Until there is a sample that begins so and is not 0."""
+        async with asyncio.timeout(limit_s):
+            while not any(
+                line.startswith(begin) and float(line.rpartition(" ")[2]) > 0
+                for line in (await self.text("/metrics")).splitlines()
+            ):
+                await asyncio.sleep(0.02)
+
     async def change(self, path: str, **body: Any) -> tuple[int, Any]:
         """A wish over the control socket: the status of its answer, and what it says."""
         # By a short name: the directory of a test may be too deep for a socket's address.

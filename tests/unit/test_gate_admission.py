@@ -14,6 +14,7 @@ from sidecar.gate.admission import Admission, Meant, Verdict
 from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import CHOICES_MAX, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Outputs, read_request
 from sidecar.gate.limits import read_limits
+from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
 from sidecar.model.exchange import Subscriber
 from sidecar.settings import AskedSettings
@@ -113,10 +114,10 @@ def asking(calls: int, output: int, total: int) -> list[tuple[str, str, int]]:
 
 def test_what_is_asked_of_the_owner() -> None:
     gate, asked, _ = admission("calls=9/day", "output_tokens=9/day", "total_tokens=9/day")
-    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 50}'), lambda verdict: None)
-    gate.ask(weigh(gate), lambda verdict: None)
-    gate.ask(weigh(gate, b"", "GET"), lambda verdict: None)
-    assert [question[2:] for question in asked] == [
+    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 50}'), "1", lambda verdict: None)
+    gate.ask(weigh(gate), "1", lambda verdict: None)
+    gate.ask(weigh(gate, b"", "GET"), "1", lambda verdict: None)
+    assert [question[2:4] for question in asked] == [
         ("m", asking(1, 50, 58)),
         (None, asking(1, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT + 1)),
         (None, asking(1, 0, 0)),
@@ -131,8 +132,8 @@ def test_money_is_set_aside_by_the_price() -> None:
             None if model not in prices else prices[model] * (tokens_in + tokens_out)
         ),
     )
-    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 92}'), lambda verdict: None)
-    gate.ask(weigh(gate, b'{"model": "unpriced", "max_tokens": 92}'), lambda verdict: None)
+    gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 92}'), "1", lambda verdict: None)
+    gate.ask(weigh(gate, b'{"model": "unpriced", "max_tokens": 92}'), "1", lambda verdict: None)
     assert [question[3] for question in asked] == [
         [("cost_usd-per-day", "acme", 300)],
         [("cost_usd-per-day", "acme", 0)],
@@ -140,8 +141,7 @@ def test_money_is_set_aside_by_the_price() -> None:
 
 
 def answer(number: int, reply: int, decision: str = "allowed", **given: Any) -> tuple[Any, ...]:
-    fields = {"limit": None, "held": {}, "more": {}, "full": [], "retry": None} | given
-    return (reply, number, None, decision, *fields.values())
+    return Ruling(reply, number, None, decision, **given).plain()
 
 
 KEY = "calls-per-day|acme|2026-11-18"
@@ -152,7 +152,7 @@ def test_a_lease_is_used_without_a_question_until_the_process_tells() -> None:
     verdicts: list[Verdict] = []
     weighed = weigh(gate)
     assert gate.at_once(weighed) is None
-    gate.ask(weighed, verdicts.append)
+    gate.ask(weighed, "1", verdicts.append)
     gate.answered(answer(1, 1, held={KEY: 1}, more={KEY: 2}))
     here = [gate.at_once(weighed) for _ in range(3)]
     assert [verdict is not None for verdict in here] == [True, True, False]
@@ -172,7 +172,7 @@ def test_a_lease_is_used_without_a_question_until_the_process_tells() -> None:
 def test_what_stays_used_up_is_denied_without_a_question() -> None:
     gate, _, _ = admission("calls=9/day")
     verdicts: list[Verdict] = []
-    gate.ask(weigh(gate), verdicts.append)
+    gate.ask(weigh(gate), "1", verdicts.append)
     gate.answered(answer(1, 1, "denied", limit="calls-per-day", full=[KEY]))
     again = gate.at_once(weigh(gate))
     assert again is not None, "it asks again"
@@ -185,7 +185,7 @@ def test_what_stays_used_up_is_denied_without_a_question() -> None:
 def test_an_answer_that_comes_too_late_changes_nothing() -> None:
     gate, _, timers = admission("calls=9/day", on_failure="closed")
     verdicts: list[Verdict] = []
-    gate.ask(weigh(gate), verdicts.append)
+    gate.ask(weigh(gate), "1", verdicts.append)
     timers[0].do()
     gate.answered(answer(1, 1, held={KEY: 1}))
     assert [verdict.gate.source for verdict in verdicts] == ["on_failure"]
@@ -196,11 +196,11 @@ def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
     now = [AT_NS]
     gate, _, timers = admission("calls=9/day", on_failure="last", clock_ns=lambda: now[0])
     verdicts: list[Verdict] = []
-    gate.ask(weigh(gate), verdicts.append)
+    gate.ask(weigh(gate), "1", verdicts.append)
     gate.answered(answer(1, 1, "denied", limit="calls-per-day"))
     for after_s in (30, 100):
         now[0] = AT_NS + after_s * SECOND_NS
-        gate.ask(weigh(gate), verdicts.append)
+        gate.ask(weigh(gate), "1", verdicts.append)
         timers[-1].do()
     assert [(verdict.gate.decision, verdict.gate.age_s) for verdict in verdicts] == [
         ("denied", 0.0), ("denied", 30.0), ("allowed", 0.0),
@@ -209,7 +209,7 @@ def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
 
 def test_a_question_is_asked_again_of_an_owner_that_has_just_come() -> None:
     gate, asked, _ = admission("calls=9/day")
-    gate.ask(weigh(gate), lambda verdict: None)
+    gate.ask(weigh(gate), "1", lambda verdict: None)
     assert gate.questions() == asked
 
 

@@ -33,6 +33,7 @@ class Stand:
     """A source that is never asked."""
 
     name = "stand"
+    by_model = False
 
     def __init__(self, *, unit: str | None = "calls", lag_s: float = 0.0, polled_s: float | None = None) -> None:
         self.unit, self.lag_s, self.polled_s = unit, lag_s, polled_s

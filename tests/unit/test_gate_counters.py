@@ -282,7 +282,7 @@ class Process:
         if verdict is not None:
             self.judged(exchange, verdict)
         else:
-            self.gate.ask(weighed, lambda verdict: self.judged(exchange, verdict))
+            self.gate.ask(weighed, exchange.id, lambda verdict: self.judged(exchange, verdict))
 
     def judged(self, exchange: Exchange, verdict: Verdict) -> None:
         exchange.gate = verdict.gate

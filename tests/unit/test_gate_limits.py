@@ -19,9 +19,11 @@ from sidecar.gate.limits import (
     read_limits,
     remarks,
 )
+from sidecar.gate.owner import exchange_of
 from sidecar.gate.windows import SECOND_NS, Calendar, Sliding
 from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
+from sidecar.model.record import Record, encode
 
 METERS = read_meters(
     [
@@ -243,6 +245,13 @@ def test_what_consumed_nothing_gives_everything_back(exchange: Exchange) -> None
     assert charged(exchange) == {"calls": (0, 1), "total_tokens": (0, 100), "concurrent": (0, 1)}
     exchange.gate = None
     assert charged(exchange) == {}
+
+
+@pytest.mark.parametrize("gate", [Gate("undecided", source="", sent=False), Gate("allowed", sent=False)])
+def test_what_never_went_upstream_took_nothing(gate: Gate) -> None:
+    left = call(Outcome.CLIENT_LEFT, None, status=None, gate=gate)
+    assert charged(left) == {}
+    assert charged(exchange_of(Record.from_json(encode(left, seq=1, instance="i")))) == {}
 
 
 def test_a_call_whose_end_nobody_saw_is_charged_what_was_reserved() -> None:

@@ -97,6 +97,11 @@ class Source(Protocol):
         ...
 
     @property
+    def by_model(self) -> bool:
+        """Whether what it says of a call may depend on the model."""
+        ...
+
+    @property
     def lag_s(self) -> float:
         """How long it takes until what was consumed is in the vendor's answers."""
         ...

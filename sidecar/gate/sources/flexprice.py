@@ -49,6 +49,7 @@ class FlexpriceWallets:
     """Asked of each customer."""
 
     name = "flexprice"
+    by_model = False
     unit: str | None = COST_USD
     lag_s = float(MAX_LIVE_S)  # of a balance from the cache whose time is not told
     polled_s = None

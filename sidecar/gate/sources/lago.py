@@ -55,6 +55,7 @@ class LagoWallets:
     """Asked of each customer."""
 
     name = "lago"
+    by_model = False
     unit: str | None = COST_USD
     lag_s = LAG_S
     polled_s = None

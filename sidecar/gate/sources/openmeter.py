@@ -41,6 +41,7 @@ class OpenmeterAccess:
     """Asked of each customer."""
 
     name = "openmeter"
+    by_model = False
     lag_s = LAG_S
     polled_s = None
 

@@ -49,6 +49,7 @@ class ReveniumProductKey:
     """Asked of each subscriber."""
 
     name = "revenium"
+    by_model = False
     lag_s = 0.0  # a claim says when it was made
     polled_s = None
 

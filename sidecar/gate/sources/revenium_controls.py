@@ -111,6 +111,7 @@ class ReveniumControls:
     """One list for all subscribers."""
 
     name = "revenium_controls"
+    by_model = True  # rules may name one
     unit = None  # judged by the vendor: nothing is counted down
     lag_s = 0.0
     polled_s: float | None = POLL_S
