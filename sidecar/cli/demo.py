@@ -20,6 +20,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--keep", action="store_true", help="stay up afterwards, to look around")
     parser.add_argument("--backend", metavar="NAME", help="deliver to the stand-in of NAME as well as to the ledger")
     parser.add_argument("--mode", metavar="NAME", help="which of the interfaces of revenium or stripe")
+    parser.add_argument("--limits", action="store_true", help="instead: customers run into their limits")
 
 
 def printing() -> demo.Printing:
@@ -31,7 +32,8 @@ def printing() -> demo.Printing:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sidecar.dev import demo
+    from sidecar.cli.limits import report
+    from sidecar.dev import demo, demo_limits
     from sidecar.runtime import app, logging
 
     # What the demo has to say stands in its table; its clients hang up on purpose.
@@ -40,7 +42,11 @@ def run(arguments: argparse.Namespace) -> int:
     def start(environ: Mapping[str, str]) -> AbstractAsyncContextManager[demo.Running]:
         return app.running(load(environ, backend_settings=known_backend_settings()))
 
+    if arguments.limits and (arguments.keep or arguments.backend is not None or arguments.mode is not None):
+        raise CommandError("--limits shows limits alone: leave out --keep, --backend and --mode", EXIT_USAGE)
     try:
+        if arguments.limits:
+            return asyncio.run(demo_limits.run(start, printing(), report))
         return asyncio.run(
             demo.run(start, printing(), keep=arguments.keep, backend=arguments.backend, mode=arguments.mode)
         )

@@ -148,7 +148,7 @@ async def run(
             say(f"receiver           {receiver_url}  in the place of {backend}")
         say("")
         await _send_calls(sidecar.proxy_url, say)
-        balance = await _settled(sidecar.admin_url, len(CALLS), settle_s)
+        balance = await settled(sidecar.admin_url, len(CALLS), settle_s)
         problems = _show_usage(data_dir, printing, say) + _show_balance(balance, say)
         if receiver is not None:
             problems += _show_arrived(receiver, str(backend), balance, printing, say)
@@ -247,7 +247,7 @@ async def _send(session: aiohttp.ClientSession, call: Call) -> str:
     return f"{took}  {f'streamed in {pieces} pieces' if call.is_streamed else 'plain'}"
 
 
-async def _settled(admin_url: str, calls: int, settle_s: float) -> dict[str, Any]:
+async def settled(admin_url: str, calls: int, settle_s: float) -> dict[str, Any]:
     """The balance once every call is recorded and delivered, or as it is when that takes too long."""
     deadline = monotonic() + settle_s
     async with aiohttp.ClientSession() as session:
@@ -268,7 +268,7 @@ def _show_usage(data_dir: Path, printing: Printing, say: Say) -> list[str]:
     except LedgerError as error:
         return [str(error)]
     say("Usage, from the ledger:")
-    say(_indent(printing.usage(rows, by)))
+    say(indent(printing.usage(rows, by)))
     say("")
     problems = []
     for subscriber in dict.fromkeys(call.subscriber for call in CALLS):
@@ -318,11 +318,11 @@ def _show_arrived(
         return _refusals(rows) + ([f"the balance says delivered, and nothing arrived at {backend}"] if lacking else [])
     path, body = taken[0]
     say(f"  POST {path}")
-    say(_indent(_indent(printing.pairs(summary.first_fields(body)))))
+    say(indent(indent(printing.pairs(summary.first_fields(body)))))
     say("")
     arrived = summary.added_up(backend, taken)
     say("All of it added up by customer:")
-    say(_indent(printing.table(arrived.rows(), summary.COLUMNS)))
+    say(indent(printing.table(arrived.rows(), summary.COLUMNS)))
     say("")
     if arrived.own_counts:
         say("Completions have the tokens as each vendor counts them: Anthropic's input is without what its cache had.")
@@ -369,6 +369,7 @@ def _say_next(backend: str | None, say: Say) -> None:
     say("Where to look next:")
     if backend is None:
         say(f"  metering-sidecar demo --backend NAME      the same with a billing backend: {', '.join(backends())}")
+    say("  metering-sidecar demo --limits            a customer runs into its limit")
     say("  metering-sidecar demo --keep              stays up, with a call to send yourself")
     say("  make run UPSTREAM=https://api.openai.com  in front of the real thing")
 
@@ -379,5 +380,5 @@ def _reasons(counts: Mapping[str, int]) -> str:
     return f"{sum(counts.values())} ({parts})" if parts else "0"
 
 
-def _indent(text: str) -> str:
+def indent(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.splitlines())

@@ -16,8 +16,9 @@ import pytest
 from support.whole import ROOT, environment
 
 from sidecar.cli.demo import printing
+from sidecar.cli.limits import report
 from sidecar.cli.shared import known_backend_settings
-from sidecar.dev import demo
+from sidecar.dev import demo, demo_limits
 from sidecar.dev.mock_backends.contract import KEY, SECRET
 from sidecar.runtime import app
 from sidecar.settings import load
@@ -149,3 +150,35 @@ async def test_keep_stays_up_until_it_is_told_to_stop() -> None:
     assert process.returncode == 0, err.decode()
     assert "the demo's data goes with it" in rest.decode()
     assert not Path(data_dir[1]).exists()
+
+
+async def test_limits_show_a_customer_that_runs_into_one_and_who_is_at_what() -> None:
+    process = await spawn("--limits")
+    async with asyncio.timeout(LIMIT_S):
+        out, err = await process.communicate()
+    text = out.decode()
+    assert process.returncode == 0, text + err.decode()
+    acme = re.findall(r"^  acme +(\d{3}) ", text, re.MULTILINE)
+    assert acme[: acme.index("402")] == ["200"] * acme.index("402")
+    assert set(acme[acme.index("402") :]) == {"402"}
+    assert "insufficient_quota: The limit monthly-budget is used up." in text
+    assert re.search(r"monthly-budget +subscriber acme +0\.00\d+ +0 +0\.003 +1\d\d\.\d", text), (
+        "the table of the limits"
+    )
+    assert re.search(r"trial +subscriber initech +2 +0 +2 +100\.0", text)
+
+
+async def test_limits_that_do_not_hold_are_said_and_end_with_one() -> None:
+    said: list[str] = []
+    start = start_with(SIDECAR_GATE_DRY_RUN="true")
+    assert await demo_limits.run(start, printing(), report, say=said.append) == 1
+    assert any("acme: 0 calls were denied" in line for line in said)
+    assert any("the trial's third call was not denied" in line for line in said)
+
+
+async def test_limits_go_with_nothing_else() -> None:
+    process = await spawn("--limits", "--keep")
+    async with asyncio.timeout(LIMIT_S):
+        _, err = await process.communicate()
+    assert process.returncode == 2
+    assert b"--limits shows limits alone" in err
