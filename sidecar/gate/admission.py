@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan, needs_of
 from sidecar.gate.counters import ALLOWED, DENIED
 from sidecar.gate.denials import Amounts
-from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, Asked, read_request
+from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Asked, read_request
 from sidecar.gate.limits import Facts, Limit, Price
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Asker, Question, Ruling
 from sidecar.gate.windows import SECOND_NS, Sliding
@@ -84,6 +84,15 @@ class Outside:
     @property
     def needs_cost(self) -> bool:
         return any(measure.place == COST for measure in self.measures)
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """What is known of models. `price`: None: nobody asks. `ceiling`: of (provider, model), how many tokens a response
+    may have; None where nobody knows."""
+
+    price: Price | None
+    ceiling: Callable[[str | None, str], int | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +172,7 @@ class Admission:
         key_of: Callable[[RawHeaders], str | None],
         deny: Deny,
         reads: frozenset[bytes] = frozenset(),
-        price: Price | None = None,
+        models: Models | None = None,
         on_failure: str = "open",
         dry_run: bool = False,
         body_says_who: bool = False,
@@ -188,7 +197,9 @@ class Admission:
         self._clock_ns = clock_ns
         self._call_later = call_later
         self._key_of = key_of
-        self._price = price
+        self._price = None if models is None else models.price
+        self._ceiling = None if models is None else models.ceiling
+        self._ceilings: dict[tuple[str | None, str], int] = {}
         self._deny = deny
         self._on_failure = on_failure
         self._usual: dict[str, int] = {}
@@ -261,11 +272,22 @@ class Admission:
         output = asked.output_tokens
         if output is None:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
+        elif model is not None and self._ceiling is not None:
+            most = self._ceilings.get((prepared.facts.provider, model)) or self._most(prepared.facts.provider, model)
+            output = min(output, most * asked.choices)
         cost = 0
         if (plan.needs_cost or self._needs_cost) and self._price is not None:
             provider = prepared.facts.provider
             cost = self._price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
         return needs_of(asked.input_tokens, output, cost)
+
+    def _most(self, provider: str | None, model: str) -> int:
+        """How much a response of the model may have."""
+        assert self._ceiling is not None
+        if len(self._ceilings) >= USUAL_MAX:
+            self._ceilings.clear()
+        found = self._ceilings[provider, model] = self._ceiling(provider, model) or OUTPUT_TOKENS_MAX
+        return found
 
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""

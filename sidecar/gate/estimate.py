@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from sidecar.model.exchange import Exchange
 from sidecar.usage.formats.json_scanner import pruned
 from sidecar.usage.providers.base import Tree
 from sidecar.usage.request_reader import BODY_MAX_BYTES
@@ -44,8 +45,9 @@ class Asked(NamedTuple):
 
     model: str | None
     input_tokens: int
-    output_tokens: int | None  # None: as many as the model likes
+    output_tokens: int | None  # of all choices; None: as many as the model likes
     members: Mapping[str, Any]  # of its top level
+    choices: int = 1
 
 
 NOTHING_ASKED: Final = Asked(None, 0, 0, {})
@@ -63,15 +65,17 @@ def read_request(body: bytes, length: int | None = None) -> Asked:
         document = {}
     model = document.get("model")
     size = max(len(body), length or 0)
+    output_tokens, choices = _output(document)
     return Asked(
         model=model if isinstance(model, str) and model else None,
         input_tokens=-(-size // BYTES_A_TOKEN),
-        output_tokens=_output(document),
+        output_tokens=output_tokens,
         members=document,
+        choices=choices,
     )
 
 
-def _output(document: Mapping[str, Any]) -> int | None:
+def _output(document: Mapping[str, Any]) -> tuple[int | None, int]:
     find = document.get
     tokens = find("max_tokens")
     if type(tokens) is not int:
@@ -83,12 +87,10 @@ def _output(document: Mapping[str, Any]) -> int | None:
             tokens, choices = generation.get("maxOutputTokens"), generation.get("candidateCount")
         elif isinstance(inference, dict):
             tokens = inference.get("maxTokens")
-        if type(tokens) is not int:
-            return None
-    if tokens < 0:
-        return None
     times = min(max(choices, 1), CHOICES_MAX) if type(choices) is int else 1
-    return min(tokens, OUTPUT_TOKENS_MAX) * times
+    if type(tokens) is not int or tokens < 0:
+        return None, times
+    return min(tokens, OUTPUT_TOKENS_MAX) * times, times
 
 
 class Outputs:
@@ -108,6 +110,20 @@ class Outputs:
             ranked.remove(order.popleft())
         order.append(tokens)
         insort(ranked, tokens)
+
+    def ended(self, call: Exchange) -> None:
+        """What the response of a call had, where that is known."""
+        usage = call.usage
+        if usage is not None and usage.output_tokens is not None:
+            model = usage.request_model or usage.model
+            if model is not None:
+                self.seen(model, usage.output_tokens)
+
+    def follow(self, later: Outputs) -> None:
+        """What others saw meanwhile comes after what is known here."""
+        for model, (order, _) in later._last.items():
+            for tokens in order:
+                self.seen(model, tokens)
 
     def usual(self, model: str | None) -> int | None:
         """What 95 of 100 had no more than; None: nothing is known."""

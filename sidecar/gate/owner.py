@@ -192,11 +192,7 @@ class Owner:
 
     def settle(self, call: Exchange) -> None:
         """A call has ended, and its record is about to be written."""
-        usage = call.usage
-        if usage is not None and usage.output_tokens is not None:
-            model = usage.request_model or usage.model
-            if model is not None:
-                self._outputs.seen(model, usage.output_tokens)
+        self._outputs.ended(call)
         charges = self._charging.charges(call)
         if charges:
             self.counters.settle(process_of(call.id), charges, call.started_ns)
@@ -216,9 +212,12 @@ class Owner:
         )
         others.ended(call.id, caller, lambda unit, held: self._charging.used(unit, self._units.get(unit), call, held))
 
-    def load(self, found: Counters) -> None:
+    def load(self, found: Counters, outputs: Outputs | None = None) -> None:
         """What the records say that were there before this life. From here on questions are answered."""
         self.counters.absorb(found)
+        if outputs is not None:
+            outputs.follow(self._outputs)
+            self._outputs = outputs
         self._loaded = True
         self._recall(list(self._known))
         self._go_on()
@@ -361,9 +360,11 @@ def process_of(call_id: str) -> str:
     return call_id[-12:]
 
 
-def count_records(lines: Iterable[bytes], charging: Charging, wanted: Callable[[Record], bool]) -> Counters:
+def count_records(
+    lines: Iterable[bytes], charging: Charging, wanted: Callable[[Record], bool], outputs: Outputs | None = None
+) -> Counters:
     """The counters as these records leave them. Lines that are no records are passed over: what is damaged is told by
-    whoever delivers it."""
+    whoever delivers it. `outputs`: told what responses had."""
     counters = Counters(charging.limits)
     for line in lines:
         try:
@@ -373,6 +374,8 @@ def count_records(lines: Iterable[bytes], charging: Charging, wanted: Callable[[
         if wanted(record):
             call = exchange_of(record)
             counters.settle("", charging.charges(call), call.started_ns)
+            if outputs is not None:
+                outputs.ended(call)
     return counters
 
 

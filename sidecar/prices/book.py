@@ -243,6 +243,11 @@ class PriceBook:
         cost = self.cost(record.usage, record.started_s, host=host, batch=batch, record=record)
         return cost, self.charge(record.usage, record.started_s, cost, host=host, batch=batch, record=record)
 
+    def output_tokens_max(self, provider: str | None, model: str, *, host: str | None = None) -> int | None:
+        """How long a response of this model may be at most, where the table says so; None: nobody knows."""
+        found, _ = self._model(self._provider(provider, host)[0], provider, (model,))
+        return None if found is None else found.model.get("output_tokens_max")
+
     def pricer(self, row: Mapping[str, Any], *, host: str | None = None, batch: bool = False) -> Pricer:
         """For many calls of one kind, whose provider and models are those of this usage object."""
         return Pricer(self, row, host, batch)

@@ -78,7 +78,9 @@ def from_litellm(document: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
         name = key.removeprefix(f"{family}/").removeprefix(f"{provider}/").removeprefix("bedrock/")
         own = models.setdefault(provider, {})
         if name not in own or name == key:  # a plain name goes before one behind a prefix
-            own[name] = {"id": name, "match": {"equals": name}, **prices}
+            most = fields.get("max_output_tokens")
+            ceiling = {"output_tokens_max": most} if type(most) is int else {}
+            own[name] = {"id": name, "match": {"equals": name}, **prices, **ceiling}
     rows = []
     for provider, own in sorted(models.items()):
         base = by_id.get(provider, {"api_pattern": NOBODY, "provider_match": {"equals": provider}})

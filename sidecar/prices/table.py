@@ -367,6 +367,10 @@ def _checked_model(row: Mapping[str, Any]) -> dict[str, Any]:
         ]
     if row.get("seconds_least"):
         made["seconds_least"] = int(row["seconds_least"])
+    # No response is longer than that: what LiteLLM's file says itself, else the whole context.
+    most = row.get("output_tokens_max") or row.get("context_window")
+    if type(most) is int and most > 0:
+        made["output_tokens_max"] = most
     return made
 
 

@@ -13,11 +13,12 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Outside
+from sidecar.gate.admission import Admission, Meant, Models, Outside
 from sidecar.gate.allowance import measure_of
 from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.denials import Denials
+from sidecar.gate.estimate import Outputs
 from sidecar.gate.limits import (
     METER,
     Charging,
@@ -39,9 +40,10 @@ from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usag
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
-from sidecar.prices import PICO, price_book
+from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
 from sidecar.runtime.backend_factory import LEDGER
+from sidecar.runtime.factory import priced_host
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
@@ -142,20 +144,32 @@ def notes(settings: Settings) -> list[str]:
     return found
 
 
-def price(settings: Settings) -> Price | None:
-    """What tokens will cost; None: nobody asks, or there are no prices."""
-    asked = outside(settings)
-    counts = any(limit.unit == "cost_usd" for limit in limits(settings)) or (asked is not None and asked.needs_cost)
-    if settings.prices.prices == "none" or not counts:
+def models(settings: Settings) -> Models | None:
+    """What estimates ask of models; None: there are none to make, or no table."""
+    found, asked = limits(settings), outside(settings)
+    estimates = any(limit.needs_estimate for limit in found) or (asked is not None and asked.needs_estimate)
+    if settings.prices.prices == "none" or not estimates:
         return None
     book = price_book(settings)
+    counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
+    host = priced_host(settings)
+
+    def ceiling(provider: str | None, model: str) -> int | None:
+        return book.output_tokens_max(provider, model, host=host)
+
+    return Models(_price(settings, book) if counts else None, ceiling)
+
+
+def _price(settings: Settings, book: PriceBook) -> Price:
+    """What tokens will cost."""
+    host = priced_host(settings)
 
     def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
         usage = Usage(
             usage_state=UsageState.FINAL, provider=provider, model=model, input_tokens=input_tokens,
             output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
         )  # fmt: skip
-        cost, _ = book.cost(usage, at_ns / SECOND_NS, host=settings.proxy.upstream_url or "", record=None)
+        cost, _ = book.cost(usage, at_ns / SECOND_NS, host=host, record=None)
         if cost is None or cost.get("total") is None or cost.get("currency") != "USD":
             return None
         return int(Decimal(cost["total"]) * PICO)
@@ -186,7 +200,7 @@ def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | No
         call_later=loop.call_later,
         key_of=_key_of(taps, key),
         reads=frozenset(name.encode() for name in CREDENTIALS),
-        price=price(settings),
+        models=models(settings),
         deny=Denials(
             taps.endpoints,
             settings.asked,
@@ -286,9 +300,12 @@ def remarks_on(status: SourceStatus, on_failure: str) -> list[str]:
     return found
 
 
-def counted(settings: Settings, reader: SpoolReader, instance: str, last_seq: int) -> Counters | None:
+def counted(
+    settings: Settings, reader: SpoolReader, instance: str, last_seq: int, outputs: Outputs | None = None
+) -> Counters | None:
     """The counters as the records leave them: all of other slots, and of the one that is written here those up to
-    `last_seq`. What the spool has no more is taken from the ledger, by whole hours. Reads files."""
+    `last_seq`. What the spool has no more is taken from the ledger, by whole hours. `outputs`: told what
+    responses had. Reads files."""
     found = charging(settings)
     if found is None:
         return None
@@ -298,6 +315,7 @@ def counted(settings: Settings, reader: SpoolReader, instance: str, last_seq: in
         reader.lines(since_ns=since_ns),
         found,
         lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
+        outputs,
     )
     path = settings.data_dir / LEDGER
     if from_s * SECOND_NS > since_ns and path.exists():

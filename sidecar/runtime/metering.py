@@ -27,6 +27,7 @@ from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, c
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
+from sidecar.gate.estimate import Outputs
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
@@ -620,12 +621,15 @@ async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq:
     this life: those behind it are settled as they come."""
     assert bills.spool is not None
     began_s = asyncio.get_running_loop().time()
+    outputs = Outputs()
     try:
-        found = await asyncio.to_thread(gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq)
+        found = await asyncio.to_thread(
+            gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq, outputs
+        )
     except (OSError, SpoolError, LedgerError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
-    gate.load(found or Counters(()))
+    gate.load(found or Counters(()), outputs)
     took_s = asyncio.get_running_loop().time() - began_s
     if took_s > LOAD_SLOW_S:
         log.warning("reading what was used of the limits took %.1f s", took_s)

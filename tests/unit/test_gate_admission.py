@@ -10,9 +10,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.gate.admission import Admission, Meant, Verdict
+from sidecar.gate.admission import Admission, Meant, Models, Verdict
 from sidecar.gate.denials import Denials
-from sidecar.gate.estimate import CHOICES_MAX, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Outputs, read_request
+from sidecar.gate.estimate import (
+    ANSWERS_KEPT,
+    CHOICES_MAX,
+    OUTPUT_TOKENS_DEFAULT,
+    OUTPUT_TOKENS_MAX,
+    Outputs,
+    read_request,
+)
 from sidecar.gate.limits import read_limits
 from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
@@ -73,6 +80,19 @@ def test_what_a_model_usually_takes() -> None:
     assert outputs.usual(None) is None
 
 
+def test_what_was_seen_before_a_restart_comes_before_what_was_seen_since() -> None:
+    before, since = Outputs(), Outputs()
+    for _ in range(ANSWERS_KEPT):
+        before.seen("m", 10)
+    since.seen("m", 500)
+    since.seen("n", 7)
+    before.follow(since)
+    assert (before.usual("m"), before.usual("n")) == (10, 7)
+    for _ in range(ANSWERS_KEPT):
+        before.seen("m", 500)
+    assert before.usual("m") == 500
+
+
 class Timer:
     def __init__(self, do: Callable[[], None]) -> None:
         self.do = do
@@ -124,12 +144,30 @@ def test_what_is_asked_of_the_owner() -> None:
     ]  # fmt: skip
 
 
+def test_no_more_is_set_aside_than_the_model_can_give() -> None:
+    gate, asked, _ = admission(
+        "output_tokens=9999999/day", models=Models(None, lambda provider, model: {"m": 400}.get(model))
+    )
+    for body in (
+        b'{"model": "m", "max_tokens": 999999999}',
+        b'{"model": "m", "max_tokens": 999999999, "n": 3}',
+        b'{"model": "m", "max_tokens": 50}',
+        b'{"model": "nobody knows it", "max_tokens": 999999999}',
+    ):
+        gate.ask(weigh(gate, body), "1", lambda verdict: None)
+    amounts = [question[3][0][2] for question in asked]
+    assert amounts == [400, 1200, 50, OUTPUT_TOKENS_MAX]
+
+
 def test_money_is_set_aside_by_the_price() -> None:
     prices = {"m": 3}
     gate, asked, _ = admission(
         "cost_usd=9/day",
-        price=lambda provider, model, tokens_in, tokens_out, at: (
-            None if model not in prices else prices[model] * (tokens_in + tokens_out)
+        models=Models(
+            lambda provider, model, tokens_in, tokens_out, at: (
+                None if model not in prices else prices[model] * (tokens_in + tokens_out)
+            ),
+            lambda provider, model: None,
         ),
     )
     gate.ask(weigh(gate, b'{"model": "m", "max_tokens": 92}'), "1", lambda verdict: None)

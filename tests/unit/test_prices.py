@@ -492,6 +492,12 @@ def test_a_day_of_a_million_records_adds_up(book: PriceBook) -> None:
     assert summed < 2**63  # and a 64-bit column holds it
 
 
+def test_how_long_a_response_may_be_is_the_table_s_word_and_where_it_has_none_nobody_s(book: PriceBook) -> None:
+    assert book.output_tokens_max("openai", "gpt-4o") == 128_000
+    assert book.output_tokens_max("openai", "nobody-knows-it") is None
+    assert book.output_tokens_max("nobody", "gpt-4o") is None
+
+
 def test_amounts_are_plain_text() -> None:
     assert [amount_text(each) for each in (0, 1, PICO // 2, PICO, 12_345 * PICO + 10)] == [
         "0", "0.000000000001", "0.5", "1", "12345.00000000001",
