@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
-from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan, needs_of
+from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan
 from sidecar.gate.counters import ALLOWED, DENIED
 from sidecar.gate.denials import Amounts
 from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Asked, read_request
@@ -274,12 +274,13 @@ class Admission:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
         elif model is not None and self._ceiling is not None:
             most = self._ceilings.get((prepared.facts.provider, model)) or self._most(prepared.facts.provider, model)
-            output = min(output, most * asked.choices)
+            if output > most * asked.choices:
+                output = most * asked.choices
         cost = 0
         if (plan.needs_cost or self._needs_cost) and self._price is not None:
             provider = prepared.facts.provider
             cost = self._price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
-        return needs_of(asked.input_tokens, output, cost)
+        return (1, asked.input_tokens, output, asked.input_tokens + output, cost, 0)
 
     def _most(self, provider: str | None, model: str) -> int:
         """How much a response of the model may have."""

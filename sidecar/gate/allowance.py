@@ -39,10 +39,6 @@ Needs = tuple[int, int, int, int, int, int]
 ONE_CALL: Final[Needs] = (1, 0, 0, 0, 0, 0)
 
 
-def needs_of(input_tokens: int, output_tokens: int, cost: int = 0) -> Needs:
-    return (1, input_tokens, output_tokens, input_tokens + output_tokens, cost, 0)
-
-
 class Granted(Protocol):
     """What the owner gives, as in `counters.Decision`."""
 

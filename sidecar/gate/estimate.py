@@ -61,23 +61,23 @@ def read_request(body: bytes, length: int | None = None) -> Asked:
             document = orjson.loads(body)
         except ValueError:
             document = pruned(body, _WANTED)
-    if not isinstance(document, dict):
-        document = {}
+    size = len(body)
+    if length is not None and length > size:
+        size = length
+    if type(document) is not dict:
+        return Asked(None, -(-size // BYTES_A_TOKEN), None, {})
     model = document.get("model")
-    size = max(len(body), length or 0)
     output_tokens, choices = _output(document)
     return Asked(
-        model=model if isinstance(model, str) and model else None,
-        input_tokens=-(-size // BYTES_A_TOKEN),
-        output_tokens=output_tokens,
-        members=document,
-        choices=choices,
+        model if type(model) is str and model else None, -(-size // BYTES_A_TOKEN), output_tokens, document, choices
     )
 
 
 def _output(document: Mapping[str, Any]) -> tuple[int | None, int]:
     find = document.get
     tokens = find("max_tokens")
+    if type(tokens) is int and 0 <= tokens <= OUTPUT_TOKENS_MAX and "n" not in document:
+        return tokens, 1
     if type(tokens) is not int:
         tokens = find("max_completion_tokens", find("max_output_tokens"))
     choices = find("n")
