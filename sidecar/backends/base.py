@@ -22,7 +22,7 @@ from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import DIGITS_MAX, write_amount
 from sidecar.meters.properties import answered
-from sidecar.model.delivery import Applied, Encoded, Verdict
+from sidecar.model.delivery import NO_CUSTOMER, Applied, Encoded, Verdict
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
 from sidecar.settings import setting, types
@@ -211,7 +211,7 @@ def _payer(record: Record, customers: Mapping[str, str], encoded: Encoded) -> st
     """Who pays; while nobody is known to, the record is parked: a mapping can still say who."""
     customer = customer_id(record, customers)
     if not customer:
-        encoded.parked[record.id] = "no_customer"
+        encoded.parked[record.id] = NO_CUSTOMER
     return customer
 
 

@@ -15,12 +15,13 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, limits, meters, prices, receiver, records, serve, spool, usage
+from sidecar.cli import balance, check, demo, limits, meters, prices, receiver, records, reload, serve, spool, usage
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
 COMMANDS: Final[Mapping[str, ModuleType]] = {
     "serve": serve,
+    "reload": reload,
     "demo": demo,
     "check": check,
     "usage": usage,

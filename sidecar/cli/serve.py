@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 
 from sidecar.cli.shared import EXIT_USAGE, CommandError, add_data_dir, serving_settings
 
@@ -22,7 +23,7 @@ def run(arguments: argparse.Namespace) -> int:
     from sidecar.storage.sockets import SocketError
 
     try:
-        return app.run(settings)
+        return app.run(settings, partial(serving_settings, arguments))
     except NotWritableError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
     except StartError as error:

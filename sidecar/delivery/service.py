@@ -170,6 +170,19 @@ class Delivery:
             for worker in self._workers.values():
                 worker.draining = False
 
+    async def rest(self, timeout_s: float) -> None:
+        """Begin nothing any more, and let what is under way end: the next start goes on at once with all the rest, and
+        of nothing it does not know what became."""
+        for worker in self._workers.values():
+            worker.resting = True
+            worker.wake()
+        try:
+            async with asyncio.timeout(timeout_s):
+                for worker in self._workers.values():
+                    await worker.idle.wait()
+        except TimeoutError:
+            _LOG.warning("a request is cut short that a backend has not answered", extra={"facts": {}})
+
     # --- looking in -------------------------------------------------------------------------------
 
     def status(self) -> list[BackendStatus]:

@@ -111,6 +111,7 @@ class Worker:
         self._rests_until_s = math.inf  # monotonic
         self.idle = asyncio.Event()  # nothing can be done before something happens
         self.draining = False
+        self.resting = False  # nothing new is begun, because somebody else goes on with it
         self._per_record = 1.0  # requests that a record gives
         self._fresh_next = self._want_fresh = False
         self._next_sweep_s = 0.0
@@ -252,7 +253,7 @@ class Worker:
     @property
     def _held(self) -> bool:
         """Whether nothing may be sealed or offered; what comes back is settled all the same."""
-        return self._leaving is not None or self._context.held(self.backend) is not None
+        return self.resting or self._leaving is not None or self._context.held(self.backend) is not None
 
     # --- one turn ---------------------------------------------------------------------------------
 

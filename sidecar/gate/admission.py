@@ -68,22 +68,22 @@ class Deny(Protocol):
 class Outside:
     """Who is asked beside the limits, as far as a process that serves has to know: the owner asks them.
 
-    `measures`: of the units in which they count down, in the owner's order. `by_model`: what they say may depend on
+    `measures`: by unit, of those in which they count down. `by_model`: what they say may depend on
     the model. `answer_s`: how long the owner may take for it.
     """
 
     names: tuple[str, ...]
-    measures: tuple[Measure, ...]
+    measures: Mapping[str, Measure]
     by_model: bool
     answer_s: float
 
     @property
     def needs_estimate(self) -> bool:
-        return any(measure.place in (INPUT, OUTPUT, TOTAL, COST) for measure in self.measures)
+        return any(measure.place in (INPUT, OUTPUT, TOTAL, COST) for measure in self.measures.values())
 
     @property
     def needs_cost(self) -> bool:
-        return any(measure.place == COST for measure in self.measures)
+        return any(measure.place == COST for measure in self.measures.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,49 +159,37 @@ class _Pending:
     timer: Handle
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Policy:
+    """What is to be decided, and by what. `meant`: of (method, target). `key_of`: the hash of the credential in a head,
+    which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in a body."""
+
+    limits: Sequence[Limit]
+    meant: Callable[[str, str], Meant]
+    key_of: Callable[[RawHeaders], str | None]
+    deny: Deny
+    reads: frozenset[bytes] = frozenset()
+    models: Models | None = None
+    on_failure: str = "open"
+    dry_run: bool = False
+    body_says_who: bool = False
+    outside: Outside | None = None
+
+
 class Admission:
     """Of one process that serves."""
 
     def __init__(
         self,
-        limits: Sequence[Limit],
+        policy: Policy,
         *,
-        meant: Callable[[str, str], Meant],
         clock_ns: Callable[[], int],
         call_later: Callable[[float, Callable[[], None]], Handle],
-        key_of: Callable[[RawHeaders], str | None],
-        deny: Deny,
-        reads: frozenset[bytes] = frozenset(),
-        models: Models | None = None,
-        on_failure: str = "open",
-        dry_run: bool = False,
-        body_says_who: bool = False,
-        outside: Outside | None = None,
     ) -> None:
-        """`meant`: of (method, target). `key_of`: the hash of the credential in a head, which stands in one of
-        the fields `reads` (lower case). `body_says_who`: who pays may
-        stand in a body. `send` has
-        to be set before the first `ask`: it is given a question as plain values."""
-        self._allowances = Allowances(limits, dry_run=dry_run)
-        self._limits = {limit.name: limit for limit in limits}
-        scopes = {scope for limit in limits for scope, _ in limit.scopes}
-        self.by_key = "key" in scopes
-        self.reads = reads if self.by_key else frozenset()
-        self._outside = outside
-        self._by_model = "model" in scopes or (outside is not None and outside.by_model)
-        self._body_says_who = body_says_who and ("subscriber" in scopes or outside is not None)
-        self._needs_estimate = outside is not None and outside.needs_estimate
-        self._needs_cost = outside is not None and outside.needs_cost
-        self._answer_s = ANSWER_S if outside is None else ANSWER_S + outside.answer_s
-        self._meant = meant
+        """`send` has to be set before the first `ask`: it is given a question as plain values."""
+        self._allowances = Allowances(policy.limits, dry_run=policy.dry_run)
         self._clock_ns = clock_ns
         self._call_later = call_later
-        self._key_of = key_of
-        self._price = None if models is None else models.price
-        self._ceiling = None if models is None else models.ceiling
-        self._ceilings: dict[tuple[str | None, str], int] = {}
-        self._deny = deny
-        self._on_failure = on_failure
         self._usual: dict[str, int] = {}
         self._pending: dict[int, _Pending] = {}
         self._asked = 0
@@ -209,6 +197,34 @@ class Admission:
         self._told = 0
         self._lasts: dict[Facts, tuple[str, str | None, int]] = {}
         self.send: Callable[[tuple[Any, ...]], None] = _nobody
+        self._use(policy)
+
+    def _use(self, policy: Policy) -> None:
+        limits, outside, models = policy.limits, policy.outside, policy.models
+        self._limits = {limit.name: limit for limit in limits}
+        scopes = {scope for limit in limits for scope, _ in limit.scopes}
+        self.by_key = "key" in scopes
+        self.reads = policy.reads if self.by_key else frozenset()
+        self._outside = outside
+        self._by_model = "model" in scopes or (outside is not None and outside.by_model)
+        self._body_says_who = policy.body_says_who and ("subscriber" in scopes or outside is not None)
+        self._needs_estimate = outside is not None and outside.needs_estimate
+        self._needs_cost = outside is not None and outside.needs_cost
+        self._answer_s = ANSWER_S if outside is None else ANSWER_S + outside.answer_s
+        self._meant = policy.meant
+        self._key_of = policy.key_of
+        self._price = None if models is None else models.price
+        self._ceiling = None if models is None else models.ceiling
+        self._ceilings: dict[tuple[str | None, str], int] = {}
+        self._deny = policy.deny
+        self._on_failure = policy.on_failure
+
+    def renew(self, policy: Policy) -> None:
+        """Decide by this from now on. What open calls hold they hold, and what was asked is still answered; what was
+        prepared before must not be used any more."""
+        self._allowances.renew(policy.limits, dry_run=policy.dry_run)
+        self._lasts.clear()
+        self._use(policy)
 
     # -- what the hop asks -----------------------------------------------------------------------
 
@@ -333,7 +349,7 @@ class Admission:
         weighed, outside, asker = pending.weighed, self._outside, None
         facts, needs = weighed.facts, weighed.needs
         if outside is not None:
-            amounts = tuple(measure.of(needs) for measure in outside.measures)
+            amounts = {unit: measure.of(needs) for unit, measure in outside.measures.items()}
             asker = Asker(pending.call_id, facts.subscriber, facts.provider, facts.dimensions, amounts)
         return Question(number, pending.at_ns, facts.model, weighed.plan.asked(needs), asker).plain()
 
@@ -371,7 +387,11 @@ class Admission:
             pending.then(Verdict(gate, response, spoken.error))
             return
         amounts = None if ruling.amounts is None else Amounts(*ruling.amounts)
-        limit = self._limits[ruling.limit or ""]
+        limit = self._limits.get(ruling.limit or "")
+        if limit is None:  # it was defined when this was asked
+            response = self._response(weighed, ruling.limit or LIMITS, "rate", ruling.retry_after_s or 1.0, None)
+            pending.then(Verdict(gate, response, f"denied by the limit {ruling.limit}"))
+            return
         pending.then(self._denied(weighed, gate, limit, ruling.retry_after_s, amounts))
 
     def tell(self) -> tuple[int, dict[str, int]]:

@@ -109,6 +109,11 @@ class Allowances:
         self._open: dict[int, Mapping[str, int]] = {}
         self._leased: set[Slot] = set()
 
+    def renew(self, limits: Sequence[Limit], *, dry_run: bool) -> None:
+        """Other limits from now on. What open calls hold is still told; no lease is used any more."""
+        self._limits, self._dry_run = tuple(limits), dry_run
+        self._forget()
+
     def plan(self, facts: Facts) -> Plan:
         plan = self._plans.get(facts)
         if plan is None:

@@ -97,8 +97,7 @@ class Owner:
         others: Others | None = None,
         units: Mapping[str, Meter | None] | None = None,
     ) -> None:
-        """`others`: who else is asked. `units`: in which they count down, each with its meter, in the order of
-        `Asker.amounts`."""
+        """`others`: who else is asked. `units`: in which they count down, each with its meter."""
         self._charging = charging
         self._dry_run = dry_run
         self._clock_ns = clock_ns
@@ -241,11 +240,9 @@ class Owner:
         question = asked.question
         decision = Decision(ALLOWED)
         if said.allowed or self._dry_run:
-            try:
-                decision = self.counters.decide(asked.process, question.needs, question.at_ns)
-            except KeyError:  # of a limit that this life does not know: it hears of the new ones when it starts anew
-                log.error("a process that serves asks for a limit that is not defined")
-                return
+            # While new settings come into force it may ask for limits that are no more.
+            needs = [need for need in question.needs if need.limit in self.counters.limits]
+            decision = self.counters.decide(asked.process, needs, question.at_ns)
             if decision.decision == DENIED and decision.leased_to and asked.rounds < ROUNDS_MAX:
                 asked.rounds += 1
                 self._waiting.append(asked)
@@ -276,8 +273,7 @@ class Owner:
                 why = said.reason if said.freshness is Freshness.NONE else said.freshness.value
                 self.unanswered[said.source, word, why] += 1
             if word != DENIED:
-                estimate = dict(zip(self._units, asker.amounts, strict=False))
-                self._others.began(asker.id, asked.caller, estimate)
+                self._others.began(asker.id, asked.caller, asker.amounts)
         known.answers += 1
         granted = dict(decision.held)
         for key, amount in decision.more.items():
@@ -298,7 +294,7 @@ class Owner:
         )  # fmt: skip
 
     def _used(self, limit: str | None, question: Question) -> Used | None:
-        row = self.counters.row(limit or "", question.needs, question.at_ns)
+        row = self.counters.row(limit or "", question.needs, question.at_ns)  # of a limit that denies, so it is there
         if row is None:
             return None
         until = None if row.until_ns is None else datetime.fromtimestamp(row.until_ns // SECOND_NS, UTC).isoformat()

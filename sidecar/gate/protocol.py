@@ -18,15 +18,14 @@ ON_FAILURE: Final = "on_failure"  # or nobody, so that `SIDECAR_GATE_ON_FAILURE`
 class Asker(NamedTuple):
     """Who makes the call, for those who are asked outside.
 
-    `id`: the call's, by which its end is known. `amounts`: how much it may use, in the order of their units
-    (`Owner` has the same, from the same settings).
+    `id`: the call's, by which its end is known. `amounts`: how much it may use, by unit.
     """
 
     id: str
     subscriber: str | None
     provider: str | None
     dimensions: tuple[tuple[str, str], ...]
-    amounts: tuple[int, ...]
+    amounts: Mapping[str, int]
 
 
 class Question(NamedTuple):

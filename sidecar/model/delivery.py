@@ -41,6 +41,9 @@ class Refused:
     reason: str  # a short fixed word or the backend's code; no body text
 
 
+NO_CUSTOMER: Final = "no_customer"
+"""The reason of what is parked because a backend knows nobody by the record's subscriber."""
+
 KEY_MISMATCH: Final = "key_mismatch"
 """The reason of a refusal that is about the request's key: something came under it before, with other bytes. So the
 events may be there already, and nothing of them is sent under another key unless an operator accepts doubles."""

@@ -92,15 +92,21 @@ class PlainCalls:
     """What the plain calls of one proxy share."""
 
     def __init__(self, hop: Hop, address: UpstreamAddress, attribution: PlainAttribution) -> None:
-        settings = hop.settings
         self.hop = hop
+        self._address = address
         self._attribution = attribution
         self._numbers = 0
+        self.forget()
+
+    def forget(self) -> None:
+        """Learn anew what calls are like: what was made of them may not hold any more. Their numbers go on."""
+        hop = self.hop
+        settings = hop.settings
         self._requests: PlainRequests[_Asked] = PlainRequests(
             describe=self._describe,
             authority=None if settings.preserve_host else hop.headers.authority,
-            base=address.base,
-            matters=attribution.reads if hop.gate is None else attribution.reads | hop.gate.reads,
+            base=self._address.base,
+            matters=self._attribution.reads if hop.gate is None else self._attribution.reads | hop.gate.reads,
             head_bytes_max=settings.head_bytes,
             fields_max=settings.head_fields_max,
             target_bytes_max=settings.target_bytes,

@@ -95,6 +95,7 @@ class Proxy:
         self._gate = gate
         self._hop: Hop | None = None
         self._clients: Clients | None = None
+        self._plain: PlainCalls | None = None
         self._server: Server | None = None
         self._listeners: list[AsyncioServer] = []
         self._socket_paths: list[str] = []
@@ -155,7 +156,7 @@ class Proxy:
         )
         refused = min(REFUSED_MAX, max(REFUSED_MIN, files // 16))
         clients = self._clients = Clients(settings.connections, self._metrics, refused_max=refused)
-        plain = None if plainly is None else PlainCalls(hop, address, plainly)
+        plain = self._plain = None if plainly is None else PlainCalls(hop, address, plainly)
         self._server = Server(lambda server: Client(server, hop, clients, plain), loop)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
 
@@ -218,6 +219,21 @@ class Proxy:
             except (OSError, ValueError) as error:
                 why = why_unreadable(error)
                 log.error("the certificates for the upstream were not reloaded, the old ones stay: %s", why)
+
+    def renew(
+        self, *, settings: ProxySettings, recorder: Recorder, taps: Taps, route: Route, gate: Admission | None
+    ) -> None:
+        """Handle calls by these from now on. Calls that are open end as they began; no connection is closed. Of
+        `settings` what is asked for each call counts: routes, and what becomes of clients that leave."""
+        hop = self._hop
+        if hop is None:
+            raise RuntimeError("start the proxy before it is renewed")
+        self._settings = hop.settings = replace(
+            self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect
+        )
+        hop.recorder, hop.taps, hop.route, hop.gate = recorder, taps, route, gate
+        if self._plain is not None:
+            self._plain.forget()
 
     def _upstream_tls(self) -> ssl.SSLContext:
         settings = self._settings

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -25,10 +25,11 @@ from sidecar.spool.frames import SOURCE_BYTES
 from sidecar.storage.sockets import listening
 
 
-def run(settings: Settings) -> int:
-    """Serve with these settings; the exit code. Raises the parts' own errors from starting."""
+def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
+    """Serve with these settings; the exit code. `read`: reads them anew, for SIGHUP; it raises what is wrong with them.
+    Raises the parts' own errors from starting."""
     logs.set_up(settings.serve.log_level.value.upper(), role="supervisor")
-    return Supervisor(settings).run()
+    return Supervisor(settings, read).run()
 
 
 @dataclass(slots=True, kw_only=True)

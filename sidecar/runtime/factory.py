@@ -64,18 +64,18 @@ def proxy(
         log.warning(
             "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
         )
-    routes = _routes(settings)
+    found = routes(settings)
     attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
     by_body = attribute.by_body if body_fields(settings) else None
     return Proxy(
         settings=settings.proxy,
         recorder=recorder,
-        taps=telling_taps(settings, metrics, routes),
+        taps=telling_taps(settings, metrics, found),
         attribute=attribute,
         attribute_by_body=by_body,
         # Who pays by a member of the body is asked where the hash key is: in the process that serves.
         plainly=attribute if by_body is None else None,
-        route=routes.match,
+        route=found.match,
         metrics=metrics,
         gate=gate,
     )
@@ -83,7 +83,7 @@ def proxy(
 
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
     """What makes records of the plain calls of each process that serves, given the instance whose records they are."""
-    taps = telling_taps(settings, metrics, _routes(settings))
+    taps = telling_taps(settings, metrics, routes(settings))
     host = priced_host(settings)
     pricer = None if book.charges or book.needs_record else partial(book.pricer, host=host)
     return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance, pricer=pricer)
@@ -109,7 +109,7 @@ def priced_host(settings: Settings) -> str:
     return "".join(part or "" for part in _upstream(settings))
 
 
-def _routes(settings: Settings) -> Routes:
+def routes(settings: Settings) -> Routes:
     return Routes([route.pattern for route in settings.proxy.routes], known_routes())
 
 

@@ -13,7 +13,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Models, Outside
+from sidecar.gate.admission import Admission, Meant, Models, Outside, Policy
 from sidecar.gate.allowance import measure_of
 from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
@@ -114,14 +114,14 @@ def outside(settings: Settings) -> Outside | None:
         return None
     return Outside(
         names=tuple(source.name for source in found),
-        measures=tuple(measure_of(unit, meter) for unit, meter in _units(settings).items()),
+        measures={unit: measure_of(unit, meter) for unit, meter in _units(settings).items()},
         by_model=any(source.by_model for source in found),
         answer_s=settings.asked.gate_timeout,
     )
 
 
 def _units(settings: Settings) -> dict[str, Meter | None]:
-    """In which those outside count down, each with its meter; in one order for who asks and who is asked."""
+    """In which those outside count down, each with its meter."""
     meters = {METER + meter.name: meter for meter in read_meters(settings.meters)}
     units = {source.unit for source in sources(settings, settings.gate.gate)} - {None}
     return {unit: meters.get(unit) for unit in sorted(filter(None, units))}
@@ -186,18 +186,20 @@ def charging(settings: Settings) -> Charging | None:
 # --- in a process that serves --------------------------------------------------------------------------
 
 
-def admission(settings: Settings, taps: UsageTaps, key: bytes) -> Admission | None:
-    """What the hop asks; None: every call may be made."""
+def admission(policy: Policy) -> Admission:
+    """What the hop asks."""
+    return Admission(policy, clock_ns=time.time_ns, call_later=asyncio.get_running_loop().call_later)
+
+
+def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
+    """What is to be decided before a call is sent on; None: every call may be made."""
     found, asked = limits(settings), outside(settings)
     if not found and asked is None:
         return None
-    loop = asyncio.get_running_loop()
     payers = [Source.parse(text) for text in settings.attribution.subscriber]
-    return Admission(
-        found,
+    return Policy(
+        limits=found,
         meant=partial(_meant, taps),
-        clock_ns=time.time_ns,
-        call_later=loop.call_later,
         key_of=_key_of(taps, key),
         reads=frozenset(name.encode() for name in CREDENTIALS),
         models=models(settings),

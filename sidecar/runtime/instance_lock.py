@@ -17,7 +17,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Any, Final
 
 from sidecar.storage.files import PRIVATE, explain, make_directory, narrow, try_lock
 
@@ -26,7 +26,9 @@ NAME: Final = "lock"
 # A command that looks whether an instance is running holds the lock for microseconds; a start must not fail on that.
 GRACE_S: Final = 0.5
 POLL_S: Final = 0.02
-NOTE_BYTES: Final = 4096
+NOTE_BYTES: Final = 16_384
+PROBLEMS_MAX: Final = 10  # of a reload, in the note; the log has them all
+PROBLEM_CHARS_MAX: Final = 300
 
 
 class LockError(Exception):
@@ -50,6 +52,16 @@ class NewerError(LockError):
 
 
 @dataclass(frozen=True, slots=True)
+class Reload:
+    """What became of the last time that settings were read anew. `number`: of those since the start. `waiting`: names
+    of settings that need a restart."""
+
+    number: int
+    problems: tuple[str, ...] = ()
+    waiting: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Note:
     """What the holder wrote into the lock. The addresses are None until the ports are open."""
 
@@ -57,6 +69,7 @@ class Note:
     admin: str | None = None  # http://host:port, or unix:/path
     proxy: str | None = None
     layout: int = LAYOUT
+    reload: Reload | None = None  # None: there was none since the start
 
 
 class DataLock:
@@ -98,9 +111,11 @@ class DataLock:
         """Let workers join from now on. Nobody can take it alone until the last of all has gone."""
         self._lock(GRACE_S, shared=True)
 
-    def announce(self, *, admin: str | None = None, proxy: str | None = None) -> None:
+    def announce(self, *, admin: str | None = None, proxy: str | None = None, reload: Reload | None = None) -> None:
         """Say where we listen. A full disk must not keep the service from starting: then nothing is said."""
-        note = {"pid": os.getpid(), "admin": admin, "proxy": proxy, "layout": LAYOUT}
+        note: dict[str, Any] = {"pid": os.getpid(), "admin": admin, "proxy": proxy, "layout": LAYOUT}
+        if reload is not None:
+            note["reload"] = _fitting(reload)
         line = json.dumps(note).encode() + b"\n"
         with contextlib.suppress(OSError):
             # Overwritten before it is cut: a reader sees the old note or the new one with a rest behind, never none.
@@ -156,6 +171,15 @@ class DataLock:
             )
 
 
+def _fitting(reload: Reload) -> dict[str, Any]:
+    """What there is room for in the note: the first problems, cut."""
+    return {
+        "number": reload.number,
+        "problems": [text[:PROBLEM_CHARS_MAX] for text in reload.problems[:PROBLEMS_MAX]],
+        "waiting": list(reload.waiting[:PROBLEMS_MAX]),
+    }
+
+
 def running(data_dir: Path) -> Note | None:
     """Who is running on it now; None where nobody is (or nothing is there). Changes nothing."""
     path = data_dir / NAME
@@ -198,11 +222,16 @@ def _read_note(path: Path) -> Note:
         row = json.loads(path.read_bytes()[:NOTE_BYTES].split(b"\n", 1)[0])
         pid, layout = row.get("pid"), row.get("layout")
         admin, proxy = (row.get(name) for name in ("admin", "proxy"))
-    except (OSError, ValueError, AttributeError):
+        told = row.get("reload")
+        reload = None
+        if isinstance(told, dict):
+            reload = Reload(int(told["number"]), tuple(map(str, told["problems"])), tuple(map(str, told["waiting"])))
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
         return Note()
     return Note(
         pid if isinstance(pid, int) else None,
         admin if isinstance(admin, str) else None,
         proxy if isinstance(proxy, str) else None,
         layout if isinstance(layout, int) else LAYOUT,
+        reload,
     )

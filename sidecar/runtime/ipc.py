@@ -201,9 +201,9 @@ class Link(asyncio.Protocol):
     ) -> None:
         """`status`: how this process does, as the answer to a question's number. `gate`: whose questions go this way
         too."""
-        self._gate = gate
+        self._gate: Admission | None = None
         if gate is not None:
-            gate.send = self._ask_gate
+            self.ask_for(gate)
         self._address = address
         self._source = source
         self._worker = worker
@@ -219,6 +219,11 @@ class Link(asyncio.Protocol):
         self._closed = False
         self._read = asyncio.Event()
         self.met = asyncio.Event()  # whoever meters was there once
+
+    def ask_for(self, gate: Admission) -> None:
+        """Its questions go this way from now on."""
+        self._gate = gate
+        gate.send = self._ask_gate
 
     def start(self, recorder: Recorder) -> None:
         self._recorder = recorder

@@ -32,7 +32,7 @@ from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallGroup
-from sidecar.model.delivery import AddsUp, Backend
+from sidecar.model.delivery import NO_CUSTOMER, AddsUp, Backend
 from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.prices import price_book
@@ -74,6 +74,7 @@ ORPHANED_S: Final = 10.0  # beyond SIDECAR_STOP_S, where nobody is left to say t
 ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all is the state of the whole
 LOAD_SLOW_S: Final = 1.0  # calls wait so long for a decision at most
+REST_S: Final = 35.0  # as long as a backend may take to answer, at the default of its time limit
 DRAIN_S: Final = 5.0  # the last delivery pass: what a reachable backend takes in this time leaves before we do
 LOOK_EVERY_S: Final = 5.0  # a disk of 200 MB/s loses 1 GiB, the default mark, in that time
 HAND_ON_S: Final = 0.25  # of the half second that sums gather before they are stored
@@ -91,6 +92,7 @@ class Billing:
     backends: Mapping[str, Backend]
     copied: directory_identity.Noticed | None = None  # the directory is a copy, and nobody has decided yet
     spool: Spool | None = None  # the slot that is written here
+    rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
     room: Room = Room.ENOUGH
     free_bytes: int = 0
@@ -175,6 +177,11 @@ class Billing:
             apart = [record for group in groups for record in group.records()]
             lines = {record.id: (record.seq, record.json) for record in (*records, *apart) if record.id in out}
         self.delivery.apply(replace(batch, sums=sums, left=left, lines=lines))
+
+    async def last_pass(self) -> None:
+        """Deliver what can be delivered in a moment, unless somebody else goes on with it at once."""
+        if not self.rests:
+            await self.delivery.drain(DRAIN_S)
 
     async def remember_place(self) -> None:
         """Keep how far delivery has come: a `delivery.db` that is put back later is behind that."""
@@ -336,7 +343,6 @@ async def billing(
             safe=(LEDGER_NAME,) if copied is None or copied.whole else (),
         )
         await stack.enter_async_context(delivery)
-        stack.push_async_callback(delivery.drain, DRAIN_S)
         by_name = {backend.name: backend for backend in backends}
         bills = Billing(
             settings=settings,
@@ -348,6 +354,7 @@ async def billing(
             spool=spool,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
         )
+        stack.push_async_callback(bills.last_pass)
         stack.callback(bills.hand_on)
         stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
@@ -377,6 +384,7 @@ class Metering:
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
     bills: Billing | None = None
+    not_reloaded: str = ""  # why the settings that were read last are not in force
     stopping: bool = False  # from the wish to stop on, while calls are still taken too
     _last: Balance | None = None
 
@@ -467,6 +475,8 @@ class Metering:
             notes.append(f"{missing} of {len(serving)} workers do not answer")
             if not answers:
                 state = "degraded" if state == "ok" else state
+        if self.not_reloaded:
+            notes.append(f"the settings were not reloaded, the old ones hold: {self.not_reloaded}")
         for one in () if self.asking is None else self.asking.status():
             notes += gate_factory.remarks_on(one, self.settings.gate.gate_on_failure)
         ready = not self.stopping and any(not answer.refusing for answer in answers)
@@ -602,6 +612,8 @@ async def recording(
                 stack.callback(loading.cancel)
             whole.intake.handed = bills.hand_over
             whole.seam.recording()
+            offering = asyncio.create_task(offer_to_new_customers(bills))
+            stack.callback(offering.cancel)
             stack.push_async_callback(whole.seam.aclose)  # what was heard until the end is committed
             stack.push_async_callback(whole.stop)
             yield bills
@@ -614,6 +626,17 @@ async def recording(
         if found is not None:
             raise Unable(fault, found) from fault
         raise fault from None
+
+
+async def offer_to_new_customers(bills: Billing) -> None:
+    """What was parked because nobody knew the customer goes by itself once the customer is known."""
+    try:
+        told = await bills.delivery.offer_again(reason=NO_CUSTOMER)
+    except (OSError, SpoolError, StateError) as error:
+        log.warning("what is parked for want of a customer could not be looked at: %s", error)
+        return
+    if told.offered:
+        log.info("events whose customer is known now are offered again", extra={"facts": {"events": told.offered}})
 
 
 async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq: int) -> None:
@@ -794,6 +817,12 @@ class _Process:
         )  # fmt: skip
         return LOST
 
+    async def _hand_over(self, whole: Metering) -> None:
+        """Calls are recorded on, until no backend has to be waited for; then the next process takes it all over."""
+        if whole.bills is not None:
+            whole.bills.rests = True
+            await whole.bills.delivery.rest(REST_S)
+
     async def _obey(self, whole: Metering) -> None:
         while (told := await self._wire.receive()) is not None:
             match told:
@@ -807,6 +836,11 @@ class _Process:
                     self._locked.set()
                 case {"do": "stop"}:
                     self._stop.set()
+                case {"do": "hand_over"}:
+                    handing = asyncio.create_task(self._hand_over(whole))
+                    handing.add_done_callback(lambda _: self._stop.set())
+                case {"reloaded": [*problems]}:
+                    whole.not_reloaded = "; ".join(map(str, problems))
         # The supervisor is gone: those that serve finish what is open, and are heard until then.
         whole.stopping = True
         with suppress(TimeoutError):

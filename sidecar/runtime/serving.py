@@ -9,17 +9,18 @@ from __future__ import annotations
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Final
 
-from sidecar.gate.admission import Admission
+from sidecar.gate.admission import Admission, Policy
 from sidecar.proxy import Proxy
 from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.ipc import CANNOT_START, LOST, Address, Link, Status, Wire
 from sidecar.runtime.metrics import HopCounts
 from sidecar.settings import Settings
+from sidecar.settings.renewal import renewed
 from sidecar.spool.recorder import Recorder
 
 log = logging.getLogger("sidecar.serving")
@@ -32,10 +33,13 @@ TICK_S: Final = 1.0  # how old what the hop counted may be that nobody asked for
 class Serving:
     """An open hop. `proxy.listen` lets calls in."""
 
+    settings: Settings
+    key: bytes
     proxy: Proxy
     recorder: Recorder
     link: Link
     counts: HopCounts
+    gate: Admission | None = None  # also while no limit is set any more, for the calls that are open
     left: int = 0  # records that nobody took until the end
 
     def status(self, asked: int) -> Status:
@@ -44,6 +48,37 @@ class Serving:
             asked, self.recorder.unseen, self.counts.connections, self.counts.drains, health.state.value, health.reason,
             self.recorder.refusing,
         )  # fmt: skip
+
+    async def renew(self, read: Callable[[], Settings]) -> None:
+        """Read the settings anew, and use what of them may change while calls go on. They were judged by who asks for
+        it; what cannot be used all the same changes nothing."""
+        self.proxy.reload_tls()
+        try:
+            settings, policy = await asyncio.to_thread(self._read_anew, read)
+        except Exception as error:  # noqa: BLE001 - whatever is wrong with them, calls go on by the old ones
+            log.error("the settings were not reloaded, the old ones hold: %s", error)
+            return
+        routes = factory.routes(settings)
+        gate = None
+        if policy is not None:
+            if self.gate is None:
+                self.gate = gate_factory.admission(policy)
+                self.link.ask_for(self.gate)
+            else:
+                self.gate.renew(policy)
+            gate = self.gate
+        self.settings = settings
+        self.proxy.renew(
+            settings=settings.proxy,
+            recorder=self.recorder if self.gate is None else gate_factory.GatedRecorder(self.recorder, self.gate),
+            taps=factory.telling_taps(settings, self.counts, routes),
+            route=routes.match,
+            gate=gate,
+        )
+
+    def _read_anew(self, read: Callable[[], Settings]) -> tuple[Settings, Policy | None]:
+        settings, _ = renewed(self.settings, read())
+        return settings, gate_factory.policy(settings, factory.usage_taps(settings, lambda kind: None), self.key)
 
 
 @asynccontextmanager
@@ -54,7 +89,8 @@ async def serving(
     acknowledged. Raises what certificates that cannot be read raise."""
     async with AsyncExitStack() as stack:
         counts = HopCounts()
-        gate = gate_factory.admission(settings, factory.usage_taps(settings, lambda kind: None), key)
+        policy = gate_factory.policy(settings, factory.usage_taps(settings, lambda kind: None), key)
+        gate = None if policy is None else gate_factory.admission(policy)
         link = Link(
             address, source, worker,
             lambda asked: found.status(asked),  # noqa: PLW0108 - it is made below
@@ -64,10 +100,10 @@ async def serving(
         given = recorder if gate is None else gate_factory.GatedRecorder(recorder, gate)
         proxy = factory.proxy(settings, given, counts, key, gate)
         await proxy.start()
-        found = Serving(proxy=proxy, recorder=recorder, link=link, counts=counts)
+        found = Serving(settings=settings, key=key, proxy=proxy, recorder=recorder, link=link, counts=counts, gate=gate)
         link.start(recorder)
         stack.push_async_callback(_part, found)
-        ticking = asyncio.create_task(_tick(recorder, link, gate))
+        ticking = asyncio.create_task(_tick(found))
         stack.callback(ticking.cancel)
         stack.push_async_callback(proxy.aclose)
         stack.push_async_callback(proxy.stop, settings.serve.stop_s)
@@ -92,19 +128,19 @@ async def _part(found: Serving) -> None:
             )  # fmt: skip
 
 
-async def _tick(recorder: Recorder, link: Link, gate: Admission | None) -> None:
+async def _tick(found: Serving) -> None:
     while True:
         await asyncio.sleep(TICK_S)
-        recorder.flush()
-        if gate is not None and gate.has_to_tell:
-            link.tell_gate()  # a lease lasts until here
+        found.recorder.flush()
+        if found.gate is not None and found.gate.has_to_tell:
+            found.link.tell_gate()  # a lease lasts until here
 
 
 async def serve(
     settings: Settings, *, key: bytes, address: Address, source: bytes, worker: int,
-    listeners: Sequence[socket.socket], wire_socket: socket.socket,
+    listeners: Sequence[socket.socket], wire_socket: socket.socket, read: Callable[[], Settings] | None = None,
 ) -> int:  # fmt: skip
-    """Serve on the given sockets until told to stop; the exit code."""
+    """Serve on the given sockets until told to stop; the exit code. `read`: reads the settings anew."""
     wire = await Wire.over(wire_socket)
     opened = False
     try:
@@ -115,7 +151,10 @@ async def serve(
             wire.send(ready=True)
             while (told := await wire.receive()) is not None and told.get("do") != "stop":
                 if told.get("do") == "reload":
-                    found.proxy.reload_tls()
+                    if read is None:
+                        found.proxy.reload_tls()
+                    else:
+                        await found.renew(read)
             if told is None:
                 log.warning("the supervisor is gone: open calls are finished, and no more are taken")
     except OSError as error:

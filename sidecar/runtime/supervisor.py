@@ -30,12 +30,13 @@ from typing import Any, Final
 from sidecar.runtime import factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.disk import LOOK_S, NoRoomError, no_room, text_of
-from sidecar.runtime.instance_lock import DataLock, InUseError, LockError
+from sidecar.runtime.instance_lock import DataLock, InUseError, LockError, Reload
 from sidecar.runtime.ipc import ASK_S, Address, WireEnd, listen_at_seam
 from sidecar.runtime.metering import Start, meter
 from sidecar.runtime.serving import serve
 from sidecar.settings import Address as Listen
 from sidecar.settings import OnSpoolFull, Settings
+from sidecar.settings.renewal import renewed
 from sidecar.spool.frames import SOURCE_BYTES
 from sidecar.storage.files import Trouble
 from sidecar.storage.sockets import listening, remove
@@ -49,6 +50,8 @@ RESTART_S_MAX: Final = 5.0
 STEADY_S: Final = 60.0  # a process that lived so long starts again without a pause
 # What the process that meters may take at its end: the last delivery pass, a disk that takes nothing, answers.
 METERING_STOP_S: Final = 40.0
+Read = Callable[[], Settings]
+
 OK: Final = 0
 FAILED: Final = 1
 STOPPERS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -82,6 +85,7 @@ class Process:
     pause_s: float = 0.0
     due_s: float = 0.0  # when it is to be started again
     code: int = 0  # its last exit code; negative: a signal
+    replaced: bool = False  # it was told to hand over: another one follows at once
 
     def __str__(self) -> str:
         return "the metering process" if self.role == METERING else f"worker {self.number}"
@@ -106,8 +110,10 @@ class Sockets:
 class Supervisor:
     """`run` once."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, read: Read | None = None) -> None:
+        """`read`: reads the settings anew and judges them, for SIGHUP; None: they are those of the start."""
         self._settings = settings
+        self._read = read
         self._lock: DataLock | None = None
         self._held: Trouble | None = None  # why the lock could not be taken yet
         self._look_s = 0.0  # when to try again
@@ -120,13 +126,17 @@ class Supervisor:
         self._selector = selectors.DefaultSelector()
         self._stops = 0  # how often we were asked to stop
         self._reload = False
+        self._reloads = 0
+        self._waiting_settings: list[str] = []  # that differ and need a restart
+        self._reload_note: Reload | None = None
+        self._before: Settings | None = None  # while new settings come into force: the ones that held
         self._failed = False  # something ended that should not have, or left records behind
         self._draining = False
         self._woken: tuple[socket.socket, socket.socket] | None = None
 
     def run(self) -> int:
         """Until SIGTERM or SIGINT, and `SIDECAR_STOP_DELAY_S` longer; a second one ends the delay, the next everything.
-        SIGHUP reads the certificates of both sides anew. The exit code; raises what keeps it from starting.
+        SIGHUP reads settings, certificates and secrets anew. The exit code; raises what keeps it from starting.
         """
         settings = self._settings
         try:
@@ -184,7 +194,7 @@ class Supervisor:
 
     def _announce(self) -> None:
         if self._lock is not None and self._serving and all(process.was_ready for process in self._serving):
-            self._lock.announce(admin=self._sockets.admin_url, proxy=self._sockets.proxy_url)
+            self._lock.announce(admin=self._sockets.admin_url, proxy=self._sockets.proxy_url, reload=self._reload_note)
 
     def _open_sockets(self) -> None:
         settings, sockets = self._settings, self._sockets
@@ -261,7 +271,7 @@ class Supervisor:
                 sockets.seam.close()
                 work = serve(
                     settings, key=self._key, address=sockets.seam_address, source=process.source,
-                    worker=process.number, listeners=process.listeners, wire_socket=theirs,
+                    worker=process.number, listeners=process.listeners, wire_socket=theirs, read=self._read,
                 )  # fmt: skip
             code = _run(work)
         except BaseException:
@@ -291,6 +301,8 @@ class Supervisor:
             elif "ready" in fields:
                 process.ready = process.was_ready = True
                 self._instance = fields.get("instance") or self._instance
+                if process.role == METERING and self._before is not None:
+                    self._renewed()
 
     def _collect(self) -> None:
         """Those that have ended: what they said last, why they ended, and what follows."""
@@ -321,7 +333,14 @@ class Supervisor:
         if not process.was_ready:
             text, wrong = process.cannot or (f"{process} ended with {code}: its log lines above say why", FAILED)
             raise StartError(text, wrong)
+        if process.replaced and code == 0:
+            process.replaced, process.due_s = False, time.monotonic()
+            return
+        process.replaced = False
         why = process.cannot[0] if process.cannot else f"ended with {code}"
+        if process.role == METERING and process.cannot and self._before is not None:
+            self._settings, self._before = self._before, None
+            self._said_of_reload([f"{why}; the settings that held before are in force again"], [])
         log.error("%s %s: it is started again", process, why)
         now_s = time.monotonic()
         if now_s - process.began_s >= STEADY_S:
@@ -376,13 +395,60 @@ class Supervisor:
                 self._try_lock()
             if self._reload:
                 self._reload = False
-                log.info(
-                    "SIGHUP: the certificates of both sides are read anew; secrets and other settings are those of "
-                    "the start"
-                )
-                for process in self._serving:
-                    self._tell(process, {"do": "reload"})
+                self._renew()
         return True
+
+    # --- new settings ------------------------------------------------------------------------------
+
+    def _renew(self) -> None:
+        """Read everything anew. What is wrong changes nothing and is said.
+
+        The process that meters is replaced by one that has the new settings: it lets the requests to backends end that
+        are under way, and what is told meanwhile is kept by those that serve, as when it dies. These take the new
+        settings over in place, once it is there, so that no call is cut and no connection closed.
+        """
+        if self._before is not None:
+            self._reload = True  # the last one first
+            return
+        self._reloads += 1
+        waiting: list[str] = []
+        if self._read is not None:
+            try:
+                found = self._read()
+            except Exception as error:  # noqa: BLE001 - whatever is wrong with them, the old ones hold
+                problems = getattr(error, "problems", None) or [str(error)]
+                self._said_of_reload(list(problems), [])
+                return
+            settings, waiting = renewed(self._settings, found)
+            self._before, self._settings = self._settings, settings
+            logging.getLogger("sidecar").setLevel(settings.serve.log_level.value.upper())
+        else:
+            self._before = self._settings
+        if waiting:
+            log.warning("these settings wait for a restart: %s", ", ".join(waiting))
+        self._waiting_settings = waiting
+        if self._metering.pid and self._read is not None:
+            self._metering.replaced = True
+            self._tell(self._metering, {"do": "hand_over"})
+        elif self._metering.ready:
+            self._renewed()
+
+    def _renewed(self) -> None:
+        """Whoever meters has the new settings: now those that serve."""
+        self._before = None
+        for process in self._serving:
+            self._tell(process, {"do": "reload"})
+        self._said_of_reload([], self._waiting_settings)
+
+    def _said_of_reload(self, problems: Sequence[str], waiting: Sequence[str]) -> None:
+        if problems:
+            log.error("the settings were not reloaded, the old ones hold: %s", "; ".join(problems))
+        else:
+            log.info("the settings were reloaded")
+        self._tell(self._metering, {"reloaded": list(problems)})
+        if self._lock is not None:
+            self._reload_note = Reload(self._reloads, tuple(problems), tuple(waiting))
+            self._announce()
 
     # --- the end -----------------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import aiohttp
 
@@ -41,7 +41,7 @@ class Whole:
         self.admin_url = ""
         self.log = data_dir.parent / f"{data_dir.name}.log"
 
-    async def start(self) -> Whole:
+    async def start(self) -> Self:
         """Start, and wait until it says in its lock file where it listens."""
         with self.log.open("ab") as log:
             command = (sys.executable, str(ROOT / "tests" / "support" / "serve.py"), "serve", *self.arguments)
@@ -167,7 +167,7 @@ class Whole:
         assert code == 0, err
         return [json.loads(line) for line in out.splitlines()]
 
-    async def __aenter__(self) -> Whole:
+    async def __aenter__(self) -> Self:
         return await self.start()
 
     async def __aexit__(self, *_: object) -> None:

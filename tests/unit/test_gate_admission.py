@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.gate.admission import Admission, Meant, Models, Verdict
+from sidecar.gate.admission import Admission, Meant, Models, Policy, Verdict
 from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import (
     ANSWERS_KEPT,
@@ -112,12 +112,12 @@ def admission(*short: str, **given: Any) -> tuple[Admission, list[tuple[Any, ...
 
     options: dict[str, Any] = {
         "meant": lambda method, target: Meant("openai", None, True),
-        "clock_ns": lambda: AT_NS,
-        "call_later": later,
         "key_of": lambda fields: None,
         "deny": DENY,
     }
-    gate = Admission(read_limits((), short), **(options | given))
+    clock_ns = given.pop("clock_ns", lambda: AT_NS)
+    policy = Policy(limits=read_limits((), short), **(options | given))
+    gate = Admission(policy, clock_ns=clock_ns, call_later=later)
     gate.send = asked.append
     return gate, asked, timers
 

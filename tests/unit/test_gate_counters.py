@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sidecar.gate.admission import Admission, Meant, Verdict
+from sidecar.gate.admission import Admission, Meant, Policy, Verdict
 from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Need
 from sidecar.gate.denials import Denials
 from sidecar.gate.limits import Charge, Charging, Facts, Limit, read_limits
@@ -222,14 +222,13 @@ class World:
 class Process:
     def __init__(self, world: World, tail: str) -> None:
         self.world, self.tail = world, tail
-        self.gate = Admission(
-            world.limits,
+        policy = Policy(
+            limits=world.limits,
             meant=lambda method, target: Meant("openai", None, True),
-            clock_ns=lambda: world.now_ns,
-            call_later=lambda after, do: Timer(),
             key_of=lambda fields: None,
             deny=DENY,
         )
+        self.gate = Admission(policy, clock_ns=lambda: world.now_ns, call_later=lambda after, do: Timer())
         self.gate.send = self.ask
         self.open: list[Exchange] = []
         self.unwritten: list[Exchange] = []  # in frames that nobody has taken

@@ -41,6 +41,7 @@ from sidecar.backends.stripe.meters import FORM, FORMULAS, Payload, StripeMeters
 from sidecar.backends.stripe.session import StreamSession
 from sidecar.meters.definition import Meter
 from sidecar.model.delivery import (
+    NO_CUSTOMER,
     Abilities,
     Atomicity,
     Blocked,
@@ -125,7 +126,7 @@ class StripeBackend(HttpBackend[StripeSettings]):
         calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
         for record, customer, amounts in calls:
             if not self._is_theirs(record, customer):
-                encoded.parked[record.id] = "no_customer"
+                encoded.parked[record.id] = NO_CUSTOMER
                 continue
             for meter, exact in amounts:
                 amount = self._whole_money(meter, exact)

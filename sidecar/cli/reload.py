@@ -1,0 +1,62 @@
+"""Have the running instance read anew: subscribers, meters, prices, limits, routes, certificates, secrets."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Final
+
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, CommandError, add_data_dir, read_settings
+from sidecar.settings import SettingsError
+
+WAIT_S: Final = 60.0  # for requests to backends that are under way, and for the start of who goes on with them
+POLL_S: Final = 0.05
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    add_data_dir(parser)
+
+
+def _data_dir(arguments: argparse.Namespace) -> Path:
+    """Also where the settings are wrong, which is the instance's to say, if the place stands beside them."""
+    try:
+        return read_settings(arguments).data_dir
+    except SettingsError:
+        named = arguments.data_dir or os.environ.get("SIDECAR_DATA_DIR")
+        if not named:
+            raise
+        return Path(named)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from sidecar.runtime.instance_lock import running
+
+    data_dir = _data_dir(arguments)
+    note = running(data_dir)
+    if note is None or note.pid is None:
+        raise CommandError(f"no instance runs on {data_dir}: its settings are read when it starts")
+    before = 0 if note.reload is None else note.reload.number
+    try:
+        os.kill(note.pid, signal.SIGHUP)
+    except ProcessLookupError:
+        raise CommandError(f"process {note.pid} is not to be seen from here: send it SIGHUP where it runs") from None
+    except PermissionError:
+        raise CommandError(f"process {note.pid} is another user's: run this as that user") from None
+    until_s = time.monotonic() + WAIT_S
+    while time.monotonic() < until_s:
+        now = running(data_dir)
+        if now is None or now.pid != note.pid:
+            raise CommandError(f"process {note.pid} has ended: its log says why")
+        if now.reload is not None and now.reload.number > before:
+            if now.reload.problems:
+                print("\n  ".join(["not reloaded, the old settings hold:", *now.reload.problems]))
+                return EXIT_FAILED
+            print("reloaded")
+            if now.reload.waiting:
+                print(f"these settings wait for a restart: {', '.join(now.reload.waiting)}")
+            return EXIT_OK
+        time.sleep(POLL_S)
+    raise CommandError(f"process {note.pid} has not said within {WAIT_S:.0f} s what became of it: see its log")

@@ -1,0 +1,281 @@
+"""Settings are read anew while calls go on: what is right holds from then on, what is wrong changes nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+from support.counted_api import LIMIT_S, call, client, upstream
+from support.scripted import running_receiver
+from support.whole import ROOT, Whole, environment
+
+from sidecar.dev.mock_backends import Receiver, Terms
+from sidecar.dev.mock_backends.contract import KEY
+
+TERMS = {"stripe": Terms(key=KEY)}
+
+
+class Reloaded(Whole):
+    """An instance with a TOML file that changes."""
+
+    def __init__(self, tmp_path: Path, url: str, toml: str, **settings: str) -> None:
+        self.config = tmp_path / "sidecar.toml"
+        self.config.write_text(toml)
+        base = {"SIDECAR_SUBSCRIBER": "header:x-tenant", "SIDECAR_CONFIG": str(self.config)}
+        super().__init__(tmp_path / "data", url, **(base | settings))
+
+    async def reload(self, toml: str | None = None) -> tuple[int, str]:
+        """Exit code of the command, and what it printed."""
+        if toml is not None:
+            self.config.write_text(toml)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "reload", env=environment(self.env), cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        async with asyncio.timeout(LIMIT_S):
+            out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode()
+
+
+def billed(receiver: Receiver) -> dict[str, int]:
+    """Events by customer that were taken."""
+    found: dict[str, int] = {}
+    for row in receiver.received:
+        if row.verdict == "delivered" and isinstance(row.body, dict):
+            customer = str(row.body.get("payload", {}).get("stripe_customer_id"))
+            found[customer] = found.get(customer, 0) + 1
+    return found
+
+
+async def parked(whole: Whole) -> int:
+    balance: dict[str, Any] = await whole.get("/balance")
+    return sum(sum(totals["parked"].values()) for totals in balance["backends"].values())
+
+
+async def until(holds: Any, what: str) -> None:
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            while not await holds():
+                await asyncio.sleep(0.02)
+    except TimeoutError:
+        raise AssertionError(f"not in time: {what}") from None
+
+
+@pytest.mark.timeout(120)
+async def test_a_new_customer_needs_no_restart_and_what_was_parked_for_want_of_it_goes_by_itself(
+    tmp_path: Path,
+) -> None:
+    async with upstream() as (_, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
+        stripe = {
+            "SIDECAR_BACKENDS": "ledger,stripe",
+            "SIDECAR_STRIPE_URL": receiver.url,
+            "SIDECAR_STRIPE_API_KEY": KEY,
+            "SIDECAR_STRIPE_METERS": "api_calls",
+        }
+        before = '[subscribers.acme]\nstripe = "cus_acme"\n'
+        async with Reloaded(tmp_path, url, before, **stripe) as whole:
+            for who in ("acme", "bob", "bob", "eve"):
+                assert (await call(session, whole, who))[0] == 200
+
+            async def three() -> bool:
+                return await parked(whole) == 3
+
+            await until(three, "three are parked")
+            code, said = await whole.reload(before + '[subscribers.bob]\nstripe = "cus_bob"\n')
+            assert (code, said) == (0, "reloaded\n")
+
+            async def one() -> bool:
+                return await parked(whole) == 1 and billed(receiver).get("cus_bob") == 2
+
+            await until(one, "bob's two have gone, eve's one is parked")
+            assert (await call(session, whole, "bob"))[0] == 200
+
+            async def again() -> bool:
+                return billed(receiver) == {"cus_acme": 1, "cus_bob": 3}
+
+            await until(again, "a call after the reload is billed")
+            balance = await whole.settled()
+    assert balance["holds"]
+
+
+@pytest.mark.timeout(120)
+async def test_limits_come_change_and_go(tmp_path: Path) -> None:
+    def limit(amount: int) -> str:
+        return f'[[limits]]\nname = "few"\nunit = "calls"\namount = {amount}\nwindow = "total"\n'
+
+    async with upstream() as (up, url), client() as session:
+        async with Reloaded(tmp_path, url, "", SIDECAR_WORKERS="2") as whole:
+
+            async def statuses(count: int) -> list[int]:
+                return [(await call(session, whole))[0] for _ in range(count)]
+
+            assert await statuses(3) == [200] * 3
+            assert (await whole.reload(limit(5)))[0] == 0
+            assert await statuses(3) == [200, 200, 402], "the three before count: they are on record"
+            assert (await whole.reload(limit(6)))[0] == 0
+            assert await statuses(2) == [200, 402]
+            assert (await whole.reload(""))[0] == 0
+            assert await statuses(2) == [200, 200]
+            assert (await whole.reload(limit(9)))[0] == 0
+            assert await statuses(2) == [200, 402]
+            assert up.calls == 9
+            balance = await whole.settled()
+    assert balance["holds"]
+
+
+@pytest.mark.timeout(120)
+async def test_what_open_calls_hold_is_held_over_a_reload(tmp_path: Path) -> None:
+    toml = '[[limits]]\nname = "at-once"\nunit = "concurrent"\namount = 2\n'
+    async with upstream() as (up, url), client() as session:
+        async with Reloaded(tmp_path, url, toml) as whole:
+            up.gate.clear()
+            held = [asyncio.create_task(call(session, whole)) for _ in range(2)]
+            async with asyncio.timeout(LIMIT_S):
+                while up.calls < 2:
+                    await asyncio.sleep(0.01)
+            assert (await call(session, whole))[0] == 429
+            assert (await whole.reload(toml + "# touched\n"))[0] == 0
+            assert (await call(session, whole))[0] == 429
+            up.gate.set()
+            assert [status for status, _ in await asyncio.gather(*held)] == [200, 200], "they go on as they began"
+            assert (await call(session, whole))[0] == 200
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("toml", "told"),
+    [
+        ("[[limits]\n", "is no TOML"),
+        ('[[limits]]\nname = "x"\nunit = "apples"\namount = 1\nwindow = "day"\n', "apples"),
+        ('[[meters]]\nname = "m"\naggregation = { type = "AVG", field = "input_tokens" }\n', "aggregation type is wrong"),
+        ("[subscribers]\nacme = 7\n", "subscribers"),
+        ('colour = "red"\n', "colour"),
+    ],
+)
+async def test_nonsense_changes_nothing_and_is_said(tmp_path: Path, toml: str, told: str) -> None:
+    good = '[[limits]]\nname = "few"\nunit = "calls"\namount = 2\nwindow = "total"\n'
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, good) as whole:
+            assert (await call(session, whole))[0] == 200
+            code, said = await whole.reload(toml)
+            assert code == 1
+            assert said.startswith("not reloaded, the old settings hold:")
+            assert told in said
+            ready = await whole.get("/readyz")
+            assert any("not reloaded" in note for note in ready["notes"]), ready
+            assert [(await call(session, whole))[0] for _ in range(2)] == [200, 402], "the old limit"
+            assert (await whole.reload(good))[0] == 0
+            assert not any("not reloaded" in note for note in (await whole.get("/readyz"))["notes"])
+
+
+@pytest.mark.timeout(120)
+async def test_what_needs_a_restart_is_named_and_stays(tmp_path: Path) -> None:
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, "") as whole:
+            code, said = await whole.reload('workers = 3\nretention = "1d"\nbackends = ["ledger"]\n')
+            assert code == 0
+            assert "these settings wait for a restart: SIDECAR_WORKERS, SIDECAR_RETENTION" in said
+            assert len(whole.children()["serve"]) == 1
+            assert (await call(session, whole))[0] == 200
+
+
+@pytest.mark.timeout(120)
+async def test_a_secret_is_read_from_its_file_again(tmp_path: Path) -> None:
+    async with upstream() as (_, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
+        key = tmp_path / "key"
+        key.write_text("sk_old_one\n")
+        stripe = {
+            "SIDECAR_BACKENDS": "ledger,stripe",
+            "SIDECAR_STRIPE_URL": receiver.url,
+            "SIDECAR_STRIPE_API_KEY_FILE": str(key),
+            "SIDECAR_STRIPE_METERS": "api_calls",
+        }
+        async with Reloaded(tmp_path, url, '[subscribers.acme]\nstripe = "cus_acme"\n', **stripe) as whole:
+            assert (await call(session, whole))[0] == 200
+
+            async def refused() -> bool:
+                return any("stripe is blocked" in note for note in (await whole.get("/readyz"))["notes"])
+
+            await until(refused, "the old key is refused")
+            key.write_text(f"{KEY}\n")
+            assert (await whole.reload())[0] == 0
+
+            async def taken() -> bool:
+                return billed(receiver) == {"cus_acme": 1}
+
+            await until(taken, "the new key is taken")
+            assert "sk_old_one" not in whole.log.read_text()
+
+
+@pytest.mark.timeout(180)
+@pytest.mark.parametrize("durability", ["committed", "buffered"])
+async def test_under_load_no_call_fails_no_connection_closes_and_each_is_recorded_once(
+    tmp_path: Path, durability: str
+) -> None:
+    async with upstream() as (up, url):
+        async with Reloaded(tmp_path, url, "", SIDECAR_WORKERS="2", SIDECAR_DURABILITY=durability) as whole:
+            going, done = True, 0
+
+            async def calls() -> None:
+                nonlocal done
+                opened = 0
+
+                async def count(*_: Any) -> None:
+                    nonlocal opened
+                    opened += 1
+
+                trace = aiohttp.TraceConfig()
+                trace.on_connection_create_end.append(count)
+                async with aiohttp.ClientSession(trace_configs=[trace]) as session:
+                    while going:
+                        assert (await call(session, whole))[0] == 200
+                        done += 1
+                assert opened == 1, "its one connection was kept"
+
+            callers = [asyncio.create_task(calls()) for _ in range(4)]
+            for number in range(3):
+                before = done
+                code, said = await whole.reload(f"# {number}\n")
+                assert (code, said) == (0, "reloaded\n")
+
+                async def more(before: int = before) -> bool:
+                    return done > before + 20
+
+                await until(more, "calls go on")
+            going = False
+            await asyncio.gather(*callers)
+            balance = await whole.settled()
+            records = await whole.records()
+    assert balance["holds"]
+    assert len(records) == len({record["id"] for record in records}) == up.calls == done
+
+
+@pytest.mark.timeout(120)
+async def test_a_metering_process_that_dies_while_it_hands_over_is_started_with_the_new_settings(
+    tmp_path: Path,
+) -> None:
+    toml = '[[limits]]\nname = "few"\nunit = "calls"\namount = 1\nwindow = "total"\n'
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, "") as whole:
+            assert (await call(session, whole))[0] == 200
+            (meter,) = whole.children()["meter"]
+            os.kill(meter, signal.SIGSTOP)  # so that it cannot hand over
+            reloading = asyncio.create_task(whole.reload(toml))
+            await asyncio.sleep(0)
+            os.kill(meter, signal.SIGKILL)
+            assert (await reloading)[0] == 0
+            assert (await call(session, whole))[0] == 402
+
+
+async def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
+    whole = Reloaded(tmp_path, "http://127.0.0.1:9", "")
+    code, said = await whole.reload()
+    assert code == 1
+    assert "no instance runs on" in said
