@@ -154,7 +154,7 @@ async def test_what_open_calls_hold_is_held_over_a_reload(tmp_path: Path) -> Non
     [
         ("[[limits]\n", "is no TOML"),
         ('[[limits]]\nname = "x"\nunit = "apples"\namount = 1\nwindow = "day"\n', "apples"),
-        ('[[meters]]\nname = "m"\naggregation = { type = "AVG", field = "input_tokens" }\n', "aggregation type is wrong"),
+        ('[[meters]]\nname = "m"\naggregation = { type = "AVG", field = "input_tokens" }\n', "type is wrong"),
         ("[subscribers]\nacme = 7\n", "subscribers"),
         ('colour = "red"\n', "colour"),
     ],
