@@ -88,6 +88,7 @@ SHORT = {
     "runtime/logging.py": "the form of a log line, for every process and command",
     "runtime/signals.py": "the one place that takes signals for the loop",
     "runtime/unclaimed.py": "when an answer without a reader is said; with a test of its own",
+    "settings/renewal.py": "pure, with a test of every member",
     "spool/retention.py": "what goes and when is a policy of its own",
     "usage/estimate.py": "the one place that guesses",
 }
