@@ -13,6 +13,7 @@ from sidecar.backends.base import LedgerApply
 from sidecar.ledger import LedgerStore, ledger_problem
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import MetersError, read_meters
+from sidecar.meters.properties import Vocabulary
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
 from sidecar.settings import Settings
 
@@ -40,7 +41,7 @@ def faults(settings: Settings) -> list[str]:
     """What keeps the configured meters, backends and ledger from being used, all of it. Opens nothing for good."""
     found: list[str] = []
     try:
-        read_meters(settings.meters)
+        read_meters(settings.meters, vocabulary(settings))
     except MetersError as error:
         found += error.problems
     for name in settings.backends:
@@ -58,6 +59,11 @@ def faults(settings: Settings) -> list[str]:
     if "ledger" in settings.backends and (problem := ledger_problem(settings.data_dir / LEDGER)) is not None:
         found.append(problem)
     return found
+
+
+def vocabulary(settings: Settings) -> Vocabulary:
+    """The properties that meters may name with these settings."""
+    return Vocabulary.of(settings.attribution.dimensions, (element.name for element in settings.usage.elements))
 
 
 def missing(settings: Settings, name: str) -> list[str]:

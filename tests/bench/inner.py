@@ -28,7 +28,7 @@ import streams  # noqa: E402
 
 from sidecar.backends import backend_settings  # noqa: E402
 from sidecar.meters.buckets import batch_sums  # noqa: E402
-from sidecar.meters.definition import DEFAULT_METERS  # noqa: E402
+from sidecar.meters.definition import DEFAULT_METERS, read_meters  # noqa: E402
 from sidecar.model.call_group import CallGroup  # noqa: E402
 from sidecar.model.exchange import (  # noqa: E402
     Exchange,
@@ -188,6 +188,15 @@ class Wires:
         )  # fmt: skip
 
 
+WITH_CEL = (
+    *DEFAULT_METERS,
+    *read_meters(
+        [{"name": "m", "aggregation": {
+            "type": "SUM", "expression": "double(input_tokens) * 1.25 + double(output_tokens) * 10.0"}}]
+    ),
+)  # fmt: skip
+
+
 class Metering:
     """What the metering process does with a frame of calls, up to the disk and behind it."""
 
@@ -310,6 +319,13 @@ async def main() -> None:
     await part("lines, short way", metering.lines, CALLS)
     await part("counts, short way", lambda: metering.counted(groups), CALLS)
     await part("sums, short way", lambda: batch_sums([], DEFAULT_METERS, groups), CALLS)
+    metering.reader._keep_numbers = True  # as it does where a meter has an expression
+    await part("lines, short way, numbers kept", metering.lines, CALLS)
+    groups = metering.lines()
+    await part("sums, short way, and one meter in CEL", lambda: batch_sums([], WITH_CEL, groups), CALLS)
+    records = [record for group in groups for record in group.records()]
+    await part("sums, careful way", lambda: batch_sums(records, DEFAULT_METERS), CALLS)
+    await part("sums, careful way, and one meter in CEL", lambda: batch_sums(records, WITH_CEL), CALLS)
     await part("line, careful way", lambda: encode(exchange, seq=1, instance="a"))
     await part("counts, careful way", lambda: metering.metrics.call_ended(exchange))
     await chunks("chunk", cut=False)

@@ -44,6 +44,14 @@ METERS = (
                 "type": "MAX", "field": "output_tokens", "group_by": "model", "bucket_size": "HOUR"}},
             {"name": "stopped", "aggregation": {"type": "COUNT"},
              "filters": [{"key": "finish_reason", "values": ["stop"]}]},
+            {"name": "priced", "aggregation": {
+                "type": "SUM", "expression": "double(input_tokens) * 0.1 + double(output_tokens) * 0.7"}},
+            {"name": "size", "aggregation": {
+                "type": "SUM", "expression": "dimension_team == '50%' ? request_bytes : -response_bytes"}},
+            {"name": "cached", "aggregation": {"type": "SUM", "expression": "input_tokens - cache_read_input_tokens"}},
+            {"name": "part", "aggregation": {"type": "SUM", "expression": "output_tokens / input_tokens"}},
+            {"name": "time", "aggregation": {"type": "SUM", "expression": "duration_ms + double(input_tokens)"}},
+            {"name": "top", "aggregation": {"type": "MAX", "expression": "input_tokens + output_tokens"}},
             {"name": "nothing", "aggregation": {"type": "COUNT"}, "filters": [{"key": "model", "values": ["x"]}]},
         ]
     ),
