@@ -134,7 +134,7 @@ ABOUT: Final[Mapping[str, str]] = {
     "method": "GET, POST, …",
     "route": "the pattern of the path, where one is set or known",
     "status_class": "`2xx`, `3xx`, `4xx`, `5xx`",
-    "outcome": "how the call ended: see [record.md](record.md)",
+    "outcome": "how the call ended: `complete`, `client_left`, `upstream_broke`, … (docs/record.md)",
     "provider": "of a model call: `openai`, `anthropic`, …",
     "operation": "`chat`, `embeddings`, `rerank`, …",
     "model": "that responded",
@@ -153,10 +153,37 @@ ABOUT: Final[Mapping[str, str]] = {
     "reasoning_output_tokens": "of the output: reasoning",
     "duration_ms": "from the request to the last byte, milliseconds",
     "first_byte_ms": "to the response's first byte",
-    "cost_usd": "what the call cost, in US dollars: exact ([prices.md](prices.md))",
+    "cost_usd": "what the call cost, in US dollars: exact (docs/prices.md)",
     "charge": "what its customer is charged, in the currency of that price",
     "streamed": "whether the response came as a stream",
 }
+
+
+def type_of(name: str) -> str:
+    """What a property is: `text`, `whole`, `decimal` or `flag`."""
+    if name in TEXTS or name.startswith(DIMENSION):
+        return "text"
+    if name in FLAGS:
+        return "flag"
+    return "whole" if name in WHOLE else "decimal"
+
+
+def about(name: str) -> str:
+    """What a property says of a call, in a few words."""
+    if name in ABOUT:
+        return ABOUT[name]
+    side = "input" if "input" in name else "output"
+    return f"of the {side}: {name.removesuffix(f'_{side}_tokens').removesuffix('_tokens').replace('_', ' ')}"
+
+
+def dimension_name(name: str) -> str:
+    """The property of a dimension."""
+    return _identifier(DIMENSION, name)
+
+
+def unit_name(name: str) -> str:
+    """The property of a unit or of an own field."""
+    return _identifier(UNIT, name)
 
 
 # What providers call these things, and people after them.
