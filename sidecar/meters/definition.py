@@ -45,6 +45,17 @@ class Kind(StrEnum):
     LATEST = "LATEST"
 
 
+# What each works on, and what it adds up to; for docs/meters.md.
+ABOUT: Final[Mapping[Kind, tuple[str, str]]] = {
+    Kind.COUNT: ("nothing", "the calls that pass the filters"),
+    Kind.SUM: ("`field` or `expression`", "the sum"),
+    Kind.MAX: ("`field` or `expression`", "the greatest value; in each bucket and group, and their sum"),
+    Kind.UNIQUE_COUNT: ("`field`", "how many different values there were, at most 10,000 in a period"),
+    Kind.LATEST: ("`field` or `expression`", "the value of the latest call"),
+}
+BUCKETED: Final = frozenset({Kind.SUM, Kind.MAX})
+
+
 class Bucket(StrEnum):
     HOUR = "HOUR"
     DAY = "DAY"
@@ -341,7 +352,7 @@ class _Reading:
             self._wrong(f"aggregation group_by is wrong: {problem}")
         elif group_by is not None and (kind is not Kind.MAX or bucket is None):
             self._wrong("aggregation group_by is taken only with MAX and a bucket_size")
-        if bucket is not None and kind not in (None, Kind.MAX, Kind.SUM):
+        if bucket is not None and kind is not None and kind not in BUCKETED:
             self._wrong("aggregation bucket_size is taken only with MAX and SUM")
         multiplier = self._multiplier(left)
         self._unknown(left, inside)

@@ -11,6 +11,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.schema import faults
 from support.usage_samples import Sample
 from support.usage_samples import load as load_samples
 
@@ -101,6 +102,7 @@ def test_a_line_is_what_the_careful_way_writes(name: str) -> None:
     lines, exchanges, _ = both(calls)
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
         assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
+        assert faults(line) == []
 
 
 def test_the_commonest_families_take_it() -> None:
