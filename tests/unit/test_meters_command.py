@@ -18,6 +18,7 @@ from sidecar.cli import main
 from sidecar.meters.properties import FIXED
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.model.record import encode
+from sidecar.runtime import backend_factory
 from sidecar.spool import Batch, Spool
 
 CONFIG = """
@@ -236,3 +237,49 @@ def test_the_default_meters_are_explained(capsys: pytest.CaptureFixture[str], mo
     said = capsys.readouterr()
     assert "status_class = 1xx or 2xx or 3xx" in said.out
     assert "api_calls counts what was answered below 400" in said.err
+
+
+# What is told at the start
+
+
+class Examining:
+    """A backend that says what it is told to."""
+
+    def __init__(self, name: str, *said: list[str] | Exception) -> None:
+        self.name = name
+        self._said = list(said)
+        self.asked = 0
+
+    async def examine(self) -> list[str]:
+        self.asked += 1
+        said = self._said.pop(0)
+        if isinstance(said, Exception):
+            raise said
+        return said
+
+
+async def test_a_backend_that_lacks_the_meters_is_told_once_at_the_start(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    broken, lacking = Examining("broken", OSError("no way")), Examining("lacking", ["has no meter pages: make one"])
+    fine, plain = Examining("fine", []), object()
+    given: Any = [broken, lacking, fine, plain]
+    await backend_factory.examine(given, after_s=0)
+    warned = [entry.__dict__["facts"] for entry in caplog.records if entry.levelname == "WARNING"]
+    assert warned == [{"backend": "lacking", "problem": "has no meter pages: make one"}]
+    assert (broken.asked, lacking.asked, fine.asked) == (1, 1, 1)
+    assert [entry.__dict__["facts"]["error"] for entry in caplog.records if entry.levelname == "INFO"] == ["OSError"]
+
+
+async def test_a_backend_that_never_answers_keeps_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Silent:
+        name = "silent"
+
+        async def examine(self) -> list[str]:
+            await asyncio.sleep(3600)
+            return []
+
+    monkeypatch.setattr(backend_factory, "EXAMINE_LIMIT_S", 0.05)
+    after = Examining("after", ["is wrong"])
+    given: Any = [Silent(), after]
+    await asyncio.wait_for(backend_factory.examine(given, after_s=0), 20)
+    assert after.asked == 1
