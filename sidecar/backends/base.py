@@ -22,13 +22,14 @@ from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import DIGITS_MAX, write_amount
 from sidecar.meters.properties import answered
-from sidecar.model.delivery import NO_CUSTOMER, Applied, Encoded, Verdict
+from sidecar.model.delivery import NO_CUSTOMER, Applied, Encoded, Event, Verdict, Withheld
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
 from sidecar.settings import setting, types
 
 TEXT_CHARS_MAX: Final = 255  # what vendors store of a text; Revenium's own package cuts here as well
 DAY_S: Final = 86_400.0
+NOT_COMPUTED: Final = "value_not_computed"  # a meter's expression gives no number for a record: parked
 
 _ROUNDING: Final = Arithmetic(prec=DIGITS_MAX, rounding=ROUND_HALF_EVEN)
 _HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # how `attribution` writes the keyed hash of a credential
@@ -197,14 +198,33 @@ def answered_calls(
 def metered_calls(
     records: Iterable[Record], policy: Policy, customers: Mapping[str, str], meters: Sequence[Meter], encoded: Encoded
 ) -> Iterator[tuple[Record, str, list[tuple[Meter, int | Decimal]]]]:
-    """For a vendor that takes one number an event: each call to bill, who pays, and its numbers."""
+    """For a vendor that takes one number an event: each call to bill, who pays, and its numbers. What a meter cannot
+    compute is withheld, and the record's other meters go."""
     for record in records:
         if policy.place(record, encoded):
             amounts = quantities(record, meters)
-            if not amounts:
+            failed = failures(record, meters) if len(amounts) < len(meters) else {}
+            if not amounts and not failed:
                 encoded.skipped[record.id] = "no_value"
             elif customer := _payer(record, customers, encoded):
-                yield record, customer, amounts
+                encoded.withheld.update(failed)
+                if amounts:
+                    yield record, customer, amounts
+
+
+def failures(record: Record, meters: Sequence[Meter]) -> dict[Event, Withheld]:
+    """The meters whose expression gives no number although the record knows all that it reads, with the reason."""
+    found = ((meter, meter.failure(record)) for meter in meters if meter.expression is not None)
+    return {
+        meter_event(record, meter): Withheld(NOT_COMPUTED, f"meter {meter.name}: {reason}")
+        for meter, reason in found
+        if reason is not None
+    }
+
+
+def meter_event(record: Record, meter: Meter) -> Event:
+    """What one record adds to one meter. Both are read back from the id, by `cancel` and by a vendor's complaints."""
+    return Event(record.id, f"{record.id}:{meter.name}")
 
 
 def _payer(record: Record, customers: Mapping[str, str], encoded: Encoded) -> str | None:

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from sidecar.backends.base import Policy
-from sidecar.meters.definition import Meter
 from sidecar.model.delivery import Abilities, Encoded, Event, Sealed, Withheld
 from sidecar.model.record import Record
 
@@ -22,11 +21,6 @@ KEY_CHARS_MAX: Final = 90  # of the 100 that every backend takes: the rest is fo
 NDJSON: Final = "application/x-ndjson"
 
 _PLAIN_KEY: Final = re.compile(rf"[!-~]{{1,{KEY_CHARS_MAX}}}")
-
-
-def meter_event(record: Record, meter: Meter) -> Event:
-    """What one record adds to one meter. Both are read back from the id, by `cancel` and by a vendor's complaints."""
-    return Event(record.id, f"{record.id}:{meter.name}")
 
 
 def event_key(event_id: str) -> str:

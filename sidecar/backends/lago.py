@@ -25,11 +25,12 @@ from sidecar.backends.base import (
     Context,
     chosen_meters,
     clip,
+    meter_event,
     metered_calls,
     plain_number,
     rounded,
 )
-from sidecar.backends.batching import JSON_EVENTS, Piece, meter_event, seal_batches
+from sidecar.backends.batching import JSON_EVENTS, Piece, seal_batches
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, write_amount

@@ -22,10 +22,11 @@ from sidecar.backends.base import (
     chosen_meters,
     clip,
     json_number,
+    meter_event,
     metered_calls,
     rfc3339,
 )
-from sidecar.backends.batching import event_key, meter_event
+from sidecar.backends.batching import event_key
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.meters.definition import Kind, Meter
 from sidecar.model.delivery import Abilities, Blocked, Dedup, Encoded, Sealed, Verdict

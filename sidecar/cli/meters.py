@@ -1,7 +1,9 @@
 """Show the meters, run them over recorded calls, and create them at a backend.
 
-`test` counts what the spool still keeps, and nothing else is touched by it: a definition can be tried before anything
-is billed by it. `provision` creates what is missing there and compares what is not; it changes nothing that is there.
+`properties` prints the words that a definition may use. `test` counts what the spool still keeps, and nothing else is
+touched by it: a definition can be tried before anything is billed by it. With `--backend` it says of each call what
+that backend would be sent and what it would refuse; nothing is sent. `provision` creates what is missing there and
+compares what is not; it changes nothing that is there.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ import argparse
 import asyncio
 import json
 import sys
-from collections.abc import Callable, Iterable, Iterator
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import unquote_plus
 
 from sidecar.cli.output import Format, render
 from sidecar.cli.shared import (
@@ -32,6 +37,16 @@ from sidecar.cli.shared import (
 from sidecar.meters.buckets import BucketDelta, Groups, bucket_deltas
 from sidecar.meters.definition import Kind, Meter, MetersError, read_meters
 from sidecar.meters.hourly import grouped, write_amount
+from sidecar.meters.properties import (
+    FIXED,
+    PROVIDER_UNITS,
+    Vocabulary,
+    about,
+    dimension_name,
+    type_of,
+    unit_name,
+)
+from sidecar.model.delivery import AddsUp, Event, Sealed
 from sidecar.model.record import Record
 from sidecar.settings import Settings
 
@@ -41,6 +56,14 @@ if TYPE_CHECKING:
 
 _LIST: Final = ("name", "type", "of", "filters", "multiplier", "bucket_size", "group_by", "reset_usage")
 _TEST: Final = ("meter", "subscriber", "group", "from", "value")
+_PROPERTIES: Final = ("name", "type", "about")
+_TRIAL: Final = ("started", "subscriber", "customer", "event", "result", "what")
+_TRIAL_ALL: Final = (
+    "record", "started", "subscriber", "customer", "event", "result", "reason", "detail", "path", "content_type",
+    "body",
+)  # fmt: skip
+SHOWN_RECORDS: Final = 50
+STAND_IN: Final = "http://not-asked.invalid"  # in the place of an address or key that is not set: nothing is sent
 SLICE_RECORDS: Final = 1000  # read before they are added up: a megabyte or two
 
 
@@ -48,8 +71,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(title="what to do", metavar="KIND", required=True)
     shown = _kind(kinds, "list", "show the definitions", _list)
     add_format(shown, "table", "json")
+    words = _kind(kinds, "properties", "show what a definition may name: the properties of a record", _properties)
+    add_format(words, "table", "json", "csv")
     tried = _kind(kinds, "test", "run them over recorded calls", _test)
     tried.add_argument("names", nargs="*", metavar="NAME", help="of meters; none: all")
+    tried.add_argument("--backend", metavar="NAME", help="say what it would be sent of each call, and send nothing")
+    tried.add_argument(
+        "--limit", type=_count, default=SHOWN_RECORDS, metavar="N",
+        help=f"with --backend: show the last N calls (default: {SHOWN_RECORDS}); all are counted",
+    )  # fmt: skip
     add_since(tried)
     add_format(tried, "table", "json", "csv")
     made = _kind(kinds, "provision", "create them at a backend; what is there is compared, never changed", _make)
@@ -64,8 +94,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def meters_of(settings: Settings, names: Iterable[str] = ()) -> tuple[Meter, ...]:
     """The definitions, or those named; `CommandError` where one cannot be used or is not there."""
+    vocabulary = Vocabulary.of(settings.attribution.dimensions, (each.name for each in settings.usage.elements))
     try:
-        meters = read_meters(settings.meters)
+        meters = read_meters(settings.meters, vocabulary)
     except MetersError as error:
         raise CommandError("\n  ".join(["the meters cannot be used:", *error.problems]), EXIT_USAGE) from None
     by_name = {meter.name: meter for meter in meters}
@@ -99,10 +130,31 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
     # What no meter has is left out.
     columns = [name for name in _LIST if name in ("name", "type", "of") or any(row.get(name) for row in rows)]
     print(render(rows, columns, Format.TABLE), end="")
+    if not settings.meters:
+        print("no meters are defined, so these are in force: api_calls counts what was answered below 400, the others "
+              "what was consumed in any case; see docs/meters.md", file=sys.stderr)  # fmt: skip
+    return EXIT_OK
+
+
+def _properties(arguments: argparse.Namespace, settings: Settings) -> int:
+    rows = [{"name": name, "type": type_of(name), "about": about(name)} for name in FIXED]
+    for name in settings.attribution.dimensions:
+        header = settings.attribution.dimensions[name]
+        rows.append({"name": dimension_name(name), "type": "text", "about": f"own: the header {header}"})
+    own = {each.name for each in settings.usage.elements}
+    for element in settings.usage.elements:
+        where = f"the header {element.header}" if element.header else f"the member {'.'.join(element.json)}"
+        rows.append({"name": unit_name(element.name), "type": "decimal", "about": f"own: {where}"})
+    for name, meaning in PROVIDER_UNITS.items():
+        if name not in own:
+            rows.append({"name": unit_name(name), "type": "decimal", "about": meaning})
+    print(render(rows, _PROPERTIES, Format(arguments.format)), end="")
     return EXIT_OK
 
 
 def _test(arguments: argparse.Namespace, settings: Settings) -> int:
+    if arguments.backend is not None:
+        return _trial(arguments, settings)
     meters = {meter.name: meter for meter in meters_of(settings, arguments.names)}
     deltas = bucket_deltas(_groups(_records(settings.data_dir, arguments.since)), tuple(meters.values()))
     rows = [
@@ -123,14 +175,139 @@ def _test(arguments: argparse.Namespace, settings: Settings) -> int:
     return EXIT_OK
 
 
+def _trial(arguments: argparse.Namespace, settings: Settings) -> int:
+    """What a backend would be sent of each recorded call."""
+    from sidecar.backends.base import label_id
+
+    meters_of(settings)  # says what is wrong with them
+    backend = _backend(settings, arguments.backend, only=arguments.names)
+    customers = {ours: theirs[backend.name] for ours, theirs in settings.subscribers.items() if backend.name in theirs}
+    adds_up = meters_of(settings) if isinstance(backend, AddsUp) else ()
+    shown: deque[list[dict[str, Any]]] = deque(maxlen=arguments.limit)
+    counts: Counter[tuple[str, str]] = Counter()
+    oldest_s = None if backend.abilities.age_max_s is None else time.time() - backend.abilities.age_max_s
+    for record in _records(settings.data_dir, arguments.since):
+        rows = list(_outcomes(record, backend, adds_up, oldest_s))
+        counts.update((row["result"], row["reason"] or "") for row in rows)
+        counts["records", ""] += 1
+        common = {
+            "record": record.id,
+            "started": record.started_at.isoformat(timespec="seconds"),
+            "subscriber": None if record.subscriber is None else record.subscriber.id,
+        }
+        for row in rows:
+            customer = None if row["reason"] == "no_customer" else label_id(record, customers)
+            row.update(common, customer=customer)
+        shown.append(rows)
+    lines = [row for rows in shown for row in rows]
+    form = Format(arguments.format)
+    print(render(lines, _TRIAL if form is Format.TABLE else _TRIAL_ALL, form), end="")
+    if form is Format.TABLE:
+        print(_said(backend.name, counts))
+    return EXIT_FAILED if any(result in (REFUSED, PARKED) for result, _ in counts) else EXIT_OK
+
+
+SENT: Final = "sent"
+REFUSED: Final = "refused"  # this event; the record's others go
+PARKED: Final = "parked"
+SKIPPED: Final = "skipped"
+
+
+def _outcomes(
+    record: Record, backend: Backend, adds_up: Sequence[Meter], oldest_s: float | None
+) -> Iterator[dict[str, Any]]:
+    """One row for each event of a record, made as delivery makes it."""
+    from sidecar.backends.base import failures
+
+    encoded = backend.encode([record])
+    for sealed in encoded.sealed:
+        body, old = _text_of(sealed), oldest_s is not None and record.started_s < oldest_s
+        for event in sealed.events:
+            yield {
+                "event": _event_name(event, record),
+                "result": PARKED if old else SENT,
+                "reason": "too_old" if old else None,
+                "detail": None,
+                "path": sealed.path or None,
+                "content_type": sealed.content_type,
+                "body": body,
+                "what": "too_old" if old else body,
+            }
+    withheld = {**encoded.withheld, **failures(record, adds_up)}
+    for event, why in withheld.items():
+        what = f"{why.reason} ({why.detail})" if why.detail else why.reason
+        yield {
+            "event": _event_name(event, record), "result": REFUSED, "reason": why.reason, "detail": why.detail,
+            "what": what,
+        }  # fmt: skip
+    for result, reasons in ((PARKED, encoded.parked), (SKIPPED, encoded.skipped)):
+        for reason in reasons.values():
+            yield {"event": "record", "result": result, "reason": reason, "detail": None, "what": reason}
+
+
+def _event_name(event: Event, record: Record) -> str:
+    """Of a meter's event the meter, else that it is the record's."""
+    return event.event_id.removeprefix(f"{record.id}:") if event.event_id != record.id else "record"
+
+
+def _text_of(sealed: Sealed) -> str:
+    text = sealed.body.decode("utf-8", "replace").rstrip("\n")
+    return unquote_plus(text) if sealed.content_type.startswith("application/x-www-form-urlencoded") else text
+
+
+def _said(name: str, counts: Counter[tuple[str, str]]) -> str:
+    """How many of what, in one line."""
+    records = counts.pop(("records", ""), 0)
+    parts = []
+    for result in (SENT, REFUSED, PARKED, SKIPPED):
+        reasons = {reason: count for (kind, reason), count in counts.items() if kind == result}
+        if reasons:
+            why = ", ".join(f"{reason} {count}" for reason, count in sorted(reasons.items()) if reason)
+            parts.append(f"{sum(reasons.values())} {result}{f' ({why})' if why else ''}")
+    return f"of {records} recorded calls {name} would get: {', '.join(parts) or 'nothing'}; nothing was sent"
+
+
+def _backend(settings: Settings, name: str, only: Sequence[str] = ()) -> Backend:
+    """A backend that nothing is sent to: what it needs for sending need not be set."""
+    from sidecar.backends import BACKENDS
+    from sidecar.runtime import backend_factory
+
+    _known(name)
+    values = dict(settings.backend(name))
+    for one in BACKENDS[name].settings:
+        if one.required and values.get(one.name) is None:
+            values[one.name] = one.value(one.kind.parse(STAND_IN))
+    if only:
+        if "meters" not in values:
+            raise CommandError(f"{name} is given whole records: leave the names of meters out", EXIT_USAGE)
+        meters_of(settings, only)
+        values["meters"] = {n: i for n, i in values["meters"].items() if n in only} if isinstance(
+            values["meters"], Mapping
+        ) else tuple(only)  # fmt: skip
+    try:
+        return backend_factory.backend(replace(settings, backend_values={name: values}), name, backend_factory.NoLedger)
+    except ValueError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
+
+
+def _known(name: str) -> None:
+    from sidecar.backends import BACKENDS
+
+    if name not in BACKENDS:
+        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", EXIT_USAGE)
+
+
 def _make(arguments: argparse.Namespace, settings: Settings) -> int:
     from sidecar.backends import BACKENDS
     from sidecar.backends.base import Provisioned
     from sidecar.runtime import backend_factory
 
     meters, name = meters_of(settings, arguments.names), arguments.backend
-    if name not in BACKENDS:
-        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", EXIT_USAGE)
+    _known(name)
+    # Before a key is asked for, which would be for nothing.
+    if not issubclass(cast("type", BACKENDS[name].kind), Provisioned):
+        makes = ", ".join(n for n, row in BACKENDS.items() if issubclass(cast("type", row.kind), Provisioned))
+        raise CommandError(f"{name} has no meters that could be created from here; {makes} have", EXIT_USAGE)
     if missing := backend_factory.missing(settings, name):
         raise CommandError(f"{', '.join(missing)} is not set: {name} is asked with it", EXIT_USAGE)
     # Which meters are sent is a choice of its own, and no reason not to create another.
@@ -141,9 +318,7 @@ def _make(arguments: argparse.Namespace, settings: Settings) -> int:
         backend = backend_factory.backend(alone, name, backend_factory.NoLedger)
     except ValueError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
-    if not isinstance(backend, Provisioned):
-        raise CommandError(f"{name} has no meters that could be created from here", EXIT_USAGE)
-    return asyncio.run(_provision(backend, backend, meters))
+    return asyncio.run(_provision(backend, cast("Provisioned", backend), meters))
 
 
 async def _provision(backend: Backend, made_by: Provisioned, meters: Iterable[Meter]) -> int:
@@ -154,6 +329,12 @@ async def _provision(backend: Backend, made_by: Provisioned, meters: Iterable[Me
     for one in done:
         print(one.text, file=sys.stdout if one.fits else sys.stderr)
     return EXIT_OK if all(one.fits for one in done) else EXIT_FAILED
+
+
+def _count(text: str) -> int:
+    if not text.isdigit() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number above 0")
+    return int(text)
 
 
 def _records(data_dir: Path, since: datetime | None) -> Iterator[Record]:

@@ -8,7 +8,7 @@ with the greater (event time, record id), and unique values are a set. Sets hold
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -17,7 +17,7 @@ from typing import Any, Final
 
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, Delta, Series, delta_of, deltas, grouped, merged, subscriber_of, write_amount
-from sidecar.meters.properties import differs_in_group
+from sidecar.meters.properties import differs_in_group, value_of
 from sidecar.model.call_group import SUMMED, CallGroup
 from sidecar.model.record import Record
 
@@ -160,6 +160,10 @@ def _add_group(found: dict[BucketKey, BucketDelta], group: CallGroup, meters: Se
     for meter, key in zip(meters, known.keys, strict=True):
         if key is _APART:
             apart.append(meter)
+        elif isinstance(key, BucketKey) and meter.expression is not None:
+            numbers = meter.expression.values(_asked(meter.expression.names, group))
+            if numbers:
+                _delta_at(found, key, meter).plus(_sum(numbers))
         elif isinstance(key, BucketKey):
             total = group.calls if meter.kind is Kind.COUNT else group.sum_of(meter.field or "")
             if total is not None:
@@ -183,14 +187,40 @@ class _Keys:
 def _key_for(meter: Meter, example: Record, hour: int) -> BucketKey | str:
     """Where a meter adds calls like this one: its running value; `_APART` where each is to be asked, `_NOWHERE`."""
     asked = {each.key for each in meter.filters} | ({meter.group_by} if meter.group_by else set())
-    if meter.kind not in SUMS or meter.expression is not None or any(map(differs_in_group, asked)):
+    if meter.kind not in SUMS or any(map(differs_in_group, asked)):
         return _APART
-    if meter.kind is Kind.SUM and meter.field not in SUMMED:
+    if meter.expression is not None:
+        if any(differs_in_group(name) and name not in SUMMED for name in meter.expression.names):
+            return _APART
+    elif meter.kind is Kind.SUM and meter.field not in SUMMED:
         return _APART
     if not meter.measured((example,)):
         return _NOWHERE
     start = meter.bucket(datetime.fromtimestamp(hour, UTC))
     return BucketKey(meter.name, meter.version, subscriber_of(example), meter.group(example), start)
+
+
+def _asked(names: Sequence[str], group: CallGroup) -> Iterator[Mapping[str, Any]]:
+    """What an expression reads of each of these calls: their numbers, beside what they have in common. Each is to be
+    used before the next one is asked for."""
+    values: dict[str, Any] = {}
+    for name in names:
+        if name not in SUMMED and (value := value_of(group.kind.example, name)) is not None:
+            values[name] = float(value) if isinstance(value, Decimal) else value
+    sent, received = "request_bytes" in names, "response_bytes" in names
+    tokens = [name for name in names if name in SUMMED and not name.endswith("_bytes")]
+    for request_bytes, response_bytes, usage in group.each():
+        if sent:
+            values["request_bytes"] = request_bytes
+        if received:
+            values["response_bytes"] = response_bytes
+        for name in tokens:
+            count = None if usage is None else usage.get(name)
+            if type(count) is int:
+                values[name] = count
+            else:
+                values.pop(name, None)
+        yield values
 
 
 def _delta_at(found: dict[BucketKey, BucketDelta], key: BucketKey, meter: Meter) -> BucketDelta:

@@ -7,9 +7,9 @@
     filters = [{ key = "model", values = ["gpt-5", "gpt-5-mini"] }]      # any of the values, all of the filters
     aggregation = { type = "SUM", field = "output_tokens", multiplier = "0.001", bucket_size = "DAY" }
 
-A meter measures calls that the upstream answered, of any status, unless a filter says otherwise. The same
-definition gives the value sent to a backend and the total in the ledger. Every fault of every definition is
-found at once and named.
+A meter measures calls that the upstream answered, of any status, unless a filter says otherwise; the `api_calls` that
+is there without definitions counts those below 400. The same definition gives the value sent to a backend and the
+total in the ledger. Every fault of every definition is found at once and named. docs/meters.md has all the words.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.meters.expression import Expression, ExpressionError, compile_expression
+from sidecar.meters.expression import Expression, ExpressionError, Failure, compile_expression
 from sidecar.meters.hourly import EXACT, read_amount, write_amount
-from sidecar.meters.properties import MONEY, TEXTS, Value, answered, is_property, reader_of, text_of, value_of
+from sidecar.meters.properties import MONEY, TEXTS, Value, Vocabulary, answered, reader_of, text_of, value_of
 from sidecar.model.record import Record
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
@@ -43,6 +43,17 @@ class Kind(StrEnum):
     MAX = "MAX"
     UNIQUE_COUNT = "UNIQUE_COUNT"
     LATEST = "LATEST"
+
+
+# What each works on, and what it adds up to; for docs/meters.md.
+ABOUT: Final[Mapping[Kind, tuple[str, str]]] = {
+    Kind.COUNT: ("nothing", "the calls that pass the filters"),
+    Kind.SUM: ("`field` or `expression`", "the sum"),
+    Kind.MAX: ("`field` or `expression`", "the greatest value; in each bucket and group, and their sum"),
+    Kind.UNIQUE_COUNT: ("`field`", "how many different values there were, at most 10,000 in a period"),
+    Kind.LATEST: ("`field` or `expression`", "the value of the latest call"),
+}
+BUCKETED: Final = frozenset({Kind.SUM, Kind.MAX})
 
 
 class Bucket(StrEnum):
@@ -121,6 +132,13 @@ class Meter:
             return None
         return self.scaled(value)
 
+    def failure(self, record: Record) -> str | None:
+        """Why there is no value of a record that is measured and knows all that the expression reads; else None."""
+        if self.expression is None or not self.measured((record,)):
+            return None
+        found = self.expression.result(record)
+        return found.reason if isinstance(found, Failure) else None
+
     def scaled(self, value: int | Decimal) -> int | Decimal:
         """With the multiplier, exactly. Raises `ArithmeticError` beyond the digits of a sum."""
         return value if self.multiplier is None else EXACT.multiply(Decimal(value), self.multiplier)
@@ -183,14 +201,22 @@ class Meter:
 
 
 DEFAULT_METERS: Final = (
-    Meter(name="api_calls", kind=Kind.COUNT, filters=(Filter("kind", ("call",)),)),
+    # What the upstream refused, or failed at, is nobody's to pay unless an operator says so.
+    Meter(
+        name="api_calls",
+        kind=Kind.COUNT,
+        filters=(Filter("kind", ("call",)), Filter("status_class", ("1xx", "2xx", "3xx"))),
+    ),
     Meter(name="input_tokens", kind=Kind.SUM, field="input_tokens"),
     Meter(name="output_tokens", kind=Kind.SUM, field="output_tokens"),
 )
 
 
-def read_meters(tables: Sequence[Mapping[str, Any]]) -> tuple[Meter, ...]:
-    """Definitions from TOML or JSON; none gives the three defaults. Raises `MetersError` with every fault."""
+def read_meters(tables: Sequence[Mapping[str, Any]], vocabulary: Vocabulary | None = None) -> tuple[Meter, ...]:
+    """Definitions from TOML or JSON; none gives the three defaults. Raises `MetersError` with every fault.
+
+    `vocabulary`: the properties that there are; without one, every name that could be of an own field is taken.
+    """
     if not tables:
         return DEFAULT_METERS
     problems: list[str] = []
@@ -198,7 +224,7 @@ def read_meters(tables: Sequence[Mapping[str, Any]]) -> tuple[Meter, ...]:
     if len(tables) > METERS_MAX:
         problems.append(f"meters: {len(tables)} are defined, at most {METERS_MAX} are taken")
     for number, table in enumerate(tables, 1):
-        reading = _Reading(table, number)
+        reading = _Reading(table, number, vocabulary or Vocabulary())
         meter = reading.meter()
         problems += reading.problems
         if meter is not None:
@@ -215,8 +241,9 @@ def read_meters(tables: Sequence[Mapping[str, Any]]) -> tuple[Meter, ...]:
 class _Reading:
     """One table on its way to a meter. Keys are taken out, so that what remains is unknown."""
 
-    def __init__(self, table: Mapping[str, Any], number: int) -> None:
+    def __init__(self, table: Mapping[str, Any], number: int, vocabulary: Vocabulary) -> None:
         self.left = dict(table)
+        self.vocabulary = vocabulary
         name = table.get("name")
         self.label = f"meter {name}" if isinstance(name, str) and NAME.fullmatch(name) else f"meter number {number}"
         self.problems: list[str] = []
@@ -242,6 +269,14 @@ class _Reading:
 
     def _wrong(self, what: str) -> None:
         self.problems.append(f"{self.label}: {what}")
+
+    def _no_property(self, name: object) -> str | None:
+        """What is wrong with the name of a property."""
+        if not isinstance(name, str):
+            return "is no text"
+        if self.vocabulary.knows(name):
+            return None
+        return f"no record has such a property{self.vocabulary.suggestion(name[:100])}"
 
     def _unknown(self, left: Mapping[str, Any], inside: str) -> None:
         for key in left:
@@ -288,8 +323,8 @@ class _Reading:
             self._wrong('a filter is wrong: expected { key = "…", values = ["…"] }')
             return None
         key, values = table["key"], table["values"]
-        if not isinstance(key, str) or not is_property(key):
-            self._wrong(f"filter key {key!r} is wrong: no record has such a property")
+        if (problem := self._no_property(key)) is not None:
+            self._wrong(f"filter key {key!r} is wrong: {problem}")
             return None
         if not isinstance(values, list) or not 1 <= len(values) <= VALUES_MAX:
             self._wrong(f"filter {key}: expected 1 to {VALUES_MAX} values")
@@ -313,11 +348,11 @@ class _Reading:
         bucket = self._word("bucket_size", Bucket, left, inside=inside)
         field, expression = self._what(kind, left)
         group_by = left.pop("group_by", None)
-        if group_by is not None and (not isinstance(group_by, str) or not is_property(group_by)):
-            self._wrong("aggregation group_by is wrong: no record has such a property")
+        if group_by is not None and (problem := self._no_property(group_by)) is not None:
+            self._wrong(f"aggregation group_by is wrong: {problem}")
         elif group_by is not None and (kind is not Kind.MAX or bucket is None):
             self._wrong("aggregation group_by is taken only with MAX and a bucket_size")
-        if bucket is not None and kind not in (None, Kind.MAX, Kind.SUM):
+        if bucket is not None and kind is not None and kind not in BUCKETED:
             self._wrong("aggregation bucket_size is taken only with MAX and SUM")
         multiplier = self._multiplier(left)
         self._unknown(left, inside)
@@ -338,8 +373,8 @@ class _Reading:
         if kind is not None and kind is not Kind.COUNT and (field is None) == (text is None):
             self._wrong(f"aggregation {kind} needs a field or an expression, and not both")
             return None, None
-        if field is not None and (not isinstance(field, str) or not is_property(field)):
-            self._wrong(f"aggregation field {field!r} is wrong: no record has such a property")
+        if field is not None and (problem := self._no_property(field)) is not None:
+            self._wrong(f"aggregation field {field!r} is wrong: {problem}")
             return None, None
         if field in TEXTS and kind in (Kind.SUM, Kind.MAX, Kind.LATEST):
             self._wrong(f"aggregation field {field} is a text: {kind} needs a number")
@@ -355,7 +390,7 @@ class _Reading:
             self._wrong("aggregation expression is wrong: expected a text")
             return None
         try:
-            return compile_expression(text)
+            return compile_expression(text, self.vocabulary)
         except ExpressionError as error:
             self._wrong(f"aggregation expression {error}")
             return None

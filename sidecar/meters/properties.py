@@ -8,8 +8,10 @@ first-level properties only. A dimension `team` is `dimension_team`, a unit `aud
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from decimal import Decimal
+from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
@@ -105,10 +107,144 @@ DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
     "cost_usd": usd_of,
     "charge": lambda r: None if r.charge is None else read_amount(r.charge.get("total")),
 }
+# What providers count beside tokens, as `usage.units` has it (`sidecar.usage.providers`).
+PROVIDER_UNITS: Final[Mapping[str, str]] = {
+    "audio_seconds": "seconds of audio",
+    "billable_characters": "characters that Google bills",
+    "billable_units": "fal's units",
+    "characters": "characters of speech",
+    "classifications": "Cohere's classifications",
+    "images": "images that were made, or read",
+    "pages": "pages that were read",
+    "predict_seconds": "seconds that a prediction ran",
+    "search_queries": "queries to a search engine",
+    "search_units": "units of a reranking",
+    "web_fetch_requests": "pages that a model fetched",
+    "web_search_requests": "searches that a model made",
+}
 # Amounts of money, exact to the last digit: a sum of them is an invoice.
 MONEY: Final = frozenset({"cost_usd", "charge"})
 FLAGS: Final[Mapping[str, Callable[[Record], Value]]] = {"streamed": _of_usage("streamed")}
 FIXED: Final[Mapping[str, Callable[[Record], Value]]] = {**TEXTS, **WHOLE, **DECIMAL, **FLAGS}
+
+
+ABOUT: Final[Mapping[str, str]] = {
+    "kind": "`call`, or `message` for one of a WebSocket",
+    "subscriber": "who pays; `unauthenticated` where the upstream turned the credential down",
+    "method": "GET, POST, …",
+    "route": "the pattern of the path, where one is set or known",
+    "status_class": "`2xx`, `3xx`, `4xx`, `5xx`",
+    "outcome": "how the call ended: `complete`, `client_left`, `upstream_broke`, … (docs/record.md)",
+    "provider": "of a model call: `openai`, `anthropic`, …",
+    "operation": "`chat`, `embeddings`, `rerank`, …",
+    "model": "that responded",
+    "request_model": "that was asked for",
+    "service_tier": "as the provider states it",
+    "finish_reason": "the first one",
+    "usage_state": "`final`, `partial`, `estimated`, `absent`",
+    "status": "as the client was sent it",
+    "request_bytes": "of the request's body",
+    "response_bytes": "of the response's body",
+    "input_tokens": "all of them: cached ones are inside",
+    "output_tokens": "all of them: reasoning is inside",
+    "total_tokens": "both together",
+    "cache_read_input_tokens": "of the input: read from a cache",
+    "cache_write_input_tokens": "of the input: written to a cache",
+    "reasoning_output_tokens": "of the output: reasoning",
+    "duration_ms": "from the request to the last byte, milliseconds",
+    "first_byte_ms": "to the response's first byte",
+    "cost_usd": "what the call cost, in US dollars: exact (docs/prices.md)",
+    "charge": "what its customer is charged, in the currency of that price",
+    "streamed": "whether the response came as a stream",
+}
+
+
+def type_of(name: str) -> str:
+    """What a property is: `text`, `whole`, `decimal` or `flag`."""
+    if name in TEXTS or name.startswith(DIMENSION):
+        return "text"
+    if name in FLAGS:
+        return "flag"
+    return "whole" if name in WHOLE else "decimal"
+
+
+def about(name: str) -> str:
+    """What a property says of a call, in a few words."""
+    if name in ABOUT:
+        return ABOUT[name]
+    side = "input" if "input" in name else "output"
+    return f"of the {side}: {name.removesuffix(f'_{side}_tokens').removesuffix('_tokens').replace('_', ' ')}"
+
+
+def dimension_name(name: str) -> str:
+    """The property of a dimension."""
+    return _identifier(DIMENSION, name)
+
+
+def unit_name(name: str) -> str:
+    """The property of a unit or of an own field."""
+    return _identifier(UNIT, name)
+
+
+# What providers call these things, and people after them.
+_OTHERS_SAY: Final[Mapping[str, str]] = {
+    "prompt_tokens": "input_tokens",
+    "completion_tokens": "output_tokens",
+    "tokens": "total_tokens",
+    "customer": "subscriber",
+    "path": "route",
+    "url": "route",
+    "cost": "cost_usd",
+    "latency": "duration_ms",
+    "latency_ms": "duration_ms",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """The properties that there are with these settings: `dimensions` and `units` are the names of own ones, as they
+    are set. None: not known, so every name that could be one is taken for one."""
+
+    dimensions: frozenset[str] | None = None
+    units: frozenset[str] | None = None
+
+    @classmethod
+    def of(cls, dimensions: Iterable[str], elements: Iterable[str]) -> Vocabulary:
+        return cls(frozenset(dimensions), frozenset(elements) | PROVIDER_UNITS.keys())
+
+    def names(self) -> list[str]:
+        """All of them that are known, the own ones last."""
+        own = [_identifier(DIMENSION, name) for name in sorted(self.dimensions or ())]
+        return [*FIXED, *own, *(_identifier(UNIT, name) for name in sorted(self.units or ()))]
+
+    def knows(self, name: str) -> bool:
+        if name in FIXED:
+            return True
+        if not is_property(name):
+            return False
+        prefix, own = (DIMENSION, self.dimensions) if name.startswith(DIMENSION) else (UNIT, self.units)
+        return own is None or any(_identifier(prefix, each) == name for each in own)
+
+    def suggestion(self, name: str) -> str:
+        """`; did you mean …?` for a name that is none, or where to find them all."""
+        rest = re.sub(r"[^A-Za-z0-9_]", "_", name).strip("_")
+        for word in ("usage_", "units_", "dimensions_", "unit_", "dimension_"):
+            rest = rest.removeprefix(word)
+        known = self.names()
+        # Of the own fields the plain name is what people know: they wrote it.
+        by_rest: dict[str, str] = {}
+        for each in known:
+            by_rest.setdefault(each.removeprefix(UNIT).removeprefix(DIMENSION).lower(), each)
+        close = get_close_matches(name, known, n=2, cutoff=0.75)
+        rest = _OTHERS_SAY.get(rest.lower(), rest)
+        near = [by_rest[rest.lower()]] if rest.lower() in by_rest else []
+        if not near:
+            near = [by_rest[each] for each in get_close_matches(rest.lower(), by_rest, n=2, cutoff=0.75)] or close
+        listed = "`metering-sidecar meters properties` lists them"
+        if name.startswith((UNIT, DIMENSION)) and not near:
+            where = "[elements]" if name.startswith(UNIT) else "[dimensions]"
+            return f"; {where} names the own ones, and {listed}"
+        return f"; did you mean {' or '.join(near)}?" if near else f"; {listed}"
 
 
 def is_property(name: str) -> bool:

@@ -29,9 +29,13 @@ from sidecar.model.exchange import (
     UsageState,
 )
 
+RECORD_VERSION: Final = 1
+"""Of the record's form (docs/record.md). A field may be added under the same number; one that is taken away, renamed or
+means something else is another number."""
+
 _usage_values: Final = attrgetter(*USAGE_FIELDS)  # one call for all fields: half the cost of a loop
 # Always present, as null where nothing was reported, so that readers can rely on the keys.
-_USAGE_CORE: Final = frozenset(
+USAGE_CORE: Final = frozenset(
     {"usage_state", "provider", "operation", "streamed", "model", "request_model", "response_id",
      "input_tokens", "output_tokens", "total_tokens"}
 )  # fmt: skip
@@ -39,7 +43,7 @@ _OUTCOMES: Final = {outcome.value: outcome for outcome in Outcome}  # a tenth of
 _STATES: Final = {state.value: state for state in UsageState}
 _NO_VALUE: Final = object()
 # What each field holds where it is left out; a core field never holds it.
-_LEFT_OUT: Final = tuple(_NO_VALUE if name in _USAGE_CORE else None for name in USAGE_FIELDS)
+_LEFT_OUT: Final = tuple(_NO_VALUE if name in USAGE_CORE else None for name in USAGE_FIELDS)
 
 _INT_MAX: Final = 2**63 - 1  # orjson's own bound on what it writes
 _DEPTH_MAX: Final = 100  # orjson stops at 254; a provider's usage object is five deep
@@ -165,10 +169,10 @@ class LineTemplate:
             "dimensions": request.dimensions,
         }
         self._form = (
-            b'{"id":"%%b","seq":%%d,"instance":%b,"parent_id":null,"started_at":"%%b","first_byte_ms":%%a,"duration_ms":%%a'
-            b',%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
+            b'{"id":"%%b","seq":%%d,"instance":%b,"version":%b,"parent_id":null,"started_at":"%%b","first_byte_ms":%%a,'
+            b'"duration_ms":%%a,%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
             b',"cost":%%b,"error":null}'
-        ) % tuple(_literal(value) for value in (instance, between, request.user_agent, behind))
+        ) % tuple(_literal(value) for value in (instance, RECORD_VERSION, between, request.user_agent, behind))
         self._client_ip: str | None = None
         self._client_ip_json = b"null"
         self._second, self._second_text = -1, b""
@@ -230,6 +234,7 @@ def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
         "id": exchange.id,
         "seq": seq,
         "instance": instance,
+        "version": RECORD_VERSION,
         "parent_id": exchange.parent_id,
         "started_at": _started_at(exchange.started_ns),
         "first_byte_ms": exchange.first_byte_ms,

@@ -5,18 +5,25 @@ Apart from `parts`, so that `check` and the commands that ask a backend need not
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import asyncio
+import logging
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from sidecar.backends import BACKENDS, Context
-from sidecar.backends.base import LedgerApply
+from sidecar.backends.base import Examined, LedgerApply
 from sidecar.ledger import LedgerStore, ledger_problem
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import MetersError, read_meters
+from sidecar.meters.properties import Vocabulary
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
 from sidecar.settings import Settings
 
+log = logging.getLogger(__name__)
+
 LEDGER_NAME: Final = "ledger"
+EXAMINE_AFTER_S: Final = 1.0  # the start is busy, and traffic goes first
+EXAMINE_LIMIT_S: Final = 30.0  # for all that one backend is asked
 LEDGER: Final = "ledger.db"
 
 
@@ -40,7 +47,7 @@ def faults(settings: Settings) -> list[str]:
     """What keeps the configured meters, backends and ledger from being used, all of it. Opens nothing for good."""
     found: list[str] = []
     try:
-        read_meters(settings.meters)
+        read_meters(settings.meters, vocabulary(settings))
     except MetersError as error:
         found += error.problems
     for name in settings.backends:
@@ -60,10 +67,34 @@ def faults(settings: Settings) -> list[str]:
     return found
 
 
+def vocabulary(settings: Settings) -> Vocabulary:
+    """The properties that meters may name with these settings."""
+    return Vocabulary.of(settings.attribution.dimensions, (element.name for element in settings.usage.elements))
+
+
 def missing(settings: Settings, name: str) -> list[str]:
     """Settings that a backend needs and that are not set, by the name of their variable."""
     values = settings.backend(name)
     return [s.variable(name) for s in BACKENDS[name].settings if s.required and values[s.name] is None]
+
+
+async def examine(backends: Iterable[Backend], *, after_s: float = EXAMINE_AFTER_S) -> None:
+    """Ask each backend that can tell whether it is set up as we are, once, and log what is wrong: a vendor may say yes
+    to an event of a meter that it lacks, and drop it. Look-ups that bill nothing, beside all else; never raises."""
+    await asyncio.sleep(after_s)
+    for backend in backends:
+        if not isinstance(backend, Examined):
+            continue
+        try:
+            async with asyncio.timeout(EXAMINE_LIMIT_S):
+                problems = await backend.examine()
+        except Exception as error:  # noqa: BLE001 - whether it can be reached is delivery's to say
+            facts = {"backend": backend.name, "error": type(error).__name__}
+            log.info("a backend could not be asked whether it is set up as we are", extra={"facts": facts})
+            continue
+        for problem in problems:
+            facts = {"backend": backend.name, "problem": problem}
+            log.warning("a backend is not set up as the meters want it", extra={"facts": facts})
 
 
 class NoLedger:

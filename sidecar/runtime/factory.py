@@ -86,7 +86,10 @@ def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Call
     taps = telling_taps(settings, metrics, routes(settings))
     host = priced_host(settings)
     pricer = None if book.charges or book.needs_record else partial(book.pricer, host=host)
-    return lambda instance: PlainReader(taps, None, metrics.limit_reached, instance=instance, pricer=pricer)
+    one_by_one = any("expression" in (meter.get("aggregation") or ()) for meter in settings.meters)
+    return lambda instance: PlainReader(
+        taps, None, metrics.limit_reached, instance=instance, pricer=pricer, keep_numbers=one_by_one
+    )
 
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:

@@ -360,6 +360,8 @@ async def billing(
         await bills.look_at_disk()
         retiring = asyncio.create_task(bills.keep_retiring())
         stack.callback(retiring.cancel)
+        examining = asyncio.create_task(backend_factory.examine(backends))
+        stack.callback(examining.cancel)
         if spool is not None:
             await stack.enter_async_context(spool)
             spool.on_committed(bills.committed)

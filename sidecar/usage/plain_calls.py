@@ -91,10 +91,13 @@ class PlainReader:
         *,
         instance: str = "",
         pricer: Callable[[Mapping[str, Any]], Pricer] | None = _free,
+        keep_numbers: bool = False,
     ) -> None:
         """`by_body`: who pays by a member of the request's body; None: no member could say it. `limit_reached`: told of
         a text that was cut. `instance`: whose records they become. `pricer`: what prices calls with such a usage
-        object; None: prices want each call's record, so there are no lines."""
+        object; None: prices want each call's record, so there are no lines. `keep_numbers`: a meter asks for the
+        numbers of each call (`CallGroup.numbers`)."""
+        self._keep_numbers = keep_numbers
         self._pricer = pricer
         self._instance = instance
         self._taps = taps
@@ -105,7 +108,9 @@ class PlainReader:
 
     # For most of them: a line each, and sums
 
-    def line(self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int) -> bytes | None:
+    def line(  # noqa: C901 - one way, each step of which would cost a call of a function
+        self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int
+    ) -> bytes | None:
         """The record's line of a call as `frames` packs it, counted in `take_groups`; None where it is to be read as an
         `exchange`, for a call that is in any way unusual."""
         (
@@ -148,6 +153,8 @@ class PlainReader:
         group.durations_ms.append(duration_ms)
         group.request_bytes += request_bytes
         group.response_bytes += response_bytes
+        if self._keep_numbers:
+            group.numbers.append((request_bytes, response_bytes, row))
         if row is not None:
             if pico is not None:
                 if cost.startswith(_USD):

@@ -472,6 +472,30 @@ def test_stripe_takes_whole_numbers_unless_told_otherwise() -> None:
     }
 
 
+@pytest.mark.parametrize("backend", [StripeBackend, LagoBackend])
+def test_a_meter_that_cannot_be_computed_is_withheld_and_the_others_go(backend: type[Any]) -> None:
+    meters = read_meters(
+        [
+            {"name": "calls", "event_name": "calls", "aggregation": {"type": "COUNT"}},
+            {
+                "name": "ratio", "event_name": "ratio",
+                "aggregation": {"type": "SUM", "expression": "output_tokens / input_tokens"},
+            },
+        ]
+    )  # fmt: skip
+    odd, plain = record(1, usage=usage(input_tokens=0)), record(2)
+    encoded = made(backend, definitions=meters, customers=KNOWN, api_key="k").encode([odd, plain])
+    assert {e.event_id: (w.reason, w.detail) for e, w in encoded.withheld.items()} == {
+        f"{odd.id}:ratio": ("value_not_computed", "meter ratio: division by zero")
+    }
+    sent = [event.event_id for sealed in encoded.sealed for event in sealed.events]
+    assert sorted(sent) == [f"{odd.id}:calls", f"{plain.id}:calls", f"{plain.id}:ratio"]
+    assert not encoded.parked
+    alone = made(backend, definitions=meters[1:], customers=KNOWN, api_key="k")
+    assert list(alone.encode([odd]).withheld) == [Event(odd.id, f"{odd.id}:ratio")]
+    assert alone.encode([odd]).skipped == {}
+
+
 def micro(multiplier: str, field: str = "cost_usd") -> dict[str, Any]:
     return {"name": "micro", "aggregation": {"type": "SUM", "field": field, "multiplier": multiplier}}
 

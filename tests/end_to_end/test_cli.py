@@ -29,6 +29,7 @@ import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from support.backend_fixtures import record, usage
+from support.schema import faults
 from support.whole import Whole, environment, running_receiver
 
 from sidecar.backends import BACKENDS, Buildable, Context, Row
@@ -156,6 +157,8 @@ def test_records_are_the_stored_lines(data_dir: Path, capfdbinary: pytest.Captur
     lines = capfdbinary.readouterr().out.splitlines()
     with SpoolReader(data_dir) as reader:
         assert lines == list(reader.lines())
+    assert [faults(line) for line in lines] == [[]] * 3
+    assert {json.loads(line)["version"] for line in lines} == {1}
     assert [json.loads(line)["subscriber"]["id"] for line in lines] == list(SUBSCRIBERS)
 
 

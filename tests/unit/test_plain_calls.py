@@ -11,6 +11,7 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.schema import faults
 from support.usage_samples import Sample
 from support.usage_samples import load as load_samples
 
@@ -44,6 +45,14 @@ METERS = (
                 "type": "MAX", "field": "output_tokens", "group_by": "model", "bucket_size": "HOUR"}},
             {"name": "stopped", "aggregation": {"type": "COUNT"},
              "filters": [{"key": "finish_reason", "values": ["stop"]}]},
+            {"name": "priced", "aggregation": {
+                "type": "SUM", "expression": "double(input_tokens) * 0.1 + double(output_tokens) * 0.7"}},
+            {"name": "size", "aggregation": {
+                "type": "SUM", "expression": "dimension_team == '50%' ? request_bytes : -response_bytes"}},
+            {"name": "cached", "aggregation": {"type": "SUM", "expression": "input_tokens - cache_read_input_tokens"}},
+            {"name": "part", "aggregation": {"type": "SUM", "expression": "output_tokens / input_tokens"}},
+            {"name": "time", "aggregation": {"type": "SUM", "expression": "duration_ms + double(input_tokens)"}},
+            {"name": "top", "aggregation": {"type": "MAX", "expression": "input_tokens + output_tokens"}},
             {"name": "nothing", "aggregation": {"type": "COUNT"}, "filters": [{"key": "model", "values": ["x"]}]},
         ]
     ),
@@ -69,9 +78,12 @@ def call(sample: Sample, request: RequestShape, response: ResponseShape, number:
     return replace(found, **more)
 
 
-def both(calls: Sequence[PlainExchange]) -> tuple[list[bytes], list[Exchange], Sequence[CallGroup]]:
+def both(
+    calls: Sequence[PlainExchange], *, numbers: bool = False
+) -> tuple[list[bytes], list[Exchange], Sequence[CallGroup]]:
     """Line by line: what the short way writes (what it gives back is written as an exchange), and the exchanges."""
-    reader = factory.plain_readers(SETTINGS, Metrics(), BOOK)("inst")
+    settings = SETTINGS if not numbers else replace(SETTINGS, meters=({"aggregation": {"expression": "1"}},))
+    reader = factory.plain_readers(settings, Metrics(), BOOK)("inst")
     entries = decode_frame(encode_frame(1, admitted=len(calls), ended=calls)).ended
     lines: list[bytes] = []
     exchanges: list[Exchange] = []
@@ -93,6 +105,7 @@ def test_a_line_is_what_the_careful_way_writes(name: str) -> None:
     lines, exchanges, _ = both(calls)
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
         assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
+        assert faults(line) == []
 
 
 def test_the_commonest_families_take_it() -> None:
@@ -138,8 +151,14 @@ CALLS = st.lists(
 
 @given(made=CALLS, cut=st.integers(0, 12))
 @settings(deadline=None)
-@pytest.mark.parametrize("meters", [DEFAULT_METERS, METERS], ids=["default meters", "others"])
-def test_groups_add_up_to_what_their_records_do(meters: Sequence[Meter], made: list[Any], cut: int) -> None:
+@pytest.mark.parametrize(
+    ("meters", "numbers"),
+    [(DEFAULT_METERS, False), (METERS, False), (METERS, True)],
+    ids=["default meters", "others", "others, numbers kept"],
+)
+def test_groups_add_up_to_what_their_records_do(
+    meters: Sequence[Meter], numbers: bool, made: list[Any], cut: int
+) -> None:
     sample = SAMPLES["openai_chat.json"]
     ours = [shapes(sample), shapes(sample, 2, subscriber=None, dimensions={})]
     calls = [
@@ -151,7 +170,8 @@ def test_groups_add_up_to_what_their_records_do(meters: Sequence[Meter], made: l
         for number, (*chat_of, whose, later_s, known) in enumerate(made)
         for body in [chat(*chat_of)]
     ]
-    lines, exchanges, groups = both(calls)
+    lines, exchanges, groups = both(calls, numbers=numbers)
+    assert all(len(group.numbers) == (group.calls if numbers else 0) for group in groups)
     records = [
         record_of(exchange, seq=seq, instance="inst", line=line)
         for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1)

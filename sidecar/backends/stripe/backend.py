@@ -29,13 +29,14 @@ from sidecar.backends.base import (
     Context,
     Provision,
     chosen_meters,
+    meter_event,
     metered_calls,
     plain_number,
     rfc3339,
     rounded,
     subscriber_id,
 )
-from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
+from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, seal_batches
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.backends.stripe.meters import FORM, FORMULAS, Payload, StripeMeters
 from sidecar.backends.stripe.session import StreamSession
