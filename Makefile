@@ -27,7 +27,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs readme prices clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs readme man prices clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -89,6 +89,9 @@ installs: ## the locks install and run with every pip that a Python may bring al
 
 readme: $(TEST) ## write the tables of the README from the code
 	$(BIN)/python tests/readme_tables.py
+
+man: $(TEST) ## write the man page from the parser
+	$(BIN)/python tests/man_page.py
 
 prices: $(TEST) ## make the table of prices in the wheel anew from the genai-prices that is installed
 	$(BIN)/python -m sidecar.prices.convert

@@ -27,7 +27,7 @@ from sidecar.storage.sockets import listening
 
 def run(settings: Settings) -> int:
     """Serve with these settings; the exit code. Raises the parts' own errors from starting."""
-    logs.set_up(settings.serve.log_level.value.upper(), role="supervisor")
+    logs.set_up(settings.serve.log_level.value.upper(), settings.serve.log_format, role="supervisor")
     return Supervisor(settings).run()
 
 
