@@ -27,7 +27,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs sbom readme man prices clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs sbom readme man manifests prices clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -107,6 +107,9 @@ readme: $(TEST) ## write the tables of the README from the code
 
 man: $(TEST) ## write the man page from the parser
 	$(BIN)/python tests/man_page.py
+
+manifests: $(TEST) ## write the rules and dashboards for the Prometheus Operator from config/
+	$(BIN)/python tests/manifests.py
 
 prices: $(TEST) ## make the table of prices in the wheel anew from the genai-prices that is installed
 	$(BIN)/python -m sidecar.prices.convert

@@ -99,6 +99,7 @@ def test_the_wheel_brings_the_pages_along(first: dict[str, Path]) -> None:
 def test_no_link_on_a_registrys_page_leads_nowhere(first: dict[str, Path], tmp_path: Path) -> None:
     """The page has no files beside it: a link is absolute there, or it is none."""
     text = (ROOT / "README.md").read_text()
+    made = ""
     for pages in ("", "https://git.example.com/x/blob/v1/"):
         made = hatch_build.for_a_registry(text, pages)
         links = re.findall(r"\]\(([^)\s]+)\)", made)
