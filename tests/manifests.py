@@ -17,7 +17,7 @@ HEAD = "# Written by `make manifests` from {source}: change it there.\n"
 NAME = "metering-sidecar"
 
 
-class _Dumper(yaml.SafeDumper):
+class _Dumper(yaml.SafeDumper):  # type: ignore[misc]  # yaml has no types
     """Text of several lines as such: it is read by people, and by whoever compares two versions."""
 
 
