@@ -27,7 +27,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs sbom readme man manifests prices clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs site sbom readme man manifests prices clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -88,6 +88,12 @@ installs: $(TEST) ## the locks install with every pip that a Python may bring al
 	done
 	$(BIN)/python tests/installed.py
 
+site: $(TEST) ## the pages as a site, in build/site
+	@$(BIN)/python tests/site_pages.py
+	@test -x $(VENV)-docs/bin/zensical || { $(BIN)/python -m venv $(VENV)-docs && \
+		$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet 'zensical>=0.0.70'; }
+	$(VENV)-docs/bin/zensical build --clean --config-file mkdocs.yml
+
 # Of what the image has, read from an environment that is made as the Dockerfile makes it.
 sbom: $(TEST) ## what the image holds, as dist/sbom.cdx.json (CycloneDX)
 	@rm -rf $(VENV)-image && $(BIN)/python -m venv $(VENV)-image
@@ -115,7 +121,7 @@ prices: $(TEST) ## make the table of prices in the wheel anew from the genai-pri
 	$(BIN)/python -m sidecar.prices.convert
 
 clean: ## remove the environment and what tools left behind
-	rm -rf $(VENV) $(VENV)-pip-* $(VENV)-image $(VENV)-release build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-data
+	rm -rf $(VENV) $(VENV)-pip-* $(VENV)-image $(VENV)-release $(VENV)-docs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-data
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"
