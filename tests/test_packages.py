@@ -33,7 +33,7 @@ SOURCES = (
 )
 LEFT_BEHIND = shutil.ignore_patterns("__pycache__", "*.pyc", "results", "demo-data")
 EPOCH = "1764374400"
-spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py", "mkdocs.yml")
+spec = importlib.util.spec_from_file_location("hatch_build", ROOT / "hatch_build.py")
 assert spec is not None
 assert spec.loader is not None
 hatch_build = importlib.util.module_from_spec(spec)
