@@ -40,7 +40,7 @@ PAGES: Final[Mapping[str, Shown]] = {
         ),
         "README.md#running-it",
     ),
-    "demo": Shown(("demo", "demo --backend stripe", "demo --backend stripe --keep"), "docs/backends.md"),
+    "demo": Shown(("demo", "demo --backend stripe --keep", "demo --limits"), "docs/backends.md"),
     "check": Shown(("check", "check --all", "check --connect"), "README.md#settings"),
     "usage": Shown(
         ("usage", "usage --by subscriber,hour --since 7d", "usage --by model --format csv", "usage --meter api_calls"),
