@@ -1,22 +1,33 @@
 # A small image that runs as nobody in particular, writes to one volume, and stops in good order.
+#
+# The same image twice: name the base by its digest, and the time of the commit.
+#   docker pull python:3.13-slim && docker inspect --format '{{index .RepoDigests 0}}' python:3.13-slim
+#   docker buildx build --build-arg BASE=python:3.13-slim@sha256:… \
+#     --build-arg SOURCE_DATE_EPOCH=$(git log -1 --format=%ct) --output type=docker,rewrite-timestamp=true .
+# A tag moves with each patch of its distribution, so a build without a digest takes what is newest, and is another image.
 ARG PYTHON=3.13
-FROM python:${PYTHON}-slim AS build
+ARG BASE=python:${PYTHON}-slim
+FROM ${BASE} AS build
+ARG SOURCE_DATE_EPOCH
 WORKDIR /src
 RUN python -m venv /opt/sidecar
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1
 # The locked packages first: they change less often than our own files.
 COPY requirements/run.lock requirements/run.lock
 RUN /opt/sidecar/bin/pip install --no-deps --require-hashes -r requirements/run.lock
-COPY pyproject.toml README.md LICENSE ./
+COPY pyproject.toml hatch_build.py LICENSE *.md ./
+COPY docs docs
+COPY config config
 COPY sidecar sidecar
-# What was needed to build is not needed to run.
+# What was needed to build is not needed to run. Compiled files name the hash of their source, not the second of this build.
 RUN /opt/sidecar/bin/pip install --no-deps --no-build-isolation . \
  && /opt/sidecar/bin/pip uninstall --yes hatchling editables packaging pathspec pluggy tomlkit trove-classifiers pip \
- && /opt/sidecar/bin/python -m compileall -q /opt/sidecar/lib
+ && /opt/sidecar/bin/python -m compileall -q --invalidation-mode unchecked-hash /opt/sidecar/lib
 
-FROM python:${PYTHON}-slim
+FROM ${BASE}
+ARG SOURCE_DATE_EPOCH
 RUN groupadd --gid 10001 sidecar \
- && useradd --uid 10001 --gid 10001 --no-create-home --home-dir /data --shell /usr/sbin/nologin sidecar \
+ && useradd --uid 10001 --gid 10001 --no-create-home --no-log-init --home-dir /data --shell /usr/sbin/nologin sidecar \
  && install --directory --owner 10001 --group 10001 --mode 0700 /data
 COPY --from=build /opt/sidecar /opt/sidecar
 ENV PATH=/opt/sidecar/bin:$PATH \

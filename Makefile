@@ -29,7 +29,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs readme prices clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs site sbom readme man manifests prices clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
@@ -80,7 +80,7 @@ lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 
 # The pip that each Python from 3.11 on brought along at its oldest and newest, and the newest of all.
 PIPS ?= 22.3.1 23.0.1 23.2.1 24.2 newest
-installs: ## the locks install and run with every pip that a Python may bring along (PIPS=…)
+installs: $(TEST) ## the locks install with every pip that a Python may bring along (PIPS=…), wheel and archive run on every Python
 	@for pip in $(PIPS); do \
 		venv=$(VENV)-pip-$$pip; rm -rf $$venv; \
 		$(MAKE) --no-print-directory VENV=$$venv PIP_VERSION=$$pip $$venv/.stamp-test && \
@@ -88,15 +88,42 @@ installs: ## the locks install and run with every pip that a Python may bring al
 		$$venv/bin/metering-sidecar --help >/dev/null || exit 1; \
 		rm -rf $$venv; \
 	done
+	$(BIN)/python tests/installed.py
+
+site: $(TEST) ## the pages as a site, in build/site
+	@$(BIN)/python tests/site_pages.py
+	@test -x $(VENV)-docs/bin/zensical || { $(BIN)/python -m venv $(VENV)-docs && \
+		$(VENV)-docs/bin/python -m pip --disable-pip-version-check install --quiet 'zensical>=0.0.70'; }
+	$(VENV)-docs/bin/zensical build --clean --config-file mkdocs.yml
+
+# Of what the image has, read from an environment that is made as the Dockerfile makes it.
+sbom: $(TEST) ## what the image holds, as dist/sbom.cdx.json (CycloneDX)
+	@rm -rf $(VENV)-image && $(BIN)/python -m venv $(VENV)-image
+	@$(VENV)-image/bin/python -m pip --disable-pip-version-check $(LOCKED) requirements/run.lock
+	@$(VENV)-image/bin/python -m pip --disable-pip-version-check install --quiet --quiet --no-deps --no-build-isolation .
+	@$(VENV)-image/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
+		hatchling editables packaging pathspec pluggy tomlkit trove-classifiers setuptools pip
+	@test -x $(VENV)-release/bin/cyclonedx-py || { $(BIN)/python -m venv $(VENV)-release && \
+		$(VENV)-release/bin/python -m pip --disable-pip-version-check install --quiet 'cyclonedx-bom>=7'; }
+	@mkdir -p dist
+	$(VENV)-release/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type application \
+		--output-reproducible --output-file dist/sbom.cdx.json $(VENV)-image/bin/python
+	@rm -rf $(VENV)-image
 
 readme: $(TEST) ## write the tables of the README from the code
 	$(BIN)/python tests/readme_tables.py
+
+man: $(TEST) ## write the man page from the parser
+	$(BIN)/python tests/man_page.py
+
+manifests: $(TEST) ## write the rules and dashboards for the Prometheus Operator from config/
+	$(BIN)/python tests/manifests.py
 
 prices: $(TEST) ## make the table of prices in the wheel anew from the genai-prices that is installed
 	$(BIN)/python -m sidecar.prices.convert
 
 clean: ## remove the environment and what tools left behind
-	rm -rf $(VENV) $(VENV)-pip-* build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-data
+	rm -rf $(VENV) $(VENV)-pip-* $(VENV)-image $(VENV)-release $(VENV)-docs build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis demo-data
 
 $(RUN): requirements/run.lock pyproject.toml | $(BIN)/python
 	@echo "installing into $(VENV) (once) …"

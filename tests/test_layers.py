@@ -72,9 +72,9 @@ VENDORS = "usage/providers/"  # a vendor has a file there, however little it say
 # Short files that are whole all the same, each with its reason. `__init__.py` is a package's door and is not counted.
 SHORT = {
     "__main__.py": "Python wants it",
+    "cli/completion.py": "a command has a file",
     "cli/demo.py": "a command has a file",
     "cli/receiver.py": "a command has a file",
-    "cli/serve.py": "a command has a file",
     "delivery/database.py": "what delivery.db is to storage, for the store and for who only reads",
     "delivery/dedup_window.py": "pure, with a table test",
     "delivery/limits.py": "every number of delivery with its origin; tests make them small",
@@ -85,7 +85,6 @@ SHORT = {
     "proxy/route.py": "one of the two things a record says of a call beside who pays",
     "runtime/admin/answers.py": "what both ports answer with, under both of them",
     "runtime/certificates.py": "`check` asks it too, without the rest of start-up",
-    "runtime/logging.py": "the form of a log line, for every process and command",
     "runtime/signals.py": "the one place that takes signals for the loop",
     "runtime/unclaimed.py": "when an answer without a reader is said; with a test of its own",
     "settings/renewal.py": "pure, with a test of every member",

@@ -15,7 +15,22 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, limits, meters, prices, receiver, records, reload, serve, spool, usage
+from sidecar.cli import (
+    balance,
+    check,
+    completion,
+    demo,
+    limits,
+    meters,
+    prices,
+    receiver,
+    records,
+    reload,
+    serve,
+    spool,
+    usage,
+)
+from sidecar.cli import help as help_command
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
@@ -32,6 +47,8 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "meters": meters,
     "prices": prices,
     "receiver": receiver,
+    "completion": completion,
+    "help": help_command,
 }
 
 
@@ -55,12 +72,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """All commands with their arguments."""
-    top = argparse.ArgumentParser(
-        prog="metering-sidecar",
+    top = help_command.Parser(
+        prog=help_command.NAME,
         description="Forward every HTTP call untouched, leave one durable record of each, bill each record once.",
-        epilog="Settings come from the environment (SIDECAR_…); `check` shows them all.",
+        epilog="Settings come from the environment (SIDECAR_…); `check` shows them all. Exit codes: 0, done; 1, the "
+        "answer is no; 2, arguments or settings are wrong.",
     )
-    top.add_argument("--version", action="version", version=f"metering-sidecar {sidecar.__version__}")
+    top.add_argument("--version", action="version", version=f"{help_command.NAME} {sidecar.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for name, module in COMMANDS.items():
         doc = (module.__doc__ or "").strip()
@@ -69,6 +87,7 @@ def parser() -> argparse.ArgumentParser:
         one = commands.add_parser(name, help=first[0].lower() + first[1:], description=first + ".")
         module.add(one)
         one.set_defaults(run=module.run)
+    help_command.describe(top)
     return top
 
 

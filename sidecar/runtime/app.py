@@ -28,7 +28,7 @@ from sidecar.storage.sockets import listening
 def run(settings: Settings, read: Callable[[], Settings] | None = None) -> int:
     """Serve with these settings; the exit code. `read`: reads them anew, for SIGHUP; it raises what is wrong with them.
     Raises the parts' own errors from starting."""
-    logs.set_up(settings.serve.log_level.value.upper(), role="supervisor")
+    logs.set_up(settings.serve.log_level.value.upper(), settings.serve.log_format, role="supervisor")
     return Supervisor(settings, read).run()
 
 

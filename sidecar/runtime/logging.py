@@ -1,4 +1,4 @@
-"""Log lines: one JSON object each, on standard error.
+"""Log lines on standard error: one JSON object each for machines, one line of text for who looks at a terminal.
 
 ERROR: an operator must act. WARNING: odd but recovered. INFO: starts and stops. DEBUG: a batch.
 Callers pass facts as `extra={"facts": {...}}`; no header value, query value, body or secret is a fact.
@@ -7,13 +7,20 @@ Callers pass facts as `extra={"facts": {...}}`; no header value, query value, bo
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from datetime import UTC, datetime
 from typing import Final
 
 import orjson
 
+from sidecar.settings import LogFormat
+
 ROOT: Final = "sidecar"
+# What may stand in a line of text: a name that a client chose could otherwise make lines of its own, or turn the
+# direction of what follows.
+_HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*")
+_PLAIN: Final = re.compile(r"[^\s\"'=\\]+")  # needs no quotes as a fact's value
 
 
 class JsonLines(logging.Formatter):
@@ -40,11 +47,43 @@ class JsonLines(logging.Formatter):
         return orjson.dumps(row, default=str, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS).decode()
 
 
-def set_up(level: str, **who: object) -> None:
+class TextLines(logging.Formatter):
+    """`2026-11-29 01:50:16.123Z WARNING metering: message  fact=value …`, and a traceback below its line."""
+
+    def __init__(self, **who: object) -> None:
+        super().__init__()
+        self._who = " ".join(str(value) for value in who.values()) or ROOT
+
+    def format(self, record: logging.LogRecord) -> str:
+        at = datetime.fromtimestamp(record.created, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3]
+        line = f"{at}Z {record.levelname:<7} {self._who}: {_harmless(record.getMessage())}"
+        facts = getattr(record, "facts", None)
+        if isinstance(facts, dict) and facts:
+            line += "  " + " ".join(f"{name}={_value(value)}" for name, value in facts.items())
+        if record.exc_info:
+            line += "\n" + self.formatException(record.exc_info)
+        return line
+
+
+def _harmless(text: str) -> str:
+    return text if _HARMLESS.fullmatch(text) else text.encode("unicode_escape").decode("ascii")
+
+
+def _value(value: object) -> str:
+    text = str(value)
+    return text if _PLAIN.fullmatch(text) and _HARMLESS.fullmatch(text) else orjson.dumps(_harmless(text)).decode()
+
+
+def chosen(form: LogFormat | None) -> LogFormat:
+    """The format that was set; else text where a person looks on, JSON where something collects."""
+    return form or (LogFormat.TEXT if sys.stderr is not None and sys.stderr.isatty() else LogFormat.JSON)
+
+
+def set_up(level: str, form: LogFormat | None = None, **who: object) -> None:
     """Send the sidecar's and aiohttp's lines to standard error. Called by a command, and once more by each process that
     it starts, which says `who` it is."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonLines(**who))
+    handler.setFormatter((JsonLines if chosen(form) is LogFormat.JSON else TextLines)(**who))
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

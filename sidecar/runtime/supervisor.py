@@ -251,7 +251,7 @@ class Supervisor:
             who = {"role": process.role}
             if process.role == SERVING:
                 who["worker"] = str(process.number)
-            logs.set_up(settings.serve.log_level.value.upper(), **who)
+            logs.set_up(settings.serve.log_level.value.upper(), settings.serve.log_format, **who)
             with contextlib.suppress(OSError):  # what `ps` and `top` show, where there is such a file
                 name = f"serve-{process.number}" if process.role == SERVING else "meter"
                 OWN_NAME.write_text(f"sidecar-{name}")

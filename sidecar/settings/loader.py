@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -31,6 +31,7 @@ from sidecar.settings.types import Many
 
 CONFIG: Final = PREFIX + "CONFIG"
 SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
+NAMES_SHOWN: Final = 20  # of what a table defines, in a line of `check`
 SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
 STRUCTURED: Final = ("meters", "prices", "subscribers")  # tables of the TOML file that no variable can hold
 
@@ -224,7 +225,7 @@ class _Loading:
                 )
             found[ours] = dict(theirs)
         if found:
-            self.effective.append(Effective("[subscribers]", f"{len(found)} mapped", self.toml_name, ""))
+            self.effective.append(Effective("[subscribers]", named(found), self.toml_name, ""))
         return found
 
     def _meters(self) -> tuple[Mapping[str, Any], ...]:
@@ -240,7 +241,7 @@ class _Loading:
             self._wrong(key, f"expected [[{key}]] tables")
             return ()
         if tables:
-            self.effective.append(Effective(f"[[{key}]]", f"{len(tables)} defined", self.toml_name, ""))
+            self.effective.append(Effective(f"[[{key}]]", named(map(_called, tables)), self.toml_name, ""))
         return tuple(tables)
 
     def _limits(self) -> tuple[Mapping[str, Any], ...]:
@@ -252,7 +253,7 @@ class _Loading:
         if not all(isinstance(table, dict) for table in tables):
             self._wrong("limits", "expected [[limits]] tables")
             return ()
-        self.effective.append(Effective("[[limits]]", f"{len(tables)} defined", self.toml_name, ""))
+        self.effective.append(Effective("[[limits]]", named(map(_called, tables)), self.toml_name, ""))
         return tuple(tables)
 
     def _wrong(self, key: str, why: str) -> None:
@@ -370,9 +371,26 @@ def _is_service_link(name: str, value: str) -> bool:
     return _SERVICE_LINK.search(name) is not None and (not name.endswith("_PORT") or "://" in value or value.isdigit())
 
 
+def named(names: Iterable[str]) -> str:
+    """What a table defines, by name; of many the first, and how many more there are."""
+    every = [name if len(name) <= SHOWN_CHARS else name[: SHOWN_CHARS - 1] + "…" for name in names]
+    rest = len(every) - NAMES_SHOWN
+    return ", ".join(every[:NAMES_SHOWN]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _called(table: Mapping[str, Any]) -> str:
+    """What an entry of `[[meters]]`, `[[prices]]` or `[[limits]]` is called: its name, or what it is for."""
+    found = next((table[key] for key in ("name", "model", "meter", "unit", "provider") if table.get(key)), None)
+    if found is None:
+        return "(unnamed)"
+    return f"meter {found}" if found is table.get("meter") else str(found)
+
+
 def _as_text(value: Any) -> str:
     if isinstance(value, dict):
-        return f"{len(value)} in a table"
+        return ",".join(
+            f"{key}={_as_text(item)}" if not isinstance(item, dict) else str(key) for key, item in value.items()
+        )
     if isinstance(value, list):
         return ",".join(_as_text(item) for item in value)
     if isinstance(value, bool):

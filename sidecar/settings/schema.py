@@ -53,6 +53,11 @@ class LogLevel(StrEnum):
     ERROR = "ERROR"
 
 
+class LogFormat(StrEnum):
+    JSON = "json"
+    TEXT = "text"
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """One setting. `name` is in lower case, without `SIDECAR_` and without the backend's name."""
@@ -225,6 +230,9 @@ class ServeSettings:
         types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
     )
     log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
+    log_format: LogFormat | None = _setting(
+        types.one_of(LogFormat), None, "`json` or `text`; if not set, text on a terminal and JSON elsewhere"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

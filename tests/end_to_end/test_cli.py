@@ -509,7 +509,7 @@ def test_check_tells_the_faults_of_meters_backends_and_settings_together(
     for name, value in {
         "SIDECAR_CONFIG": str(file), "SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_WORKERS": "none",
         "SIDECAR_BACKENDS": "ledger,revenium,stripe,lago", "SIDECAR_REVENIUM_MODE": "rate",
-        "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_STRIPE_API_KEY": "k",
+        "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_STRIPE_API_KEY": "k", "SIDECAR_LOG_FORMAT": "text",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
     with closing(sqlite3.connect(tmp_path / "ledger.db")) as ledger:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 import stat
@@ -229,12 +230,18 @@ async def test_a_file_system_that_is_read_only_serves_where_it_was_written_befor
                     other = with_ports(Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", **more))
                     other.env |= more
                     code, _, err = await other.command("serve")
-                    said = [line for line in err.splitlines() if not line.startswith("{")]
+                    said = why_not(err)
                     assert (code in (1, 2), len(said)) == (True, 1), err
                     assert "ead-only" in said[0]
                     assert "move it away" not in err
             finally:
                 await whole.kill()
+
+
+def why_not(err: str) -> list[str]:
+    """What a start that failed says last; lines of the log stand before it."""
+    lines = [json.loads(line) for line in err.splitlines()]
+    return [line["message"] for line in lines if line["logger"] == "sidecar.start"]
 
 
 @pytest.mark.parametrize("pages", [0, 2])
@@ -247,7 +254,7 @@ async def test_a_new_directory_on_a_full_disk_is_one_clear_line_with_refuse(tmp_
             whole = Whole(root / "data", upstream, SIDECAR_BACKENDS="ledger", SIDECAR_ON_SPOOL_FULL="refuse")
             code, _, err = await whole.command("serve")
             assert code in (1, 2)
-            said = [line for line in err.splitlines() if not line.startswith("{")]
+            said = why_not(err)
             assert len(said) == 1, err
             assert "room" in said[0]
             assert "free at least" in said[0] or "set SIDECAR_DATA_DIR to another disk" in said[0]

@@ -161,7 +161,9 @@ async def test_calls_are_taken_during_the_delay_and_a_second_signal_ends_it(tmp_
 
 async def serve(tmp_path: Path, **settings: str) -> tuple[int, str]:
     """The exit code and what was said, of a start that is expected to fail."""
-    whole = Whole(tmp_path / "data", "http://127.0.0.1:9", SIDECAR_CONNECTIONS="100", **settings)
+    whole = Whole(
+        tmp_path / "data", "http://127.0.0.1:9", SIDECAR_CONNECTIONS="100", SIDECAR_LOG_FORMAT="text", **settings
+    )
     process = await asyncio.create_subprocess_exec(
         sys.executable, "-m", "sidecar", "serve", env=environment(whole.env), cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
@@ -257,7 +259,7 @@ async def test_an_unreadable_key_is_told_with_the_rest_of_the_settings(tmp_path:
     settings = {
         "SIDECAR_TLS_CERT_FILE": str(good), "SIDECAR_TLS_KEY_FILE": str(locked), "SIDECAR_ADMIN_HOSTS": "http://x",
         "SIDECAR_UPSTREAM_CERT_FILE": str(good), "SIDECAR_UPSTREAM_KEY_FILE": str(bad),
-        "SIDECAR_UPSTREAM_CA_FILE": str(bad),
+        "SIDECAR_UPSTREAM_CA_FILE": str(bad), "SIDECAR_LOG_FORMAT": "text",
     }  # fmt: skip
     whole = Whole(tmp_path / "data", "https://127.0.0.1:9", **settings)
     for command in ("check", "serve"):

@@ -1,0 +1,218 @@
+"""The manifests in `config/` are what a cluster takes, and inject what they say into a pod template."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import kubernetes_validate
+import manifests
+import pytest
+import yaml
+
+from sidecar import __version__
+from sidecar.backends import backend_settings
+from sidecar.settings import Settings, load
+
+ROOT = Path(__file__).parent.parent
+CONFIG = ROOT / "config"
+KUBERNETES = CONFIG / "kubernetes"
+EXAMPLES = sorted(path for path in (KUBERNETES / "examples").iterdir() if path.is_dir())
+COMPONENTS = {shape: KUBERNETES / f"component-{shape}" for shape in ("egress", "ingress")}
+DASHBOARDS = KUBERNETES / "monitoring/dashboards.yaml"
+WHOLE = [CONFIG / "kubernetes.yml", *(example / "app.yaml" for example in EXAMPLES), DASHBOARDS]
+# The oldest that a page of ours names, and the newest that the schemas know.
+VERSIONS = {"egress": ("1.29", "1.34"), "ingress": ("1.30", "1.34")}
+OF_OTHERS = {"Kustomization", "Component", "PodMonitor", "PrometheusRule"}  # of which Kubernetes has no schema
+
+builder = next(
+    ([tool, *more] for tool, *more in (("kustomize", "build"), ("kubectl", "kustomize")) if shutil.which(tool)), None
+)
+needs_kustomize = pytest.mark.skipif(builder is None, reason="neither kustomize nor kubectl is installed")
+
+
+def documents(path: Path) -> Iterator[dict[str, Any]]:
+    yield from yaml.safe_load_all(path.read_text())
+
+
+def built(folder: Path) -> list[dict[str, Any]]:
+    assert builder is not None
+    done = subprocess.run([*builder, str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return list(yaml.safe_load_all(done.stdout))
+
+
+def validate(document: dict[str, Any], version: str) -> None:
+    kubernetes_validate.validate(document, version, strict=True)
+
+
+def pod_of(document: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = document["spec"]["template"]["spec"]
+    return found
+
+
+def sidecar_of(pod: dict[str, Any]) -> dict[str, Any]:
+    (found,) = [each for each in pod["initContainers"] if each["name"] == "metering-sidecar"]
+    assert isinstance(found, dict)
+    return found
+
+
+@pytest.mark.parametrize("version", VERSIONS["egress"])
+@pytest.mark.parametrize("path", WHOLE, ids=lambda path: str(path.relative_to(CONFIG)))
+def test_each_manifest_is_one_that_a_cluster_takes(path: Path, version: str) -> None:
+    for document in documents(path):
+        validate(document, version)
+
+
+@pytest.mark.parametrize("shape", COMPONENTS)
+def test_what_a_component_adds_is_a_container_that_a_cluster_takes(shape: str) -> None:
+    """A patch is half a document: the pod that it makes of one with nothing but an application is a whole one."""
+    (patch,) = documents(COMPONENTS[shape] / "sidecar.yaml")
+    spec = {**pod_of(patch), "containers": [{"name": "app", "image": "app:1"}]}
+    if shape == "ingress":
+        (wait,) = yaml.safe_load((COMPONENTS[shape] / "wait.yaml").read_text())
+        spec["containers"][0]["lifecycle"] = wait["value"]
+    for version in VERSIONS[shape]:
+        validate({"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "a"}, "spec": spec}, version)
+
+
+@pytest.mark.parametrize("shape", COMPONENTS)
+def test_a_sidecar_is_set_up_as_the_pages_say(shape: str) -> None:
+    (patch,) = documents(COMPONENTS[shape] / "sidecar.yaml")
+    pod = pod_of(patch)
+    sidecar = sidecar_of(pod)
+    assert sidecar["image"] == f"metering-sidecar:{__version__}"
+    assert sidecar["restartPolicy"] == "Always"
+    ports = {port["name"]: port["containerPort"] for port in sidecar["ports"]}
+    environ = {each["name"]: each["value"] for each in sidecar["env"] if not each["name"].endswith("_FILE")}
+    settings = load({**environ, "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:3000"}, backend_settings=backend_settings())
+    assert ports["metrics"] == settings.serve.admin_listen.port
+    assert (settings.serve.listen.host == "127.0.0.1") == (shape == "egress")
+    assert shape == "egress" or ports["metering"] == settings.serve.listen.port
+    assert patch["spec"]["template"]["metadata"]["labels"] == {"metering-sidecar": shape}
+    mounts = {each["name"] for each in sidecar["volumeMounts"]}
+    assert mounts == {each["name"] for each in pod["volumes"]}
+    secured = sidecar["securityContext"]
+    assert secured["readOnlyRootFilesystem"] is secured["runAsNonRoot"] is True
+    assert secured["capabilities"] == {"drop": ["ALL"]}
+    wait_s = 0
+    if shape == "ingress":
+        (wait,) = yaml.safe_load((COMPONENTS[shape] / "wait.yaml").read_text())
+        wait_s = wait["value"]["preStop"]["sleep"]["seconds"]
+    assert pod["terminationGracePeriodSeconds"] >= wait_s + Settings().serve.stop_s + 10 + 5
+    head = (COMPONENTS[shape] / "kustomization.yaml").read_text()
+    assert f"Kubernetes {VERSIONS[shape][0]} or later" in head
+    assert "kubectl create secret generic metering --from-literal=hash-key=" in head
+
+
+def test_both_components_bring_the_same_sidecar() -> None:
+    """But for where it listens, its port, and how long the pod may take to end."""
+    pods = [pod_of(next(documents(COMPONENTS[shape] / "sidecar.yaml"))) for shape in COMPONENTS]
+    for pod in pods:
+        del pod["terminationGracePeriodSeconds"]
+        sidecar = sidecar_of(pod)
+        sidecar["ports"] = [port for port in sidecar["ports"] if port["name"] != "metering"]
+        sidecar["env"] = [each for each in sidecar["env"] if each["name"] != "SIDECAR_LISTEN"]
+    assert pods[0] == pods[1]
+
+
+@needs_kustomize
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda path: path.name)
+def test_an_example_builds_into_what_a_cluster_takes(example: Path) -> None:
+    shape = example.name.partition("-")[0]
+    made = built(example)
+    for document in made:
+        for version in VERSIONS[shape]:
+            validate(document, version)
+    (workload,) = [each for each in made if each["kind"] in ("Deployment", "StatefulSet")]
+    (settings,) = [each for each in made if each["kind"] == "ConfigMap"]
+    pod = pod_of(workload)
+    # A change of settings makes a new name, and by that new pods.
+    (source,) = sidecar_of(pod)["envFrom"]
+    assert source["configMapRef"]["name"] == settings["metadata"]["name"] != "metering"
+    assert load(settings["data"], backend_settings=backend_settings()).proxy.upstream_url
+    # What was there is there still.
+    (before, *_) = documents(example / "app.yaml")
+    (app,) = pod["containers"]
+    (own,) = pod_of(before)["containers"]
+    assert {key: app[key] for key in own} == own
+    labels = workload["spec"]["template"]["metadata"]["labels"]
+    assert labels == {**before["spec"]["template"]["metadata"]["labels"], "metering-sidecar": shape}
+    assert workload["spec"].get("volumeClaimTemplates") == before["spec"].get("volumeClaimTemplates")
+    if shape == "ingress":
+        (service,) = [each for each in made if each["kind"] == "Service"]
+        assert service["spec"]["ports"][0]["targetPort"] == "metering"
+        assert app["lifecycle"]["preStop"]["sleep"]["seconds"] > 0
+
+
+@needs_kustomize
+def test_what_has_no_label_is_left_alone(tmp_path: Path) -> None:
+    shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
+    example = tmp_path / "kubernetes/examples/ingress-deployment"
+    app = example / "app.yaml"
+    app.write_text(app.read_text().replace("  labels: {metering-sidecar: ingress}\n", ""))
+    made = {each["kind"]: each for each in built(example)}
+    assert "initContainers" not in pod_of(made["Deployment"])
+    assert made["Service"]["spec"]["ports"][0]["targetPort"] == "http"
+
+
+@needs_kustomize
+def test_the_monitoring_builds() -> None:
+    assert sorted(each["kind"] for each in built(KUBERNETES / "monitoring")) == [
+        "ConfigMap", "PodMonitor", "PrometheusRule",
+    ]  # fmt: skip
+
+
+def test_a_claim_goes_before_the_components_volume() -> None:
+    (workload,) = documents(KUBERNETES / "examples/egress-statefulset/app.yaml")
+    (claim,) = workload["spec"]["volumeClaimTemplates"]
+    (patch,) = documents(COMPONENTS["egress"] / "sidecar.yaml")
+    assert claim["metadata"]["name"] in {each["name"] for each in pod_of(patch)["volumes"]}
+
+
+@pytest.mark.parametrize("path", manifests.written(), ids=lambda path: path.name)
+def test_rules_and_dashboards_are_those_of_prometheus_and_grafana(path: Path) -> None:
+    assert path.read_text() == manifests.written()[path], "run `make manifests`"
+
+
+def test_the_rules_know_what_is_scraped_by_its_name() -> None:
+    (rules,) = documents(KUBERNETES / "monitoring/rules.yaml")
+    assert rules["spec"] == yaml.safe_load((CONFIG / "alerts.yml").read_text())
+    (monitor,) = documents(KUBERNETES / "monitoring/podmonitor.yaml")
+    (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+    (job,) = [each["replacement"] for each in endpoint["relabelings"] if each["targetLabel"] == "job"]
+    assert f'up{{job="{job}"}} == 0' in (CONFIG / "alerts.yml").read_text()
+    (chosen,) = monitor["spec"]["selector"]["matchExpressions"]
+    assert (chosen["key"], set(chosen["values"])) == ("metering-sidecar", set(COMPONENTS))
+    for component in COMPONENTS.values():
+        (patch,) = documents(component / "sidecar.yaml")
+        assert endpoint["port"] in {port["name"] for port in sidecar_of(pod_of(patch))["ports"]}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_promtool_takes_the_rules_of_the_operator(tmp_path: Path) -> None:
+    (rules,) = documents(KUBERNETES / "monitoring/rules.yaml")
+    file = tmp_path / "rules.yml"
+    file.write_text(yaml.safe_dump(rules["spec"]))
+    done = subprocess.run(["promtool", "check", "rules", str(file)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_every_kind_is_checked_by_somebody() -> None:
+    for path in sorted(KUBERNETES.rglob("*.yaml")):
+        for document in documents(path):
+            if path.name not in ("wait.yaml", "service.yaml") and document["kind"] not in OF_OTHERS:
+                assert document["apiVersion"] in ("v1", "apps/v1"), path
+
+
+def test_the_env_file_is_one_that_docker_reads_as_a_shell_does() -> None:
+    """`docker run --env-file` takes what stands behind the `=` as it is: no quotes, no comment behind, no variables."""
+    for line in (CONFIG / "sidecar.env").read_text().splitlines():
+        name, found, value = line.lstrip("#").partition("=")
+        if not found or not name.startswith("SIDECAR_") or " " in name:
+            assert line.startswith("#") or not line, line
+            continue
+        assert not set(value) & set("'\"`$\\ #;"), line
