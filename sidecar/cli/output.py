@@ -1,4 +1,4 @@
-"""How commands print: a table for people, JSON and CSV for programs. One row is one mapping, whatever the form.
+"""How commands print: a table for people, JSON and CSV for programs (`reports.formats`).
 
 Numbers stand to the right with thousands apart, None is a dash (never a zero), and the last column gives way
 where the terminal is too narrow.
@@ -6,28 +6,17 @@ where the terminal is too narrow.
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from decimal import Decimal
-from enum import StrEnum
 from typing import Any, Final
+
+from sidecar.runtime.reports.formats import Format, Row, visible, written
+
+__all__ = ["Format", "Row", "pairs", "render", "shown", "table"]
 
 NARROWEST_CHARS: Final = 12  # what the last column keeps, however narrow the terminal
 GAP: Final = "  "
-_FORMULA: Final = frozenset(("=", "+", "-", "@"))  # how a spreadsheet's formula begins
-
-
-class Format(StrEnum):
-    TABLE = "table"
-    JSON = "json"
-    CSV = "csv"
-    NDJSON = "ndjson"
-
-
-Row = Mapping[str, Any]
 
 
 def render(
@@ -39,14 +28,9 @@ def render(
     heads: Mapping[str, str] | None = None,
 ) -> str:
     """The rows in one form, with a line end. `total` and other `heads` than the names are a table's only."""
-    rows = list(rows)
-    if form is Format.JSON:
-        return json.dumps([_pick(row, columns) for row in rows], indent=2, default=str) + "\n"
-    if form is Format.NDJSON:
-        return "".join(json.dumps(_pick(row, columns), default=str) + "\n" for row in rows)
-    if form is Format.CSV:
-        return _csv(rows, columns)
-    return table(rows, columns, total=total, heads=heads)
+    if form is Format.TABLE:
+        return table(list(rows), columns, total=total, heads=heads)
+    return "".join(written(rows, columns, form, indent=2))
 
 
 def table(
@@ -101,36 +85,9 @@ def shown(value: Any, none: str = "–") -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:,.1f}"
-    return _visible(str(value))
-
-
-def _visible(text: str) -> str:
-    """What came over the wire must not move the cursor or forge a line."""
-    return text if text.isprintable() else "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return visible(str(value))
 
 
 def _is_numeric(values: Iterable[Any]) -> bool:
     known = [value for value in values if value is not None]
     return bool(known) and all(isinstance(v, (int, float, Decimal)) and not isinstance(v, bool) for v in known)
-
-
-def _pick(row: Row, columns: Sequence[str]) -> dict[str, Any]:
-    return {column: row.get(column) for column in columns}
-
-
-def _csv(rows: Sequence[Row], columns: Sequence[str]) -> str:
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\r\n")  # RFC 4180
-    writer.writerow(columns)
-    for row in rows:
-        writer.writerow(["" if row.get(c) is None else _defused(row[c]) for c in columns])
-    return file.getvalue()
-
-
-def _defused(value: Any) -> Any:
-    """A client's text that a spreadsheet would run as a formula is kept from being one, and a control character from
-    being read as such; a line end is data, in quotes. What is no plain value is written as its text."""
-    if isinstance(value, (int, float, Decimal)):
-        return value
-    text = "\n".join(map(_visible, str(value).split("\n")))
-    return f"'{text}" if text.lstrip()[:1] in _FORMULA else text

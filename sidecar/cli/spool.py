@@ -11,7 +11,6 @@ import argparse
 import asyncio
 import sys
 from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -29,13 +28,13 @@ from sidecar.cli.shared import (
     add_since,
     read_settings,
 )
+from sidecar.runtime.reports import lists
+from sidecar.runtime.reports.formats import Names, written
 from sidecar.storage.files import sync_file
 
-PAGE: Final = 500  # parked events read at a time
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
-_PARKED: Final = ("parked_at", "backend", "reason", "subscriber", "maybe_taken", "attempts", "event_id")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     if "mend_run" in arguments:
         return mend.run(arguments, settings)
+    arguments.subscriber_names = settings.subscriber_names
     code: int = arguments.spool_run(arguments, settings.data_dir)
     return code
 
@@ -174,56 +174,26 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import spool_of
+    from sidecar.cli.files import accounts_of, spool_of
 
-    form = Format(arguments.format)
-    rows = list(_parked_rows(arguments, data_dir))
+    form, names = Format(arguments.format), Names(arguments.subscriber_names)
+    query = lists.ParkedQuery(backend=arguments.backend, reason=arguments.reason)
+    with accounts_of(data_dir) as accounts:
+        rows = list(lists.parked(accounts, query, names))
     if not rows:
         with spool_of(data_dir):  # else it is no data directory, and nothing can be said of it
             pass
-    if form is Format.TABLE and not rows:
-        print("nothing is parked")
+    if form is Format.TABLE:
+        if not rows:
+            print("nothing is parked")
+            return EXIT_OK
+        rows = [row | {"subscriber": names.shown(row["subscriber"])} for row in rows]
+        print(render(rows, [name for name in lists.PARKED if name != "name"], form), end="")
         return EXIT_OK
-    columns = _PARKED if form in (Format.TABLE, Format.CSV) else (*_PARKED, "record_id", "key", "history", "record")
-    print(render(rows, columns, form), end="")
+    columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
+    for piece in written(rows, columns, form, indent=2):
+        sys.stdout.write(piece)
     return EXIT_OK
-
-
-def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict[str, Any]]:
-    from sidecar.cli.files import accounts_of
-
-    with accounts_of(data_dir) as accounts:
-        after = 0
-        while accounts is not None:
-            page = accounts.parked(
-                backend=arguments.backend, reason=arguments.reason, after=after, limit=PAGE, bodies=False
-            )
-            for one in page:
-                yield {
-                    "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
-                    "backend": one.backend,
-                    "reason": one.reason,
-                    "subscriber": _subscriber(one.line),
-                    "event_id": one.event_id,
-                    "maybe_taken": one.maybe_taken,
-                    "attempts": len(one.history),
-                    "record_id": one.record_id,
-                    "key": one.key,
-                    "history": list(one.history),
-                    "record": orjson.loads(one.line) if one.line else None,
-                }
-            if len(page) < PAGE:
-                return
-            after = page[-1].id
-
-
-def _subscriber(line: bytes) -> str | None:
-    """Who pays, in our own ids: what `[subscribers]` has to map where no customer is known."""
-    try:
-        found = orjson.loads(line)["subscriber"]["id"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return str(found)
 
 
 def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:

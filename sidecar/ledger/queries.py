@@ -6,12 +6,15 @@ None where nothing was ever reported, and zero only where zero was.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
 from pathlib import Path
+from threading import Lock
+from time import monotonic
 from typing import Any, Final, cast
 
 from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
@@ -31,6 +34,10 @@ GROUPS: Final = {
     "day": "strftime('%Y-%m-%d', hourly.hour, 'unixepoch')",
     "month": "strftime('%Y-%m', hourly.hour, 'unixepoch')",
 }
+
+# What is summed, by its column.
+COUNTED: Final = (*SUMS, "cost_usd")
+STEPS_BETWEEN_LOOKS: Final = 200_000  # of SQLite's machine, at the clock: a few milliseconds
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +84,10 @@ class UnpricedModel:
     last: datetime  # start of the hour of the last of them
 
 
+class TooLongError(Exception):
+    """The question took longer than it may."""
+
+
 class _Sum:
     """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
 
@@ -108,22 +119,49 @@ class LedgerReader:
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = Lock()
+        self._watched: tuple[sqlite3.Connection, int] | None = None  # and the file's inode
+
+    def close(self) -> None:
+        """Only after `version` there is anything to close."""
+        with self._lock:
+            self._unwatch()
+
+    def version(self) -> tuple[int, int]:
+        """Another one after each change, for as long as this reader lives. Costs no reading of the file."""
+        with self._lock, errors_told(self._path, SCHEMA):
+            inode = self._path.stat().st_ino if self._path.exists() else 0
+            if self._watched is not None and self._watched[1] != inode:
+                self._unwatch()
+            if self._watched is None:
+                self._watched = open_db(self._path, schema=SCHEMA, read_only=True, lasting=True), inode
+            return inode, int(self._watched[0].execute("PRAGMA data_version").fetchone()[0])
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched[0].close()
+            self._watched = None
 
     def usage(
         self,
         by: Sequence[str] = (),
         since: datetime | None = None,
         until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        limit_s: float | None = None,
     ) -> list[UsageRow]:
-        """Sums by the named groups, in their order. `since` counts from the hour it lies in."""
+        """Sums by the named groups, in their order. `since` counts from the hour it lies in.
+
+        `where`: of each name one of these values; None is where nothing is known. Raises `LedgerError`, `TooLongError`
+        where it takes longer than `limit_s`.
+        """
         groups = _groups(by)
-        where, values = _between(since, until)
+        where_sql, values = _between(since, until, where or {})
         columns = [*groups, *(f"exact_sum(hourly.{name})" for name in SUMS), "decimal_sum(hourly.cost_usd)"]
         places = ", ".join(str(number + 1) for number in range(len(groups)))
         order = f" GROUP BY {places} ORDER BY {places}" if groups else " HAVING count(*) > 0"
-        rows = self._ask(
-            f"SELECT {', '.join(columns)} FROM hourly JOIN series ON series.id = hourly.series{where}{order}", values
-        )
+        tables = "hourly JOIN series ON series.id = hourly.series"
+        rows = self._ask(f"SELECT {', '.join(columns)} FROM {tables}{where_sql}{order}", values, limit_s)
         return [_row(row, len(groups)) for row in rows]
 
     def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
@@ -186,8 +224,11 @@ class LedgerReader:
             if value is not None
         ]
 
-    def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, errors_told(self._path, SCHEMA):
+    def _ask(self, question: str, values: Sequence[Any], limit_s: float | None = None) -> list[tuple[Any, ...]]:
+        with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, _told(self._path):
+            if limit_s is not None:
+                ends_s = monotonic() + limit_s
+                db.set_progress_handler(lambda: monotonic() > ends_s, STEPS_BETWEEN_LOOKS)
             db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
             db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
             return db.execute(question, values).fetchall()
@@ -200,15 +241,36 @@ def _groups(by: Sequence[str]) -> list[str]:
     return [GROUPS[name] for name in by]
 
 
-def _between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:
-    parts, values = [], []
+def _between(
+    since: datetime | None, until: datetime | None, where: Mapping[str, Sequence[str | None]] | None = None
+) -> tuple[str, list[Any]]:
+    parts: list[str] = []
+    values: list[Any] = []
     if since is not None:
         parts.append("hourly.hour > ? - 3600")
         values.append(_seconds(since))
     if until is not None:
         parts.append("hourly.hour < ?")
         values.append(_seconds(until))
+    for name, wanted in (where or {}).items():
+        known = [value for value in wanted if value is not None]
+        (column,) = _groups([name])
+        either = [f"{column} IN ({', '.join('?' * len(known))})"] if known else []
+        either += [f"{column} IS NULL"] if None in wanted else []
+        parts.append(f"({' OR '.join(either)})")
+        values += known
     return (f" WHERE {' AND '.join(parts)}" if parts else ""), values
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    with errors_told(path, SCHEMA):
+        try:
+            yield
+        except sqlite3.OperationalError as error:
+            if "interrupted" in str(error):
+                raise TooLongError from None
+            raise
 
 
 def _seconds(moment: datetime) -> int:

@@ -384,6 +384,7 @@ class Settings:
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
+    subscriber_names: Mapping[str, str] = field(default_factory=dict)  # our id -> what people call it
     meters: tuple[Mapping[str, Any], ...] = ()  # checked by `meters`
     price_tables: tuple[Mapping[str, Any], ...] = ()  # checked by `prices`
     limits: tuple[Mapping[str, Any], ...] = ()  # checked by `gate`
