@@ -7,7 +7,7 @@ import csv
 import io
 import json
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -53,9 +53,9 @@ async def called(directory: Path, **settings: str) -> AsyncIterator[Whole]:
         await upstream.aclose()
 
 
-async def get(whole: Whole, path: str, **more: Any) -> tuple[int, dict[str, str], str]:
+async def get(whole: Whole, path: str, **more: Any) -> tuple[int, Mapping[str, str], str]:
     async with aiohttp.ClientSession() as session, session.get(whole.admin_url + path, **more) as answer:
-        return answer.status, dict(answer.headers), await answer.text()
+        return answer.status, answer.headers, await answer.text()
 
 
 async def test_the_port_answers_what_the_commands_answer(
