@@ -25,11 +25,11 @@ from sidecar.cli.shared import (
     add_where,
     read_settings,
 )
-from sidecar.ledger import LedgerError, LedgerReader, UsageRow
+from sidecar.ledger import TIMES, LedgerError, LedgerReader, UsageRow
 from sidecar.meters.hourly import write_amount
 from sidecar.runtime.reports.formats import NOBODY, Names, written
 from sidecar.runtime.reports.parameters import BY, QueryError, UsageQuery, usage_query
-from sidecar.runtime.reports.usage import TIMES, usage
+from sidecar.runtime.reports.usage import usage
 from sidecar.settings import Settings
 
 # A table has what fits a screen; JSON and CSV have everything.

@@ -363,7 +363,7 @@ def test_meters_under_any_order_and_repeats_equal_a_plain_recomputation(
     reader = LedgerReader(path)
     for key, body in sends:
         store.apply(key, body)
-    reader._ask = lambda question, values, limit_s=None: store._open().execute(question, values).fetchall()  # type: ignore[method-assign]
+    reader._ask = lambda question, values: store._open().execute(question, values).fetchall()  # type: ignore[method-assign]
     for found in KINDS.values():
         totals = totals_of(reader, found)
         assert {who: Fraction(value) for who, value in totals.items()} == plainly(found, given_records)

@@ -11,6 +11,8 @@ from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
 
+import orjson
+
 _FORMULA: Final = frozenset(("=", "+", "-", "@"))  # how a spreadsheet's formula begins
 
 
@@ -46,10 +48,18 @@ def _json(rows: Iterable[Row], columns: Sequence[str], indent: int | None) -> It
     margin = "" if indent is None else " " * indent
     before = "[" + end
     for row in rows:
-        text = json.dumps(_pick(row, columns), indent=indent, default=str)
+        one = _pick(row, columns)
+        text = _compact(one) if indent is None else json.dumps(one, indent=indent, default=str)
         yield before + margin + text.replace("\n", "\n" + margin)
         before = "," + (end or " ")
     yield "[]\n" if before.startswith("[") else end + "]\n"
+
+
+def _compact(row: dict[str, Any]) -> str:
+    try:
+        return orjson.dumps(row, default=str).decode()
+    except TypeError:  # a sum beyond 64 bits, half of a surrogate pair
+        return json.dumps(row, default=str)
 
 
 def _pick(row: Row, columns: Sequence[str]) -> dict[str, Any]:

@@ -13,16 +13,15 @@ from difflib import get_close_matches
 from typing import Final
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sidecar.ledger import COUNTED, GROUPS
+from sidecar.ledger import COUNTED, DIMENSION, GROUPS, TIMES
 
 BY: Final = ("subscriber", "model")
-DIMENSION: Final = "dimensions."  # before the name of a dimension that has the name of something else
 TEXT_CHARS_MAX: Final = 1000  # of one parameter: a subscriber has at most 200, a list of names some hundred
 QUOTED_CHARS: Final = 60  # of a text in a message
 BY_MAX: Final = 8  # names to group by at once; more is a list of calls, which `records` is
 WHERE_MAX: Final = 32  # conditions at once
 TOP_MAX: Final = 10_000
-TIMES: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
+EXPECTED: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
 OLDEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
 _AGO: Final = re.compile(r"(\d+)\s*([smhdw])", re.ASCII)
@@ -71,7 +70,7 @@ def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
         parsed = datetime.fromisoformat(text.strip())
         found_at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=zone or UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise QueryError(f"{quoted(text)} is no time: expected {TIMES}") from None
+        raise QueryError(f"{quoted(text)} is no time: expected {EXPECTED}") from None
     return max(found_at, OLDEST)
 
 
@@ -171,7 +170,7 @@ def usage_query(
         by=BY if by is None else groups(by, dimensions),
         since=begins,
         until=ends,
-        where=conditions(where, [name for name in GROUPS if name not in ("hour", "day", "month")], dimensions),
+        where=conditions(where, [name for name in GROUPS if name not in TIMES], dimensions),
         sort=asked_sort,
         descending=descending,
         top=None if top is None else whole("top", top, TOP_MAX),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from decimal import Decimal
+from itertools import islice
+from operator import attrgetter, itemgetter
 from typing import Any, Final
 
-from sidecar.ledger import LedgerReader, UsageRow
+from sidecar.ledger import DIMENSION, GROUPS, TIMES, LedgerReader, UsageRow
 from sidecar.meters.hourly import EXACT, write_amount
 from sidecar.runtime.reports.formats import Names
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery
 
 ROWS_MAX: Final = 100_000  # of one answer: some 60 MB of JSON, and as much memory
-TIMES: Final = frozenset({"hour", "day", "month"})
-VALUES: Final = tuple(each.name for each in fields(UsageRow) if each.name != "group")
+VALUES: Final = tuple(each.name for each in fields(UsageRow) if each.name != "group")  # the cost is the last
+_values: Final[Callable[[UsageRow], tuple[Any, ...]]] = attrgetter(*VALUES)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -37,27 +39,34 @@ class Usage:
     def flat(self, names: Names) -> Iterable[dict[str, Any]]:
         """One mapping a row, with all columns."""
         for row, others in zip(self.rows, self.others, strict=True):
-            found = dict(zip(self.by, row.group, strict=True))
+            found: dict[str, Any] = dict(zip(self.by, row.group, strict=True))
             if "subscriber" in found:
                 found["name"] = names.of(found["subscriber"])
-            values = asdict(row)
-            del values["group"]
-            yield found | {"others": others} | values
+            found["others"] = others
+            found.update(zip(VALUES, _values(row), strict=True))
+            yield found
 
 
 def usage(reader: LedgerReader, query: UsageQuery, names: Names, *, limit_s: float | None = None) -> Usage:
     """Raises `QueryError` where the answer would be too large, and what the reader raises."""
-    where = dict(query.where)
+    where = {_meant(name): values for name, values in query.where.items()}
     if "subscriber" in where:
         where["subscriber"] = tuple(
             id_ for asked in where["subscriber"] for id_ in ((None,) if asked is None else names.ids(asked))
         )
-    rows = reader.usage(query.by, query.since, query.until, where, limit_s)
-    others: list[int | None] = [None] * len(rows)
+
+    def ask(by: Sequence[str]) -> Iterator[UsageRow]:
+        return reader.usage_rows(
+            [_meant(name) for name in by], query.since, query.until, where, zone=query.zone, limit_s=limit_s
+        )
+
     if query.top is not None:
-        rows, others = largest(rows, query)
-    elif query.sort is not None:
-        rows = sorted(rows, key=sort_key(query.sort), reverse=query.descending)
+        rows, others = largest(query, ask)
+    else:
+        rows = list(islice(ask(query.by), ROWS_MAX + 1))
+        if query.sort is not None:
+            rows.sort(key=sort_key(query.sort), reverse=query.descending)
+        others = [None] * len(rows)
     if len(rows) > ROWS_MAX:
         raise QueryError(
             f"the answer has more than {ROWS_MAX:,} rows: ask for the largest with top, for fewer names with by, "
@@ -66,50 +75,58 @@ def usage(reader: LedgerReader, query: UsageQuery, names: Names, *, limit_s: flo
     return Usage(by=query.by, rows=rows, others=others, cut=query.top is not None)
 
 
-def largest(rows: Sequence[UsageRow], query: UsageQuery) -> tuple[list[UsageRow], list[int | None]]:
-    """The `top` groups by what `sort` says, and one row for all others.
+def _meant(name: str) -> str:
+    return name if name in GROUPS or name.startswith(DIMENSION) else DIMENSION + name
 
-    Hours, days and months are no such groups: of each of them the same ones are kept, which are the largest over all.
+
+def largest(
+    query: UsageQuery, ask: Callable[[Sequence[str]], Iterable[UsageRow]]
+) -> tuple[list[UsageRow], list[int | None]]:
+    """The `top` groups by what `sort` says, and one row for all others. Holds no more than the answer in memory.
+
+    Hours, days and months are no such groups, unless there is nothing else: of each of them the same ones are kept,
+    which are the largest over all.
     """
     assert query.top is not None
-    apart = [place for place, name in enumerate(query.by) if name not in TIMES]
-    wholes: dict[tuple[str | None, ...], UsageRow] = {}
-    for row in rows:
-        who = tuple(row.group[place] for place in apart)
-        there = wholes.get(who)
-        wholes[who] = row if there is None else added(there, row)
+    apart = [place for place, name in enumerate(query.by) if name not in TIMES] or list(range(len(query.by)))
     key = sort_key(query.sort)
     choose = heapq.nlargest if query.descending else heapq.nsmallest
-    kept = {who: rank for rank, (who, _) in enumerate(choose(query.top, wholes.items(), key=lambda item: key(item[1])))}
+    wholes = choose(query.top, ask([query.by[place] for place in apart]), key=key)
+    kept = {row.group: rank for rank, row in enumerate(wholes)}
     found: list[tuple[tuple[object, ...], UsageRow, int | None]] = []
-    rest: dict[tuple[str | None, ...], tuple[UsageRow, int]] = {}
-    for row in rows:
+    rest: dict[tuple[str | None, ...], _Rest] = {}
+    for row in ask(query.by):
         who = tuple(row.group[place] for place in apart)
         when = tuple(None if place in apart else value for place, value in enumerate(row.group))
         if who in kept:
             found.append(((*map(str, when), kept[who]), row, None))
-        elif when in rest:
-            whole, count = rest[when]
-            rest[when] = added(whole, row), count + 1
         else:
-            rest[when] = replace(row, group=when), 1
-    found += [((*map(str, when), len(kept)), row, count) for when, (row, count) in rest.items()]
-    found.sort(key=lambda each: each[0])
+            rest.setdefault(when, _Rest()).add(row)
+        if len(found) > ROWS_MAX:
+            break
+    found += [((*map(str, when), len(kept)), all_of_it.row(when), all_of_it.count) for when, all_of_it in rest.items()]
+    found.sort(key=itemgetter(0))
     return [row for _, row, _ in found], [others for _, _, others in found]
 
 
-def added(one: UsageRow, other: UsageRow) -> UsageRow:
-    """Two rows as one, under the first one's group."""
-    values: dict[str, Any] = {}
-    for name in VALUES:
-        a, b = getattr(one, name), getattr(other, name)
-        if a is None or b is None:
-            values[name] = a if b is None else b
-        elif name == "cost_usd":
-            values[name] = write_amount(EXACT.add(Decimal(a), Decimal(b)))
-        else:
-            values[name] = a + b
-    return UsageRow(group=one.group, **values)
+class _Rest:
+    """Rows added up."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._sums: list[int | None] = [None] * (len(VALUES) - 1)
+        self._cost: Decimal | None = None
+
+    def add(self, row: UsageRow) -> None:
+        self.count += 1
+        *values, cost = _values(row)
+        self._sums = [b if a is None else a if b is None else a + b for a, b in zip(self._sums, values, strict=True)]
+        if cost is not None:
+            self._cost = EXACT.add(self._cost or Decimal(0), Decimal(cost))
+
+    def row(self, group: tuple[str | None, ...]) -> UsageRow:
+        cost = None if self._cost is None else write_amount(self._cost)
+        return UsageRow(group=group, **dict(zip(VALUES, (*self._sums, cost), strict=True)))  # type: ignore[arg-type]
 
 
 def sort_key(name: str | None) -> Callable[[UsageRow], Any]:
