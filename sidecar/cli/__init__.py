@@ -15,7 +15,22 @@ from types import ModuleType
 from typing import Final
 
 import sidecar
-from sidecar.cli import balance, check, demo, limits, meters, prices, receiver, records, reload, serve, spool, usage
+from sidecar.cli import (
+    balance,
+    check,
+    demo,
+    limits,
+    meters,
+    prices,
+    receiver,
+    records,
+    reload,
+    serve,
+    spool,
+    subscriber,
+    usage,
+)
+from sidecar.cli.output import plain_terminals
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
@@ -26,6 +41,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "check": check,
     "usage": usage,
     "records": records,
+    "subscriber": subscriber,
     "balance": balance,
     "limits": limits,
     "spool": spool,
@@ -37,6 +53,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
+    plain_terminals()
     arguments = parser().parse_args(_with_default(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)

@@ -9,10 +9,11 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 from sidecar.cli.instance import ask
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, render, write_data
 from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, add_format, read_settings
 from sidecar.runtime.reports.formats import NOBODY, Names, written
 from sidecar.runtime.reports.lists import LIMITS, limits, limits_flat, limits_query
@@ -20,7 +21,7 @@ from sidecar.runtime.reports.parameters import QueryError
 from sidecar.settings import Settings
 
 COLUMNS: Final = ("limit", "scope", "used", "reserved", "amount", "percent", "unit", "window", "until", "action")
-HEADS: Final = {"percent": "%", "scope": "of"}
+HEADS: Final = {"percent": "%", "scope": "of", "until": "until, UTC"}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +43,7 @@ def run(arguments: argparse.Namespace) -> int:
     if form is Format.JSON:
         print(json.dumps({"limits": rows}, indent=2))
     elif form is not Format.TABLE:
-        print("".join(written(limits_flat(rows), LIMITS, form)), end="")
+        write_data(written(limits_flat(rows), LIMITS, form))
     elif not rows:
         print("no limit has been touched by a call in its window")
     else:
@@ -52,10 +53,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     """As a table; also what `demo --limits` shows."""
-    flat = [row | {"scope": ", ".join(_scope(row["scope"], names))} for row in rows]
+    flat = [
+        row
+        | {name: Decimal(row[name]) for name in ("used", "reserved", "amount")}
+        | {"scope": ", ".join(_scope(row["scope"], names)), "until": row["until"] and _plainly(row["until"])}
+        for row in rows
+    ]
     # Nearly all limits block: a column that says so in each row says nothing.
     shown = [name for name in COLUMNS if name != "action" or any(row["action"] != "block" for row in rows)]
-    return render(flat, shown, Format.TABLE, heads=HEADS)
+    return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"))
+
+
+def _plainly(until: str) -> str:
+    """A time whose column says that it is UTC, without the seconds of a whole minute."""
+    return until[:19].replace("T", " ").removesuffix(":00")
 
 
 def _scope(scope: dict[str, str], names: Names) -> list[str]:

@@ -8,14 +8,14 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
 
-from sidecar.cli.output import Format, shown
+from sidecar.cli.output import Format, shown, terminal_chars, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -36,19 +36,37 @@ FOLLOWED: Final = 10  # what `--follow` begins with, as tail does
 LIMIT_MAX: Final = 100_000_000  # more than a disk holds
 BYTES_MAX: Final = 1 << 30  # kept in memory for `--limit`; without it records are printed as they are read
 
-# Fixed, because the lines of a stream are printed as they come: (title, width, to the right, value).
+# Fixed, because the lines of a stream are printed as they come: (title, width, to the right, value). The last column
+# takes what is left of the terminal.
 _Column = tuple[str, int, bool, Callable[[dict[str, Any]], Any]]
+SUBSCRIBER: Final = "subscriber"
 COLUMNS: Final[tuple[_Column, ...]] = (
-    ("started", 23, False, lambda r: str(r["started_at"])[:23].replace("T", " ")),
+    ("started, UTC", 23, False, lambda r: str(r["started_at"])[:23].replace("T", " ")),
     ("status", 6, True, lambda r: r["status"]),
     ("outcome", 14, False, lambda r: r["outcome"]),
     ("ms", 8, True, lambda r: r["duration_ms"]),
-    ("subscriber", 20, False, lambda r: None),  # its name, put in when it is printed
-    ("model", 26, False, lambda r: (r["usage"] or {}).get("model")),
+    (SUBSCRIBER, 20, False, lambda r: None),  # its name, put in when it is printed
+    ("model", 26, False, calls.FIELDS["model"]),
     ("in", 8, True, lambda r: (r["usage"] or {}).get("input_tokens")),
     ("out", 8, True, lambda r: (r["usage"] or {}).get("output_tokens")),
-    ("call", 60, False, lambda r: f"{r['method']} {r['route'] or r['url']}"),
+    ("call", 20, False, lambda r: f"{r['method']} {r['route'] or r['url']}"),
 )
+NARROW: Final[tuple[_Column, ...]] = (
+    ("started, UTC", 14, False, lambda r: str(r["started_at"])[5:19].replace("T", " ")),
+    ("status", 6, True, lambda r: r["status"]),
+    ("ms", 7, True, lambda r: r["duration_ms"]),
+    (SUBSCRIBER, 11, False, lambda r: None),
+    ("model", 12, False, calls.FIELDS["model"]),
+    ("tokens", 7, True, lambda r: (r["usage"] or {}).get("total_tokens")),
+    ("call", 8, False, lambda r: _said(r) + f"{r['method']} {r['route'] or r['url']}"),
+)
+GAP: Final = "  "
+CALL_CHARS_MAX: Final = 60
+
+
+def _said(record: dict[str, Any]) -> str:
+    """What went wrong, before anything else, where there is no room for a column of its own."""
+    return "" if record["outcome"] == "complete" else f"{record['outcome']}: "
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -112,18 +130,21 @@ def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int
 def _printed(lines: Iterable[bytes], names: Names, form: Format) -> Callable[[bytes], None]:
     """Print them; what prints further ones."""
     if form is Format.JSON:
-        between = "[\n"
-        for line in lines:
-            sys.stdout.write(between + calls.named(line, names).decode())
-            between = ",\n"
-        sys.stdout.write("[]\n" if between.startswith("[") else "\n]\n")
+        write_data(_json(lines, names))
     elif form is Format.CSV:
-        for piece in written(calls.flat(lines, names), tuple(calls.COLUMNS), form):
-            sys.stdout.write(piece)
+        write_data(written(calls.flat(lines, names), tuple(calls.COLUMNS), form))
     write = _write_lines if form is Format.NDJSON else _write_table(names)
     for line in lines if form in (Format.TABLE, Format.NDJSON) else ():
         write(line)
     return write
+
+
+def _json(lines: Iterable[bytes], names: Names) -> Iterator[bytes]:
+    before = b"[\n"
+    for line in lines:
+        yield before + calls.named(line, names)
+        before = b",\n"
+    yield b"[]\n" if before.startswith(b"[") else b"\n]\n"
 
 
 def _follow(
@@ -144,19 +165,26 @@ def _write_lines(line: bytes) -> None:
 
 
 def _write_table(names: Names) -> Callable[[bytes], None]:
-    head = "  ".join(title.rjust(width) if right else title.ljust(width) for title, width, right, _ in COLUMNS)
+    room = terminal_chars()
+    columns = COLUMNS if room >= sum(width + len(GAP) for _, width, _, _ in COLUMNS) else NARROW
+    taken = sum(width + len(GAP) for _, width, _, _ in columns[:-1])
+    widths = [*(width for _, width, _, _ in columns[:-1]), max(min(room - taken, CALL_CHARS_MAX), columns[-1][1])]
     printed = False
 
-    def write(line: bytes) -> None:
+    def line(cells: Iterable[str]) -> str:
+        fitted = [
+            _fit(cell, width, right) for cell, width, (_, _, right, _) in zip(cells, widths, columns, strict=True)
+        ]
+        return GAP.join(fitted).rstrip()
+
+    def write(stored: bytes) -> None:
         nonlocal printed
         if not printed:
-            print(head.rstrip())
+            print(line(title for title, _, _, _ in columns))
             printed = True
-        record = orjson.loads(line)
+        record = orjson.loads(stored)
         who = names.shown(calls.FIELDS["subscriber"](record))
-        cells = [who if title == "subscriber" else value(record) for title, _, _, value in COLUMNS]
-        fitted = [_fit(shown(cell), width, right) for cell, (_, width, right, _) in zip(cells, COLUMNS, strict=True)]
-        print("  ".join(fitted).rstrip())
+        print(line(shown(who if title == SUBSCRIBER else value(record)) for title, _, _, value in columns))
 
     return write
 

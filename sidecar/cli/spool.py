@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 from sidecar.cli import mend, redrive
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, Progress, counted, render, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -30,11 +30,16 @@ from sidecar.cli.shared import (
 )
 from sidecar.runtime.reports import lists
 from sidecar.runtime.reports.formats import Names, written
+from sidecar.spool import SpoolReader
 from sidecar.storage.files import sync_file
 
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
+
+# All of it but the names, which stand in the place of the subscribers' ids.
+_PARKED: Final = tuple(name for name in lists.PARKED if name != "name")
+_PARKED_HEADS: Final = {"parked_at": "parked at, UTC", "maybe_taken": "taken?", "attempts": "tries"}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -161,7 +166,9 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
-        reports = verify(reader)
+        progress = Progress("records read", _recorded(reader, 0))
+        reports = verify(reader, progress.at)
+        progress.end()
         problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
             problems += accounts.verify() + accounts.ahead_of(reader)
@@ -187,13 +194,17 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
         if not rows:
             print("nothing is parked")
             return EXIT_OK
-        rows = [row | {"subscriber": names.shown(row["subscriber"])} for row in rows]
-        print(render(rows, [name for name in lists.PARKED if name != "name"], form), end="")
+        rows = [row | {"subscriber": names.shown(row["subscriber"]), "parked_at": _plainly(row)} for row in rows]
+        print(render(rows, _PARKED, form, heads=_PARKED_HEADS, spare=("attempts", "maybe_taken")), end="")
         return EXIT_OK
     columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
-    for piece in written(rows, columns, form, indent=2):
-        sys.stdout.write(piece)
+    write_data(written(rows, columns, form, indent=2))
     return EXIT_OK
+
+
+def _plainly(row: dict[str, Any]) -> str:
+    """A time whose column says that it is UTC."""
+    return str(row["parked_at"])[:19].replace("T", " ")
 
 
 def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -235,11 +246,16 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
     since_ns = 0 if arguments.since is None else max(int(arguments.since.timestamp() * 1e9), 0)
     with spool_of(data_dir) as reader:
         if arguments.output is None:
-            _write(reader.lines(since_ns=since_ns), sys.stdout.buffer)
+            lines = reader.lines(since_ns=since_ns)
+            # Into a pipe; between lines on the same terminal it would only be in the way.
+            _write(lines if sys.stdout.isatty() else counted(lines, Progress("records written")), sys.stdout.buffer)
             return EXIT_OK
         try:
             with arguments.output.open("xb") as file:
-                count = _write(reader.lines(since_ns=since_ns), file)
+                lines = counted(
+                    reader.lines(since_ns=since_ns), Progress("records written", _recorded(reader, since_ns))
+                )
+                count = _write(lines, file)
                 file.flush()
                 sync_file(file.fileno())
         except FileExistsError:
@@ -248,6 +264,11 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
             raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
     print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
     return EXIT_OK
+
+
+def _recorded(reader: SpoolReader, since_ns: int) -> int | None:
+    """How many there are, where all of them are written."""
+    return None if since_ns else sum(reader.totals(instance).recorded for instance in reader.instances())
 
 
 def _write(lines: Iterator[bytes], file: BinaryIO) -> int:

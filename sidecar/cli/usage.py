@@ -6,7 +6,6 @@ Asks the ledger (`SIDECAR_BACKENDS` has `ledger` by default); works while the si
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -15,7 +14,7 @@ from typing import Any, Final
 
 from sidecar.cli.instance import counter
 from sidecar.cli.meters import meters_of
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, render, write_data
 from sidecar.cli.shared import (
     EXIT_OK,
     EXIT_USAGE,
@@ -34,17 +33,21 @@ from sidecar.settings import Settings
 
 # A table has what fits a screen; JSON and CSV have everything.
 SHOWN: Final = (
-    "calls", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens", "cost_usd",
-    "unpriced",
+    "calls", "errors", "without_usage", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens",
+    "cost_usd", "unpriced",
 )  # fmt: skip
+BYTES: Final = ("request_bytes", "response_bytes")  # of an API that states no usage: what else there is
+TOKENS: Final = ("input_tokens", "output_tokens", "total_tokens")  # where there is any usage, all expect them
+# Left out of a table that is too wide, the first one first.
+SPARE: Final = ("cache_read_input_tokens", "input_tokens", "output_tokens", "errors", "total_tokens")
 HEADS: Final = {
+    "without_usage": "no usage", "request_bytes": "bytes in", "response_bytes": "bytes out",
     "input_tokens": "input", "cache_read_input_tokens": "cached", "output_tokens": "output", "total_tokens": "tokens",
     "cost_usd": "cost USD",
 }  # fmt: skip
 METER: Final = ("subscriber", "name", "group", "from", "value", "note")
 UNCLAIMED: Final = 'sidecar_usage_anomalies_total{kind="answer_unclaimed"}'
 UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for none
-ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -95,8 +98,7 @@ def run(arguments: argparse.Namespace) -> int:
         for line in filter(None, (_unpriced(found.rows), _unclaimed(settings))):
             print(line)
     else:
-        for piece in written(found.flat(names), found.columns(), form, indent=2):
-            sys.stdout.write(piece)
+        write_data(written(found.flat(names), found.columns(), form, indent=2))
     return EXIT_OK
 
 
@@ -167,9 +169,11 @@ def report(
         if count is not None and named is not None:
             row[named] = "1 other" if count == 1 else f"{count:,} others"
     # A column that nothing was ever reported for is left out of the table, unless it is one that all expect.
-    shown = [name for name in SHOWN if name in ALWAYS or any(row[name] for row in flat)]
+    metered = any(row[name] is not None for row in flat for name in TOKENS)
+    always = ("calls", *(TOKENS if metered else BYTES))
+    shown = [name for name in (*SHOWN, *BYTES) if name in always or (name in SHOWN and any(row[name] for row in flat))]
     total = {by[0]: "total"} | _total(flat, shown) if by and len(rows) > 1 else None
-    return render(flat, [*by, *shown], form, total=total, heads=HEADS)
+    return render(flat, [*by, *shown], form, total=total, heads=HEADS, spare=SPARE)
 
 
 def _values(row: UsageRow) -> dict[str, Any]:

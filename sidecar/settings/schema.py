@@ -211,7 +211,9 @@ class ServeSettings:
 
     listen: Address = _setting(types.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
     admin_listen: Address = _setting(
-        types.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
+        types.address,
+        "127.0.0.1:9464",
+        "`/healthz` `/readyz` `/metrics` `/balance`, `/usage` `/records` `/parked` `/limits`; it only reads",
     )
     admin_token: Secret | None = _secret(
         types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"

@@ -14,6 +14,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from support.whole import Whole
 
 from sidecar.cli import main
@@ -36,9 +38,12 @@ async def called(directory: Path, **settings: str) -> AsyncIterator[Whole]:
     config = directory / "sidecar.toml"
     config.write_text(CONFIG)
     upstream = ScriptedLLM()
+    vendor = TestServer(refusing())
+    await vendor.start_server()
     whole = Whole(
         directory / "data", await upstream.start(), SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_CONFIG=str(config),
-        SIDECAR_DIMENSIONS="feature=x-feature", SIDECAR_LIMITS="calls=10/hour", **settings,
+        SIDECAR_DIMENSIONS="feature=x-feature", SIDECAR_LIMITS="calls=10/hour", SIDECAR_BACKENDS="ledger,meter",
+        SIDECAR_METER_URL=str(vendor.make_url("/meter")), **settings,
     )  # fmt: skip
     try:
         async with whole, aiohttp.ClientSession() as session:
@@ -51,6 +56,18 @@ async def called(directory: Path, **settings: str) -> AsyncIterator[Whole]:
             yield whole
     finally:
         await upstream.aclose()
+        await vendor.close()
+
+
+def refusing() -> web.Application:
+    """A vendor that takes nothing, so that all is parked."""
+
+    async def no(_: web.Request) -> web.Response:
+        return web.Response(status=422)
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", no)
+    return app
 
 
 async def get(whole: Whole, path: str, **more: Any) -> tuple[int, Mapping[str, str], str]:
@@ -73,7 +90,11 @@ async def test_the_port_answers_what_the_commands_answer(
             ("/records", "records"),
             ("/records?where=subscriber=Globex&limit=5", "records --where subscriber=Globex --limit 5"),
             ("/parked", "spool parked"),
+            ("/parked?backend=meter&limit=1000", "spool parked --backend meter"),
             ("/limits", "limits"),
+            ("/limits?over=15", "limits --over 15"),
+            ("/usage?by=feature", "usage --by feature"),
+            ("/usage?by=month,subscriber&where=feature=search", "usage --by month,subscriber --where feature=search"),
         ):
             joined = "&" if "?" in path else "?"
             for form in ("json", "csv", "ndjson") if "?" not in path else ("json",):
@@ -93,6 +114,10 @@ async def test_the_port_answers_what_the_commands_answer(
         assert record["subscriber"] == {"id": "globex", "source": "header:x-tenant", "name": "Globex"}
         (same,) = json.loads((await get(whole, f"/records?id={record['id']}"))[2])
         assert same == record
+        rows = json.loads((await get(whole, "/parked"))[2])
+        assert [(row["backend"], row["subscriber"], row["name"]) for row in rows][2] == ("meter", "globex", "Globex")
+        rows = json.loads((await get(whole, "/limits?over=15"))[2])["limits"]
+        assert [(row["subscriber"], row["used"]) for row in rows] == [("acme", "2")]
         table = list(csv.DictReader(io.StringIO((await get(whole, "/records?format=csv"))[2], newline="")))
         assert [row["subscriber"] for row in table][:3] == ["acme", "acme", "globex"]
 
@@ -148,3 +173,100 @@ async def test_what_has_not_changed_is_not_sent_again(tmp_path: Path) -> None:
         for path, before in (("/usage", usage), ("/records", records)):
             status, after, _ = await get(whole, path, headers={"If-None-Match": before["ETag"]})
             assert (status, after["ETag"] != before["ETag"]) == (200, True), path
+
+
+async def test_a_key_is_asked_for_its_id_and_never_shown(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    key = "sk-a-key-of-the-test-0123456789"
+
+    def ask(text: str, *arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(text.encode())))
+        code = main(["subscriber", *arguments])
+        return code, *capsys.readouterr()
+
+    upstream = ScriptedLLM()
+    whole = Whole(tmp_path / "data", await upstream.start())
+    for name, value in whole.env.items():
+        monkeypatch.setenv(name, value)
+    code, out, err = ask(key)
+    assert (code, out) == (2, "")
+    assert "there is no hash key in" in err
+    async with whole, aiohttp.ClientSession() as session:
+        headers = {"Authorization": f"Bearer {key}"}
+        async with session.post(whole.proxy_url + "/v1/chat/completions", json=CHAT, headers=headers) as answer:
+            await answer.read()
+        await whole.settled()
+        (record,) = json.loads((await get(whole, "/records"))[2])
+    await upstream.aclose()
+    for text in (key, f"{key}\n", f"Bearer {key}\n", f"  bearer  {key} \r\n"):
+        assert ask(text) == (0, record["subscriber"]["id"] + "\n", "")
+    monkeypatch.setenv("SIDECAR_SUBSCRIBER", "header:x-tenant,credential,query:who,path:2,body:user")
+    for source, text, wanted in (
+        ("header:x-tenant", "acme", "acme"), ("credential", key, record["subscriber"]["id"]),
+        ("query:who", "a&b=c %", "a&b=c %"), ("path:2", "a/b", None), ("body:user", "me", "me"),
+    ):  # fmt: skip
+        code, out, _ = ask(text, "--source", source)
+        assert code == 0
+        assert wanted is None or out == wanted + "\n", source
+    code, out, err = ask("acme")
+    assert (code, out) == (0, "acme\n")
+    assert "--source names another of" in err
+    for text, said in (("", "is empty"), ("a\nb", "expected one key, one line"), ("x" * 70_000, "one line of at most")):
+        code, out, err = ask(text)
+        assert (code, out) == (2, "")
+        assert said in err
+    for arguments in (("--source", "header:x-other"), ("--source", "colour")):
+        code, out, err = ask(key, *arguments)
+        assert (code, out) == (2, "")
+        assert key not in err
+
+
+async def test_many_who_ask_at_once_are_answered_or_told_to_come_again(tmp_path: Path) -> None:
+    async with called(tmp_path) as whole, aiohttp.ClientSession() as session:
+
+        async def ask(number: int) -> int:
+            async with session.get(f"{whole.admin_url}/usage?by=hour,subscriber&where=subscriber=s{number}") as answer:
+                await answer.read()
+                if answer.status == 503:
+                    assert answer.headers["Retry-After"]
+                return answer.status
+
+        statuses = await asyncio.gather(*map(ask, range(80)))
+        assert set(statuses) <= {200, 503}
+        assert statuses.count(200) >= 30
+        assert (await get(whole, "/healthz"))[0] == 200
+
+
+async def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    async with called(tmp_path) as whole:
+        path = whole.data_dir / "ledger.db"
+        path.rename(tmp_path / "kept.db")
+        status, headers, text = await get(whole, "/usage")
+        assert status == 404
+        assert "ledger.db does not exist yet" in json.loads(text)["error"]
+        path.write_bytes(b"no database" * 1000)
+        status, headers, text = await get(whole, "/usage")
+        assert (status, "Retry-After" in headers) == (503, False)
+        assert "is damaged" in json.loads(text)["error"]
+        code, _, err = await whole.command("usage")
+        assert (code, "is damaged" in err) == (1, True)
+        assert (await get(whole, "/records"))[0] == 200
+
+
+async def test_an_empty_instance_has_empty_answers(tmp_path: Path) -> None:
+    upstream = ScriptedLLM()
+    async with Whole(tmp_path / "data", await upstream.start(), SIDECAR_ADMIN_TOKEN="a-token-of-the-test") as whole:
+        bearer = {"Authorization": "Bearer a-token-of-the-test"}
+        for path in ("/usage", "/records", "/parked", "/limits"):
+            assert (await get(whole, path))[0] == 401
+            assert (await get(whole, path, headers=bearer | {"Host": "evil.example"}))[0] == 421
+            status, _, text = await get(whole, path, headers=bearer)
+            assert (status, json.loads(text)) == (200, {"limits": []} if path == "/limits" else [])
+            status, _, text = await get(whole, path + "?format=csv", headers=bearer)
+            assert (status, len(text.splitlines())) == (200, 1)
+            async with aiohttp.ClientSession() as session, session.post(whole.admin_url + path, headers=bearer) as no:
+                assert no.status == 405
+        code, out, err = await whole.command("limits", "--format", "json")
+        assert (code, json.loads(out)) == (0, {"limits": []}), err
+    await upstream.aclose()

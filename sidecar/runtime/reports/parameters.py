@@ -54,7 +54,7 @@ def quoted(text: str) -> str:
 
 def near(name: str, known: Collection[str]) -> str:
     """`; did you mean …?`, or else which there are."""
-    close = get_close_matches(name, known, n=1, cutoff=0.7)
+    close = [DIMENSION + name] if DIMENSION + name in known else get_close_matches(name, known, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else f": expected {', '.join(known)}"
 
 
