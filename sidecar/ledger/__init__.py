@@ -5,26 +5,34 @@ from sidecar.ledger.queries import (
     DIMENSION,
     GROUPS,
     TIMES,
+    Group,
     LedgerReader,
     MeterRow,
+    Sums,
     TooLongError,
     UnpricedModel,
     UsageRow,
+    row_of,
 )
-from sidecar.ledger.schema import LedgerError, ledger_problem
+from sidecar.ledger.schema import PICO, LedgerError, ledger_problem, read_cost
 from sidecar.ledger.store import LedgerStore
 
 __all__ = [
     "COUNTED",
     "DIMENSION",
     "GROUPS",
+    "PICO",
     "TIMES",
+    "Group",
     "LedgerError",
     "LedgerReader",
     "LedgerStore",
     "MeterRow",
+    "Sums",
     "TooLongError",
     "UnpricedModel",
     "UsageRow",
     "ledger_problem",
+    "read_cost",
+    "row_of",
 ]

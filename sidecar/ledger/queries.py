@@ -93,6 +93,11 @@ class UnpricedModel:
     last: datetime  # start of the hour of the last of them
 
 
+Group = tuple[str | None, ...]
+# Of one group, in the order of `COUNTED`; the cost, which is the last, as a column keeps it (`schema.read_cost`).
+Sums = tuple[Any, ...]
+
+
 class TooLongError(Exception):
     """The question took longer than it may."""
 
@@ -188,6 +193,20 @@ class LedgerReader:
         limit_s: float | None = None,
     ) -> Iterator[UsageRow]:
         """The same one by one, for an answer that may not fit into memory."""
+        for group, values in self.sums(by, since, until, where, zone=zone, limit_s=limit_s):
+            yield row_of(group, values)
+
+    def sums(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
+    ) -> Iterator[tuple[Group, Sums]]:
+        """The same as they come, for who looks at many and keeps few; `row_of` makes a row of them."""
         begin = 0 if since is None else _seconds(since) // HOUR_S * HOUR_S
         end = None if until is None else -(-_seconds(until) // HOUR_S) * HOUR_S
         with self._open(limit_s) as db:
@@ -202,7 +221,7 @@ class LedgerReader:
                     if float in map(type, row[len(labels) :]):
                         break
                     given += 1
-                    yield _row(row, labels)
+                    yield _labelled(row[: len(labels)], labels), row[len(labels) :]
                 else:
                     return
             except sqlite3.Error as error:
@@ -212,7 +231,9 @@ class LedgerReader:
             for _ in range(given):  # the same groups in the same order
                 next(rows)
             for row in rows:
-                yield _row(row, labels)
+                *sums, cost = row[len(labels) :]
+                exact = (*(None if value is None else int(value) for value in sums), cost)
+                yield _labelled(row[: len(labels)], labels), exact
 
     def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
         """The models of calls that were not priced, those with the most first."""
@@ -245,7 +266,7 @@ class LedgerReader:
         labels = question.labels()
         found: dict[tuple[str | None, ...], dict[str, str]] = {}
         for *group, unit, amount in rows:
-            found.setdefault(_labelled(group, labels), {})[unit] = amount
+            found.setdefault(_labelled(tuple(group), labels), {})[unit] = amount
         return found
 
     def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]:
@@ -479,16 +500,15 @@ def _seconds(moment: datetime) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def _labelled(group: Sequence[Any], labels: Sequence[_Label | None]) -> tuple[str | None, ...]:
+def _labelled(group: tuple[Any, ...], labels: Sequence[_Label | None]) -> Group:
+    if labels.count(None) == len(labels):
+        return group
     return tuple(
         value if label is None or value is None else label(value) for value, label in zip(group, labels, strict=True)
     )
 
 
-def _row(row: tuple[Any, ...], labels: Sequence[_Label | None]) -> UsageRow:
-    groups, cost = len(labels), row[-1]
-    if isinstance(cost, int):
-        cost = write_amount(read_cost(cost) or Decimal(0))
-    sums = [int(value) if type(value) is str else value for value in row[groups:-1]]
-    group = row[:groups] if labels.count(None) == groups else _labelled(row[:groups], labels)
-    return UsageRow(group=group, cost_usd=cost, **dict(zip(SUMS, sums, strict=True)))
+def row_of(group: Group, values: Sums) -> UsageRow:
+    *sums, cost = values
+    text = None if cost is None else write_amount(read_cost(cost) or Decimal(0))
+    return UsageRow(group=group, cost_usd=text, **dict(zip(SUMS, sums, strict=True)))

@@ -241,7 +241,8 @@ async def test_many_who_ask_at_once_are_answered_or_told_to_come_again(tmp_path:
 async def test_a_ledger_that_cannot_be_read_is_said(tmp_path: Path) -> None:
     async with called(tmp_path) as whole:
         path = whole.data_dir / "ledger.db"
-        path.rename(tmp_path / "kept.db")
+        for kept in whole.data_dir.glob("ledger.db*"):  # the log as well, which may have all of it
+            kept.rename(tmp_path / kept.name)
         status, headers, text = await get(whole, "/usage")
         assert status == 404
         assert "ledger.db does not exist yet" in json.loads(text)["error"]

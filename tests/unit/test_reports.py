@@ -118,7 +118,11 @@ def test_the_largest_and_all_others_are_the_whole(tmp_path: Path) -> None:
     for sort in ("cost_usd", "input_tokens", "+calls", None):
         found = reports.usage(reader, asked(by="subscriber", top="5", **({"sort": sort} if sort else {})), NOBODY)
         assert found.others == [None] * 5 + [len(whole) - 5]
-        key = reports.sort_key((sort or "").lstrip("+") or None)
+        names = [sort.lstrip("+")] if sort else ["cost_usd", "total_tokens", "calls"]
+
+        def key(row: Any, names: list[str] = names) -> list[Decimal]:
+            return [Decimal(getattr(row, name) or 0) for name in names]
+
         best = sorted(whole, key=key, reverse=sort != "+calls")[:5]
         assert [key(row) for row in found.rows[:5]] == [key(row) for row in best]
         assert sum(row.calls for row in found.rows) == 400

@@ -10,7 +10,19 @@ from itertools import islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final
 
-from sidecar.ledger import DIMENSION, GROUPS, TIMES, LedgerReader, UsageRow
+from sidecar.ledger import (
+    COUNTED,
+    DIMENSION,
+    GROUPS,
+    PICO,
+    TIMES,
+    Group,
+    LedgerReader,
+    Sums,
+    UsageRow,
+    read_cost,
+    row_of,
+)
 from sidecar.meters.hourly import EXACT, write_amount
 from sidecar.runtime.reports.formats import Names
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery
@@ -55,17 +67,19 @@ def usage(reader: LedgerReader, query: UsageQuery, names: Names, *, limit_s: flo
             id_ for asked in where["subscriber"] for id_ in ((None,) if asked is None else names.ids(asked))
         )
 
-    def ask(by: Sequence[str]) -> Iterator[UsageRow]:
-        return reader.usage_rows(
+    def ask(by: Sequence[str]) -> Iterator[tuple[Group, Sums]]:
+        return reader.sums(
             [_meant(name) for name in by], query.since, query.until, where, zone=query.zone, limit_s=limit_s
         )
 
     if query.top is not None:
         rows, others = largest(query, ask)
     else:
-        rows = list(islice(ask(query.by), ROWS_MAX + 1))
+        found = list(islice(ask(query.by), ROWS_MAX + 1))
         if query.sort is not None:
-            rows.sort(key=sort_key(query.sort), reverse=query.descending)
+            key = sort_key(query.sort)
+            found.sort(key=lambda each: key(each[1]), reverse=query.descending)
+        rows = [row_of(group, values) for group, values in found]
         others = [None] * len(rows)
     if len(rows) > ROWS_MAX:
         raise QueryError(
@@ -80,7 +94,7 @@ def _meant(name: str) -> str:
 
 
 def largest(
-    query: UsageQuery, ask: Callable[[Sequence[str]], Iterable[UsageRow]]
+    query: UsageQuery, ask: Callable[[Sequence[str]], Iterable[tuple[Group, Sums]]]
 ) -> tuple[list[UsageRow], list[int | None]]:
     """The `top` groups by what `sort` says, and one row for all others. Holds no more than the answer in memory.
 
@@ -91,48 +105,63 @@ def largest(
     apart = [place for place, name in enumerate(query.by) if name not in TIMES] or list(range(len(query.by)))
     key = sort_key(query.sort)
     choose = heapq.nlargest if query.descending else heapq.nsmallest
-    wholes = choose(query.top, ask([query.by[place] for place in apart]), key=key)
-    kept = {row.group: rank for rank, row in enumerate(wholes)}
+    wholes = choose(query.top, ask([query.by[place] for place in apart]), key=lambda each: key(each[1]))
+    kept = {group: rank for rank, (group, _) in enumerate(wholes)}
     found: list[tuple[tuple[object, ...], UsageRow, int | None]] = []
-    rest: dict[tuple[str | None, ...], _Rest] = {}
-    for row in ask(query.by):
-        who = tuple(row.group[place] for place in apart)
-        when = tuple(None if place in apart else value for place, value in enumerate(row.group))
+    rest: dict[Group, _Rest] = {}
+    for group, values in ask(query.by):
+        who = group if len(apart) == len(group) else tuple(group[place] for place in apart)
+        when = tuple(None if place in apart else value for place, value in enumerate(group))
         if who in kept:
-            found.append(((*map(str, when), kept[who]), row, None))
+            found.append(((*map(str, when), kept[who]), row_of(group, values), None))
+            if len(found) > ROWS_MAX:
+                break
         else:
-            rest.setdefault(when, _Rest()).add(row)
-        if len(found) > ROWS_MAX:
-            break
+            if when not in rest:
+                rest[when] = _Rest()
+            rest[when].add(values)
     found += [((*map(str, when), len(kept)), all_of_it.row(when), all_of_it.count) for when, all_of_it in rest.items()]
     found.sort(key=itemgetter(0))
     return [row for _, row, _ in found], [others for _, _, others in found]
 
 
 class _Rest:
-    """Rows added up."""
+    """Sums added up."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: list[int | None] = [None] * (len(VALUES) - 1)
-        self._cost: Decimal | None = None
+        self._sums: list[int | None] = [None] * (len(COUNTED) - 1)
+        self._pico = 0
+        self._more: Decimal | None = None  # of costs that are no whole number of picodollars
+        self._priced = False
 
-    def add(self, row: UsageRow) -> None:
+    def add(self, values: Sums) -> None:
         self.count += 1
-        *values, cost = _values(row)
-        self._sums = [b if a is None else a if b is None else a + b for a, b in zip(self._sums, values, strict=True)]
-        if cost is not None:
-            self._cost = EXACT.add(self._cost or Decimal(0), Decimal(cost))
+        *sums, cost = values
+        self._sums = [b if a is None else a if b is None else a + b for a, b in zip(self._sums, sums, strict=True)]
+        if type(cost) is int:
+            self._pico += cost
+            self._priced = True
+        elif cost is not None:
+            self._more = EXACT.add(self._more or Decimal(0), read_cost(cost) or Decimal(0))
+            self._priced = True
 
-    def row(self, group: tuple[str | None, ...]) -> UsageRow:
-        cost = None if self._cost is None else write_amount(self._cost)
-        return UsageRow(group=group, **dict(zip(VALUES, (*self._sums, cost), strict=True)))  # type: ignore[arg-type]
+    def row(self, group: Group) -> UsageRow:
+        cost = EXACT.add(read_cost(self._pico) or Decimal(0), self._more or Decimal(0)) if self._priced else None
+        return row_of(group, (*self._sums, None if cost is None else write_amount(cost)))
 
 
-def sort_key(name: str | None) -> Callable[[UsageRow], Any]:
-    """By one column, unknown ones last; None: by cost, then tokens, then calls."""
+def sort_key(name: str | None) -> Callable[[Sums], Any]:
+    """By one sum, unknown ones last; None: by cost, then tokens, then calls."""
     if name is None:
-        return lambda row: (Decimal(row.cost_usd or 0), row.total_tokens or 0, row.calls)
+        tokens, calls = COUNTED.index("total_tokens"), COUNTED.index("calls")
+        return lambda values: (_pico(values[-1]), values[tokens] or 0, values[calls] or 0)
     if name == "cost_usd":
-        return lambda row: Decimal(row.cost_usd) if row.cost_usd is not None else Decimal(-1)
-    return lambda row: -1 if (value := getattr(row, name)) is None else value
+        return lambda values: -1 if values[-1] is None else _pico(values[-1])
+    place = COUNTED.index(name)
+    return lambda values: -1 if values[place] is None else values[place]
+
+
+def _pico(cost: int | str | None) -> int | Decimal:
+    """Whole numbers are compared as such: there may be a hundred thousand of them."""
+    return cost if type(cost) is int else (read_cost(cost) or Decimal(0)).scaleb(PICO)
