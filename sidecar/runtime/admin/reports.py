@@ -254,10 +254,15 @@ class Reports:
     async def _limits_answer(self, request: web.Request) -> Answer:
         query = lists.limits_query(limit=request.query.get("limit"), over=request.query.get("over"))
         form, has = _form(request), _known(request)
-        rows = lists.limits(await self._limits(), query, self._names)
-        if form is Format.JSON:
-            return self._of_bytes(orjson.dumps({"limits": rows}), form, has)
-        return self._of_bytes(_body(lists.limits_flat(rows), lists.LIMITS, form), form, has)
+        standing = await self._limits()
+
+        def write() -> Answer:
+            rows = lists.limits(standing, query, self._names)
+            if form is Format.JSON:
+                return self._of_bytes(orjson.dumps({"limits": rows}), form, has)
+            return self._of_bytes(_body(lists.limits_flat(rows), lists.LIMITS, form), form, has)
+
+        return await self._read(write)
 
     # What they need
 

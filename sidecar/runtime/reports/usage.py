@@ -102,15 +102,19 @@ def largest(
     which are the largest over all.
     """
     assert query.top is not None
-    apart = [place for place, name in enumerate(query.by) if name not in TIMES] or list(range(len(query.by)))
-    key = sort_key(query.sort)
-    choose = heapq.nlargest if query.descending else heapq.nsmallest
-    wholes = choose(query.top, ask([query.by[place] for place in apart]), key=lambda each: key(each[1]))
-    kept = {group: rank for rank, (group, _) in enumerate(wholes)}
+    apart = [place for place, name in enumerate(query.by) if name not in TIMES]
+    best, rest_of_all = _best(query, ask([query.by[place] for place in apart] or query.by))
+    if len(apart) in (0, len(query.by)):
+        rows = [row_of(group, values) for group, values in best]
+        if not rest_of_all.count:
+            return rows, [None] * len(rows)
+        rows.append(rest_of_all.row((None,) * len(query.by)))
+        return rows, [*[None] * len(best), rest_of_all.count]
+    kept = {group: rank for rank, (group, _) in enumerate(best)}
     found: list[tuple[tuple[object, ...], UsageRow, int | None]] = []
     rest: dict[Group, _Rest] = {}
     for group, values in ask(query.by):
-        who = group if len(apart) == len(group) else tuple(group[place] for place in apart)
+        who = tuple(group[place] for place in apart)
         when = tuple(None if place in apart else value for place, value in enumerate(group))
         if who in kept:
             found.append(((*map(str, when), kept[who]), row_of(group, values), None))
@@ -123,6 +127,21 @@ def largest(
     found += [((*map(str, when), len(kept)), all_of_it.row(when), all_of_it.count) for when, all_of_it in rest.items()]
     found.sort(key=itemgetter(0))
     return [row for _, row, _ in found], [others for _, _, others in found]
+
+
+def _best(query: UsageQuery, rows: Iterable[tuple[Group, Sums]]) -> tuple[list[tuple[Group, Sums]], _Rest]:
+    """The `top` of them, the best first, and what all others amount to, in one pass."""
+    assert query.top is not None
+    key, rest = sort_key(query.sort), _Rest()
+    heap: list[tuple[Any, int, Group, Sums]] = []
+    for number, (group, values) in enumerate(rows):
+        rank = key(values)
+        one = (rank if query.descending or query.sort is None else -rank, -number, group, values)
+        if len(heap) < query.top:
+            heapq.heappush(heap, one)
+        else:
+            rest.add(heapq.heappushpop(heap, one)[3])
+    return [(group, values) for _, _, group, values in sorted(heap, key=itemgetter(0, 1), reverse=True)], rest
 
 
 class _Rest:
