@@ -61,7 +61,7 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     ]
     # Nearly all limits block: a column that says so in each row says nothing.
     shown = [name for name in COLUMNS if name != "action" or any(row["action"] != "block" for row in rows)]
-    return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"))
+    return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"), whole=("until",))
 
 
 def _plainly(until: str) -> str:

@@ -38,10 +38,11 @@ def render(
     total: Row | None = None,
     heads: Mapping[str, str] | None = None,
     spare: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> str:
-    """The rows in one form, with a line end. `total`, other `heads` than the names and `spare` are a table's only."""
+    """The rows in one form, with a line end. All but rows and columns is a table's only, see `table`."""
     if form is Format.TABLE:
-        return table(list(rows), columns, total=total, heads=heads, spare=spare)
+        return table(list(rows), columns, total=total, heads=heads, spare=spare, whole=whole)
     return "".join(written(rows, columns, form, indent=2))
 
 
@@ -53,10 +54,12 @@ def table(
     heads: Mapping[str, str] | None = None,
     width: int | None = None,
     spare: Sequence[str] = (),
+    whole: Sequence[str] = (),
 ) -> str:
     """Columns as wide as their content, as far as the terminal goes; a column of numbers stands to the right.
 
-    `spare`: columns that may be left out where it is too narrow, the first one first; a line says so.
+    `spare`: columns that may be left out where it is too narrow, the first one first; a line says so. `whole`: texts
+    that are never shortened, such as times.
     """
     titles = {column: (heads or {}).get(column, column.replace("_", " ")) for column in columns}
     cells = [{column: shown(row.get(column)) for column in columns} for row in rows]
@@ -65,7 +68,7 @@ def table(
     lines = [titles, *cells, *([] if foot is None else [foot])]
     widths = {column: max(len(line[column]) for line in lines) for column in columns}
     room = width or terminal_chars()
-    left_out, narrowed = _layout(widths, [name for name in columns if not right[name]], spare, room)
+    left_out, narrowed = _layout(widths, [n for n in columns if not right[n] and n not in whole], spare, room)
     rule = _line({name: "─" * chars for name, chars in narrowed.items()}, narrowed, right)
     text = [_line(titles, narrowed, right), rule, *(_line(line, narrowed, right) for line in cells)]
     if foot is not None:
@@ -80,15 +83,14 @@ def _layout(
     widths: Mapping[str, int], texts: Sequence[str], spare: Sequence[str], room: int
 ) -> tuple[list[str], dict[str, int]]:
     """The columns that are left out, and the widths of all others."""
-    left_out: list[str] = []
-    for column in ("", *(name for name in spare if name in widths)):
-        if column:
-            left_out.append(column)
-        kept = {name: chars for name, chars in widths.items() if name not in left_out}
-        for least in NARROWEST_CHARS:
+    can_go = [name for name in spare if name in widths]
+    # A column less is better than texts of which nothing can be read.
+    for least in NARROWEST_CHARS:
+        for count in range(len(can_go) + 1):
+            kept = {name: chars for name, chars in widths.items() if name not in can_go[:count]}
             narrowed = _narrowed(kept, [name for name in texts if name in kept], room, least)
             if _total(narrowed) <= room:
-                return left_out, narrowed
+                return can_go[:count], narrowed
     # It does not fit at all: then at least so that it can be read.
     return [], _narrowed(widths, texts, room, NARROWEST_CHARS[0])
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -195,11 +195,17 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
             print("nothing is parked")
             return EXIT_OK
         rows = [row | {"subscriber": names.shown(row["subscriber"]), "parked_at": _plainly(row)} for row in rows]
-        print(render(rows, _PARKED, form, heads=_PARKED_HEADS, spare=("attempts", "maybe_taken")), end="")
+        print(parked_table(rows), end="")
         return EXIT_OK
     columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
     write_data(written(rows, columns, form, indent=2))
     return EXIT_OK
+
+
+def parked_table(rows: Sequence[dict[str, Any]]) -> str:
+    return render(
+        rows, _PARKED, Format.TABLE, heads=_PARKED_HEADS, spare=("attempts", "maybe_taken"), whole=("parked_at",)
+    )
 
 
 def _plainly(row: dict[str, Any]) -> str:

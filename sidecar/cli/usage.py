@@ -173,7 +173,7 @@ def report(
     always = ("calls", *(TOKENS if metered else BYTES))
     shown = [name for name in (*SHOWN, *BYTES) if name in always or (name in SHOWN and any(row[name] for row in flat))]
     total = {by[0]: "total"} | _total(flat, shown) if by and len(rows) > 1 else None
-    return render(flat, [*by, *shown], form, total=total, heads=HEADS, spare=SPARE)
+    return render(flat, [*by, *shown], form, total=total, heads=HEADS, spare=SPARE, whole=TIMES)
 
 
 def _values(row: UsageRow) -> dict[str, Any]:

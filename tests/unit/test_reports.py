@@ -15,7 +15,8 @@ import pytest
 from support.backend_fixtures import T0_NS, record, usage
 from support.spool_fixtures import Told, call, open_small, recorded
 
-from sidecar.cli import main
+from sidecar.cli import limits, main
+from sidecar.cli import spool as spool_command
 from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.model.exchange import Outcome, Subscriber
@@ -287,3 +288,24 @@ async def test_tables_fit_the_terminal_and_its_characters(
         if command.split()[0] in ("usage", "records", "balance") and "--id" not in command:
             wide = [line for line in text.splitlines() if len(line) > columns]
             assert not wide, (command, wide)
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    limit: dict[str, Any] = {
+        "limit": "acme-monthly-budget", "scope": {"subscriber": ODD[1], "model": "claude-sonnet-4-5-20250929"},
+        "unit": "total_tokens", "used": "1234567890", "reserved": "1000", "amount": "2000000000", "percent": 61.7,
+        "window": "month", "until": "2026-12-01T00:00:00+00:00", "action": "warn",
+    }  # fmt: skip
+    parked: dict[str, Any] = {
+        "parked_at": "2026-11-29 02:15:57", "backend": "stripe", "reason": "value_not_taken (meter pages)",
+        "subscriber": ODD[0], "maybe_taken": True, "attempts": 3, "event_id": "0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d:p",
+    }  # fmt: skip
+    for text, time in (
+        (limits.report([limit], Names({})), "2026-12-01 00:00"),
+        (spool_command.parked_table([parked]), "2026-11-29 02:15:57"),
+    ):
+        assert max(map(len, text.splitlines())) <= columns, text
+        assert time in text
+        assert "\u202e" not in text
