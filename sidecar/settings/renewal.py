@@ -14,7 +14,7 @@ from sidecar.settings.schema import PREFIX, SECTIONS, Settings
 
 TAKEN: Final = frozenset(
     {
-        "usage", "prices", "asked", "gate", "subscribers", "meters", "price_tables", "limits", "backends",
+        "usage", "prices", "asked", "gate", "subscribers", "subscriber_names", "meters", "price_tables", "limits", "backends",
         "backend_gaps", "backend_values", "effective",
     }
 )  # fmt: skip

@@ -115,7 +115,7 @@ async def test_the_port_answers_what_the_commands_answer(
         (same,) = json.loads((await get(whole, f"/records?id={record['id']}"))[2])
         assert same == record
         rows = json.loads((await get(whole, "/parked"))[2])
-        assert [(row["backend"], row["subscriber"], row["name"]) for row in rows][2] == ("meter", "globex", "Globex")
+        assert ("meter", "globex", "Globex") in [(row["backend"], row["subscriber"], row["name"]) for row in rows]
         rows = json.loads((await get(whole, "/limits?over=15"))[2])["limits"]
         assert [(row["subscriber"], row["used"]) for row in rows] == [("acme", "2")]
         table = list(csv.DictReader(io.StringIO((await get(whole, "/records?format=csv"))[2], newline="")))
