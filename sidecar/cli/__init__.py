@@ -28,9 +28,11 @@ from sidecar.cli import (
     reload,
     serve,
     spool,
+    subscriber,
     usage,
 )
 from sidecar.cli import help as help_command
+from sidecar.cli.output import plain_terminals
 from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
@@ -41,6 +43,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "check": check,
     "usage": usage,
     "records": records,
+    "subscriber": subscriber,
     "balance": balance,
     "limits": limits,
     "spool": spool,
@@ -54,6 +57,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
+    plain_terminals()
     arguments = parser().parse_args(_with_default(sys.argv[1:] if argv is None else argv))
     try:
         code = arguments.run(arguments)

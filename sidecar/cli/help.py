@@ -44,7 +44,13 @@ PAGES: Final[Mapping[str, Shown]] = {
     "demo": Shown(("demo", "demo --backend stripe --keep", "demo --limits"), "docs/backends.md"),
     "check": Shown(("check", "check --all", "check --connect"), "README.md#settings"),
     "usage": Shown(
-        ("usage", "usage --by subscriber,hour --since 7d", "usage --by model --format csv", "usage --meter api_calls"),
+        (
+            "usage",
+            "usage --by subscriber,day --since 7d --timezone Europe/Berlin",
+            "usage --top 10 --sort cost",
+            "usage --where model=gpt-5-mini --format csv",
+            "usage --meter api_calls",
+        ),
         "README.md#commands",
     ),
     "records": Shown(("records --limit 20", "records --follow", "records --since 1h --format ndjson"), "docs/call.md"),
@@ -74,6 +80,7 @@ PAGES: Final[Mapping[str, Shown]] = {
     "prices": Shown(("prices show gpt-5-mini", "prices diff newer.json"), "docs/prices.md"),
     "prices show": Shown(("prices show gpt-5-mini", "prices show gpt-5-mini --at 2026-09-01"), "docs/prices.md"),
     "prices diff": Shown(("prices diff newer.json",), "docs/prices.md"),
+    "subscriber": Shown(("subscriber < key-file",), "docs/numbers.md"),
     "receiver": Shown(("receiver", "receiver --listen 127.0.0.1:9701 --store taken.db"), "docs/backends.md"),
     "completion": Shown(
         (

@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from sidecar.cli.shared import CommandError
 from sidecar.runtime.instance_lock import running
+from sidecar.settings import Secret
 from sidecar.storage.sockets import CONTROL, connect, is_socket
 
 LIMIT_S: Final = 10.0  # for questions; what is asked to do something says its own
@@ -29,9 +30,10 @@ class _UnixConnection(http.client.HTTPConnection):
         self.sock = connect(self._path, timeout_s=self._limit_s)
 
 
-def ask(data_dir: Path, path: str, *, limit_s: float = LIMIT_S) -> Any:
-    """What the admin port of the running instance answers to a GET, as JSON; None where none runs."""
-    found = _get(data_dir, path, limit_s)
+def ask(data_dir: Path, path: str, *, limit_s: float = LIMIT_S, token: Secret | None = None) -> Any:
+    """What the admin port of the running instance answers to a GET, as JSON; None where none runs. `token`: for what
+    shows customers, where one is set."""
+    found = _get(data_dir, path, limit_s, token)
     return None if found is None else _json(*found)
 
 
@@ -47,13 +49,13 @@ def counter(data_dir: Path, series: str, *, limit_s: float = LIMIT_S) -> int | N
     return 0
 
 
-def _get(data_dir: Path, path: str, limit_s: float) -> tuple[str, bytes] | None:
+def _get(data_dir: Path, path: str, limit_s: float, token: Secret | None = None) -> tuple[str, bytes] | None:
     note = running(data_dir)
     if note is None:
         return None
     if note.admin is None:
         raise CommandError(f"process {note.pid} is starting on {data_dir} and has no admin port yet: try again")
-    return _exchange(_connection(note.admin, limit_s), f"process {note.pid}", note.admin, path)
+    return _exchange(_connection(note.admin, limit_s), f"process {note.pid}", note.admin, path, token=token)
 
 
 def change(data_dir: Path, path: str, request: Any, *, limit_s: float) -> Any:
@@ -71,12 +73,18 @@ def change(data_dir: Path, path: str, request: Any, *, limit_s: float) -> Any:
 
 
 def _exchange(
-    connection: http.client.HTTPConnection, who: str, where: str, path: str, request: Any = None
+    connection: http.client.HTTPConnection,
+    who: str,
+    where: str,
+    path: str,
+    request: Any = None,
+    token: Secret | None = None,
 ) -> tuple[str, bytes]:
     """Whom it was asked of, and the body of the answer."""
     try:
         if request is None:
-            connection.request("GET", path)
+            headers = {} if token is None else {"Authorization": f"Bearer {token.reveal()}"}
+            connection.request("GET", path, headers=headers)
         else:
             connection.request("POST", path, json.dumps(request).encode(), {"Content-Type": "application/json"})
         answer = connection.getresponse()

@@ -9,47 +9,68 @@ import argparse
 import json
 import time
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Final
 
 from sidecar.cli.instance import ask
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, render, write_data
 from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, add_format, read_settings
+from sidecar.runtime.reports.formats import NOBODY, Names, written
+from sidecar.runtime.reports.lists import LIMITS, limits, limits_flat, limits_query
+from sidecar.runtime.reports.parameters import QueryError
 from sidecar.settings import Settings
 
 COLUMNS: Final = ("limit", "scope", "used", "reserved", "amount", "percent", "unit", "window", "until", "action")
-HEADS: Final = {"percent": "%", "scope": "of"}
+HEADS: Final = {"percent": "%", "scope": "of", "until": "until, UTC"}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="NAME", help="of this limit alone")
-    parser.add_argument("--over", metavar="PERCENT", type=float, help="only who has used so much of it, or more")
+    parser.add_argument("--over", metavar="PERCENT", help="only who has used so much of it, or more")
     add_data_dir(parser)
-    add_format(parser, "table", "json")
+    add_format(parser, "table", "json", "csv", "ndjson")
 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
-    found = ask(settings.data_dir, "/limits")
-    rows = _of_files(settings) if found is None else found["limits"]
-    if arguments.limit is not None:
-        rows = [row for row in rows if row["limit"] == arguments.limit]
-    if arguments.over is not None:
-        rows = [row for row in rows if row["percent"] is None or row["percent"] >= arguments.over]
-    if arguments.format == Format.JSON:
-        print(json.dumps({"limits": list(rows)}, indent=2))
+    form, names = Format(arguments.format), Names(settings.subscriber_names)
+    try:
+        query = limits_query(limit=arguments.limit, over=arguments.over)
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
+    found = ask(settings.data_dir, "/limits", token=settings.serve.admin_token)
+    rows = limits(_of_files(settings) if found is None else found["limits"], query, names)
+    if form is Format.JSON:
+        print(json.dumps({"limits": rows}, indent=2))
+    elif form is not Format.TABLE:
+        write_data(written(limits_flat(rows), LIMITS, form))
     elif not rows:
         print("no limit has been touched by a call in its window")
     else:
-        print(report(rows), end="")
+        print(report(rows, names), end="")
     return EXIT_OK
 
 
-def report(rows: Sequence[dict[str, Any]]) -> str:
+def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     """As a table; also what `demo --limits` shows."""
-    flat = [row | {"scope": ", ".join(f"{name} {value}" for name, value in row["scope"].items())} for row in rows]
+    flat = [
+        row
+        | {name: Decimal(row[name]) for name in ("used", "reserved", "amount")}
+        | {"scope": ", ".join(_scope(row["scope"], names)), "until": row["until"] and _plainly(row["until"])}
+        for row in rows
+    ]
     # Nearly all limits block: a column that says so in each row says nothing.
     shown = [name for name in COLUMNS if name != "action" or any(row["action"] != "block" for row in rows)]
-    return render(flat, shown, Format.TABLE, heads=HEADS)
+    return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"), whole=("until",))
+
+
+def _plainly(until: str) -> str:
+    """A time whose column says that it is UTC, without the seconds of a whole minute."""
+    return until[:19].replace("T", " ").removesuffix(":00")
+
+
+def _scope(scope: dict[str, str], names: Names) -> list[str]:
+    return [f"{name} {names.shown(value) if name == 'subscriber' else value}" for name, value in scope.items()]
 
 
 def _of_files(settings: Settings) -> list[dict[str, Any]]:

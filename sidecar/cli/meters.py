@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, cast
 from urllib.parse import unquote_plus
 
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, Progress, counted, render
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -341,7 +341,8 @@ def _records(data_dir: Path, since: datetime | None) -> Iterator[Record]:
     from sidecar.cli.files import spool_of
 
     with spool_of(data_dir) as reader:
-        for line in reader.lines(since_ns=0 if since is None else max(int(since.timestamp() * 1e9), 0)):
+        lines = reader.lines(since_ns=0 if since is None else max(int(since.timestamp() * 1e9), 0))
+        for line in counted(lines, Progress("records measured")):
             yield Record.from_json(line)
 
 

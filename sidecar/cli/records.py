@@ -8,85 +8,154 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections import deque
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
 from typing import Any, Final
 
 import orjson
 
-from sidecar.cli.output import shown
-from sidecar.cli.shared import EXIT_OK, CommandError, add_data_dir, add_format, add_since, read_settings
+from sidecar.cli.output import Format, shown, terminal_chars, write_data
+from sidecar.cli.shared import (
+    EXIT_FAILED,
+    EXIT_OK,
+    EXIT_USAGE,
+    CommandError,
+    add_data_dir,
+    add_format,
+    add_where,
+    read_settings,
+)
+from sidecar.runtime.reports import calls
+from sidecar.runtime.reports.formats import Names, written
+from sidecar.runtime.reports.parameters import QueryError
 from sidecar.spool import SpoolError, SpoolReader
 
 POLL_S: Final = 0.2  # how soon a followed record shows
-# A call's record is committed when it ends: one that began before `--since` may stand behind it, but not the
-# other way round. A clock that was set back by less than this hides nothing.
-CLOCK_SLACK: Final = timedelta(minutes=5)
+FOLLOWED: Final = 10  # what `--follow` begins with, as tail does
+LIMIT_MAX: Final = 100_000_000  # more than a disk holds
+BYTES_MAX: Final = 1 << 30  # kept in memory for `--limit`; without it records are printed as they are read
 
-# Fixed, because the lines of a stream are printed as they come: (title, width, to the right, value).
+# Fixed, because the lines of a stream are printed as they come: (title, width, to the right, value). The last column
+# takes what is left of the terminal.
 _Column = tuple[str, int, bool, Callable[[dict[str, Any]], Any]]
+SUBSCRIBER: Final = "subscriber"
 COLUMNS: Final[tuple[_Column, ...]] = (
-    ("started", 23, False, lambda r: str(r["started_at"])[:23].replace("T", " ")),
+    ("started, UTC", 23, False, lambda r: str(r["started_at"])[:23].replace("T", " ")),
     ("status", 6, True, lambda r: r["status"]),
     ("outcome", 14, False, lambda r: r["outcome"]),
     ("ms", 8, True, lambda r: r["duration_ms"]),
-    ("subscriber", 20, False, lambda r: (r["subscriber"] or {}).get("id")),
-    ("model", 26, False, lambda r: (r["usage"] or {}).get("model")),
+    (SUBSCRIBER, 20, False, lambda r: None),  # its name, put in when it is printed
+    ("model", 26, False, calls.FIELDS["model"]),
     ("in", 8, True, lambda r: (r["usage"] or {}).get("input_tokens")),
     ("out", 8, True, lambda r: (r["usage"] or {}).get("output_tokens")),
-    ("call", 60, False, lambda r: f"{r['method']} {r['route'] or r['url']}"),
+    ("call", 20, False, lambda r: f"{r['method']} {r['route'] or r['url']}"),
 )
+NARROW: Final[tuple[_Column, ...]] = (
+    ("started, UTC", 14, False, lambda r: str(r["started_at"])[5:19].replace("T", " ")),
+    ("status", 6, True, lambda r: r["status"]),
+    ("ms", 7, True, lambda r: r["duration_ms"]),
+    (SUBSCRIBER, 11, False, lambda r: None),
+    ("model", 12, False, calls.FIELDS["model"]),
+    ("tokens", 7, True, lambda r: (r["usage"] or {}).get("total_tokens")),
+    ("call", 8, False, lambda r: _said(r) + f"{r['method']} {r['route'] or r['url']}"),
+)
+GAP: Final = "  "
+CALL_CHARS_MAX: Final = 60
+
+
+def _said(record: dict[str, Any]) -> str:
+    """What went wrong, before anything else, where there is no room for a column of its own."""
+    return "" if record["outcome"] == "complete" else f"{record['outcome']}: "
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    add_since(parser)
-    parser.add_argument("--follow", "-f", action="store_true", help="go on with each new one, until Ctrl-C")
-    parser.add_argument("--limit", type=_positive, metavar="N", help="only the last N")
+    parser.add_argument("--since", metavar="TIME", help="an age (90m, 24h, 7d), today, or a date and time (UTC)")
+    parser.add_argument("--until", metavar="TIME", help="as --since, not included")
+    add_where(parser)
+    parser.add_argument("--follow", "-f", action="store_true", help=f"the last {FOLLOWED}, then each new one")
+    parser.add_argument("--limit", metavar="N", help="only the last N")
+    parser.add_argument("--id", metavar="ID", help="the one with this id")
     add_data_dir(parser)
-    add_format(parser, "table", "ndjson")
+    add_format(parser, "table", "json", "ndjson", "csv")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    data_dir = read_settings(arguments).data_dir
-    write = _write_lines if arguments.format == "ndjson" else _write_table()
+    settings = read_settings(arguments)
+    data_dir, names, form = settings.data_dir, Names(settings.subscriber_names), Format(arguments.format)
     try:
+        query = calls.records_query(
+            now=datetime.now(UTC), dimensions=settings.attribution.dimensions, since=arguments.since,
+            until=arguments.until, where=arguments.where, limit=arguments.limit, limit_max=LIMIT_MAX,
+            record_id=arguments.id,
+        )  # fmt: skip
+        if arguments.follow and (form in (Format.JSON, Format.CSV) or query.id or query.until):
+            raise CommandError("--follow goes with a table or ndjson, and without --id and --until", EXIT_USAGE)
         with SpoolReader(data_dir) as reader:
             if not reader.instances() and not arguments.follow:
                 raise CommandError(f"there are no records in {data_dir}: is SIDECAR_DATA_DIR the right one?")
             # Asked before the first read, so that what comes in between is printed once and not skipped.
             places = {instance: reader.last_seq(instance) for instance in reader.instances()}
-            for line in _past(reader, places, arguments.since, arguments.limit):
-                write(line)
+            if query.id is not None:
+                return _one(reader, query.id, names, form)
+            if arguments.follow and query.limit is None and query.since is None:
+                query = replace(query, limit=FOLLOWED)
+            if query.limit is None:
+                lines: Iterable[bytes] = calls.calls_from(reader, query, names, places)
+            else:
+                lines = calls.last_calls(reader, query, names, upto=places, bytes_max=BYTES_MAX).lines
+            write = _printed(lines, names, form)
             if arguments.follow:
-                _follow(reader, places, write)
+                _follow(reader, places, calls.filter_of(query, names), write)
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
     except SpoolError as error:
         raise CommandError(str(error)) from None
     return EXIT_OK
 
 
-def _past(reader: SpoolReader, places: dict[str, int], since: datetime | None, limit: int | None) -> Iterator[bytes]:
-    lines = _until(reader, places, since)
-    return iter(deque(lines, maxlen=limit)) if limit is not None else lines
+def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int:
+    """A table of one line says little: the whole record, one value a line."""
+    lines = calls.call_by_id(reader, record_id).lines
+    if not lines:
+        print(f"{record_id} is not in the spool: never recorded here, or older than the retention", file=sys.stderr)
+        return EXIT_FAILED
+    if form is Format.TABLE:
+        print(orjson.dumps(orjson.loads(calls.named(lines[0], names)), option=orjson.OPT_INDENT_2).decode())
+    else:
+        _printed(lines, names, form)
+    return EXIT_OK
 
 
-def _until(reader: SpoolReader, places: dict[str, int], since: datetime | None) -> Iterator[bytes]:
-    since_ns = 0 if since is None else int((since - CLOCK_SLACK).timestamp() * 1e9)
-    for line in reader.lines(since_ns=max(since_ns, 0)):
-        record = orjson.loads(line)
-        if record["seq"] > places.get(record["instance"], 0):
-            continue  # came while we read: `follow` prints it
-        if since is None or datetime.fromisoformat(record["started_at"]).astimezone(UTC) >= since:
-            yield line
+def _printed(lines: Iterable[bytes], names: Names, form: Format) -> Callable[[bytes], None]:
+    """Print them; what prints further ones."""
+    if form is Format.JSON:
+        write_data(_json(lines, names))
+    elif form is Format.CSV:
+        write_data(written(calls.flat(lines, names), tuple(calls.COLUMNS), form))
+    write = _write_lines if form is Format.NDJSON else _write_table(names)
+    for line in lines if form in (Format.TABLE, Format.NDJSON) else ():
+        write(line)
+    return write
 
 
-def _follow(reader: SpoolReader, places: dict[str, int], write: Callable[[bytes], None]) -> None:
+def _json(lines: Iterable[bytes], names: Names) -> Iterator[bytes]:
+    before = b"[\n"
+    for line in lines:
+        yield before + calls.named(line, names)
+        before = b",\n"
+    yield b"[]\n" if before.startswith(b"[") else b"\n]\n"
+
+
+def _follow(
+    reader: SpoolReader, places: dict[str, int], fits: Callable[[bytes], bool], write: Callable[[bytes], None]
+) -> None:
     while True:
         sys.stdout.flush()
         time.sleep(POLL_S)
         for instance in reader.instances():
             for group in reader.read(instance, places.get(instance, 0)):
-                for line in group.lines:
+                for line in filter(fits, group.lines):
                     write(line)
                 places[instance] = group.last_seq
 
@@ -95,17 +164,27 @@ def _write_lines(line: bytes) -> None:
     sys.stdout.buffer.write(line + b"\n")
 
 
-def _write_table() -> Callable[[bytes], None]:
-    head = "  ".join(title.rjust(width) if right else title.ljust(width) for title, width, right, _ in COLUMNS)
+def _write_table(names: Names) -> Callable[[bytes], None]:
+    room = terminal_chars()
+    columns = COLUMNS if room >= sum(width + len(GAP) for _, width, _, _ in COLUMNS) else NARROW
+    taken = sum(width + len(GAP) for _, width, _, _ in columns[:-1])
+    widths = [*(width for _, width, _, _ in columns[:-1]), max(min(room - taken, CALL_CHARS_MAX), columns[-1][1])]
     printed = False
 
-    def write(line: bytes) -> None:
+    def line(cells: Iterable[str]) -> str:
+        fitted = [
+            _fit(cell, width, right) for cell, width, (_, _, right, _) in zip(cells, widths, columns, strict=True)
+        ]
+        return GAP.join(fitted).rstrip()
+
+    def write(stored: bytes) -> None:
         nonlocal printed
         if not printed:
-            print(head.rstrip())
+            print(line(title for title, _, _, _ in columns))
             printed = True
-        record = orjson.loads(line)
-        print("  ".join(_fit(shown(value(record)), width, right) for _, width, right, value in COLUMNS).rstrip())
+        record = orjson.loads(stored)
+        who = names.shown(calls.FIELDS["subscriber"](record))
+        print(line(shown(who if title == SUBSCRIBER else value(record)) for title, _, _, value in columns))
 
     return write
 
@@ -113,9 +192,3 @@ def _write_table() -> Callable[[bytes], None]:
 def _fit(text: str, width: int, right: bool) -> str:
     clipped = text if len(text) <= width else text[: width - 1] + "…"
     return clipped.rjust(width) if right else clipped.ljust(width)
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError("expected a whole number, 1 or more")
-    return int(text)

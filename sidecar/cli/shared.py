@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
-import re
 from collections.abc import Mapping
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
+from sidecar.runtime.reports import parameters
 from sidecar.settings import BackendSettings, Settings, load
 
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
 EXIT_USAGE: Final = 2  # it could not run as asked: arguments or settings
 INTERRUPTED: Final = 130  # as shells have it for Ctrl-C
-
-_AGO: Final = re.compile(r"(\d+)\s*([smhdw])")
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 
 class CommandError(Exception):
@@ -59,20 +56,11 @@ def overridden(arguments: argparse.Namespace, environ: Mapping[str, str]) -> Map
 
 
 def moment(text: str, now: datetime | None = None) -> datetime:
-    """A point in time: `90m`, `24h`, `7d` (ago), `today`, or a date and time of ISO 8601; UTC unless it says other."""
-    now = now or datetime.now(UTC)
-    found = _AGO.fullmatch(text.strip())
+    """A point in time, as `reports.parameters.moment` reads it, for argparse."""
     try:
-        if found:
-            return now - timedelta(seconds=int(found[1]) * _SECONDS[found[2]])
-        if text == "today":
-            return now.replace(hour=0, minute=0, second=0, microsecond=0)
-        parsed = datetime.fromisoformat(text)
-    except (ValueError, OverflowError):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no time: expected an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
-        ) from None
-    return parsed.astimezone(UTC) if parsed.tzinfo else parsed.replace(tzinfo=UTC)
+        return parameters.moment(text, now or datetime.now(UTC))
+    except parameters.QueryError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:
@@ -87,3 +75,10 @@ def add_since(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--since", metavar="TIME", type=moment, help="an age (90m, 24h, 7d), today, or a date and time (UTC)"
     )
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--where", metavar="NAME=VALUE", action="append", default=[],
+        help="only of these: model=gpt-5-mini; several: all of them, of one name any (NAME= for what is not known)",
+    )  # fmt: skip

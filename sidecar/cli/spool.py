@@ -10,15 +10,14 @@ from __future__ import annotations
 import argparse
 import asyncio
 import sys
-from collections.abc import Callable, Iterator
-from datetime import UTC, datetime
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
 import orjson
 
 from sidecar.cli import mend, redrive
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, Progress, counted, render, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -29,13 +28,18 @@ from sidecar.cli.shared import (
     add_since,
     read_settings,
 )
+from sidecar.runtime.reports import lists
+from sidecar.runtime.reports.formats import Names, written
+from sidecar.spool import SpoolReader
 from sidecar.storage.files import sync_file
 
-PAGE: Final = 500  # parked events read at a time
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
-_PARKED: Final = ("parked_at", "backend", "reason", "subscriber", "maybe_taken", "attempts", "event_id")
+
+# All of it but the names, which stand in the place of the subscribers' ids.
+_PARKED: Final = tuple(name for name in lists.PARKED if name != "name")
+_PARKED_HEADS: Final = {"parked_at": "parked at, UTC", "maybe_taken": "taken?", "attempts": "tries"}
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     if "mend_run" in arguments:
         return mend.run(arguments, settings)
+    arguments.subscriber_names = settings.subscriber_names
     code: int = arguments.spool_run(arguments, settings.data_dir)
     return code
 
@@ -161,7 +166,9 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
-        reports = verify(reader)
+        progress = Progress("records read", _recorded(reader, 0))
+        reports = verify(reader, progress.at)
+        progress.end()
         problems = [f"instance {report.instance}: {text}" for report in reports for text in report.problems]
         if accounts is not None:
             problems += accounts.verify() + accounts.ahead_of(reader)
@@ -174,56 +181,36 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import spool_of
+    from sidecar.cli.files import accounts_of, spool_of
 
-    form = Format(arguments.format)
-    rows = list(_parked_rows(arguments, data_dir))
+    form, names = Format(arguments.format), Names(arguments.subscriber_names)
+    query = lists.ParkedQuery(backend=arguments.backend, reason=arguments.reason)
+    with accounts_of(data_dir) as accounts:
+        rows = list(lists.parked(accounts, query, names))
     if not rows:
         with spool_of(data_dir):  # else it is no data directory, and nothing can be said of it
             pass
-    if form is Format.TABLE and not rows:
-        print("nothing is parked")
+    if form is Format.TABLE:
+        if not rows:
+            print("nothing is parked")
+            return EXIT_OK
+        rows = [row | {"subscriber": names.shown(row["subscriber"]), "parked_at": _plainly(row)} for row in rows]
+        print(parked_table(rows), end="")
         return EXIT_OK
-    columns = _PARKED if form in (Format.TABLE, Format.CSV) else (*_PARKED, "record_id", "key", "history", "record")
-    print(render(rows, columns, form), end="")
+    columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
+    write_data(written(rows, columns, form, indent=2))
     return EXIT_OK
 
 
-def _parked_rows(arguments: argparse.Namespace, data_dir: Path) -> Iterator[dict[str, Any]]:
-    from sidecar.cli.files import accounts_of
-
-    with accounts_of(data_dir) as accounts:
-        after = 0
-        while accounts is not None:
-            page = accounts.parked(
-                backend=arguments.backend, reason=arguments.reason, after=after, limit=PAGE, bodies=False
-            )
-            for one in page:
-                yield {
-                    "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
-                    "backend": one.backend,
-                    "reason": one.reason,
-                    "subscriber": _subscriber(one.line),
-                    "event_id": one.event_id,
-                    "maybe_taken": one.maybe_taken,
-                    "attempts": len(one.history),
-                    "record_id": one.record_id,
-                    "key": one.key,
-                    "history": list(one.history),
-                    "record": orjson.loads(one.line) if one.line else None,
-                }
-            if len(page) < PAGE:
-                return
-            after = page[-1].id
+def parked_table(rows: Sequence[dict[str, Any]]) -> str:
+    return render(
+        rows, _PARKED, Format.TABLE, heads=_PARKED_HEADS, spare=("attempts", "maybe_taken"), whole=("parked_at",)
+    )
 
 
-def _subscriber(line: bytes) -> str | None:
-    """Who pays, in our own ids: what `[subscribers]` has to map where no customer is known."""
-    try:
-        found = orjson.loads(line)["subscriber"]["id"]
-    except (ValueError, KeyError, TypeError):
-        return None
-    return str(found)
+def _plainly(row: dict[str, Any]) -> str:
+    """A time whose column says that it is UTC."""
+    return str(row["parked_at"])[:19].replace("T", " ")
 
 
 def _adopt(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -265,11 +252,16 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
     since_ns = 0 if arguments.since is None else max(int(arguments.since.timestamp() * 1e9), 0)
     with spool_of(data_dir) as reader:
         if arguments.output is None:
-            _write(reader.lines(since_ns=since_ns), sys.stdout.buffer)
+            lines = reader.lines(since_ns=since_ns)
+            # Into a pipe; between lines on the same terminal it would only be in the way.
+            _write(lines if sys.stdout.isatty() else counted(lines, Progress("records written")), sys.stdout.buffer)
             return EXIT_OK
         try:
             with arguments.output.open("xb") as file:
-                count = _write(reader.lines(since_ns=since_ns), file)
+                lines = counted(
+                    reader.lines(since_ns=since_ns), Progress("records written", _recorded(reader, since_ns))
+                )
+                count = _write(lines, file)
                 file.flush()
                 sync_file(file.fileno())
         except FileExistsError:
@@ -278,6 +270,11 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
             raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
     print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
     return EXIT_OK
+
+
+def _recorded(reader: SpoolReader, since_ns: int) -> int | None:
+    """How many there are, where all of them are written."""
+    return None if since_ns else sum(reader.totals(instance).recorded for instance in reader.instances())
 
 
 def _write(lines: Iterator[bytes], file: BinaryIO) -> int:

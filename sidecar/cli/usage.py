@@ -8,73 +8,97 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import asdict
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final
 
 from sidecar.cli.instance import counter
 from sidecar.cli.meters import meters_of
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, render, write_data
 from sidecar.cli.shared import (
     EXIT_OK,
     EXIT_USAGE,
     CommandError,
     add_data_dir,
     add_format,
-    add_since,
-    moment,
+    add_where,
     read_settings,
 )
-from sidecar.ledger import LedgerError, LedgerReader, UsageRow
+from sidecar.ledger import TIMES, LedgerError, LedgerReader, UsageRow
 from sidecar.meters.hourly import write_amount
+from sidecar.runtime.reports.formats import NOBODY, Names, written
+from sidecar.runtime.reports.parameters import BY, QueryError, UsageQuery, usage_query
+from sidecar.runtime.reports.usage import usage
 from sidecar.settings import Settings
 
-BY: Final = "subscriber,model"
 # A table has what fits a screen; JSON and CSV have everything.
 SHOWN: Final = (
-    "calls", "errors", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens", "cost_usd",
-    "unpriced",
+    "calls", "errors", "without_usage", "input_tokens", "cache_read_input_tokens", "output_tokens", "total_tokens",
+    "cost_usd", "unpriced",
 )  # fmt: skip
+BYTES: Final = ("request_bytes", "response_bytes")  # of an API that states no usage: what else there is
+TOKENS: Final = ("input_tokens", "output_tokens", "total_tokens")  # where there is any usage, all expect them
+# Left out of a table that is too wide, the first one first.
+SPARE: Final = ("cache_read_input_tokens", "input_tokens", "output_tokens", "errors", "total_tokens")
 HEADS: Final = {
+    "without_usage": "no usage", "request_bytes": "bytes in", "response_bytes": "bytes out",
     "input_tokens": "input", "cache_read_input_tokens": "cached", "output_tokens": "output", "total_tokens": "tokens",
     "cost_usd": "cost USD",
 }  # fmt: skip
-METER: Final = ("subscriber", "group", "from", "value", "note")
+METER: Final = ("subscriber", "name", "group", "from", "value", "note")
 UNCLAIMED: Final = 'sidecar_usage_anomalies_total{kind="answer_unclaimed"}'
 UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for none
-ALWAYS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--by", default=BY, metavar="NAME,…",
-        help=f"subscriber, model, provider, route, status, hour, day, month (default: {BY}; '' for one sum)",
+        "--by", default=",".join(BY), metavar="NAME,…",
+        help="subscriber, model, provider, route, status, hour, day, month, or a dimension (default: "
+        f"{','.join(BY)}; '' for one sum)",
     )  # fmt: skip
     parser.add_argument("--meter", metavar="NAME", help="the running values of one meter instead")
-    add_since(parser)
-    parser.add_argument("--until", metavar="TIME", type=moment, help="as --since, not included")
+    parser.add_argument("--since", metavar="TIME", help="an age (90m, 24h, 7d), today, or a date and time (UTC)")
+    parser.add_argument("--until", metavar="TIME", help="as --since, not included")
+    add_where(parser)
+    parser.add_argument("--sort", metavar="COLUMN", help="by cost, tokens, calls, …, the greatest first; +calls: last")
+    parser.add_argument("--top", metavar="N", help="only the N largest, and the others as one row")
+    parser.add_argument("--timezone", metavar="ZONE", help="of hours, days and months: Europe/Berlin (default: UTC)")
     add_data_dir(parser)
-    add_format(parser, "table", "json", "csv")
+    add_format(parser, "table", "json", "csv", "ndjson")
 
 
 def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     path = settings.data_dir / "ledger.db"
-    by = tuple(name.strip() for name in arguments.by.split(",") if name.strip())
-    if not path.exists():
-        raise CommandError(
-            f"there is no ledger at {path}: either nothing was delivered to it yet, or SIDECAR_DATA_DIR is another one"
-        )
+    names = Names(settings.subscriber_names)
     try:
+        query = usage_query(
+            now=datetime.now(UTC), dimensions=settings.attribution.dimensions, by=arguments.by,
+            since=arguments.since, until=arguments.until, where=arguments.where, sort=arguments.sort,
+            top=arguments.top, timezone=arguments.timezone,
+        )  # fmt: skip
+        if not path.exists():
+            raise CommandError(
+                f"there is no ledger at {path}: either nothing was delivered to it yet, or SIDECAR_DATA_DIR is another "
+                "one"
+            )
         if arguments.meter is not None:
-            print(_of_meter(LedgerReader(path), settings, arguments), end="")
+            print(
+                _of_meter(LedgerReader(path), settings, arguments.meter, query, Format(arguments.format), names), end=""
+            )
             return EXIT_OK
-        rows = LedgerReader(path).usage(by, arguments.since, arguments.until)
+        found = usage(LedgerReader(path), query, names)
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
     except LedgerError as error:
-        raise CommandError(str(error), EXIT_USAGE if "cannot be grouped" in str(error) else 1) from None
-    print(report(rows, by, Format(arguments.format)), end="")
-    if arguments.format == Format.TABLE:
-        for line in filter(None, (_unpriced(rows), _unclaimed(settings))):
+        raise CommandError(str(error)) from None
+    form = Format(arguments.format)
+    if form is Format.TABLE:
+        print(report(found.rows, found.by, form, names=names, others=found.others), end="")
+        for line in filter(None, (_unpriced(found.rows), _unclaimed(settings))):
             print(line)
+    else:
+        write_data(written(found.flat(names), found.columns(), form, indent=2))
     return EXIT_OK
 
 
@@ -99,39 +123,57 @@ def _unclaimed(settings: Settings) -> str | None:
     return f"note: since this sidecar started {said} of usage in a way that no reader knows; nothing of it is counted"
 
 
-def _of_meter(ledger: LedgerReader, settings: Settings, arguments: argparse.Namespace) -> str:
-    (meter,) = meters_of(settings, [arguments.meter])
+def _of_meter(
+    ledger: LedgerReader, settings: Settings, name: str, query: UsageQuery, form: Format, names: Names
+) -> str:
+    (meter,) = meters_of(settings, [name])
     rows = [
         {
-            "subscriber": row.subscriber,
+            "subscriber": names.shown(row.subscriber) if form is Format.TABLE else row.subscriber,
+            "name": names.of(row.subscriber),
             "group": row.group,
             "from": None if row.start is None else row.start.isoformat(timespec="minutes"),
             "value": row.value,
             "note": "at least so many" if row.capped else None,
         }
-        for row in ledger.meter(meter, arguments.since, arguments.until)
+        for row in ledger.meter(meter, query.since, query.until)
     ]
-    form = Format(arguments.format)
     if form is Format.TABLE and not rows:
         return "no usage in that time\n"
     # A column in which nothing is said is left out of the table.
     bare = form is Format.TABLE
-    columns = [name for name in METER if not bare or name in ("from", "value") or any(row[name] for row in rows)]
+    columns = [
+        name
+        for name in METER
+        if not bare or name in ("from", "value") or (name != "name" and any(row[name] for row in rows))
+    ]
     return render(rows, columns, form)
 
 
-def report(rows: Sequence[UsageRow], by: Sequence[str], form: Format) -> str:
-    """The rows as the command prints them; also what `demo` shows."""
-    flat = [dict(zip(by, row.group, strict=True)) | _values(row) for row in rows]
-    if form is not Format.TABLE:
-        values = list(_values(rows[0])) if rows else []
-        return render(flat, [*by, *values], form)
+def report(
+    rows: Sequence[UsageRow],
+    by: Sequence[str],
+    form: Format,
+    *,
+    names: Names = NOBODY,
+    others: Sequence[int | None] = (),
+) -> str:
+    """The rows as the command prints them as a table; also what `demo` shows."""
     if not rows:
         return "no usage in that time\n"
+    flat = [dict(zip(by, row.group, strict=True)) | _values(row) for row in rows]
+    for row in flat if "subscriber" in by else ():
+        row["subscriber"] = names.shown(row["subscriber"])
+    named = next((name for name in by if name not in TIMES), None)
+    for row, count in zip(flat, others, strict=bool(others)):
+        if count is not None and named is not None:
+            row[named] = "1 other" if count == 1 else f"{count:,} others"
     # A column that nothing was ever reported for is left out of the table, unless it is one that all expect.
-    shown = [name for name in SHOWN if name in ALWAYS or any(row[name] for row in flat)]
+    metered = any(row[name] is not None for row in flat for name in TOKENS)
+    always = ("calls", *(TOKENS if metered else BYTES))
+    shown = [name for name in (*SHOWN, *BYTES) if name in always or (name in SHOWN and any(row[name] for row in flat))]
     total = {by[0]: "total"} | _total(flat, shown) if by and len(rows) > 1 else None
-    return render(flat, [*by, *shown], form, total=total, heads=HEADS)
+    return render(flat, [*by, *shown], form, total=total, heads=HEADS, spare=SPARE, whole=TIMES)
 
 
 def _values(row: UsageRow) -> dict[str, Any]:

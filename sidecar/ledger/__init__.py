@@ -1,7 +1,38 @@
 """The embedded usage store: `ledger.db`, written by one process, read by any."""
 
-from sidecar.ledger.queries import LedgerReader, MeterRow, UnpricedModel, UsageRow
-from sidecar.ledger.schema import LedgerError, ledger_problem
+from sidecar.ledger.queries import (
+    COUNTED,
+    DIMENSION,
+    GROUPS,
+    TIMES,
+    Group,
+    LedgerReader,
+    MeterRow,
+    Sums,
+    TooLongError,
+    UnpricedModel,
+    UsageRow,
+    row_of,
+)
+from sidecar.ledger.schema import PICO, LedgerError, ledger_problem, read_cost
 from sidecar.ledger.store import LedgerStore
 
-__all__ = ["LedgerError", "LedgerReader", "LedgerStore", "MeterRow", "UnpricedModel", "UsageRow", "ledger_problem"]
+__all__ = [
+    "COUNTED",
+    "DIMENSION",
+    "GROUPS",
+    "PICO",
+    "TIMES",
+    "Group",
+    "LedgerError",
+    "LedgerReader",
+    "LedgerStore",
+    "MeterRow",
+    "Sums",
+    "TooLongError",
+    "UnpricedModel",
+    "UsageRow",
+    "ledger_problem",
+    "read_cost",
+    "row_of",
+]

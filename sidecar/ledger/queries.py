@@ -1,36 +1,52 @@
 """The reading side of the ledger, for the `usage` command and whoever else wants sums.
 
-Each question opens the file read-only and closes it again. Sums are added up in Python, exactly: a row says
-None where nothing was ever reported, and zero only where zero was.
+Each question opens the file read-only and closes it again. A row says None where nothing was ever reported, and zero
+only where zero was. Sums are exact: SQLite adds up whole numbers while it can, and where it cannot (see `schema`) the
+rest of the answer is added up in Python.
+
+Whole days (of UTC) are read from the daily sums, and only what is left of the time asked for from the hourly ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
+import sqlite3
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
+from functools import cache
 from pathlib import Path
+from threading import Lock
+from time import monotonic
 from typing import Any, Final, cast
+from zoneinfo import ZoneInfo
 
-from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
+from sidecar.ledger.schema import DAY_S, SCHEMA, SUMS, LedgerError, read_cost, stored
 from sidecar.meters.buckets import UNIQUE_MAX
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, write_amount
+from sidecar.model.call_group import HOUR_S
 from sidecar.storage.sqlite import errors_told, open_db
 
-# What `--by` may name, and where it comes from.
+# What `by` and `where` may name beside dimensions, and where it comes from; times are worked out of the hour.
 GROUPS: Final = {
     "subscriber": "series.subscriber",
     "model": "series.model",
     "provider": "series.provider",
     "route": "series.route",
     "status": "series.status_class",
-    "hour": "strftime('%Y-%m-%dT%H:00Z', hourly.hour, 'unixepoch')",
-    "day": "strftime('%Y-%m-%d', hourly.hour, 'unixepoch')",
-    "month": "strftime('%Y-%m', hourly.hour, 'unixepoch')",
+    "hour": None,
+    "day": None,
+    "month": None,
 }
+TIMES: Final = ("hour", "day", "month")
+DIMENSION: Final = "dimensions."  # before the name of one
+# What is summed, by its column.
+COUNTED: Final = (*SUMS, "cost_usd")
+STEPS_BETWEEN_LOOKS: Final = 200_000  # of SQLite's machine, at the clock: a few milliseconds
+_COLUMNS: Final = ", ".join(COUNTED)
+_EPOCH: Final = date(1970, 1, 1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -77,6 +93,15 @@ class UnpricedModel:
     last: datetime  # start of the hour of the last of them
 
 
+Group = tuple[str | None, ...]
+# Of one group, in the order of `COUNTED`; the cost, which is the last, as a column keeps it (`schema.read_cost`).
+Sums = tuple[Any, ...]
+
+
+class TooLongError(Exception):
+    """The question took longer than it may."""
+
+
 class _Sum:
     """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
 
@@ -103,28 +128,112 @@ class _DecimalSum:
         return None if self.total is None else write_amount(self.total)
 
 
+class _CostSum(_DecimalSum):
+    """Of what a column of costs keeps; in dollars."""
+
+    def step(self, value: int | str | None) -> None:
+        if value is not None:
+            self.total = EXACT.add(self.total or Decimal(0), read_cost(value) or Decimal(0))
+
+
 class LedgerReader:
     """Answers questions about one `ledger.db`; may be used while it is written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._lock = Lock()
+        self._watched: tuple[sqlite3.Connection, int] | None = None  # and the file's inode
+
+    def close(self) -> None:
+        """There is something to close after `version` only."""
+        with self._lock:
+            self._unwatch()
+
+    def version(self) -> tuple[int, int]:
+        """Another one after each change, for as long as this reader lives. Costs no reading of the file."""
+        with self._lock, errors_told(self._path, SCHEMA):
+            inode = self._path.stat().st_ino if self._path.exists() else 0
+            if self._watched is not None and self._watched[1] != inode:
+                self._unwatch()
+            if self._watched is None:
+                self._watched = open_db(self._path, schema=SCHEMA, read_only=True, lasting=True), inode
+            return inode, int(self._watched[0].execute("PRAGMA data_version").fetchone()[0])
+
+    def _unwatch(self) -> None:
+        if self._watched is not None:
+            self._watched[0].close()
+            self._watched = None
 
     def usage(
         self,
         by: Sequence[str] = (),
         since: datetime | None = None,
         until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
     ) -> list[UsageRow]:
-        """Sums by the named groups, in their order. `since` counts from the hour it lies in."""
-        groups = _groups(by)
-        where, values = _between(since, until)
-        columns = [*groups, *(f"exact_sum(hourly.{name})" for name in SUMS), "decimal_sum(hourly.cost_usd)"]
-        places = ", ".join(str(number + 1) for number in range(len(groups)))
-        order = f" GROUP BY {places} ORDER BY {places}" if groups else " HAVING count(*) > 0"
-        rows = self._ask(
-            f"SELECT {', '.join(columns)} FROM hourly JOIN series ON series.id = hourly.series{where}{order}", values
-        )
-        return [_row(row, len(groups)) for row in rows]
+        """Sums by the named groups, in their order. `since` counts from the hour it lies in.
+
+        A name that is none of `GROUPS` is a dimension, `dimensions.feature` or one that the ledger has. `where`: of
+        each name one of these values; None is where nothing is known. `zone`: of hours, days and months; an hour counts
+        in the day that it begins in. Raises `LedgerError`, `TooLongError` where it takes longer than `limit_s`.
+        """
+        return list(self.usage_rows(by, since, until, where, zone=zone, limit_s=limit_s))
+
+    def usage_rows(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
+    ) -> Iterator[UsageRow]:
+        """The same one by one, for an answer that may not fit into memory."""
+        for group, values in self.sums(by, since, until, where, zone=zone, limit_s=limit_s):
+            yield row_of(group, values)
+
+    def sums(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
+    ) -> Iterator[tuple[Group, Sums]]:
+        """The same as they come, for who looks at many and keeps few; `row_of` makes a row of them."""
+        begin = 0 if since is None else _seconds(since) // HOUR_S * HOUR_S
+        end = None if until is None else -(-_seconds(until) // HOUR_S) * HOUR_S
+        with self._open(limit_s) as db:
+            _check_names(db, [*by, *(where or ())])
+            if zone is not None:
+                begin, end = _extent(db, begin, end)
+            question = _Question(by, begin, end, where or {}, zone)
+            labels = question.labels()
+            given = 0
+            try:
+                for row in db.execute(question.sql(exact=False), question.values):
+                    if float in map(type, row[len(labels) :]):
+                        break
+                    given += 1
+                    yield _labelled(row[: len(labels)], labels), row[len(labels) :]
+                else:
+                    return
+            except sqlite3.Error as error:
+                if "integer overflow" not in str(error):
+                    raise
+            rows = iter(db.execute(question.sql(exact=True), question.values))
+            for _ in range(given):  # the same groups in the same order
+                next(rows)
+            for row in rows:
+                *sums, cost = row[len(labels) :]
+                exact = (*(None if value is None else int(value) for value in sums), cost)
+                yield _labelled(row[: len(labels)], labels), exact
 
     def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
         """The models of calls that were not priced, those with the most first."""
@@ -145,18 +254,19 @@ class LedgerReader:
         self, by: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None
     ) -> dict[tuple[str | None, ...], dict[str, str]]:
         """Other units than tokens (audio seconds, searches, …): group -> unit -> exact amount."""
-        groups = _groups(by)
+        question = _Question(by, 0, None, {}, None)
         where, values = _between(since, until)
-        columns = [*groups, "hourly.unit", "decimal_sum(hourly.amount)"]
-        places = ", ".join(str(number + 1) for number in range(len(groups) + 1))
+        columns = [*question.groups, "hourly.unit", "decimal_sum(hourly.amount)"]
+        places = ", ".join(str(number + 1) for number in range(len(by) + 1))
         rows = self._ask(
             f"SELECT {', '.join(columns)} FROM hourly_units AS hourly JOIN series ON series.id = hourly.series"
-            f"{where} GROUP BY {places} ORDER BY {places}",
-            values,
+            f"{question.joins}{where} GROUP BY {places} ORDER BY {places}",
+            [*question.join_values, *values],
         )
+        labels = question.labels()
         found: dict[tuple[str | None, ...], dict[str, str]] = {}
         for *group, unit, amount in rows:
-            found.setdefault(tuple(group), {})[unit] = amount
+            found.setdefault(_labelled(tuple(group), labels), {})[unit] = amount
         return found
 
     def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]:
@@ -187,17 +297,191 @@ class LedgerReader:
         ]
 
     def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
-        with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, errors_told(self._path, SCHEMA):
-            db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
-            db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
+        with self._open(None) as db:
             return db.execute(question, values).fetchall()
 
+    @contextmanager
+    def _open(self, limit_s: float | None) -> Iterator[sqlite3.Connection]:
+        with closing(open_db(self._path, schema=SCHEMA, read_only=True)) as db, errors_told(self._path, SCHEMA):
+            if limit_s is not None:
+                ends_s = monotonic() + limit_s
+                db.set_progress_handler(lambda: monotonic() > ends_s, STEPS_BETWEEN_LOOKS)
+            db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
+            db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
+            db.create_aggregate("cost_sum", 1, cast(Any, _CostSum))
+            try:
+                yield db
+            except sqlite3.OperationalError as error:
+                if "interrupted" in str(error):
+                    raise TooLongError from None
+                raise
 
-def _groups(by: Sequence[str]) -> list[str]:
-    for name in by:
-        if name not in GROUPS:
+
+_Label = Callable[[Any], str | None]
+
+
+class _Question:
+    """One question for sums as SQL."""
+
+    def __init__(
+        self,
+        by: Sequence[str],
+        begin: int,
+        end: int | None,
+        where: Mapping[str, Sequence[str | None]],
+        zone: ZoneInfo | None,
+    ) -> None:
+        """`begin`, `end`: whole hours, Unix seconds; the end is not included, None is none."""
+        self._by = tuple(by)
+        self._zone = zone
+        self.groups: list[str] = []
+        self.joins = ""
+        self.join_values: list[Any] = []
+        shifted = "hourly.hour" if zone is None else f"(hourly.hour + {_offset(zone, begin, end)})"
+        for place, name in enumerate(by):
+            if name == "hour":
+                self.groups.append("hourly.hour")
+            elif name == "day":
+                self.groups.append(f"{shifted} / {DAY_S}")
+            elif name == "month":
+                self.groups.append(f"strftime('%Y-%m', {shifted}, 'unixepoch')")
+            elif name in GROUPS:
+                self.groups.append(str(GROUPS[name]))
+            else:
+                its = f"d{place}"
+                self.joins += f" LEFT JOIN series_dimensions AS {its} ON {its}.series = series.id AND {its}.name = ?"
+                self.join_values.append(dimension_of(name))
+                self.groups.append(f"{its}.value")
+        self._filter, filter_values = _filter(where)
+        source, source_values = self._source(begin, end)
+        self._source_sql = source
+        # In the order in which the statement has them: what is joined stands behind what is read.
+        self.values = [*source_values, *filter_values, *self.join_values]
+
+    def sql(self, *, exact: bool) -> str:
+        """`exact`: whole numbers of any size, at the speed of Python."""
+        names = ", ".join(self.groups)
+        places = ", ".join(str(place + 1) for place in range(len(self.groups)))
+        tail = f" GROUP BY {places} ORDER BY {places}" if self.groups else " HAVING count(*) > 0"
+        sums = ", ".join(f"{'exact_sum' if exact else 'sum'}(hourly.{name})" for name in SUMS)
+        sums += f", {'cost_sum' if exact else 'sum'}(hourly.cost_usd)"
+        read = f"(SELECT * FROM ({self._source_sql}){self._filter}) AS hourly"
+        # Hour by hour or series by series first, where the groups are made of one of them alone: there are few of them,
+        # and what they are called is worked out once for each.
+        times = [name in TIMES for name in self._by]
+        first = "hour" if times and all(times) else "series" if not any(times) else None
+        if first is not None and not exact:
+            added = ", ".join(f"sum({name}) AS {name}" for name in COUNTED)
+            read = f"(SELECT {first}, {added} FROM ({self._source_sql}){self._filter} GROUP BY {first}) AS hourly"
+        named = any(name not in TIMES for name in self._by)
+        joined = f" JOIN series ON series.id = hourly.series{self.joins}" if named else ""
+        return f"SELECT {names + ', ' if names else ''}{sums} FROM {read}{joined}{tail}"
+
+    def _source(self, begin: int, end: int | None) -> tuple[str, list[int]]:
+        """The rows of the time asked for, with `hour` as their time, and its values."""
+        hours = f"SELECT hour, series, {_COLUMNS} FROM hourly WHERE hour >= ? AND hour < ?"
+        whole = -(-begin // DAY_S) * DAY_S
+        last = _FOREVER if end is None else end // DAY_S * DAY_S
+        until = _FOREVER if end is None else end
+        if "hour" in self._by or self._zone is not None or whole >= last:
+            return hours, [begin, until]
+        days = f"SELECT day AS hour, series, {_COLUMNS} FROM daily WHERE day >= ? AND day < ?"
+        parts, values = [days], [whole, last]
+        if begin < whole:
+            parts.append(hours)
+            values += [begin, whole]
+        if last < until:
+            parts.append(hours)
+            values += [last, until]
+        return " UNION ALL ".join(parts), values
+
+    def labels(self) -> list[_Label | None]:
+        """What makes a text of each group; None: it is one."""
+        zone = self._zone
+
+        @cache
+        def hour(at: int) -> str:
+            if zone is None:
+                return datetime.fromtimestamp(at, UTC).strftime("%Y-%m-%dT%H:00Z")
+            return datetime.fromtimestamp(at, zone).isoformat(timespec="minutes")
+
+        @cache
+        def day(number: int) -> str:
+            return (_EPOCH + timedelta(days=number)).isoformat()
+
+        ways: dict[str, _Label] = {"hour": hour, "day": day}
+        return [ways.get(name) for name in self._by]
+
+
+_FOREVER: Final = 2**62
+
+
+def dimension_of(name: str) -> str:
+    """The dimension that a name which is none of `GROUPS` means."""
+    return name.removeprefix(DIMENSION)
+
+
+def _check_names(db: sqlite3.Connection, names: Sequence[str]) -> None:
+    for name in names:
+        if name in GROUPS or name.startswith(DIMENSION):
+            continue
+        if db.execute("SELECT 1 FROM series_dimensions WHERE name = ? LIMIT 1", (name,)).fetchone() is None:
             raise LedgerError(f"usage cannot be grouped by {name!r}: expected {', '.join(GROUPS)}")
-    return [GROUPS[name] for name in by]
+
+
+def _filter(where: Mapping[str, Sequence[str | None]]) -> tuple[str, list[Any]]:
+    """The condition on the series, and its values."""
+    parts: list[str] = []
+    values: list[Any] = []
+    for name, wanted in where.items():
+        known = [value for value in wanted if value is not None]
+        marks = ", ".join("?" * len(known))
+        either: list[str] = []
+        if name in GROUPS:
+            if GROUPS[name] is None:
+                raise LedgerError(f"usage cannot be filtered by {name!r}: it is a time; say since and until")
+            either += [f"{GROUPS[name]} IN ({marks})"] if known else []
+            either += [f"{GROUPS[name]} IS NULL"] if None in wanted else []
+            values += known
+        else:
+            its = "SELECT 1 FROM series_dimensions WHERE series = series.id AND name = ?"
+            if known:
+                either.append(f"EXISTS ({its} AND value IN ({marks}))")
+                values += [dimension_of(name), *known]
+            if None in wanted:
+                either.append(f"NOT EXISTS ({its})")
+                values.append(dimension_of(name))
+        parts.append(f"({' OR '.join(either)})")
+    return (f" WHERE series IN (SELECT id FROM series WHERE {' AND '.join(parts)})" if parts else ""), values
+
+
+def _extent(db: sqlite3.Connection, begin: int, end: int | None) -> tuple[int, int | None]:
+    """The time asked for, cut to what is there: a zone's offset has to be known in all of it."""
+    first, last = db.execute(
+        "SELECT (SELECT min(hour) FROM hourly), (SELECT max(hour) FROM hourly)"  # each by the index
+    ).fetchone()
+    if first is None:
+        return begin, end
+    return max(begin, first), min(end if end is not None else _FOREVER, last + HOUR_S)
+
+
+def _offset(zone: ZoneInfo, begin: int, end: int | None) -> str:
+    """The seconds that a zone is ahead of UTC at `hourly.hour`, as SQL."""
+
+    def ahead(at: int) -> int:
+        found = datetime.fromtimestamp(at, zone).utcoffset()
+        return 0 if found is None else int(found.total_seconds())
+
+    at, now = begin, ahead(begin)
+    text, stop = "", begin if end is None else end
+    while at < stop:
+        later = min(at + DAY_S, stop)
+        if (new := ahead(later)) != now:
+            change = next(hour for hour in range(at + HOUR_S, later + HOUR_S, HOUR_S) if ahead(hour) == new)
+            text += f" WHEN hourly.hour < {change} THEN {now}"
+            now = new
+        at = later
+    return f"CASE{text} ELSE {now} END" if text else str(now)
 
 
 def _between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:
@@ -216,6 +500,15 @@ def _seconds(moment: datetime) -> int:
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def _row(row: tuple[Any, ...], groups: int) -> UsageRow:
-    sums = {name: None if value is None else int(value) for name, value in zip(SUMS, row[groups:-1], strict=True)}
-    return UsageRow(group=tuple(row[:groups]), cost_usd=row[-1], **sums)  # type: ignore[arg-type]
+def _labelled(group: tuple[Any, ...], labels: Sequence[_Label | None]) -> Group:
+    if labels.count(None) == len(labels):
+        return group
+    return tuple(
+        value if label is None or value is None else label(value) for value, label in zip(group, labels, strict=True)
+    )
+
+
+def row_of(group: Group, values: Sums) -> UsageRow:
+    *sums, cost = values
+    text = None if cost is None else write_amount(read_cost(cost) or Decimal(0))
+    return UsageRow(group=group, cost_usd=text, **dict(zip(SUMS, sums, strict=True)))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sqlite3
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
 from threading import Lock
@@ -18,11 +18,22 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.ledger.schema import SCHEMA, SUMS, LedgerError, stored
+from sidecar.ledger.schema import (
+    DAY_S,
+    DIMENSION_VALUES_MAX,
+    OTHER_VALUE,
+    SCHEMA,
+    SUMS,
+    LedgerError,
+    read_cost,
+    stored,
+    stored_cost,
+)
 from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey, add_batches
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
-from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, write_amount
+from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, series_wire, write_amount
+from sidecar.model.call_group import HOUR_S
 from sidecar.model.delivery import Applied, Delivered, Duplicate, Refused, Verdict
 from sidecar.storage.files import Trouble, trouble, verdict_for
 from sidecar.storage.sqlite import open_db, transaction
@@ -31,10 +42,15 @@ KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothi
 PRUNE_EVERY_S: Final = 3600
 DAMAGED: Final = "ledger_damaged"
 
-_READ_HOUR: Final = f"SELECT {', '.join(SUMS)}, cost_usd FROM hourly WHERE hour = ? AND series = ?"
-_WRITE_HOUR: Final = (
-    f"INSERT OR REPLACE INTO hourly (hour, series, {', '.join(SUMS)}, cost_usd) "
-    f"VALUES ({', '.join('?' * (len(SUMS) + 3))})"
+# Hours and days, each with what finds a row and what writes it.
+_COLUMNS: Final = f"{', '.join(SUMS)}, cost_usd"
+_TABLES: Final = tuple(
+    (
+        seconds,
+        f"SELECT {_COLUMNS} FROM {table} WHERE {unit} = ? AND series = ?",
+        f"INSERT OR REPLACE INTO {table} ({unit}, series, {_COLUMNS}) VALUES ({', '.join('?' * (len(SUMS) + 3))})",
+    )
+    for table, unit, seconds in (("hourly", "hour", HOUR_S), ("daily", "day", DAY_S))
 )
 
 
@@ -46,7 +62,8 @@ class LedgerStore:
         self._path = path
         self._clock = clock
         self._lock = Lock()
-        self._series: dict[str, int] = {}
+        self._series: dict[Series, int] = {}
+        self._values: dict[str, set[str]] | None = None  # of each dimension; None: not read yet
         self._pruned_s = 0.0
         self._db: sqlite3.Connection | None = None
         try:
@@ -145,22 +162,23 @@ class LedgerStore:
                     db.execute("DELETE FROM applied WHERE at < ?", (int(now_s) - KEYS_KEPT_S,))
                     self._pruned_s = now_s
         except BaseException:
-            self._series.clear()  # rows that were made in this transaction are gone again
+            self._forget()  # rows that were made in this transaction are gone again
             raise
         return Delivered()
 
     def _add(self, db: sqlite3.Connection, delta: Delta) -> None:
         series = self._series_id(db, delta)
-        row = db.execute(_READ_HOUR, (delta.hour, series)).fetchone() or (None,) * (len(SUMS) + 1)
-        *sums, cost = row
-        old: dict[str, Any] = dict(zip(SUMS, sums, strict=True))
-        new: list[int | str | None] = [stored(int(old[name] or 0) + delta.counts[name]) for name in COUNTS]
-        for name in TOKENS:
-            kept, more = old[name], delta.tokens.get(name)
-            new.append(kept if more is None else stored(int(kept or 0) + more))
-        if delta.cost_usd is not None:
-            cost = write_amount(EXACT.add(Decimal(cost or 0), delta.cost_usd))
-        db.execute(_WRITE_HOUR, (delta.hour, series, *new, cost))
+        for seconds, find, write in _TABLES:
+            at = delta.hour // seconds * seconds
+            *sums, cost = db.execute(find, (at, series)).fetchone() or (None,) * (len(SUMS) + 1)
+            old: dict[str, Any] = dict(zip(SUMS, sums, strict=True))
+            new: list[int | str | None] = [stored(int(old[name] or 0) + delta.counts[name]) for name in COUNTS]
+            for name in TOKENS:
+                kept, more = old[name], delta.tokens.get(name)
+                new.append(kept if more is None else stored(int(kept or 0) + more))
+            if delta.cost_usd is not None:
+                cost = stored_cost(EXACT.add(read_cost(cost) or Decimal(0), delta.cost_usd))
+            db.execute(write, (at, series, *new, cost))
         for unit, amount in delta.units.items():
             self._add_unit(db, delta.hour, series, unit, amount)
 
@@ -172,31 +190,56 @@ class LedgerStore:
 
     def _has_hour(self, db: sqlite3.Connection, delta: Delta) -> bool:
         where = "SELECT 1 FROM hourly JOIN series ON series.id = hourly.series WHERE hour = ? AND key = ?"
-        return db.execute(where, (delta.hour, _series_key(delta.series))).fetchone() is not None
+        return db.execute(where, (delta.hour, _series_key(self._bounded(db, delta.series)))).fetchone() is not None
 
     def _series_id(self, db: sqlite3.Connection, delta: Delta) -> int:
-        values, key = _series_values(delta.series), _series_key(delta.series)
-        found = self._series.get(key)
+        found = self._series.get(delta.series)
         if found is None:
-            db.execute(
+            one = self._bounded(db, delta.series)
+            key = _series_key(one)
+            fresh = db.execute(
                 "INSERT OR IGNORE INTO series (key, subscriber, model, provider, route, status_class) "
                 "VALUES (?, ?, ?, ?, ?, ?)",
-                (key, *values),
-            )
+                (key, one.subscriber, one.model, one.provider, one.route, one.status_class),
+            ).rowcount
             found = int(db.execute("SELECT id FROM series WHERE key = ?", (key,)).fetchone()[0])
+            if fresh == 1:
+                for name, value in one.dimensions:
+                    db.execute("INSERT INTO series_dimensions VALUES (?, ?, ?)", (found, name, value))
+                    if self._values is not None:
+                        self._values.setdefault(name, set()).add(value)
             if len(self._series) >= 10_000:  # a cache only: 2 MB of memory
                 self._series.clear()
-            self._series[key] = found
+            self._series[delta.series] = found
         return found
+
+    def _bounded(self, db: sqlite3.Connection, one: Series) -> Series:
+        """With each dimension's value as it is filed: beyond so many of a name they are one."""
+        if not one.dimensions:
+            return one
+        if self._values is None:
+            self._values = {}
+            for name, value in db.execute("SELECT DISTINCT name, value FROM series_dimensions"):
+                self._values.setdefault(name, set()).add(value)
+        filed = []
+        for name, value in one.dimensions:
+            known = self._values.get(name) or set()
+            full = value not in known and len(known) - (OTHER_VALUE in known) >= DIMENSION_VALUES_MAX
+            filed.append((name, OTHER_VALUE if full else value))
+        return replace(one, dimensions=tuple(filed))
 
     def _open(self) -> sqlite3.Connection:
         if self._db is None:
             self._db = open_db(self._path, schema=SCHEMA)
         return self._db
 
+    def _forget(self) -> None:
+        self._series.clear()
+        self._values = None
+
     def _drop(self) -> None:
         db, self._db = self._db, None
-        self._series.clear()
+        self._forget()
         if db is not None:
             db.close()
 
@@ -234,12 +277,8 @@ class _Upto:
         return True
 
 
-def _series_values(one: Series) -> tuple[str | None, ...]:
-    return one.subscriber, one.model, one.provider, one.route, one.status_class
-
-
 def _series_key(one: Series) -> str:
-    return orjson.dumps(_series_values(one)).decode()
+    return orjson.dumps(series_wire(one)).decode()
 
 
 def _bucket_values(one: BucketKey) -> tuple[str | int | None, ...]:

@@ -1,7 +1,7 @@
 """Hourly sums: the effects that a batch of records has on the ledger.
 
 A batch becomes a list of deltas, one for each hour and series (subscriber, model, provider, route, status
-class), written as JSON. Applying the same deltas in any order gives the same sums, and every number is
+class, dimensions), written as JSON. Applying the same deltas in any order gives the same sums, and every number is
 exact: whole numbers of any size, money as decimals written as text.
 
 Null is kept apart from zero: a token sum stays null until a record reports that kind of token, and how many
@@ -67,6 +67,7 @@ class Series:
     provider: str | None
     route: str | None
     status_class: str
+    dimensions: tuple[tuple[str, str], ...] = ()  # those that the call has, by name
 
 
 @dataclass(slots=True)
@@ -118,6 +119,7 @@ def grouped(records: Iterable[Record]) -> dict[tuple[int, Series], list[Record]]
             record.outcome,
             None if subscriber is None else subscriber.id,
             None if usage is None else (usage.model, usage.request_model, usage.provider),
+            tuple(record.dimensions.items()) if record.dimensions else None,
         )
         group = known.get(raw)
         if group is None:
@@ -242,6 +244,7 @@ def series_of(record: Record) -> Series:
         provider=None if usage is None else _name(usage.provider),
         route=_name(record.route),
         status_class="none" if record.status is None else f"{record.status // 100}xx",
+        dimensions=tuple(sorted((name, value[:NAME_CHARS_MAX]) for name, value in record.dimensions.items() if value)),
     )
 
 
@@ -284,7 +287,7 @@ def to_wire(batch: Sequence[Delta]) -> list[dict[str, Any]]:
     return [
         {
             "hour": d.hour,
-            "series": [d.series.subscriber, d.series.model, d.series.provider, d.series.route, d.series.status_class],
+            "series": series_wire(d.series),
             "counts": {name: write_int(value) for name, value in d.counts.items() if value},
             "tokens": {name: write_int(value) for name, value in d.tokens.items()},
             **({} if d.cost_usd is None else {"cost_usd": write_amount(d.cost_usd)}),
@@ -294,12 +297,24 @@ def to_wire(batch: Sequence[Delta]) -> list[dict[str, Any]]:
     ]
 
 
+def series_wire(one: Series) -> list[Any]:
+    """As a JSON value; the dimensions stand behind the rest, where there are any."""
+    fixed = [one.subscriber, one.model, one.provider, one.route, one.status_class]
+    return [*fixed, dict(one.dimensions)] if one.dimensions else fixed
+
+
+def _series_from(wire: Sequence[Any]) -> Series:
+    subscriber, model, provider, route, status_class, *rest = wire
+    found: dict[str, str] = rest[0] if rest else {}
+    return Series(subscriber, model, provider, route, status_class, tuple(sorted(found.items())))
+
+
 def from_wire(rows: Sequence[Mapping[str, Any]]) -> list[Delta]:
     """The other way round. Raises `ValueError`, `KeyError` or `TypeError` on what is no delta."""
     return [
         Delta(
             hour=row["hour"],
-            series=Series(*row["series"]),
+            series=_series_from(row["series"]),
             counts={name: int(row["counts"].get(name, 0)) for name in COUNTS},
             tokens={name: int(value) for name, value in row["tokens"].items() if name in TOKENS},
             cost_usd=Decimal(row["cost_usd"]) if "cost_usd" in row else None,

@@ -37,9 +37,10 @@ from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.prices import price_book
 from sidecar.runtime import backend_factory, directory_identity, factory, gate_factory
-from sidecar.runtime.admin import Instance, Readiness, application
+from sidecar.runtime.admin import Readiness, application
 from sidecar.runtime.admin.control import control
 from sidecar.runtime.admin.guard import Guard, open_port
+from sidecar.runtime.admin.reports import Reports
 from sidecar.runtime.backend_factory import LEDGER_NAME
 from sidecar.runtime.directory_identity import As
 from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, room_left, size_of, text_of
@@ -669,10 +670,11 @@ def only_fault(
     return faults[0] if all(isinstance(fault, known) for fault in faults) else None
 
 
-async def open_admin(stack: AsyncExitStack, settings: Settings, listener: socket.socket, whole: Instance) -> None:
+async def open_admin(stack: AsyncExitStack, settings: Settings, listener: socket.socket, whole: Metering) -> None:
     """Answer at the admin port; it is closed with the stack."""
     guard = Guard.of(settings.serve.admin_listen, settings.serve.admin_token, settings.serve.admin_hosts)
-    runner = web.AppRunner(application(whole, guard), access_log=None, shutdown_timeout=ADMIN_STOP_S)
+    app = application(whole, guard, Reports(settings, whole.limits))
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=ADMIN_STOP_S)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     await web.SockSite(runner, listener).start()

@@ -32,6 +32,8 @@ from sidecar.settings.types import Many
 CONFIG: Final = PREFIX + "CONFIG"
 SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
 NAMES_SHOWN: Final = 20  # of what a table defines, in a line of `check`
+NAME: Final = "name"  # in [subscribers.ID]: what people call it, beside the backends' ids
+NAME_CHARS_MAX: Final = 200
 SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
 STRUCTURED: Final = ("meters", "prices", "subscribers")  # tables of the TOML file that no variable can hold
 
@@ -117,9 +119,11 @@ class _Loading:
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
+        names: dict[str, str] = {}
         settings = settings_from(
             core,
-            subscribers=self._subscribers(),
+            subscribers=self._subscribers(names),
+            subscriber_names=names,
             meters=self._meters(),
             price_tables=prices,
             limits=limits,
@@ -209,7 +213,8 @@ class _Loading:
         except (ValueError, RuntimeError):  # a zero byte, a home directory of nobody; of others the system says itself
             self.problems.append(f"{CONFIG}={_quote(name)}: is no path")
 
-    def _subscribers(self) -> dict[str, dict[str, str]]:
+    def _subscribers(self, names: dict[str, str]) -> dict[str, dict[str, str]]:
+        """Our ids with the backends' own; what people call them is put into `names`."""
         table = self.toml.pop("subscribers", {})
         found: dict[str, dict[str, str]] = {}
         if not isinstance(table, dict):
@@ -217,13 +222,18 @@ class _Loading:
             return found
         for ours, theirs in table.items():
             if not isinstance(theirs, dict) or not all(isinstance(v, str) and v for v in theirs.values()):
-                self._wrong(f"subscribers.{ours}", 'expected backend = "its id there" pairs')
+                self._wrong(f"subscribers.{ours}", 'expected backend = "its id there" pairs, and name = "Acme Inc."')
                 continue
-            for backend in theirs.keys() - self.backend_settings.keys():
-                self._wrong(
-                    f"subscribers.{ours}", f"{backend} is no backend{_suggestion(backend, self.backend_settings)}"
-                )
-            found[ours] = dict(theirs)
+            ids = dict(theirs)
+            if (name := ids.pop(NAME, None)) is not None:
+                if len(name) > NAME_CHARS_MAX or not name.strip():
+                    self._wrong(f"subscribers.{ours}.{NAME}", f"expected 1 to {NAME_CHARS_MAX} characters")
+                else:
+                    names[ours] = name
+            for backend in ids.keys() - self.backend_settings.keys():
+                guess = _suggestion(backend, [*self.backend_settings, NAME])
+                self._wrong(f"subscribers.{ours}", f"{backend} is no backend{guess}")
+            found[ours] = ids
         if found:
             self.effective.append(Effective("[subscribers]", named(found), self.toml_name, ""))
         return found

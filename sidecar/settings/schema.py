@@ -216,7 +216,9 @@ class ServeSettings:
 
     listen: Address = _setting(types.address, "0.0.0.0:8080", "where clients call; also `unix:/path`")
     admin_listen: Address = _setting(
-        types.address, "127.0.0.1:9464", "`/healthz` `/readyz` `/metrics` `/balance`; it only reads"
+        types.address,
+        "127.0.0.1:9464",
+        "`/healthz` `/readyz` `/metrics` `/balance`, `/usage` `/records` `/parked` `/limits`; it only reads",
     )
     admin_token: Secret | None = _secret(
         types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
@@ -392,6 +394,7 @@ class Settings:
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
+    subscriber_names: Mapping[str, str] = field(default_factory=dict)  # our id -> what people call it
     meters: tuple[Mapping[str, Any], ...] = ()  # checked by `meters`
     price_tables: tuple[Mapping[str, Any], ...] = ()  # checked by `prices`
     limits: tuple[Mapping[str, Any], ...] = ()  # checked by `gate`

@@ -6,7 +6,9 @@ totals of each against those before it. Changes nothing and may run beside the w
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import orjson
 
@@ -49,12 +51,20 @@ class _Count:
     commit_number: int = 0
 
 
-def verify(reader: SpoolReader) -> list[SlotReport]:
-    """Recount every slot of a data directory."""
-    return [verify_slot(reader, instance) for instance in reader.instances()]
+def verify(reader: SpoolReader, told: Callable[[int], None] = lambda records: None) -> list[SlotReport]:
+    """Recount every slot of a data directory. `told`: how many records were read so far."""
+    reports: list[SlotReport] = []
+    for instance in reader.instances():
+        before = sum(report.records for report in reports)
+        reports.append(verify_slot(reader, instance, partial(_told, told, before)))
+    return reports
 
 
-def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
+def _told(told: Callable[[int], None], before: int, records: int) -> None:
+    told(before + records)
+
+
+def verify_slot(reader: SpoolReader, instance: str, told: Callable[[int], None] = lambda records: None) -> SlotReport:
     """Recount one slot."""
     # Totals first: what is committed while we count may only add to them.
     totals = reader.totals(instance)
@@ -63,7 +73,7 @@ def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
     _, before = files.read_retired(files.slot_dir(reader.root, instance))
     count = _Count(recorded=before)
     for info in segments:
-        _count_segment(info, instance, count, problems, totals.recorded)
+        _count_segment(info, instance, count, problems, totals.recorded, told)
     recounted = before + count.records + count.missing
     if recounted != totals.recorded:
         problems.append(f"the segments hold {recounted} records, the totals say {totals.recorded}")
@@ -84,7 +94,14 @@ def verify_slot(reader: SpoolReader, instance: str) -> SlotReport:
     )
 
 
-def _count_segment(info: SegmentInfo, instance: str, count: _Count, problems: list[str], upto_recorded: int) -> None:
+def _count_segment(
+    info: SegmentInfo,
+    instance: str,
+    count: _Count,
+    problems: list[str],
+    upto_recorded: int,
+    told: Callable[[int], None],
+) -> None:
     name = info.path.name
     base = info.base_recorded
     if base != count.recorded:
@@ -106,6 +123,7 @@ def _count_segment(info: SegmentInfo, instance: str, count: _Count, problems: li
                     break
                 else:
                     _count_frame(item, name, instance, count, problems)
+                    told(count.records)
     except SpoolError as error:
         problems.append(f"{name}: {error}")
 

@@ -165,7 +165,7 @@ def test_records_are_the_stored_lines(data_dir: Path, capfdbinary: pytest.Captur
 def test_records_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["records", "--limit", "1"]) == 0
     head, row = capsys.readouterr().out.splitlines()
-    assert head.split()[:3] == ["started", "status", "outcome"]
+    assert head.split()[:4] == ["started,", "UTC", "status", "outcome"]
     assert "complete" in row
     assert "POST /v1/chat/completions" in row
 

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.cli.output import Format, pairs, render, shown, table
+from sidecar.cli.output import Format, Progress, counted, pairs, plain_terminals, render, shown, table, write_data
 from sidecar.cli.shared import moment
 
 ROWS: list[dict[str, object]] = [
@@ -42,10 +42,60 @@ def test_heads_may_differ_from_names_in_a_table_only() -> None:
     assert "calls" in render(ROWS, COLUMNS, Format.JSON, heads=heads)
 
 
-def test_the_last_column_gives_way_to_a_narrow_terminal() -> None:
+def test_a_wide_text_gives_way_to_a_narrow_terminal() -> None:
     rows = [{"name": "a", "text": "x" * 200}]
     assert max(len(line) for line in table(rows, ("name", "text"), width=40).splitlines()) == 40
     assert max(len(line) for line in table(rows, ("name", "text"), width=5).splitlines()) == len("name") + 2 + 12
+
+
+def test_columns_that_may_be_spared_are_left_out_and_named() -> None:
+    rows = [{"who": "w" * 30, "what": "x" * 50, "a": 10**9, "b": 10**9, "c": 10**9}]
+    for width in (120, 80, 60, 50, 45):
+        text = table(rows, ("who", "what", "a", "b", "c"), width=width, spare=("b", "c"), total={"who": "total"})
+        assert max(map(len, text.splitlines())) <= width, width
+        head = text.splitlines()[0].split()
+        assert "a" in head
+        assert ("not shown for want of room: b" in text) is ("b" not in head)
+    wide = table(rows, ("who", "what", "a", "b", "c"), width=80, spare=("b",)).splitlines()[2]
+    assert wide.split()[0].endswith("…"), "of two texts that are too wide both give way, and no column of numbers"
+    assert wide.count("1,000,000,000") == 3
+
+
+def test_what_is_too_long_for_its_line_goes_on_below() -> None:
+    assert pairs([("a", "one two three four"), ("bc", "")], width=14).splitlines() == [
+        "a   one two",
+        "    three four",
+        "bc",
+    ]
+
+
+@pytest.mark.parametrize(("encoding", "dash"), [("ascii", "-"), ("latin-1", "-"), ("utf-8", "–")])
+def test_a_terminal_without_our_characters_gets_its_own(
+    encoding: str, dash: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
+    plain_terminals()
+    print(table([{"a": None, "b": "Müller 東京 …"}], ("a", "b"), width=40), end="")
+    write_data(["Müller 東京\n"])
+    out = raw.getvalue()
+    assert out.decode(encoding, "replace").splitlines()[2].startswith(dash)
+    assert out.endswith("Müller 東京\n".encode())
+
+
+def test_a_long_command_counts_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.cli.output.PROGRESS_S", 0.0)
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown_there, piped = Terminal(), io.StringIO()
+    assert list(counted(range(3), Progress("records", 3, stream=shown_there))) == [0, 1, 2]
+    assert list(counted(range(3), Progress("records", stream=piped))) == [0, 1, 2]
+    assert "\r3 of 3 (100 %) records" in shown_there.getvalue()
+    assert shown_there.getvalue().endswith("\r"), "and leaves nothing behind"
+    assert piped.getvalue() == ""
 
 
 def test_json_and_ndjson_keep_null() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
 
 import aiohttp
 import pytest
@@ -99,9 +98,6 @@ class Quiet:
 
     async def readiness(self) -> Readiness:
         return Readiness(ready=True, state="ok")
-
-    async def limits(self) -> list[dict[str, Any]]:
-        return []
 
 
 async def test_over_a_socket() -> None:

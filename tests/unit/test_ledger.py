@@ -8,13 +8,15 @@ import subprocess
 import sys
 import threading
 from collections import Counter
-from dataclasses import asdict
+from contextlib import closing
+from dataclasses import asdict, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import orjson
 import pytest
@@ -24,7 +26,7 @@ from support.backend_fixtures import T0_NS, odd_records, record, records, usage
 from support.backend_trials import made
 
 from sidecar.backends.ledger import DEDUP_WINDOW_S, LedgerBackend
-from sidecar.ledger import LedgerError, LedgerReader, LedgerStore
+from sidecar.ledger import LedgerError, LedgerReader, LedgerStore, TooLongError
 from sidecar.ledger.store import KEYS_KEPT_S
 from sidecar.meters.definition import read_meters
 from sidecar.meters.hourly import (
@@ -350,6 +352,145 @@ def test_an_unknown_group_is_named_with_the_known_ones(path: Path) -> None:
     LedgerStore(path).close()
     with pytest.raises(LedgerError, match="'planet': expected subscriber, model"):
         LedgerReader(path).usage(["planet"])
+
+
+def test_days_add_up_to_the_hours_whatever_is_asked_for(path: Path) -> None:
+    """Whole days are read from the daily sums, the rest from the hourly ones: no call is missed or counted twice."""
+    store = LedgerStore(path)
+    day = 24 * HOUR_NS
+    times = [T0_NS + offset for offset in (-3 * day, -2 * day - 9 * HOUR_NS, -day, -HOUR_NS, 0, HOUR_NS, day, 2 * day)]
+    batch = [
+        priced(n, f"0.{n}", "m" if n % 2 else "k", started_ns=at) for n, at in enumerate(times * 3, 1)
+    ]  # fmt: skip
+    put(store, batch)
+    reader = LedgerReader(path)
+    for since_h in (-80, -72, -33, -9, 0, 3, 15, None):
+        for until_h in (-24, -9, 0, 1, 15, 39, 63, None):
+            since, until = (
+                None if hours is None else datetime(2026, 11, 21, 9, tzinfo=UTC) + timedelta(hours=hours)
+                for hours in (since_h, until_h)
+            )  # fmt: skip
+            for by in ((), ("model",), ("day",), ("day", "model"), ("month", "subscriber")):
+                rows = reader.usage(by, since, until)
+                found = {row.group: (row.calls, row.input_tokens, row.cost_usd) for row in rows}
+                added: dict[tuple[str | None, ...], list[Any]] = {}
+                for row in reader.usage(("hour", *by), since, until):
+                    sums = added.setdefault(row.group[1:], [0, 0, Decimal(0)])
+                    sums[0] += row.calls
+                    sums[1] += row.input_tokens
+                    sums[2] += Decimal(row.cost_usd or 0)
+                assert found == {who: (a, b, write_amount(c)) for who, (a, b, c) in added.items()}, (since, until, by)
+    store.close()
+
+
+def dimensioned(number: int, **dimensions: str) -> Record:
+    return replace(record(number), dimensions=dimensions)
+
+
+def test_usage_by_and_of_a_dimension(path: Path) -> None:
+    store = LedgerStore(path)
+    batch = [dimensioned(1, feature="search", team="a"), dimensioned(2, feature="search"), dimensioned(3)]
+    put(store, [*batch, dimensioned(4)])
+    reader = LedgerReader(path)
+    by = [(r.group, r.calls) for r in reader.usage(["feature"])]
+    assert by == [((None,), 2), (("search",), 2)]
+    assert [(r.group, r.calls) for r in reader.usage(["dimensions.team", "day"])] == [
+        ((None, "2026-11-21"), 3), (("a", "2026-11-21"), 1)
+    ]  # fmt: skip
+    assert reader.usage(["dimensions.never"])[0].group == (None,), "a dimension that no call had yet"
+    asked: list[tuple[dict[str, list[str | None]], int]] = [
+        ({"feature": ["search"]}, 2),
+        ({"feature": ["search", None]}, 4),
+        ({"feature": [None]}, 2),
+        ({"feature": ["search"], "dimensions.team": [None]}, 1),
+        ({"model": [None]}, 0),
+        ({"status": ["2xx", "5xx"]}, 4),
+    ]
+    for where, calls in asked:
+        assert sum([row.calls for row in reader.usage([], where=where)]) == calls, where
+    store.close()
+
+
+def test_a_dimension_has_so_many_values_and_no_more(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.ledger.store.DIMENSION_VALUES_MAX", 3)
+    store = LedgerStore(path)
+    for number in range(1, 7):
+        put(store, [dimensioned(number, feature=f"f{number}")], str(number))
+    store.close()
+    again = LedgerStore(path)  # what is known is read from the file
+    put(again, [dimensioned(7, feature="f7"), dimensioned(8, feature="f1")], "7")
+    by = {row.group[0]: row.calls for row in LedgerReader(path).usage(["feature"])}
+    assert by == {"f1": 2, "f2": 1, "f3": 1, "(other)": 4}
+    gone = [delta.negative() for delta in deltas(grouped([dimensioned(7, feature="f7")]))]
+    assert again.undo("u", body_of(gone))[0] == Delivered(), "what is filed under other is found there"
+    assert {row.group[0]: row.calls for row in LedgerReader(path).usage(["feature"])}["(other)"] == 3
+    again.close()
+
+
+def test_days_and_hours_of_a_time_zone(path: Path) -> None:
+    store = LedgerStore(path)
+    begin = int(datetime(2026, 10, 24, tzinfo=UTC).timestamp()) * 10**9  # Berlin's clocks go back on the 25th
+    put(store, [record(n, started_ns=begin + n * HOUR_NS) for n in range(24 * 3)])
+    reader = LedgerReader(path)
+    for name in ("Europe/Berlin", "America/St_Johns", "Asia/Kathmandu", "Pacific/Kiritimati"):
+        zone = ZoneInfo(name)
+        counted: Counter[str] = Counter()
+        for n in range(24 * 3):
+            counted[(datetime.fromtimestamp(begin // 10**9 + n * 3600, zone)).date().isoformat()] += 1
+        assert {r.group[0]: r.calls for r in reader.usage(["day"], zone=zone)} == counted, name
+        assert {r.group[0]: r.calls for r in reader.usage(["day", "model"], zone=zone)} == counted
+    berlin = ZoneInfo("Europe/Berlin")
+    hours = [row.group[0] for row in reader.usage(["hour"], zone=berlin)]
+    assert len(hours) == 72
+    assert hours[24:27] == ["2026-10-25T02:00+02:00", "2026-10-25T02:00+01:00", "2026-10-25T03:00+01:00"]
+    assert [row.group for row in reader.usage(["month"], zone=berlin)] == [("2026-10",)]
+    store.close()
+
+
+def test_sums_that_sqlite_cannot_add_up_are_exact(path: Path) -> None:
+    store = LedgerStore(path)
+    for number, (cost, tokens) in enumerate([("0.1", 1), ("1e-20", 2**63), ("9e15", 2**62), ("9e15", 2**62)], 1):
+        one = record(number, usage=usage(cost_usd=cost, input_tokens=tokens), started_ns=T0_NS + number * HOUR_NS)
+        put(store, [one], str(number))
+    for by in ((), ("subscriber",), ("day",), ("day", "model")):
+        (row,) = LedgerReader(path).usage(by)
+        assert (row.cost_usd, row.input_tokens) == ("18000000000000000.10000000000000000001", 2**64 + 1), by
+    assert [row.cost_usd for row in LedgerReader(path).usage(["hour"])] == [
+        "0.1", "0.00000000000000000001", "9000000000000000", "9000000000000000"
+    ]  # fmt: skip
+    store.close()
+
+
+def test_a_question_that_takes_too_long_is_given_up(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sidecar.ledger.queries.STEPS_BETWEEN_LOOKS", 1)
+    store = LedgerStore(path)
+    put(store, records(50))
+    with pytest.raises(TooLongError):
+        LedgerReader(path).usage(["subscriber"], limit_s=-1)
+    store.close()
+
+
+def test_the_version_is_another_one_after_each_change(path: Path) -> None:
+    store = LedgerStore(path)
+    reader = LedgerReader(path)
+    first = reader.version()
+    assert reader.version() == first
+    put(store, records(1), "a")
+    second = reader.version()
+    assert second != first
+    put(store, records(1), "a")  # a repeat
+    put(store, records(1), "b")
+    assert reader.version() not in (first, second)
+    reader.close()
+    store.close()
+
+
+def test_an_older_ledger_is_refused_with_what_to_do(path: Path) -> None:
+    LedgerStore(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.execute("PRAGMA user_version = 3")
+    with pytest.raises(LedgerError, match=r"has format 3, which an older release wrote.* let that release deliver"):
+        LedgerStore(path)
 
 
 def test_a_newer_ledger_is_refused_by_name(path: Path) -> None:

@@ -1,21 +1,22 @@
 """The admin port: is it alive, is it ready, what was counted, does the balance hold.
 
-It listens on loopback unless told otherwise, says nothing of the calls themselves, and changes nothing: that goes over
-a socket of its own (`control`). What it shows is asked of `Instance` at the moment of the request; a failure to answer
-is a 500 here and hurts no traffic.
+It listens on loopback unless told otherwise and changes nothing: that goes over a socket of its own (`control`). What
+it shows is asked of `Instance` at the moment of the request, and what shows customers is read from the files
+(`reports`); a failure to answer is a 500 here and hurts no traffic.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Final, Protocol
 
 from aiohttp import web
 
 from sidecar.model.balance import Balance
 from sidecar.runtime.admin.answers import json_answer
 from sidecar.runtime.admin.guard import Guard
+from sidecar.runtime.admin.reports import Reports
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -39,11 +40,9 @@ class Instance(Protocol):
 
     async def readiness(self) -> Readiness: ...
 
-    async def limits(self) -> list[dict[str, Any]]: ...
 
-
-def application(instance: Instance, guard: Guard) -> web.Application:
-    """`/healthz` `/readyz` `/metrics` `/balance` `/limits`, for whom `guard` lets through."""
+def application(instance: Instance, guard: Guard, reports: Reports | None = None) -> web.Application:
+    """`/healthz` `/readyz` `/metrics` `/balance`, and what `reports` has, for whom `guard` lets through."""
 
     async def healthz(_: web.Request) -> web.Response:
         return json_answer({"status": "alive"})
@@ -60,13 +59,11 @@ def application(instance: Instance, guard: Guard) -> web.Application:
         found = await instance.balance()
         return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
 
-    async def limits(_: web.Request) -> web.Response:
-        return json_answer({"limits": await instance.limits()})
-
     app = web.Application(middlewares=[guard.middleware])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/balance", balance)
-    app.router.add_get("/limits", limits)
+    if reports is not None:
+        reports.add_to(app)
     return app

@@ -1,0 +1,120 @@
+"""What stands where just now: what is parked and why, and who is at what of which limit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from itertools import islice
+from typing import Any, Final
+
+import orjson
+
+from sidecar.delivery.queries import DeliveryQueries
+from sidecar.runtime.reports.formats import Names
+from sidecar.runtime.reports.parameters import QueryError, near, quoted, whole
+
+PAGE: Final = 500  # parked events read at a time
+PARKED_MAX: Final = 10_000  # in one answer over HTTP: some 30 MB with their records
+# A table and CSV have these; JSON and NDJSON also what follows.
+PARKED: Final = ("parked_at", "backend", "reason", "subscriber", "name", "maybe_taken", "attempts", "event_id")
+PARKED_WHOLE: Final = (*PARKED, "record_id", "key", "history", "record")
+LIMITS: Final = (
+    "limit", "scope", "subscriber", "name", "unit", "used", "reserved", "amount", "percent", "window", "until",
+    "action",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParkedQuery:
+    backend: str | None = None
+    reason: str | None = None
+    limit: int | None = None
+
+
+def parked_query(
+    *, backend: str | None = None, reason: str | None = None, limit: str | None = None, known: Sequence[str] = ()
+) -> ParkedQuery:
+    """`known`: the backends that anything can be parked of. Raises `QueryError`."""
+    if backend and known and backend not in known:
+        raise QueryError(f"backend={quoted(backend)} is none of this instance{near(backend, known)}")
+    return ParkedQuery(
+        backend=backend or None,
+        reason=reason or None,
+        limit=None if limit is None else whole("limit", limit, PARKED_MAX),
+    )
+
+
+def parked(accounts: DeliveryQueries | None, query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
+    """One row an event, in the order of their parking. Raises `StateError`."""
+    return islice(_parked(accounts, query, names), query.limit)
+
+
+def _parked(accounts: DeliveryQueries | None, query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
+    after = 0
+    while accounts is not None:
+        page = accounts.parked(backend=query.backend, reason=query.reason, after=after, limit=PAGE, bodies=False)
+        for one in page:
+            record = orjson.loads(one.line) if one.line else None
+            subscriber = _subscriber(record)
+            yield {
+                "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
+                "backend": one.backend,
+                "reason": one.reason,
+                "subscriber": subscriber,
+                "name": names.of(subscriber),
+                "event_id": one.event_id,
+                "maybe_taken": one.maybe_taken,
+                "attempts": len(one.history),
+                "record_id": one.record_id,
+                "key": one.key,
+                "history": list(one.history),
+                "record": record,
+            }
+        if len(page) < PAGE:
+            return
+        after = page[-1].id
+
+
+def _subscriber(record: Mapping[str, Any] | None) -> str | None:
+    """Who pays, in our own ids: what `[subscribers]` has to map where no customer is known."""
+    found = (record or {}).get("subscriber")
+    return str(found["id"]) if isinstance(found, dict) and found.get("id") is not None else None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LimitsQuery:
+    limit: str | None = None  # the name of one
+    over: float | None = None  # percent
+
+
+def limits_query(*, limit: str | None = None, over: str | None = None) -> LimitsQuery:
+    """Raises `QueryError`."""
+    percent = None
+    if over:
+        try:
+            percent = float(over)
+        except ValueError:
+            percent = -1.0
+        if not 0 <= percent <= 1e6:
+            raise QueryError(f"over={quoted(over)}: expected a number of percent, such as 80")
+    return LimitsQuery(limit=limit or None, over=percent)
+
+
+def limits(rows: Iterable[Mapping[str, Any]], query: LimitsQuery, names: Names) -> list[dict[str, Any]]:
+    """One row a limit and scope; where that is a subscriber, with its name."""
+    found = []
+    for row in rows:
+        if query.limit is not None and row["limit"] != query.limit:
+            continue
+        if query.over is not None and row["percent"] is not None and row["percent"] < query.over:
+            continue
+        subscriber = row["scope"].get("subscriber")
+        found.append({**row, "subscriber": subscriber, "name": names.of(subscriber)})
+    return found
+
+
+def limits_flat(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    """The same with plain values alone."""
+    for row in rows:
+        yield {**row, "scope": ", ".join(f"{name} {value}" for name, value in row["scope"].items())}

@@ -1,0 +1,199 @@
+"""What is asked for, read from texts: the same words on the command line and in the query of an address.
+
+Pure: the time comes in as an argument. What cannot be read raises `QueryError`, one line that says what would do.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from difflib import get_close_matches
+from typing import Final
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
+
+from sidecar.ledger import COUNTED, DIMENSION, GROUPS, TIMES
+
+BY: Final = ("subscriber", "model")
+TEXT_CHARS_MAX: Final = 1000  # of one parameter: a subscriber has at most 200, a list of names some hundred
+QUOTED_CHARS: Final = 60  # of a text in a message
+BY_MAX: Final = 8  # names to group by at once; more is a list of calls, which `records` is
+WHERE_MAX: Final = 32  # conditions at once
+TOP_MAX: Final = 10_000
+EXPECTED: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
+OLDEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+
+_AGO: Final = re.compile(r"(\d+)\s*([smhdw])", re.ASCII)
+_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
+# What a column of an answer is called besides, so that a dimension of that name needs its long one.
+_TAKEN: Final = frozenset({"name", "others", *GROUPS, *COUNTED})
+
+
+class QueryError(ValueError):
+    """It cannot be answered as it was asked. The text says what would do, in one line."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UsageQuery:
+    """Sums of the ledger."""
+
+    by: tuple[str, ...] = BY
+    since: datetime | None = None
+    until: datetime | None = None  # not included
+    where: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)  # name -> one of these; None: not known
+    sort: str | None = None  # None: by the groups themselves; of `top`, by cost, then tokens, then calls
+    descending: bool = True
+    top: int | None = None  # so many groups, and the rest as one
+    zone: ZoneInfo | None = None  # of hours, days and months; None: UTC
+
+
+def quoted(text: str) -> str:
+    return repr(text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…")
+
+
+def near(name: str, known: Collection[str]) -> str:
+    """`; did you mean …?`, or else which there are."""
+    close = [DIMENSION + name] if DIMENSION + name in known else get_close_matches(name, known, n=1, cutoff=0.7)
+    return f"; did you mean {close[0]}?" if close else f": expected {', '.join(known)}"
+
+
+def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
+    """A point in time: `90m`, `24h`, `7d` (ago), `today`, or a date and time of ISO 8601; in `zone` (None: UTC) unless
+    it says another."""
+    found = _AGO.fullmatch(text.strip())
+    try:
+        if found:
+            return max(now - timedelta(seconds=int(found[1]) * _SECONDS[found[2]]), OLDEST)
+        if text.strip() == "today":
+            return now.astimezone(zone or UTC).replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+        parsed = datetime.fromisoformat(text.strip())
+        found_at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=zone or UTC)).astimezone(UTC)
+    except (ValueError, OverflowError):
+        raise QueryError(f"{quoted(text)} is no time: expected {EXPECTED}") from None
+    return max(found_at, OLDEST)
+
+
+def time_zone(text: str) -> ZoneInfo | None:
+    """By its IANA name; None: UTC."""
+    if text.strip().upper() in ("UTC", "Z", "ETC/UTC"):
+        return None
+    try:
+        return ZoneInfo(text.strip())
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise QueryError(
+            f"{quoted(text)} is no time zone: expected a name of the IANA database such as Europe/Berlin, or UTC"
+        ) from None
+
+
+def whole(name: str, text: str, most: int) -> int:
+    if not re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII) or not 1 <= int(text) <= most:
+        raise QueryError(f"{name}={quoted(text)}: expected a whole number, 1 to {most:,}")
+    return int(text)
+
+
+def groups(text: str, dimensions: Collection[str]) -> tuple[str, ...]:
+    """The names to sum by, in their order; none for one sum."""
+    names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
+    if len(names) > BY_MAX:
+        raise QueryError(f"by: {len(names)} names are too many: at most {BY_MAX}")
+    known = nameable(dimensions)
+    for name in names:
+        if not _is_known(name, dimensions):
+            raise QueryError(f"usage cannot be grouped by {quoted(name)}{near(name, known)}")
+    return names
+
+
+def nameable(dimensions: Collection[str]) -> tuple[str, ...]:
+    """All that `by` and `where` may name; of dimensions the shortest that is theirs alone."""
+    return (*GROUPS, *(name if name not in _TAKEN else DIMENSION + name for name in dimensions))
+
+
+def conditions(
+    texts: Sequence[str], names: Collection[str], dimensions: Collection[str]
+) -> dict[str, tuple[str | None, ...]]:
+    """`NAME=VALUE`, several: of different names all have to hold, of one name one of its values. An empty value is
+    where nothing is known."""
+    if len(texts) > WHERE_MAX:
+        raise QueryError(f"where: {len(texts)} conditions are too many: at most {WHERE_MAX}")
+    found: dict[str, tuple[str | None, ...]] = {}
+    known = (*names, *(name if name not in _TAKEN else DIMENSION + name for name in dimensions))
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip()
+        if not equals or not name:
+            raise QueryError(f"where={quoted(text)}: expected NAME=VALUE, such as model=gpt-5-mini")
+        if name not in names and not _is_dimension(name, dimensions):
+            raise QueryError(f"where cannot ask for {quoted(name)}{near(name, known)}")
+        found[name] = (*found.get(name, ()), value or None)
+    return found
+
+
+def dimension_of(name: str) -> str:
+    """The dimension that a name which is nothing else means."""
+    return name.removeprefix(DIMENSION)
+
+
+def order(text: str) -> tuple[str, bool]:
+    """What to sort by, and whether downwards: `cost_usd`, `-calls` (as many think it up), `+calls` (upwards)."""
+    name = text.strip()
+    descending = not name.startswith("+")
+    name = _SHORT.get(name.lstrip("+-"), name.lstrip("+-"))
+    if name not in COUNTED:
+        raise QueryError(f"sort={quoted(text)}: none of the sums{near(name, (*_SHORT, *COUNTED))}")
+    return name, descending
+
+
+_SHORT: Final = {
+    "cost": "cost_usd", "tokens": "total_tokens", "input": "input_tokens", "output": "output_tokens",
+    "cached": "cache_read_input_tokens",
+}  # fmt: skip
+
+
+def usage_query(
+    *,
+    now: datetime,
+    dimensions: Collection[str],
+    by: str | None = None,
+    since: str | None = None,
+    until: str | None = None,
+    where: Sequence[str] = (),
+    sort: str | None = None,
+    top: str | None = None,
+    timezone: str | None = None,
+) -> UsageQuery:
+    """Sums, as they were asked for. Raises `QueryError`."""
+    zone = None if timezone is None else time_zone(timezone)
+    asked_sort, descending = (None, True) if sort is None else order(sort)
+    begins, ends = between(since, until, now, zone)
+    return UsageQuery(
+        by=BY if by is None else groups(by, dimensions),
+        since=begins,
+        until=ends,
+        where=conditions(where, [name for name in GROUPS if name not in TIMES], dimensions),
+        sort=asked_sort,
+        descending=descending,
+        top=None if top is None else whole("top", top, TOP_MAX),
+        zone=zone,
+    )
+
+
+def between(
+    since: str | None, until: str | None, now: datetime, zone: ZoneInfo | None
+) -> tuple[datetime | None, datetime | None]:
+    """Empty is not given: what a form of a page sends for a field that nobody filled in."""
+    begins = moment(since, now, zone) if since else None
+    ends = moment(until, now, zone) if until else None
+    if begins is not None and ends is not None and ends <= begins:
+        raise QueryError(f"until={quoted(until or '')} is not behind since={quoted(since or '')}")
+    return begins, ends
+
+
+def _is_known(name: str, dimensions: Collection[str]) -> bool:
+    return name in GROUPS or _is_dimension(name, dimensions)
+
+
+def _is_dimension(name: str, dimensions: Collection[str]) -> bool:
+    if name.startswith(DIMENSION):
+        return name.removeprefix(DIMENSION) in dimensions
+    return name in dimensions and name not in _TAKEN
