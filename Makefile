@@ -29,10 +29,10 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs site sbom readme man manifests prices clean
+.PHONY: help demo run test lint format fuzz crash soak bench lock installs site sbom readme man manifests screenshots prices clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
 
 demo: $(RUN) ## see it work: scripted model APIs, the sidecar, a usage table; no account, no key
 	@$(BIN)/metering-sidecar demo $(ARGS)
@@ -118,6 +118,9 @@ man: $(TEST) ## write the man page from the parser
 
 manifests: $(TEST) ## write the rules and dashboards for the Prometheus Operator from config/
 	$(BIN)/python tests/manifests.py
+
+screenshots: $(TEST) ## take the README's pictures of the page anew; needs chromium
+	PYTHONPATH=.:tests $(BIN)/python tests/screenshots.py
 
 prices: $(TEST) ## make the table of prices in the wheel anew from the genai-prices that is installed
 	$(BIN)/python -m sidecar.prices.convert

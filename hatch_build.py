@@ -19,11 +19,13 @@ from pathlib import Path
 from hatchling.metadata.plugin.interface import MetadataHookInterface
 
 PAGES = "METERING_SIDECAR_PAGES"
+PICTURE = re.compile(r'<a href="([^"]+)"><img src="[^"]+"[^>]* alt="([^"]+)"></a>')
 LINK = re.compile(r"(!?)\[([^\]]+)\]\((?!https?://)([^)\s]+)\)")
 
 
 def for_a_registry(text: str, pages: str) -> str:
-    """The README's text with every relative link made absolute under `pages`; plain words where that is empty."""
+    """The README's text with every relative link made absolute under `pages`; plain words where that is empty. Pictures
+    become links to them: what is shown of a file's address is a page about it."""
 
     def instead(found: re.Match[str]) -> str:
         image, words, target = found.groups()
@@ -32,7 +34,7 @@ def for_a_registry(text: str, pages: str) -> str:
             return f"{image}[{words}]({pages.rstrip('/')}/{path})"
         return words if target.startswith("#") or words.strip("`") == target else f"{words} (`{target}`)"
 
-    return LINK.sub(instead, text)
+    return LINK.sub(instead, PICTURE.sub(r"[\2](\1)", text))
 
 
 class ReadmeHook(MetadataHookInterface):

@@ -9,6 +9,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 
 from sidecar import __version__
 from sidecar.runtime.metrics import FAMILIES, Gauges, Metrics
@@ -57,12 +58,27 @@ def test_alerts_and_dashboard_speak_of_what_there_is() -> None:
         name + suffix for name, family in FAMILIES.items()
         for suffix in {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.kind, ("",))
     }  # fmt: skip
-    for file in ("alerts.yml", "grafana.json"):
+    for file in ("alerts.yml", "grafana.json", "grafana-usage.json"):
         used = set(re.findall(r"\bsidecar_[a-z_]+", (CONFIG / file).read_text()))
         assert used <= names, file
     job = re.search(r"job_name: (\S+)", (CONFIG / "prometheus.yml").read_text())
     assert job is not None
     assert f'up{{job="{job[1]}"}} == 0' in (CONFIG / "alerts.yml").read_text()
+
+
+def test_each_alert_says_where_its_page_is() -> None:
+    """And each page is that of an alert, in their order."""
+    (group,) = yaml.safe_load((CONFIG / "alerts.yml").read_text())["groups"]
+    names = [rule["alert"] for rule in group["rules"]]
+    urls = [rule["annotations"]["runbook_url"] for rule in group["rules"]]
+    assert urls == [f"docs/runbook.md#{name.lower()}" for name in names]
+    assert re.findall(r"^## (.+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE) == names
+
+
+def test_no_alert_hands_a_strangers_text_to_a_shell() -> None:
+    """A subscriber's name is whatever a client sends; `action` is copied into a terminal."""
+    for rule in yaml.safe_load((CONFIG / "alerts.yml").read_text())["groups"][0]["rules"]:
+        assert set(re.findall(r"\$labels\.(\w+)", rule["annotations"]["action"])) <= {"backend"}
 
 
 def test_the_manifests_keep_to_what_is_needed() -> None:

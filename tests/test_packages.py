@@ -104,6 +104,7 @@ def test_no_link_on_a_registrys_page_leads_nowhere(first: dict[str, Path], tmp_p
         made = hatch_build.for_a_registry(text, pages)
         links = re.findall(r"\]\(([^)\s]+)\)", made)
         assert all(link.startswith("https://") for link in links)
+        assert "<img" not in made
         assert bool(pages) == any(link.startswith("https://git.example.com/x/blob/v1/docs/") for link in links)
     assert "https://git.example.com/x/blob/v1/README.md#who-pays" in made
     assert "//docs" not in made.replace("https://", "")

@@ -22,7 +22,7 @@ MADE = {"tests/bench/results/"}  # by the commands that write them
 # What CI runs by itself, and what takes too long for each change and is run before a release.
 IN_CI = {"lint", "test", "installs"}
 BEFORE_A_RELEASE = {"crash", "fuzz", "bench", "soak"}
-WHILE_WORKING = {"format", "readme", "man", "manifests", "lock"}
+WHILE_WORKING = {"format", "readme", "man", "manifests", "lock", "screenshots"}
 
 pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

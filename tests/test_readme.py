@@ -140,7 +140,7 @@ def test_every_alert_says_what_to_do() -> None:
     for rule in group["rules"]:
         assert rule["expr"].count("(") == rule["expr"].count(")"), rule["alert"]
         assert rule["labels"]["severity"] in ("critical", "warning")
-        assert rule["annotations"].keys() == {"summary", "action"}
+        assert rule["annotations"].keys() == {"summary", "action", "runbook_url"}
 
 
 def test_the_grace_periods_are_longer_than_the_stop() -> None:

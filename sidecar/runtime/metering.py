@@ -36,7 +36,7 @@ from sidecar.model.delivery import NO_CUSTOMER, AddsUp, Backend
 from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.prices import price_book
-from sidecar.runtime import backend_factory, directory_identity, factory, gate_factory
+from sidecar.runtime import backend_factory, directory_identity, factory, gate_factory, times
 from sidecar.runtime.admin import Readiness, application
 from sidecar.runtime.admin.control import control
 from sidecar.runtime.admin.guard import Guard, open_port
@@ -466,6 +466,10 @@ class Metering:
         self.seam.store()
         return [gate_factory.shown(row) for row in self.gate.rows()]
 
+    async def times(self) -> list[dict[str, Any]]:
+        """How long calls took, by day."""
+        return times.report(self.counted.days)
+
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
         answers = await self.seam.ask()
@@ -492,7 +496,13 @@ class Metering:
             if self.bills.room is not Room.ENOUGH:
                 notes.append(self.bills.room.value)
             backends = [
-                {"backend": s.backend, "state": s.state, "reason": s.reason, "retry_after_s": round(s.paused_s, 1)}
+                {
+                    "backend": s.backend,
+                    "state": s.state,
+                    "reason": s.reason,
+                    "retry_after_s": round(s.paused_s, 1),
+                    "oldest_pending_s": None if s.oldest_pending_s is None else round(s.oldest_pending_s, 1),
+                }
                 for s in status
             ]
         return Readiness(ready=ready, state="stopping" if self.stopping else state, notes=notes, backends=backends)
@@ -568,7 +578,7 @@ class Unable(Exception):
 @asynccontextmanager
 async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[Metering]:
     """Hear who serves. Nothing is recorded before `recording`, which is entered within."""
-    counted = Metrics(backends=settings.backends)
+    counted = Metrics(backends=settings.backends, subscribers_max=settings.serve.metrics_subscribers)
     book = price_book(settings)
     async with AsyncExitStack() as stack:
         asking = gate_factory.asking(settings)
@@ -614,6 +624,8 @@ async def recording(
                 loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
                 stack.callback(loading.cancel)
             whole.intake.handed = bills.hand_over
+            keeping = asyncio.create_task(times.keep(whole.counted, settings.data_dir))
+            stack.push_async_callback(_ended, keeping)
             whole.seam.recording()
             offering = asyncio.create_task(offer_to_new_customers(bills))
             stack.callback(offering.cancel)
@@ -640,6 +652,13 @@ async def offer_to_new_customers(bills: Billing) -> None:
         return
     if told.offered:
         log.info("events whose customer is known now are offered again", extra={"facts": {"events": told.offered}})
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    """Cancel it and wait for its last words."""
+    task.cancel()
+    with suppress(asyncio.CancelledError):
+        await task
 
 
 async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq: int) -> None:

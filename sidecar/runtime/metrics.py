@@ -5,8 +5,9 @@ a call that costs 0.1 µs where a client counter costs 0.3 and a histogram 0.8 (
 are the metering process's; what only those that serve can count, they tell it (`HopCounts.take`).
 
 Labels are bounded: routes are configured or known patterns, models and reasons beyond their cap
-fall into `other`; a path or a subscriber is never a label. Series that an alert waits for exist at
-zero from the start, so that "no loss" and "nobody counts" look different.
+fall into `other`; a path is never a label, and a subscriber only where `SIDECAR_METRICS_SUBSCRIBERS`
+says how many. Series that an alert waits for exist at zero from the start, so that "no loss" and
+"nobody counts" look different.
 """
 
 from __future__ import annotations
@@ -25,12 +26,15 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
+from sidecar.meters.hourly import UNAUTHENTICATED
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
-from sidecar.model.exchange import Exchange, Outcome, Usage, cut
+from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, cut
 
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
 LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer than 60
+OTHER: Final = "other"  # subscribers beyond the cap
+NOBODY: Final = "none"  # calls that said not who they are
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STATUS_CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "other", "other", "other", "other")
@@ -69,6 +73,8 @@ UPSTREAM_FAILURES: Final = (
 )  # fmt: skip
 REDIRECTS: Final = ("rewritten", "off", "outside", "scheme")  # as `redirects` has them
 PICO: Final = 10**12  # in a dollar
+DAY_S: Final = 86_400
+DAYS_MAX: Final = 31  # days of which the times are kept: a month
 # Why a call has no cost although it consumed something; one that failed has none either, and nothing is missing.
 UNPRICED: Final = frozenset({"unknown_model", "unknown_provider", "no_price"})
 _TOKEN_KINDS: Final = (
@@ -78,6 +84,7 @@ _TOKEN_KINDS: Final = (
     ("cache_write_input", "cache_write_input_tokens"),
     ("reasoning_output", "reasoning_output_tokens"),
 )
+_BOTH_WAYS: Final = frozenset({"input", "output"})  # the others are parts of these
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,6 +150,15 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_unpriced_calls": Family(
         "counter", "Model calls whose cost is not known, because no price is", ("provider", "model")
     ),
+    "sidecar_route_tokens": Family("counter", "Tokens that answers reported, by route", ("route", "kind")),
+    "sidecar_route_cost_usd": Family("counter", "What calls cost, in US dollars, by route", ("route",)),
+    "sidecar_subscriber_calls": Family(
+        "counter", "Calls by who pays; `SIDECAR_METRICS_SUBSCRIBERS` says how many are told apart", ("subscriber",)
+    ),
+    "sidecar_subscriber_tokens": Family("counter", "Tokens by who pays, likewise", ("subscriber", "kind")),
+    "sidecar_subscriber_cost_usd": Family(
+        "counter", "What calls cost by who pays, in US dollars, likewise", ("subscriber",)
+    ),
     "sidecar_sealed_events": Family("counter", "Events sealed for delivery", ("backend",)),
     "sidecar_verdicts": Family("counter", "What backends said of events", ("backend", "verdict")),
     "sidecar_send_failures": Family(
@@ -193,6 +209,14 @@ class Histogram:
             running += count
             rows.append((bound, float(running)))
         return rows
+
+
+@dataclass(slots=True, frozen=True)
+class DayTimes:
+    """How long the calls of a day took, and until their first byte."""
+
+    whole: Histogram = field(default_factory=Histogram)
+    first_byte: Histogram = field(default_factory=Histogram)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -289,7 +313,11 @@ class HopCounts(HopEvents):
 class Metrics(HopEvents, Collector):
     """The counts of one process. Build as many as you like: each has its own registry."""
 
-    def __init__(self, *, backends: Sequence[str] = ()) -> None:
+    def __init__(self, *, backends: Sequence[str] = (), subscribers_max: int = 0) -> None:
+        """`subscribers_max`: how many subscribers are told apart, those that call first; 0: none is a label."""
+        self._subscribers_max = subscribers_max
+        self._subscribers: dict[str, str] = {}  # those told apart -> the label
+        self.days: dict[int, DayTimes] = {}  # by number of the day since 1970, UTC
         self._counters: dict[str, dict[Key, float]] = {n: {} for n, f in FAMILIES.items() if f.kind == "counter"}
         self._histograms: dict[str, dict[Key, Histogram]] = {
             n: {} for n, f in FAMILIES.items() if f.kind == "histogram"
@@ -314,10 +342,13 @@ class Metrics(HopEvents, Collector):
 
     def call_ended(self, exchange: Exchange) -> None:
         """Count one call, its times, bytes and tokens. Of a WebSocket's message only the tokens."""
+        payer = self._payer(exchange.subscriber, exchange.status, exchange.outcome)
         if exchange.parent_id is not None:
             if exchange.usage is not None:
-                self._count_usage(exchange)
+                self._count_usage(exchange, payer)
             return
+        if payer is not None:
+            self._count("sidecar_subscriber_calls", (payer,))
         status, outcome = exchange.status, exchange.outcome
         method = exchange.method if exchange.method in METHODS else "other"
         status_class = STATUS_CLASSES[0 if status is None else status // 100]
@@ -325,12 +356,15 @@ class Metrics(HopEvents, Collector):
         self._calls[key] = self._calls.get(key, 0) + 1
         self._request_bytes[()] += exchange.request_bytes
         self._response_bytes[()] += exchange.response_bytes
+        day = self._day(exchange.started_ns // (DAY_S * 1_000_000_000))
         if exchange.duration_ms is not None:
             self._durations[outcome].observe(exchange.duration_ms / 1e3)
+            day.whole.observe(exchange.duration_ms / 1e3)
         if exchange.first_byte_ms is not None:
             self._first_byte.observe(exchange.first_byte_ms / 1e3)
+            day.first_byte.observe(exchange.first_byte_ms / 1e3)
         if exchange.usage is not None:
-            self._count_usage(exchange)
+            self._count_usage(exchange, payer)
 
     def calls_ended(self, group: CallGroup) -> None:
         """The same for plain calls that differ in numbers only."""
@@ -345,12 +379,22 @@ class Metrics(HopEvents, Collector):
             times.observe(milliseconds / 1e3)
         self._durations[record.outcome].add(times)
         self._first_byte.add(times)  # plain responses come in one piece: their first byte is their last
+        self.add_day(group.hour // DAY_S, DayTimes(times, times))
+        payer = self._payer(record.subscriber, record.status, record.outcome)
+        if payer is not None:
+            self._count("sidecar_subscriber_calls", (payer,), group.calls)
         if record.usage is not None:
-            self._add_usage(record.usage, group.calls, group.tokens.get)
+            self._add_usage(record.usage, group.calls, group.tokens.get, record.route, payer)
             if group.priced:
-                self._add_cost(record.usage, group.cost_pico / PICO)
+                self._add_cost(record.usage, group.cost_pico / PICO, record.route, payer)
             if group.unpriced:
                 self._add_unpriced(record.usage, group.unpriced)
+
+    def add_day(self, number: int, times: DayTimes) -> None:
+        """More times of a day."""
+        day = self._day(number)
+        day.whole.add(times.whole)
+        day.first_byte.add(times.first_byte)
 
     def count(self, name: str, text: str, count: float = 1) -> None:
         self._count_capped(name, (text,) if text else (), count)
@@ -447,19 +491,46 @@ class Metrics(HopEvents, Collector):
                 key = (*key[:-1], "other")
         counts[key] = counts.get(key, 0) + count
 
-    def _count_usage(self, exchange: Exchange) -> None:
+    def _day(self, number: int) -> DayTimes:
+        found = self.days.get(number)
+        if found is None:
+            found = self.days[number] = DayTimes()
+            while len(self.days) > DAYS_MAX:
+                del self.days[min(self.days)]
+        return found
+
+    def _payer(self, subscriber: Subscriber | None, status: int | None, outcome: Outcome) -> str | None:
+        """The label of who pays, of which there are not too many; None: nobody is told apart. A credential that the
+        upstream turned down is nobody's, as in the ledger: made-up keys take no place."""
+        if not self._subscribers_max:
+            return None
+        if subscriber is None:
+            return NOBODY
+        if status in (401, 403) and outcome is not Outcome.DENIED:
+            return UNAUTHENTICATED
+        known = self._subscribers.get(subscriber.id)
+        if known is None:
+            if len(self._subscribers) >= self._subscribers_max:
+                return OTHER
+            known = self._subscribers[subscriber.id] = label(subscriber.id)
+        return known
+
+    def _count_usage(self, exchange: Exchange, payer: str | None) -> None:
         usage = exchange.usage
         assert usage is not None
-        self._add_usage(usage, 1, partial(getattr, usage))
+        self._add_usage(usage, 1, partial(getattr, usage), exchange.route, payer)
         cost = exchange.cost
         if cost is not None and cost.get("total") is None:
             if cost.get("reason") in UNPRICED:
                 self._add_unpriced(usage, 1)
         elif cost is not None and cost.get("currency") == "USD":
-            self._add_cost(usage, float(cost["total"]))
+            self._add_cost(usage, float(cost["total"]), exchange.route, payer)
 
-    def _add_cost(self, usage: Usage, usd: float) -> None:
+    def _add_cost(self, usage: Usage, usd: float, route: str | None, payer: str | None) -> None:
         self._count("sidecar_cost_usd", self._of_model(usage), usd)
+        self._count("sidecar_route_cost_usd", (route or "other",), usd)
+        if payer is not None:
+            self._count("sidecar_subscriber_cost_usd", (payer,), usd)
 
     def _add_unpriced(self, usage: Usage, calls: int) -> None:
         self._count("sidecar_unpriced_calls", self._of_model(usage), calls)
@@ -475,7 +546,9 @@ class Metrics(HopEvents, Collector):
                 known = self._models[model] = label(model)
         return provider, known
 
-    def _add_usage(self, usage: Usage, calls: int, tokens_of: Callable[[str], int | None]) -> None:
+    def _add_usage(
+        self, usage: Usage, calls: int, tokens_of: Callable[[str], int | None], route: str | None, payer: str | None
+    ) -> None:
         """`tokens_of`: how many of a kind, by the name of its field."""
         provider, model = self._of_model(usage)
         state = (usage.usage_state, provider, model)
@@ -485,6 +558,10 @@ class Metrics(HopEvents, Collector):
             if tokens:
                 key = (kind, provider, model)
                 self._tokens[key] = self._tokens.get(key, 0) + tokens
+                if kind in _BOTH_WAYS:
+                    self._count("sidecar_route_tokens", (route or "other", kind), tokens)
+                    if payer is not None:
+                        self._count("sidecar_subscriber_tokens", (payer, kind), tokens)
 
     def _start_at_zero(self, backends: Sequence[str]) -> None:
         for name, family in FAMILIES.items():

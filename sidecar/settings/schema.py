@@ -218,7 +218,7 @@ class ServeSettings:
     admin_listen: Address = _setting(
         types.address,
         "127.0.0.1:9464",
-        "`/healthz` `/readyz` `/metrics` `/balance`, `/usage` `/records` `/parked` `/limits`; it only reads",
+        "the page, `/healthz` `/readyz` `/metrics` `/balance`, `/usage` `/records` `/parked` `/limits`; it only reads",
     )
     admin_token: Secret | None = _secret(
         types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"
@@ -226,6 +226,10 @@ class ServeSettings:
     admin_hosts: tuple[str, ...] = _setting(
         types.hosts, None, "further names by which the admin port may be called; its own addresses always may"
     )
+    metrics_subscribers: int = _setting(
+        types.count(0, 10_000), "0",  # each is four series, and Prometheus keeps them for weeks
+        "how many subscribers `/metrics`, which asks for no token, tells apart: the first to call; others are `other`",
+    )  # fmt: skip
     workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
     stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
     stop_delay_s: float = _setting(

@@ -7,7 +7,7 @@ from typing import Any
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
-from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
+from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, HopCounts, Metrics
 
 
@@ -75,6 +75,29 @@ def test_labels_stay_bounded() -> None:
     parked = {key: value for key, value in seen.items() if key[0] == "sidecar_parked_total"}
     assert len(parked) == REASONS_MAX + 1
     assert sum(parked.values()) == REASONS_MAX + 50
+
+
+def test_subscribers_are_labels_only_where_asked_for_and_up_to_a_number() -> None:
+    def of(number: int, *, status: int = 200) -> Exchange:
+        one = call(status=status)
+        one.subscriber = Subscriber(id=f"who-{number}", source="header:x-tenant")
+        one.cost = {"currency": "USD", "total": "0.25"}
+        return one
+
+    silent, metrics = Metrics(), Metrics(subscribers_max=3)
+    for number in range(10):
+        for each in (silent, metrics):
+            each.call_ended(of(number, status=401))  # made-up keys take no place
+            each.call_ended(of(number))
+    metrics.call_ended(call())
+    assert not [key for key in samples(silent) if key[0].startswith("sidecar_subscriber_")]
+    seen = samples(metrics)
+    calls = {key[1][1]: value for key, value in seen.items() if key[0] == "sidecar_subscriber_calls_total"}
+    assert calls == {"who-0": 1, "who-1": 1, "who-2": 1, "other": 7, "unauthenticated": 10, "none": 1}
+    assert seen[("sidecar_subscriber_cost_usd_total", ("subscriber", "other"))] == 7 * 0.25
+    assert seen[("sidecar_subscriber_tokens_total", ("kind", "input"), ("subscriber", "other"))] == 7 * 3
+    assert seen[("sidecar_route_cost_usd_total", ("route", "/v1/chat/completions"))] == 20 * 0.25
+    assert seen[("sidecar_route_tokens_total", ("kind", "input"), ("route", "/v1/chat/completions"))] == 21 * 3
 
 
 def test_no_label_moves_a_cursor_ends_a_line_or_has_no_end() -> None:

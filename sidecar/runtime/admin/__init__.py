@@ -9,11 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final, Protocol
+from typing import Any, Final, Protocol
 
 from aiohttp import web
 
+import sidecar
 from sidecar.model.balance import Balance
+from sidecar.runtime.admin import page
 from sidecar.runtime.admin.answers import json_answer
 from sidecar.runtime.admin.guard import Guard
 from sidecar.runtime.admin.reports import Reports
@@ -40,16 +42,23 @@ class Instance(Protocol):
 
     async def readiness(self) -> Readiness: ...
 
+    async def times(self) -> list[dict[str, Any]]: ...
+
 
 def application(instance: Instance, guard: Guard, reports: Reports | None = None) -> web.Application:
-    """`/healthz` `/readyz` `/metrics` `/balance`, and what `reports` has, for whom `guard` lets through."""
+    """The page, how it is, what was counted, and what `reports` has, for whom `guard` lets through."""
 
     async def healthz(_: web.Request) -> web.Response:
         return json_answer({"status": "alive"})
 
     async def readyz(_: web.Request) -> web.Response:
         readiness = await instance.readiness()
-        body = {"status": readiness.state, "notes": list(readiness.notes), "backends": list(readiness.backends)}
+        body = {
+            "status": readiness.state,
+            "version": sidecar.__version__,
+            "notes": list(readiness.notes),
+            "backends": list(readiness.backends),
+        }
         return json_answer(body, status=200 if readiness.ready else 503)
 
     async def metrics(_: web.Request) -> web.Response:
@@ -59,11 +68,16 @@ def application(instance: Instance, guard: Guard, reports: Reports | None = None
         found = await instance.balance()
         return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
 
+    async def times(_: web.Request) -> web.Response:
+        return json_answer({"days": await instance.times()})
+
     app = web.Application(middlewares=[guard.middleware])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
     app.router.add_get("/balance", balance)
+    app.router.add_get("/times", times)
     if reports is not None:
         reports.add_to(app)
+    page.add(app)
     return app

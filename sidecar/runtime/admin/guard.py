@@ -21,7 +21,7 @@ from aiohttp.typedefs import Handler, Middleware
 from sidecar.runtime.admin.answers import json_answer
 from sidecar.settings import Address, Secret, Settings
 
-CUSTOMER_PATHS: Final = ("/", "/usage", "/records", "/parked", "/limits")  # what shows who uses what
+CUSTOMER_PATHS: Final = ("/usage", "/records", "/parked", "/limits")  # what shows who uses what; the page asks for it
 ALWAYS: Final = "localhost"  # no browser asks the network for it
 _HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::\d*)?", re.ASCII)  # RFC 9110, 7.2: host, and perhaps a port
 
