@@ -116,6 +116,7 @@ async def serve(
             while (told := await wire.receive()) is not None and told.get("do") != "stop":
                 if told.get("do") == "reload":
                     found.proxy.reload_tls()
+                    found.proxy.reload_secrets()
             if told is None:
                 log.warning("the supervisor is gone: open calls are finished, and no more are taken")
     except OSError as error:
