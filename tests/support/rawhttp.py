@@ -421,7 +421,7 @@ class Hop:
 
     def __init__(
         self,
-        upstream_url: str,
+        upstream_url: str | None,
         *,
         taps: Taps | None = None,
         attribute: Attribute | None = None,
