@@ -41,6 +41,7 @@ class Refused:
     reason: str  # a short fixed word or the backend's code; no body text
 
 
+NO_CUSTOMER: Final = "no_customer"  # the reason of a record that nobody is known to pay for
 KEY_MISMATCH: Final = "key_mismatch"
 """The reason of a refusal that is about the request's key: something came under it before, with other bytes. So the
 events may be there already, and nothing of them is sent under another key unless an operator accepts doubles."""

@@ -358,6 +358,9 @@ async def billing(
             spool.on_committed(bills.committed)
             unopened.pop_all()
             delivery.wake()  # what was settled or salvaged while it opened
+            if copied is None:
+                offering = asyncio.create_task(delivery.offer_mapped())  # the mapping may be another one by now
+                stack.callback(offering.cancel)
         yield bills
 
 

@@ -27,6 +27,7 @@ from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     DAY_S,
     Context,
+    CustomerSettings,
     Provision,
     chosen_meters,
     metered_calls,
@@ -34,6 +35,7 @@ from sidecar.backends.base import (
     rfc3339,
     rounded,
     subscriber_id,
+    without_customer,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, meter_event, seal_batches
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
@@ -78,7 +80,7 @@ _IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNO
 
 
 @dataclass(frozen=True, kw_only=True)
-class StripeSettings(HttpSettings):
+class StripeSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "the API's host")
     stream_url: str = setting(types.http_url, STREAM_HOST, "the host of the stream")
     api_key: Secret = required_secret(HEADER_TEXT, "secret or restricted key", also=("STRIPE_API_KEY",))
@@ -124,8 +126,7 @@ class StripeBackend(HttpBackend[StripeSettings]):
         pieces: list[Piece] = []
         calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
         for record, customer, amounts in calls:
-            if not self._is_theirs(record, customer):
-                encoded.parked[record.id] = "no_customer"
+            if not self._is_theirs(record, customer) and without_customer(record, self._policy, encoded) is None:
                 continue
             for meter, exact in amounts:
                 amount = self._whole_money(meter, exact)
