@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from decimal import Context as Arithmetic
@@ -88,6 +88,7 @@ class Policy:
     refused: str = SKIP  # turned away by us: a bad request
     unsettled: str = PARK  # found open after a crash: nobody knows what was consumed
     partial: str = SEND  # usage is a lower bound, because the end of the answer was not seen
+    no_customer: str = PARK  # nobody is known to pay; of one that bills customers
 
     def place(self, record: Record, encoded: Encoded) -> bool:
         """True: the record is to be sent. Otherwise it has been put where it belongs."""
@@ -122,6 +123,20 @@ class BillingSettings:
     @property
     def policy(self) -> Policy:
         return Policy(denied=self.denied, refused=self.refused, unsettled=self.unsettled, partial=self.partial)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CustomerSettings(BillingSettings):
+    """The same for one that bills customers by their ids there."""
+
+    no_customer: str = setting(
+        _DO, BILLING.no_customer,
+        "calls of nobody who is a customer there: `send` (under our own id; parked without one), `skip` or `park`",
+    )  # fmt: skip
+
+    @property
+    def policy(self) -> Policy:
+        return replace(super().policy, no_customer=self.no_customer)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,7 +206,7 @@ def answered_calls(
         if policy.place(record, encoded):
             if not answered(record):
                 encoded.skipped[record.id] = "unanswered"
-            elif customer := _payer(record, customers, encoded):
+            elif customer := _payer(record, policy, customers, encoded):
                 yield record, customer
 
 
@@ -206,7 +221,7 @@ def metered_calls(
             failed = failures(record, meters) if len(amounts) < len(meters) else {}
             if not amounts and not failed:
                 encoded.skipped[record.id] = "no_value"
-            elif customer := _payer(record, customers, encoded):
+            elif customer := _payer(record, policy, customers, encoded):
                 encoded.withheld.update(failed)
                 if amounts:
                     yield record, customer, amounts
@@ -227,12 +242,20 @@ def meter_event(record: Record, meter: Meter) -> Event:
     return Event(record.id, f"{record.id}:{meter.name}")
 
 
-def _payer(record: Record, customers: Mapping[str, str], encoded: Encoded) -> str | None:
-    """Who pays; while nobody is known to, the record is parked: a mapping can still say who."""
-    customer = customer_id(record, customers)
-    if not customer:
-        encoded.parked[record.id] = NO_CUSTOMER
-    return customer
+def _payer(record: Record, policy: Policy, customers: Mapping[str, str], encoded: Encoded) -> str | None:
+    """Who pays. While nobody is known to, the record is parked, unless the policy says otherwise: a mapping can still
+    say who."""
+    return customer_id(record, customers) or without_customer(record, policy, encoded)
+
+
+def without_customer(record: Record, policy: Policy, encoded: Encoded) -> str | None:
+    """The id that a call is sent under while no customer is known for it; None: it has been put where it belongs."""
+    own = subscriber_id(record)
+    if policy.no_customer == SEND and own:
+        return own
+    place = encoded.skipped if policy.no_customer == SKIP else encoded.parked
+    place[record.id] = NO_CUSTOMER
+    return None
 
 
 def json_number(quantity: int | Decimal) -> orjson.Fragment:

@@ -17,6 +17,7 @@ import orjson
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     Context,
+    CustomerSettings,
     Provision,
     answered_calls,
     json_number,
@@ -41,7 +42,7 @@ SOURCE: Final = "metering-sidecar"
 
 
 @dataclass(frozen=True, kw_only=True)
-class FlexpriceSettings(HttpSettings):
+class FlexpriceSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "with or without `/v1`; `https://api.cloud.flexprice.io` in India")
     api_key: Secret = required_secret(HEADER_TEXT, "sent as `x-api-key`", also=("FLEXPRICE_API_KEY",))
     event_name: str = setting(types.text, "api_request", "the event's name, as the meters have it")

@@ -23,6 +23,7 @@ import orjson
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     Context,
+    CustomerSettings,
     chosen_meters,
     clip,
     meter_event,
@@ -48,7 +49,7 @@ _THERE: Final = {"transaction_id": ["value_already_exist"]}
 
 
 @dataclass(frozen=True, kw_only=True)
-class LagoSettings(HttpSettings):
+class LagoSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "the API's host; `https://api.eu.getlago.com` in Europe, or your own")
     api_key: Secret = required_secret(HEADER_TEXT, "sent as `Authorization: Bearer …`", also=("LAGO_API_KEY",))
     meters: tuple[str, ...] = setting(types.names, None, "the meters to send; all of them when not set")

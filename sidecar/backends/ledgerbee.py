@@ -19,6 +19,7 @@ import orjson
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     Context,
+    CustomerSettings,
     chosen_meters,
     clip,
     json_number,
@@ -52,7 +53,7 @@ def _meter_pairs(items: Sequence[str]) -> Mapping[str, str]:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LedgerbeeSettings(HttpSettings):
+class LedgerbeeSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "the API's host")
     api_key: Secret = required_secret(HEADER_TEXT, "sent as `x-api-key`; scope `meter-report`")
     meters: Mapping[str, str] = setting(

@@ -20,6 +20,7 @@ import orjson
 from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     Context,
+    CustomerSettings,
     answered_calls,
     rfc3339,
 )
@@ -38,7 +39,7 @@ BATCH_DEFAULT: Final = 500  # no limit is stated; 100 to 1000 is what deployment
 
 
 @dataclass(frozen=True, kw_only=True)
-class OpenmeterSettings(HttpSettings):
+class OpenmeterSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "the deployment; for v3 with what stands before `/openmeter/events`")
     api_key: Secret | None = secret_setting(HEADER_TEXT, "sent as `Authorization: Bearer …`")
     api: str = setting(types.word_of(*PATHS), "v1", "`v3` for the API that Kong hosts")

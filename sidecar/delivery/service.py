@@ -39,7 +39,7 @@ from sidecar.delivery.types import (
 )
 from sidecar.delivery.worker import Worker
 from sidecar.model.balance import BackendTotals
-from sidecar.model.delivery import Backend
+from sidecar.model.delivery import NO_CUSTOMER, Backend
 from sidecar.model.record import Record
 from sidecar.spool.types import SpoolError
 
@@ -264,6 +264,30 @@ class Delivery:
         ]
         return told
 
+    async def offer_mapped(self) -> Redriven:
+        """Offer again what is parked because nobody was known to pay for it, and is no more: for a start, and for
+        whenever customers were mapped. What nobody is known to pay for still is not touched. Stops as `offer_again`
+        does."""
+        told, after = Redriven(), 0
+        last = await asyncio.to_thread(self._queries.last_parked)
+        while True:
+            read = await asyncio.to_thread(self.parked, reason=NO_CUSTOMER, after=after)
+            page = [row for row in read if row.id <= last]
+            for name in dict.fromkeys(row.backend for row in page):
+                worker = self._workers.get(name)
+                if worker is None:
+                    continue
+                rows = [row for row in page if row.backend == name and _is_mapped(worker.backend, row)]
+                if rows:
+                    await worker.redrive(rows, told, resend_unknown=False)
+            if len(page) < PAGE:
+                break
+            after = page[-1].id
+            await asyncio.sleep(0)
+        if told.offered:
+            _LOG.info("%d records that nobody was known to pay for have a customer now and go again", told.offered)
+        return told
+
     async def _redrive_some(
         self,
         told: Redriven,
@@ -431,3 +455,12 @@ class Delivery:
                     break
             found.append(Place(instance, last, recorded))
         return found
+
+
+def _is_mapped(backend: Backend, row: Parked) -> bool:
+    """Whether the backend's encoder knows now who pays for the record of a parked event."""
+    try:
+        record = Record.from_json(row.line)
+        return backend.encode([record]).parked.get(record.id) != NO_CUSTOMER
+    except ValueError:
+        return False  # a line that is damaged: what is to be done with it is said where it is redriven by name

@@ -77,6 +77,11 @@ class Call:
     hangs_up: bool = False  # the client leaves after the first piece
 
     @property
+    def vendor(self) -> str:
+        """Whose API it calls."""
+        return "anthropic" if self.path == "/v1/messages" else "openai"
+
+    @property
     def is_streamed(self) -> bool:
         return self.body.get("stream") is True
 
@@ -113,6 +118,10 @@ CALLS: Final = (
 )  # fmt: skip
 
 
+KEYS: Final = {"openai": "sk-demo-openai", "anthropic": "sk-ant-demo"}
+"""What each vendor wants, and only the sidecar has."""
+
+
 def say_at_once(line: str) -> None:
     """Print, also into a pipe, when it happens."""
     print(line, flush=True)
@@ -134,16 +143,22 @@ async def run(
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="metering-sidecar-demo-")))
         data_dir = folder / "data"
-        upstream_url = await stack.enter_async_context(_scripted())
-        environ = environment(upstream_url, data_dir)
+        urls = {name: await stack.enter_async_context(_scripted(key)) for name, key in KEYS.items()}
+        config = folder / "sidecar.toml"
+        config.write_text(_upstreams(folder, urls))
+        environ = environment(None, data_dir) | {"SIDECAR_CONFIG": str(config)}
         receiver, receiver_url = None, ""
         if backend is not None:
             receiver, receiver_url = await stack.enter_async_context(_receiving(backend))
             environ |= pointed_at(backend, receiver_url, mode)
-            environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}", "SIDECAR_CONFIG": str(_customers(folder, backend))}
+            environ |= {"SIDECAR_BACKENDS": f"ledger,{backend}"}
+            with config.open("a") as file:
+                file.write(_customers(backend))
         sidecar = await stack.enter_async_context(start(environ))
-        say(f"scripted upstream  {upstream_url}  (OpenAI and Anthropic; nothing leaves this machine)")
-        say(f"sidecar            {sidecar.proxy_url}  in front of it; records go to {data_dir}")
+        for name, url in urls.items():
+            say(f"scripted {name:<9} {url}  (refuses without its key; nothing leaves this machine)")
+        say(f"sidecar            {sidecar.proxy_url}  in front of both, with their keys, which clients do not have")
+        say(f"                   {', '.join(f'/{name}' for name in urls)} choose the vendor; records go to {data_dir}")
         if backend is not None:
             say(f"receiver           {receiver_url}  in the place of {backend}")
         say("")
@@ -161,10 +176,10 @@ async def run(
     return 1 if problems else 0
 
 
-def environment(upstream_url: str, data_dir: Path) -> dict[str, str]:
+def environment(upstream_url: str | None, data_dir: Path) -> dict[str, str]:
     """The settings of the demo's sidecar: what a user would write into an env file."""
     return {
-        "SIDECAR_UPSTREAM_URL": upstream_url,
+        **({} if upstream_url is None else {"SIDECAR_UPSTREAM_URL": upstream_url}),
         "SIDECAR_LISTEN": "127.0.0.1:0",
         "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0",
         "SIDECAR_DATA_DIR": str(data_dir),
@@ -189,17 +204,26 @@ def _with_modes() -> list[str]:
     return [name for name, row in BACKENDS.items() if any(setting.name == "mode" for setting in row.settings)]
 
 
-def _customers(folder: Path, backend: str) -> Path:
-    """The file that says who the demo's subscribers are at the backend, which most backends want to know."""
-    path = folder / "sidecar.toml"
+def _upstreams(folder: Path, urls: Mapping[str, str]) -> str:
+    """The settings of both vendors, with the files that hold their keys."""
+    text = ""
+    for name, url in urls.items():
+        path = folder / f"{name}.key"
+        path.write_text(f"{KEYS[name]}\n")
+        header = f'x-api-key = "file:{path}"' if name == "anthropic" else f'authorization = "Bearer file:{path}"'
+        text += f'[[upstreams]]\nname = "{name}"\nprefix = "/{name}"\nurl = "{url}"\nset_headers = {{ {header} }}\n\n'
+    return text
+
+
+def _customers(backend: str) -> str:
+    """Who the demo's subscribers are at the backend, which most backends want to know."""
     names = dict.fromkeys(call.subscriber for call in CALLS)
-    path.write_text("".join(f'[subscribers.{name}]\n{backend} = "cus_{name}"\n' for name in names))
-    return path
+    return "".join(f'[subscribers.{name}]\n{backend} = "cus_{name}"\n' for name in names)
 
 
 @asynccontextmanager
-async def _scripted() -> AsyncIterator[str]:
-    llm = ScriptedLLM(Script(delay_s=PIECE_DELAY_S))
+async def _scripted(key: str) -> AsyncIterator[str]:
+    llm = ScriptedLLM(Script(delay_s=PIECE_DELAY_S), key=key)
     url = await llm.start()
     try:
         yield url
@@ -231,10 +255,10 @@ async def _send(session: aiohttp.ClientSession, call: Call) -> str:
     """Send one call; what came back, in words."""
     headers = {
         "x-tenant": call.subscriber, "X-Script": call.script, "Content-Type": "application/json",
-        "Authorization": "Bearer sk-demo", "anthropic-version": "2023-06-01",
+        "anthropic-version": "2023-06-01",
     }  # fmt: skip
     begun = monotonic()
-    async with session.post(call.path, data=orjson.dumps(call.body), headers=headers) as answer:
+    async with session.post(f"/{call.vendor}{call.path}", data=orjson.dumps(call.body), headers=headers) as answer:
         pieces = 0
         async for _ in answer.content.iter_any():
             pieces += 1
@@ -360,7 +384,7 @@ async def _keep(sidecar: Running, data_dir: Path, say: Say) -> None:
     say("It stays up. Look around, and end it with Ctrl-C:")
     say(f"  curl {sidecar.admin_url}/balance   also /metrics, /readyz, /healthz")
     say(f"  SIDECAR_DATA_DIR={data_dir} metering-sidecar records   also usage, balance, spool status")
-    say(f"  curl {sidecar.proxy_url}/v1/chat/completions -H 'Authorization: Bearer x' -H 'x-tenant: you' \\")
+    say(f"  curl {sidecar.proxy_url}/openai/v1/chat/completions -H 'x-tenant: you' \\")
     say('    -H \'Content-Type: application/json\' -d \'{"model": "gpt-5-mini", "messages": []}\'')
     with stop_event() as stop:
         await stop.wait()

@@ -161,11 +161,12 @@ class _Pending:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Policy:
-    """What is to be decided, and by what. `meant`: of (method, target). `key_of`: the hash of the credential in a head,
-    which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in a body."""
+    """What is to be decided, and by what. `meant`: of (method, target, name of the upstream). `key_of`: the hash of the
+    credential in a head, which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in
+    a body."""
 
     limits: Sequence[Limit]
-    meant: Callable[[str, str], Meant]
+    meant: Callable[[str, str, str | None], Meant]
     key_of: Callable[[RawHeaders], str | None]
     deny: Deny
     reads: frozenset[bytes] = frozenset()
@@ -237,9 +238,10 @@ class Admission:
         subscriber: Subscriber | None,
         dimensions: Mapping[str, str],
         route: str | None,
+        upstream: str | None = None,
     ) -> Prepared:
         """What the head says; the same for all calls with the same of it."""
-        meant = self._meant(method, target)
+        meant = self._meant(method, target, upstream)
         facts = Facts(
             subscriber=None if subscriber is None else subscriber.id,
             key=(self._key_of(fields) or "unauthenticated") if self.by_key else None,

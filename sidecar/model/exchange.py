@@ -190,6 +190,7 @@ class Exchange:
     charge: Money | None = None  # what its customer is asked for it, where prices say so
     error: str | None = None  # a fixed text of ours; never bytes from the wire
     gate: Gate | None = None  # None: no limit and no gate had a say
+    upstream: str | None = None  # its name, where there are several
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -211,6 +212,7 @@ class RequestShape:
     user_agent: str | None
     subscriber: Subscriber | None
     dimensions: Mapping[str, str]
+    upstream: str | None = None
 
 
 @dataclass(slots=True, frozen=True, kw_only=True)
@@ -265,6 +267,7 @@ class PlainExchange:
             duration_ms=self.duration_ms,
             request_bytes=self.request_bytes,
             gate=self.gate,
+            upstream=shape.upstream,
         )
         if response is not None:
             exchange.outcome = Outcome.COMPLETE

@@ -75,6 +75,11 @@ class UpstreamAddress:
         )
 
     @classmethod
+    def nowhere(cls) -> UpstreamAddress:
+        """Of calls that go to no upstream: a record's URL is their path alone."""
+        return cls(url="", tls=False, host="", port=0, authority=b"", base=b"", socket_path=None)
+
+    @classmethod
     def _parse_unix(cls, text: str) -> UpstreamAddress:
         socket, colon, base = text.removeprefix("unix:").partition(":")
         if not socket.startswith("/") or (colon and not base.startswith("/")) or not text.isprintable():

@@ -84,6 +84,7 @@ class Record:
     json: bytes  # the stored line, without its line end
     cost: Money | None = None
     charge: Money | None = None
+    upstream: str | None = None  # None: there is one only
 
     @classmethod
     def from_json(cls, line: bytes) -> Record:
@@ -141,6 +142,7 @@ def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Re
         json=line,
         cost=exchange.cost,
         charge=exchange.charge,
+        upstream=exchange.upstream,
     )
 
 
@@ -171,8 +173,11 @@ class LineTemplate:
         self._form = (
             b'{"id":"%%b","seq":%%d,"instance":%b,"version":%b,"parent_id":null,"started_at":"%%b","first_byte_ms":%%a,'
             b'"duration_ms":%%a,%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
-            b',"cost":%%b,"error":null}'
-        ) % tuple(_literal(value) for value in (instance, RECORD_VERSION, between, request.user_agent, behind))
+            b',"cost":%%b,"error":null%b}'
+        ) % (
+            *(_literal(value) for value in (instance, RECORD_VERSION, between, request.user_agent, behind)),
+            b"" if request.upstream is None else b"," + _literal({"upstream": request.upstream}),
+        )
         self._client_ip: str | None = None
         self._client_ip_json = b"null"
         self._second, self._second_text = -1, b""
@@ -260,6 +265,8 @@ def _row(exchange: Exchange, seq: int, instance: str) -> dict[str, Any]:
     }
     if exchange.gate is not None:  # left out, not null: most sidecars have no limits
         row["gate"] = exchange.gate.to_dict()
+    if exchange.upstream is not None:  # likewise: most have one upstream
+        row["upstream"] = exchange.upstream
     return row
 
 
@@ -325,6 +332,7 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
         json=line,
         cost=row.get("cost"),
         charge=row.get("charge"),
+        upstream=row.get("upstream"),
     )
 
 

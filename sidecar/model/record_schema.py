@@ -63,11 +63,12 @@ _SUBSCRIBER: Final[dict[str, Any]] = {
 _GATE: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
-        "decision": {"enum": ["allowed", "denied", "shadow"]},
+        "decision": {"enum": ["allowed", "denied", "shadow", "undecided"]},
         "limit": _text(),
         "source": _text(null=False),
         "age_s": {"type": "number", "minimum": 0},
         "reserved": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "sent": {"const": False},  # only where nothing of the call went upstream
     },
     "required": ["decision", "limit", "source", "age_s"],
     "additionalProperties": True,

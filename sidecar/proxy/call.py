@@ -34,6 +34,7 @@ from sidecar.model.exchange import (
     Exchange,
     Gate,
     Outcome,
+    Recorder,
     Release,
     Subscriber,
     Usage,
@@ -42,7 +43,7 @@ from sidecar.model.exchange import (
 )
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
-from sidecar.proxy.context import NEVER, Hop
+from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.drains import REASONS
 from sidecar.proxy.ending import Cause, Ending, Phase
 from sidecar.proxy.headers import Peer, trace_id
@@ -170,8 +171,8 @@ class Call:
 
     __slots__ = (
         "_asked", "_connecting", "_drain_owners", "_exchange", "_gating", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_request_tap", "_switch", "_tunnel", "body", "client",
-        "connection", "deadline", "phase", "response",
+        "_keep_alive", "_message", "_not_drained", "_own", "_recorder", "_request_tap", "_switch", "_target",
+        "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
@@ -196,12 +197,16 @@ class Call:
         self._asked = False  # usage was asked for on the client's behalf
         self._gating: _Gating | None = None  # None: nobody asks whether it may be made
         # the upstream's side
+        self._to = hop.rest
+        self._target = message.path  # as that upstream gets it
+        self._timeout_s = hop.rest.timeout_s
         self._connecting: Task[None] | None = None
         self.connection: UpstreamConnection | None = None
         self.response: UpstreamResponse | None = None
         self._own = b""  # the response of ours that the client gets instead
         self._tunnel: Tunnel | None = None
         # the record
+        self._recorder: Recorder = hop.recorder
         self._exchange: Exchange
 
     @classmethod
@@ -216,12 +221,16 @@ class Call:
         body: bytes,
         again: bytes | None,
         deadline: float,
+        to: Destination,
+        target: str,
+        timeout_s: float,
     ) -> Call:
         """A call whose request was let in and sent already, and of whose response nothing was read yet. `again`: the
-        request as it was sent, where it may go once more."""
+        request as it was sent, where it may go once more. `target`: as the upstream `to` gets it."""
         call = cls(hop, client, message, EMPTY_PAYLOAD)
+        call._to, call._target, call._timeout_s = to, target, timeout_s
         call._exchange = exchange
-        tap = call._request_tap = _ask(None, hop.taps.request, message.method, message.path, message.raw_headers)
+        tap = call._request_tap = _ask(None, to.reading.taps.request, message.method, target, message.raw_headers)
         if tap is not None and body:
             _ask(None, tap.feed, body)
         if again is not None:
@@ -251,8 +260,10 @@ class Call:
         """Let the call in and send it on. What is raised before it stands in `hop.calls` is the caller's to answer."""
         hop, message, client = self._hop, self._message, self.client
         assert client is not None
-        rules = hop.headers
-        method, target = message.method, message.path
+        method = message.method
+        to, target = hop.choose(message.path, message.raw_headers)
+        self._to, self._target = to, target
+        rules, reading = to.headers, to.reading
         if message.upgrade and not self._http10:
             self._switch = client.may_switch(message)
         line, authority = rules.request_line(method, target)
@@ -261,7 +272,7 @@ class Call:
         client_ip = rules.client_ip(client.peer, head.forwarded_for)
         url, path = rules.record_url(target)
         fields = head.fields
-        subscriber, dimensions = hop.attribute(fields, target, client_ip)
+        subscriber, dimensions = reading.attribute(fields, target, client_ip)
         exchange = self._exchange = Exchange(
             method=method,
             url=url,
@@ -272,8 +283,13 @@ class Call:
             trace_id=None if head.traceparent is None else trace_id(head.traceparent),
             subscriber=subscriber,
             dimensions=dimensions,
+            upstream=to.name,
         )
-        if not hop.recorder.admit(exchange):
+        self._timeout_s = hop.timeout_s(to, exchange.route)
+        recorded = hop.records(exchange.route)
+        if not recorded:
+            self._recorder = hop.unrecorded
+        if not self._recorder.admit(exchange):
             self.phase = OVER
             client.reject(local_responses.SPOOL_FULL, "spool_full")
             return
@@ -282,7 +298,8 @@ class Call:
         if refused is not None:
             self._finish(Cause.REFUSED, Why(own=refused))
             return
-        tap = self._request_tap = _ask(None, hop.taps.request, method, target, fields)
+        tap = _ask(None, reading.taps.request, method, target, fields) if recorded else None
+        self._request_tap = tap
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
         body = self.body
@@ -291,7 +308,7 @@ class Call:
         )
         if body is not None and not gathers:
             body.tap = tap
-        if hop.gate is not None:
+        if hop.gate is not None and recorded:  # what is not recorded could not be settled
             self._ask_gate(hop.gate, gathers)
         else:
             self._go_on(gathers)
@@ -310,8 +327,9 @@ class Call:
     def _ask_gate(self, gate: Admission, gathers: bool) -> None:
         hop, message, exchange = self._hop, self._message, self._exchange
         prepared = gate.prepare(
-            message.method, message.path, message.raw_headers,
+            message.method, self._target, message.raw_headers,
             subscriber=exchange.subscriber, dimensions=exchange.dimensions, route=exchange.route,
+            upstream=exchange.upstream,
         )  # fmt: skip
         length, waits = _body_ahead(message.raw_headers)
         self._gating = _Gating(gate, prepared, gathers, length)
@@ -385,6 +403,8 @@ class Call:
             return local_responses.AMBIGUOUS
         if message.method == "CONNECT":
             return local_responses.UNKNOWN_METHOD
+        if self._to.upstream is None:
+            return local_responses.NO_UPSTREAM
         return None
 
     # -- the request -----------------------------------------------------------------------------
@@ -423,17 +443,18 @@ class Call:
 
     def _head_of(self, size_bytes: int) -> bytes:
         """The request's head for a body of another length."""
-        client, message, rules = self.client, self._message, self._hop.headers
+        client, message, rules = self.client, self._message, self._to.headers
         assert client is not None
-        line, authority = rules.request_line(message.method, message.path)
+        line, authority = rules.request_line(message.method, self._target)
         fields = head_of(message.raw_headers, size_bytes)
         head = rules.request(fields, client.peer, upgrade=False, http10=self._http10, authority=authority)
         return line + head.lines
 
     def _set_out(self) -> None:
         """On a connection that is at hand, or a new one."""
-        hop = self._hop
-        self.connection = hop.upstream.take()
+        hop, upstream = self._hop, self._to.upstream
+        assert upstream is not None
+        self.connection = upstream.take()
         if self.connection is None:
             self._connecting = hop.loop.create_task(self._connect())
         else:
@@ -461,9 +482,11 @@ class Call:
     async def _new_connection(self) -> UpstreamConnection:
         """A short want of descriptors (a burst of clients that are just being refused) is waited out, not answered."""
         patience_s = self._hop.settings.upstream_connect_timeout_s
+        upstream = self._to.upstream
+        assert upstream is not None
         while True:
             try:
-                return await self._hop.upstream.connect()
+                return await upstream.connect()
             except UnreachableError as error:
                 patience_s -= SHORTAGE_WAIT_S
                 if error.reason != NO_RESOURCES or patience_s < 0:
@@ -473,7 +496,7 @@ class Call:
     def _unreachable(self, event: Event, why: Why) -> None:
         assert why.own is not None
         assert why.reason is not None
-        self._hop.upstream_failed(why.reason, why.error or "")
+        self._hop.upstream_failed(self._to, why.reason, why.error or "")
         self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{local_responses.message_of(why.own)} ({why.reason})"))
 
     def _send(self, event: Event, why: Why) -> None:
@@ -496,7 +519,7 @@ class Call:
         connection.write(data)
         if body is None or body.done:
             self.phase = Phase.WAITING
-            self.deadline = hop.now + hop.settings.upstream_timeout_s
+            self.deadline = hop.now + self._timeout_s
         else:
             self.phase = Phase.SENDING
             self.deadline = hop.now + hop.settings.idle_timeout_s
@@ -505,7 +528,7 @@ class Call:
     def _expect(self) -> None:
         """The next bytes from upstream are the response."""
         self.response = UpstreamResponse(
-            self._hop.headers,
+            self._to.headers,
             self._announce,
             head_only=self._message.method == "HEAD",
             http10=self._http10,
@@ -530,7 +553,7 @@ class Call:
             self._read_on()
         elif self.phase is Phase.SENDING:
             self.phase = Phase.WAITING
-            self.deadline = hop.now + hop.settings.upstream_timeout_s
+            self.deadline = hop.now + self._timeout_s
             if self.response is not None and self.response.upgraded:
                 self._on(Event.SWITCHED)
 
@@ -595,17 +618,19 @@ class Call:
     def _announce(self, response: UpstreamResponse) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""
         hop, exchange = self._hop, self._exchange
-        exchange.response_headers = hop.headers.names_for_record(response.names)
+        exchange.response_headers = self._to.headers.names_for_record(response.names)
         status, fields = response.status, response.fields
         if self._request_tap is not None:
-            response.tap = _ask(None, hop.taps.response, self._request_tap, status, fields)
+            response.tap = _ask(None, self._to.reading.taps.response, self._request_tap, status, fields)
         if self._asked:
-            response.filter = _ask(None, hop.taps.answer_filter, status, fields)
+            response.filter = _ask(None, self._to.reading.taps.answer_filter, status, fields)
         client = self.client
         if client is None:
             return b""
         exchange.status = status
-        meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.settings.meter_id_header else b""
+        meter_id = b""
+        if hop.settings.meter_id_header and exchange.id:  # what is not recorded has none
+            meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
         if status == 101:
             return meter_id
         self._keep_alive = (
@@ -663,7 +688,7 @@ class Call:
         """The response is no HTTP, or was cut off."""
         end = self._decide(Cause.BROKE)
         if end.client is ending.Client.OWN:
-            self._hop.upstream_failed(why.reason or RESET, why.error or "")
+            self._hop.upstream_failed(self._to, why.reason or RESET, why.error or "")
             why = Why(error=f"{why.error} ({why.reason})")
         self._carry_out(end, Cause.BROKE, why)
 
@@ -761,7 +786,7 @@ class Call:
             self._ask_request(self._request_tap)
         if exchange.usage is not None:
             self._look_over(exchange.usage)
-        return self._hop.recorder.complete(exchange, self._release if held else None)
+        return self._recorder.complete(exchange, self._release if held else None)
 
     def _take_back(self, gating: _Gating) -> None:
         """Nothing of the call went upstream: what was set aside for it is free."""
@@ -937,7 +962,7 @@ class Call:
             and client.may_keep_alive(self._message.should_close)
         )
         fields = b""
-        if self._hop.settings.meter_id_header:
+        if self._hop.settings.meter_id_header and exchange.id:
             fields = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
         self._own = own.encode(
             close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
@@ -1004,7 +1029,9 @@ class Call:
             return
         self._flush()
         hop = self._hop
-        tap = _ask(None, hop.taps.websocket, self._message.path, response.fields)
+        tap = None
+        if self._recorder is hop.recorder:
+            tap = _ask(None, self._to.reading.taps.websocket, self._target, response.fields)
         tunnel = self._tunnel = Tunnel(self, self._exchange, client, connection, tap, hop.loop.call_soon)
         self.phase = Phase.TUNNEL
         connection.owner = tunnel
@@ -1032,6 +1059,7 @@ class Call:
             subscriber=parent.subscriber,
             dimensions=parent.dimensions,
             parent_id=parent.id,
+            upstream=parent.upstream,
         )
         recorder = self._hop.recorder
         if not recorder.admit(message):

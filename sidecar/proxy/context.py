@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from time import monotonic_ns, time_ns
 from typing import Final, Protocol
 
 from sidecar.gate.admission import Admission
-from sidecar.model.exchange import Recorder, Subscriber
+from sidecar.model.exchange import Exchange, PlainExchange, Recorder, Release, Subscriber
 from sidecar.model.seldom import Seldom
+from sidecar.proxy.destinations import Destinations
 from sidecar.proxy.drains import REASONS, Drains
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.upstream import Upstream
 from sidecar.settings import OnDisconnect, ProxySettings
+from sidecar.settings import Route as RouteSettings
 from sidecar.usage import RawHeaders, Taps
 
 log = logging.getLogger(__name__)
@@ -52,11 +55,28 @@ class ProxyMetrics(Protocol):
 
     def request_rejected(self, reason: str) -> None: ...
     def upstream_retried(self) -> None: ...
-    def upstream_failed(self, reason: str) -> None: ...
+    def upstream_failed(self, reason: str, upstream: str | None) -> None: ...
+    def not_recorded(self, route: str) -> None: ...
     def redirected(self, what: str) -> None: ...
     def drains_changed(self, delta: int) -> None: ...
     def connections_changed(self, delta: int) -> None: ...
     def limit_reached(self, name: str) -> None: ...
+
+
+class Unrecorded:
+    """In the place of the recorder, for calls on a route with `record = false`: they are never let into the balance,
+    and counted here. They have no id."""
+
+    def __init__(self, counted: Callable[[str], None]) -> None:
+        self._counted = counted
+
+    def admit(self, exchange: Exchange | PlainExchange) -> bool:
+        exchange.started_ns, exchange.started_mono_ns = time_ns(), monotonic_ns()
+        self._counted((exchange.route if isinstance(exchange, Exchange) else exchange.shape.route) or "")
+        return True
+
+    def complete(self, exchange: Exchange | PlainExchange, release: Release | None) -> bool:
+        return True
 
 
 class OpenCall(Protocol):
@@ -68,16 +88,36 @@ class OpenCall(Protocol):
     def stop(self) -> None: ...
 
 
+@dataclass(slots=True, frozen=True, kw_only=True)
+class Reading:
+    """What reads along with the calls to one upstream: whose API it is decides how usage and credentials are read."""
+
+    taps: Taps
+    attribute: Attribute
+    plainly: PlainAttribution | None = None  # `attribute` for calls on the short way; None: none may take it
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class Destination:
+    """One upstream, with all that is its own."""
+
+    name: str | None  # None: there is one only
+    url: str  # as it was set, for people
+    headers: HeaderRules
+    upstream: Upstream | None  # None: calls that match no upstream
+    reading: Reading
+    timeout_s: float  # to the head of a response
+
+
 @dataclass(slots=True, kw_only=True)
 class Hop:
     """What all calls of one proxy share."""
 
     settings: ProxySettings
-    headers: HeaderRules
-    upstream: Upstream
+    rest: Destination  # what matches no other; of one upstream alone all calls
+    others: Destinations[Destination] | None = None  # None: there is one only
+    named: Sequence[Destination] = ()  # of `others`, without `rest`
     recorder: Recorder
-    taps: Taps
-    attribute: Attribute
     attribute_by_body: AttributeByBody | None = None  # None: no member of a body could say it
     route: Route
     metrics: ProxyMetrics
@@ -86,26 +126,55 @@ class Hop:
     now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
     calls: set[OpenCall] = field(default_factory=set)
     drains: Drains = field(init=False)
+    unrecorded: Unrecorded = field(init=False)
+    by_route: Mapping[str, RouteSettings] = field(init=False)
     seldom: Seldom = field(default_factory=Seldom)
     stopping: bool = False
     idle: Callable[[], None] | None = None  # called when the last call is over
 
     def __post_init__(self) -> None:
         self.drains = Drains(self.settings.drains)
+        self.use(self.settings)
+        self.unrecorded = Unrecorded(self.metrics.not_recorded)
+
+    def use(self, settings: ProxySettings) -> None:
+        self.settings = settings
+        self.by_route = {route.pattern: route for route in settings.routes}
+
+    @property
+    def headers(self) -> HeaderRules:
+        """For what is the same whatever the upstream: the clients' addresses."""
+        return self.rest.headers
+
+    def choose(self, target: str, fields: RawHeaders) -> tuple[Destination, str]:
+        """Which upstream a call is for, and the target as that one gets it."""
+        return (self.rest, target) if self.others is None else self.others.choose(target, fields)
+
+    def records(self, route: str | None) -> bool:
+        """Whether calls on this route are recorded."""
+        own = self.by_route.get(route) if route is not None else None
+        return own is None or own.record
+
+    def timeout_s(self, to: Destination, route: str | None) -> float:
+        """How long the head of a response may take: the route's own time, or the upstream's."""
+        own = self.by_route.get(route) if route is not None else None
+        return to.timeout_s if own is None or own.timeout_s is None else own.timeout_s
 
     def disconnect_policy(self, route: str | None) -> OnDisconnect:
         """What to do when the client leaves a call on this route."""
-        own = (found.on_disconnect for found in self.settings.routes if found.pattern == route)
-        return next((policy for policy in own if policy is not None), self.settings.on_disconnect)
+        own = self.by_route.get(route) if route is not None else None
+        return self.settings.on_disconnect if own is None or own.on_disconnect is None else own.on_disconnect
 
-    def upstream_failed(self, reason: str, words: str) -> None:
+    def upstream_failed(self, to: Destination, reason: str, words: str) -> None:
         """A call got no response. `words` are ours or the system's, for a person."""
-        self.metrics.upstream_failed(reason)
-        calls = self.seldom.due(f"upstream {reason}", self.loop.time())
+        self.metrics.upstream_failed(reason, to.name)
+        calls = self.seldom.due(f"upstream {to.name} {reason}", self.loop.time())
         if calls is not None:
+            facts = {"reason": reason, "upstream": to.url, "calls": calls}
+            which = "the upstream" if to.name is None else f"the upstream {to.name}"
             log.warning(
-                "the upstream gives no answer: %s", words,
-                extra={"facts": {"reason": reason, "upstream": self.settings.upstream_url, "calls": calls}},
+                "%s gives no answer: %s", which, words,
+                extra={"facts": facts if to.name is None else {**facts, "name": to.name}},
             )  # fmt: skip
 
     def not_drained(self, limit: str) -> None:

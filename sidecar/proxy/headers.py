@@ -11,7 +11,7 @@ is made only where `Connection` names fields to drop.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from ipaddress import IPv4Address, IPv6Address, ip_address
@@ -28,7 +28,7 @@ from sidecar.model.exchange import (
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.model.target import below, origin_form
 from sidecar.proxy.redirects import Called, Redirects
-from sidecar.settings import ProxySettings
+from sidecar.settings import ProxySettings, SetHeader, UpstreamSettings
 from sidecar.usage import RawHeaders
 
 METER_ID: Final = b"x-meter-id"
@@ -57,6 +57,7 @@ KEEP_ALIVE: Final = 16  # dropped, and read: how long the upstream means to keep
 LOCATION: Final = 17  # this and what follows may point to the upstream
 CONTENT_LOCATION: Final = 18
 REFRESH: Final = 19
+REMOVED: Final = 20  # read, and not passed on: this upstream is sent another one, or none
 
 REQUEST: Final = {
     b"connection": CONNECTION, b"host": HOST, b"te": TE, b"transfer-encoding": TRANSFER_ENCODING,
@@ -128,25 +129,39 @@ class HeaderRules:
         address: UpstreamAddress,
         limit_reached: Callable[[str], None] = _ignore,
         redirected: Callable[[str], None] = _ignore,
+        upstream: UpstreamSettings | None = None,
     ) -> None:
+        """`upstream`: one of several, whose address it is."""
+        prefix = "" if upstream is None else upstream.prefix
         self._address = address
         self._peers: dict[tuple[str | None, bool], Peer] = {}
         self.authority = address.authority
+        self.base = address.base
         self.preserve_host = settings.preserve_host
         self.mode = str(settings.forwarded)
         self.via = settings.via.encode("latin-1") if settings.via else None
         self._trusted = settings.trusted_proxies
         self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
-        self.record_base = (settings.public_url or address.url).rstrip("/")
+        self.record_base = (settings.public_url + prefix if settings.public_url else address.url).rstrip("/")
         self._query_values = frozenset(settings.query_values)
         self._base = address.base.decode("ascii")
         self._limit_reached = limit_reached
         too_long = partial(limit_reached, "header_name_chars")
-        self.redirects = Redirects(address, rewrite=settings.rewrite_redirects, counted=redirected)
+        self.redirects = Redirects(address, rewrite=settings.rewrite_redirects, counted=redirected, prefix=prefix)
         self.meter_id = settings.meter_id_header
-        self.request_kinds = Kinds(REQUEST, too_long)
+        names = () if upstream is None else (*(one.name for one in upstream.set_headers), *upstream.remove_headers)
+        self.not_passed = frozenset(name.encode("latin-1") for name in names)
+        self.own_lines = b""
+        self.set_own(() if upstream is None else upstream.set_headers)
+        self.request_kinds = Kinds({**REQUEST, **dict.fromkeys(self.not_passed, REMOVED)}, too_long)
         # The field is ours then: one of the upstream's beside it could be taken for it.
         self.response_kinds = Kinds(RESPONSE | {METER_ID: HOP} if self.meter_id else RESPONSE, too_long)
+
+    def set_own(self, headers: Iterable[SetHeader]) -> None:
+        """The fields that the upstream is sent in the place of the client's, from now on."""
+        self.own_lines = b"".join(
+            b"%b: %b\r\n" % (one.name.encode("latin-1"), one.value.reveal().encode("latin-1")) for one in headers
+        )
 
     def names_for_record(self, names: list[str]) -> list[str]:
         """The names of a head's fields, as many as a record keeps; a last one of `CUT` says that there were more."""
@@ -347,6 +362,14 @@ class RequestHead:
     def _drop(self, name: bytes, value: bytes) -> None:
         pass
 
+    def _on_removed(self, name: bytes, value: bytes) -> None:
+        """What the record says of the client it says all the same."""
+        kind = REQUEST.get(name.lower(), PLAIN)
+        if kind == USER_AGENT:
+            self.user_agent = value
+        elif kind == TRACEPARENT:
+            self.traceparent = value
+
     def _on_connection(self, name: bytes, value: bytes) -> None:
         self._connection = self._connection + b"," + value.lower() if self._connection else value.lower()
 
@@ -417,6 +440,8 @@ class RequestHead:
                 self.host = self._authority.encode("latin-1")
             host = self.host if rules.preserve_host and self.host else rules.authority
             parts += (b"Host: ", host, b"\r\n")
+        if rules.own_lines:
+            parts.append(rules.own_lines)
         mode = rules.mode
         if mode == "x-forwarded":
             if self.forwarded_for is self._forwarded_proto is self._forwarded_host is None:
@@ -462,6 +487,7 @@ _REQUEST_HANDLERS: Final[dict[int, Callable[[RequestHead, bytes, bytes], None]]]
     USER_AGENT: RequestHead._on_user_agent,
     TRACEPARENT: RequestHead._on_traceparent,
     IDEMPOTENCY_KEY: RequestHead._on_idempotency_key,
+    REMOVED: RequestHead._on_removed,
 }
 
 

@@ -62,6 +62,7 @@ HEAD_TOO_LARGE: Final = LocalResponse(
 )
 UNKNOWN_METHOD: Final = LocalResponse(501, "Not Implemented", "unknown_method", "this method is not passed on")
 OWN_FAULT: Final = LocalResponse(500, "Internal Server Error", "proxy_fault", "the proxy failed to handle this call")
+NO_UPSTREAM: Final = LocalResponse(404, "Not Found", "no_upstream", "no upstream is set for this path or host")
 UNREACHABLE: Final = LocalResponse(502, "Bad Gateway", "upstream_unreachable", "no connection to the upstream")
 BROKEN: Final = LocalResponse(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid answer")
 SPOOL_FULL: Final = LocalResponse(

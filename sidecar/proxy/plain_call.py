@@ -33,14 +33,13 @@ from sidecar.model.exchange import (
     RequestShape,
     ResponseShape,
 )
-from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
-from sidecar.proxy.context import NEVER, Hop, PlainAttribution
+from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainHead, PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
-from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
 from sidecar.usage.plain_calls import fields_of
 
@@ -68,6 +67,10 @@ class _Asked:
 
     shape: RequestShape
     idempotent: bool
+    to: Destination
+    upstream: Upstream
+    target: str  # as the client has it
+    timeout_s: float
     prepared: Prepared | None  # None: nobody asks whether it may be made
 
 
@@ -91,10 +94,10 @@ class _Message:
 class PlainCalls:
     """What the plain calls of one proxy share."""
 
-    def __init__(self, hop: Hop, address: UpstreamAddress, attribution: PlainAttribution) -> None:
+    def __init__(self, hop: Hop, base: bytes) -> None:
+        """`base`: of the one upstream's URL."""
         self.hop = hop
-        self._address = address
-        self._attribution = attribution
+        self._base = base
         self._numbers = 0
         self.forget()
 
@@ -102,15 +105,20 @@ class PlainCalls:
         """Learn anew what calls are like: what was made of them may not hold any more. Their numbers go on."""
         hop = self.hop
         settings = hop.settings
+        matters = frozenset[bytes]() if hop.gate is None else hop.gate.reads
+        for to in (hop.rest, *hop.named):
+            if to.reading.plainly is not None:
+                matters |= to.reading.plainly.reads
         self._requests: PlainRequests[_Asked] = PlainRequests(
             describe=self._describe,
             authority=None if settings.preserve_host else hop.headers.authority,
-            base=self._address.base,
-            matters=self._attribution.reads if hop.gate is None else self._attribution.reads | hop.gate.reads,
+            base=self._base,
+            matters=matters,
             head_bytes_max=settings.head_bytes,
             fields_max=settings.head_fields_max,
             target_bytes_max=settings.target_bytes,
             sights=SIGHTS,
+            not_passed=None if hop.others is None else lambda asked: asked.to.headers.not_passed,
         )
         dropped = frozenset({METER_ID}) if settings.meter_id_header else frozenset[bytes]()
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
@@ -127,10 +135,10 @@ class PlainCalls:
         plain = self._requests.read(head, client.peer)
         if plain is None or plain.length > BODY_BYTES_MAX or end + 4 + plain.length != len(data):
             return False
-        connection = hop.upstream.take()
+        asked = plain.shape.facts
+        connection = asked.upstream.take()
         if connection is None:
             return False
-        asked = plain.shape.facts
         gate = None
         if asked.prepared is not None and hop.gate is not None:
             gate = hop.gate.quickly(asked.prepared, data[end + 4 :])
@@ -153,7 +161,11 @@ class PlainCalls:
         """What the careful way makes of such a request; None where it has something to count or to change in each."""
         assert isinstance(peer, Peer)
         hop = self.hop
-        rules = hop.headers
+        called = target
+        to, target = hop.choose(target, fields)
+        rules, reading, upstream = to.headers, to.reading, to.upstream
+        if upstream is None or reading.plainly is None:
+            return None
         agents = [value for name, value in fields if name.lower() == b"user-agent"]
         if _cut_in_record(fields) or any(len(value) > USER_AGENT_CHARS_MAX for value in agents):
             return None
@@ -163,18 +175,21 @@ class PlainCalls:
         head = rules.request(fields, peer, authority=authority)
         if len(head.fields) != len(fields):
             return None  # `Connection` takes some out
-        attributed = self._attribution.plainly(head.fields, target, rules.client_ip(peer, None))
+        attributed = reading.plainly.plainly(head.fields, target, rules.client_ip(peer, None))
         if attributed is None:
             return None
         subscriber, dimensions = attributed
         try:
-            tap = hop.taps.request(method, target, head.fields)
+            tap = reading.taps.request(method, target, head.fields)
             if tap is not None and tap.may_ask and may_change(method, fields):
                 return None
         except Exception:
             log.exception("a usage reader failed; such calls are handled with care")
             return None
         url, path = rules.record_url(target)
+        route = hop.route(method, path)
+        if not hop.records(route):
+            return None
         self._numbers += 1
         shape = RequestShape(
             number=self._numbers,
@@ -183,18 +198,27 @@ class PlainCalls:
             fields=tuple(field for field in fields if field[0].lower() in _READ),
             read=tap is not None,
             url=url,
-            route=hop.route(method, path),
+            route=route,
             request_headers=head.names,
             user_agent=rules.agent(head.user_agent),
             subscriber=subscriber,
             dimensions=dict(dimensions),
+            upstream=to.name,
         )
         prepared = None
         if hop.gate is not None:
             prepared = hop.gate.prepare(
-                method, target, fields, subscriber=subscriber, dimensions=dimensions, route=shape.route
+                method,
+                target,
+                fields,
+                subscriber=subscriber,
+                dimensions=dimensions,
+                route=shape.route,
+                upstream=to.name,
             )
-        return _Asked(shape, head.idempotency_key or method in IDEMPOTENT, prepared), line + head.lines
+        idempotent = head.idempotency_key or method in IDEMPOTENT
+        asked = _Asked(shape, idempotent, to, upstream, called, hop.timeout_s(to, route), prepared)
+        return asked, line + head.lines
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
         if _cut_in_record(fields):
@@ -218,7 +242,8 @@ class PlainCall:
     """One call on the short way. `exchange` is its own until it is recorded."""
 
     __slots__ = (
-        "_again", "_calls", "_closes", "_head", "_out", "_recorded", "client", "connection", "deadline", "exchange",
+        "_again", "_asked", "_calls", "_closes", "_head", "_out", "_recorded", "client", "connection", "deadline",
+        "exchange",
     )  # fmt: skip
 
     upload_done: Final = True
@@ -242,8 +267,9 @@ class PlainCall:
         self._closes = False  # the connection is closed behind the response
         self.client: PlainClient | None = client
         self.connection: UpstreamConnection | None = connection
-        self.deadline = hop.now + hop.settings.upstream_timeout_s
-        may_repeat = connection.used and plain.shape.facts.idempotent
+        asked = self._asked = plain.shape.facts
+        self.deadline = hop.now + asked.timeout_s
+        may_repeat = connection.used and asked.idempotent
         self._again = wire if may_repeat else None
         hop.calls.add(self)
         client.call = self
@@ -322,10 +348,11 @@ class PlainCall:
             return
         hop.calls.discard(self)
         exchange = self.exchange
-        message = _Message(exchange.shape.method, exchange.shape.target, fields_of(self._head))
+        message = _Message(exchange.shape.method, self._asked.target, fields_of(self._head))
         call = Call.resume(
             hop, client, message, exchange.exchange(), connection,
             body=exchange.request_body, again=self._again, deadline=self.deadline,
+            to=self._asked.to, target=exchange.shape.target, timeout_s=self._asked.timeout_s,
         )  # fmt: skip
         if client.call is self:  # else it has left
             client.call = call

@@ -387,14 +387,18 @@ class PlainRequests(_Heads[_Facts]):
         fields_max: int = FIELDS_MAX,
         target_bytes_max: int = HEAD_BYTES_MAX,
         sights: int = 1,
+        not_passed: Callable[[_Facts], frozenset[bytes]] | None = None,
     ) -> None:
         """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
-        path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions."""
+        path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
+        `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
+        one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
         super().__init__(first=_REQUEST_LINE, careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights)
         self._describe = describe
         self._authority = authority
         self._base = base
+        self._not_passed = not_passed
         self._head_bytes_max = min(head_bytes_max, HEAD_BYTES_MAX)
         self._fields_max = min(fields_max, FIELDS_MAX)
         self._target_bytes_max = target_bytes_max
@@ -438,11 +442,25 @@ class PlainRequests(_Heads[_Facts]):
         if described is None:
             return self._remember(key, None)
         shape = self._shape(key, lines, described[0])
+        if self._not_passed is not None:
+            self._send_elsewhere(shape, lines, described[1], self._not_passed(described[0]))
         own = shape.own(lines.copy())
         if not described[1].startswith(own):
             return self._remember(key, None)
         shape.endings[peer] = described[1][len(own) :]
         return self._remember(key, shape)
+
+    @staticmethod
+    def _send_elsewhere(shape: Shape[_Facts], lines: list[bytes], wire: bytes, not_passed: frozenset[bytes]) -> None:
+        """Both lines that choose an upstream are told apart by their values, so they belong to the shape."""
+        names = [line.partition(b":")[0].lower() for line in lines]
+        host_at = names.index(b"host", 1)
+        sent = wire.split(b"\r\n")
+        hosts = [line for line in sent[1:] if line.partition(b":")[0].lower() == b"host"]
+        changed = [pair for pair in shape.changed if pair[0] not in (0, host_at)]
+        shape.changed = (*changed, (0, sent[0]), *((host_at, line) for line in hosts[:1]))
+        dropped = {at for at, name in enumerate(names) if at and name in not_passed}
+        shape.dropped = tuple(sorted({*shape.dropped, *dropped}, reverse=True))
 
     def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
         described = self._described(lines, peer)

@@ -65,12 +65,17 @@ class Called:
 class Redirects:
     """The rule, made ready once. `counted` is told what became of each redirect to the upstream's own address."""
 
-    def __init__(self, address: UpstreamAddress, *, rewrite: bool, counted: Callable[[str], None]) -> None:
+    def __init__(
+        self, address: UpstreamAddress, *, rewrite: bool, counted: Callable[[str], None], prefix: str = ""
+    ) -> None:
+        """`prefix`: what clients have in front of the upstream's paths, one of several upstreams'."""
         self._rewrite = rewrite
         self._counted = counted
         self._scheme = b"https" if address.tls else b"http"
         self._authority = address.authority.lower()  # as `Host` has it
         self._base = address.base
+        self._prefix = prefix.encode("ascii")
+        self._moved = bool(self._base or prefix)  # paths are others here than there
         port = b":" + _DEFAULT_PORTS[self._scheme]
         plain = self._authority.endswith(b"]") or b":" not in self._authority
         self._names = {self._authority, *({self._authority + port, self._authority + b":"} if plain else ())}
@@ -94,8 +99,9 @@ class Redirects:
         """The URL, and what became of it; None: it is none of ours."""
         match = _URL.match(value)
         if match is None:
-            # A path of the upstream's needs its base taken off, or it would be put in front a second time.
-            path = self._below(value) if self._base and value[:1] == b"/" and self._rewrite else None
+            # A path of the upstream's needs its base taken off, or it would be put in front a second time; and the
+            # prefix, which the upstream never sees, put on.
+            path = self._below(value) if self._moved and value[:1] == b"/" and self._rewrite else None
             return (value, None) if path is None else (_as_reference(path), REWRITTEN)
         scheme, authority, path = match[1], match[2].lower(), match[3] or b""
         foreign = scheme is not None and scheme.lower() != self._scheme
@@ -117,11 +123,11 @@ class Redirects:
     def _below(self, path: bytes) -> bytes | None:
         """The path as clients call it, without the upstream's base; None: it is not below that."""
         base = self._base
-        if base:
+        if self._moved:
             if _DOTS.search(path) or not path.startswith(base) or path[len(base) : len(base) + 1] not in b"/?#":
                 return None
             path = path[len(base) :]
-        return path if path.startswith(b"/") else b"/" + path
+        return self._prefix + (path if path.startswith(b"/") else b"/" + path)
 
 
 def _as_reference(path: bytes) -> bytes:

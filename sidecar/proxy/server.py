@@ -17,7 +17,9 @@ import stat
 import sys
 from asyncio import Server as AsyncioServer
 from asyncio import TimerHandle
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Final
 
@@ -26,11 +28,22 @@ from sidecar.model.exchange import Recorder
 from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.aiohttp_compat import Server
 from sidecar.proxy.client_connection import Client, Clients
-from sidecar.proxy.context import Attribute, AttributeByBody, Hop, PlainAttribution, ProxyMetrics, Route
+from sidecar.proxy.context import (
+    Attribute,
+    AttributeByBody,
+    Destination,
+    Hop,
+    PlainAttribution,
+    ProxyMetrics,
+    Reading,
+    Route,
+)
+from sidecar.proxy.destinations import Destinations
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
-from sidecar.settings import ProxySettings
+from sidecar.settings import ProxySettings, UpstreamSettings
+from sidecar.settings.upstreams import DEFAULT_NAME, reread
 from sidecar.storage.sockets import for_both_families
 from sidecar.usage import Taps
 
@@ -85,12 +98,15 @@ class Proxy:
         route: Route,
         metrics: ProxyMetrics,
         gate: Admission | None = None,
+        readings: Mapping[str, Reading] | None = None,
     ) -> None:
         """`gate`: None: every call may be made. `plainly`: as `attribute`, for calls that may take the short way; None:
-        none may."""
+        none may. `readings`: by the name of each of `settings.upstreams`; None: they are read as all others are."""
         self._settings = settings
-        self._address = UpstreamAddress.parse(settings.upstream_url or "")
-        self._parts = (recorder, taps, attribute, attribute_by_body, plainly, route)
+        self._parts = (recorder, attribute_by_body, route)
+        self._reading = Reading(taps=taps, attribute=attribute, plainly=plainly)
+        self._readings = readings or {}
+        self._named: tuple[UpstreamSettings, ...] = settings.upstreams  # with the secrets that hold now
         self._metrics = metrics
         self._gate = gate
         self._hop: Hop | None = None
@@ -102,7 +118,9 @@ class Proxy:
         self._tls: ssl.SSLContext | None = None
         self._sweeper: TimerHandle | None = None
         shortest = min(
-            settings.upstream_timeout_s, settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
+            settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
+            *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
+            settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
             settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
         )  # fmt: skip
         self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
@@ -122,31 +140,24 @@ class Proxy:
     async def start(self) -> None:
         """Open the connector. Raises `OSError` or `ssl.SSLError` for certificates that cannot be read."""
         files = _files()
-        settings, address = within_files(files, self._settings), self._address
-        self._settings = settings
+        settings = self._settings = within_files(files, self._settings)
         loop = asyncio.get_running_loop()
-        tls = self._upstream_tls() if address.tls else None
         if settings.tls_cert_file is not None:
             self._tls = _listener_tls(settings.tls_cert_file, settings.tls_key_file)
-        upstream = Upstream(
-            loop=loop,
-            host=address.host,
-            port=address.port,
-            socket_path=address.socket_path,
-            tls=tls,
-            server_name=settings.upstream_server_name,
-            connect_timeout_s=settings.upstream_connect_timeout_s,
-            keepalive_s=settings.upstream_keepalive_s,
-            age_s=settings.upstream_connection_age_s,
+        rest = self._rest()
+        named = {one.name: self._destination(one) for one in self._named}
+        recorder, attribute_by_body, route = self._parts
+        others = Destinations(
+            hosts={one.host: named[one.name] for one in self._named if one.host is not None},
+            prefixes={one.prefix: named[one.name] for one in self._named if one.host is None},
+            rest=rest,
         )
-        recorder, taps, attribute, attribute_by_body, plainly, route = self._parts
         hop = self._hop = Hop(
             settings=settings,
-            headers=HeaderRules(settings, address, self._metrics.limit_reached, self._metrics.redirected),
-            upstream=upstream,
+            rest=rest,
+            others=others if named else None,
+            named=tuple(named.values()),
             recorder=recorder,
-            taps=taps,
-            attribute=attribute,
             attribute_by_body=attribute_by_body,
             route=route,
             metrics=self._metrics,
@@ -156,9 +167,60 @@ class Proxy:
         )
         refused = min(REFUSED_MAX, max(REFUSED_MIN, files // 16))
         clients = self._clients = Clients(settings.connections, self._metrics, refused_max=refused)
-        plain = self._plain = None if plainly is None else PlainCalls(hop, address, plainly)
+        plain = self._plain = None if self._reading.plainly is None else PlainCalls(hop, rest.headers.base)
         self._server = Server(lambda server: Client(server, hop, clients, plain), loop)
         self._sweeper = loop.call_later(self._sweep_s, self._sweep)
+
+    def _rest(self) -> Destination:
+        """What gets the calls that no other upstream does; without a URL for it they are refused."""
+        settings = self._settings
+        if settings.upstream_url is None:
+            return Destination(
+                name=None,
+                url="",
+                headers=self._rules(UpstreamAddress.nowhere(), None),
+                upstream=None,
+                reading=self._reading,
+                timeout_s=settings.upstream_timeout_s,
+            )
+        address = UpstreamAddress.parse(settings.upstream_url)
+        tls = self._upstream_tls() if address.tls else None
+        return Destination(
+            name=DEFAULT_NAME if self._named else None,
+            url=settings.upstream_url,
+            headers=self._rules(address, None),
+            upstream=self._pool(address, tls, settings.upstream_server_name),
+            reading=self._reading,
+            timeout_s=settings.upstream_timeout_s,
+        )
+
+    def _destination(self, one: UpstreamSettings) -> Destination:
+        address = UpstreamAddress.parse(one.url)
+        return Destination(
+            name=one.name,
+            url=one.url,
+            headers=self._rules(address, one),
+            upstream=self._pool(address, _named_tls(one) if address.tls else None, one.server_name),
+            reading=self._readings.get(one.name, self._reading),
+            timeout_s=self._settings.upstream_timeout_s if one.timeout_s is None else one.timeout_s,
+        )
+
+    def _rules(self, address: UpstreamAddress, one: UpstreamSettings | None) -> HeaderRules:
+        return HeaderRules(self._settings, address, self._metrics.limit_reached, self._metrics.redirected, one)
+
+    def _pool(self, address: UpstreamAddress, tls: ssl.SSLContext | None, server_name: str | None) -> Upstream:
+        settings = self._settings
+        return Upstream(
+            loop=asyncio.get_running_loop(),
+            host=address.host,
+            port=address.port,
+            socket_path=address.socket_path,
+            tls=tls,
+            server_name=server_name,
+            connect_timeout_s=settings.upstream_connect_timeout_s,
+            keepalive_s=settings.upstream_keepalive_s,
+            age_s=settings.upstream_connection_age_s,
+        )
 
     async def listen(
         self,
@@ -212,26 +274,59 @@ class Proxy:
                 load_chain(self._tls, settings.tls_cert_file, settings.tls_key_file)
             except (OSError, ValueError) as error:
                 log.error("the certificate was not reloaded, the old one stays: %s", why_unreadable(error))
-        named = settings.upstream_cert_file is not None or settings.upstream_ca_file is not None
-        if self._hop is not None and self._address.tls and named:
+        if self._hop is None:
+            return
+        rest = self._hop.rest
+        renewed: list[tuple[Destination, Callable[[], ssl.SSLContext]]] = []
+        if settings.upstream_cert_file is not None or settings.upstream_ca_file is not None:
+            renewed.append((rest, self._upstream_tls))
+        for one, to in zip(self._named, self._hop.named, strict=True):
+            if one.cert_file is not None or one.ca_file is not None:
+                renewed.append((to, partial(_named_tls, one)))
+        for to, make in renewed:
+            if to.upstream is None or not to.url.startswith("https:"):
+                continue
             try:
-                self._hop.upstream.renew_tls(self._upstream_tls())
+                to.upstream.renew_tls(make())
             except (OSError, ValueError) as error:
-                why = why_unreadable(error)
-                log.error("the certificates for the upstream were not reloaded, the old ones stay: %s", why)
+                why, which = why_unreadable(error), "" if to.name is None else f" {to.name}"
+                log.error("the certificates for the upstream%s were not reloaded, the old ones stay: %s", which, why)
+
+    def reload_secrets(self) -> list[str]:
+        """Read the values anew that the upstreams' headers have from files; calls let in from now on are sent them.
+        Gives what could not be read, of which the old value stays."""
+        named, problems = reread(self._named)
+        if named != self._named and self._hop is not None:
+            for one, to in zip(named, self._hop.named, strict=True):
+                to.headers.set_own(one.set_headers)
+            if self._plain is not None:
+                self._plain.forget()
+        self._named = named
+        for problem in problems:
+            log.error("a secret was not reloaded, the old one stays: %s", problem)
+        return problems
 
     def renew(
-        self, *, settings: ProxySettings, recorder: Recorder, taps: Taps, route: Route, gate: Admission | None
+        self,
+        *,
+        settings: ProxySettings,
+        recorder: Recorder,
+        taps: Mapping[str | None, Taps],
+        route: Route,
+        gate: Admission | None,
     ) -> None:
         """Handle calls by these from now on. Calls that are open end as they began; no connection is closed. Of
-        `settings` what is asked for each call counts: routes, and what becomes of clients that leave."""
+        `settings` what is asked for each call counts: routes, and what becomes of clients that leave. `taps`: by the
+        name of the upstream; None: of what matches no other."""
         hop = self._hop
         if hop is None:
             raise RuntimeError("start the proxy before it is renewed")
-        self._settings = hop.settings = replace(
-            self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect
-        )
-        hop.recorder, hop.taps, hop.route, hop.gate = recorder, taps, route, gate
+        self._settings = replace(self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect)
+        hop.use(self._settings)
+        hop.recorder, hop.route, hop.gate = recorder, route, gate
+        hop.rest.reading = replace(hop.rest.reading, taps=taps[None])
+        for to in hop.named:
+            to.reading = replace(to.reading, taps=taps[to.name])
         if self._plain is not None:
             self._plain.forget()
 
@@ -319,7 +414,9 @@ class Proxy:
             self._sweeper.cancel()
             self._sweeper = None
         if self._hop is not None:
-            await self._hop.upstream.aclose()
+            for to in (self._hop.rest, *self._hop.named):
+                if to.upstream is not None:
+                    await to.upstream.aclose()
 
     def _sweep(self) -> None:
         hop, clients = self._hop, self._clients
@@ -327,7 +424,9 @@ class Proxy:
         assert clients is not None
         now = hop.now = hop.loop.time()
         self._sweeper = hop.loop.call_later(self._sweep_s, self._sweep)
-        hop.upstream.sweep(now)
+        for to in (hop.rest, *hop.named):
+            if to.upstream is not None:
+                to.upstream.sweep(now)
         for call in [call for call in hop.calls if call.deadline < now]:
             try:
                 call.expired()
@@ -335,6 +434,10 @@ class Proxy:
                 log.exception("a call could not be ended at its deadline")
         for client in [client for client in clients.open if client.deadline < now]:
             client.expired()
+
+
+def _named_tls(one: UpstreamSettings) -> ssl.SSLContext:
+    return client_tls(ca_file=one.ca_file, cert_file=one.cert_file, key_file=one.key_file)
 
 
 def _listener_tls(cert_file: Path, key_file: Path | None) -> ssl.SSLContext:

@@ -28,12 +28,13 @@ from sidecar.model.seldom import Seldom
 from sidecar.model.target import client_path
 from sidecar.prices import PriceBook
 from sidecar.proxy import Proxy
+from sidecar.proxy.context import Reading
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
-from sidecar.settings import Settings
+from sidecar.settings import Settings, UpstreamSettings
 from sidecar.spool.files import translate
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
@@ -78,25 +79,50 @@ def proxy(
         route=found.match,
         metrics=metrics,
         gate=gate,
+        readings={one.name: _reading(settings, one, metrics, key, by_body is None) for one in settings.proxy.upstreams},
     )
+
+
+def _reading(
+    settings: Settings, one: UpstreamSettings, metrics: HopCounts | Metrics, key: bytes, plain: bool
+) -> Reading:
+    own = attributor(settings, key, WhoPays(metrics.attribution_anomaly), one.url)
+    taps = telling_taps(settings, metrics, routes(settings), one.url)
+    return Reading(taps=taps, attribute=own, plainly=own if plain else None)
+
+
+def taps_by_upstream(settings: Settings, metrics: HopCounts | Metrics) -> dict[str | None, UsageTaps]:
+    """By the name of the upstream; None: of what matches no other."""
+    found = routes(settings)
+    taps: dict[str | None, UsageTaps] = {None: telling_taps(settings, metrics, found)}
+    return taps | {one.name: telling_taps(settings, metrics, found, one.url) for one in settings.proxy.upstreams}
 
 
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
     """What makes records of the plain calls of each process that serves, given the instance whose records they are."""
     taps = telling_taps(settings, metrics, routes(settings))
-    host = priced_host(settings)
-    pricer = None if book.charges or book.needs_record else partial(book.pricer, host=host)
+    each = book.charges or book.needs_record
+    pricer = None if each else partial(book.pricer, host=priced_host(settings))
+    others = {
+        one.name: (
+            telling_taps(settings, metrics, routes(settings), one.url),
+            None if each else partial(book.pricer, host=_host_and_base(one.url)),
+        )
+        for one in settings.proxy.upstreams
+    }
     one_by_one = any("expression" in (meter.get("aggregation") or ()) for meter in settings.meters)
     return lambda instance: PlainReader(
-        taps, None, metrics.limit_reached, instance=instance, pricer=pricer, keep_numbers=one_by_one
+        taps, None, metrics.limit_reached, instance=instance, pricer=pricer, keep_numbers=one_by_one, others=others
     )
 
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
     """What fills in the costs of one call."""
-    host = priced_host(settings)
+    rest = priced_host(settings)
+    hosts = {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
 
     def price(exchange: Exchange) -> None:
+        host = rest if exchange.upstream is None else hosts.get(exchange.upstream, rest)
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
         started_s = exchange.started_ns / 1e9
         cost = book.cost(exchange.usage, started_s, host=host, record=record)
@@ -109,26 +135,32 @@ def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
 
 def priced_host(settings: Settings) -> str:
     """Host and base path of the upstream: what its prices are found by."""
-    return "".join(part or "" for part in _upstream(settings))
+    return _host_and_base(settings.proxy.upstream_url)
+
+
+def _host_and_base(url: str | None) -> str:
+    return "".join(part or "" for part in _upstream(url))
 
 
 def routes(settings: Settings) -> Routes:
     return Routes([route.pattern for route in settings.proxy.routes], known_routes())
 
 
-def telling_taps(settings: Settings, metrics: HopCounts | Metrics, routes: Routes) -> UsageTaps:
-    """Taps that count what is odd, and tell of responses that nobody claims."""
-    taps = usage_taps(settings, metrics.usage_anomaly)
-    _, base = _upstream(settings)
+def telling_taps(settings: Settings, metrics: HopCounts | Metrics, routes: Routes, url: str | None = None) -> UsageTaps:
+    """Taps that count what is odd, and tell of responses that nobody claims. `url`: of one of several upstreams."""
+    url = url or settings.proxy.upstream_url
+    taps = usage_taps(settings, metrics.usage_anomaly, url)
+    _, base = _upstream(url)
     taps.unclaimed = Unclaimed(
         lambda method, target: routes.match(method, client_path(target, base)), taps.upstream_host, time.monotonic
     )
     return taps
 
 
-def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None]) -> Attributor:
+def attributor(settings: Settings, key: bytes, anomaly: Callable[[str], None], url: str | None = None) -> Attributor:
+    """`url`: of one of several upstreams."""
     sources = [Source.parse(text) for text in settings.attribution.subscriber]
-    host, base = _upstream(settings)
+    host, base = _upstream(url or settings.proxy.upstream_url)
     return Attributor(
         sources=sources,
         dimensions=settings.attribution.dimensions,
@@ -167,8 +199,9 @@ def idle_pins(settings: Settings) -> list[Pin]:
     return [pin for pin in pins_of(settings) if pin.idle]
 
 
-def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
-    host, base = _upstream(settings)
+def usage_taps(settings: Settings, anomaly: Callable[[str], None], url: str | None = None) -> UsageTaps:
+    """`url`: of one of several upstreams."""
+    host, base = _upstream(url or settings.proxy.upstream_url)
     return UsageTaps(
         upstream_host=host,
         upstream_base=base,
@@ -182,11 +215,11 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None]) -> UsageTaps:
     )
 
 
-def _upstream(settings: Settings) -> tuple[str | None, str]:
+def _upstream(url: str | None) -> tuple[str | None, str]:
     """The upstream's host, and the path of its URL."""
-    if not settings.proxy.upstream_url:
+    if not url:
         return None, ""
-    address = UpstreamAddress.parse(settings.proxy.upstream_url)
+    address = UpstreamAddress.parse(url)
     return address.host, address.base.decode("ascii")
 
 

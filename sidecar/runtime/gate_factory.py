@@ -6,7 +6,7 @@ import asyncio
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import UTC, datetime
 from decimal import Decimal
 from difflib import get_close_matches
@@ -43,7 +43,7 @@ from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
 from sidecar.runtime.backend_factory import LEDGER
-from sidecar.runtime.factory import priced_host
+from sidecar.runtime.factory import priced_host, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
@@ -196,10 +196,12 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
     found, asked = limits(settings), outside(settings)
     if not found and asked is None:
         return None
+    by_upstream: dict[str | None, UsageTaps] = {None: taps}
+    by_upstream |= {one.name: usage_taps(settings, lambda kind: None, one.url) for one in settings.proxy.upstreams}
     payers = [Source.parse(text) for text in settings.attribution.subscriber]
     return Policy(
         limits=found,
-        meant=partial(_meant, taps),
+        meant=partial(_meant, by_upstream),
         key_of=_key_of(taps, key),
         reads=frozenset(name.encode() for name in CREDENTIALS),
         models=models(settings),
@@ -216,7 +218,8 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
     )
 
 
-def _meant(taps: UsageTaps, method: str, target: str) -> Meant:
+def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str, upstream: str | None) -> Meant:
+    taps = by_upstream.get(upstream) or by_upstream[None]
     endpoint = taps.endpoints.of(method, target)
     if endpoint is None:
         return Meant(taps.endpoints.provider_of(method, target), consumes=False)

@@ -32,7 +32,7 @@ from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
 from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallGroup
-from sidecar.model.delivery import NO_CUSTOMER, AddsUp, Backend
+from sidecar.model.delivery import AddsUp, Backend
 from sidecar.model.record import Record
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.prices import price_book
@@ -368,6 +368,9 @@ async def billing(
             spool.on_committed(bills.committed)
             unopened.pop_all()
             delivery.wake()  # what was settled or salvaged while it opened
+            if copied is None:
+                offering = asyncio.create_task(delivery.offer_mapped())  # the mapping may be another one by now
+                stack.callback(offering.cancel)
         yield bills
 
 
@@ -627,8 +630,6 @@ async def recording(
             keeping = asyncio.create_task(times.keep(whole.counted, settings.data_dir))
             stack.push_async_callback(_ended, keeping)
             whole.seam.recording()
-            offering = asyncio.create_task(offer_to_new_customers(bills))
-            stack.callback(offering.cancel)
             stack.push_async_callback(whole.seam.aclose)  # what was heard until the end is committed
             stack.push_async_callback(whole.stop)
             yield bills
@@ -641,17 +642,6 @@ async def recording(
         if found is not None:
             raise Unable(fault, found) from fault
         raise fault from None
-
-
-async def offer_to_new_customers(bills: Billing) -> None:
-    """What was parked because nobody knew the customer goes by itself once the customer is known."""
-    try:
-        told = await bills.delivery.offer_again(reason=NO_CUSTOMER)
-    except (OSError, SpoolError, StateError) as error:
-        log.warning("what is parked for want of a customer could not be looked at: %s", error)
-        return
-    if told.offered:
-        log.info("events whose customer is known now are offered again", extra={"facts": {"events": told.offered}})
 
 
 async def _ended(task: asyncio.Task[None]) -> None:

@@ -120,6 +120,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_gate_source_down": Family("gauge", "1 while no call waits for it, as it does not answer", ("source",)),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
     "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
+    "sidecar_upstream_faults": Family(
+        "counter", "The same by upstream, where there are several", ("upstream", "reason")
+    ),
+    "sidecar_upstream_calls": Family(
+        "counter", "Calls that ended, by upstream, where there are several", ("upstream", "status_class", "outcome")
+    ),
+    "sidecar_not_recorded": Family("counter", "Calls on routes with `record = false`", ("route",)),
     "sidecar_upstream_redirects": Family(
         "counter", "Redirects to the upstream's own address: `rewritten`, or why not", ("what",)
     ),
@@ -247,7 +254,7 @@ class HopEvents:
     __slots__ = ()
 
     def count(self, name: str, text: str, count: float = 1) -> None:
-        """One more of a family, under its label; "" for a family that has none."""
+        """One more of a family, under its label; "" for a family that has none, several with a tab between."""
         raise NotImplementedError
 
     def request_rejected(self, reason: str) -> None:
@@ -257,9 +264,15 @@ class HopEvents:
     def upstream_retried(self) -> None:
         self.count("sidecar_upstream_retries", "")
 
-    def upstream_failed(self, reason: str) -> None:
-        """No connection, or one that ended, or what came was no answer."""
+    def upstream_failed(self, reason: str, upstream: str | None) -> None:
+        """No connection, or one that ended, or what came was no answer. `upstream`: its name; None: there is one."""
         self.count("sidecar_upstream_failures", reason)
+        if upstream is not None:
+            self.count("sidecar_upstream_faults", f"{upstream}\t{reason}")
+
+    def not_recorded(self, route: str) -> None:
+        """A call on a route that is not recorded."""
+        self.count("sidecar_not_recorded", route)
 
     def redirected(self, what: str) -> None:
         """An answer points to the upstream's own address: one of `REDIRECTS`."""
@@ -354,6 +367,8 @@ class Metrics(HopEvents, Collector):
         status_class = STATUS_CLASSES[0 if status is None else status // 100]
         key = (exchange.route or "other", method, status_class, outcome)
         self._calls[key] = self._calls.get(key, 0) + 1
+        if exchange.upstream is not None:
+            self._count("sidecar_upstream_calls", (exchange.upstream, status_class, outcome))
         self._request_bytes[()] += exchange.request_bytes
         self._response_bytes[()] += exchange.response_bytes
         day = self._day(exchange.started_ns // (DAY_S * 1_000_000_000))
@@ -372,6 +387,8 @@ class Metrics(HopEvents, Collector):
         method = record.method if record.method in METHODS else "other"
         key = (record.route or "other", method, STATUS_CLASSES[(record.status or 0) // 100], record.outcome)
         self._calls[key] = self._calls.get(key, 0) + group.calls
+        if record.upstream is not None:
+            self._count("sidecar_upstream_calls", (record.upstream, *key[2:]), group.calls)
         self._request_bytes[()] += group.request_bytes
         self._response_bytes[()] += group.response_bytes
         times = Histogram()
@@ -397,7 +414,7 @@ class Metrics(HopEvents, Collector):
         day.first_byte.add(times.first_byte)
 
     def count(self, name: str, text: str, count: float = 1) -> None:
-        self._count_capped(name, (text,) if text else (), count)
+        self._count_capped(name, tuple(text.split("\t")) if text else (), count)
 
     def gate_decided(self, decision: str, source: str, limit: str | None) -> None:
         """`limit`: the one that denied a call, or would have; None: none did."""

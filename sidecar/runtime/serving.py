@@ -53,12 +53,12 @@ class Serving:
         """Read the settings anew, and use what of them may change while calls go on. They were judged by who asks for
         it; what cannot be used all the same changes nothing."""
         self.proxy.reload_tls()
+        self.proxy.reload_secrets()
         try:
             settings, policy = await asyncio.to_thread(self._read_anew, read)
         except Exception as error:  # noqa: BLE001 - whatever is wrong with them, calls go on by the old ones
             log.error("the settings were not reloaded, the old ones hold: %s", error)
             return
-        routes = factory.routes(settings)
         gate = None
         if policy is not None:
             if self.gate is None:
@@ -71,8 +71,8 @@ class Serving:
         self.proxy.renew(
             settings=settings.proxy,
             recorder=self.recorder if self.gate is None else gate_factory.GatedRecorder(self.recorder, self.gate),
-            taps=factory.telling_taps(settings, self.counts, routes),
-            route=routes.match,
+            taps=factory.taps_by_upstream(settings, self.counts),
+            route=factory.routes(settings).match,
             gate=gate,
         )
 
@@ -153,6 +153,7 @@ async def serve(
                 if told.get("do") == "reload":
                     if read is None:
                         found.proxy.reload_tls()
+                        found.proxy.reload_secrets()
                     else:
                         await found.renew(read)
             if told is None:

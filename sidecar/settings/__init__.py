@@ -45,6 +45,7 @@ from sidecar.settings.schema import (
     settings_of,
 )
 from sidecar.settings.types import Address, Kind, Many, Secret
+from sidecar.settings.upstreams import SetHeader, UpstreamSettings
 
 __all__ = [
     "CONFIG",
@@ -70,11 +71,13 @@ __all__ = [
     "Route",
     "Secret",
     "ServeSettings",
+    "SetHeader",
     "Setting",
     "Settings",
     "SettingsError",
     "SpoolSettings",
     "Unfit",
+    "UpstreamSettings",
     "UsageSettings",
     "all_settings",
     "core_settings",

@@ -27,7 +27,8 @@ from sidecar.settings.schema import (
     core_settings,
     settings_from,
 )
-from sidecar.settings.types import Many
+from sidecar.settings.types import Many, duration
+from sidecar.settings.upstreams import UpstreamSettings, from_tables
 
 CONFIG: Final = PREFIX + "CONFIG"
 SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mistake is not repeated whole
@@ -115,11 +116,13 @@ class _Loading:
         self._read_toml()
         prices = self._prices()
         limits = self._limits()
+        upstreams = self._upstreams()
         core: dict[str, Any] = {}
         own: dict[str, dict[str, Any]] = {name: {} for name in self.backend_settings}
         for backend, setting in self.rows:
             (core if backend is None else own[backend])[setting.name] = self._value(backend, setting)
         names: dict[str, str] = {}
+        core["upstreams"] = upstreams or core["upstreams"]
         settings = settings_from(
             core,
             subscribers=self._subscribers(names),
@@ -266,6 +269,24 @@ class _Loading:
         self.effective.append(Effective("[[limits]]", named(map(_called, tables)), self.toml_name, ""))
         return tuple(tables)
 
+    def _upstreams(self) -> tuple[UpstreamSettings, ...]:
+        """`[[upstreams]]`; what is no table is the short form, as in the environment, which wins."""
+        tables = self.toml.get("upstreams")
+        if not isinstance(tables, list) or not any(isinstance(table, dict) for table in tables):
+            return ()
+        del self.toml["upstreams"]
+        if not all(isinstance(table, dict) for table in tables):
+            self._wrong("upstreams", "expected [[upstreams]] tables")
+            return ()
+        if self.environ.get("SIDECAR_UPSTREAMS"):
+            return ()
+        found, problems = from_tables(tables)
+        for problem in problems:
+            self._wrong("upstreams", problem)
+        for one in found:
+            self.effective.append(Effective("[[upstreams]]", f"{one.name}: {one}", self.toml_name, ""))
+        return found
+
     def _wrong(self, key: str, why: str) -> None:
         self.problems.append(f"{key} (in {self.toml_name}): {why}")
 
@@ -302,14 +323,25 @@ class _Loading:
             settings.serve.listen.port or settings.serve.listen.path
         ):
             self.problems.append(f"SIDECAR_ADMIN_LISTEN={settings.serve.listen}: is SIDECAR_LISTEN already")
-        if settings.proxy.upstream_url is not None and settings.proxy.upstream_url.startswith("http://"):
-            for name in ("upstream_ca_file", "upstream_cert_file", "upstream_server_name"):
-                if getattr(settings.proxy, name) is not None:
+        for name in ("upstream_ca_file", "upstream_cert_file", "upstream_server_name"):
+            if getattr(settings.proxy, name) is not None:
+                if settings.proxy.upstream_url is None and settings.proxy.upstreams:
+                    own = name.removeprefix("upstream_")
+                    self.problems.append(
+                        f"{PREFIX}{name.upper()} is set, but SIDECAR_UPSTREAM_URL is not: "
+                        f"expected {own} beside the url in [[upstreams]]"
+                    )
+                elif (settings.proxy.upstream_url or "").startswith("http://"):
                     self.problems.append(f"{PREFIX}{name.upper()} is set, but SIDECAR_UPSTREAM_URL is no https:// one")
 
     def _check_needed(self, settings: Settings) -> None:
         said = {line.variable for line in self.effective if line.origin != "default"}
-        if "SIDECAR_UPSTREAM_URL" not in said:
+        # What was said of several and cannot be used has been told already.
+        if (
+            "SIDECAR_UPSTREAM_URL" not in said
+            and not any("upstreams" in problem.lower() for problem in self.problems)
+            and not settings.proxy.upstreams
+        ):
             self.problems.append("SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address")
         for backend, setting in self.rows:
             if setting.required and backend in settings.backends and setting.variable(backend) not in said:
@@ -345,17 +377,30 @@ def _scalar(value: Any) -> str:
 def _route(pattern: str, table: Any) -> Route:
     if not isinstance(table, dict):
         raise Unfit('expected a table for each pattern: [routes."/v1/things/{id}"]')
-    for name in table.keys() - {"on_disconnect", "provider"}:
-        raise Unfit(f"{pattern}: {name} is not a setting of a route (on_disconnect and provider are)")
-    stay, provider = table.get("on_disconnect"), table.get("provider")
+    for name in table.keys() - {"on_disconnect", "provider", "record", "timeout_s"}:
+        raise Unfit(
+            f"{pattern}: {name} is not a setting of a route (on_disconnect, provider, record and timeout_s are)"
+        )
+    stay, provider, record = table.get("on_disconnect"), table.get("provider"), table.get("record", True)
     if stay is not None and stay not in set(OnDisconnect):
         raise Unfit(f"{pattern}: on_disconnect is one of {', '.join(OnDisconnect)}")
     if provider is not None and not isinstance(provider, str):
         raise Unfit(f"{pattern}: provider is a name")
+    if not isinstance(record, bool):
+        raise Unfit(f"{pattern}: record is true or false")
+    timeout_s = None
+    if "timeout_s" in table:
+        kind = duration(0.001)
+        try:
+            timeout_s = kind.parse(_scalar(table["timeout_s"]))
+        except ValueError:
+            raise Unfit(f"{pattern}: timeout_s: expected {kind.expected}") from None
     return Route(
         pattern=check_pattern(pattern),
         on_disconnect=None if stay is None else OnDisconnect(stay),
         provider=provider,
+        record=record,
+        timeout_s=timeout_s,
     )
 
 

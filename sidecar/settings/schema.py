@@ -19,6 +19,7 @@ from sidecar.model.grammar import Element
 from sidecar.model.path_pattern import check_pattern
 from sidecar.settings import types
 from sidecar.settings.types import Address, Kind, Many, Secret
+from sidecar.settings.upstreams import UpstreamSettings, from_items
 
 T = TypeVar("T")
 PREFIX: Final = "SIDECAR_"
@@ -90,6 +91,8 @@ class Route:
     pattern: str
     on_disconnect: OnDisconnect | None = None
     provider: str | None = None
+    record: bool = True  # False: passed on and counted, and nothing else
+    timeout_s: float | None = None  # to the head of the response; before that of an upstream
 
 
 def _routes(items: Sequence[str]) -> tuple[Route, ...]:
@@ -131,6 +134,11 @@ class ProxySettings:
     upstream_url: str | None = _setting(
         types.upstream_url, None, "the API behind: `http(s)://host[:port][/base]` or `unix:/path[:/base]`"
     )
+    upstreams: tuple[UpstreamSettings, ...] = _setting(
+        types.many("/prefix=url or host=url, separated by commas", from_items), None,
+        "several APIs behind one port, chosen by the path's beginning, which is taken off, or by the host called; "
+        "`SIDECAR_UPSTREAM_URL` gets all other calls, else they get 404; headers and more in `[[upstreams]]`",
+    )  # fmt: skip
     upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
     upstream_timeout_s: float = _setting(  # long model calls think for minutes
         types.duration(0.001), "600", "to the head of the answer; then 504"

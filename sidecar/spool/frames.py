@@ -40,7 +40,7 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"3 {sys.implementation.cache_tag}"
+VERSION: Final = f"4 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
 GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
@@ -166,6 +166,7 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
         None if usage is None else (usage.usage_state.value, *_usage_values(usage)[1:]),
         e.error,
         None if e.gate is None else packed_gate(e.gate),
+        e.upstream,
     )
 
 
@@ -197,17 +198,19 @@ def _packed_request(shape: RequestShape) -> tuple[Any, ...]:
     return (
         shape.method, shape.target, shape.fields, shape.read, shape.url, shape.route, shape.request_headers,
         shape.user_agent, None if subscriber is None else (subscriber.id, subscriber.source), shape.dimensions,
+        shape.upstream,
     )  # fmt: skip
 
 
 def request_shape_of(number: int, packed: Sequence[Any]) -> RequestShape:
     """Raises `FrameError`."""
     try:
-        method, target, fields, read, url, route, request_headers, user_agent, subscriber, dimensions = packed
+        method, target, fields, read, url, route, request_headers, user_agent, subscriber, dimensions, upstream = packed
         return RequestShape(
             number=number, method=method, target=target, fields=fields, read=read, url=url, route=route,
             request_headers=request_headers, user_agent=user_agent,
             subscriber=None if subscriber is None else Subscriber(*subscriber), dimensions=dimensions,
+            upstream=upstream,
         )  # fmt: skip
     except (TypeError, ValueError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
@@ -244,6 +247,7 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
             kind, id_, method, url, route, request_headers, client_ip, user_agent, trace_id, subscriber, dimensions,
             parent_id, started_ns, started_mono_ns, first_byte_ms, duration_ms, status, outcome, response_headers,
             request_bytes, response_bytes, usage, error, gate,
+            upstream,
         ) = packed  # fmt: skip
         if kind != EXCHANGE:
             raise FrameError(f"not a frame: an entry of kind {kind}")
@@ -255,7 +259,7 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
             first_byte_ms=first_byte_ms, duration_ms=duration_ms, status=status, outcome=_OUTCOMES[outcome],
             response_headers=response_headers, request_bytes=request_bytes, response_bytes=response_bytes,
             usage=None if usage is None else _usage_of(usage), error=error,
-            gate=None if gate is None else gate_of(gate),
+            gate=None if gate is None else gate_of(gate), upstream=upstream,
         )  # fmt: skip
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None

@@ -92,15 +92,18 @@ class PlainReader:
         instance: str = "",
         pricer: Callable[[Mapping[str, Any]], Pricer] | None = _free,
         keep_numbers: bool = False,
+        others: Mapping[str, tuple[Taps, Callable[[Mapping[str, Any]], Pricer] | None]] | None = None,
     ) -> None:
         """`by_body`: who pays by a member of the request's body; None: no member could say it. `limit_reached`: told of
         a text that was cut. `instance`: whose records they become. `pricer`: what prices calls with such a usage
         object; None: prices want each call's record, so there are no lines. `keep_numbers`: a meter asks for the
-        numbers of each call (`CallGroup.numbers`)."""
+        numbers of each call (`CallGroup.numbers`). `others`: taps and pricer of upstreams by their names, where there
+        are several."""
         self._keep_numbers = keep_numbers
         self._pricer = pricer
         self._instance = instance
         self._taps = taps
+        self._others = others or {}
         self._by_body = by_body
         self._limit_reached = limit_reached
         self._readings: dict[tuple[int, int], _Reading] = {}
@@ -136,7 +139,9 @@ class PlainReader:
         if known is None:
             if len(reading.kinds) >= KINDS_MAX:
                 reading.kinds.clear()
-            known = reading.kinds[models] = (CallKind(), _no_cost if row is None else self._pricer(row).json)
+            pricer = self._pricer if (other := self._others.get(shape.upstream or "")) is None else other[1]
+            assert pricer is not None  # all or none
+            known = reading.kinds[models] = (CallKind(), _no_cost if row is None else pricer(row).json)
         kind, price = known
         cost, pico = _UNKNOWN if row is None else price(row, started_ns / 1e9)
         line = template.line(
@@ -195,7 +200,7 @@ class PlainReader:
     def _prepare(self, key: tuple[int, int], shape: RequestShape, response: ResponseShape, head: bytes) -> _Reading:
         if len(self._readings) >= PLANS_MAX:
             self._readings.clear()
-        taps = self._taps
+        taps = self._taps_of(shape)
         template: LineTemplate | None = None
         if self._by_body is None and type(taps) is UsageTaps:
             with suppress(ValueError):
@@ -211,6 +216,10 @@ class PlainReader:
         found = self._readings[key] = _Reading(plan, template, own)
         return found
 
+    def _taps_of(self, shape: RequestShape) -> Taps:
+        other = self._others.get(shape.upstream or "")
+        return self._taps if other is None else other[0]
+
     def _by_plan(self, plain: PlainExchange, response: ResponseShape) -> Usage | None:
         key = plain.shape.number, response.number
         head = plain.response_head
@@ -222,13 +231,14 @@ class PlainReader:
 
     def _by_taps(self, plain: PlainExchange, response: ResponseShape, exchange: Exchange) -> Usage | None:
         shape = plain.shape
-        asked = self._taps.request(shape.method, shape.target, shape.fields)
+        taps = self._taps_of(shape)
+        asked = taps.request(shape.method, shape.target, shape.fields)
         if asked is None:
             return None
         if plain.request_body:
             asked.feed(plain.request_body)
         usage = None
-        tap = self._taps.response(asked, response.status, fields_of(plain.response_head))
+        tap = taps.response(asked, response.status, fields_of(plain.response_head))
         if tap is not None:
             if plain.response_body:
                 tap.feed(plain.response_body)

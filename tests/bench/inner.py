@@ -44,7 +44,7 @@ from sidecar.prices import price_book  # noqa: E402
 from sidecar.proxy import plain_call  # noqa: E402
 from sidecar.proxy.aiohttp_compat import Server  # noqa: E402
 from sidecar.proxy.client_connection import Client, Clients  # noqa: E402
-from sidecar.proxy.context import Hop  # noqa: E402
+from sidecar.proxy.context import Destination, Hop, Reading  # noqa: E402
 from sidecar.proxy.headers import HeaderRules  # noqa: E402
 from sidecar.proxy.plain_call import PlainCalls  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402
@@ -150,12 +150,15 @@ class Wires:
         self.route = Routes([], known_routes()).match
         self.taps = factory.usage_taps(settings, counts.usage_anomaly)
         address = UpstreamAddress.parse(UPSTREAM)
+        rest = Destination(
+            name=None, url=UPSTREAM, headers=HeaderRules(settings.proxy, address), upstream=upstream,
+            reading=Reading(taps=self.taps, attribute=self.attribute, plainly=self.attribute), timeout_s=600,
+        )  # fmt: skip
         hop = Hop(
-            settings=settings.proxy, upstream=upstream, headers=HeaderRules(settings.proxy, address),
-            recorder=self.recorder, taps=self.taps, attribute=self.attribute, route=self.route, metrics=counts,
+            settings=settings.proxy, rest=rest, recorder=self.recorder, route=self.route, metrics=counts,
             loop=loop, now=loop.time(),
         )  # fmt: skip
-        calls = PlainCalls(hop, address, self.attribute) if plain else None
+        calls = PlainCalls(hop, address.base) if plain else None
         clients = Clients(9, counts)
         self.client = Client(Server(lambda server: Client(server, hop, clients), loop), hop, clients, calls)
         self.client.connection_made(Transport())

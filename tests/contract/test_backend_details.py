@@ -110,6 +110,22 @@ async def test_who_cannot_be_billed_is_parked_until_a_mapping_says_who_it_is(nam
         await backend.aclose()
 
 
+@pytest.mark.parametrize("name", ["ledgerbee", "stripe", "flexprice", "openmeter", "lago"])
+async def test_what_becomes_of_who_cannot_be_billed_may_be_set(name: str, tmp_path: Path) -> None:
+    row = BACKENDS[name]
+    values = {s.name: s.default_value() for s in row.settings}
+    values["api_key"] = next(s for s in row.settings if s.name == "api_key").value(SECRET)
+    skips = row.make(values | {"no_customer": "skip"}, Context(data_dir=tmp_path))
+    assert skips.encode([NOBODY, HASHED]).skipped == {NOBODY.id: "no_customer", HASHED.id: "no_customer"}
+    sends = row.make(values | {"no_customer": "send"}, Context(data_dir=tmp_path))
+    encoded = sends.encode([NOBODY, HASHED])
+    assert encoded.parked == {NOBODY.id: "no_customer"}, "there is no id to send it under"
+    assert encoded.sealed
+    assert all(b"key_" + b"0f" * 16 in sealed.body for sealed in encoded.sealed)
+    for backend in (skips, sends):
+        await backend.aclose()
+
+
 def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
     plain = record(1, subscriber=Subscriber("tenant-7", "header:x-tenant"))
     assert only(made(FlexpriceBackend, api_key="k").encode([plain]))["events"][0]["external_customer_id"] == "tenant-7"

@@ -44,7 +44,9 @@ def test_hints(field: bytes, seconds: float | None, calls: int | None) -> None:
 
 def pool_of(hop: Hop) -> Upstream:
     assert hop.proxy._hop is not None
-    return hop.proxy._hop.upstream
+    upstream = hop.proxy._hop.rest.upstream
+    assert upstream is not None
+    return upstream
 
 
 @pytest.mark.parametrize(

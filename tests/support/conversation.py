@@ -18,13 +18,13 @@ import asyncio
 import contextlib
 import socket
 from collections.abc import Iterator
-from typing import Any, cast
+from typing import Any
 
 from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, by_tenant, plainly
 
 from sidecar.model.exchange import Exchange, Outcome
 from sidecar.proxy import Proxy
-from sidecar.proxy.upstream import UpstreamConnection
+from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.settings import ProxySettings
 from sidecar.usage.plain_calls import PlainReader
 
@@ -279,8 +279,9 @@ class _Lease:
 class _Connector:
     """In the place of aiohttp's: makes connections of memory, when the test lets it."""
 
-    def __init__(self, talk: Talk) -> None:
+    def __init__(self, talk: Talk, pool: Upstream) -> None:
         self._talk = talk
+        self._pool = pool
         self.open = asyncio.Event()
         self.open.set()
         self.error: Exception | None = None
@@ -290,7 +291,7 @@ class _Connector:
         if self.error is not None:
             raise self.error
         talk = self._talk
-        connection = UpstreamConnection(talk.hop.upstream, talk.loop)
+        connection = UpstreamConnection(self._pool, talk.loop)
         peer = Peer(talk, connection)
         talk.upstreams.append(peer)
         return _Lease(connection, peer)
@@ -323,10 +324,11 @@ class Talk:
 
     def start(self) -> None:
         self.loop.run_until_complete(self.proxy.start())
-        real = self.hop.upstream._connector
-        self.connector = _Connector(self)
-        cast(Any, self.hop.upstream)._connector = self.connector
-        self.loop.run_until_complete(real.aclose())
+        for to in (*self.hop.named, self.hop.rest):  # that of the rest is at hand to a test
+            if to.upstream is not None:
+                real = to.upstream._connector
+                self.connector = to.upstream._connector = _Connector(self, to.upstream)
+                self.loop.run_until_complete(real.aclose())
         self.client = self.new_client()
 
     def new_client(self) -> Peer:

@@ -356,6 +356,8 @@ class Counts:
     limits: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     redirects: list[str] = field(default_factory=list)
+    not_recorded_routes: list[str] = field(default_factory=list)
+    failed_upstreams: list[str | None] = field(default_factory=list)
     retries: int = 0
     drains: int = 0
     connections: int = 0
@@ -366,8 +368,12 @@ class Counts:
     def upstream_retried(self) -> None:
         self.retries += 1
 
-    def upstream_failed(self, reason: str) -> None:
+    def not_recorded(self, route: str) -> None:
+        self.not_recorded_routes.append(route)
+
+    def upstream_failed(self, reason: str, upstream: str | None) -> None:
         self.failures.append(reason)
+        self.failed_upstreams.append(upstream)
 
     def redirected(self, what: str) -> None:
         self.redirects.append(what)
@@ -415,7 +421,7 @@ class Hop:
 
     def __init__(
         self,
-        upstream_url: str,
+        upstream_url: str | None,
         *,
         taps: Taps | None = None,
         attribute: Attribute | None = None,

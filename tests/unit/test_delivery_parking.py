@@ -310,3 +310,32 @@ async def test_a_new_backend_still_begins_now(world: World, caplog: pytest.LogCa
         assert sees(world, delivery, {"skipped": {"before": 5}}, "new")
     assert world.metrics.skipped_by[("new", "before")] == 5
     assert [r.levelname for r in caplog.records if "is new" in r.message] == ["INFO"]
+
+
+# --- customers that are mapped later ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("abilities", [SINGLE, BATCH])
+async def test_what_has_a_customer_now_goes_again_and_the_rest_is_not_touched(
+    world: World, abilities: Abilities
+) -> None:
+    ids = world.spool.add(6)
+    nobody, other = {ids[1], ids[3]}, {ids[5]}
+
+    def parks(record: object) -> str | None:
+        id_ = record.id  # type: ignore[attr-defined]
+        return "no_customer" if id_ in nobody else "unsettled" if id_ in other else None
+
+    backend = FakeBackend(abilities, park=parks)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: sees(world, delivery, {"delivered": 3, "parked": {"no_customer": 2, "unsettled": 1}}))
+        before = [row.id for row in delivery.parked()]
+        assert (await delivery.offer_mapped()).offered == 0
+        assert [row.id for row in delivery.parked()] == before
+        nobody.discard(ids[1])
+        other.clear()  # what is parked for another reason is for an operator to offer
+        assert (await delivery.offer_mapped()).offered == 1
+        await until(lambda: sees(world, delivery, {"delivered": 4, "parked": {"no_customer": 1, "unsettled": 1}}))
+        assert (await delivery.offer_mapped()).offered == 0
+        assert set(backend.taken.values()) == {1}

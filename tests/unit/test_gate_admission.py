@@ -111,7 +111,7 @@ def admission(*short: str, **given: Any) -> tuple[Admission, list[tuple[Any, ...
         return timers[-1]
 
     options: dict[str, Any] = {
-        "meant": lambda method, target: Meant("openai", None, True),
+        "meant": lambda method, target, upstream: Meant("openai", None, True),
         "key_of": lambda fields: None,
         "deny": DENY,
     }

@@ -224,7 +224,7 @@ class Process:
         self.world, self.tail = world, tail
         policy = Policy(
             limits=world.limits,
-            meant=lambda method, target: Meant("openai", None, True),
+            meant=lambda method, target, upstream: Meant("openai", None, True),
             key_of=lambda fields: None,
             deny=DENY,
         )

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 
-from sidecar.settings import Route, Settings
+from sidecar.settings import Route, Secret, Settings
 from sidecar.settings.renewal import TAKEN, TAKEN_OF, renewed
 from sidecar.settings.schema import SECTIONS
+from sidecar.settings.upstreams import SetHeader, UpstreamSettings
 
 
 class Other:
@@ -52,3 +53,13 @@ def test_the_names_that_are_taken_are_members() -> None:
     assert {each.name for each in fields(Settings)} >= TAKEN
     for section, some in TAKEN_OF.items():
         assert some <= {each.name for each in fields(SECTIONS[section])}
+
+
+def test_what_an_upstream_is_sent_out_of_a_file_needs_no_restart() -> None:
+    def settings(key: str, url: str = "http://a") -> Settings:
+        header = SetHeader(name="authorization", value=Secret(key), file="/run/secrets/key")
+        one = UpstreamSettings(name="a", prefix="/a", url=url, set_headers=(header,))
+        return replace(Settings(), proxy=replace(Settings().proxy, upstreams=(one,)))
+
+    assert renewed(settings("old"), settings("new"))[1] == []
+    assert renewed(settings("old"), settings("new", "http://b"))[1] == ["SIDECAR_UPSTREAMS"]

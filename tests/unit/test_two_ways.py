@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import ways
 from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 
+from sidecar.settings import Secret, SetHeader, UpstreamSettings
 from sidecar.usage.readers import UsageTaps
 
 Step = tuple[Any, ...]
@@ -63,6 +64,12 @@ REQUESTS = [
     get(b"/1") + get(b"/2"),
     post(b"hi") + get(b"/2"),
     get(b"/a") + b"GET /half",
+    get(b"/up/a", b"Authorization: Bearer client\r\nX-Tenant: acme\r\nCookie: a=b\r\n"),
+    get(b"/up?x=1"),
+    get(b"/upper"),
+    get(b"/up/here/b", b"authorization: mine\r\nUser-Agent: curl\r\n"),
+    get(b"/a", b"Authorization: Bearer client\r\n").replace(b"Host: me", b"Host: Other.Internal:80"),
+    post(b'{"model":"gpt-5-mini","messages":[]}', b"/up/v1/chat/completions", JSON + b"Authorization: k\r\n"),
 ]
 RESPONSES = [
     ok(),
@@ -111,6 +118,19 @@ SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL), max_size=8)
     lambda parts: list(chain.from_iterable(parts))
 )
 
+SEVERAL = (
+    UpstreamSettings(
+        name="up", url="http://vendor.test/base", prefix="/up",
+        set_headers=(SetHeader(name="authorization", value=Secret("Bearer ours")),),
+        remove_headers=("x-tenant", "cookie"),
+    ),
+    UpstreamSettings(name="here", url="http://here.test", prefix="/up/here", remove_headers=("user-agent",)),
+    UpstreamSettings(
+        name="other", url="http://other.test", host="other.internal", timeout_s=5,
+        set_headers=(SetHeader(name="x-key", value=Secret("k")),),
+    ),
+)  # fmt: skip
+
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     places = [0, *sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
@@ -157,8 +177,13 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
     ways.short_open = short
     try:
         with conversation(taps=UsageTaps(), **options) as talk:
-            talk.client.says(get(b"/warm"))
-            talk.upstream.says(ok())
+            for path in (b"/warm", b"/up/warm", b"/up/here/warm") if options.get("upstreams") else (b"/warm",):
+                before = len(talk.upstreams)
+                talk.client.says(get(path))
+                if len(talk.upstreams) > before:  # else there is none for it
+                    talk.upstreams[-1].says(ok())
+                elif talk.client.over:
+                    talk.client = talk.new_client()
             told: list[Any] = []
             for step in script:
                 play(talk, step)
@@ -177,8 +202,14 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"forwarded": "x-forwarded", "via": "edge"}, {"meter_id_header": True, "preserve_host": True}],
-    ids=["plain", "via", "meter_id"],
+    [
+        {},
+        {"forwarded": "x-forwarded", "via": "edge"},
+        {"meter_id_header": True, "preserve_host": True},
+        {"upstreams": SEVERAL},
+        {"upstreams": SEVERAL, "upstream_url": None, "preserve_host": True},
+    ],
+    ids=["plain", "via", "meter_id", "several", "no rest"],
 )
 @given(script=SCRIPTS)
 @example(script=[("request", 0, []), ("response", 0, []), ("request", 24, []), ("response", 2, [])])
@@ -189,6 +220,12 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("request", 0, []), ("lost",), ("response", 0, [])])
 @example(
     script=[("request", 0, []), ("request", 31, []), ("response", 0, []), ("response", 0, []), ("response", 0, [])]
+)
+@example(script=[("request", 33, []), ("response", 2, [])] * 4)
+@example(
+    script=[
+        ("request", place, []) if what else ("response", 3, []) for place in (34, 37, 38, 39) * 4 for what in (1, 0)
+    ]
 )
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:

@@ -27,6 +27,7 @@ from sidecar.backends.answers import ANSWERS
 from sidecar.backends.base import (
     DAY_S,
     Context,
+    CustomerSettings,
     Provision,
     chosen_meters,
     meter_event,
@@ -35,6 +36,7 @@ from sidecar.backends.base import (
     rfc3339,
     rounded,
     subscriber_id,
+    without_customer,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, event_key, seal_batches
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
@@ -42,7 +44,6 @@ from sidecar.backends.stripe.meters import FORM, FORMULAS, Payload, StripeMeters
 from sidecar.backends.stripe.session import StreamSession
 from sidecar.meters.definition import Meter
 from sidecar.model.delivery import (
-    NO_CUSTOMER,
     Abilities,
     Atomicity,
     Blocked,
@@ -80,7 +81,7 @@ _IDENTIFIER: Final = re.compile(r"identifier:?\s+[`'\"]?([\w.:~-]{8,})", re.IGNO
 
 
 @dataclass(frozen=True, kw_only=True)
-class StripeSettings(HttpSettings):
+class StripeSettings(CustomerSettings, HttpSettings):
     url: str = setting(types.http_url, HOST, "the API's host")
     stream_url: str = setting(types.http_url, STREAM_HOST, "the host of the stream")
     api_key: Secret = required_secret(HEADER_TEXT, "secret or restricted key", also=("STRIPE_API_KEY",))
@@ -126,8 +127,7 @@ class StripeBackend(HttpBackend[StripeSettings]):
         pieces: list[Piece] = []
         calls = metered_calls(records, self._policy, self._customers, self._meters, encoded)
         for record, customer, amounts in calls:
-            if not self._is_theirs(record, customer):
-                encoded.parked[record.id] = NO_CUSTOMER
+            if not self._is_theirs(record, customer) and without_customer(record, self._policy, encoded) is None:
                 continue
             for meter, exact in amounts:
                 amount = self._whole_money(meter, exact)

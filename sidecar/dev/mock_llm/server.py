@@ -65,10 +65,11 @@ class _Maker(NamedTuple):
 class ScriptedLLM:
     """`url = await llm.start()`; OpenAI's clients take `url + "/v1"` as their base, Anthropic's `url`.
 
-    `default` is the script of calls that order nothing.
+    `default` is the script of calls that order nothing. `key`: the only one that is let in; None: any.
     """
 
-    def __init__(self, default: Script | None = None) -> None:
+    def __init__(self, default: Script | None = None, *, key: str | None = None) -> None:
+        self._key = key
         self.seen: deque[Seen] = deque(maxlen=SEEN_MAX)
         self._default = default or Script()
         self._numbers = count(1)
@@ -105,6 +106,7 @@ class ScriptedLLM:
         raw = await request.read()
         self.seen.append(Seen(request.method, request.raw_path, request.raw_headers, raw))
         try:
+            self._trust(request)
             script = self._script(request)
             body = _body(maker, request, raw)
         except _Refusal as refusal:
@@ -122,6 +124,11 @@ class ScriptedLLM:
     async def _models(self, request: web.Request) -> web.Response:
         self.seen.append(Seen(request.method, request.raw_path, request.raw_headers, b""))
         return web.Response(body=orjson.dumps(openai.models()), content_type="application/json")
+
+    def _trust(self, request: web.Request) -> None:
+        said = {request.headers.get("x-api-key"), request.headers.get("Authorization", "").removeprefix("Bearer ")}
+        if self._key is not None and self._key not in said:
+            raise _Refusal(401, "Incorrect API key provided.")
 
     def _script(self, request: web.Request) -> Script:
         try:

@@ -1,0 +1,185 @@
+"""Which upstream a call goes to, what is said of upstreams in settings, and the secrets that are read for them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sidecar.proxy.destinations import Destinations
+from sidecar.settings import ProxySettings, SettingsError, load
+from sidecar.settings.upstreams import from_items, from_tables, reread
+
+OPENAI = "https://api.openai.com"
+
+
+def chosen(target: str, host: bytes = b"me") -> tuple[str, str]:
+    table = Destinations(
+        hosts={"claude.internal": "claude"}, prefixes={"/a": "a", "/a/b": "ab", "/openai": "openai"}, rest="rest"
+    )
+    return table.choose(target, [(b"HOST", host)])
+
+
+@pytest.mark.parametrize(
+    ("target", "expected"),
+    [
+        ("/openai/v1/x?y=/openai", ("openai", "/v1/x?y=/openai")),
+        ("/openai", ("openai", "/")),
+        ("/openai/", ("openai", "/")),
+        ("/openai?x=1", ("openai", "/?x=1")),
+        ("/openaix/v1", ("rest", "/openaix/v1")),
+        ("/a/b/c", ("ab", "/c")),
+        ("/a/bc", ("a", "/bc")),
+        ("/OPENAI/v1", ("rest", "/OPENAI/v1")),
+        ("//openai/v1", ("rest", "//openai/v1")),
+        ("/%6fpenai/v1", ("rest", "/%6fpenai/v1")),
+        ("/openai/../a/v1", ("openai", "/../a/v1")),
+        ("/openai//v1", ("openai", "//v1")),
+        ("*", ("rest", "*")),
+        ("http://me.test/openai/v1", ("openai", "http://me.test/v1")),
+        ("http://me.test/openai", ("openai", "http://me.test/")),
+        ("http://claude.internal:8080/openai/v1", ("claude", "http://claude.internal:8080/openai/v1")),
+    ],
+)
+def test_the_longest_prefix_at_a_segments_border_wins(target: str, expected: tuple[str, str]) -> None:
+    assert chosen(target) == expected
+
+
+@pytest.mark.parametrize("host", [b"claude.internal", b"Claude.Internal:8080", b"claude.internal:"])
+def test_a_host_is_known_whatever_its_port_and_before_a_prefix(host: bytes) -> None:
+    assert chosen("/openai/v1", host) == ("claude", "/openai/v1")
+
+
+@given(st.text("/abx.?%", min_size=1, max_size=12))
+def test_what_is_left_of_a_target_is_its_end_and_a_path(rest: str) -> None:
+    target = "/" + rest
+    name, left = chosen(target)
+    taken = {"a": "/a", "ab": "/a/b", "rest": "", "openai": "/openai"}[name]
+    assert left.startswith("/")
+    assert target in (taken + left, taken + left[1:])
+
+
+def test_the_short_form_names_each_by_its_prefix_or_host() -> None:
+    found = from_items([f"/openai={OPENAI}", "/a/b=http://up.test:80/base/", "x.internal=unix:/run/x.sock"])
+    assert [(one.name, one.prefix, one.host, one.url) for one in found] == [
+        ("openai", "/openai", None, OPENAI),
+        ("a-b", "/a/b", None, "http://up.test/base"),
+        ("x.internal", "", "x.internal", "unix:/run/x.sock"),
+    ]
+
+
+def test_all_faults_are_told_at_once_and_no_secret_with_them(tmp_path: Path) -> None:
+    empty, control, blank = tmp_path / "empty", tmp_path / "control", tmp_path / "blank"
+    empty.write_text("\n")
+    control.write_text("sk-hidden\nsecond")
+    blank.write_text(" sk-hidden\n")
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        f"""
+        [[upstreams]]
+        name = "one"
+        prefix = "/same"
+        url = "https://one.test"
+        set_headers = {{ authorization = "file:{tmp_path}/gone" }}
+
+        [[upstreams]]
+        name = "two"
+        prefix = "/same"
+        url = "https://two.test"
+
+        [[upstreams]]
+        name = "two"
+        prefix = "/three"
+        url = "https://three.test"
+
+        [[upstreams]]
+        name = "four"
+        prefix = "no-slash"
+        url = "ftp://four.test"
+        timeout_s = "soon"
+        set_headers = {{Host = "x", x-a = "file:{empty}", x-b = "Bearer file:{control}", x-c = "file:{blank}", x-d = 1}}
+        remove_headers = ["content-length", "b d"]
+        colour = "red"
+
+        [[upstreams]]
+        prefix = "/five"
+        host = "five.internal"
+        url = "http://five.test"
+        ca_file = "{empty}"
+        set_headers = {{ x-e = "sk-hidden\\u0007" }}
+        """
+    )
+    with pytest.raises(SettingsError) as caught:
+        load({"SIDECAR_CONFIG": str(config)}, backend_settings={"ledger": ()})
+    said = "\n".join(caught.value.problems)
+    for word in (
+        f"one: set_headers: authorization: '{tmp_path}/gone' cannot be read: No such file or directory",
+        "two upstreams have the name two",
+        "four: prefix 'no-slash': expected a path such as /openai",
+        "four: url: expected an http",
+        "four: timeout_s: expected",
+        "four: set_headers: host belongs to the connection",
+        f"four: set_headers: x-a: '{empty}' is empty",
+        f"four: set_headers: x-b: '{control}' holds a line end",
+        f"four: set_headers: x-c: '{blank}' begins or ends with a blank",
+        "four: set_headers: x-d: expected a text",
+        "four: remove_headers: content-length belongs to",
+        "four: remove_headers: 'b d' is no header name",
+        "four: colour is not a setting of an upstream",
+        "number 5: name is not set",
+        "number 5: expected either prefix",
+        "number 5: ca_file is set, but its url is no https:// one",
+        "number 5: set_headers: x-e: its value (hidden) holds",
+    ):
+        assert word in said
+    assert "hidden\n" not in said
+    assert "sk-hidden" not in said
+    assert "SIDECAR_UPSTREAM_URL is not set" not in said
+
+
+@pytest.mark.parametrize("key", ["name", "prefix", "host"])
+def test_two_with_one_name_prefix_or_host_are_told(key: str) -> None:
+    tables: list[dict[str, Any]] = [
+        {"name": "a", "prefix": "/a", "url": OPENAI},
+        {"name": "b", "prefix": "/b", "url": OPENAI},
+    ]
+    for table in tables:
+        if key == "host":
+            del table["prefix"]
+        table[key] = "/same" if key == "prefix" else "same"
+    _, problems = from_tables(tables)
+    assert problems == [f"two upstreams have the {key} {tables[0][key]}: expected another for each"]
+
+
+def test_a_secret_file_is_read_without_its_line_end_and_read_again(tmp_path: Path) -> None:
+    key, gone = tmp_path / "key", tmp_path / "gone"
+    key.write_text("sk-one\r\n")
+    gone.write_text("sk-stays")
+    found, problems = from_tables(
+        [
+            {
+                "name": "a", "prefix": "/a/", "url": OPENAI,
+                "set_headers": {"Authorization": f"Bearer file:{key}", "x-key": f"file:{gone}", "x-team": "core"},
+            }
+        ]
+    )  # fmt: skip
+    assert problems == []
+    values = {one.name: one.value.reveal() for one in found[0].set_headers}
+    assert values == {"authorization": "Bearer sk-one", "x-key": "sk-stays", "x-team": "core"}
+    assert "sk-" not in f"{found[0]} {found!r}"
+    key.write_text("sk-two\n")
+    gone.unlink()
+    again, problems = reread(found)
+    values = {one.name: one.value.reveal() for one in again[0].set_headers}
+    assert values == {"authorization": "Bearer sk-two", "x-key": "sk-stays", "x-team": "core"}
+    assert problems == [f"upstream a: x-key: '{gone}' cannot be read: No such file or directory"]
+
+
+def test_several_upstreams_need_no_other() -> None:
+    settings = load({"SIDECAR_UPSTREAMS": f"/openai={OPENAI}"}, backend_settings={"ledger": ()})
+    assert settings.proxy.upstream_url is None
+    assert [line.value for line in settings.effective if line.variable == "SIDECAR_UPSTREAMS"] == [f"/openai={OPENAI}"]
+    assert ProxySettings().upstreams == ()
