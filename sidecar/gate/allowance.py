@@ -141,7 +141,9 @@ class Allowances:
         )
 
     def _forget(self) -> None:
-        """Too many subscribers: begin anew. Leases that go with it are given up by the next `give_up`."""
+        """Begin anew. Who still has one of the plans finds no lease in it: the owner would not know of its use."""
+        for slot in self._leased:
+            slot.left = 0
         self._slots.clear()
         self._plans.clear()
         self._by_key.clear()

@@ -207,6 +207,22 @@ def test_a_lease_is_used_without_a_question_until_the_process_tells() -> None:
     assert len(asked) == 1
 
 
+def test_a_lease_ends_with_the_policy_that_it_was_given_under() -> None:
+    gate, asked, _ = admission("calls=9/day")
+    weighed = weigh(gate)
+    gate.ask(weighed, "1", lambda verdict: None)
+    gate.answered(answer(1, 1, held={KEY: 1}, more={KEY: 5}))
+    assert gate.at_once(weighed) is not None
+    limits = read_limits((), ["calls=9/day"])
+    gate.renew(
+        Policy(
+            limits=limits, meant=lambda method, target, upstream: Meant("openai"), key_of=lambda fields: None, deny=DENY
+        )
+    )
+    assert gate.at_once(weighed) is None, "a call that was waiting for its body asks the owner"
+    assert gate.tell()[1] == {KEY: 2}, "what open calls hold is still told"
+
+
 def test_what_stays_used_up_is_denied_without_a_question() -> None:
     gate, _, _ = admission("calls=9/day")
     verdicts: list[Verdict] = []
