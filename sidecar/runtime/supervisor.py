@@ -336,9 +336,9 @@ class Supervisor:
         if process.replaced and code == 0:
             process.replaced, process.due_s = False, time.monotonic()
             return
-        process.replaced = False
+        was_old, process.replaced = process.replaced, False
         why = process.cannot[0] if process.cannot else f"ended with {code}"
-        if process.role == METERING and process.cannot and self._before is not None:
+        if process.role == METERING and self._before is not None and not was_old:  # the new one never was ready
             self._settings, self._before = self._before, None
             self._said_of_reload([f"{why}; the settings that held before are in force again"], [])
         log.error("%s %s: it is started again", process, why)
@@ -407,6 +407,8 @@ class Supervisor:
         are under way, and what is told meanwhile is kept by those that serve, as when it dies. These take the new
         settings over in place, once it is there, so that no call is cut and no connection closed.
         """
+        if self._stops:
+            return  # whoever meters has to hear what is open until its end
         if self._before is not None:
             self._reload = True  # the last one first
             return

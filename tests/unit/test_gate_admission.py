@@ -208,7 +208,7 @@ def test_a_lease_is_used_without_a_question_until_the_process_tells() -> None:
 
 
 def test_a_lease_ends_with_the_policy_that_it_was_given_under() -> None:
-    gate, asked, _ = admission("calls=9/day")
+    gate, _, _ = admission("calls=9/day")
     weighed = weigh(gate)
     gate.ask(weighed, "1", lambda verdict: None)
     gate.answered(answer(1, 1, held={KEY: 1}, more={KEY: 5}))
