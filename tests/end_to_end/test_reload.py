@@ -274,6 +274,30 @@ async def test_a_metering_process_that_dies_while_it_hands_over_is_started_with_
             assert (await call(session, whole))[0] == 402
 
 
+@pytest.mark.timeout(180)
+async def test_a_new_process_that_cannot_begin_brings_the_old_settings_back(tmp_path: Path) -> None:
+    good = '[[limits]]\nname = "few"\nunit = "calls"\namount = 1\nwindow = "total"\n'
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, good) as whole:
+            assert (await call(session, whole))[0] == 200
+            code, said = 0, ""
+            for _ in range(5):  # it may have been ready before it was killed: then the next one
+                (meter,) = whole.children()["meter"]
+                reloading = asyncio.create_task(whole.reload(""))
+                async with asyncio.timeout(LIMIT_S):
+                    while (found := whole.children()["meter"]) == [meter] or not found:
+                        await asyncio.sleep(0.001)
+                os.kill(found[0], signal.SIGKILL)
+                code, said = await reloading
+                if code:
+                    break
+                assert (await whole.reload(good))[0] == 0
+            assert code == 1
+            assert "the settings that held before are in force again" in said
+            await whole.settled()
+            assert (await call(session, whole))[0] == 402, "the old limit holds"
+
+
 async def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
     whole = Reloaded(tmp_path, "http://127.0.0.1:9", "")
     code, said = await whole.reload()
