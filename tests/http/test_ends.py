@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -510,7 +511,8 @@ async def test_a_fault_before_a_call_is_let_in(caplog: pytest.LogCaptureFixture)
         raise RuntimeError("a fault of ours")
 
     async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url) as hop:
-        hop.proxy._hop.attribute = attribute  # type: ignore[union-attr]
+        rest = hop.proxy._hop.rest  # type: ignore[union-attr]
+        rest.reading = replace(rest.reading, attribute=attribute)
         head, _ = await hop.call(GET)
         assert head[:12] == b"HTTP/1.1 500"
         assert hop.recorder.admitted == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 from support.rawhttp import (
@@ -543,6 +544,7 @@ async def test_a_tap_that_raises_is_not_felt(asks: bool) -> None:
             raise RuntimeError("tap")
 
     async with RawUpstream(answering(reply(b"fine"))) as upstream, Hop(upstream.url) as hop:
-        hop.proxy._hop.taps = Bad()  # type: ignore[union-attr]
+        rest = hop.proxy._hop.rest  # type: ignore[union-attr]
+        rest.reading = replace(rest.reading, taps=Bad())
         assert (await hop.call(b"POST /x HTTP/1.1\r\nHost: me\r\nContent-Length: 1\r\n\r\nx"))[1] == b"fine"
         assert (await hop.recorder.ended()).usage is None
