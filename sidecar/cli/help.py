@@ -80,7 +80,7 @@ PAGES: Final[Mapping[str, Shown]] = {
     "prices": Shown(("prices show gpt-5-mini", "prices diff newer.json"), "docs/prices.md"),
     "prices show": Shown(("prices show gpt-5-mini", "prices show gpt-5-mini --at 2026-09-01"), "docs/prices.md"),
     "prices diff": Shown(("prices diff newer.json",), "docs/prices.md"),
-    "subscriber": Shown(("subscriber < key-file",), "docs/numbers.md"),
+    "subscriber": Shown(("subscriber", "subscriber --source header:x-tenant"), "docs/numbers.md"),
     "receiver": Shown(("receiver", "receiver --listen 127.0.0.1:9701 --store taken.db"), "docs/backends.md"),
     "completion": Shown(
         (

@@ -15,7 +15,6 @@ from urllib.parse import quote
 from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, read_settings
 from sidecar.model.exchange import Subscriber
 from sidecar.model.grammar import Source, SourceKind, Unfit
-from sidecar.proxy.subscriber import Attributor
 from sidecar.settings import Settings
 
 KEY_BYTES_MAX: Final = 65_536  # more is no header of a request
@@ -51,6 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def identified(source: Source, text: bytes, key: bytes) -> Subscriber | None:
     """Who pays for a call that says this text in this place."""
+    from sidecar.proxy.subscriber import Attributor
+
     attributor = Attributor(sources=[source], dimensions={}, hash_key=key)
     if source.kind is SourceKind.BODY:
         return attributor.by_body(None, lambda _: text.decode("utf-8", "replace"))

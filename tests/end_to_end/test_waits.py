@@ -18,7 +18,7 @@ from sidecar.dev.mock_backends.faults import Do, Fault
 async def call(whole: Whole, times: int = 1) -> None:
     async with aiohttp.ClientSession() as session:
         for _ in range(times):
-            async with session.get(f"{whole.proxy_url}/things", headers={"x-api-key": "one"}) as answer:
+            async with session.post(f"{whole.proxy_url}/v1/things", headers={"x-api-key": "one"}) as answer:
                 await answer.read()
 
 
@@ -124,7 +124,7 @@ async def test_a_redrive_says_why_what_stays_and_what_it_does_not_know(tmp_path:
             code, out, _ = await whole.command("spool", "parked")
             (row, *_) = json.loads((await whole.command("spool", "parked", "--format", "json"))[1])
             assert row["subscriber"].startswith("key_")
-            assert row["subscriber"] in out
+            assert row["subscriber"][:24] in out
             log = whole.log.read_text()
             assert log.count("records are parked") == 1
             assert await whole.stop() == 0

@@ -140,7 +140,7 @@ def test_bash_completes_what_was_begun(tmp_path: Path) -> None:
     assert completed("sp") == ["spool"]
     assert completed("spool", "re") == ["redrive", "retry"]
     assert "--connect" in completed("check", "--c")
-    assert completed("usage", "--format", "") == ["table", "json", "csv"]
+    assert completed("usage", "--format", "") == ["table", "json", "csv", "ndjson"]
     assert any("some-directory" in word for word in completed("serve", "--data-dir", "some"))
 
 

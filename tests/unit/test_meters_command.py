@@ -233,6 +233,7 @@ def test_provision_says_that_there_is_nothing_to_create_before_it_asks_for_a_key
 
 def test_the_default_meters_are_explained(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SIDECAR_CONFIG", raising=False)
+    monkeypatch.setenv("COLUMNS", "160")
     assert main(["meters", "list"]) == 0
     said = capsys.readouterr()
     assert "status_class = 1xx or 2xx or 3xx" in said.out

@@ -30,7 +30,7 @@ UNIT_BYTES = 64  # that earn one
 UNITS_A_PIECE = 32  # earned by each piece, which costs more than they do
 UNITS_A_HEAD = 16  # of a frame whose head did not come before
 READS_FREE = 256  # frames that are unpacked
-READ_BYTES = 1_024  # that earn one
+READ_BYTES = 1_536  # that earn one
 READS_A_PIECE = 4  # earned by each piece
 LAST_FRAMES = 8  # of each piece, which are looked at all the same
 KNOWN_MAX = 64  # preludes, and heads, that are kept
@@ -130,6 +130,11 @@ class EventStream:
                 raise Unreadable("stream_too_busy", "the answer has more frames than its length allows")
             if spent:
                 late.append(pos)
+                alike = data[pos : pos + PRELUDE_BYTES + head_size]  # those that begin so are as long
+                while units > 0 and after + total <= end and data.startswith(alike, after):
+                    late.append(after)
+                    after += total
+                    units -= 1
             elif not (last and head_size == len(last) and data.startswith(last, pos + PRELUDE_BYTES)):
                 head = data[pos + PRELUDE_BYTES : pos + PRELUDE_BYTES + head_size]
                 if head in skipped:
@@ -139,6 +144,12 @@ class EventStream:
                     if self._read(data, pos, head_size, after):
                         return True
                     units, spent = self._units, self._reads <= 0
+            else:
+                # Those behind it that begin alike are as long, and of a kind that nobody reads: they are passed by.
+                alike = data[pos : pos + PRELUDE_BYTES + head_size]
+                while units > 0 and after + total <= end and data.startswith(alike, after):
+                    after += total
+                    units -= 1
             pos = after
         self._units = units
         if not self._skip:
