@@ -133,6 +133,7 @@ async def test_a_redrive_says_why_what_stays_and_what_it_does_not_know(tmp_path:
         (whole.data_dir / "hash.key").unlink()
         async with whole:
             assert "1 of [subscribers] are hashes of another key and match nobody" in whole.log.read_text()
-            assert (await whole.command("spool", "redrive"))[:2] == (0, "2 events offered again\n")
-            assert (await whole.settled())["backends"]["lago"]["delivered"] == 2
+            async with asyncio.timeout(20):  # what is parked for want of a customer goes by itself once there is one
+                while (await whole.settled())["backends"]["lago"]["delivered"] < 2:
+                    await asyncio.sleep(0.02)
             assert await whole.stop() == 0
