@@ -90,7 +90,7 @@ def parser() -> argparse.ArgumentParser:
         first = doc.splitlines()[0].rstrip(".")
         one = commands.add_parser(name, help=first[0].lower() + first[1:], description=first + ".")
         module.add(one)
-        one.set_defaults(run=module.run)
+        one.set_defaults(run=module.run, top=top)
     help_command.describe(top)
     return top
 

@@ -22,17 +22,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(script(arguments.shell))
+    print(script(arguments.top, arguments.shell))
     return EXIT_OK
 
 
-def script(shell: str) -> str:
-    """What `shell` is to source."""
+def script(top: argparse.ArgumentParser, shell: str) -> str:
+    """What `shell` is to source, for all commands of `top`."""
     import shtab
 
-    from sidecar.cli import parser
-
-    top = parser()
     for _, command in walk(top):
         for action in command._actions:
             if action.metavar in FILES or action.type is Path:

@@ -169,9 +169,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from sidecar.cli import parser
-
-    found = parser()
+    found: argparse.ArgumentParser = arguments.top
     for word in arguments.words:
         below = subcommands(found)
         if word not in below:

@@ -111,7 +111,7 @@ def test_the_pages_are_found_in_the_clone_and_beside_an_installed_package(
 
 @pytest.mark.parametrize("shell", completion.SHELLS)
 def test_completion_knows_every_command_and_option(shell: str) -> None:
-    text = completion.script(shell)
+    text = completion.script(parser(), shell)
     for path, command in ALL.items():
         assert all(word in text for word in path.split())
         if shell != "tcsh":  # whose scripts have no words below the second
@@ -122,7 +122,7 @@ def test_completion_knows_every_command_and_option(shell: str) -> None:
 def test_bash_completes_what_was_begun(tmp_path: Path) -> None:
     """The script is given to bash itself, and its function is called as a Tab does."""
     file = tmp_path / "completion"
-    file.write_text(completion.script("bash"))
+    file.write_text(completion.script(parser(), "bash"))
     (tmp_path / "some-directory").mkdir()
 
     def bash(commands: str) -> str:
