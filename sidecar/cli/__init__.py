@@ -90,7 +90,8 @@ def parser() -> argparse.ArgumentParser:
         first = doc.splitlines()[0].rstrip(".")
         one = commands.add_parser(name, help=first[0].lower() + first[1:], description=first + ".")
         module.add(one)
-        one.set_defaults(run=module.run, top=top)
+        # Not a name that an argument of a command has: a default set here would win over the argument's own.
+        one.set_defaults(run=module.run, all_commands=top)
     help_command.describe(top)
     return top
 

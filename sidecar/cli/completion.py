@@ -22,7 +22,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    print(script(arguments.top, arguments.shell))
+    print(script(arguments.all_commands, arguments.shell))
     return EXIT_OK
 
 

@@ -169,7 +169,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    found: argparse.ArgumentParser = arguments.top
+    found: argparse.ArgumentParser = arguments.all_commands
     for word in arguments.words:
         below = subcommands(found)
         if word not in below:

@@ -37,6 +37,13 @@ def test_every_example_can_be_typed(example: str) -> None:
     assert parser().parse_args(words).run is COMMANDS[words[0]].run
 
 
+@pytest.mark.parametrize("path", ALL)
+def test_what_a_command_is_given_with_its_arguments_has_no_name_of_theirs(path: str) -> None:
+    """A default set for the whole command wins over the argument's own: `--top` would be the parser."""
+    given = ALL[path]._defaults
+    assert not given.keys() & {action.dest for action in ALL[path]._actions}
+
+
 def test_no_page_is_kept_of_a_command_that_is_gone() -> None:
     assert PAGES.keys() <= ALL.keys()
 
