@@ -234,9 +234,7 @@ async def make_stream(url: str, name: str, subject: str, **changes: Any) -> None
         end_s = time.monotonic() + START_LIMIT_S
         while True:
             try:
-                await connection.jetstream().add_stream(
-                    name=name, subjects=[subject], **{**GOOD_STREAM, **changes}  # type: ignore[arg-type]
-                )
+                await connection.jetstream().add_stream(name=name, subjects=[subject], **{**GOOD_STREAM, **changes})
                 return
             except Error:
                 if time.monotonic() > end_s:
@@ -244,4 +242,3 @@ async def make_stream(url: str, name: str, subject: str, **changes: Any) -> None
                 await asyncio.sleep(0.1)
     finally:
         await connection.close()
-
