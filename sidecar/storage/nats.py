@@ -86,7 +86,7 @@ class Login:
         if (self.cert_file is None) != (self.key_file is None):
             return "SIDECAR_NATS_CERT_FILE and SIDECAR_NATS_KEY_FILE belong together: set both, or neither"
         if self.creds is not None and importlib.util.find_spec("nkeys") is None:
-            return f"SIDECAR_NATS_CREDS needs the package nkeys: {EXTRA}"
+            return "SIDECAR_NATS_CREDS needs the package nkeys: pip install nkeys"
         if importlib.util.find_spec("nats") is None:
             return f"the package nats-py is not there: {EXTRA}"
         return None
