@@ -135,8 +135,14 @@ class NatsBackend:
     name = "nats"
     settings_type = NatsSettings
 
-    def __init__(self, settings: NatsSettings, context: Context, *, clock: Callable[[], float] = time) -> None:
-        """Raises `ValueError` for settings that do not go together, and without the client."""
+    def __init__(
+        self, settings: NatsSettings, context: Context, *, clock: Callable[[], float] = time, by_id: bool = True
+    ) -> None:
+        """`by_id`: the stream tells repeats apart. Without, it takes each message: it knows ids of what was purged too,
+        and who sends that again would only be told "duplicate".
+
+        Raises `ValueError` for settings that do not go together, and without the client."""
+        self._by_id = by_id
         self.abilities = Abilities(
             events_max=settings.batch,
             bytes_max=BODY_BYTES_MAX,
@@ -192,7 +198,7 @@ class NatsBackend:
                 line,
                 timeout=settings.timeout,
                 stream=settings.stream,
-                headers={"Nats-Msg-Id": event.event_id},
+                headers={"Nats-Msg-Id": event.event_id} if self._by_id else {},
             )
         except NoStreamResponseError:
             return _NOBODY

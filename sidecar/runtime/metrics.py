@@ -179,6 +179,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_retry_after_seconds": Family("gauge", "What is left of a wait that a backend asked for", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
+    "sidecar_collected": Family(
+        "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
+    ),
+    "sidecar_collect_missed": Family("counter", "Messages that left the stream before they were read", ("consumer",)),
+    "sidecar_collect_reading": Family("gauge", "1 while the stream is read, 0 while it cannot be", ("consumer",)),
+    "sidecar_collect_pending": Family("gauge", "Messages of the stream that were not read yet", ("consumer",)),
+    "sidecar_collect_aside": Family("gauge", "Messages that are kept aside: no records, or too old", ("consumer",)),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -478,6 +485,15 @@ class Metrics(HopEvents, Collector):
     def blocked(self, backend: str, reason: str | None) -> None:
         """A backend takes nothing until an operator acts; None: it takes again."""
         self._gauges["sidecar_blocked"][(backend,)] = 0 if reason is None else 1
+
+    def collecting(self, consumer: str, *, reading: bool, pending: int, aside: int) -> None:
+        """How `collect` stands; `serve` has none of these series, so that an alert can ask for the first."""
+        self._gauges["sidecar_collect_reading"][(consumer,)] = int(reading)
+        self._gauges["sidecar_collect_pending"][(consumer,)] = pending
+        self._gauges["sidecar_collect_aside"][(consumer,)] = aside
+        self._count("sidecar_collect_missed", (consumer,), 0)
+        for outcome in ("stored", "duplicate", "aside"):
+            self._count("sidecar_collected", (outcome,), 0)
 
     # --- reading ---------------------------------------------------------------------------------
 

@@ -275,6 +275,18 @@ class SpoolSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class CollectSettings:
+    """Of `metering-sidecar collect`, which reads what the backend `nats` of others has sent."""
+
+    collect_consumer: str = _setting(
+        types.consumer, "metering-sidecar", "the durable consumer by which the stream remembers what was read"
+    )
+    collect_remember: float = _setting(  # longer than any stream or spool keeps what it may send again
+        types.duration(86_400.0), "30d", "how long the ids of records are known, so that one that comes again is told"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class AttributionSettings:
     """Who pays for a call, and what it is filed under."""
 
@@ -407,6 +419,7 @@ class Settings:
     proxy: ProxySettings = field(default_factory=ProxySettings)
     serve: ServeSettings = field(default_factory=ServeSettings)
     spool: SpoolSettings = field(default_factory=SpoolSettings)
+    collect: CollectSettings = field(default_factory=CollectSettings)
     attribution: AttributionSettings = field(default_factory=AttributionSettings)
     usage: UsageSettings = field(default_factory=UsageSettings)
     prices: PriceSettings = field(default_factory=PriceSettings)
@@ -435,6 +448,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "serve": ServeSettings,
     "": Settings,
     "spool": SpoolSettings,
+    "collect": CollectSettings,
     "attribution": AttributionSettings,
     "usage": UsageSettings,
     "prices": PriceSettings,

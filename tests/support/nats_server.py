@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import importlib.util
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -46,9 +47,12 @@ def server_path() -> Path:
 
 
 def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+    """Below those that the system gives to outgoing connections: a server that is started again finds it free."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with socket.socket() as sock, contextlib.suppress(OSError):
+            sock.bind(("127.0.0.1", port))
+            return port
 
 
 @dataclass(kw_only=True)
