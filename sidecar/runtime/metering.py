@@ -25,6 +25,7 @@ from aiohttp import web
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.worker import Settled
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
@@ -47,7 +48,8 @@ from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, 
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
 from sidecar.runtime.metrics import Gauges, Metrics
-from sidecar.settings import OnSpoolFull, Settings
+from sidecar.runtime.shipping import Shipping, centre_of
+from sidecar.settings import Durability, OnSpoolFull, Settings
 from sidecar.spool import (
     Snapshot,
     Spool,
@@ -95,6 +97,7 @@ class Billing:
     spool: Spool | None = None  # the slot that is written here
     rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
+    waited_for: bool = False  # responses wait for a backend: nothing gathers on its way there
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -140,7 +143,7 @@ class Billing:
     def committed(self) -> None:
         """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
         the same whatever is in them."""
-        if len(self.sums) < len(self.backends):
+        if len(self.sums) < len(self.backends) or self.waited_for:
             self.hand_on()
         elif self._handing is None:
             self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
@@ -298,11 +301,13 @@ async def billing(
     instance: str | None = None,
     goes_on: Collection[str] = (),
     spooling: bool = False,
+    settled: Mapping[str, Settled] | None = None,
 ) -> AsyncIterator[Billing]:
     """Open the spool, where `spooling`, and start delivering. Leaving commits what was handed over and makes one last
     pass, bounded by `DRAIN_S`. Raises the parts' own errors.
 
     `instance`: the slot to take, where it is known. `goes_on`: how the ids of calls end that go on in a living process.
+    `settled`: for a backend that responses wait for, who is told how it stands.
     """
     async with AsyncExitStack() as stack:
         state = await asyncio.to_thread(DeliveryStore.open, settings.data_dir / "delivery.db")
@@ -342,6 +347,7 @@ async def billing(
             copied_text="" if copied is None else copied.text,
             # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
             safe=(LEDGER_NAME,) if copied is None or copied.whole else (),
+            settled=settled,
         )
         await stack.enter_async_context(delivery)
         by_name = {backend.name: backend for backend in backends}
@@ -354,6 +360,7 @@ async def billing(
             copied=copied,
             spool=spool,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
+            waited_for=bool(settled),
         )
         stack.push_async_callback(bills.last_pass)
         stack.callback(bills.hand_on)
@@ -613,7 +620,18 @@ async def recording(
         if make_room(settings.data_dir):
             log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         async with AsyncExitStack() as stack:
-            parts = billing(settings, whole.counted, instance=instance, goes_on=goes_on, spooling=True)
+            centre = centre_of(settings)
+            # Durability stays as it was at the start, and the backends may be others since: then none is waited for.
+            ships = settings.spool.durability is Durability.SHIPPED
+            shipping = Shipping(whole.seam.shipped, waits=centre is not None)
+            parts = billing(
+                settings,
+                whole.counted,
+                instance=instance,
+                goes_on=goes_on,
+                spooling=True,
+                settled={} if centre is None else {centre: shipping.settled},
+            )
             bills = await stack.enter_async_context(parts)
             # A key that was made up where it could not be kept is kept now.
             await asyncio.to_thread(factory.hash_key, settings, key)
@@ -622,6 +640,9 @@ async def recording(
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
             last_seq = bills.spool.next_seq - 1
+            if ships:
+                shipping.begin(bills.spool.instance, last_seq)
+                whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
                 loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))

@@ -138,7 +138,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_committed_records": Family("counter", "Records committed to the spool"),
     "sidecar_committed_bytes": Family("counter", "Record bytes committed to the spool"),
     "sidecar_lost": Family("counter", "Records that could not be kept", ("reason",)),
-    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk"),
+    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk, or shipped"),
     "sidecar_admitted": Family("counter", "Calls let in, over restarts"),
     "sidecar_recorded": Family("counter", "Records on disk, over restarts"),
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),

@@ -28,6 +28,7 @@ PREFIX: Final = "SIDECAR_"
 class Durability(StrEnum):
     COMMITTED = "committed"
     BUFFERED = "buffered"
+    SHIPPED = "shipped"
 
 
 class OnSpoolFull(StrEnum):
@@ -255,7 +256,8 @@ class SpoolSettings:
 
     durability: Durability = _setting(
         types.one_of(Durability), "committed",
-        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after",
+        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after; "
+        "`shipped`: after JetStream or the ledger of `SIDECAR_LEDGER_URL` has it too",
     )  # fmt: skip
     on_spool_full: OnSpoolFull = _setting(
         types.one_of(OnSpoolFull), "pass",
