@@ -2,7 +2,8 @@
 
 One process, one event loop: the reader of the stream (`collector`), the spool that it writes, and ordinary delivery,
 ledger, admin port and control socket behind it (`metering.billing`). Read the start-up list backwards for the stop: the
-batch in hand is stored and acknowledged, one last pass of delivery, the spool closes.
+batch in hand is stored and acknowledged, one last pass of delivery, the spool closes. Where the shared ledger is all
+that records are for, there is no spool: each batch is one transaction there, and many may collect.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from typing import Any, Final
 
 from sidecar.backends.nats import NatsSettings
 from sidecar.model.balance import Balance
+from sidecar.model.delivery import AddsUp
 from sidecar.runtime import backend_factory, factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.admin import Readiness
-from sidecar.runtime.collector import FORGET_EVERY_S, SpoolSink, StreamReader
+from sidecar.runtime.backend_factory import LEDGER_NAME
+from sidecar.runtime.collector import FORGET_EVERY_S, LedgerSink, SpoolSink, StreamReader
 from sidecar.runtime.disk import Room
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.runtime.metering import START_FAULTS as PARTS_FAULTS
@@ -31,7 +34,7 @@ from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.signals import stop_event
 from sidecar.runtime.supervisor import bind
 from sidecar.settings import Settings
-from sidecar.spool import ground_warning
+from sidecar.spool import SpoolReader, ground_warning
 from sidecar.spool.intake import Intake
 from sidecar.spool.known_ids import KnownIds
 from sidecar.storage.files import StorageError
@@ -62,6 +65,12 @@ def faults(settings: Settings) -> list[str]:
         except ValueError as error:
             found.append(str(error))
     return found
+
+
+def into_shared_ledger(settings: Settings) -> bool:
+    """Whether batches go into the shared ledger as they are read: nothing else is to be done with them here. Else they
+    go into a spool, and from there to all backends."""
+    return settings.fleet.ledger_url is not None and settings.backends == (LEDGER_NAME,)
 
 
 def stream_settings(settings: Settings) -> NatsSettings:
@@ -134,6 +143,26 @@ async def collecting(settings: Settings, lock: DataLock | None = None) -> AsyncI
         last.callback(admin.close)
         whole = Collecting(settings=settings, counted=counted, intake=Intake(counted), admin_url=admin_url)
         await open_admin(last, settings, admin, whole)
+        connection = NatsConnection(login=own.login, wanted=own.wanted, timeout_s=own.timeout)
+        if into_shared_ledger(settings):
+            spools = last.enter_context(SpoolReader(settings.data_dir))
+            whole.ids = await asyncio.to_thread(KnownIds, settings.data_dir, spools)
+            last.callback(whole.ids.close)
+            ledger = backend_factory.backend(settings, LEDGER_NAME)
+            last.push_async_callback(ledger.aclose)
+            assert isinstance(ledger, AddsUp)
+            last.push_async_callback(connection.aclose)
+            whole.reader = StreamReader(
+                connection=connection,
+                consumer=settings.collect.collect_consumer,
+                owner="",
+                sink=LedgerSink(ledger, whole.ids),
+                counts=counted,
+            )
+            if lock is not None:
+                lock.announce(admin=admin_url)
+            yield whole
+            return
         bills = await last.enter_async_context(billing(settings, counted, spooling=True))
         whole.bills = bills
         assert bills.spool is not None
@@ -143,7 +172,6 @@ async def collecting(settings: Settings, lock: DataLock | None = None) -> AsyncI
         sink = SpoolSink(bills.spool, bills.reader, whole.ids)
         if taken := await sink.take_back():
             log.info("what lay aside was taken after all", extra={"facts": {"records": taken}})
-        connection = NatsConnection(login=own.login, wanted=own.wanted, timeout_s=own.timeout)
         last.push_async_callback(connection.aclose)
         whole.reader = StreamReader(
             connection=connection,

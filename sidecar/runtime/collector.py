@@ -19,6 +19,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Protocol
 
+from sidecar.model.delivery import AddsUp, Applied, Delivered, Duplicate, Refused, Verdict
 from sidecar.model.record import Record
 from sidecar.model.record_check import NotARecord, read_foreign
 from sidecar.spool import Spool, SpoolReader
@@ -40,6 +41,7 @@ ASK_S: Final = 2.0  # an idle look lasts so long, which is how late a stop is no
 ANSWER_S: Final = 5.0  # beyond it, for an answer that does not come at all
 ACK_WAIT_S: Final = 60.0  # what was not acknowledged comes again; a disk that takes nothing for longer costs repeats
 ACKS_AT_ONCE: Final = 100
+AGAIN_S: Final = 1.0  # what could not be stored is read again
 PAUSE_S_MIN: Final = 0.2  # after a fault; doubles
 PAUSE_S_MAX: Final = 10.0
 SLICE: Final = 40  # records checked before others have their turn: some 3 ms
@@ -170,6 +172,61 @@ class SpoolSink:
         await done
 
 
+# --- the sink that many share -------------------------------------------------------------------------------
+
+
+class LedgerSink:
+    """The ledger that many sidecars share, each batch in one transaction: it knows each record by its id, so several
+    may read one stream by one consumer. What lies aside does so beside us."""
+
+    def __init__(self, ledger: AddsUp, ids: KnownIds, *, clock: Callable[[], float] = time.time) -> None:
+        """`ledger`: one that keeps lines."""
+        self._ledger, self._ids, self._clock = ledger, ids, clock
+
+    async def passed(self, stream: str) -> int:
+        return await asyncio.to_thread(self._ids.passed, stream)
+
+    async def take(self, got: Sequence[Got], passed: tuple[str, int]) -> Taken:
+        """Raises `SinkError` where the ledger takes nothing just now, `StorageError` where nothing can lie aside."""
+        records, aside = await checked(got, self._clock())
+        stored = await self._write(list(records.values()), aside)
+        if aside:
+            await asyncio.to_thread(self._ids.remember, "", 0, (), aside, passed)
+        return Taken(stored, len(got) - stored - len(aside), len(aside))
+
+    async def _write(self, records: Sequence[tuple[Record, Got]], aside: list[Aside]) -> int:
+        """How many were in a batch of which something was new. One that cannot be added is looked for by halves."""
+        if not records:
+            return 0
+        verdict = await self._verdict([record for record, _ in records])
+        if isinstance(verdict, Delivered):
+            return len(records)
+        if isinstance(verdict, Duplicate):
+            return 0
+        if not isinstance(verdict, Refused):
+            raise SinkError(f"the ledger takes nothing just now ({verdict.reason}); the log says more")
+        if len(records) == 1:
+            text = "the ledger cannot keep it"
+            aside.append(Aside(records[0][1].source, verdict.reason, text, self._clock(), records[0][1].body))
+            return 0
+        half = len(records) // 2
+        return await self._write(records[:half], aside) + await self._write(records[half:], aside)
+
+    async def _verdict(self, records: Sequence[Record]) -> Verdict:
+        try:
+            sums, left = self._ledger.add_up(records)
+        except ArithmeticError:
+            return Refused("sum_not_exact")
+        lines = [(number, record.json) for number, record in enumerate(records, 1)]
+        out = left.skipped.keys() | left.parked.keys()
+        batch = Applied(1, len(lines), frozenset(n for n, record in enumerate(records, 1) if record.id in out))
+        return await asyncio.to_thread(self._ledger.apply_sums, "", batch, [sums], lines)
+
+
+class SinkError(StorageError):
+    """Nothing is taken just now: it comes again."""
+
+
 async def checked(got: Sequence[Got], now_s: float) -> tuple[dict[str, tuple[Record, Got]], list[Aside]]:
     """Which of these are records, each once; and what is to be kept aside."""
     records: dict[str, tuple[Record, Got]] = {}
@@ -243,7 +300,12 @@ class StreamReader:
 
     async def _take(self, there: Connected, messages: Sequence[Msg]) -> None:
         self._look_for_gaps(messages)
-        taken = await self.sink.take([_got(message) for message in messages], (self._stream, self._seen))
+        try:
+            taken = await self.sink.take([_got(message) for message in messages], (self._stream, self._seen))
+        except StorageError:
+            # They come again soon, here or elsewhere, and not only when their time is over.
+            await self._guarded(there, _all([message.nak(delay=AGAIN_S) for message in messages]))
+            raise
         for word, count in (("stored", taken.stored), ("duplicate", taken.duplicates), ("aside", taken.aside)):
             if count:
                 self.counts.count("sidecar_collected", word, count)
