@@ -14,6 +14,7 @@ import asyncio
 import functools
 import re
 import threading
+import time
 from collections.abc import Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -83,6 +84,12 @@ LEASES: Final = (
     """
 CREATE TABLE metering.lane_leases(
     lane smallint PRIMARY KEY, holder text, epoch bigint NOT NULL DEFAULT 0, expires timestamptz);
+INSERT INTO metering.lane_leases (lane) SELECT generate_series(0, 15);
+CREATE TABLE metering.lane_members(holder text PRIMARY KEY, expires timestamptz NOT NULL);
+CREATE TABLE metering.lane_wishes(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, lane smallint NOT NULL, at timestamptz NOT NULL DEFAULT now(),
+    wish text NOT NULL, answer text);
+CREATE INDEX lane_wishes_open ON metering.lane_wishes(lane) WHERE answer IS NULL;
 """,
 )
 LEASES_PART: Final = "lane_leases"
@@ -109,8 +116,7 @@ class LaneDatabase:
         self._database, self._held = database, held
         self._lock = threading.Lock()
         with told(self.where):
-            call(database.migrate(LEASES_PART, LEASES))
-            self.created = call(_make(database, held.lane))
+            self.created = call(make_lane(database, held.lane))
 
     @property
     def where(self) -> str:
@@ -176,13 +182,36 @@ def told(where: str) -> Iterator[None]:
         raise kind(f"{where}: {error}") from error
 
 
-async def _make(database: Postgres, lane: int) -> bool:
-    """The tables of a lane; whether it was this call that made them."""
+async def make_lane(database: Postgres, lane: int, backends: Sequence[str] = ()) -> bool:
+    """The tables of a lane; whether it was this call that made them. Of a lane without a record these backends are to
+    get all that comes from now on."""
     schema = _SCHEMA.format(lane)
     async with database.transaction(read_only=True) as db:
         there = await db.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema)
+    await database.migrate(LEASES_PART, LEASES)
     await database.migrate(PART.format(lane), [step.format(schema=schema) for step in STEPS])
-    return not there
+    if there or not backends:
+        return not there
+    async with database.transaction() as db:
+        if await db.fetchval("SELECT last_seq FROM metering.lanes WHERE lane = $1 FOR UPDATE", lane) == 0:
+            now_s = time.time()
+            await db.execute(
+                f"INSERT INTO {schema}.meta(name, value) VALUES('served', $1) ON CONFLICT DO NOTHING", now_s
+            )
+            for name in backends:
+                await db.execute(
+                    f"INSERT INTO {schema}.backend(name, since_s) VALUES($1, $2) ON CONFLICT DO NOTHING", name, now_s
+                )
+                await db.execute(
+                    f"INSERT INTO {schema}.cursor(backend, instance, seq) VALUES($1, $2, 0) ON CONFLICT DO NOTHING",
+                    name, spool_of(lane),
+                )  # fmt: skip
+    return True
+
+
+def spool_of(lane: int) -> str:
+    """What a lane is called where the instance of a spool is named."""
+    return f"lane-{lane:02}"
 
 
 @contextmanager
