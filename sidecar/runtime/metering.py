@@ -158,11 +158,13 @@ class Billing:
             else:
                 self.delivery.note(instance, done.last_seq)
         if self.sums:
-            for instance, first_seq, last_seq, ended in _runs(committed):
+            for instance, first_seq, ended, lines in _runs(committed):
                 records = ended.records(instance)
+                last_seq = first_seq + len(lines) - 1
                 batch = SummedBatch(instance=instance, first_seq=first_seq, last_seq=last_seq, sums=None)
                 for backend in self.sums:
-                    self._add_up(backend, batch, records, ended.groups)
+                    whole = replace(batch, stored=lines) if backend.keeps_lines else batch
+                    self._add_up(backend, whole, records, ended.groups)
         self.delivery.wake()
 
     def _add_up(
@@ -242,19 +244,19 @@ class Billing:
         return gone
 
 
-def _runs(committed: Sequence[tuple[str, Batch, Ended]]) -> list[tuple[str, int, int, Ended]]:
-    """Commits that follow each other and of which all is at hand, as one: instance, first and last number, and what
-    they hold."""
-    runs: list[tuple[str, int, int, Ended]] = []
+def _runs(committed: Sequence[tuple[str, Batch, Ended]]) -> list[tuple[str, int, Ended, list[bytes]]]:
+    """Commits that follow each other and of which all is at hand, as one: instance, first number, what they hold, and
+    its lines."""
+    runs: list[tuple[str, int, Ended, list[bytes]]] = []
     for instance, batch, ended in committed:
         if ended.calls != len(batch.lines):
             continue  # settled by us: it is read from the spool
-        if runs and runs[-1][0] == instance and runs[-1][2] + 1 == batch.first_seq:
-            _, first_seq, _, whole = runs.pop()
+        if runs and runs[-1][0] == instance and runs[-1][1] + len(runs[-1][3]) == batch.first_seq:
+            _, _, whole, lines = runs[-1]
             whole.join(ended)
-            runs.append((instance, first_seq, batch.last_seq, whole))
+            lines += batch.lines
         else:
-            runs.append((instance, batch.first_seq, batch.last_seq, ended))
+            runs.append((instance, batch.first_seq, ended, list(batch.lines)))
     return runs
 
 

@@ -389,6 +389,11 @@ class FleetSettings:
     ledger_url: Secret | None = _secret(
         types.postgres_url, "the database that all sidecars share: `postgresql://user:password@host/database`"
     )
+    instance: str | None = _setting(
+        types.instance_name,
+        None,
+        "what this sidecar is called there; by itself an id that is kept in the data directory",
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
