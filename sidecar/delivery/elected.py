@@ -11,9 +11,11 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self
+
+import orjson
 
 from sidecar.delivery.context import SystemClock
 from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lane, spool_of
@@ -22,6 +24,8 @@ from sidecar.delivery.rows import StateError
 from sidecar.delivery.service import Delivery
 from sidecar.delivery.store import DeliveryStore
 from sidecar.delivery.types import BackendStatus, Metrics
+from sidecar.delivery.wishes import Wish, grant
+from sidecar.ledger import postgres_schema
 from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
@@ -36,6 +40,7 @@ STOP_REST_S: Final = 4.0  # the same at a stop: leases have four seconds to go a
 TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
+WISH_S: Final = 30.0  # an operator waits so long for the holders of all lanes
 CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
 
 
@@ -133,6 +138,7 @@ class Elected:
     _running: asyncio.Task[None] | None = None
     _prepared: bool = False
     _giving: set[asyncio.Task[None]] = field(default_factory=set)
+    _granting: dict[int, asyncio.Task[None]] = field(default_factory=dict)  # by the wish's id
 
     def __post_init__(self) -> None:
         self._leasing = Postgres(self.url, name="metering-sidecar leases", command_timeout_s=RENEW_S)
@@ -142,6 +148,7 @@ class Elected:
     async def prepare(self) -> None:
         """The tables of all lanes, before any record is in them: what comes then is nobody's but ours to deliver. Of a
         lane that has records already, some may have been delivered by whoever wrote them, and count so."""
+        await self._leasing.migrate(postgres_schema.PART, postgres_schema.STEPS)
         await self._leases.prepare()
         names = [backend.name for backend in self.make()]
         await asyncio.to_thread(lambda: [call(make_lane(self._shared, lane, names)) for lane in range(LANES)])
@@ -182,13 +189,49 @@ class Elected:
         return {lane: led.delivery for lane, led in sorted(self._led.items()) if led.delivery is not None}
 
     def status(self) -> list[BackendStatus]:
-        """How each backend does on each lane that is held."""
-        return [status for delivery in self.deliveries().values() for status in delivery.status()]
+        """How each backend does, on the lane where it does worst."""
+        worst: dict[str, BackendStatus] = {}
+        for status in (status for delivery in self.deliveries().values() for status in delivery.status()):
+            known = worst.get(status.backend)
+            worst[status.backend] = status if known is None else _worse(known, status)
+        return list(worst.values())
 
     def wake(self) -> None:
         """Records of ours are in the database."""
         for delivery in self.deliveries().values():
             delivery.wake()
+
+    async def ask(self, wish: Wish) -> list[Any]:
+        """Have something done on every lane, by whoever holds it; the answers. Raises `LookupError` where some lane has
+        no holder who answers in time: it is done on the others."""
+        try:
+            async with self._leasing.transaction() as db:
+                rows = await db.fetch(
+                    "INSERT INTO metering.lane_wishes (lane, wish) SELECT generate_series(0, $2 - 1), $1 RETURNING id",
+                    orjson.dumps(wish).decode(), LANES,
+                )  # fmt: skip
+            ids = [int(row[0]) for row in rows]
+            answers: dict[int, str] = {}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WISH_S):
+                    while len(answers) < len(ids):
+                        await asyncio.sleep(LOOK_S / 2)
+                        async with self._leasing.transaction(read_only=True) as db:
+                            found = await db.fetch(
+                                "SELECT id, answer FROM metering.lane_wishes WHERE id = ANY($1) AND answer IS NOT NULL",
+                                ids,
+                            )
+                        answers = {int(id_): answer for id_, answer in found}
+            async with self._leasing.transaction() as db:
+                await db.execute("DELETE FROM metering.lane_wishes WHERE id = ANY($1)", ids)
+        except PostgresError as error:
+            raise LookupError(f"the lanes cannot be asked: {error}") from error
+        told = [orjson.loads(answer) for answer in answers.values()]
+        wrong = [answer["error"] for answer in told if isinstance(answer, dict) and "error" in answer]
+        if wrong or len(told) < len(ids):
+            silent = f"{len(ids) - len(told)} lanes have no holder who answers; run it again"
+            raise LookupError(wrong[0] if wrong else silent)
+        return told
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -306,16 +349,39 @@ class Elected:
                 await led.task
 
     async def _look(self) -> None:
-        """Wake the lanes that have grown."""
+        """Wake the lanes that have grown, and find what is wished of them."""
         if not self._led:
             return
         async with self._leasing.transaction(read_only=True) as db:
-            rows = await db.fetch("SELECT lane, last_seq FROM metering.lanes WHERE lane = ANY($1)", list(self._led))
-        for lane, last_seq in rows:
+            lanes = list(self._led)
+            grown = await db.fetch("SELECT lane, last_seq FROM metering.lanes WHERE lane = ANY($1)", lanes)
+            wished = await db.fetch(
+                "SELECT id, lane, wish FROM metering.lane_wishes WHERE lane = ANY($1) AND answer IS NULL ORDER BY id",
+                lanes,
+            )
+        for lane, last_seq in grown:
             led = self._led.get(lane)
             if led is not None and led.delivery is not None and led.last_seq != last_seq:
                 led.last_seq = last_seq
                 led.delivery.wake()
+        for id_, lane, wish in wished:
+            led = self._led.get(lane)
+            if led is not None and led.delivery is not None and id_ not in self._granting:
+                task = self._granting[id_] = asyncio.create_task(self._grant(id_, led.delivery, wish))
+                task.add_done_callback(lambda _, id_=id_: self._granting.pop(id_, None))  # type: ignore[misc]
+
+    async def _grant(self, id_: int, delivery: Delivery, wish: str) -> None:
+        try:
+            answer = await grant(orjson.loads(wish), delivery, delivery.backends)
+        except (LookupError, TypeError, ValueError, StateError, SpoolError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            async with self._leasing.transaction() as db:
+                await db.execute(
+                    "UPDATE metering.lane_wishes SET answer = $2 WHERE id = $1", id_, orjson.dumps(answer).decode()
+                )
+        except PostgresError as error:
+            log.warning("what came of a wish could not be told: %s", error)
 
     def _say(self, trouble: str) -> None:
         if trouble and trouble != self.trouble:
@@ -323,6 +389,22 @@ class Elected:
         elif self.trouble and not trouble:
             log.info("lanes are delivered again")
         self.trouble = trouble
+
+
+def _worse(one: BackendStatus, other: BackendStatus) -> BackendStatus:
+    """Both lanes' as one."""
+    order = ("up", "paused", "down", "blocked")
+    first = max(one, other, key=lambda status: order.index(status.state))
+    ages = [age for age in (one.oldest_pending_s, other.oldest_pending_s) if age is not None]
+    return replace(
+        first,
+        oldest_pending_s=max(ages, default=None),
+        sealed=one.sealed + other.sealed,
+        under_way=one.under_way + other.under_way,
+        waiting_records=one.waiting_records + other.waiting_records,
+        waiting_bytes=one.waiting_bytes + other.waiting_bytes,
+        paused_s=max(one.paused_s, other.paused_s),
+    )
 
 
 def _reason(error: BaseException) -> str:

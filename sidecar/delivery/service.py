@@ -84,6 +84,7 @@ class Delivery:
             stepped=self._clock_stepped,
         )
         self.tail = Tail(reader, self._context.limits)
+        self.backends = {backend.name: backend for backend in backends}
         self._workers = {backend.name: Worker(backend, self._context, self.tail) for backend in backends}
         self._group = asyncio.TaskGroup()
         self._running = False
