@@ -190,6 +190,15 @@ class Examined(Protocol):
         ...
 
 
+@runtime_checkable
+class Reached(Protocol):
+    """A backend that is not asked over HTTP, and connects by itself: what `check --connect` calls before `examine`."""
+
+    async def reach(self) -> tuple[bool, str]:
+        """Whether it can be connected to and knows us; where it is, or why not and what to do. Changes nothing."""
+        ...
+
+
 @dataclass(frozen=True, slots=True)
 class Provision:
     """What became of one meter at a backend. `fits`: it is there now, as we define it."""

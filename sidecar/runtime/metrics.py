@@ -138,7 +138,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_committed_records": Family("counter", "Records committed to the spool"),
     "sidecar_committed_bytes": Family("counter", "Record bytes committed to the spool"),
     "sidecar_lost": Family("counter", "Records that could not be kept", ("reason",)),
-    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk"),
+    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk, or shipped"),
     "sidecar_admitted": Family("counter", "Calls let in, over restarts"),
     "sidecar_recorded": Family("counter", "Records on disk, over restarts"),
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
@@ -185,6 +185,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_instance_silent_seconds": Family(
         "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
     ),
+    "sidecar_collected": Family(
+        "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
+    ),
+    "sidecar_collect_missed": Family("counter", "Messages that left the stream before they were read", ("consumer",)),
+    "sidecar_collect_reading": Family("gauge", "1 while the stream is read, 0 while it cannot be", ("consumer",)),
+    "sidecar_collect_pending": Family("gauge", "Messages of the stream that were not read yet", ("consumer",)),
+    "sidecar_collect_aside": Family("gauge", "Messages that are kept aside: no records, or too old", ("consumer",)),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -486,6 +493,15 @@ class Metrics(HopEvents, Collector):
     def blocked(self, backend: str, reason: str | None) -> None:
         """A backend takes nothing until an operator acts; None: it takes again."""
         self._gauges["sidecar_blocked"][(backend,)] = 0 if reason is None else 1
+
+    def collecting(self, consumer: str, *, reading: bool, pending: int, aside: int) -> None:
+        """How `collect` stands; `serve` has none of these series, so that an alert can ask for the first."""
+        self._gauges["sidecar_collect_reading"][(consumer,)] = int(reading)
+        self._gauges["sidecar_collect_pending"][(consumer,)] = pending
+        self._gauges["sidecar_collect_aside"][(consumer,)] = aside
+        self._count("sidecar_collect_missed", (consumer,), 0)
+        for outcome in ("stored", "duplicate", "aside"):
+            self._count("sidecar_collected", (outcome,), 0)
 
     # --- reading ---------------------------------------------------------------------------------
 
