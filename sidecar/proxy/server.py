@@ -17,7 +17,7 @@ import stat
 import sys
 from asyncio import Server as AsyncioServer
 from asyncio import TimerHandle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
-from sidecar.storage.sockets import for_both_families
+from sidecar.storage.sockets import for_both_families, hold_new
 from sidecar.usage import Taps
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
 CAME_S: Final = 1.0  # at a stop: how long what had come by then may take to be taken up
 CAME_LOOK_S: Final = 0.005  # between two looks whether there is more of it
+MADE_S: Final = 0.001  # a connection that is being made when no more are: the way to its client and back
 
 
 def within_files(files: int, settings: ProxySettings) -> ProxySettings:
@@ -129,7 +130,7 @@ class Proxy:
         hop, clients = self._hop, self._clients
         if hop is None or clients is None:
             return "<Proxy: not started>"
-        state = "stopping" if hop.stopping else "open"
+        state = "stopping" if hop.stopping else "leaving" if hop.leaving else "open"
         return f"<Proxy: {state}, {len(clients.open)} connections, {len(hop.calls)} calls, {hop.drains.taken} drains>"
 
     @property
@@ -338,6 +339,13 @@ class Proxy:
             key_file=settings.upstream_key_file,
         )
 
+    def leave(self) -> None:
+        """Calls are taken as before, but each response from now on is the last on its connection, and says so. So who
+        calls loses the connections that are kept with a response on each, and not just when a call begins on one; the
+        next call is on a new connection, for which a balancer may choose somebody else."""
+        if self._hop is not None:
+            self._hop.leaving = True
+
     async def stop(self, timeout_s: float) -> None:
         """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises.
 
@@ -350,10 +358,13 @@ class Proxy:
         hop.stopping = True
         began = hop.loop.time()
         if self._listeners:
-            await self._take_what_came(clients, began + min(CAME_S, timeout_s))
+            until = began + min(CAME_S, timeout_s)
+            await self._take_what_came(clients, until)
+            while hop.loop.time() < until and not await self._close_when_empty():
+                await self._take_what_came(clients, until)
             self._close_listeners()
-            # On the connections that were let in last, too.
-            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s))
+            # On the connections that were let in last, too: also those whose first request is on its way.
+            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s), new=True)
             timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
         for client in list(clients.open):
             client.stop()
@@ -381,6 +392,20 @@ class Proxy:
                 if client.transport is not None:
                     client.transport.abort()
 
+    async def _close_when_empty(self) -> bool:
+        """Close the listeners, with nobody in their queues; False: there was somebody. For this one moment no new
+        connection is made, or one would be cut off that came between the look and the end."""
+        files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
+        held = [file for file in files if file >= 0 and hold_new(file, True)]
+        if held:
+            await asyncio.sleep(MADE_S)
+        if _readable(files):
+            for file in held:
+                hold_new(file, False)
+            return False
+        self._close_listeners()
+        return True
+
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
@@ -389,23 +414,19 @@ class Proxy:
             _remove_stale(path)
         self._socket_paths.clear()
 
-    async def _take_what_came(self, clients: Clients, until: float) -> None:
+    async def _take_what_came(self, clients: Clients, until: float, *, new: bool = False) -> None:
         """Go on until nothing has come any more in two looks: in between a connection may be neither in the queue nor
-        among ours yet."""
+        among ours yet. `new`: and until no connection is so new that its first request may be on its way."""
         quiet, loop = 0, asyncio.get_running_loop()
         while quiet < 2 and loop.time() < until:
-            quiet = 0 if self._something_came(clients) else quiet + 1
+            waits = new and any(client.is_new(CAME_S) for client in clients.open)
+            quiet = 0 if waits or self._something_came(clients) else quiet + 1
             await asyncio.sleep(CAME_LOOK_S)
 
     def _something_came(self, clients: Clients) -> bool:
         """Whether a connection waits to be accepted, or there is something to be read on one that has no call."""
-        look = select.poll()
         files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
-        files += [client.fileno() for client in clients.open if client.is_idle]
-        for file in files:
-            if file >= 0:
-                look.register(file, select.POLLIN)
-        return bool(look.poll(0))
+        return _readable([*files, *(client.fileno() for client in clients.open if client.is_idle)])
 
     async def aclose(self) -> None:
         """Let go of everything; calls that are still open are cut."""
@@ -434,6 +455,15 @@ class Proxy:
                 log.exception("a call could not be ended at its deadline")
         for client in [client for client in clients.open if client.deadline < now]:
             client.expired()
+
+
+def _readable(files: Sequence[int]) -> bool:
+    """Whether there is something to be read, or somebody to be accepted, on one of them."""
+    look = select.poll()
+    for file in files:
+        if file >= 0:
+            look.register(file, select.POLLIN)
+    return bool(look.poll(0))
 
 
 def _named_tls(one: UpstreamSettings) -> ssl.SSLContext:

@@ -150,7 +150,9 @@ async def serve(
             opened = True
             wire.send(ready=True)
             while (told := await wire.receive()) is not None and told.get("do") != "stop":
-                if told.get("do") == "reload":
+                if told.get("do") == "leave":
+                    found.proxy.leave()
+                elif told.get("do") == "reload":
                     if read is None:
                         found.proxy.reload_tls()
                         found.proxy.reload_secrets()
