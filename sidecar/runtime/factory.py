@@ -118,11 +118,10 @@ def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Call
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
     """What fills in the costs of one call."""
-    rest = priced_host(settings)
-    hosts = {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
+    hosts = priced_hosts(settings)
 
     def price(exchange: Exchange) -> None:
-        host = rest if exchange.upstream is None else hosts.get(exchange.upstream, rest)
+        host = hosts.get(exchange.upstream) or hosts[None]
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
         started_s = exchange.started_ns / 1e9
         cost = book.cost(exchange.usage, started_s, host=host, record=record)
@@ -136,6 +135,12 @@ def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
 def priced_host(settings: Settings) -> str:
     """Host and base path of the upstream: what its prices are found by."""
     return _host_and_base(settings.proxy.upstream_url)
+
+
+def priced_hosts(settings: Settings) -> dict[str | None, str]:
+    """The same by the name of each of several; None: of what matches no other."""
+    found: dict[str | None, str] = {None: priced_host(settings)}
+    return found | {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
 
 
 def _host_and_base(url: str | None) -> str:
