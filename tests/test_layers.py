@@ -82,6 +82,7 @@ SHORT = {
     "delivery/parking_log.py": "pure, with a table test",
     "dev/mock_backends/replay.py": "what every stand-in answers to a repeat; used by all vendors",
     "model/record_id.py": "the form of an id, with its table test",
+    "settings/renewal.py": "pure, with a table test",
     "model/seldom.py": "used by all layers, so it stands under them",
     "proxy/route.py": "one of the two things a record says of a call beside who pays",
     "runtime/admin/answers.py": "what both ports answer with, under both of them",

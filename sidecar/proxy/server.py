@@ -118,13 +118,7 @@ class Proxy:
         self._socket_paths: list[str] = []
         self._tls: ssl.SSLContext | None = None
         self._sweeper: TimerHandle | None = None
-        shortest = min(
-            settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
-            *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
-            settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
-            settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
-        )  # fmt: skip
-        self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
+        self._sweep_s = _sweep_s(settings)
 
     def __repr__(self) -> str:
         hop, clients = self._hop, self._clients
@@ -146,18 +140,13 @@ class Proxy:
         if settings.tls_cert_file is not None:
             self._tls = _listener_tls(settings.tls_cert_file, settings.tls_key_file)
         rest = self._rest()
-        named = {one.name: self._destination(one) for one in self._named}
+        named = [self._destination(one, self._readings.get(one.name, self._reading)) for one in self._named]
         recorder, attribute_by_body, route = self._parts
-        others = Destinations(
-            hosts={one.host: named[one.name] for one in self._named if one.host is not None},
-            prefixes={one.prefix: named[one.name] for one in self._named if one.host is None},
-            rest=rest,
-        )
         hop = self._hop = Hop(
             settings=settings,
             rest=rest,
-            others=others if named else None,
-            named=tuple(named.values()),
+            others=_table(self._named, named, rest),
+            named=tuple(named),
             recorder=recorder,
             attribute_by_body=attribute_by_body,
             route=route,
@@ -195,14 +184,17 @@ class Proxy:
             timeout_s=settings.upstream_timeout_s,
         )
 
-    def _destination(self, one: UpstreamSettings) -> Destination:
+    def _destination(self, one: UpstreamSettings, reading: Reading, pool: Upstream | None = None) -> Destination:
+        """`pool`: that it had before, whose connections are good for it still."""
         address = UpstreamAddress.parse(one.url)
+        if pool is None:
+            pool = self._pool(address, _named_tls(one) if address.tls else None, one.server_name)
         return Destination(
             name=one.name,
             url=one.url,
             headers=self._rules(address, one),
-            upstream=self._pool(address, _named_tls(one) if address.tls else None, one.server_name),
-            reading=self._readings.get(one.name, self._reading),
+            upstream=pool,
+            reading=reading,
             timeout_s=self._settings.upstream_timeout_s if one.timeout_s is None else one.timeout_s,
         )
 
@@ -312,22 +304,38 @@ class Proxy:
         *,
         settings: ProxySettings,
         recorder: Recorder,
-        taps: Mapping[str | None, Taps],
+        taps: Taps,
+        readings: Mapping[str, Reading],
         route: Route,
         gate: Admission | None,
     ) -> None:
-        """Handle calls by these from now on. Calls that are open end as they began; no connection is closed. Of
-        `settings` what is asked for each call counts: routes, and what becomes of clients that leave. `taps`: by the
-        name of the upstream; None: of what matches no other."""
+        """Handle calls by these from now on. Open calls end as they began, at the upstream that they are at, and no
+        client's connection is closed. Of `settings` that counts which is asked for each call: upstreams, routes, and
+        what becomes of clients that leave. `taps`: of what matches no upstream by name; `readings`: by those names.
+        Raises `OSError` or `ValueError` for certificates of an upstream that cannot be read; nothing is changed then."""
         hop = self._hop
         if hop is None:
             raise RuntimeError("start the proxy before it is renewed")
-        self._settings = replace(self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect)
+        before = {one.name: (one, to.upstream) for one, to in zip(self._named, hop.named, strict=True)}
+        pools = {
+            one.name: before[one.name][1]
+            for one in settings.upstreams
+            if one.name in before and _place(before[one.name][0]) == _place(one)
+        }
+        named = [self._destination(one, readings[one.name], pools.get(one.name)) for one in settings.upstreams]
+        name = DEFAULT_NAME if named and hop.rest.upstream is not None else None
+        rest = replace(hop.rest, name=name, reading=replace(hop.rest.reading, taps=taps))
+        self._named = settings.upstreams
+        hop.rest, hop.named, hop.others = rest, tuple(named), _table(self._named, named, rest)
+        for each, (_, pool) in before.items():
+            if each not in pools and pool is not None:
+                pool.retire()
+        self._settings = replace(
+            self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect, upstreams=settings.upstreams
+        )
+        self._sweep_s = _sweep_s(self._settings)
         hop.use(self._settings)
         hop.recorder, hop.route, hop.gate = recorder, route, gate
-        hop.rest.reading = replace(hop.rest.reading, taps=taps[None])
-        for to in hop.named:
-            to.reading = replace(to.reading, taps=taps[to.name])
         if self._plain is not None:
             self._plain.forget()
 
@@ -455,6 +463,36 @@ class Proxy:
                 log.exception("a call could not be ended at its deadline")
         for client in [client for client in clients.open if client.deadline < now]:
             client.expired()
+
+
+def _table(
+    named: Sequence[UpstreamSettings], to: Sequence[Destination], rest: Destination
+) -> Destinations[Destination] | None:
+    """Which of several a call is for; None: there is one only."""
+    if not named:
+        return None
+    pairs = list(zip(named, to, strict=True))
+    return Destinations(
+        hosts={one.host: found for one, found in pairs if one.host is not None},
+        prefixes={one.prefix: found for one, found in pairs if one.host is None},
+        rest=rest,
+    )
+
+
+def _place(one: UpstreamSettings) -> tuple[object, ...]:
+    """What connections to it are made by."""
+    return one.url, one.ca_file, one.cert_file, one.key_file, one.server_name
+
+
+def _sweep_s(settings: ProxySettings) -> float:
+    """How often is looked at deadlines: often enough for the shortest of them."""
+    shortest = min(
+        settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
+        *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
+        settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
+        settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
+    )  # fmt: skip
+    return min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
 
 def _readable(files: Sequence[int]) -> bool:

@@ -79,8 +79,14 @@ def proxy(
         route=found.match,
         metrics=metrics,
         gate=gate,
-        readings={one.name: _reading(settings, one, metrics, key, by_body is None) for one in settings.proxy.upstreams},
+        readings=readings(settings, metrics, key),
     )
+
+
+def readings(settings: Settings, metrics: HopCounts | Metrics, key: bytes) -> dict[str, Reading]:
+    """What reads along with the calls to each of several upstreams, by name."""
+    plain = not body_fields(settings)
+    return {one.name: _reading(settings, one, metrics, key, plain) for one in settings.proxy.upstreams}
 
 
 def _reading(
@@ -89,13 +95,6 @@ def _reading(
     own = attributor(settings, key, WhoPays(metrics.attribution_anomaly), one.url)
     taps = telling_taps(settings, metrics, routes(settings), one.url)
     return Reading(taps=taps, attribute=own, plainly=own if plain else None)
-
-
-def taps_by_upstream(settings: Settings, metrics: HopCounts | Metrics) -> dict[str | None, UsageTaps]:
-    """By the name of the upstream; None: of what matches no other."""
-    found = routes(settings)
-    taps: dict[str | None, UsageTaps] = {None: telling_taps(settings, metrics, found)}
-    return taps | {one.name: telling_taps(settings, metrics, found, one.url) for one in settings.proxy.upstreams}
 
 
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
