@@ -312,7 +312,7 @@ class Proxy:
         """Handle calls by these from now on. Open calls end as they began, at the upstream that they are at, and no
         client's connection is closed. Of `settings` that counts which is asked for each call: upstreams, routes, and
         what becomes of clients that leave. `taps`: of what matches no upstream by name; `readings`: by those names.
-        Raises `OSError` or `ValueError` for certificates of an upstream that cannot be read; nothing is changed then."""
+        Raises `OSError` or `ValueError` for certificates of an upstream that cannot be read: nothing is changed."""
         hop = self._hop
         if hop is None:
             raise RuntimeError("start the proxy before it is renewed")

@@ -27,18 +27,25 @@ EXAMINE_LIMIT_S: Final = 30.0  # for all that one backend is asked
 LEDGER: Final = "ledger.db"
 
 
-def backends(settings: Settings) -> list[Backend]:
-    """The configured backends, in the order of the setting."""
-    return [backend(settings, name) for name in settings.backends]
+def backends(settings: Settings, not_computed: Callable[[str], None] | None = None) -> list[Backend]:
+    """The configured backends, in the order of the setting. `not_computed`: told the meter of each value that the
+    ledger lacks, because an expression cannot be computed; others park such a record."""
+    return [backend(settings, name, not_computed=not_computed) for name in settings.backends]
 
 
-def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply] | None = None) -> Backend:
+def backend(
+    settings: Settings,
+    name: str,
+    open_ledger: Callable[[], LedgerApply] | None = None,
+    not_computed: Callable[[str], None] | None = None,
+) -> Backend:
     """One backend. Raises `MetersError`, `ValueError` and `LedgerError`, which say what to do."""
     context = Context(
         data_dir=settings.data_dir,
         subscribers=settings.subscribers,
         meters=settings.meters,
         open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
+        not_computed=not_computed if name == LEDGER_NAME else None,
     )
     return BACKENDS[name].make(settings.backend(name), context)
 

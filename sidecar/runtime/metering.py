@@ -327,7 +327,7 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings)
+        backends = backend_factory.backends(settings, metrics.value_not_computed)
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(

@@ -155,6 +155,8 @@ class Supervisor:
             self._wait(lambda: all(process.ready for process in self._serving), limit_s=START_S)
             self._announce()
             urls = {"proxy": self._sockets.proxy_url, "admin": self._sockets.admin_url}
+            if not settings.serve.admin_listen.path:
+                urls["page"] = self._sockets.admin_url + "/"
             log.info("ready", extra={"facts": urls})
             self._wait(lambda: self._stops > 0)
             self._stop()
