@@ -150,6 +150,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
     "sidecar_spool_bytes": Family("gauge", "Size of the spool; delivered records stay until their retention is over"),
+    "sidecar_meter_values_not_computed": Family(
+        "counter", "Values that the ledger lacks, because a meter's expression gave no number", ("meter",)
+    ),
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_cost_usd": Family(
         "counter", "What calls cost, in US dollars, as far as that is known", ("provider", "model")
@@ -603,6 +606,10 @@ class Metrics(HopEvents, Collector):
                     self._count("sidecar_route_tokens", (route or "other", kind), tokens)
                     if payer is not None:
                         self._count("sidecar_subscriber_tokens", (payer, kind), tokens)
+
+    def value_not_computed(self, meter: str) -> None:
+        """An expression gave no number for a record, and the ledger adds nothing for it."""
+        self._count("sidecar_meter_values_not_computed", (meter,), 1)
 
     def _start_at_zero(self, backends: Sequence[str]) -> None:
         for name, family in FAMILIES.items():
