@@ -383,6 +383,15 @@ class GateSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FleetSettings:
+    """What many sidecars share."""
+
+    ledger_url: Secret | None = _secret(
+        types.postgres_url, "the database that all sidecars share: `postgresql://user:password@host/database`"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Settings:
     """The configuration, read and checked. Made by `load`."""
 
@@ -403,6 +412,7 @@ class Settings:
     prices: PriceSettings = field(default_factory=PriceSettings)
     asked: AskedSettings = field(default_factory=AskedSettings)
     gate: GateSettings = field(default_factory=GateSettings)
+    fleet: FleetSettings = field(default_factory=FleetSettings)
 
     # Structured, from TOML only:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> its customer id
@@ -430,6 +440,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "prices": PriceSettings,
     "asked": AskedSettings,
     "gate": GateSettings,
+    "fleet": FleetSettings,
 }
 
 

