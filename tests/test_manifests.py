@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -22,8 +23,14 @@ CONFIG = ROOT / "config"
 KUBERNETES = CONFIG / "kubernetes"
 EXAMPLES = sorted(path for path in (KUBERNETES / "examples").iterdir() if path.is_dir())
 COMPONENTS = {shape: KUBERNETES / f"component-{shape}" for shape in ("egress", "ingress")}
+FLEET = KUBERNETES / "component-fleet"
 DASHBOARDS = KUBERNETES / "monitoring/dashboards.yaml"
-WHOLE = [CONFIG / "kubernetes.yml", *(example / "app.yaml" for example in EXAMPLES), DASHBOARDS]
+WHOLE = [
+    CONFIG / "kubernetes.yml",
+    *(example / "app.yaml" for example in EXAMPLES),
+    FLEET / "disruption.yaml",
+    DASHBOARDS,
+]
 # The oldest that a page of ours names, and the newest that the schemas know.
 VERSIONS = {"egress": ("1.29", "1.34"), "ingress": ("1.30", "1.34")}
 OF_OTHERS = {"Kustomization", "Component", "PodMonitor", "PrometheusRule"}  # of which Kubernetes has no schema
@@ -149,6 +156,63 @@ def test_an_example_builds_into_what_a_cluster_takes(example: Path) -> None:
 
 
 @needs_kustomize
+def test_a_fleet_is_the_same_pods_with_what_they_share() -> None:
+    alone, fleet = built(KUBERNETES / "examples/egress-statefulset"), built(KUBERNETES / "examples/egress-fleet")
+    (before,) = [each for each in alone if each["kind"] == "StatefulSet"]
+    (after,) = [each for each in fleet if each["kind"] == "StatefulSet"]
+    added = [each for each in sidecar_of(pod_of(after))["env"] if each not in sidecar_of(pod_of(before))["env"]]
+    (patch,) = documents(FLEET / "sidecar.yaml")
+    assert added == sidecar_of(pod_of(patch))["env"]
+    sidecar_of(pod_of(after))["env"] = sidecar_of(pod_of(before))["env"]
+    source = sidecar_of(pod_of(after))["envFrom"][0]["configMapRef"]
+    source["name"] = sidecar_of(pod_of(before))["envFrom"][0]["configMapRef"]["name"]
+    after["spec"]["replicas"] = before["spec"]["replicas"]
+    assert after == before
+    (budget,) = [each for each in fleet if each["kind"] == "PodDisruptionBudget"]
+    (chosen,) = budget["spec"]["selector"]["matchExpressions"]
+    assert (chosen["key"], set(chosen["values"])) == ("metering-sidecar", set(COMPONENTS))
+
+
+def test_what_a_fleet_shares_is_a_secret_and_no_pod_is_named_by_its_name() -> None:
+    (patch,) = documents(FLEET / "sidecar.yaml")
+    environ = {each["name"]: each["value"] for each in sidecar_of(pod_of(patch))["env"]}
+    assert "SIDECAR_LEDGER_URL" not in environ
+    assert "SIDECAR_INSTANCE" not in environ
+    mounts = sidecar_of(pod_of(next(documents(COMPONENTS["egress"] / "sidecar.yaml"))))["volumeMounts"]
+    (mount,) = [each["mountPath"] for each in mounts if each["name"] == "metering-secrets"]
+    assert environ["SIDECAR_LEDGER_URL_FILE"].startswith(f"{mount}/")
+    key = environ["SIDECAR_LEDGER_URL_FILE"].removeprefix(f"{mount}/")
+    assert f'--from-literal={key}="postgresql://' in (FLEET / "kustomization.yaml").read_text()
+
+
+def test_the_composed_fleet_is_one() -> None:
+    """Sidecars that differ in nothing but their names, ports and data; every image that is not ours by its version."""
+    composed = yaml.safe_load((CONFIG / "fleet.yml").read_text())
+    services = composed["services"]
+    sidecars = {name: each for name, each in services.items() if name.startswith("sidecar-")}
+    assert len(sidecars) == 3
+    volumes = {each["volumes"][0].split(":")[0] for each in sidecars.values()}
+    assert len(volumes) == 3
+    assert volumes < set(composed["volumes"])
+    for name, each in services.items():
+        assert re.fullmatch(r"[a-z-]+:\d+\.\d+(\.\d+)?", each["image"]), name
+        assert set(each.get("secrets", ())) <= set(composed["secrets"])
+        assert "mem_limit" in each, name
+        assert all(port.startswith("127.0.0.1:") or port.endswith(":8080") for port in each.get("ports", ())), name
+    for name, each in sidecars.items():
+        assert each["environment"]["SIDECAR_ADMIN_HOSTS"] == name
+        assert each["read_only"] is True
+        assert each["cap_drop"] == ["ALL"]
+        assert float(each["stop_grace_period"].removesuffix("s")) > Settings().serve.stop_s + 10
+        named = {k: v for k, v in each["environment"].items() if v.startswith("/run/secrets/")}
+        assert {v.removeprefix("/run/secrets/") for v in named.values()} == set(each["secrets"])
+    assert all(
+        f"secrets/{secret}" in (CONFIG / "fleet.yml").read_text().split("x-sidecar")[0]
+        for secret in composed["secrets"]
+    )
+
+
+@needs_kustomize
 def test_what_has_no_label_is_left_alone(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     example = tmp_path / "kubernetes/examples/ingress-deployment"
@@ -205,7 +269,7 @@ def test_every_kind_is_checked_by_somebody() -> None:
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path):
             if path.name not in ("wait.yaml", "service.yaml") and document["kind"] not in OF_OTHERS:
-                assert document["apiVersion"] in ("v1", "apps/v1"), path
+                assert document["apiVersion"] in ("v1", "apps/v1", "policy/v1"), path
 
 
 def test_the_env_file_is_one_that_docker_reads_as_a_shell_does() -> None:
