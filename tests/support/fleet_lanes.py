@@ -1,9 +1,9 @@
 """Lanes in a simulated fleet: the rows of the database, what each sidecar does with them, and what has to hold.
 
-What is simulated of the database is what its statements do: a lease is taken where it is nobody's or over by the
-database's clock, with the next epoch; every commit for a lane begins with the check of its epoch. What a sidecar does
-is a round of leases now and then, and delivery of the lanes that it believes it has: it reads where a lane stands,
-seals, sends, and settles, each a transaction of its own.
+What is simulated of the database is what its transactions do: a round renews what is held and has not run out, and
+takes what is due with the next epoch, all by the database's clock; every commit for a lane begins with the check of its
+epoch. What a sidecar does is such a round now and then, and delivery of the lanes that it believes it has: it reads
+where a lane stands, seals, sends, and settles, each a transaction of its own. Each start has a name of its own.
 """
 
 from __future__ import annotations
@@ -80,6 +80,21 @@ class _Queue:
     settled: int = 0
 
 
+@dataclass(eq=False)
+class _Life:
+    """What a sidecar knows of one start. `leaving`: lanes that it lets go when their request is settled."""
+
+    me: str
+    held: dict[int, int]  # by lane, the epoch
+    renewed_s: float = 0.0  # by its own monotonic clock
+    leaving: set[tuple[int, int]] = field(default_factory=set)
+
+
+def name_of(one: Sidecar) -> str:
+    """Of this start: who is started again is another holder."""
+    return f"{one.name}/{one.life}"
+
+
 class Broken(AssertionError):
     """What must always hold does not."""
 
@@ -113,32 +128,38 @@ class Lanes:
     def __post_init__(self) -> None:
         self.fleet.spawn(None, self._now_and_then())
 
-    # -- the statements of the database, each at one moment ---------------------------------------
+    # -- the transactions of the database, each at one moment --------------------------------------
 
-    def look(self, me: str) -> tuple[list[Row], dict[str, float]]:
+    def renew(self, me: str) -> dict[int, int]:
+        """Say that `me` is alive, and renew what it holds and has not run out: by lane, the epoch."""
         self.watch()
+        self.seen[me] = self.fleet.now_s
+        mine = {n: one for n, one in enumerate(self.rows) if one.holder == me and one.expires_s > self.fleet.now_s}
+        for lease in mine.values():
+            lease.expires_s = self.fleet.now_s + self.expiry_s
+        return {lane: lease.epoch for lane, lease in mine.items()}
+
+    def take(self, me: str) -> dict[int, int]:
+        """What is due to `me`, with its new epochs."""
+        self.watch()
+        taken = {}
+        for lane in self._due(me).take:
+            lease = self.rows[lane]
+            if lease.holder is not None and lease.expires_s > self.fleet.now_s:
+                continue
+            lease.holder, lease.epoch, lease.expires_s = me, lease.epoch + 1, self.fleet.now_s + self.expiry_s
+            taken[lane] = lease.epoch
+            if self.owners.setdefault((lane, lease.epoch), me) != me:
+                raise Broken(f"epoch {lease.epoch} of lane {lane} was given to two")
+        return taken
+
+    def surplus(self, me: str) -> Sequence[int]:
+        return self._due(me).release
+
+    def _due(self, me: str) -> Step:
         now_s = self.fleet.now_s
-        self.seen[me] = now_s
         rows = [Row(n, lease.holder, lease.epoch, lease.expires_s - now_s) for n, lease in enumerate(self.rows)]
-        return rows, {name: now_s - at_s for name, at_s in self.seen.items()}
-
-    def take(self, me: str, lane: int) -> int | None:
-        self.watch()
-        lease = self.rows[lane]
-        if lease.holder is not None and lease.expires_s > self.fleet.now_s:
-            return None
-        lease.holder, lease.epoch, lease.expires_s = me, lease.epoch + 1, self.fleet.now_s + self.expiry_s
-        if self.owners.setdefault((lane, lease.epoch), me) != me:
-            raise Broken(f"epoch {lease.epoch} of lane {lane} was given to two")
-        return lease.epoch
-
-    def renew(self, me: str, lane: int, epoch: int) -> bool:
-        self.watch()
-        lease = self.rows[lane]
-        if (lease.holder, lease.epoch) != (me, epoch):
-            return False
-        lease.expires_s = self.fleet.now_s + self.expiry_s
-        return True
+        return self.decide(me, rows, {name: now_s - at_s for name, at_s in self.seen.items()})
 
     def release(self, me: str, lane: int, epoch: int) -> None:
         self.watch()
@@ -146,13 +167,12 @@ class Lanes:
         if (lease.holder, lease.epoch) == (me, epoch):
             lease.holder, lease.expires_s = None, self.fleet.now_s
 
-    def leave(self, me: str) -> None:
+    def leave(self, one: Sidecar) -> None:
         """An ending in good order: nobody waits for what it had."""
-        self.watch()
+        me = name_of(one)
         self.seen.pop(me, None)
-        for lease in self.rows:
-            if lease.holder == me:
-                lease.holder, lease.expires_s = None, self.fleet.now_s
+        for lane, lease in enumerate(self.rows):
+            self.release(me, lane, lease.epoch)
 
     def commit(self, me: str, lane: int, epoch: int, change: Callable[[_Queue, int], None], number: int) -> bool:
         """A transaction of delivery. False: it is deposed, and nothing happened."""
@@ -175,9 +195,9 @@ class Lanes:
             self._changed_s = now_s
             self._well_s = {name: self._well_s.get(name, now_s) for name in well}
         begun_s = min(self._well_s.values(), default=now_s)
-        shares = dict.fromkeys(well, 0)
+        shares = dict.fromkeys((name_of(self.fleet.sidecars[name]) for name in well), 0)
         for lane, lease in enumerate(self.rows):
-            if lease.holder in well and self.held.get(lease.holder, {}).get(lane) == lease.epoch:
+            if lease.holder in shares and self.held.get(lease.holder, {}).get(lane) == lease.epoch:
                 shares[lease.holder] += 1
                 self._uncovered_s[lane] = now_s
             else:
@@ -196,48 +216,48 @@ class Lanes:
     # -- what a sidecar does ---------------------------------------------------------------------
 
     def rounds(self, one: Sidecar) -> Work:
-        """Its leases: look, decide, do; the whole life long."""
-        held = self.held[one.name] = {}
-        until_s: dict[int, float] = {}  # by its own monotonic clock: not believed beyond
+        """Its leases, the whole life long: renew, take what is due, let go what others have a right to."""
+        me = name_of(one)
+        held = self.held[me] = {}
+        it = _Life(me, held)
         yield self.fleet.chance.uniform(0, self.round_s)
         while True:
             began_s = self.fleet.monotonic_s(one)
             try:
-                rows, seen_s = yield from self.fleet.ask(one, lambda: self.look(one.name))
-                step = self.decide(one.name, rows, seen_s)
-                for lane in step.release:
-                    if lane in held:
-                        yield from self.fleet.ask(one, self.release, one.name, lane, held.pop(lane))
-                for lane in step.renew:
-                    at_s = self.fleet.monotonic_s(one)
-                    if lane not in held:
-                        continue
-                    if (yield from self.fleet.ask(one, self.renew, one.name, lane, held[lane])):
-                        until_s[lane] = at_s + self.expiry_s
-                    else:
-                        del held[lane]
-                for lane in step.take:
-                    at_s = self.fleet.monotonic_s(one)
-                    epoch = yield from self.fleet.ask(one, self.take, one.name, lane)
-                    if epoch is not None:
-                        held[lane], until_s[lane] = epoch, at_s + self.expiry_s
-                        self.fleet.spawn(one, self.deliver(one, lane, epoch, held, until_s))
+                renewed = yield from self.fleet.ask(one, self.renew, me)
+                it.renewed_s = began_s
+                for lane in [lane for lane, epoch in held.items() if renewed.get(lane) != epoch]:
+                    del held[lane]
+                for lane in renewed.keys() - held.keys():  # it was taken, and the reply was lost
+                    yield from self.fleet.ask(one, self.release, me, lane, renewed[lane])
+                taken = yield from self.fleet.ask(one, self.take, me)
+                held.update(taken)
+                for lane, epoch in taken.items():
+                    self.fleet.spawn(one, self.deliver(one, it, lane, epoch))
+                it.leaving |= {(lane, held.get(lane, 0)) for lane in (yield from self.fleet.ask(one, self.surplus, me))}
             except Unreachable:
                 pass
             took_s = (self.fleet.monotonic_s(one) - began_s) / one.clock_rate
             yield max(0.05, self.round_s * self.fleet.chance.uniform(0.9, 1.1) / one.clock_rate - took_s)
 
-    def deliver(self, one: Sidecar, lane: int, epoch: int, held: dict[int, int], until_s: dict[int, float]) -> Work:
+    def deliver(self, one: Sidecar, it: _Life, lane: int, epoch: int) -> Work:
         """One lane, for as long as it is believed to be held: what is sealed goes out, then the next is sealed."""
-        queue = self.queues[lane]
-        while held.get(lane) == epoch:
-            if self.fleet.monotonic_s(one) >= until_s[lane]:  # it could not renew, and stops by itself
-                del held[lane]
+        queue, me = self.queues[lane], it.me
+        while it.held.get(lane) == epoch:
+            if (lane, epoch) in it.leaving:
+                del it.held[lane]
+                try:
+                    yield from self.fleet.ask(one, self.release, me, lane, epoch)
+                except Unreachable:
+                    pass  # it runs out
                 return
+            if self.fleet.monotonic_s(one) - it.renewed_s > 2 * self.round_s:  # nothing more is begun
+                yield 0.5
+                continue
             try:
                 cursor, number = yield from self.fleet.ask(one, lambda: (queue.cursor, queue.sealed))
                 if number is None:
-                    if not (yield from self.fleet.ask(one, self.commit, one.name, lane, epoch, _seal, cursor + 1)):
+                    if not (yield from self.fleet.ask(one, self.commit, me, lane, epoch, _seal, cursor + 1)):
                         return
                     number = cursor + 1
             except Unreachable:
@@ -247,7 +267,7 @@ class Lanes:
             self._note_sent(lane, number, epoch)
             while True:  # what the vendor said is known, and is told until it is stored
                 try:
-                    if not (yield from self.fleet.ask(one, self.commit, one.name, lane, epoch, _settle, number)):
+                    if not (yield from self.fleet.ask(one, self.commit, me, lane, epoch, _settle, number)):
                         return
                     break
                 except Unreachable:
