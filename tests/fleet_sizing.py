@@ -22,6 +22,7 @@ PEAK: Final = 3  # the busiest minute to the mean of the day
 RETENTION_DAYS: Final = 7  # of records, in the database and in a stream, as in the spool
 REPLICAS: Final = 3
 COMMIT_MS: Final = 5  # of a ledger's transaction on a disk that syncs in 1 to 2 ms
+VENDOR_MS: Final = 100  # until a vendor has answered a request
 CONNECTIONS: Final = 2  # of a sidecar: one that writes the ledger, one for who asks it
 SUMS_A_S: Final = 2  # ledger transactions of a sidecar with records all the time (`sums_linger_s` of delivery)
 SERIES: Final = 20  # of subscriber, model, route and status that a sidecar sees in an hour
@@ -33,6 +34,8 @@ WAL_BYTES: Final = 2_200  # that is written for it: 1,777 in batches of 500, 2,1
 MERGED_A_S: Final = 40_000  # records a second into one database, in batches of thousands
 LEDGER_TX_A_S: Final = 2_000  # transactions a second that change one row after the other: 1,936 to 2,110
 COLLECTED_A_S: Final = 12_500  # records a second that one `collect` pulls and acknowledges
+LANES: Final = 16
+LEASE_TX_A_S: Final = 1  # of each that is elected: three in a round of 3 s
 MESSAGE_BYTES: Final = 100  # of a stream's file beside the record
 DEDUP_BYTES: Final = 200  # of memory for each id in a stream's window (nats-server 2.14: 160 to 205)
 
@@ -62,6 +65,14 @@ class Scale:
     def batch(self) -> int:
         """Records that a transaction has to hold at the peak, so that one row keeps up."""
         return max(1, ceil(self.peak_a_s / LEDGER_TX_A_S))
+
+    @property
+    def lane_a_s(self) -> float:
+        return self.peak_a_s / LANES
+
+    def in_flight(self, events: int) -> int:
+        """Requests of one lane that are under way at once, with so many events in each (Little's law)."""
+        return ceil(self.lane_a_s / events * VENDOR_MS / 1000)
 
     def working(self) -> int:
         """Connections that are inside a transaction at once (Little's law)."""
@@ -105,6 +116,11 @@ ROWS: Final[tuple[Row, ...]] = (
     ("rows of sums an hour", lambda at: _count(at.sidecars * SERIES)),
     ("connections of clients", lambda at: _count(at.sidecars * CONNECTIONS)),
     (f"connections that work ({COMMIT_MS} ms a transaction)", lambda at: _count(at.working())),
+    (f"**Lanes** ({LANES}): records a second in each, at the peak", lambda at: _count(at.lane_a_s)),
+    ("requests a second in each, 100 events in one", lambda at: _count(at.lane_a_s / 100)),
+    (f"under way at once in each, at {VENDOR_MS} ms", lambda at: _count(at.in_flight(100))),
+    ("the same where one event is a request", lambda at: _count(at.in_flight(1))),
+    ("transactions a second for leases", lambda at: _count(at.sidecars * LEASE_TX_A_S)),
     ("**JetStream**: a second at the peak", lambda at: _bytes(at.peak_a_s * (LINE_BYTES + MESSAGE_BYTES))),
     (f"a stream of a day, each of {REPLICAS} replicas", lambda at: _bytes(at.stream_bytes())),
     (f"of {RETENTION_DAYS} days", lambda at: _bytes(at.stream_bytes(RETENTION_DAYS))),

@@ -11,7 +11,9 @@ import pytest
 from fleet_sizing import PAGE, SCALES, TABLES
 from readme_tables import written
 
+from sidecar.backends.stripe.backend import CONCURRENCY
 from sidecar.delivery.limits import Limits
+from sidecar.model.delivery import Abilities
 from sidecar.settings import Settings
 
 TEXT = PAGE.read_text()
@@ -30,11 +32,19 @@ def test_the_arithmetic_is_that_of_a_pocket_calculator() -> None:
     assert large.transactions_a_s() == 20_000
     assert large.batch() == 18
     assert large.working() == 10
+    assert (large.in_flight(100), large.in_flight(1)) == (3, 218)
     assert large.ids(3600) == pytest.approx(125e6)
     assert large.stream_bytes() == 1.3e12
     rows = {name: [figure(at) for at in SCALES] for name, figure in fleet_sizing.ROWS}
     assert rows["**PostgreSQL**: a day's partition"] == ["16 GB", "155 GB", "1.6 TB"]
     assert rows["memory of each for the ids of an hour, at the peak"] == ["250 MB", "2.5 GB", "25 GB"]
+
+
+def test_what_is_said_of_requests_under_way_is_what_backends_may_have() -> None:
+    """Sixteen lanes with as many requests at once as the busiest backend and as any other."""
+    a_s = 1000 / fleet_sizing.VENDOR_MS
+    for most in (CONCURRENCY, Abilities().concurrency):
+        assert f"{fleet_sizing.LANES * most * a_s:,.0f}" in TEXT
 
 
 def test_what_goes_in_is_what_the_code_and_the_other_pages_have() -> None:

@@ -17,7 +17,7 @@ import yaml
 
 from sidecar import __version__
 from sidecar.backends import backend_settings
-from sidecar.settings import Settings, load
+from sidecar.settings import Settings, all_settings, load
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"
@@ -202,7 +202,10 @@ def composed(*files: str) -> dict[str, Any]:
 def environ_of(service: dict[str, Any], secrets: Path) -> dict[str, str]:
     """What the program is started with: the secrets are files of the test's own."""
     environ = {}
+    known = {setting.variable(backend) for backend, setting in all_settings(backend_settings())}
     for name, value in service["environment"].items():
+        if name.removesuffix("_FILE") not in known:
+            continue  # `test_readme.py` looks at the names
         value = value.replace("/run/secrets", str(secrets))
         environ[name] = "https://api.example.com" if value.startswith("${UPSTREAM:?") else value
     return environ
