@@ -382,6 +382,11 @@ class GateSettings:
     )
 
 
+class Deliver(StrEnum):
+    OWN = "own"
+    ELECTED = "elected"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
     """What many sidecars share."""
@@ -389,6 +394,16 @@ class FleetSettings:
     ledger_url: Secret | None = _secret(
         types.postgres_url, "the database that all sidecars share: `postgresql://user:password@host/database`"
     )
+    instance: str | None = _setting(
+        types.instance_name,
+        None,
+        "what this sidecar is called there; by itself an id that is kept in the data directory",
+    )
+    deliver: Deliver = _setting(
+        types.one_of(Deliver), "own",
+        "who tells the vendors: each sidecar its `own` records, or of each customer one sidecar at a time, `elected` "
+        "among those that share the ledger",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -218,6 +218,14 @@ def _postgres_url(value: str) -> str:
     return value
 
 
+def _instance_name(value: str) -> str:
+    if len(value) > 64:
+        raise Unfit("expected at most 64 characters")
+    return plain_name(value)
+
+
+instance_name: Final = Kind("a name of letters, digits, '_', '-', '.'", _instance_name)
+
 postgres_url: Final = Kind("postgresql://user:password@host:5432/database", _postgres_url)
 
 

@@ -131,9 +131,13 @@ def made(
     clock: Callable[[], float] | None = None,
     data_dir: Path = Path("none"),
     open_ledger: Any = None,
+    open_shared_ledger: Any = None,
     **texts: str,
 ) -> Any:
     """One backend, whose settings are written as an operator writes them."""
-    context = Given(data_dir=data_dir, open_ledger=open_ledger, mapped=customers or {}, read=definitions)
+    context = Given(
+        data_dir=data_dir, open_ledger=open_ledger, open_shared_ledger=open_shared_ledger, mapped=customers or {},
+        read=definitions,
+    )  # fmt: skip
     owned = kind.settings_type(**values_of(settings_of(kind.settings_type), texts))
     return kind(owned, context) if clock is None else kind(owned, context, clock=clock)
