@@ -150,6 +150,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
     "sidecar_spool_bytes": Family("gauge", "Size of the spool; delivered records stay until their retention is over"),
+    "sidecar_meter_values_not_computed": Family(
+        "counter", "Values that the ledger lacks, because a meter's expression gave no number", ("meter",)
+    ),
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_cost_usd": Family(
         "counter", "What calls cost, in US dollars, as far as that is known", ("provider", "model")
@@ -179,6 +182,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_retry_after_seconds": Family("gauge", "What is left of a wait that a backend asked for", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
+    "sidecar_instance_lag_seconds": Family(
+        "gauge", "Age of the oldest record of a sidecar that the shared ledger lacks", ("instance",)
+    ),
+    "sidecar_instance_silent_seconds": Family(
+        "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
+    ),
     "sidecar_collected": Family(
         "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
     ),
@@ -186,12 +195,6 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_collect_reading": Family("gauge", "1 while the stream is read, 0 while it cannot be", ("consumer",)),
     "sidecar_collect_pending": Family("gauge", "Messages of the stream that were not read yet", ("consumer",)),
     "sidecar_collect_aside": Family("gauge", "Messages that are kept aside: no records, or too old", ("consumer",)),
-    "sidecar_instance_lag_seconds": Family(
-        "gauge", "Age of the oldest record of a sidecar that the shared ledger lacks", ("instance",)
-    ),
-    "sidecar_instance_silent_seconds": Family(
-        "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
-    ),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -603,6 +606,10 @@ class Metrics(HopEvents, Collector):
                     self._count("sidecar_route_tokens", (route or "other", kind), tokens)
                     if payer is not None:
                         self._count("sidecar_subscriber_tokens", (payer, kind), tokens)
+
+    def value_not_computed(self, meter: str) -> None:
+        """An expression gave no number for a record, and the ledger adds nothing for it."""
+        self._count("sidecar_meter_values_not_computed", (meter,), 1)
 
     def _start_at_zero(self, backends: Sequence[str]) -> None:
         for name, family in FAMILIES.items():

@@ -242,7 +242,9 @@ class ServeSettings:
     workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
     stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
     stop_delay_s: float = _setting(
-        types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+        types.duration(),
+        "0",
+        "calls are taken so long after SIGTERM, each its connection's last; `/readyz` says 503; a second one ends it",
     )
     log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
     log_format: LogFormat | None = _setting(
