@@ -14,6 +14,8 @@ from typing import Final
 
 from readme_tables import written
 
+from sidecar.ledger.lanes import LANES
+
 PAGE: Final = Path(__file__).parent.parent / "docs" / "fleet.md"
 DAY_S: Final = 86_400
 
@@ -34,7 +36,6 @@ WAL_BYTES: Final = 2_200  # that is written for it: 1,777 in batches of 500, 2,1
 MERGED_A_S: Final = 40_000  # records a second into one database, in batches of thousands
 LEDGER_TX_A_S: Final = 2_000  # transactions a second that change one row after the other: 1,936 to 2,110
 COLLECTED_A_S: Final = 12_500  # records a second that one `collect` pulls and acknowledges
-LANES: Final = 16
 LEASE_TX_A_S: Final = 1  # of each that is elected: three in a round of 3 s
 MESSAGE_BYTES: Final = 100  # of a stream's file beside the record
 DEDUP_BYTES: Final = 200  # of memory for each id in a stream's window (nats-server 2.14: 160 to 205)

@@ -13,6 +13,7 @@ from readme_tables import written
 
 from sidecar.backends.stripe.backend import CONCURRENCY
 from sidecar.delivery.limits import Limits
+from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Abilities
 from sidecar.settings import Settings
 
@@ -44,7 +45,7 @@ def test_what_is_said_of_requests_under_way_is_what_backends_may_have() -> None:
     """Sixteen lanes with as many requests at once as the busiest backend and as any other."""
     a_s = 1000 / fleet_sizing.VENDOR_MS
     for most in (CONCURRENCY, Abilities().concurrency):
-        assert f"{fleet_sizing.LANES * most * a_s:,.0f}" in TEXT
+        assert f"{LANES * most * a_s:,.0f}" in TEXT
 
 
 def test_what_goes_in_is_what_the_code_and_the_other_pages_have() -> None:

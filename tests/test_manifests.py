@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import re
 import shutil
@@ -17,7 +18,9 @@ import yaml
 
 from sidecar import __version__
 from sidecar.backends import backend_settings
-from sidecar.settings import Settings, all_settings, load
+from sidecar.cli.collect import collecting_settings
+from sidecar.runtime import backend_factory
+from sidecar.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
 CONFIG = ROOT / "config"
@@ -202,10 +205,7 @@ def composed(*files: str) -> dict[str, Any]:
 def environ_of(service: dict[str, Any], secrets: Path) -> dict[str, str]:
     """What the program is started with: the secrets are files of the test's own."""
     environ = {}
-    known = {setting.variable(backend) for backend, setting in all_settings(backend_settings())}
     for name, value in service["environment"].items():
-        if name.removesuffix("_FILE") not in known:
-            continue  # `test_readme.py` looks at the names
         value = value.replace("/run/secrets", str(secrets))
         environ[name] = "https://api.example.com" if value.startswith("${UPSTREAM:?") else value
     return environ
@@ -226,7 +226,7 @@ def test_the_composed_fleet_is_one(secrets: Path) -> None:
     assert len({port for each in sidecars.values() for port in each["ports"]}) == 6
     for name, each in sidecars.items():
         assert each["environment"]["SIDECAR_ADMIN_HOSTS"] == name
-        settings = load(environ_of(each, secrets), backend_settings=backend_settings())
+        settings = load(environ_of(each, secrets), backend_settings=backend_settings(), judge=backend_factory.faults)
         assert settings.backends == ("ledger",)
         assert settings.fleet.ledger_url is not None
     first, *others = [
@@ -234,6 +234,20 @@ def test_the_composed_fleet_is_one(secrets: Path) -> None:
         for each in sidecars.values()
     ]
     assert all(each == first for each in others)
+
+
+def test_over_a_log_the_collector_delivers_and_nobody_else(secrets: Path) -> None:
+    whole = composed("fleet.yml", "fleet-log.yml")
+    for name, each in whole["services"].items():
+        if name.startswith("sidecar-"):
+            settings = load(
+                environ_of(each, secrets), backend_settings=backend_settings(), judge=backend_factory.faults
+            )
+            assert settings.backends == ("nats",)
+    for name in ("collect", "stream"):
+        environ = environ_of(whole["services"][name], secrets)
+        given = argparse.Namespace(data_dir=str(secrets), provision=name == "stream")
+        assert collecting_settings(given, environ).backends == ("ledger",)
 
 
 @pytest.mark.parametrize("files", [("fleet.yml",), ("fleet.yml", "fleet-log.yml")], ids=lambda files: files[-1])

@@ -29,10 +29,7 @@ VARIABLES = {CONFIG} | {
     for name in (setting.variable(backend), *([setting.variable(backend) + "_FILE"] if setting.secret else []))
 }
 # Named in pages and not there yet: to go with the work that brings them.
-PENDING = {
-    "SIDECAR_INSTANCE", "SIDECAR_DELIVER", "SIDECAR_NATS_URL", "SIDECAR_NATS_STREAM", "SIDECAR_NATS_SUBJECT",
-    "SIDECAR_NATS_REPLICAS", "SIDECAR_COLLECT_CONSUMER", "SIDECAR_COLLECT_REMEMBER",
-}  # fmt: skip
+PENDING: set[str] = set()
 SERIES = {
     name + suffix
     for name, family in FAMILIES.items()

@@ -14,7 +14,8 @@ from typing import Protocol
 
 from support.fleet import Fleet, Sidecar, Unreachable, Work
 
-LANES = 16
+from sidecar.ledger.lanes import LANES
+
 TICK_S = 0.25  # between two looks at what must hold: pauses and partitions end without anybody saying so
 
 

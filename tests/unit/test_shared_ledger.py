@@ -27,6 +27,7 @@ from sidecar.model.exchange import Subscriber
 from sidecar.model.record import Record
 from sidecar.storage.postgres import PostgresError
 
+pytestmark = pytest.mark.each_postgres
 Opened = Callable[..., PostgresStore]
 
 
