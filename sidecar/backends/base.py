@@ -18,7 +18,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import orjson
 
-from sidecar.ledger.postgres_schema import Line
+from sidecar.ledger.postgres_schema import Line, Reported
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import DIGITS_MAX, write_amount
@@ -71,6 +71,19 @@ class SharedLedger(Protocol):
 
     def take_back(self, record_id: str, sums: BatchSums) -> tuple[Verdict, tuple[str, ...]]:
         """Take a record out of the sums, once; and the meters that keep it."""
+        ...
+
+    def report(self, told: Reported) -> Verdict:
+        """Say how this sidecar stands, also where nothing is written."""
+        ...
+
+    @property
+    def copied(self) -> bool:
+        """Whether another directory was found to go by our name."""
+        ...
+
+    def adopt(self, *, copy: bool) -> None:
+        """Somebody has decided what this directory is."""
         ...
 
     def close(self) -> None: ...

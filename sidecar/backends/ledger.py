@@ -14,7 +14,7 @@ from typing import Final
 
 from sidecar.backends.base import Context, Policy, RecordSettings
 from sidecar.backends.batching import batch_key, event_key
-from sidecar.ledger.postgres_schema import line_of
+from sidecar.ledger.postgres_schema import Reported, line_of
 from sidecar.meters.buckets import SUMS, BatchSums, batch_sums, bucket_deltas, to_wire
 from sidecar.meters.definition import Meter
 from sidecar.meters.hourly import body_of, deltas, grouped
@@ -209,6 +209,19 @@ class SharedLedgerBackend:
         sums, left = self._sums.negative(record)
         verdict, kept = await asyncio.to_thread(self._store.take_back, record.id, sums)
         return Undone(verdict, (*left, *map(_kept, kept)))
+
+    @property
+    def copied(self) -> bool:
+        """Whether another data directory was found to write under our name."""
+        return self._store.copied
+
+    async def adopt(self, *, copy: bool) -> None:
+        """Somebody has decided: it is the original, or a copy that becomes another one. Raises `OSError`."""
+        await asyncio.to_thread(lambda: self._store.adopt(copy=copy))
+
+    async def report(self, told: Reported) -> Verdict:
+        """Say how this sidecar stands."""
+        return await asyncio.to_thread(self._store.report, told)
 
     async def aclose(self) -> None:
         await asyncio.to_thread(self._store.close)

@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 import re
 import threading
-from collections.abc import Coroutine, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from typing import Any, Final, TypeVar
+from typing import Any, Final, NamedTuple, TypeVar
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import orjson
@@ -38,6 +38,7 @@ CREATE TABLE {SCHEMA}.instances (
   last_seq bigint NOT NULL DEFAULT 0, -- the greatest number of a record, of the spool that was written last
   records bigint NOT NULL DEFAULT 0, -- of it in `records`, ever
   writes bigint NOT NULL DEFAULT 0, -- another number after each change
+  earlier bigint, -- what it had delivered to another ledger before it came here
   oldest_pending timestamptz, -- of what it has and this ledger lacks; null: nothing
   balance jsonb, -- its own, as of `balance_at`
   balance_at timestamptz
@@ -76,7 +77,7 @@ CREATE TABLE {SCHEMA}.series (
   status_class text COLLATE "C" NOT NULL
 );
 CREATE TABLE {SCHEMA}.series_dimensions (
-  series bigint NOT NULL REFERENCES {SCHEMA}.series (id),
+  series bigint NOT NULL,
   name text COLLATE "C" NOT NULL,
   value text COLLATE "C" NOT NULL,
   PRIMARY KEY (series, name)
@@ -88,21 +89,21 @@ CREATE TABLE {SCHEMA}.dimension_values ( -- of each name so many at most
 );
 CREATE TABLE {SCHEMA}.hourly (
   hour bigint NOT NULL, -- Unix seconds of its start, UTC
-  series bigint NOT NULL REFERENCES {SCHEMA}.series (id),
+  series bigint NOT NULL,
   {_SUM_COLUMNS},
   cost_usd numeric,
   PRIMARY KEY (hour, series)
 ) WITH (fillfactor = 70);
 CREATE TABLE {SCHEMA}.daily (
   day bigint NOT NULL,
-  series bigint NOT NULL REFERENCES {SCHEMA}.series (id),
+  series bigint NOT NULL,
   {_SUM_COLUMNS},
   cost_usd numeric,
   PRIMARY KEY (day, series)
 ) WITH (fillfactor = 70);
 CREATE TABLE {SCHEMA}.hourly_units (
   hour bigint NOT NULL,
-  series bigint NOT NULL REFERENCES {SCHEMA}.series (id),
+  series bigint NOT NULL,
   unit text COLLATE "C" NOT NULL,
   amount numeric NOT NULL,
   PRIMARY KEY (hour, series, unit)
@@ -122,7 +123,7 @@ CREATE TABLE {SCHEMA}.buckets (
 ) WITH (fillfactor = 70);
 CREATE INDEX buckets_of_meter ON {SCHEMA}.buckets (meter, version, start);
 CREATE TABLE {SCHEMA}.uniques (
-  bucket bigint NOT NULL REFERENCES {SCHEMA}.buckets (id),
+  bucket bigint NOT NULL,
   hash text COLLATE "C" NOT NULL,
   PRIMARY KEY (bucket, hash)
 );
@@ -134,49 +135,64 @@ _TIMED_MS: Final = (1_577_836_800_000, 4_102_444_800_000)  # 2020 to 2099: no cl
 _EPOCH: Final = date(1970, 1, 1)
 _DAY_MS: Final = 86_400_000
 # As `model.record` writes them. A quote in a value is escaped, so these cannot stand inside one.
-_HEX: Final = "[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}"
-_UUID: Final = re.compile(_HEX)
-_HEAD: Final = re.compile(rb'\{"id":"(%b)","seq":(\d{1,18}),"instance":"([^"\\]*)"' % _HEX.encode())
-_SUBSCRIBER: Final = re.compile(rb'"subscriber":(?:null|\{"id":"([^"\\]*)")')
+_UUID: Final = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
+# How `model.record` begins a line, and where it says who pays. A quote in a value is escaped, so that these words with
+# their quotes cannot stand inside one.
+_ID: Final = b'{"id":"'
+_SEQ: Final = b'","seq":'
+_INSTANCE: Final = b',"instance":"'
+_NOBODY: Final = b'"subscriber":null'
+_PAYER: Final = b'"subscriber":{"id":"'
+_ID_ENDS: Final = len(_ID) + 36
+_SEQ_BEGINS: Final = _ID_ENDS + len(_SEQ)
 
 
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One record as it is written. `counted`: it is to be in the sums."""
+class Line(NamedTuple):
+    """One record as it is written: a row of `records`, without its numbers. `counted`: it is to be in the sums."""
 
-    id: str
+    day: date
+    id: str  # a UUID
     spool: str
     seq: int
+    lane: int
     subscriber: str | None
     counted: bool
     line: bytes
 
-    @property
-    def uuid(self) -> str:
-        return uuid_of(self.id)
-
-    @property
-    def day(self) -> date:
-        return day_of(self.uuid)
-
-    @property
-    def lane(self) -> int:
-        return lane_of(self.subscriber or self.id)
-
 
 def line_of(stored: bytes, *, counted: bool = True) -> Line | None:
     """What a stored line says of itself, without reading all of it; None: it is no record."""
-    head, found = _HEAD.match(stored), _SUBSCRIBER.search(stored)
-    if head is not None and found is not None:
-        subscriber = None if found[1] is None else found[1].decode("utf-8", "replace")
-        return Line(head[1].decode(), head[3].decode("utf-8", "replace"), int(head[2]), subscriber, counted, stored)
+    spool_begins = stored.find(_INSTANCE, _SEQ_BEGINS)
+    payer_begins = stored.find(_PAYER)
+    if (
+        stored.startswith(_ID)
+        and stored.startswith(_SEQ, _ID_ENDS)
+        and spool_begins > 0
+        and (payer_begins > 0 or _NOBODY in stored)
+    ):
+        seq = stored[_SEQ_BEGINS:spool_begins]
+        spool_begins += len(_INSTANCE)
+        spool = stored[spool_begins : stored.find(b'"', spool_begins)]
+        subscriber = b""
+        if payer_begins > 0:
+            payer_begins += len(_PAYER)
+            subscriber = stored[payer_begins : stored.find(b'"', payer_begins)]
+        if seq.isdigit() and b"\\" not in subscriber and b"\\" not in spool:
+            payer = None if payer_begins < 0 else subscriber.decode("utf-8", "replace")
+            id_ = stored[len(_ID) : _ID_ENDS].decode("ascii", "replace")
+            return made_line(id_, spool.decode("utf-8", "replace"), int(seq), payer, stored, counted=counted)
     try:
         row = orjson.loads(stored)
-        id_, seq, spool, payer = row["id"], int(row["seq"]), row["instance"], row["subscriber"]
-        subscriber = None if payer is None or payer["id"] is None else storable(str(payer["id"]))
+        id_, number, place, said = str(row["id"]), int(row["seq"]), str(row["instance"]), row["subscriber"]
+        payer = None if said is None or said["id"] is None else storable(str(said["id"]))
     except (ValueError, KeyError, TypeError):
         return None
-    return Line(str(id_), storable(str(spool)), seq, subscriber, counted, stored)
+    return made_line(id_, storable(place), number, payer, stored, counted=counted)
+
+
+def made_line(record_id: str, spool: str, seq: int, subscriber: str | None, stored: bytes, *, counted: bool) -> Line:
+    key = uuid_of(record_id)
+    return Line(day_of(key), key, spool, seq, lane_of(subscriber or key), subscriber, counted, stored)
 
 
 def storable(text: str) -> str:
@@ -229,6 +245,16 @@ def partition_of(day: date) -> Sequence[str]:
         f"CREATE TABLE {name} (LIKE {SCHEMA}.records INCLUDING ALL)",
         f"ALTER TABLE {SCHEMA}.records ATTACH PARTITION {name} FOR VALUES FROM ('{day}') TO ('{ends}')",
     )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """What a sidecar says of itself. `oldest_pending_s`: Unix seconds of the oldest record that is not here yet;
+    `delivered`: how many it says are, those that went to an earlier ledger included."""
+
+    oldest_pending_s: float | None = None
+    balance: Mapping[str, Any] | None = None
+    delivered: int = 0
 
 
 class Blocking:

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
 from threading import Lock
@@ -24,7 +25,18 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.identity import Identity
-from sidecar.ledger.postgres_schema import PART, STEPS, Blocking, Line, day_at, day_of, partition_of, storable, uuid_of
+from sidecar.ledger.postgres_schema import (
+    PART,
+    STEPS,
+    Blocking,
+    Line,
+    Reported,
+    day_at,
+    day_of,
+    partition_of,
+    storable,
+    uuid_of,
+)
 from sidecar.ledger.schema import DAY_S, DIMENSION_VALUES_MAX, OTHER_VALUE, SUMS
 from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, add_batches
 from sidecar.meters.definition import Kind
@@ -63,26 +75,33 @@ _IDENTIFY: Final = f"""
 UPDATE {SCHEMA}.instances SET seen = now(), last_seq = greatest(last_seq, $3)
 WHERE instance = $1 AND nonce = $2 RETURNING instance"""
 _LOCK_LANES: Final = f"SELECT lane FROM {SCHEMA}.lanes WHERE lane = ANY($1::smallint[]) ORDER BY lane FOR UPDATE"
-# Numbers those that are not there, in the order in which they came, puts them in, and moves the lanes on.
-_INSERT: Final = f"""
-WITH fresh AS (
-  SELECT t.*, row_number() OVER (PARTITION BY lane ORDER BY place) AS number
-  FROM unnest($1::date[], $2::uuid[], $3::text[], $4::bigint[], $5::smallint[], $6::text[], $7::boolean[], $8::bytea[])
-    WITH ORDINALITY AS t (day, id, spool, seq, lane, subscriber, counted, line, place)
-  WHERE NOT EXISTS (SELECT FROM {SCHEMA}.records AS there WHERE there.day = t.day AND there.id = t.id)
-), put AS (
-  INSERT INTO {SCHEMA}.records (day, id, instance, spool, seq, lane, lane_seq, subscriber, counted, line)
-  SELECT day, id, $9, spool, seq, lane, lanes.last_seq + number, subscriber, counted, line
-  FROM fresh JOIN {SCHEMA}.lanes AS lanes USING (lane) ORDER BY day, id
-  ON CONFLICT (day, id) DO NOTHING RETURNING lane, lane_seq, id
-), counts AS (
-  SELECT lane, count(*) AS records, max(lane_seq) AS top, array_agg(id::text) AS ids FROM put GROUP BY lane
-), moved AS (
-  UPDATE {SCHEMA}.lanes AS lanes SET last_seq = lanes.last_seq + counts.records
-  FROM counts WHERE lanes.lane = counts.lane RETURNING lanes.lane, lanes.last_seq
+_STAGING: Final = "staged"
+# What a batch is copied into, outside of all locks; gone with the transaction, so no session is needed for it.
+_STAGE: Final = f"""
+CREATE TEMPORARY TABLE {_STAGING} (
+  day date, id uuid, spool text, seq bigint, lane smallint, subscriber text, counted boolean, line bytea,
+  number integer -- in its lane, if all of them are new
+) ON COMMIT DROP"""
+_COLUMNS: Final = (*Line._fields, "number")
+_INTO: Final = (
+    f"INSERT INTO {SCHEMA}.records (day, id, instance, spool, seq, lane, lane_seq, subscriber, counted, line)"
 )
-SELECT counts.records, counts.top = moved.last_seq, CASE WHEN (SELECT count(*) FROM put) < $10 THEN counts.ids END
-FROM counts JOIN moved USING (lane)"""
+_FROM: Final = "SELECT day, id, $1, spool, seq, lane, lanes.last_seq + number, subscriber, counted, line"
+_INSERT: Final = f"""
+{_INTO} {_FROM} FROM {_STAGING} JOIN {SCHEMA}.lanes AS lanes USING (lane) ON CONFLICT (day, id) DO NOTHING"""
+# The same where some are there already: numbers the others anew, and says which they are.
+_INSERT_SOME: Final = f"""
+WITH new AS (
+  SELECT day, id, row_number() OVER (PARTITION BY lane ORDER BY number) AS number FROM {_STAGING} AS staged
+  WHERE NOT EXISTS (SELECT FROM {SCHEMA}.records AS there WHERE there.day = staged.day AND there.id = staged.id)
+)
+{_INTO} {_FROM.replace("+ number", "+ new.number")}
+FROM new JOIN {_STAGING} AS staged USING (day, id) JOIN {SCHEMA}.lanes AS lanes USING (lane)
+ON CONFLICT (day, id) DO NOTHING RETURNING id::text, lane, lane_seq"""
+_MOVE_LANES: Final = f"""
+UPDATE {SCHEMA}.lanes AS lanes SET last_seq = lanes.last_seq + t.records
+FROM unnest($1::smallint[], $2::bigint[]) AS t (lane, records) WHERE lanes.lane = t.lane
+RETURNING lanes.lane, lanes.last_seq"""
 _COUNT_AFTER_ALL: Final = f"""
 UPDATE {SCHEMA}.records AS records SET counted = true
 FROM (SELECT day, id FROM unnest($1::date[], $2::uuid[]) AS t (day, id) ORDER BY 1, 2) AS t
@@ -154,14 +173,6 @@ class CopiedError(PostgresError):
     """The ledger knows another directory by our name."""
 
 
-@dataclass(frozen=True, slots=True)
-class Reported:
-    """What an instance says of itself. `oldest_pending_s`: Unix seconds of the oldest record that is not here yet."""
-
-    oldest_pending_s: float | None = None
-    balance: Mapping[str, Any] | None = None
-
-
 class PostgresStore:
     """The shared ledger, open for writing by one sidecar. Blocking; calls may come from any thread, one goes at a time.
 
@@ -172,7 +183,7 @@ class PostgresStore:
         self._blocking = Blocking(url, name=f"metering-sidecar {identity.name}".strip())
         self._identity = identity
         self._lock = Lock()
-        self._claimed = False
+        self._claimed = self._copied_now = False
         self._days: set[date] = set()  # whose partitions are there
         self._ahead_s: float | None = None  # monotonic: when that was last seen to
         self._series: dict[tuple[str, Series], int] = {}
@@ -204,6 +215,19 @@ class PostgresStore:
         """Say how we stand, also where nothing is written."""
         return self._verdict(lambda: self._report(told))
 
+    @property
+    def copied(self) -> bool:
+        """Whether the last write was refused because another directory goes by our name."""
+        return self._copied_now
+
+    def adopt(self, *, copy: bool) -> None:
+        """Somebody has decided what this directory is: the original, or a copy that is to be another one. Raises
+        `OSError`."""
+        with self._lock:
+            (self._identity.become_new if copy else self._identity.take_over)()
+            self._copied_now = False
+            self._forget()
+
     def close(self) -> None:
         with self._lock:
             self._blocking.close()
@@ -216,10 +240,12 @@ class PostgresStore:
                 return Refused("sum_not_exact")
             except PostgresError as error:
                 self._forget()
+                self._copied_now = isinstance(error, CopiedError)
                 self._say(error)
                 return verdict_of(error)
             except OSError as error:  # of the file that the nonce is in
                 return Retry(f"instance_file_{type(error).__name__}")
+        self._copied_now = False
         if self._said is not None:
             log.info("the shared ledger takes records again", extra={"facts": {"ledger": self._blocking.db.where}})
             self._said = None
@@ -244,23 +270,26 @@ class PostgresStore:
         await self._ready(line.day for line in lines)
         name, db_ = self._identity.name, self._blocking.db
         known: dict[tuple[str, Series], int] = {}
-        rows = list({line.uuid: line for line in reversed(lines)}.values())[::-1]  # an id that stands twice is one
+        rows = {line.id: line for line in lines}  # an id that stands twice is one
         if len(rows) < len(lines):
             sums = None
+        lines = list(rows.values())
         async with db_.transaction() as db:
+            if lines:
+                await db.execute(_STAGE)
+                await db.copy_records_to_table(_STAGING, records=_numbered(lines), columns=_COLUMNS)
             await self._identify(db, max((line.seq for line in lines), default=0))
-            fresh, all_new = await self._insert(db, name, rows)
-            wanted = [line for line in rows if line.counted]
+            fresh, all_new = await self._insert(db, name, lines)
+            wanted = [line for line in lines if line.counted]
             if not all_new:
-                there = {line.uuid: line for line in wanted if line.uuid not in fresh}
-                flipped = await self._count_after_all(db, list(there.values()))
-                wanted = [line for line in wanted if line.uuid in fresh or line.uuid in flipped]
+                flipped = await self._count_after_all(db, [line for line in wanted if line.id not in fresh])
+                wanted = [line for line in wanted if line.id in fresh or line.id in flipped]
                 sums = None
             if sums is None and wanted:
                 sums = [again([line.line for line in wanted])]
             if sums and wanted:
                 await self._add(db, add_batches(list(sums)), name, known)
-            new = len(rows) if all_new else len(fresh)
+            new = len(lines) if all_new else len(fresh)
             if new or wanted:
                 await db.execute(_NOTE_WRITE, name, new)
         self._keep(known)
@@ -297,11 +326,13 @@ class PostgresStore:
             await self._identify(db, 0)
             await db.execute(
                 f"UPDATE {SCHEMA}.instances SET oldest_pending = to_timestamp($2::float8), "
+                "earlier = coalesce(earlier, greatest($4 - records, 0)), "
                 "balance = coalesce($3::text::jsonb, balance), "
                 "balance_at = CASE WHEN $3::text IS NULL THEN balance_at ELSE now() END WHERE instance = $1",
                 self._identity.name,
                 told.oldest_pending_s,
                 None if told.balance is None else orjson.dumps(told.balance).decode(),
+                told.delivered,
             )
         return Delivered()
 
@@ -368,37 +399,33 @@ class PostgresStore:
             Fault.FOREIGN,
         )
 
-    async def _insert(self, db: Connection, name: str, rows: Sequence[Line]) -> tuple[set[str], bool]:
-        """Which are new; of all of them nothing is said but that."""
-        if not rows:
+    async def _insert(self, db: Connection, name: str, lines: Sequence[Line]) -> tuple[set[str], bool]:
+        """Put in what was staged; which are new, and whether all are: then nothing else is said."""
+        if not lines:
             return set(), True
-        lanes = [line.lane for line in rows]
-        await db.execute(_LOCK_LANES, sorted(set(lanes)))
-        found = await db.fetch(
-            _INSERT,
-            [line.day for line in rows],
-            [line.uuid for line in rows],
-            [line.spool for line in rows],
-            [line.seq for line in rows],
-            lanes,
-            [line.subscriber for line in rows],
-            [line.counted for line in rows],
-            [line.line for line in rows],
-            name,
-            len(rows),
-        )
-        if not all(row[1] for row in found):
+        counts = Counter(line.lane for line in lines)
+        await db.execute(_LOCK_LANES, sorted(counts))
+        await db.execute("SAVEPOINT numbered")
+        done = await db.execute(_INSERT, name)
+        if done.split()[-1] == str(len(lines)):
+            await db.fetch(_MOVE_LANES, list(counts), list(counts.values()))
+            return set(), True
+        await db.execute("ROLLBACK TO SAVEPOINT numbered")
+        rows = await db.fetch(_INSERT_SOME, name)
+        counts, tops = Counter(row[1] for row in rows), dict[int, int]()
+        for _, lane, number in rows:
+            tops[lane] = max(number, tops.get(lane, 0))
+        moved = await db.fetch(_MOVE_LANES, list(counts), list(counts.values()))
+        if any(tops[lane] != last for lane, last in moved):
             # Somebody put one of them into another lane at this moment: again, and it is seen.
             raise PostgresError(f"{self._blocking.db.where}: a record came twice at once", Fault.BUSY)
-        if sum(row[0] for row in found) == len(rows):
-            return set(), True
-        return {id_ for row in found for id_ in row[2] or ()}, False
+        return {row[0] for row in rows}, False
 
     async def _count_after_all(self, db: Connection, lines: Sequence[Line]) -> set[str]:
         """Of records that are there, and were kept out of the sums until now, those that are in from now on."""
         if not lines:
             return set()
-        rows = await db.fetch(_COUNT_AFTER_ALL, [line.day for line in lines], [line.uuid for line in lines])
+        rows = await db.fetch(_COUNT_AFTER_ALL, [line.day for line in lines], [line.id for line in lines])
         return {row[0] for row in rows}
 
     # Sums
@@ -471,6 +498,14 @@ class PostgresStore:
         ]
         if uniques:
             await db.execute(_ADD_UNIQUES, *map(list, zip(*uniques, strict=True)))
+
+
+def _numbered(lines: Sequence[Line]) -> Iterator[tuple[Any, ...]]:
+    """Rows with the number that each has in its lane, among these."""
+    numbers: Counter[int] = Counter()
+    for line in lines:
+        numbers[line.lane] += 1
+        yield (*line, numbers[line.lane])
 
 
 def verdict_of(error: PostgresError) -> Verdict:

@@ -74,10 +74,16 @@ def elected(settings: Settings) -> list[str]:
 def open_reader(settings: Settings) -> Ledger:
     """Whoever answers what was used: the ledger that sidecars share, where one is set, else the one in the data
     directory. Asks nothing of it yet."""
-    url = settings.fleet.ledger_url
-    if url is not None:
-        return PostgresReader(url.reveal())
+    shared = fleet_reader(settings)
+    if shared is not None:
+        return shared
     return LedgerReader(settings.data_dir / LEDGER, Identity(settings.data_dir, settings.fleet.instance).name)
+
+
+def fleet_reader(settings: Settings) -> PostgresReader | None:
+    """The ledger that sidecars share, where one is set: it has their records as well."""
+    url = settings.fleet.ledger_url
+    return None if url is None else PostgresReader(url.reveal())
 
 
 def has_ledger(settings: Settings) -> bool:

@@ -24,6 +24,7 @@ from typing import Any, Final
 
 from aiohttp import web
 
+from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
 from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
@@ -49,6 +50,7 @@ from sidecar.runtime.admin.reports import Reports
 from sidecar.runtime.backend_factory import LEDGER_NAME
 from sidecar.runtime.directory_identity import As
 from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, room_left, size_of, text_of
+from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
 from sidecar.runtime.metrics import Gauges, Metrics
@@ -139,7 +141,10 @@ class Billing:
 
     async def adopt(self, how: directory_identity.As) -> dict[str, int]:
         """The operator has decided what this directory is; how many records were left to another, by backend."""
-        noticed = self.copied
+        noticed, shared = self.copied, self.shared
+        if shared is not None:
+            await shared.adopt(copy=how is directory_identity.As.COPY)
+            self.delivery.end_waits(shared.name)
         if noticed is None:
             return {}
         counts = await self.delivery.adopt(noticed.ends if how is directory_identity.As.COPY else None)
@@ -151,6 +156,20 @@ class Billing:
         await self.remember_place()
         log.warning("the data directory is adopted", extra={"facts": {"as": how.value, "parked": counts}})
         return counts
+
+    @property
+    def shared(self) -> SharedLedgerBackend | None:
+        """The ledger that many sidecars share, where there is one."""
+        found = self.backends.get(LEDGER_NAME)
+        return found if isinstance(found, SharedLedgerBackend) else None
+
+    def oldest_pending_s(self) -> float | None:
+        """When the oldest record was committed that the ledger has not been given, Unix seconds. Blocks."""
+        oldest: list[float] = []
+        for cursor in self.state.cursors(LEDGER_NAME):
+            groups = self.reader.read(cursor.instance, cursor.seq, bytes_max=1)
+            oldest += [group.committed_ns / 1e9 for group in groups[:1] if group.last_seq > cursor.seq]
+        return min(oldest, default=None)
 
     def hand_over(self, instance: str, batch: Batch, ended: Ended) -> None:
         """What is on disk now goes to delivery as it is in memory, in a moment: nothing is read back."""
@@ -375,7 +394,8 @@ async def billing(
             copied_s=None if copied is None else copied.since_s,
             copied_text="" if copied is None else copied.text,
             # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
-            safe=(LEDGER_NAME,) if copied is None or copied.whole else (),
+            # A shared one knows each record again, so what a copy sends it does no harm.
+            safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
         )
         await stack.enter_async_context(delivery)
         by_name = {backend.name: backend for backend in backends}
@@ -425,6 +445,7 @@ class Metering:
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
     bills: Billing | None = None
+    fleet: Fleet | None = None  # of those that share a ledger
     not_reloaded: str = ""  # why the settings that were read last are not in force
     stopping: bool = False  # from the wish to stop on, while calls are still taken too
     _last: Balance | None = None
@@ -467,6 +488,10 @@ class Metering:
         )
         return await self.bills.balance({spool.instance: Snapshot(totals, snapshot.last_seq)})
 
+    def fleet_balance(self) -> dict[str, object] | None:
+        """Of all that share a ledger, as they told it last; None: there is none."""
+        return None if self.fleet is None else self.fleet.whole.to_dict()
+
     async def metrics(self) -> bytes:
         balance = await self.balance()
         degraded = (await self.readiness()).state in ("degraded", "full")
@@ -491,6 +516,10 @@ class Metering:
             gauges.ledger_bytes = bills.ledger_bytes
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
+        if self.fleet is not None:
+            members = most_behind(self.fleet.whole.members)
+            gauges.instance_lag_s = {one.instance: one.lag_s for one in members}
+            gauges.instance_silent_s = {one.instance: one.age_s for one in members}
         if self.asking is not None and self.gate is not None:
             down = {one.name: one.down for one in self.asking.status()}
             self.counted.set_gate(self.asking.questions, self.gate.unanswered, down)
@@ -599,7 +628,8 @@ class Metering:
     async def adopt(self, how: str) -> dict[str, int] | None:
         """None where nothing was noticed, so that there is nothing to decide."""
         bills = self._billing()
-        return None if bills.copied is None else await bills.adopt(As(how))
+        refused = bills.shared is not None and bills.shared.copied
+        return None if bills.copied is None and not refused else await bills.adopt(As(how))
 
 
 class Unable(Exception):
@@ -659,6 +689,11 @@ async def recording(
                 loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
                 stack.callback(loading.cancel)
             whole.intake.handed = bills.hand_over
+            if bills.shared is not None and (reader := backend_factory.fleet_reader(settings)) is not None:
+                stack.callback(reader.close)
+                whole.fleet = Fleet(bills.shared, reader)
+                telling = asyncio.create_task(whole.fleet.keep(whole.balance, bills.oldest_pending_s))
+                stack.callback(telling.cancel)
             keeping = asyncio.create_task(times.keep(whole.counted, settings.data_dir))
             stack.push_async_callback(_ended, keeping)
             whole.seam.recording()

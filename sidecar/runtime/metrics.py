@@ -179,6 +179,12 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_retry_after_seconds": Family("gauge", "What is left of a wait that a backend asked for", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
+    "sidecar_instance_lag_seconds": Family(
+        "gauge", "Age of the oldest record of a sidecar that the shared ledger lacks", ("instance",)
+    ),
+    "sidecar_instance_silent_seconds": Family(
+        "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
+    ),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -246,6 +252,8 @@ class Gauges:
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
     retry_after_s: dict[str, float] = field(default_factory=dict)
+    instance_lag_s: dict[str, float] = field(default_factory=dict)  # of a fleet, by instance
+    instance_silent_s: dict[str, float] = field(default_factory=dict)
 
 
 class HopEvents:
@@ -620,6 +628,8 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_parked_now"] = dict(parked)
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
         self._gauges["sidecar_retry_after_seconds"] = {(n,): v for n, v in gauges.retry_after_s.items()}
+        self._gauges["sidecar_instance_lag_seconds"] = {(label(n),): v for n, v in gauges.instance_lag_s.items()}
+        self._gauges["sidecar_instance_silent_seconds"] = {(label(n),): v for n, v in gauges.instance_silent_s.items()}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:
         if family.kind == "histogram":

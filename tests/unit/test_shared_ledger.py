@@ -8,7 +8,6 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import replace
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,8 +19,8 @@ from support.postgres_server import PostgresServer
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.lanes import lane_of
 from sidecar.ledger.postgres_queries import PostgresReader
-from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, Line, day_of, line_of, uuid_of
-from sidecar.ledger.postgres_store import PostgresStore, Reported
+from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, Line, Reported, day_of, line_of
+from sidecar.ledger.postgres_store import PostgresStore
 from sidecar.meters.buckets import BatchSums
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 from sidecar.model.exchange import Subscriber
@@ -192,10 +191,9 @@ def test_sums_that_are_ready_are_used_and_those_of_a_part_are_worked_out(
 
 def test_a_day_and_a_lane_follow_from_the_record_alone(postgres_database: str, opened: Opened) -> None:
     store = opened(postgres_database)
-    odd = [replace(line, id=str(uuid4())) for line in lines_of(calls(3, 2))]
-    far = replace(odd[0], id="0fffffff-ffff-7fff-8000-000000000001")
-    text = replace(odd[0], id="no uuid at all \0")
-    assert {day_of(uuid_of(line.id)) for line in (*odd, far, text)} == {NO_TIME}
+    names = [str(uuid4()), str(uuid4()), "0fffffff-ffff-7fff-8000-000000000001", "no uuid at all \0"]
+    *odd, far, text = lines_of([record(number, id=name) for number, name in enumerate(names, 1)])
+    assert {line.day for line in (*odd, far, text)} == {NO_TIME}
     assert store.write([*odd, far, text], None, again) == Delivered()
     assert store.write([text, far], None, again) == Duplicate()
     assert str(day_of("019aa4a0-0000-7000-8000-000000000001")) == "2025-11-21"
