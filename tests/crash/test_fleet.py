@@ -103,7 +103,7 @@ async def test_each_call_of_a_fleet_is_recorded_counted_and_billed_once(
                 )
                 for n in range(SIDECARS)
             ]
-            fleet = Fleet(wholes, killable_postgres, database, receiver, random.Random(SEED))
+            fleet = Fleet(wholes, killable_postgres, receiver, random.Random(SEED), database)
             oracles = [
                 Oracle(functools.partial(proxy_of, whole), seed=SEED + n, clients=2, tenants=TENANTS, pause_s=0.02)
                 for n, whole in enumerate(wholes)
