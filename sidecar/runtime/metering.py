@@ -119,6 +119,10 @@ class Billing:
         """How each backend does."""
         return self.delivery.status() + ([] if self.elected is None else self.elected.status())
 
+    def parked_now(self) -> dict[tuple[str, str], int]:
+        """Records parked by backend and reason: our own, and those of the lanes that are held here. Blocks."""
+        return self.delivery.parked_now() | ({} if self.elected is None else self.elected.parked_now())
+
     async def correct(self, wish: Wish) -> list[Any]:
         """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
         told = []
@@ -513,7 +517,7 @@ class Metering:
         if bills is not None:
             status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
-            gauges.parked = await asyncio.to_thread(bills.delivery.parked_now)
+            gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
             gauges.disk_bytes = bills.disk_bytes
