@@ -215,6 +215,32 @@ class PostgresStore:
         """Say how we stand, also where nothing is written."""
         return self._verdict(lambda: self._report(told))
 
+    def look(self) -> str | None:
+        """What keeps it from being used, in a line; changes nothing."""
+
+        async def ask() -> None:
+            db_ = self._blocking.db
+            async with db_.transaction(read_only=True) as db:
+                standby, there = await db.fetchrow(
+                    f"SELECT pg_is_in_recovery(), to_regclass('{SCHEMA}.instances') IS NOT NULL"
+                )
+            if standby:
+                raise PostgresError(f"{db_.where} is a standby, which takes no records: name the primary", Fault.FAILED)
+            if there:
+                await db_.require(PART, STEPS)
+
+        with self._lock:
+            try:
+                self._blocking.run(ask())
+            except PostgresError as error:
+                return str(error)
+        return None
+
+    @property
+    def where(self) -> str:
+        """Host, port and database."""
+        return self._blocking.db.where
+
     @property
     def copied(self) -> bool:
         """Whether the last write was refused because another directory goes by our name."""
