@@ -77,7 +77,6 @@ SHORT = {
     "cli/completion.py": "a command has a file",
     "cli/demo.py": "a command has a file",
     "cli/receiver.py": "a command has a file",
-    "delivery/database.py": "what delivery.db is to storage, for the store and for who only reads",
     "delivery/dedup_window.py": "pure, with a table test",
     "delivery/limits.py": "every number of delivery with its origin; tests make them small",
     "delivery/parking_log.py": "pure, with a table test",

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from sidecar.delivery.context import Context, Copied, SystemClock
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.queries import PAGE, DeliveryQueries, Found, totals_of
+from sidecar.delivery.queries import PAGE, Found, totals_of
 from sidecar.delivery.redrive import EACH_MAX, Became, OneOutcome, Redriven
 from sidecar.delivery.removed_backend import RETRY_S, SLICE, part_with
 from sidecar.delivery.rows import Parked, Place, StateError
@@ -71,7 +71,7 @@ class Delivery:
         """
         self._skip_gaps = skip_gaps
         self.reader, self.store, self.metrics = reader, store, metrics
-        self._queries = DeliveryQueries(store.path)
+        self._queries = store.queries()
         self._context = Context(
             reader=reader,
             store=store,
@@ -84,6 +84,7 @@ class Delivery:
             stepped=self._clock_stepped,
         )
         self.tail = Tail(reader, self._context.limits)
+        self.backends = {backend.name: backend for backend in backends}
         self._workers = {backend.name: Worker(backend, self._context, self.tail) for backend in backends}
         self._group = asyncio.TaskGroup()
         self._running = False

@@ -22,7 +22,7 @@ from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import MetersError, read_meters
 from sidecar.meters.properties import Vocabulary
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
-from sidecar.settings import Settings
+from sidecar.settings import Deliver, Settings
 
 log = logging.getLogger(__name__)
 
@@ -30,11 +30,13 @@ LEDGER_NAME: Final = "ledger"
 EXAMINE_AFTER_S: Final = 1.0  # the start is busy, and traffic goes first
 EXAMINE_LIMIT_S: Final = 30.0  # for all that one backend is asked
 LEDGER: Final = "ledger.db"
+# Told by each sidecar itself, also where others are told by who is elected: what all share, and a file on its own disk.
+ALWAYS_OWN: Final = frozenset({LEDGER_NAME, "file", "nats"})
 
 
-def backends(settings: Settings) -> list[Backend]:
-    """The configured backends, in the order of the setting."""
-    return [backend(settings, name) for name in settings.backends]
+def backends(settings: Settings, names: Sequence[str] | None = None) -> list[Backend]:
+    """The configured backends, or these of them, in the order of the setting."""
+    return [backend(settings, name) for name in (settings.backends if names is None else names)]
 
 
 def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply] | None = None) -> Backend:
@@ -55,6 +57,18 @@ def _shared(settings: Settings) -> Callable[[], SharedLedger] | None:
     if url is None:
         return None
     return lambda: PostgresStore(url.reveal(), Identity(settings.data_dir, settings.fleet.instance))
+
+
+def own(settings: Settings) -> list[str]:
+    """The backends that this sidecar tells of its own records."""
+    if settings.fleet.deliver is Deliver.OWN:
+        return list(settings.backends)
+    return [name for name in settings.backends if name in ALWAYS_OWN]
+
+
+def elected(settings: Settings) -> list[str]:
+    """Those that are told by whoever holds a record's lane."""
+    return [name for name in settings.backends if name not in own(settings)]
 
 
 def open_reader(settings: Settings) -> Ledger:
@@ -96,6 +110,11 @@ def faults(settings: Settings) -> list[str]:
         except ValueError as error:
             text = str(error)
             found.append(text if text.startswith((name, "SIDECAR_")) else f"{name}: {text}")
+    if settings.fleet.deliver is Deliver.ELECTED:
+        if settings.fleet.ledger_url is None:
+            found.append("SIDECAR_DELIVER=elected needs SIDECAR_LEDGER_URL: who delivers is agreed on there")
+        elif LEDGER_NAME not in settings.backends:
+            found.append("SIDECAR_DELIVER=elected delivers what is in the ledger: add `ledger` to SIDECAR_BACKENDS")
     if settings.fleet.ledger_url is not None:
         if importlib.util.find_spec("asyncpg") is None:
             found.append("SIDECAR_LEDGER_URL needs a driver: pip install 'metering-sidecar[postgres]'")

@@ -14,23 +14,28 @@ import asyncio
 import functools
 import logging
 import random
+import secrets
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
 from sidecar.backends.ledger import SharedLedgerBackend
-from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
+from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
+from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.types import BackendStatus
+from sidecar.delivery.wishes import Wish, grant, outcomes, redriven, retried
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
+from sidecar.ledger.identity import Identity
 from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import AddsUp, Backend
@@ -95,6 +100,7 @@ class Billing:
     backends: Mapping[str, Backend]
     copied: directory_identity.Noticed | None = None  # the directory is a copy, and nobody has decided yet
     spool: Spool | None = None  # the slot that is written here
+    elected: Elected | None = None  # what is delivered of the records that all sidecars share
     rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
     room: Room = Room.ENOUGH
@@ -105,6 +111,19 @@ class Billing:
     _committed: list[tuple[str, Batch, Ended]] = field(default_factory=list)  # that delivery has not been given
     _handing: asyncio.TimerHandle | None = None
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
+
+    def status(self) -> list[BackendStatus]:
+        """How each backend does."""
+        return self.delivery.status() + ([] if self.elected is None else self.elected.status())
+
+    async def correct(self, wish: Wish) -> list[Any]:
+        """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
+        told = []
+        if wish["do"] != "retry" or wish["backend"] in self.delivery.backends:
+            told.append(await grant(wish, self.delivery, self.delivery.backends))
+        if self.elected is not None and (wish["do"] != "retry" or not told):
+            told += await self.elected.ask(wish)
+        return told
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
         """All terms of one moment. `snapshots`: the slots that are being written; the others are read from disk."""
@@ -348,7 +367,20 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings)
+        backends = backend_factory.backends(settings, backend_factory.own(settings))
+        elected: Elected | None = None
+        if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
+            # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
+            elected = await stack.enter_async_context(
+                Elected(
+                    url=url.reveal(),
+                    me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
+                    make=lambda: backend_factory.backends(settings, names),
+                    metrics=metrics,
+                    retention_s=settings.spool.retention,
+                    skip_gaps=settings.backend_gaps == "skip",
+                )
+            )
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(
@@ -375,6 +407,7 @@ async def billing(
             backends=by_name,
             copied=copied,
             spool=spool,
+            elected=elected,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
         )
         stack.push_async_callback(bills.last_pass)
@@ -471,7 +504,7 @@ class Metering:
         )
         bills = self.bills
         if bills is not None:
-            status = bills.delivery.status()
+            status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
             gauges.parked = await asyncio.to_thread(bills.delivery.parked_now)
             gauges.copied = bills.copied is not None
@@ -523,10 +556,12 @@ class Metering:
         ready = not self.stopping and any(not answer.refusing for answer in answers)
         backends: list[dict[str, object]] = []
         if self.bills is not None:
-            status = self.bills.delivery.status()
+            status = self.bills.status()
             if self.bills.copied is not None:
                 notes.append(self.bills.copied.text)
             notes += [f"{s.backend} is {s.state}: {s.reason}" for s in status if s.state != "up"]
+            if self.bills.elected is not None and self.bills.elected.trouble:
+                notes.append(f"no lane is delivered from here: {self.bills.elected.trouble}")
             if self.bills.room is not Room.ENOUGH:
                 notes.append(self.bills.room.value)
             backends = [
@@ -564,36 +599,31 @@ class Metering:
     ) -> dict[str, Any]:
         """Offer parked events again; what became of each. Raises `LookupError` for a backend that nobody knows."""
         bills = self._billing()
-        if backend is not None and backend not in bills.backends:
+        if backend is not None and backend not in self.settings.backends:
             known = {name for name, _ in await asyncio.to_thread(bills.delivery.parked_now)}
             if backend not in known:
                 raise LookupError(self._no_backend(backend))
-        told = await bills.delivery.offer_again(
-            backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
-        )
-        return told.to_dict()
+        choice = {
+            "backend": backend, "reason": reason, "ids": ids, "since_s": since_s, "resend_unknown": resend_unknown,
+        }  # fmt: skip
+        return redriven(await bills.correct({"do": "redrive", **choice}))
 
     async def retry(self, backend: str) -> dict[str, Any]:
         """End all waits of a backend. Raises `LookupError`, in words, for one that is not configured."""
         bills = self._billing()
-        if backend not in bills.backends:
+        if backend not in self.settings.backends:
             raise LookupError(self._no_backend(backend))
-        ended = bills.delivery.end_waits(backend)
-        return asdict(ended) | {"any": ended.any}
+        return retried(await bills.correct({"do": "retry", "backend": backend}))
 
     def _no_backend(self, name: str) -> str:
-        backends = ", ".join(self._billing().backends) or "none"
+        backends = ", ".join(self.settings.backends) or "none"
         return f"{name} is not one of the backends of this instance ({backends})"
 
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
-        bills = self._billing()
-        outcomes = await corrections.cancel(one, bills.delivery, bills.backends, backend=backend)
-        return [asdict(outcome) for outcome in outcomes]
+        return outcomes(await self._billing().correct({"do": "cancel", "one": one, "backend": backend}))
 
     async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        bills = self._billing()
-        names = [corrections.Named(*one) for one in named]
-        return [asdict(one) for one in await corrections.complain(backend, names, bills.delivery, bills.backends)]
+        return outcomes(await self._billing().correct({"do": "complain", "backend": backend, "named": named}))
 
     async def adopt(self, how: str) -> dict[str, int] | None:
         """None where nothing was noticed, so that there is nothing to decide."""

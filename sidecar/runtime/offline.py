@@ -87,7 +87,7 @@ async def books(settings: Settings) -> AsyncIterator[Books]:
         stack.enter_context(DataLock.take(settings.data_dir))
         state = DeliveryStore.open(settings.data_dir / "delivery.db")
         stack.callback(state.close)
-        queries = DeliveryQueries(state.path)
+        queries = state.queries()
         stack.callback(queries.close)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         made = {name: backend_factory.backend(settings, name) for name in settings.backends}

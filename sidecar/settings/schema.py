@@ -382,6 +382,11 @@ class GateSettings:
     )
 
 
+class Deliver(StrEnum):
+    OWN = "own"
+    ELECTED = "elected"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FleetSettings:
     """What many sidecars share."""
@@ -394,6 +399,11 @@ class FleetSettings:
         None,
         "what this sidecar is called there; by itself an id that is kept in the data directory",
     )
+    deliver: Deliver = _setting(
+        types.one_of(Deliver), "own",
+        "who tells the vendors: each sidecar its `own` records, or of each customer one sidecar at a time, `elected` "
+        "among those that share the ledger",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

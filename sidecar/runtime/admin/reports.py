@@ -257,7 +257,7 @@ class Reports:
         def read() -> Answer:
             if not path.exists():
                 raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
-            accounts = DeliveryQueries(path)
+            accounts = DeliveryQueries.open(path)
             try:
                 rows = list(lists.parked(accounts, query, self._names))
             finally:
