@@ -74,7 +74,7 @@ from sidecar.spool.files import spool_dir
 from sidecar.spool.intake import Ended, Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
-from sidecar.storage.files import Trouble
+from sidecar.storage.files import StorageError, Trouble
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
 log = logging.getLogger("sidecar.metering")
@@ -753,7 +753,7 @@ async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq:
         found = await asyncio.to_thread(
             gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq, outputs
         )
-    except (OSError, SpoolError, LedgerError, ValueError) as error:
+    except (OSError, SpoolError, StorageError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
     gate.load(found or Counters(()), outputs)
