@@ -34,12 +34,21 @@ LEDGER: Final = "ledger.db"
 ALWAYS_OWN: Final = frozenset({LEDGER_NAME, "file", "nats"})
 
 
-def backends(settings: Settings, names: Sequence[str] | None = None) -> list[Backend]:
-    """The configured backends, or these of them, in the order of the setting."""
-    return [backend(settings, name) for name in (settings.backends if names is None else names)]
+def backends(
+    settings: Settings, names: Sequence[str] | None = None, not_computed: Callable[[str], None] | None = None
+) -> list[Backend]:
+    """The configured backends, or these of them, in the order of the setting. `not_computed`: told the meter of each
+    value that the ledger lacks, because an expression cannot be computed; others park such a record."""
+    wanted = settings.backends if names is None else names
+    return [backend(settings, name, not_computed=not_computed) for name in wanted]
 
 
-def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply] | None = None) -> Backend:
+def backend(
+    settings: Settings,
+    name: str,
+    open_ledger: Callable[[], LedgerApply] | None = None,
+    not_computed: Callable[[str], None] | None = None,
+) -> Backend:
     """One backend. Raises `MetersError`, `ValueError` and `LedgerError`, which say what to do."""
     context = Context(
         data_dir=settings.data_dir,
@@ -47,6 +56,7 @@ def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply
         meters=settings.meters,
         open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
         open_shared_ledger=_shared(settings) if open_ledger is None else None,
+        not_computed=not_computed if name == LEDGER_NAME else None,
     )
     return BACKENDS[name].make(settings.backend(name), context)
 

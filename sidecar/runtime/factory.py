@@ -79,8 +79,14 @@ def proxy(
         route=found.match,
         metrics=metrics,
         gate=gate,
-        readings={one.name: _reading(settings, one, metrics, key, by_body is None) for one in settings.proxy.upstreams},
+        readings=readings(settings, metrics, key),
     )
+
+
+def readings(settings: Settings, metrics: HopCounts | Metrics, key: bytes) -> dict[str, Reading]:
+    """What reads along with the calls to each of several upstreams, by name."""
+    plain = not body_fields(settings)
+    return {one.name: _reading(settings, one, metrics, key, plain) for one in settings.proxy.upstreams}
 
 
 def _reading(
@@ -89,13 +95,6 @@ def _reading(
     own = attributor(settings, key, WhoPays(metrics.attribution_anomaly), one.url)
     taps = telling_taps(settings, metrics, routes(settings), one.url)
     return Reading(taps=taps, attribute=own, plainly=own if plain else None)
-
-
-def taps_by_upstream(settings: Settings, metrics: HopCounts | Metrics) -> dict[str | None, UsageTaps]:
-    """By the name of the upstream; None: of what matches no other."""
-    found = routes(settings)
-    taps: dict[str | None, UsageTaps] = {None: telling_taps(settings, metrics, found)}
-    return taps | {one.name: telling_taps(settings, metrics, found, one.url) for one in settings.proxy.upstreams}
 
 
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
@@ -118,11 +117,10 @@ def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Call
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
     """What fills in the costs of one call."""
-    rest = priced_host(settings)
-    hosts = {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
+    hosts = priced_hosts(settings)
 
     def price(exchange: Exchange) -> None:
-        host = rest if exchange.upstream is None else hosts.get(exchange.upstream, rest)
+        host = hosts.get(exchange.upstream) or hosts[None]
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
         started_s = exchange.started_ns / 1e9
         cost = book.cost(exchange.usage, started_s, host=host, record=record)
@@ -136,6 +134,12 @@ def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
 def priced_host(settings: Settings) -> str:
     """Host and base path of the upstream: what its prices are found by."""
     return _host_and_base(settings.proxy.upstream_url)
+
+
+def priced_hosts(settings: Settings) -> dict[str | None, str]:
+    """The same by the name of each of several; None: of what matches no other."""
+    found: dict[str | None, str] = {None: priced_host(settings)}
+    return found | {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
 
 
 def _host_and_base(url: str | None) -> str:

@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Models, Outside, Policy
+from sidecar.gate.admission import Admission, ByUpstream, Meant, Models, Outside, Policy
 from sidecar.gate.allowance import measure_of
 from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
@@ -45,7 +45,7 @@ from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
 from sidecar.runtime.backend_factory import has_ledger, open_reader
-from sidecar.runtime.factory import priced_host, usage_taps
+from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
@@ -146,25 +146,28 @@ def notes(settings: Settings) -> list[str]:
     return found
 
 
-def models(settings: Settings) -> Models | None:
-    """What estimates ask of models; None: there are none to make, or no table."""
+def models(settings: Settings) -> Callable[[str | None], Models | None]:
+    """What estimates ask of models, by the name of the upstream; None: there are none to make, or no table."""
     found, asked = limits(settings), outside(settings)
     estimates = any(limit.needs_estimate for limit in found) or (asked is not None and asked.needs_estimate)
     if settings.prices.prices == "none" or not estimates:
-        return None
-    book = price_book(settings)
+        return lambda upstream: None
+    book, hosts = price_book(settings), priced_hosts(settings)
     counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
-    host = priced_host(settings)
 
-    def ceiling(provider: str | None, model: str) -> int | None:
-        return book.output_tokens_max(provider, model, host=host)
+    def of(upstream: str | None) -> Models:
+        host = hosts[upstream]
 
-    return Models(_price(settings, book) if counts else None, ceiling)
+        def ceiling(provider: str | None, model: str) -> int | None:
+            return book.output_tokens_max(provider, model, host=host)
+
+        return Models(_price(book, host) if counts else None, ceiling)
+
+    return of
 
 
-def _price(settings: Settings, book: PriceBook) -> Price:
-    """What tokens will cost."""
-    host = priced_host(settings)
+def _price(book: PriceBook, host: str) -> Price:
+    """What tokens will cost. `host`: of the upstream, with its base path."""
 
     def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
         usage = Usage(
@@ -201,22 +204,26 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
     by_upstream: dict[str | None, UsageTaps] = {None: taps}
     by_upstream |= {one.name: usage_taps(settings, lambda kind: None, one.url) for one in settings.proxy.upstreams}
     payers = [Source.parse(text) for text in settings.attribution.subscriber]
+    models_of = models(settings)
+
+    def of(upstream: str | None) -> ByUpstream:
+        own = by_upstream[upstream]
+        deny = Denials(own.endpoints, settings.asked, statuses=settings.gate.gate_status, chance=random.random)
+        return ByUpstream(_key_of(own, key), models_of(upstream), deny)
+
+    rest = of(None)
     return Policy(
         limits=found,
         meant=partial(_meant, by_upstream),
-        key_of=_key_of(taps, key),
+        key_of=rest.key_of,
         reads=frozenset(name.encode() for name in CREDENTIALS),
-        models=models(settings),
-        deny=Denials(
-            taps.endpoints,
-            settings.asked,
-            statuses=settings.gate.gate_status,
-            chance=random.random,
-        ),
+        models=rest.models,
+        deny=rest.deny,
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
         body_says_who=any(source.kind is SourceKind.BODY for source in payers),
         outside=asked,
+        upstreams={one.name: of(one.name) for one in settings.proxy.upstreams},
     )
 
 

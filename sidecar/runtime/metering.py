@@ -30,6 +30,7 @@ from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
 from sidecar.delivery.wishes import Wish, grant, outcomes, redriven, retried
+from sidecar.delivery.worker import Settled
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
@@ -54,7 +55,8 @@ from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
 from sidecar.runtime.metrics import Gauges, Metrics
-from sidecar.settings import OnSpoolFull, Settings
+from sidecar.runtime.shipping import Shipping, centre_of
+from sidecar.settings import Durability, OnSpoolFull, Settings
 from sidecar.spool import (
     Snapshot,
     Spool,
@@ -103,6 +105,7 @@ class Billing:
     elected: Elected | None = None  # what is delivered of the records that all sidecars share
     rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
+    waited_for: bool = False  # responses wait for a backend: nothing gathers on its way there
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -178,7 +181,7 @@ class Billing:
     def committed(self) -> None:
         """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
         the same whatever is in them."""
-        if len(self.sums) < len(self.backends):
+        if len(self.sums) < len(self.backends) or self.waited_for:
             self.hand_on()
         elif self._handing is None:
             self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
@@ -338,11 +341,13 @@ async def billing(
     instance: str | None = None,
     goes_on: Collection[str] = (),
     spooling: bool = False,
+    settled: Mapping[str, Settled] | None = None,
 ) -> AsyncIterator[Billing]:
     """Open the spool, where `spooling`, and start delivering. Leaving commits what was handed over and makes one last
     pass, bounded by `DRAIN_S`. Raises the parts' own errors.
 
     `instance`: the slot to take, where it is known. `goes_on`: how the ids of calls end that go on in a living process.
+    `settled`: for a backend that responses wait for, who is told how it stands.
     """
     async with AsyncExitStack() as stack:
         state = await asyncio.to_thread(DeliveryStore.open, settings.data_dir / "delivery.db")
@@ -367,7 +372,7 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings, backend_factory.own(settings))
+        backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
         elected: Elected | None = None
         if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
             # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
@@ -396,6 +401,7 @@ async def billing(
             # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
             # A shared one knows each record again, so what a copy sends it does no harm.
             safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
+            settled=settled,
         )
         await stack.enter_async_context(delivery)
         by_name = {backend.name: backend for backend in backends}
@@ -409,6 +415,7 @@ async def billing(
             spool=spool,
             elected=elected,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
+            waited_for=bool(settled),
         )
         stack.push_async_callback(bills.last_pass)
         stack.callback(bills.hand_on)
@@ -675,7 +682,18 @@ async def recording(
         if make_room(settings.data_dir):
             log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         async with AsyncExitStack() as stack:
-            parts = billing(settings, whole.counted, instance=instance, goes_on=goes_on, spooling=True)
+            centre = centre_of(settings)
+            # Durability stays as it was at the start, and the backends may be others since: then none is waited for.
+            ships = settings.spool.durability is Durability.SHIPPED
+            shipping = Shipping(whole.seam.shipped, waits=centre is not None)
+            parts = billing(
+                settings,
+                whole.counted,
+                instance=instance,
+                goes_on=goes_on,
+                spooling=True,
+                settled={} if centre is None else {centre: shipping.settled},
+            )
             bills = await stack.enter_async_context(parts)
             # A key that was made up where it could not be kept is kept now.
             await asyncio.to_thread(factory.hash_key, settings, key)
@@ -684,6 +702,9 @@ async def recording(
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
             last_seq = bills.spool.next_seq - 1
+            if ships:
+                shipping.begin(bills.spool.instance, last_seq)
+                whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
                 loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
