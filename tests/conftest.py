@@ -7,7 +7,7 @@ import signal
 
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["support.ways", "support.postgres_server"]
+pytest_plugins = ["support.ways", "support.postgres_server", "support.ledgers"]
 
 # No deadline: two cores are shared by all workers, and a time limit per example would test the machine.
 # In CI the examples are the same each time, so that a change is judged by what it changes; by hand they are new ones.

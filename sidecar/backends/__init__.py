@@ -15,9 +15,10 @@ from sidecar.backends.base import Context
 from sidecar.backends.file import FileBackend
 from sidecar.backends.flexprice import FlexpriceBackend
 from sidecar.backends.lago import LagoBackend
-from sidecar.backends.ledger import LedgerBackend
+from sidecar.backends.ledger import LedgerBackend, SharedLedgerBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.meter import MeterBackend
+from sidecar.backends.nats import NatsBackend
 from sidecar.backends.openmeter import OpenmeterBackend
 from sidecar.backends.revenium.backend import ReveniumBackend
 from sidecar.backends.stripe.backend import StripeBackend
@@ -40,6 +41,7 @@ class Row:
 
     kind: Buildable
     summary: str
+    shared: Buildable | None = None  # in its place where sidecars share a ledger
 
     @property
     def settings(self) -> tuple[Setting, ...]:
@@ -47,11 +49,12 @@ class Row:
 
     def make(self, values: Mapping[str, Any], context: Context) -> Backend:
         """`values`: by the settings' names, as `Settings.backend` gives them. Raises `ValueError`, `MetersError`."""
-        return self.kind(self.kind.settings_type(**values), context)
+        kind = self.shared if self.shared is not None and context.open_shared_ledger is not None else self.kind
+        return kind(kind.settings_type(**values), context)
 
 
 BACKENDS: Final[Mapping[str, Row]] = {
-    "ledger": Row(LedgerBackend, "the embedded usage store"),
+    "ledger": Row(LedgerBackend, "the embedded usage store", SharedLedgerBackend),
     "meter": Row(MeterBackend, "/meter payloads in batches, to any address"),
     "revenium": Row(ReveniumBackend, "Revenium, one request a record"),
     "ledgerbee": Row(LedgerbeeBackend, "LedgerBee, one report a meter"),
@@ -60,6 +63,7 @@ BACKENDS: Final[Mapping[str, Row]] = {
     "openmeter": Row(OpenmeterBackend, "OpenMeter, as CloudEvents"),
     "lago": Row(LagoBackend, "Lago events, one a meter"),
     "webhook": Row(WebhookBackend, "records as lines of JSON, signed"),
+    "nats": Row(NatsBackend, "records as messages of a JetStream stream"),
     "file": Row(FileBackend, "records as lines of JSON in a file"),
 }
 

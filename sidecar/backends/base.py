@@ -19,6 +19,7 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 import orjson
 
+from sidecar.ledger.postgres_schema import Line, Reported
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import Kind, Meter, read_meters
 from sidecar.meters.hourly import DIGITS_MAX, write_amount
@@ -58,6 +59,37 @@ class LedgerApply(Protocol):
     def close(self) -> None: ...
 
 
+class SharedLedger(Protocol):
+    """The ledger that many sidecars share: records go in once each, by their ids, and what they amount to with them.
+    Blocks; faults come back as a verdict."""
+
+    def write(
+        self, lines: Sequence[Line], sums: Sequence[BatchSums] | None, again: Callable[[Sequence[bytes]], BatchSums]
+    ) -> Verdict:
+        """Put in those that are not there. `sums`: of all that are counted, where it is known; `again` works out what
+        some lines amount to."""
+        ...
+
+    def take_back(self, record_id: str, sums: BatchSums) -> tuple[Verdict, tuple[str, ...]]:
+        """Take a record out of the sums, once; and the meters that keep it."""
+        ...
+
+    def report(self, told: Reported) -> Verdict:
+        """Say how this sidecar stands, also where nothing is written."""
+        ...
+
+    @property
+    def copied(self) -> bool:
+        """Whether another directory was found to go by our name."""
+        ...
+
+    def adopt(self, *, copy: bool) -> None:
+        """Somebody has decided what this directory is."""
+        ...
+
+    def close(self) -> None: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Context:
     """What a backend is given besides its own settings."""
@@ -66,6 +98,7 @@ class Context:
     subscribers: Mapping[str, Mapping[str, str]] = field(default_factory=dict)  # our id -> backend -> id there
     meters: Sequence[Mapping[str, Any]] = ()  # as configured; none gives the three defaults
     open_ledger: Callable[[], LedgerApply] | None = None
+    open_shared_ledger: Callable[[], SharedLedger] | None = None  # in its place, where one is set
     not_computed: Callable[[str], None] | None = None  # told the meter of each value that its expression cannot give
 
     def customers(self, backend: str) -> dict[str, str]:
@@ -157,6 +190,15 @@ class Examined(Protocol):
 
     async def examine(self) -> list[str]:
         """What is wrong, each with what to do; nothing when all is well. Bills nothing."""
+        ...
+
+
+@runtime_checkable
+class Reached(Protocol):
+    """A backend that is not asked over HTTP, and connects by itself: what `check --connect` calls before `examine`."""
+
+    async def reach(self) -> tuple[bool, str]:
+        """Whether it can be connected to and knows us; where it is, or why not and what to do. Changes nothing."""
         ...
 
 

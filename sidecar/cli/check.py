@@ -14,6 +14,7 @@ import sqlite3
 import stat
 import sys
 from collections.abc import Sequence
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -22,6 +23,7 @@ import sidecar
 from sidecar.cli.output import Format, render, table
 from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, add_data_dir, add_format, serving_settings
 from sidecar.settings import Effective, Settings, SettingsError
+from sidecar.storage.files import StorageError
 
 if TYPE_CHECKING:
     from sidecar.cli.connect import Tried
@@ -77,19 +79,19 @@ def notes(settings: Settings) -> list[str]:
 
 def unpriced_models(settings: Settings) -> list[str]:
     """Models that were called of late, that were not priced, and that would not be priced now either."""
-    from sidecar.ledger import LedgerError, LedgerReader
     from sidecar.model.exchange import Usage, UsageState
     from sidecar.prices import PricesError, price_book
+    from sidecar.runtime import backend_factory
     from sidecar.runtime.factory import priced_hosts
 
-    ledger = settings.data_dir / "ledger.db"
     now = datetime.now(UTC)
     try:
-        if not ledger.exists():
+        if not backend_factory.has_ledger(settings):
             return []
         book = price_book(settings)
-        seen = LedgerReader(ledger).unpriced(now - timedelta(days=UNPRICED_DAYS))
-    except (LedgerError, OSError, PricesError):
+        with closing(backend_factory.open_reader(settings)) as ledger:
+            seen = ledger.unpriced(now - timedelta(days=UNPRICED_DAYS))
+    except (StorageError, OSError, PricesError):
         return []  # whoever needs the ledger says what is wrong with it, and the settings what with the prices
     hosts = set(priced_hosts(settings).values())
     found = []

@@ -17,7 +17,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from sidecar.backends import BACKENDS
-from sidecar.backends.base import Examined
+from sidecar.backends.base import Examined, Reached
 from sidecar.backends.http import fault_of
 from sidecar.proxy.upstream import client_tls
 from sidecar.runtime import backend_factory
@@ -79,11 +79,23 @@ async def _backend(settings: Settings, name: str) -> list[Tried]:
     made = backend_factory.backend(settings, name)
     url = settings.backend(name)["url"] or getattr(made, "address", None)
     try:
-        reached = await _try(name, _reach_backend(name, url))
+        if isinstance(made, Reached):
+            reached = await _reached(name, made)
+        else:
+            reached = await _try(name, _reach_backend(name, url))
         problems = await _examined(name, made) if reached.ok and isinstance(made, Examined) else []
     finally:
         await made.aclose()
     return [reached, *(Tried(name, WRONG, problem) for problem in problems)]
+
+
+async def _reached(name: str, backend: Reached) -> Tried:
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            ok, detail = await backend.reach()
+    except TimeoutError:
+        return Tried(name, FAILED, f"no connection within {LIMIT_S:g} s")
+    return Tried(name, REACHED if ok else FAILED, detail)
 
 
 async def _examined(name: str, backend: Examined) -> list[str]:

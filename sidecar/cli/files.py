@@ -40,7 +40,7 @@ def accounts_of(data_dir: Path) -> Iterator[DeliveryQueries | None]:
         yield None
         return
     try:
-        accounts = DeliveryQueries(path)
+        accounts = DeliveryQueries.open(path)
         try:
             yield accounts
         finally:

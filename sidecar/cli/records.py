@@ -9,9 +9,10 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
 from dataclasses import replace
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
@@ -30,6 +31,10 @@ from sidecar.runtime.reports import calls
 from sidecar.runtime.reports.formats import Names, written
 from sidecar.runtime.reports.parameters import QueryError
 from sidecar.spool import SpoolError, SpoolReader
+from sidecar.storage.files import StorageError
+
+if TYPE_CHECKING:
+    from sidecar.ledger.postgres_queries import PostgresReader
 
 POLL_S: Final = 0.2  # how soon a followed record shows
 FOLLOWED: Final = 10  # what `--follow` begins with, as tail does
@@ -81,6 +86,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sidecar.runtime import backend_factory
+
     settings = read_settings(arguments)
     data_dir, names, form = settings.data_dir, Names(settings.subscriber_names), Format(arguments.format)
     try:
@@ -91,6 +98,10 @@ def run(arguments: argparse.Namespace) -> int:
         )  # fmt: skip
         if arguments.follow and (form in (Format.JSON, Format.CSV) or query.id or query.until):
             raise CommandError("--follow goes with a table or ndjson, and without --id and --until", EXIT_USAGE)
+        fleet = backend_factory.fleet_reader(settings)
+        if fleet is not None and not arguments.follow:
+            with closing(fleet):
+                return _of_fleet(fleet, query, names, form)
         with SpoolReader(data_dir) as reader:
             if not reader.instances() and not arguments.follow:
                 raise CommandError(f"there are no records in {data_dir}: is SIDECAR_DATA_DIR the right one?")
@@ -109,19 +120,38 @@ def run(arguments: argparse.Namespace) -> int:
                 _follow(reader, places, calls.filter_of(query, names), write)
     except QueryError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
-    except SpoolError as error:
+    except (SpoolError, StorageError) as error:
         raise CommandError(str(error)) from None
     return EXIT_OK
 
 
-def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int:
+def _of_fleet(fleet: PostgresReader, query: calls.RecordsQuery, names: Names, form: Format) -> int:
+    """Of all sidecars that share a ledger, also while none runs here."""
+    found = calls.fleet_calls(fleet, query, names, bytes_max=BYTES_MAX)
+    if query.id is not None and not found.lines:
+        print(f"{query.id} is not in {fleet.where}: never recorded, or still on its way", file=sys.stderr)
+        return EXIT_FAILED
+    if query.id is not None and form is Format.TABLE:
+        _write_whole(found.lines[0], names)
+    else:
+        _printed(found.lines, names, form)
+    if found.stopped is not None:
+        print(f"note: {found.stopped}", file=sys.stderr)
+    return EXIT_OK
+
+
+def _write_whole(line: bytes, names: Names) -> None:
     """A table of one line says little: the whole record, one value a line."""
+    print(orjson.dumps(orjson.loads(calls.named(line, names)), option=orjson.OPT_INDENT_2).decode())
+
+
+def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int:
     lines = calls.call_by_id(reader, record_id).lines
     if not lines:
         print(f"{record_id} is not in the spool: never recorded here, or older than the retention", file=sys.stderr)
         return EXIT_FAILED
     if form is Format.TABLE:
-        print(orjson.dumps(orjson.loads(calls.named(lines[0], names)), option=orjson.OPT_INDENT_2).decode())
+        _write_whole(lines[0], names)
     else:
         _printed(lines, names, form)
     return EXIT_OK

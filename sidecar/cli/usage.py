@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -24,12 +25,14 @@ from sidecar.cli.shared import (
     add_where,
     read_settings,
 )
-from sidecar.ledger import TIMES, LedgerError, LedgerReader, UsageRow
+from sidecar.ledger import TIMES, UsageRow
+from sidecar.ledger.queries import Ledger
 from sidecar.meters.hourly import write_amount
 from sidecar.runtime.reports.formats import NOBODY, Names, written
 from sidecar.runtime.reports.parameters import BY, QueryError, UsageQuery, usage_query
 from sidecar.runtime.reports.usage import usage
 from sidecar.settings import Settings
+from sidecar.storage.files import StorageError
 
 # A table has what fits a screen; JSON and CSV have everything.
 SHOWN: Final = (
@@ -53,7 +56,7 @@ UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by", default=",".join(BY), metavar="NAME,…",
-        help="subscriber, model, provider, route, status, hour, day, month, or a dimension (default: "
+        help="subscriber, model, provider, route, status, instance, hour, day, month, or a dimension (default: "
         f"{','.join(BY)}; '' for one sum)",
     )  # fmt: skip
     parser.add_argument("--meter", metavar="NAME", help="the running values of one meter instead")
@@ -68,8 +71,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from sidecar.runtime import backend_factory
+
     settings = read_settings(arguments)
-    path = settings.data_dir / "ledger.db"
     names = Names(settings.subscriber_names)
     try:
         query = usage_query(
@@ -77,20 +81,19 @@ def run(arguments: argparse.Namespace) -> int:
             since=arguments.since, until=arguments.until, where=arguments.where, sort=arguments.sort,
             top=arguments.top, timezone=arguments.timezone,
         )  # fmt: skip
-        if not path.exists():
+        if not backend_factory.has_ledger(settings):
             raise CommandError(
-                f"there is no ledger at {path}: either nothing was delivered to it yet, or SIDECAR_DATA_DIR is another "
-                "one"
+                f"there is no ledger at {settings.data_dir / backend_factory.LEDGER}: either nothing was delivered to "
+                "it yet, or SIDECAR_DATA_DIR is another one"
             )
-        if arguments.meter is not None:
-            print(
-                _of_meter(LedgerReader(path), settings, arguments.meter, query, Format(arguments.format), names), end=""
-            )
-            return EXIT_OK
-        found = usage(LedgerReader(path), query, names)
+        with closing(backend_factory.open_reader(settings)) as ledger:
+            if arguments.meter is not None:
+                print(_of_meter(ledger, settings, arguments.meter, query, Format(arguments.format), names), end="")
+                return EXIT_OK
+            found = usage(ledger, query, names)
     except QueryError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
-    except LedgerError as error:
+    except StorageError as error:
         raise CommandError(str(error)) from None
     form = Format(arguments.format)
     if form is Format.TABLE:
@@ -123,9 +126,7 @@ def _unclaimed(settings: Settings) -> str | None:
     return f"note: since this sidecar started {said} of usage in a way that no reader knows; nothing of it is counted"
 
 
-def _of_meter(
-    ledger: LedgerReader, settings: Settings, name: str, query: UsageQuery, form: Format, names: Names
-) -> str:
+def _of_meter(ledger: Ledger, settings: Settings, name: str, query: UsageQuery, form: Format, names: Names) -> str:
     (meter,) = meters_of(settings, [name])
     rows = [
         {

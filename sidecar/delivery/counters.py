@@ -6,11 +6,11 @@ A record with one event needs no row of its own: its place follows from its requ
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
+from sidecar.delivery.database import Connection
 from sidecar.delivery.types import Term, worst
 
 Key = tuple[int, int, str, str]  # cursor, folded, term, reason
@@ -30,7 +30,7 @@ class Shift:
 class Counters:
     """The changes of one transaction; `close` writes them."""
 
-    conn: sqlite3.Connection
+    conn: Connection
     changes: Counter[Key] = field(default_factory=Counter)
     any_parts: bool | None = None  # whether `parts` has a row at all; None: not looked at yet
 
@@ -99,7 +99,7 @@ class Counters:
     def close(self) -> None:
         self.conn.executemany(
             "INSERT INTO counter(cursor, folded, term, reason, n) VALUES(?, ?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET n = n + excluded.n",
+            " ON CONFLICT(cursor, folded, term, reason) DO UPDATE SET n = counter.n + excluded.n",
             [(*key, n) for key, n in self.changes.items() if n],
         )
 
@@ -121,7 +121,7 @@ class Counters:
         self.any_parts = True
         self.conn.execute(
             "INSERT INTO parts(cursor, seq, pending, parked, delivered, duplicate, reason) VALUES(?, ?, ?, ?, ?, ?, ?)"
-            " ON CONFLICT DO UPDATE SET pending = excluded.pending, parked = excluded.parked,"
+            " ON CONFLICT(cursor, seq) DO UPDATE SET pending = excluded.pending, parked = excluded.parked,"
             " delivered = excluded.delivered, duplicate = excluded.duplicate, reason = excluded.reason",
             (cursor, seq, *counts, reason),
         )

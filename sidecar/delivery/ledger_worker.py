@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from sidecar.delivery import encoding
 from sidecar.delivery.context import Context
@@ -39,6 +39,11 @@ class SummedBatch:
     sums: object  # what `AddsUp.add_up` made of them
     left: Encoded = field(default_factory=Encoded)  # and what it kept out, by record id
     lines: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)  # of these: number and stored line
+    stored: Sequence[bytes] = ()  # every line of it, in order, where the backend keeps them
+
+    @property
+    def size_bytes(self) -> int:
+        return sum(map(len, self.stored))
 
     @property
     def records(self) -> int:
@@ -61,22 +66,35 @@ class LedgerWorker:
         self._most = context.limits.sum_records
         self._notes: dict[str, Applied | None] = {}  # what the backend has noted, by instance
         self._handed: dict[str, deque[SummedBatch]] = {}
+        self._handed_bytes: dict[str, int] = {}  # of their lines
 
     def apply(self, batch: SummedBatch) -> bool:
         """Take a batch whose records are committed and whose sums are made. False: it is not wanted, and is read
         from the spool in its time."""
         waiting = self._handed.setdefault(batch.instance, deque())
         if waiting and waiting[-1].last_seq + 1 != batch.first_seq:
-            waiting.clear()  # something between them was not handed over
-        if len(waiting) >= self._context.limits.sums_kept:
+            self._drop(batch.instance)  # something between them was not handed over
+        size_bytes = self._handed_bytes.get(batch.instance, 0) + batch.size_bytes
+        if len(waiting) >= self._context.limits.sums_kept or size_bytes > self._context.limits.sums_bytes:
             return False
         waiting.append(batch)
+        self._handed_bytes[batch.instance] = size_bytes
         return True
+
+    def _drop(self, instance: str) -> None:
+        self._handed.get(instance, deque()).clear()
+        self._handed_bytes.pop(instance, None)
+
+    def _next(self, instance: str) -> SummedBatch:
+        batch = self._handed[instance].popleft()
+        self._handed_bytes[instance] -= batch.size_bytes
+        return batch
 
     def begin(self) -> None:
         """Believe what is on disk: here, and in the backend's own file."""
         self._notes.clear()
         self._handed.clear()
+        self._handed_bytes.clear()
 
     @property
     def wanted(self) -> int:
@@ -91,7 +109,7 @@ class LedgerWorker:
             if source is None:
                 continue
             while waiting and waiting[0].first_seq <= source.seq:
-                waiting.popleft()  # read from the spool meanwhile, all of it or a part
+                self._next(instance)  # read from the spool meanwhile, all of it or a part
             if waiting and waiting[0].first_seq == source.seq + 1 and (hurry or now_s >= source.next_read_s):
                 return source
         return None
@@ -105,13 +123,13 @@ class LedgerWorker:
                 return Added([found] * max(len(items), 1))
             note = self._notes[source.instance] = found
         if note is not None and note.last_seq > source.seq and not items:
-            self._handed.pop(source.instance, None)  # it goes on from here, and not from there: read instead
+            self._drop(source.instance)  # it goes on from here, and not from there: read instead
             return Added(())
         if note is not None and items and items[0].seq <= note.last_seq:
             return await self._catch_up(note, items, now_s)
         if not items:
             return await self._add_handed(source.instance, self._take_handed(source.instance))
-        if note is None and items[0].seq <= source.again_upto:
+        if note is None and items[0].seq <= source.again_upto and not self._sums.keeps_lines:
             # Whether these were added before is not known any more: the rule for that is the same for all backends.
             known = [item for item in items if item.seq <= source.again_upto]
             return Added((), await self._plan(known, source.again_upto, now_s))
@@ -157,9 +175,11 @@ class LedgerWorker:
 
     def _take_handed(self, instance: str) -> list[SummedBatch]:
         taken: list[SummedBatch] = []
+        limits = self._context.limits
+        most = limits.lines_records if self._sums.keeps_lines else limits.sums_records
         waiting, records = self._handed[instance], 0
-        while waiting and (not taken or records + waiting[0].records <= self._context.limits.sums_records):
-            taken.append(waiting.popleft())
+        while waiting and (not taken or records + waiting[0].records <= most):
+            taken.append(self._next(instance))
             records += taken[-1].records
         return taken
 
@@ -176,7 +196,8 @@ class LedgerWorker:
             plan.applied = _runs([seq for seq in range(first, plan.upto_seq + 1) if seq not in out])
         else:
             plan.applied = [Run(first, plan.upto_seq)]
-        return await self._write(instance, plan, first, out, [batch.sums for batch in batches])
+        lines = [line for batch in batches for line in enumerate(batch.stored, batch.first_seq)]
+        return await self._write(instance, plan, first, out, [batch.sums for batch in batches], lines)
 
     async def _add_items(self, instance: str, items: Sequence[Item]) -> Added:
         """As many of these as are tried at once; a hole stands alone, so that what is added has no gap of its own."""
@@ -208,7 +229,8 @@ class LedgerWorker:
         plan.parked += [_parked(by_id[record_id], record_id, reason) for record_id, reason in left.parked.items()]
         out = _out(plan)
         plan.applied = _runs([item.seq for item in items[: plan.taken] if item.seq not in out])
-        added = await self._write(instance, plan, items[0].seq, out, [sums])
+        lines = [(item.seq, item.line) for item in by_id.values()] if self._sums.keeps_lines else []
+        added = await self._write(instance, plan, items[0].seq, out, [sums], lines)
         if added.plan is None and isinstance(added.verdicts[0], Refused):
             return await self._search(instance, items[: plan.taken], added.verdicts[0])
         return added
@@ -225,16 +247,26 @@ class LedgerWorker:
         return Added([verdict], plan)
 
     async def _write(
-        self, instance: str, plan: encoding.Plan, first_seq: int, out: frozenset[int], sums: Sequence[object]
+        self,
+        instance: str,
+        plan: encoding.Plan,
+        first_seq: int,
+        out: frozenset[int],
+        sums: Sequence[object],
+        lines: Sequence[tuple[int, bytes]],
     ) -> Added:
         """Add what the batch of this plan amounts to, there; `plan` is what is to be stored here when that is done."""
         batch = Applied(first_seq, plan.upto_seq, out)
-        verdict = await asyncio.to_thread(self._sums.apply_sums, instance, batch, sums)
+        verdict = await asyncio.to_thread(self._sums.apply_sums, instance, batch, sums, lines)
         verdicts = [verdict] * max(sum(run.records for run in plan.applied), 1)
         if not isinstance(verdict, (Delivered, Duplicate)):
             self.begin()  # whatever is believed of that file may be wrong
             return Added(verdicts)
-        self._notes[instance] = batch
+        if self._sums.keeps_lines:
+            if isinstance(verdict, Duplicate):
+                plan.applied = [replace(run, duplicate=True) for run in plan.applied]
+        else:
+            self._notes[instance] = batch
         self._most = min(self._most * 2, self._context.limits.sum_records)
         return Added(verdicts, plan)
 

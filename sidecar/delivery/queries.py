@@ -1,4 +1,4 @@
-"""Counting and listing what is in `delivery.db`, through a connection that cannot write.
+"""Counting and listing the state of delivery, through a connection that cannot write.
 
 The totals come from the counters that every transaction keeps; `verify` counts the same again from rows alone
 and says where the two differ. Counting goes through a spool in windows of record numbers, so that
@@ -7,18 +7,15 @@ memory stays flat. Everything here blocks.
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
 import orjson
 
-from sidecar.delivery.database import open_reader, told
+from sidecar.delivery.database import Connection, FileReading, Reading
 from sidecar.delivery.rows import Parked, Run
 from sidecar.delivery.types import Fate, SpoolReader, Term, worst
 from sidecar.model.balance import BackendTotals
@@ -97,16 +94,19 @@ def totals_of(sums: Sums, count: Callable[[str, int, int], int]) -> BackendTotal
 
 
 class DeliveryQueries:
-    """`delivery.db`, open for reading."""
+    """The state of delivery, open for reading."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lock = threading.Lock()
-        self._conn = open_reader(path)
+    def __init__(self, database: Reading) -> None:
+        self._database = database
+        self._reading, self._apart = database.reading, database.apart
+
+    @classmethod
+    def open(cls, path: Path) -> DeliveryQueries:
+        """Of the file."""
+        return cls(FileReading(path))
 
     def close(self) -> None:
-        with self._lock, told(self._path):
-            self._conn.close()
+        self._database.close()
 
     def backends(self) -> list[str]:
         """Those that delivery worked for when it last started."""
@@ -155,8 +155,7 @@ class DeliveryQueries:
     def verify(self) -> list[str]:
         """Count everything again from rows. Returns each difference in words; empty when all is well."""
         problems: list[str] = []
-        with self._apart() as conn:
-            conn.execute("BEGIN")  # all of one moment
+        with self._apart(moment=True) as conn:
             for cursor, backend, instance, seq, folded in _cursors(conn):
                 kept = _counters(conn, cursor, folded=0)
                 rows = _counters(conn, cursor, folded=1)
@@ -276,25 +275,6 @@ class DeliveryQueries:
                         found.append(Found(backend, instance, seq, one, one, "", fate, 0.0, 0, cursor))
         return found
 
-    @contextmanager
-    def _apart(self) -> Iterator[sqlite3.Connection]:
-        """A connection of its own, for what may take minutes: nobody who asks for the balance waits behind it."""
-        conn = open_reader(self._path)
-        try:
-            with told(self._path):
-                yield conn
-        finally:
-            conn.close()
-
-    @contextmanager
-    def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, told(self._path):
-            self._conn.execute("BEGIN")
-            try:
-                yield self._conn
-            finally:
-                self._conn.execute("COMMIT")
-
 
 _FATES: Final = {
     Fate.DELIVERED.value: "delivered",
@@ -323,7 +303,7 @@ def _id_of(line: bytes) -> object:
         return None
 
 
-def runs_between(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> list[Run]:
+def runs_between(conn: Connection, cursor: int, after: int, upto: int) -> list[Run]:
     """What is in the sums of the records numbered `after < seq <= upto`."""
     rows = conn.execute(
         "SELECT first_seq, last_seq, duplicate FROM applied WHERE cursor = ? AND last_seq > ? AND first_seq <= ?",
@@ -332,7 +312,7 @@ def runs_between(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -
     return [Run(max(first, after + 1), min(last, upto), bool(duplicate)) for first, last, duplicate in rows]
 
 
-def records_between(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> dict[int, Record]:
+def records_between(conn: Connection, cursor: int, after: int, upto: int) -> dict[int, Record]:
     """Every record numbered `after < seq <= upto` with the places of its events, from rows."""
     records: dict[int, Record] = {}
     (span,) = conn.execute(
@@ -369,7 +349,7 @@ def _add_event(record: Record, fate: str | None) -> None:
     # Parked ones are counted from their own table, moved ones where they went.
 
 
-def _recount(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> Counter[Place]:
+def _recount(conn: Connection, cursor: int, after: int, upto: int) -> Counter[Place]:
     places: Counter[Place] = Counter()
     for low in range(after, upto, WINDOW_RECORDS):
         for record in records_between(conn, cursor, low, min(low + WINDOW_RECORDS, upto)).values():
@@ -386,7 +366,7 @@ def _recount(conn: sqlite3.Connection, cursor: int, after: int, upto: int) -> Co
     return places
 
 
-def _left_over(conn: sqlite3.Connection, cursor: int, folded: int) -> Counter[Place]:
+def _left_over(conn: Connection, cursor: int, folded: int) -> Counter[Place]:
     """Records whose rows are gone except for what is still open or parked of them."""
     places: Counter[Place] = Counter()
     for pending, parked, delivered, duplicate, reason in conn.execute(
@@ -398,7 +378,7 @@ def _left_over(conn: sqlite3.Connection, cursor: int, folded: int) -> Counter[Pl
     return places
 
 
-def _contradictions(conn: sqlite3.Connection, cursor: int, folded: int) -> list[str]:
+def _contradictions(conn: Connection, cursor: int, folded: int) -> list[str]:
     """Rows of `parts` that do not say what the events' own rows say."""
     found = []
     for seq, pending, parked, delivered, duplicate in conn.execute(
@@ -413,7 +393,7 @@ def _contradictions(conn: sqlite3.Connection, cursor: int, folded: int) -> list[
     return found
 
 
-def _counters(conn: sqlite3.Connection, cursor: int, *, folded: int) -> Counter[Place]:
+def _counters(conn: Connection, cursor: int, *, folded: int) -> Counter[Place]:
     return Counter(
         {
             (term, reason): n
@@ -424,5 +404,5 @@ def _counters(conn: sqlite3.Connection, cursor: int, *, folded: int) -> Counter[
     )
 
 
-def _cursors(conn: sqlite3.Connection) -> list[tuple[int, str, str, int, int]]:
+def _cursors(conn: Connection) -> list[tuple[int, str, str, int, int]]:
     return conn.execute("SELECT id, backend, instance, seq, folded_seq FROM cursor ORDER BY id").fetchall()

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from sidecar.delivery.context import Context, Copied, SystemClock
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.queries import PAGE, DeliveryQueries, Found, totals_of
+from sidecar.delivery.queries import PAGE, Found, totals_of
 from sidecar.delivery.redrive import EACH_MAX, Became, OneOutcome, Redriven
 from sidecar.delivery.removed_backend import RETRY_S, SLICE, part_with
 from sidecar.delivery.rows import Parked, Place, StateError
@@ -37,7 +37,7 @@ from sidecar.delivery.types import (
     SpoolReader,
     StoredGroup,
 )
-from sidecar.delivery.worker import Worker
+from sidecar.delivery.worker import Settled, Worker
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import NO_CUSTOMER, Backend
 from sidecar.model.record import Record
@@ -63,15 +63,17 @@ class Delivery:
         copied_s: float | None = None,
         copied_text: str = "",
         safe: Collection[str] = (),
+        settled: Mapping[str, Settled] | None = None,
     ) -> None:
         """`skip_gaps`: a backend that was left out does not get what was recorded meanwhile.
 
         `copied_s`: the files were copied, about then, and nobody has decided yet what they are (`adopt`).
         `safe`: backends whose own books were copied together with ours.
+        `settled`: for a backend that somebody waits for, who is told how it stands.
         """
         self._skip_gaps = skip_gaps
         self.reader, self.store, self.metrics = reader, store, metrics
-        self._queries = DeliveryQueries(store.path)
+        self._queries = store.queries()
         self._context = Context(
             reader=reader,
             store=store,
@@ -84,7 +86,11 @@ class Delivery:
             stepped=self._clock_stepped,
         )
         self.tail = Tail(reader, self._context.limits)
-        self._workers = {backend.name: Worker(backend, self._context, self.tail) for backend in backends}
+        self.backends = {backend.name: backend for backend in backends}
+        waited = settled or {}
+        self._workers = {
+            backend.name: Worker(backend, self._context, self.tail, waited.get(backend.name)) for backend in backends
+        }
         self._group = asyncio.TaskGroup()
         self._running = False
         self._tasks: set[asyncio.Task[None]] = set()

@@ -1,4 +1,4 @@
-"""`delivery.db`: how far each backend is, what is sealed, what was said of it, what is parked.
+"""The state of delivery: how far each backend is, what is sealed, what was said of it, what is parked.
 
 What must always hold: a cursor moves only in the transaction that stores what the records behind it became; nothing may
 be sent that is not stored here with bytes, key and members; verdicts, counters and parked rows change together.
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import sqlite3
-import threading
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,8 +23,8 @@ from typing import Final, ParamSpec, TypeVar
 import orjson
 
 from sidecar.delivery.counters import Counters, Shift
-from sidecar.delivery.database import open_writer, told, transaction
-from sidecar.delivery.queries import Record, records_between, runs_between
+from sidecar.delivery.database import Connection, Database, DatabaseFile, Rows
+from sidecar.delivery.queries import DeliveryQueries, Record, records_between, runs_between
 from sidecar.delivery.rows import (
     Amendment,
     Committed,
@@ -83,28 +81,34 @@ class Configured:
 
 
 class DeliveryStore:
-    """`delivery.db`, open for writing, with a thread of its own."""
+    """The state of delivery, open for writing, with a thread of its own."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._lock = threading.Lock()
-        self._conn, self.created = open_writer(path)
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self.created = database.created
         self._executor = ThreadPoolExecutor(1, thread_name_prefix="delivery-store")
 
     @classmethod
     def open(cls, path: Path) -> DeliveryStore:
-        return cls(path)
+        """The one in this file."""
+        return cls(DatabaseFile(path))
+
+    @property
+    def where(self) -> str:
+        """Which one it is, in messages."""
+        return self._database.where
+
+    def queries(self) -> DeliveryQueries:
+        """For counting and listing, beside its writer."""
+        return DeliveryQueries(self._database.reader())
 
     def close(self) -> None:
         self._executor.shutdown()
-        with self._lock, told(self.path):
-            self._conn.close()
+        self._database.close()
 
     def reopen(self) -> None:
         """A new connection after a failed write: what the old one believed is forgotten."""
-        with self._lock:
-            self._conn.close()
-            self._conn, _ = open_writer(self.path)
+        self._database.reopen()
 
     async def run(self, work: Callable[_P, _T], *args: _P.args, **kwargs: _P.kwargs) -> _T:
         """Do blocking work in the thread that this file belongs to."""
@@ -144,7 +148,7 @@ class DeliveryStore:
             conn, found = counters.conn, Configured()
             known = dict(conn.execute("SELECT name, removed FROM backend").fetchall())
             served = conn.execute("SELECT EXISTS(SELECT 1 FROM meta WHERE name = 'served')").fetchone()[0]
-            conn.execute("INSERT OR IGNORE INTO meta(name, value) VALUES('served', ?)", (now_s,))
+            conn.execute("INSERT INTO meta(name, value) VALUES('served', ?) ON CONFLICT DO NOTHING", (now_s,))
             for name in names:
                 if name not in known:
                     found.before[name] = _begin_backend(counters, name, places, first=not served)
@@ -152,7 +156,8 @@ class DeliveryStore:
                     found.back[name] = _return_backend(counters, name, places, count, skip=skip_gaps)
             conn.executemany(
                 "INSERT INTO backend(name, since_s) VALUES(?, ?)"
-                " ON CONFLICT DO UPDATE SET since_s = iif(removed = 0, since_s, excluded.since_s), removed = 0",
+                " ON CONFLICT(name) DO UPDATE SET since_s ="
+                " CASE WHEN backend.removed = 0 THEN backend.since_s ELSE excluded.since_s END, removed = 0",
                 [(name, now_s) for name in names],
             )
             found.gone = [name for name, removed in known.items() if name not in names and removed != _PARTED]
@@ -191,7 +196,8 @@ class DeliveryStore:
         with self._step() as counters:
             row = counters.conn.execute("SELECT value FROM meta WHERE name = 'wall_s'").fetchone()
             counters.conn.execute(
-                "INSERT INTO meta(name, value) VALUES('wall_s', ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+                "INSERT INTO meta(name, value) VALUES('wall_s', ?)"
+                " ON CONFLICT(name) DO UPDATE SET value = excluded.value",
                 (wall_s,),
             )
         return None if row is None else float(row[0])
@@ -352,27 +358,31 @@ class DeliveryStore:
     # --- inside -----------------------------------------------------------------------------------
 
     @contextmanager
-    def _held(self) -> Iterator[sqlite3.Connection]:
-        """The connection, for one thread at a time. What cannot be done is told with the file's name."""
-        with self._lock, told(self.path):
-            try:
-                yield self._conn
-            except StateError as error:
-                raise type(error)(f"{self.path}: {error}") from error
+    def _held(self) -> Iterator[Connection]:
+        """The connection, for one thread at a time. What cannot be done is told with the name of what it is in."""
+        with self._database.looking() as conn, self._named():
+            yield conn
 
     @contextmanager
     def _step(self) -> Iterator[Counters]:
         """One transaction, with its counters. Counting and listing have connections of their own (`queries`)."""
-        with self._held() as conn, transaction(conn):
+        with self._database.writing() as conn, self._named():
             counters = Counters(conn)
             yield counters
             counters.close()
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except StateError as error:
+            raise type(error)(f"{self.where}: {error}") from error
 
 
 # --- backends and cursors -------------------------------------------------------------------------
 
 
-def _cursors_of(conn: sqlite3.Connection, backend: str) -> list[Cursor]:
+def _cursors_of(conn: Connection, backend: str) -> list[Cursor]:
     rows = conn.execute(
         "SELECT id, backend, instance, seq, again_upto FROM cursor WHERE backend = ? ORDER BY instance",
         (backend,),
@@ -380,7 +390,7 @@ def _cursors_of(conn: sqlite3.Connection, backend: str) -> list[Cursor]:
     return [Cursor(id=r[0], backend=r[1], instance=r[2], seq=r[3], again_upto=r[4]) for r in rows]
 
 
-def _start_cursor(conn: sqlite3.Connection, backend: str, instance: str, again_upto: int = 0) -> Cursor:
+def _start_cursor(conn: Connection, backend: str, instance: str, again_upto: int = 0) -> Cursor:
     """A cursor at the beginning of a spool."""
     (id_,) = conn.execute(
         "INSERT INTO cursor(backend, instance, seq, again_upto) VALUES(?, ?, 0, ?) RETURNING id",
@@ -389,7 +399,7 @@ def _start_cursor(conn: sqlite3.Connection, backend: str, instance: str, again_u
     return Cursor(id=id_, backend=backend, instance=instance, seq=0, again_upto=again_upto)
 
 
-def _move(conn: sqlite3.Connection, cursor: int, from_seq: int, to_seq: int) -> None:
+def _move(conn: Connection, cursor: int, from_seq: int, to_seq: int) -> None:
     moved = conn.execute("UPDATE cursor SET seq = ? WHERE id = ? AND seq = ?", (to_seq, cursor, from_seq)).rowcount
     if moved != 1:
         raise StateBusy(f"a cursor is not at {from_seq}, where its worker believes it to be")
@@ -440,7 +450,7 @@ def _pass_spool(counters: Counters, cursor: Cursor, place: Place, reason: str) -
     return missed
 
 
-def _counted(conn: sqlite3.Connection, cursor: int) -> int:
+def _counted(conn: Connection, cursor: int) -> int:
     """How many records of a cursor's spool have a place already."""
     (n,) = conn.execute("SELECT coalesce(sum(n), 0) FROM counter WHERE cursor = ? AND folded = 0", (cursor,)).fetchone()
     return int(n)
@@ -477,7 +487,7 @@ def _apply(counters: Counters, cursor: int, run: Run) -> None:
     counters.add(cursor, Term.DUPLICATE if run.duplicate else Term.DELIVERED, run.records)
 
 
-def _take_out(conn: sqlite3.Connection, cursor: int, seq: int) -> Run | None:
+def _take_out(conn: Connection, cursor: int, seq: int) -> Run | None:
     """Let a record be in the sums no more: the run that held it is cut in two. None: none holds it."""
     row = conn.execute(
         "DELETE FROM applied WHERE cursor = ? AND first_seq <= ? AND last_seq >= ?"
@@ -544,7 +554,7 @@ def _settle(counters: Counters, one: Settlement, now_s: float) -> list[int]:
     return children
 
 
-def _keep_open(conn: sqlite3.Connection, one: Settlement) -> None:
+def _keep_open(conn: Connection, one: Settlement) -> None:
     tries = one.decision.tries
     _still_open(
         conn.execute(
@@ -558,12 +568,12 @@ def _keep_open(conn: sqlite3.Connection, one: Settlement) -> None:
     )  # fmt: skip
 
 
-def _still_open(done: sqlite3.Cursor) -> None:
+def _still_open(done: Rows) -> None:
     if done.rowcount != 1:
         raise StateBusy("a request was settled before; its worker has to load again")
 
 
-def _park_events(conn: sqlite3.Connection, one: Settlement, now_s: float) -> None:
+def _park_events(conn: Connection, one: Settlement, now_s: float) -> None:
     request = one.request
     kept = _lines(conn, request.id)
     lines = dict(zip(dict.fromkeys(m.seq for m in request.members), kept, strict=True))
@@ -605,7 +615,7 @@ def _count_settled(counters: Counters, one: Settlement) -> None:
 # --- requests and what is not sent -------------------------------------------------------------------
 
 
-def _insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:
+def _insert(conn: Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:
     """Store a request; `under_way`: it is offered as soon as this is on disk. Returns its id."""
     seqs = [member.seq for member in new.members]
     sealed, tries = new.sealed, new.tries
@@ -630,7 +640,7 @@ def _insert(conn: sqlite3.Connection, cursor: int, new: NewRequest, now_s: float
     return int(row[0])
 
 
-def _load(conn: sqlite3.Connection, request: int) -> Sealed:
+def _load(conn: Connection, request: int) -> Sealed:
     """What is offered to the backend."""
     row = conn.execute(
         "SELECT key, subject, version, attempts, members, path, content_type, headers, body FROM sealed"
@@ -652,7 +662,7 @@ def _load(conn: sqlite3.Connection, request: int) -> Sealed:
     )
 
 
-def _lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
+def _lines(conn: Connection, request: int) -> list[bytes]:
     """The records of a request, in the order in which its members first name them."""
     row = conn.execute("SELECT lines, body FROM payload WHERE request = ?", (request,)).fetchone()
     if row is None:
@@ -660,7 +670,7 @@ def _lines(conn: sqlite3.Connection, request: int) -> list[bytes]:
     return _read_lines(row[0], row[1])
 
 
-def _drop_bytes(conn: sqlite3.Connection, request: int) -> None:
+def _drop_bytes(conn: Connection, request: int) -> None:
     """Nothing of a request is open or parked any more."""
     conn.execute("DELETE FROM payload WHERE request = ?", (request,))
 
@@ -696,7 +706,7 @@ def _lost_bytes(request: int) -> StateError:
 
 
 def _park(
-    conn: sqlite3.Connection,
+    conn: Connection,
     cursor: int,
     member: Member,
     parking: Parking,
@@ -719,7 +729,7 @@ def _park(
     )  # fmt: skip
 
 
-def _release(conn: sqlite3.Connection, parked: Parked) -> None:
+def _release(conn: Connection, parked: Parked) -> None:
     """Take a parked row away: its event goes on elsewhere. The old request remembers that it moved."""
     if conn.execute("DELETE FROM parked WHERE id = ?", (parked.id,)).rowcount != 1:
         raise StateBusy(f"parked event {parked.id} was redriven before")
@@ -737,7 +747,7 @@ def _release(conn: sqlite3.Connection, parked: Parked) -> None:
         _drop_bytes(conn, parked.request)
 
 
-def _skip(conn: sqlite3.Connection, cursor: int, reason: str, seqs: Sequence[int]) -> None:
+def _skip(conn: Connection, cursor: int, reason: str, seqs: Sequence[int]) -> None:
     """Records that were looked at and give nothing to bill."""
     conn.execute(
         "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n, seqs) VALUES(?, ?, ?, ?, ?, ?)",
@@ -745,7 +755,7 @@ def _skip(conn: sqlite3.Connection, cursor: int, reason: str, seqs: Sequence[int
     )
 
 
-def _skip_range(conn: sqlite3.Connection, cursor: int, reason: str, first_seq: int, last_seq: int, count: int) -> None:
+def _skip_range(conn: Connection, cursor: int, reason: str, first_seq: int, last_seq: int, count: int) -> None:
     """Records that are not looked at one by one."""
     conn.execute(
         "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n) VALUES(?, ?, ?, ?, ?)",
@@ -814,7 +824,7 @@ def _pass_over(counters: Counters, cursor: int, seq: int, reason: str) -> None:
         _skip(counters.conn, cursor, reason, [seq])
 
 
-def _fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> None:
+def _fold_cursor(conn: Connection, cursor: int, low: int, high: int) -> None:
     """Move the border from `low` to `high`, and drop what has become settled behind it."""
     gone: Counter[tuple[str, str]] = Counter()
     for seq, record in records_between(conn, cursor, low, high).items():
@@ -849,14 +859,15 @@ def _fold_cursor(conn: sqlite3.Connection, cursor: int, low: int, high: int) -> 
     )
     conn.executemany(
         "INSERT INTO counter(cursor, folded, term, reason, n) VALUES(?, 1, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET n = n + excluded.n",
+        " ON CONFLICT(cursor, folded, term, reason) DO UPDATE SET n = counter.n + excluded.n",
         [(cursor, term, reason, n) for (term, reason), n in gone.items()],
     )
 
 
-def _keep(conn: sqlite3.Connection, cursor: int, seq: int, record: Record, reason: str) -> None:
+def _keep(conn: Connection, cursor: int, seq: int, record: Record, reason: str) -> None:
     conn.execute(
-        "INSERT OR REPLACE INTO parts(cursor, seq, pending, parked, delivered, duplicate, reason)"
-        " VALUES(?, ?, ?, ?, ?, ?, ?)",
+        "INSERT INTO parts(cursor, seq, pending, parked, delivered, duplicate, reason) VALUES(?, ?, ?, ?, ?, ?, ?)"
+        " ON CONFLICT(cursor, seq) DO UPDATE SET pending = excluded.pending, parked = excluded.parked,"
+        " delivered = excluded.delivered, duplicate = excluded.duplicate, reason = excluded.reason",
         (cursor, seq, record.pending, len(record.parked), record.delivered, record.duplicate, reason),
     )

@@ -1,4 +1,4 @@
-"""The embedded usage store: `ledger.db`, written by one process, read by any."""
+"""The usage store: `ledger.db`, written by one process, read by any; or in PostgreSQL, shared by many sidecars."""
 
 from sidecar.ledger.queries import (
     COUNTED,

@@ -10,16 +10,16 @@ Whole days (of UTC) are read from the daily sums, and only what is left of the t
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, date, datetime, timedelta
 from decimal import Decimal
 from functools import cache
 from pathlib import Path
 from threading import Lock
 from time import monotonic
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 from zoneinfo import ZoneInfo
 
 from sidecar.ledger.schema import DAY_S, SCHEMA, SUMS, LedgerError, read_cost, stored
@@ -36,6 +36,7 @@ GROUPS: Final = {
     "provider": "series.provider",
     "route": "series.route",
     "status": "series.status_class",
+    "instance": "series.instance",  # who recorded it
     "hour": None,
     "day": None,
     "month": None,
@@ -102,6 +103,47 @@ class TooLongError(Exception):
     """The question took longer than it may."""
 
 
+class Ledger(Protocol):
+    """Whoever answers questions about sums: the embedded ledger, or the one that many sidecars share. All of it
+    blocks. Raises `StorageError` where it cannot be read."""
+
+    def close(self) -> None: ...
+
+    def version(self) -> tuple[int, int]:
+        """Another one after each change, for as long as this reader lives."""
+        ...
+
+    def sums(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
+    ) -> Iterator[tuple[Group, Sums]]: ...
+
+    def usage(
+        self,
+        by: Sequence[str] = (),
+        since: datetime | None = None,
+        until: datetime | None = None,
+        where: Mapping[str, Sequence[str | None]] | None = None,
+        *,
+        zone: ZoneInfo | None = None,
+        limit_s: float | None = None,
+    ) -> list[UsageRow]: ...
+
+    def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]: ...
+
+    def units(
+        self, by: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None
+    ) -> dict[Group, dict[str, str]]: ...
+
+    def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]: ...
+
+
 class _Sum:
     """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
 
@@ -139,8 +181,10 @@ class _CostSum(_DecimalSum):
 class LedgerReader:
     """Answers questions about one `ledger.db`; may be used while it is written."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, instance: str = "") -> None:
+        """`instance`: who all of it is recorded by; none is asked for where it has no name yet."""
         self._path = path
+        self._dialect = replace(SQLITE, instance=f"nullif('{instance.replace(chr(39), chr(39) * 2)}', '')")
         self._lock = Lock()
         self._watched: tuple[sqlite3.Connection, int] | None = None  # and the file's inode
 
@@ -207,13 +251,14 @@ class LedgerReader:
         limit_s: float | None = None,
     ) -> Iterator[tuple[Group, Sums]]:
         """The same as they come, for who looks at many and keeps few; `row_of` makes a row of them."""
-        begin = 0 if since is None else _seconds(since) // HOUR_S * HOUR_S
-        end = None if until is None else -(-_seconds(until) // HOUR_S) * HOUR_S
+        begin, end = hours_of(since, until)
         with self._open(limit_s) as db:
-            _check_names(db, [*by, *(where or ())])
+            for name in unsure([*by, *(where or ())]):
+                if db.execute("SELECT 1 FROM series_dimensions WHERE name = ? LIMIT 1", (name,)).fetchone() is None:
+                    raise unknown(name)
             if zone is not None:
-                begin, end = _extent(db, begin, end)
-            question = _Question(by, begin, end, where or {}, zone)
+                begin, end = extent(begin, end, *db.execute(EXTENT.format("")).fetchone())
+            question = Question(by, begin, end, where or {}, zone, self._dialect)
             labels = question.labels()
             given = 0
             try:
@@ -221,7 +266,7 @@ class LedgerReader:
                     if float in map(type, row[len(labels) :]):
                         break
                     given += 1
-                    yield _labelled(row[: len(labels)], labels), row[len(labels) :]
+                    yield labelled(row[: len(labels)], labels), row[len(labels) :]
                 else:
                     return
             except sqlite3.Error as error:
@@ -233,11 +278,11 @@ class LedgerReader:
             for row in rows:
                 *sums, cost = row[len(labels) :]
                 exact = (*(None if value is None else int(value) for value in sums), cost)
-                yield _labelled(row[: len(labels)], labels), exact
+                yield labelled(row[: len(labels)], labels), exact
 
     def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
         """The models of calls that were not priced, those with the most first."""
-        where, values = _between(since, None)
+        where, values = between(since, None)
         rows = self._ask(
             "SELECT series.provider, series.model, exact_sum(hourly.unpriced), max(hourly.hour) "
             "FROM hourly JOIN series ON series.id = hourly.series"
@@ -248,14 +293,14 @@ class LedgerReader:
             UnpricedModel(provider=provider, model=model, calls=int(calls), last=datetime.fromtimestamp(hour, UTC))
             for provider, model, calls, hour in rows
         ]
-        return sorted(found, key=lambda one: (-one.calls, one.provider or "", one.model or ""))
+        return sorted(found, key=most_first)
 
     def units(
         self, by: Sequence[str] = (), since: datetime | None = None, until: datetime | None = None
     ) -> dict[tuple[str | None, ...], dict[str, str]]:
         """Other units than tokens (audio seconds, searches, …): group -> unit -> exact amount."""
-        question = _Question(by, 0, None, {}, None)
-        where, values = _between(since, until)
+        question = Question(by, 0, None, {}, None, self._dialect)
+        where, values = between(since, until)
         columns = [*question.groups, "hourly.unit", "decimal_sum(hourly.amount)"]
         places = ", ".join(str(number + 1) for number in range(len(by) + 1))
         rows = self._ask(
@@ -266,7 +311,7 @@ class LedgerReader:
         labels = question.labels()
         found: dict[tuple[str | None, ...], dict[str, str]] = {}
         for *group, unit, amount in rows:
-            found.setdefault(_labelled(tuple(group), labels), {})[unit] = amount
+            found.setdefault(labelled(tuple(group), labels), {})[unit] = amount
         return found
 
     def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]:
@@ -277,24 +322,9 @@ class LedgerReader:
         rows = self._ask(
             "SELECT subscriber, grp, start, value FROM buckets "
             "WHERE meter = ? AND version = ? AND start >= ? AND start < ? ORDER BY subscriber, grp, start",
-            (
-                meter.name,
-                meter.version,
-                0 if since is None else meter.bucket(since),
-                2**62 if until is None else _seconds(until),
-            ),
+            bucket_values(meter, since, until),
         )
-        return [
-            MeterRow(
-                subscriber=subscriber,
-                group=group,
-                start=None if start == 0 else datetime.fromtimestamp(start, UTC),
-                value=write_amount(EXACT.multiply(Decimal(value), meter.multiplier or Decimal(1))),
-                capped=meter.kind is Kind.UNIQUE_COUNT and int(value) >= UNIQUE_MAX,
-            )
-            for subscriber, group, start, value in rows
-            if value is not None
-        ]
+        return meter_rows(meter, rows)
 
     def _ask(self, question: str, values: Sequence[Any]) -> list[tuple[Any, ...]]:
         with self._open(None) as db:
@@ -320,8 +350,21 @@ class LedgerReader:
 _Label = Callable[[Any], str | None]
 
 
-class _Question:
-    """One question for sums as SQL."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Dialect:
+    """What a database has its own words for."""
+
+    schema: str  # before the name of a table
+    month: str  # of a time in Unix seconds, `{}`
+    nulls_first: str  # behind each place that is ordered by
+    instance: str | None = None  # as SQL, where a series does not have it
+
+    def group(self, name: str) -> str:
+        return self.instance if name == "instance" and self.instance is not None else str(GROUPS[name])
+
+
+class Question:
+    """One question for sums as SQL, with `?` for its values."""
 
     def __init__(
         self,
@@ -330,8 +373,10 @@ class _Question:
         end: int | None,
         where: Mapping[str, Sequence[str | None]],
         zone: ZoneInfo | None,
+        dialect: Dialect,
     ) -> None:
         """`begin`, `end`: whole hours, Unix seconds; the end is not included, None is none."""
+        self._dialect = dialect
         self._by = tuple(by)
         self._zone = zone
         self.groups: list[str] = []
@@ -344,15 +389,18 @@ class _Question:
             elif name == "day":
                 self.groups.append(f"{shifted} / {DAY_S}")
             elif name == "month":
-                self.groups.append(f"strftime('%Y-%m', {shifted}, 'unixepoch')")
+                self.groups.append(dialect.month.format(shifted))
             elif name in GROUPS:
-                self.groups.append(str(GROUPS[name]))
+                self.groups.append(dialect.group(name))
             else:
                 its = f"d{place}"
-                self.joins += f" LEFT JOIN series_dimensions AS {its} ON {its}.series = series.id AND {its}.name = ?"
+                self.joins += (
+                    f" LEFT JOIN {dialect.schema}series_dimensions AS {its}"
+                    f" ON {its}.series = series.id AND {its}.name = ?"
+                )
                 self.join_values.append(dimension_of(name))
                 self.groups.append(f"{its}.value")
-        self._filter, filter_values = _filter(where)
+        self._filter, filter_values = _filter(where, dialect)
         source, source_values = self._source(begin, end)
         self._source_sql = source
         # In the order in which the statement has them: what is joined stands behind what is read.
@@ -361,33 +409,36 @@ class _Question:
     def sql(self, *, exact: bool) -> str:
         """`exact`: whole numbers of any size, at the speed of Python."""
         names = ", ".join(self.groups)
-        places = ", ".join(str(place + 1) for place in range(len(self.groups)))
-        tail = f" GROUP BY {places} ORDER BY {places}" if self.groups else " HAVING count(*) > 0"
+        tail = _grouped(len(self.groups), self._dialect) if self.groups else " HAVING count(*) > 0"
         sums = ", ".join(f"{'exact_sum' if exact else 'sum'}(hourly.{name})" for name in SUMS)
         sums += f", {'cost_sum' if exact else 'sum'}(hourly.cost_usd)"
-        read = f"(SELECT * FROM ({self._source_sql}){self._filter}) AS hourly"
+        read = f"(SELECT * FROM ({self._source_sql}) AS source{self._filter}) AS hourly"
         # Hour by hour or series by series first, where the groups are made of one of them alone: there are few of them,
         # and what they are called is worked out once for each.
         times = [name in TIMES for name in self._by]
         first = "hour" if times and all(times) else "series" if not any(times) else None
         if first is not None and not exact:
             added = ", ".join(f"sum({name}) AS {name}" for name in COUNTED)
-            read = f"(SELECT {first}, {added} FROM ({self._source_sql}){self._filter} GROUP BY {first}) AS hourly"
+            rows = f"SELECT {first}, {added} FROM ({self._source_sql}) AS source{self._filter} GROUP BY {first}"
+            read = f"({rows}) AS hourly"
         named = any(name not in TIMES for name in self._by)
-        joined = f" JOIN series ON series.id = hourly.series{self.joins}" if named else ""
+        joined = (
+            f" JOIN {self._dialect.schema}series AS series ON series.id = hourly.series{self.joins}" if named else ""
+        )
         return f"SELECT {names + ', ' if names else ''}{sums} FROM {read}{joined}{tail}"
 
     def _source(self, begin: int, end: int | None) -> tuple[str, list[int]]:
         """The rows of the time asked for, with `hour` as their time, and its values."""
-        hours = f"SELECT hour, series, {_COLUMNS} FROM hourly WHERE hour >= ? AND hour < ?"
+        schema = self._dialect.schema
+        hours = f"SELECT hour, series, {_COLUMNS} FROM {schema}hourly WHERE hour >= ? AND hour < ?"
         whole = -(-begin // DAY_S) * DAY_S
-        last = _FOREVER if end is None else end // DAY_S * DAY_S
-        until = _FOREVER if end is None else end
+        last = FOREVER if end is None else end // DAY_S * DAY_S
+        until = FOREVER if end is None else end
         # A day of another zone is made of hours; without one among the groups a zone says nothing but begin and end.
         local = self._zone is not None and not {"day", "month"}.isdisjoint(self._by)
         if "hour" in self._by or local or whole >= last:
             return hours, [begin, until]
-        days = f"SELECT day AS hour, series, {_COLUMNS} FROM daily WHERE day >= ? AND day < ?"
+        days = f"SELECT day AS hour, series, {_COLUMNS} FROM {schema}daily WHERE day >= ? AND day < ?"
         parts, values = [days], [whole, last]
         if begin < whole:
             parts.append(hours)
@@ -415,7 +466,8 @@ class _Question:
         return [ways.get(name) for name in self._by]
 
 
-_FOREVER: Final = 2**62
+FOREVER: Final = 2**62
+SQLITE: Final = Dialect(schema="", month="strftime('%Y-%m', {}, 'unixepoch')", nulls_first="")
 
 
 def dimension_of(name: str) -> str:
@@ -423,15 +475,21 @@ def dimension_of(name: str) -> str:
     return name.removeprefix(DIMENSION)
 
 
-def _check_names(db: sqlite3.Connection, names: Sequence[str]) -> None:
-    for name in names:
-        if name in GROUPS or name.startswith(DIMENSION):
-            continue
-        if db.execute("SELECT 1 FROM series_dimensions WHERE name = ? LIMIT 1", (name,)).fetchone() is None:
-            raise LedgerError(f"usage cannot be grouped by {name!r}: expected {', '.join(GROUPS)}")
+def unsure(names: Sequence[str]) -> list[str]:
+    """Those that are dimensions, if the ledger has such."""
+    return [name for name in names if name not in GROUPS and not name.startswith(DIMENSION)]
 
 
-def _filter(where: Mapping[str, Sequence[str | None]]) -> tuple[str, list[Any]]:
+def unknown(name: str) -> LedgerError:
+    return LedgerError(f"usage cannot be grouped by {name!r}: expected {', '.join(GROUPS)}")
+
+
+def _grouped(count: int, dialect: Dialect) -> str:
+    places = [str(place + 1) for place in range(count)]
+    return f" GROUP BY {', '.join(places)} ORDER BY {', '.join(place + dialect.nulls_first for place in places)}"
+
+
+def _filter(where: Mapping[str, Sequence[str | None]], dialect: Dialect) -> tuple[str, list[Any]]:
     """The condition on the series, and its values."""
     parts: list[str] = []
     values: list[Any] = []
@@ -442,29 +500,39 @@ def _filter(where: Mapping[str, Sequence[str | None]]) -> tuple[str, list[Any]]:
         if name in GROUPS:
             if GROUPS[name] is None:
                 raise LedgerError(f"usage cannot be filtered by {name!r}: it is a time; say since and until")
-            either += [f"{GROUPS[name]} IN ({marks})"] if known else []
-            either += [f"{GROUPS[name]} IS NULL"] if None in wanted else []
+            column = dialect.group(name)
+            either += [f"{column} IN ({marks})"] if known else []
+            either += [f"{column} IS NULL"] if None in wanted else []
             values += known
         else:
-            its = "SELECT 1 FROM series_dimensions WHERE series = series.id AND name = ?"
+            its = (
+                f"SELECT 1 FROM {dialect.schema}series_dimensions AS its WHERE its.series = series.id AND its.name = ?"
+            )
             if known:
-                either.append(f"EXISTS ({its} AND value IN ({marks}))")
+                either.append(f"EXISTS ({its} AND its.value IN ({marks}))")
                 values += [dimension_of(name), *known]
             if None in wanted:
                 either.append(f"NOT EXISTS ({its})")
                 values.append(dimension_of(name))
         parts.append(f"({' OR '.join(either)})")
-    return (f" WHERE series IN (SELECT id FROM series WHERE {' AND '.join(parts)})" if parts else ""), values
+    series = f"SELECT series.id FROM {dialect.schema}series AS series WHERE {' AND '.join(parts)}"
+    return (f" WHERE source.series IN ({series})" if parts else ""), values
 
 
-def _extent(db: sqlite3.Connection, begin: int, end: int | None) -> tuple[int, int | None]:
+EXTENT: Final = "SELECT (SELECT min(hour) FROM {0}hourly), (SELECT max(hour) FROM {0}hourly)"  # each by the index
+
+
+def hours_of(since: datetime | None, until: datetime | None) -> tuple[int, int | None]:
+    """The whole hours that a time asked for lies in, Unix seconds."""
+    begin = 0 if since is None else seconds(since) // HOUR_S * HOUR_S
+    return begin, None if until is None else -(-seconds(until) // HOUR_S) * HOUR_S
+
+
+def extent(begin: int, end: int | None, first: int | None, last: int | None) -> tuple[int, int | None]:
     """The time asked for, cut to what is there: a zone's offset has to be known in all of it."""
-    first, last = db.execute(
-        "SELECT (SELECT min(hour) FROM hourly), (SELECT max(hour) FROM hourly)"  # each by the index
-    ).fetchone()
-    if first is None:
+    if first is None or last is None:
         return begin, end
-    return max(begin, first), min(end if end is not None else _FOREVER, last + HOUR_S)
+    return max(begin, first), min(end if end is not None else FOREVER, last + HOUR_S)
 
 
 def _offset(zone: ZoneInfo, begin: int, end: int | None) -> str:
@@ -486,23 +554,48 @@ def _offset(zone: ZoneInfo, begin: int, end: int | None) -> str:
     return f"CASE{text} ELSE {now} END" if text else str(now)
 
 
-def _between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:
+def between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:
     parts, values = [], []
     if since is not None:
         parts.append("hourly.hour > ? - 3600")
-        values.append(_seconds(since))
+        values.append(seconds(since))
     if until is not None:
         parts.append("hourly.hour < ?")
-        values.append(_seconds(until))
+        values.append(seconds(until))
     return (f" WHERE {' AND '.join(parts)}" if parts else ""), values
 
 
-def _seconds(moment: datetime) -> int:
+def seconds(moment: datetime) -> int:
     """A time without a zone is UTC, as all of the ledger's times are."""
     return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
-def _labelled(group: tuple[Any, ...], labels: Sequence[_Label | None]) -> Group:
+def bucket_values(meter: Meter, since: datetime | None, until: datetime | None) -> tuple[Any, ...]:
+    """What a question for a meter's buckets asks for: name, version, first start, and the start that is not in it."""
+    first = 0 if since is None else meter.bucket(since)
+    return meter.name, meter.version, first, FOREVER if until is None else seconds(until)
+
+
+def meter_rows(meter: Meter, rows: Iterable[Sequence[Any]]) -> list[MeterRow]:
+    """Of subscriber, group, start and value."""
+    return [
+        MeterRow(
+            subscriber=subscriber,
+            group=group,
+            start=None if start == 0 else datetime.fromtimestamp(start, UTC),
+            value=write_amount(EXACT.multiply(Decimal(value), meter.multiplier or Decimal(1))),
+            capped=meter.kind is Kind.UNIQUE_COUNT and int(value) >= UNIQUE_MAX,
+        )
+        for subscriber, group, start, value in rows
+        if value is not None
+    ]
+
+
+def most_first(one: UnpricedModel) -> tuple[int, str, str]:
+    return -one.calls, one.provider or "", one.model or ""
+
+
+def labelled(group: tuple[Any, ...], labels: Sequence[_Label | None]) -> Group:
     if labels.count(None) == len(labels):
         return group
     return tuple(

@@ -182,8 +182,14 @@ class AddsUp(Protocol):
     """A backend that keeps sums beside us: a batch of records goes in at once, known by its numbers alone.
 
     What must always hold there: the sums of a batch and the note of how far they go are committed together, and what is
-    noted already is never added again.
+    noted already is never added again. One that `keeps_lines` knows each record again by its id instead, and needs no
+    note: `applied` is None there.
     """
+
+    @property
+    def keeps_lines(self) -> bool:
+        """Whether the records themselves go there too: what is added comes with their lines."""
+        ...
 
     def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[object, Encoded]:
         """What these records and these groups of calls amount to, and those that stay out of it (`skipped`, `parked`).
@@ -198,8 +204,11 @@ class AddsUp(Protocol):
         now it is a verdict that says why."""
         ...
 
-    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[object]) -> Verdict:
-        """Add what `add_up` made of the records of this batch. Blocks; faults come back as a verdict."""
+    def apply_sums(
+        self, instance: str, batch: Applied, sums: Sequence[object], lines: Sequence[tuple[int, bytes]] = ()
+    ) -> Verdict:
+        """Add what `add_up` made of the records of this batch. `lines`: number and stored line of each, those that
+        were left out included, where it `keeps_lines`. Blocks; faults come back as a verdict."""
         ...
 
 

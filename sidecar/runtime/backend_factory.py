@@ -6,18 +6,23 @@ Apart from `parts`, so that `check` and the commands that ask a backend need not
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from sidecar.backends import BACKENDS, Context
-from sidecar.backends.base import Examined, LedgerApply
-from sidecar.ledger import LedgerStore, ledger_problem
+from sidecar.backends.base import Examined, LedgerApply, SharedLedger
+from sidecar.ledger import LedgerReader, LedgerStore, ledger_problem
+from sidecar.ledger.identity import Identity
+from sidecar.ledger.postgres_queries import PostgresReader
+from sidecar.ledger.postgres_store import PostgresStore
+from sidecar.ledger.queries import Ledger
 from sidecar.meters.buckets import BatchSums
 from sidecar.meters.definition import MetersError, read_meters
 from sidecar.meters.properties import Vocabulary
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
-from sidecar.settings import Settings
+from sidecar.settings import Deliver, Settings
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +30,17 @@ LEDGER_NAME: Final = "ledger"
 EXAMINE_AFTER_S: Final = 1.0  # the start is busy, and traffic goes first
 EXAMINE_LIMIT_S: Final = 30.0  # for all that one backend is asked
 LEDGER: Final = "ledger.db"
+# Told by each sidecar itself, also where others are told by who is elected: what all share, and a file on its own disk.
+ALWAYS_OWN: Final = frozenset({LEDGER_NAME, "file", "nats"})
 
 
-def backends(settings: Settings, not_computed: Callable[[str], None] | None = None) -> list[Backend]:
-    """The configured backends, in the order of the setting. `not_computed`: told the meter of each value that the
-    ledger lacks, because an expression cannot be computed; others park such a record."""
-    return [backend(settings, name, not_computed=not_computed) for name in settings.backends]
+def backends(
+    settings: Settings, names: Sequence[str] | None = None, not_computed: Callable[[str], None] | None = None
+) -> list[Backend]:
+    """The configured backends, or these of them, in the order of the setting. `not_computed`: told the meter of each
+    value that the ledger lacks, because an expression cannot be computed; others park such a record."""
+    wanted = settings.backends if names is None else names
+    return [backend(settings, name, not_computed=not_computed) for name in wanted]
 
 
 def backend(
@@ -45,9 +55,50 @@ def backend(
         subscribers=settings.subscribers,
         meters=settings.meters,
         open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
+        open_shared_ledger=_shared(settings) if open_ledger is None else None,
         not_computed=not_computed if name == LEDGER_NAME else None,
     )
     return BACKENDS[name].make(settings.backend(name), context)
+
+
+def _shared(settings: Settings) -> Callable[[], SharedLedger] | None:
+    """What opens the ledger that sidecars share, where one is set. Nothing is asked of it yet."""
+    url = settings.fleet.ledger_url
+    if url is None:
+        return None
+    return lambda: PostgresStore(url.reveal(), Identity(settings.data_dir, settings.fleet.instance))
+
+
+def own(settings: Settings) -> list[str]:
+    """The backends that this sidecar tells of its own records."""
+    if settings.fleet.deliver is Deliver.OWN:
+        return list(settings.backends)
+    return [name for name in settings.backends if name in ALWAYS_OWN]
+
+
+def elected(settings: Settings) -> list[str]:
+    """Those that are told by whoever holds a record's lane."""
+    return [name for name in settings.backends if name not in own(settings)]
+
+
+def open_reader(settings: Settings) -> Ledger:
+    """Whoever answers what was used: the ledger that sidecars share, where one is set, else the one in the data
+    directory. Asks nothing of it yet."""
+    shared = fleet_reader(settings)
+    if shared is not None:
+        return shared
+    return LedgerReader(settings.data_dir / LEDGER, Identity(settings.data_dir, settings.fleet.instance).name)
+
+
+def fleet_reader(settings: Settings) -> PostgresReader | None:
+    """The ledger that sidecars share, where one is set: it has their records as well."""
+    url = settings.fleet.ledger_url
+    return None if url is None else PostgresReader(url.reveal())
+
+
+def has_ledger(settings: Settings) -> bool:
+    """Whether there is one to be read: a shared one may be asked, an embedded one has to be there."""
+    return settings.fleet.ledger_url is not None or (settings.data_dir / LEDGER).exists()
 
 
 def faults(settings: Settings) -> list[str]:
@@ -69,7 +120,15 @@ def faults(settings: Settings) -> list[str]:
         except ValueError as error:
             text = str(error)
             found.append(text if text.startswith((name, "SIDECAR_")) else f"{name}: {text}")
-    if "ledger" in settings.backends and (problem := ledger_problem(settings.data_dir / LEDGER)) is not None:
+    if settings.fleet.deliver is Deliver.ELECTED:
+        if settings.fleet.ledger_url is None:
+            found.append("SIDECAR_DELIVER=elected needs SIDECAR_LEDGER_URL: who delivers is agreed on there")
+        elif LEDGER_NAME not in settings.backends:
+            found.append("SIDECAR_DELIVER=elected delivers what is in the ledger: add `ledger` to SIDECAR_BACKENDS")
+    if settings.fleet.ledger_url is not None:
+        if importlib.util.find_spec("asyncpg") is None:
+            found.append("SIDECAR_LEDGER_URL needs a driver: pip install 'metering-sidecar[postgres]'")
+    elif "ledger" in settings.backends and (problem := ledger_problem(settings.data_dir / LEDGER)) is not None:
         found.append(problem)
     return found
 

@@ -14,22 +14,29 @@ import asyncio
 import functools
 import logging
 import random
+import secrets
 import socket
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from aiohttp import web
 
-from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock, corrections
+from sidecar.backends.ledger import SharedLedgerBackend
+from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
+from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.types import BackendStatus
+from sidecar.delivery.wishes import Wish, grant, outcomes, redriven, retried
+from sidecar.delivery.worker import Settled
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
+from sidecar.ledger.identity import Identity
 from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import AddsUp, Backend
@@ -44,10 +51,12 @@ from sidecar.runtime.admin.reports import Reports
 from sidecar.runtime.backend_factory import LEDGER_NAME
 from sidecar.runtime.directory_identity import As
 from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, room_left, size_of, text_of
+from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
 from sidecar.runtime.metrics import Gauges, Metrics
-from sidecar.settings import OnSpoolFull, Settings
+from sidecar.runtime.shipping import Shipping, centre_of
+from sidecar.settings import Durability, OnSpoolFull, Settings
 from sidecar.spool import (
     Snapshot,
     Spool,
@@ -93,8 +102,10 @@ class Billing:
     backends: Mapping[str, Backend]
     copied: directory_identity.Noticed | None = None  # the directory is a copy, and nobody has decided yet
     spool: Spool | None = None  # the slot that is written here
+    elected: Elected | None = None  # what is delivered of the records that all sidecars share
     rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
+    waited_for: bool = False  # responses wait for a backend: nothing gathers on its way there
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -103,6 +114,19 @@ class Billing:
     _committed: list[tuple[str, Batch, Ended]] = field(default_factory=list)  # that delivery has not been given
     _handing: asyncio.TimerHandle | None = None
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
+
+    def status(self) -> list[BackendStatus]:
+        """How each backend does."""
+        return self.delivery.status() + ([] if self.elected is None else self.elected.status())
+
+    async def correct(self, wish: Wish) -> list[Any]:
+        """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
+        told = []
+        if wish["do"] != "retry" or wish["backend"] in self.delivery.backends:
+            told.append(await grant(wish, self.delivery, self.delivery.backends))
+        if self.elected is not None and (wish["do"] != "retry" or not told):
+            told += await self.elected.ask(wish)
+        return told
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
         """All terms of one moment. `snapshots`: the slots that are being written; the others are read from disk."""
@@ -120,7 +144,10 @@ class Billing:
 
     async def adopt(self, how: directory_identity.As) -> dict[str, int]:
         """The operator has decided what this directory is; how many records were left to another, by backend."""
-        noticed = self.copied
+        noticed, shared = self.copied, self.shared
+        if shared is not None:
+            await shared.adopt(copy=how is directory_identity.As.COPY)
+            self.delivery.end_waits(shared.name)
         if noticed is None:
             return {}
         counts = await self.delivery.adopt(noticed.ends if how is directory_identity.As.COPY else None)
@@ -133,6 +160,20 @@ class Billing:
         log.warning("the data directory is adopted", extra={"facts": {"as": how.value, "parked": counts}})
         return counts
 
+    @property
+    def shared(self) -> SharedLedgerBackend | None:
+        """The ledger that many sidecars share, where there is one."""
+        found = self.backends.get(LEDGER_NAME)
+        return found if isinstance(found, SharedLedgerBackend) else None
+
+    def oldest_pending_s(self) -> float | None:
+        """When the oldest record was committed that the ledger has not been given, Unix seconds. Blocks."""
+        oldest: list[float] = []
+        for cursor in self.state.cursors(LEDGER_NAME):
+            groups = self.reader.read(cursor.instance, cursor.seq, bytes_max=1)
+            oldest += [group.committed_ns / 1e9 for group in groups[:1] if group.last_seq > cursor.seq]
+        return min(oldest, default=None)
+
     def hand_over(self, instance: str, batch: Batch, ended: Ended) -> None:
         """What is on disk now goes to delivery as it is in memory, in a moment: nothing is read back."""
         self._committed.append((instance, batch, ended))
@@ -140,7 +181,7 @@ class Billing:
     def committed(self) -> None:
         """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
         the same whatever is in them."""
-        if len(self.sums) < len(self.backends):
+        if len(self.sums) < len(self.backends) or self.waited_for:
             self.hand_on()
         elif self._handing is None:
             self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
@@ -158,11 +199,13 @@ class Billing:
             else:
                 self.delivery.note(instance, done.last_seq)
         if self.sums:
-            for instance, first_seq, last_seq, ended in _runs(committed):
+            for instance, first_seq, ended, lines in _runs(committed):
                 records = ended.records(instance)
+                last_seq = first_seq + len(lines) - 1
                 batch = SummedBatch(instance=instance, first_seq=first_seq, last_seq=last_seq, sums=None)
                 for backend in self.sums:
-                    self._add_up(backend, batch, records, ended.groups)
+                    whole = replace(batch, stored=lines) if backend.keeps_lines else batch
+                    self._add_up(backend, whole, records, ended.groups)
         self.delivery.wake()
 
     def _add_up(
@@ -242,19 +285,19 @@ class Billing:
         return gone
 
 
-def _runs(committed: Sequence[tuple[str, Batch, Ended]]) -> list[tuple[str, int, int, Ended]]:
-    """Commits that follow each other and of which all is at hand, as one: instance, first and last number, and what
-    they hold."""
-    runs: list[tuple[str, int, int, Ended]] = []
+def _runs(committed: Sequence[tuple[str, Batch, Ended]]) -> list[tuple[str, int, Ended, list[bytes]]]:
+    """Commits that follow each other and of which all is at hand, as one: instance, first number, what they hold, and
+    its lines."""
+    runs: list[tuple[str, int, Ended, list[bytes]]] = []
     for instance, batch, ended in committed:
         if ended.calls != len(batch.lines):
             continue  # settled by us: it is read from the spool
-        if runs and runs[-1][0] == instance and runs[-1][2] + 1 == batch.first_seq:
-            _, first_seq, _, whole = runs.pop()
+        if runs and runs[-1][0] == instance and runs[-1][1] + len(runs[-1][3]) == batch.first_seq:
+            _, _, whole, lines = runs[-1]
             whole.join(ended)
-            runs.append((instance, first_seq, batch.last_seq, whole))
+            lines += batch.lines
         else:
-            runs.append((instance, batch.first_seq, batch.last_seq, ended))
+            runs.append((instance, batch.first_seq, ended, list(batch.lines)))
     return runs
 
 
@@ -298,11 +341,13 @@ async def billing(
     instance: str | None = None,
     goes_on: Collection[str] = (),
     spooling: bool = False,
+    settled: Mapping[str, Settled] | None = None,
 ) -> AsyncIterator[Billing]:
     """Open the spool, where `spooling`, and start delivering. Leaving commits what was handed over and makes one last
     pass, bounded by `DRAIN_S`. Raises the parts' own errors.
 
     `instance`: the slot to take, where it is known. `goes_on`: how the ids of calls end that go on in a living process.
+    `settled`: for a backend that responses wait for, who is told how it stands.
     """
     async with AsyncExitStack() as stack:
         state = await asyncio.to_thread(DeliveryStore.open, settings.data_dir / "delivery.db")
@@ -327,7 +372,20 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings, metrics.value_not_computed)
+        backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
+        elected: Elected | None = None
+        if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
+            # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
+            elected = await stack.enter_async_context(
+                Elected(
+                    url=url.reveal(),
+                    me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
+                    make=lambda: backend_factory.backends(settings, names),
+                    metrics=metrics,
+                    retention_s=settings.spool.retention,
+                    skip_gaps=settings.backend_gaps == "skip",
+                )
+            )
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(
@@ -341,7 +399,9 @@ async def billing(
             copied_s=None if copied is None else copied.since_s,
             copied_text="" if copied is None else copied.text,
             # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
-            safe=(LEDGER_NAME,) if copied is None or copied.whole else (),
+            # A shared one knows each record again, so what a copy sends it does no harm.
+            safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
+            settled=settled,
         )
         await stack.enter_async_context(delivery)
         by_name = {backend.name: backend for backend in backends}
@@ -353,7 +413,9 @@ async def billing(
             backends=by_name,
             copied=copied,
             spool=spool,
+            elected=elected,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
+            waited_for=bool(settled),
         )
         stack.push_async_callback(bills.last_pass)
         stack.callback(bills.hand_on)
@@ -390,6 +452,7 @@ class Metering:
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
     bills: Billing | None = None
+    fleet: Fleet | None = None  # of those that share a ledger
     not_reloaded: str = ""  # why the settings that were read last are not in force
     stopping: bool = False  # from the wish to stop on, while calls are still taken too
     _last: Balance | None = None
@@ -432,6 +495,10 @@ class Metering:
         )
         return await self.bills.balance({spool.instance: Snapshot(totals, snapshot.last_seq)})
 
+    def fleet_balance(self) -> dict[str, object] | None:
+        """Of all that share a ledger, as they told it last; None: there is none."""
+        return None if self.fleet is None else self.fleet.whole.to_dict()
+
     async def metrics(self) -> bytes:
         balance = await self.balance()
         degraded = (await self.readiness()).state in ("degraded", "full")
@@ -444,7 +511,7 @@ class Metering:
         )
         bills = self.bills
         if bills is not None:
-            status = bills.delivery.status()
+            status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
             gauges.parked = await asyncio.to_thread(bills.delivery.parked_now)
             gauges.copied = bills.copied is not None
@@ -456,6 +523,10 @@ class Metering:
             gauges.ledger_bytes = bills.ledger_bytes
             gauges.oldest_pending_s = {s.backend: s.oldest_pending_s or 0.0 for s in status}
             gauges.retry_after_s = {s.backend: s.paused_s for s in status}
+        if self.fleet is not None:
+            members = most_behind(self.fleet.whole.members)
+            gauges.instance_lag_s = {one.instance: one.lag_s for one in members}
+            gauges.instance_silent_s = {one.instance: one.age_s for one in members}
         if self.asking is not None and self.gate is not None:
             down = {one.name: one.down for one in self.asking.status()}
             self.counted.set_gate(self.asking.questions, self.gate.unanswered, down)
@@ -492,10 +563,12 @@ class Metering:
         ready = not self.stopping and any(not answer.refusing for answer in answers)
         backends: list[dict[str, object]] = []
         if self.bills is not None:
-            status = self.bills.delivery.status()
+            status = self.bills.status()
             if self.bills.copied is not None:
                 notes.append(self.bills.copied.text)
             notes += [f"{s.backend} is {s.state}: {s.reason}" for s in status if s.state != "up"]
+            if self.bills.elected is not None and self.bills.elected.trouble:
+                notes.append(f"no lane is delivered from here: {self.bills.elected.trouble}")
             if self.bills.room is not Room.ENOUGH:
                 notes.append(self.bills.room.value)
             backends = [
@@ -533,41 +606,37 @@ class Metering:
     ) -> dict[str, Any]:
         """Offer parked events again; what became of each. Raises `LookupError` for a backend that nobody knows."""
         bills = self._billing()
-        if backend is not None and backend not in bills.backends:
+        if backend is not None and backend not in self.settings.backends:
             known = {name for name, _ in await asyncio.to_thread(bills.delivery.parked_now)}
             if backend not in known:
                 raise LookupError(self._no_backend(backend))
-        told = await bills.delivery.offer_again(
-            backend=backend, reason=reason, ids=ids, since_s=since_s, resend_unknown=resend_unknown
-        )
-        return told.to_dict()
+        choice = {
+            "backend": backend, "reason": reason, "ids": ids, "since_s": since_s, "resend_unknown": resend_unknown,
+        }  # fmt: skip
+        return redriven(await bills.correct({"do": "redrive", **choice}))
 
     async def retry(self, backend: str) -> dict[str, Any]:
         """End all waits of a backend. Raises `LookupError`, in words, for one that is not configured."""
         bills = self._billing()
-        if backend not in bills.backends:
+        if backend not in self.settings.backends:
             raise LookupError(self._no_backend(backend))
-        ended = bills.delivery.end_waits(backend)
-        return asdict(ended) | {"any": ended.any}
+        return retried(await bills.correct({"do": "retry", "backend": backend}))
 
     def _no_backend(self, name: str) -> str:
-        backends = ", ".join(self._billing().backends) or "none"
+        backends = ", ".join(self.settings.backends) or "none"
         return f"{name} is not one of the backends of this instance ({backends})"
 
     async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
-        bills = self._billing()
-        outcomes = await corrections.cancel(one, bills.delivery, bills.backends, backend=backend)
-        return [asdict(outcome) for outcome in outcomes]
+        return outcomes(await self._billing().correct({"do": "cancel", "one": one, "backend": backend}))
 
     async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        bills = self._billing()
-        names = [corrections.Named(*one) for one in named]
-        return [asdict(one) for one in await corrections.complain(backend, names, bills.delivery, bills.backends)]
+        return outcomes(await self._billing().correct({"do": "complain", "backend": backend, "named": named}))
 
     async def adopt(self, how: str) -> dict[str, int] | None:
         """None where nothing was noticed, so that there is nothing to decide."""
         bills = self._billing()
-        return None if bills.copied is None else await bills.adopt(As(how))
+        refused = bills.shared is not None and bills.shared.copied
+        return None if bills.copied is None and not refused else await bills.adopt(As(how))
 
 
 class Unable(Exception):
@@ -613,7 +682,18 @@ async def recording(
         if make_room(settings.data_dir):
             log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         async with AsyncExitStack() as stack:
-            parts = billing(settings, whole.counted, instance=instance, goes_on=goes_on, spooling=True)
+            centre = centre_of(settings)
+            # Durability stays as it was at the start, and the backends may be others since: then none is waited for.
+            ships = settings.spool.durability is Durability.SHIPPED
+            shipping = Shipping(whole.seam.shipped, waits=centre is not None)
+            parts = billing(
+                settings,
+                whole.counted,
+                instance=instance,
+                goes_on=goes_on,
+                spooling=True,
+                settled={} if centre is None else {centre: shipping.settled},
+            )
             bills = await stack.enter_async_context(parts)
             # A key that was made up where it could not be kept is kept now.
             await asyncio.to_thread(factory.hash_key, settings, key)
@@ -622,11 +702,19 @@ async def recording(
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
             last_seq = bills.spool.next_seq - 1
+            if ships:
+                shipping.begin(bills.spool.instance, last_seq)
+                whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
                 loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
                 stack.callback(loading.cancel)
             whole.intake.handed = bills.hand_over
+            if bills.shared is not None and (reader := backend_factory.fleet_reader(settings)) is not None:
+                stack.callback(reader.close)
+                whole.fleet = Fleet(bills.shared, reader)
+                telling = asyncio.create_task(whole.fleet.keep(whole.balance, bills.oldest_pending_s))
+                stack.callback(telling.cancel)
             keeping = asyncio.create_task(times.keep(whole.counted, settings.data_dir))
             stack.push_async_callback(_ended, keeping)
             whole.seam.recording()

@@ -138,7 +138,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_committed_records": Family("counter", "Records committed to the spool"),
     "sidecar_committed_bytes": Family("counter", "Record bytes committed to the spool"),
     "sidecar_lost": Family("counter", "Records that could not be kept", ("reason",)),
-    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk"),
+    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk, or shipped"),
     "sidecar_admitted": Family("counter", "Calls let in, over restarts"),
     "sidecar_recorded": Family("counter", "Records on disk, over restarts"),
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
@@ -182,6 +182,19 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_oldest_pending_seconds": Family("gauge", "Age of a backend's oldest unsettled record", ("backend",)),
     "sidecar_retry_after_seconds": Family("gauge", "What is left of a wait that a backend asked for", ("backend",)),
     "sidecar_blocked": Family("gauge", "1 while a backend takes nothing until somebody acts", ("backend",)),
+    "sidecar_instance_lag_seconds": Family(
+        "gauge", "Age of the oldest record of a sidecar that the shared ledger lacks", ("instance",)
+    ),
+    "sidecar_instance_silent_seconds": Family(
+        "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
+    ),
+    "sidecar_collected": Family(
+        "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
+    ),
+    "sidecar_collect_missed": Family("counter", "Messages that left the stream before they were read", ("consumer",)),
+    "sidecar_collect_reading": Family("gauge", "1 while the stream is read, 0 while it cannot be", ("consumer",)),
+    "sidecar_collect_pending": Family("gauge", "Messages of the stream that were not read yet", ("consumer",)),
+    "sidecar_collect_aside": Family("gauge", "Messages that are kept aside: no records, or too old", ("consumer",)),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -249,6 +262,8 @@ class Gauges:
     parked: dict[tuple[str, str], int] = field(default_factory=dict)
     oldest_pending_s: dict[str, float] = field(default_factory=dict)
     retry_after_s: dict[str, float] = field(default_factory=dict)
+    instance_lag_s: dict[str, float] = field(default_factory=dict)  # of a fleet, by instance
+    instance_silent_s: dict[str, float] = field(default_factory=dict)
 
 
 class HopEvents:
@@ -482,6 +497,15 @@ class Metrics(HopEvents, Collector):
         """A backend takes nothing until an operator acts; None: it takes again."""
         self._gauges["sidecar_blocked"][(backend,)] = 0 if reason is None else 1
 
+    def collecting(self, consumer: str, *, reading: bool, pending: int, aside: int) -> None:
+        """How `collect` stands; `serve` has none of these series, so that an alert can ask for the first."""
+        self._gauges["sidecar_collect_reading"][(consumer,)] = int(reading)
+        self._gauges["sidecar_collect_pending"][(consumer,)] = pending
+        self._gauges["sidecar_collect_aside"][(consumer,)] = aside
+        self._count("sidecar_collect_missed", (consumer,), 0)
+        for outcome in ("stored", "duplicate", "aside"):
+            self._count("sidecar_collected", (outcome,), 0)
+
     # --- reading ---------------------------------------------------------------------------------
 
     def exposition(self, gauges: Gauges) -> bytes:
@@ -627,6 +651,8 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_parked_now"] = dict(parked)
         self._gauges["sidecar_oldest_pending_seconds"] = {(n,): v for n, v in gauges.oldest_pending_s.items()}
         self._gauges["sidecar_retry_after_seconds"] = {(n,): v for n, v in gauges.retry_after_s.items()}
+        self._gauges["sidecar_instance_lag_seconds"] = {(label(n),): v for n, v in gauges.instance_lag_s.items()}
+        self._gauges["sidecar_instance_silent_seconds"] = {(label(n),): v for n, v in gauges.instance_silent_s.items()}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:
         if family.kind == "histogram":

@@ -17,6 +17,7 @@ from sidecar.delivery import DeliveryStore, SystemClock, read_clock, removed_bac
 from sidecar.delivery.queries import DeliveryQueries, Found
 from sidecar.delivery.rows import Parked
 from sidecar.delivery.types import Now
+from sidecar.ledger import identity
 from sidecar.model.delivery import Backend
 from sidecar.runtime import backend_factory, directory_identity
 from sidecar.runtime.backend_factory import LEDGER_NAME
@@ -73,6 +74,9 @@ async def adopt(data_dir: Path, how: directory_identity.As) -> dict[str, int]:
         else:
             directory_identity.thaw(data_dir, ends)
         directory_identity.store(data_dir, state.all_cursors(), None)
+        if (data_dir / identity.NAME).exists():  # it has written to a ledger that many share
+            known = identity.Identity(data_dir)
+            (known.become_new if how is directory_identity.As.COPY else known.take_over)()
     return counts
 
 
@@ -83,7 +87,7 @@ async def books(settings: Settings) -> AsyncIterator[Books]:
         stack.enter_context(DataLock.take(settings.data_dir))
         state = DeliveryStore.open(settings.data_dir / "delivery.db")
         stack.callback(state.close)
-        queries = DeliveryQueries(state.path)
+        queries = state.queries()
         stack.callback(queries.close)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         made = {name: backend_factory.backend(settings, name) for name in settings.backends}

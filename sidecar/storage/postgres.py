@@ -119,12 +119,13 @@ class Postgres:
 
     @contextlib.asynccontextmanager
     async def transaction(self, *, read_only: bool = False) -> AsyncIterator[Connection]:
-        """One step: all of it in the database, or nothing. Raises `PostgresError`, for statements inside as well."""
+        """One step: all of it in the database, or nothing. Raises `PostgresError`, for statements inside as well.
+        `read_only`: all that is read is of one moment."""
         with self._told():
             pool = await self._opened()
             async with (
                 pool.acquire(timeout=CONNECT_S + self._command_s) as connection,
-                connection.transaction(readonly=read_only),
+                connection.transaction(readonly=read_only, isolation="repeatable_read" if read_only else None),
             ):
                 yield connection
 

@@ -36,6 +36,7 @@ NO_DEDUP = {502: "Unknown", 504: "Unknown"}
 TRIALS = {
     "ledger": Trial("ledger", http=False),
     "file": Trial("file", http=False),
+    "nats": Trial("nats", {"url": "nats://127.0.0.1:9"}, http=False),  # with a real server in test_nats_backend.py
     "meter": Trial("meter", KEYED),
     "webhook": Trial("webhook", {"secret": SECRET}),
     **{
@@ -106,7 +107,7 @@ async def receiving(backend: str, key: str | None = SECRET) -> AsyncIterator[Rec
 
 
 PATHS = {"meter": "/meter", "webhook": "/webhook"}  # where the stand-in has what has no path of its own
-RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file")]
+RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file", "nats")]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +132,13 @@ def made(
     clock: Callable[[], float] | None = None,
     data_dir: Path = Path("none"),
     open_ledger: Any = None,
+    open_shared_ledger: Any = None,
     **texts: str,
 ) -> Any:
     """One backend, whose settings are written as an operator writes them."""
-    context = Given(data_dir=data_dir, open_ledger=open_ledger, mapped=customers or {}, read=definitions)
+    context = Given(
+        data_dir=data_dir, open_ledger=open_ledger, open_shared_ledger=open_shared_ledger, mapped=customers or {},
+        read=definitions,
+    )  # fmt: skip
     owned = kind.settings_type(**values_of(settings_of(kind.settings_type), texts))
     return kind(owned, context) if clock is None else kind(owned, context, clock=clock)

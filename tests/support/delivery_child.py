@@ -19,7 +19,7 @@ import orjson
 from support.delivery_fixtures import QUICK, World, until
 from support.fake_backend import FakeBackend, faults
 
-from sidecar.delivery import DeliveryStore, database
+from sidecar.delivery import database
 from sidecar.model.delivery import Abilities, Atomicity, Dedup
 
 DAY_S = 86_400.0
@@ -86,14 +86,14 @@ async def deliver(order: dict[str, Any]) -> dict[str, Any]:
 
 def fused(fuse: Fuse) -> None:
     """Let every statement of the writing connection burn the fuse, right before it runs."""
-    plain = database.open_writer
+    plain = database._open_writer
 
     def opened(path: Path) -> Any:
         connection, created = plain(path)
         connection.set_trace_callback(lambda _: fuse("statement"))
         return connection, created
 
-    DeliveryStore.__init__.__globals__["open_writer"] = opened
+    database._open_writer = opened
 
 
 def serve(

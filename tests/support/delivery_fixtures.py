@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import random
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
 from sidecar.delivery import Delivery, DeliveryStore, Limits
+from sidecar.delivery.database import DatabaseFile, FileReading
+from sidecar.delivery.lane_database import Held, LaneDatabase, LaneReading, call
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.model.record import encode
 from sidecar.spool.types import SpoolTotals, StoredGroup
+from sidecar.storage.postgres import Postgres
 
 START_S = datetime(2026, 11, 20, 9, tzinfo=UTC).timestamp()
 QUICK = Limits(
@@ -177,20 +181,29 @@ class World:
     metrics: CountingMetrics = field(default_factory=CountingMetrics)
     seed: int = 1
     skip_gaps: bool = False
+    shared: Postgres | None = None  # else the state is in the file
+    held: Held = field(default_factory=lambda: Held(lane=3, holder="tester", epoch=1))
 
     @property
     def path(self) -> Path:
         return self.directory / "delivery.db"
 
+    def open(self) -> DeliveryStore:
+        if self.shared is None:
+            return DeliveryStore.open(self.path)
+        database = LaneDatabase(self.shared, self.held)
+        call(hold(self.shared, self.held))
+        return DeliveryStore(database)
+
     def begin(self, *names: str) -> None:
         """A first start with these backends over an empty spool, so that nothing counts as made before."""
-        store = DeliveryStore.open(self.path)
+        store = self.open()
         store.configure(names, [], START_S)
         store.close()
 
     @asynccontextmanager
     async def deliver(self, *backends: Backend) -> AsyncIterator[Delivery]:
-        store = DeliveryStore.open(self.path)
+        store = self.open()
         try:
             delivery = Delivery(
                 reader=self.spool,
@@ -216,7 +229,7 @@ class World:
         return totals
 
 
-async def until(condition: Callable[[], bool], *, what: str = "", limit_s: float = 10.0) -> None:
+async def until(condition: Callable[[], bool], *, what: str = "", limit_s: float = 30.0) -> None:
     """Wait for something to become true."""
     try:
         async with asyncio.timeout(limit_s):
@@ -236,3 +249,35 @@ def plain(totals: Mapping[str, BackendTotals], name: str = "fake") -> dict[str, 
     if one.skipped:
         found["skipped"] = dict(one.skipped)
     return found
+
+
+async def hold(database: Postgres, held: Held) -> None:
+    """Let it be the holder of its lane, whoever was before."""
+    async with database.transaction() as db:
+        await db.execute(
+            "INSERT INTO metering.lane_leases (lane, holder, epoch) VALUES ($1, $2, $3)"
+            " ON CONFLICT (lane) DO UPDATE SET holder = excluded.holder, epoch = excluded.epoch",
+            held.lane, held.holder, held.epoch,
+        )  # fmt: skip
+
+
+def connection_of(store: DeliveryStore) -> sqlite3.Connection:
+    """The one that it writes its file by."""
+    assert isinstance(store._database, DatabaseFile)
+    return store._database._conn
+
+
+def held(delivery: Delivery) -> AbstractContextManager[object]:
+    """Nobody else may count meanwhile by the connection that the balance is read by."""
+    database = delivery._queries._database
+    return database._lock if isinstance(database, FileReading) else nullcontext()
+
+
+def rows_in(world: World, table: str) -> int:
+    """What is in a table, as another process sees it."""
+    reading = FileReading(world.path) if world.shared is None else LaneReading(world.shared, world.held.lane)
+    try:
+        with reading.reading() as connection:
+            return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
+    finally:
+        reading.close()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,15 +16,18 @@ from support.delivery_fixtures import (
     HandClock,
     MemorySpool,
     World,
+    connection_of,
+    held,
     plain,
     record_id,
     record_line,
+    rows_in,
     until,
 )
 from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, store, worker
-from sidecar.delivery.database import open_reader
+from sidecar.delivery.lane_database import call
 from sidecar.model.delivery import (
     KEY_MISMATCH,
     Abilities,
@@ -39,6 +43,7 @@ from sidecar.model.delivery import (
 )
 from sidecar.model.exchange import Outcome
 from sidecar.spool.types import SpoolDamaged, StoredGroup
+from sidecar.storage.postgres import Postgres
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)
@@ -48,11 +53,21 @@ SINGLE = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 NONE = Abilities(dedup=Dedup.NONE, concurrency=4)
 
 
-@pytest.fixture
-def world(tmp_path: Path) -> World:
+@pytest.fixture(params=["file", "lane"])
+def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
+    """With the state in `delivery.db`, and with that of a lane in PostgreSQL."""
     world = World(tmp_path)
+    if request.param == "lane":
+        world.shared = Postgres(request.getfixturevalue("postgres_database"), name="test")
     world.begin("fake")
-    return world
+    yield world
+    if world.shared is not None:
+        call(world.shared.close())
+
+
+def only_in_a_file(world: World) -> None:
+    if world.shared is not None:
+        pytest.skip("of the file")
 
 
 def settled(world: World, delivery: Delivery, name: str = "fake") -> bool:
@@ -60,12 +75,7 @@ def settled(world: World, delivery: Delivery, name: str = "fake") -> bool:
 
 
 def rows(world: World, table: str) -> int:
-    """What is in a table, as another process sees it."""
-    connection = open_reader(world.path)
-    try:
-        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-    finally:
-        connection.close()
+    return rows_in(world, table)
 
 
 async def all_settled(world: World, delivery: Delivery, name: str = "fake") -> dict[str, object]:
@@ -536,6 +546,7 @@ async def test_what_a_removed_backend_had_still_to_get_is_parked(world: World) -
 
 
 async def test_a_lost_state_file_doubles_nothing(world: World) -> None:
+    only_in_a_file(world)
     world.clock = HandClock()
     world.spool.add(20)
     for abilities, age_s, expected in (
@@ -558,7 +569,7 @@ async def test_forgetting_keeps_the_count(world: World) -> None:
     async with world.deliver(backend) as delivery:
         before = await all_settled(world, delivery)
         assert delivery.find(ids[3])[0].fate == "delivered"
-        with delivery._queries._lock:  # a search or a recount takes minutes: the balance does not wait for it
+        with held(delivery):  # a search or a recount takes minutes: the balance does not wait for it
             assert delivery.find(ids[3])[0].fate == "delivered"
             assert delivery._queries.verify() == []
         await delivery.forget({"one": 120})
@@ -621,13 +632,14 @@ async def test_a_spool_that_cannot_be_read_is_asked_again(world: World, monkeypa
 
 
 async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    only_in_a_file(world)
     monkeypatch.setattr(store, "FULL_RETRY_S", 0.01)
     world.spool.add(400)
     backend = FakeBackend(NONE, latency_s=0.001)
     async with world.deliver(backend) as delivery:
         delivery.wake()
         await until(lambda: len(backend.taken) > 20)
-        connection = delivery.store._conn
+        connection = connection_of(delivery.store)
         full = await delivery.store.run(lambda: connection.execute("PRAGMA max_page_count = 1").fetchone())
         await until(lambda: backend.busy == 0)
         stuck = len(backend.taken)
@@ -642,6 +654,7 @@ async def test_verdicts_wait_for_room_on_the_disk(world: World, monkeypatch: pyt
 async def test_a_state_file_that_fails_is_opened_again_and_believed(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    only_in_a_file(world)
     monkeypatch.setattr(worker, "TROUBLE_RETRY_S", 0.01)
     ids = world.spool.add(300)
     backends = [FakeBackend(NONE, latency_s=0.001), FakeBackend(SINGLE, name="other", latency_s=0.001)]
@@ -650,7 +663,7 @@ async def test_a_state_file_that_fails_is_opened_again_and_believed(
         delivery.wake()
         for taken in (20, 60, 150):
             await until(lambda n=taken: len(backends[0].taken) > n)  # type: ignore[misc]
-            await delivery.store.run(delivery.store._conn.close)
+            await delivery.store.run(connection_of(delivery.store).close)
         await all_settled(world, delivery, "other")
         assert await all_settled(world, delivery) == {"delivered": 300}
         assert plain(world.balance(delivery), "other") == {"delivered": 300}
@@ -658,6 +671,7 @@ async def test_a_state_file_that_fails_is_opened_again_and_believed(
 
 
 def test_a_newer_file_is_refused_by_name(world: World) -> None:
+    only_in_a_file(world)
     with sqlite3.connect(world.path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
@@ -673,6 +687,7 @@ def test_a_file_that_is_no_database_is_told(tmp_path: Path) -> None:
 
 
 async def test_a_miscounted_row_is_found(world: World) -> None:
+    only_in_a_file(world)
     world.spool.add(10)
     async with world.deliver(FakeBackend(BATCH)) as delivery:
         await all_settled(world, delivery)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 from support.backend_trials import made
-from support.delivery_fixtures import World, plain, record_id, record_line, until
+from support.delivery_fixtures import World, connection_of, plain, record_id, record_line, rows_in, until
 
 from sidecar.backends.ledger import LedgerBackend
 from sidecar.delivery import Delivery
 from sidecar.delivery.corrections import cancel
-from sidecar.delivery.database import open_reader
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.buckets import BatchSums
@@ -73,11 +72,7 @@ def calls(world: World) -> int:
 
 
 def rows(world: World, table: str) -> int:
-    connection = open_reader(world.path)
-    try:
-        return int(connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0])
-    finally:
-        connection.close()
+    return rows_in(world, table)
 
 
 async def settled(world: World, delivery: Delivery) -> dict[str, object]:
@@ -248,7 +243,7 @@ async def test_a_miscounted_run_is_found(world: World, store: Scripted) -> None:
     world.spool.add(10)
     async with world.deliver(ledger(store)) as delivery:
         await settled(world, delivery)
-        await delivery.store.run(lambda: delivery.store._conn.execute("UPDATE applied SET last_seq = 9"))
+        await delivery.store.run(lambda: connection_of(delivery.store).execute("UPDATE applied SET last_seq = 9"))
         assert ["delivered says 10, the rows 9" in problem for problem in delivery.verify()] == [True]
-        await delivery.store.run(lambda: delivery.store._conn.execute("UPDATE counter SET n = 11"))
+        await delivery.store.run(lambda: connection_of(delivery.store).execute("UPDATE counter SET n = 11"))
         assert delivery.totals(world.spool.upto())["ledger"].total == 11

@@ -303,7 +303,7 @@ def test_what_the_ledger_lacks_for_it_is_counted_by_meter(tmp_path: Path) -> Non
     tables = [{"name": name, "aggregation": {"type": "SUM", "expression": text}} for name, text in sides.items()]
     metrics = Metrics(backends=["ledger"])
     settings = replace(Settings(), data_dir=tmp_path, meters=tuple(tables), backends=("ledger", "file"))
-    ledger, other = backends(settings, metrics.value_not_computed)
+    ledger, other = backends(settings, not_computed=metrics.value_not_computed)
     records = [record(number, usage=usage(input_tokens=number % 2)) for number in range(1, 5)]
     assert isinstance(ledger, AddsUp)
     ledger.add_up(records)

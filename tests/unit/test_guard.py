@@ -94,6 +94,9 @@ class Quiet:
     async def balance(self) -> Balance:
         return Balance(admitted=0, recorded=0, open=0, lost={}, backends={})
 
+    def fleet_balance(self) -> dict[str, object] | None:
+        return None
+
     async def metrics(self) -> bytes:
         return b""
 

@@ -37,6 +37,7 @@ class Instance(Protocol):
     """What the admin port asks of the whole."""
 
     async def balance(self) -> Balance: ...
+    def fleet_balance(self) -> dict[str, object] | None: ...
 
     async def metrics(self) -> bytes: ...
 
@@ -66,7 +67,10 @@ def application(instance: Instance, guard: Guard, reports: Reports | None = None
 
     async def balance(_: web.Request) -> web.Response:
         found = await instance.balance()
-        return json_answer(found.to_dict() | {"problems": found.problems, "notes": list(found.notes)})
+        body = found.to_dict() | {"problems": found.problems, "notes": list(found.notes)}
+        if (fleet := instance.fleet_balance()) is not None:
+            body["fleet"] = fleet
+        return json_answer(body)
 
     async def times(_: web.Request) -> web.Response:
         return json_answer({"days": await instance.times()})

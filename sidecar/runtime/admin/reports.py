@@ -24,9 +24,10 @@ import orjson
 from aiohttp import web
 
 from sidecar.delivery.queries import DeliveryQueries
-from sidecar.ledger import LedgerReader, TooLongError
+from sidecar.ledger import TooLongError
+from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.runtime.admin.answers import json_answer
-from sidecar.runtime.backend_factory import LEDGER
+from sidecar.runtime.backend_factory import fleet_reader, open_reader
 from sidecar.runtime.reports import calls, lists
 from sidecar.runtime.reports.formats import MEDIA_TYPES, Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, near, quoted, usage_query
@@ -95,7 +96,8 @@ class Reports:
         self._free = asyncio.Semaphore(AT_ONCE)
         self._waiting = 0
         self._reader: SpoolReader | None = None
-        self._ledger = LedgerReader(settings.data_dir / LEDGER)
+        self._ledger = open_reader(settings)
+        self._fleet = fleet_reader(settings)
 
     def add_to(self, app: web.Application) -> None:
         for path, names, do in (
@@ -112,6 +114,8 @@ class Reports:
         if self._reader is not None:
             self._reader.close()
         self._ledger.close()
+        if self._fleet is not None:
+            self._fleet.close()
 
     # From a request to an answer
 
@@ -203,8 +207,19 @@ class Reports:
             record_id=asked.get("id"),
         )
         form, has = _form(request), _known(request)
+        fleet = self._fleet
+
+        def of_fleet(fleet: PostgresReader) -> Answer:
+            etag = self._etag("records", fleet.version(), query, form)
+            if has(etag):
+                return Answer(body=None, form=form, etag=etag)
+            ends_s = monotonic() + ANSWER_S
+            found = calls.fleet_calls(fleet, query, self._names, late=lambda: monotonic() > ends_s)
+            return Answer(body=self._of_calls(found, form), form=form, etag=etag, stopped=found.stopped)
 
         def read() -> Answer:
+            if fleet is not None:
+                return of_fleet(fleet)
             reader = self._spool()
             places = {instance: reader.last_seq(instance) for instance in reader.instances()}
             begins = [segments[0].first_seq for i in places if (segments := reader.segments(i))]
@@ -220,15 +235,16 @@ class Reports:
                 found = calls.call_by_id(reader, query.id, late=late)
             else:
                 found = calls.last_calls(reader, query, self._names, upto=places, late=late)
-            if form is Format.NDJSON:
-                body = b"".join(line + b"\n" for line in found.lines)
-            elif form is Format.JSON:
-                body = calls.as_json(found.lines, self._names)
-            else:
-                body = _body(calls.flat(found.lines, self._names), tuple(calls.COLUMNS), form)
-            return Answer(body=body, form=form, etag=etag, stopped=found.stopped)
+            return Answer(body=self._of_calls(found, form), form=form, etag=etag, stopped=found.stopped)
 
         return await self._read(read)
+
+    def _of_calls(self, found: calls.Calls, form: Format) -> bytes:
+        if form is Format.NDJSON:
+            return b"".join(line + b"\n" for line in found.lines)
+        if form is Format.JSON:
+            return calls.as_json(found.lines, self._names)
+        return _body(calls.flat(found.lines, self._names), tuple(calls.COLUMNS), form)
 
     async def _parked(self, request: web.Request) -> Answer:
         asked = request.query
@@ -241,7 +257,7 @@ class Reports:
         def read() -> Answer:
             if not path.exists():
                 raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
-            accounts = DeliveryQueries(path)
+            accounts = DeliveryQueries.open(path)
             try:
                 rows = list(lists.parked(accounts, query, self._names))
             finally:

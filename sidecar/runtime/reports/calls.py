@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
 
 import orjson
 
+from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.model.record_id import ID_LENGTH
 from sidecar.runtime.reports.formats import Names
 from sidecar.runtime.reports.parameters import (
@@ -34,6 +35,8 @@ WINDOW_BYTES: Final = 256 << 10  # in steps of so much
 # A call's record is committed when it ends: one that began before `since` may stand behind it, but not the
 # other way round. A clock that was set back by less than this hides nothing.
 CLOCK_SLACK: Final = timedelta(minutes=5)
+
+INSTANCE: Final = "instance"
 
 Record = Mapping[str, Any]
 
@@ -60,6 +63,7 @@ FIELDS: Final[Mapping[str, Callable[[Record], Any]]] = {
     "status": lambda r: "none" if r["status"] is None else r["status"],
     "outcome": lambda r: r["outcome"],
     "method": lambda r: r["method"],
+    "instance": lambda r: r["instance"],  # the spool that has it; of many sidecars who of them
     UPSTREAM: lambda r: r["dimensions"].get(UPSTREAM) or r.get("upstream"),
 }
 # As CSV has them; JSON and NDJSON have the whole record.
@@ -200,6 +204,42 @@ def call_by_id(reader: SpoolReader, record_id: str, *, late: Callable[[], bool] 
         if number % WINDOW_RECORDS == 0 and late():
             return Calls(lines=[], stopped="it took too long: not all calls were looked at")
     return Calls(lines=[])
+
+
+def fleet_calls(
+    ledger: PostgresReader,
+    query: RecordsQuery,
+    names: Names,
+    *,
+    late: Callable[[], bool] = lambda: False,
+    bytes_max: int = BYTES_MAX,
+) -> Calls:
+    """The last calls of all who share a ledger that fit, or the one with an id. By the time they came in, which is what
+    the ledger keeps them by; where `instance` is asked for, it is who recorded them. Raises `StorageError`."""
+    if query.id is not None:
+        row = ledger.record(query.id)
+        return Calls(lines=[] if row is None else [row[1]])
+    who = query.where.get(INSTANCE)
+    fits = filter_of(replace(query, where={n: v for n, v in query.where.items() if n != INSTANCE}), names)
+    found: list[bytes] = []
+    size, stopped = 0, None
+    # An id is made when a call comes in; its record says the same moment, or one a little later.
+    since = None if query.since is None else query.since - CLOCK_SLACK
+    until = None if query.until is None else query.until + CLOCK_SLACK
+    for instance, line in ledger.records(since, until):
+        if late():
+            stopped = "it took too long: not all calls were looked at"
+            break
+        if (who is None or instance in who) and fits(line):
+            size += len(line)
+            if size > bytes_max:
+                stopped = f"more than {bytes_max >> 20} MiB: ask for fewer with limit"
+                break
+            found.append(line)
+            if len(found) == query.limit:
+                break
+    found.reverse()
+    return Calls(lines=found, stopped=stopped)
 
 
 def filter_of(query: RecordsQuery, names: Names) -> Callable[[bytes], bool]:

@@ -17,12 +17,12 @@ from sidecar.ledger import (
     PICO,
     TIMES,
     Group,
-    LedgerReader,
     Sums,
     UsageRow,
     read_cost,
     row_of,
 )
+from sidecar.ledger.queries import Ledger
 from sidecar.meters.hourly import EXACT, write_amount
 from sidecar.runtime.reports.formats import Names
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery
@@ -59,7 +59,7 @@ class Usage:
             yield found
 
 
-def usage(reader: LedgerReader, query: UsageQuery, names: Names, *, limit_s: float | None = None) -> Usage:
+def usage(reader: Ledger, query: UsageQuery, names: Names, *, limit_s: float | None = None) -> Usage:
     """Raises `QueryError` where the answer would be too large, and what the reader raises."""
     where = {_meant(name): values for name, values in query.where.items()}
     if "subscriber" in where:

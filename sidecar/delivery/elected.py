@@ -1,0 +1,413 @@
+"""Delivery for a fleet: a `Delivery` for each lane that this sidecar holds, over the records that all have in common.
+
+A lane is to its `Delivery` what a spool is elsewhere: numbers without holes, of which more come. What must always hold:
+a `Delivery` runs only while the lane is held; one whose lane was lost is cut off at once, and commits nothing if it
+does not notice (`lane_database`). Nothing here is waited for by a call.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Any, Final, Self
+
+import orjson
+
+from sidecar.delivery.context import SystemClock
+from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lane, spool_of
+from sidecar.delivery.leases import RENEW_S, Leases
+from sidecar.delivery.rows import StateError
+from sidecar.delivery.service import Delivery
+from sidecar.delivery.store import DeliveryStore
+from sidecar.delivery.types import BackendStatus, Metrics
+from sidecar.delivery.wishes import Wish, grant
+from sidecar.ledger import postgres_schema
+from sidecar.ledger.lanes import LANES
+from sidecar.model.delivery import Backend
+from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
+from sidecar.storage.postgres import Postgres, PostgresError
+
+log = logging.getLogger(__name__)
+
+LOOK_S: Final = 0.5  # how soon records of other sidecars are seen
+LATE_S: Final = 2 * RENEW_S  # without a renewal for so long nothing more is begun: the lease has four seconds to go
+REST_S: Final = 35.0  # for what is under way when a lane is given back
+STOP_REST_S: Final = 4.0  # the same at a stop: leases have four seconds to go at least, and nobody renews them
+TROUBLE_S: Final = 1.0  # after a round that failed
+RECORDS: Final = 1000  # read at once
+FORGET_S: Final = 60.0
+WISH_S: Final = 30.0  # an operator waits so long for the holders of all lanes
+CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
+
+
+class LaneReader:
+    """The records of one lane, as `SpoolReader` has those of a spool. Everything blocks."""
+
+    def __init__(self, database: Postgres, lane: int) -> None:
+        self._database, self._lane = database, lane
+        self.name = spool_of(lane)
+
+    def instances(self) -> list[str]:
+        return [self.name]
+
+    def read(self, instance: str, after_seq: int, *, bytes_max: int = 1 << 20) -> Sequence[StoredGroup]:
+        del instance
+        rows = self._ask(
+            "SELECT lane_seq, line FROM metering.records WHERE lane = $1 AND lane_seq > $2 ORDER BY lane_seq LIMIT $3",
+            self._lane, after_seq, RECORDS,
+        )  # fmt: skip
+        groups: list[StoredGroup] = []
+        size, begin = 0, 0
+        for index, (seq, line) in enumerate(rows):
+            size += len(line)
+            ends = index + 1 == len(rows) or rows[index + 1][0] != seq + 1 or size >= bytes_max
+            if ends:
+                lines = tuple(bytes(row[1]) for row in rows[begin : index + 1])
+                groups.append(StoredGroup(first_seq=rows[begin][0], last_seq=seq, lines=lines))
+                begin = index + 1
+            if size >= bytes_max:
+                break
+        return groups
+
+    def last_seq(self, instance: str) -> int:
+        del instance
+        [(last,)] = self._ask("SELECT last_seq FROM metering.lanes WHERE lane = $1", self._lane)
+        return int(last)
+
+    def totals(self, instance: str) -> SpoolTotals:
+        last = self.last_seq(instance)
+        return SpoolTotals(admitted=last, recorded=last)
+
+    def count(self, instance: str, after_seq: int, upto_seq: int) -> int:
+        """Numbers have no holes, but the oldest go with their day."""
+        del instance
+        [(first,)] = self._ask(
+            "SELECT min(lane_seq) FROM metering.records WHERE lane = $1 AND lane_seq > $2", self._lane, after_seq
+        )
+        return 0 if first is None else max(0, upto_seq - int(first) + 1)
+
+    def last_before(self, moment: datetime) -> int:
+        """The last number of a day that had ended then."""
+        [(last,)] = self._ask(
+            "SELECT max(lane_seq) FROM metering.records WHERE lane = $1 AND day < $2", self._lane, moment.date()
+        )
+        return int(last or 0)
+
+    def _ask(self, question: str, *values: Any) -> list[Any]:
+        try:
+            return call(self._fetch(question, values))
+        except PostgresError as error:
+            raise SpoolError(str(error)) from error
+
+    async def _fetch(self, question: str, values: Sequence[Any]) -> list[Any]:
+        async with self._database.transaction(read_only=True) as db:
+            return await db.fetch(question, *values)
+
+
+@dataclass(slots=True)
+class _Led:
+    """A lane that is worked on."""
+
+    held: Held
+    task: asyncio.Task[None] | None = None
+    delivery: Delivery | None = None  # until it has begun
+    last_seq: int = -1
+    leaving: bool = False  # it is given back as soon as what is under way has ended
+
+
+@dataclass(slots=True)
+class Elected:
+    """The lanes of one sidecar: takes them, works on them, gives them back."""
+
+    url: str
+    me: str
+    make: Callable[[], list[Backend]]  # of each lane its own: a customer's vendor sees one request at a time
+    metrics: Metrics
+    retention_s: float
+    skip_gaps: bool = False
+    trouble: str = ""  # why no lane is held or taken, in a line
+    _leases: Leases = field(init=False)
+    _leasing: Postgres = field(init=False)
+    _shared: Postgres = field(init=False)
+    _led: dict[int, _Led] = field(default_factory=dict)
+    _renewed_s: float = 0.0
+    _running: asyncio.Task[None] | None = None
+    _prepared: bool = False
+    _giving: set[asyncio.Task[None]] = field(default_factory=set)
+    _granting: dict[int, asyncio.Task[None]] = field(default_factory=dict)  # by the wish's id
+
+    def __post_init__(self) -> None:
+        self._leasing = Postgres(self.url, name="metering-sidecar leases", command_timeout_s=RENEW_S)
+        self._shared = Postgres(self.url, name="metering-sidecar lanes", connections=CONNECTIONS)
+        self._leases = Leases(self._leasing, self.me)
+
+    async def prepare(self) -> None:
+        """The tables of all lanes, before any record is in them: what comes then is nobody's but ours to deliver. Of a
+        lane that has records already, some may have been delivered by whoever wrote them, and count so."""
+        await self._leasing.migrate(postgres_schema.PART, postgres_schema.STEPS)
+        await self._leases.prepare()
+        names = [backend.name for backend in self.make()]
+        await asyncio.to_thread(lambda: [call(make_lane(self._shared, lane, names)) for lane in range(LANES)])
+        self._prepared = True
+
+    async def __aenter__(self) -> Self:
+        try:
+            await self.prepare()
+        except PostgresError as error:
+            self._say(str(error))
+        self._running = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Let what is under way end, and give all lanes back: whoever is alive has them at once."""
+        if self._running is not None:
+            self._running.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._running
+        # Less than what the leases have still to go.
+        rest_s = 0.0 if self._is_late() else STOP_REST_S
+        await asyncio.gather(*self._giving, *(self._end(lane, rest_s) for lane in list(self._led)))
+        try:
+            await self._leases.leave()
+        except PostgresError as error:
+            log.warning("lanes could not be given back, others have them in some seconds: %s", error)
+        await self._leasing.close()
+        await asyncio.to_thread(lambda: call(self._shared.close()))
+
+    # --- looking in -------------------------------------------------------------------------------
+
+    @property
+    def lanes(self) -> list[int]:
+        """Held and worked on."""
+        return sorted(lane for lane, led in self._led.items() if led.delivery is not None)
+
+    def deliveries(self) -> dict[int, Delivery]:
+        return {lane: led.delivery for lane, led in sorted(self._led.items()) if led.delivery is not None}
+
+    def status(self) -> list[BackendStatus]:
+        """How each backend does, on the lane where it does worst."""
+        worst: dict[str, BackendStatus] = {}
+        for status in (status for delivery in self.deliveries().values() for status in delivery.status()):
+            known = worst.get(status.backend)
+            worst[status.backend] = status if known is None else _worse(known, status)
+        return list(worst.values())
+
+    def wake(self) -> None:
+        """Records of ours are in the database."""
+        for delivery in self.deliveries().values():
+            delivery.wake()
+
+    async def ask(self, wish: Wish) -> list[Any]:
+        """Have something done on every lane, by whoever holds it; the answers. Raises `LookupError` where some lane has
+        no holder who answers in time: it is done on the others."""
+        try:
+            async with self._leasing.transaction() as db:
+                rows = await db.fetch(
+                    "INSERT INTO metering.lane_wishes (lane, wish) SELECT generate_series(0, $2 - 1), $1 RETURNING id",
+                    orjson.dumps(wish).decode(), LANES,
+                )  # fmt: skip
+            ids = [int(row[0]) for row in rows]
+            answers: dict[int, str] = {}
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(WISH_S):
+                    while len(answers) < len(ids):
+                        await asyncio.sleep(LOOK_S / 2)
+                        async with self._leasing.transaction(read_only=True) as db:
+                            found = await db.fetch(
+                                "SELECT id, answer FROM metering.lane_wishes WHERE id = ANY($1) AND answer IS NOT NULL",
+                                ids,
+                            )
+                        answers = {int(id_): answer for id_, answer in found}
+            async with self._leasing.transaction() as db:
+                await db.execute("DELETE FROM metering.lane_wishes WHERE id = ANY($1)", ids)
+        except PostgresError as error:
+            raise LookupError(f"the lanes cannot be asked: {error}") from error
+        told = [orjson.loads(answer) for answer in answers.values()]
+        wrong = [answer["error"] for answer in told if isinstance(answer, dict) and "error" in answer]
+        if wrong or len(told) < len(ids):
+            silent = f"{len(ids) - len(told)} lanes have no holder who answers; run it again"
+            raise LookupError(wrong[0] if wrong else silent)
+        return told
+
+    # --- inside -----------------------------------------------------------------------------------
+
+    async def _run(self) -> None:
+        loop = asyncio.get_running_loop()
+        next_round = 0.0
+        while True:
+            try:
+                if not self._prepared:
+                    await self.prepare()
+                if loop.time() >= next_round:
+                    begun_s = loop.time()
+                    held = await self._leases.round()
+                    self._renewed_s = begun_s  # the leases run from before the answer came
+                    next_round = begun_s + RENEW_S
+                    await self._follow(held)
+                    await self._give_back()
+                await self._look()
+                self._say("")
+                await asyncio.sleep(LOOK_S)
+            except PostgresError as error:
+                self._say(str(error))
+                if self._is_late():
+                    await self._follow({})
+                await asyncio.sleep(TROUBLE_S)
+
+    async def _give_back(self) -> None:
+        """Let others have their share, in a while: what is under way ends first, and the lease is renewed meanwhile."""
+
+        async def give(lane: int) -> None:
+            try:
+                await self._end(lane, REST_S)
+                await self._leases.release(lane)
+            except PostgresError as error:
+                log.warning("a lane could not be given back yet: %s", error, extra={"facts": {"lane": lane}})
+
+        for lane in await self._leases.surplus():
+            led = self._led.get(lane)
+            if led is not None and not led.leaving:
+                led.leaving = True
+                task = asyncio.create_task(give(lane))
+                self._giving.add(task)
+                task.add_done_callback(self._giving.discard)
+
+    def _is_late(self) -> bool:
+        return asyncio.get_running_loop().time() - self._renewed_s > LATE_S
+
+    async def _follow(self, held: Mapping[int, Held]) -> None:
+        """Work on what is held, and on nothing else."""
+        for lane, led in list(self._led.items()):
+            if held.get(lane) != led.held:
+                await self._end(lane, 0.0)
+        for lane, one in held.items():
+            if lane not in self._led:
+                led = self._led[lane] = _Led(one)
+                led.task = asyncio.create_task(self._lead(led))
+
+    async def _lead(self, led: _Led) -> None:
+        """Work on a lane until somebody ends it. What fails is begun anew, from what is stored."""
+        while True:
+            try:
+                await self._work(led)
+            except (StateError, SpoolError, PostgresError, ExceptionGroup) as error:
+                facts = {"lane": led.held.lane}
+                log.error("a lane rests and is begun anew: %s", _reason(error), extra={"facts": facts})
+            await asyncio.sleep(TROUBLE_S)
+
+    async def _work(self, led: _Led) -> None:
+        """Deliver, for as long as the lane is held."""
+        lane = led.held.lane
+        async with contextlib.AsyncExitStack() as stack:
+            store = await asyncio.to_thread(lambda: DeliveryStore(LaneDatabase(self._shared, led.held)))
+            stack.push_async_callback(asyncio.to_thread, store.close)
+            backends = self.make()
+            for backend in backends:
+                stack.push_async_callback(backend.aclose)
+            delivery = Delivery(
+                reader=LaneReader(self._shared, lane),
+                store=store,
+                backends=backends,
+                metrics=self.metrics,
+                clock=SystemClock(),
+                skip_gaps=self.skip_gaps,
+            )
+            await stack.enter_async_context(delivery)
+            led.delivery = delivery
+            stack.callback(setattr, led, "delivery", None)
+            offering = asyncio.create_task(delivery.offer_mapped())  # the mapping may be another one by now
+            stack.callback(offering.cancel)
+            delivery.wake()
+            while True:
+                await asyncio.sleep(FORGET_S)
+                upto = await asyncio.to_thread(self._forgotten, delivery, lane)
+                if upto:
+                    await delivery.forget({spool_of(lane): upto})
+
+    def _forgotten(self, delivery: Delivery, lane: int) -> int:
+        """The number up to which nothing is remembered any more: delivered, and older than retention. Blocks."""
+        before = datetime.now(UTC) - timedelta(seconds=self.retention_s)
+        done = delivery.retired_upto().get(spool_of(lane), 0)
+        return min(done, LaneReader(self._shared, lane).last_before(before))
+
+    async def _end(self, lane: int, rest_s: float) -> None:
+        """Stop working on a lane. `rest_s`: what is under way may end within this time."""
+        led = self._led.get(lane)
+        if led is None:
+            return
+        if rest_s and led.delivery is not None:
+            await led.delivery.rest(rest_s)
+        if self._led.get(lane) is led:
+            del self._led[lane]
+        if led.task is not None:
+            led.task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await led.task
+
+    async def _look(self) -> None:
+        """Wake the lanes that have grown, and find what is wished of them."""
+        if not self._led:
+            return
+        async with self._leasing.transaction(read_only=True) as db:
+            lanes = list(self._led)
+            grown = await db.fetch("SELECT lane, last_seq FROM metering.lanes WHERE lane = ANY($1)", lanes)
+            wished = await db.fetch(
+                "SELECT id, lane, wish FROM metering.lane_wishes WHERE lane = ANY($1) AND answer IS NULL ORDER BY id",
+                lanes,
+            )
+        for lane, last_seq in grown:
+            led = self._led.get(lane)
+            if led is not None and led.delivery is not None and led.last_seq != last_seq:
+                led.last_seq = last_seq
+                led.delivery.wake()
+        for id_, lane, wish in wished:
+            led = self._led.get(lane)
+            if led is not None and led.delivery is not None and id_ not in self._granting:
+                task = self._granting[id_] = asyncio.create_task(self._grant(id_, led.delivery, wish))
+                task.add_done_callback(lambda _, id_=id_: self._granting.pop(id_, None))  # type: ignore[misc]
+
+    async def _grant(self, id_: int, delivery: Delivery, wish: str) -> None:
+        try:
+            answer = await grant(orjson.loads(wish), delivery, delivery.backends)
+        except (LookupError, TypeError, ValueError, StateError, SpoolError) as error:
+            answer = {"error": f"{type(error).__name__}: {error}"}
+        try:
+            async with self._leasing.transaction() as db:
+                await db.execute(
+                    "UPDATE metering.lane_wishes SET answer = $2 WHERE id = $1", id_, orjson.dumps(answer).decode()
+                )
+        except PostgresError as error:
+            log.warning("what came of a wish could not be told: %s", error)
+
+    def _say(self, trouble: str) -> None:
+        if trouble and trouble != self.trouble:
+            log.error("nothing is delivered while the database is away: %s", trouble)
+        elif self.trouble and not trouble:
+            log.info("lanes are delivered again")
+        self.trouble = trouble
+
+
+def _worse(one: BackendStatus, other: BackendStatus) -> BackendStatus:
+    """Both lanes' as one."""
+    order = ("up", "paused", "down", "blocked")
+    first = max(one, other, key=lambda status: order.index(status.state))
+    ages = [age for age in (one.oldest_pending_s, other.oldest_pending_s) if age is not None]
+    return replace(
+        first,
+        oldest_pending_s=max(ages, default=None),
+        sealed=one.sealed + other.sealed,
+        under_way=one.under_way + other.under_way,
+        waiting_records=one.waiting_records + other.waiting_records,
+        waiting_bytes=one.waiting_bytes + other.waiting_bytes,
+        paused_s=max(one.paused_s, other.paused_s),
+    )
+
+
+def _reason(error: BaseException) -> str:
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return str(error)

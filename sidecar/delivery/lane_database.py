@@ -1,0 +1,291 @@
+"""The state of delivery of one lane, in a PostgreSQL that many sidecars share: the second kind of `database`.
+
+Each lane has a schema of its own with the tables that `delivery.db` has. Every step begins by locking the row of the
+lane's lease and comparing holder and epoch: who has been deposed commits nothing any more, whole, whatever it believes.
+Who takes a lane over changes that row, and so waits for a step that is under way, or makes it fail.
+
+`store` and `queries` are written for threads that may block, and the driver for an event loop: there is one more loop
+in a thread of its own, for all lanes of a process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import re
+import threading
+import time
+from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Final, TypeVar
+
+from sidecar.delivery.database import Connection
+from sidecar.delivery.rows import StateBusy, StateError, StateFull
+from sidecar.storage import postgres
+from sidecar.storage.postgres import Fault, Postgres, PostgresError
+
+_T = TypeVar("_T")
+
+PART: Final = "lane_{:02}"  # in `metering.migrations`, and the end of a lane's schema
+_SCHEMA: Final = "metering_" + PART
+
+# The tables of `schema.sql`, with PostgreSQL's types. A text sorts by its bytes, as there; `instr` is SQLite's.
+STEPS: Final = (
+    """
+CREATE SCHEMA {schema};
+SET LOCAL search_path TO {schema};
+CREATE FUNCTION instr(text, text) RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT position($2 in $1)';
+CREATE FUNCTION instr(bytea, bytea) RETURNS integer LANGUAGE sql IMMUTABLE AS 'SELECT position($2 in $1)';
+CREATE TABLE meta(name text PRIMARY KEY, value double precision NOT NULL);
+CREATE TABLE backend(name text PRIMARY KEY, since_s double precision NOT NULL, removed integer NOT NULL DEFAULT 0);
+CREATE TABLE cursor(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, backend text COLLATE "C" NOT NULL,
+    instance text COLLATE "C" NOT NULL, seq bigint NOT NULL, again_upto bigint NOT NULL DEFAULT 0,
+    folded_seq bigint NOT NULL DEFAULT 0, UNIQUE(backend, instance));
+CREATE TABLE sealed(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, cursor bigint NOT NULL, first_seq bigint NOT NULL,
+    last_seq bigint NOT NULL, settled integer NOT NULL DEFAULT 0, attempts integer NOT NULL DEFAULT 0,
+    under_way integer NOT NULL DEFAULT 0, started_s double precision NOT NULL DEFAULT 0,
+    due_s double precision NOT NULL DEFAULT 0, risk_s double precision, expired integer NOT NULL DEFAULT 0,
+    forced integer NOT NULL DEFAULT 0, generation integer NOT NULL DEFAULT 0, records bigint NOT NULL,
+    size_bytes bigint NOT NULL, at_s double precision NOT NULL, oldest_s double precision NOT NULL, key text NOT NULL,
+    subject text NOT NULL, version integer NOT NULL, fates text, history text NOT NULL DEFAULT '[]',
+    members bytea NOT NULL);
+CREATE INDEX sealed_open ON sealed(cursor) WHERE settled = 0;
+CREATE INDEX sealed_seq ON sealed(cursor, last_seq);
+CREATE TABLE payload(
+    request bigint PRIMARY KEY, path text NOT NULL, content_type text NOT NULL, headers text NOT NULL,
+    body bytea NOT NULL, lines bytea NOT NULL);
+CREATE TABLE skipped(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, cursor bigint NOT NULL, reason text NOT NULL,
+    first_seq bigint NOT NULL, last_seq bigint NOT NULL, n bigint NOT NULL, seqs bytea);
+CREATE INDEX skipped_seq ON skipped(cursor, last_seq);
+CREATE TABLE parked(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, cursor bigint NOT NULL, seq bigint NOT NULL,
+    record_id text NOT NULL, event_id text NOT NULL, reason text COLLATE "C" NOT NULL, maybe_taken integer NOT NULL,
+    at_s double precision NOT NULL, key text NOT NULL, generation integer NOT NULL, request bigint,
+    line bytea NOT NULL, history text NOT NULL);
+CREATE INDEX parked_seq ON parked(cursor, seq);
+CREATE INDEX parked_request ON parked(request);
+CREATE TABLE parts(
+    cursor bigint NOT NULL, seq bigint NOT NULL, pending bigint NOT NULL, parked bigint NOT NULL,
+    delivered bigint NOT NULL, duplicate bigint NOT NULL, reason text NOT NULL, PRIMARY KEY(cursor, seq));
+CREATE TABLE applied(
+    cursor bigint NOT NULL, first_seq bigint NOT NULL, last_seq bigint NOT NULL, duplicate integer NOT NULL,
+    PRIMARY KEY(cursor, first_seq));
+CREATE TABLE counter(
+    cursor bigint NOT NULL, folded integer NOT NULL, term text NOT NULL, reason text NOT NULL, n bigint NOT NULL,
+    PRIMARY KEY(cursor, folded, term, reason));
+""",
+)
+# Of all lanes: who may commit. Apart from the row that numbers a lane's records, which every commit of records locks.
+LEASES: Final = (
+    """
+CREATE TABLE metering.lane_leases(
+    lane smallint PRIMARY KEY, holder text, epoch bigint NOT NULL DEFAULT 0, expires timestamptz);
+INSERT INTO metering.lane_leases (lane) SELECT generate_series(0, 15);
+CREATE TABLE metering.lane_members(holder text PRIMARY KEY, expires timestamptz NOT NULL);
+CREATE TABLE metering.lane_wishes(
+    id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, lane smallint NOT NULL, at timestamptz NOT NULL DEFAULT now(),
+    wish text NOT NULL, answer text);
+CREATE INDEX lane_wishes_open ON metering.lane_wishes(lane) WHERE answer IS NULL;
+""",
+)
+LEASES_PART: Final = "lane_leases"
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """A lane that somebody holds, since the `epoch`th change of its holder."""
+
+    lane: int
+    holder: str
+    epoch: int
+
+
+class Deposed(StateError):
+    """The lane is another's by now: nothing of this step was kept, and nothing more may be tried."""
+
+
+class LaneDatabase:
+    """The state of a lane, for its holder."""
+
+    def __init__(self, database: Postgres, held: Held) -> None:
+        """`database`: used by nobody in another event loop than `call`'s. Makes the tables if need be."""
+        self._database, self._held = database, held
+        self._lock = threading.Lock()
+        with told(self.where):
+            self.created = call(make_lane(database, held.lane))
+
+    @property
+    def where(self) -> str:
+        return f"lane {self._held.lane} in {self._database.where}"
+
+    @contextmanager
+    def writing(self) -> Iterator[Connection]:
+        with self._lock, told(self.where), _transaction(self._database, self._held.lane) as connection:
+            mine = connection.execute(
+                "SELECT 1 FROM metering.lane_leases WHERE lane = ? AND holder = ? AND epoch = ? FOR SHARE",
+                (self._held.lane, self._held.holder, self._held.epoch),
+            ).fetchone()
+            if mine is None:
+                raise Deposed(f"{self.where} is another sidecar's by now")
+            yield connection
+
+    @contextmanager
+    def looking(self) -> Iterator[Connection]:
+        with self._lock, told(self.where), _transaction(self._database, self._held.lane) as connection:
+            yield connection
+
+    def reader(self) -> LaneReading:
+        return LaneReading(self._database, self._held.lane)
+
+    def reopen(self) -> None:
+        """The driver has done so by itself."""
+
+    def close(self) -> None:
+        """Its connections are others' as well."""
+
+
+class LaneReading:
+    """The state of a lane, for whoever wants to know."""
+
+    def __init__(self, database: Postgres, lane: int) -> None:
+        self._database, self._lane = database, lane
+
+    @property
+    def where(self) -> str:
+        return f"lane {self._lane} in {self._database.where}"
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        with told(self.where), _transaction(self._database, self._lane, read_only=True) as connection:
+            yield connection
+
+    def apart(self, *, moment: bool = False) -> Any:
+        """PostgreSQL keeps no log for who reads long."""
+        del moment
+        return self.reading()
+
+    def close(self) -> None:
+        """Its connections are others' as well."""
+
+
+@contextmanager
+def told(where: str) -> Iterator[None]:
+    """Errors of the database in the words of delivery: what passes by itself is busy or full."""
+    try:
+        yield
+    except PostgresError as error:
+        kind = StateFull if error.fault is Fault.FULL else StateBusy if error.passes else StateError
+        raise kind(f"{where}: {error}") from error
+
+
+async def make_lane(database: Postgres, lane: int, backends: Sequence[str] = ()) -> bool:
+    """The tables of a lane; whether it was this call that made them. Of a lane without a record these backends are to
+    get all that comes from now on."""
+    schema = _SCHEMA.format(lane)
+    async with database.transaction(read_only=True) as db:
+        there = await db.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema)
+    await database.migrate(LEASES_PART, LEASES)
+    await database.migrate(PART.format(lane), [step.format(schema=schema) for step in STEPS])
+    if there or not backends:
+        return not there
+    async with database.transaction() as db:
+        if await db.fetchval("SELECT last_seq FROM metering.lanes WHERE lane = $1 FOR UPDATE", lane) == 0:
+            now_s = time.time()
+            await db.execute(
+                f"INSERT INTO {schema}.meta(name, value) VALUES('served', $1) ON CONFLICT DO NOTHING", now_s
+            )
+            for name in backends:
+                await db.execute(
+                    f"INSERT INTO {schema}.backend(name, since_s) VALUES($1, $2) ON CONFLICT DO NOTHING", name, now_s
+                )
+                await db.execute(
+                    f"INSERT INTO {schema}.cursor(backend, instance, seq) VALUES($1, $2, 0) ON CONFLICT DO NOTHING",
+                    name, spool_of(lane),
+                )  # fmt: skip
+    return True
+
+
+def spool_of(lane: int) -> str:
+    """What a lane is called where the instance of a spool is named."""
+    return f"lane-{lane:02}"
+
+
+@contextmanager
+def _transaction(database: Postgres, lane: int, *, read_only: bool = False) -> Iterator[_Statements]:
+    """A transaction in the driver's loop, for a thread that blocks."""
+    opened = database.transaction(read_only=read_only)
+    connection = call(opened.__aenter__())
+    try:
+        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
+        yield _Statements(connection)
+    except BaseException as error:
+        # It is told what happened inside, rolls back, and gives the error back, in its own words if it is the driver's.
+        if not call(opened.__aexit__(type(error), error, error.__traceback__)):
+            raise
+    else:
+        call(opened.__aexit__(None, None, None))
+
+
+class _Statements:
+    """A connection as `sqlite3` has it, over one of the driver's."""
+
+    def __init__(self, connection: postgres.Connection) -> None:
+        self._connection = connection
+
+    def execute(self, statement: str, values: Sequence[Any] = (), /) -> _Rows:
+        text, gives = _translated(statement)
+        if gives:
+            rows = call(self._connection.fetch(text, *values))
+            return _Rows(rows, len(rows))
+        said = call(self._connection.execute(text, *values))
+        return _Rows([], int(said.rpartition(" ")[2]))
+
+    def executemany(self, statement: str, rows: Iterable[Sequence[Any]], /) -> None:
+        found = list(rows)
+        if found:
+            call(self._connection.executemany(_translated(statement)[0], found))
+
+
+class _Rows:
+    def __init__(self, rows: list[Any], count: int) -> None:
+        self._rows, self.rowcount = rows, count
+
+    def fetchone(self) -> Any:
+        return self._rows[0] if self._rows else None
+
+    def fetchall(self) -> list[Any]:
+        return self._rows
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._rows)
+
+
+@functools.lru_cache(maxsize=1000)
+def _translated(statement: str) -> tuple[str, bool]:
+    """With `$1` for the first `?`, and whether it gives rows. No text of ours has a question mark in quotes."""
+    numbers = iter(range(1, 1 + statement.count("?")))
+    text = re.sub(r"\?", lambda _: f"${next(numbers)}", statement)
+    return text, statement.lstrip().startswith("SELECT") or " RETURNING " in statement
+
+
+class _Loop:
+    """An event loop in a thread, made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    def call(self, work: Coroutine[Any, Any, _T]) -> _T:
+        with self._lock:
+            if self._loop is None:
+                self._loop = asyncio.new_event_loop()
+                threading.Thread(target=self._loop.run_forever, name="lanes", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+call: Final = _Loop().call
+"""Run something of the driver's in the loop of the lanes, and wait for it: not for a thread that has a loop itself."""

@@ -1,0 +1,159 @@
+"""Who delivers which lane: a lease a lane, in the database that all sidecars share, by the database's clock.
+
+A sidecar that is alive says so each round, renews the lanes that it holds, gives back what it has beyond its share and
+takes what is free, up to its share. `plan` decides, from one moment's rows alone; `Leases` reads and writes them. The
+epoch of a lane grows with each change of its holder, and every step of a holder compares it (`lane_database`), so a
+lease that is believed for too long does no harm: clocks of sidecars matter to nothing here.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Final
+
+from sidecar.delivery.lane_database import LEASES, LEASES_PART, Held
+from sidecar.ledger.lanes import LANES
+from sidecar.storage.postgres import Connection, Postgres
+
+log = logging.getLogger(__name__)
+
+LEASE_S: Final = 10.0  # how long a lane lies still when its holder dies
+RENEW_S: Final = 3.0  # three chances to renew before it runs out
+_LEASE: Final = timedelta(seconds=LEASE_S)
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lane, as its row says. `runs`: it has not run out."""
+
+    lane: int
+    holder: str | None
+    epoch: int
+    runs: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What one sidecar does next."""
+
+    keep: tuple[int, ...] = ()
+    give: tuple[int, ...] = ()  # back, so that others have their share
+    take: tuple[int, ...] = ()
+
+
+def share_of(me: str, alive: Collection[str], lanes: int = LANES) -> int:
+    """How many lanes are this sidecar's: as many as everybody's, and one more for the first so many by name."""
+    names = sorted({*alive, me})
+    each, over = divmod(lanes, len(names))
+    return each + (names.index(me) < over)
+
+
+def plan(me: str, leases: Sequence[Lease], alive: Collection[str]) -> Plan:
+    """`alive`: who has said so lately. Each counts on the others to come to the same shares, and whoever knows less
+    than they do is corrected by the rows: what is not free is not taken."""
+    share = share_of(me, alive, len(leases))
+    mine = [lease.lane for lease in leases if lease.holder == me and lease.runs]
+    free = [lease.lane for lease in leases if not (lease.holder is not None and lease.runs)]
+    # Those who see the same lanes free begin at different ones.
+    names = sorted({*alive, me})
+    begin = names.index(me) * len(free) // len(names)
+    order = free[begin:] + free[:begin]
+    keep, give = mine[:share], mine[share:]
+    return Plan(tuple(keep), tuple(give), tuple(sorted(order[: share - len(keep)])))
+
+
+@dataclass(slots=True)
+class Leases:
+    """One sidecar's part in it. `me`: its name, which no other bears."""
+
+    database: Postgres
+    me: str
+    held: dict[int, Held] = field(default_factory=dict)
+
+    async def round(self, *, wanted: bool = True) -> Mapping[int, Held]:
+        """Renew, and take what is due; what is held now, by lane. What is to be given back stays held until `release`.
+
+        Not `wanted`: none is taken any more, since this one stops. Raises `PostgresError`; what is held then is still
+        held for as long as the leases run, which only the database knows.
+        """
+        async with self.database.transaction() as db:
+            if wanted:
+                await db.execute(
+                    "INSERT INTO metering.lane_members (holder, expires) VALUES ($1, clock_timestamp() + $2)"
+                    " ON CONFLICT (holder) DO UPDATE SET expires = excluded.expires",
+                    self.me, _LEASE,
+                )  # fmt: skip
+            renewed = await db.fetch(
+                "UPDATE metering.lane_leases SET expires = clock_timestamp() + $2"
+                " WHERE holder = $1 AND expires > clock_timestamp() RETURNING lane, epoch",
+                self.me, _LEASE,
+            )  # fmt: skip
+            found = {int(lane): int(epoch) for lane, epoch in renewed}
+        self.held = {lane: one for lane, one in self.held.items() if found.get(lane) == one.epoch}
+        for lane in found.keys() - self.held.keys():
+            # Of a run before this one under the same name: its epoch is over, and so is whatever it believed.
+            await self._give(lane, found[lane])
+        if wanted:
+            async with self.database.transaction() as db:
+                due = plan(self.me, await _leases(db), await _alive(db))
+                for lane in due.take:
+                    epoch = await _take(db, lane, self.me)
+                    if epoch is not None:
+                        self.held[lane] = Held(lane, self.me, epoch)
+        return dict(self.held)
+
+    async def surplus(self) -> tuple[int, ...]:
+        """Lanes that others have a right to: to be finished with, and released."""
+        async with self.database.transaction(read_only=True) as db:
+            return plan(self.me, await _leases(db), await _alive(db)).give
+
+    async def release(self, lane: int) -> None:
+        """Give a lane back, whose work has ended."""
+        held = self.held.pop(lane, None)
+        if held is not None:
+            await self._give(lane, held.epoch)
+
+    async def leave(self) -> None:
+        """Give all back, and be counted no more."""
+        for lane in list(self.held):
+            await self.release(lane)
+        async with self.database.transaction() as db:
+            await db.execute("DELETE FROM metering.lane_members WHERE holder = $1", self.me)
+
+    async def prepare(self) -> None:
+        """The tables, if need be."""
+        await self.database.migrate(LEASES_PART, LEASES)
+
+    async def _give(self, lane: int, epoch: int) -> None:
+        async with self.database.transaction() as db:
+            await db.execute(
+                "UPDATE metering.lane_leases SET holder = NULL, expires = NULL"
+                " WHERE lane = $1 AND holder = $2 AND epoch = $3",
+                lane, self.me, epoch,
+            )  # fmt: skip
+
+
+async def _leases(db: Connection) -> list[Lease]:
+    rows = await db.fetch(
+        "SELECT lane, holder, epoch, coalesce(expires > clock_timestamp(), false) FROM metering.lane_leases"
+        " ORDER BY lane"
+    )
+    return [Lease(*row) for row in rows]
+
+
+async def _alive(db: Connection) -> list[str]:
+    rows = await db.fetch("SELECT holder FROM metering.lane_members WHERE expires > clock_timestamp()")
+    return [str(row[0]) for row in rows]
+
+
+async def _take(db: Connection, lane: int, me: str) -> int | None:
+    """The new epoch, if the lane was still free. It waits for a step of the old holder that is being committed."""
+    epoch = await db.fetchval(
+        "UPDATE metering.lane_leases SET holder = $2, epoch = epoch + 1, expires = clock_timestamp() + $3"
+        " WHERE lane = $1 AND (holder IS NULL OR expires < clock_timestamp()) RETURNING epoch",
+        lane, me, _LEASE,
+    )  # fmt: skip
+    return None if epoch is None else int(epoch)
