@@ -78,6 +78,15 @@ class SharedLedger(Protocol):
         """Say how this sidecar stands, also where nothing is written."""
         ...
 
+    def look(self) -> str | None:
+        """What keeps it from being used, in a line; changes nothing."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Host, port and database."""
+        ...
+
     @property
     def copied(self) -> bool:
         """Whether another directory was found to go by our name."""

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from sidecar.backends import BACKENDS
 from sidecar.backends.base import Examined, Reached
 from sidecar.backends.http import fault_of
+from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.proxy.upstream import client_tls
 from sidecar.runtime import backend_factory
 from sidecar.settings import Settings
@@ -75,6 +76,8 @@ async def _upstream(
 async def _backend(settings: Settings, name: str) -> list[Tried]:
     """Whether it can be reached; and where it can, everything that it finds wrong."""
     if not any(setting.name == "url" for setting in BACKENDS[name].settings):
+        if name == backend_factory.LEDGER_NAME and settings.fleet.ledger_url is not None:
+            return await _shared_ledger(settings)
         return [Tried(name, REACHED, "on this machine")]
     made = backend_factory.backend(settings, name)
     url = settings.backend(name)["url"] or getattr(made, "address", None)
@@ -96,6 +99,17 @@ async def _reached(name: str, backend: Reached) -> Tried:
     except TimeoutError:
         return Tried(name, FAILED, f"no connection within {LIMIT_S:g} s")
     return Tried(name, REACHED if ok else FAILED, detail)
+
+
+async def _shared_ledger(settings: Settings) -> list[Tried]:
+    """Whether it would take records; nothing is written."""
+    made = backend_factory.backend(settings, backend_factory.LEDGER_NAME)
+    assert isinstance(made, SharedLedgerBackend)
+    try:
+        problems = await _examined(made.name, made)
+        return [Tried(made.name, FAILED, problem) for problem in problems] or [Tried(made.name, REACHED, made.where)]
+    finally:
+        await made.aclose()
 
 
 async def _examined(name: str, backend: Examined) -> list[str]:

@@ -192,7 +192,7 @@ def _trial(arguments: argparse.Namespace, settings: Settings) -> int:
         counts["records", ""] += 1
         common = {
             "record": record.id,
-            "started": record.started_at.isoformat(timespec="seconds"),
+            "started": record.started_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "subscriber": None if record.subscriber is None else record.subscriber.id,
         }
         for row in rows:

@@ -34,7 +34,7 @@ from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
-from sidecar.settings import Settings, UpstreamSettings
+from sidecar.settings import ProxySettings, Settings, UpstreamSettings
 from sidecar.spool.files import translate
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
@@ -44,6 +44,7 @@ from sidecar.usage.response_headers import provider_of_host
 
 log = logging.getLogger("sidecar.parts")
 
+FEW_CONNECTIONS: Final = 2  # a share of what is set: where less than 1/2 of it fits, that is said
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
 IDLE_PIN: Final = (
     "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
@@ -314,8 +315,12 @@ def raise_file_limit(settings: Settings) -> None:
     if soft != resource.RLIM_INFINITY and soft < top:
         resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        log.warning(
+        left = within_files(hard, wished).connections
+        # Somewhat less of what nobody asked for is no news; much less may be why calls are refused one day.
+        asked = wished.connections != ProxySettings().connections
+        log.log(
+            logging.WARNING if asked or left * FEW_CONNECTIONS < wished.connections else logging.DEBUG,
             "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: %d connections are taken "
             "at once, and further ones are refused with 503; raise `ulimit -n`, or lower the setting",
-            wished.connections, wanted, hard, within_files(hard, wished).connections,
+            wished.connections, wanted, hard, left,
         )  # fmt: skip

@@ -7,6 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
 from difflib import get_close_matches
@@ -34,7 +35,8 @@ from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.protocol import LIMITS
 from sidecar.gate.sources import SOURCES, problems, sources
 from sidecar.gate.windows import SECOND_NS
-from sidecar.ledger import LedgerReader, UsageRow
+from sidecar.ledger import UsageRow
+from sidecar.ledger.identity import Identity
 from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usage, UsageState
 from sidecar.model.exchange import PlainExchange as Plain
@@ -42,7 +44,7 @@ from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
-from sidecar.runtime.backend_factory import LEDGER
+from sidecar.runtime.backend_factory import has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
@@ -329,11 +331,14 @@ def counted(
         lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
         outputs,
     )
-    path = settings.data_dir / LEDGER
-    if from_s * SECOND_NS > since_ns and path.exists():
+    if from_s * SECOND_NS > since_ns and has_ledger(settings):
         since = datetime.fromtimestamp(since_ns // SECOND_NS, UTC)
         until = datetime.fromtimestamp(from_s, UTC)
-        counters.absorb(count_hours(map(_hour, LedgerReader(path).usage(BY, since, until)), found))
+        with closing(open_reader(settings)) as ledger:
+            # Of a ledger that many share what was recorded here: the others count their own.
+            own = {"instance": [Identity(settings.data_dir, settings.fleet.instance).name]}
+            rows = ledger.usage(BY, since, until, own if settings.fleet.ledger_url is not None else None)
+        counters.absorb(count_hours(map(_hour, rows), found))
     return counters
 
 

@@ -74,7 +74,7 @@ from sidecar.spool.files import spool_dir
 from sidecar.spool.intake import Ended, Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
-from sidecar.storage.files import Trouble
+from sidecar.storage.files import StorageError, Trouble
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
 log = logging.getLogger("sidecar.metering")
@@ -118,6 +118,10 @@ class Billing:
     def status(self) -> list[BackendStatus]:
         """How each backend does."""
         return self.delivery.status() + ([] if self.elected is None else self.elected.status())
+
+    def parked_now(self) -> dict[tuple[str, str], int]:
+        """Records parked by backend and reason: our own, and those of the lanes that are held here. Blocks."""
+        return self.delivery.parked_now() | ({} if self.elected is None else self.elected.parked_now())
 
     async def correct(self, wish: Wish) -> list[Any]:
         """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
@@ -513,7 +517,7 @@ class Metering:
         if bills is not None:
             status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
-            gauges.parked = await asyncio.to_thread(bills.delivery.parked_now)
+            gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
             gauges.disk_bytes = bills.disk_bytes
@@ -749,7 +753,7 @@ async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq:
         found = await asyncio.to_thread(
             gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq, outputs
         )
-    except (OSError, SpoolError, LedgerError, ValueError) as error:
+    except (OSError, SpoolError, StorageError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
     gate.load(found or Counters(()), outputs)

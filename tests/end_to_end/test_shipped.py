@@ -141,3 +141,23 @@ def test_without_a_centre_it_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="SIDECAR_DURABILITY=shipped needs a centre: add nats to SIDECAR_BACKENDS"):
         serving_settings(arguments, env)
     assert serving_settings(arguments, env | {"SIDECAR_BACKENDS": "ledger,nats"}).backends == ("ledger", "nats")
+
+
+async def test_the_shared_ledger_is_a_centre_too(tmp_path: Path, postgres_database: str) -> None:
+    import asyncpg
+
+    async with tiny_upstream() as upstream:
+        env = env_of(tmp_path / "data", upstream, "nats://127.0.0.1:1", SIDECAR_COMMIT_WAIT_S="20")
+        env |= {"SIDECAR_BACKENDS": "ledger", "SIDECAR_LEDGER_URL": postgres_database}
+        async with running(settings_of(env)) as sidecar:
+            await post(sidecar)
+            connection = await asyncpg.connect(postgres_database)
+            try:
+                for number in range(1, 4):
+                    assert await connection.fetchval("SELECT count(*) FROM metering.records") == number
+                    await post(sidecar)
+                await asyncio.gather(*(post(sidecar) for _ in range(20)))
+                assert await connection.fetchval("SELECT count(*) FROM metering.records") == 24
+            finally:
+                await connection.close()
+            assert await released(sidecar) == 0
