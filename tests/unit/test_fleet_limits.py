@@ -18,6 +18,17 @@ def size(left: int, need: int, holders: int) -> int:
     return lease if lease >= need else 0
 
 
+def shared(left: int, need: int, holders: int) -> int:
+    """As sidecars that share a limit are granted it, at a rate that wants all that may be leased ahead."""
+    shares = pytest.importorskip("sidecar.gate.shares", reason="limits are not shared in this tree")
+    ahead = shares.ahead_of(1e9, left + need)
+    return int(shares.granted(keep=0, demand=need, ahead=ahead, room=left + need)) - need
+
+
+SIZES = {"processes": size, "sidecars": shared}
+both = pytest.mark.parametrize("named", SIZES)
+
+
 def simulated(
     seed: int, *, sidecars: int, amount: int, of: Size = size, trouble: bool = True, seconds: float = 60.0,
     counts_held: bool = True,
@@ -61,8 +72,11 @@ def again(fleet: Fleet, limit: SharedLimit, name: str, rate: float) -> Work:
 
 
 @pytest.mark.parametrize(("sidecars", "amount"), [(3, 100), (3, 2_000), (10, 2_000), (100, 100), (100, 2_000)])
-def test_without_trouble_a_limit_is_used_to_its_last_call_and_never_beyond(sidecars: int, amount: int) -> None:
-    limit = simulated(amount + sidecars, sidecars=sidecars, amount=amount, trouble=False)
+@both
+def test_without_trouble_a_limit_is_used_to_its_last_call_and_never_beyond(
+    sidecars: int, amount: int, named: str
+) -> None:
+    limit = simulated(amount + sidecars, sidecars=sidecars, amount=amount, of=SIZES[named], trouble=False)
     assert amount - CALL_MAX < limit.through <= amount
     assert limit.denied
     assert not any(limit.dropped)
@@ -70,8 +84,11 @@ def test_without_trouble_a_limit_is_used_to_its_last_call_and_never_beyond(sidec
 
 @pytest.mark.parametrize("sidecars", [3, 10, 100])
 @pytest.mark.parametrize("seed", range(3))
-def test_with_trouble_it_is_over_by_no_more_than_what_was_held_when_a_lease_was_over(seed: int, sidecars: int) -> None:
-    assert holds(seed, sidecars), "no lease was lost: the run says little"
+@both
+def test_with_trouble_it_is_over_by_no_more_than_what_was_held_when_a_lease_was_over(
+    seed: int, sidecars: int, named: str
+) -> None:
+    assert holds(seed, sidecars, SIZES[named]), "no lease was lost: the run says little"
 
 
 @pytest.mark.long
@@ -82,9 +99,9 @@ def test_many_more_runs(sidecars: int) -> None:
     assert any(lost)
 
 
-def holds(seed: int, sidecars: int) -> list[int]:
+def holds(seed: int, sidecars: int, of: Size = size) -> list[int]:
     amount = 2_000
-    limit = simulated(seed, sidecars=sidecars, amount=amount)
+    limit = simulated(seed, sidecars=sidecars, amount=amount, of=of)
     lost = [one for one in limit.dropped if one]
     assert limit.through <= amount + sum(lost)
     assert limit.largest <= amount // LEASE_PARTS
