@@ -359,12 +359,12 @@ class Elected:
             return
         if rest_s and led.delivery is not None:
             await led.delivery.rest(rest_s)
-        if self._led.get(lane) is led:
-            del self._led[lane]
         if led.task is not None:
             led.task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await led.task
+        if self._led.get(lane) is led:  # not before: a round meanwhile would begin anew on what is given back
+            del self._led[lane]
 
     async def _look(self) -> None:
         """Wake the lanes that have grown, and find what is wished of them."""

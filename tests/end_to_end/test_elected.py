@@ -18,10 +18,11 @@ from support.tiny import tiny_upstream
 from support.whole import Whole
 
 from sidecar.cli import main
+from sidecar.delivery.leases import LEASE_S
 from sidecar.dev.mock_backends.faults import Do, Fault
 from sidecar.ledger.lanes import LANES
 
-LIMIT_S = 60.0  # of leases and retries, on a machine that others use as well
+LIMIT_S = 60.0  # some leases one after the other, on a machine that others use as well
 TENANTS = [f"customer-{n}" for n in range(20)]
 
 
@@ -134,6 +135,26 @@ async def test_what_is_parked_is_shown_redriven_and_cancelled_from_any_sidecar(
         taken = await all_.billed(count - 1)
         assert {one["id"] for one in taken} == {row["record_id"] for row in rows[1:]}
         assert await two.get("/parked") == []
+
+
+@pytest.mark.timeout(300)
+async def test_lanes_rest_while_the_database_is_away(tmp_path: Path, killable_postgres: PostgresServer) -> None:
+    async with fleet(tmp_path, killable_postgres) as all_:
+        one, two = all_
+        count = await call(one)
+        await all_.billed(count)
+        await asyncio.to_thread(killable_postgres.kill)
+        count += await call(one) + await call(two)
+
+        async def notes() -> str:
+            return json.dumps(await one.get("/readyz"))
+
+        await all_.until(notes, lambda found: "no lane is delivered from here" in found, what="reason in /readyz")
+        await asyncio.sleep(LEASE_S / 4)
+        assert len(all_.receiver.billed("webhook")) == len(TENANTS)
+        await asyncio.to_thread(killable_postgres.start)
+        await all_.billed(count)
+        await all_.until(notes, lambda found: "no lane is delivered" not in found, what="quiet /readyz")
 
 
 @pytest.mark.parametrize(
