@@ -212,6 +212,11 @@ class SharedCounters:
         self._wake.set()
 
     @property
+    def is_counted(self) -> bool:
+        """Whether the database answers."""
+        return self._begun and not self.trouble
+
+    @property
     def notes(self) -> list[str]:
         """For `/readyz`."""
         found = []
@@ -253,7 +258,7 @@ class SharedCounters:
 
     async def leave(self) -> None:
         """Publish what there is, and give all leases back."""
-        if self._begun and not self.trouble:
+        if self.is_counted:
             for counter in self._counters.all():
                 if counter.share is not None:
                     counter.share.room = counter.share.peak = 0  # so that nothing is kept that is not in use
@@ -421,7 +426,7 @@ class SharedCounters:
 
     async def rows(self) -> list[Row]:
         """All counters of the fleet; where the database does not answer, what is known here."""
-        if self._begun and not self.trouble:
+        if self.is_counted:
             try:
                 async with asyncio.timeout(QUESTION_S):
                     return await fleet_rows(self._db, self._instance, self._counters, self._wall_ns())

@@ -527,7 +527,7 @@ class Metering:
             down = {one.name: one.down for one in self.asking.status()}
             self.counted.set_gate(self.asking.questions, self.gate.unanswered, down)
         if (shared := self.limits_shared) is not None:
-            self.counted.set_shared_limits(shared.failures, is_away=bool(shared.trouble))
+            self.counted.set_shared_limits(shared.failures, is_away=not shared.is_counted)
         return self.counted.exposition(gauges)
 
     async def limits(self) -> list[dict[str, Any]]:
