@@ -1,6 +1,7 @@
 """Who is at what of which limit, and until when.
 
-Asks the running instance, which knows what open calls hold; adds up the records where none is running.
+Asks the running instance, which knows what open calls hold; adds up the records where none is running. Limits that
+sidecars share are those of all of them, with this one's part beside it.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     ]
     # Nearly all limits block: a column that says so in each row says nothing.
     shown = [name for name in COLUMNS if name != "action" or any(row["action"] != "block" for row in rows)]
+    if any("here" in row for row in rows):
+        flat = [row | {"here": Decimal(row["here"]["used"])} if "here" in row else row for row in flat]
+        shown.insert(shown.index("reserved") + 1, "here")
     return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"), whole=("until",))
 
 
@@ -77,12 +81,18 @@ def _of_files(settings: Settings) -> list[dict[str, Any]]:
     from sidecar.gate.limits import LimitsError
     from sidecar.runtime import gate_factory
     from sidecar.spool import SpoolReader
+    from sidecar.storage.files import StorageError
 
     try:
+        shared = gate_factory.fleet_now(settings)
+        if shared is not None:
+            return [gate_factory.shown(row) for row in shared]
         with SpoolReader(settings.data_dir) as reader:
             counters = gate_factory.counted(settings, reader, "", 0)
     except LimitsError as error:
         raise CommandError("\n".join(error.problems), EXIT_USAGE) from None
+    except StorageError as error:
+        raise CommandError(f"the limits are shared, and {error}") from None
     if counters is None:
         raise CommandError("no limit is defined: see SIDECAR_LIMITS and [[limits]]")
     return [gate_factory.shown(row) for row in counters.rows(time.time_ns())]

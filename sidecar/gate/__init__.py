@@ -3,5 +3,5 @@
 `limits` reads what an operator wrote, `windows` says which period a moment belongs to, `estimate` how much a call may
 consume at most, `counters` decides and settles (one owner, in the process that meters), `allowance` decides in a
 process that serves, out of what it was granted. All of them are pure. `admission` is what the hop sees, `owner` is who
-the others ask.
+the others ask. Where many sidecars share their limits, `shares` says how much one leases, and `fleet` leases it.
 """

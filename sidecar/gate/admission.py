@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
 
 from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan
-from sidecar.gate.counters import ALLOWED, DENIED
+from sidecar.gate.counters import ALLOWED, DENIED, UNDECIDED
 from sidecar.gate.denials import Amounts
 from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Asked, read_request
 from sidecar.gate.limits import Facts, Limit, Price
@@ -379,6 +379,10 @@ class Admission:
         if pending is None:
             return  # decided without it; what it granted ends with the next `tell`
         pending.timer.cancel()
+        if ruling.decision == UNDECIDED:  # limits are shared, and who has them cannot be asked
+            self._pending[ruling.number] = pending
+            self._unanswered(ruling.number)
+            return
         weighed = pending.weighed
         facts = weighed.facts
         if facts.model is not None and ruling.usual is not None:

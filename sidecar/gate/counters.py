@@ -11,6 +11,8 @@ holds nothing. What must always hold:
 - A call is settled once, into the period that it was let in in.
 - Nothing here is kept on a disk. `settle` is given each record, at its end or read again after a restart.
 
+Where many sidecars share their limits, a counter has a `Share`: what is left is what this sidecar holds a lease of.
+
 Times are Unix nanoseconds and come in as arguments.
 """
 
@@ -21,9 +23,11 @@ from dataclasses import dataclass, field
 from typing import Final, NamedTuple
 
 from sidecar.gate.limits import Action, Charge, Limit
+from sidecar.gate.shares import Share
 from sidecar.gate.windows import FOREVER_NS, SECOND_NS, Calendar, Sliding
 
 LEASE_PARTS: Final = 50  # a lease is at most this part of what is left
+SHARED_PARTS: Final = 8  # the same of what this sidecar holds a lease of, which is a small part of all already
 LEASE_CALLS_MAX: Final = 256  # and at most so many calls of the size of the one that asked
 LATE_NS: Final = 3600 * SECOND_NS  # how long a counter is kept after its period: calls that were let in in it still end
 WARN_PERCENT: Final = 80
@@ -45,6 +49,7 @@ class Counter:
     out: int = 0  # granted to all processes together
     parts: dict[int, int] = field(default_factory=dict)  # of a sliding window
     told_percent: int = 0
+    share: Share | None = None
 
     def used(self, at_ns: int) -> int:
         """What is settled and counts at that moment."""
@@ -52,9 +57,24 @@ class Counter:
         return self.settled if sliding is None else sliding.total(self.parts, at_ns)
 
     def left(self, at_ns: int) -> int:
-        return self.limit.amount - self.used(at_ns) - self.out
+        share = self.share
+        if share is None:
+            return self.limit.amount - self.used(at_ns) - self.out
+        if share.blocks:
+            return share.left - self.out
+        return self.limit.amount - self.used(at_ns) - share.others_settled - share.others_leased - self.out
+
+    @property
+    def is_used_up(self) -> bool:
+        """Until its period ends."""
+        limit = self.limit
+        others = 0 if self.share is None else self.share.others_settled
+        return limit.sliding is None and limit.unit != "concurrent" and self.settled + others >= limit.amount
 
     def add(self, amount: int, at_ns: int) -> None:
+        if self.share is not None:
+            self.share.unpublished += amount
+            self.share.dirty = True
         sliding = self.limit.sliding
         if sliding is None:
             self.settled += amount
@@ -91,6 +111,7 @@ class Row(NamedTuple):
     used: int
     reserved: int
     until_ns: int | None
+    here: tuple[int, int] | None = None  # of these by this sidecar, where limits are shared: used, and its lease
 
 
 class Counters:
@@ -103,9 +124,11 @@ class Counters:
         dry_run: bool = False,
         leases: bool = True,
         reached: Callable[[Counter, int], None] | None = None,
+        shared: Callable[[], float] | None = None,
     ) -> None:
         """`dry_run`: no limit blocks. `leases`: False: each call is asked for. `reached`: told once that a counter
-        came to so many percent."""
+        came to so many percent. `shared`: with other sidecars; the clock of their leases, in seconds."""
+        self._shared = shared
         self.limits = {limit.name: limit for limit in limits}
         self._dry_run = dry_run
         self._leases = leases
@@ -123,7 +146,7 @@ class Counters:
             if counter.left(at_ns) > 0:
                 continue
             limit = counter.limit
-            if limit.sliding is None and limit.unit != "concurrent" and counter.settled >= limit.amount:
+            if counter.is_used_up:
                 full.append(counter.key)
             if limit.action is Action.BLOCK and not self._dry_run:
                 wait_s = self.wait_s(counter, at_ns)
@@ -138,12 +161,36 @@ class Counters:
             # A call that may need more than is left takes the rest and goes: the last one is let in, not turned away.
             reserved = min(amount, left) if left > 0 else amount
             held[counter.key] = reserved
-            lease = min((left - reserved) // LEASE_PARTS, amount * LEASE_CALLS_MAX) if left > 0 and self._leases else 0
+            share = counter.share
+            parts = SHARED_PARTS if share is not None and share.blocks else LEASE_PARTS
+            lease = min((left - reserved) // parts, amount * LEASE_CALLS_MAX) if left > 0 and self._leases else 0
             if lease >= amount > 0:
                 more[counter.key] = lease
                 self._leased.setdefault(counter.key, set()).add(process)
             self._grant(process, counter, reserved + more.get(counter.key, 0))
+            if share is not None:
+                share.taken += reserved + more.get(counter.key, 0)
+                share.peak = max(share.peak, counter.out)
         return Decision(verdict, name, held, more, full)
+
+    def lacking(self, needs: Sequence[Need], at_ns: int) -> list[tuple[Counter, int]]:
+        """Of which counters more has to be leased before such a call can be decided, and how much it needs of them."""
+        found = []
+        for need in needs:
+            counter = self._counter_of(need, at_ns)
+            if counter.share is None or not counter.share.blocks or counter.is_used_up:
+                continue
+            if counter.left(at_ns) < max(need.amount, 1):
+                found.append((counter, max(need.amount, 1)))
+        return found
+
+    def low(self, needs: Sequence[Need], at_ns: int) -> list[Counter]:
+        """Those of which more should be leased before it runs out."""
+        found = [self._counter_of(need, at_ns) for need in needs]
+        return [counter for counter in found if counter.share and counter.left(at_ns) < counter.share.low]
+
+    def all(self) -> list[Counter]:
+        return list(self._counters.values())
 
     def wait_s(self, counter: Counter, at_ns: int) -> float | None:
         """How long until some of it is free again, where that is known and is a matter of waiting."""
@@ -171,7 +218,7 @@ class Counters:
         """What a process's open calls hold, all of it; nothing else is out to it."""
         self.gone(process)
         for key, amount in sums.items():
-            counter = self._by_key(key, at_ns)
+            counter = self.by_key(key, at_ns)
             if counter is not None and amount > 0:
                 self._grant(process, counter, amount)
 
@@ -192,6 +239,8 @@ class Counters:
             mine = self._counter(counter.limit, key, counter.scope, 0)
             mine.end_ns = counter.end_ns
             mine.settled += counter.settled
+            if mine.share is not None:
+                mine.share.dirty = True
             for part, amount in counter.parts.items():
                 mine.parts[part] = mine.parts.get(part, 0) + amount
 
@@ -205,7 +254,8 @@ class Counters:
                 over = not counter.parts
             else:
                 over = counter.end_ns + LATE_NS < at_ns or not (counter.settled or counter.limit.unit != "concurrent")
-            if over and not counter.out:
+            share = counter.share
+            if over and not counter.out and not (share is not None and (share.dirty or share.told or share.demand)):
                 del self._counters[key]
 
     def rows(self, at_ns: int) -> list[Row]:
@@ -216,6 +266,13 @@ class Counters:
                 continue
             found[counter.limit.name].append(self._row(counter, at_ns))
         return [row for rows in found.values() for row in sorted(rows, key=lambda r: (-r.used - r.reserved, r.scope))]
+
+    def end_ns(self, limit: Limit, key: str, scope: str, at_ns: int) -> int | None:
+        """When a counter's period ends; None: that is not the one that is now."""
+        if limit.key(scope, at_ns) != key:
+            return None
+        window = limit.window
+        return window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
 
     def row(self, limit: str, needs: Sequence[Need], at_ns: int) -> Row | None:
         """Where the counter of this limit stands that such a call falls under."""
@@ -236,7 +293,14 @@ class Counters:
     @staticmethod
     def _row(counter: Counter, at_ns: int) -> Row:
         until_ns = None if counter.end_ns >= FOREVER_NS else counter.end_ns
-        return Row(counter.limit, counter.scope, counter.used(at_ns), counter.out, until_ns)
+        used, share = counter.used(at_ns), counter.share
+        if share is None:
+            return Row(counter.limit, counter.scope, used, counter.out, until_ns)
+        held = max(counter.out, share.left)
+        return Row(
+            counter.limit, counter.scope, used + share.others_settled, held + share.others_leased, until_ns,
+            (used, held),
+        )  # fmt: skip
 
     def _counter_of(self, need: Need, at_ns: int) -> Counter:
         limit = self.limits[need.limit]
@@ -247,10 +311,13 @@ class Counters:
         if counter is None:
             window = limit.window
             end_ns = window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
-            counter = self._counters[key] = Counter(limit, key, scope, end_ns)
+            share = None
+            if self._shared is not None:
+                share = Share(limit.action is Action.BLOCK and not self._dry_run, self._shared)
+            counter = self._counters[key] = Counter(limit, key, scope, end_ns, share=share)
         return counter
 
-    def _by_key(self, key: str, at_ns: int) -> Counter | None:
+    def by_key(self, key: str, at_ns: int) -> Counter | None:
         """None: of a limit that there is no more."""
         name, _, rest = key.partition("|")
         limit = self.limits.get(name)
@@ -276,6 +343,8 @@ class Counters:
 
     def _tell(self, counter: Counter, at_ns: int) -> None:
         amount, used = counter.limit.amount, counter.used(at_ns)
+        if counter.share is not None:
+            used += counter.share.others_settled
         for percent in (100, WARN_PERCENT):
             if used * 100 >= amount * percent:
                 if counter.told_percent < percent:

@@ -8,6 +8,10 @@ Where others are asked too, each call is asked for here, and they are asked firs
 limits say is decided in one step, without an `await` in between. Nothing is leased then, and what a call holds of a
 vendor's answer is known by the call's id until its record is there.
 
+Where sidecars share their limits, a call is let in out of what this one holds a lease of, and where that does not
+suffice the question waits until more is leased (`Fleet`). What cannot be leased is left undecided, and
+`SIDECAR_GATE_ON_FAILURE` decides where the call is.
+
 It begins with nothing. `load` gives it what the records say, those that serve tell what their open calls hold, and
 until both is there questions wait. A record that arrives meanwhile is settled at once: what is loaded is added to it.
 """
@@ -25,7 +29,7 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from sidecar.gate import answers
 from sidecar.gate.answers import NOBODY_ASKED, Freshness
-from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Decision, Row
+from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, UNDECIDED, Counter, Counters, Decision, Need, Row
 from sidecar.gate.estimate import Outputs
 from sidecar.gate.limits import PICO, Charge, Charging, Facts
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Question, Ruling, Spoken, Used
@@ -64,6 +68,13 @@ class Others(Protocol):
     def died(self, is_of: Callable[[str], bool]) -> int: ...
 
 
+class Fleet(Protocol):
+    """What leases from all that share these limits, as `sidecar.gate.fleet.SharedCounters` does."""
+
+    def ask(self, lacking: Sequence[tuple[Counter, int]], then: Callable[[bool], None]) -> bool: ...
+    def soon(self, low: Sequence[Counter]) -> None: ...
+
+
 @dataclass(slots=True, eq=False)
 class _Asked:
     """A question of a process. `caller`: None: only limits are asked. `void`: its call has ended meanwhile, or it is
@@ -74,6 +85,7 @@ class _Asked:
     caller: Caller | None
     rounds: int = 0
     waited: bool = False  # for those outside
+    leased: bool = False  # it was tried to lease what it needs
     void: bool = False
 
 
@@ -96,15 +108,20 @@ class Owner:
         call_later: Callable[[float, Callable[[], None]], Handle],
         others: Others | None = None,
         units: Mapping[str, Meter | None] | None = None,
+        shared: Callable[[], float] | None = None,
     ) -> None:
-        """`others`: who else is asked. `units`: in which they count down, each with its meter."""
+        """`others`: who else is asked. `units`: in which they count down, each with its meter. `shared`: limits are
+        shared with other sidecars (by `fleet`, once there is one); the clock of their leases, in seconds."""
         self._charging = charging
         self._dry_run = dry_run
         self._clock_ns = clock_ns
         self._call_later = call_later
         self._others = others
         self._units = units or {}
-        self.counters = Counters(charging.limits, dry_run=dry_run, leases=others is None, reached=_say)
+        self.counters = Counters(charging.limits, dry_run=dry_run, leases=others is None, reached=_say, shared=shared)
+        self._is_shared = shared is not None
+        self.fleet: Fleet | None = None
+        self._leasing: set[_Asked] = set()
         self.unanswered: Tally[tuple[str, ...]] = Tally()
         """Decisions without an answer that is believed, by (source, decision, why; `last`: by an old one)."""
         self._outputs = Outputs()
@@ -134,6 +151,8 @@ class Owner:
         """Its connection is gone. What it holds it holds, until it tells, or has died."""
         self._known.pop(process, None)
         self._waiting = [asked for asked in self._waiting if asked.process != process]
+        for asked in self._leasing:
+            asked.void = asked.void or asked.process == process
         for call_id, asked in list(self._outside.items()):
             if asked.process == process:  # it asks anew when it is here again
                 asked.void = True
@@ -242,6 +261,8 @@ class Owner:
         if said.allowed or self._dry_run:
             # While new settings come into force it may ask for limits that are no more.
             needs = [need for need in question.needs if need.limit in self.counters.limits]
+            if self._is_shared and self._lease(known, asked, needs):
+                return
             decision = self.counters.decide(asked.process, needs, question.at_ns)
             if decision.decision == DENIED and decision.leased_to and asked.rounds < ROUNDS_MAX:
                 asked.rounds += 1
@@ -250,7 +271,38 @@ class Owner:
                 if not self._untold:
                     self._go_on()
                 return
+            if self.fleet is not None and (low := self.counters.low(needs, question.at_ns)):
+                self.fleet.soon(low)
         self._answer(known, asked, said, decision)
+
+    def _lease(self, known: _Known, asked: _Asked, needs: Sequence[Need]) -> bool:
+        """Whether the question has to wait for a lease, or stays undecided since there can be none."""
+        lacking = () if asked.leased else self.counters.lacking(needs, asked.question.at_ns)
+        if not lacking:
+            return False
+        asked.leased = True
+        self._leasing.add(asked)
+
+        def then(answered: bool) -> None:
+            self._leasing.discard(asked)
+            if answered:
+                self._next(asked)
+            elif (now_known := self._known.get(asked.process)) is not None and not asked.void:
+                self._undecided(now_known, asked)
+
+        if self.fleet is None or not self.fleet.ask(lacking, then):
+            self._leasing.discard(asked)
+            self._undecided(known, asked)
+        return True
+
+    def _undecided(self, known: _Known, asked: _Asked) -> None:
+        question = asked.question
+        if question.asker is not None:
+            self._outside.pop(question.asker.id, None)
+        known.answers += 1
+        known.speaks.answer(
+            Ruling(known.answers, question.number, self._outputs.usual(question.model), UNDECIDED).plain()
+        )
 
     def _said(self, asked: _Asked) -> answers.Decision | None:
         """What those outside say; None: they are being asked, and it goes on from there."""

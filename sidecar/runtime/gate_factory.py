@@ -20,6 +20,7 @@ from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import Outputs
+from sidecar.gate.fleet import PART, STEPS, SharedCounters, fleet_rows
 from sidecar.gate.limits import (
     METER,
     Charging,
@@ -44,16 +45,18 @@ from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
-from sidecar.runtime.backend_factory import has_ledger, open_reader
+from sidecar.runtime.backend_factory import fleet_reader, has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
+from sidecar.storage.postgres import Postgres
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
 HOUR_S: Final = 3600
+LIMITS_COMMAND_S: Final = 2.0  # of the database: who is asked more slowly than that decides nothing
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
 
@@ -299,8 +302,63 @@ def owner(settings: Settings, asking: Asking | None) -> Owner | None:
     return Owner(
         found or Charging((), None, settings.gate.gate_unknown),
         dry_run=settings.gate.gate_dry_run, clock_ns=time.time_ns, call_later=loop.call_later,
-        others=asking, units=_units(settings),
+        others=asking, units=_units(settings), shared=lease_clock_s if is_shared(settings) else None,
     )  # fmt: skip
+
+
+def is_shared(settings: Settings) -> bool:
+    """Whether limits count over all sidecars that share a ledger."""
+    return settings.fleet.ledger_url is not None and bool(limits(settings))
+
+
+def lease_clock_s() -> float:
+    """Goes on while the machine sleeps, where there is such a clock."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
+
+
+def fleet(settings: Settings, counters: Counters, missing: tuple[datetime, datetime] | None) -> SharedCounters:
+    """What shares these counters with other sidecars. `missing`: of `missing_hours`. Makes the directory's id where it
+    has none: raises `OSError`."""
+    url = settings.fleet.ledger_url
+    assert url is not None
+    name = Identity(settings.data_dir, settings.fleet.instance).ensure()
+
+    async def earlier() -> Counters | None:
+        return None if missing is None else await asyncio.to_thread(_of_ledger, settings, name, *missing)
+
+    return SharedCounters(
+        Postgres(url.reveal(), name=f"metering-sidecar {name} limits", command_timeout_s=LIMITS_COMMAND_S),
+        name, counters, clock_s=lease_clock_s, wall_ns=time.time_ns,
+        earlier=None if missing is None else earlier, floors=missing is not None,
+    )  # fmt: skip
+
+
+def fleet_now(settings: Settings) -> list[Row] | None:
+    """Where the limits of the fleet stand, for who runs no sidecar; None: they are not shared, or there are none.
+    Blocks. Raises `PostgresError`."""
+    url = settings.fleet.ledger_url
+    if url is None or not is_shared(settings):
+        return None
+    name = Identity(settings.data_dir, settings.fleet.instance).name
+
+    async def ask() -> list[Row]:
+        database = Postgres(url.reveal(), name="metering-sidecar limits", command_timeout_s=LIMITS_COMMAND_S)
+        try:
+            await database.require(PART, STEPS)
+            return await fleet_rows(database, name, Counters(limits(settings)), time.time_ns())
+        finally:
+            await database.close()
+
+    return asyncio.run(ask())
+
+
+def _of_ledger(settings: Settings, name: str, since: datetime, until: datetime) -> Counters | None:
+    """What the shared ledger has of this sidecar's hours."""
+    found, reader = charging(settings), fleet_reader(settings)
+    if found is None or reader is None:
+        return None
+    with closing(reader):
+        return count_hours(map(_hour, reader.usage(BY, since, until, {"instance": [name]})), found)
 
 
 def remarks_on(status: SourceStatus, on_failure: str) -> list[str]:
@@ -340,6 +398,18 @@ def counted(
             rows = ledger.usage(BY, since, until, own if settings.fleet.ledger_url is not None else None)
         counters.absorb(count_hours(map(_hour, rows), found))
     return counters
+
+
+def missing_hours(settings: Settings, reader: SpoolReader) -> tuple[datetime, datetime] | None:
+    """The time that windows reach back to and the spool does not. Reads files."""
+    found = charging(settings)
+    if found is None:
+        return None
+    since_ns = oldest_start_ns(found.limits, time.time_ns())
+    from_s = _complete_from_s(reader, since_ns)
+    if from_s * SECOND_NS <= since_ns:
+        return None
+    return datetime.fromtimestamp(max(since_ns, 0) // SECOND_NS, UTC), datetime.fromtimestamp(from_s, UTC)
 
 
 def _complete_from_s(reader: SpoolReader, since_ns: int) -> float:
@@ -386,4 +456,5 @@ def shown(row: Row) -> dict[str, Any]:
         "window": limit.window_text or None,
         "until": until,
         "action": limit.action.value,
+        **({} if row.here is None else {"here": {"used": limit.text(row.here[0]), "leased": limit.text(row.here[1])}}),
     }

@@ -34,6 +34,7 @@ from sidecar.delivery.worker import Settled
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
+from sidecar.gate.fleet import SharedCounters
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerError
 from sidecar.ledger.identity import Identity
@@ -452,6 +453,8 @@ class Metering:
     intake: Intake
     gate: Owner | None = None
     asking: Asking | None = None
+    limits_shared: SharedCounters | None = None  # with others, once what is in the spool is counted
+    sharing: asyncio.Task[None] | None = None
     seam: Seam = field(init=False)
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
@@ -534,6 +537,8 @@ class Metering:
         if self.asking is not None and self.gate is not None:
             down = {one.name: one.down for one in self.asking.status()}
             self.counted.set_gate(self.asking.questions, self.gate.unanswered, down)
+        if (shared := self.limits_shared) is not None:
+            self.counted.set_shared_limits(shared.failures, is_away=not shared.is_counted)
         return self.counted.exposition(gauges)
 
     async def limits(self) -> list[dict[str, Any]]:
@@ -542,6 +547,8 @@ class Metering:
             return []
         await self.seam.ask()
         self.seam.store()
+        if self.limits_shared is not None:
+            return [gate_factory.shown(row) for row in await self.limits_shared.rows()]
         return [gate_factory.shown(row) for row in self.gate.rows()]
 
     async def times(self) -> list[dict[str, Any]]:
@@ -564,6 +571,9 @@ class Metering:
             notes.append(f"the settings were not reloaded, the old ones hold: {self.not_reloaded}")
         for one in () if self.asking is None else self.asking.status():
             notes += gate_factory.remarks_on(one, self.settings.gate.gate_on_failure)
+        if self.limits_shared is not None:
+            policy = self.settings.gate.gate_on_failure
+            notes += [f"{note} (SIDECAR_GATE_ON_FAILURE={policy})" for note in self.limits_shared.notes]
         ready = not self.stopping and any(not answer.refusing for answer in answers)
         backends: list[dict[str, object]] = []
         if self.bills is not None:
@@ -586,6 +596,12 @@ class Metering:
                 for s in status
             ]
         return Readiness(ready=ready, state="stopping" if self.stopping else state, notes=notes, backends=backends)
+
+    async def leave_limits(self) -> None:
+        """Give back what is leased of the fleet's limits."""
+        if self.sharing is not None and self.limits_shared is not None:
+            await _ended(self.sharing)
+            await self.limits_shared.leave()
 
     async def stop(self) -> None:
         """We are leaving: not ready any more, for whatever reason."""
@@ -711,8 +727,9 @@ async def recording(
                 whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
-                loading = asyncio.create_task(load_limits(whole.gate, settings, bills, last_seq))
-                stack.callback(loading.cancel)
+                loading = asyncio.create_task(load_limits(whole, whole.gate, settings, bills, last_seq))
+                stack.push_async_callback(whole.leave_limits)
+                stack.push_async_callback(_ended, loading)
             whole.intake.handed = bills.hand_over
             if bills.shared is not None and (reader := backend_factory.fleet_reader(settings)) is not None:
                 stack.callback(reader.close)
@@ -743,9 +760,9 @@ async def _ended(task: asyncio.Task[None]) -> None:
         await task
 
 
-async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq: int) -> None:
+async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: Billing, last_seq: int) -> None:
     """Give the gate what the records say. `last_seq`: of the slot that is written here, the last that was there before
-    this life: those behind it are settled as they come."""
+    this life: those behind it are settled as they come. Where limits are shared, they are shared from then on."""
     assert bills.spool is not None
     began_s = asyncio.get_running_loop().time()
     outputs = Outputs()
@@ -756,7 +773,15 @@ async def load_limits(gate: Owner, settings: Settings, bills: Billing, last_seq:
     except (OSError, SpoolError, StorageError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
+    if gate_factory.is_shared(settings):
+        try:
+            missing = await asyncio.to_thread(gate_factory.missing_hours, settings, bills.reader)
+            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, missing)
+        except (OSError, SpoolError, ValueError) as error:
+            log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", error)
     gate.load(found or Counters(()), outputs)
+    if whole.limits_shared is not None:
+        whole.sharing = asyncio.create_task(whole.limits_shared.run())
     took_s = asyncio.get_running_loop().time() - began_s
     if took_s > LOAD_SLOW_S:
         log.warning("reading what was used of the limits took %.1f s", took_s)

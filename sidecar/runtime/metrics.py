@@ -118,6 +118,8 @@ FAMILIES: Final[Mapping[str, Family]] = {
         ("source", "decision", "reason"),
     ),
     "sidecar_gate_source_down": Family("gauge", "1 while no call waits for it, as it does not answer", ("source",)),
+    "sidecar_limits_away": Family("gauge", "1 while the limits that sidecars share cannot be counted"),
+    "sidecar_limits_failures": Family("counter", "Questions about shared limits that the database did not answer"),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
     "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
     "sidecar_upstream_faults": Family(
@@ -448,6 +450,11 @@ class Metrics(HopEvents, Collector):
         self._counters["sidecar_gate_questions"] = {**questions}
         self._counters["sidecar_gate_unanswered"] = {**unanswered}
         self._gauges["sidecar_gate_source_down"] = {(name,): int(is_down) for name, is_down in down.items()}
+
+    def set_shared_limits(self, failures: int, *, is_away: bool) -> None:
+        """How it stands with limits that are shared with other sidecars."""
+        self._gauges["sidecar_limits_away"][()] = int(is_away)
+        self._counters["sidecar_limits_failures"] = {(): failures}
 
     def add(self, counts: Iterable[tuple[str, str, float]]) -> None:
         """What a process that serves has counted (`HopCounts.take`): family, label, count."""

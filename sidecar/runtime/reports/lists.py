@@ -120,4 +120,5 @@ def limits(rows: Iterable[Mapping[str, Any]], query: LimitsQuery, names: Names) 
 def limits_flat(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same with plain values alone."""
     for row in rows:
+        row = {name: value for name, value in row.items() if name != "here"}  # JSON alone tells the part of one
         yield {**row, "scope": ", ".join(f"{name} {value}" for name, value in row["scope"].items())}
