@@ -55,7 +55,7 @@ class Fleet:
         async def look() -> list[dict[str, Any]]:
             return list(self.receiver.billed("webhook"))
 
-        found = await self.until(look, lambda found: len(found) >= count, what=f"{count} billed")
+        found: list[dict[str, Any]] = await self.until(look, lambda one: len(one) >= count, what=f"{count} billed")
         assert len({one["id"] for one in found}) == len(found) == count
         assert {name: len(digests) for name, digests in self.receiver.digests.items() if len(digests) > 1} == {}
         return found
