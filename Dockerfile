@@ -12,9 +12,9 @@ ARG SOURCE_DATE_EPOCH
 WORKDIR /src
 RUN python -m venv /opt/sidecar
 ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_NO_CACHE_DIR=1 PIP_NO_COMPILE=1
-# The locked packages first: they change less often than our own files.
-COPY requirements/run.lock requirements/run.lock
-RUN /opt/sidecar/bin/pip install --no-deps --require-hashes -r requirements/run.lock
+# The locked packages first: they change less often than our own files. With the drivers that a fleet needs.
+COPY requirements/run.lock requirements/fleet.lock requirements/
+RUN /opt/sidecar/bin/pip install --no-deps --require-hashes -r requirements/run.lock -r requirements/fleet.lock
 COPY pyproject.toml hatch_build.py LICENSE *.md ./
 COPY docs docs
 COPY config config

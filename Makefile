@@ -77,6 +77,7 @@ lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 	$(COMPILE) pyproject.toml requirements/build.in -c requirements/constraints.in -o requirements/run.lock
 	$(COMPILE) pyproject.toml requirements/build.in -c requirements/run.lock --extra test --extra lint --extra clients \
 		-o requirements/test.lock
+	$(COMPILE) requirements/fleet.in -c requirements/test.lock -o requirements/fleet.lock
 
 # The pip that each Python from 3.11 on brought along at its oldest and newest, and the newest of all.
 PIPS ?= 22.3.1 23.0.1 23.2.1 24.2 newest
@@ -99,7 +100,7 @@ site: $(TEST) ## the pages as a site, in build/site
 # Of what the image has, read from an environment that is made as the Dockerfile makes it.
 sbom: $(TEST) ## what the image holds, as dist/sbom.cdx.json (CycloneDX)
 	@rm -rf $(VENV)-image && $(BIN)/python -m venv $(VENV)-image
-	@$(VENV)-image/bin/python -m pip --disable-pip-version-check $(LOCKED) requirements/run.lock
+	@$(VENV)-image/bin/python -m pip --disable-pip-version-check $(LOCKED) requirements/run.lock -r requirements/fleet.lock
 	@$(VENV)-image/bin/python -m pip --disable-pip-version-check install --quiet --quiet --no-deps --no-build-isolation .
 	@$(VENV)-image/bin/python -m pip --disable-pip-version-check uninstall --quiet --yes \
 		hatchling editables packaging pathspec pluggy tomlkit trove-classifiers setuptools pip

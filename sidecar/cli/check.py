@@ -1,6 +1,6 @@
 """Print the effective settings, secrets hidden, and every problem at once.
 
-`--connect` also tries the upstream and each backend: name, TCP, TLS and one harmless request.
+`--connect` also tries each upstream and each backend: name, TCP, TLS and one harmless request.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ WIDE_CHARS: Final = 10_000  # more than any detail has
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--connect", action="store_true", help="also try the upstream and the backends")
+    parser.add_argument("--connect", action="store_true", help="also try the upstreams and the backends")
     parser.add_argument("--all", action="store_true", help="also settings that stand at their default")
     add_data_dir(parser)
     add_format(parser, "table", "json")
@@ -82,7 +82,7 @@ def unpriced_models(settings: Settings) -> list[str]:
     from sidecar.model.exchange import Usage, UsageState
     from sidecar.prices import PricesError, price_book
     from sidecar.runtime import backend_factory
-    from sidecar.runtime.factory import priced_host
+    from sidecar.runtime.factory import priced_hosts
 
     now = datetime.now(UTC)
     try:
@@ -93,12 +93,12 @@ def unpriced_models(settings: Settings) -> list[str]:
             seen = ledger.unpriced(now - timedelta(days=UNPRICED_DAYS))
     except (StorageError, OSError, PricesError):
         return []  # whoever needs the ledger says what is wrong with it, and the settings what with the prices
-    host = priced_host(settings)
+    hosts = set(priced_hosts(settings).values())
     found = []
     for one in seen:
         call = Usage(usage_state=UsageState.FINAL, provider=one.provider, model=one.model, input_tokens=1,
                      output_tokens=1, total_tokens=2)  # fmt: skip
-        if one.model is not None and book.cost(call, now.timestamp(), host=host)[1] is None:
+        if one.model is not None and all(book.cost(call, now.timestamp(), host=host)[1] is None for host in hosts):
             found.append(one)
     lines = [
         f"no price is known for {one.model} of {one.provider or 'an unknown provider'}: {_calls(one.calls)} of the "

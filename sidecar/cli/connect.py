@@ -1,8 +1,8 @@
-"""`check --connect`: can the upstream and the backends be reached from here, and do they know us?
+"""`check --connect`: can the upstreams and the backends be reached from here, and do they know us?
 
 For each address: the name is resolved, a connection is opened and, with https, the certificate verified. A backend
 that can say whether it is set up as we are (`examine`) is asked then, with look-ups that bill nothing: each thing that
-is wrong is a row of its own. The upstream is sent no request.
+is wrong is a row of its own. An upstream is sent no request.
 """
 
 from __future__ import annotations
@@ -12,12 +12,15 @@ import os
 import ssl
 from collections.abc import Awaitable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
 from sidecar.backends import BACKENDS
-from sidecar.backends.base import Examined
+from sidecar.backends.base import Examined, Reached
 from sidecar.backends.http import fault_of
+from sidecar.backends.ledger import SharedLedgerBackend
+from sidecar.proxy.upstream import client_tls
 from sidecar.runtime import backend_factory
 from sidecar.settings import Settings
 
@@ -42,29 +45,71 @@ class Tried:
 
 
 async def try_everything(settings: Settings) -> list[Tried]:
-    """The upstream and each backend that is switched on, all at the same time."""
-    attempts = [_backend(settings, name) for name in settings.backends]
-    if settings.proxy.upstream_url is not None:
-        attempts.insert(0, _upstream(settings.proxy.upstream_url, settings))
+    """Each upstream and each backend that is switched on, all at the same time."""
+    proxy = settings.proxy
+    attempts = []
+    if proxy.upstream_url is not None:
+        attempts.append(
+            _upstream(
+                "upstream",
+                proxy.upstream_url,
+                proxy.upstream_ca_file,
+                proxy.upstream_cert_file,
+                proxy.upstream_key_file,
+                proxy.upstream_server_name,
+            )
+        )
+    attempts += [
+        _upstream(f"upstream {one.name}", one.url, one.ca_file, one.cert_file, one.key_file, one.server_name)
+        for one in proxy.upstreams
+    ]
+    attempts += [_backend(settings, name) for name in settings.backends]
     return [tried for each in await asyncio.gather(*attempts) for tried in each]
 
 
-async def _upstream(url: str, settings: Settings) -> list[Tried]:
-    return [await _try("upstream", _reach_upstream(settings, url))]
+async def _upstream(
+    what: str, url: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, server_name: str | None
+) -> list[Tried]:
+    return [await _try(what, _reach_upstream(url, ca_file, cert_file, key_file, server_name))]
 
 
 async def _backend(settings: Settings, name: str) -> list[Tried]:
     """Whether it can be reached; and where it can, everything that it finds wrong."""
     if not any(setting.name == "url" for setting in BACKENDS[name].settings):
+        if name == backend_factory.LEDGER_NAME and settings.fleet.ledger_url is not None:
+            return await _shared_ledger(settings)
         return [Tried(name, REACHED, "on this machine")]
     made = backend_factory.backend(settings, name)
     url = settings.backend(name)["url"] or getattr(made, "address", None)
     try:
-        reached = await _try(name, _reach_backend(name, url))
+        if isinstance(made, Reached):
+            reached = await _reached(name, made)
+        else:
+            reached = await _try(name, _reach_backend(name, url))
         problems = await _examined(name, made) if reached.ok and isinstance(made, Examined) else []
     finally:
         await made.aclose()
     return [reached, *(Tried(name, WRONG, problem) for problem in problems)]
+
+
+async def _reached(name: str, backend: Reached) -> Tried:
+    try:
+        async with asyncio.timeout(LIMIT_S):
+            ok, detail = await backend.reach()
+    except TimeoutError:
+        return Tried(name, FAILED, f"no connection within {LIMIT_S:g} s")
+    return Tried(name, REACHED if ok else FAILED, detail)
+
+
+async def _shared_ledger(settings: Settings) -> list[Tried]:
+    """Whether it would take records; nothing is written."""
+    made = backend_factory.backend(settings, backend_factory.LEDGER_NAME)
+    assert isinstance(made, SharedLedgerBackend)
+    try:
+        problems = await _examined(made.name, made)
+        return [Tried(made.name, FAILED, problem) for problem in problems] or [Tried(made.name, REACHED, made.where)]
+    finally:
+        await made.aclose()
 
 
 async def _examined(name: str, backend: Examined) -> list[str]:
@@ -101,7 +146,9 @@ def _words(error: OSError) -> str:
     return os.strerror(number) if number > 0 else error.strerror or str(error)
 
 
-async def _reach_upstream(settings: Settings, url: str) -> str:
+async def _reach_upstream(
+    url: str, ca_file: Path | None, cert_file: Path | None, key_file: Path | None, server_name: str | None
+) -> str:
     if url.startswith("unix:"):
         path = url.removeprefix("unix:").partition(":")[0]
         _, writer = await asyncio.open_unix_connection(path)
@@ -109,10 +156,8 @@ async def _reach_upstream(settings: Settings, url: str) -> str:
         return f"unix:{path}"
     context = None
     if url.startswith("https://"):
-        context = ssl.create_default_context(cafile=settings.proxy.upstream_ca_file)
-        if settings.proxy.upstream_cert_file is not None:
-            context.load_cert_chain(settings.proxy.upstream_cert_file, settings.proxy.upstream_key_file)
-    return await _reach(url, context, settings.proxy.upstream_server_name)
+        context = client_tls(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+    return await _reach(url, context, server_name)
 
 
 async def _reach_backend(name: str, url: str | None) -> str:

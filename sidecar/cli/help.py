@@ -81,6 +81,9 @@ PAGES: Final[Mapping[str, Shown]] = {
     "prices show": Shown(("prices show gpt-5-mini", "prices show gpt-5-mini --at 2026-09-01"), "docs/prices.md"),
     "prices diff": Shown(("prices diff newer.json",), "docs/prices.md"),
     "subscriber": Shown(("subscriber", "subscriber --source header:x-tenant"), "docs/numbers.md"),
+    "collect": Shown(
+        ("collect", "collect --provision", "collect --aside", "collect --feed records.ndjson"), "docs/backends.md#nats"
+    ),
     "receiver": Shown(("receiver", "receiver --listen 127.0.0.1:9701 --store taken.db"), "docs/backends.md"),
     "completion": Shown(
         (

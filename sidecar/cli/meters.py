@@ -129,7 +129,7 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
         rows.append({**definition, **aggregation, "of": of, "filters": filters or None})
     # What no meter has is left out.
     columns = [name for name in _LIST if name in ("name", "type", "of") or any(row.get(name) for row in rows)]
-    print(render(rows, columns, Format.TABLE), end="")
+    print(render(rows, columns, Format.TABLE, whole=("of", "filters")), end="")
     if not settings.meters:
         print("no meters are defined, so these are in force: api_calls counts what was answered below 400, the others "
               "what was consumed in any case; see docs/meters.md", file=sys.stderr)  # fmt: skip
@@ -192,7 +192,7 @@ def _trial(arguments: argparse.Namespace, settings: Settings) -> int:
         counts["records", ""] += 1
         common = {
             "record": record.id,
-            "started": record.started_at.isoformat(timespec="seconds"),
+            "started": record.started_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
             "subscriber": None if record.subscriber is None else record.subscriber.id,
         }
         for row in rows:

@@ -1,12 +1,14 @@
 """How commands print: a table for people, JSON and CSV for programs (`reports.formats`).
 
 Numbers stand to the right with thousands apart, None is a dash (never a zero), and what does not fit the terminal is
-made to: first the widest texts are shortened, then columns that may be spared are left out.
+made to: first the widest texts are shortened, then columns that may be spared are left out. A pipe or a file gets all,
+unless `COLUMNS` says how wide it is.
 """
 
 from __future__ import annotations
 
 import codecs
+import os
 import shutil
 import sys
 import textwrap
@@ -24,7 +26,8 @@ T = TypeVar("T")
 
 NARROWEST_CHARS: Final = (12, 8, 5)  # what a column of texts keeps, tried one after the other
 GAP: Final = "  "
-WIDTH_CHARS: Final = 120  # where there is no terminal to ask
+WIDTH_CHARS: Final = 120  # of running text, where there is no terminal to ask
+UNBOUND_CHARS: Final = 100_000  # of a table that no terminal shows: a pipe or a file has all of it
 PROGRESS_S: Final = 0.2  # between two looks of a line that counts
 # What stands for our own characters on a terminal that has none of them.
 _PLAIN: Final = {"\N{BOX DRAWINGS LIGHT HORIZONTAL}": "-", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "."}
@@ -118,7 +121,8 @@ def _total(widths: Mapping[str, int]) -> int:
 def pairs(rows: Sequence[tuple[str, str]], *, width: int | None = None) -> str:
     """Names and what is to be said of them, in two columns; what is too long goes on below."""
     indent = max((len(name) for name, _ in rows), default=0) + len(GAP)
-    room = max((width or terminal_chars()) - indent, NARROWEST_CHARS[0])
+    chars = width or terminal_chars()
+    room = max((WIDTH_CHARS if chars == UNBOUND_CHARS else chars) - indent, NARROWEST_CHARS[0])
     lines = []
     for name, text in rows:
         first, *more = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
@@ -127,7 +131,10 @@ def pairs(rows: Sequence[tuple[str, str]], *, width: int | None = None) -> str:
 
 
 def terminal_chars() -> int:
-    return shutil.get_terminal_size((WIDTH_CHARS, 24)).columns
+    """How much fits beside each other on what commands print to."""
+    if sys.stdout.isatty() or os.environ.get("COLUMNS", "").isdigit():
+        return shutil.get_terminal_size((WIDTH_CHARS, 24)).columns
+    return UNBOUND_CHARS
 
 
 def write_data(pieces: Iterable[str | bytes]) -> None:

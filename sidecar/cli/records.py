@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from sidecar.cli.output import Format, shown, terminal_chars, write_data
+from sidecar.cli.output import UNBOUND_CHARS, Format, shown, terminal_chars, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -203,7 +203,8 @@ def _write_table(names: Names) -> Callable[[bytes], None]:
 
     def line(cells: Iterable[str]) -> str:
         fitted = [
-            _fit(cell, width, right) for cell, width, (_, _, right, _) in zip(cells, widths, columns, strict=True)
+            _fit(cell, width, right, width_matters=room < UNBOUND_CHARS)
+            for cell, width, (_, _, right, _) in zip(cells, widths, columns, strict=True)
         ]
         return GAP.join(fitted).rstrip()
 
@@ -219,6 +220,6 @@ def _write_table(names: Names) -> Callable[[bytes], None]:
     return write
 
 
-def _fit(text: str, width: int, right: bool) -> str:
-    clipped = text if len(text) <= width else text[: width - 1] + "…"
+def _fit(text: str, width: int, right: bool, *, width_matters: bool) -> str:
+    clipped = text if len(text) <= width or not width_matters else text[: width - 1] + "…"
     return clipped.rjust(width) if right else clipped.ljust(width)

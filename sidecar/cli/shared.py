@@ -35,10 +35,10 @@ def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] =
     """All that `serve` needs, with what only the parts can judge: meters, prices, limits, backends, the ledger's
     file, certificates."""
     from sidecar import prices
-    from sidecar.runtime import backend_factory, certificates, gate_factory
+    from sidecar.runtime import backend_factory, certificates, gate_factory, shipping
 
     def judge(settings: Settings) -> list[str]:
-        own = [*prices.faults(settings), *gate_factory.faults(settings)]
+        own = [*prices.faults(settings), *gate_factory.faults(settings), *shipping.faults(settings)]
         return [*backend_factory.faults(settings), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)

@@ -87,7 +87,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     if "mend_run" in arguments:
         return mend.run(arguments, settings)
-    arguments.subscriber_names = settings.subscriber_names
+    arguments.subscriber_names, arguments.settings = settings.subscriber_names, settings
     code: int = arguments.spool_run(arguments, settings.data_dir)
     return code
 
@@ -181,12 +181,17 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
-    from sidecar.cli.files import accounts_of, spool_of
+    from sidecar.cli.files import spool_of
+    from sidecar.delivery.rows import StateError
+    from sidecar.runtime import backend_factory
 
     form, names = Format(arguments.format), Names(arguments.subscriber_names)
     query = lists.ParkedQuery(backend=arguments.backend, reason=arguments.reason)
-    with accounts_of(data_dir) as accounts:
-        rows = list(lists.parked(accounts, query, names))
+    try:
+        with backend_factory.accounts(arguments.settings) as accounts:
+            rows = list(lists.parked(accounts, query, names))
+    except StateError as error:
+        raise CommandError(str(error)) from None
     if not rows:
         with spool_of(data_dir):  # else it is no data directory, and nothing can be said of it
             pass

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -196,6 +197,15 @@ class Elected:
             worst[status.backend] = status if known is None else _worse(known, status)
         return list(worst.values())
 
+    def parked_now(self) -> dict[tuple[str, str], int]:
+        """Records parked by backend and reason, of the lanes that are held here. Blocks. A lane that is lost just now
+        is another's to count."""
+        found: Counter[tuple[str, str]] = Counter()
+        for delivery in self.deliveries().values():
+            with contextlib.suppress(StateError):
+                found.update(delivery.parked_now())
+        return dict(found)
+
     def wake(self) -> None:
         """Records of ours are in the database."""
         for delivery in self.deliveries().values():
@@ -257,6 +267,12 @@ class Elected:
                 if self._is_late():
                     await self._follow({})
                 await asyncio.sleep(TROUBLE_S)
+            except Exception as error:
+                # A mistake of ours: nothing may be held that nobody renews, and the next round may do better.
+                log.exception("a round of the lanes failed")
+                self._say(f"a mistake of ours ({type(error).__name__}), see the log")
+                await self._follow({})
+                await asyncio.sleep(TROUBLE_S)
 
     async def _give_back(self) -> None:
         """Let others have their share, in a while: what is under way ends first, and the lease is renewed meanwhile."""
@@ -297,6 +313,8 @@ class Elected:
             except (StateError, SpoolError, PostgresError, ExceptionGroup) as error:
                 facts = {"lane": led.held.lane}
                 log.error("a lane rests and is begun anew: %s", _reason(error), extra={"facts": facts})
+            except Exception:  # nobody waits for this task: it would be a lane that is held and not worked on
+                log.exception("a lane rests and is begun anew", extra={"facts": {"lane": led.held.lane}})
             await asyncio.sleep(TROUBLE_S)
 
     async def _work(self, led: _Led) -> None:

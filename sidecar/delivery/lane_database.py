@@ -22,6 +22,7 @@ from typing import Any, Final, TypeVar
 
 from sidecar.delivery.database import Connection
 from sidecar.delivery.rows import StateBusy, StateError, StateFull
+from sidecar.ledger.lanes import LANES
 from sidecar.storage import postgres
 from sidecar.storage.postgres import Fault, Postgres, PostgresError
 
@@ -170,6 +171,18 @@ class LaneReading:
 
     def close(self) -> None:
         """Its connections are others' as well."""
+
+
+@contextmanager
+def lanes_read(url: str) -> Iterator[list[LaneReading]]:
+    """All lanes, for whoever wants to know and holds none. Raises `StateError`."""
+    database = Postgres(url, name="metering-sidecar lanes read")
+    try:
+        with told(f"the lanes in {database.where}"):
+            call(database.require(LEASES_PART, LEASES))
+        yield [LaneReading(database, lane) for lane in range(LANES)]
+    finally:
+        call(database.close())
 
 
 @contextmanager

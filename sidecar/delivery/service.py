@@ -37,7 +37,7 @@ from sidecar.delivery.types import (
     SpoolReader,
     StoredGroup,
 )
-from sidecar.delivery.worker import Worker
+from sidecar.delivery.worker import Settled, Worker
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import NO_CUSTOMER, Backend
 from sidecar.model.record import Record
@@ -63,11 +63,13 @@ class Delivery:
         copied_s: float | None = None,
         copied_text: str = "",
         safe: Collection[str] = (),
+        settled: Mapping[str, Settled] | None = None,
     ) -> None:
         """`skip_gaps`: a backend that was left out does not get what was recorded meanwhile.
 
         `copied_s`: the files were copied, about then, and nobody has decided yet what they are (`adopt`).
         `safe`: backends whose own books were copied together with ours.
+        `settled`: for a backend that somebody waits for, who is told how it stands.
         """
         self._skip_gaps = skip_gaps
         self.reader, self.store, self.metrics = reader, store, metrics
@@ -85,7 +87,10 @@ class Delivery:
         )
         self.tail = Tail(reader, self._context.limits)
         self.backends = {backend.name: backend for backend in backends}
-        self._workers = {backend.name: Worker(backend, self._context, self.tail) for backend in backends}
+        waited = settled or {}
+        self._workers = {
+            backend.name: Worker(backend, self._context, self.tail, waited.get(backend.name)) for backend in backends
+        }
         self._group = asyncio.TaskGroup()
         self._running = False
         self._tasks: set[asyncio.Task[None]] = set()

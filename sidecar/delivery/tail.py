@@ -273,6 +273,10 @@ class Feed:
             source.next_read_s = min(source.next_read_s, source.soon_s)
         self._listed = False
 
+    @property
+    def sources(self) -> Sequence[Source]:
+        return self._rotation
+
     def source(self, instance: str) -> Source | None:
         return self._all.get(instance)
 

@@ -17,7 +17,7 @@ import asyncio
 import itertools
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from sidecar.delivery import encoding, redrive, removed_backend, settlement
@@ -32,12 +32,17 @@ from sidecar.delivery.rows import Cursor, NewRequest, Parked, Redrive, Request, 
 from sidecar.delivery.settlement import Reply
 from sidecar.delivery.tail import Feed, Item, Source, Tail
 from sidecar.delivery.types import MISSING, BackendStatus, Ended, Now
-from sidecar.model.delivery import AddsUp, Backend, Blocked, Dedup, Sealed, Unknown, Verdict
+from sidecar.model.delivery import AddsUp, Backend, Blocked, Dedup, Delivered, Duplicate, Sealed, Unknown, Verdict
 from sidecar.spool.types import SpoolError
 
 _LOG = logging.getLogger(__name__)
 
 TROUBLE_RETRY_S = 1.0  # how soon a file that failed is opened again
+EAGER_S = 0.001  # between two looks where responses wait for the backend: what comes during one goes with the next
+
+Settled = Callable[[str, int, Collection[int]], None]
+"""Told how a spool stands at a backend: its instance, the number up to which records have their place, and the numbers
+among those of which something is still to be settled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +95,13 @@ class Room:
 class Worker:
     """Runs one backend. `wake` when records were committed; `status` at any time."""
 
-    def __init__(self, backend: Backend, context: Context, tail: Tail) -> None:
+    def __init__(self, backend: Backend, context: Context, tail: Tail, settled: Settled | None = None) -> None:
+        """`settled`: who waits for this backend; then nothing waits for company here."""
         self.backend = backend
         self._context, self._limits, self._store = context, context.limits, context.store
+        self._told = settled
+        if settled is not None:
+            self._limits = replace(self._limits, linger_s=EAGER_S, gather_s=EAGER_S, sums_linger_s=EAGER_S)
         self._breaker = CircuitBreaker(backend, context.metrics, context.limits)
         batches = backend.abilities.events_max > 1
         gap_s = self._limits.linger_s if batches else self._limits.gather_s
@@ -174,6 +183,7 @@ class Worker:
         mistake of ours and ends it.
         """
         self._believe(cursors, requests)
+        self._tell_settled()
         # How long the last run meant to wait says nothing of the backend now: the first replies tell.
         self._queue.hurry(self._now(), held_too=True)
         async with self._sends:
@@ -273,6 +283,7 @@ class Worker:
         if settled or begin or planned:
             await self._commit(settled, begin, planned)
             self._in_hand = []
+            self._tell_settled()
             return True
         return bool(self._replies)
 
@@ -294,6 +305,20 @@ class Worker:
             self._send(request, now)
         if planned is not None:
             self._sealed(planned, done.sealed, now)
+
+    def _tell_settled(self) -> None:
+        """Say where the backend stands, to who waits for it."""
+        if self._told is None:
+            return
+        # The backend's yes is enough: that it is stored here too is for us, and nobody waits for that.
+        there = {r.request.id for r in (*self._replies, *self._in_hand) if _all_taken(r.verdicts)}
+        pending: dict[int, set[int]] = {}
+        for request in self._open():
+            if request.id in there:
+                continue
+            pending.setdefault(request.cursor, set()).update(member.seq for member in request.members)
+        for source in self._feed.sources:
+            self._told(source.instance, source.seq, pending.get(source.cursor, ()))
 
     def _settled(self, one: Settlement, children: Sequence[int], now: Now) -> None:
         request, decision = one.request, one.decision
@@ -431,6 +456,7 @@ class Worker:
         verdicts = await self._ask(sealed)
         del self._under_way[request.id]
         self._replies.append(Reply(request, verdicts, started))
+        self._tell_settled()
         self._queue.called(request.subject)
         self._ring()
 
@@ -649,6 +675,10 @@ class Worker:
 
     def _error(self, text: str, **facts: object) -> None:
         _LOG.error(text, extra={"facts": {"backend": self.backend.name, **facts}})
+
+
+def _all_taken(verdicts: Sequence[Verdict]) -> bool:
+    return all(isinstance(verdict, Delivered | Duplicate) for verdict in verdicts)
 
 
 def _interrupted(request: Request, now: Now) -> Reply:

@@ -382,6 +382,7 @@ def _not_as_reported(arrived: summary.Arrived, backend: str) -> list[str]:
 
 async def _keep(sidecar: Running, data_dir: Path, say: Say) -> None:
     say("It stays up. Look around, and end it with Ctrl-C:")
+    say(f"  {sidecar.admin_url}/   the page, in a browser")
     say(f"  curl {sidecar.admin_url}/balance   also /metrics, /readyz, /healthz")
     say(f"  SIDECAR_DATA_DIR={data_dir} metering-sidecar records   also usage, balance, spool status")
     say(f"  curl {sidecar.proxy_url}/openai/v1/chat/completions -H 'x-tenant: you' \\")

@@ -104,6 +104,16 @@ class Meant:
     consumes: bool = True  # whether such a call may use tokens at all
 
 
+@dataclass(frozen=True, slots=True)
+class ByUpstream:
+    """What depends on whose API is called: how it is told a credential, what its models cost and may give, and how its
+    errors look. As in `Policy`."""
+
+    key_of: Callable[[RawHeaders], str | None]
+    models: Models | None
+    deny: Deny
+
+
 @dataclass(slots=True)
 class Prepared:
     """What is known of a call by its head. `plan`: of the limits that it falls under by that."""
@@ -114,6 +124,7 @@ class Prepared:
     consumes: bool
     reads_body: bool
     plan: Plan
+    upstream: str | None = None
     weighed: Weighed = field(init=False)  # where no body has to be read
     kinds: dict[str | None, tuple[Facts, Plan]] = field(default_factory=dict)  # by the model that the body names
 
@@ -163,7 +174,7 @@ class _Pending:
 class Policy:
     """What is to be decided, and by what. `meant`: of (method, target, name of the upstream). `key_of`: the hash of the
     credential in a head, which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in
-    a body."""
+    a body. `upstreams`: by name, those for which something else holds than what stands here."""
 
     limits: Sequence[Limit]
     meant: Callable[[str, str, str | None], Meant]
@@ -175,6 +186,7 @@ class Policy:
     dry_run: bool = False
     body_says_who: bool = False
     outside: Outside | None = None
+    upstreams: Mapping[str, ByUpstream] = field(default_factory=dict)
 
 
 class Admission:
@@ -201,7 +213,7 @@ class Admission:
         self._use(policy)
 
     def _use(self, policy: Policy) -> None:
-        limits, outside, models = policy.limits, policy.outside, policy.models
+        limits, outside = policy.limits, policy.outside
         self._limits = {limit.name: limit for limit in limits}
         scopes = {scope for limit in limits for scope, _ in limit.scopes}
         self.by_key = "key" in scopes
@@ -213,11 +225,10 @@ class Admission:
         self._needs_cost = outside is not None and outside.needs_cost
         self._answer_s = ANSWER_S if outside is None else ANSWER_S + outside.answer_s
         self._meant = policy.meant
-        self._key_of = policy.key_of
-        self._price = None if models is None else models.price
-        self._ceiling = None if models is None else models.ceiling
-        self._ceilings: dict[tuple[str | None, str], int] = {}
-        self._deny = policy.deny
+        self._rest = ByUpstream(policy.key_of, policy.models, policy.deny)
+        self._upstreams = policy.upstreams
+        self._ceilings: dict[tuple[str | None, str | None, str], int] = {}
+        self._shows_amounts = policy.deny.shows_amounts
         self._on_failure = policy.on_failure
 
     def renew(self, policy: Policy) -> None:
@@ -226,6 +237,9 @@ class Admission:
         self._allowances.renew(policy.limits, dry_run=policy.dry_run)
         self._lasts.clear()
         self._use(policy)
+
+    def _of(self, upstream: str | None) -> ByUpstream:
+        return self._rest if upstream is None else self._upstreams.get(upstream, self._rest)
 
     # -- what the hop asks -----------------------------------------------------------------------
 
@@ -244,7 +258,7 @@ class Admission:
         meant = self._meant(method, target, upstream)
         facts = Facts(
             subscriber=None if subscriber is None else subscriber.id,
-            key=(self._key_of(fields) or "unauthenticated") if self.by_key else None,
+            key=(self._of(upstream).key_of(fields) or "unauthenticated") if self.by_key else None,
             model=meant.model,
             route=route,
             provider=meant.provider,
@@ -255,7 +269,7 @@ class Admission:
         asks_model = self._by_model and meant.consumes and meant.model is None
         needs_body = plan.needs_body or self._needs_estimate
         reads_body = posted and ((meant.consumes and needs_body) or asks_model or self._body_says_who)
-        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan)
+        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream)
 
     def weigh(
         self,
@@ -287,26 +301,23 @@ class Admission:
         return kind
 
     def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> Needs:
-        output = asked.output_tokens
+        output, provider, upstream = asked.output_tokens, prepared.facts.provider, prepared.upstream
+        models = self._of(upstream).models
         if output is None:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
-        elif model is not None and self._ceiling is not None:
-            most = self._ceilings.get((prepared.facts.provider, model)) or self._most(prepared.facts.provider, model)
+        elif model is not None and models is not None:
+            key = (upstream, provider, model)
+            most = self._ceilings.get(key)
+            if most is None:
+                if len(self._ceilings) >= USUAL_MAX:
+                    self._ceilings.clear()
+                most = self._ceilings[key] = models.ceiling(provider, model) or OUTPUT_TOKENS_MAX
             if output > most * asked.choices:
                 output = most * asked.choices
         cost = 0
-        if (plan.needs_cost or self._needs_cost) and self._price is not None:
-            provider = prepared.facts.provider
-            cost = self._price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
+        if (plan.needs_cost or self._needs_cost) and models is not None and models.price is not None:
+            cost = models.price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
         return (1, asked.input_tokens, output, asked.input_tokens + output, cost, 0)
-
-    def _most(self, provider: str | None, model: str) -> int:
-        """How much a response of the model may have."""
-        assert self._ceiling is not None
-        if len(self._ceilings) >= USUAL_MAX:
-            self._ceilings.clear()
-        found = self._ceilings[provider, model] = self._ceiling(provider, model) or OUTPUT_TOKENS_MAX
-        return found
 
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""
@@ -315,7 +326,7 @@ class Admission:
             held = self._allowances.take(plan, weighed.needs, now_ns)
             if held is not None:
                 return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held))
-        limit = None if self._deny.shows_amounts else self._allowances.used_up(plan, now_ns)
+        limit = None if self._shows_amounts else self._allowances.used_up(plan, now_ns)
         if limit is not None:
             return self._denied(weighed, Gate(DENIED, limit.name), limit, None)
         return None
@@ -452,7 +463,7 @@ class Admission:
         amounts: Amounts | None = None,
     ) -> Response:
         prepared = weighed.prepared
-        return self._deny(
+        return self._of(prepared.upstream).deny(
             prepared.method, prepared.target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message,
             amounts=amounts,
         )  # fmt: skip

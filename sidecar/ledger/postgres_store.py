@@ -69,33 +69,29 @@ _REASONS: Final[Mapping[Fault, str]] = {
     Fault.DRIVER: "no_driver",
     Fault.FAILED: "failed",
 }
+_THERE: Final = "23505"  # SQLSTATE unique_violation
 _BAD_DATA: Final = "22"  # the class of SQLSTATE for values that cannot be stored: trying again changes nothing
 
 _IDENTIFY: Final = f"""
 UPDATE {SCHEMA}.instances SET seen = now(), last_seq = greatest(last_seq, $3)
 WHERE instance = $1 AND nonce = $2 RETURNING instance"""
-_LOCK_LANES: Final = f"SELECT lane FROM {SCHEMA}.lanes WHERE lane = ANY($1::smallint[]) ORDER BY lane FOR UPDATE"
+_LOCK_LANES: Final = f"""
+SELECT lane, last_seq FROM {SCHEMA}.lanes WHERE lane = ANY($1::smallint[]) ORDER BY lane FOR UPDATE"""
+_KEPT: Final = ("instance", "lane_seq", *Line._fields)
 _STAGING: Final = "staged"
-# What a batch is copied into, outside of all locks; gone with the transaction, so no session is needed for it.
+# What a batch is copied into where some of it is there; gone with the transaction, so no session is needed for it.
 _STAGE: Final = f"""
 CREATE TEMPORARY TABLE {_STAGING} (
-  day date, id uuid, spool text, seq bigint, lane smallint, subscriber text, counted boolean, line bytea,
-  number integer -- in its lane, if all of them are new
+  day date, id uuid, spool text, seq bigint, lane smallint, subscriber text, counted boolean, line bytea
 ) ON COMMIT DROP"""
-_COLUMNS: Final = (*Line._fields, "number")
-_INTO: Final = (
-    f"INSERT INTO {SCHEMA}.records (day, id, instance, spool, seq, lane, lane_seq, subscriber, counted, line)"
-)
-_FROM: Final = "SELECT day, id, $1, spool, seq, lane, lanes.last_seq + number, subscriber, counted, line"
-_INSERT: Final = f"""
-{_INTO} {_FROM} FROM {_STAGING} JOIN {SCHEMA}.lanes AS lanes USING (lane) ON CONFLICT (day, id) DO NOTHING"""
-# The same where some are there already: numbers the others anew, and says which they are.
+# Numbers those that are not there, in the order of their spool, puts them in, and says which they are.
 _INSERT_SOME: Final = f"""
 WITH new AS (
-  SELECT day, id, row_number() OVER (PARTITION BY lane ORDER BY number) AS number FROM {_STAGING} AS staged
+  SELECT day, id, row_number() OVER (PARTITION BY lane ORDER BY spool, seq) AS number FROM {_STAGING} AS staged
   WHERE NOT EXISTS (SELECT FROM {SCHEMA}.records AS there WHERE there.day = staged.day AND there.id = staged.id)
 )
-{_INTO} {_FROM.replace("+ number", "+ new.number")}
+INSERT INTO {SCHEMA}.records (instance, lane_seq, day, id, spool, seq, lane, subscriber, counted, line)
+SELECT $1, lanes.last_seq + new.number, day, id, spool, seq, lane, subscriber, counted, line
 FROM new JOIN {_STAGING} AS staged USING (day, id) JOIN {SCHEMA}.lanes AS lanes USING (lane)
 ON CONFLICT (day, id) DO NOTHING RETURNING id::text, lane, lane_seq"""
 _MOVE_LANES: Final = f"""
@@ -215,6 +211,32 @@ class PostgresStore:
         """Say how we stand, also where nothing is written."""
         return self._verdict(lambda: self._report(told))
 
+    def look(self) -> str | None:
+        """What keeps it from being used, in a line; changes nothing."""
+
+        async def ask() -> None:
+            db_ = self._blocking.db
+            async with db_.transaction(read_only=True) as db:
+                standby, there = await db.fetchrow(
+                    f"SELECT pg_is_in_recovery(), to_regclass('{SCHEMA}.instances') IS NOT NULL"
+                )
+            if standby:
+                raise PostgresError(f"{db_.where} is a standby, which takes no records: name the primary", Fault.FAILED)
+            if there:
+                await db_.require(PART, STEPS)
+
+        with self._lock:
+            try:
+                self._blocking.run(ask())
+            except PostgresError as error:
+                return str(error)
+        return None
+
+    @property
+    def where(self) -> str:
+        """Host, port and database."""
+        return self._blocking.db.where
+
     @property
     def copied(self) -> bool:
         """Whether the last write was refused because another directory goes by our name."""
@@ -275,9 +297,6 @@ class PostgresStore:
             sums = None
         lines = list(rows.values())
         async with db_.transaction() as db:
-            if lines:
-                await db.execute(_STAGE)
-                await db.copy_records_to_table(_STAGING, records=_numbered(lines), columns=_COLUMNS)
             await self._identify(db, max((line.seq for line in lines), default=0))
             fresh, all_new = await self._insert(db, name, lines)
             wanted = [line for line in lines if line.counted]
@@ -400,17 +419,31 @@ class PostgresStore:
         )
 
     async def _insert(self, db: Connection, name: str, lines: Sequence[Line]) -> tuple[set[str], bool]:
-        """Put in what was staged; which are new, and whether all are: then nothing else is said."""
+        """Put in those that are not there; which these are, and whether it is all of them: then nothing else is said.
+
+        Nearly always it is all of them, so they are copied into their table at once; that some are there stops it.
+        """
         if not lines:
             return set(), True
         counts = Counter(line.lane for line in lines)
-        await db.execute(_LOCK_LANES, sorted(counts))
-        await db.execute("SAVEPOINT numbered")
-        done = await db.execute(_INSERT, name)
-        if done.split()[-1] == str(len(lines)):
+        lanes = await db.fetch(_LOCK_LANES, sorted(counts))
+        await db.execute("SAVEPOINT all_new")
+        try:
+            rows = _numbered(lines, name, {row[0]: row[1] for row in lanes})
+            await db.copy_records_to_table("records", records=rows, columns=_KEPT, schema_name=SCHEMA)
+        except Exception as error:
+            if getattr(error, "sqlstate", None) != _THERE:
+                raise
+        else:
             await db.fetch(_MOVE_LANES, list(counts), list(counts.values()))
             return set(), True
-        await db.execute("ROLLBACK TO SAVEPOINT numbered")
+        await db.execute("ROLLBACK TO SAVEPOINT all_new")
+        return await self._insert_some(db, name, lines), False
+
+    async def _insert_some(self, db: Connection, name: str, lines: Sequence[Line]) -> set[str]:
+        """The same where some are there already: which are new."""
+        await db.execute(_STAGE)
+        await db.copy_records_to_table(_STAGING, records=lines, columns=Line._fields)
         rows = await db.fetch(_INSERT_SOME, name)
         counts, tops = Counter(row[1] for row in rows), dict[int, int]()
         for _, lane, number in rows:
@@ -419,7 +452,7 @@ class PostgresStore:
         if any(tops[lane] != last for lane, last in moved):
             # Somebody put one of them into another lane at this moment: again, and it is seen.
             raise PostgresError(f"{self._blocking.db.where}: a record came twice at once", Fault.BUSY)
-        return {row[0] for row in rows}, False
+        return {row[0] for row in rows}
 
     async def _count_after_all(self, db: Connection, lines: Sequence[Line]) -> set[str]:
         """Of records that are there, and were kept out of the sums until now, those that are in from now on."""
@@ -500,12 +533,11 @@ class PostgresStore:
             await db.execute(_ADD_UNIQUES, *map(list, zip(*uniques, strict=True)))
 
 
-def _numbered(lines: Sequence[Line]) -> Iterator[tuple[Any, ...]]:
-    """Rows with the number that each has in its lane, among these."""
-    numbers: Counter[int] = Counter()
+def _numbered(lines: Sequence[Line], name: str, last: dict[int, int]) -> Iterator[tuple[Any, ...]]:
+    """Rows with the number that each gets in its lane; `last`: of each lane the last that is given. Takes it over."""
     for line in lines:
-        numbers[line.lane] += 1
-        yield (*line, numbers[line.lane])
+        number = last[line.lane] = last[line.lane] + 1
+        yield (name, number, *line)
 
 
 def verdict_of(error: PostgresError) -> Verdict:

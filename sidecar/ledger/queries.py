@@ -434,7 +434,9 @@ class Question:
         whole = -(-begin // DAY_S) * DAY_S
         last = FOREVER if end is None else end // DAY_S * DAY_S
         until = FOREVER if end is None else end
-        if "hour" in self._by or self._zone is not None or whole >= last:
+        # A day of another zone is made of hours; without one among the groups a zone says nothing but begin and end.
+        local = self._zone is not None and not {"day", "month"}.isdisjoint(self._by)
+        if "hour" in self._by or local or whole >= last:
             return hours, [begin, until]
         days = f"SELECT day AS hour, series, {_COLUMNS} FROM {schema}daily WHERE day >= ? AND day < ?"
         parts, values = [days], [whole, last]

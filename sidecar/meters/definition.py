@@ -16,8 +16,8 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
 from enum import StrEnum
@@ -100,6 +100,12 @@ class Meter:
     filters: tuple[Filter, ...] = ()
     reset: Reset = Reset.BILLING_PERIOD
     anchor_day: int = 1
+
+    def watched(self, failed: Callable[[], None]) -> Meter:
+        """The same, which tells each time that its expression gives no number for a record that it measures."""
+        if self.expression is None:
+            return self
+        return replace(self, expression=replace(self.expression, failed=failed))
 
     def measured(self, records: Iterable[Record]) -> list[Record]:
         """Those of them that this meter measures."""

@@ -91,6 +91,7 @@ class Expression:
     _execute: Callable[[Mapping[str, Any]], Any] = field(compare=False, repr=False)
     _readers: tuple[tuple[str, Callable[[Record], Value]], ...] = field(compare=False, repr=False)
     _told: set[str] = field(default_factory=set, compare=False, repr=False)
+    failed: Callable[[], None] | None = field(default=None, compare=False, repr=False)  # told of each value lacking
 
     def value(self, record: Record) -> int | Decimal | None:
         """The quantity, or None where something it needs is not known or cannot be computed; the latter is logged,
@@ -108,6 +109,8 @@ class Expression:
     def _told_of(self, found: Result, record_id: str | None) -> int | Decimal | None:
         if not isinstance(found, Failure):
             return found
+        if self.failed is not None:
+            self.failed()
         if found.reason not in self._told:
             self._told.add(found.reason)
             log.warning(

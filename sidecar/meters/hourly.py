@@ -52,6 +52,7 @@ COUNTS: Final = (
     "request_bytes",
     "response_bytes",
 )
+UPSTREAM: Final = "upstream"  # what is filed as a dimension, where there are several
 _FAULTS: Final = frozenset(
     {Outcome.UPSTREAM_BROKE, Outcome.UPSTREAM_TIMEOUT, Outcome.UNREACHABLE, Outcome.STOPPED, Outcome.UNKNOWN}
 )
@@ -120,6 +121,7 @@ def grouped(records: Iterable[Record]) -> dict[tuple[int, Series], list[Record]]
             None if subscriber is None else subscriber.id,
             None if usage is None else (usage.model, usage.request_model, usage.provider),
             tuple(record.dimensions.items()) if record.dimensions else None,
+            record.upstream,
         )
         group = known.get(raw)
         if group is None:
@@ -244,8 +246,17 @@ def series_of(record: Record) -> Series:
         provider=None if usage is None else _name(usage.provider),
         route=_name(record.route),
         status_class="none" if record.status is None else f"{record.status // 100}xx",
-        dimensions=tuple(sorted((name, value[:NAME_CHARS_MAX]) for name, value in record.dimensions.items() if value)),
+        dimensions=_filed(record),
     )
+
+
+def _filed(record: Record) -> tuple[tuple[str, str], ...]:
+    """What a record is filed under: its dimensions, and which of several upstreams it was for, unless one of its own is
+    called so."""
+    found = record.dimensions
+    if record.upstream is not None:
+        found = {UPSTREAM: record.upstream, **found}
+    return tuple(sorted((name, value[:NAME_CHARS_MAX]) for name, value in found.items() if value))
 
 
 def subscriber_of(record: Record) -> str | None:

@@ -103,7 +103,7 @@ class Client(ClientProtocol):
     """One client connection."""
 
     __slots__ = (
-        "_ahead", "_at", "_border", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
+        "_ahead", "_at", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
         "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
         "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call",
         "deadline", "full", "peer",
@@ -123,6 +123,7 @@ class Client(ClientProtocol):
         self._plain = plain
         # the connection
         self._input = Input.REQUESTS
+        self._called = False  # a call has been over on it
         self.deadline = NEVER
         self.full = False  # the client does not read as fast as we write
         # what came and is not parsed
@@ -375,7 +376,7 @@ class Client(ClientProtocol):
 
     def may_keep_alive(self, should_close: bool) -> bool:
         """Whether another request may come after this one; said in the head of its response."""
-        if should_close or self._hop.stopping:
+        if should_close or self._hop.leaving or self._hop.stopping:
             return False
         return not self._last_call or bool(self._queue)
 
@@ -396,6 +397,7 @@ class Client(ClientProtocol):
     def call_over(self, keep_alive: bool, upload_done: bool) -> None:
         """The response is written; go on to the next request, or close."""
         self.call = None
+        self._called = True
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -456,6 +458,12 @@ class Client(ClientProtocol):
     def is_idle(self) -> bool:
         """Whether it is open, and no call is."""
         return self.call is None and self.transport is not None and not self._closing
+
+    def is_new(self, within_s: float) -> bool:
+        """Whether it was made so lately that its first request may still be under way."""
+        if self._called or not self.is_idle:
+            return False
+        return self._hop.loop.time() < self.deadline - self._hop.settings.head_timeout_s + within_s
 
     def fileno(self) -> int:
         """Of its socket; -1: it has none."""

@@ -129,6 +129,7 @@ class Hop:
     unrecorded: Unrecorded = field(init=False)
     by_route: Mapping[str, RouteSettings] = field(init=False)
     seldom: Seldom = field(default_factory=Seldom)
+    leaving: bool = False  # calls are taken, and each is the last on its connection
     stopping: bool = False
     idle: Callable[[], None] | None = None  # called when the last call is over
 

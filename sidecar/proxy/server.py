@@ -17,7 +17,7 @@ import stat
 import sys
 from asyncio import Server as AsyncioServer
 from asyncio import TimerHandle
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -44,7 +44,7 @@ from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
-from sidecar.storage.sockets import for_both_families
+from sidecar.storage.sockets import for_both_families, hold_new
 from sidecar.usage import Taps
 
 log = logging.getLogger(__name__)
@@ -59,6 +59,7 @@ FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
 CAME_S: Final = 1.0  # at a stop: how long what had come by then may take to be taken up
 CAME_LOOK_S: Final = 0.005  # between two looks whether there is more of it
+MADE_S: Final = 0.001  # a connection that is being made when no more are: the way to its client and back
 
 
 def within_files(files: int, settings: ProxySettings) -> ProxySettings:
@@ -117,19 +118,13 @@ class Proxy:
         self._socket_paths: list[str] = []
         self._tls: ssl.SSLContext | None = None
         self._sweeper: TimerHandle | None = None
-        shortest = min(
-            settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
-            *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
-            settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
-            settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
-        )  # fmt: skip
-        self._sweep_s = min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
+        self._sweep_s = _sweep_s(settings)
 
     def __repr__(self) -> str:
         hop, clients = self._hop, self._clients
         if hop is None or clients is None:
             return "<Proxy: not started>"
-        state = "stopping" if hop.stopping else "open"
+        state = "stopping" if hop.stopping else "leaving" if hop.leaving else "open"
         return f"<Proxy: {state}, {len(clients.open)} connections, {len(hop.calls)} calls, {hop.drains.taken} drains>"
 
     @property
@@ -145,18 +140,13 @@ class Proxy:
         if settings.tls_cert_file is not None:
             self._tls = _listener_tls(settings.tls_cert_file, settings.tls_key_file)
         rest = self._rest()
-        named = {one.name: self._destination(one) for one in self._named}
+        named = [self._destination(one, self._readings.get(one.name, self._reading)) for one in self._named]
         recorder, attribute_by_body, route = self._parts
-        others = Destinations(
-            hosts={one.host: named[one.name] for one in self._named if one.host is not None},
-            prefixes={one.prefix: named[one.name] for one in self._named if one.host is None},
-            rest=rest,
-        )
         hop = self._hop = Hop(
             settings=settings,
             rest=rest,
-            others=others if named else None,
-            named=tuple(named.values()),
+            others=_table(self._named, named, rest),
+            named=tuple(named),
             recorder=recorder,
             attribute_by_body=attribute_by_body,
             route=route,
@@ -194,14 +184,17 @@ class Proxy:
             timeout_s=settings.upstream_timeout_s,
         )
 
-    def _destination(self, one: UpstreamSettings) -> Destination:
+    def _destination(self, one: UpstreamSettings, reading: Reading, pool: Upstream | None = None) -> Destination:
+        """`pool`: that it had before, whose connections are good for it still."""
         address = UpstreamAddress.parse(one.url)
+        if pool is None:
+            pool = self._pool(address, _named_tls(one) if address.tls else None, one.server_name)
         return Destination(
             name=one.name,
             url=one.url,
             headers=self._rules(address, one),
-            upstream=self._pool(address, _named_tls(one) if address.tls else None, one.server_name),
-            reading=self._readings.get(one.name, self._reading),
+            upstream=pool,
+            reading=reading,
             timeout_s=self._settings.upstream_timeout_s if one.timeout_s is None else one.timeout_s,
         )
 
@@ -311,22 +304,38 @@ class Proxy:
         *,
         settings: ProxySettings,
         recorder: Recorder,
-        taps: Mapping[str | None, Taps],
+        taps: Taps,
+        readings: Mapping[str, Reading],
         route: Route,
         gate: Admission | None,
     ) -> None:
-        """Handle calls by these from now on. Calls that are open end as they began; no connection is closed. Of
-        `settings` what is asked for each call counts: routes, and what becomes of clients that leave. `taps`: by the
-        name of the upstream; None: of what matches no other."""
+        """Handle calls by these from now on. Open calls end as they began, at the upstream that they are at, and no
+        client's connection is closed. Of `settings` that counts which is asked for each call: upstreams, routes, and
+        what becomes of clients that leave. `taps`: of what matches no upstream by name; `readings`: by those names.
+        Raises `OSError` or `ValueError` for certificates of an upstream that cannot be read: nothing is changed."""
         hop = self._hop
         if hop is None:
             raise RuntimeError("start the proxy before it is renewed")
-        self._settings = replace(self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect)
+        before = {one.name: (one, to.upstream) for one, to in zip(self._named, hop.named, strict=True)}
+        pools = {
+            one.name: before[one.name][1]
+            for one in settings.upstreams
+            if one.name in before and _place(before[one.name][0]) == _place(one)
+        }
+        named = [self._destination(one, readings[one.name], pools.get(one.name)) for one in settings.upstreams]
+        name = DEFAULT_NAME if named and hop.rest.upstream is not None else None
+        rest = replace(hop.rest, name=name, reading=replace(hop.rest.reading, taps=taps))
+        self._named = settings.upstreams
+        hop.rest, hop.named, hop.others = rest, tuple(named), _table(self._named, named, rest)
+        for each, (_, pool) in before.items():
+            if each not in pools and pool is not None:
+                pool.retire()
+        self._settings = replace(
+            self._settings, routes=settings.routes, on_disconnect=settings.on_disconnect, upstreams=settings.upstreams
+        )
+        self._sweep_s = _sweep_s(self._settings)
         hop.use(self._settings)
         hop.recorder, hop.route, hop.gate = recorder, route, gate
-        hop.rest.reading = replace(hop.rest.reading, taps=taps[None])
-        for to in hop.named:
-            to.reading = replace(to.reading, taps=taps[to.name])
         if self._plain is not None:
             self._plain.forget()
 
@@ -337,6 +346,13 @@ class Proxy:
             cert_file=settings.upstream_cert_file,
             key_file=settings.upstream_key_file,
         )
+
+    def leave(self) -> None:
+        """Calls are taken as before, but each response from now on is the last on its connection, and says so. So who
+        calls loses the connections that are kept with a response on each, and not just when a call begins on one; the
+        next call is on a new connection, for which a balancer may choose somebody else."""
+        if self._hop is not None:
+            self._hop.leaving = True
 
     async def stop(self, timeout_s: float) -> None:
         """Stop listening, close idle connections, let open calls finish, cut what is left. Never raises.
@@ -350,10 +366,13 @@ class Proxy:
         hop.stopping = True
         began = hop.loop.time()
         if self._listeners:
-            await self._take_what_came(clients, began + min(CAME_S, timeout_s))
+            until = began + min(CAME_S, timeout_s)
+            await self._take_what_came(clients, until)
+            while hop.loop.time() < until and not await self._close_when_empty():
+                await self._take_what_came(clients, until)
             self._close_listeners()
-            # On the connections that were let in last, too.
-            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s))
+            # On the connections that were let in last, too: also those whose first request is on its way.
+            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s), new=True)
             timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
         for client in list(clients.open):
             client.stop()
@@ -381,6 +400,20 @@ class Proxy:
                 if client.transport is not None:
                     client.transport.abort()
 
+    async def _close_when_empty(self) -> bool:
+        """Close the listeners, with nobody in their queues; False: there was somebody. For this one moment no new
+        connection is made, or one would be cut off that came between the look and the end."""
+        files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
+        held = [file for file in files if file >= 0 and hold_new(file, True)]
+        if held:
+            await asyncio.sleep(MADE_S)
+        if _readable(files):
+            for file in held:
+                hold_new(file, False)
+            return False
+        self._close_listeners()
+        return True
+
     def _close_listeners(self) -> None:
         for listener in self._listeners:
             listener.close()
@@ -389,23 +422,19 @@ class Proxy:
             _remove_stale(path)
         self._socket_paths.clear()
 
-    async def _take_what_came(self, clients: Clients, until: float) -> None:
+    async def _take_what_came(self, clients: Clients, until: float, *, new: bool = False) -> None:
         """Go on until nothing has come any more in two looks: in between a connection may be neither in the queue nor
-        among ours yet."""
+        among ours yet. `new`: and until no connection is so new that its first request may be on its way."""
         quiet, loop = 0, asyncio.get_running_loop()
         while quiet < 2 and loop.time() < until:
-            quiet = 0 if self._something_came(clients) else quiet + 1
+            waits = new and any(client.is_new(CAME_S) for client in clients.open)
+            quiet = 0 if waits or self._something_came(clients) else quiet + 1
             await asyncio.sleep(CAME_LOOK_S)
 
     def _something_came(self, clients: Clients) -> bool:
         """Whether a connection waits to be accepted, or there is something to be read on one that has no call."""
-        look = select.poll()
         files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
-        files += [client.fileno() for client in clients.open if client.is_idle]
-        for file in files:
-            if file >= 0:
-                look.register(file, select.POLLIN)
-        return bool(look.poll(0))
+        return _readable([*files, *(client.fileno() for client in clients.open if client.is_idle)])
 
     async def aclose(self) -> None:
         """Let go of everything; calls that are still open are cut."""
@@ -434,6 +463,45 @@ class Proxy:
                 log.exception("a call could not be ended at its deadline")
         for client in [client for client in clients.open if client.deadline < now]:
             client.expired()
+
+
+def _table(
+    named: Sequence[UpstreamSettings], to: Sequence[Destination], rest: Destination
+) -> Destinations[Destination] | None:
+    """Which of several a call is for; None: there is one only."""
+    if not named:
+        return None
+    pairs = list(zip(named, to, strict=True))
+    return Destinations(
+        hosts={one.host: found for one, found in pairs if one.host is not None},
+        prefixes={one.prefix: found for one, found in pairs if one.host is None},
+        rest=rest,
+    )
+
+
+def _place(one: UpstreamSettings) -> tuple[object, ...]:
+    """What connections to it are made by."""
+    return one.url, one.ca_file, one.cert_file, one.key_file, one.server_name
+
+
+def _sweep_s(settings: ProxySettings) -> float:
+    """How often is looked at deadlines: often enough for the shortest of them."""
+    shortest = min(
+        settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
+        *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
+        settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
+        settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
+    )  # fmt: skip
+    return min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
+
+
+def _readable(files: Sequence[int]) -> bool:
+    """Whether there is something to be read, or somebody to be accepted, on one of them."""
+    look = select.poll()
+    for file in files:
+        if file >= 0:
+            look.register(file, select.POLLIN)
+    return bool(look.poll(0))
 
 
 def _named_tls(one: UpstreamSettings) -> ssl.SSLContext:

@@ -294,6 +294,11 @@ class Upstream:
         self._connector.renew_tls(tls)
         self._close_idle()
 
+    def retire(self) -> None:
+        """No call will come any more: those that are open end, and each closes its connection behind it."""
+        self._keepalive_s = 0.0
+        self._close_idle()
+
     def forget(self, connection: UpstreamConnection) -> None:
         """It ended while it was idle."""
         self._idle.pop(connection, None)

@@ -8,11 +8,14 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Final
 
 from sidecar.backends import BACKENDS, Context
 from sidecar.backends.base import Examined, LedgerApply, SharedLedger
+from sidecar.delivery.lane_database import lanes_read
+from sidecar.delivery.queries import DeliveryQueries
 from sidecar.ledger import LedgerReader, LedgerStore, ledger_problem
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.postgres_queries import PostgresReader
@@ -30,16 +33,26 @@ LEDGER_NAME: Final = "ledger"
 EXAMINE_AFTER_S: Final = 1.0  # the start is busy, and traffic goes first
 EXAMINE_LIMIT_S: Final = 30.0  # for all that one backend is asked
 LEDGER: Final = "ledger.db"
+DELIVERY: Final = "delivery.db"
 # Told by each sidecar itself, also where others are told by who is elected: what all share, and a file on its own disk.
 ALWAYS_OWN: Final = frozenset({LEDGER_NAME, "file", "nats"})
 
 
-def backends(settings: Settings, names: Sequence[str] | None = None) -> list[Backend]:
-    """The configured backends, or these of them, in the order of the setting."""
-    return [backend(settings, name) for name in (settings.backends if names is None else names)]
+def backends(
+    settings: Settings, names: Sequence[str] | None = None, not_computed: Callable[[str], None] | None = None
+) -> list[Backend]:
+    """The configured backends, or these of them, in the order of the setting. `not_computed`: told the meter of each
+    value that the ledger lacks, because an expression cannot be computed; others park such a record."""
+    wanted = settings.backends if names is None else names
+    return [backend(settings, name, not_computed=not_computed) for name in wanted]
 
 
-def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply] | None = None) -> Backend:
+def backend(
+    settings: Settings,
+    name: str,
+    open_ledger: Callable[[], LedgerApply] | None = None,
+    not_computed: Callable[[str], None] | None = None,
+) -> Backend:
     """One backend. Raises `MetersError`, `ValueError` and `LedgerError`, which say what to do."""
     context = Context(
         data_dir=settings.data_dir,
@@ -47,6 +60,7 @@ def backend(settings: Settings, name: str, open_ledger: Callable[[], LedgerApply
         meters=settings.meters,
         open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
         open_shared_ledger=_shared(settings) if open_ledger is None else None,
+        not_computed=not_computed if name == LEDGER_NAME else None,
     )
     return BACKENDS[name].make(settings.backend(name), context)
 
@@ -69,6 +83,20 @@ def own(settings: Settings) -> list[str]:
 def elected(settings: Settings) -> list[str]:
     """Those that are told by whoever holds a record's lane."""
     return [name for name in settings.backends if name not in own(settings)]
+
+
+@contextmanager
+def accounts(settings: Settings) -> Iterator[list[DeliveryQueries]]:
+    """What delivery remembers, here and, where others are told by who is elected, on all lanes. Raises `StateError`."""
+    path, url = settings.data_dir / DELIVERY, settings.fleet.ledger_url
+    with ExitStack() as stack:
+        found = []
+        if path.exists():
+            found.append(DeliveryQueries.open(path))
+            stack.callback(found[0].close)
+        if settings.fleet.deliver is Deliver.ELECTED and url is not None:
+            found += map(DeliveryQueries, stack.enter_context(lanes_read(url.reveal())))
+        yield found
 
 
 def open_reader(settings: Settings) -> Ledger:

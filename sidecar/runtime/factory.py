@@ -34,7 +34,7 @@ from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
 from sidecar.runtime.metrics import HopCounts, Metrics
 from sidecar.runtime.unclaimed import Unclaimed
-from sidecar.settings import Settings, UpstreamSettings
+from sidecar.settings import ProxySettings, Settings, UpstreamSettings
 from sidecar.spool.files import translate
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
@@ -44,6 +44,7 @@ from sidecar.usage.response_headers import provider_of_host
 
 log = logging.getLogger("sidecar.parts")
 
+FEW_CONNECTIONS: Final = 2  # a share of what is set: where less than 1/2 of it fits, that is said
 COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's own figure is 700
 IDLE_PIN: Final = (
     "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
@@ -79,8 +80,14 @@ def proxy(
         route=found.match,
         metrics=metrics,
         gate=gate,
-        readings={one.name: _reading(settings, one, metrics, key, by_body is None) for one in settings.proxy.upstreams},
+        readings=readings(settings, metrics, key),
     )
+
+
+def readings(settings: Settings, metrics: HopCounts | Metrics, key: bytes) -> dict[str, Reading]:
+    """What reads along with the calls to each of several upstreams, by name."""
+    plain = not body_fields(settings)
+    return {one.name: _reading(settings, one, metrics, key, plain) for one in settings.proxy.upstreams}
 
 
 def _reading(
@@ -89,13 +96,6 @@ def _reading(
     own = attributor(settings, key, WhoPays(metrics.attribution_anomaly), one.url)
     taps = telling_taps(settings, metrics, routes(settings), one.url)
     return Reading(taps=taps, attribute=own, plainly=own if plain else None)
-
-
-def taps_by_upstream(settings: Settings, metrics: HopCounts | Metrics) -> dict[str | None, UsageTaps]:
-    """By the name of the upstream; None: of what matches no other."""
-    found = routes(settings)
-    taps: dict[str | None, UsageTaps] = {None: telling_taps(settings, metrics, found)}
-    return taps | {one.name: telling_taps(settings, metrics, found, one.url) for one in settings.proxy.upstreams}
 
 
 def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Callable[[str], PlainReader]:
@@ -118,11 +118,10 @@ def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Call
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
     """What fills in the costs of one call."""
-    rest = priced_host(settings)
-    hosts = {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
+    hosts = priced_hosts(settings)
 
     def price(exchange: Exchange) -> None:
-        host = rest if exchange.upstream is None else hosts.get(exchange.upstream, rest)
+        host = hosts.get(exchange.upstream) or hosts[None]
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
         started_s = exchange.started_ns / 1e9
         cost = book.cost(exchange.usage, started_s, host=host, record=record)
@@ -136,6 +135,12 @@ def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
 def priced_host(settings: Settings) -> str:
     """Host and base path of the upstream: what its prices are found by."""
     return _host_and_base(settings.proxy.upstream_url)
+
+
+def priced_hosts(settings: Settings) -> dict[str | None, str]:
+    """The same by the name of each of several; None: of what matches no other."""
+    found: dict[str | None, str] = {None: priced_host(settings)}
+    return found | {one.name: _host_and_base(one.url) for one in settings.proxy.upstreams}
 
 
 def _host_and_base(url: str | None) -> str:
@@ -310,8 +315,12 @@ def raise_file_limit(settings: Settings) -> None:
     if soft != resource.RLIM_INFINITY and soft < top:
         resource.setrlimit(resource.RLIMIT_NOFILE, (top, hard))
     if hard != resource.RLIM_INFINITY and hard < wanted:
-        log.warning(
+        left = within_files(hard, wished).connections
+        # Somewhat less of what nobody asked for is no news; much less may be why calls are refused one day.
+        asked = wished.connections != ProxySettings().connections
+        log.log(
+            logging.WARNING if asked or left * FEW_CONNECTIONS < wished.connections else logging.DEBUG,
             "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: %d connections are taken "
             "at once, and further ones are refused with 503; raise `ulimit -n`, or lower the setting",
-            wished.connections, wanted, hard, within_files(hard, wished).connections,
+            wished.connections, wanted, hard, left,
         )  # fmt: skip

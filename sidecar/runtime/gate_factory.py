@@ -14,7 +14,7 @@ from difflib import get_close_matches
 from functools import partial
 from typing import Any, Final
 
-from sidecar.gate.admission import Admission, Meant, Models, Outside, Policy
+from sidecar.gate.admission import Admission, ByUpstream, Meant, Models, Outside, Policy
 from sidecar.gate.allowance import measure_of
 from sidecar.gate.asking import Asking, SourceStatus
 from sidecar.gate.counters import Counters, Row
@@ -36,7 +36,7 @@ from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.protocol import LIMITS
 from sidecar.gate.sources import SOURCES, problems, sources
 from sidecar.gate.windows import SECOND_NS
-from sidecar.ledger import LedgerReader, UsageRow
+from sidecar.ledger import UsageRow
 from sidecar.ledger.identity import Identity
 from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usage, UsageState
@@ -45,8 +45,8 @@ from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
-from sidecar.runtime.backend_factory import LEDGER, fleet_reader
-from sidecar.runtime.factory import priced_host, usage_taps
+from sidecar.runtime.backend_factory import fleet_reader, has_ledger, open_reader
+from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
@@ -149,25 +149,28 @@ def notes(settings: Settings) -> list[str]:
     return found
 
 
-def models(settings: Settings) -> Models | None:
-    """What estimates ask of models; None: there are none to make, or no table."""
+def models(settings: Settings) -> Callable[[str | None], Models | None]:
+    """What estimates ask of models, by the name of the upstream; None: there are none to make, or no table."""
     found, asked = limits(settings), outside(settings)
     estimates = any(limit.needs_estimate for limit in found) or (asked is not None and asked.needs_estimate)
     if settings.prices.prices == "none" or not estimates:
-        return None
-    book = price_book(settings)
+        return lambda upstream: None
+    book, hosts = price_book(settings), priced_hosts(settings)
     counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
-    host = priced_host(settings)
 
-    def ceiling(provider: str | None, model: str) -> int | None:
-        return book.output_tokens_max(provider, model, host=host)
+    def of(upstream: str | None) -> Models:
+        host = hosts[upstream]
 
-    return Models(_price(settings, book) if counts else None, ceiling)
+        def ceiling(provider: str | None, model: str) -> int | None:
+            return book.output_tokens_max(provider, model, host=host)
+
+        return Models(_price(book, host) if counts else None, ceiling)
+
+    return of
 
 
-def _price(settings: Settings, book: PriceBook) -> Price:
-    """What tokens will cost."""
-    host = priced_host(settings)
+def _price(book: PriceBook, host: str) -> Price:
+    """What tokens will cost. `host`: of the upstream, with its base path."""
 
     def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
         usage = Usage(
@@ -204,22 +207,26 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
     by_upstream: dict[str | None, UsageTaps] = {None: taps}
     by_upstream |= {one.name: usage_taps(settings, lambda kind: None, one.url) for one in settings.proxy.upstreams}
     payers = [Source.parse(text) for text in settings.attribution.subscriber]
+    models_of = models(settings)
+
+    def of(upstream: str | None) -> ByUpstream:
+        own = by_upstream[upstream]
+        deny = Denials(own.endpoints, settings.asked, statuses=settings.gate.gate_status, chance=random.random)
+        return ByUpstream(_key_of(own, key), models_of(upstream), deny)
+
+    rest = of(None)
     return Policy(
         limits=found,
         meant=partial(_meant, by_upstream),
-        key_of=_key_of(taps, key),
+        key_of=rest.key_of,
         reads=frozenset(name.encode() for name in CREDENTIALS),
-        models=models(settings),
-        deny=Denials(
-            taps.endpoints,
-            settings.asked,
-            statuses=settings.gate.gate_status,
-            chance=random.random,
-        ),
+        models=rest.models,
+        deny=rest.deny,
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
         body_says_who=any(source.kind is SourceKind.BODY for source in payers),
         outside=asked,
+        upstreams={one.name: of(one.name) for one in settings.proxy.upstreams},
     )
 
 
@@ -382,11 +389,13 @@ def counted(
         lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
         outputs,
     )
-    path = settings.data_dir / LEDGER
-    if from_s * SECOND_NS > since_ns and path.exists():
+    # Of a ledger that many share `fleet` takes them, once that answers.
+    if from_s * SECOND_NS > since_ns and settings.fleet.ledger_url is None and has_ledger(settings):
         since = datetime.fromtimestamp(since_ns // SECOND_NS, UTC)
         until = datetime.fromtimestamp(from_s, UTC)
-        counters.absorb(count_hours(map(_hour, LedgerReader(path).usage(BY, since, until)), found))
+        with closing(open_reader(settings)) as ledger:
+            rows = ledger.usage(BY, since, until)
+        counters.absorb(count_hours(map(_hour, rows), found))
     return counters
 
 

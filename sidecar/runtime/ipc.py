@@ -2,7 +2,8 @@
 
 The *seam*, between each process that serves and the one that meters: a stream socket, on it messages of a length, a
 kind and a payload. Who serves sends HELLO, then FRAMEs (`spool.frames`), STATUS when asked, BYE at its end. Who meters
-answers WELCOME with the last frame that is on disk, ACK with each further one, HEALTH when writing changes, ASK.
+answers WELCOME with the last frame that is on disk, ACK with each further one, HEALTH when writing changes, ASK; and
+SHIPPED with the last frame that is at the centre, where responses wait for that.
 Where limits are set, who serves asks GATE_ASK whether a call may be made, and hears GATE_ANSWER; it says GATE_HOLDING,
 what its open calls hold, by itself and when told to by GATE_TELL. What it says of its calls goes before either.
 The listener belongs to the supervisor, so it outlives the process that meters; who serves connects again by itself and
@@ -68,6 +69,7 @@ class Kind(IntEnum):
     READ = 15  # everything up to BYE was read
     GATE_ANSWER = 16
     GATE_TELL = 17
+    SHIPPED = 18  # as ACK: all frames up to this one are at the centre
 
 
 class Hello(NamedTuple):
@@ -273,7 +275,7 @@ class Link(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         recorder = self._recorder
         assert recorder is not None
-        acknowledged = 0
+        acknowledged = shipped = 0
         try:
             for kind, payload in self._messages.feed(data):
                 if kind is Kind.ACK:
@@ -290,6 +292,8 @@ class Link(asyncio.Protocol):
                     self._begin(stored)
                 elif kind is Kind.READ:
                     self._read.set()
+                elif kind is Kind.SHIPPED:
+                    (shipped,) = read_tuple(payload)
                 elif kind is Kind.GATE_ANSWER and self._gate is not None:
                     self._gate.answered(read_tuple(payload))
                 elif kind is Kind.GATE_TELL:
@@ -300,6 +304,8 @@ class Link(asyncio.Protocol):
                 self._transport.abort()
         if acknowledged:
             recorder.acknowledged(acknowledged)
+        if shipped:
+            recorder.shipped(shipped)
 
     def _begin(self, stored: int) -> None:
         """What it has on disk is done with; the rest goes (again), in order, and then what is new."""
@@ -377,6 +383,7 @@ class Server:
     gone: bool = False  # it has died, or ended: the supervisor says so
     status: Status | None = None
     unseen: int = 0  # of its last status, less what its frames have told of since
+    shipped: int = 0  # the last frame that is at the centre
 
 
 class Seam:
@@ -481,6 +488,8 @@ class Seam:
             server.connection.close()
         server.connection = connection
         connection.write(message(Kind.WELCOME, (server.source.stored, *self._told)))
+        if server.shipped:
+            connection.write(message(Kind.SHIPPED, (server.shipped,)))
         if self._asked:  # somebody may be waiting for what it has to tell
             connection.write(message(Kind.ASK, (self._asked,)))
         if self._gate is not None:
@@ -559,6 +568,14 @@ class Seam:
     def _acknowledge(self, server: Server, number: int) -> None:
         if server.connection is not None and number:
             server.connection.write(message(Kind.ACK, (number,)))
+
+    def shipped(self, source: bytes, number: int) -> None:
+        """All frames of this source up to that number are at the centre."""
+        server = self._servers.get(source)
+        if server is not None and number > server.shipped:
+            server.shipped = number
+            if server.connection is not None:
+                server.connection.write(message(Kind.SHIPPED, (number,)))
 
     def _look(self) -> None:
         self._timer = self._loop.call_later(HEALTH_S, self._look)

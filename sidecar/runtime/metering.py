@@ -30,6 +30,7 @@ from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
 from sidecar.delivery.wishes import Wish, grant, outcomes, redriven, retried
+from sidecar.delivery.worker import Settled
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
@@ -55,7 +56,8 @@ from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
 from sidecar.runtime.metrics import Gauges, Metrics
-from sidecar.settings import OnSpoolFull, Settings
+from sidecar.runtime.shipping import Shipping, centre_of
+from sidecar.settings import Durability, OnSpoolFull, Settings
 from sidecar.spool import (
     Snapshot,
     Spool,
@@ -73,7 +75,7 @@ from sidecar.spool.files import spool_dir
 from sidecar.spool.intake import Ended, Intake
 from sidecar.spool.retention import retire_segments
 from sidecar.spool.types import Batch, StoredGroup
-from sidecar.storage.files import Trouble
+from sidecar.storage.files import StorageError, Trouble
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
 log = logging.getLogger("sidecar.metering")
@@ -104,6 +106,7 @@ class Billing:
     elected: Elected | None = None  # what is delivered of the records that all sidecars share
     rests: bool = False  # another process is about to go on with it
     sums: Sequence[AddsUp] = ()  # of the backends: those that keep sums
+    waited_for: bool = False  # responses wait for a backend: nothing gathers on its way there
     room: Room = Room.ENOUGH
     free_bytes: int = 0
     disk_bytes: int = 0
@@ -116,6 +119,10 @@ class Billing:
     def status(self) -> list[BackendStatus]:
         """How each backend does."""
         return self.delivery.status() + ([] if self.elected is None else self.elected.status())
+
+    def parked_now(self) -> dict[tuple[str, str], int]:
+        """Records parked by backend and reason: our own, and those of the lanes that are held here. Blocks."""
+        return self.delivery.parked_now() | ({} if self.elected is None else self.elected.parked_now())
 
     async def correct(self, wish: Wish) -> list[Any]:
         """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
@@ -179,7 +186,7 @@ class Billing:
     def committed(self) -> None:
         """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
         the same whatever is in them."""
-        if len(self.sums) < len(self.backends):
+        if len(self.sums) < len(self.backends) or self.waited_for:
             self.hand_on()
         elif self._handing is None:
             self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
@@ -339,11 +346,13 @@ async def billing(
     instance: str | None = None,
     goes_on: Collection[str] = (),
     spooling: bool = False,
+    settled: Mapping[str, Settled] | None = None,
 ) -> AsyncIterator[Billing]:
     """Open the spool, where `spooling`, and start delivering. Leaving commits what was handed over and makes one last
     pass, bounded by `DRAIN_S`. Raises the parts' own errors.
 
     `instance`: the slot to take, where it is known. `goes_on`: how the ids of calls end that go on in a living process.
+    `settled`: for a backend that responses wait for, who is told how it stands.
     """
     async with AsyncExitStack() as stack:
         state = await asyncio.to_thread(DeliveryStore.open, settings.data_dir / "delivery.db")
@@ -368,7 +377,7 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings, backend_factory.own(settings))
+        backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
         elected: Elected | None = None
         if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
             # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
@@ -397,6 +406,7 @@ async def billing(
             # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
             # A shared one knows each record again, so what a copy sends it does no harm.
             safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
+            settled=settled,
         )
         await stack.enter_async_context(delivery)
         by_name = {backend.name: backend for backend in backends}
@@ -410,6 +420,7 @@ async def billing(
             spool=spool,
             elected=elected,
             sums=[backend for backend in backends if isinstance(backend, AddsUp)],
+            waited_for=bool(settled),
         )
         stack.push_async_callback(bills.last_pass)
         stack.callback(bills.hand_on)
@@ -509,7 +520,7 @@ class Metering:
         if bills is not None:
             status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
-            gauges.parked = await asyncio.to_thread(bills.delivery.parked_now)
+            gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
             gauges.disk_bytes = bills.disk_bytes
@@ -691,7 +702,18 @@ async def recording(
         if make_room(settings.data_dir):
             log.error("the disk is full: the reserve is let go, so that everything can be opened; make room")
         async with AsyncExitStack() as stack:
-            parts = billing(settings, whole.counted, instance=instance, goes_on=goes_on, spooling=True)
+            centre = centre_of(settings)
+            # Durability stays as it was at the start, and the backends may be others since: then none is waited for.
+            ships = settings.spool.durability is Durability.SHIPPED
+            shipping = Shipping(whole.seam.shipped, waits=centre is not None)
+            parts = billing(
+                settings,
+                whole.counted,
+                instance=instance,
+                goes_on=goes_on,
+                spooling=True,
+                settled={} if centre is None else {centre: shipping.settled},
+            )
             bills = await stack.enter_async_context(parts)
             # A key that was made up where it could not be kept is kept now.
             await asyncio.to_thread(factory.hash_key, settings, key)
@@ -700,6 +722,9 @@ async def recording(
             assert bills.spool is not None
             whole.bills, whole.early = bills, ""
             last_seq = bills.spool.next_seq - 1
+            if ships:
+                shipping.begin(bills.spool.instance, last_seq)
+                whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
                 loading = asyncio.create_task(load_limits(whole, whole.gate, settings, bills, last_seq))
@@ -745,7 +770,7 @@ async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: B
         found = await asyncio.to_thread(
             gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq, outputs
         )
-    except (OSError, SpoolError, LedgerError, ValueError) as error:
+    except (OSError, SpoolError, StorageError, ValueError) as error:
         log.error("what was used of the limits cannot be read, so they begin at nothing: %s", error)
         found = None
     if gate_factory.is_shared(settings):

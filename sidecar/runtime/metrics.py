@@ -140,7 +140,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_committed_records": Family("counter", "Records committed to the spool"),
     "sidecar_committed_bytes": Family("counter", "Record bytes committed to the spool"),
     "sidecar_lost": Family("counter", "Records that could not be kept", ("reason",)),
-    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk"),
+    "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk, or shipped"),
     "sidecar_admitted": Family("counter", "Calls let in, over restarts"),
     "sidecar_recorded": Family("counter", "Records on disk, over restarts"),
     "sidecar_open": Family("gauge", "Calls let in whose record is not on disk yet"),
@@ -152,6 +152,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_disk_low_bytes": Family("gauge", "`SIDECAR_DISK_LOW_BYTES`, below which free room is an alarm"),
     "sidecar_chunks_set_aside": Family("gauge", "Damaged files of records that were copied and are kept for you"),
     "sidecar_spool_bytes": Family("gauge", "Size of the spool; delivered records stay until their retention is over"),
+    "sidecar_meter_values_not_computed": Family(
+        "counter", "Values that the ledger lacks, because a meter's expression gave no number", ("meter",)
+    ),
     "sidecar_ledger_bytes": Family("gauge", "Size of the ledger: it keeps a row for each subscriber, model and hour"),
     "sidecar_cost_usd": Family(
         "counter", "What calls cost, in US dollars, as far as that is known", ("provider", "model")
@@ -187,6 +190,13 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_instance_silent_seconds": Family(
         "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
     ),
+    "sidecar_collected": Family(
+        "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
+    ),
+    "sidecar_collect_missed": Family("counter", "Messages that left the stream before they were read", ("consumer",)),
+    "sidecar_collect_reading": Family("gauge", "1 while the stream is read, 0 while it cannot be", ("consumer",)),
+    "sidecar_collect_pending": Family("gauge", "Messages of the stream that were not read yet", ("consumer",)),
+    "sidecar_collect_aside": Family("gauge", "Messages that are kept aside: no records, or too old", ("consumer",)),
     "sidecar_build_info": Family("gauge", "1, labelled with what runs", ("version", "python")),
 }  # fmt: skip
 
@@ -494,6 +504,15 @@ class Metrics(HopEvents, Collector):
         """A backend takes nothing until an operator acts; None: it takes again."""
         self._gauges["sidecar_blocked"][(backend,)] = 0 if reason is None else 1
 
+    def collecting(self, consumer: str, *, reading: bool, pending: int, aside: int) -> None:
+        """How `collect` stands; `serve` has none of these series, so that an alert can ask for the first."""
+        self._gauges["sidecar_collect_reading"][(consumer,)] = int(reading)
+        self._gauges["sidecar_collect_pending"][(consumer,)] = pending
+        self._gauges["sidecar_collect_aside"][(consumer,)] = aside
+        self._count("sidecar_collect_missed", (consumer,), 0)
+        for outcome in ("stored", "duplicate", "aside"):
+            self._count("sidecar_collected", (outcome,), 0)
+
     # --- reading ---------------------------------------------------------------------------------
 
     def exposition(self, gauges: Gauges) -> bytes:
@@ -594,6 +613,10 @@ class Metrics(HopEvents, Collector):
                     self._count("sidecar_route_tokens", (route or "other", kind), tokens)
                     if payer is not None:
                         self._count("sidecar_subscriber_tokens", (payer, kind), tokens)
+
+    def value_not_computed(self, meter: str) -> None:
+        """An expression gave no number for a record, and the ledger adds nothing for it."""
+        self._count("sidecar_meter_values_not_computed", (meter,), 1)
 
     def _start_at_zero(self, backends: Sequence[str]) -> None:
         for name, family in FAMILIES.items():

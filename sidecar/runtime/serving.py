@@ -16,6 +16,7 @@ from typing import Final
 
 from sidecar.gate.admission import Admission, Policy
 from sidecar.proxy import Proxy
+from sidecar.proxy.upstream import why_unreadable
 from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.ipc import CANNOT_START, LOST, Address, Link, Status, Wire
 from sidecar.runtime.metrics import HopCounts
@@ -59,22 +60,28 @@ class Serving:
         except Exception as error:  # noqa: BLE001 - whatever is wrong with them, calls go on by the old ones
             log.error("the settings were not reloaded, the old ones hold: %s", error)
             return
-        gate = None
-        if policy is not None:
+        gate = self.gate
+        if policy is not None and gate is None:
+            gate = gate_factory.admission(policy)
+        try:
+            self.proxy.renew(
+                settings=settings.proxy,
+                recorder=self.recorder if gate is None else gate_factory.GatedRecorder(self.recorder, gate),
+                taps=factory.telling_taps(settings, self.counts, factory.routes(settings)),
+                readings=factory.readings(settings, self.counts, self.key),
+                route=factory.routes(settings).match,
+                gate=gate if policy is not None else None,
+            )
+        except (OSError, ValueError) as error:
+            log.error("the settings were not reloaded, the old ones hold: %s", why_unreadable(error))
+            return
+        if policy is not None and gate is not None:
             if self.gate is None:
-                self.gate = gate_factory.admission(policy)
-                self.link.ask_for(self.gate)
+                self.gate = gate
+                self.link.ask_for(gate)
             else:
-                self.gate.renew(policy)
-            gate = self.gate
+                gate.renew(policy)
         self.settings = settings
-        self.proxy.renew(
-            settings=settings.proxy,
-            recorder=self.recorder if self.gate is None else gate_factory.GatedRecorder(self.recorder, self.gate),
-            taps=factory.taps_by_upstream(settings, self.counts),
-            route=factory.routes(settings).match,
-            gate=gate,
-        )
 
     def _read_anew(self, read: Callable[[], Settings]) -> tuple[Settings, Policy | None]:
         settings, _ = renewed(self.settings, read())
@@ -150,7 +157,9 @@ async def serve(
             opened = True
             wire.send(ready=True)
             while (told := await wire.receive()) is not None and told.get("do") != "stop":
-                if told.get("do") == "reload":
+                if told.get("do") == "leave":
+                    found.proxy.leave()
+                elif told.get("do") == "reload":
                     if read is None:
                         found.proxy.reload_tls()
                         found.proxy.reload_secrets()

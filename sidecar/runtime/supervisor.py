@@ -131,6 +131,7 @@ class Supervisor:
         self._reload_note: Reload | None = None
         self._before: Settings | None = None  # while new settings come into force: the ones that held
         self._failed = False  # something ended that should not have, or left records behind
+        self._leaving = False  # calls are still taken, each as the last on its connection
         self._draining = False
         self._woken: tuple[socket.socket, socket.socket] | None = None
 
@@ -154,6 +155,8 @@ class Supervisor:
             self._wait(lambda: all(process.ready for process in self._serving), limit_s=START_S)
             self._announce()
             urls = {"proxy": self._sockets.proxy_url, "admin": self._sockets.admin_url}
+            if not settings.serve.admin_listen.path:
+                urls["page"] = self._sockets.admin_url + "/"
             log.info("ready", extra={"facts": urls})
             self._wait(lambda: self._stops > 0)
             self._stop()
@@ -303,6 +306,8 @@ class Supervisor:
                 self._instance = fields.get("instance") or self._instance
                 if process.role == METERING and self._before is not None:
                     self._renewed()
+                if process.role == SERVING and self._leaving:
+                    self._tell(process, {"do": "leave"})
 
     def _collect(self) -> None:
         """Those that have ended: what they said last, why they ended, and what follows."""
@@ -461,7 +466,10 @@ class Supervisor:
         self._tell(self._metering, {"do": "stopping"})
         if settings.serve.stop_delay_s:
             # Whoever sends us calls learns by /readyz that they shall go elsewhere; those that come meanwhile are
-            # served.
+            # served. Who asks no /readyz learns it by its connections, which end each with a response.
+            self._leaving = True
+            for process in self._serving:
+                self._tell(process, {"do": "leave"})
             self._wait(lambda: False, limit_s=settings.serve.stop_delay_s)
             log.info("taking no more calls")
         self._draining = True

@@ -11,10 +11,6 @@ from dataclasses import fields, replace
 from typing import Any, Final
 
 from sidecar.settings.schema import PREFIX, SECTIONS, Settings
-from sidecar.settings.types import Secret
-from sidecar.settings.upstreams import UpstreamSettings
-
-NOTHING: Final = Secret("")
 
 TAKEN: Final = frozenset(
     {
@@ -24,7 +20,7 @@ TAKEN: Final = frozenset(
 )  # fmt: skip
 """Members of `Settings` that are taken over whole."""
 TAKEN_OF: Final[Mapping[str, frozenset[str]]] = {
-    "proxy": frozenset({"routes", "on_disconnect"}),
+    "proxy": frozenset({"routes", "on_disconnect", "upstreams"}),
     "serve": frozenset({"log_level"}),
 }
 """Members of sections of which the others wait."""
@@ -49,19 +45,7 @@ def renewed(old: Settings, new: Settings) -> tuple[Settings, list[str]]:
 
 
 def _differing(before: Any, after: Any) -> Sequence[str]:
-    return [
-        each.name for each in fields(before) if _told(getattr(before, each.name)) != _told(getattr(after, each.name))
-    ]
-
-
-def _told(value: Any) -> Any:
-    """As far as it needs a restart: what upstreams are sent out of files is read anew by the hop itself."""
-    if not isinstance(value, tuple) or not all(isinstance(each, UpstreamSettings) for each in value):
-        return value
-    return [
-        replace(each, set_headers=tuple(replace(h, value=NOTHING) if h.file else h for h in each.set_headers))
-        for each in value
-    ]
+    return [each.name for each in fields(before) if getattr(before, each.name) != getattr(after, each.name)]
 
 
 def _variable(name: str) -> str:

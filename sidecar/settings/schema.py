@@ -28,6 +28,7 @@ PREFIX: Final = "SIDECAR_"
 class Durability(StrEnum):
     COMMITTED = "committed"
     BUFFERED = "buffered"
+    SHIPPED = "shipped"
 
 
 class OnSpoolFull(StrEnum):
@@ -241,7 +242,9 @@ class ServeSettings:
     workers: int = _setting(types.count(1, 256), "1", "processes that serve, on one port")
     stop_s: float = _setting(types.duration(), "30", "how long open calls may finish after SIGTERM and the delay")
     stop_delay_s: float = _setting(
-        types.duration(), "0", "calls are taken so long after SIGTERM, while `/readyz` says 503; a second one ends it"
+        types.duration(),
+        "0",
+        "calls are taken so long after SIGTERM, each its connection's last; `/readyz` says 503; a second one ends it",
     )
     log_level: LogLevel = _setting(types.one_of(LogLevel), "info", "`debug`, `info`, `warning` or `error`")
     log_format: LogFormat | None = _setting(
@@ -255,7 +258,8 @@ class SpoolSettings:
 
     durability: Durability = _setting(
         types.one_of(Durability), "committed",
-        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after",
+        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after; "
+        "`shipped`: after JetStream or the ledger of `SIDECAR_LEDGER_URL` has it too",
     )  # fmt: skip
     on_spool_full: OnSpoolFull = _setting(
         types.one_of(OnSpoolFull), "pass",
@@ -271,6 +275,18 @@ class SpoolSettings:
     retention_bytes: int = _setting(types.size(), "10737418240", "room for delivered records; the oldest go first")
     disk_low_bytes: int = _setting(
         types.size(), "1073741824", "less free disk than this is an alarm; below half of it delivered records go early"
+    )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CollectSettings:
+    """Of `metering-sidecar collect`, which reads what the backend `nats` of others has sent."""
+
+    collect_consumer: str = _setting(
+        types.consumer, "metering-sidecar", "the durable consumer by which the stream remembers what was read"
+    )
+    collect_remember: float = _setting(  # longer than any stream or spool keeps what it may send again
+        types.duration(86_400.0), "30d", "how long the ids of records are known, so that one that comes again is told"
     )
 
 
@@ -422,6 +438,7 @@ class Settings:
     proxy: ProxySettings = field(default_factory=ProxySettings)
     serve: ServeSettings = field(default_factory=ServeSettings)
     spool: SpoolSettings = field(default_factory=SpoolSettings)
+    collect: CollectSettings = field(default_factory=CollectSettings)
     attribution: AttributionSettings = field(default_factory=AttributionSettings)
     usage: UsageSettings = field(default_factory=UsageSettings)
     prices: PriceSettings = field(default_factory=PriceSettings)
@@ -450,6 +467,7 @@ SECTIONS: Final[Mapping[str, type[Any]]] = {
     "serve": ServeSettings,
     "": Settings,
     "spool": SpoolSettings,
+    "collect": CollectSettings,
     "attribution": AttributionSettings,
     "usage": UsageSettings,
     "prices": PriceSettings,

@@ -293,6 +293,13 @@ def each(expected: str, parse_item: Callable[[str], T]) -> Many[tuple[T, ...]]:
     return many(expected, lambda items: tuple(dict.fromkeys(parse_item(item) for item in items)))
 
 
+def _consumer(value: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9_-]{1,64}", value, re.ASCII):
+        raise ValueError
+    return value
+
+
+consumer: Final = Kind("1 to 64 letters, digits, _ and -", _consumer)
 names: Final = each("names, separated by commas", plain_name)
 texts: Final = each("texts, separated by commas", _text)
 

@@ -151,6 +151,10 @@ class Intake:
         self._make_reading = reading
         # Told of every batch with records that is on disk, before delivery is woken.
         self.handed: Callable[[str, Batch, Ended], None] | None = None
+        # Told of every commit: its last number, and which frames of which sources it brought. And at the beginning, of
+        # what a life before this one had stored of a source.
+        self.stored: Callable[[int, Sequence[tuple[bytes, int]]], None] | None = None
+        self.stored_before: Callable[[Sequence[tuple[bytes, int]]], None] | None = None
         self._spool: IntakeSpool | None = None
         self._early = Tally()
         self._seq = 0
@@ -203,6 +207,8 @@ class Intake:
         assert self._spool is not None
         source.stored = stored.get(source.id, 0)
         source.taken = max(source.taken, source.stored)
+        if source.stored and self.stored_before is not None:
+            self.stored_before([(source.id, source.stored)])
         tail = source.tail
         source.open.update({id_: line for id_, line in self._spool.open_intents.items() if id_[_TAIL:] == tail})
 
@@ -396,6 +402,8 @@ class Intake:
             source.waiting -= 1
             source.stored = number
             source.acknowledge(number)
+        if self.stored is not None:
+            self.stored(batch.last_seq, [(source.id, number) for source, number in sources])
         if batch.lines and self.handed is not None:
             self.handed(self._instance, batch, ended)
 

@@ -12,8 +12,9 @@ always hold
 A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one.
 
 `committed`: one frame is under way at a time; what ends meanwhile gathers and goes when that one is on disk, so that a
-commit is shared by all who wait. `buffered`: what ends gathers for a few milliseconds, and nobody waits while the disk
-keeps up.
+commit is shared by all who wait. `shipped`: the same, and when it is on disk a frame's memory is let go of, while its
+responses wait on until the centre has its records (`Recorder.shipped`). `buffered`: what ends gathers for a few
+milliseconds, and nobody waits while the disk keeps up.
 """
 
 from __future__ import annotations
@@ -126,6 +127,9 @@ class Recorder:
         self._metrics = metrics
         self.source = os.urandom(SOURCE_BYTES) if source is None else source
         self._buffered = Durability(settings.durability) is Durability.BUFFERED
+        self._ships = Durability(settings.durability) is Durability.SHIPPED
+        self._shipped = 0  # the last frame that is at the centre
+        self._shipping: deque[Frame] = deque()  # on disk, and responses wait for the centre; oldest first
         self._refuse = OnSpoolFull(settings.on_spool_full) is OnSpoolFull.REFUSE
         self._commit_wait_s = settings.commit_wait_s
         self._memory_bytes = settings.spool_memory_bytes
@@ -204,17 +208,30 @@ class Recorder:
         for frame in done:
             self._gathering.committed(now_s - frame.sent_s)
             self._waiting_bytes -= frame.size_bytes
-        if self._degraded is not None:
+        if self._degraded is not None and not self._ships:
             log.warning("the disk takes records again")
             self._degraded = None
         for frame in done:
-            self._release(frame, True)
+            if self._ships and frame.releases and frame.number > self._shipped:
+                frame.data = b""
+                self._shipping.append(frame)
+            else:
+                self._release(frame, True)
         filling = self._filling
         if filling is not None:
             if not waiting and not self._buffered:
                 self._send(filling)
         elif not waiting:
             self._idle.set()
+
+    def shipped(self, number: int) -> None:
+        """Everything up to this frame is at the centre. Called on the loop, after it was acknowledged."""
+        self._shipped = max(number, self._shipped)
+        if self._degraded is not None:
+            log.warning("the centre takes records again")
+            self._degraded = None
+        while self._shipping and self._shipping[0].number <= number:
+            self._release(self._shipping.popleft(), True)
 
     def unacknowledged(self, after: int = 0) -> Iterator[tuple[int, bytes]]:
         """What has to be sent (again) to one that has everything up to frame `after` on disk."""
@@ -331,6 +348,7 @@ class Recorder:
 
     def _holding(self) -> Iterator[Frame]:
         """The frames that somebody waits for, oldest first."""
+        yield from (frame for frame in self._shipping if frame.releases)
         yield from (frame for frame in self._in_flight if frame.releases)
         if self._filling is not None and self._filling.releases:
             yield self._filling
@@ -346,8 +364,12 @@ class Recorder:
             self._overdue = self._loop.call_at(oldest.since_s + self._commit_wait_s, self._wait_ran_out)
             return
         if self._degraded is None:
-            self._degraded = f"no commit within {self._commit_wait_s:g} s"
-            log.error("the disk is slow or stuck: %s", self._degraded)
+            if self._shipping:
+                self._degraded = f"the centre has taken no record within {self._commit_wait_s:g} s"
+                log.error("the centre is slow or away, and records are on this disk alone: %s", self._degraded)
+            else:
+                self._degraded = f"no commit within {self._commit_wait_s:g} s"
+                log.error("the disk is slow or stuck: %s", self._degraded)
         if self._refuse:
             self._release_all(False, upto_s=now_s - self._commit_wait_s)
             oldest = next(self._holding(), None)
@@ -357,7 +379,9 @@ class Recorder:
             self._metrics.released_uncommitted(self._release_all(True, upto_s=now_s))
 
     def _release_all(self, granted: bool, *, upto_s: float) -> int:
-        return sum(self._release(frame, granted) for frame in list(self._holding()) if frame.since_s <= upto_s)
+        count = sum(self._release(frame, granted) for frame in list(self._holding()) if frame.since_s <= upto_s)
+        self._shipping = deque(frame for frame in self._shipping if frame.releases)
+        return count
 
     def _release(self, frame: Frame, granted: bool) -> int:
         releases, frame.releases = frame.releases, []

@@ -8,11 +8,13 @@ to what `listen_privately` makes: the mode is set before anybody can be let in.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import errno
 import os
 import socket
 import stat
 import struct
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -26,6 +28,16 @@ BACKLOG: Final = 16  # commands that wait: somebody types them
 _SOL_LOCAL: Final = 0  # macOS, sys/un.h: LOCAL_PEERCRED is asked of this level
 _LOCAL_PEERCRED: Final = 1
 _XUCRED_BYTES: Final = 76  # version, uid, then a number of groups
+_ATTACH_FILTER: Final = 26  # Linux, asm-generic/socket.h: SO_ATTACH_FILTER and SO_DETACH_FILTER
+_DETACH_FILTER: Final = 27
+# Classic BPF over the TCP header; its 14th byte holds the flags. What has SYN and not ACK is dropped, all else passes.
+_NO_SYN: Final = (
+    (0x30, 0, 0, 13),  # load that byte
+    (0x54, 0, 0, 0x12),  # of it SYN and ACK
+    (0x15, 0, 1, 0x02),  # SYN alone?
+    (0x06, 0, 0, 0),  # drop
+    (0x06, 0, 0, 0xFFFFFFFF),  # pass
+)
 
 
 class SocketError(OSError):
@@ -97,6 +109,28 @@ def for_both_families(host: str | None, port: int) -> socket.socket | None:
         sock.close()
         raise
     return sock
+
+
+def hold_new(fd: int, held: bool) -> bool:
+    """While held, the kernel drops the first packet of each new connection to this listening socket, whose client sends
+    it again after a second; connections that are under way are made. So the queue of those that wait to be accepted can
+    be emptied and the socket closed, and none is cut off in between. False: only Linux's TCP sockets can do that."""
+    if sys.platform != "linux":
+        return False
+    program = b"".join(struct.pack("HBBI", *step) for step in _NO_SYN)
+    buffer = ctypes.create_string_buffer(program)
+    argument = struct.pack("HP", len(_NO_SYN), ctypes.addressof(buffer))
+    try:
+        with socket.socket(fileno=os.dup(fd)) as sock:
+            if sock.family not in (socket.AF_INET, socket.AF_INET6):
+                return False
+            if held:
+                sock.setsockopt(socket.SOL_SOCKET, _ATTACH_FILTER, argument)
+            else:
+                sock.setsockopt(socket.SOL_SOCKET, _DETACH_FILTER, 0)
+    except OSError:  # a system that only looks like Linux
+        return False
+    return True
 
 
 def listen_privately(path: Path) -> socket.socket:

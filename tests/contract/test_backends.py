@@ -223,7 +223,7 @@ async def test_neither_secret_nor_raw_usage_nor_header_value_is_sealed(name: str
     backend = build(name, tmp_path)
     for sealed in backend.encode(odd_records()).sealed:
         whole = orjson.dumps([sealed.key, sealed.path, sealed.headers]) + sealed.body
-        if TRIALS[name].backend not in ("webhook", "file"):  # these carry the record itself, raw usage included
+        if TRIALS[name].backend not in ("webhook", "file", "nats"):  # these carry the record itself, raw usage included
             assert SECRET.encode() not in whole
         assert b"\r\n" not in sealed.key.encode() + sealed.path.encode()
         assert sealed.path.isascii()

@@ -627,6 +627,43 @@ def test_check_connect_tries_upstream_and_backends(
     assert tried["nowhere"]["detail"] == "it has no address: set SIDECAR_NOWHERE_URL"
 
 
+def test_check_connect_tries_every_upstream(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each by its name and with its own certificates, also where none gets the rest."""
+    ca = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(ca)
+    with socket.create_server(("127.0.0.1", 0)) as listening, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        up, down = (f"127.0.0.1:{s.getsockname()[1]}" for s in (listening, closed))
+        config = tmp_path / "sidecar.toml"
+        config.write_text(
+            f'''
+            [[upstreams]]
+            name = "up"
+            prefix = "/up"
+            url = "http://{up}/base"
+
+            [[upstreams]]
+            name = "down"
+            host = "down.internal"
+            url = "https://{down}"
+            ca_file = "{ca}"
+            '''
+        )
+        monkeypatch.setenv("SIDECAR_CONFIG", str(config))
+        assert main(["check", "--connect", "--format", "json"]) == 1
+        tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
+        assert {name: row["result"] for name, row in tried.items()} == {
+            "upstream up": "reached", "upstream down": "failed", "ledger": "reached",
+        }  # fmt: skip
+        assert tried["upstream down"]["detail"] == "refused: Connection refused"
+        monkeypatch.setenv("SIDECAR_UPSTREAM_URL", f"http://{up}")
+        main(["check", "--connect", "--format", "json"])
+        tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
+        assert tried["upstream"]["result"] == "reached"
+
+
 def test_check_connect_verifies_the_upstreams_certificate(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

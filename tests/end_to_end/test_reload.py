@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,35 +12,12 @@ import aiohttp
 import pytest
 from support.counted_api import LIMIT_S, call, client, upstream
 from support.scripted import running_receiver
-from support.whole import ROOT, Whole, environment
+from support.whole import Reloaded, Whole
 
 from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.dev.mock_backends.contract import KEY
 
 TERMS = {"stripe": Terms(key=KEY)}
-
-
-class Reloaded(Whole):
-    """An instance with a TOML file that changes."""
-
-    def __init__(self, tmp_path: Path, url: str, toml: str, **settings: str) -> None:
-        self.config = tmp_path / "sidecar.toml"
-        self.config.write_text(toml)
-        base = {"SIDECAR_SUBSCRIBER": "header:x-tenant", "SIDECAR_CONFIG": str(self.config)}
-        super().__init__(tmp_path / "data", url, **(base | settings))
-
-    async def reload(self, toml: str | None = None) -> tuple[int, str]:
-        """Exit code of the command, and what it printed."""
-        if toml is not None:
-            self.config.write_text(toml)
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "reload", env=environment(self.env), cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
-        async with asyncio.timeout(LIMIT_S):
-            out, _ = await process.communicate()
-        assert process.returncode is not None
-        return process.returncode, out.decode()
 
 
 def billed(receiver: Receiver) -> dict[str, int]:

@@ -154,6 +154,7 @@ def test_a_terminal_gets_text_and_a_pipe_gets_json(tmp_path: Path) -> None:
             found = json.loads(line)
             assert (found["message"], found["role"]) == ("ready", "supervisor")
             assert found["proxy"].startswith("http://127.0.0.1:")
+            assert found["page"] == found["admin"] + "/"
 
 
 def test_a_line_of_text_is_one_line_whatever_is_in_it() -> None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,9 @@ from cryptography.hazmat.primitives.serialization import (
 from support.tiny import tiny_upstream
 from support.whole import ROOT, Whole, environment
 
+from sidecar.runtime import factory
 from sidecar.runtime.metering import only_fault
+from sidecar.settings import Settings
 from sidecar.spool import SpoolError
 from sidecar.storage.sockets import SocketError
 
@@ -157,6 +161,24 @@ async def test_calls_are_taken_during_the_delay_and_a_second_signal_ends_it(tmp_
                 assert await call_once(whole) == 200
             assert await whole.stop(signal.SIGINT) == 0, whole.log.read_text()
         assert len(await whole.records()) == 5
+
+
+@pytest.mark.parametrize(
+    ("files", "connections", "level"),
+    [(20_000, None, "DEBUG"), (4_096, None, "WARNING"), (20_000, 10_241, "WARNING"), (200_000, None, None)],
+)
+def test_fewer_file_descriptors_are_said_where_it_matters(
+    files: int, connections: int | None, level: str | None, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """Not where the default is cut by a little: nobody asked for it."""
+    monkeypatch.setattr(resource, "getrlimit", lambda which: (files, files))
+    settings = Settings()
+    if connections is not None:
+        settings = replace(settings, proxy=replace(settings.proxy, connections=connections))
+    caplog.set_level("DEBUG")
+    factory.raise_file_limit(settings)
+    assert [each.levelname for each in caplog.records] == ([] if level is None else [level])
 
 
 async def serve(tmp_path: Path, **settings: str) -> tuple[int, str]:

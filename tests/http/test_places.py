@@ -409,6 +409,51 @@ async def test_a_stop_takes_up_what_was_sent_before_it() -> None:
             await hop.client()
 
 
+HTTP_10 = b"GET /x HTTP/1.0\r\nHost: me\r\nConnection: keep-alive\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    "request_", [GET, HTTP_10, GET.replace(b"\r\n\r\n", b"\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n")]
+)
+@on_both_loops
+async def test_before_a_stop_each_response_is_the_last_on_its_connection_and_else_as_it_was(request_: bytes) -> None:
+    """On both ways of a call, the short one after two calls of its kind."""
+    async with RawUpstream(answering(reply(b"whole"))) as upstream, Hop(upstream.url) as hop:
+        kept = await hop.client()
+        before = b""
+        for _ in range(4):
+            await kept.send(request_)
+            before, body = await kept.message()
+            assert b"Connection: close" not in before
+            assert body == b"whole"
+        hop.proxy.leave()
+        assert repr(hop.proxy).startswith("<Proxy: leaving")
+        assert await kept.silent(), "what is idle stays open: a call may be on its way"
+        fresh = await hop.client()
+        for client in (kept, fresh):
+            await client.send(request_)
+            head, body = await client.message()
+            assert body == b"whole"
+            assert head == before.replace(b"Connection: keep-alive\r\n", b"").replace(
+                b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"
+            )
+            assert await client.rest() == b""
+        assert len(hop.recorder.records) == 6
+
+
+@on_both_loops
+async def test_a_connection_that_was_just_made_when_the_port_closes_has_its_call() -> None:
+    """A client far away has been told that it is connected, and its request is under way."""
+    async with RawUpstream(answering(reply(b"whole"))) as upstream, Hop(upstream.url) as hop:
+        fresh = await hop.client()
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        await until(lambda: not hop.proxy._listeners)
+        await fresh.send(GET)
+        assert (await fresh.message())[1] == b"whole"
+        assert await fresh.rest() == b""
+        await stop
+
+
 @on_both_loops
 async def test_a_stop_takes_up_no_more_than_its_time_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections that come without end do not keep it going."""

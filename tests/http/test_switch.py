@@ -58,6 +58,23 @@ async def test_a_tunnel_passes_bytes(protocol: bytes) -> None:
 
 
 @on_both_loops
+async def test_before_a_stop_a_switch_is_passed_on_as_ever() -> None:
+    async def script(conversation: Conversation) -> None:
+        await conversation.head()
+        await conversation.send(AGREE % b"websocket")
+        assert await conversation.exactly(5) == b"hello"
+        await conversation.send(b"last words")
+
+    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
+        hop.proxy.leave()
+        client = await hop.client()
+        await client.send(ASK % b"websocket")
+        assert await client.head() == AGREE % b"websocket"
+        await client.send(b"hello")
+        assert await client.rest() == b"last words"
+
+
+@on_both_loops
 async def test_bytes_sent_ahead_of_the_101_are_not_lost() -> None:
     async def script(conversation: Conversation) -> None:
         await conversation.head()

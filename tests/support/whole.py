@@ -20,6 +20,7 @@ from sidecar.dev.mock_backends import Receiver
 ROOT = Path(__file__).parent.parent.parent
 START_LIMIT_S = 30.0  # a busy two-core machine with four suites on it needs up to five
 STOP_LIMIT_S = 45.0
+RELOAD_LIMIT_S = 60.0
 
 
 class Whole:
@@ -173,6 +174,29 @@ class Whole:
     async def __aexit__(self, *_: object) -> None:
         if self.process is not None:
             await self.kill()
+
+
+class Reloaded(Whole):
+    """An instance with a TOML file that changes."""
+
+    def __init__(self, tmp_path: Path, url: str, toml: str, **settings: str) -> None:
+        self.config = tmp_path / "sidecar.toml"
+        self.config.write_text(toml)
+        base = {"SIDECAR_SUBSCRIBER": "header:x-tenant", "SIDECAR_CONFIG": str(self.config)}
+        super().__init__(tmp_path / "data", url, **(base | settings))
+
+    async def reload(self, toml: str | None = None) -> tuple[int, str]:
+        """Exit code of the command, and what it printed."""
+        if toml is not None:
+            self.config.write_text(toml)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "sidecar", "reload", env=environment(self.env), cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+        )  # fmt: skip
+        async with asyncio.timeout(RELOAD_LIMIT_S):
+            out, _ = await process.communicate()
+        assert process.returncode is not None
+        return process.returncode, out.decode()
 
 
 @asynccontextmanager

@@ -48,6 +48,19 @@ def test_a_wide_text_gives_way_to_a_narrow_terminal() -> None:
     assert max(len(line) for line in table(rows, ("name", "text"), width=5).splitlines()) == len("name") + 2 + 12
 
 
+def test_what_no_terminal_shows_is_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into a pipe or a file, unless somebody says how wide it is."""
+    rows = [{"name": "n" * 90, "text": "x" * 200, "more": "y" * 200}]
+    columns = ("name", "text", "more")
+    monkeypatch.delenv("COLUMNS", raising=False)
+    monkeypatch.setattr("sys.stdout", io.StringIO())
+    assert "…" not in table(rows, columns, spare=("more",))
+    assert "y" * 200 in table(rows, columns, spare=("more",))
+    assert max(map(len, pairs([("a", "word " * 100)]).splitlines())) <= 120, "running text is no table"
+    monkeypatch.setenv("COLUMNS", "80")
+    assert max(map(len, table(rows, columns, spare=("more",)).splitlines())) == 80
+
+
 def test_columns_that_may_be_spared_are_left_out_and_named() -> None:
     rows = [{"who": "w" * 30, "what": "x" * 50, "a": 10**9, "b": 10**9, "c": 10**9}]
     for width in (120, 80, 60, 50, 45):

@@ -6,7 +6,9 @@ import random
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import celpy
@@ -29,7 +31,11 @@ from sidecar.meters.expression import (
     exact,
 )
 from sidecar.meters.properties import FIXED, FLAGS, TEXTS, WHOLE, Vocabulary, value_of
+from sidecar.model.delivery import AddsUp
 from sidecar.model.record import Record
+from sidecar.runtime.backend_factory import backends
+from sidecar.runtime.metrics import Gauges, Metrics
+from sidecar.settings import Settings
 
 # A second opinion
 
@@ -289,6 +295,23 @@ def test_what_cannot_be_computed_says_why(text: str, changes: dict[str, Any], re
     assert found.value(call) is None
     (meter,) = read_meters([{"name": "m", "aggregation": {"type": "SUM", "expression": text}}])
     assert (meter.quantity(call), meter.failure(call)) == (None, reason)
+
+
+def test_what_the_ledger_lacks_for_it_is_counted_by_meter(tmp_path: Path) -> None:
+    """Each time, while the log has it once; other backends park the record."""
+    sides = {"each": "output_tokens / input_tokens", "fine": "output_tokens * 2"}
+    tables = [{"name": name, "aggregation": {"type": "SUM", "expression": text}} for name, text in sides.items()]
+    metrics = Metrics(backends=["ledger"])
+    settings = replace(Settings(), data_dir=tmp_path, meters=tuple(tables), backends=("ledger", "file"))
+    ledger, other = backends(settings, not_computed=metrics.value_not_computed)
+    records = [record(number, usage=usage(input_tokens=number % 2)) for number in range(1, 5)]
+    assert isinstance(ledger, AddsUp)
+    ledger.add_up(records)
+    ledger.add_up(records[:2])
+    other.encode(records)
+    said = metrics.exposition(Gauges()).decode()
+    assert 'sidecar_meter_values_not_computed_total{meter="each"} 3.0' in said
+    assert 'meter="fine"' not in said
 
 
 def test_a_number_beyond_64_bits_is_no_other_number() -> None:

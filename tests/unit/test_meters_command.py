@@ -240,6 +240,20 @@ def test_the_default_meters_are_explained(capsys: pytest.CaptureFixture[str], mo
     assert "api_calls counts what was answered below 400" in said.err
 
 
+def test_no_filter_is_cut_however_narrow_the_terminal(
+    data_dir: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = data_dir.parent / "sidecar.toml"
+    routes = [f"/a/rather/long/route/{number}" for number in range(4)]
+    file.write_text(
+        f'[[meters]]\nname = "some"\naggregation = {{ type = "COUNT" }}\n'
+        f'filters = [{{ key = "route", values = {routes} }}]\n'
+    )
+    monkeypatch.setenv("COLUMNS", "60")
+    assert main(["meters", "list"]) == 0
+    assert f"route = {' or '.join(routes)}" in capsys.readouterr().out
+
+
 # What is told at the start
 
 

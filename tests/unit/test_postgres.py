@@ -17,6 +17,8 @@ from sidecar.model.grammar import Unfit
 from sidecar.settings.types import Kind, postgres_url
 from sidecar.storage.postgres import Fault, Postgres, PostgresError, described
 
+pytestmark = pytest.mark.each_postgres
+
 STEPS = [
     "CREATE TABLE metering.first (n int PRIMARY KEY)",
     "CREATE TABLE metering.second (n int); INSERT INTO metering.first VALUES (1)",
@@ -42,6 +44,14 @@ async def refusal(url: str) -> PostgresError:
     assert "s3cret" not in text
     assert "somebody" not in text
     return caught.value
+
+
+def test_the_server_is_the_one_that_was_asked_for(
+    postgres_server: PostgresServer, request: pytest.FixtureRequest
+) -> None:
+    version = postgres_server.sql("SHOW server_version_num")
+    assert (version[:2] == "15") == ("debian-15" in request.node.name)
+    assert int(version) >= 150_000
 
 
 async def test_what_is_done_in_a_transaction_is_there_or_not(database: Postgres) -> None:

@@ -377,3 +377,73 @@ async def test_stopping_leaves_nothing_behind(tmp_path: Path) -> None:
         assert reader.totals(spool.instance).open == 1
         assert reader.totals(spool.instance).holds
     assert "40 recorded" in repr(spool)
+
+
+# Shipped: the last byte waits for the centre
+
+
+async def complete_one(recorder: SpoolRecorder, answers: Answers | None) -> bool:
+    recorder.admit(exchange := call())
+    return recorder.complete(exchange, answers)
+
+
+async def test_shipped_lets_go_after_the_centre_has_it_and_keeps_no_memory_for_it(held: Held) -> None:
+    make, _, told, spool = held
+    recorder, answers = make(durability="shipped", commit_wait_s=30), Answers()
+    assert await complete_one(recorder, answers) is False
+    await until(lambda: not recorder.waiting_records)
+    with SpoolReader(spool.root) as reader:
+        await until(lambda: reader.last_seq(spool.instance) == 1)
+    await asyncio.sleep(0.02)
+    assert answers.given == []
+    assert recorder._waiting_bytes == 0, "it is on the disk: only who waits is remembered"
+    recorder.shipped(1)
+    assert answers.given == [True]
+    assert told.uncommitted == 0
+    assert recorder.health().state is State.OK
+
+
+async def test_a_centre_that_is_away_is_waited_for_once_and_no_longer(held: Held) -> None:
+    make, _, told, _ = held
+    recorder, answers, later = make(durability="shipped"), Answers(), Answers()
+    assert await complete_one(recorder, answers) is False
+    await until(lambda: answers.given)
+    assert answers.given == [True]
+    assert told.uncommitted == 1
+    health = recorder.health()
+    assert (health.state, health.reason) == (State.DEGRADED, "the centre has taken no record within 0.05 s")
+    assert await complete_one(recorder, later) is True, "not held any more"
+    await until(lambda: not recorder.waiting_records)
+    assert recorder.health().state is State.DEGRADED, "the disk alone is no centre"
+    assert told.uncommitted == 2
+    recorder.shipped(2)
+    assert recorder.health().state is State.OK
+    assert await complete_one(recorder, later) is False, "the promise holds again"
+    await until(lambda: not recorder.waiting_records)
+    recorder.shipped(3)
+    assert later.given == [True]
+
+
+async def test_with_refuse_nobody_is_told_a_promise_that_the_centre_did_not_keep(held: Held) -> None:
+    make, _, _, _ = held
+    recorder, answers = make(durability="shipped", on_spool_full="refuse"), Answers()
+    assert await complete_one(recorder, answers) is False
+    await until(lambda: answers.given)
+    assert answers.given == [False]
+    assert not recorder.admit(call())
+    recorder.shipped(1)
+    assert recorder.admit(call())
+
+
+async def test_a_centre_that_is_told_before_the_frame_ends_is_remembered(held: Held) -> None:
+    """After a restart of who meters: the word on the frame may come in the same read as that it is on disk."""
+    make, gate, _, _ = held
+    recorder, answers = make(durability="shipped", commit_wait_s=30), Answers()
+    gate.clear()
+    assert await complete_one(recorder, answers) is False
+    await asyncio.sleep(0.02)
+    recorder.shipped(1)
+    assert answers.given == []
+    gate.set()
+    await until(lambda: answers.given)
+    assert answers.given == [True]

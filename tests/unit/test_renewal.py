@@ -55,11 +55,12 @@ def test_the_names_that_are_taken_are_members() -> None:
         assert some <= {each.name for each in fields(SECTIONS[section])}
 
 
-def test_what_an_upstream_is_sent_out_of_a_file_needs_no_restart() -> None:
+def test_another_upstream_and_what_one_is_sent_out_of_a_file_need_no_restart() -> None:
     def settings(key: str, url: str = "http://a") -> Settings:
         header = SetHeader(name="authorization", value=Secret(key), file="/run/secrets/key")
         one = UpstreamSettings(name="a", prefix="/a", url=url, set_headers=(header,))
         return replace(Settings(), proxy=replace(Settings().proxy, upstreams=(one,)))
 
-    assert renewed(settings("old"), settings("new"))[1] == []
-    assert renewed(settings("old"), settings("new", "http://b"))[1] == ["SIDECAR_UPSTREAMS"]
+    for new in (settings("new"), settings("new", "http://b"), Settings()):
+        found, waiting = renewed(settings("old"), new)
+        assert (found.proxy.upstreams, waiting) == (new.proxy.upstreams, [])

@@ -6,16 +6,21 @@ import asyncio
 import random
 import shutil
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, asynccontextmanager, closing
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from support.backend_fixtures import T0_NS, odd_records, record, records
 from support.ledgers import again
 from support.postgres_server import PostgresServer
+from support.statements import before_statements
 
+from sidecar.cli.connect import try_everything
+from sidecar.cli.shared import known_backend_settings
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.lanes import lane_of
 from sidecar.ledger.postgres_queries import PostgresReader
@@ -25,8 +30,10 @@ from sidecar.meters.buckets import BatchSums
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
 from sidecar.model.exchange import Subscriber
 from sidecar.model.record import Record
-from sidecar.storage.postgres import PostgresError
+from sidecar.settings import load
+from sidecar.storage.postgres import Fault, Postgres, PostgresError
 
+pytestmark = pytest.mark.each_postgres
 Opened = Callable[..., PostgresStore]
 
 
@@ -109,7 +116,8 @@ def sql(url: str, statements: str) -> str:
         finally:
             await connection.close()
 
-    return asyncio.run(run())
+    with ThreadPoolExecutor(1) as pool:  # also for a test that has a loop of its own
+        return pool.submit(asyncio.run, run()).result()
 
 
 # Once
@@ -238,28 +246,55 @@ def test_a_server_that_is_away_is_waited_for_and_gone_on_with(
     check(url, 10)
 
 
-def test_a_server_that_is_killed_between_any_two_statements_keeps_totals_and_records_alike(
-    killable_postgres: PostgresServer, opened: Opened
+def test_a_server_that_is_killed_before_any_statement_keeps_totals_and_records_alike(
+    killable_postgres: PostgresServer, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = killable_postgres.database()
-    store = opened(url)
-    chance = random.Random(11)
-    batches = [calls(1, 40, start=1 + 40 * n) for n in range(60)]
-    done = 0
+    store, batches = opened(url), [calls(1, 10, start=1 + 10 * n) for n in range(9)]
     assert put(store, batches[0]) == Delivered()
-    for _ in range(4):
-        killer = threading.Timer(chance.uniform(0.0, 0.3), killable_postgres.kill)
-        killer.start()
-        for batch in batches:
-            if not isinstance(put(store, batch), (Delivered, Duplicate)):
-                break
-            done += 1
-        killer.join()
+    said: list[str] = []
+    left = [0]
+
+    def kill(statement: str) -> None:
+        said.append(statement)
+        left[0] -= 1
+        if left[0] == 0:
+            killable_postgres.kill()
+
+    before_statements(kill, monkeypatch.setattr)
+    assert put(store, batches[1]) == Delivered()
+    assert said[0].startswith("BEGIN")
+    assert said[-1].startswith("COMMIT")
+    steps = len(said)
+    for batch, at in zip(batches[2:], (2, 4, 6, 8, 10, steps - 1, steps), strict=True):
+        left[0] = at
+        assert isinstance(put(store, batch), Retry), said[-1]
         killable_postgres.start()
-    for batch in batches:
-        while isinstance(put(store, batch), Retry):
+        while isinstance(put(store, batch), Retry):  # it recovers still
             pass
-    check(url, 40 * len(batches))
+    check(url, 10 * len(batches))
+
+
+def test_a_commit_that_is_not_answered_is_found_when_it_comes_again(
+    postgres_database: str, opened: Opened, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    url = postgres_database
+    store, batch = opened(url), calls(1, 10)
+    real: Any = Postgres.transaction
+
+    @asynccontextmanager
+    async def lost(self: Postgres, **more: Any) -> AsyncIterator[Any]:
+        async with real(self, **more) as connection:
+            yield connection
+        if not more:
+            raise PostgresError("the connection was lost", Fault.LOST)
+
+    assert put(store, batch[:5]) == Delivered()
+    monkeypatch.setattr(Postgres, "transaction", lost)
+    assert put(store, batch) == Retry("connection_lost")
+    monkeypatch.undo()
+    assert put(store, batch) == Duplicate()
+    check(url, 10)
 
 
 def test_each_fault_is_a_verdict_with_its_reason(postgres_server: PostgresServer, opened: Opened) -> None:
@@ -317,6 +352,24 @@ def test_a_reason_is_logged_once_and_holds_no_password(
     assert "127.0.0.1:1/billing cannot be reached" in said[0]
     assert "s3cret" not in caplog.text
     assert "somebody" not in caplog.text
+
+
+async def test_what_would_take_no_records_is_said_beforehand(
+    postgres_server: PostgresServer, opened: Opened, tmp_path: Path
+) -> None:
+    url = postgres_server.database()
+    store = opened(url)
+    assert store.look() is None
+    assert sql(url, "SELECT 1 FROM pg_tables WHERE schemaname = 'metering'") == "", "nothing is made by looking"
+    assert put(store, records(1)) == Delivered()
+    assert store.look() is None
+    assert "there is no such database" in (opened(f"{url}_gone").look() or "")
+    environ = {"SIDECAR_DATA_DIR": str(tmp_path / "d"), "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1"}
+    for address, result in ((url, "reached"), (f"{url}_gone", "failed")):
+        settings = load({**environ, "SIDECAR_LEDGER_URL": address}, backend_settings=known_backend_settings())
+        (tried,) = [one for one in await try_everything(settings) if one.what == "ledger"]
+        assert tried.result == result, tried
+    assert not (tmp_path / "d" / "ledger.db").exists()
 
 
 def test_a_reader_says_why_it_cannot_answer(postgres_database: str) -> None:

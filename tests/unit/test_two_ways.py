@@ -107,6 +107,7 @@ STEPS = st.one_of(
         [
             ("leaves",), ("resets",), ("lost",), ("reset upstream",), ("holds",), ("commits", True), ("commits", False),
             ("passes", 1.0), ("passes", 1000.0), ("stops reading",), ("reads on",), ("new client",),
+            ("last calls",),
         ]
     ),
 )  # fmt: skip
@@ -154,6 +155,8 @@ def play(talk: Talk, step: Step) -> None:
         talk.commits(step[1])
     elif what == "passes":
         talk.passes(step[1])
+    elif what == "last calls":
+        talk.proxy.leave()
     elif what == "stops reading":
         client.stops_reading()
     elif what == "reads on":

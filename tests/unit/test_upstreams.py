@@ -5,11 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.gate.admission import Admission, ByUpstream, Deny, Meant, Models, Policy
+from sidecar.gate.denials import Denial
+from sidecar.gate.limits import read_limits
 from sidecar.proxy.destinations import Destinations
+from sidecar.runtime import gate_factory
+from sidecar.runtime.factory import usage_taps
 from sidecar.settings import ProxySettings, SettingsError, load
 from sidecar.settings.upstreams import from_items, from_tables, reread
 
@@ -176,6 +182,65 @@ def test_a_secret_file_is_read_without_its_line_end_and_read_again(tmp_path: Pat
     values = {one.name: one.value.reveal() for one in again[0].set_headers}
     assert values == {"authorization": "Bearer sk-two", "x-key": "sk-stays", "x-team": "core"}
     assert problems == [f"upstream a: x-key: '{gone}' cannot be read: No such file or directory"]
+
+
+def test_the_gate_knows_whose_api_a_call_is_for() -> None:
+    """What a call may cost, how a denial looks and whose credential it bears go by the upstream that it is sent to."""
+    settings = load(
+        {
+            "SIDECAR_UPSTREAM_URL": "http://own.test", "SIDECAR_LIMITS": "cost_usd=5/month",
+            "SIDECAR_UPSTREAMS": f"/openai={OPENAI},/claude=https://api.anthropic.com",
+        },
+        backend_settings={"ledger": ()},
+    )  # fmt: skip
+    policy = gate_factory.policy(settings, usage_taps(settings, lambda kind: None), b"k" * 32)
+    assert policy is not None
+    assert policy.upstreams.keys() == {"openai", "claude"}
+
+    def price(models: Models | None, model: str) -> int | None:
+        assert models is not None
+        assert models.price is not None
+        return models.price(None, model, 1000, 1000, 1_790_000_000_000_000_000)
+
+    def type_of(deny: Deny) -> str:
+        said = deny("POST", "/v9/new", limit="l", kind="quota", retry_after_s=None, message=None)
+        return str(orjson.loads(said.body)["error"]["type"] if b'"error"' in said.body else dict(said.headers))
+
+    openai, claude = policy.upstreams["openai"], policy.upstreams["claude"]
+    assert price(openai.models, "gpt-4o")
+    assert price(claude.models, "claude-sonnet-4-5")
+    assert price(claude.models, "gpt-4o") is None
+    assert (type_of(openai.deny), type_of(claude.deny)) == ("insufficient_quota", "billing_error")
+    assert "application/problem+json" in type_of(policy.deny)
+
+
+def test_a_call_is_weighed_by_the_prices_of_its_upstream() -> None:
+    def models(price: int, ceiling: int) -> Models:
+        return Models(lambda provider, model, i, o, at_ns: price * (i + o), lambda provider, model: ceiling)
+
+    policy = Policy(
+        limits=read_limits((), ("cost_usd=9/day",)), meant=lambda method, target, upstream: Meant(None, None, True),
+        key_of=lambda fields: None, deny=NoDenial(), models=models(1, 1000),
+        upstreams={"dear": ByUpstream(lambda fields: None, models(7, 50), NoDenial())},
+    )  # fmt: skip
+    gate = Admission(policy, clock_ns=lambda: 0, call_later=lambda after_s, do: NoTimer())
+    body = b'{"model": "m", "max_tokens": 99}'
+    costs = []
+    for upstream in (None, "dear", "default"):
+        prepared = gate.prepare("POST", "/x", (), subscriber=None, dimensions={}, route=None, upstream=upstream)
+        costs.append(gate.weigh(prepared, body, len(body)).needs[4])
+    assert costs == [8 + 99, 7 * (8 + 50), 8 + 99]
+
+
+class NoTimer:
+    def cancel(self) -> None: ...
+
+
+class NoDenial:
+    shows_amounts = False
+
+    def __call__(self, method: str, target: str, **why: Any) -> Denial:
+        raise AssertionError("nothing is denied here")
 
 
 def test_several_upstreams_need_no_other() -> None:

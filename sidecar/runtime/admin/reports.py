@@ -23,11 +23,10 @@ from typing import Any, Final, TypeVar
 import orjson
 from aiohttp import web
 
-from sidecar.delivery.queries import DeliveryQueries
 from sidecar.ledger import TooLongError
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.runtime.admin.answers import json_answer
-from sidecar.runtime.backend_factory import fleet_reader, open_reader
+from sidecar.runtime.backend_factory import DELIVERY, accounts, fleet_reader, open_reader
 from sidecar.runtime.reports import calls, lists
 from sidecar.runtime.reports.formats import MEDIA_TYPES, Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, near, quoted, usage_query
@@ -48,7 +47,6 @@ GZIP_FROM_BYTES: Final = 2048
 GZIP_LEVEL: Final = 3  # 100 MB/s; a page of numbers becomes an eighth
 RECORDS: Final = 100  # without `limit`
 PARKED: Final = 1000
-DELIVERY: Final = "delivery.db"
 FORMATS: Final = (Format.JSON, Format.NDJSON, Format.CSV)
 
 USAGE: Final = ("by", "since", "until", "where", "sort", "top", "timezone", "format")
@@ -252,16 +250,13 @@ class Reports:
             backend=asked.get("backend"), reason=asked.get("reason"), limit=asked.get("limit", str(PARKED))
         )
         form, has = _form(request), _known(request)
-        path = self._settings.data_dir / DELIVERY
 
         def read() -> Answer:
-            if not path.exists():
-                raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
-            accounts = DeliveryQueries.open(path)
-            try:
-                rows = list(lists.parked(accounts, query, self._names))
-            finally:
-                accounts.close()
+            with accounts(self._settings) as found:
+                if not found:
+                    path = self._settings.data_dir / DELIVERY
+                    raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
+                rows = list(lists.parked(found, query, self._names))
             columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
             return self._of_bytes(_body(rows, columns, form), form, has)
 

@@ -16,7 +16,15 @@ import orjson
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.model.record_id import ID_LENGTH
 from sidecar.runtime.reports.formats import Names
-from sidecar.runtime.reports.parameters import QueryError, between, conditions, dimension_of, quoted, whole
+from sidecar.runtime.reports.parameters import (
+    UPSTREAM,
+    QueryError,
+    between,
+    conditions,
+    dimension_of,
+    quoted,
+    whole,
+)
 from sidecar.spool import SpoolReader
 from sidecar.spool.types import StoredGroup
 
@@ -56,6 +64,7 @@ FIELDS: Final[Mapping[str, Callable[[Record], Any]]] = {
     "outcome": lambda r: r["outcome"],
     "method": lambda r: r["method"],
     "instance": lambda r: r["instance"],  # the spool that has it; of many sidecars who of them
+    UPSTREAM: lambda r: r["dimensions"].get(UPSTREAM) or r.get("upstream"),
 }
 # As CSV has them; JSON and NDJSON have the whole record.
 COLUMNS: Final[Mapping[str, Callable[[Record], Any]]] = {
@@ -81,6 +90,7 @@ COLUMNS: Final[Mapping[str, Callable[[Record], Any]]] = {
     "route": lambda r: r["route"],
     "url": lambda r: r["url"],
     "error": lambda r: r["error"],
+    UPSTREAM: lambda r: r.get("upstream"),
 }
 
 

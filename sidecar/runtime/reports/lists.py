@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from heapq import merge
 from itertools import islice
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -45,14 +47,15 @@ def parked_query(
     )
 
 
-def parked(accounts: DeliveryQueries | None, query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
-    """One row an event, in the order of their parking. Raises `StateError`."""
-    return islice(_parked(accounts, query, names), query.limit)
+def parked(accounts: Iterable[DeliveryQueries], query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
+    """One row an event, in the order of their parking, of each place as it has them. Raises `StateError`."""
+    rows = merge(*(_parked(one, query, names) for one in accounts), key=itemgetter("parked_at"))
+    return islice(rows, query.limit)
 
 
-def _parked(accounts: DeliveryQueries | None, query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
+def _parked(accounts: DeliveryQueries, query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
     after = 0
-    while accounts is not None:
+    while True:
         page = accounts.parked(backend=query.backend, reason=query.reason, after=after, limit=PAGE, bodies=False)
         for one in page:
             record = orjson.loads(one.line) if one.line else None

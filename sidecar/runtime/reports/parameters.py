@@ -24,6 +24,8 @@ TOP_MAX: Final = 10_000
 EXPECTED: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
 OLDEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 
+UPSTREAM: Final = "upstream"  # filed like a dimension; an own one of that name stands before it
+
 _AGO: Final = re.compile(r"(\d+)\s*([smhdw])", re.ASCII)
 _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 # What a column of an answer is called besides, so that a dimension of that name needs its long one.
@@ -164,6 +166,7 @@ def usage_query(
 ) -> UsageQuery:
     """Sums, as they were asked for. Raises `QueryError`."""
     zone = None if timezone is None else time_zone(timezone)
+    dimensions = (*dimensions, *(() if UPSTREAM in dimensions else (UPSTREAM,)))
     asked_sort, descending = (None, True) if sort is None else order(sort)
     begins, ends = between(since, until, now, zone)
     return UsageQuery(

@@ -661,6 +661,8 @@ const TAKEN = new Set([...GROUPS, "hour", "day", "month", "name", "others", "rec
 const LONG = "dimensions.";
 const grouped = (one) => (TAKEN.has(one) ? LONG + one : one);
 const bare = (one) => (one.startsWith(LONG) ? one.slice(LONG.length) : one);
+const UPSTREAM = "upstream"; // filed like a dimension, where there are several
+const filed = (row, one) => row.dimensions?.[bare(one)] ?? (one === UPSTREAM ? row.upstream : null);
 
 function recordsPath() {
   const asked = new URLSearchParams({limit: view.calls});
@@ -673,6 +675,7 @@ async function drawRecords() {
   if (!changed("records", answer)) return;
   const all = rowsOf(answer.value);
   const seen = new Set(all.flatMap((one) => Object.keys(one.dimensions ?? {})).map(grouped));
+  if (all.some((one) => one.upstream)) seen.add(UPSTREAM);
   const more = [...seen].filter((one) => !dimensions.includes(one));
   if (more.length) { dimensions = [...dimensions, ...more].sort(); controls(); }
   const wanted = view.text.trim().toLowerCase();
@@ -692,7 +695,7 @@ async function drawRecords() {
     {title: "out", number: true, cell: (row) => shown(row.usage?.output_tokens, "")},
     {title: "cost", number: true, cell: (row) => costOf(row)},
     {title: "call", class: "call", cell: (row) => [`${visible(row.method)} `, name(row.route ?? row.url)]},
-    ...dimensions.map((one) => ({title: visible(one), cell: (row) => name(row.dimensions?.[bare(one)], NOTHING)})),
+    ...dimensions.map((one) => ({title: visible(one), cell: (row) => name(filed(row, one), NOTHING)})),
   ], rows) : el("p", {class: "quiet"}, all.length ? "None of them fits." : "No call was recorded yet."));
 }
 
@@ -706,7 +709,7 @@ const ofStatus = ({status}) => !view.status || (view.status === "none" ? status 
 
 const said = (row) => [
   row.id, row.status, row.outcome, row.subscriber?.id, row.subscriber?.name, row.usage?.model, row.usage?.request_model,
-  row.usage?.provider, row.method, row.route, row.url, row.error, ...Object.values(row.dimensions ?? {}),
+  row.usage?.provider, row.method, row.route, row.url, row.error, row.upstream, ...Object.values(row.dimensions ?? {}),
 ].filter((one) => one !== null && one !== undefined).join("\n").toLowerCase();
 
 read();
