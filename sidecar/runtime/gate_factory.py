@@ -389,13 +389,12 @@ def counted(
         lambda r: r.started_s >= from_s and (r.instance != instance or r.seq <= last_seq),
         outputs,
     )
-    if from_s * SECOND_NS > since_ns and has_ledger(settings):
+    # Of a ledger that many share `fleet` takes them, once that answers.
+    if from_s * SECOND_NS > since_ns and settings.fleet.ledger_url is None and has_ledger(settings):
         since = datetime.fromtimestamp(since_ns // SECOND_NS, UTC)
         until = datetime.fromtimestamp(from_s, UTC)
         with closing(open_reader(settings)) as ledger:
-            # Of a ledger that many share what was recorded here: the others count their own.
-            own = {"instance": [Identity(settings.data_dir, settings.fleet.instance).name]}
-            rows = ledger.usage(BY, since, until, own if settings.fleet.ledger_url is not None else None)
+            rows = ledger.usage(BY, since, until)
         counters.absorb(count_hours(map(_hour, rows), found))
     return counters
 
