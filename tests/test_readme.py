@@ -28,8 +28,6 @@ VARIABLES = {CONFIG} | {
     for backend, setting in all_settings(backend_settings())
     for name in (setting.variable(backend), *([setting.variable(backend) + "_FILE"] if setting.secret else []))
 }
-# Named in pages and not there yet: to go with the work that brings them.
-PENDING: set[str] = set()
 SERIES = {
     name + suffix
     for name, family in FAMILIES.items()
@@ -65,13 +63,9 @@ def test_every_name_that_is_mentioned_exists(path: Path) -> None:
     text = path.read_text()
     # `SIDECAR_…` and `SIDECAR_<BACKEND>_…` speak of many; an underscore at the end is part of such a pattern.
     mentioned = set(re.findall(rf"\b{PREFIX}[A-Z0-9_]*[A-Z0-9]\b", text))
-    assert mentioned <= VARIABLES | PENDING
+    assert mentioned <= VARIABLES
     series = set(re.findall(r"\bsidecar_[a-z_]+\b(?=[^a-z_/.=]|$)", text)) if path.suffix != ".py" else set()
     assert series <= SERIES
-
-
-def test_what_is_pending_is_not_all_there_yet() -> None:
-    assert not PENDING or PENDING - VARIABLES, "empty PENDING"
 
 
 def test_every_command_has_its_line() -> None:

@@ -19,7 +19,7 @@ from typing import Any, Final, Self
 import orjson
 
 from sidecar.delivery.context import SystemClock
-from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lane, spool_of
+from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lanes, spool_of
 from sidecar.delivery.leases import RENEW_S, Leases
 from sidecar.delivery.rows import StateError
 from sidecar.delivery.service import Delivery
@@ -38,6 +38,7 @@ LOOK_S: Final = 0.5  # how soon records of other sidecars are seen
 LATE_S: Final = 2 * RENEW_S  # without a renewal for so long nothing more is begun: the lease has four seconds to go
 REST_S: Final = 35.0  # for what is under way when a lane is given back
 STOP_REST_S: Final = 4.0  # the same at a stop: leases have four seconds to go at least, and nobody renews them
+PREPARE_S: Final = 5.0  # a start waits no longer for a database that is away
 TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
@@ -126,7 +127,8 @@ class Elected:
 
     url: str
     me: str
-    make: Callable[[], list[Backend]]  # of each lane its own: a customer's vendor sees one request at a time
+    names: Sequence[str]  # the backends
+    make: Callable[[], list[Backend]]  # of each lane its own
     metrics: Metrics
     retention_s: float
     skip_gaps: bool = False
@@ -150,16 +152,17 @@ class Elected:
         """The tables of all lanes, before any record is in them: what comes then is nobody's but ours to deliver. Of a
         lane that has records already, some may have been delivered by whoever wrote them, and count so."""
         await self._leasing.migrate(postgres_schema.PART, postgres_schema.STEPS)
-        await self._leases.prepare()
-        names = [backend.name for backend in self.make()]
-        await asyncio.to_thread(lambda: [call(make_lane(self._shared, lane, names)) for lane in range(LANES)])
+        await make_lanes(self._leasing, self.names)
         self._prepared = True
 
     async def __aenter__(self) -> Self:
         try:
-            await self.prepare()
+            async with asyncio.timeout(PREPARE_S):
+                await self.prepare()
         except PostgresError as error:
             self._say(str(error))
+        except TimeoutError:
+            self._say(f"{self._leasing.where} does not answer")
         self._running = asyncio.create_task(self._run())
         return self
 

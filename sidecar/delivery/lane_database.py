@@ -195,6 +195,17 @@ def told(where: str) -> Iterator[None]:
         raise kind(f"{where}: {error}") from error
 
 
+async def make_lanes(database: Postgres, backends: Sequence[str]) -> None:
+    """The tables of all lanes that have none yet (`make_lane`)."""
+    await database.migrate(LEASES_PART, LEASES)
+    async with database.transaction(read_only=True) as db:
+        rows = await db.fetch("SELECT part, version FROM metering.migrations")
+    versions = {str(part): int(version) for part, version in rows}
+    for lane in range(LANES):
+        if versions.get(PART.format(lane)) != len(STEPS):
+            await make_lane(database, lane, backends)
+
+
 async def make_lane(database: Postgres, lane: int, backends: Sequence[str] = ()) -> bool:
     """The tables of a lane; whether it was this call that made them. Of a lane without a record these backends are to
     get all that comes from now on."""

@@ -379,7 +379,12 @@ class PostgresStore:
             async with self._blocking.db.transaction() as db:
                 await db.execute("SELECT pg_advisory_xact_lock($1)", _PARTITION_LOCK)
                 for day in missing:
-                    if not await db.fetchval("SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.records_{day:%Y%m%d}"):
+                    # Asked of the catalog itself: what a connection remembers of a name may be of before the lock.
+                    there = await db.fetchval(
+                        "SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = $1 AND tablename = $2)",
+                        SCHEMA, f"records_{day:%Y%m%d}",
+                    )  # fmt: skip
+                    if not there:
                         for statement in partition_of(day):
                             await db.execute(statement)
         self._days.update(days)

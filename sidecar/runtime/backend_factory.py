@@ -10,14 +10,17 @@ import importlib.util
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from typing import Final
 
 from sidecar.backends import BACKENDS, Context
 from sidecar.backends.base import Examined, LedgerApply, SharedLedger
+from sidecar.backends.http import HttpBackend
 from sidecar.delivery.lane_database import lanes_read
 from sidecar.delivery.queries import DeliveryQueries
 from sidecar.ledger import LedgerReader, LedgerStore, ledger_problem
 from sidecar.ledger.identity import Identity
+from sidecar.ledger.lanes import LANES
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.ledger.postgres_store import PostgresStore
 from sidecar.ledger.queries import Ledger
@@ -45,6 +48,17 @@ def backends(
     value that the ledger lacks, because an expression cannot be computed; others park such a record."""
     wanted = settings.backends if names is None else names
     return [backend(settings, name, not_computed=not_computed) for name in wanted]
+
+
+def of_a_lane(settings: Settings, names: Sequence[str]) -> list[Backend]:
+    """These backends as one lane of a fleet has them: all lanes together send some twice as much at once as one sidecar
+    by itself would, however many sidecars there are."""
+    made = backends(settings, names)
+    for one in made:
+        if isinstance(one, HttpBackend):
+            at_once = max(1, one.abilities.concurrency * 2 // LANES)
+            one.abilities = replace(one.abilities, concurrency=at_once)
+    return made
 
 
 def backend(

@@ -385,7 +385,8 @@ async def billing(
                 Elected(
                     url=url.reveal(),
                     me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
-                    make=lambda: backend_factory.backends(settings, names),
+                    names=names,
+                    make=lambda: backend_factory.of_a_lane(settings, names),
                     metrics=metrics,
                     retention_s=settings.spool.retention,
                     skip_gaps=settings.backend_gaps == "skip",
@@ -627,7 +628,7 @@ class Metering:
         """Offer parked events again; what became of each. Raises `LookupError` for a backend that nobody knows."""
         bills = self._billing()
         if backend is not None and backend not in self.settings.backends:
-            known = {name for name, _ in await asyncio.to_thread(bills.delivery.parked_now)}
+            known = {name for name, _ in await asyncio.to_thread(bills.parked_now)}
             if backend not in known:
                 raise LookupError(self._no_backend(backend))
         choice = {
