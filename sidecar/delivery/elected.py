@@ -209,6 +209,16 @@ class Elected:
                 found.update(delivery.parked_now())
         return dict(found)
 
+    def pending(self) -> dict[str, int]:
+        """Records that a backend has not settled, of the lanes that are held here. Blocks."""
+        found: Counter[str] = Counter()
+        for lane, delivery in self.deliveries().items():
+            with contextlib.suppress(StateError, SpoolError):
+                name = spool_of(lane)
+                totals = delivery.totals({name: delivery.reader.last_seq(name)})
+                found.update({backend: one.pending for backend, one in totals.items()})
+        return dict(found)
+
     def wake(self) -> None:
         """Records of ours are in the database."""
         for delivery in self.deliveries().values():

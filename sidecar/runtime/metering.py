@@ -521,6 +521,8 @@ class Metering:
         if bills is not None:
             status = bills.status()
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
+            if bills.elected is not None:
+                gauges.pending |= await asyncio.to_thread(bills.elected.pending)
             gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes

@@ -184,8 +184,18 @@ async def test_what_is_parked_is_shown_redriven_and_cancelled_from_any_sidecar(
 async def test_lanes_rest_while_the_database_is_away(tmp_path: Path, killable_postgres: PostgresServer) -> None:
     async with fleet(tmp_path, killable_postgres) as all_:
         one, two = all_
+        all_.receiver.disturb(Fault(do=Do.STATUS, status=503, backend="webhook"))
         count = await call(one)
+
+        async def pending() -> int:
+            """Of the vendor's, by both: each tells those of its lanes."""
+            lines = [line for whole in all_ for line in (await whole.text("/metrics")).splitlines()]
+            return sum(int(float(line.split()[1])) for line in lines if line.startswith('sidecar_pending{backend="web'))
+
+        await all_.until(pending, lambda found: found == count, what=f"{count} pending")
+        all_.receiver.disturb()
         await all_.billed(count)
+        await all_.until(pending, lambda found: found == 0, what="none pending")
         await asyncio.to_thread(killable_postgres.kill)
         count += await call(one) + await call(two)
 
