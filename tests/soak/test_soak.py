@@ -21,7 +21,7 @@ from support.filled import fill
 from support.mishaps import watching
 from support.oracle import CHAT
 from support.tiny import tiny_upstream
-from support.whole import ROOT, Whole, children, environment
+from support.whole import ROOT, Whole, environment
 
 from sidecar.dev.mock_backends.faults import Do, Fault
 
@@ -32,16 +32,6 @@ CALLS_PER_S = 500
 GROWTH_MIB_MAX = 24  # of memory, between the first fifth and the end: what waits is on disk
 PENDING_MIB_MAX = 150  # of memory with a million pending
 MIB = 1 << 20
-
-
-def memory_bytes(whole: Whole) -> int:
-    """Of all processes of the instance, what they share counted once (PSS)."""
-    assert whole.process is not None
-    total = 0
-    for pid in (whole.process.pid, *children(whole.process.pid)):
-        lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
-        total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
-    return total
 
 
 def size_bytes(root: Path, pattern: str = "**/*") -> int:
@@ -90,11 +80,11 @@ async def soak(tmp_path: Path, seconds: float) -> None:
             SIDECAR_SUBSCRIBER="header:x-tenant",
         )
         async with whole:
-            load, memory = Load(whole), [memory_bytes(whole)]
+            load, memory = Load(whole), [whole.memory_bytes()]
             running = asyncio.create_task(load.run(seconds))
             while not running.done():
                 await asyncio.wait([running], timeout=seconds / 20)
-                memory.append(memory_bytes(whole))
+                memory.append(whole.memory_bytes())
             await running
             balance = await whole.get("/balance")
             meter = balance["backends"]["meter"]
@@ -185,7 +175,7 @@ async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path: 
             memory = []
             for _ in range(20):
                 await asyncio.sleep(0.5)
-                memory.append(memory_bytes(whole))
+                memory.append(whole.memory_bytes())
             assert await pending_of(whole, "meter") == RECORDS
             state_bytes = size_bytes(whole.data_dir, "delivery.db*")
             print(
@@ -203,7 +193,7 @@ async def test_a_start_with_a_million_pending_and_three_backends_down(tmp_path: 
                     await asyncio.sleep(1)
             print(
                 f"drained to three backends in {drained_s:.0f} s ({3 * RECORDS / drained_s:,.0f} records/s in all),"
-                f" {memory_bytes(whole) / MIB:.0f} MiB of memory; after retention: spool"
+                f" {whole.memory_bytes() / MIB:.0f} MiB of memory; after retention: spool"
                 f" {size_bytes(whole.data_dir / 'spool') / MIB:.0f} MiB,"
                 f" delivery.db {size_bytes(whole.data_dir, 'delivery.db*') / MIB:.1f} MiB"
             )

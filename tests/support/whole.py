@@ -76,6 +76,15 @@ class Whole:
                 found.setdefault(name.partition("-")[0], []).append(pid)
         return found
 
+    def memory_bytes(self) -> int:
+        """Of all processes, what they share counted once (PSS)."""
+        assert self.process is not None
+        total = 0
+        for pid in (self.process.pid, *children(self.process.pid)):
+            lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+            total += sum(int(line.split()[1]) << 10 for line in lines if line.startswith("Pss:"))
+        return total
+
     async def kill(self) -> None:
         """SIGKILL of everything at once, as at the end of a container: no last words."""
         assert self.process is not None
