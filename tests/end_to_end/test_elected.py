@@ -15,6 +15,7 @@ from typing import Any
 import aiohttp
 import pytest
 from support.mishaps import Watching
+from support.pgbouncer import pgbouncer
 from support.postgres_server import PostgresServer
 from support.tiny import tiny_upstream
 from support.whole import Whole
@@ -73,8 +74,10 @@ class Fleet:
 
 
 @asynccontextmanager
-async def fleet(directory: Path, server: PostgresServer) -> AsyncIterator[Fleet]:
-    database, receiver = server.database(), Watching()
+async def fleet(
+    directory: Path, server: PostgresServer, database: str | None = None, **settings: str
+) -> AsyncIterator[Fleet]:
+    database, receiver = database or server.database(), Watching()
     async with AsyncExitStack() as stack:
         url = await receiver.start()
         stack.push_async_callback(receiver.aclose)
@@ -84,7 +87,7 @@ async def fleet(directory: Path, server: PostgresServer) -> AsyncIterator[Fleet]
                 directory / name, upstream,
                 SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,webhook", SIDECAR_WEBHOOK_BATCH="5",
                 SIDECAR_WEBHOOK_URL=f"{url}/webhook", SIDECAR_LEDGER_URL=database, SIDECAR_INSTANCE=name,
-                SIDECAR_DELIVER="elected", SIDECAR_HASH_KEY="a-key-that-all-sidecars-share",
+                SIDECAR_DELIVER="elected", SIDECAR_HASH_KEY="a-key-that-all-sidecars-share", **settings,
             )
             for name in ("one", "two")
         ]  # fmt: skip
@@ -144,6 +147,33 @@ async def test_who_holds_lanes_is_replaced_and_nothing_is_billed_twice(
         assert (await all_.lanes())["one"] == 0
         count += await call(two)
         await all_.billed(count)
+
+
+@pytest.mark.timeout(300)
+async def test_pgbouncer_may_stand_between(tmp_path: Path, postgres_server: PostgresServer) -> None:
+    """In transaction mode, with fewer connections than a sidecar has: ledger, lanes and limits need no session."""
+    database = postgres_server.database()
+    with pgbouncer(database) as url:
+        async with fleet(tmp_path, postgres_server, url, SIDECAR_LIMITS="calls=3/day") as all_:
+            one, two = all_
+
+            async def counted() -> list[str]:
+                texts = [await whole.text("/metrics") for whole in all_]
+                return [text for text in texts if "sidecar_limits_away 0" in text]
+
+            await all_.until(counted, lambda found: len(found) == 2, what="limits that are shared")
+            count = await call(one) + await call(two)
+            await all_.billed(count)
+            for whole in all_:
+                rows = await whole.get("/usage?by=instance")
+                assert {row["instance"]: row["calls"] for row in rows} == {"one": count // 2, "two": count // 2}
+            count += await call(two)
+            async with aiohttp.ClientSession() as session:
+                for whole in all_:
+                    headers = {"x-tenant": TENANTS[0]}
+                    async with session.post(whole.proxy_url + "/v1/things", json={}, headers=headers) as response:
+                        assert response.status == 402
+            await all_.billed(count + len(all_.wholes))  # what was denied is on record as well
 
 
 @pytest.mark.timeout(300)
