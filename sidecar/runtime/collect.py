@@ -25,11 +25,12 @@ from sidecar.runtime import backend_factory, factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.admin import Readiness
 from sidecar.runtime.backend_factory import LEDGER_NAME
+from sidecar.runtime.billing import Billing, billing
 from sidecar.runtime.collector import FORGET_EVERY_S, LedgerSink, SpoolSink, StreamReader
 from sidecar.runtime.disk import Room
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.runtime.metering import START_FAULTS as PARTS_FAULTS
-from sidecar.runtime.metering import Billing, Metering, billing, only_fault, open_admin, open_control
+from sidecar.runtime.metering import Metering, only_fault, open_admin, open_control
 from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.signals import stop_event
 from sidecar.runtime.supervisor import bind

@@ -9,8 +9,8 @@ import pytest
 
 from sidecar.backends import backend_settings
 from sidecar.model.exchange import Exchange, Outcome
+from sidecar.runtime.billing import billing
 from sidecar.runtime.disk import Room, room_left
-from sidecar.runtime.metering import billing
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import load
 from sidecar.spool import Spool, SpoolReader

@@ -20,9 +20,9 @@ from sidecar.gate.admission import Admission
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerStore
 from sidecar.proxy import plain_call
+from sidecar.runtime.billing import Billing
 from sidecar.runtime.collector import StreamReader
 from sidecar.runtime.ipc import Link, Seam
-from sidecar.runtime.metering import Billing
 from sidecar.spool import Spool
 from sidecar.spool.intake import Intake
 from sidecar.spool.known_ids import KnownIds
