@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import sys
 import time
@@ -49,6 +50,7 @@ from sidecar.meters.properties import (
 from sidecar.model.delivery import AddsUp, Event, Sealed
 from sidecar.model.record import Record
 from sidecar.settings import Settings
+from sidecar.settings.schema import Setting
 
 if TYPE_CHECKING:
     from sidecar.backends.base import Provisioned
@@ -63,7 +65,8 @@ _TRIAL_ALL: Final = (
     "body",
 )  # fmt: skip
 SHOWN_RECORDS: Final = 50
-STAND_IN: Final = "http://not-asked.invalid"  # in the place of an address or key that is not set: nothing is sent
+# In the place of an address or key that is not set, the first that it may be: nothing is sent.
+STAND_INS: Final = ("http://not-asked.invalid", "nats://not-asked.invalid")
 SLICE_RECORDS: Final = 1000  # read before they are added up: a megabyte or two
 
 
@@ -267,6 +270,13 @@ def _said(name: str, counts: Counter[tuple[str, str]]) -> str:
     return f"of {records} recorded calls {name} would get: {', '.join(parts) or 'nothing'}; nothing was sent"
 
 
+def _stand_in(one: Setting) -> object:
+    for text in STAND_INS:
+        with contextlib.suppress(ValueError):
+            return one.value(one.kind.parse(text))
+    raise CommandError(f"{one.name} has to be set for this", EXIT_USAGE)
+
+
 def _backend(settings: Settings, name: str, only: Sequence[str] = ()) -> Backend:
     """A backend that nothing is sent to: what it needs for sending need not be set."""
     from sidecar.backends import BACKENDS
@@ -276,7 +286,7 @@ def _backend(settings: Settings, name: str, only: Sequence[str] = ()) -> Backend
     values = dict(settings.backend(name))
     for one in BACKENDS[name].settings:
         if one.required and values.get(one.name) is None:
-            values[one.name] = one.value(one.kind.parse(STAND_IN))
+            values[one.name] = _stand_in(one)
     if only:
         if "meters" not in values:
             raise CommandError(f"{name} is given whole records: leave the names of meters out", EXIT_USAGE)

@@ -38,6 +38,10 @@ EMPTY_PANELS: Final[dict[str, str]] = {}
 # Of alerts: series that only a fault makes, with what it is.
 EMPTY_SERIES: Final = {
     'sidecar_skipped_total{reason=~"gap|retired"}': "a backend that was left out",
+    **dict.fromkeys(
+        ("sidecar_collect_reading", "sidecar_collect_missed_total", "sidecar_collect_aside"), "only `collect` has them"
+    ),
+    **dict.fromkeys(("sidecar_instance_lag_seconds", "sidecar_instance_silent_seconds"), "of a shared ledger"),
 }
 # Beside what the demo sends: a model that nobody has a price of.
 UNPRICED: Final = replace(CALLS[0], subscriber="acme", body={**CALLS[0].body, "model": "made-up-for-the-test"})

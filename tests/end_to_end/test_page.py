@@ -254,10 +254,10 @@ async def test_what_is_chosen_is_asked_for_and_stands_in_the_address(tmp_path: P
         await tab.until(f"document.querySelector('#chart-table tfoot td:last-child').textContent === '{len(CALLS)}'")
         # Of the last calls those that fit a text.
         await tab.eval("document.querySelector('#records-text').focus()")
-        await tab.type("429")
+        await tab.type("embedd")
         await tab.until("document.querySelectorAll('#records-list tbody tr').length === 1")
         assert "1 of the last" in await tab.text("#records-count")
-        await tab.until("location.hash.includes('text=429')")
+        await tab.until("location.hash.includes('text=embedd')")
         # A dimension is offered as soon as a call has it.
         await tab.eval("document.querySelector('#top-by').value = 'feature'")
         await tab.eval("document.querySelector('#top-by').dispatchEvent(new Event('change'))")

@@ -176,7 +176,7 @@ def test_fewer_file_descriptors_are_said_where_it_matters(
     settings = Settings()
     if connections is not None:
         settings = replace(settings, proxy=replace(settings.proxy, connections=connections))
-    caplog.set_level("DEBUG")
+    caplog.set_level("DEBUG", logger=factory.log.name)
     factory.raise_file_limit(settings)
     assert [each.levelname for each in caplog.records] == ([] if level is None else [level])
 

@@ -245,6 +245,7 @@ async def tls_before(server: PostgresServer, context: ssl.SSLContext) -> asyncio
         try:
             await writer.start_tls(context)
         except (OSError, ssl.SSLError):
+            writer.close()
             return
         inner, outer = await asyncio.open_connection("127.0.0.1", server.port)
         await asyncio.gather(pipe(reader, outer), pipe(inner, writer))
