@@ -26,7 +26,7 @@ settings.load_profile("suite")
 
 @pytest.fixture(autouse=True)
 def _logs_of_a_command_end_with_its_test() -> Iterator[None]:
-    """A command that a test runs in this process sets up logging for the process: onto a stream that the test closes."""
+    """A command that a test runs in this process sets up logging for all of it, onto a stream that the test closes."""
     root = logging.getLogger()
     before = {name: logging.getLogger(name).level for name in (None, "sidecar", "aiohttp")}
     handlers = [one for one in root.handlers if type(one) is logging.StreamHandler]
