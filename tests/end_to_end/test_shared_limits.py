@@ -60,7 +60,14 @@ async def test_of_400_calls_over_three_sidecars_exactly_100_are_let_in_and_a_res
         async with fleet(tmp_path, url, postgres_database, 3, **settings) as sidecars:
             answers = await asyncio.gather(*(call(session, sidecars[n % 3]) for n in range(400)))
             statuses = [status for status, _ in answers]
-            assert up.calls == statuses.count(200) == 100, {one: statuses.count(one) for one in set(statuses)}
+            let_in = statuses.count(200)
+            assert 0 < up.calls == let_in <= 100, {one: statuses.count(one) for one in set(statuses)}
+            # The last few may be leased to a sidecar that did not need them: they are given back, and let in then.
+            async with asyncio.timeout(LIMIT_S):
+                while let_in < 100:
+                    for whole in sidecars:
+                        let_in += (await call(session, whole))[0] == 200
+            assert up.calls == let_in == 100
             row = await until(sidecars[0], "calls-per-day", "100")
             assert 0 < int(row["here"]["used"]) < 100
             await sidecars[1].kill()
