@@ -229,6 +229,10 @@ class Elected:
         no holder who answers in time: it is done on the others."""
         try:
             async with self._leasing.transaction() as db:
+                await db.execute(
+                    "DELETE FROM metering.lane_wishes WHERE at < clock_timestamp() - $1::interval",
+                    timedelta(seconds=2 * WISH_S),
+                )
                 rows = await db.fetch(
                     "INSERT INTO metering.lane_wishes (lane, wish) SELECT generate_series(0, $2 - 1), $1 RETURNING id",
                     orjson.dumps(wish).decode(), LANES,
@@ -387,9 +391,11 @@ class Elected:
             lanes = list(self._led)
             grown = await db.fetch("SELECT lane, last_seq FROM metering.lanes WHERE lane = ANY($1)", lanes)
             wished = await db.fetch(
-                "SELECT id, lane, wish FROM metering.lane_wishes WHERE lane = ANY($1) AND answer IS NULL ORDER BY id",
-                lanes,
-            )
+                # Nobody waits for an older one: who wished it has been told that nobody answered, or is gone.
+                "SELECT id, lane, wish FROM metering.lane_wishes"
+                " WHERE lane = ANY($1) AND answer IS NULL AND at > clock_timestamp() - $2::interval ORDER BY id",
+                lanes, timedelta(seconds=WISH_S),
+            )  # fmt: skip
         for lane, last_seq in grown:
             led = self._led.get(lane)
             if led is not None and led.delivery is not None and led.last_seq != last_seq:
@@ -409,8 +415,10 @@ class Elected:
         try:
             async with self._leasing.transaction() as db:
                 await db.execute(
-                    "UPDATE metering.lane_wishes SET answer = $2 WHERE id = $1", id_, orjson.dumps(answer).decode()
-                )
+                    # The first answer stays: a wish that was read just before it is done once more, and finds nothing.
+                    "UPDATE metering.lane_wishes SET answer = $2 WHERE id = $1 AND answer IS NULL",
+                    id_, orjson.dumps(answer).decode(),
+                )  # fmt: skip
         except PostgresError as error:
             log.warning("what came of a wish could not be told: %s", error)
 
