@@ -179,6 +179,8 @@ class UpstreamResponse:
                 self._mend()
             elif self.broken is None:
                 self.broken = _why(error)
+        if self._at_border and data[-1:] != b"\n":
+            self._at_border = False  # the first digits of a size came behind the border, and the parser has them
 
     def _mend(self) -> None:
         """One length that was said more than once is one length (RFC 9110, 8.6), which the parser does not know: once

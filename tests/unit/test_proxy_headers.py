@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -291,6 +291,17 @@ def test_where_an_answer_is_cut_does_not_matter(answer: bytes, cuts: list[int]) 
     whole = read([answer])
     assert read(pieces) == whole
     assert whole[2:6] == (True, None, False, True)
+
+
+@pytest.mark.parametrize("size", [b"16", b"016", b"2\r\nok\r\n16"], ids=["first", "zero", "second"])
+def test_content_that_looks_like_chunks_is_none_wherever_it_is_cut(size: bytes) -> None:
+    """A read may end in the middle of a size, and the next one begin with what would be another."""
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%b\r\nabcdef\r\nghijklmnopqrst\r\n0\r\n\r\n" % size
+    whole = read([answer])
+    assert whole[2:4] == (True, None)
+    start = answer.index(b"\r\n\r\n") + 4
+    for first, second in combinations(range(start, len(answer)), 2):
+        assert read([answer[:first], answer[first:second], answer[second:]]) == whole
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
