@@ -51,17 +51,21 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
 _COME_AGAIN: Final = frozenset({b"Date", b"date"})
 _BODILESS: Final = frozenset({204, 304})
 
-# Never plain: what they ask for is the careful way's to judge.
+# Never plain: what they ask for is the careful way's to judge. (Both parsers read `Proxy-Connection` as `Connection`.)
 _CAREFUL_REQUEST: Final = frozenset(
     {
         b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"http2-settings", b"proxy-authorization",
-        b"proxy-authenticate", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"via",
+        b"proxy-authenticate", b"proxy-connection", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
+        b"forwarded", b"via",
     }
 )  # fmt: skip
 # A coded body can be a thousand times what it is on the wire: the careful way looks into it step by step.
 _CAREFUL_RESPONSE: Final = frozenset(
-    {b"upgrade", b"trailer", b"te", b"location", b"content-location", b"refresh", b"content-encoding"}
-)
+    {
+        b"upgrade", b"trailer", b"te", b"proxy-connection", b"location", b"content-location", b"refresh",
+        b"content-encoding",
+    }
+)  # fmt: skip
 # Their value is another one for each call, and says nothing of what the call is.
 _VOLATILE: Final = frozenset(
     {
@@ -483,7 +487,7 @@ class PlainRequests(_Heads[_Facts]):
             return _HOST, False
         if low == b"connection":
             return _DROP, False
-        if low in (b"keep-alive", b"proxy-connection"):
+        if low == b"keep-alive":
             return _DROP, True
         if low == b"traceparent":
             return _TRACE, low not in self._matters
@@ -554,8 +558,6 @@ class PlainResponses(_Heads[_Facts]):
             return _DROP, False
         if low == b"keep-alive":
             return _KEEP_ALIVE, True
-        if low == b"proxy-connection":
-            return _DROP, True
         return _PASS, low in _VOLATILE or low in (b"date", b"set-cookie")
 
     def _host(self, name: bytes, value: bytes) -> bytes:
