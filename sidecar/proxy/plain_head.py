@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from sidecar.model.target import is_authority
+
 # What a line means here.
 _PASS: Final = 0
 _DROP: Final = 1  # hop-by-hop, and says nothing that matters
@@ -277,6 +279,8 @@ class _Heads(Generic[_Facts]):
             if value.lower() != b"chunked":
                 return None
         elif meaning == _HOST:
+            if not is_authority(value):
+                return None
             wire = self._host(name, value)
         seen = self._values[low] = self._values.get(low, 0) + 1
         if seen > VALUES_MAX and low not in self._matters:

@@ -71,6 +71,7 @@ REQUESTS = [
     get(b"/a", b"Authorization: Bearer client\r\n").replace(b"Host: me", b"Host: Other.Internal:80"),
     post(b'{"model":"gpt-5-mini","messages":[]}', b"/up/v1/chat/completions", JSON + b"Authorization: k\r\n"),
     get(b"/a", b"Proxy-Connection: close\r\n"),
+    get(b"/a").replace(b"Host: me", b"Host: me/you"),
 ]
 RESPONSES = [
     ok(),
@@ -227,6 +228,7 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
     script=[("request", 0, []), ("request", 31, []), ("response", 0, []), ("response", 0, []), ("response", 0, [])]
 )
 @example(script=[("request", 33, []), ("response", 2, [])] * 4)
+@example(script=[("request", 41, []), ("new client",), ("request", 41, []), ("response", 0, [])])
 @example(script=[("request", 40, []), ("response", 0, []), ("request", 0, []), ("response", 25, [])])
 @example(
     script=[
