@@ -75,7 +75,9 @@ def of_lanes(settings: Settings, told: dict[str, Any] | None = None) -> dict[str
     if url is None:
         return told
     found = look(url).to_dict()
-    return {**(told or {}), "trouble": found["trouble"]} if found["trouble"] else found
+    if found["trouble"] and told is not None and "lanes" in told:
+        return {"age_s": 0.0, **told, "trouble": found["trouble"]}
+    return found
 
 
 def remarks_on(lanes: dict[str, Any]) -> list[str]:

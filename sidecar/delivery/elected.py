@@ -189,6 +189,16 @@ class Elected:
         """Held and worked on."""
         return sorted(lane for lane, led in self._led.items() if led.delivery is not None)
 
+    @property
+    def resting(self) -> int:
+        """How many lanes are held, and not worked on: they were taken just now, or cannot be."""
+        return sum(led.delivery is None for led in self._led.values())
+
+    @property
+    def unheld(self) -> int | None:
+        """How many lanes nobody holds, as far as is known here; None: they cannot be looked at."""
+        return None if self._is_late() else self._leases.unheld
+
     def deliveries(self) -> dict[int, Delivery]:
         return {lane: led.delivery for lane, led in sorted(self._led.items()) if led.delivery is not None}
 

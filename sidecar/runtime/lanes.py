@@ -51,7 +51,9 @@ class Seen:
 
     def to_dict(self) -> dict[str, Any]:
         """As `/balance` and `balance --format json` have it under `lanes`."""
-        known = {} if self.balance is None else self.balance.to_dict() | {"age_s": round(self.age_s, 1)}
+        known = {} if self.balance is None else self.balance.to_dict()
+        if known and self.trouble is not None:
+            known["age_s"] = round(self.age_s, 1)
         return known | {"trouble": self.trouble}
 
 

@@ -152,6 +152,8 @@ class Metering:
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
             if bills.elected is not None:
                 gauges.pending |= await asyncio.to_thread(bills.elected.pending)
+                gauges.lanes_held, gauges.lanes_resting = len(bills.elected.lanes), bills.elected.resting
+                gauges.lanes_unheld = bills.elected.unheld
             gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes

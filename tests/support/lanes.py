@@ -101,18 +101,20 @@ class Lanes:
             yield elected
 
 
+async def prepare(url: str, names: Sequence[str]) -> None:
+    """All tables, as after the first start of a fleet with these backends."""
+    database = Postgres(url, name="test")
+    await database.migrate(postgres_schema.PART, postgres_schema.STEPS)
+    await make_lanes(database, names)
+    await database.close()
+
+
 @pytest.fixture(scope="session")
 def lanes_template(postgres_server: PostgresServer) -> str:
     """The name of a database with all tables in it, as after the first start of a fleet. A copy is there at once."""
     url = postgres_server.database()
 
-    async def make() -> None:
-        database = Postgres(url, name="test")
-        await database.migrate(postgres_schema.PART, postgres_schema.STEPS)
-        await make_lanes(database, BACKENDS)
-        await database.close()
-
-    asyncio.run(make())
+    asyncio.run(prepare(url, BACKENDS))
     return url.rpartition("/")[2]
 
 
