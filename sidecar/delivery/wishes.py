@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -39,6 +40,7 @@ class Asked:
 
     answers: Sequence[Any] = ()
     later: Collection[int] = ()  # lanes that nobody holds: it is done there as soon as somebody does
+    undone: Collection[int] = ()  # lanes that nobody holds, and it is not to wait
     silent: Mapping[str, Sequence[int]] = field(default_factory=dict)  # whose holder, by name, has not answered
     errors: Sequence[str] = ()  # why it could not be done, or the lanes not be asked
 
@@ -55,10 +57,14 @@ class Asked:
                 f"no running sidecar delivers {named(self.later)}: it is done there as soon as one does, "
                 f"within {STAYS.days} days"
             )
+        if self.undone:
+            texts.append(
+                f"no running sidecar delivers {named(self.undone)}: nothing is done there, run it again when one does"
+            )
         if not texts:
             return {}
-        silent = sorted(lane for lanes in self.silent.values() for lane in lanes)
-        return {"later": sorted(self.later), "silent": silent, "errors": list(self.errors), "texts": texts}
+        silent = sorted([*self.undone, *(lane for lanes in self.silent.values() for lane in lanes)])
+        return {"later": sorted(self.later), "undone": silent, "errors": list(self.errors), "texts": texts}
 
 
 async def ask(
@@ -97,36 +103,47 @@ async def ask(
         if not waits or loop.time() > ends_s or not (anybody or any(held for (held,) in waits)):
             break
     async with database.transaction() as db:
-        return await _ended(db, ids)
+        return await _ended(db, ids, stays=_stays(wish))
 
 
-async def _ended(db: Connection, ids: Sequence[int]) -> Asked:
+def _stays(wish: Wish) -> bool:
+    """Whether it may be done days later. Not what accepts doubles: by then somebody may have looked what was taken, and
+    done twice after a death it would send what was sent. Nor what ends waits, which end with whoever waits."""
+    return wish["do"] != "retry" and not wish.get("resend_unknown")
+
+
+async def _ended(db: Connection, ids: Sequence[int], *, stays: bool) -> Asked:
     """Stop waiting: what is answered, and what is left to a later holder. The rest is taken back."""
-    later = await db.fetch(
-        "UPDATE metering.lane_wishes AS one SET at = clock_timestamp() + $2 FROM metering.lane_leases AS lease"
-        " WHERE one.id = ANY($1) AND answer IS NULL AND lease.lane = one.lane"
-        " AND (lease.holder IS NULL OR lease.expires < clock_timestamp()) RETURNING one.id, one.lane",
-        list(ids), STAYS,
-    )  # fmt: skip
+    later: list[Any] = []
+    if stays:
+        later = await db.fetch(
+            "UPDATE metering.lane_wishes AS one SET at = clock_timestamp() + $2 FROM metering.lane_leases AS lease"
+            " WHERE one.id = ANY($1) AND answer IS NULL AND lease.lane = one.lane"
+            " AND (lease.holder IS NULL OR lease.expires < clock_timestamp()) RETURNING one.id, one.lane",
+            list(ids), STAYS,
+        )  # fmt: skip
     kept = [int(id_) for id_, _ in later]
     rows = await db.fetch(
         "DELETE FROM metering.lane_wishes AS one USING metering.lane_leases AS lease"
         " WHERE one.id = ANY($1) AND one.id <> ALL($2) AND lease.lane = one.lane"
-        " RETURNING one.lane, answer, coalesce(lease.holder, '')",
+        " RETURNING one.lane, answer, CASE WHEN lease.expires > clock_timestamp() THEN lease.holder END",
         list(ids), kept,
     )  # fmt: skip
     answers, errors = [], []
+    undone: list[int] = []
     silent: dict[str, list[int]] = {}
-    for lane, answer, holder in sorted(rows):
+    for lane, answer, holder in sorted(rows, key=itemgetter(0)):
         if answer is None:
-            silent.setdefault(holder.partition("/")[0], []).append(int(lane))
+            lanes = undone if holder is None else silent.setdefault(holder.partition("/")[0], [])
+            lanes.append(int(lane))
             continue
         told = orjson.loads(answer)
         if isinstance(told, dict) and "error" in told:
             errors.append(f"{named([lane])}: its holder could not do it: {told['error']}")
         else:
             answers.append(told)
-    return Asked(answers=answers, later=sorted(int(lane) for _, lane in later), silent=silent, errors=errors)
+    lanes = sorted(int(lane) for _, lane in later)
+    return Asked(answers=answers, later=lanes, undone=undone, silent=silent, errors=errors)
 
 
 async def asked_of(db: Connection, lanes: Collection[int]) -> list[tuple[int, int, str]]:

@@ -366,6 +366,9 @@ async def test_where_nobody_holds_a_lane_a_change_waits_for_who_comes(lanes: Lan
         assert (code, out) == (1, "")
         assert "nobody  not found among what is parked" in err
         assert "it is done there as soon as one does, within 7 days" in err
+    code, out, err = await run("spool", "redrive", ids[2], "--resend-unknown")
+    assert (code, out) == (3, "")
+    assert err.endswith("nothing is done there, run it again when one does\n")
     code, out, err = await run("spool", "redrive", ids[0], ids[1], ids[3])
     assert (code, out) == (3, "")
     assert len(err.splitlines()) == 1, err
@@ -416,8 +419,13 @@ async def test_a_holder_that_hangs_is_named_and_nothing_of_it_is_left(
         # It gives them back and lives on, without its share: waited for, as it may take them again at any moment.
         for lane in (3, 4):
             await hangs._give(lane, hangs.held.pop(lane).epoch)
-        asked = await wishes.ask(database, {"do": "retry", "backend": "webhook"}, [3, 4], limit_s=0.5)
-        assert asked.later == [3, 4]
+        for wish, later in (
+            ({"do": "retry", "backend": "webhook"}, False),
+            ({"do": "redrive", "resend_unknown": True}, False),
+            ({"do": "redrive", "resend_unknown": False}, True),
+        ):
+            asked = await wishes.ask(database, wish, [3, 4], limit_s=0.5)
+            assert (asked.later, asked.undone, asked.silent) == (([3, 4], [], {}) if later else ([], [3, 4], {}))
         async with database.transaction() as db:
             assert [row[0] for row in await asked_in(db)] == [3, 4]
             # Over a week later it is nothing any more.
