@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, closing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -119,8 +119,9 @@ def lanes_template(postgres_server: PostgresServer) -> str:
 
 
 @pytest.fixture
-def shared_lanes(tmp_path: Path, postgres_server: PostgresServer, lanes_template: str) -> Lanes:
-    """In a database of its own."""
+def shared_lanes(tmp_path: Path, postgres_server: PostgresServer, lanes_template: str) -> Iterator[Lanes]:
+    """In a database of its own, which is gone afterwards: a server with many of them takes long to stop."""
     name = f"{lanes_template}_{secrets.token_hex(4)}"
     postgres_server.sql(f"CREATE DATABASE {name} TEMPLATE {lanes_template}")
-    return Lanes(tmp_path, postgres_server.url(name))
+    yield Lanes(tmp_path, postgres_server.url(name))
+    postgres_server.sql(f"DROP DATABASE {name} WITH (FORCE)")
