@@ -4,9 +4,9 @@ A connection that ends is not mended but thrown away, and the next who asks gets
 there is no second loop of tries behind his back, and nothing waits in a buffer that nobody sees. Whoever waits for an
 answer hears of the end at once.
 
-What must always hold: a stream is used only after `weaknesses` has found none, anew with each connection and every
-`LOOK_AGAIN_S`; nothing here makes a stream but `provision`, and nothing changes one. No password, token or key gets
-into a text.
+What must always hold: nothing is sent into a stream but after `weaknesses` has found none, anew with each connection
+and every `LOOK_AGAIN_S`; nothing here makes a stream but `provision`, and nothing changes one. No password, token or
+key gets into a text.
 
 The client is `nats-py`, of the extra `nats`; it is imported when a connection is made.
 """
@@ -352,10 +352,17 @@ class Connected:
             raise self.ended.result()
         finally:
             task.cancel()
+            task.add_done_callback(_heard)
 
     def end(self, fault: NatsFault) -> None:
         if not self.ended.done():
             self.ended.set_result(fault)
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """The client makes an error of its own of a cancellation, which nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -365,18 +372,20 @@ class NatsConnection:
     login: Login
     wanted: Wanted
     timeout_s: float = 5.0  # for a question about the stream
+    reads: bool = False  # weak or not: what is in it is nowhere safer than with who has read it
+    weak: str = field(default="", init=False)  # why it is, where it `reads` all the same
+    said: str = field(default="", init=False)  # the fault that was logged last, until it goes on
     clock: Callable[[], float] = time.monotonic
     _now: Connected | None = field(default=None, init=False)
     _making: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _closed: bool = field(default=False, init=False)
-    _said: str = field(default="", init=False)
 
     @property
     def connected(self) -> bool:
         return self._now is not None and not self._now.ended.done()
 
     async def get(self) -> Connected:
-        """A connection whose stream is good. Raises `NatsFault`."""
+        """A connection whose stream is good, or is read. Raises `NatsFault`."""
         try:
             async with self._making:
                 found = await self.open()
@@ -386,9 +395,9 @@ class NatsConnection:
         except NatsFault as fault:
             self._say(fault)
             raise
-        if self._said:
+        if self.said:
             log.info("nats: it goes on", extra={"facts": {"stream": self.wanted.stream}})
-            self._said = ""
+            self.said = ""
         return found
 
     async def look_again(self) -> None:
@@ -424,10 +433,15 @@ class NatsConnection:
             return True
 
     async def _look(self, found: Connected) -> None:
-        weak = await self._weaknesses(found)
-        if weak:
-            more = f" (and {len(weak) - 1} more: `metering-sidecar check --connect`)" if len(weak) > 1 else ""
-            raise NatsFault("weak_stream", weak[0] + more, operator=True)
+        weak, before = await self._weaknesses(found), self.weak
+        more = f" (and {len(weak) - 1} more: `metering-sidecar check --connect`)" if len(weak) > 1 else ""
+        self.weak = weak[0] + more if weak else ""
+        if weak and not self.reads:
+            raise NatsFault("weak_stream", self.weak, operator=True)
+        if weak and self.weak != before:
+            log.error("nats: %s; what is in it is read", self.weak)
+        elif before and not weak:
+            log.info("nats: the stream is as it should be again", extra={"facts": {"stream": self.wanted.stream}})
 
     async def _weaknesses(self, found: Connected) -> list[str]:
         info = await self._ask(found, found.stream.stream_info(self.wanted.stream))
@@ -552,8 +566,8 @@ class NatsConnection:
         return context
 
     def _say(self, fault: NatsFault) -> None:
-        if str(fault) != self._said and fault.reason != "closed":
-            self._said = str(fault)
+        if str(fault) != self.said and fault.reason != "closed":
+            self.said = str(fault)
             log.log(logging.ERROR if fault.operator else logging.WARNING, "nats: %s", fault)
 
     async def _drop(self) -> None:
