@@ -153,6 +153,14 @@ class PostgresServer:
         """Run them as `psql` does, each on its own; the answer is its plain text."""
         return self._run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", statements, self.url(database))
 
+    def script(self, path: Path, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a file as `psql -f` does; what it says, whether it failed or not."""
+        told = [word for name, value in variables.items() for word in ("-v", f"{name}={value}")]
+        return subprocess.run(
+            [str(self._bin / "psql"), "-Xq", *told, "-f", "-", self.url(database)], input=path.read_text(),
+            capture_output=True, text=True, env=self._env, timeout=60, check=False, **self._user,
+        )  # fmt: skip
+
     @property
     def _data(self) -> str:
         return str(self.directory / "data")
