@@ -303,6 +303,6 @@ _STATES: Final = {
     "08003": _LOST, "08006": _LOST, "08007": _LOST, "57P01": _LOST, "57P02": _LOST,
     "08": (Fault.UNREACHABLE, "{} cannot be reached"),
     "40": _BUSY, "55": _BUSY, "57": _BUSY,
-    "22M01": (Fault.FAILED, "{}: a record's day is forgotten there by ledger-retention.sql: it is parked, or kept aside"),
+    "22M01": (Fault.FAILED, "{}: a record's day is forgotten there by ledger-retention.sql, so it is parked, or aside"),
     "53": (Fault.BUSY, "{} has no connection or memory left"),
 }  # fmt: skip
