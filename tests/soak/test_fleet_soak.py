@@ -1,6 +1,6 @@
 """PostgreSQL is away while calls go on at a steady pace: no call waits for it, memory is flat, and all arrives after.
 
-Ten seconds in `make test`; `make soak` takes a minute and prints its figures. No assertion is on a time: the longest
+Ten seconds in `make system`; `make soak` takes a minute and prints its figures. No assertion is on a time: the longest
 response while the database is away is held against the longest before.
 """
 
