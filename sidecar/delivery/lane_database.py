@@ -4,29 +4,25 @@ Each lane has a schema of its own with the tables that `delivery.db` has. Every 
 lane's lease and comparing holder and epoch: who has been deposed commits nothing any more, whole, whatever it believes.
 Who takes a lane over changes that row, and so waits for a step that is under way, or makes it fail.
 
-`store` and `queries` are written for threads that may block, and the driver for an event loop: there is one more loop
-in a thread of its own, for all lanes of a process.
+`store` and `queries` are written for threads that may block, and the driver for an event loop (`block_on`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sidecar.delivery.database import Connection
 from sidecar.delivery.rows import StateBusy, StateError, StateFull
 from sidecar.ledger.lanes import LANES
 from sidecar.storage import postgres
-from sidecar.storage.postgres import Fault, Postgres, PostgresError
-
-_T = TypeVar("_T")
+from sidecar.storage.postgres import Fault, Postgres, PostgresError, block_on
 
 PART: Final = "lane_{:02}"  # in `metering.migrations`, and the end of a lane's schema
 _SCHEMA: Final = "metering_" + PART
@@ -113,11 +109,11 @@ class LaneDatabase:
     """The state of a lane, for its holder."""
 
     def __init__(self, database: Postgres, held: Held) -> None:
-        """`database`: used by nobody in another event loop than `call`'s. Makes the tables if need be."""
+        """`database`: used by nobody in another event loop than `block_on`'s. Makes the tables if need be."""
         self._database, self._held = database, held
         self._lock = threading.Lock()
         with told(self.where):
-            self.created = call(make_lane(database, held.lane))
+            self.created = block_on(make_lane(database, held.lane))
 
     @property
     def where(self) -> str:
@@ -179,10 +175,10 @@ def lanes_read(url: str) -> Iterator[list[LaneReading]]:
     database = Postgres(url, name="metering-sidecar lanes read")
     try:
         with told(f"the lanes in {database.where}"):
-            call(database.require(LEASES_PART, LEASES))
+            block_on(database.require(LEASES_PART, LEASES))
         yield [LaneReading(database, lane) for lane in range(LANES)]
     finally:
-        call(database.close())
+        block_on(database.close())
 
 
 @contextmanager
@@ -242,16 +238,16 @@ def spool_of(lane: int) -> str:
 def _transaction(database: Postgres, lane: int, *, read_only: bool = False) -> Iterator[_Statements]:
     """A transaction in the driver's loop, for a thread that blocks."""
     opened = database.transaction(read_only=read_only)
-    connection = call(opened.__aenter__())
+    connection = block_on(opened.__aenter__())
     try:
-        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
+        block_on(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
         yield _Statements(connection)
     except BaseException as error:
         # It is told what happened inside, rolls back, and gives the error back, in its own words if it is the driver's.
-        if not call(opened.__aexit__(type(error), error, error.__traceback__)):
+        if not block_on(opened.__aexit__(type(error), error, error.__traceback__)):
             raise
     else:
-        call(opened.__aexit__(None, None, None))
+        block_on(opened.__aexit__(None, None, None))
 
 
 class _Statements:
@@ -263,15 +259,15 @@ class _Statements:
     def execute(self, statement: str, values: Sequence[Any] = (), /) -> _Rows:
         text, gives = _translated(statement)
         if gives:
-            rows = call(self._connection.fetch(text, *values))
+            rows = block_on(self._connection.fetch(text, *values))
             return _Rows(rows, len(rows))
-        said = call(self._connection.execute(text, *values))
+        said = block_on(self._connection.execute(text, *values))
         return _Rows([], int(said.rpartition(" ")[2]))
 
     def executemany(self, statement: str, rows: Iterable[Sequence[Any]], /) -> None:
         found = list(rows)
         if found:
-            call(self._connection.executemany(_translated(statement)[0], found))
+            block_on(self._connection.executemany(_translated(statement)[0], found))
 
 
 class _Rows:
@@ -294,22 +290,3 @@ def _translated(statement: str) -> tuple[str, bool]:
     numbers = iter(range(1, 1 + statement.count("?")))
     text = re.sub(r"\?", lambda _: f"${next(numbers)}", statement)
     return text, statement.lstrip().startswith("SELECT") or " RETURNING " in statement
-
-
-class _Loop:
-    """An event loop in a thread, made when it is first needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="lanes", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-call: Final = _Loop().call
-"""Run something of the driver's in the loop of the lanes, and wait for it: not for a thread that has a loop itself."""

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneReading, call, lanes_read
+from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneReading, lanes_read
 from sidecar.delivery.leases import Lease, Leases, plan, share_of
 from sidecar.delivery.rows import StateError
 from sidecar.ledger.lanes import LANES
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, block_on
 
 names = st.sampled_from([f"sidecar-{n}" for n in range(6)])
 rows = st.lists(
@@ -142,11 +142,11 @@ async def test_two_that_look_at_once_share_without_a_lane_that_both_hold(databas
 
 @pytest.fixture
 def shared(postgres_database: str) -> Iterator[Postgres]:
-    """For `call`'s event loop."""
+    """For `block_on`'s event loop."""
     found = Postgres(postgres_database, name="test")
-    call(Leases(found, "anybody").prepare())
+    block_on(Leases(found, "anybody").prepare())
     yield found
-    call(found.close())
+    block_on(found.close())
 
 
 def count(shared: Postgres, lane: int) -> int:
@@ -160,11 +160,11 @@ def note(lane: LaneDatabase, name: str) -> None:
 
 
 def test_a_deposed_holder_commits_nothing(shared: Postgres) -> None:
-    held = call(Leases(shared, "one").round())
+    held = block_on(Leases(shared, "one").round())
     old = LaneDatabase(shared, held[3])
     note(old, "first")
-    call(run_out(shared, "one"))
-    new = LaneDatabase(shared, call(Leases(shared, "two").round())[3])
+    block_on(run_out(shared, "one"))
+    new = LaneDatabase(shared, block_on(Leases(shared, "two").round())[3])
     with pytest.raises(Deposed, match=r"lane 3 .* another sidecar's by now"):
         note(old, "second")
     note(new, "third")
@@ -172,9 +172,9 @@ def test_a_deposed_holder_commits_nothing(shared: Postgres) -> None:
 
 
 def test_the_same_name_of_another_epoch_is_deposed_as_well(shared: Postgres) -> None:
-    held = call(Leases(shared, "one").round())[0]
+    held = block_on(Leases(shared, "one").round())[0]
     lane = LaneDatabase(shared, held)
-    call(Leases(shared, "one").round())
+    block_on(Leases(shared, "one").round())
     with pytest.raises(Deposed):
         note(lane, "first")
     assert count(shared, 0) == 0
@@ -182,22 +182,22 @@ def test_the_same_name_of_another_epoch_is_deposed_as_well(shared: Postgres) -> 
 
 def test_a_lane_is_taken_over_only_between_two_steps(shared: Postgres, postgres_database: str) -> None:
     """A step that is being made is either whole before the change of the holder, or fails."""
-    held = call(Leases(shared, "one").round())
+    held = block_on(Leases(shared, "one").round())
     lane = LaneDatabase(shared, held[5])
-    call(run_out(shared, "one"))
+    block_on(run_out(shared, "one"))
     taken: dict[int, Held] = {}
     other = Postgres(postgres_database, name="other")
-    taking = threading.Thread(target=lambda: taken.update(call(Leases(other, "two").round())))
+    taking = threading.Thread(target=lambda: taken.update(block_on(Leases(other, "two").round())))
     with lane.writing() as connection:
         taking.start()
         for _ in range(600):
-            if call(waiting(shared)):
+            if block_on(waiting(shared)):
                 break
             taking.join(0.05)
-        assert call(waiting(shared)), "whoever takes the lane does not wait for the step"
+        assert block_on(waiting(shared)), "whoever takes the lane does not wait for the step"
         connection.execute("INSERT INTO backend(name, since_s) VALUES(?, ?)", ("first", 1.0))
     taking.join(30.0)
-    call(other.close())
+    block_on(other.close())
     assert taken[5].epoch == held[5].epoch + 1
     with pytest.raises(Deposed):
         note(lane, "second")
