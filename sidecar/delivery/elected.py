@@ -30,7 +30,7 @@ from sidecar.ledger import postgres_schema
 from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
-from sidecar.storage.postgres import Postgres, PostgresError, block_on
+from sidecar.storage.postgres import Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +101,7 @@ class LaneReader:
 
     def _ask(self, question: str, *values: Any) -> list[Any]:
         try:
-            return block_on(self._fetch(question, values))
+            return call(self._fetch(question, values))
         except PostgresError as error:
             raise SpoolError(str(error)) from error
 
@@ -180,7 +180,7 @@ class Elected:
         except PostgresError as error:
             log.warning("lanes could not be given back, others have them in some seconds: %s", error)
         await self._leasing.close()
-        await asyncio.to_thread(lambda: block_on(self._shared.close()))
+        await asyncio.to_thread(lambda: call(self._shared.close()))
 
     # --- looking in -------------------------------------------------------------------------------
 

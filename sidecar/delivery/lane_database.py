@@ -4,7 +4,7 @@ Each lane has a schema of its own with the tables that `delivery.db` has. Every 
 lane's lease and comparing holder and epoch: who has been deposed commits nothing any more, whole, whatever it believes.
 Who takes a lane over changes that row, and so waits for a step that is under way, or makes it fail.
 
-`store` and `queries` are written for threads that may block, and the driver for an event loop (`block_on`).
+`store` and `queries` are written for threads that may block, and the driver for an event loop (`call`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sidecar.delivery.database import Connection
 from sidecar.delivery.rows import StateBusy, StateError, StateFull
 from sidecar.ledger.lanes import LANES
 from sidecar.storage import postgres
-from sidecar.storage.postgres import Fault, Postgres, PostgresError, block_on
+from sidecar.storage.postgres import Fault, Postgres, PostgresError, call
 
 PART: Final = "lane_{:02}"  # in `metering.migrations`, and the end of a lane's schema
 _SCHEMA: Final = "metering_" + PART
@@ -109,11 +109,11 @@ class LaneDatabase:
     """The state of a lane, for its holder."""
 
     def __init__(self, database: Postgres, held: Held) -> None:
-        """`database`: used by nobody in another event loop than `block_on`'s. Makes the tables if need be."""
+        """`database`: used by nobody in another event loop than `call`'s. Makes the tables if need be."""
         self._database, self._held = database, held
         self._lock = threading.Lock()
         with told(self.where):
-            self.created = block_on(make_lane(database, held.lane))
+            self.created = call(make_lane(database, held.lane))
 
     @property
     def where(self) -> str:
@@ -175,10 +175,10 @@ def lanes_read(url: str) -> Iterator[list[LaneReading]]:
     database = Postgres(url, name="metering-sidecar lanes read")
     try:
         with told(f"the lanes in {database.where}"):
-            block_on(database.require(LEASES_PART, LEASES))
+            call(database.require(LEASES_PART, LEASES))
         yield [LaneReading(database, lane) for lane in range(LANES)]
     finally:
-        block_on(database.close())
+        call(database.close())
 
 
 @contextmanager
@@ -238,16 +238,16 @@ def spool_of(lane: int) -> str:
 def _transaction(database: Postgres, lane: int, *, read_only: bool = False) -> Iterator[_Statements]:
     """A transaction in the driver's loop, for a thread that blocks."""
     opened = database.transaction(read_only=read_only)
-    connection = block_on(opened.__aenter__())
+    connection = call(opened.__aenter__())
     try:
-        block_on(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
+        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
         yield _Statements(connection)
     except BaseException as error:
         # It is told what happened inside, rolls back, and gives the error back, in its own words if it is the driver's.
-        if not block_on(opened.__aexit__(type(error), error, error.__traceback__)):
+        if not call(opened.__aexit__(type(error), error, error.__traceback__)):
             raise
     else:
-        block_on(opened.__aexit__(None, None, None))
+        call(opened.__aexit__(None, None, None))
 
 
 class _Statements:
@@ -259,15 +259,15 @@ class _Statements:
     def execute(self, statement: str, values: Sequence[Any] = (), /) -> _Rows:
         text, gives = _translated(statement)
         if gives:
-            rows = block_on(self._connection.fetch(text, *values))
+            rows = call(self._connection.fetch(text, *values))
             return _Rows(rows, len(rows))
-        said = block_on(self._connection.execute(text, *values))
+        said = call(self._connection.execute(text, *values))
         return _Rows([], int(said.rpartition(" ")[2]))
 
     def executemany(self, statement: str, rows: Iterable[Sequence[Any]], /) -> None:
         found = list(rows)
         if found:
-            block_on(self._connection.executemany(_translated(statement)[0], found))
+            call(self._connection.executemany(_translated(statement)[0], found))
 
 
 class _Rows:

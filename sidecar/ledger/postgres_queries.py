@@ -42,7 +42,7 @@ from sidecar.ledger.queries import (
 from sidecar.ledger.schema import stored_cost
 from sidecar.meters.definition import Meter
 from sidecar.meters.hourly import write_amount
-from sidecar.storage.postgres import SCHEMA, Connection, Postgres, PostgresError, block_on
+from sidecar.storage.postgres import SCHEMA, Connection, Postgres, PostgresError, call
 
 PAGE: Final = 500  # records read at a time
 _TABLES: Final = f"{SCHEMA}."
@@ -84,7 +84,7 @@ class PostgresReader:
         return self._db.where
 
     def close(self) -> None:
-        block_on(self._db.close())
+        call(self._db.close())
 
     def version(self) -> tuple[int, int]:
         """Another one after each change."""
@@ -297,7 +297,7 @@ class PostgresReader:
                 return await read(db)
 
         try:
-            return block_on(ask())
+            return call(ask())
         except PostgresError as error:
             self._checked = False
             if limit_s is not None and getattr(error.__cause__, "sqlstate", None) == "57014":

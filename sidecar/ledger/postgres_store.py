@@ -44,7 +44,7 @@ from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import Delta, Series, series_wire, write_int
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
-from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError, block_on
+from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
 
@@ -190,7 +190,7 @@ class PostgresStore:
 
         with self._lock:
             try:
-                block_on(ask())
+                call(ask())
             except PostgresError as error:
                 return str(error)
         return None
@@ -215,12 +215,12 @@ class PostgresStore:
 
     def close(self) -> None:
         with self._lock:
-            block_on(self._db.close())
+            call(self._db.close())
 
     def _verdict(self, do: Callable[[], Any]) -> Verdict:
         with self._lock:
             try:
-                verdict: Verdict = block_on(do())
+                verdict: Verdict = call(do())
             except ArithmeticError:
                 return Refused("sum_not_exact")
             except PostgresError as error:

@@ -253,7 +253,7 @@ class _Loop:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
 
-block_on: Final = _Loop().run
+call: Final = _Loop().run
 """Run something of the driver's for a thread that may block, and give what it returns or raises: in one event loop, for
 all of them. Every statement has its time limit, and so has this. Not for a thread that runs a loop itself; and a
 `Postgres` that is used so is never used otherwise."""

@@ -20,7 +20,7 @@ from sidecar.model.delivery import Backend, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.model.record import encode
 from sidecar.spool.types import SpoolTotals, StoredGroup
-from sidecar.storage.postgres import Postgres, block_on
+from sidecar.storage.postgres import Postgres, call
 
 START_S = datetime(2026, 11, 20, 9, tzinfo=UTC).timestamp()
 QUICK = Limits(
@@ -192,7 +192,7 @@ class World:
         if self.shared is None:
             return DeliveryStore.open(self.path)
         database = LaneDatabase(self.shared, self.held)
-        block_on(hold(self.shared, self.held))
+        call(hold(self.shared, self.held))
         return DeliveryStore(database)
 
     def begin(self, *names: str) -> None:

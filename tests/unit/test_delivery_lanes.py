@@ -42,7 +42,7 @@ from sidecar.model.delivery import (
 )
 from sidecar.model.exchange import Outcome
 from sidecar.spool.types import SpoolDamaged, StoredGroup
-from sidecar.storage.postgres import Postgres, block_on
+from sidecar.storage.postgres import Postgres, call
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)
@@ -61,7 +61,7 @@ def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
     world.begin("fake")
     yield world
     if world.shared is not None:
-        block_on(world.shared.close())
+        call(world.shared.close())
 
 
 def only_in_a_file(world: World) -> None:

@@ -16,7 +16,7 @@ from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneRead
 from sidecar.delivery.leases import Lease, Leases, plan, share_of
 from sidecar.delivery.rows import StateError
 from sidecar.ledger.lanes import LANES
-from sidecar.storage.postgres import Postgres, block_on
+from sidecar.storage.postgres import Postgres, call
 
 names = st.sampled_from([f"sidecar-{n}" for n in range(6)])
 rows = st.lists(
@@ -142,11 +142,11 @@ async def test_two_that_look_at_once_share_without_a_lane_that_both_hold(databas
 
 @pytest.fixture
 def shared(postgres_database: str) -> Iterator[Postgres]:
-    """For `block_on`'s event loop."""
+    """For `call`'s event loop."""
     found = Postgres(postgres_database, name="test")
-    block_on(Leases(found, "anybody").prepare())
+    call(Leases(found, "anybody").prepare())
     yield found
-    block_on(found.close())
+    call(found.close())
 
 
 def count(shared: Postgres, lane: int) -> int:
@@ -160,11 +160,11 @@ def note(lane: LaneDatabase, name: str) -> None:
 
 
 def test_a_deposed_holder_commits_nothing(shared: Postgres) -> None:
-    held = block_on(Leases(shared, "one").round())
+    held = call(Leases(shared, "one").round())
     old = LaneDatabase(shared, held[3])
     note(old, "first")
-    block_on(run_out(shared, "one"))
-    new = LaneDatabase(shared, block_on(Leases(shared, "two").round())[3])
+    call(run_out(shared, "one"))
+    new = LaneDatabase(shared, call(Leases(shared, "two").round())[3])
     with pytest.raises(Deposed, match=r"lane 3 .* another sidecar's by now"):
         note(old, "second")
     note(new, "third")
@@ -172,9 +172,9 @@ def test_a_deposed_holder_commits_nothing(shared: Postgres) -> None:
 
 
 def test_the_same_name_of_another_epoch_is_deposed_as_well(shared: Postgres) -> None:
-    held = block_on(Leases(shared, "one").round())[0]
+    held = call(Leases(shared, "one").round())[0]
     lane = LaneDatabase(shared, held)
-    block_on(Leases(shared, "one").round())
+    call(Leases(shared, "one").round())
     with pytest.raises(Deposed):
         note(lane, "first")
     assert count(shared, 0) == 0
@@ -182,22 +182,22 @@ def test_the_same_name_of_another_epoch_is_deposed_as_well(shared: Postgres) -> 
 
 def test_a_lane_is_taken_over_only_between_two_steps(shared: Postgres, postgres_database: str) -> None:
     """A step that is being made is either whole before the change of the holder, or fails."""
-    held = block_on(Leases(shared, "one").round())
+    held = call(Leases(shared, "one").round())
     lane = LaneDatabase(shared, held[5])
-    block_on(run_out(shared, "one"))
+    call(run_out(shared, "one"))
     taken: dict[int, Held] = {}
     other = Postgres(postgres_database, name="other")
-    taking = threading.Thread(target=lambda: taken.update(block_on(Leases(other, "two").round())))
+    taking = threading.Thread(target=lambda: taken.update(call(Leases(other, "two").round())))
     with lane.writing() as connection:
         taking.start()
         for _ in range(600):
-            if block_on(waiting(shared)):
+            if call(waiting(shared)):
                 break
             taking.join(0.05)
-        assert block_on(waiting(shared)), "whoever takes the lane does not wait for the step"
+        assert call(waiting(shared)), "whoever takes the lane does not wait for the step"
         connection.execute("INSERT INTO backend(name, since_s) VALUES(?, ?)", ("first", 1.0))
     taking.join(30.0)
-    block_on(other.close())
+    call(other.close())
     assert taken[5].epoch == held[5].epoch + 1
     with pytest.raises(Deposed):
         note(lane, "second")
