@@ -1,8 +1,8 @@
 """PostgreSQL is away while calls go on at a steady pace: no call waits for it, memory is flat, and all arrives after.
 
-Ten seconds in `make test`; `make soak` takes SOAK_AWAY_S (20) and prints its figures: response times before, while the
-database is away and after, memory at the start and at the end of each, and how long it took until all was delivered. No
-assertion is on a time: the longest response while the database is away is held against the longest before.
+Ten seconds in `make system`; `make soak` takes SOAK_AWAY_S (20) and prints its figures: response times before, while it
+is away and after, memory at the start and at the end of each, and how long it took until all was delivered. Nothing is
+asserted of a time: the longest response while the database is away is held against the longest before.
 """
 
 from __future__ import annotations
