@@ -20,7 +20,7 @@ import orjson
 
 from sidecar.delivery.context import SystemClock
 from sidecar.delivery.lane_balance import sidecar_of
-from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lanes, spool_of
+from sidecar.delivery.lane_database import Held, LaneDatabase, make_lanes, spool_of
 from sidecar.delivery.leases import RENEW_S, Leases
 from sidecar.delivery.rows import StateError
 from sidecar.delivery.service import Delivery
@@ -30,7 +30,7 @@ from sidecar.delivery.wishes import Asked, Wish, answer, ask, asked_of, grant, h
 from sidecar.ledger import postgres_schema
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
-from sidecar.storage.postgres import Postgres, PostgresError
+from sidecar.storage.postgres import Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,6 @@ from sidecar.delivery.lane_database import (
     LEASES,
     LEASES_PART,
     LaneReading,
-    call,
     lanes_read,
     schema_of,
     spool_of,
@@ -29,7 +28,7 @@ from sidecar.delivery.queries import DeliveryQueries, Sums, totals_of
 from sidecar.delivery.wishes import WAIT_S
 from sidecar.ledger.lanes import named
 from sidecar.model.balance import BackendTotals, add_totals
-from sidecar.storage.postgres import Connection, Postgres
+from sidecar.storage.postgres import Connection, Postgres, call
 
 _LANES: Final = """
 SELECT lane, lanes.last_seq, CASE WHEN leases.expires > clock_timestamp() THEN leases.holder END, (

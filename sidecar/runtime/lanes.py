@@ -19,7 +19,7 @@ from typing import Any, Final
 
 from sidecar.delivery.corrections import GONE
 from sidecar.delivery.lane_balance import LanesBalance, balance_of, read_lanes
-from sidecar.delivery.lane_database import LEASES, LEASES_PART, call, lanes_read, told
+from sidecar.delivery.lane_database import LEASES, LEASES_PART, lanes_read, told
 from sidecar.delivery.queries import PAGE, DeliveryQueries, Found, whereabouts
 from sidecar.delivery.redrive import EACH_MAX
 from sidecar.delivery.rows import Parked, StateError
@@ -27,7 +27,7 @@ from sidecar.delivery.types import BEFORE, GAP
 from sidecar.delivery.wishes import Asked, Wish, ask
 from sidecar.ledger.lanes import LANES
 from sidecar.settings import Deliver, Settings
-from sidecar.storage.postgres import Postgres, PostgresError
+from sidecar.storage.postgres import Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
 

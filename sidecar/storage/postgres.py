@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from sidecar.storage.files import StorageError
+
+T = TypeVar("T")
 
 SCHEMA: Final = "metering"
 CONNECT_S: Final = 5.0
@@ -44,8 +48,14 @@ class Connection(Protocol):
     async def fetch(self, query: str, *values: Any) -> list[Any]: ...
     async def fetchrow(self, query: str, *values: Any) -> Any: ...
     async def fetchval(self, query: str, *values: Any) -> Any: ...
-    async def copy_records_to_table(
-        self, table: str, *, records: Iterable[Sequence[Any]], columns: Sequence[str], schema_name: str | None = None
+    async def copy_to_table(
+        self,
+        table: str,
+        *,
+        source: AsyncIterator[bytes],
+        columns: Sequence[str],
+        format: str,  # noqa: A002 - the driver's own name
+        schema_name: str | None = None,
     ) -> str: ...
 
 
@@ -225,6 +235,28 @@ class Postgres:
             if found is None:
                 raise
             raise found from error
+
+
+class _Loop:
+    """An event loop in a thread, made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._of = 0  # the process whose thread it is: a fork has none
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._loop is None or self._of != os.getpid():
+                self._loop, self._of = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name="postgres", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+call: Final = _Loop().run
+"""Run something of the driver's for a thread that may block, and give what it returns or raises: in one event loop, for
+all of them. Every statement has its time limit, and so has this. Not for a thread that runs a loop itself; and a
+`Postgres` that is used so is never used otherwise."""
 
 
 def _driver() -> Any:

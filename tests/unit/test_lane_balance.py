@@ -19,7 +19,6 @@ from support.postgres_server import PostgresServer
 from sidecar.cli import main
 from sidecar.delivery import wishes
 from sidecar.delivery.lane_balance import LaneBalance, LanesBalance, read_lanes
-from sidecar.delivery.lane_database import call
 from sidecar.delivery.leases import Leases
 from sidecar.delivery.rows import StateError
 from sidecar.ledger.lanes import LANES, named
@@ -27,7 +26,7 @@ from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Abilities, Dedup, Delivered, Event, Undone
 from sidecar.model.record import Record
 from sidecar.runtime.lanes import Lookout, correct
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, call
 
 ONE_EACH = Abilities(dedup=Dedup.EVENT_ID, concurrency=4)
 AWAY = "postgresql://someone:not-to-be-shown@127.0.0.1:1/nowhere"

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneReading, call, lanes_read
+from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneReading, lanes_read
 from sidecar.delivery.leases import Lease, Leases, plan, share_of
 from sidecar.delivery.rows import StateError
 from sidecar.ledger.lanes import LANES
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, call
 
 names = st.sampled_from([f"sidecar-{n}" for n in range(6)])
 rows = st.lists(
