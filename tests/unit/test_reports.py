@@ -141,6 +141,33 @@ def test_the_largest_and_all_others_are_the_whole(tmp_path: Path) -> None:
     assert tokens == sorted(tokens)
 
 
+def test_the_largest_over_time_are_the_same_whoever_adds_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(11)
+    store = LedgerStore(tmp_path / "ledger.db")
+    batch = [
+        record(
+            n,
+            subscriber=None if n % 13 == 0 else Subscriber(f"s{chance.randrange(20):02}", "header:x"),
+            started_ns=T0_NS + chance.randrange(96) * HOUR_NS,
+            usage=usage(model=f"m{n % 3}", cost_usd=chance.choice(("0.1", "1e-15", "0"))) if n % 5 else None,
+        )
+        for n in range(300)
+    ]
+    put(store, batch)
+    store.close()
+    reader = LedgerReader(tmp_path / "ledger.db")
+    for by in ("day,subscriber", "model,hour,subscriber", "subscriber,month"):
+        for sort in ("cost_usd", "calls", "+calls", "cached"):
+            for zone in (None, "Europe/Berlin"):
+                query = asked(by=by, top="4", sort=sort, timezone=zone)
+                few = reports.usage(reader, query, NOBODY)
+                with monkeypatch.context() as patch:
+                    patch.setattr(reports, "HELD_MAX", 3)
+                    assert reports.usage(reader, query, NOBODY) == few
+
+
 def test_too_many_rows_are_refused_and_the_largest_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "ROWS_MAX", 50)
     store = LedgerStore(tmp_path / "ledger.db")
