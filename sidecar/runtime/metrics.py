@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
-from sidecar.meters.hourly import UNAUTHENTICATED
+from sidecar.meters.hourly import UNAUTHENTICATED, may_have_price
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, cut
@@ -430,7 +430,7 @@ class Metrics(HopEvents, Collector):
             self._add_usage(record.usage, group.calls, group.tokens.get, record.route, payer)
             if group.priced:
                 self._add_cost(record.usage, group.cost_pico / PICO, record.route, payer)
-            if group.unpriced:
+            if group.unpriced and may_have_price(record.usage):
                 self._add_unpriced(record.usage, group.unpriced)
 
     def add_day(self, number: int, times: DayTimes) -> None:

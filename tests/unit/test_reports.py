@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
 import random
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -141,6 +149,33 @@ def test_the_largest_and_all_others_are_the_whole(tmp_path: Path) -> None:
     assert tokens == sorted(tokens)
 
 
+def test_the_largest_over_time_are_the_same_whoever_adds_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(11)
+    store = LedgerStore(tmp_path / "ledger.db")
+    batch = [
+        record(
+            n,
+            subscriber=None if n % 13 == 0 else Subscriber(f"s{chance.randrange(20):02}", "header:x"),
+            started_ns=T0_NS + chance.randrange(96) * HOUR_NS,
+            usage=usage(model=f"m{n % 3}", cost_usd=chance.choice(("0.1", "1e-15", "0"))) if n % 5 else None,
+        )
+        for n in range(300)
+    ]
+    put(store, batch)
+    store.close()
+    reader = LedgerReader(tmp_path / "ledger.db")
+    for by in ("day,subscriber", "model,hour,subscriber", "subscriber,month"):
+        for sort in ("cost_usd", "calls", "+calls", "cached"):
+            for zone in (None, "Europe/Berlin"):
+                query = asked(by=by, top="4", sort=sort, timezone=zone)
+                few = reports.usage(reader, query, NOBODY)
+                with monkeypatch.context() as patch:
+                    patch.setattr(reports, "HELD_MAX", 3)
+                    assert reports.usage(reader, query, NOBODY) == few
+
+
 def test_too_many_rows_are_refused_and_the_largest_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "ROWS_MAX", 50)
     store = LedgerStore(tmp_path / "ledger.db")
@@ -253,6 +288,30 @@ async def test_reading_backwards_has_an_end(spool: tuple[Path, list[dict[str, An
         few = calls.last_calls(reader, query, NOBODY, bytes_max=5000)
         assert few.stopped is not None
         assert [orjson.loads(line) for line in few.lines] == every[-len(few.lines) :]
+
+
+def test_usage_fits_a_real_terminal_of_80_columns_and_latin_1(tmp_path: Path) -> None:
+    store = LedgerStore(tmp_path / "ledger.db")
+    put(store, [record(n, subscriber=Subscriber(who, "header:x")) for n, who in enumerate(ODD)])
+    store.close()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {
+        "SIDECAR_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "latin-1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sidecar", "usage", "--by", "subscriber,model,day"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # as a terminal ends that nobody writes to any more
+            while piece := os.read(ours, 65536):
+                said += piece
+        os.close(ours)
+    lines = said.decode("latin-1").splitlines()
+    assert child.returncode == 0, lines
+    assert lines[0].split()[:3] == ["subscriber", "model", "day"]
+    assert len([line for line in lines if "2026-11-21" in line]) == len(ODD)
+    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.delivery.queries import DeliveryQueries
-from sidecar.runtime.reports.formats import Names
+from sidecar.runtime.reports.formats import Names, stamp
 from sidecar.runtime.reports.parameters import QueryError, near, quoted, whole
 
 PAGE: Final = 500  # parked events read at a time
@@ -61,7 +61,7 @@ def _parked(accounts: DeliveryQueries, query: ParkedQuery, names: Names) -> Iter
             record = orjson.loads(one.line) if one.line else None
             subscriber = _subscriber(record)
             yield {
-                "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
+                "parked_at": stamp(datetime.fromtimestamp(one.at_s, UTC)),
                 "backend": one.backend,
                 "reason": one.reason,
                 "subscriber": subscriber,
