@@ -401,8 +401,8 @@ async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: B
         found = None
     if gate_factory.is_shared(settings):
         try:
-            missing = await asyncio.to_thread(gate_factory.missing_hours, settings, bills.reader)
-            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, missing)
+            past = await asyncio.to_thread(gate_factory.ledgers_past, settings, bills.reader)
+            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, past)
         except (OSError, SpoolError, ValueError) as error:
             log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", error)
     gate.load(found or Counters(()), outputs)

@@ -8,13 +8,15 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 from sidecar.gate.admission import Admission, Meant, Models, Policy, Verdict
 from sidecar.gate.allowance import TOTAL
+from sidecar.gate.claim import Claim
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.denials import Denials
-from sidecar.gate.fleet import SharedCounters
+from sidecar.gate.fleet import Past, SharedCounters
 from sidecar.gate.limits import PICO, Charging, read_limits
 from sidecar.gate.owner import Owner, count_records
 from sidecar.gate.windows import SECOND_NS
@@ -33,17 +35,20 @@ class Gate:
     """One sidecar with one process that serves. `off_s`: how far its clock is ahead."""
 
     def __init__(
-        self, name: str, url: str, *short: str, on_failure: str = "closed", off_s: float = 0.0, unknown: str = "reserve",
-        tables: Sequence[dict[str, Any]] = (), **shared: Any,
+        self, directory: Path, url: str, *short: str, on_failure: str = "closed", off_s: float = 0.0,
+        unknown: str = "reserve", tables: Sequence[dict[str, Any]] = (), past: Past | None = None,
+        in_ledger: bool = False,
     ) -> None:  # fmt: skip
-        self.name, self.url = name, url
+        name = directory.name
+        directory.mkdir(exist_ok=True)
+        self.directory, self.name, self.url = directory, name, url
         self.limits = read_limits(tables, short)
         self.off_s = off_s
         self.leap_s = 0.0  # of the clock that leases go by
         self.lines: list[bytes] = []
         self.beyond = 0  # tokens that calls took beyond what was left when they were let in
         self.charging = Charging(self.limits, None, unknown)
-        self._on_failure, self._more = on_failure, shared
+        self._on_failure, self._past, self._in_ledger = on_failure, past, in_ledger
         self._calls = 0
         self._tail = name.encode().hex().rjust(12, "0")[-12:]
         self._running: asyncio.Task[None] | None = None
@@ -54,6 +59,9 @@ class Gate:
 
     def clock_s(self) -> float:
         return time.monotonic() + self.leap_s
+
+    async def ready(self) -> None:
+        await until(lambda: self.shared.is_counted, lambda: self.shared.trouble)
 
     async def start(self, *, counted: bool = True) -> Gate:
         """`counted`: wait until it counts with the others."""
@@ -70,14 +78,15 @@ class Gate:
         self.gate.send = lambda question: self._soon(self.owner.ask, self._tail, question)
         self.db = Postgres(self.url, name=f"test {self.name}", command_timeout_s=2.0)
         self.shared = SharedCounters(
-            self.db, self.name, self.owner.counters, clock_s=self.clock_s, wall_ns=self.now_ns, **self._more
-        )
+            self.db, Claim(self.directory, self.name, in_ledger=self._in_ledger), self.owner.counters,
+            clock_s=self.clock_s, wall_ns=self.now_ns, past=self._past,
+        )  # fmt: skip
         self.owner.fleet = self.shared
         self.owner.came(self._tail, self)
         self.owner.load(count_records(self.lines, self.charging, lambda record: True))
         self._running = asyncio.create_task(self.shared.run())
         if counted:
-            await until(lambda: self.shared.is_counted)
+            await self.ready()
         return self
 
     def _soon(self, do: Callable[..., None], *values: Any) -> None:
@@ -94,6 +103,11 @@ class Gate:
     def tell(self) -> None:
         """As it does once a second: leases of processes end."""
         self.owner.told(self._tail, self.gate.tell())
+
+    def leap(self, seconds: float) -> None:
+        """So much time passes for its leases."""
+        self.leap_s += seconds
+        self.shared._wake.set()
 
     # Calls
 

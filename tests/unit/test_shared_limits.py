@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
+import signal
+import time
 from collections.abc import Sequence
 from functools import partial
+from pathlib import Path
 
 import pytest
+from pytest import LogCaptureFixture
+from support.postgres_server import PostgresServer
 from support.shared_gates import PICO_A_TOKEN, Call, Gate, ask, gates, settled, until
+
+from sidecar.gate.admission import ANSWER_S
+from sidecar.gate.fleet import BEGIN_S
+from sidecar.gate.shares import USED_S
 
 pytestmark = pytest.mark.timeout(120)
 WHO = "acme"
@@ -42,12 +52,12 @@ async def served(
 @pytest.mark.parametrize("takes", [None, (0.0, 1.0)])
 @pytest.mark.parametrize("unit", ["total_tokens", "cost_usd"])
 async def test_money_and_tokens_are_never_granted_twice_and_all_that_was_used_is_counted(
-    postgres_database: str, unit: str, takes: tuple[float, float] | None
+    postgres_database: str, tmp_path: Path, unit: str, takes: tuple[float, float] | None
 ) -> None:
     amount, most = 12_000, 400
     text = f"total_tokens={amount}/month" if unit == "total_tokens" else f"cost_usd={amount / 10**6}/month"
     scale = 1 if unit == "total_tokens" else PICO_A_TOKEN
-    made = [Gate(f"edge-{n}", postgres_database, text) for n in range(3)]
+    made = [Gate(tmp_path / f"edge-{n}", postgres_database, text) for n in range(3)]
     async with gates(*made):
         through, left = await served(made, random.Random(3), calls=40, most=most, takes=takes)
         assert through > amount // most
@@ -71,8 +81,8 @@ async def adds_up(made: Sequence[Gate], said: int) -> bool:
     return {None if row is None else (row.used, row.reserved) for row in rows} == {(said, 0)}
 
 
-async def test_a_lease_near_the_limit_is_renewed_while_a_call_holds_it(postgres_database: str) -> None:
-    one, two = (Gate(f"edge-{n}", postgres_database, "total_tokens=300/day") for n in range(2))
+async def test_a_lease_near_the_limit_is_renewed_while_a_call_holds_it(postgres_database: str, tmp_path: Path) -> None:
+    one, two = (Gate(tmp_path / f"edge-{n}", postgres_database, "total_tokens=300/day") for n in range(2))
     async with gates(one, two):
         call = await one.call(280)
         assert call.let_in
@@ -80,7 +90,7 @@ async def test_a_lease_near_the_limit_is_renewed_while_a_call_holds_it(postgres_
             expired = await ask(postgres_database, EXPIRES)
             # As if nobody had heard of it for most of its time, by both clocks.
             await ask(postgres_database, "UPDATE metering.limit_leases SET expires = expires - interval '7 s'")
-            one.leap_s += 2.5
+            one.leap(2.5)
 
             async def renewed(before: object = expired) -> bool:
                 return bool(await ask(postgres_database, EXPIRES) > before)
@@ -93,3 +103,140 @@ async def test_a_lease_near_the_limit_is_renewed_while_a_call_holds_it(postgres_
         small.end(50)
         await until(partial(adds_up, [one, two], 150), lambda: one.owner.counters.all())
         assert (await two.call(100)).let_in
+
+
+# Clocks
+
+
+async def used_up(made: Sequence[Gate], calls: int) -> int:
+    """How many of these calls, by turns, were let in; they end at once."""
+    through = 0
+    for number in range(calls):
+        call = await made[number % len(made)].call()
+        if call.let_in:
+            through += 1
+            call.end()
+    return through
+
+
+@pytest.mark.parametrize("window", ["day", "week", "600s"])
+async def test_whatever_the_clocks_of_sidecars_say_a_limit_is_one_and_the_databases_clock_decides(
+    postgres_database: str, tmp_path: Path, window: str
+) -> None:
+    # Over the border of the window, in both directions; of a sliding one far beyond its end.
+    far_s = 6.5 * 86_400 if window == "week" else 20 * 3600
+    limit = f"calls=60/{window}"
+    made = [
+        Gate(tmp_path / f"edge-{n}", postgres_database, limit, off_s=off * far_s) for n, off in enumerate((0, 1, -1))
+    ]
+    async with gates(*made):
+        through = await used_up(made, 60)
+        for gate in made:  # what may still be leased ahead to one that does not need it
+            gate.tell()
+            gate.owner.counters.sweep(gate.now_ns())
+
+        async def the_rest() -> bool:
+            nonlocal through
+            through += await used_up(made, 3)
+            return through == 60
+
+        await until(the_rest, lambda: through)
+        assert await used_up(made, 30) == 0
+        names = await ask(postgres_database, "SELECT array_agg(DISTINCT name) FROM metering.limit_counters")
+        assert names == [made[0].limits[0].key(WHO, made[0].now_ns())]
+        notes = [gate.shared.notes for gate in made]
+        assert notes[0] == []
+        assert ["ahead of" in notes[1][0], "behind" in notes[2][0]] == [True, True]
+        # A start anew gets the same out of its records, whatever its clock says by then.
+        made[1].off_s = 0.0
+        before = (await made[0].rows())[made[0].limits[0].name]
+        await made[1].kill()
+        await made[1].start()
+        if window != "600s":  # the times of records are those of the clock that was off
+            await until(partial(adds_up, made, 60))
+            assert before.used == 60
+        assert not (await made[1].call()).let_in
+
+
+async def test_out_of_a_lease_a_process_decides_by_itself_whatever_its_clock_says(
+    postgres_database: str, tmp_path: Path
+) -> None:
+    gate = Gate(tmp_path / "edge", postgres_database, "calls=1000000/minute", off_s=90.0)
+    async with gates(gate):
+        calls = [await gate.call() for _ in range(200)]
+        assert all(call.let_in for call in calls)
+        assert sum(call.asked for call in calls) < 100
+
+
+# The database is away
+
+
+@pytest.mark.parametrize(
+    ("policy", "known", "new"), [("open", True, True), ("closed", False, False), ("last", False, True)]
+)
+async def test_while_the_database_is_away_leases_are_used_to_their_end_and_then_the_setting_decides(
+    killable_postgres: PostgresServer, tmp_path: Path, policy: str, known: bool, new: bool, caplog: LogCaptureFixture
+) -> None:
+    gate = Gate(tmp_path / "edge", killable_postgres.database(), "calls=1000/day", "concurrent=2", on_failure=policy)
+    async with gates(gate):
+        for who in (WHO, "full"):
+            for _ in range(30):
+                call = await gate.call(who=who)
+                call.end()
+        full = [await gate.call(who="full") for _ in range(2)]
+        assert not (await gate.call(who="full")).let_in
+        killable_postgres.kill()
+        await until(lambda: bool(gate.shared.trouble))
+        held = gate.owner.counters.by_key(gate.limits[1].key(WHO, gate.now_ns()), gate.now_ns())
+        assert held is not None
+        gate.leap(USED_S + 1.0)
+        gate.tell()
+        began_s = time.monotonic()
+        assert (await gate.call(who="full")).let_in is known
+        somebody = await gate.call(who="new")
+        assert somebody.let_in is new
+        assert somebody.exchange.gate is not None and somebody.exchange.gate.source == "on_failure"
+        assert time.monotonic() - began_s < 0.9 * ANSWER_S, "nobody waits for what is known to be away"
+        await asyncio.sleep(2.5)  # it tries again meanwhile
+        said = [one for one in caplog.records if "cannot be counted" in one.getMessage()]
+        assert gate.shared.failures > 1
+        assert len(said) == len({one.getMessage() for one in said}) <= 2, "each reason once"
+        if somebody.let_in:
+            somebody.end()
+        for one in full:
+            one.end()
+        killable_postgres.start()
+        await gate.ready()
+        again = [one for one in caplog.records if "counted again" in one.getMessage()]
+        assert len(again) == 1
+        assert again[0].facts["undecided"] >= 2
+        assert (await gate.call(who="new")).let_in
+        await until(lambda: gate.shared.is_counted)
+        rows = {(row.limit.name, row.scope): row for row in await gate.shared.rows()}
+        assert rows["calls-per-day", "full"].used == 32, "what was let in meanwhile is counted all the same"
+
+
+async def test_a_start_without_the_database_delays_no_call_for_long(
+    killable_postgres: PostgresServer, tmp_path: Path
+) -> None:
+    url = killable_postgres.database()
+    os.killpg(killable_postgres.pid, signal.SIGSTOP)  # it takes connections and says nothing
+    os.kill(killable_postgres.pid, signal.SIGSTOP)
+    gate = Gate(tmp_path / "edge", url, "calls=100/day", on_failure="open")
+    try:
+        await gate.start(counted=False)
+        first = await gate.call()
+        assert first.let_in
+        gate.leap(BEGIN_S)
+        began_s = time.monotonic()
+        for _ in range(20):
+            call = await gate.call()
+            assert call.let_in
+            call.end()
+        assert time.monotonic() - began_s < ANSWER_S, "twenty of them took less than one that waits"
+    finally:
+        os.killpg(killable_postgres.pid, signal.SIGCONT)
+    await gate.ready()
+    first.end()
+    await until(partial(adds_up, [gate], 21))
+    await gate.kill()
