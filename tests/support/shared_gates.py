@@ -4,6 +4,7 @@ what shares them, in one process, and the lines of its records as its spool. No 
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -11,7 +12,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
-from sidecar.gate.admission import Admission, Meant, Models, Policy, Verdict
+from support.ledgers import again
+
+from sidecar.gate.admission import Admission, Meant, Models, Policy
+from sidecar.gate.admission import Verdict as Ruled
 from sidecar.gate.allowance import TOTAL
 from sidecar.gate.claim import Claim
 from sidecar.gate.counters import Counters, Row
@@ -20,6 +24,10 @@ from sidecar.gate.fleet import Past, SharedCounters
 from sidecar.gate.limits import PICO, Charging, read_limits
 from sidecar.gate.owner import Owner, count_records
 from sidecar.gate.windows import SECOND_NS
+from sidecar.ledger.identity import Identity
+from sidecar.ledger.postgres_schema import line_of
+from sidecar.ledger.postgres_store import PostgresStore
+from sidecar.model.delivery import Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import encode
 from sidecar.settings import AskedSettings
@@ -40,19 +48,22 @@ class Gate:
         in_ledger: bool = False,
     ) -> None:  # fmt: skip
         name = directory.name
-        directory.mkdir(exist_ok=True)
+        directory.mkdir(exist_ok=True, parents=True)
         self.directory, self.name, self.url = directory, name, url
-        self.limits = read_limits(tables, short)
+        self.limits = read_limits(tables, short, dimensions=["team"])
         self.off_s = off_s
         self.leap_s = 0.0  # of the clock that leases go by
+        self.slot = secrets.token_hex(6)  # of its spool
         self.lines: list[bytes] = []
         self.beyond = 0  # tokens that calls took beyond what was left when they were let in
         self.charging = Charging(self.limits, None, unknown)
-        self._on_failure, self._past, self._in_ledger = on_failure, past, in_ledger
+        self._on_failure, self.past, self._in_ledger = on_failure, past, in_ledger
         self._calls = 0
-        self._tail = name.encode().hex().rjust(12, "0")[-12:]
+        self._store: PostgresStore | None = None
+        self.shipped: Verdict | None = None  # what the ledger said last
+        self.tail = name.encode().hex().rjust(12, "0")[-12:]
         self._running: asyncio.Task[None] | None = None
-        self._asked: set[asyncio.Future[Verdict]] = set()
+        self._asked: set[asyncio.Future[Ruled]] = set()
 
     def now_ns(self) -> int:
         return time.time_ns() + round(self.off_s * SECOND_NS)
@@ -75,14 +86,14 @@ class Gate:
             key_of=lambda fields: None, deny=DENY, on_failure=self._on_failure, models=price,
         )  # fmt: skip
         self.gate = Admission(policy, clock_ns=self.now_ns, call_later=loop.call_later)
-        self.gate.send = lambda question: self._soon(self.owner.ask, self._tail, question)
+        self.gate.send = lambda question: self._soon(self.owner.ask, self.tail, question)
         self.db = Postgres(self.url, name=f"test {self.name}", command_timeout_s=2.0)
         self.shared = SharedCounters(
             self.db, Claim(self.directory, self.name, in_ledger=self._in_ledger), self.owner.counters,
-            clock_s=self.clock_s, wall_ns=self.now_ns, past=self._past,
+            clock_s=self.clock_s, wall_ns=self.now_ns, past=self.past,
         )  # fmt: skip
         self.owner.fleet = self.shared
-        self.owner.came(self._tail, self)
+        self.owner.came(self.tail, self)
         self.owner.load(count_records(self.lines, self.charging, lambda record: True))
         self._running = asyncio.create_task(self.shared.run())
         if counted:
@@ -98,11 +109,11 @@ class Gate:
         self._soon(self.gate.answered, payload)
 
     def please_tell(self) -> None:
-        self._soon(lambda: self.owner.told(self._tail, self.gate.tell()))
+        self._soon(lambda: self.owner.told(self.tail, self.gate.tell()))
 
     def tell(self) -> None:
         """As it does once a second: leases of processes end."""
-        self.owner.told(self._tail, self.gate.tell())
+        self.owner.told(self.tail, self.gate.tell())
 
     def leap(self, seconds: float) -> None:
         """So much time passes for its leases."""
@@ -114,17 +125,21 @@ class Gate:
     async def call(self, tokens: int = 10, who: str = "acme") -> Call:
         """`tokens`: that its response may have."""
         self._calls += 1
+        ms = f"{self.now_ns() // 10**6:012x}"
         exchange = Exchange(
-            method="POST", url="u", id=f"{self._calls:08x}-{time.time_ns():015x}{self._tail}",
+            method="POST", url="u", id=f"{ms[:8]}-{ms[8:]}-7{self._calls % 4096:03x}-8000-{self.tail}",
             subscriber=Subscriber(who, "test"), started_ns=self.now_ns(),
         )  # fmt: skip
-        prepared = self.gate.prepare("POST", "/v1/x", (), subscriber=exchange.subscriber, dimensions={}, route=None)
+        exchange.dimensions = {"team": "red"}
+        prepared = self.gate.prepare(
+            "POST", "/v1/x", (), subscriber=exchange.subscriber, dimensions=exchange.dimensions, route=None
+        )
         body = b'{"model": "m", "max_tokens": %d}' % tokens
         weighed = self.gate.weigh(prepared, body, len(body))
         verdict = self.gate.at_once(weighed)
         waited = verdict is None
         if verdict is None:
-            asked: asyncio.Future[Verdict] = asyncio.get_running_loop().create_future()
+            asked: asyncio.Future[Ruled] = asyncio.get_running_loop().create_future()
             self._asked.add(asked)
             self.gate.ask(weighed, exchange.id, asked.set_result)
             verdict = await asked
@@ -138,6 +153,20 @@ class Gate:
 
     async def rows(self) -> dict[str, Row]:
         return {row.limit.name: row for row in await self.shared.rows()}
+
+    async def ship(self) -> None:
+        """Its records into the ledger, as its backend `ledger` does."""
+        if self._store is None:
+            self._store = PostgresStore(self.url, Identity(self.directory, self.name))
+        lines = [line for one in self.lines if (line := line_of(one)) is not None]
+        self.shipped = await asyncio.to_thread(self._store.write, lines, None, again)
+
+    async def starts_to_ship(self) -> None:
+        """As after a start of its backend `ledger`."""
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+            self._store = None
+        await self.ship()
 
     # Ends
 
@@ -153,6 +182,9 @@ class Gate:
 
     async def _end(self) -> None:
         self.owner.close()
+        if self._store is not None:
+            await asyncio.to_thread(self._store.close)
+            self._store = None
         if self._running is not None:
             self._running.cancel()
             with suppress(asyncio.CancelledError):
@@ -161,9 +193,9 @@ class Gate:
 
 
 class Call:
-    def __init__(self, gate: Gate, exchange: Exchange, verdict: Verdict, needs: int, asked: bool) -> None:
+    def __init__(self, gate: Gate, exchange: Exchange, verdict: Ruled, needs: int, asked: bool) -> None:
         """`needs`: tokens, at most. `asked`: the owner was."""
-        self._gate, self.exchange, self.verdict, self.needs, self.asked = gate, exchange, verdict, needs, asked
+        self.sidecar, self.exchange, self.verdict, self.needs, self.asked = gate, exchange, verdict, needs, asked
 
     @property
     def let_in(self) -> bool:
@@ -183,13 +215,13 @@ class Call:
         assert exchange.gate is not None
         for key, held in exchange.gate.reserved.items():
             one = PICO_A_TOKEN if key.startswith("cost") else 1
-            self._gate.beyond += max((tokens or 0) - held // one, 0)
-        self._gate.gate.ended(exchange.gate)
+            self.sidecar.beyond += max((tokens or 0) - held // one, 0)
+        self.sidecar.gate.ended(exchange.gate)
         self.record()
 
     def record(self) -> None:
-        self._gate.owner.settle(self.exchange)
-        self._gate.lines.append(encode(self.exchange, seq=len(self._gate.lines) + 1, instance=self._gate.name))
+        self.sidecar.owner.settle(self.exchange)
+        self.sidecar.lines.append(encode(self.exchange, seq=len(self.sidecar.lines) + 1, instance=self.sidecar.slot))
 
 
 @asynccontextmanager

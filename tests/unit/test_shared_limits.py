@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
+import shutil
 import signal
 import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.postgres_server import PostgresServer
 from support.shared_gates import PICO_A_TOKEN, Call, Gate, ask, gates, settled, until
 
+from sidecar.cli.shared import known_backend_settings
 from sidecar.gate.admission import ANSWER_S
-from sidecar.gate.fleet import BEGIN_S
+from sidecar.gate.fleet import BEGIN_S, KEEP_S
+from sidecar.gate.limits import oldest_start_ns
 from sidecar.gate.shares import USED_S
+from sidecar.ledger.identity import Identity
+from sidecar.runtime import gate_factory
+from sidecar.runtime.gate_factory import LedgersPast
+from sidecar.settings import load
 
 pytestmark = pytest.mark.timeout(120)
 WHO = "acme"
@@ -250,3 +259,216 @@ async def test_a_start_without_the_database_delays_no_call_for_long(
     first.end()
     await until(partial(adds_up, [gate], 21))
     await gate.kill()
+
+
+# Whatever is lost
+
+CLEARED = "TRUNCATE metering.limit_counters, metering.limit_leases, metering.limit_instances"
+DROPPED = "DROP TABLE metering.limit_counters, metering.limit_leases, metering.limit_instances"
+
+
+def ledgers_past(url: str, directory: Path, gate: Gate, tables: Sequence[dict[str, Any]]) -> LedgersPast:
+    """`gate`: of which the spool is."""
+    directory.mkdir(exist_ok=True)
+    config = directory / "config.toml"
+    rows = [{json.dumps(name): json.dumps(value) for name, value in table.items()} for table in tables]
+    config.write_text("".join("[[limits]]\n" + "".join(f"{n} = {v}\n" for n, v in row.items()) for row in rows))
+    settings = load(
+        {
+            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9",
+            "SIDECAR_DATA_DIR": str(directory),
+            "SIDECAR_CONFIG": str(config),
+            "SIDECAR_LEDGER_URL": url,
+            "SIDECAR_BACKENDS": "ledger",
+            "SIDECAR_DIMENSIONS": "team=x-team",
+        },
+        backend_settings=known_backend_settings(),
+    )
+    since_ns = oldest_start_ns(gate_factory.limits(settings), time.time_ns())
+    return LedgersPast(settings, since_ns, 0.0, {gate.slot: 1})
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_after_kills_at_any_moment_the_counters_are_what_the_records_say(
+    postgres_database: str, tmp_path: Path, seed: int
+) -> None:
+    chance = random.Random(seed)
+    made = [Gate(tmp_path / f"edge-{n}", postgres_database, "total_tokens=100000/month") for n in range(3)]
+    async with gates(*made):
+        for _ in range(8):
+            _, left = await served(made, chance, calls=2, most=200, takes=(0.0, 1.0))
+            victim = chance.choice(made)
+            await asyncio.sleep(chance.uniform(0.0, 0.05))
+            await victim.kill()
+            for call in left:  # those of the dead one are left open: records of which nobody knows what they took
+                call.end(None if call.sidecar is victim else 0)
+            await victim.start()
+        for gate in made:
+            gate.tell()
+        limit = made[0].limits[0]
+        said = settled(*made).settled(limit.key(WHO, made[0].now_ns()), made[0].now_ns())
+        await until(partial(adds_up, made, said), lambda: said)
+
+
+@pytest.mark.parametrize(
+    "lost", [CLEARED, "DELETE FROM metering.limit_counters", DROPPED, "DROP SCHEMA metering CASCADE"]
+)
+async def test_tables_that_were_emptied_or_dropped_have_everything_again(
+    postgres_database: str, tmp_path: Path, lost: str
+) -> None:
+    made = [Gate(tmp_path / f"edge-{n}", postgres_database, "calls=50/month") for n in range(2)]
+    async with gates(*made):
+        assert await used_up(made, 30) == 30
+        for gate in made:
+            gate.tell()
+        await until(partial(adds_up, made, 30))
+        await ask(postgres_database, lost)
+        for gate in made:  # which nobody calls: it has nothing to ask of its own accord
+            gate.leap(KEEP_S + 1.0)
+        await until(partial(adds_up, made, 30))
+        assert await used_up(made, 40) == 20
+
+
+@pytest.mark.parametrize("gone", ["another", "the same name"])
+async def test_what_only_the_ledger_has_is_counted_by_its_records(
+    postgres_database: str, tmp_path: Path, gone: str
+) -> None:
+    tables = [
+        {"name": "tokens", "unit": "total_tokens", "amount": 1000, "window": "month"},
+        {"name": "teams", "dimensions.team": "*", "unit": "total_tokens", "amount": 5000, "window": "24h"},
+    ]
+    name = "edge-0" if gone == "another" else "edge-1"
+    first = Gate(tmp_path / "old" / name, postgres_database, tables=tables, in_ledger=True)
+    async with gates(first):
+        for tokens in (100, 200, None):
+            (await first.call(70)).end(tokens)
+        await first.ship()
+        unknown = settled(first).settled(first.limits[0].key(WHO, first.now_ns()), first.now_ns()) - 300
+        assert unknown >= 70, "of a call of which nobody knows what it took: what was set aside"
+    await ask(postgres_database, DROPPED)
+    await ask(postgres_database, "UPDATE metering.instances SET seen = now() - interval '10 min'")
+    second = Gate(tmp_path / "edge-1", postgres_database, tables=tables, in_ledger=True)
+    second.past = ledgers_past(postgres_database, second.directory, second, tables)
+    async with gates(second):
+
+        async def counted() -> bool:
+            rows = await second.rows()
+            return {row.used for row in rows.values()} == {300 + unknown} and len(rows) == 2
+
+        await until(counted)
+        assert (await second.rows())["tokens"].by[name] == (300 + unknown, 0)
+        call = await second.call(2000)
+        assert call.exchange.gate is not None
+        assert call.exchange.gate.reserved[second.limits[0].key(WHO, second.now_ns())] == 700 - unknown
+
+
+@pytest.mark.parametrize("in_ledger", [True, False])
+async def test_a_copy_and_its_original_never_publish_under_one_name(
+    postgres_database: str, tmp_path: Path, in_ledger: bool
+) -> None:
+    limit = "calls=100/month"
+    published = "SELECT settled FROM metering.limit_counters WHERE instance = 'edge'"
+    other = Gate(tmp_path / "other", postgres_database, limit)
+    first = Gate(tmp_path / "edge", postgres_database, limit, in_ledger=in_ledger)
+    async with gates(other, first):
+        assert await used_up([first], 10) == 10
+        if in_ledger:
+            await first.ship()
+        shutil.copytree(first.directory, tmp_path / "copies" / "edge")
+        copy = Gate(tmp_path / "copies" / "edge", postgres_database, limit, in_ledger=in_ledger)
+        copy.lines, copy.slot = list(first.lines), first.slot
+        assert await used_up([first], 20) == 20
+        first.tell()
+        await until(partial(adds_up, [other], 30))
+        async with gates(copy):
+            if in_ledger:
+                await copy.ship()
+            assert not (await first.call(who="somebody new")).let_in
+            await until(partial(has_trouble, first))
+            assert "another data directory counts its limits" in first.shared.notes[0]
+            assert "spool adopt" in first.shared.notes[0]
+            assert await used_up([copy], 5) == 5
+            copy.tell()
+            await until(partial(says, postgres_database, published, 15))
+            assert has_trouble(first)
+            # Somebody decides: the first is the one.
+            Identity(first.directory, first.name).take_over()
+            if in_ledger:
+                await first.starts_to_ship()
+            await first.ready()
+            assert (await first.call()).let_in
+            await until(partial(has_trouble, copy))
+            await until(partial(says, postgres_database, published, 30))
+            told = (await other.rows())["calls-per-month"].by
+            assert sorted(used for used, _ in told.values()) == [15, 30], "what the copy had told stays"
+
+
+async def says(url: str, statement: str, expected: object) -> bool:
+    return bool(await ask(url, statement) == expected)
+
+
+async def test_a_new_directory_under_an_old_name_goes_on_where_the_old_one_ended(
+    postgres_database: str, tmp_path: Path
+) -> None:
+    limit = "calls=20/month"
+    first = Gate(tmp_path / "old" / "edge", postgres_database, limit, in_ledger=True)
+    async with gates(first):
+        assert await used_up([first], 15) == 15
+        await first.ship()
+        first.tell()
+        await until(partial(adds_up, [first], 15))
+    second = Gate(tmp_path / "edge", postgres_database, limit, in_ledger=True)
+    try:
+        await second.start(counted=False)
+        await until(partial(has_trouble, second))
+        assert "another data directory" in second.shared.trouble
+        Identity(second.directory, "edge").take_over()
+        await second.ship()
+        await second.ready()
+        assert await used_up([second], 20) == 5
+        await second.kill()
+        await second.start()
+        await until(partial(adds_up, [second], 20))
+    finally:
+        await second.kill()
+
+
+# What is set otherwise
+
+
+async def test_a_limit_that_is_changed_while_leases_are_out_holds_at_once_and_differences_are_told(
+    postgres_database: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = (Gate(tmp_path / f"edge-{n}", postgres_database, "calls=1000/month") for n in range(2))
+    async with gates(one, two):
+        held = [await one.call() for _ in range(30)]
+        assert await used_up([two], 30) == 30
+        await one.stop()
+        less = Gate(one.directory, postgres_database, "calls=70/month")
+        less.lines = one.lines
+        async with gates(less):
+            less.owner.told(less.tail, (0, one.gate.tell()[1]))  # what its processes still hold
+            two.tell()
+            await until(partial(leased, two, "edge-1", 0))
+            assert await used_up([less], 40) == 10
+            for call in held:
+                call.sidecar = less
+                call.end()
+            less.tell()
+            await until(partial(adds_up, [less, two], 70))
+            assert await used_up([two], 5) == 5, "which goes by what it has"
+            two.leap(KEEP_S + 1.0)
+            told = "limit calls-per-month: edge-0 has 70 calls in month (UTC) of subscriber *, block; here it is 1000"
+            await until(lambda: any(note.startswith(told) for note in two.shared.notes), lambda: two.shared.notes)
+            assert len([text for text in caplog.messages if text.startswith(told)]) == 1
+            assert await used_up([less], 3) == 0
+        more = Gate(one.directory, postgres_database, "calls=1000/month")
+        more.lines = less.lines
+        async with gates(more):
+            assert await used_up([more], 10) == 10
+            two.leap(KEEP_S + 1.0)
+            await until(lambda: not two.shared.notes)
+
+
+async def leased(gate: Gate, name: str, amount: int) -> bool:
+    return all(row.by.get(name, (0, 0))[1] == amount for row in (await gate.rows()).values())
