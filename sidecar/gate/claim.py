@@ -52,7 +52,7 @@ class Claim:
         self._dir, self._given, self._in_ledger = data_dir, name, in_ledger
         self._own = Identity(data_dir, file=FILE)
         self._lost_with: str | None = None  # the directory's nonce in the ledger when another took the name
-        self._held = False
+        self._held = self._refused = False
         self.name = Identity(data_dir, name).name
 
     @property
@@ -76,8 +76,18 @@ class Claim:
         await asyncio.to_thread(self._own.confirm)
         if aside and not self._in_ledger:
             await asyncio.to_thread(main.confirm)  # the decision is carried out
-        self._held, self._lost_with = True, None
+        self._held, self._refused, self._lost_with = True, False, None
         return Taken(made, None if since is None else float(since))
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether another directory has the name, and nobody decided yet."""
+        return self._refused
+
+    async def adopt(self, *, copy: bool) -> None:
+        """Somebody has decided what this directory is, which writes to no ledger. Raises `OSError`."""
+        main = await asyncio.to_thread(Identity, self._dir, self._given)
+        await asyncio.to_thread(main.become_new if copy else main.take_over)
 
     async def _allowed(self, db: Connection, main: Identity, where: str) -> None:
         """Whether this directory may have the name that another has published under."""
@@ -92,6 +102,7 @@ class Claim:
             nonce = await db.fetchval(_LEDGERS, self.name)
             if nonce is not None and main.is_known(str(nonce)):
                 return
+        self._refused = True
         raise PostgresError(
             f"another data directory counts its limits in {where} as {self.name}, so this one or that one is a copy: "
             "`metering-sidecar spool adopt --as original` here, or `--as copy` with another SIDECAR_INSTANCE if one is "

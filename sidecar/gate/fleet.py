@@ -292,6 +292,15 @@ class SharedCounters:
         return self._begun and not self.trouble
 
     @property
+    def is_copied(self) -> bool:
+        """Whether another data directory counts by our name."""
+        return self._claim.is_lost
+
+    async def adopt(self, *, copy: bool) -> None:
+        """Of a directory that writes to no ledger: as `Claim.adopt`."""
+        await self._claim.adopt(copy=copy)
+
+    @property
     def notes(self) -> list[str]:
         """For `/readyz`."""
         found = []

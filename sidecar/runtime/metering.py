@@ -282,7 +282,14 @@ class Metering:
         """None where nothing was noticed, so that there is nothing to decide."""
         bills = self._billing()
         refused = bills.shared is not None and bills.shared.copied
-        return None if bills.copied is None and not refused else await bills.adopt(As(how))
+        limits = self.limits_shared if bills.shared is None else None  # else the ledger's decision is theirs
+        refused = refused or (limits is not None and limits.is_copied)
+        if bills.copied is None and not refused:
+            return None
+        found = await bills.adopt(As(how))
+        if limits is not None:
+            await limits.adopt(copy=As(how) is As.COPY)
+        return found
 
 
 class Unable(Exception):
