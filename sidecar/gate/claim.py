@@ -94,7 +94,8 @@ class Claim:
         if self._held and self._lost_with is None:
             self._lost_with = main.confirmed or "none"
         if not self._in_ledger:
-            if main.is_decided:
+            # A new directory is no copy, which would have its original's file: pods come without their disks.
+            if main.is_decided or (not self._held and self._own.confirmed is None):
                 return
         elif main.confirmed != self._lost_with and await db.fetchval(
             "SELECT to_regclass($1) IS NOT NULL", f"{SCHEMA}.instances"
