@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import orjson
 
-from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, Blocking, day_of, uuid_of
+from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, date_of, day_of, uuid_of
 from sidecar.ledger.queries import (
     EXTENT,
     Dialect,
@@ -42,7 +42,7 @@ from sidecar.ledger.queries import (
 from sidecar.ledger.schema import stored_cost
 from sidecar.meters.definition import Meter
 from sidecar.meters.hourly import write_amount
-from sidecar.storage.postgres import SCHEMA, Connection, PostgresError
+from sidecar.storage.postgres import SCHEMA, Connection, Postgres, PostgresError, call
 
 PAGE: Final = 500  # records read at a time
 _TABLES: Final = f"{SCHEMA}."
@@ -73,7 +73,7 @@ class PostgresReader:
     """Answers questions about the shared ledger. Blocking; from any thread."""
 
     def __init__(self, url: str) -> None:
-        self._blocking = Blocking(url, name="metering-sidecar reports", connections=2)
+        self._db = Postgres(url, name="metering-sidecar reports")
         self._checked = False
 
     def __repr__(self) -> str:
@@ -81,10 +81,10 @@ class PostgresReader:
 
     @property
     def where(self) -> str:
-        return self._blocking.db.where
+        return self._db.where
 
     def close(self) -> None:
-        self._blocking.close()
+        call(self._db.close())
 
     def version(self) -> tuple[int, int]:
         """Another one after each change."""
@@ -245,7 +245,9 @@ class PostgresReader:
 
         async def read(db: Connection) -> Any:
             return await db.fetchrow(
-                f"SELECT instance, line FROM {_TABLES}records WHERE day = $1 AND id = $2", day_of(key), key
+                f"SELECT instance, line FROM {_TABLES}records WHERE day = $1 AND id = $2",
+                date_of(day_of(key.bytes)),
+                key,
             )
 
         row = self._ask(read)
@@ -259,7 +261,7 @@ class PostgresReader:
         place: tuple[date, str] | None = None
         first = "" if since is None else _first_id(since)
         last = _LATEST if until is None else _first_id(until)
-        begins = NO_TIME if since is None else since.astimezone(UTC).date()
+        begins = date_of(NO_TIME) if since is None else since.astimezone(UTC).date()
         ends = date.max if until is None else until.astimezone(UTC).date()
         sign, order = ("<", "DESC") if backwards else (">", "ASC")
         while True:
@@ -307,7 +309,7 @@ class PostgresReader:
         """One transaction. `limit_s`: after that the server ends it, and `TooLongError` is raised."""
 
         async def ask() -> Any:
-            db_ = self._blocking.db
+            db_ = self._db
             if not self._checked:
                 await db_.require(PART, STEPS)
                 self._checked = True
@@ -318,7 +320,7 @@ class PostgresReader:
                 return await read(db)
 
         try:
-            return self._blocking.run(ask())
+            return call(ask())
         except PostgresError as error:
             self._checked = False
             if limit_s is not None and getattr(error.__cause__, "sqlstate", None) == "57014":
