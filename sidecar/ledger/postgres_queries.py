@@ -282,6 +282,29 @@ class PostgresReader:
                 return
             place = (rows[-1][2], rows[-1][3])
 
+    def lines_of(self, instance: str, since: datetime, held: Mapping[str, int]) -> Iterator[bytes]:
+        """Of the records that one instance wrote, since then by their ids: all but those that a spool has. `held`: by
+        the spool's name, the number from which on it has them. Page by page."""
+        place: tuple[date, str] | None = None
+        begins, first = since.astimezone(UTC).date(), _first_id(since)
+        while True:
+            asked = (
+                f"SELECT line, day, id::text FROM {_TABLES}records AS r WHERE day >= $1 AND id >= $2 AND instance = $3 "
+                "AND NOT EXISTS (SELECT FROM unnest($4::text[], $5::bigint[]) AS h (spool, seq) "
+                f"WHERE h.spool = r.spool AND r.seq >= h.seq){' AND (day, id) > ($6, $7)' if place else ''} "
+                f"ORDER BY day, id LIMIT {PAGE}"
+            )
+            values = [begins, first, instance, list(held), list(held.values()), *(place or ())]
+
+            async def read(db: Connection, asked: str = asked, values: list[Any] = values) -> list[Any]:
+                return await db.fetch(asked, *values)
+
+            rows = self._ask(read)
+            yield from (bytes(row[0]) for row in rows)
+            if len(rows) < PAGE:
+                return
+            place = (rows[-1][1], rows[-1][2])
+
     def _ask(self, read: Callable[[Connection], Any], limit_s: float | None = None) -> Any:
         """One transaction. `limit_s`: after that the server ends it, and `TooLongError` is raised."""
 

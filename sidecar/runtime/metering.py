@@ -294,7 +294,14 @@ class Metering:
         """None where nothing was noticed, so that there is nothing to decide."""
         bills = self._billing()
         refused = bills.shared is not None and bills.shared.copied
-        return None if bills.copied is None and not refused else await bills.adopt(As(how))
+        limits = self.limits_shared if bills.shared is None else None  # else the ledger's decision is theirs
+        refused = refused or (limits is not None and limits.is_copied)
+        if bills.copied is None and not refused:
+            return None
+        found = await bills.adopt(As(how))
+        if limits is not None:
+            await limits.adopt(copy=As(how) is As.COPY)
+        return found
 
 
 def _of_lanes(asked: Asked) -> dict[str, Any]:
@@ -418,8 +425,8 @@ async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: B
         found = None
     if gate_factory.is_shared(settings):
         try:
-            missing = await asyncio.to_thread(gate_factory.missing_hours, settings, bills.reader)
-            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, missing)
+            past = await asyncio.to_thread(gate_factory.ledgers_past, settings, bills.reader)
+            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, past)
         except (OSError, SpoolError, ValueError) as error:
             log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", error)
     gate.load(found or Counters(()), outputs)

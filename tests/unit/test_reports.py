@@ -29,7 +29,7 @@ from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.model.exchange import Outcome, Subscriber
 from sidecar.model.record import Record
-from sidecar.runtime.reports import calls, parameters
+from sidecar.runtime.reports import calls, lists, parameters
 from sidecar.runtime.reports import usage as reports
 from sidecar.runtime.reports.formats import Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery, usage_query
@@ -349,6 +349,29 @@ async def test_tables_fit_the_terminal_and_its_characters(
             assert not wide, (command, wide)
 
 
+SHARED: dict[str, Any] = {
+    "here": {"used": "34567890", "leased": "1000"},
+    "instances": {"edge-1": {"used": "1200000000", "leased": "0"}, "edge-0": {"used": "34567890", "leased": "1000"}},
+}
+
+
+def by_instance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return lists.limits(rows, lists.limits_query(by="instance"), Names({}))
+
+
+def test_a_shared_limit_by_instance_says_what_each_sidecar_used_and_has_leased() -> None:
+    plain: dict[str, Any] = {
+        "limit": "a", "scope": {"subscriber": "acme"}, "used": "5", "reserved": "1", "amount": "10", "percent": 50.0,
+    }  # fmt: skip
+    rows = by_instance([plain, plain | SHARED | {"amount": "2000000000"}])
+    assert [(row["instance"], row["used"], row["reserved"], row["percent"]) for row in rows] == [
+        (None, "5", "1", 50.0), ("edge-1", "1200000000", "0", 60.0), ("edge-0", "34567890", "1000", 1.7),
+    ]  # fmt: skip
+    assert all(row.keys().isdisjoint(("here", "instances")) for row in lists.limits_flat(rows))
+    with pytest.raises(QueryError, match="by='model': expected instance"):
+        lists.limits_query(by="model")
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -363,6 +386,8 @@ def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monk
     }  # fmt: skip
     for text, time in (
         (limits.report([limit], Names({})), "2026-12-01 00:00"),
+        (limits.report([limit | SHARED], Names({})), "2026-12-01 00:00"),
+        (limits.report(by_instance([limit | SHARED]), Names({})), "2026-12-01 00:00"),
         (spool_command.parked_table([parked]), "2026-11-29 02:15:57"),
     ):
         assert max(map(len, text.splitlines())) <= columns, text

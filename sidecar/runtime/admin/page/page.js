@@ -15,6 +15,7 @@ const STALE_MS = 20000; // from then on it is said that what is shown is old
 const COLORS = 7; // told apart at a glance; the others are one
 const REST = 8; // the colour of those others
 const PARKED_SHOWN = 20; // of each backend and reason
+const SIDECARS_SHOWN = 5; // of those that share a limit
 const GROUPS_SHOWN = 12; // of these, with what is in them; of others it is said how many they are
 const BALANCED = ["delivered", "duplicate", "parked", "pending", "skipped"];
 
@@ -682,9 +683,19 @@ async function drawLimits() {
     {title: "used", number: true, cell: (row) => `${spaced(row.used)} of ${unit(row)}${spaced(row.amount)}`},
     {title: "unit", cell: (row) => visible(row.unit)},
     {title: "set aside", number: true, cell: (row) => spaced(row.reserved)},
+    ...(rows.some((row) => row.instances) ? [{title: "by sidecar", cell: (row) => sidecars(row)}] : []),
     {title: "until", class: "when", cell: (row) => (row.until ? moment(row.until, view.zone) : row.window ?? NOTHING)},
     {title: "then", cell: (row) => visible(row.action)},
   ], rows) : el("p", {class: "quiet"}, "No limit is set, or none was touched by a call in its window."));
+}
+
+// Who shares a limit: what each used, and what it holds of it for calls to come.
+function sidecars(row) {
+  const all = Object.entries(row.instances ?? {});
+  const lines = all.slice(0, SIDECARS_SHOWN).map(([one, has]) =>
+    `${visible(one)} ${spaced(has.used)}${has.leased === "0" ? "" : ` + ${spaced(has.leased)} leased`}`);
+  if (all.length > lines.length) lines.push(`and ${plural(all.length - lines.length, "more sidecar")}`);
+  return lines.map((line) => el("div", null, line));
 }
 
 function scope(row) {
