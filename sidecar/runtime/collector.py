@@ -387,7 +387,8 @@ class StreamReader:
         made = "" if stream.created is None else stream.created.isoformat()
         self._stream = f"{wanted.stream} {made}"
         # Of a stream that was never read here, what went before is nobody's loss.
-        self._seen = await self.sink.passed(self._stream) or stream.state.first_seq - 1
+        # Its first number is 0 while a stream had no message at all.
+        self._seen = await self.sink.passed(self._stream) or max(stream.state.first_seq - 1, 0)
         self.pending = info.num_pending or 0
 
     @property

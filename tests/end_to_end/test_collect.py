@@ -218,8 +218,10 @@ async def test_it_starts_without_a_server_or_a_stream_and_says_why_nothing_comes
                     _, ready = await collector.get("/readyz")
             assert await collector.provision() == 0
             assert capsys.readouterr().out == "stream S: created\n"
+            await collector.until("/readyz", 200)
             await publish(server.url, [record(1)])
             await collector.until_recorded(1)
+            assert await collector.metric("sidecar_collect_missed_total") == 0, "before the first there was none"
             assert await collector.provision() == 0
             assert capsys.readouterr().out == "stream S: it is there, and fits\n"
             assert await collector.stop() == 0

@@ -132,6 +132,7 @@ async def flowing(server: NatsServer, stream: str, tmp_path: Path) -> AsyncItera
         backend = NatsBackend(collect.stream_settings(collector.settings), Context(data_dir=tmp_path))
         try:
             both = Both(backend, collector, connection)
+            await both.ready("")
             await both.sent(1, 2, 3)
             await collector.until_recorded(3)
             yield both
