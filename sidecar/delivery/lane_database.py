@@ -149,15 +149,15 @@ class LaneReading:
     """The state of a lane, for whoever wants to know."""
 
     def __init__(self, database: Postgres, lane: int) -> None:
-        self._database, self._lane = database, lane
+        self._database, self.lane = database, lane
 
     @property
     def where(self) -> str:
-        return f"lane {self._lane} in {self._database.where}"
+        return f"lane {self.lane} in {self._database.where}"
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        with told(self.where), _transaction(self._database, self._lane, read_only=True) as connection:
+        with told(self.where), _transaction(self._database, self.lane, read_only=True) as connection:
             yield connection
 
     def apart(self, *, moment: bool = False) -> Any:
@@ -227,6 +227,11 @@ async def make_lane(database: Postgres, lane: int, backends: Sequence[str] = ())
                     name, spool_of(lane),
                 )  # fmt: skip
     return True
+
+
+def schema_of(lane: int) -> str:
+    """Where the tables of a lane are."""
+    return _SCHEMA.format(lane)
 
 
 def spool_of(lane: int) -> str:

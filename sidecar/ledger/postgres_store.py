@@ -44,7 +44,7 @@ from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import Delta, Series, series_wire, write_int
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
-from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError, call
+from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError, call, read_only
 
 log = logging.getLogger(__name__)
 
@@ -180,13 +180,19 @@ class PostgresStore:
         async def ask() -> None:
             db_ = self._db
             async with db_.transaction(read_only=True) as db:
-                standby, there = await db.fetchrow(
-                    f"SELECT pg_is_in_recovery(), to_regclass('{SCHEMA}.instances') IS NOT NULL"
+                standby, shut, there = await db.fetchrow(
+                    "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean, "
+                    f"to_regclass('{SCHEMA}.instances') IS NOT NULL"
                 )
             if standby:
                 raise PostgresError(f"{db_.where} is a standby, which takes no records: name the primary", Fault.FAILED)
-            if there:
+            if shut:
+                raise read_only(db_.where)
+            try:
                 await db_.require(PART, STEPS)
+            except PostgresError as error:
+                if there or error.fault is not Fault.MISSING:  # the first to start makes them
+                    raise
 
         with self._lock:
             try:

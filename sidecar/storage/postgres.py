@@ -302,6 +302,8 @@ def error_of(error: Exception, where: str) -> PostgresError | None:
 
 def _of_state(state: str, error: Exception, where: str) -> PostgresError:
     """By the server's own code; its text is not repeated, since it may quote what was sent."""
+    if state == _PROTOCOL and any(words in str(error) for words in _PGBOUNCER_FULL):
+        state = "53300"
     said = _STATES.get(state) or _STATES.get(state[:2])
     if said is None:
         return PostgresError(f"{where} failed a statement: {type(error).__name__} ({state})", Fault.FAILED)
@@ -309,6 +311,15 @@ def _of_state(state: str, error: Exception, where: str) -> PostgresError:
     return PostgresError(text.format(where), fault)
 
 
+def read_only(where: str) -> PostgresError:
+    """As the server says it to who writes."""
+    fault, text = _STATES["25006"]
+    return PostgresError(text.format(where), fault)
+
+
+# What PgBouncer says by is one code for all that is its own.
+_PROTOCOL: Final = "08P01"
+_PGBOUNCER_FULL: Final = ("no more connections allowed", "query_wait_timeout")
 _LOST: Final = (Fault.LOST, "the connection to {} was lost")
 _BUSY: Final = (Fault.BUSY, "{} is busy, starting or stopping")
 _PASSWORD: Final = (Fault.REFUSED, "{} refuses the user or the password of the URL")
@@ -324,5 +335,6 @@ _STATES: Final = {
     "08003": _LOST, "08006": _LOST, "08007": _LOST, "57P01": _LOST, "57P02": _LOST,
     "08": (Fault.UNREACHABLE, "{} cannot be reached"),
     "40": _BUSY, "55": _BUSY, "57": _BUSY,
+    "22M01": (Fault.FAILED, "{}: a record's day is forgotten there by ledger-retention.sql, so it is parked, or aside"),
     "53": (Fault.BUSY, "{} has no connection or memory left"),
 }  # fmt: skip

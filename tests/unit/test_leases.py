@@ -90,10 +90,15 @@ async def test_a_newcomer_gets_its_share_and_nobody_loses_what_is_not_given(data
     assert await two.round() == {}
     surplus = await one.surplus()
     assert len(surplus) == LANES // 2
+    assert one.unheld == 0
     assert len(await one.round()) == LANES  # held until it is released
     for lane in surplus:
         await one.release(lane)
+    await one.surplus()
+    assert one.unheld == LANES // 2
     held = await two.round()
+    await one.surplus()
+    assert one.unheld == 0
     assert set(held) == set(surplus)
     assert set(await one.round()) == set(range(LANES)) - set(surplus)
     assert {found.epoch for found in held.values()} == {2}
@@ -104,6 +109,8 @@ async def test_the_lanes_of_who_is_silent_are_taken_and_it_finds_out(database: P
     before = await one.round()
     await two.round()
     await run_out(database, "one")
+    await two.surplus()
+    assert two.unheld == LANES
     after = await two.round()
     assert set(after) == set(range(LANES))
     assert all(after[lane].epoch > before[lane].epoch for lane in before)
