@@ -16,6 +16,7 @@ from uuid import UUID, uuid4
 import pytest
 from support.backend_fixtures import T0_NS, odd_records, record, records
 from support.ledgers import again
+from support.pgbouncer import pgbouncer
 from support.postgres_server import PostgresServer
 from support.statements import before_statements
 
@@ -177,6 +178,18 @@ def test_what_was_kept_out_is_counted_when_it_is_wanted_and_never_twice(postgres
         assert put(store, batch, counted=False) == Duplicate()
         assert reader.usage()[0].records == 10
     check(postgres_database, 10)
+
+
+def test_batches_go_through_a_pooler_whoever_has_which_connection(postgres_database: str, opened: Opened) -> None:
+    with pgbouncer(postgres_database) as between:
+        stores = [opened(between, name) for name in ("one", "two", "three", "four")]
+        for turn in range(3):
+            for number, store in enumerate(stores):
+                assert put(store, calls(number, 20, start=1 + 20 * turn)) == Delivered()
+        assert put(stores[0], [*calls(1, 60), *calls(4, 1)]) == Delivered(), "nearly all are there already"
+        for store in stores:
+            store.close()
+    check(postgres_database, 4 * 60 + 1)
 
 
 def test_sums_that_are_ready_are_used_and_those_of_a_part_are_worked_out(
