@@ -61,7 +61,8 @@ class LedgerStore:
         """Opens the file, or makes it. Raises `LedgerError`.
 
         `resumed`: whoever opens it goes on for one that died, while calls are served and their records wait in memory.
-        These have to get to disk, so that nothing is raised then: every delivery is told what is wrong with the file."""
+        These have to get to disk, so that nothing is raised then: every delivery is told what is wrong with the file.
+        """
         self._path = path
         self._clock = clock
         self._lock = Lock()
