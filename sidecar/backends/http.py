@@ -115,7 +115,7 @@ class HttpSettings(BillingSettings):
     """What the settings of every backend on the network end with. Each adds its `url`, its `api_key` and its own."""
 
     timeout: float = setting(
-        types.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the answer to one request may take"
+        types.duration(0.1, 600), f"{ANSWER_TIMEOUT_S:g}s", "how long the response to one request may take"
     )
 
 

@@ -71,10 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader (`| head`) has enough. Whatever is still buffered goes nowhere, without a second complaint.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+        return _has_enough()
+    except BaseExceptionGroup as group:
+        # `demo` prints inside of task groups, which hand on in a group what ended them.
+        if group.split(BrokenPipeError)[1] is not None:
+            raise
+        return _has_enough()
     return int(code)
+
+
+def _has_enough() -> int:
+    """The reader (`| head`) has. Whatever is still buffered goes nowhere, without a second complaint."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:

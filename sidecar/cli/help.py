@@ -103,8 +103,21 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, **more: Any) -> None:
         super().__init__(**{"formatter_class": _Formatter, **more})
 
+    _words: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        self._words = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(args, namespace)
+
     def error(self, message: str) -> NoReturn:
-        super().error(guessed(message))
+        super().error(guessed(message, self._options()))
+
+    def _options(self) -> list[str]:
+        """Those of the command that was asked for."""
+        parser: argparse.ArgumentParser = self
+        for word in self._words:
+            parser = subcommands(parser).get(word, parser)
+        return list(parser._option_string_actions)
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -115,12 +128,17 @@ class _Formatter(argparse.HelpFormatter):
         return "\n".join(line if not line or line.startswith(" ") else fill(line, width, indent) for line in lines)
 
 
-def guessed(message: str) -> str:
-    """A message of argparse about a word that is none of its choices, with the one that is near."""
+def guessed(message: str, options: Sequence[str] = ()) -> str:
+    """A message of argparse about a word that is none of its choices or options, with the one that is near."""
+    if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
+        near = nearest(unknown[1], options)
+        return message if near is None else f"{message}; did you mean {near}?"
     found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message, re.DOTALL)
     if found is None:
         return message
     near = nearest(found[1], [choice.strip(" '") for choice in found[2].split(",")])
+    if near is None and f"--{found[1]}" in options:
+        near = f"--{found[1]}"
     return message if near is None else message.replace(" (choose from", f"; did you mean {near}? (choose from", 1)
 
 

@@ -175,7 +175,7 @@ def _test(arguments: argparse.Namespace, settings: Settings) -> int:
     if form is Format.TABLE and not rows:
         print("no recorded call is measured by them")
         return EXIT_OK
-    print(render(rows, _TEST, form), end="")
+    print(render(rows, _TEST, form, spare=("group",), whole=("from", "value")), end="")
     return EXIT_OK
 
 
@@ -205,7 +205,8 @@ def _trial(arguments: argparse.Namespace, settings: Settings) -> int:
         shown.append(rows)
     lines = [row for rows in shown for row in rows]
     form = Format(arguments.format)
-    print(render(lines, _TRIAL if form is Format.TABLE else _TRIAL_ALL, form), end="")
+    columns = _TRIAL if form is Format.TABLE else _TRIAL_ALL
+    print(render(lines, columns, form, spare=("started", "customer"), whole=("started", "result")), end="")
     if form is Format.TABLE:
         print(_said(backend.name, counts))
     return EXIT_FAILED if any(result in (REFUSED, PARKED) for result, _ in counts) else EXIT_OK

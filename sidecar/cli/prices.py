@@ -72,7 +72,7 @@ def _show(arguments: argparse.Namespace, settings: Settings) -> int:
     if not rows:
         print(f"no price for {arguments.model}: its calls are unpriced; [[prices]] in the TOML file can give it one")
         return EXIT_FAILED
-    print(render(rows, _SHOWN, Format(arguments.format)), end="")
+    print(render(rows, _SHOWN, Format(arguments.format), spare=("source", "match"), whole=("unit", "price")), end="")
     return EXIT_OK
 
 
@@ -154,9 +154,9 @@ def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
     form = Format(arguments.format)
     if form is Format.TABLE:
         if rows:
-            print(render(rows, _DIFF, form), end="")
+            print(render(rows, _DIFF, form, whole=("now", "then")), end="")
         before = "no table" if now is None else now.source
         print(f"{len(rows)} prices differ between {before} (now) and {then.source} (then)")
     else:
-        print(render(rows, _DIFF, form), end="")
+        print(render(rows, _DIFF, form, whole=("now", "then")), end="")
     return EXIT_OK

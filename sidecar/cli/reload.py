@@ -6,6 +6,8 @@ import argparse
 import os
 import signal
 import time
+import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -21,20 +23,33 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def _data_dir(arguments: argparse.Namespace) -> Path:
-    """Also where the settings are wrong, which is the instance's to say, if the place stands beside them."""
+    """Also where the settings are wrong, which is the instance's to say, if the place can be read beside them."""
     try:
         return read_settings(arguments).data_dir
     except SettingsError:
-        named = arguments.data_dir or os.environ.get("SIDECAR_DATA_DIR")
+        named = arguments.data_dir or os.environ.get("SIDECAR_DATA_DIR") or _named_in_file()
         if not named:
             raise
         return Path(named)
 
 
+def _named_in_file() -> str | None:
+    """`data_dir` of a file that is TOML, whatever else is wrong in it."""
+    try:
+        value = tomllib.loads(Path(os.environ.get("SIDECAR_CONFIG", "")).read_text("utf-8")).get("data_dir")
+    except (OSError, ValueError):
+        return None
+    return value if isinstance(value, str) else None
+
+
 def run(arguments: argparse.Namespace) -> int:
     from sidecar.runtime.instance_lock import running
 
-    data_dir = _data_dir(arguments)
+    try:
+        data_dir = _data_dir(arguments)
+    except SettingsError as error:
+        # Where the instance runs stood in the file that cannot be read: it was not asked, and nothing has changed.
+        return _not_reloaded(error.problems)
     note = running(data_dir)
     if note is None or note.pid is None:
         raise CommandError(f"no instance runs on {data_dir}: its settings are read when it starts")
@@ -52,11 +67,15 @@ def run(arguments: argparse.Namespace) -> int:
             raise CommandError(f"process {note.pid} has ended: its log says why")
         if now.reload is not None and now.reload.number > before:
             if now.reload.problems:
-                print("\n  ".join(["not reloaded, the old settings hold:", *now.reload.problems]))
-                return EXIT_FAILED
+                return _not_reloaded(now.reload.problems)
             print("reloaded")
             if now.reload.waiting:
                 print(f"these settings wait for a restart: {', '.join(now.reload.waiting)}")
             return EXIT_OK
         time.sleep(POLL_S)
     raise CommandError(f"process {note.pid} has not said within {WAIT_S:.0f} s what became of it: see its log")
+
+
+def _not_reloaded(problems: Sequence[str]) -> int:
+    print("\n  ".join(["not reloaded, the old settings hold:", *problems]))
+    return EXIT_FAILED

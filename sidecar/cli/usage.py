@@ -148,7 +148,7 @@ def _of_meter(ledger: Ledger, settings: Settings, name: str, query: UsageQuery, 
         for name in METER
         if not bare or name in ("from", "value") or (name != "name" and any(row[name] for row in rows))
     ]
-    return render(rows, columns, form)
+    return render(rows, columns, form, whole=("from", "value"))
 
 
 def report(

@@ -398,7 +398,8 @@ def _say_next(backend: str | None, say: Say) -> None:
         say(f"  metering-sidecar demo --backend NAME      the same with a billing backend: {', '.join(backends())}")
     say("  metering-sidecar demo --limits            a customer runs into its limit")
     say("  metering-sidecar demo --keep              stays up, with a call to send yourself")
-    say("  make run UPSTREAM=https://api.openai.com  in front of the real thing")
+    say("  metering-sidecar serve https://api.openai.com")
+    say("                                            in front of the real thing; in a clone: make run UPSTREAM=…")
 
 
 def _reasons(counts: Mapping[str, int]) -> str:

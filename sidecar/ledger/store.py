@@ -57,8 +57,12 @@ _TABLES: Final = tuple(
 class LedgerStore:
     """`ledger.db`, open for writing. Blocking; calls may come from any thread, one goes at a time."""
 
-    def __init__(self, path: Path, *, clock: Callable[[], float] = time) -> None:
-        """Opens the file, or makes it. Raises `LedgerError`."""
+    def __init__(self, path: Path, *, clock: Callable[[], float] = time, resumed: bool = False) -> None:
+        """Opens the file, or makes it. Raises `LedgerError`.
+
+        `resumed`: whoever opens it goes on for one that died, while calls are served and their records wait in memory.
+        These have to get to disk, so that nothing is raised then: every delivery is told what is wrong with the file.
+        """
         self._path = path
         self._clock = clock
         self._lock = Lock()
@@ -69,7 +73,8 @@ class LedgerStore:
         try:
             self._db = open_db(path, schema=SCHEMA)
         except LedgerError as error:
-            if not error.passes:  # a full disk gets better: what is delivered meanwhile is told to come again
+            # A full disk gets better: what is delivered meanwhile is told to come again.
+            if not error.passes and not resumed:
                 raise
 
     def __repr__(self) -> str:

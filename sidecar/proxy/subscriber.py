@@ -129,9 +129,7 @@ class Attributor:
         dimensions = {}
         if self._dimensions:
             dimensions = {
-                label: self._cut(found[name].decode("utf-8", "replace"))
-                for label, name in self._dimensions.items()
-                if found.get(name)
+                label: self._cut(_text(found[name])) for label, name in self._dimensions.items() if found.get(name)
             }
         for source, header, known in self._asked:
             if header is None:
@@ -184,7 +182,8 @@ class Attributor:
     def _from_query(self, name: str, query: str) -> str | None:
         if name not in query and "%" not in query and "+" not in query:
             return None
-        values = {value for key, value in parse_qsl(query, keep_blank_values=True) if key == name}
+        fields = parse_qsl(query, keep_blank_values=True, errors="surrogateescape")
+        values = {_unescaped(value) for key, value in fields if key == name}
         if len(values) > 1:
             self._anomaly("query_repeated")
             return None
@@ -210,7 +209,7 @@ class Attributor:
         if _is_secret(source):
             credential = _credential(source.name, value)
             return Subscriber(self._hash(credential), source.label) if credential else None
-        text = value.decode("utf-8", "replace").strip()
+        text = _text(value).strip()
         return Subscriber(self._shorten(text), source.label) if text else None
 
     def _shorten(self, text: str) -> str:
@@ -221,6 +220,23 @@ class Attributor:
     def _hash(self, value: bytes) -> str:
         digest = hashlib.blake2b(value, key=self._hash_key, digest_size=HASH_CHARS // 2)
         return f"key_{digest.hexdigest()}"
+
+
+def _text(value: bytes) -> str:
+    """A header's value: UTF-8, or else what HTTP meant before it, ISO 8859-1 (RFC 9110, 5.5), which `http.client` and
+    `requests` of Python send. A replacement character would make one subscriber of all that differ in such letters."""
+    try:
+        return value.decode()
+    except UnicodeDecodeError:
+        return value.decode("latin-1")
+
+
+def _unescaped(text: str) -> str:
+    """What a target says, whose bytes that are no UTF-8 are in it as surrogates."""
+    try:
+        return text if text.isascii() else _text(text.encode("utf-8", "surrogateescape"))
+    except UnicodeEncodeError:
+        return text
 
 
 def _header_of(source: Source) -> bytes | None:
@@ -283,4 +299,6 @@ def _claim(authorization: bytes, name: str) -> str | None:
 
 def _from_path(number: str, path: str) -> str | None:
     segments = path.split("/")
-    return unquote(segments[int(number)]) if len(segments) > int(number) else None
+    if len(segments) <= int(number):
+        return None
+    return _unescaped(unquote(segments[int(number)], errors="surrogateescape"))

@@ -42,12 +42,17 @@ ALWAYS_OWN: Final = frozenset({LEDGER_NAME, "file", "nats"})
 
 
 def backends(
-    settings: Settings, names: Sequence[str] | None = None, not_computed: Callable[[str], None] | None = None
+    settings: Settings,
+    names: Sequence[str] | None = None,
+    not_computed: Callable[[str], None] | None = None,
+    *,
+    resumed: bool = False,
 ) -> list[Backend]:
     """The configured backends, or these of them, in the order of the setting. `not_computed`: told the meter of each
-    value that the ledger lacks, because an expression cannot be computed; others park such a record."""
+    value that the ledger lacks, because an expression cannot be computed; others park such a record. `resumed`: a
+    ledger whose file is damaged is a backend that takes nothing, and no reason not to start (`LedgerStore`)."""
     wanted = settings.backends if names is None else names
-    return [backend(settings, name, not_computed=not_computed) for name in wanted]
+    return [backend(settings, name, not_computed=not_computed, resumed=resumed) for name in wanted]
 
 
 def of_a_lane(settings: Settings, names: Sequence[str]) -> list[Backend]:
@@ -66,13 +71,14 @@ def backend(
     name: str,
     open_ledger: Callable[[], LedgerApply] | None = None,
     not_computed: Callable[[str], None] | None = None,
+    resumed: bool = False,
 ) -> Backend:
     """One backend. Raises `MetersError`, `ValueError` and `LedgerError`, which say what to do."""
     context = Context(
         data_dir=settings.data_dir,
         subscribers=settings.subscribers,
         meters=settings.meters,
-        open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER)),
+        open_ledger=open_ledger or (lambda: LedgerStore(settings.data_dir / LEDGER, resumed=resumed)),
         open_shared_ledger=_shared(settings) if open_ledger is None else None,
         not_computed=not_computed if name == LEDGER_NAME else None,
     )

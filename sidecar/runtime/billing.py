@@ -341,7 +341,9 @@ async def billing(
         for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
             log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
+        own = backend_factory.own(settings)
+        resumed = instance is not None
+        backends = backend_factory.backends(settings, own, metrics.value_not_computed, resumed=resumed)
         elected: Elected | None = None
         if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
             # Before any record of ours is in the ledger: whose lane has none then is told all that comes.

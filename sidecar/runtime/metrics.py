@@ -102,7 +102,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_first_byte_seconds": Family("histogram", "From letting a call in to the upstream's first byte"),
     "sidecar_request_bytes": Family("counter", "Body bytes that clients sent"),
     "sidecar_response_bytes": Family("counter", "Body bytes that clients were sent"),
-    "sidecar_tokens": Family("counter", "Tokens that answers reported", ("kind", "provider", "model")),
+    "sidecar_tokens": Family("counter", "Tokens that responses reported", ("kind", "provider", "model")),
     "sidecar_usage": Family("counter", "Model calls, by what is known of their usage", ("state", "provider", "model")),
     "sidecar_usage_anomalies": Family("counter", "Odd content met while reading usage", ("kind",)),
     "sidecar_attribution_anomalies": Family("counter", "Odd heads met while finding out who pays", ("kind",)),
@@ -121,7 +121,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_limits_away": Family("gauge", "1 while the limits that sidecars share cannot be counted"),
     "sidecar_limits_failures": Family("counter", "Questions about shared limits that the database did not answer"),
     "sidecar_upstream_retries": Family("counter", "Calls sent again because a pooled connection was dead"),
-    "sidecar_upstream_failures": Family("counter", "Calls that got no answer from the upstream", ("reason",)),
+    "sidecar_upstream_failures": Family("counter", "Calls that got no response from the upstream", ("reason",)),
     "sidecar_upstream_faults": Family(
         "counter", "The same by upstream, where there are several", ("upstream", "reason")
     ),
@@ -162,7 +162,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_unpriced_calls": Family(
         "counter", "Model calls whose cost is not known, because no price is", ("provider", "model")
     ),
-    "sidecar_route_tokens": Family("counter", "Tokens that answers reported, by route", ("route", "kind")),
+    "sidecar_route_tokens": Family("counter", "Tokens that responses reported, by route", ("route", "kind")),
     "sidecar_route_cost_usd": Family("counter", "What calls cost, in US dollars, by route", ("route",)),
     "sidecar_subscriber_calls": Family(
         "counter", "Calls by who pays; `SIDECAR_METRICS_SUBSCRIBERS` says how many are told apart", ("subscriber",)

@@ -463,5 +463,8 @@ def _suggestion(name: str, known: Collection[str]) -> str:
     """Without the common beginning, by which every name would be like every other."""
     prefix = PREFIX if name.startswith(PREFIX) else ""
     rests = sorted(other.removeprefix(prefix) for other in known)
+    # `SIDECAR_UPSTREAM`: the one address, not the list that is a letter away.
+    if address := next((url for url in (f"{name}_URL", f"{name}_url") if url in known), None):
+        return f"; did you mean {address}?"
     close = get_close_matches(name.removeprefix(prefix), rests, n=1, cutoff=0.7)
     return f"; did you mean {prefix}{close[0]}?" if close else ""

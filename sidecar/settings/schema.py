@@ -142,7 +142,7 @@ class ProxySettings:
     )  # fmt: skip
     upstream_connect_timeout_s: float = _setting(types.duration(0.001), "10", "to connect to the upstream; then 504")
     upstream_timeout_s: float = _setting(  # long model calls think for minutes
-        types.duration(0.001), "600", "to the head of the answer; then 504"
+        types.duration(0.001), "600", "to the head of the response; then 504"
     )
     upstream_keepalive_s: float = _setting(  # uvicorn and Node close theirs after 5 s
         types.duration(), "4",
@@ -258,7 +258,7 @@ class SpoolSettings:
 
     durability: Durability = _setting(
         types.one_of(Durability), "committed",
-        "`committed`: the last byte of an answer leaves after its record is on disk; `buffered`: within 20 ms after; "
+        "`committed`: the last byte of a response leaves after its record is on disk; `buffered`: within 20 ms after; "
         "`shipped`: after JetStream or the ledger of `SIDECAR_LEDGER_URL` has it too",
     )  # fmt: skip
     on_spool_full: OnSpoolFull = _setting(
@@ -266,7 +266,7 @@ class SpoolSettings:
         "neither disk nor memory takes a record: `pass` (served, counted as lost, alarm) or `refuse` (503)",
     )  # fmt: skip
     commit_wait_s: float = _setting(
-        types.duration(0.01, 60), "1", "how long an answer waits for its commit before the spool counts as failing"
+        types.duration(0.01, 60), "1", "how long a response waits for its commit before the spool counts as failing"
     )
     spool_memory_bytes: int = _setting(
         types.size(1 << 20), "67108864", "records kept in memory while the disk takes none"
@@ -317,7 +317,7 @@ class UsageSettings:
     elements: tuple[Element, ...] = _setting(
         types.elements, None, "own fields to record: `rows=header:x-rows,pages=json:meta.pages`"
     )
-    estimate: bool = _setting(types.flag, "false", "estimate tokens where the answer reports none; marked as such")
+    estimate: bool = _setting(types.flag, "false", "estimate tokens where the response reports none; marked as such")
     ask_for_usage: bool = _setting(
         types.flag, "false", "ask for usage in OpenAI-shaped streams that lack it, and take the extra chunk out again"
     )

@@ -101,3 +101,35 @@ async def test_workers_use_the_directory_that_the_command_line_names(tmp_path: P
             assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["this-one"]
             assert len(list((whole.data_dir / "spool").iterdir())) == 1
             assert await whole.stop() == 0
+
+
+@pytest.mark.timeout(120)
+async def test_a_damaged_ledger_blocks_itself_and_not_who_goes_on_for_a_dead_metering_process(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    ledger = data_dir / "ledger.db"
+    async with tiny_upstream() as upstream, aiohttp.ClientSession() as session:
+        async with Whole(data_dir, upstream) as whole:
+
+            async def calls(count: int) -> None:
+                for _ in range(count):
+                    async with session.post(f"{whole.proxy_url}/v1/things", json={}) as response:
+                        assert response.status == 200
+                        await response.read()
+
+            await calls(2)
+            await whole.settled()
+            ledger.write_bytes(b"damaged " * 4096)
+            for name in ("ledger.db-wal", "ledger.db-shm"):
+                (data_dir / name).unlink()
+            (metering,) = whole.children()["meter"]
+            os.kill(metering, signal.SIGKILL)
+            await calls(3)
+            await whole.until_metric('sidecar_blocked{backend="ledger"}')
+            assert "ledger is blocked: ledger_damaged" in (await whole.get("/readyz"))["notes"]
+            assert len(await whole.records()) == 5
+
+            ledger.rename(tmp_path / "ledger.damaged")
+            balance = await whole.settled(limit_s=60)
+            assert balance["holds"], balance
+            assert balance["backends"]["ledger"]["delivered"] == 5
+            assert await whole.stop() == 0, whole.log.read_text()

@@ -75,6 +75,15 @@ def token(**claims: object) -> bytes:
         ("query:tenant", [], "http://h?tenant=a", Subscriber("a", "query:tenant")),
         ("query:tenant", [], "/v1#?tenant=a", None),
         ("query:tenant", [], "/v1?a=b;tenant=a", None),
+        # What is no UTF-8 is ISO 8859-1, or all that differ in such a letter were one subscriber.
+        ("header:x-tenant", [(b"x-tenant", "Müller".encode())], "/", Subscriber("Müller", "header:x-tenant")),
+        ("header:x-tenant", [(b"x-tenant", b"M\xfcller")], "/", Subscriber("Müller", "header:x-tenant")),
+        ("header:x-tenant", [(b"x-tenant", b"M\xf6ller")], "/", Subscriber("Möller", "header:x-tenant")),
+        ("query:tenant", [], "/v1?tenant=M%C3%BCller", Subscriber("Müller", "query:tenant")),
+        ("query:tenant", [], "/v1?tenant=M%FCller", Subscriber("Müller", "query:tenant")),
+        ("query:tenant", [], "/v1?tenant=M\udcf6ller", Subscriber("Möller", "query:tenant")),
+        ("path:2", [], "/t/M%F6ller", Subscriber("Möller", "path:2")),
+        ("path:2", [], "/t/M%C3%B6ller", Subscriber("Möller", "path:2")),
         # A path in its normal form.
         ("path:2", [], "http://victim/t/acme/x", Subscriber("acme", "path:2")),
         ("path:2", [], "/a/victim/../../t/acme", Subscriber("acme", "path:2")),
@@ -118,6 +127,8 @@ def test_an_overlong_or_unprintable_value_is_hashed() -> None:
 def test_dimensions_come_from_named_headers() -> None:
     _, dimensions = attributor(feature="X-Feature", team="x-team")([(b"x-feature", b"search")], "/", None)
     assert dimensions == {"feature": "search"}
+    _, dimensions = attributor(team="x-team")([(b"x-team", b"K\xfcche")], "/", None)
+    assert dimensions == {"team": "Küche"}
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import json
 import os
 import pty
 import struct
+import sys
 import termios
 from datetime import UTC, datetime
 
@@ -17,7 +18,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.cli import output
+from sidecar.cli import demo, main, output
 from sidecar.cli.output import Format, Progress, counted, pairs, plain_terminals, render, shown, table, write_data
 from sidecar.cli.shared import moment
 
@@ -199,3 +200,28 @@ def test_a_moment_is_an_age_or_a_date(text: str, expected: datetime) -> None:
 def test_what_is_no_moment_is_refused_in_words(text: str) -> None:
     with pytest.raises(argparse.ArgumentTypeError, match="is no time: expected an age such as"):
         moment(text, NOW)
+
+
+@pytest.mark.parametrize(
+    "ended", [BrokenPipeError(), BaseExceptionGroup("a task group", [ExceptionGroup("another", [BrokenPipeError()])])]
+)
+def test_a_reader_that_has_enough_ends_any_command_without_a_complaint(
+    ended: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise ended
+
+    given_up: list[int] = []
+    monkeypatch.setattr(demo, "run", run)
+    monkeypatch.setattr(os, "dup2", lambda _, fileno: given_up.append(fileno))
+    assert main(["demo"]) == 0
+    assert given_up == [sys.stdout.fileno()]
+
+
+def test_of_several_faults_none_is_taken_for_a_reader_that_has_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(_: argparse.Namespace) -> int:
+        raise ExceptionGroup("a task group", [BrokenPipeError(), ValueError("told")])
+
+    monkeypatch.setattr(demo, "run", run)
+    with pytest.raises(ExceptionGroup):
+        main(["demo"])

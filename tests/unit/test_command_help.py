@@ -64,6 +64,23 @@ def test_a_mistyped_word_is_told_with_the_near_one(
     assert f"; did you mean {meant}? (choose from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        (["serve", "--lisen", "x"], "--listen"), (["usage", "--frobnicate", "x"], None), (["version"], "--version"),
+        (["spool", "redrive", "--bakend", "x"], "--backend"), (["usage", "--bakend", "x"], None),
+    ],
+)  # fmt: skip
+def test_a_mistyped_option_is_told_with_the_near_one_of_its_command(
+    typed: list[str], meant: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed)
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert ("did you mean" not in said) if meant is None else (f"; did you mean {meant}?" in said)
+
+
 def test_a_word_that_is_like_none_is_told_without_a_guess(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["frobnicate"])

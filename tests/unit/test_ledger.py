@@ -507,6 +507,16 @@ def test_a_damaged_ledger_is_kept_and_said(path: Path) -> None:
     assert path.read_bytes().startswith(b"this is no database")
 
 
+def test_a_damaged_ledger_keeps_nobody_from_going_on_for_one_that_died(path: Path) -> None:
+    path.write_bytes(b"this is no database, but it is long enough to be looked at" * 100)
+    store = LedgerStore(path, resumed=True)
+    assert put(store, records(1), "a") == Blocked("ledger_damaged")
+    assert store.applied("one") == Blocked("ledger_damaged")
+    path.unlink()
+    assert put(store, records(1), "a") == Delivered(), "it was moved away, as the message says"
+    store.close()
+
+
 def test_a_ledger_damaged_while_open_blocks(path: Path) -> None:
     store = LedgerStore(path)
     put(store, records(1), "a")

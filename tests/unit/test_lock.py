@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from sidecar.cli import main
 from sidecar.runtime.instance_lock import (
     LAYOUT,
     DataLock,
@@ -157,3 +158,21 @@ def test_a_new_slot_that_another_worker_found_first_is_left_to_it(
     with contextlib.closing(Spool.open(tmp_path)) as spool:
         assert spool.instance == "00000002"
     found_first[0].release()
+
+
+def test_a_reload_finds_the_instance_in_a_file_that_is_wrong_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whose problem it is: the instance says what it does not take, and that it goes on as it was."""
+    file = tmp_path / "sidecar.toml"
+    monkeypatch.setenv("SIDECAR_CONFIG", str(file))
+    file.write_text(f"data_dir = '{tmp_path}/there'\nworkers = 0\n")
+    assert main(["reload"]) == 1
+    assert f"no instance runs on {tmp_path}/there" in capsys.readouterr().err
+    for text in (b"workers = ", b"\xff\xfe", b"workers = 0\n"):
+        file.write_bytes(text)
+        assert main(["reload"]) == 1
+        assert capsys.readouterr().out.startswith("not reloaded, the old settings hold:\n  ")
+    file.unlink()
+    assert main(["reload"]) == 1
+    assert "cannot be read" in capsys.readouterr().out

@@ -17,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from zoneinfo import ZoneInfo
 
 import orjson
 import pytest
@@ -92,6 +93,14 @@ def test_what_cannot_be_read_says_what_would_do(given: dict[str, Any], said: str
         asked(**given)
     assert said in str(raised.value)
     assert len(str(raised.value)) < 400
+
+
+@pytest.mark.parametrize("zone", [None, ZoneInfo("Asia/Tokyo"), ZoneInfo("America/New_York")])
+def test_a_time_beyond_all_others_is_the_last_or_the_first(zone: ZoneInfo | None) -> None:
+    for text in ("9999-12-31T23:59", "9999-12-31", "9999-01-01T00:00-12:00"):
+        assert parameters.moment(text, NOW, zone) == parameters.NEWEST
+    for text in ("0001-01-01", "0001-01-01T00:00+14:00"):
+        assert parameters.moment(text, NOW, zone) == parameters.OLDEST
 
 
 def test_a_time_before_all_others_is_the_first() -> None:

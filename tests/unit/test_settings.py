@@ -263,6 +263,10 @@ def test_a_name_that_is_like_no_setting_gets_no_suggestion() -> None:
     assert found == "SIDECAR_STRIPE_APIKEY is not a setting; did you mean SIDECAR_STRIPE_API_KEY?"
 
 
+def test_an_address_without_its_end_is_told_before_a_name_that_is_a_letter_away() -> None:
+    assert "SIDECAR_UPSTREAM is not a setting; did you mean SIDECAR_UPSTREAM_URL?" in problems(SIDECAR_UPSTREAM="x")
+
+
 def test_other_programs_variables_are_left_alone() -> None:
     read({"PATH": "/bin", "METER_URL": "x", "SIDECARS": "3"})
 
@@ -426,6 +430,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("worker = 2", "worker (in {file}): is not a setting; did you mean workers?"),
+        ("upstream = 'http://x'", "upstream (in {file}): is not a setting; did you mean upstream_url?"),
         ("workers = 0", "SIDECAR_WORKERS='0' (in {file}): expected a whole number, 1 to 256"),
         ("workers = [1]", "SIDECAR_WORKERS='1' (in {file}): expected a whole number"),
         ("workers = 1979-05-27", "SIDECAR_WORKERS='1979-05-27' (in {file}): expected a whole number"),

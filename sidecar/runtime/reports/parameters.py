@@ -22,7 +22,9 @@ BY_MAX: Final = 8  # names to group by at once; more is a list of calls, which `
 WHERE_MAX: Final = 32  # conditions at once
 TOP_MAX: Final = 10_000
 EXPECTED: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
+# All that a clock shows lies between these; beyond them, times of other zones and ends of hours are none any more.
 OLDEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
+NEWEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
 
 UPSTREAM: Final = "upstream"  # filed like a dimension; an own one of that name stands before it
 
@@ -62,7 +64,7 @@ def near(name: str, known: Collection[str]) -> str:
 
 def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
     """A point in time: `90m`, `24h`, `7d` (ago), `today`, or a date and time of ISO 8601; in `zone` (None: UTC) unless
-    it says another."""
+    it says another. A date beyond `OLDEST` or `NEWEST` is that."""
     found = _AGO.fullmatch(text.strip())
     try:
         if found:
@@ -70,10 +72,11 @@ def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
         if text.strip() == "today":
             return now.astimezone(zone or UTC).replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
         parsed = datetime.fromisoformat(text.strip())
-        found_at = (parsed if parsed.tzinfo else parsed.replace(tzinfo=zone or UTC)).astimezone(UTC)
+        if not OLDEST.year < parsed.year < NEWEST.year:
+            return OLDEST if parsed.year <= OLDEST.year else NEWEST
+        return (parsed if parsed.tzinfo else parsed.replace(tzinfo=zone or UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
         raise QueryError(f"{quoted(text)} is no time: expected {EXPECTED}") from None
-    return max(found_at, OLDEST)
 
 
 def time_zone(text: str) -> ZoneInfo | None:
