@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import date, timedelta
 from decimal import Decimal
@@ -42,7 +42,7 @@ from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, add_batch
 from sidecar.meters.definition import Kind
 from sidecar.meters.hourly import COUNTS, TOKENS, Delta, Series, series_wire
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
-from sidecar.storage.postgres import SCHEMA, Connection, Fault, PostgresError
+from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError
 
 log = logging.getLogger(__name__)
 
@@ -175,7 +175,11 @@ class PostgresStore:
     Nothing is asked of the database before the first call, so a sidecar starts without it.
     """
 
-    def __init__(self, url: str, identity: Identity) -> None:
+    def __init__(
+        self, url: str, identity: Identity, before_any: Callable[[Postgres], Awaitable[None]] | None = None
+    ) -> None:
+        """`before_any`: what the database needs beside our tables before the first record may be written."""
+        self._before_any = before_any
         self._blocking = Blocking(url, name=f"metering-sidecar {identity.name}".strip())
         self._identity = identity
         self._lock = Lock()
@@ -359,6 +363,8 @@ class PostgresStore:
         """Tables, our claim, and partitions: what the first batch finds done, and all others believe."""
         if not self._claimed:
             await self._blocking.db.migrate(PART, STEPS)
+            if self._before_any is not None:
+                await self._before_any(self._blocking.db)
             await self._claim()
             self._claimed = True
         wanted = set(days)

@@ -17,6 +17,7 @@ from typing import Any, Final
 
 from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
+from sidecar.delivery.context import Copied
 from sidecar.delivery.elected import Elected
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
@@ -301,6 +302,13 @@ def look_at_place(settings: Settings, state: DeliveryStore) -> directory_identit
     return noticed
 
 
+def _in_doubt(settings: Settings, copied: directory_identity.Noticed) -> Copied:
+    """What delivery keeps back until somebody has decided. A ledger that was copied together with `delivery.db` is of
+    the same moment: they agree. A shared one knows each record again, so what a copy sends it does no harm."""
+    safe = (LEDGER_NAME,) if copied.whole or settings.fleet.ledger_url is not None else ()
+    return Copied(copied.since_s, copied.text, frozenset(safe))
+
+
 @asynccontextmanager
 async def billing(
     settings: Settings,
@@ -343,7 +351,6 @@ async def billing(
         backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
         elected: Elected | None = None
         if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
-            # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
             elected = await stack.enter_async_context(
                 Elected(
                     url=url.reveal(),
@@ -365,11 +372,7 @@ async def billing(
             clock=SystemClock(),
             chance=random.Random(),  # noqa: S311 - jitter, no secret
             skip_gaps=settings.backend_gaps == "skip",
-            copied_s=None if copied is None else copied.since_s,
-            copied_text="" if copied is None else copied.text,
-            # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
-            # A shared one knows each record again, so what a copy sends it does no harm.
-            safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
+            copied=None if copied is None else _in_doubt(settings, copied),
             settled=settled,
         )
         await stack.enter_async_context(delivery)
