@@ -59,8 +59,10 @@ def simulated(
 
 def troubles(fleet: Fleet, lanes: Lanes, until_s: float) -> Work:
     chance = fleet.chance
-    while fleet.now_s < until_s:
+    while True:
         yield chance.expovariate(1 / 8)
+        if fleet.now_s >= until_s:
+            return
         one = chance.choice(list(fleet.sidecars.values()))
         for_s = chance.choice(TROUBLE_S) * chance.uniform(0.5, 1.5)
         lanes.watch()
@@ -74,7 +76,7 @@ def troubles(fleet: Fleet, lanes: Lanes, until_s: float) -> Work:
                 fleet.kill(one)
                 fleet.spawn(None, again(fleet, lanes, one.name), for_s)
             case 2:
-                one.paused_until_s = fleet.now_s + for_s
+                one.paused_until_s = max(fleet.now_s + for_s, one.paused_until_s)  # it is not woken sooner
             case 3:
                 one.parted_until_s = fleet.now_s + for_s
             case 4:
