@@ -18,6 +18,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self
@@ -51,7 +52,15 @@ TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
 WISH_S: Final = 30.0  # an operator waits so long for the holders of all lanes
+THREADS: Final = 4 * LANES  # that block for a database that hangs: what a lane opens, reads and closes, and all others
 CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
+
+
+def make_room_for_lanes() -> None:
+    """Let as many threads of the event loop block as lanes may need at once. By itself it has some six on two cores:
+    lanes whose database hangs would have them all, and whatever else is done in threads would wait for that."""
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blocking")
+    asyncio.get_running_loop().set_default_executor(threads)
 
 
 class LaneReader:

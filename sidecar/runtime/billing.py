@@ -18,7 +18,7 @@ from typing import Any, Final
 from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
 from sidecar.delivery.context import Copied
-from sidecar.delivery.elected import Elected
+from sidecar.delivery.elected import Elected, make_room_for_lanes
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
 from sidecar.delivery.wishes import Wish, grant
@@ -351,6 +351,7 @@ async def billing(
         backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
         elected: Elected | None = None
         if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
+            make_room_for_lanes()
             elected = await stack.enter_async_context(
                 Elected(
                     url=url.reveal(),

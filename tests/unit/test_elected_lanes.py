@@ -4,11 +4,14 @@ is sent under a lease that may have run out, and what nobody can have delivered 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 from support.delivery_fixtures import CountingMetrics, World, record_line, until
@@ -23,10 +26,15 @@ from sidecar.ledger.identity import Identity
 from sidecar.ledger.lanes import LANES, lane_of
 from sidecar.ledger.postgres_schema import line_of
 from sidecar.ledger.postgres_store import PostgresStore
-from sidecar.model.delivery import Abilities, Backend, Delivered
+from sidecar.model.delivery import Abilities, Backend, Blocked, Delivered, Duplicate
 from sidecar.storage.postgres import Postgres
 
 ROUND_S = 0.4  # instead of three seconds, and leases accordingly
+
+
+@pytest.fixture(autouse=True)
+async def room() -> None:
+    elected.make_room_for_lanes()
 
 
 @pytest.fixture(autouse=True)
@@ -250,3 +258,117 @@ async def test_a_backend_that_is_added_later_begins_with_what_comes_then(
         async with asyncio.timeout(30):
             while await asyncio.to_thread(totals) != {"delivered": 2, BEFORE: 10}:
                 await asyncio.sleep(0.05)
+
+
+# --- a directory that is put back, and a network that is parted -----------------------------------------
+
+
+async def test_what_a_directory_sends_again_that_was_put_back_from_a_backup_is_told_to_nobody_twice(
+    tmp_path: Path, postgres_database: str
+) -> None:
+    """Its spool and its `delivery.db` are older than what was delivered: what they have goes to the ledger again."""
+    place = tmp_path / "one"
+
+    def opened() -> PostgresStore:
+        identity = Identity(place, "one")
+        return PostgresStore(postgres_database, identity, lambda database: make_lanes(database, ["fake"]))
+
+    place.mkdir()
+    ledger = opened()
+    ids = await asyncio.to_thread(put, ledger, range(1, 6))
+    await asyncio.to_thread(ledger.close)
+    shutil.copytree(place, tmp_path / "backup")
+    ledger = opened()
+    ids += await asyncio.to_thread(put, ledger, range(6, 11))
+    await asyncio.to_thread(ledger.close)
+    shutil.rmtree(place)
+    (tmp_path / "backup").rename(place)
+    ledger = opened()
+    lines = [line for line in (line_of(record_line(seq)) for seq in range(1, 6)) if line is not None]
+    verdict = await asyncio.to_thread(ledger.write, lines, None, again)
+    assert verdict == Blocked("copied_directory")  # somebody decides first
+    await asyncio.to_thread(lambda: ledger.adopt(copy=False))
+    verdict = await asyncio.to_thread(ledger.write, lines, None, again)
+    assert isinstance(verdict, Delivered | Duplicate)
+    ids += await asyncio.to_thread(put, ledger, range(11, 13))
+    await asyncio.to_thread(ledger.close)
+    async with delivering(postgres_database) as (_, backends):
+        await until(lambda: len(backends.taken) == len(ids), what="all delivered")
+        assert backends.taken == Counter(ids)
+
+
+class Parted:
+    """A way to the database that can be cut, so that nothing comes through and nobody is told."""
+
+    def __init__(self, url: str) -> None:
+        parts = urlsplit(url)
+        assert parts.hostname is not None
+        assert parts.port is not None
+        self._url, self._host, self._port = url, parts.hostname, parts.port
+        self._open = asyncio.Event()
+        self._open.set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def url(self) -> AsyncIterator[str]:
+        server = await asyncio.start_server(self._carry, "127.0.0.1", 0)
+        port = server.sockets[0].getsockname()[1]
+        try:
+            yield self._url.replace(f":{self._port}/", f":{port}/")
+        finally:
+            server.close()
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def part(self) -> None:
+        self._open.clear()
+
+    def heal(self) -> None:
+        self._open.set()
+
+    async def _carry(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        far_reader, far_writer = await asyncio.open_connection(self._host, self._port)
+
+        async def one_way(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+            with contextlib.suppress(OSError):
+                while data := await source.read(65_536):
+                    await self._open.wait()
+                    target.write(data)
+            await self._open.wait()
+            target.close()
+
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            task = asyncio.create_task(one_way(source, target))
+            self._tasks.add(task)
+
+
+async def test_who_is_parted_from_the_database_stops_in_time_and_the_other_side_goes_on(
+    postgres_database: str, ledger: PostgresStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever side the holder is on: here the one that is cut off holds half of the lanes, and the other half."""
+    monkeypatch.setattr(leases, "_LEASE", timedelta(seconds=10 * ROUND_S))
+    monkeypatch.setattr(leases, "_MEMBER", timedelta(seconds=5 * ROUND_S))
+    monkeypatch.setattr(elected, "LATE_S", 5 * ROUND_S)
+    monkeypatch.setattr(elected, "STOP_END_S", 0.5)
+    way, here, there = Parted(postgres_database), Backends(Abilities()), Backends(Abilities())
+
+    def sidecar(url: str, me: str, backends: Backends) -> Elected:
+        return Elected(
+            url=url, me=me, names=["fake"], make=backends.make, metrics=CountingMetrics(), retention_s=3600.0
+        )
+
+    async with way.url() as url, sidecar(url, "cut", here) as cut, sidecar(postgres_database, "well", there) as well:
+        await until(lambda: len(cut.lanes) == len(well.lanes) == LANES // 2, what="shares")
+        names = [next(f"c{n}" for n in range(999) if lane_of(f"c{n}") == lane) for lane in range(LANES)]
+        way.part()
+        await until(lambda: not cut.lanes, what="what is cut off is let go of")
+        await until(lambda: len(well.lanes) == LANES, what="the other side has all lanes")
+        ids = [(await asyncio.to_thread(put, ledger, range(n, n + 1), name))[0] for n, name in enumerate(names, 1)]
+        await until(lambda: there.taken == Counter(ids), what="delivered by who is well")
+        assert not here.taken
+        way.heal()
+        await until(lambda: len(cut.lanes) == len(well.lanes) == LANES // 2, what="shares again")
+        ids += [(await asyncio.to_thread(put, ledger, range(n, n + 1), name))[0] for n, name in enumerate(names, 101)]
+        await until(lambda: there.taken + here.taken == Counter(ids), what="delivered by both")
+    assert there.taken + here.taken == Counter(ids)
