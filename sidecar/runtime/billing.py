@@ -309,6 +309,47 @@ def _in_doubt(settings: Settings, copied: directory_identity.Noticed) -> Copied:
     return Copied(copied.since_s, copied.text, frozenset(safe))
 
 
+async def _open_spool(
+    settings: Settings, metrics: Metrics, state: DeliveryStore, instance: str | None, goes_on: Collection[str]
+) -> Spool:
+    """The slot that is written here, with what the last run left in it. Arguments as of `billing`."""
+    opening = functools.partial(
+        Spool.open,
+        settings.data_dir,
+        instance=instance,
+        metrics=metrics,
+        remembered_seq=lambda name: remembered(settings, state).get(name, 0),
+        goes_on=lambda id_: id_[-2 * CHANCE_BYTES :] in goes_on,
+    )
+    spool = await asyncio.to_thread(opening)
+    if spool.stopped:
+        metrics.lost("stopped", spool.stopped)
+    return spool
+
+
+async def _adopt_orphans(settings: Settings, metrics: Metrics) -> None:
+    """Take over the slots that nobody writes any more."""
+    told = functools.partial(metrics.lost, "stopped")
+    for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
+        log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
+
+
+def _elected(settings: Settings, metrics: Metrics) -> Elected | None:
+    """Delivery of what is in the ledger that all share, where it is for whoever is elected."""
+    url, names = settings.fleet.ledger_url, backend_factory.elected(settings)
+    if url is None or not names:
+        return None
+    return Elected(
+        url=url.reveal(),
+        me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
+        names=names,
+        make=lambda: backend_factory.of_a_lane(settings, names),
+        metrics=metrics,
+        retention_s=settings.spool.retention,
+        skip_gaps=settings.backend_gaps == "skip",
+    )
+
+
 @asynccontextmanager
 async def billing(
     settings: Settings,
@@ -332,37 +373,15 @@ async def billing(
         spool: Spool | None = None
         unopened = stack.enter_context(ExitStack())
         if spooling:  # before anything is adopted: what is ours and goes on is nobody's to settle
-            opening = functools.partial(
-                Spool.open,
-                settings.data_dir,
-                instance=instance,
-                metrics=metrics,
-                remembered_seq=lambda name: remembered(settings, state).get(name, 0),
-                goes_on=lambda id_: id_[-2 * CHANCE_BYTES :] in goes_on,
-            )
-            spool = await asyncio.to_thread(opening)
+            spool = await _open_spool(settings, metrics, state, instance, goes_on)
             unopened.callback(spool.close)
-            if spool.stopped:
-                metrics.lost("stopped", spool.stopped)
-        told = functools.partial(metrics.lost, "stopped")
-        for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
-            log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
+        await _adopt_orphans(settings, metrics)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         backends = backend_factory.backends(settings, backend_factory.own(settings), metrics.value_not_computed)
-        elected: Elected | None = None
-        if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
+        elected = _elected(settings, metrics)
+        if elected is not None:
             make_room_for_lanes()
-            elected = await stack.enter_async_context(
-                Elected(
-                    url=url.reveal(),
-                    me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
-                    names=names,
-                    make=lambda: backend_factory.of_a_lane(settings, names),
-                    metrics=metrics,
-                    retention_s=settings.spool.retention,
-                    skip_gaps=settings.backend_gaps == "skip",
-                )
-            )
+            await stack.enter_async_context(elected)
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(
@@ -377,13 +396,12 @@ async def billing(
             settled=settled,
         )
         await stack.enter_async_context(delivery)
-        by_name = {backend.name: backend for backend in backends}
         bills = Billing(
             settings=settings,
             state=state,
             reader=reader,
             delivery=delivery,
-            backends=by_name,
+            backends={backend.name: backend for backend in backends},
             copied=copied,
             spool=spool,
             elected=elected,
@@ -394,10 +412,8 @@ async def billing(
         stack.callback(bills.hand_on)
         stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
-        retiring = asyncio.create_task(bills.keep_retiring())
-        stack.callback(retiring.cancel)
-        examining = asyncio.create_task(backend_factory.examine(backends))
-        stack.callback(examining.cancel)
+        for work in (bills.keep_retiring(), backend_factory.examine(backends)):
+            stack.callback(asyncio.create_task(work).cancel)
         if spool is not None:
             await stack.enter_async_context(spool)
             spool.on_committed(bills.committed)
