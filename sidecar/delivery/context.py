@@ -57,6 +57,7 @@ class Context:
     chance: random.Random
     copied: Copied | None = None
     stepped: Callable[[], None] = lambda: None  # the wall clock was set
+    may_send: Callable[[], bool] = lambda: True  # what is delivered is still ours to deliver
     _watch: ClockWatch = field(init=False)
     _parking_log: ParkingLog = field(default_factory=ParkingLog)
 

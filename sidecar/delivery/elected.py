@@ -1,8 +1,11 @@
 """Delivery for a fleet: a `Delivery` for each lane that this sidecar holds, over the records that all have in common.
 
 A lane is to its `Delivery` what a spool is elsewhere: numbers without holes, of which more come. What must always hold:
-a `Delivery` runs only while the lane is held; one whose lane was lost is cut off at once, and commits nothing if it
-does not notice (`lane_database`). Nothing here is waited for by a call.
+- A `Delivery` runs only while the lane is held; one whose lane was lost is cut off at once, and commits nothing if it
+  does not notice (`lane_database`).
+- No request begins once a lease may be about to run out, whatever the renewing is waiting for (`_is_late`).
+- No lane waits for another: one that ends does so beside all else, however long what it stores hangs.
+Nothing here is waited for by a call.
 """
 
 from __future__ import annotations
@@ -10,8 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+import math
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Self
@@ -28,6 +35,7 @@ from sidecar.delivery.store import DeliveryStore
 from sidecar.delivery.types import BackendStatus, Metrics
 from sidecar.delivery.wishes import Asked, Wish, answer, ask, asked_of, grant, has_changed
 from sidecar.ledger import postgres_schema
+from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
 from sidecar.storage.postgres import Postgres, PostgresError, call
@@ -36,14 +44,24 @@ log = logging.getLogger(__name__)
 
 LOOK_S: Final = 0.5  # how soon records of other sidecars are seen
 LATE_S: Final = 2 * RENEW_S  # without a renewal for so long nothing more is begun: the lease has four seconds to go
+ANSWER_S: Final = RENEW_S  # a statement about leases is waited for no longer: by then the next round is due
 REST_S: Final = 35.0  # for what is under way when a lane is given back
 STOP_REST_S: Final = 4.0  # the same at a stop: leases have four seconds to go at least, and nobody renews them
+STOP_END_S: Final = 2.0  # and then for what is being stored; where the database hangs, the connection is given up
 PREPARE_S: Final = 5.0  # a start waits no longer for a database that is away
 TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
 LOGGED_CHARS_MAX: Final = 300  # of what was asked, in a line of the log
+THREADS: Final = 4 * LANES  # that block for a database that hangs: what a lane opens, reads and closes, and all others
 CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
+
+
+def make_room_for_lanes() -> None:
+    """Let as many threads of the event loop block as lanes may need at once. By itself it has some six on two cores:
+    lanes whose database hangs would have them all, and whatever else is done in threads would wait for that."""
+    threads = ThreadPoolExecutor(THREADS, thread_name_prefix="blocking")
+    asyncio.get_running_loop().set_default_executor(threads)
 
 
 class LaneReader:
@@ -110,15 +128,21 @@ class LaneReader:
             return await db.fetch(question, *values)
 
 
-@dataclass(slots=True)
+def _clock_s() -> float:
+    """What leases are measured by here: the time that a machine was suspended counts as well, where that is known."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) if sys.platform == "linux" else time.monotonic()
+
+
+@dataclass(slots=True, eq=False)
 class _Led:
     """A lane that is worked on."""
 
     held: Held
     task: asyncio.Task[None] | None = None
-    delivery: Delivery | None = None  # until it has begun
+    delivery: Delivery | None = None  # None until it has begun
     last_seq: int = -1
     leaving: bool = False  # it is given back as soon as what is under way has ended
+    over: bool = False  # the work is being ended
 
 
 @dataclass(slots=True)
@@ -137,20 +161,20 @@ class Elected:
     _leasing: Postgres = field(init=False)
     _shared: Postgres = field(init=False)
     _led: dict[int, _Led] = field(default_factory=dict)
-    _renewed_s: float = 0.0
-    _running: asyncio.Task[None] | None = None
+    _renewed_s: float = -math.inf  # `_clock_s`
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
     _prepared: bool = False
+    _ending: defaultdict[int, set[asyncio.Task[None]]] = field(default_factory=lambda: defaultdict(set))
     _giving: set[asyncio.Task[None]] = field(default_factory=set)
     _granting: dict[int, asyncio.Task[None]] = field(default_factory=dict)  # by the wish's id
 
     def __post_init__(self) -> None:
-        self._leasing = Postgres(self.url, name="metering-sidecar leases", command_timeout_s=RENEW_S)
+        self._leasing = Postgres(self.url, name="metering-sidecar leases", command_timeout_s=ANSWER_S)
         self._shared = Postgres(self.url, name="metering-sidecar lanes", connections=CONNECTIONS)
         self._leases = Leases(self._leasing, self.me)
 
     async def prepare(self) -> None:
-        """The tables of all lanes, before any record is in them: what comes then is nobody's but ours to deliver. Of a
-        lane that has records already, some may have been delivered by whoever wrote them, and count so."""
+        """The tables of the ledger and of all lanes (`make_lanes`)."""
         await self._leasing.migrate(postgres_schema.PART, postgres_schema.STEPS)
         await make_lanes(self._leasing, self.names)
         self._prepared = True
@@ -163,24 +187,29 @@ class Elected:
             self._say(str(error))
         except TimeoutError:
             self._say(f"{self._leasing.where} does not answer")
-        self._running = asyncio.create_task(self._run())
+        self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
         return self
 
     async def __aexit__(self, *_: object) -> None:
         """Let what is under way end, and give all lanes back: whoever is alive has them at once."""
-        if self._running is not None:
-            self._running.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._running
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.wait(self._tasks)
         # Less than what the leases have still to go.
         rest_s = 0.0 if self._is_late() else STOP_REST_S
-        await asyncio.gather(*self._giving, *(self._end(lane, rest_s) for lane in list(self._led)))
+        await asyncio.gather(*(self._end(led, rest_s, STOP_END_S) for led in list(self._led.values())))
+        giving = list(self._giving)
+        for one in giving:
+            one.cancel()
+        await asyncio.gather(*giving, return_exceptions=True)
         try:
             await self._leases.leave()
         except PostgresError as error:
             log.warning("lanes could not be given back, others have them in some seconds: %s", error)
         await self._leasing.close()
-        await asyncio.to_thread(lambda: call(self._shared.close()))
+        await asyncio.to_thread(lambda: call(self._shared.close()))  # what hangs fails with it
+        if ending := [task for tasks in self._ending.values() for task in tasks]:
+            await asyncio.wait(ending)
 
     # --- looking in -------------------------------------------------------------------------------
 
@@ -251,61 +280,94 @@ class Elected:
                 if not self._prepared:
                     await self.prepare()
                 if loop.time() >= next_round:
-                    begun_s = loop.time()
-                    held = await self._leases.round()
+                    next_round = loop.time() + RENEW_S
+                    begun_s = _clock_s()
+                    held = await self._leases.renew()
                     self._renewed_s = begun_s  # the leases run from before the answer came
-                    next_round = begun_s + RENEW_S
-                    await self._follow(held)
+                    self._follow(held)
+                    self._follow(await self._leases.take())
                     await self._give_back()
                 await self._look()
                 self._say("")
                 await asyncio.sleep(LOOK_S)
             except PostgresError as error:
                 self._say(str(error))
-                if self._is_late():
-                    await self._follow({})
                 await asyncio.sleep(TROUBLE_S)
             except Exception as error:
                 # A mistake of ours: nothing may be held that nobody renews, and the next round may do better.
                 log.exception("a round of the lanes failed")
                 self._say(f"a mistake of ours ({type(error).__name__}), see the log")
-                await self._follow({})
+                self._follow({})
                 await asyncio.sleep(TROUBLE_S)
 
     async def _give_back(self) -> None:
         """Let others have their share, in a while: what is under way ends first, and the lease is renewed meanwhile."""
 
-        async def give(lane: int) -> None:
+        async def give(led: _Led) -> None:
             try:
-                await self._end(lane, REST_S)
-                await self._leases.release(lane)
+                await self._end(led, REST_S)
+                await self._leases.release(led.held)
             except PostgresError as error:
-                log.warning("a lane could not be given back yet: %s", error, extra={"facts": {"lane": lane}})
+                facts = {"lane": led.held.lane}
+                log.warning("a lane could not be given back yet: %s", error, extra={"facts": facts})
 
         for lane in await self._leases.surplus():
             led = self._led.get(lane)
             if led is not None and not led.leaving:
                 led.leaving = True
-                task = asyncio.create_task(give(lane))
+                task = asyncio.create_task(give(led))
                 self._giving.add(task)
                 task.add_done_callback(self._giving.discard)
 
     def _is_late(self) -> bool:
-        return asyncio.get_running_loop().time() - self._renewed_s > LATE_S
+        return _clock_s() - self._renewed_s > LATE_S
 
-    async def _follow(self, held: Mapping[int, Held]) -> None:
+    async def _watch(self) -> None:
+        """Cut off what nobody has renewed, also while the renewing waits for a database that hangs."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if self._is_late():
+                self._follow({})
+
+    def _follow(self, held: Mapping[int, Held]) -> None:
         """Work on what is held, and on nothing else."""
         for lane, led in list(self._led.items()):
             if held.get(lane) != led.held:
-                await self._end(lane, 0.0)
+                del self._led[lane]
+                self._cut(led)
         for lane, one in held.items():
             if lane not in self._led:
                 led = self._led[lane] = _Led(one)
-                led.task = asyncio.create_task(self._lead(led))
+                led.task = asyncio.create_task(self._lead(led, frozenset(self._ending[lane])))
 
-    async def _lead(self, led: _Led) -> None:
-        """Work on a lane until somebody ends it. What fails is begun anew, from what is stored."""
-        while True:
+    def _cut(self, led: _Led) -> None:
+        """End the work on a lane, and wait for nothing: no request is under way in a moment. What is being stored ends
+        by itself, in as long as a database that hangs takes, and the epoch decides about it."""
+        task, ending = led.task, self._ending[led.held.lane]
+        if led.over or task is None:
+            return
+        led.over = True
+        ending.add(task)
+        task.add_done_callback(ending.discard)
+        task.cancel()
+
+    async def _end(self, led: _Led, rest_s: float, end_s: float | None = None) -> None:
+        """Stop working on a lane. `rest_s`: what is under way may end within this time. `end_s`: what is being stored
+        is waited for no longer."""
+        if rest_s and led.delivery is not None and not led.over:
+            await led.delivery.rest(rest_s)
+        self._cut(led)
+        if led.task is not None:
+            await asyncio.wait({led.task}, timeout=end_s)
+        if self._led.get(led.held.lane) is led:  # not before: a round meanwhile would begin anew on what is given back
+            del self._led[led.held.lane]
+
+    async def _lead(self, led: _Led, before: Collection[asyncio.Task[None]]) -> None:
+        """Work on a lane until somebody ends it. What fails is begun anew, from what is stored. `before`: what worked
+        on it under an earlier lease and is not quite over."""
+        if before:
+            await asyncio.wait(before)
+        while not led.over:  # what fails while it is ended would hide the end
             try:
                 await self._work(led)
             except (StateError, SpoolError, PostgresError, ExceptionGroup) as error:
@@ -331,6 +393,7 @@ class Elected:
                 metrics=self.metrics,
                 clock=SystemClock(),
                 skip_gaps=self.skip_gaps,
+                may_send=lambda: not (led.over or self._is_late()),
             )
             await stack.enter_async_context(delivery)
             led.delivery = delivery
@@ -349,20 +412,6 @@ class Elected:
         before = datetime.now(UTC) - timedelta(seconds=self.retention_s)
         done = delivery.retired_upto().get(spool_of(lane), 0)
         return min(done, LaneReader(self._shared, lane).last_before(before))
-
-    async def _end(self, lane: int, rest_s: float) -> None:
-        """Stop working on a lane. `rest_s`: what is under way may end within this time."""
-        led = self._led.get(lane)
-        if led is None:
-            return
-        if rest_s and led.delivery is not None:
-            await led.delivery.rest(rest_s)
-        if led.task is not None:
-            led.task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await led.task
-        if self._led.get(lane) is led:  # not before: a round meanwhile would begin anew on what is given back
-            del self._led[lane]
 
     async def _look(self) -> None:
         """Wake the lanes that have grown, and find what is wished of them."""
@@ -384,6 +433,8 @@ class Elected:
                 task.add_done_callback(lambda _, id_=id_: self._granting.pop(id_, None))  # type: ignore[misc]
 
     async def _grant(self, id_: int, lane: int, delivery: Delivery, text: str) -> None:
+        if self._is_late():
+            return  # it is found again, by whoever holds the lane then
         wish: Wish = {}
         try:
             wish = orjson.loads(text)

@@ -2,7 +2,9 @@
 
 Each lane has a schema of its own with the tables that `delivery.db` has. Every step begins by locking the row of the
 lane's lease and comparing holder and epoch: who has been deposed commits nothing any more, whole, whatever it believes.
-Who takes a lane over changes that row, and so waits for a step that is under way, or makes it fail.
+Who takes a lane over locks that row against every step, so a lane changes hands only between two of them; who renews it
+does not, so a step that hangs keeps no lease from being renewed. A step whose sidecar falls silent is ended by the
+server: nobody else could take its lane until the server finds out by itself that the connection is dead, in hours.
 
 `store` and `queries` are written for threads that may block, and the driver for an event loop (`call`).
 """
@@ -90,6 +92,8 @@ CREATE INDEX lane_wishes_open ON metering.lane_wishes(lane) WHERE answer IS NULL
 """,
 )
 LEASES_PART: Final = "lane_leases"
+SILENT_S: Final = 10  # between two statements of one transaction, on our side: they come within milliseconds
+SILENT: Final = f"SET LOCAL idle_in_transaction_session_timeout = '{SILENT_S}s'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +117,15 @@ class LaneDatabase:
         self._database, self._held = database, held
         self._lock = threading.Lock()
         with told(self.where):
-            self.created = call(make_lane(database, held.lane))
+            self.created = call(self._make())
+
+    async def _make(self) -> bool:
+        """The tables, if need be; whether they were not there."""
+        async with self._database.transaction(read_only=True) as db:
+            there = await db.fetchval("SELECT to_regnamespace($1) IS NOT NULL", _SCHEMA.format(self._held.lane))
+        await self._database.migrate(LEASES_PART, LEASES)
+        await _make_tables(self._database, self._held.lane)
+        return not there
 
     @property
     def where(self) -> str:
@@ -123,7 +135,7 @@ class LaneDatabase:
     def writing(self) -> Iterator[Connection]:
         with self._lock, told(self.where), _transaction(self._database, self._held.lane) as connection:
             mine = connection.execute(
-                "SELECT 1 FROM metering.lane_leases WHERE lane = ? AND holder = ? AND epoch = ? FOR SHARE",
+                "SELECT 1 FROM metering.lane_leases WHERE lane = ? AND holder = ? AND epoch = ? FOR KEY SHARE",
                 (self._held.lane, self._held.holder, self._held.epoch),
             ).fetchone()
             if mine is None:
@@ -192,41 +204,46 @@ def told(where: str) -> Iterator[None]:
 
 
 async def make_lanes(database: Postgres, backends: Sequence[str]) -> None:
-    """The tables of all lanes that have none yet (`make_lane`)."""
+    """The tables of all lanes. These backends get all that comes in a lane that has no record yet: whoever writes one
+    and tells no vendor of it himself does this first, so nobody else can have told of it. Of a lane that has records
+    already, some may have been told by those who wrote them: its tables stay without a mark, and the first `Delivery`
+    takes these records for perhaps delivered (`DeliveryStore.configure`)."""
     await database.migrate(LEASES_PART, LEASES)
     async with database.transaction(read_only=True) as db:
         rows = await db.fetch("SELECT part, version FROM metering.migrations")
     versions = {str(part): int(version) for part, version in rows}
     for lane in range(LANES):
         if versions.get(PART.format(lane)) != len(STEPS):
-            await make_lane(database, lane, backends)
-
-
-async def make_lane(database: Postgres, lane: int, backends: Sequence[str] = ()) -> bool:
-    """The tables of a lane; whether it was this call that made them. Of a lane without a record these backends are to
-    get all that comes from now on."""
-    schema = _SCHEMA.format(lane)
+            await _make_tables(database, lane)
+    marks = " UNION ALL ".join(
+        f"SELECT {lane} WHERE NOT EXISTS (SELECT FROM {_SCHEMA.format(lane)}.meta WHERE name = 'served')"
+        for lane in range(LANES)
+    )
     async with database.transaction(read_only=True) as db:
-        there = await db.fetchval("SELECT to_regnamespace($1) IS NOT NULL", schema)
-    await database.migrate(LEASES_PART, LEASES)
-    await database.migrate(PART.format(lane), [step.format(schema=schema) for step in STEPS])
-    if there or not backends:
-        return not there
+        unmarked = [int(row[0]) for row in await db.fetch(marks)]
+    for lane in unmarked if backends else ():
+        await _begin_lane(database, lane, backends)
+
+
+async def _make_tables(database: Postgres, lane: int) -> None:
+    await database.migrate(PART.format(lane), [step.format(schema=_SCHEMA.format(lane)) for step in STEPS])
+
+
+async def _begin_lane(database: Postgres, lane: int, backends: Sequence[str]) -> None:
+    """Let these backends get all that comes in this lane, if nothing came yet."""
+    schema, now_s = _SCHEMA.format(lane), time.time()
     async with database.transaction() as db:
-        if await db.fetchval("SELECT last_seq FROM metering.lanes WHERE lane = $1 FOR UPDATE", lane) == 0:
-            now_s = time.time()
+        # Whoever writes records changes this row: it has done so, or waits until the mark is there.
+        if await db.fetchval("SELECT last_seq FROM metering.lanes WHERE lane = $1 FOR UPDATE", lane) != 0:
+            return
+        marked = await db.execute(
+            f"INSERT INTO {schema}.meta(name, value) VALUES('served', $1) ON CONFLICT DO NOTHING", now_s
+        )
+        for name in backends if marked == "INSERT 0 1" else ():
+            await db.execute(f"INSERT INTO {schema}.backend(name, since_s) VALUES($1, $2)", name, now_s)
             await db.execute(
-                f"INSERT INTO {schema}.meta(name, value) VALUES('served', $1) ON CONFLICT DO NOTHING", now_s
+                f"INSERT INTO {schema}.cursor(backend, instance, seq) VALUES($1, $2, 0)", name, spool_of(lane)
             )
-            for name in backends:
-                await db.execute(
-                    f"INSERT INTO {schema}.backend(name, since_s) VALUES($1, $2) ON CONFLICT DO NOTHING", name, now_s
-                )
-                await db.execute(
-                    f"INSERT INTO {schema}.cursor(backend, instance, seq) VALUES($1, $2, 0) ON CONFLICT DO NOTHING",
-                    name, spool_of(lane),
-                )  # fmt: skip
-    return True
 
 
 def schema_of(lane: int) -> str:
@@ -245,7 +262,7 @@ def _transaction(database: Postgres, lane: int, *, read_only: bool = False) -> I
     opened = database.transaction(read_only=read_only)
     connection = call(opened.__aenter__())
     try:
-        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}"))
+        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}; {SILENT}"))
         yield _Statements(connection)
     except BaseException as error:
         # It is told what happened inside, rolls back, and gives the error back, in its own words if it is the driver's.

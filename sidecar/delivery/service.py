@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import random
-from collections.abc import Collection, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Final, Self
 
@@ -60,16 +60,15 @@ class Delivery:
         chance: random.Random | None = None,
         limits: Limits | None = None,
         skip_gaps: bool = False,
-        copied_s: float | None = None,
-        copied_text: str = "",
-        safe: Collection[str] = (),
+        copied: Copied | None = None,
         settled: Mapping[str, Settled] | None = None,
+        may_send: Callable[[], bool] = lambda: True,
     ) -> None:
         """`skip_gaps`: a backend that was left out does not get what was recorded meanwhile.
 
-        `copied_s`: the files were copied, about then, and nobody has decided yet what they are (`adopt`).
-        `safe`: backends whose own books were copied together with ours.
+        `copied`: the files were copied, and nobody has decided yet what they are (`adopt`).
         `settled`: for a backend that somebody waits for, who is told how it stands.
+        `may_send`: asked before each request, where what is delivered is ours for a time only.
         """
         self._skip_gaps = skip_gaps
         self.reader, self.store, self.metrics = reader, store, metrics
@@ -82,8 +81,9 @@ class Delivery:
             clock=clock or SystemClock(),
             limits=limits or Limits(),
             chance=chance or random.Random(),  # noqa: S311 - jitter, no secret
-            copied=None if copied_s is None else Copied(copied_s, copied_text, frozenset(safe)),
+            copied=copied,
             stepped=self._clock_stepped,
+            may_send=may_send,
         )
         self.tail = Tail(reader, self._context.limits)
         self.backends = {backend.name: backend for backend in backends}

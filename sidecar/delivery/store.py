@@ -22,7 +22,9 @@ from typing import Final, ParamSpec, TypeVar
 
 import orjson
 
+from sidecar.delivery import cursor_rows, request_rows
 from sidecar.delivery.counters import Counters, Shift
+from sidecar.delivery.cursor_rows import Back, Count
 from sidecar.delivery.database import Connection, Database, DatabaseFile, Rows
 from sidecar.delivery.queries import DeliveryQueries, Record, records_between, runs_between
 from sidecar.delivery.rows import (
@@ -31,7 +33,6 @@ from sidecar.delivery.rows import (
     Cursor,
     Member,
     NewRequest,
-    Parked,
     Place,
     Range,
     Redrive,
@@ -45,8 +46,7 @@ from sidecar.delivery.rows import (
     Turn,
     Unskip,
 )
-from sidecar.delivery.types import BEFORE, GAP, MISSING, RETIRED, Fate, Parking, Term, Tries, worst
-from sidecar.model.delivery import Event, Sealed
+from sidecar.delivery.types import BEFORE, GAP, MISSING, Fate, Parking, Term, Tries, worst
 
 _LOG = logging.getLogger(__name__)
 _P = ParamSpec("_P")
@@ -57,18 +57,6 @@ FOLD_RECORDS: Final = 2_000  # of one cursor forgotten in one transaction: a few
 TAKEN: Final = {Fate.DELIVERED: Term.DELIVERED, Fate.DUPLICATE: Term.DUPLICATE}
 _LIVE: Final = (Term.PARKED.value, Term.OPEN.value)
 _PARTED: Final = 2  # `backend.removed`: 1 while its remainder is being parked, 2 when that is done
-
-Count = Callable[[str, int, int], int]
-"""Of an instance's spool: how many records it has with `after < seq <= upto`."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Back:
-    """What was recorded while a backend was left out."""
-
-    pending: int  # to be delivered now
-    skipped: int  # passed over, as the setting says
-    retired: int  # passed over, because retention has taken it
 
 
 @dataclass(slots=True)
@@ -151,9 +139,9 @@ class DeliveryStore:
             conn.execute("INSERT INTO meta(name, value) VALUES('served', ?) ON CONFLICT DO NOTHING", (now_s,))
             for name in names:
                 if name not in known:
-                    found.before[name] = _begin_backend(counters, name, places, first=not served)
+                    found.before[name] = cursor_rows.begin_backend(counters, name, places, first=not served)
                 elif known[name] != 0:
-                    found.back[name] = _return_backend(counters, name, places, count, skip=skip_gaps)
+                    found.back[name] = cursor_rows.return_backend(counters, name, places, count, skip=skip_gaps)
             conn.executemany(
                 "INSERT INTO backend(name, since_s) VALUES(?, ?)"
                 " ON CONFLICT(name) DO UPDATE SET since_s ="
@@ -176,7 +164,7 @@ class DeliveryStore:
 
     def cursors(self, backend: str) -> list[Cursor]:
         with self._held() as conn:
-            return _cursors_of(conn, backend)
+            return cursor_rows.cursors_of(conn, backend)
 
     def all_cursors(self) -> dict[str, int]:
         """How far each backend is in each spool, by "backend instance"."""
@@ -187,7 +175,7 @@ class DeliveryStore:
     def start_cursor(self, backend: str, instance: str) -> Cursor:
         """A cursor at the beginning of an instance's spool: one that appeared while this backend was configured."""
         with self._step() as counters:
-            return _start_cursor(counters.conn, backend, instance)
+            return cursor_rows.start_cursor(counters.conn, backend, instance)
 
     # --- clock ------------------------------------------------------------------------------------
 
@@ -227,7 +215,7 @@ class DeliveryStore:
                 "UPDATE sealed SET under_way = 1, attempts = attempts + 1, started_s = ? WHERE id = ?",
                 [(turn.now_s, request) for request in turn.begin],
             )
-            loaded = {request: _load(conn, request) for request in turn.load}
+            loaded = {request: request_rows.load(conn, request) for request in turn.load}
             sealed = [] if turn.sealing is None else _seal(counters, turn.sealing, turn.now_s)
         return Committed(children, sealed, loaded)
 
@@ -242,8 +230,8 @@ class DeliveryStore:
             ).fetchall()
         return [
             Request(
-                id=row[0], cursor=row[1], key=row[2], subject=row[3], members=_read_members(row[4]), records=row[5],
-                size_bytes=row[6], oldest_s=row[7],
+                id=row[0], cursor=row[1], key=row[2], subject=row[3], members=request_rows.read_members(row[4]),
+                records=row[5], size_bytes=row[6], oldest_s=row[7],
                 tries=Tries(attempts=row[8], risk_wall_s=row[9], expired=bool(row[10]), forced=bool(row[11])),
                 due_s=row[12], under_way=bool(row[13]), started_s=row[14], generation=row[15],
                 history=tuple(orjson.loads(row[16])),
@@ -254,7 +242,7 @@ class DeliveryStore:
     def lines(self, request: int) -> list[bytes]:
         """The records of a request, in the order in which its members first name them."""
         with self._held() as conn:
-            return _lines(conn, request)
+            return request_rows.lines(conn, request)
 
     def stored(self, request: int) -> NewRequest | None:
         """A settled request as it was sealed, while its bytes are kept."""
@@ -268,11 +256,11 @@ class DeliveryStore:
                 return None
             # Whoever settled it may not have heard how its last attempt ended: then that one counts.
             risk_s = row[7] if row[4] and row[5] is None else row[5]
-            sealed = _load(conn, request)
+            sealed = request_rows.load(conn, request)
             return NewRequest(
                 sealed=sealed,
-                members=_read_members(row[0]),
-                lines=tuple(_read_lines(row[3], sealed.body)),
+                members=request_rows.read_members(row[0]),
+                lines=tuple(request_rows.read_lines(row[3], sealed.body)),
                 oldest_s=row[1],
                 generation=row[2],
                 tries=Tries(attempts=row[4], risk_wall_s=risk_s, expired=bool(row[6])),
@@ -300,17 +288,19 @@ class DeliveryStore:
         """Mark parked events as moved and store the requests that carry them. Returns the ids of these."""
         with self._step() as counters:
             conn = counters.conn
-            ids = [_insert(conn, step.cursor, new, now_s) for new in step.requests]
+            ids = [request_rows.insert(conn, step.cursor, new, now_s) for new in step.requests]
             going = Counter(m.seq for new in step.requests for m in new.members)
             leaving: dict[int, list[str]] = {}
             for parked in step.parked:
                 leaving.setdefault(parked.seq, []).append(parked.reason)
-                _release(conn, parked)
+                request_rows.release(conn, parked)
             for one in step.again:
                 member = Member(one.seq, one.record_id, one.event_id or one.record_id)
                 parking = Parking(one.reason, one.maybe_taken)
                 generation, history = one.generation, one.history
-                _park(conn, step.cursor, member, parking, one.line, now_s, generation=generation, history=history)
+                request_rows.park(
+                    conn, step.cursor, member, parking, one.line, now_s, generation=generation, history=history
+                )
             staying = Counter(one.seq for one in step.again)
             for seq, reasons in leaving.items():
                 reason = step.skipped.get(seq, "")
@@ -379,93 +369,16 @@ class DeliveryStore:
             raise type(error)(f"{self.where}: {error}") from error
 
 
-# --- backends and cursors -------------------------------------------------------------------------
-
-
-def _cursors_of(conn: Connection, backend: str) -> list[Cursor]:
-    rows = conn.execute(
-        "SELECT id, backend, instance, seq, again_upto FROM cursor WHERE backend = ? ORDER BY instance",
-        (backend,),
-    ).fetchall()
-    return [Cursor(id=r[0], backend=r[1], instance=r[2], seq=r[3], again_upto=r[4]) for r in rows]
-
-
-def _start_cursor(conn: Connection, backend: str, instance: str, again_upto: int = 0) -> Cursor:
-    """A cursor at the beginning of a spool."""
-    (id_,) = conn.execute(
-        "INSERT INTO cursor(backend, instance, seq, again_upto) VALUES(?, ?, 0, ?) RETURNING id",
-        (backend, instance, again_upto),
-    ).fetchone()
-    return Cursor(id=id_, backend=backend, instance=instance, seq=0, again_upto=again_upto)
-
-
-def _move(conn: Connection, cursor: int, from_seq: int, to_seq: int) -> None:
-    moved = conn.execute("UPDATE cursor SET seq = ? WHERE id = ? AND seq = ?", (to_seq, cursor, from_seq)).rowcount
-    if moved != 1:
-        raise StateBusy(f"a cursor is not at {from_seq}, where its worker believes it to be")
-
-
-def _begin_backend(counters: Counters, name: str, places: Sequence[Place], *, first: bool) -> int:
-    """Where a new backend begins: at the start of everything, or behind what is there. How many it passes over."""
-    skipped = 0
-    for place in places:
-        if first:
-            _start_cursor(counters.conn, name, place.instance, again_upto=place.last_seq)
-        else:
-            skipped += _pass_spool(counters, _start_cursor(counters.conn, name, place.instance), place, BEFORE)
-    return skipped
-
-
-def _return_backend(counters: Counters, name: str, places: Sequence[Place], count: Count, *, skip: bool) -> Back:
-    """A backend that was left out goes on where it stopped.
-
-    What retention has taken meanwhile cannot be delivered: it comes first in its spool, and is passed over as well.
-    """
-    known = {cursor.instance: cursor for cursor in _cursors_of(counters.conn, name)}
-    pending = skipped = retired = 0
-    for place in places:
-        cursor = known.get(place.instance) or _start_cursor(counters.conn, name, place.instance)
-        missed = place.recorded - _counted(counters.conn, cursor.id)
-        if skip or missed <= 0:
-            skipped += _pass_spool(counters, cursor, place, GAP)
-            continue
-        there = min(count(place.instance, cursor.seq, place.last_seq), missed)
-        pending += there
-        if there < missed:
-            # No cursor moves over them: the first record that is there is where its worker goes on reading.
-            _skip_range(counters.conn, cursor.id, RETIRED, cursor.seq + 1, cursor.seq + 1, missed - there)
-            counters.add(cursor.id, Term.SKIPPED, missed - there, RETIRED)
-            retired += missed - there
-    return Back(pending=pending, skipped=skipped, retired=retired)
-
-
-def _pass_spool(counters: Counters, cursor: Cursor, place: Place, reason: str) -> int:
-    """Move a cursor to the end of its spool, and count what it passes over."""
-    missed = max(place.recorded - _counted(counters.conn, cursor.id), 0)
-    if place.last_seq > cursor.seq:
-        _move(counters.conn, cursor.id, cursor.seq, place.last_seq)
-    if missed:
-        _skip_range(counters.conn, cursor.id, reason, cursor.seq + 1, place.last_seq, missed)
-        counters.add(cursor.id, Term.SKIPPED, missed, reason)
-    return missed
-
-
-def _counted(conn: Connection, cursor: int) -> int:
-    """How many records of a cursor's spool have a place already."""
-    (n,) = conn.execute("SELECT coalesce(sum(n), 0) FROM counter WHERE cursor = ? AND folded = 0", (cursor,)).fetchone()
-    return int(n)
-
-
 # --- the way of a record ----------------------------------------------------------------------------
 
 
 def _seal(counters: Counters, sealing: Sealing, now_s: float) -> list[int]:
     """Store requests with bytes, key and members, and move the cursor over their records. Returns their ids."""
     cursor = sealing.cursor
-    _move(counters.conn, cursor, sealing.from_seq, sealing.to_seq)
+    cursor_rows.move(counters.conn, cursor, sealing.from_seq, sealing.to_seq)
     ids = _place(counters, cursor, sealing, now_s, sealing.at_once)
     for hole in sealing.holes:
-        _skip_range(counters.conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
+        request_rows.skip_range(counters.conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
         counters.add(cursor, Term.SKIPPED, hole.records, MISSING)
     for run in sealing.applied:
         _apply(counters, cursor, run)
@@ -513,12 +426,15 @@ def _place(
 ) -> list[int]:
     """Give records that had no place of their own the one that was decided for them."""
     conn = counters.conn
-    ids = [_insert(conn, cursor, new, now_s, under_way=index in at_once) for index, new in enumerate(step.requests)]
+    ids = [
+        request_rows.insert(conn, cursor, new, now_s, under_way=index in at_once)
+        for index, new in enumerate(step.requests)
+    ]
     pending = Counter(m.seq for new in step.requests for m in new.members)
     parked_of: dict[int, list[str]] = {}
     for parked in step.parked:
         member = Member(parked.seq, parked.record_id, parked.event_id or parked.record_id)
-        _park(
+        request_rows.park(
             conn, cursor, member, Parking(parked.reason, parked.maybe_taken), parked.line, now_s, history=parked.history
         )
         parked_of.setdefault(parked.seq, []).append(parked.reason)
@@ -528,7 +444,7 @@ def _place(
         for seq in pending.keys() | parked_of.keys():
             counters.enter(cursor, seq, pending[seq], parked_of.get(seq, ()))
     for reason, seqs in step.skipped.items():
-        _skip(conn, cursor, reason, seqs)
+        request_rows.skip(conn, cursor, reason, seqs)
         counters.add(cursor, Term.SKIPPED, len(seqs), reason)
     return ids
 
@@ -542,14 +458,14 @@ def _settle(counters: Counters, one: Settlement, now_s: float) -> list[int]:
     _still_open(
         conn.execute(
             "UPDATE sealed SET settled = 1, under_way = 0, fates = ?, history = ? WHERE id = ? AND settled = 0",
-            ("".join(decision.fates), _write_history(one.history if decision.parked else ()), request.id),
+            ("".join(decision.fates), request_rows.write_history(one.history if decision.parked else ()), request.id),
         )
     )
     if decision.parked:
         _park_events(conn, one, now_s)
     else:
-        _drop_bytes(conn, request.id)
-    children = [_insert(conn, request.cursor, child, now_s) for child in one.children]
+        request_rows.drop_bytes(conn, request.id)
+    children = [request_rows.insert(conn, request.cursor, child, now_s) for child in one.children]
     _count_settled(counters, one)
     return children
 
@@ -562,7 +478,7 @@ def _keep_open(conn: Connection, one: Settlement) -> None:
             " history = ? WHERE id = ? AND settled = 0",
             (
                 one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),
-                _write_history(one.history), one.request.id,
+                request_rows.write_history(one.history), one.request.id,
             ),
         )
     )  # fmt: skip
@@ -575,11 +491,11 @@ def _still_open(done: Rows) -> None:
 
 def _park_events(conn: Connection, one: Settlement, now_s: float) -> None:
     request = one.request
-    kept = _lines(conn, request.id)
+    kept = request_rows.lines(conn, request.id)
     lines = dict(zip(dict.fromkeys(m.seq for m in request.members), kept, strict=True))
     for index, parking in one.decision.parked.items():
         member = request.members[index]
-        _park(
+        request_rows.park(
             conn, request.cursor, member, parking, lines[member.seq], now_s,
             key=request.key, generation=request.generation, request=request.id, history=one.history,
         )  # fmt: skip
@@ -612,157 +528,6 @@ def _count_settled(counters: Counters, one: Settlement) -> None:
         counters.shift(request.cursor, seq, shift, was=Term.OPEN)
 
 
-# --- requests and what is not sent -------------------------------------------------------------------
-
-
-def _insert(conn: Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:
-    """Store a request; `under_way`: it is offered as soon as this is on disk. Returns its id."""
-    seqs = [member.seq for member in new.members]
-    sealed, tries = new.sealed, new.tries
-    row = conn.execute(
-        "INSERT INTO sealed(cursor, first_seq, last_seq, attempts, under_way, started_s, due_s, risk_s, expired,"
-        " forced, generation, records, size_bytes, at_s, oldest_s, key, subject, version, history, members)"
-        " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
-        (
-            cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
-            tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
-            new.size_bytes, now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
-            _write_history(new.history), _write_members(new.members),
-        ),
-    ).fetchone()  # fmt: skip
-    conn.execute(
-        "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
-        (
-            row[0], sealed.path, sealed.content_type, orjson.dumps(sealed.headers).decode(), sealed.body,
-            _write_lines(new),
-        ),
-    )  # fmt: skip
-    return int(row[0])
-
-
-def _load(conn: Connection, request: int) -> Sealed:
-    """What is offered to the backend."""
-    row = conn.execute(
-        "SELECT key, subject, version, attempts, members, path, content_type, headers, body FROM sealed"
-        " JOIN payload ON payload.request = sealed.id WHERE sealed.id = ?",
-        (request,),
-    ).fetchone()
-    if row is None:
-        raise _lost_bytes(request)
-    return Sealed(
-        key=row[0],
-        subject=row[1],
-        version=row[2],
-        attempt=row[3],
-        events=tuple(Event(m.record_id, m.event_id) for m in _read_members(row[4])),
-        path=row[5],
-        content_type=row[6],
-        headers=tuple((name, value) for name, value in orjson.loads(row[7])),
-        body=row[8],
-    )
-
-
-def _lines(conn: Connection, request: int) -> list[bytes]:
-    """The records of a request, in the order in which its members first name them."""
-    row = conn.execute("SELECT lines, body FROM payload WHERE request = ?", (request,)).fetchone()
-    if row is None:
-        raise _lost_bytes(request)
-    return _read_lines(row[0], row[1])
-
-
-def _drop_bytes(conn: Connection, request: int) -> None:
-    """Nothing of a request is open or parked any more."""
-    conn.execute("DELETE FROM payload WHERE request = ?", (request,))
-
-
-def _read_members(blob: bytes) -> tuple[Member, ...]:
-    return tuple(Member(row[0], row[1], row[-1]) for row in orjson.loads(blob))
-
-
-def _write_history(history: Sequence[str]) -> str:
-    return orjson.dumps(tuple(history)).decode()
-
-
-def _write_members(members: Sequence[Member]) -> bytes:
-    """An event's id is left out where it is its record's."""
-    return orjson.dumps(
-        [[m.seq, m.record_id] if m.event_id == m.record_id else [m.seq, m.record_id, m.event_id] for m in members]
-    )
-
-
-def _write_lines(new: NewRequest) -> bytes:
-    """The records of a request; nothing where its body is these lines, each with its end: half the bytes to write."""
-    lines = b"\n".join(new.lines)
-    body = new.sealed.body
-    return b"" if len(body) == len(lines) + 1 and body[-1:] == b"\n" and body.startswith(lines) else lines
-
-
-def _read_lines(lines: bytes, body: bytes) -> list[bytes]:
-    return (lines or body[:-1]).split(b"\n")
-
-
-def _lost_bytes(request: int) -> StateError:
-    return StateError(f"request {request} has lost its bytes; run `metering-sidecar spool verify`")
-
-
-def _park(
-    conn: Connection,
-    cursor: int,
-    member: Member,
-    parking: Parking,
-    line: bytes,
-    now_s: float,
-    *,
-    key: str = "",
-    generation: int = 0,
-    request: int | None = None,
-    history: tuple[str, ...] = (),
-) -> None:
-    """Set an event aside. Without a request: its record never became one."""
-    conn.execute(
-        "INSERT INTO parked(cursor, seq, record_id, event_id, reason, maybe_taken, at_s, key, generation, request,"
-        " line, history) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (
-            cursor, member.seq, member.record_id, member.event_id, parking.reason, int(parking.maybe_taken), now_s,
-            key, generation, request, line, _write_history(history),
-        ),
-    )  # fmt: skip
-
-
-def _release(conn: Connection, parked: Parked) -> None:
-    """Take a parked row away: its event goes on elsewhere. The old request remembers that it moved."""
-    if conn.execute("DELETE FROM parked WHERE id = ?", (parked.id,)).rowcount != 1:
-        raise StateBusy(f"parked event {parked.id} was redriven before")
-    if parked.request is None:
-        return
-    row = conn.execute("SELECT members, fates FROM sealed WHERE id = ?", (parked.request,)).fetchone()
-    if row is not None:
-        fates = list(row[1])
-        for index, member in enumerate(_read_members(row[0])):
-            if member.event_id == parked.event_id:
-                fates[index] = Fate.MOVED.value
-        conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", ("".join(fates), parked.request))
-    left = conn.execute("SELECT EXISTS(SELECT 1 FROM parked WHERE request = ?)", (parked.request,)).fetchone()
-    if not left[0]:
-        _drop_bytes(conn, parked.request)
-
-
-def _skip(conn: Connection, cursor: int, reason: str, seqs: Sequence[int]) -> None:
-    """Records that were looked at and give nothing to bill."""
-    conn.execute(
-        "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n, seqs) VALUES(?, ?, ?, ?, ?, ?)",
-        (cursor, reason, min(seqs), max(seqs), len(seqs), orjson.dumps(list(seqs))),
-    )
-
-
-def _skip_range(conn: Connection, cursor: int, reason: str, first_seq: int, last_seq: int, count: int) -> None:
-    """Records that are not looked at one by one."""
-    conn.execute(
-        "INSERT INTO skipped(cursor, reason, first_seq, last_seq, n) VALUES(?, ?, ?, ?, ?)",
-        (cursor, reason, first_seq, last_seq, count),
-    )
-
-
 # --- what is changed or forgotten --------------------------------------------------------------------
 
 
@@ -774,7 +539,7 @@ def _amend_applied(counters: Counters, one: Amendment, now_s: float) -> bool:
     if run is None:
         return False
     if one.parking is not None:
-        _park(conn, cursor, one.member, one.parking, one.line, now_s, history=(one.note,))
+        request_rows.park(conn, cursor, one.member, one.parking, one.line, now_s, history=(one.note,))
     shift = Shift(parked=int(one.parking is not None), delivered=-int(not run.duplicate), duplicate=-int(run.duplicate))
     was = Term.DUPLICATE if run.duplicate else Term.DELIVERED
     if counters.shift(cursor, seq, shift, was=was, skip=one.skip) is Term.SKIPPED:
@@ -793,7 +558,7 @@ def _amend(counters: Counters, one: Amendment, now_s: float) -> bool:
     if row is None or seq <= row[1]:
         return False
     cursor, _, key, generation, fates, blob = row
-    index = _read_members(blob).index(one.member)
+    index = request_rows.read_members(blob).index(one.member)
     was = TAKEN.get(Fate(fates[index]))
     if was is None:
         return False
@@ -801,7 +566,7 @@ def _amend(counters: Counters, one: Amendment, now_s: float) -> bool:
     changed = fates[:index] + fate.value + fates[index + 1 :]
     conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", (changed, one.request))
     if one.parking is not None:
-        _park(
+        request_rows.park(
             conn, cursor, one.member, one.parking, one.line, now_s,
             key=key, generation=generation, request=one.request, history=(one.note,),
         )  # fmt: skip
@@ -821,7 +586,7 @@ def _pass_over(counters: Counters, cursor: int, seq: int, reason: str) -> None:
     if seq <= folded:
         counters.fold(cursor, Term.SKIPPED, reason)
     else:
-        _skip(counters.conn, cursor, reason, [seq])
+        request_rows.skip(counters.conn, cursor, reason, [seq])
 
 
 def _fold_cursor(conn: Connection, cursor: int, low: int, high: int) -> None:

@@ -38,6 +38,7 @@ from sidecar.spool.types import SpoolError
 _LOG = logging.getLogger(__name__)
 
 TROUBLE_RETRY_S = 1.0  # how soon a file that failed is opened again
+MAY_SEND_S = 0.1  # how soon one that may not be sent just now is looked at again
 EAGER_S = 0.001  # between two looks where responses wait for the backend: what comes during one goes with the next
 
 Settled = Callable[[str, int, Collection[int]], None]
@@ -453,6 +454,8 @@ class Worker:
         assert request.sealed is not None
         sealed, attempt = request.sealed, request.tries.attempts
         sealed = sealed if attempt == sealed.attempt else replace(sealed, attempt=attempt)
+        while not self._context.may_send():  # noqa: ASYNC110 - it may in a moment, or this task is ended; rare
+            await asyncio.sleep(MAY_SEND_S)
         verdicts = await self._ask(sealed)
         del self._under_way[request.id]
         self._replies.append(Reply(request, verdicts, started))

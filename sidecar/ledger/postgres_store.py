@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from threading import Lock
@@ -137,7 +137,11 @@ class PostgresStore:
     Nothing is asked of the database before the first call, so a sidecar starts without it.
     """
 
-    def __init__(self, url: str, identity: Identity) -> None:
+    def __init__(
+        self, url: str, identity: Identity, before_any: Callable[[Postgres], Awaitable[None]] | None = None
+    ) -> None:
+        """`before_any`: what the database needs beside our tables before the first record may be written."""
+        self._before_any = before_any
         self._db = Postgres(url, name=f"metering-sidecar {identity.name}".strip(), connections=1)
         self._identity = identity
         self._lock = Lock()
@@ -364,6 +368,8 @@ class PostgresStore:
         """Tables, our claim, and partitions: what the first batch finds done, and all others believe."""
         if not self._claimed:
             await self._db.migrate(PART, STEPS)
+            if self._before_any is not None:
+                await self._before_any(self._db)
             await self._claim()
             self._claimed = True
         wanted = set(days)

@@ -16,7 +16,7 @@ from typing import Final
 from sidecar.backends import BACKENDS, Context
 from sidecar.backends.base import Examined, LedgerApply, SharedLedger
 from sidecar.backends.http import HttpBackend
-from sidecar.delivery.lane_database import lanes_read
+from sidecar.delivery.lane_database import lanes_read, make_lanes
 from sidecar.delivery.queries import DeliveryQueries
 from sidecar.ledger import LedgerReader, LedgerStore, ledger_problem
 from sidecar.ledger.identity import Identity
@@ -29,6 +29,7 @@ from sidecar.meters.definition import MetersError, read_meters
 from sidecar.meters.properties import Vocabulary
 from sidecar.model.delivery import Applied, Backend, Blocked, Verdict
 from sidecar.settings import Deliver, Settings
+from sidecar.storage.postgres import Postgres
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,20 @@ def backend(
 
 def _shared(settings: Settings) -> Callable[[], SharedLedger] | None:
     """What opens the ledger that sidecars share, where one is set. Nothing is asked of it yet."""
-    url = settings.fleet.ledger_url
+    url, names = settings.fleet.ledger_url, elected(settings)
     if url is None:
         return None
-    return lambda: PostgresStore(url.reveal(), Identity(settings.data_dir, settings.fleet.instance))
+
+    async def lanes(database: Postgres) -> None:
+        """A record that is in a lane before the lane has its tables may have been told by whoever wrote it. None of
+        ours ever is, also where the database was away when this sidecar started."""
+        await make_lanes(database, names)
+
+    def opened() -> SharedLedger:
+        identity = Identity(settings.data_dir, settings.fleet.instance)
+        return PostgresStore(url.reveal(), identity, lanes if names else None)
+
+    return opened
 
 
 def own(settings: Settings) -> list[str]:

@@ -17,7 +17,8 @@ from typing import Final
 
 from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
-from sidecar.delivery.elected import Elected
+from sidecar.delivery.context import Copied
+from sidecar.delivery.elected import Elected, make_room_for_lanes
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
 from sidecar.delivery.wishes import Asked, Wish, grant
@@ -302,6 +303,54 @@ def look_at_place(settings: Settings, state: DeliveryStore) -> directory_identit
     return noticed
 
 
+def _in_doubt(settings: Settings, copied: directory_identity.Noticed) -> Copied:
+    """What delivery keeps back until somebody has decided. A ledger that was copied together with `delivery.db` is of
+    the same moment: they agree. A shared one knows each record again, so what a copy sends it does no harm."""
+    safe = (LEDGER_NAME,) if copied.whole or settings.fleet.ledger_url is not None else ()
+    return Copied(copied.since_s, copied.text, frozenset(safe))
+
+
+async def _open_spool(
+    settings: Settings, metrics: Metrics, state: DeliveryStore, instance: str | None, goes_on: Collection[str]
+) -> Spool:
+    """The slot that is written here, with what the last run left in it. Arguments as of `billing`."""
+    opening = functools.partial(
+        Spool.open,
+        settings.data_dir,
+        instance=instance,
+        metrics=metrics,
+        remembered_seq=lambda name: remembered(settings, state).get(name, 0),
+        goes_on=lambda id_: id_[-2 * CHANCE_BYTES :] in goes_on,
+    )
+    spool = await asyncio.to_thread(opening)
+    if spool.stopped:
+        metrics.lost("stopped", spool.stopped)
+    return spool
+
+
+async def _adopt_orphans(settings: Settings, metrics: Metrics) -> None:
+    """Take over the slots that nobody writes any more."""
+    told = functools.partial(metrics.lost, "stopped")
+    for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
+        log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
+
+
+def _elected(settings: Settings, metrics: Metrics) -> Elected | None:
+    """Delivery of what is in the ledger that all share, where it is for whoever is elected."""
+    url, names = settings.fleet.ledger_url, backend_factory.elected(settings)
+    if url is None or not names:
+        return None
+    return Elected(
+        url=url.reveal(),
+        me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
+        names=names,
+        make=lambda: backend_factory.of_a_lane(settings, names),
+        metrics=metrics,
+        retention_s=settings.spool.retention,
+        skip_gaps=settings.backend_gaps == "skip",
+    )
+
+
 @asynccontextmanager
 async def billing(
     settings: Settings,
@@ -325,39 +374,17 @@ async def billing(
         spool: Spool | None = None
         unopened = stack.enter_context(ExitStack())
         if spooling:  # before anything is adopted: what is ours and goes on is nobody's to settle
-            opening = functools.partial(
-                Spool.open,
-                settings.data_dir,
-                instance=instance,
-                metrics=metrics,
-                remembered_seq=lambda name: remembered(settings, state).get(name, 0),
-                goes_on=lambda id_: id_[-2 * CHANCE_BYTES :] in goes_on,
-            )
-            spool = await asyncio.to_thread(opening)
+            spool = await _open_spool(settings, metrics, state, instance, goes_on)
             unopened.callback(spool.close)
-            if spool.stopped:
-                metrics.lost("stopped", spool.stopped)
-        told = functools.partial(metrics.lost, "stopped")
-        for name in await asyncio.to_thread(adopt_orphans, settings.data_dir, stopped=told):
-            log.info("adopted a spool that was left behind", extra={"facts": {"instance": name}})
+        await _adopt_orphans(settings, metrics)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
         own = backend_factory.own(settings)
         resumed = instance is not None
         backends = backend_factory.backends(settings, own, metrics.value_not_computed, resumed=resumed)
-        elected: Elected | None = None
-        if (url := settings.fleet.ledger_url) is not None and (names := backend_factory.elected(settings)):
-            # Before any record of ours is in the ledger: whose lane has none then is told all that comes.
-            elected = await stack.enter_async_context(
-                Elected(
-                    url=url.reveal(),
-                    me=f"{Identity(settings.data_dir, settings.fleet.instance).name or 'new'}/{secrets.token_hex(4)}",
-                    names=names,
-                    make=lambda: backend_factory.of_a_lane(settings, names),
-                    metrics=metrics,
-                    retention_s=settings.spool.retention,
-                    skip_gaps=settings.backend_gaps == "skip",
-                )
-            )
+        elected = _elected(settings, metrics)
+        if elected is not None:
+            make_room_for_lanes()
+            await stack.enter_async_context(elected)
         for backend in backends:
             stack.push_async_callback(backend.aclose)
         delivery = Delivery(
@@ -368,21 +395,16 @@ async def billing(
             clock=SystemClock(),
             chance=random.Random(),  # noqa: S311 - jitter, no secret
             skip_gaps=settings.backend_gaps == "skip",
-            copied_s=None if copied is None else copied.since_s,
-            copied_text="" if copied is None else copied.text,
-            # A ledger that was copied together with `delivery.db` is of the same moment: they agree.
-            # A shared one knows each record again, so what a copy sends it does no harm.
-            safe=(LEDGER_NAME,) if copied is None or copied.whole or settings.fleet.ledger_url is not None else (),
+            copied=None if copied is None else _in_doubt(settings, copied),
             settled=settled,
         )
         await stack.enter_async_context(delivery)
-        by_name = {backend.name: backend for backend in backends}
         bills = Billing(
             settings=settings,
             state=state,
             reader=reader,
             delivery=delivery,
-            backends=by_name,
+            backends={backend.name: backend for backend in backends},
             copied=copied,
             spool=spool,
             elected=elected,
@@ -393,10 +415,8 @@ async def billing(
         stack.callback(bills.hand_on)
         stack.push_async_callback(bills.remember_place)
         await bills.look_at_disk()
-        retiring = asyncio.create_task(bills.keep_retiring())
-        stack.callback(retiring.cancel)
-        examining = asyncio.create_task(backend_factory.examine(backends))
-        stack.callback(examining.cancel)
+        for work in (bills.keep_retiring(), backend_factory.examine(backends)):
+            stack.callback(asyncio.create_task(work).cancel)
         if spool is not None:
             await stack.enter_async_context(spool)
             spool.on_committed(bills.committed)

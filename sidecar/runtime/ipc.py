@@ -1,16 +1,16 @@
-"""What the processes of one instance say to each other.
+"""The *seam*, between each process that serves and the one that meters.
 
-The *seam*, between each process that serves and the one that meters: a stream socket, on it messages of a length, a
-kind and a payload. Who serves sends HELLO, then FRAMEs (`spool.frames`), STATUS when asked, BYE at its end. Who meters
-answers WELCOME with the last frame that is on disk, ACK with each further one, HEALTH when writing changes, ASK; and
-SHIPPED with the last frame that is at the centre, where responses wait for that.
+A stream socket, on it messages of a length, a kind and a payload. Who serves sends HELLO, then FRAMEs
+(`spool.frames`), STATUS when asked, BYE at its end. Who meters answers WELCOME with the last frame that is on disk, ACK
+with each further one, HEALTH when writing changes, ASK; and SHIPPED with the last frame that is at the centre, where
+responses wait for that.
 Where limits are set, who serves asks GATE_ASK whether a call may be made, and hears GATE_ANSWER; it says GATE_HOLDING,
 what its open calls hold, by itself and when told to by GATE_TELL. What it says of its calls goes before either.
 The listener belongs to the supervisor, so it outlives the process that meters; who serves connects again by itself and
 sends again what was not acknowledged.
-
-The *wire*, between the supervisor and each process that it started: lines of JSON over a socket pair. Its end is a
-message too: a process whose supervisor is gone finishes what it has and ends.
+Nothing that is sent again for ever may stop the rest. A frame that cannot be read is given up by the intake. One that
+the metering process dies of, each time, is found so: where connections are lost and nothing is acknowledged, who serves
+sends each frame ALONE, and who meters keeps a note on disk while it reads that one (`Trials`).
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ import secrets
 import socket
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -33,7 +33,15 @@ from typing import Any, Final, NamedTuple
 from sidecar.gate.admission import Admission
 from sidecar.gate.owner import Owner
 from sidecar.spool import Health, State
-from sidecar.spool.frames import FRAME_BYTES_MAX, MARSHAL_VERSION, SOURCE_BYTES, VERSION, FrameError
+from sidecar.spool.frames import (
+    FRAME_BYTES_MAX,
+    HEAD_BYTES,
+    MARSHAL_VERSION,
+    SOURCE_BYTES,
+    VERSION,
+    FrameError,
+    head_of,
+)
 from sidecar.spool.intake import Intake, Source
 from sidecar.spool.recorder import Recorder
 from sidecar.storage.sockets import SocketError, connect, listen_privately, peer_uid
@@ -41,8 +49,6 @@ from sidecar.storage.sockets import SocketError, connect, listen_privately, peer
 log = logging.getLogger("sidecar.seam")
 
 SEAM: Final = "seam.sock"  # in the data directory
-CANNOT_START: Final = 3  # exit codes of a process: it has said why, and another try would say the same
-LOST: Final = 4  # records were left over that the disk did not take
 ASK_S: Final = 2.0  # who serves and has not answered by then is left out
 CONNECT_S_MIN: Final = 0.02  # first pause before another try to connect; doubles
 CONNECT_S_MAX: Final = 0.5
@@ -50,7 +56,10 @@ BYE_S: Final = 5.0  # how long who serves waits at its end for what it sent to b
 # A process may have died with its connection not accepted yet: what it had sent is read before its calls are settled.
 GONE_S: Final = 0.5
 HEALTH_S: Final = 0.05  # how late who serves hears that writing has changed
-LINE_BYTES_MAX: Final = 1 << 20  # of the wire
+BESIDE_BYTES_MAX: Final = 1 << 20  # of a message, beside the largest frame
+ALONE_AFTER: Final = 2  # connections lost in a row, with nothing acknowledged, before each frame goes alone
+DEADLY_AFTER: Final = 3  # deaths while one frame was read alone: it is not read again
+TRIALS: Final = "seam.trials"  # in the data directory, while there are any
 
 _HEAD: Final = struct.Struct("!IB")  # length of the payload, kind
 
@@ -62,6 +71,7 @@ class Kind(IntEnum):
     BYE = 4
     GATE_ASK = 5
     GATE_HOLDING = 6
+    ALONE = 7  # a frame as in FRAME, and nothing else until it is acknowledged
     WELCOME = 11
     ACK = 12
     HEALTH = 13
@@ -70,6 +80,9 @@ class Kind(IntEnum):
     GATE_ANSWER = 16
     GATE_TELL = 17
     SHIPPED = 18  # as ACK: all frames up to this one are at the centre
+
+
+_KINDS: Final = frozenset(Kind)
 
 
 class Hello(NamedTuple):
@@ -113,22 +126,22 @@ class Messages:
         self._rest = b""
 
     def feed(self, data: bytes) -> Iterator[tuple[Kind, bytes]]:
-        """Each message that is whole now. Raises `FrameError` for what is none."""
+        """Each message that is whole now; of a kind that is not known, nothing. Raises `FrameError` where no message
+        begins: then nobody knows where the next one does."""
         data = self._rest + data if self._rest else data
         self._rest = b""
         at, end = 0, len(data)
         while end - at >= _HEAD.size:
             length, number = _HEAD.unpack_from(data, at)
-            if length > FRAME_BYTES_MAX + LINE_BYTES_MAX:
+            if length > FRAME_BYTES_MAX + BESIDE_BYTES_MAX:
                 raise FrameError(f"a message of {length} bytes")
             if end - at - _HEAD.size < length:
                 break
             at += _HEAD.size
-            try:
-                kind = Kind(number)
-            except ValueError:
-                raise FrameError(f"a message of kind {number}") from None
-            yield kind, data[at : at + length]
+            if number in _KINDS:
+                yield Kind(number), data[at : at + length]
+            else:
+                log.error("a message of kind %d is passed over", number)
             at += length
         self._rest = data[at:]
 
@@ -219,6 +232,10 @@ class Link(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._task: asyncio.Task[None] | None = None
         self._closed = False
+        self._sent = self._stored = 0  # the last frame that anybody was sent, and that is on disk
+        self._breaks = 0  # connections that were lost in a row, with nothing acknowledged
+        self._alone_upto = 0  # frames up to this one go alone; 0: none does
+        self._alone = 0  # the one that does just now
         self._read = asyncio.Event()
         self.met = asyncio.Event()  # whoever meters was there once
 
@@ -234,8 +251,13 @@ class Link(asyncio.Protocol):
     # As `recorder.Link`
 
     def send(self, number: int, data: bytes) -> None:
-        if self._welcome and self._transport is not None:
-            self._transport.write(message(Kind.FRAME, data))
+        if self._welcome and not self._alone_upto:
+            self._send_frame(number, data)
+
+    def _send_frame(self, number: int, data: bytes, kind: Kind = Kind.FRAME) -> None:
+        self._sent = max(number, self._sent)
+        # More than the other end takes at once: it is told how much is lost, by the head alone.
+        self._write(message(kind, data if len(data) <= FRAME_BYTES_MAX else data[:HEAD_BYTES]))
 
     def health(self) -> Health:
         return Health(State(self._told.state), self._told.reason)
@@ -269,6 +291,9 @@ class Link(asyncio.Protocol):
         self._write(message(Kind.HELLO, hello))
 
     def connection_lost(self, exc: Exception | None) -> None:
+        assert self._recorder is not None
+        if self._welcome and any(number <= self._sent for number, _ in self._recorder.unacknowledged()):
+            self._breaks += 1
         self._transport, self._welcome = None, False
         self._try_again()
 
@@ -303,9 +328,20 @@ class Link(asyncio.Protocol):
             if self._transport is not None:
                 self._transport.abort()
         if acknowledged:
-            recorder.acknowledged(acknowledged)
+            self._acknowledged(acknowledged)
         if shipped:
             recorder.shipped(shipped)
+
+    def _acknowledged(self, number: int) -> None:
+        assert self._recorder is not None
+        if number <= self._stored:
+            return  # a new life begins by saying what one before it had said
+        self._stored = number
+        self._recorder.acknowledged(number)
+        if self._alone_upto:
+            self._send_alone()
+        else:
+            self._breaks = 0
 
     def _begin(self, stored: int) -> None:
         """What it has on disk is done with; the rest goes (again), in order, and then what is new."""
@@ -314,12 +350,32 @@ class Link(asyncio.Protocol):
         self._pause_s = CONNECT_S_MIN
         if stored:
             recorder.acknowledged(stored)
-        for _, data in recorder.unacknowledged(stored):
-            self._write(message(Kind.FRAME, data))
+        self._stored = max(stored, self._stored)
+        self._alone = 0
+        if self._breaks >= ALONE_AFTER:
+            self._alone_upto = self._sent
+            self._send_alone()
+        else:
+            for number, data in recorder.unacknowledged(stored):
+                self._send_frame(number, data)
         self._welcome = True
         self.met.set()
         for question in () if self._gate is None else self._gate.questions():
             self._ask_gate(question)
+
+    def _send_alone(self) -> None:
+        """The next of those that may have been too much for whoever meters; behind them, all that has come since."""
+        assert self._recorder is not None
+        for number, data in self._recorder.unacknowledged():
+            if number > self._alone_upto:
+                break
+            if number != self._alone:
+                self._alone = number
+                self._send_frame(number, data, Kind.ALONE)
+            return
+        self._alone_upto = self._breaks = 0
+        for number, data in self._recorder.unacknowledged():
+            self._send_frame(number, data)
 
     # The gate
 
@@ -386,6 +442,50 @@ class Server:
     shipped: int = 0  # the last frame that is at the centre
 
 
+class Trials:
+    """Which frames were being read, each alone, when this process or one before it died: how often, kept in a file.
+
+    What dies for another reason does so at another moment: a note stands only while one frame is made into records,
+    which is one step of one thread. Where the file cannot be written no frame is ever blamed.
+    """
+
+    def __init__(self, path: Path | None) -> None:
+        self._path = path
+        self._deaths: dict[str, list[int]] = {}  # by source: the frame, and how often
+        try:
+            found = {} if path is None else json.loads(path.read_bytes())
+            self._deaths = {str(source): [int(number), int(times)] for source, (number, times) in found.items()}
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass  # there is none, or half of one
+
+    def begin(self, source: bytes, number: int) -> bool:
+        """Whether this frame is to be read; if so the next death is its own, until `survived`."""
+        known, times = self._deaths.get(source.hex(), (0, 0))
+        times = times if known == number else 0
+        if times >= DEADLY_AFTER:
+            return False
+        self._deaths[source.hex()] = [number, times + 1]
+        self._keep()
+        return True
+
+    def survived(self, source: bytes) -> None:
+        if self._deaths.pop(source.hex(), None) is not None:
+            self._keep()
+
+    def _keep(self) -> None:
+        if self._path is None:
+            return
+        draft = self._path.with_name(f"{self._path.name}.draft")
+        try:
+            if self._deaths:
+                draft.write_text(json.dumps(self._deaths))
+                draft.replace(self._path)  # it has to outlive the process, not the machine
+            else:
+                self._path.unlink(missing_ok=True)
+        except OSError as error:
+            log.warning("that a frame is being read alone cannot be kept: %s", error.strerror)
+
+
 class Seam:
     """Everybody who serves, heard by the one that meters."""
 
@@ -395,9 +495,12 @@ class Seam:
         health: Callable[[], Told],
         counted: Callable[[int, int], None],
         gate: Owner | None = None,
+        trials: Path | None = None,
     ) -> None:
         """`health`: how writing goes now. `counted`: told the open connections and drains of all together. `gate`: whom
-        those that serve ask whether a call may be made."""
+        those that serve ask whether a call may be made. `trials`: where `Trials` are kept."""
+        self._trials = Trials(trials)
+        self._early: list[tuple[Server, bytes]] = []  # frames that came alone, before there was a spool
         self._intake = intake
         self._gate = gate
         self._health = health
@@ -469,6 +572,9 @@ class Seam:
 
     def recording(self) -> None:
         """There is a spool now."""
+        early, self._early = self._early, []
+        for server, data in early:
+            self.alone(server, data)
         for server in list(self._servers.values()):
             self._acknowledge(server, server.source.stored)
             if server.gone and server.connection is None:
@@ -496,11 +602,35 @@ class Seam:
             self._gate.came(server.source.tail, connection)
         return server
 
-    def frame(self, server: Server, data: bytes) -> None:
-        told = self._intake.take(server.source, data)
+    def frame(self, server: Server, data: bytes, give_up: str = "") -> None:
+        try:
+            told = self._intake.take(server.source, data, give_up=give_up)
+        except FrameError:
+            # Without a number it cannot be acknowledged, but with the next one it is.
+            log.error("what a serving process told cannot be read, not even of how many calls: %d bytes", len(data))
+            self._intake.count([("sidecar_frames_given_up", "no_head", 1)])
+            return
         server.unseen = max(server.unseen - told, 0)
         if self._store is None:
             self._store = self._loop.call_soon(self.store)
+
+    def alone(self, server: Server, data: bytes) -> None:
+        """A frame that this process, or one before it, may have died of."""
+        if not self._intake.recording:
+            self._early.append((server, data))
+            return
+        self.store()  # what others have told is not its doing
+        source = server.source.id
+        try:
+            number = head_of(data).number
+        except FrameError:
+            number = 0
+        if self._trials.begin(source, number):
+            self.frame(server, data)
+        else:
+            self.frame(server, data, "deadly")
+        self.store()
+        self._trials.survived(source)
 
     def asked_gate(self, server: Server, payload: bytes) -> None:
         if self._gate is not None:
@@ -610,30 +740,41 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for kind, payload in self._messages.feed(data):
+                if self._server is not None:
+                    self._hear(self._server, kind, payload)
+                    continue
+                if kind is not Kind.HELLO:
+                    raise FrameError("it did not say who it is")
+                source = Hello(*read_tuple(payload))
+                if type(source.source) is not bytes or len(source.source) != SOURCE_BYTES:
+                    raise FrameError("it did not say who it is")
+                self._server = self._seam.hello(self, source)
                 if self._server is None:
-                    if kind is not Kind.HELLO:
-                        raise FrameError("it did not say who it is")
-                    source = Hello(*read_tuple(payload))
-                    if type(source.source) is not bytes or len(source.source) != SOURCE_BYTES:
-                        raise FrameError("it did not say who it is")
-                    self._server = self._seam.hello(self, source)
-                    if self._server is None:
-                        self.close()
-                        return
-                elif kind is Kind.FRAME:
-                    self._seam.frame(self._server, payload)
-                elif kind is Kind.STATUS:
-                    self._seam.status(self._server, Status(*read_tuple(payload)))
-                elif kind is Kind.GATE_ASK:
-                    self._seam.asked_gate(self._server, payload)
-                elif kind is Kind.GATE_HOLDING:
-                    self._seam.told_gate(self._server, payload)
-                elif kind is Kind.BYE:
-                    self._seam.store()
-                    self.write(message(Kind.READ))
+                    self.close()
+                    return
         except (FrameError, TypeError, ValueError) as error:
-            log.error("what came over the seam cannot be read: %s", error)
+            log.error("what came over the seam cannot be read: %s", type(error).__name__)
             self.close()
+
+    def _hear(self, server: Server, kind: Kind, payload: bytes) -> None:
+        """One that cannot be read is passed over: after a break it would only come again."""
+        try:
+            if kind is Kind.FRAME:
+                self._seam.frame(server, payload)
+            elif kind is Kind.ALONE:
+                self._seam.alone(server, payload)
+            elif kind is Kind.STATUS:
+                self._seam.status(server, Status(*read_tuple(payload)))
+            elif kind is Kind.GATE_ASK:
+                self._seam.asked_gate(server, payload)
+            elif kind is Kind.GATE_HOLDING:
+                self._seam.told_gate(server, payload)
+            elif kind is Kind.BYE:
+                self._seam.store()
+                self.write(message(Kind.READ))
+        except (FrameError, TypeError, ValueError) as error:
+            facts = {"kind": kind.name, "error": type(error).__name__}
+            log.error("a message at the seam cannot be read and is passed over", extra={"facts": facts})
 
     def connection_lost(self, exc: Exception | None) -> None:
         if self._server is not None:
@@ -651,68 +792,3 @@ class _Connection(asyncio.Protocol):
 
     def close(self) -> None:
         self._transport.close()
-
-
-# --- the wire to the supervisor ------------------------------------------------------------------------
-
-
-class Wire:
-    """The end of a process that was started. Sending never waits; a supervisor that is gone is noticed by `receive`."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def over(cls, sock: socket.socket) -> Wire:
-        sock.setblocking(False)
-        return cls(*await asyncio.open_connection(sock=sock, limit=LINE_BYTES_MAX))
-
-    def send(self, **fields: Any) -> None:
-        if not self._writer.is_closing():
-            self._writer.write(json.dumps(fields).encode() + b"\n")
-
-    async def receive(self) -> dict[str, Any] | None:
-        """The next message; None when the supervisor is gone."""
-        try:
-            line = await self._reader.readline()
-        except (OSError, ValueError):
-            return None
-        if not line.endswith(b"\n"):
-            return None
-        found: dict[str, Any] = json.loads(line)
-        return found
-
-    async def aclose(self) -> None:
-        self._writer.close()
-        try:
-            await self._writer.wait_closed()
-        except OSError:
-            pass
-
-
-@dataclass(slots=True)
-class WireEnd:
-    """The supervisor's end: no loop, never waits."""
-
-    sock: socket.socket
-    rest: bytes = field(default=b"")
-
-    def send(self, fields: Mapping[str, Any]) -> None:
-        try:
-            self.sock.sendall(json.dumps(dict(fields)).encode() + b"\n")
-        except OSError:
-            pass  # it is gone: its end is noticed by other means
-
-    def receive(self) -> list[dict[str, Any]] | None:
-        """What has come; None when the other end is gone."""
-        try:
-            data = self.sock.recv(65_536)
-        except BlockingIOError:
-            return []
-        except OSError:
-            return None
-        if not data:
-            return None
-        *lines, self.rest = (self.rest + data).split(b"\n")
-        return [json.loads(line) for line in lines]

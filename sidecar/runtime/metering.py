@@ -42,10 +42,11 @@ from sidecar.runtime.directory_identity import As
 from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, text_of
 from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
-from sidecar.runtime.ipc import CANNOT_START, LOST, Seam, Told, Wire
+from sidecar.runtime.ipc import TRIALS, Seam, Told
 from sidecar.runtime.lanes import Lookout, url_of
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.runtime.shipping import Shipping, centre_of
+from sidecar.runtime.wire import CANNOT_START, LOST, Wire
 from sidecar.settings import Durability, OnSpoolFull, Settings
 from sidecar.spool import (
     Snapshot,
@@ -332,7 +333,7 @@ async def metering(settings: Settings, *, seam: socket.socket) -> AsyncIterator[
         telling = counted if gate is None else gate_factory.Settling(counted, gate)
         intake = Intake(telling, factory.plain_readers(settings, counted, book), factory.pricing(settings, book))
         whole = Metering(settings=settings, counted=counted, intake=intake, gate=gate, asking=asking)
-        whole.seam = Seam(whole.intake, whole.told, whole.set_open, gate)
+        whole.seam = Seam(whole.intake, whole.told, whole.set_open, gate, settings.data_dir / TRIALS)
         stack.push_async_callback(whole.seam.aclose)
         await whole.seam.listen(seam)
         yield whole

@@ -38,7 +38,8 @@ NOBODY: Final = "none"  # calls that said not who they are
 REASONS_MAX: Final = 50  # distinct reasons of one family; ours are fixed words, a vendor's codes need not be
 METHODS: Final = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 STATUS_CLASSES: Final = ("none", "1xx", "2xx", "3xx", "4xx", "5xx", "other", "other", "other", "other")
-LOST_REASONS: Final = ("spool_full", "spool_failed", "stopped")
+LOST_REASONS: Final = ("spool_full", "spool_failed", "stopped", "unreadable")
+GIVEN_UP: Final = ("unreadable", "deadly", "no_head")  # why a frame is
 SECONDS: Final = (
     0.0005,
     0.001,
@@ -140,6 +141,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_committed_records": Family("counter", "Records committed to the spool"),
     "sidecar_committed_bytes": Family("counter", "Record bytes committed to the spool"),
     "sidecar_lost": Family("counter", "Records that could not be kept", ("reason",)),
+    "sidecar_frames_given_up": Family("counter", "What serving processes told of calls and nobody can read", ("why",)),
     "sidecar_released_uncommitted": Family("counter", "Answers that left before their record was on disk, or shipped"),
     "sidecar_admitted": Family("counter", "Calls let in, over restarts"),
     "sidecar_recorded": Family("counter", "Records on disk, over restarts"),
@@ -629,6 +631,7 @@ class Metrics(HopEvents, Collector):
             if not family.labels and family.kind != "histogram":
                 (self._counters if family.kind == "counter" else self._gauges)[name][()] = 0
         self._counters["sidecar_lost"].update({(reason,): 0 for reason in LOST_REASONS})
+        self._counters["sidecar_frames_given_up"].update({(why,): 0 for why in GIVEN_UP})
         self._counters["sidecar_usage_anomalies"][("answer_unclaimed",)] = 0  # an alert asks for its increase
         self._counters["sidecar_rejected"].update({(reason,): 0 for reason in REJECTED_REASONS})
         self._counters["sidecar_limits_reached"].update({(name,): 0 for name in LIMITS})

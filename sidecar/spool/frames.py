@@ -7,6 +7,10 @@ are numbered from 1 and counted once, however often they are sent.
 
     (number, admitted, lost, opens, ended, closes, counts, requests, responses)
 
+Before it stands a *head* of fixed fields, which can be read whatever the rest is: the number, and how many calls it
+tells of (`Head`). Where the rest cannot be read, that is what is known of it.
+
+
 - `admitted`: calls that were let in and that no earlier frame told of. A crash takes those without a trace.
 - `lost`: `{reason: calls}` that were given up since the last frame, or None.
 - `opens`: exchanges of calls that have been open for long, so that a crash leaves a record of them.
@@ -21,7 +25,9 @@ are numbered from 1 and counted once, however often they are sent.
 from __future__ import annotations
 
 import marshal
+import struct
 import sys
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any, Final, NamedTuple
@@ -40,13 +46,17 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"4 {sys.implementation.cache_tag}"
+VERSION: Final = f"5 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
 GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
 MARSHAL_VERSION: Final = 2  # without the table of what stood before: each object costs a look-up there
 FRAME_BYTES_MAX: Final = 64 << 20  # of one; a frame of the largest records there can be has a tenth of it
 SOURCE_BYTES: Final = 16
+UNREADABLE: Final = "unreadable"  # the reason of calls that are lost because what was told of them cannot be read
+_HEAD: Final = struct.Struct("!QII")
+_CHECK: Final = struct.Struct("!I")  # CRC-32 of the fields before it
+HEAD_BYTES: Final = _HEAD.size + _CHECK.size
 _DEPTH_MAX: Final = 100  # of a provider's own usage object; real ones are five deep
 
 _usage_values: Final = attrgetter(*USAGE_FIELDS)
@@ -56,6 +66,15 @@ _STATES: Final = {state.value: state for state in UsageState}
 
 class FrameError(ValueError):
     """These bytes are no frame of ours."""
+
+
+class Head(NamedTuple):
+    """What can be said of a frame without reading it. `ends`: calls that are over with it, as a record or lost, and of
+    which no intent was told before: nothing is left of them without it."""
+
+    number: int
+    admitted: int
+    ends: int
 
 
 class Told(NamedTuple):
@@ -117,25 +136,45 @@ def encode_frame(
         data = marshal.dumps(frame, MARSHAL_VERSION)
     except ValueError:  # a type of somebody's own, or nested too deeply
         data = marshal.dumps(_plain(frame), MARSHAL_VERSION)
-    return data
+    gone = 0 if lost is None else sum(lost.values())
+    head = _HEAD.pack(number, admitted, max(len(entries) + gone - len(closes), 0))
+    return head + _CHECK.pack(zlib.crc32(head)) + data
+
+
+def head_of(data: bytes) -> Head:
+    """Raises `FrameError`."""
+    if len(data) < HEAD_BYTES or _CHECK.unpack_from(data, _HEAD.size)[0] != zlib.crc32(data[: _HEAD.size]):
+        raise FrameError("not a frame: its head cannot be read")
+    return Head(*_HEAD.unpack_from(data))
 
 
 def decode_frame(data: bytes) -> Told:
     """Raises `FrameError`."""
+    head = head_of(data)
     try:
-        frame = marshal.loads(data)  # noqa: S302 - of a process of ours: the socket is our user's alone
-        told = Told(*frame)
+        # Of a process of ours: the socket is our user's alone.
+        told = Told(*marshal.loads(memoryview(data)[HEAD_BYTES:]))  # noqa: S302
     except (ValueError, TypeError, EOFError) as error:
-        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
     if (
-        type(told.number) is not int
-        or type(told.ended) is not list
-        or type(told.opens) is not list
-        or type(told.requests) is not dict
-        or type(told.responses) is not dict
+        (told.number, told.admitted) != head[:2]
+        or not (told.lost is None or type(told.lost) is dict)
+        or {type(told.opens), type(told.ended), type(told.closes), type(told.counts)} != {list}
+        or {type(told.requests), type(told.responses)} != {dict}
+        or not all(type(one) is tuple and len(one) == 3 for one in told.counts)
+        or not all(type(id_) is str for id_ in told.closes)
+        or not all(type(count) is int for count in (told.lost or {}).values())
     ):
         raise FrameError("not a frame: other fields than expected")
     return told
+
+
+def given_up(head: Head, why: str) -> Told:
+    """In the place of a frame that is not read: what it told of is counted, and lost. Calls whose intent was told
+    before are none of these: they stay open, and become records when their process ends."""
+    lost = {UNREADABLE: head.ends} if head.ends else None
+    counts = [("sidecar_frames_given_up", why, 1.0), ("sidecar_lost", UNREADABLE, float(head.ends))]
+    return Told(head.number, head.admitted, lost, [], [], [], counts, {}, {})
 
 
 def _packed(e: Exchange) -> tuple[Any, ...]:

@@ -4,6 +4,7 @@ One process does this for all that serve. Everything that a record costs is done
 come: their calls become lines and sums (`Ended`), and one batch is handed over. What must always hold
 - A frame is counted once: one that was seen, in this life or before (`IntakeSpool.origins`), is passed over.
 - It is acknowledged when the batch that holds it is on disk, in order.
+- What cannot be read is given up at once, a call or a frame, counted and said: it would be sent again for ever.
 - A call whose intent is on disk ends in one record: its own, or `unknown` once its process is known to be gone.
 - Of the balance, `admitted`, `open` and `lost` are counted here; `recorded` is the writer's.
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -25,11 +27,14 @@ from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
     GATED,
     PLAIN,
+    UNREADABLE,
     FrameError,
     Told,
     decode_frame,
     exchange_of,
     gate_of,
+    given_up,
+    head_of,
     plain_of,
     request_shape_of,
     response_shape_of,
@@ -228,44 +233,60 @@ class Intake:
             return 0
         batch = self._batch()
         for id_, line in known.open.items():
-            self._add(batch, settle(line, seq=self._seq + 1, instance=self._instance))
+            self._append(batch, settle(line, seq=self._seq + 1, instance=self._instance))
             batch.closes.append(id_)
         self._submit(batch)
         return len(batch.lines)
 
     # Frames
 
-    def take(self, source: Source, data: bytes) -> int:
+    def take(self, source: Source, data: bytes, *, give_up: str = "") -> int:
         """One frame as it came; how many calls it is the first to tell of. One that was seen before is passed over.
 
-        Raises `FrameError`."""
-        told = decode_frame(data)
-        if told.number <= source.taken or source.gone:
-            if told.number <= source.stored:
+        `give_up`: why it is not to be read. Raises `FrameError` where not even its head can be: it has no number."""
+        head = head_of(data)
+        if head.number <= source.taken or source.gone:
+            if head.number <= source.stored:
                 source.acknowledge(source.stored)
             return 0
-        source.taken = told.number
+        source.taken = head.number
+        told = None
+        if not give_up:
+            try:
+                told = decode_frame(data)
+            except FrameError:
+                give_up = "unreadable"
+        if told is None:
+            log.error(
+                "what a serving process told of its calls cannot be read and is given up",
+                extra={"facts": {"why": give_up, "frame": head.number, "bytes": len(data), "calls_lost": head.ends}},
+            )
+            told = given_up(head, give_up)
         _count(self.tally, told)
         if told.counts:
-            self._metrics.add(told.counts)
+            self.count(told.counts)
         self._arrived.append((source, told))
         return told.admitted
+
+    def count(self, counts: Sequence[tuple[str, str, float]]) -> None:
+        try:
+            self._metrics.add(counts)
+        except Exception as error:  # noqa: BLE001 - a figure that does not fit takes no call with it
+            log.error("what a serving process counted cannot be added: %s", type(error).__name__)
 
     def store(self) -> None:
         """Everything that has come, as one batch."""
         if self._spool is None or not self._arrived:
             return
         arrived, self._arrived = self._arrived, []
-        instance = self._instance
         batch = self._batch()
         ended = self._read_ended(batch, arrived)
         sources: dict[bytes, tuple[Source, int]] = {}
         for source, told in arrived:
-            for exchange in self._read(source, told.opens):
-                line = encode_intent(exchange, instance=instance)
-                batch.opens.append((exchange.id, line))
+            for id_, line in self._read_intents(told.opens):
+                batch.opens.append((id_, line))
                 batch.size_bytes += len(line)
-                source.open[exchange.id] = line
+                source.open[id_] = line
             for id_ in told.closes:
                 source.open.pop(id_, None)
             batch.closes.extend(told.closes)
@@ -301,6 +322,7 @@ class Intake:
     def _add_ended(self, batch: Batch, ended: Ended, source: Source, entry: Sequence[Any]) -> None:
         """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
         seq = self._seq + 1
+        exchange: Exchange
         try:
             if entry[0] == PLAIN:
                 shape, response = source.requests[entry[1]], source.responses[entry[2]]
@@ -309,7 +331,7 @@ class Intake:
                     reading = source.reading = self._reading()
                 line = reading.line(entry, shape, response, seq=seq)
                 if line is not None:
-                    self._add(batch, line)
+                    self._append(batch, line)
                     return
                 exchange = reading.exchange(plain_of(entry, shape, response))
             elif entry[0] == GATED:  # settled one by one, so it needs to be an exchange
@@ -322,34 +344,39 @@ class Intake:
                 exchange.gate = gate_of(gate)
             else:
                 exchange = exchange_of(entry)
-        except (FrameError, LookupError) as error:
+            if self._price is not None:
+                self._set_price(exchange)
+            line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
+        except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
             self._lose(error)
             return
-        if self._price is not None:
-            try:
-                self._price(exchange)
-            except Exception:
-                log.exception("a call could not be priced; it is recorded all the same")
-        line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
         ended.exchanges.append((seq, line, exchange if exact else None))
         self._count(exchange)
-        self._add(batch, line)
+        self._append(batch, line)
 
-    def _read(self, source: Source, entries: Sequence[Sequence[Any]]) -> list[Exchange]:
+    def _set_price(self, exchange: Exchange) -> None:
+        assert self._price is not None
+        try:
+            self._price(exchange)
+        except Exception:
+            log.exception("a call could not be priced; it is recorded all the same")
+
+    def _read_intents(self, entries: Sequence[Sequence[Any]]) -> list[tuple[str, bytes]]:
         found = []
         for entry in entries:
             try:
-                found.append(exchange_of(entry))
-            except FrameError as error:
-                self._lose(error)
+                exchange = exchange_of(entry)
+                found.append((exchange.id, encode_intent(exchange, instance=self._instance)))
+            except Exception as error:  # noqa: BLE001 - likewise; its end is still to come
+                log.error("a call that is open cannot be kept for the case of a death: %s", type(error).__name__)
         return found
 
     def _lose(self, error: Exception) -> None:
-        log.error("a call cannot be recorded: %s", error)
+        log.error("a call cannot be recorded: %s", type(error).__name__)  # its text may say what was in the call
         tally = self.tally
         tally.open -= 1
-        tally.lost = _sum(tally.lost, {"spool_failed": 1})
-        self._metrics.add([("sidecar_lost", "spool_failed", 1)])
+        tally.lost = _sum(tally.lost, {UNREADABLE: 1})
+        self.count([("sidecar_lost", UNREADABLE, 1)])
 
     def _reading(self) -> Reading:
         if self._make_reading is None:
@@ -371,19 +398,21 @@ class Intake:
             if number not in source.requests:
                 if len(source.requests) >= SHAPES_MAX:
                     source.requests = {kept: source.requests[kept] for kept in told.requests if kept in source.requests}
-                source.requests[number] = request_shape_of(number, packed)
+                with suppress(FrameError):  # the calls that refer to it are lost, each by itself
+                    source.requests[number] = request_shape_of(number, packed)
         for number, packed in told.responses.items():
             if number not in source.responses:
                 if len(source.responses) >= SHAPES_MAX:
                     source.responses = {
                         kept: source.responses[kept] for kept in told.responses if kept in source.responses
                     }
-                source.responses[number] = response_shape_of(number, packed)
+                with suppress(FrameError):
+                    source.responses[number] = response_shape_of(number, packed)
 
     def _batch(self) -> Batch:
         return Batch(first_seq=self._seq + 1, done=lambda done: self._stored(done, [], Ended()))
 
-    def _add(self, batch: Batch, line: bytes) -> None:
+    def _append(self, batch: Batch, line: bytes) -> None:
         self._seq += 1
         batch.lines.append(line)
         batch.size_bytes += len(line)

@@ -333,6 +333,7 @@ _STATES: Final = {
     "53100": (Fault.FULL, "{} has no room on its disk"),
     "57014": (Fault.BUSY, "{} ended a statement that took too long"),
     "08003": _LOST, "08006": _LOST, "08007": _LOST, "57P01": _LOST, "57P02": _LOST,
+    "25P03": _LOST,  # we were silent for too long inside a transaction: stopped, or out of reach
     "08": (Fault.UNREACHABLE, "{} cannot be reached"),
     "40": _BUSY, "55": _BUSY, "57": _BUSY,
     "22M01": (Fault.FAILED, "{}: a record's day is forgotten there by ledger-retention.sql, so it is parked, or aside"),

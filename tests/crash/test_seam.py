@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 from support.oracle import SETTINGS, Oracle, judge
 from support.serve import ADMITTING, COUNTING, METERING, SERVING
@@ -19,6 +20,7 @@ from support.tiny import tiny_upstream
 from support.whole import Whole
 
 from sidecar.model.exchange import Exchange
+from sidecar.runtime.ipc import TRIALS
 from sidecar.settings import Durability, SpoolSettings
 from sidecar.spool import Health, Spool
 from sidecar.spool.frames import EXCHANGE, FrameError, decode_frame, encode_frame, exchange_of
@@ -222,6 +224,50 @@ async def test_a_death_at_each_step_of_the_seam_loses_and_doubles_nothing(
     assert ledger["delivered"] + ledger["duplicate"] == len(records)
     if not serving:
         assert oracle.sent == len(oracle.owed), "no call failed"
+
+
+@pytest.mark.timeout(180)
+async def test_a_call_that_metering_dies_of_each_time_is_given_up_and_all_others_are_recorded(tmp_path: Path) -> None:
+    async with tiny_upstream() as upstream, aiohttp.ClientSession() as session:
+        whole = Whole(
+            tmp_path / "data", upstream, **SETTINGS, SIDECAR_DURABILITY="committed", SIDECAR_COMMIT_WAIT_S="1"
+        )
+        whole.env |= {"DIES_OF": "?deadly"}
+        async with whole:
+
+            async def post(query: str) -> None:
+                async with session.post(f"{whole.proxy_url}/v1/things?{query}", json={}) as response:
+                    assert response.status == 200
+
+            await post("good")
+            await post("deadly")
+            await post("good")
+            try:
+                async with asyncio.timeout(60):
+                    while (balance := await balance_of(whole)).get("recorded") != 2 or balance["open"] > 1:
+                        await asyncio.sleep(0.1)
+            except TimeoutError:
+                raise AssertionError(whole.log.read_text()[-6000:]) from None
+            await post("good")
+            await whole.until_metric('sidecar_frames_given_up_total{why="deadly"} 1')
+            async with asyncio.timeout(30):
+                while (balance := await balance_of(whole)).get("recorded") != 3:
+                    await asyncio.sleep(0.1)
+            assert await whole.stop() == 0, whole.log.read_text()
+    # The deadly one was open for long enough to have its intent on disk, or it is lost.
+    assert balance["holds"], balance
+    assert balance["open"] + balance["lost"].get("unreadable", 0) == 1, balance
+    assert not (tmp_path / "data" / TRIALS).exists()
+    assert "?deadly" not in whole.log.read_text()
+
+
+async def balance_of(whole: Whole) -> dict[str, Any]:
+    """Nothing, while nobody meters."""
+    try:
+        found: dict[str, Any] = await whole.get("/balance")
+    except (aiohttp.ClientError, OSError, AssertionError):
+        return {}
+    return found
 
 
 GATE_POINTS = [f"{when} {step}" for step in (*ADMITTING, *COUNTING) for when in ("before", "after")]

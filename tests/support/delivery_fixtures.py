@@ -202,7 +202,7 @@ class World:
         store.close()
 
     @asynccontextmanager
-    async def deliver(self, *backends: Backend) -> AsyncIterator[Delivery]:
+    async def deliver(self, *backends: Backend, may_send: Callable[[], bool] = lambda: True) -> AsyncIterator[Delivery]:
         store = self.open()
         try:
             delivery = Delivery(
@@ -214,6 +214,7 @@ class World:
                 chance=random.Random(self.seed),
                 limits=self.limits,
                 skip_gaps=self.skip_gaps,
+                may_send=may_send,
             )
             async with delivery:
                 yield delivery

@@ -1,8 +1,9 @@
-"""The program as its user runs it, but for two things that only tests want.
+"""The program as its user runs it, but for three things that only tests want.
 
 Every plain call takes the short way, also the first of its kind: tests that tell calls apart by a header would never
 take it otherwise. And where `DIES_AT` names a step (`before Intake.store 3`: the third time, before it is done), the
-process that comes to it first dies there by SIGKILL, once in the life of the file `DIES_MARK`.
+process that comes to it first dies there by SIGKILL, once in the life of the file `DIES_MARK`. Where `DIES_OF` is set,
+the metering process dies of each call with that in its target.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from sidecar.runtime.billing import Billing
 from sidecar.runtime.collector import StreamReader
 from sidecar.runtime.ipc import Link, Seam
 from sidecar.spool import Spool
-from sidecar.spool.intake import Intake
+from sidecar.spool.intake import Intake, Source
 from sidecar.spool.known_ids import KnownIds
 from sidecar.spool.recorder import Recorder
 from sidecar.spool.segment import CommitMark, Segment
@@ -86,9 +87,22 @@ def dies(step: str, when: str, count: int, mark: Path) -> None:
     setattr(owner, name, instead)
 
 
+def dies_of(text: str) -> None:
+    real = Intake._add_ended
+
+    def instead(self: Intake, batch: Any, ended: Any, source: Source, entry: Any) -> None:
+        if text in repr((entry, source.requests.get(entry[1]))):
+            os.kill(os.getpid(), signal.SIGKILL)
+        real(self, batch, ended, source, entry)
+
+    Intake._add_ended = instead  # type: ignore[method-assign]
+
+
 if __name__ == "__main__":
     plain_call.SIGHTS = 1
     if "DIES_AT" in os.environ:
         when, step, count = os.environ["DIES_AT"].split()
         dies(step, when, int(count), Path(os.environ["DIES_MARK"]))
+    if "DIES_OF" in os.environ:
+        dies_of(os.environ["DIES_OF"])
     sys.exit(main())

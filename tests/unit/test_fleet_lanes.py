@@ -22,8 +22,8 @@ POLICY = partial(decide, round_s=ROUND_S)
 
 
 def plan(me: str, rows: Sequence[Row], seen_s: Mapping[str, float]) -> Step:
-    """The one that sidecars have. A sidecar counts for as long as a lease lasts after its last round."""
-    alive = [name for name, age_s in seen_s.items() if age_s < EXPIRY_S]
+    """The one that sidecars have."""
+    alive = [name for name, age_s in seen_s.items() if age_s < leases.MEMBER_S]
     found = leases.plan(me, [leases.Lease(row.lane, row.holder, row.epoch, row.left_s > 0) for row in rows], alive)
     return Step(renew=found.keep, release=found.give, take=found.take)
 
@@ -31,7 +31,7 @@ def plan(me: str, rows: Sequence[Row], seen_s: Mapping[str, float]) -> Step:
 # With each what a lane may be without a holder: a sidecar that looked once and died keeps its share for a while.
 POLICIES: Mapping[str, tuple[Decide, float]] = {
     "simple": (POLICY, EXPIRY_S + 2 * ROUND_S),
-    "plan": (plan, 2 * EXPIRY_S + ROUND_S),
+    "plan": (plan, EXPIRY_S + leases.MEMBER_S + ROUND_S),
 }
 both = pytest.mark.parametrize("named", POLICIES)
 
@@ -59,8 +59,10 @@ def simulated(
 
 def troubles(fleet: Fleet, lanes: Lanes, until_s: float) -> Work:
     chance = fleet.chance
-    while fleet.now_s < until_s:
+    while True:
         yield chance.expovariate(1 / 8)
+        if fleet.now_s >= until_s:
+            return
         one = chance.choice(list(fleet.sidecars.values()))
         for_s = chance.choice(TROUBLE_S) * chance.uniform(0.5, 1.5)
         lanes.watch()
@@ -74,7 +76,7 @@ def troubles(fleet: Fleet, lanes: Lanes, until_s: float) -> Work:
                 fleet.kill(one)
                 fleet.spawn(None, again(fleet, lanes, one.name), for_s)
             case 2:
-                one.paused_until_s = fleet.now_s + for_s
+                one.paused_until_s = max(fleet.now_s + for_s, one.paused_until_s)  # it is not woken sooner
             case 3:
                 one.parted_until_s = fleet.now_s + for_s
             case 4:

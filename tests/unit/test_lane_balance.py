@@ -417,7 +417,7 @@ async def test_a_holder_that_hangs_is_named_and_nothing_of_it_is_left(
         ]  # fmt: skip
         # It gives them back and lives on, without its share: waited for, as it may take them again at any moment.
         for lane in (3, 4):
-            await hangs._give(lane, hangs.held.pop(lane).epoch)
+            await hangs._give(hangs.held.pop(lane))
         for wish, later in (
             ({"do": "retry", "backend": "webhook"}, False),
             ({"do": "redrive", "resend_unknown": True}, False),

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import threading
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
+from datetime import timedelta
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.delivery.lane_database import Deposed, Held, LaneDatabase, LaneReading, lanes_read
-from sidecar.delivery.leases import Lease, Leases, plan, share_of
-from sidecar.delivery.rows import StateError
+from sidecar.delivery import lane_database, leases
+from sidecar.delivery.lane_database import Deposed, LaneDatabase, LaneReading, lanes_read
+from sidecar.delivery.leases import LEASE_S, MEMBER_S, Lease, Leases, plan, share_of
+from sidecar.delivery.rows import StateBusy, StateError
 from sidecar.ledger.lanes import LANES
 from sidecar.storage.postgres import Postgres, call
 
@@ -93,7 +95,7 @@ async def test_a_newcomer_gets_its_share_and_nobody_loses_what_is_not_given(data
     assert one.unheld == 0
     assert len(await one.round()) == LANES  # held until it is released
     for lane in surplus:
-        await one.release(lane)
+        await one.release(one.held[lane])
     await one.surplus()
     assert one.unheld == LANES // 2
     held = await two.round()
@@ -138,7 +140,7 @@ async def test_two_that_look_at_once_share_without_a_lane_that_both_hold(databas
         await asyncio.gather(*(one.round() for one in all_))
         for one in all_:
             for lane in await one.surplus():
-                await one.release(lane)
+                await one.release(one.held[lane])
     await asyncio.gather(*(one.round() for one in all_))
     assert sorted(lane for one in all_ for lane in one.held) == list(range(LANES))
     assert [len(one.held) for one in all_] == [LANES // 4] * 4
@@ -187,33 +189,125 @@ def test_the_same_name_of_another_epoch_is_deposed_as_well(shared: Postgres) -> 
     assert count(shared, 0) == 0
 
 
-def test_a_lane_is_taken_over_only_between_two_steps(shared: Postgres, postgres_database: str) -> None:
-    """A step that is being made is either whole before the change of the holder, or fails."""
+def test_a_lane_is_taken_over_only_between_two_steps_and_nobody_waits_for_one(
+    shared: Postgres, postgres_database: str
+) -> None:
+    """A step that is being made is whole before the change of the holder. The others are not held up by it."""
     held = call(Leases(shared, "one").round())
     lane = LaneDatabase(shared, held[5])
     call(run_out(shared, "one"))
-    taken: dict[int, Held] = {}
     other = Postgres(postgres_database, name="other")
-    taking = threading.Thread(target=lambda: taken.update(call(Leases(other, "two").round())))
+    two = Leases(other, "two")
     with lane.writing() as connection:
-        taking.start()
-        for _ in range(600):
-            if call(waiting(shared)):
-                break
-            taking.join(0.05)
-        assert call(waiting(shared)), "whoever takes the lane does not wait for the step"
+        assert set(call(two.round())) == {*range(LANES)} - {5}
         connection.execute("INSERT INTO backend(name, since_s) VALUES(?, ?)", ("first", 1.0))
-    taking.join(30.0)
+    assert call(two.round())[5].epoch == held[5].epoch + 1
     call(other.close())
-    assert taken[5].epoch == held[5].epoch + 1
     with pytest.raises(Deposed):
         note(lane, "second")
     assert count(shared, 5) == 1
 
 
-async def waiting(database: Postgres) -> bool:
+def test_a_step_that_hangs_keeps_no_lease_from_being_renewed(shared: Postgres, postgres_database: str) -> None:
+    other = Postgres(postgres_database, name="other")
+    one = Leases(other, "one")
+    held = call(one.round())
+    with LaneDatabase(shared, held[5]).writing() as connection:
+        connection.execute("SELECT 1").fetchone()
+        assert call(one.round()) == held
+    call(other.close())
+
+
+def test_a_step_whose_sidecar_falls_silent_is_ended_by_the_server(
+    shared: Postgres, postgres_database: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The power of its host is cut, or the network: nothing tells the server, and nobody else could take the lane."""
+    silent = "SET LOCAL idle_in_transaction_session_timeout = '200ms'"
+    monkeypatch.setattr(lane_database, "SILENT", silent)
+    held = call(Leases(shared, "one").round())
+    lane = LaneDatabase(shared, held[5])
+    other = Postgres(postgres_database, name="other")
+    two = Leases(other, "two")
+    with pytest.raises(StateBusy, match=r"connection .* lost"), lane.writing() as connection:
+        connection.execute("INSERT INTO backend(name, since_s) VALUES(?, ?)", ("first", 1.0))
+        call(run_out(other, "one"))
+        for _ in range(600):
+            if 5 in call(two.round()):
+                break
+            time.sleep(0.05)
+        assert two.held[5].epoch == held[5].epoch + 1
+        connection.execute("SELECT 1").fetchone()
+    call(other.close())
+    assert count(shared, 5) == 0
+
+
+def test_what_was_given_back_late_is_not_what_was_taken_anew(shared: Postgres) -> None:
+    one = Leases(shared, "one")
+    before = call(one.round())[5]
+    call(run_out(shared, "one"))
+    after = call(one.round())
+    assert after[5].epoch == before.epoch + 1
+    call(one.release(before))
+    assert call(one.round()) == after
+
+
+@pytest.mark.parametrize("off_s", [-600.0, 600.0])
+def test_leases_go_by_the_clock_of_the_database_alone(
+    shared: Postgres, off_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sidecar whose clocks are off by minutes takes nothing from others, and loses nothing."""
+    real_s, real_mono_s = time.time(), time.monotonic()
+    one, two = Leases(shared, "one"), Leases(shared, "two")
+    held = call(one.round())
+    monkeypatch.setattr(time, "time", lambda: real_s + off_s)
+    monkeypatch.setattr(time, "monotonic", lambda: real_mono_s + off_s)
+    assert call(two.round()) == {}
+    assert call(one.round()) == held
+    [(least, most)] = call(left_s(shared))
+    assert 0 < least <= most <= LEASE_S
+
+
+async def left_s(database: Postgres) -> list[tuple[float, float]]:
+    """The shortest and the longest time that a lease has still to go."""
     async with database.transaction() as db:
-        return bool(await db.fetchval("SELECT EXISTS (SELECT FROM pg_locks WHERE NOT granted)"))
+        rows = await db.fetch(
+            "SELECT min(left_s)::float8, max(left_s)::float8 FROM"
+            " (SELECT extract(epoch FROM expires - clock_timestamp()) AS left_s FROM metering.lane_leases) AS leases"
+        )
+    return [tuple(row) for row in rows]
+
+
+async def test_one_that_came_and_died_keeps_its_share_for_a_few_rounds_and_not_for_a_lease(database: Postgres) -> None:
+    """It came when another had just died, so it had no lane of its own yet: its share would lie still."""
+    one, newcomer = Leases(database, "one"), Leases(database, "newcomer")
+    await Leases(database, "dead").round()
+    await one.round()
+    await newcomer.round()
+    await run_out(database, "dead")
+    assert len(await one.round()) == LANES // 2
+    async with database.transaction() as db:
+        left_s = await db.fetchval(
+            "SELECT extract(epoch FROM expires - clock_timestamp())::float8 FROM metering.lane_members"
+            " WHERE holder = 'newcomer'"
+        )
+    assert left_s <= MEMBER_S < LEASE_S
+    await run_out(database, "newcomer")
+    assert len(await one.round()) == LANES
+
+
+async def test_who_is_late_and_counts_no_more_keeps_what_it_has(
+    database: Postgres, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = Leases(database, "one"), Leases(database, "two")
+    await one.round()
+    await two.round()
+    for lane in await one.surplus():
+        await one.release(one.held[lane])
+    assert len(await two.round()) == len(one.held) == LANES // 2
+    monkeypatch.setattr(leases, "_MEMBER", timedelta(0))
+    await two.round()  # and is forgotten at once
+    assert len(await one.round()) == len(one.held) == LANES // 2
+    assert len(await two.round()) == LANES // 2
 
 
 def test_who_only_reads_is_told_where_nobody_ever_delivered(postgres_database: str) -> None:

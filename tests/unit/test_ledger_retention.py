@@ -15,7 +15,7 @@ from support.backend_fixtures import record
 from support.ledgers import again
 from support.postgres_server import PostgresServer
 
-from sidecar.delivery.lane_database import make_lane
+from sidecar.delivery.lane_database import make_lanes
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.ledger.postgres_schema import line_of
@@ -113,7 +113,7 @@ def test_a_day_that_a_lane_has_to_deliver_is_kept(ledger: Ledger) -> None:
 
     async def make() -> None:
         database = Postgres(ledger.url, name="test")
-        await make_lane(database, lane)
+        await make_lanes(database, ())
         await database.close()
 
     asyncio.run(make())
