@@ -67,7 +67,7 @@ def test_a_mistyped_word_is_told_with_the_near_one(
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
-        (["serve", "--lisen", "x"], "--listen"), (["usage", "--xyz", "x"], None), (["version"], "--version"),
+        (["serve", "--lisen", "x"], "--listen"), (["usage", "--frobnicate", "x"], None), (["version"], "--version"),
         (["spool", "redrive", "--bakend", "x"], "--backend"), (["usage", "--bakend", "x"], None),
     ],
 )  # fmt: skip
