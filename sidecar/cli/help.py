@@ -131,8 +131,9 @@ class _Formatter(argparse.HelpFormatter):
 def guessed(message: str, options: Sequence[str] = ()) -> str:
     """A message of argparse about a word that is none of its choices or options, with the one that is near."""
     if unknown := re.match(r"unrecognized arguments: (--[\w-]+)", message):
-        near = nearest(unknown[1], options)
-        return message if near is None else f"{message}; did you mean {near}?"
+        # Without the dashes, by which every option would be like every other.
+        near = nearest(unknown[1][2:], [option[2:] for option in options if option.startswith("--")])
+        return message if near is None else f"{message}; did you mean --{near}?"
     found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message, re.DOTALL)
     if found is None:
         return message
