@@ -7,8 +7,13 @@ BIN := $(VENV)/bin
 PYTHON ?=
 PIP_VERSION ?=
 JOBS ?= 2
-TESTS ?= tests
+TESTS ?=
 ARGS ?=
+
+# Tests that start the whole program take three quarters of the time: `make system`. All others are `make test`.
+SYSTEM := tests/end_to_end tests/crash tests/soak
+# They compare processor time, which is only comparable where nothing else runs beside it.
+ALONE := tests/end_to_end/test_busy_bodies.py tests/unit/test_usage_cost.py
 
 # Packages are installed at the versions and hashes of requirements/*.lock. A stamp in the environment remembers
 # that it was done, so a second `make` starts at once and works without a network. The locks are complete, so nothing
@@ -29,7 +34,7 @@ export NO_PROXY := $(if $(NO_PROXY),$(NO_PROXY)$(comma))127.0.0.1,localhost,::1
 export no_proxy := $(NO_PROXY)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo run test lint format fuzz crash soak bench lock installs site sbom readme man manifests screenshots prices clean
+.PHONY: help demo run test system lint format fuzz crash soak bench lock installs site sbom readme man manifests screenshots prices clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-11s %s\n", $$1, $$2}' Makefile
@@ -42,8 +47,17 @@ run: $(RUN) ## serve for real: make run UPSTREAM=https://api.example.com
 		echo 'say which API to forward to: make run UPSTREAM=https://api.example.com' >&2; exit 2; }
 	@$(if $(UPSTREAM),SIDECAR_UPSTREAM_URL='$(UPSTREAM)') exec $(BIN)/metering-sidecar serve $(ARGS)
 
-test: $(TEST) ## the whole test suite (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
-	FUZZ_SECONDS=$${FUZZ_SECONDS:-20} $(BIN)/python -m pytest -q -n $(JOBS) -m 'not soak and not long' $(ARGS) $(TESTS)
+PYTEST := $(BIN)/python -m pytest -q -m 'not soak and not long'
+
+test: $(TEST) ## all tests but those of the whole program (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
+	FUZZ_SECONDS=$${FUZZ_SECONDS:-10} $(PYTEST) -n $(JOBS) $(ARGS) \
+		$(if $(TESTS),$(TESTS),tests $(addprefix --ignore=,$(SYSTEM) $(ALONE)))
+
+system: $(TEST) ## the whole program as processes: end to end, killed and faulted; some twenty minutes
+	@status=0; \
+	$(PYTEST) -n $(JOBS) $(ARGS) $(SYSTEM) $(addprefix --ignore=,$(ALONE)) || status=$$?; \
+	$(PYTEST) -n 0 $(ARGS) $(ALONE) || status=$$?; \
+	exit $$status
 
 lint: $(TEST) ## ruff, its format, mypy, and who may import whom
 	$(BIN)/ruff check .
@@ -57,7 +71,7 @@ format: $(TEST) ## let ruff put imports, simple faults and the layout right
 
 fuzz: $(TEST) ## the readers and decoders against random bytes, for longer than in `make test`
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-600} FUZZ_EXAMPLES=$${FUZZ_EXAMPLES:-20000} \
-		$(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(TESTS)
+		$(BIN)/python -m pytest -q -n $(JOBS) --timeout 3600 -k fuzz $(ARGS) $(or $(TESTS),tests)
 	@$(PIP) install --quiet --quiet '.[fuzz]' && $(PIP) install --quiet --no-deps --no-build-isolation --editable . && \
 		$(BIN)/python tests/fuzz_usage.py -max_total_time=$${FUZZ_SECONDS:-600} || \
 		{ $(BIN)/python -c 'import atheris' 2>/dev/null && exit 1; echo 'atheris does not install here: left out'; }
@@ -67,7 +81,7 @@ crash: $(TEST) ## 1,000 rounds of deaths and faults under load, and every fail p
 		$(ARGS) tests/crash
 
 soak: $(TEST) ## minutes of load with a backend that is down, and a million records pending; prints its figures
-	$(BIN)/python -m pytest -q -s -m soak --timeout 7200 $(ARGS) $(TESTS)
+	$(BIN)/python -m pytest -q -s -m soak --timeout 7200 $(ARGS) $(or $(TESTS),tests)
 
 bench: $(BENCH) ## cost per call and per chunk, beside nginx, HAProxy and Envoy where they are installed
 	$(BIN)/python tests/bench $(ARGS)

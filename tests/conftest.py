@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-pytest_plugins = ["support.ways", "support.postgres_server", "support.ledgers"]
+pytest_plugins = ["support.ways", "support.postgres_server", "support.ledgers", "support.lanes"]
 
 # No deadline: two cores are shared by all workers, and a time limit per example would test the machine.
 # In CI the examples are the same each time, so that a change is judged by what it changes; by hand they are new ones.

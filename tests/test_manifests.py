@@ -28,11 +28,13 @@ KUBERNETES = CONFIG / "kubernetes"
 EXAMPLES = sorted(path for path in (KUBERNETES / "examples").iterdir() if path.is_dir())
 COMPONENTS = {shape: KUBERNETES / f"component-{shape}" for shape in ("egress", "ingress")}
 FLEET = KUBERNETES / "component-fleet"
+COLLECTOR = KUBERNETES / "collector.yaml"
 DASHBOARDS = KUBERNETES / "monitoring/dashboards.yaml"
 WHOLE = [
     CONFIG / "kubernetes.yml",
     *(example / "app.yaml" for example in EXAMPLES),
     FLEET / "disruption.yaml",
+    COLLECTOR,
     DASHBOARDS,
 ]
 # The oldest that a page of ours names, and the newest that the schemas know.
@@ -187,6 +189,42 @@ def test_what_a_fleet_shares_is_a_secret_and_no_pod_is_named_by_its_name() -> No
     assert environ["SIDECAR_LEDGER_URL_FILE"].startswith(f"{mount}/")
     key = environ["SIDECAR_LEDGER_URL_FILE"].removeprefix(f"{mount}/")
     assert f'--from-literal={key}="postgresql://' in (FLEET / "kustomization.yaml").read_text()
+
+
+def test_the_collector_is_one_and_its_secrets_are_files(tmp_path: Path) -> None:
+    workload, policy = documents(COLLECTOR)
+    pod = pod_of(workload)
+    (collector,) = pod["containers"]
+    assert collector["image"] == f"metering-sidecar:{__version__}"
+    assert workload["spec"]["replicas"] == 1, "each of two would have a part"
+    environ = {each["name"]: each["value"] for each in collector["env"]}
+    head = COLLECTOR.read_text().partition("apiVersion")[0]
+    (mount,) = [each["mountPath"] for each in collector["volumeMounts"] if each["name"] == "collector"]
+    for name, value in list(environ.items()):
+        if name.endswith("_FILE"):
+            key = value.removeprefix(f"{mount}/")
+            assert f"={key}" in head or f"literal={key}=" in head, "nobody says how that is made"
+            (tmp_path / key).write_text(
+                {"ledger-url": "postgresql://metering:s3cret@postgres/metering", "admin-token": "t" * 32}.get(key, "")
+            )
+            environ[name] = str(tmp_path / key)
+    assert not {"SIDECAR_LEDGER_URL", "SIDECAR_NATS_CREDS", "SIDECAR_INSTANCE"} & set(environ)
+    creds = environ.pop("SIDECAR_NATS_CREDS_FILE")
+    assert creds.endswith("nats.creds")
+    environ["SIDECAR_DATA_DIR"] = str(tmp_path / "data")
+    settings = collecting_settings(argparse.Namespace(data_dir=None, provision=False), environ)
+    assert settings.backends == ("ledger",)
+    assert all(one.startswith("tls://") for one in settings.backend("nats")["url"])
+    assert settings.backend("nats")["replicas"] == 3
+    assert pod["terminationGracePeriodSeconds"] >= settings.serve.stop_s + 10
+    assert settings.serve.admin_listen.port == collector["ports"][0]["containerPort"]
+    named = {volume["name"] for volume in pod["volumes"]}
+    claimed = {claim["metadata"]["name"] for claim in workload["spec"]["volumeClaimTemplates"]}
+    assert {each["name"] for each in collector["volumeMounts"]} == named | claimed
+    secured = collector["securityContext"]
+    assert secured["readOnlyRootFilesystem"] is secured["runAsNonRoot"] is True
+    assert secured["capabilities"] == {"drop": ["ALL"]}
+    assert policy["spec"]["podSelector"]["matchLabels"] == workload["spec"]["selector"]["matchLabels"]
 
 
 def composed(*files: str) -> dict[str, Any]:
@@ -345,7 +383,7 @@ def test_every_kind_is_checked_by_somebody() -> None:
     for path in sorted(KUBERNETES.rglob("*.yaml")):
         for document in documents(path):
             if path.name not in ("wait.yaml", "service.yaml") and document["kind"] not in OF_OTHERS:
-                assert document["apiVersion"] in ("v1", "apps/v1", "policy/v1"), path
+                assert document["apiVersion"] in ("v1", "apps/v1", "policy/v1", "networking.k8s.io/v1"), path
 
 
 def test_the_env_file_is_one_that_docker_reads_as_a_shell_does() -> None:

@@ -20,7 +20,7 @@ FENCE = re.compile(r"^ *```sh\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
 PENDING: set[str] = set()
 MADE = {"tests/bench/results/"}  # by the commands that write them
 # What CI runs by itself, and what takes too long for each change and is run before a release.
-IN_CI = {"lint", "test", "installs"}
+IN_CI = {"lint", "test", "system", "installs"}
 BEFORE_A_RELEASE = {"crash", "fuzz", "bench", "soak"}
 WHILE_WORKING = {"format", "readme", "man", "manifests", "lock", "screenshots"}
 

@@ -42,7 +42,7 @@ from sidecar.model.delivery import (
 )
 from sidecar.model.record import Record
 from sidecar.settings import Secret, required_setting, secret_setting, setting, types
-from sidecar.storage import nats
+from sidecar.storage import nats, nats_keys
 from sidecar.storage.nats import Connected, Login, NatsConnection, NatsFault, Wanted
 
 BATCH_DEFAULT: Final = 100
@@ -61,12 +61,6 @@ _SEALED: Final = 10109
 
 def _line(text: str) -> str:
     if not text.isprintable() or not text:
-        raise ValueError
-    return text
-
-
-def _creds(text: str) -> str:
-    if "BEGIN NATS USER JWT" not in text or "BEGIN USER NKEY SEED" not in text:
         raise ValueError
     return text
 
@@ -94,8 +88,12 @@ class NatsSettings(RecordSettings):
     user: str | None = setting(types.Kind("a name", _line), None, "who we are there, with the password")
     password: Secret | None = secret_setting(types.Kind("a password", _line), "of that user")
     token: Secret | None = secret_setting(types.Kind("a token", _line), "instead of user and password")
+    nkey: Secret | None = secret_setting(
+        types.Kind("the seed of a user's nkey", nats_keys.read_seed), "likewise: the seed of an nkey, by `…_FILE`"
+    )
     creds: Secret | None = secret_setting(
-        types.Kind("the text of a .creds file", _creds), "instead of both: the text of a `.creds` file, by `…_FILE`"
+        types.Kind("the text of a .creds file", nats_keys.read_creds),
+        "likewise: JWT and seed, a `.creds` file by `…_FILE`",
     )
     ca_file: Path | None = setting(types.readable_file, None, "CA certificates to trust (PEM), else the system's")
     cert_file: Path | None = setting(types.readable_file, None, "our certificate (PEM)")
@@ -115,6 +113,7 @@ class NatsSettings(RecordSettings):
             user=self.user,
             password=self.password,
             token=self.token,
+            nkey=self.nkey,
             creds=self.creds,
             ca_file=self.ca_file,
             cert_file=self.cert_file,

@@ -1,8 +1,9 @@
 """The commands: each reads its arguments, asks one part of the program, and prints what it was told.
 
 `COMMANDS` is the table. A command is a module with `add(parser)` and `run(arguments) -> int`; the number is the exit
-code (0: done, 1: the answer is no, 2: wrong arguments or settings). Parts are imported when a command runs, so that
-`--help` and `check` stay quick and a broken part takes only its own command with it.
+code (0: done, 1: the answer is no, 2: wrong arguments or settings, 3: only a part could be told or done). Parts are
+imported when a command runs, so that `--help` and `check` stay quick and a broken part takes only its own command with
+it.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def parser() -> argparse.ArgumentParser:
         prog=help_command.NAME,
         description="Forward every HTTP call untouched, leave one durable record of each, bill each record once.",
         epilog="Settings come from the environment (SIDECAR_…); `check` shows them all. Exit codes: 0, done; 1, the "
-        "answer is no; 2, arguments or settings are wrong.",
+        "answer is no; 2, arguments or settings are wrong; 3, a part only could be told or done: a fleet's database is "
+        "away, or no sidecar delivers a lane.",
     )
     top.add_argument("--version", action="version", version=f"{help_command.NAME} {sidecar.__version__}")
     commands = top.add_subparsers(title="commands", metavar="COMMAND", required=True)

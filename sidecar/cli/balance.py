@@ -1,6 +1,7 @@
 """Whether every call is accounted for; exit 1 when one is not.
 
-Asks the running instance, which knows the calls that are open; adds up the files where none is running.
+Asks the running instance, which knows the calls that are open; adds up the files where none is running. What sidecars
+share is read in their database, whoever runs: what each has told, and of the lanes what has become of each record.
 """
 
 from __future__ import annotations
@@ -9,21 +10,26 @@ import argparse
 import json
 import sys
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.cli.instance import ask
 from sidecar.cli.output import Format, pairs
-from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, add_data_dir, add_format, read_settings
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_PART, add_data_dir, add_format, read_settings
 from sidecar.settings import Settings
 from sidecar.storage.files import StorageError
 
 if TYPE_CHECKING:
     from sidecar.runtime.fleet import Whole
 
+PARTS: Final = ("delivered", "duplicate", "parked", "pending", "skipped")
+
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_data_dir(parser)
     add_format(parser, "table", "json")
+    parser.epilog = (
+        "exit codes: 0, it holds; 1, it does not; 3, it holds as far as it is known: the lanes cannot be asked"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -43,6 +49,11 @@ def run(arguments: argparse.Namespace) -> int:
         found["fleet"] = fleet.to_dict()
         problems += fleet.problems
         notes += fleet.notes
+    lanes = of_lanes(settings, found.pop("lanes", None))
+    if lanes is not None:
+        found["lanes"] = lanes
+        problems += lanes.get("problems", ())
+        notes += remarks_on(lanes)
     if arguments.format == Format.JSON:
         print(json.dumps(found, indent=2))
     else:
@@ -51,7 +62,33 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"note: {note}", file=sys.stderr)
     for problem in problems:
         print(f"does not hold: {problem}", file=sys.stderr)
-    return EXIT_OK if found["holds"] and (fleet is None or fleet.holds) else EXIT_FAILED
+    holds = found["holds"] and (fleet is None or fleet.holds) and (lanes is None or lanes.get("holds", True))
+    return EXIT_FAILED if not holds else EXIT_PART if lanes is not None and lanes["trouble"] else EXIT_OK
+
+
+def of_lanes(settings: Settings, told: dict[str, Any] | None = None) -> dict[str, Any] | None:
+    """How the lanes stand (`Seen.to_dict`); None where each sidecar tells its backends by itself. `told`: what the
+    running instance says, which is better than nothing where the database cannot be asked from here."""
+    from sidecar.runtime.lanes import look, url_of
+
+    url = url_of(settings)
+    if url is None:
+        return told
+    found = look(url).to_dict()
+    if found["trouble"] and told is not None and "lanes" in told:
+        return {"age_s": 0.0, **told, "trouble": found["trouble"]}
+    return found
+
+
+def remarks_on(lanes: dict[str, Any]) -> list[str]:
+    """What somebody has to know of them, and what is not known."""
+    notes: list[str] = list(lanes.get("notes", ()))
+    if lanes["trouble"]:
+        known = "what became of their records is not known"
+        if "age_s" in lanes:
+            known = f"this is as of {lanes['age_s']:.0f} s ago"
+        notes.append(f"the lanes cannot be asked, {known}: {lanes['trouble']}")
+    return notes
 
 
 def _fleet(settings: Settings, notes: list[str]) -> Whole | None:
@@ -74,8 +111,7 @@ def report(found: dict[str, Any]) -> str:
     """The equation in words, one line for the calls and one for each backend."""
     lines = [("calls", _sum("admitted", found["admitted"], found, ("recorded", "open", "lost")))]
     for name, terms in found["backends"].items():
-        parts = ("delivered", "duplicate", "parked", "pending", "skipped")
-        lines.append((name, _sum("recorded", found["recorded"], terms, parts)))
+        lines.append((name, _sum("recorded", found["recorded"], terms, PARTS)))
     lines.append(("", "the balance holds" if found["holds"] else "THE BALANCE DOES NOT HOLD"))
     fleet = found.get("fleet")
     if fleet is not None:
@@ -85,7 +121,25 @@ def report(found: dict[str, Any]) -> str:
         total = _sum("admitted", fleet["sum"]["admitted"], fleet["sum"], ("recorded", "open", "lost"))
         lines.append(("fleet", f"{total}; in the ledger {fleet['in_ledger']:,}"))
         lines.append(("", "the fleet's balance holds" if fleet["holds"] else "THE FLEET'S BALANCE DOES NOT HOLD"))
+    if "sum" in found.get("lanes", {}):
+        lines += [("", ""), *_lanes(found["lanes"])]
     return pairs(lines)
+
+
+def _lanes(lanes: dict[str, Any]) -> list[tuple[str, str]]:
+    """Those that have records, and the sum of all; one line a backend."""
+    lines = []
+    for lane in lanes["lanes"]:
+        if lane["recorded"]:
+            held = f"{lane['holder']} delivers it" if lane["holder"] else "nobody delivers it"
+            lines.append((f"lane {lane['lane']}", f"{lane['recorded']:,} records, {held}"))
+            for name, terms in lane["backends"].items():
+                lines.append((f"  {name}", _sum("recorded", lane["recorded"], terms, PARTS)))
+    lines.append(("lanes", f"in the ledger {lanes['in_ledger']:,} = in the lanes {lanes['sum']['recorded']:,}"))
+    for name, terms in lanes["sum"]["backends"].items():
+        lines.append((f"  {name}", _sum("recorded", terms["recorded"], terms, PARTS)))
+    lines.append(("", "the lanes' balance holds" if lanes["holds"] else "THE LANES' BALANCE DOES NOT HOLD"))
+    return lines
 
 
 def _member(one: dict[str, Any]) -> str:

@@ -151,15 +151,16 @@ def _print(
         report = {"version": versions(), "settings": settings, "notes": list(remarks), "connect": tried}
         print(json.dumps(report, indent=2))
         return
+    if tried:
+        # What was found comes before what was given. What is to be done about it stands at the end of a detail: no
+        # terminal is too narrow for that.
+        print(table(tried, ("what", "result", "detail"), width=WIDE_CHARS))
     shown = settings if arguments.all else [row for row in settings if row["from"] != "default"]
     print(render(shown, ("setting", "value", "from"), Format.TABLE), end="")
     if len(shown) < len(settings):
         print(f"{len(settings) - len(shown)} more stand at their default: check --all shows them")
     for remark in remarks:
         print(f"note: {remark}")
-    if tried:
-        # What is to be done about it stands at the end of a detail: no terminal is too narrow for that.
-        print("\n" + table(tried, ("what", "result", "detail"), width=WIDE_CHARS), end="")
     print(f"\n{versions()}")
 
 

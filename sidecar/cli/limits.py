@@ -17,7 +17,7 @@ from sidecar.cli.instance import ask
 from sidecar.cli.output import Format, render, write_data
 from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, add_format, read_settings
 from sidecar.runtime.reports.formats import NOBODY, Names, written
-from sidecar.runtime.reports.lists import LIMITS, limits, limits_flat, limits_query
+from sidecar.runtime.reports.lists import LIMITS, LIMITS_BY_INSTANCE, limits, limits_flat, limits_query
 from sidecar.runtime.reports.parameters import QueryError
 from sidecar.settings import Settings
 
@@ -28,6 +28,7 @@ HEADS: Final = {"percent": "%", "scope": "of", "until": "until, UTC"}
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--limit", metavar="NAME", help="of this limit alone")
     parser.add_argument("--over", metavar="PERCENT", help="only who has used so much of it, or more")
+    parser.add_argument("--by", metavar="instance", help="what each of the sidecars that share it used and has leased")
     add_data_dir(parser)
     add_format(parser, "table", "json", "csv", "ndjson")
 
@@ -36,7 +37,7 @@ def run(arguments: argparse.Namespace) -> int:
     settings = read_settings(arguments)
     form, names = Format(arguments.format), Names(settings.subscriber_names)
     try:
-        query = limits_query(limit=arguments.limit, over=arguments.over)
+        query = limits_query(limit=arguments.limit, over=arguments.over, by=arguments.by)
     except QueryError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
     found = ask(settings.data_dir, "/limits", token=settings.serve.admin_token)
@@ -44,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     if form is Format.JSON:
         print(json.dumps({"limits": rows}, indent=2))
     elif form is not Format.TABLE:
-        write_data(written(limits_flat(rows), LIMITS, form))
+        write_data(written(limits_flat(rows), LIMITS_BY_INSTANCE if query.by_instance else LIMITS, form))
     elif not rows:
         print("no limit has been touched by a call in its window")
     else:
@@ -62,10 +63,15 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     ]
     # Nearly all limits block: a column that says so in each row says nothing.
     shown = [name for name in COLUMNS if name != "action" or any(row["action"] != "block" for row in rows)]
-    if any("here" in row for row in rows):
-        flat = [row | {"here": Decimal(row["here"]["used"])} if "here" in row else row for row in flat]
-        shown.insert(shown.index("reserved") + 1, "here")
-    return render(flat, shown, Format.TABLE, heads=HEADS, spare=("reserved", "window", "action"), whole=("until",))
+    parts = {"here": "used", "leased here": "leased"} if any("here" in row for row in rows) else {}
+    for row in flat:
+        row.update({name: Decimal(row["here"][of]) for name, of in parts.items() if "here" in row})
+    after = shown.index("reserved") + 1
+    shown[after:after] = parts
+    if any(row.get("instance") is not None for row in rows):
+        shown.insert(shown.index("scope") + 1, "instance")
+    spare = ("leased here", "reserved", "window", "action")
+    return render(flat, shown, Format.TABLE, heads=HEADS, spare=spare, whole=("until",))
 
 
 def _plainly(until: str) -> str:

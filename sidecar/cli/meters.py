@@ -49,6 +49,7 @@ from sidecar.meters.properties import (
 )
 from sidecar.model.delivery import AddsUp, Event, Sealed
 from sidecar.model.record import Record
+from sidecar.runtime.reports.formats import stamp
 from sidecar.settings import Settings
 from sidecar.settings.schema import Setting
 
@@ -195,7 +196,7 @@ def _trial(arguments: argparse.Namespace, settings: Settings) -> int:
         counts["records", ""] += 1
         common = {
             "record": record.id,
-            "started": record.started_at.isoformat(timespec="seconds").replace("+00:00", "Z"),
+            "started": stamp(record.started_at),
             "subscriber": None if record.subscriber is None else record.subscriber.id,
         }
         for row in rows:
@@ -363,7 +364,7 @@ def _groups(records: Iterator[Record]) -> Groups:
 
 
 def _start(start: int) -> str | None:
-    return datetime.fromtimestamp(start, UTC).isoformat(timespec="minutes") if start else None
+    return stamp(datetime.fromtimestamp(start, UTC), "minutes") if start else None
 
 
 def _value(delta: BucketDelta, meter: Meter) -> str | None:

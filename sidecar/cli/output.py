@@ -172,7 +172,7 @@ class Progress:
         if self._shown and (now_s := monotonic()) - self._told_s >= PROGRESS_S:
             self._told_s = now_s
             part = f" of {self._total:,} ({100 * count // self._total} %)" if self._total else ""
-            self._last = f"{count:,}{part} {self._what}"
+            self._last = f"{count:,}{part} {self._what}"[: _columns(self._out) - 1]  # a line that wraps stays behind
             self._out.write(f"\r{self._last}")
             self._out.flush()
 
@@ -181,6 +181,13 @@ class Progress:
         if self._last:
             self._out.write("\r" + " " * len(self._last) + "\r")
             self._out.flush()
+
+
+def _columns(stream: TextIO) -> int:
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or WIDTH_CHARS
+    except (OSError, ValueError):
+        return WIDTH_CHARS
 
 
 def counted(items: Iterable[T], progress: Progress) -> Iterator[T]:

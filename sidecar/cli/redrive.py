@@ -1,9 +1,10 @@
 """`spool redrive` and `spool retry`: what is parked is offered again, what waits is offered now. Through the running
-instance alone, because it is the one that delivers.
+instance alone, because it is the one that delivers; where sidecars deliver together, any of them that runs does it, and
+none has to run here.
 
 A redrive says what became of each event where they are few, and counts them by reason where they are many. Exit codes:
 0, everything went, or what did not is said; 1, an id is not parked, or nothing that was chosen could go; 2, it could
-not be asked.
+not be asked; 3, it is not done on all lanes of a fleet.
 """
 
 from __future__ import annotations
@@ -11,12 +12,16 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
-from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_PART, EXIT_USAGE, CommandError
+from sidecar.settings import Settings
+
+if TYPE_CHECKING:
+    from sidecar.delivery.wishes import Asked
 
 REDRIVE_S: Final = 600.0  # a million of them are sealed anew before the answer comes
-RETRY_S: Final = 30.0
+RETRY_S: Final = 60.0  # twice what the holders of lanes are waited for
 
 # What became of it -> how it is said of a number of events, with the reason for which they are parked.
 _SAID: Final = {
@@ -43,15 +48,66 @@ def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
     }
     answer = change(data_dir, "/redrive", request, limit_s=REDRIVE_S)
     if answer is None:
-        raise CommandError(f"no instance is running on {data_dir}: start it, then redrive", EXIT_USAGE)
-    print(summary(answer))
+        answer = _redriven_stopped(arguments.settings, request)
+    if answer["counts"] or answer["unskipped"] or "lanes" not in answer:
+        print(summary(answer))
     for one in _each(answer):
         print(one)
     for missing in answer["not_found"]:
         known = missing["known"] or "not known: never recorded here, or older than the retention"
         print(f"{missing['id']}  not found among what is parked: {known}", file=sys.stderr)
     stays = any(one["became"] not in _WENT for one in answer["counts"])
-    return EXIT_FAILED if answer["not_found"] or (stays and not answer["redriven"]) else EXIT_OK
+    code = EXIT_FAILED if answer["not_found"] or (stays and not answer["redriven"]) else EXIT_OK
+    left = left_over(answer)
+    return code or left
+
+
+def left_over(answer: dict[str, Any]) -> int:
+    """Say of which lanes a change is not made; the exit code for that, 0 where there are none."""
+    if "lanes" not in answer:
+        return EXIT_OK
+    for text in answer["lanes"]["texts"]:
+        print(text, file=sys.stderr)
+    return EXIT_PART
+
+
+def _redriven_stopped(settings: Settings, request: dict[str, Any]) -> dict[str, Any]:
+    """On the lanes, by who runs elsewhere. What is parked in the data directory itself needs its own instance."""
+    from sidecar.cli.files import accounts_of
+    from sidecar.delivery.wishes import redriven
+    from sidecar.runtime.lanes import looked_up
+
+    stopped = f"no instance is running on {settings.data_dir}: start it, then redrive"
+    wish = {"do": "redrive", **request}
+    asked = on_lanes(settings, wish, stopped)
+    answers, texts = list(asked.answers), list(asked.said.get("texts", ()))
+    with accounts_of(settings.data_dir) as accounts:
+        if accounts is not None:
+            would, answer = looked_up(wish, accounts)
+            answers.append(answer)
+            texts += [f"{stopped} what is parked there itself"] if would else []
+    found = redriven(answers)
+    return found | {"lanes": {**asked.said, "texts": texts}} if texts else found
+
+
+def on_lanes(settings: Settings, wish: dict[str, Any], stopped: str) -> Asked:
+    """Have a change made on the lanes, while no instance runs here. `stopped`: what is said where that is of no use."""
+    from sidecar.delivery.rows import StateError
+    from sidecar.runtime import backend_factory
+    from sidecar.runtime.lanes import correct, url_of
+
+    url, backend = url_of(settings), wish["backend"]
+    if url is None or (backend is not None and backend in backend_factory.own(settings)):
+        raise CommandError(stopped, EXIT_USAGE)
+    try:
+        if backend is not None and backend not in settings.backends:
+            with backend_factory.accounts(settings) as accounts:
+                if not any(backend == name for one in accounts for name, _ in one.parked_now()):
+                    names = ", ".join(settings.backends) or "none"
+                    raise CommandError(f"{backend} is not one of the backends of this instance ({names})")
+        return correct(url, wish)
+    except StateError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
 
 
 def summary(answer: dict[str, Any]) -> str:
@@ -88,15 +144,18 @@ def _each(answer: dict[str, Any]) -> list[str]:
 
 def retry(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.cli.instance import change
+    from sidecar.delivery.wishes import retried
 
     answer = change(data_dir, "/retry", {"backend": arguments.backend}, limit_s=RETRY_S)
     if answer is None:
-        raise CommandError(
-            f"no instance is running on {data_dir}: nothing waits; a start begins without waits", EXIT_USAGE
-        )
+        stopped = f"no instance is running on {data_dir}: nothing waits; a start begins without waits"
+        asked = on_lanes(arguments.settings, {"do": "retry", "backend": arguments.backend}, stopped)
+        answer = retried(asked.answers) | ({"lanes": asked.said} if asked.said else {})
+    left = left_over(answer)
     if not answer["any"]:
-        print(f"nothing waits at {arguments.backend}")
-        return EXIT_FAILED
+        if not left:
+            print(f"nothing waits at {arguments.backend}")
+        return left or EXIT_FAILED
     was = f"was paused for {answer['paused_s']:.0f} s more" if answer["paused_s"] else f"was {answer['was']}"
     print(f"{arguments.backend} {was}; {answer['requests']:,} waiting requests are offered now")
-    return EXIT_OK
+    return left

@@ -14,6 +14,7 @@ from sidecar.settings import BackendSettings, Settings, load
 EXIT_OK: Final = 0
 EXIT_FAILED: Final = 1  # it ran, and the answer is no: the balance does not hold, a file is damaged, a backend refuses
 EXIT_USAGE: Final = 2  # it could not run as asked: arguments or settings
+EXIT_PART: Final = 3  # only a part could be told or done: the rest needs the database, or a sidecar that runs
 INTERRUPTED: Final = 130  # as shells have it for Ctrl-C
 
 

@@ -2,7 +2,8 @@
 
 `status`, `verify`, `parked` and `export` only read, also beside a running instance. `redrive` and `retry` change what
 will be delivered: they go through the running instance. `cancel` and `complain` (in `mend`) change what was: they go
-through it too, and take the lock of the directory where there is none.
+through it too, and take the lock of the directory where there is none. Of the lanes that sidecars deliver together all
+of them ask the database, and have a change made by who holds the lane.
 """
 
 from __future__ import annotations
@@ -17,10 +18,12 @@ from typing import Any, BinaryIO, Final
 import orjson
 
 from sidecar.cli import mend, redrive
+from sidecar.cli.balance import of_lanes, remarks_on
 from sidecar.cli.output import Format, Progress, counted, render, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
+    EXIT_PART,
     EXIT_USAGE,
     CommandError,
     add_data_dir,
@@ -35,6 +38,10 @@ from sidecar.storage.files import sync_file
 
 ADOPT_S: Final = 600.0  # a million pending records may have to be parked before the answer comes
 _SPOOL: Final = ("instance", "recorded", "open", "lost", "last_seq", "chunks", "size_bytes")
+_LANES: Final = (
+    "lane", "delivered_by", "backend", "recorded",
+    "delivered", "duplicate", "pending", "parked", "cancelled", "skipped",
+)  # fmt: skip
 _BACKENDS: Final = ("backend", "delivered", "duplicate", "pending", "parked", "skipped", "state", "retry_after_s")
 
 # All of it but the names, which stand in the place of the subscribers' ids.
@@ -48,7 +55,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     status = _kind(kinds, "status", "how much is stored, pending and parked", _status)
     add_format(status, "table", "json")
 
-    _kind(kinds, "verify", "read every record, count everything again; exit 1 when something does not add up", _verify)
+    status.epilog = "exit codes: 0, done; 3, the lanes that sidecars deliver together cannot be asked"
+
+    verify = _kind(
+        kinds, "verify", "read every record, count everything again; exit 1 when something does not add up", _verify
+    )
+
+    verify.epilog = (
+        "exit codes: 0, everything adds up; 1, something does not; 3, it adds up as far as it could be counted: the "
+        "lanes that sidecars deliver together cannot be asked"
+    )
 
     parked = _kind(kinds, "parked", "what was refused, has expired or may have been taken", _parked)
     _add_choice(parked)
@@ -63,13 +79,17 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
     again.epilog = (
-        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked"
+        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked; "
+        "3, it is not done on all lanes of the fleet, as is said"
     )
 
     text = "offer what waits for a backend now: end its Retry-After and every backoff"
     retry = _kind(kinds, "retry", text, redrive.retry)
     retry.add_argument("--backend", metavar="NAME", required=True, help="which one")
-    retry.epilog = "exit codes: 0, done; 1, nothing waits, or there is no such backend; 2, no instance is running"
+    retry.epilog = (
+        "exit codes: 0, done; 1, nothing waits, or there is no such backend; 2, no instance is running; "
+        "3, it is not done on all lanes of the fleet, as is said"
+    )
     adopt = _kind(kinds, "adopt", "say what a data directory is that was copied or put back", _adopt)
     adopt.add_argument(
         "--as", dest="how", choices=("original", "copy"), required=True,
@@ -138,15 +158,40 @@ def _status(arguments: argparse.Namespace, data_dir: Path) -> int:
         }
         for name, totals in balance_of(data_dir).backends.items()
     ]
+    lanes = of_lanes(arguments.settings)
     if arguments.format == Format.JSON:
-        print(orjson.dumps({"instances": instances, "backends": backends}, option=orjson.OPT_INDENT_2).decode())
+        found = {"instances": instances, "backends": backends} | ({} if lanes is None else {"lanes": lanes})
+        print(orjson.dumps(found, option=orjson.OPT_INDENT_2).decode())
     else:
         print(render(instances, _SPOOL, Format.TABLE))
         print(render(backends, _BACKENDS, Format.TABLE), end="")
-        for one in backends:
-            if one["reason"]:
-                print(f"{one['backend']} is {one['state']}: {one['reason']}")
-    return EXIT_OK
+        if lanes is not None and "lanes" in lanes:
+            print()
+            print(lanes_table(lanes), end="")
+        for name, how in now.items():
+            if how.get("reason"):
+                print(f"{name} is {how.get('state')}: {how['reason']}")
+    for note in () if lanes is None else remarks_on(lanes):
+        print(f"note: {note}", file=sys.stderr)
+    return EXIT_OK if lanes is None or not lanes["trouble"] else EXIT_PART
+
+
+def lanes_table(lanes: dict[str, Any]) -> str:
+    """A line for each lane and backend, and the sum of each backend."""
+    from sidecar.delivery.corrections import CANCELLED
+
+    rows = []
+    for lane in (*lanes["lanes"], {**lanes["sum"], "lane": "all", "holder": None}):
+        head = {"lane": str(lane["lane"]), "delivered_by": lane["holder"]}
+        for name, terms in lane["backends"].items() or ((None, None),):
+            row = {**head, "backend": name, "recorded": lane["recorded"]}
+            if terms is not None:
+                row |= {term: terms[term] for term in ("delivered", "duplicate", "pending")}
+                row |= {"recorded": terms.get("recorded", lane["recorded"]), "parked": sum(terms["parked"].values())}
+                cancelled = terms["skipped"].get(CANCELLED, 0)
+                row |= {"cancelled": cancelled, "skipped": sum(terms["skipped"].values()) - cancelled}
+            rows.append(row)
+    return render(rows, _LANES, Format.TABLE, heads={"delivered_by": "delivered by"}, spare=("duplicate", "skipped"))
 
 
 def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
@@ -163,6 +208,10 @@ def _now(data_dir: Path) -> dict[str, dict[str, Any]]:
 
 def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.cli.files import accounts_of, balance_of, spool_of
+    from sidecar.delivery.lane_balance import verify_lanes
+    from sidecar.delivery.rows import StateError
+    from sidecar.ledger.lanes import LANES
+    from sidecar.runtime.lanes import url_of
     from sidecar.spool.verify import verify
 
     with spool_of(data_dir) as reader, accounts_of(data_dir) as accounts:
@@ -173,11 +222,21 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
         if accounts is not None:
             problems += accounts.verify() + accounts.ahead_of(reader)
     problems += balance_of(data_dir).problems
+    trouble, lanes = None, 0
+    if (url := url_of(arguments.settings)) is not None:
+        try:
+            problems += verify_lanes(url)
+            lanes = LANES
+        except StateError as error:
+            trouble = str(error)
+            print(f"note: the lanes cannot be counted: {trouble}", file=sys.stderr)
     for problem in problems:
         print(problem, file=sys.stderr)
     count = sum(report.records for report in reports)
-    print(f"{count:,} records read, " + ("everything adds up" if not problems else f"{len(problems)} problems found"))
-    return EXIT_FAILED if problems else EXIT_OK
+    counted = f"{count:,} records read" + (f", {lanes} lanes counted again" if lanes else "")
+    fine = "everything adds up" if trouble is None else "what is here adds up"
+    print(f"{counted}, " + (f"{len(problems)} problems found" if problems else fine))
+    return EXIT_FAILED if problems else EXIT_PART if trouble else EXIT_OK
 
 
 def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:

@@ -28,7 +28,7 @@ from sidecar.cli.shared import (
 from sidecar.ledger import TIMES, UsageRow
 from sidecar.ledger.queries import Ledger
 from sidecar.meters.hourly import write_amount
-from sidecar.runtime.reports.formats import NOBODY, Names, written
+from sidecar.runtime.reports.formats import NOBODY, Names, stamp, written
 from sidecar.runtime.reports.parameters import BY, QueryError, UsageQuery, usage_query
 from sidecar.runtime.reports.usage import usage
 from sidecar.settings import Settings
@@ -133,7 +133,7 @@ def _of_meter(ledger: Ledger, settings: Settings, name: str, query: UsageQuery, 
             "subscriber": names.shown(row.subscriber) if form is Format.TABLE else row.subscriber,
             "name": names.of(row.subscriber),
             "group": row.group,
-            "from": None if row.start is None else row.start.isoformat(timespec="minutes"),
+            "from": None if row.start is None else stamp(row.start, "minutes"),
             "value": row.value,
             "note": "at least so many" if row.capped else None,
         }

@@ -27,7 +27,7 @@ from sidecar.model.record import Record
 CANCELLED: Final = "cancelled"  # skipped: an operator took it back
 COMPLAINED: Final = "complained"  # parked: taken, and reported later as not billed
 _CODE: Final = re.compile(r"[A-Za-z0-9_.-]{1,64}")  # a code becomes a metric's label
-_GONE: Final = frozenset({"parked", "moved"})  # listed, or carried on, elsewhere
+GONE: Final = frozenset({"parked", "moved"})  # listed, or carried on, elsewhere
 
 
 class Files(Protocol):
@@ -70,7 +70,7 @@ async def cancel(
     for found in await _found(one, files, backend):
         if found.fate == "open":
             outcomes.append(_not(found, "is not delivered yet: cancel it when it is"))
-        elif found.fate not in _GONE:
+        elif found.fate not in GONE:
             outcomes.append(await _take_back(found, files, backends))
     outcomes += [await _pass_over(row, files, backends) for row in await _parked(one, files, backend)]
     return sorted(outcomes, key=lambda outcome: (outcome.backend, outcome.event_id))
@@ -122,7 +122,7 @@ async def _ask(event: Event, name: str, line: bytes | None, backends: Mapping[st
 async def _complained(one: Named, files: Files, backend: Backend | None, name: str) -> Outcome:
     reason = f"{COMPLAINED}:{one.code if _CODE.fullmatch(one.code) else 'other'}"
     found = [each for each in await _found(one.event_id, files, name) if each.event_id == one.event_id]
-    known = [each for each in found if each.fate not in _GONE]
+    known = [each for each in found if each.fate not in GONE]
     if not known:
         text = "is parked already" if found else "is not remembered: it was never sent, or is older than the retention"
         return Outcome(backend=name, event_id=one.event_id, done=bool(found), text=text)

@@ -26,18 +26,19 @@ from typing import Any, Final, Self
 import orjson
 
 from sidecar.delivery.context import SystemClock
-from sidecar.delivery.lane_database import Held, LaneDatabase, call, make_lanes, spool_of
+from sidecar.delivery.lane_balance import sidecar_of
+from sidecar.delivery.lane_database import Held, LaneDatabase, make_lanes, spool_of
 from sidecar.delivery.leases import RENEW_S, Leases
 from sidecar.delivery.rows import StateError
 from sidecar.delivery.service import Delivery
 from sidecar.delivery.store import DeliveryStore
 from sidecar.delivery.types import BackendStatus, Metrics
-from sidecar.delivery.wishes import Wish, grant
+from sidecar.delivery.wishes import Asked, Wish, answer, ask, asked_of, grant, has_changed
 from sidecar.ledger import postgres_schema
 from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
-from sidecar.storage.postgres import Postgres, PostgresError
+from sidecar.storage.postgres import Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
 
@@ -51,8 +52,8 @@ PREPARE_S: Final = 5.0  # a start waits no longer for a database that is away
 TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
-WISH_S: Final = 30.0  # an operator waits so long for the holders of all lanes
 THREADS: Final = 4 * LANES  # that block for a database that hangs: what a lane opens, reads and closes, and all others
+LOGGED_CHARS_MAX: Final = 300  # of what was asked, in a line of the log
 CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
 
 
@@ -217,6 +218,16 @@ class Elected:
         """Held and worked on."""
         return sorted(lane for lane, led in self._led.items() if led.delivery is not None)
 
+    @property
+    def resting(self) -> int:
+        """How many lanes are held, and not worked on: they were taken just now, or cannot be."""
+        return sum(led.delivery is None for led in self._led.values())
+
+    @property
+    def unheld(self) -> int | None:
+        """How many lanes nobody holds, as far as is known here; None: they cannot be looked at."""
+        return None if self._is_late() else self._leases.unheld
+
     def deliveries(self) -> dict[int, Delivery]:
         return {lane: led.delivery for lane, led in sorted(self._led.items()) if led.delivery is not None}
 
@@ -252,41 +263,12 @@ class Elected:
         for delivery in self.deliveries().values():
             delivery.wake()
 
-    async def ask(self, wish: Wish) -> list[Any]:
-        """Have something done on every lane, by whoever holds it; the answers. Raises `LookupError` where some lane has
-        no holder who answers in time: it is done on the others."""
+    async def ask(self, wish: Wish) -> Asked:
+        """Have something done on every lane, by whoever holds it."""
         try:
-            async with self._leasing.transaction() as db:
-                await db.execute(
-                    "DELETE FROM metering.lane_wishes WHERE at < clock_timestamp() - $1::interval",
-                    timedelta(seconds=2 * WISH_S),
-                )
-                rows = await db.fetch(
-                    "INSERT INTO metering.lane_wishes (lane, wish) SELECT generate_series(0, $2 - 1), $1 RETURNING id",
-                    orjson.dumps(wish).decode(), LANES,
-                )  # fmt: skip
-            ids = [int(row[0]) for row in rows]
-            answers: dict[int, str] = {}
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(WISH_S):
-                    while len(answers) < len(ids):
-                        await asyncio.sleep(LOOK_S / 2)
-                        async with self._leasing.transaction(read_only=True) as db:
-                            found = await db.fetch(
-                                "SELECT id, answer FROM metering.lane_wishes WHERE id = ANY($1) AND answer IS NOT NULL",
-                                ids,
-                            )
-                        answers = {int(id_): answer for id_, answer in found}
-            async with self._leasing.transaction() as db:
-                await db.execute("DELETE FROM metering.lane_wishes WHERE id = ANY($1)", ids)
+            return await ask(self._leasing, {**wish, "by": sidecar_of(self.me)})
         except PostgresError as error:
-            raise LookupError(f"the lanes cannot be asked: {error}") from error
-        told = [orjson.loads(answer) for answer in answers.values()]
-        wrong = [answer["error"] for answer in told if isinstance(answer, dict) and "error" in answer]
-        if wrong or len(told) < len(ids):
-            silent = f"{len(ids) - len(told)} lanes have no holder who answers; run it again"
-            raise LookupError(wrong[0] if wrong else silent)
-        return told
+            return Asked(errors=[f"the lanes cannot be asked: {error}"])
 
     # --- inside -----------------------------------------------------------------------------------
 
@@ -438,12 +420,7 @@ class Elected:
         async with self._leasing.transaction(read_only=True) as db:
             lanes = list(self._led)
             grown = await db.fetch("SELECT lane, last_seq FROM metering.lanes WHERE lane = ANY($1)", lanes)
-            wished = await db.fetch(
-                # Nobody waits for an older one: who wished it has been told that nobody answered, or is gone.
-                "SELECT id, lane, wish FROM metering.lane_wishes"
-                " WHERE lane = ANY($1) AND answer IS NULL AND at > clock_timestamp() - $2::interval ORDER BY id",
-                lanes, timedelta(seconds=WISH_S),
-            )  # fmt: skip
+            wished = await asked_of(db, lanes)
         for lane, last_seq in grown:
             led = self._led.get(lane)
             if led is not None and led.delivery is not None and led.last_seq != last_seq:
@@ -452,25 +429,28 @@ class Elected:
         for id_, lane, wish in wished:
             led = self._led.get(lane)
             if led is not None and led.delivery is not None and id_ not in self._granting:
-                task = self._granting[id_] = asyncio.create_task(self._grant(id_, led.delivery, wish))
+                task = self._granting[id_] = asyncio.create_task(self._grant(id_, lane, led.delivery, wish))
                 task.add_done_callback(lambda _, id_=id_: self._granting.pop(id_, None))  # type: ignore[misc]
 
-    async def _grant(self, id_: int, delivery: Delivery, wish: str) -> None:
+    async def _grant(self, id_: int, lane: int, delivery: Delivery, text: str) -> None:
         if self._is_late():
             return  # it is found again, by whoever holds the lane then
+        wish: Wish = {}
         try:
-            answer = await grant(orjson.loads(wish), delivery, delivery.backends)
+            wish = orjson.loads(text)
+            told = await grant(wish, delivery, delivery.backends)
         except (LookupError, TypeError, ValueError, StateError, SpoolError) as error:
-            answer = {"error": f"{type(error).__name__}: {error}"}
+            told = {"error": f"{type(error).__name__}: {error}"}
+        facts = {"lane": lane, "by": wish.get("by"), "asked": text[:LOGGED_CHARS_MAX]}
+        if isinstance(told, dict) and "error" in told:
+            log.warning("what was asked of a lane could not be done: %s", told["error"], extra={"facts": facts})
+        elif has_changed(told):
+            log.info("%s", wish.get("do"), extra={"facts": facts})
         try:
             async with self._leasing.transaction() as db:
-                await db.execute(
-                    # The first answer stays: a wish that was read just before it is done once more, and finds nothing.
-                    "UPDATE metering.lane_wishes SET answer = $2 WHERE id = $1 AND answer IS NULL",
-                    id_, orjson.dumps(answer).decode(),
-                )  # fmt: skip
+                await answer(db, id_, told)
         except PostgresError as error:
-            log.warning("what came of a wish could not be told: %s", error)
+            log.warning("what came of a change that was asked for could not be told: %s", error)
 
     def _say(self, trouble: str) -> None:
         if trouble and trouble != self.trouble:

@@ -6,29 +6,25 @@ Who takes a lane over locks that row against every step, so a lane changes hands
 does not, so a step that hangs keeps no lease from being renewed. A step whose sidecar falls silent is ended by the
 server: nobody else could take its lane until the server finds out by itself that the connection is dead, in hours.
 
-`store` and `queries` are written for threads that may block, and the driver for an event loop: there is one more loop
-in a thread of its own, for all lanes of a process.
+`store` and `queries` are written for threads that may block, and the driver for an event loop (`call`).
 """
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import re
 import threading
 import time
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
 from sidecar.delivery.database import Connection
 from sidecar.delivery.rows import StateBusy, StateError, StateFull
 from sidecar.ledger.lanes import LANES
 from sidecar.storage import postgres
-from sidecar.storage.postgres import Fault, Postgres, PostgresError
-
-_T = TypeVar("_T")
+from sidecar.storage.postgres import Fault, Postgres, PostgresError, call
 
 PART: Final = "lane_{:02}"  # in `metering.migrations`, and the end of a lane's schema
 _SCHEMA: Final = "metering_" + PART
@@ -165,15 +161,15 @@ class LaneReading:
     """The state of a lane, for whoever wants to know."""
 
     def __init__(self, database: Postgres, lane: int) -> None:
-        self._database, self._lane = database, lane
+        self._database, self.lane = database, lane
 
     @property
     def where(self) -> str:
-        return f"lane {self._lane} in {self._database.where}"
+        return f"lane {self.lane} in {self._database.where}"
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:
-        with told(self.where), _transaction(self._database, self._lane, read_only=True) as connection:
+        with told(self.where), _transaction(self._database, self.lane, read_only=True) as connection:
             yield connection
 
     def apart(self, *, moment: bool = False) -> Any:
@@ -250,6 +246,11 @@ async def _begin_lane(database: Postgres, lane: int, backends: Sequence[str]) ->
             )
 
 
+def schema_of(lane: int) -> str:
+    """Where the tables of a lane are."""
+    return _SCHEMA.format(lane)
+
+
 def spool_of(lane: int) -> str:
     """What a lane is called where the instance of a spool is named."""
     return f"lane-{lane:02}"
@@ -311,22 +312,3 @@ def _translated(statement: str) -> tuple[str, bool]:
     numbers = iter(range(1, 1 + statement.count("?")))
     text = re.sub(r"\?", lambda _: f"${next(numbers)}", statement)
     return text, statement.lstrip().startswith("SELECT") or " RETURNING " in statement
-
-
-class _Loop:
-    """An event loop in a thread, made when it is first needed."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-
-    def call(self, work: Coroutine[Any, Any, _T]) -> _T:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                threading.Thread(target=self._loop.run_forever, name="lanes", daemon=True).start()
-        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
-
-
-call: Final = _Loop().call
-"""Run something of the driver's in the loop of the lanes, and wait for it: not for a thread that has a loop itself."""

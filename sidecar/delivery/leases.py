@@ -80,6 +80,7 @@ class Leases:
     database: Postgres
     me: str
     held: dict[int, Held] = field(default_factory=dict)
+    unheld: int = 0  # lanes that were nobody's when all were looked at last
 
     async def round(self) -> Mapping[int, Held]:
         """Renew, and take what is due; what is held now, by lane. What is to be given back stays held until `release`.
@@ -119,7 +120,10 @@ class Leases:
     async def surplus(self) -> tuple[int, ...]:
         """Lanes that others have a right to: to be finished with, and released."""
         async with self.database.transaction(read_only=True) as db:
-            return plan(self.me, await _leases(db), await _alive(db)).give
+            leases = await _leases(db)
+            due = plan(self.me, leases, await _alive(db))
+        self.unheld = sum(lease.holder is None or not lease.runs for lease in leases)
+        return due.give
 
     async def release(self, held: Held) -> None:
         """Give a lane back, whose work has ended."""

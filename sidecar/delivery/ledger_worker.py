@@ -63,7 +63,10 @@ class LedgerWorker:
 
     def __init__(self, backend: Backend, sums: AddsUp, context: Context) -> None:
         self._backend, self._sums, self._context = backend, sums, context
-        self._most = context.limits.sum_records
+        limits = context.limits
+        # Where each batch is a transaction on the network, large ones are many times as fast a record.
+        self._full = limits.lines_read_records if sums.keeps_lines else limits.sum_records
+        self._most = self._full
         self._notes: dict[str, Applied | None] = {}  # what the backend has noted, by instance
         self._handed: dict[str, deque[SummedBatch]] = {}
         self._handed_bytes: dict[str, int] = {}  # of their lines
@@ -98,19 +101,21 @@ class LedgerWorker:
 
     @property
     def wanted(self) -> int:
-        """How many records to read for the next batch."""
-        return self._most
+        """How many records to read: for the next batch, and those that are parsed while it is written."""
+        return 2 * self._most if self._sums.keeps_lines else self._most
 
     def handed(self, feed: Feed, now_s: float, *, hurry: bool) -> Source | None:
         """A spool of which sums were handed over that go on from its cursor. `now_s`: monotonic; what comes meanwhile
-        is added together, unless in a hurry."""
+        is added together, unless in a hurry, or there is a whole batch of it."""
         for instance, waiting in self._handed.items():
             source = feed.source(instance)
             if source is None:
                 continue
             while waiting and waiting[0].first_seq <= source.seq:
                 self._next(instance)  # read from the spool meanwhile, all of it or a part
-            if waiting and waiting[0].first_seq == source.seq + 1 and (hurry or now_s >= source.next_read_s):
+            if not waiting or waiting[0].first_seq != source.seq + 1:
+                continue
+            if hurry or now_s >= source.next_read_s or waiting[-1].last_seq - source.seq >= self._handed_most:
                 return source
         return None
 
@@ -173,12 +178,16 @@ class LedgerWorker:
             self._backend, items, room=_NO_BOUND, again_upto=again_upto, now_s=now_s, limits=limits
         )
 
+    @property
+    def _handed_most(self) -> int:
+        """How many records are added at once whose sums are made."""
+        limits = self._context.limits
+        return limits.lines_records if self._sums.keeps_lines else limits.sums_records
+
     def _take_handed(self, instance: str) -> list[SummedBatch]:
         taken: list[SummedBatch] = []
-        limits = self._context.limits
-        most = limits.lines_records if self._sums.keeps_lines else limits.sums_records
         waiting, records = self._handed[instance], 0
-        while waiting and (not taken or records + waiting[0].records <= most):
+        while waiting and (not taken or records + waiting[0].records <= self._handed_most):
             taken.append(self._next(instance))
             records += taken[-1].records
         return taken
@@ -220,17 +229,22 @@ class LedgerWorker:
                 records.append(record)
         if not records:
             return Added((), plan)  # nothing to add, so nothing to note
+        sums: list[object] = []
         try:
-            sums, left = self._sums.add_up(records)
+            for start in range(0, len(records), self._context.limits.sum_records):
+                if start:
+                    await asyncio.sleep(0)
+                some, left = self._sums.add_up(records[start : start + self._context.limits.sum_records])
+                sums.append(some)
+                for record_id, reason in left.skipped.items():
+                    plan.skipped.setdefault(reason, []).append(by_id[record_id].seq)
+                plan.parked += [_parked(by_id[one], one, reason) for one, reason in left.parked.items()]
         except ArithmeticError:
             return await self._search(instance, items[: plan.taken], Refused(NOT_EXACT))
-        for record_id, reason in left.skipped.items():
-            plan.skipped.setdefault(reason, []).append(by_id[record_id].seq)
-        plan.parked += [_parked(by_id[record_id], record_id, reason) for record_id, reason in left.parked.items()]
         out = _out(plan)
         plan.applied = _runs([item.seq for item in items[: plan.taken] if item.seq not in out])
         lines = [(item.seq, item.line) for item in by_id.values()] if self._sums.keeps_lines else []
-        added = await self._write(instance, plan, items[0].seq, out, [sums], lines)
+        added = await self._write(instance, plan, items[0].seq, out, sums, lines, ahead=items[plan.taken :])
         if added.plan is None and isinstance(added.verdicts[0], Refused):
             return await self._search(instance, items[: plan.taken], added.verdicts[0])
         return added
@@ -240,7 +254,7 @@ class LedgerWorker:
         if len(items) > 1:
             self._most = len(items) // 2
             return await self._add_items(instance, items[: self._most])
-        self._most = self._context.limits.sum_records
+        self._most = self._full
         record = items[0].record
         plan = encoding.Plan(taken=1, upto_seq=items[0].seq)
         plan.parked.append(_parked(items[0], "" if record is None else record.id, verdict.reason))
@@ -254,10 +268,19 @@ class LedgerWorker:
         out: frozenset[int],
         sums: Sequence[object],
         lines: Sequence[tuple[int, bytes]],
+        *,
+        ahead: Sequence[Item] = (),
     ) -> Added:
-        """Add what the batch of this plan amounts to, there; `plan` is what is to be stored here when that is done."""
+        """Add what the batch of this plan amounts to, there; `plan` is what is to be stored here when that is done.
+        `ahead`: what is parsed meanwhile, since it comes next."""
         batch = Applied(first_seq, plan.upto_seq, out)
-        verdict = await asyncio.to_thread(self._sums.apply_sums, instance, batch, sums, lines)
+        writing = asyncio.ensure_future(asyncio.to_thread(self._sums.apply_sums, instance, batch, sums, lines))
+        try:
+            await self._parse(ahead, writing)
+        except asyncio.CancelledError:
+            writing.cancel()
+            raise
+        verdict = await writing
         verdicts = [verdict] * max(sum(run.records for run in plan.applied), 1)
         if not isinstance(verdict, (Delivered, Duplicate)):
             self.begin()  # whatever is believed of that file may be wrong
@@ -267,8 +290,17 @@ class LedgerWorker:
                 plan.applied = [replace(run, duplicate=True) for run in plan.applied]
         else:
             self._notes[instance] = batch
-        self._most = min(self._most * 2, self._context.limits.sum_records)
+        self._most = min(self._most * 2, self._full)
         return Added(verdicts, plan)
+
+    async def _parse(self, items: Sequence[Item], until: asyncio.Future[Verdict]) -> None:
+        """As many as there is time for, and each slice lets others have their turn."""
+        for start in range(0, len(items), self._context.limits.parse_records):
+            await asyncio.sleep(0)
+            if until.done():
+                return
+            for item in items[start : start + self._context.limits.parse_records]:
+                _ = item.record
 
 
 def _parked(item: Item, record_id: str, reason: str) -> NewParked:

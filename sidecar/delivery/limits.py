@@ -33,6 +33,7 @@ class Limits:
     sums_records: int = 50_000  # of those, added at once: their sums are made, so that it is one short transaction
     sums_bytes: int = 8 << 20  # of lines handed over with their sums, where a backend keeps them; others are read
     lines_records: int = 5_000  # added at once where their lines go along: some 4 MiB, and 0.1 s of others' waiting
+    lines_read_records: int = 2_500  # the same from the spool: parsed, with the next ones, some 16 MiB
     sums_linger_s: float = 0.5  # between two such: each costs two syncs, whatever is in it
     tail_bytes: int = 2 << 20  # of lines kept for the other backends; parsed they take three times that
     tail_pieces: int = 64  # of one instance: a piece is a look, or a commit that was handed over

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, Protocol
 
 import orjson
 
@@ -274,6 +274,22 @@ class DeliveryQueries:
                         fate = "duplicate" if run.duplicate else "delivered"
                         found.append(Found(backend, instance, seq, one, one, "", fate, 0.0, 0, cursor))
         return found
+
+
+class _LooksUp(Protocol):
+    """Delivery at work, or its books alone."""
+
+    def parked(self, *, ids: Sequence[str] | None, limit: int) -> list[Parked]: ...
+    def find(self, one: str, /) -> list[Found]: ...
+
+
+def whereabouts(books: _LooksUp, one: str) -> str:
+    """What is known of an id that is not among the parked events that were chosen."""
+    parked = books.parked(ids=[one], limit=1)
+    if parked:
+        return f"parked at {parked[0].backend} as {parked[0].reason}, so not among those chosen"
+    found = [each for each in books.find(one) if each.fate != "moved"]
+    return f"{'pending' if found[-1].fate == 'open' else found[-1].fate} at {found[-1].backend}" if found else ""
 
 
 _FATES: Final = {

@@ -18,7 +18,7 @@ from typing import Any, Final, Self
 from sidecar.delivery.context import Context, Copied, SystemClock
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
-from sidecar.delivery.queries import PAGE, Found, totals_of
+from sidecar.delivery.queries import PAGE, Found, totals_of, whereabouts
 from sidecar.delivery.redrive import EACH_MAX, Became, OneOutcome, Redriven
 from sidecar.delivery.removed_backend import RETRY_S, SLICE, part_with
 from sidecar.delivery.rows import Parked, Place, StateError
@@ -331,11 +331,7 @@ class Delivery:
 
     def _whereabouts(self, one: str) -> str:
         """What is known of an id that is not among the parked events that were chosen. Blocks."""
-        parked = self.parked(ids=[one], limit=1)
-        if parked:
-            return f"parked at {parked[0].backend} as {parked[0].reason}, so not among those chosen"
-        found = [each for each in self.find(one) if each.fate != "moved"]
-        return f"{'pending' if found[-1].fate == 'open' else found[-1].fate} at {found[-1].backend}" if found else ""
+        return whereabouts(self, one)
 
     def end_waits(self, backend: str) -> Ended:
         """Offer a backend what waits for it now. Raises `KeyError` for one that is not configured."""

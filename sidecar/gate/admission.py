@@ -208,6 +208,7 @@ class Admission:
         self._asked = 0
         self._seen = 0  # the number of the owner's last answer
         self._told = 0
+        self._shift_ns = 0  # of the clock that calendars go by, as the owner said last
         self._lasts: dict[Facts, tuple[str, str | None, int]] = {}
         self.send: Callable[[tuple[Any, ...]], None] = _nobody
         self._use(policy)
@@ -321,7 +322,7 @@ class Admission:
 
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""
-        plan, now_ns = weighed.plan, self._clock_ns()
+        plan, now_ns = weighed.plan, self._clock_ns() + self._shift_ns
         if self._outside is None:
             held = self._allowances.take(plan, weighed.needs, now_ns)
             if held is not None:
@@ -336,7 +337,7 @@ class Admission:
         if self._outside is not None:
             return None
         weighed = self.weigh(prepared, body, len(body)) if prepared.reads_body else prepared.weighed
-        held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns())
+        held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns() + self._shift_ns)
         return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held)
 
     def ask(self, weighed: Weighed, call_id: str, then: Then) -> None:
@@ -375,6 +376,7 @@ class Admission:
         """The owner's answer, a `Ruling`."""
         ruling = Ruling.read(payload)
         self._seen = ruling.order
+        self._shift_ns = ruling.shift_ns
         pending = self._pending.pop(ruling.number, None)
         if pending is None:
             return  # decided without it; what it granted ends with the next `tell`
@@ -389,7 +391,7 @@ class Admission:
             if len(self._usual) >= USUAL_MAX:
                 self._usual.clear()
             self._usual[facts.model] = ruling.usual
-        held = self._allowances.granted(weighed.plan, ruling, pending.at_ns)
+        held = self._allowances.granted(weighed.plan, ruling, pending.at_ns + ruling.shift_ns)
         if self._on_failure == "last":
             if len(self._lasts) >= LASTS_MAX:
                 self._lasts.clear()
@@ -449,7 +451,7 @@ class Admission:
     ) -> Verdict:
         kind = "rate" if limit.is_rate else "quota"
         if limit.is_rate and retry_after_s is None:
-            retry_after_s = max(limit_wait_s(limit, self._clock_ns()), 0.0)
+            retry_after_s = max(limit_wait_s(limit, self._clock_ns() + self._shift_ns), 0.0)
         response = self._response(weighed, limit.name, kind, retry_after_s, None, amounts)
         return Verdict(gate, response, f"denied by the limit {limit.name}")
 

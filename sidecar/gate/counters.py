@@ -24,7 +24,7 @@ from typing import Final, NamedTuple
 
 from sidecar.gate.limits import Action, Charge, Limit
 from sidecar.gate.shares import Share
-from sidecar.gate.windows import FOREVER_NS, SECOND_NS, Calendar, Sliding
+from sidecar.gate.windows import FOREVER_NS, SECOND_NS, Calendar, Sliding, Window
 
 LEASE_PARTS: Final = 50  # a lease is at most this part of what is left
 SHARED_PARTS: Final = 8  # the same of what this sidecar holds a lease of, which is a small part of all already
@@ -112,6 +112,7 @@ class Row(NamedTuple):
     reserved: int
     until_ns: int | None
     here: tuple[int, int] | None = None  # of these by this sidecar, where limits are shared: used, and its lease
+    by: Mapping[str, tuple[int, int]] = {}  # the same of each sidecar, by its name
 
 
 class Counters:
@@ -129,6 +130,9 @@ class Counters:
         """`dry_run`: no limit blocks. `leases`: False: each call is asked for. `reached`: told once that a counter
         came to so many percent. `shared`: with other sidecars; the clock of their leases, in seconds."""
         self._shared = shared
+        self.shift_ns = 0
+        """By how much the clock that calendars go by is ahead of the one that times are of: where limits are shared it
+        is the database's, so that a period begins for all sidecars at once."""
         self.limits = {limit.name: limit for limit in limits}
         self._dry_run = dry_run
         self._leases = leases
@@ -200,13 +204,14 @@ class Counters:
         if limit.unit == "concurrent":
             return 1.0
         window = limit.window
-        end_ns = window.less_at_ns(counter.parts, at_ns) if isinstance(window, Sliding) else counter.end_ns
-        return max(end_ns - at_ns, 0) / SECOND_NS
+        if isinstance(window, Sliding):
+            return max(window.less_at_ns(counter.parts, at_ns) - at_ns, 0) / SECOND_NS
+        return max(counter.end_ns - at_ns - self.shift_ns, 0) / SECOND_NS
 
     def settle(self, process: str, charges: Iterable[Charge], at_ns: int) -> None:
         """A call has ended. `at_ns`: when it was let in."""
         for charge in charges:
-            counter = self._counter(charge.limit, charge.key, charge.scope, at_ns)
+            counter = self._counter(charge.limit, charge.key, charge.scope, at_ns + self.shift_ns)
             if charge.reserved:
                 self._give_back(process, counter, charge.reserved)
             if charge.amount:
@@ -253,7 +258,8 @@ class Counters:
                 counter.parts = {part: amount for part, amount in counter.parts.items() if part >= oldest}
                 over = not counter.parts
             else:
-                over = counter.end_ns + LATE_NS < at_ns or not (counter.settled or counter.limit.unit != "concurrent")
+                late = counter.end_ns + LATE_NS < at_ns + self.shift_ns
+                over = late or not (counter.settled or counter.limit.unit != "concurrent")
             share = counter.share
             if over and not counter.out and not (share is not None and (share.dirty or share.told or share.demand)):
                 del self._counters[key]
@@ -262,7 +268,7 @@ class Counters:
         """All counters whose period is now, in the order of the limits, those that used most first."""
         found: dict[str, list[Row]] = {name: [] for name in self.limits}
         for counter in self._counters.values():
-            if counter.end_ns <= at_ns:
+            if counter.end_ns <= at_ns + self.shift_ns:
                 continue
             found[counter.limit.name].append(self._row(counter, at_ns))
         return [row for rows in found.values() for row in sorted(rows, key=lambda r: (-r.used - r.reserved, r.scope))]
@@ -271,8 +277,7 @@ class Counters:
         """When a counter's period ends; None: that is not the one that is now."""
         if limit.key(scope, at_ns) != key:
             return None
-        window = limit.window
-        return window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
+        return _end_ns(limit.window, key, at_ns)
 
     def row(self, limit: str, needs: Sequence[Need], at_ns: int) -> Row | None:
         """Where the counter of this limit stands that such a call falls under."""
@@ -304,13 +309,13 @@ class Counters:
 
     def _counter_of(self, need: Need, at_ns: int) -> Counter:
         limit = self.limits[need.limit]
+        at_ns += self.shift_ns
         return self._counter(limit, limit.key(need.scope, at_ns), need.scope, at_ns)
 
     def _counter(self, limit: Limit, key: str, scope: str, at_ns: int) -> Counter:
         counter = self._counters.get(key)
         if counter is None:
-            window = limit.window
-            end_ns = window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
+            end_ns = _end_ns(limit.window, key, at_ns)
             share = None
             if self._shared is not None:
                 share = Share(limit.action is Action.BLOCK and not self._dry_run, self._shared)
@@ -321,7 +326,7 @@ class Counters:
         """None: of a limit that there is no more."""
         name, _, rest = key.partition("|")
         limit = self.limits.get(name)
-        return None if limit is None else self._counter(limit, key, rest.rpartition("|")[0], at_ns)
+        return None if limit is None else self._counter(limit, key, rest.rpartition("|")[0], at_ns + self.shift_ns)
 
     def _grant(self, process: str, counter: Counter, amount: int) -> None:
         counter.out += amount
@@ -354,3 +359,16 @@ class Counters:
                 return
         if counter.limit.sliding is not None:
             counter.told_percent = 0
+
+
+def _end_ns(window: Window, key: str, at_ns: int) -> int:
+    """Of the period that a counter's key names: the one of `at_ns`, or, where two clocks are apart or a call ends late,
+    one beside it."""
+    if not isinstance(window, Calendar):
+        return FOREVER_NS
+    period, name = window.period(at_ns), key.rpartition("|")[2]
+    if period.id != name:
+        for beside_ns in (period.end_ns, period.start_ns - 1):
+            if (other := window.period(beside_ns)).id == name:
+                return other.end_ns
+    return period.end_ns

@@ -301,8 +301,11 @@ class Owner:
             self._outside.pop(question.asker.id, None)
         known.answers += 1
         known.speaks.answer(
-            Ruling(known.answers, question.number, self._outputs.usual(question.model), UNDECIDED).plain()
-        )
+            Ruling(
+                known.answers, question.number, self._outputs.usual(question.model), UNDECIDED,
+                shift_ns=self.counters.shift_ns,
+            ).plain()
+        )  # fmt: skip
 
     def _said(self, asked: _Asked) -> answers.Decision | None:
         """What those outside say; None: they are being asked, and it goes on from there."""
@@ -342,6 +345,7 @@ class Owner:
             Ruling(
                 known.answers, question.number, self._outputs.usual(question.model), word, limit, source, age_s,
                 decision.held, decision.more, decision.full, decision.retry_after_s, spoken, amounts,
+                self.counters.shift_ns,
             ).plain()
         )  # fmt: skip
 

@@ -71,7 +71,7 @@ class Ruling(NamedTuple):
 
     `order`: which of its answers to this process it is. `usual`: how many output tokens the model mostly takes.
     `held`, `more`, `full`: as in `counters.Decision`. `spoken`: of a denial from outside. `amounts`: of a limit that
-    denies, where clients are told.
+    denies, where clients are told. `shift_ns`: by how much the clock that calendars go by is ahead of the machine's.
     """
 
     order: int
@@ -87,6 +87,7 @@ class Ruling(NamedTuple):
     retry_after_s: float | None = None
     spoken: Spoken | None = None
     amounts: Used | None = None
+    shift_ns: int = 0
 
     @classmethod
     def read(cls, payload: Sequence[Any]) -> Self:
@@ -100,4 +101,5 @@ class Ruling(NamedTuple):
         return (
             *self[:7], dict(self.held), dict(self.more), list(self.full), self.retry_after_s,
             None if self.spoken is None else tuple(self.spoken), None if self.amounts is None else tuple(self.amounts),
+            self.shift_ns,
         )  # fmt: skip

@@ -60,6 +60,7 @@ class Share:
     low: int = 0  # with less left than this more is asked for, before it runs out
     dirty: bool = True  # the database does not have what we have
     told: bool = False  # it has a lease of ours
+    stored: tuple[int, float] | None = None  # what it has of us, and until when it keeps that, Unix seconds
 
     @property
     def left(self) -> int:

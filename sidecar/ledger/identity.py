@@ -37,9 +37,10 @@ class _File:
 class Identity:
     """Of one data directory. Blocks; its owner has the directory's lock."""
 
-    def __init__(self, data_dir: Path, name: str | None = None) -> None:
-        """`name`: SIDECAR_INSTANCE. Changes nothing before `begin`."""
-        self._path = data_dir / NAME
+    def __init__(self, data_dir: Path, name: str | None = None, *, file: str = NAME) -> None:
+        """`name`: SIDECAR_INSTANCE. `file`: of another table of nonces than the ledger's. Changes nothing before
+        `begin`."""
+        self._path = data_dir / file
         self._name = name
         self._file = _read(self._path)
         self.nonce = secrets.token_hex(NONCE_BYTES)  # of this start
@@ -51,6 +52,16 @@ class Identity:
     def name(self) -> str:
         """What the directory is called; empty where it has neither name nor id yet."""
         return self._name or (self._file.id if self._file is not None else "")
+
+    @property
+    def confirmed(self) -> str | None:
+        """The nonce that the ledger is known to have had last of this directory."""
+        return None if self._file is None else self._file.nonce
+
+    @property
+    def is_decided(self) -> bool:
+        """Whether somebody said that this is the original, and it was not carried out yet."""
+        return self._file is not None and self._file.take
 
     def is_known(self, nonce: str) -> bool:
         """Whether the ledger's nonce is one that this directory gave it, or is to be replaced whatever it is."""

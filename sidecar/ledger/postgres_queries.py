@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import orjson
 
-from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, Blocking, day_of, uuid_of
+from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, date_of, day_of, uuid_of
 from sidecar.ledger.queries import (
     EXTENT,
     Dialect,
@@ -42,7 +42,7 @@ from sidecar.ledger.queries import (
 from sidecar.ledger.schema import stored_cost
 from sidecar.meters.definition import Meter
 from sidecar.meters.hourly import write_amount
-from sidecar.storage.postgres import SCHEMA, Connection, PostgresError
+from sidecar.storage.postgres import SCHEMA, Connection, Postgres, PostgresError, call
 
 PAGE: Final = 500  # records read at a time
 _TABLES: Final = f"{SCHEMA}."
@@ -73,7 +73,7 @@ class PostgresReader:
     """Answers questions about the shared ledger. Blocking; from any thread."""
 
     def __init__(self, url: str) -> None:
-        self._blocking = Blocking(url, name="metering-sidecar reports", connections=2)
+        self._db = Postgres(url, name="metering-sidecar reports")
         self._checked = False
 
     def __repr__(self) -> str:
@@ -81,10 +81,10 @@ class PostgresReader:
 
     @property
     def where(self) -> str:
-        return self._blocking.db.where
+        return self._db.where
 
     def close(self) -> None:
-        self._blocking.close()
+        call(self._db.close())
 
     def version(self) -> tuple[int, int]:
         """Another one after each change."""
@@ -245,7 +245,9 @@ class PostgresReader:
 
         async def read(db: Connection) -> Any:
             return await db.fetchrow(
-                f"SELECT instance, line FROM {_TABLES}records WHERE day = $1 AND id = $2", day_of(key), key
+                f"SELECT instance, line FROM {_TABLES}records WHERE day = $1 AND id = $2",
+                date_of(day_of(key.bytes)),
+                key,
             )
 
         row = self._ask(read)
@@ -259,7 +261,7 @@ class PostgresReader:
         place: tuple[date, str] | None = None
         first = "" if since is None else _first_id(since)
         last = _LATEST if until is None else _first_id(until)
-        begins = NO_TIME if since is None else since.astimezone(UTC).date()
+        begins = date_of(NO_TIME) if since is None else since.astimezone(UTC).date()
         ends = date.max if until is None else until.astimezone(UTC).date()
         sign, order = ("<", "DESC") if backwards else (">", "ASC")
         while True:
@@ -280,11 +282,34 @@ class PostgresReader:
                 return
             place = (rows[-1][2], rows[-1][3])
 
+    def lines_of(self, instance: str, since: datetime, held: Mapping[str, int]) -> Iterator[bytes]:
+        """Of the records that one instance wrote, since then by their ids: all but those that a spool has. `held`: by
+        the spool's name, the number from which on it has them. Page by page."""
+        place: tuple[date, str] | None = None
+        begins, first = since.astimezone(UTC).date(), _first_id(since)
+        while True:
+            asked = (
+                f"SELECT line, day, id::text FROM {_TABLES}records AS r WHERE day >= $1 AND id >= $2 AND instance = $3 "
+                "AND NOT EXISTS (SELECT FROM unnest($4::text[], $5::bigint[]) AS h (spool, seq) "
+                f"WHERE h.spool = r.spool AND r.seq >= h.seq){' AND (day, id) > ($6, $7)' if place else ''} "
+                f"ORDER BY day, id LIMIT {PAGE}"
+            )
+            values = [begins, first, instance, list(held), list(held.values()), *(place or ())]
+
+            async def read(db: Connection, asked: str = asked, values: list[Any] = values) -> list[Any]:
+                return await db.fetch(asked, *values)
+
+            rows = self._ask(read)
+            yield from (bytes(row[0]) for row in rows)
+            if len(rows) < PAGE:
+                return
+            place = (rows[-1][1], rows[-1][2])
+
     def _ask(self, read: Callable[[Connection], Any], limit_s: float | None = None) -> Any:
         """One transaction. `limit_s`: after that the server ends it, and `TooLongError` is raised."""
 
         async def ask() -> Any:
-            db_ = self._blocking.db
+            db_ = self._db
             if not self._checked:
                 await db_.require(PART, STEPS)
                 self._checked = True
@@ -295,7 +320,7 @@ class PostgresReader:
                 return await read(db)
 
         try:
-            return self._blocking.run(ask())
+            return call(ask())
         except PostgresError as error:
             self._checked = False
             if limit_s is not None and getattr(error.__cause__, "sqlstate", None) == "57014":

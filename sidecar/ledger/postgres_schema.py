@@ -1,5 +1,5 @@
 """The tables of the ledger that many sidecars share, and what both sides of it need: the steps that make the tables,
-the way from a blocking caller to the driver, and what a record's line says of itself.
+what a record's line says of itself, and the form in which it is copied.
 
 The sums are those of the embedded ledger (`schema`), kept exact by `numeric`, and by instance as well. Beside them the
 records themselves are kept, each once by its id, in partitions by day: what is in the sums is exactly what `counted`
@@ -8,25 +8,51 @@ says of the records. Texts compare byte by byte (`COLLATE "C"`), as in SQLite.
 
 from __future__ import annotations
 
-import asyncio
 import re
-import threading
-from collections.abc import Coroutine, Mapping, Sequence
+from binascii import unhexlify
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, date, datetime, timedelta
-from typing import Any, Final, NamedTuple, TypeVar
+from datetime import date, timedelta
+from struct import Struct
+from typing import Any, Final, NamedTuple
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 import orjson
 
 from sidecar.ledger.lanes import LANES, lane_of
-from sidecar.ledger.schema import SUMS
-from sidecar.storage.postgres import CONNECT_S, SCHEMA, Postgres
-
-T = TypeVar("T")
+from sidecar.ledger.schema import DAY_S, SUMS
+from sidecar.meters.buckets import UNIQUE_MAX
+from sidecar.meters.hourly import COUNTS, JSON_INT_MAX
+from sidecar.storage.postgres import SCHEMA
 
 PART: Final = "ledger"  # of the migrations
 _SUM_COLUMNS: Final = ", ".join(f"{name} numeric" for name in SUMS)
+
+
+def _sum(name: str) -> str:
+    return f"coalesce(sum({name}), 0)" if name in COUNTS else f"sum({name})"
+
+
+def _add_sums(table: str, unit: str, seconds: int) -> str:
+    """A statement that adds what is in the parameter `hours`. Counts that are left out are 0; a sum of tokens or money
+    is null until one was reported."""
+    names = (*SUMS, "cost_usd")
+    more = (
+        f"{name} = CASE WHEN excluded.{name} IS NULL THEN old.{name} ELSE coalesce(old.{name}, 0) + excluded.{name} END"
+        for name in names
+    )
+    return f"""
+  INSERT INTO {SCHEMA}.{table} AS old ({unit}, series, {", ".join(names)})
+  SELECT hour / {seconds} * {seconds}, series, {", ".join(map(_sum, names))}
+  FROM json_to_recordset(hours) AS t (hour bigint, series bigint, {_SUM_COLUMNS}, cost_usd numeric)
+  GROUP BY 1, 2 ORDER BY 1, 2
+  ON CONFLICT ({unit}, series) DO UPDATE SET {", ".join(more)};"""
+
+
+_LATER: Final = (
+    "excluded.kind = 'LATEST' AND excluded.value IS NOT NULL AND (old.value IS NULL"
+    " OR (excluded.at_us, excluded.record_id) > (old.at_us, old.record_id))"
+)
 
 # Each step is run once for a database and never changed after a release.
 STEPS: Final = (
@@ -128,71 +154,172 @@ CREATE TABLE {SCHEMA}.uniques (
   PRIMARY KEY (bucket, hash)
 );
 """,
+    # What is done for each batch, as functions: a question each, whose statements are parsed once for a connection and
+    # not each time, as they are where the driver keeps none.
+    f"""
+CREATE FUNCTION {SCHEMA}.begin_batch(writer text, start text, greatest_seq bigint, batch_lanes json)
+RETURNS TABLE (numbered_lane smallint, before bigint) LANGUAGE plpgsql AS $$
+-- A batch of records that are all new: of each of its lanes the last number that is given. None: another one writes by
+-- this name. `batch_lanes`: how many are for each lane.
+#variable_conflict use_column
+DECLARE
+  total bigint := (SELECT sum(n) FROM json_to_recordset(batch_lanes) AS t (lane smallint, n bigint));
+BEGIN
+  UPDATE {SCHEMA}.instances
+  SET seen = now(), last_seq = greatest(last_seq, greatest_seq), records = records + total, writes = writes + 1
+  WHERE instance = writer AND nonce = start;
+  IF NOT FOUND THEN
+    RETURN;
+  END IF;
+  PERFORM 1 FROM {SCHEMA}.lanes
+  WHERE lane IN (SELECT t.lane FROM json_to_recordset(batch_lanes) AS t (lane smallint)) ORDER BY lane FOR UPDATE;
+  RETURN QUERY UPDATE {SCHEMA}.lanes AS lanes SET last_seq = lanes.last_seq + t.n
+  FROM json_to_recordset(batch_lanes) AS t (lane smallint, n bigint) WHERE lanes.lane = t.lane
+  RETURNING lanes.lane, lanes.last_seq - t.n;
+END $$;
+CREATE FUNCTION {SCHEMA}.add_sums(hours json, units json, running json)
+RETURNS TABLE (bucket_key bytea, bucket_id bigint) LANGUAGE plpgsql AS $$
+-- Add what a batch amounts to: by hours and days, other units, and running values of meters. Which of these want to be
+-- told the values themselves, since they count different ones.
+#variable_conflict use_column
+BEGIN{_add_sums("hourly", "hour", 3600)}{_add_sums("daily", "day", DAY_S)}
+  IF units IS NOT NULL THEN
+    INSERT INTO {SCHEMA}.hourly_units AS old (hour, series, unit, amount)
+    SELECT hour, series, unit, sum(amount)
+    FROM json_to_recordset(units) AS t (hour bigint, series bigint, unit text COLLATE "C", amount numeric)
+    GROUP BY 1, 2, 3 ORDER BY 1, 2, 3
+    ON CONFLICT (hour, series, unit) DO UPDATE SET amount = old.amount + excluded.amount;
+  END IF;
+  IF running IS NOT NULL THEN
+    RETURN QUERY WITH put AS (
+      INSERT INTO {SCHEMA}.buckets AS old (key, meter, version, subscriber, grp, start, kind, value, at_us, record_id)
+      SELECT key, meter, version, subscriber, grp, start, kind, value, coalesce(at_us, 0), coalesce(record_id, '')
+      FROM json_to_recordset(running) AS t (key bytea, meter text, version text, subscriber text, grp text,
+        start bigint, kind text, value numeric, at_us bigint, record_id text) ORDER BY key
+      ON CONFLICT (key) DO UPDATE SET
+        value = CASE
+          WHEN excluded.kind = 'LATEST' THEN CASE WHEN {_LATER} THEN excluded.value ELSE old.value END
+          WHEN excluded.kind = 'MAX' THEN greatest(old.value, excluded.value)
+          WHEN excluded.value IS NULL THEN old.value
+          ELSE coalesce(old.value, 0) + excluded.value END,
+        at_us = CASE WHEN {_LATER} THEN excluded.at_us ELSE old.at_us END,
+        record_id = CASE WHEN {_LATER} THEN excluded.record_id ELSE old.record_id END
+      RETURNING key, id, kind, value
+    )
+    SELECT key, id FROM put WHERE kind = 'UNIQUE_COUNT' AND coalesce(value, 0) < {UNIQUE_MAX};
+  END IF;
+END $$;
+""",
 )
 
-NO_TIME: Final = date(1970, 1, 1)  # the day of ids that have no time of their own
+NO_TIME: Final = 0  # the day of ids that have no time of their own; days are counted from 1970
 _TIMED_MS: Final = (1_577_836_800_000, 4_102_444_800_000)  # 2020 to 2099: no clock that is off makes a day outside
 _EPOCH: Final = date(1970, 1, 1)
 _DAY_MS: Final = 86_400_000
-# As `model.record` writes them. A quote in a value is escaped, so these cannot stand inside one.
-_UUID: Final = re.compile("[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}")
 # How `model.record` begins a line, and where it says who pays. A quote in a value is escaped, so that these words with
 # their quotes cannot stand inside one.
-_ID: Final = b'{"id":"'
-_SEQ: Final = b'","seq":'
-_INSTANCE: Final = b',"instance":"'
+_HEAD: Final = re.compile(
+    rb'\{"id":"([0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12})","seq":([0-9]{1,18}),"instance":"([^"\\]*)"'
+)
 _NOBODY: Final = b'"subscriber":null'
 _PAYER: Final = b'"subscriber":{"id":"'
-_ID_ENDS: Final = len(_ID) + 36
-_SEQ_BEGINS: Final = _ID_ENDS + len(_SEQ)
+_PAYERS_KEPT: Final = 10_000  # in memory: 3 MB
 
 
 class Line(NamedTuple):
-    """One record as it is written: a row of `records`, without its numbers. `counted`: it is to be in the sums."""
+    """One record as it is written, without its numbers. `counted`: it is to be in the sums."""
 
-    day: date
-    id: str  # a UUID
-    spool: str
+    day: int  # since 1970
+    id: bytes  # of a UUID
     seq: int
     lane: int
-    subscriber: str | None
     counted: bool
+    origin: bytes  # its columns `spool` and `subscriber`, as `copied_texts` makes them: the same for all of a customer
     line: bytes
 
 
 def line_of(stored: bytes, *, counted: bool = True) -> Line | None:
     """What a stored line says of itself, without reading all of it; None: it is no record."""
-    spool_begins = stored.find(_INSTANCE, _SEQ_BEGINS)
-    payer_begins = stored.find(_PAYER)
-    if (
-        stored.startswith(_ID)
-        and stored.startswith(_SEQ, _ID_ENDS)
-        and spool_begins > 0
-        and (payer_begins > 0 or _NOBODY in stored)
-    ):
-        seq = stored[_SEQ_BEGINS:spool_begins]
-        spool_begins += len(_INSTANCE)
-        spool = stored[spool_begins : stored.find(b'"', spool_begins)]
-        subscriber = b""
-        if payer_begins > 0:
-            payer_begins += len(_PAYER)
-            subscriber = stored[payer_begins : stored.find(b'"', payer_begins)]
-        if seq.isdigit() and b"\\" not in subscriber and b"\\" not in spool:
-            payer = None if payer_begins < 0 else subscriber.decode("utf-8", "replace")
-            id_ = stored[len(_ID) : _ID_ENDS].decode("ascii", "replace")
-            return made_line(id_, spool.decode("utf-8", "replace"), int(seq), payer, stored, counted=counted)
+    head = _HEAD.match(stored)
+    if head is not None:
+        id_, seq, spool = head.groups()
+        begins = stored.find(_PAYER)
+        payer = None
+        if begins > 0:
+            begins += len(_PAYER)
+            payer = stored[begins : stored.find(b'"', begins)]
+        found = _origins.get((spool, payer))
+        if found is None and (_NOBODY in stored if payer is None else b"\\" not in payer):
+            found = _origin(spool, payer)
+        if found is not None:
+            lane, origin = found
+            key = unhexlify(id_.replace(b"-", b""))
+            if lane is None:
+                lane = lane_of(id_.decode())
+            return Line(day_of(key), key, int(seq), lane, counted, origin, stored)
     try:
         row = orjson.loads(stored)
-        id_, number, place, said = str(row["id"]), int(row["seq"]), str(row["instance"]), row["subscriber"]
-        payer = None if said is None or said["id"] is None else storable(str(said["id"]))
+        name, number, place, said = str(row["id"]), int(row["seq"]), str(row["instance"]), row["subscriber"]
+        payer_ = None if said is None or said["id"] is None else storable(str(said["id"]))
     except (ValueError, KeyError, TypeError):
         return None
-    return made_line(id_, storable(place), number, payer, stored, counted=counted)
+    if not 0 <= number <= JSON_INT_MAX:
+        return None
+    uuid = uuid_of(name)
+    origin = copied_texts(storable(place), payer_)
+    return Line(day_of(uuid.bytes), uuid.bytes, number, lane_of(payer_ or str(uuid)), counted, origin, stored)
 
 
-def made_line(record_id: str, spool: str, seq: int, subscriber: str | None, stored: bytes, *, counted: bool) -> Line:
-    key = uuid_of(record_id)
-    return Line(day_of(key), key, spool, seq, lane_of(subscriber or key), subscriber, counted, stored)
+_origins: dict[tuple[bytes, bytes | None], tuple[int | None, bytes]] = {}
+
+
+def _origin(spool: bytes, payer: bytes | None) -> tuple[int | None, bytes]:
+    """The lane of a customer's records in a spool, None where each has its own, and `Line.origin`."""
+    if len(_origins) >= _PAYERS_KEPT:
+        _origins.clear()
+    name = None if payer is None else payer.decode("utf-8", "replace")
+    found = lane_of(name) if name else None, copied_texts(spool.decode("utf-8", "replace"), name)
+    _origins[spool, payer] = found
+    return found
+
+
+# A batch as the server's `COPY … (FORMAT binary)` reads it: a head, rows of so many fields, each its size and its
+# bytes, an end (https://www.postgresql.org/docs/current/sql-copy.html, "Binary Format"). Written here, since the driver
+# takes four times as long, value by value.
+COLUMNS: Final = (
+    "instance", "spool", "subscriber", "day", "id", "lane", "lane_seq", "seq", "counted", "line",
+)  # fmt: skip
+_COPY_HEAD: Final = b"PGCOPY\n\xff\r\n\0" + bytes(8)
+_COPY_END: Final = b"\xff\xff"
+_COPY_PIECE: Final = 500  # rows: while the server works on one, the next is made
+_DATES_BEGIN: Final = (date(2000, 1, 1) - _EPOCH).days  # PostgreSQL's dates count from here
+_row: Final = Struct(">Ii I16s Ih Iq Iq I? I").pack  # from `day` on, and the size of the line
+
+
+def copied_texts(*texts: str | None) -> bytes:
+    """Fields of a row."""
+    made = bytearray()
+    for text in texts:
+        if text is None:
+            made += b"\xff\xff\xff\xff"
+        else:
+            stored = text.encode()
+            made += len(stored).to_bytes(4, "big") + stored
+    return bytes(made)
+
+
+async def copied(lines: Sequence[Line], instance: str, last: dict[int, int]) -> AsyncIterator[bytes]:
+    """Rows with the number that each gets in its lane; `last`: of each lane the last that is given. Takes it over."""
+    begin = len(COLUMNS).to_bytes(2, "big") + copied_texts(instance)
+    made = [_COPY_HEAD]
+    for start in range(0, len(lines), _COPY_PIECE):
+        for day, id_, seq, lane, counted, origin, line in lines[start : start + _COPY_PIECE]:
+            number = last[lane] = last[lane] + 1
+            numbers = _row(4, day - _DATES_BEGIN, 16, id_, 2, lane, 8, number, 8, seq, 1, counted, len(line))
+            made += (begin, origin, numbers, line)
+        yield b"".join(made)
+        made.clear()
+    yield _COPY_END
 
 
 def storable(text: str) -> str:
@@ -202,38 +329,28 @@ def storable(text: str) -> str:
     return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
 
 
-def uuid_of(record_id: str) -> str:
+def uuid_of(record_id: str) -> UUID:
     """The key of a record: its id, which is a UUID; of any other text one that is made of it."""
-    if _UUID.fullmatch(record_id):
-        return record_id
     try:
-        return str(UUID(record_id))
+        return UUID(record_id)
     except ValueError:
-        return str(uuid5(NAMESPACE_URL, storable(record_id)))
+        return uuid5(NAMESPACE_URL, storable(record_id))
 
 
-def day_of(uuid: str) -> date:
+def day_of(uuid: bytes) -> int:
     """The day (UTC) of the time in a UUID of version 7: which partition a record is in follows from its id alone."""
-    if uuid[14] != "7":
+    if uuid[6] >> 4 != 7:
         return NO_TIME
-    ms = int(uuid[:8] + uuid[9:13], 16)
-    return _day(ms // _DAY_MS) if _TIMED_MS[0] <= ms < _TIMED_MS[1] else NO_TIME
+    ms = int.from_bytes(uuid[:6], "big")
+    return ms // _DAY_MS if _TIMED_MS[0] <= ms < _TIMED_MS[1] else NO_TIME
 
 
-_days: dict[int, date] = {}
+def date_of(day: int) -> date:
+    return _EPOCH + timedelta(days=day)
 
 
-def _day(number: int) -> date:
-    found = _days.get(number)
-    if found is None:
-        if len(_days) >= 1000:
-            _days.clear()
-        found = _days[number] = _EPOCH + timedelta(days=number)
-    return found
-
-
-def day_at(moment_s: float) -> date:
-    return datetime.fromtimestamp(moment_s, UTC).date()
+def day_at(moment_s: float) -> int:
+    return int(moment_s // DAY_S)
 
 
 def partition_of(day: date) -> Sequence[str]:
@@ -255,41 +372,3 @@ class Reported:
     oldest_pending_s: float | None = None
     balance: Mapping[str, Any] | None = None
     delivered: int = 0
-
-
-class Blocking:
-    """A database for callers that block: its connections live in an event loop of their own, in a thread that is
-    started with the first question. Calls may come from any thread."""
-
-    def __init__(self, url: str, *, name: str, connections: int = 1) -> None:
-        self._url, self._name, self._connections = url, name, connections
-        self._lock = threading.Lock()
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread: threading.Thread | None = None
-        self.db = Postgres(url, name=name, connections=connections)
-
-    def __repr__(self) -> str:
-        return f"<Blocking {self.db}>"
-
-    def run(self, do: Coroutine[Any, Any, T]) -> T:
-        """Wait for what it returns or raises. Every statement has its time limit, and so has this."""
-        return asyncio.run_coroutine_threadsafe(do, self._started()).result()
-
-    def close(self) -> None:
-        with self._lock:
-            loop, thread, self._loop, self._thread = self._loop, self._thread, None, None
-        if loop is None or thread is None:
-            return
-        asyncio.run_coroutine_threadsafe(self.db.close(), loop).result(2 * CONNECT_S)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join(CONNECT_S)
-        loop.close()
-        self.db = Postgres(self._url, name=self._name, connections=self._connections)
-
-    def _started(self) -> asyncio.AbstractEventLoop:
-        with self._lock:
-            if self._loop is None:
-                self._loop = asyncio.new_event_loop()
-                self._thread = threading.Thread(target=self._loop.run_forever, name=self._name, daemon=True)
-                self._thread.start()
-            return self._loop

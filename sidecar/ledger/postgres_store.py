@@ -14,10 +14,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import date, timedelta
-from decimal import Decimal
+from datetime import date
 from threading import Lock
 from time import monotonic, time
 from typing import Any, Final
@@ -25,30 +24,34 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.identity import Identity
+from sidecar.ledger.lanes import LANES
 from sidecar.ledger.postgres_schema import (
+    COLUMNS,
     PART,
     STEPS,
-    Blocking,
     Line,
     Reported,
+    copied,
+    date_of,
     day_at,
     day_of,
     partition_of,
     storable,
     uuid_of,
 )
-from sidecar.ledger.schema import DAY_S, DIMENSION_VALUES_MAX, OTHER_VALUE, SUMS
-from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, add_batches
+from sidecar.ledger.schema import DIMENSION_VALUES_MAX, OTHER_VALUE
+from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey, add_batches
 from sidecar.meters.definition import Kind
-from sidecar.meters.hourly import COUNTS, TOKENS, Delta, Series, series_wire
+from sidecar.meters.hourly import Delta, Series, series_wire, write_int
 from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry, Verdict
-from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError
+from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, PostgresError, call, read_only
 
 log = logging.getLogger(__name__)
 
 AHEAD_DAYS: Final = 2  # partitions that are there before their day begins
 AHEAD_EVERY_S: Final = 3600.0
 SERIES_KEPT: Final = 10_000  # ids in memory: 2 MB
+BUCKETS_KEPT: Final = 10_000  # rows in memory, but for what changes: 5 MB
 COPIED: Final = "copied_directory"  # somebody else writes under our name
 _PARTITION_LOCK: Final = 0x7061_7274_6974_696F  # any numbers, as long as they differ from each other's
 _DIMENSION_LOCK: Final = 0x6469_6D65_6E73_696F
@@ -72,17 +75,19 @@ _REASONS: Final[Mapping[Fault, str]] = {
 _THERE: Final = "23505"  # SQLSTATE unique_violation
 _BAD_DATA: Final = "22"  # the class of SQLSTATE for values that cannot be stored: trying again changes nothing
 
+_BEGIN: Final = f"SELECT * FROM {SCHEMA}.begin_batch($1, $2, $3, $4)"
+_ADD_SUMS: Final = f"SELECT * FROM {SCHEMA}.add_sums($1, $2, $3)"
 _IDENTIFY: Final = f"""
 UPDATE {SCHEMA}.instances SET seen = now(), last_seq = greatest(last_seq, $3)
 WHERE instance = $1 AND nonce = $2 RETURNING instance"""
 _LOCK_LANES: Final = f"""
-SELECT lane, last_seq FROM {SCHEMA}.lanes WHERE lane = ANY($1::smallint[]) ORDER BY lane FOR UPDATE"""
-_KEPT: Final = ("instance", "lane_seq", *Line._fields)
+SELECT lane FROM {SCHEMA}.lanes WHERE lane = ANY($1::smallint[]) ORDER BY lane FOR UPDATE"""
 _STAGING: Final = "staged"
 # What a batch is copied into where some of it is there; gone with the transaction, so no session is needed for it.
 _STAGE: Final = f"""
 CREATE TEMPORARY TABLE {_STAGING} (
-  day date, id uuid, spool text, seq bigint, lane smallint, subscriber text, counted boolean, line bytea
+  day date, id uuid, instance text, spool text, seq bigint, lane smallint, lane_seq bigint, subscriber text,
+  counted boolean, line bytea
 ) ON COMMIT DROP"""
 # Numbers those that are not there, in the order of their spool, puts them in, and says which they are.
 _INSERT_SOME: Final = f"""
@@ -91,68 +96,20 @@ WITH new AS (
   WHERE NOT EXISTS (SELECT FROM {SCHEMA}.records AS there WHERE there.day = staged.day AND there.id = staged.id)
 )
 INSERT INTO {SCHEMA}.records (instance, lane_seq, day, id, spool, seq, lane, subscriber, counted, line)
-SELECT $1, lanes.last_seq + new.number, day, id, spool, seq, lane, subscriber, counted, line
+SELECT staged.instance, lanes.last_seq + new.number, day, id, spool, seq, lane, subscriber, counted, line
 FROM new JOIN {_STAGING} AS staged USING (day, id) JOIN {SCHEMA}.lanes AS lanes USING (lane)
-ON CONFLICT (day, id) DO NOTHING RETURNING id::text, lane, lane_seq"""
+ON CONFLICT (day, id) DO NOTHING RETURNING uuid_send(id), lane, lane_seq"""
 _MOVE_LANES: Final = f"""
 UPDATE {SCHEMA}.lanes AS lanes SET last_seq = lanes.last_seq + t.records
 FROM unnest($1::smallint[], $2::bigint[]) AS t (lane, records) WHERE lanes.lane = t.lane
 RETURNING lanes.lane, lanes.last_seq"""
+# Of records that are there, and were kept out of the sums until now, those that are in from now on.
 _COUNT_AFTER_ALL: Final = f"""
 UPDATE {SCHEMA}.records AS records SET counted = true
-FROM (SELECT day, id FROM unnest($1::date[], $2::uuid[]) AS t (day, id) ORDER BY 1, 2) AS t
+FROM (SELECT day, id FROM {_STAGING} WHERE counted ORDER BY day, id) AS t
 WHERE records.day = t.day AND records.id = t.id AND NOT records.counted AND records.cancelled_at IS NULL
-RETURNING records.id::text"""
+RETURNING uuid_send(records.id)"""
 _NOTE_WRITE: Final = f"UPDATE {SCHEMA}.instances SET records = records + $2, writes = writes + 1 WHERE instance = $1"
-
-
-def _more(name: str) -> str:
-    """A sum that is null until something was reported."""
-    return (
-        f"{name} = CASE WHEN excluded.{name} IS NULL THEN old.{name} ELSE coalesce(old.{name}, 0) + excluded.{name} END"
-    )
-
-
-_VALUES: Final = (*SUMS, "cost_usd")
-
-
-def _add_sums(table: str, unit: str, seconds: int) -> str:
-    arrays = ", ".join(f"${place}::numeric[]" for place in range(3, 3 + len(_VALUES)))
-    names = ", ".join(_VALUES)
-    return (
-        f"INSERT INTO {SCHEMA}.{table} AS old ({unit}, series, {names}) "
-        f"SELECT at / {seconds} * {seconds}, series, {', '.join(f'sum({name})' for name in _VALUES)} "
-        f"FROM unnest($1::bigint[], $2::bigint[], {arrays}) AS t (at, series, {names}) GROUP BY 1, 2 ORDER BY 1, 2 "
-        f"ON CONFLICT ({unit}, series) DO UPDATE SET {', '.join(map(_more, _VALUES))}"
-    )
-
-
-_ADD_HOURS: Final = _add_sums("hourly", "hour", 3600)
-_ADD_DAYS: Final = _add_sums("daily", "day", DAY_S)
-_ADD_UNITS: Final = f"""
-INSERT INTO {SCHEMA}.hourly_units AS old (hour, series, unit, amount)
-SELECT hour, series, unit, sum(amount)
-FROM unnest($1::bigint[], $2::bigint[], $3::text[], $4::numeric[]) AS t (hour, series, unit, amount)
-GROUP BY hour, series, unit ORDER BY hour, series, unit
-ON CONFLICT (hour, series, unit) DO UPDATE SET amount = old.amount + excluded.amount"""
-_LATER: Final = (
-    "excluded.kind = 'LATEST' AND excluded.value IS NOT NULL AND (old.value IS NULL"
-    " OR (excluded.at_us, excluded.record_id) > (old.at_us, old.record_id))"
-)
-_ADD_BUCKETS: Final = f"""
-INSERT INTO {SCHEMA}.buckets AS old (key, meter, version, subscriber, grp, start, kind, value, at_us, record_id)
-SELECT * FROM unnest($1::bytea[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[], $7::text[],
-  $8::numeric[], $9::bigint[], $10::text[]) AS t (key, meter, version, subscriber, grp, start, kind, value, at, record)
-ORDER BY key
-ON CONFLICT (key) DO UPDATE SET
-  value = CASE
-    WHEN excluded.kind = 'LATEST' THEN CASE WHEN {_LATER} THEN excluded.value ELSE old.value END
-    WHEN excluded.kind = 'MAX' THEN greatest(old.value, excluded.value)
-    WHEN excluded.value IS NULL THEN old.value
-    ELSE coalesce(old.value, 0) + excluded.value END,
-  at_us = CASE WHEN {_LATER} THEN excluded.at_us ELSE old.at_us END,
-  record_id = CASE WHEN {_LATER} THEN excluded.record_id ELSE old.record_id END
-RETURNING key, id, value"""
 _ADD_UNIQUES: Final = f"""
 WITH put AS (
   INSERT INTO {SCHEMA}.uniques (bucket, hash)
@@ -163,10 +120,15 @@ UPDATE {SCHEMA}.buckets AS buckets SET value = least(coalesce(buckets.value, 0) 
 FROM (SELECT bucket, count(*) AS count FROM put GROUP BY bucket) AS new WHERE buckets.id = new.bucket"""
 
 Again = Callable[[Sequence[bytes]], BatchSums]
+Known = dict[tuple[str, Series], int]  # the numbers of series, by instance
 
 
 class CopiedError(PostgresError):
     """The ledger knows another directory by our name."""
+
+
+class _SomeThere(Exception):
+    """Some of a batch's records are in the ledger already."""
 
 
 class PostgresStore:
@@ -180,17 +142,18 @@ class PostgresStore:
     ) -> None:
         """`before_any`: what the database needs beside our tables before the first record may be written."""
         self._before_any = before_any
-        self._blocking = Blocking(url, name=f"metering-sidecar {identity.name}".strip())
+        self._db = Postgres(url, name=f"metering-sidecar {identity.name}".strip(), connections=1)
         self._identity = identity
         self._lock = Lock()
         self._claimed = self._copied_now = False
-        self._days: set[date] = set()  # whose partitions are there
+        self._days: set[int] = set()  # whose partitions are there
         self._ahead_s: float | None = None  # monotonic: when that was last seen to
-        self._series: dict[tuple[str, Series], int] = {}
+        self._series: Known = {}
+        self._buckets: dict[BucketKey, dict[str, Any]] = {}
         self._said: str | None = None  # the last fault that was logged
 
     def __repr__(self) -> str:
-        return f"<PostgresStore {self._blocking.db.where}>"
+        return f"<PostgresStore {self._db.where}>"
 
     # What it is asked, each a verdict
 
@@ -219,19 +182,25 @@ class PostgresStore:
         """What keeps it from being used, in a line; changes nothing."""
 
         async def ask() -> None:
-            db_ = self._blocking.db
+            db_ = self._db
             async with db_.transaction(read_only=True) as db:
-                standby, there = await db.fetchrow(
-                    f"SELECT pg_is_in_recovery(), to_regclass('{SCHEMA}.instances') IS NOT NULL"
+                standby, shut, there = await db.fetchrow(
+                    "SELECT pg_is_in_recovery(), current_setting('default_transaction_read_only')::boolean, "
+                    f"to_regclass('{SCHEMA}.instances') IS NOT NULL"
                 )
             if standby:
                 raise PostgresError(f"{db_.where} is a standby, which takes no records: name the primary", Fault.FAILED)
-            if there:
+            if shut:
+                raise read_only(db_.where)
+            try:
                 await db_.require(PART, STEPS)
+            except PostgresError as error:
+                if there or error.fault is not Fault.MISSING:  # the first to start makes them
+                    raise
 
         with self._lock:
             try:
-                self._blocking.run(ask())
+                call(ask())
             except PostgresError as error:
                 return str(error)
         return None
@@ -239,7 +208,7 @@ class PostgresStore:
     @property
     def where(self) -> str:
         """Host, port and database."""
-        return self._blocking.db.where
+        return self._db.where
 
     @property
     def copied(self) -> bool:
@@ -256,12 +225,12 @@ class PostgresStore:
 
     def close(self) -> None:
         with self._lock:
-            self._blocking.close()
+            call(self._db.close())
 
     def _verdict(self, do: Callable[[], Any]) -> Verdict:
         with self._lock:
             try:
-                verdict: Verdict = self._blocking.run(do())
+                verdict: Verdict = call(do())
             except ArithmeticError:
                 return Refused("sum_not_exact")
             except PostgresError as error:
@@ -273,7 +242,7 @@ class PostgresStore:
                 return Retry(f"instance_file_{type(error).__name__}")
         self._copied_now = False
         if self._said is not None:
-            log.info("the shared ledger takes records again", extra={"facts": {"ledger": self._blocking.db.where}})
+            log.info("the shared ledger takes records again", extra={"facts": {"ledger": self._db.where}})
             self._said = None
         return verdict
 
@@ -293,48 +262,84 @@ class PostgresStore:
     # Transactions
 
     async def _write(self, lines: Sequence[Line], sums: Sequence[BatchSums] | None, again: Again) -> Verdict:
-        await self._ready(line.day for line in lines)
-        name, db_ = self._identity.name, self._blocking.db
-        known: dict[tuple[str, Series], int] = {}
-        rows = {line.id: line for line in lines}  # an id that stands twice is one
-        if len(rows) < len(lines):
-            sums = None
-        lines = list(rows.values())
-        async with db_.transaction() as db:
-            await self._identify(db, max((line.seq for line in lines), default=0))
-            fresh, all_new = await self._insert(db, name, lines)
-            wanted = [line for line in lines if line.counted]
-            if not all_new:
-                flipped = await self._count_after_all(db, [line for line in wanted if line.id not in fresh])
-                wanted = [line for line in wanted if line.id in fresh or line.id in flipped]
-                sums = None
-            if sums is None and wanted:
-                sums = [again([line.line for line in wanted])]
-            if sums and wanted:
-                await self._add(db, add_batches(list(sums)), name, known)
-            new = len(lines) if all_new else len(fresh)
-            if new or wanted:
-                await db.execute(_NOTE_WRITE, name, new)
+        if not lines:
+            await self._ready(())
+            async with self._db.transaction() as db:
+                await self._identify(db, 0)
+            return Duplicate()
+        days, ids, seqs, lanes, *_ = zip(*lines, strict=True)
+        await self._ready(set(days))
+        if len(set(ids)) < len(lines):  # an id that stands twice is one
+            return await self._write(list({line.id: line for line in lines}.values()), None, again)
+        known: Known = {}
+        try:
+            verdict = await self._write_new(lines, max(seqs), Counter(lanes), sums, again, known)
+        except _SomeThere:
+            verdict = await self._write_some(lines, max(seqs), again, known)
         self._keep(known)
-        return Delivered() if new or wanted else Duplicate()
+        return verdict
+
+    async def _write_new(
+        self,
+        lines: Sequence[Line],
+        greatest: int,
+        lanes: Mapping[int, int],
+        sums: Sequence[BatchSums] | None,
+        again: Again,
+        known: Known,
+    ) -> Verdict:
+        """Nearly always all of them are new: they are copied into their table at once. That some are there stops it."""
+        name = self._identity.name
+        wanted = [{"lane": lane, "n": number} for lane, number in lanes.items()]
+        async with self._db.transaction() as db:
+            last = dict(await db.fetch(_BEGIN, name, self._identity.nonce, greatest, _json(wanted)))
+            if not last:
+                raise self._copied()
+            try:
+                await _copy(db, "records", lines, name, last, SCHEMA)
+            except Exception as error:
+                if getattr(error, "sqlstate", None) != _THERE:
+                    raise
+                raise _SomeThere from None
+            counted = [line.line for line in lines if line.counted]
+            if counted:
+                await self._add(db, add_batches(list(sums or [again(counted)])), name, known)
+        return Delivered()
+
+    async def _write_some(self, lines: Sequence[Line], greatest: int, again: Again, known: Known) -> Verdict:
+        """The same where some are there already."""
+        name = self._identity.name
+        async with self._db.transaction() as db:
+            await self._identify(db, greatest)
+            await db.fetch(_LOCK_LANES, sorted({line.lane for line in lines}))
+            await db.execute(_STAGE)
+            await _copy(db, _STAGING, lines, name, dict.fromkeys(range(LANES), 0))
+            fresh = await self._insert_some(db)
+            flipped = {row[0] for row in await db.fetch(_COUNT_AFTER_ALL)}
+            counted = [line.line for line in lines if line.counted and (line.id in fresh or line.id in flipped)]
+            if counted:
+                await self._add(db, again(counted), name, known)
+            if fresh or counted:
+                await db.execute(_NOTE_WRITE, name, len(fresh))
+        return Delivered() if fresh or counted else Duplicate()
 
     async def _take_back(self, record_id: str, sums: BatchSums) -> tuple[Verdict, tuple[str, ...]]:
         await self._ready(())
         name = self._identity.name
         key = uuid_of(record_id)
-        known: dict[tuple[str, Series], int] = {}
-        async with self._blocking.db.transaction() as db:
+        known: Known = {}
+        async with self._db.transaction() as db:
             await self._identify(db, 0)
             row = await db.fetchrow(
                 f"SELECT instance, counted, cancelled_at IS NOT NULL FROM {SCHEMA}.records "
                 "WHERE day = $1 AND id = $2 FOR UPDATE",
-                day_of(key), key,
+                date_of(day_of(key.bytes)), key,
             )  # fmt: skip
             if row is None or not row[1]:
                 return (Duplicate() if row is not None and row[2] else Refused("not_in_ledger")), ()
             await db.execute(
                 f"UPDATE {SCHEMA}.records SET counted = false, cancelled_at = now() WHERE day = $1 AND id = $2",
-                day_of(key), key,
+                date_of(day_of(key.bytes)), key,
             )  # fmt: skip
             kept = [delta for delta in sums.buckets if not await _is_plain(db, delta)]
             going = [delta for delta in sums.buckets if delta not in kept]
@@ -345,7 +350,7 @@ class PostgresStore:
 
     async def _report(self, told: Reported) -> Verdict:
         await self._ready(())
-        async with self._blocking.db.transaction() as db:
+        async with self._db.transaction() as db:
             await self._identify(db, 0)
             await db.execute(
                 f"UPDATE {SCHEMA}.instances SET oldest_pending = to_timestamp($2::float8), "
@@ -359,30 +364,31 @@ class PostgresStore:
             )
         return Delivered()
 
-    async def _ready(self, days: Iterable[date]) -> None:
+    async def _ready(self, days: Iterable[int]) -> None:
         """Tables, our claim, and partitions: what the first batch finds done, and all others believe."""
         if not self._claimed:
-            await self._blocking.db.migrate(PART, STEPS)
+            await self._db.migrate(PART, STEPS)
             if self._before_any is not None:
-                await self._before_any(self._blocking.db)
+                await self._before_any(self._db)
             await self._claim()
             self._claimed = True
         wanted = set(days)
         now_s = monotonic()
         if self._ahead_s is None or now_s >= self._ahead_s + AHEAD_EVERY_S:
             today = day_at(time())
-            wanted |= {today + timedelta(days=ahead) for ahead in range(AHEAD_DAYS + 1)}
+            wanted.update(range(today, today + AHEAD_DAYS + 1))
             self._ahead_s = now_s
         if missing := wanted - self._days:
-            await self._make_partitions(sorted(missing))
+            await self._make_partitions([date_of(day) for day in sorted(missing)])
+            self._days |= missing
 
     async def _make_partitions(self, days: Sequence[date]) -> None:
-        async with self._blocking.db.transaction() as db:
+        async with self._db.transaction() as db:
             names = [f"{SCHEMA}.records_{day:%Y%m%d}" for day in days]
             rows = await db.fetch("SELECT to_regclass(name) IS NOT NULL FROM unnest($1::text[]) AS t (name)", names)
         missing = [day for day, row in zip(days, rows, strict=True) if not row[0]]
         if missing:
-            async with self._blocking.db.transaction() as db:
+            async with self._db.transaction() as db:
                 await db.execute("SELECT pg_advisory_xact_lock($1)", _PARTITION_LOCK)
                 for day in missing:
                     # Asked of the catalog itself: what a connection remembers of a name may be of before the lock.
@@ -393,13 +399,12 @@ class PostgresStore:
                     if not there:
                         for statement in partition_of(day):
                             await db.execute(statement)
-        self._days.update(days)
 
     async def _claim(self) -> None:
         """Put this start's nonce in the place of the one that this directory had there."""
         identity = self._identity
         name = identity.ensure()
-        async with self._blocking.db.transaction() as db:
+        async with self._db.transaction() as db:
             # Made first, so that of two that begin at once one waits for the other.
             made = await db.fetchval(
                 f"INSERT INTO {SCHEMA}.instances (instance, nonce) VALUES ($1, $2) "
@@ -423,77 +428,60 @@ class PostgresStore:
     def _copied(self) -> CopiedError:
         name = self._identity.name
         return CopiedError(
-            f"another data directory writes to {self._blocking.db.where} as {name}, so this one or that one is a copy: "
+            f"another data directory writes to {self._db.where} as {name}, so this one or that one is a copy: "
             "`metering-sidecar spool adopt --as original` here, or `--as copy` with another SIDECAR_INSTANCE if one is "
             "set",
             Fault.FOREIGN,
         )
 
-    async def _insert(self, db: Connection, name: str, lines: Sequence[Line]) -> tuple[set[str], bool]:
-        """Put in those that are not there; which these are, and whether it is all of them: then nothing else is said.
-
-        Nearly always it is all of them, so they are copied into their table at once; that some are there stops it.
-        """
-        if not lines:
-            return set(), True
-        counts = Counter(line.lane for line in lines)
-        lanes = await db.fetch(_LOCK_LANES, sorted(counts))
-        await db.execute("SAVEPOINT all_new")
-        try:
-            rows = _numbered(lines, name, {row[0]: row[1] for row in lanes})
-            await db.copy_records_to_table("records", records=rows, columns=_KEPT, schema_name=SCHEMA)
-        except Exception as error:
-            if getattr(error, "sqlstate", None) != _THERE:
-                raise
-        else:
-            await db.fetch(_MOVE_LANES, list(counts), list(counts.values()))
-            return set(), True
-        await db.execute("ROLLBACK TO SAVEPOINT all_new")
-        return await self._insert_some(db, name, lines), False
-
-    async def _insert_some(self, db: Connection, name: str, lines: Sequence[Line]) -> set[str]:
-        """The same where some are there already: which are new."""
-        await db.execute(_STAGE)
-        await db.copy_records_to_table(_STAGING, records=lines, columns=Line._fields)
-        rows = await db.fetch(_INSERT_SOME, name)
+    async def _insert_some(self, db: Connection) -> set[bytes]:
+        """Put in what is staged and not there; which these are."""
+        rows = await db.fetch(_INSERT_SOME)
         counts, tops = Counter(row[1] for row in rows), dict[int, int]()
         for _, lane, number in rows:
             tops[lane] = max(number, tops.get(lane, 0))
         moved = await db.fetch(_MOVE_LANES, list(counts), list(counts.values()))
         if any(tops[lane] != last for lane, last in moved):
             # Somebody put one of them into another lane at this moment: again, and it is seen.
-            raise PostgresError(f"{self._blocking.db.where}: a record came twice at once", Fault.BUSY)
-        return {row[0] for row in rows}
-
-    async def _count_after_all(self, db: Connection, lines: Sequence[Line]) -> set[str]:
-        """Of records that are there, and were kept out of the sums until now, those that are in from now on."""
-        if not lines:
-            return set()
-        rows = await db.fetch(_COUNT_AFTER_ALL, [line.day for line in lines], [line.id for line in lines])
+            raise PostgresError(f"{self._db.where}: a record came twice at once", Fault.BUSY)
         return {row[0] for row in rows}
 
     # Sums
 
-    async def _add(self, db: Connection, sums: BatchSums, instance: str, known: dict[tuple[str, Series], int]) -> None:
-        if sums.hourly:
-            series = await self._series_of(db, sums.hourly, instance, known)
-            columns = [[_sum_of(delta, name) for delta in sums.hourly] for name in _VALUES]
-            hours = [delta.hour for delta in sums.hourly]
-            await db.execute(_ADD_HOURS, hours, series, *columns)
-            await db.execute(_ADD_DAYS, hours, series, *columns)
-            units = [
-                (delta.hour, number, storable(unit), amount)
-                for delta, number in zip(sums.hourly, series, strict=True)
-                for unit, amount in delta.units.items()
-            ]
-            if units:
-                await db.execute(_ADD_UNITS, *map(list, zip(*units, strict=True)))
-        if sums.buckets:
-            await self._add_buckets(db, sums.buckets)
+    async def _add(self, db: Connection, sums: BatchSums, instance: str, known: Known) -> None:
+        series = await self._series_of(db, sums.hourly, instance, known)
+        hours: list[Any] = []
+        units: list[Any] = []
+        for delta, number in zip(sums.hourly, series, strict=True):
+            counts = {name: count for name, count in delta.counts.items() if count}
+            hours.append({**counts, **delta.tokens, "hour": delta.hour, "series": number})
+            if delta.cost_usd is not None:
+                hours[-1]["cost_usd"] = str(delta.cost_usd)
+            for unit, amount in delta.units.items():
+                row = {"hour": delta.hour, "series": number, "unit": storable(unit), "amount": str(amount)}
+                units.append(row)
+        running = [self._bucket(delta) for delta in sums.buckets]
+        rows = await db.fetch(_ADD_SUMS, _json(hours), _json(units), _json(running))
+        if rows:
+            hashes = {row["key"]: delta.hashes for row, delta in zip(running, sums.buckets, strict=True)}
+            uniques = [(number, one) for key, number in rows for one in hashes[_hex(key)]]
+            if uniques:
+                await db.execute(_ADD_UNIQUES, *map(list, zip(*uniques, strict=True)))
 
-    async def _series_of(
-        self, db: Connection, deltas: Sequence[Delta], instance: str, known: dict[tuple[str, Series], int]
-    ) -> list[int]:
+    def _bucket(self, delta: BucketDelta) -> dict[str, Any]:
+        """A running value and what is to be added to it, as a row."""
+        fixed = self._buckets.get(delta.key)
+        if fixed is None:
+            if len(self._buckets) >= BUCKETS_KEPT:
+                self._buckets.clear()
+            fixed = self._buckets[delta.key] = _fixed(delta)
+        if delta.value is None or delta.kind is Kind.UNIQUE_COUNT:
+            return fixed
+        if delta.kind is not Kind.LATEST:
+            return {**fixed, "value": str(delta.value)}
+        return {**fixed, "value": str(delta.value), "at_us": delta.at_us, "record_id": storable(delta.record_id)}
+
+    async def _series_of(self, db: Connection, deltas: Sequence[Delta], instance: str, known: Known) -> list[int]:
         """The number of each one's series, made where it is new."""
         asked = list(dict.fromkeys(delta.series for delta in deltas))
         new = [one for one in asked if (instance, one) not in self._series]
@@ -518,37 +506,25 @@ class PostgresStore:
             self._series.clear()
         self._series.update(known)
 
-    async def _add_buckets(self, db: Connection, deltas: Sequence[BucketDelta]) -> None:
-        by_key = {_bucket_key(delta): delta for delta in deltas}
-        pairs = sorted(by_key.items())
-        rows = await db.fetch(
-            _ADD_BUCKETS,
-            [key for key, _ in pairs],
-            [storable(delta.key.meter) for _, delta in pairs],
-            [delta.key.version for _, delta in pairs],
-            [_text(delta.key.subscriber) for _, delta in pairs],
-            [_text(delta.key.group) for _, delta in pairs],
-            [delta.key.start for _, delta in pairs],
-            [str(delta.kind) for _, delta in pairs],
-            [None if delta.kind is Kind.UNIQUE_COUNT else delta.value for _, delta in pairs],
-            [delta.at_us if delta.value is not None else 0 for _, delta in pairs],
-            [delta.record_id if delta.value is not None else "" for _, delta in pairs],
-        )
-        uniques = [
-            (int(number), one)
-            for key, number, value in rows
-            if by_key[bytes(key)].kind is Kind.UNIQUE_COUNT and (value or 0) < UNIQUE_MAX
-            for one in by_key[bytes(key)].hashes
-        ]
-        if uniques:
-            await db.execute(_ADD_UNIQUES, *map(list, zip(*uniques, strict=True)))
+
+async def _copy(
+    db: Connection, table: str, lines: Sequence[Line], name: str, last: dict[int, int], schema: str | None = None
+) -> None:
+    rows = copied(lines, name, last)
+    await db.copy_to_table(table, source=rows, columns=COLUMNS, format="binary", schema_name=schema)
 
 
-def _numbered(lines: Sequence[Line], name: str, last: dict[int, int]) -> Iterator[tuple[Any, ...]]:
-    """Rows with the number that each gets in its lane; `last`: of each lane the last that is given. Takes it over."""
-    for line in lines:
-        number = last[line.lane] = last[line.lane] + 1
-        yield (name, number, *line)
+def _json(rows: Sequence[Mapping[str, Any]]) -> str | None:
+    if not rows:
+        return None
+    try:
+        return orjson.dumps(rows).decode()
+    except TypeError:  # a number beyond 64 bits, which is the same as a text
+        return orjson.dumps([{name: _number(value) for name, value in row.items()} for row in rows]).decode()
+
+
+def _number(value: Any) -> Any:
+    return write_int(value) if isinstance(value, int) else value
 
 
 def verdict_of(error: PostgresError) -> Verdict:
@@ -562,15 +538,6 @@ def verdict_of(error: PostgresError) -> Verdict:
         state = str(getattr(error.__cause__, "sqlstate", None) or "")
         return Refused("not_storable") if state.startswith(_BAD_DATA) else Retry(reason)
     return Blocked(reason)
-
-
-def _sum_of(delta: Delta, name: str) -> int | Decimal | None:
-    if name in delta.counts:
-        return delta.counts[name]
-    return delta.cost_usd if name == "cost_usd" else delta.tokens.get(name)
-
-
-assert (*COUNTS, *TOKENS) == SUMS
 
 
 async def _bounded(db: Connection, series: Sequence[Series]) -> list[Series]:
@@ -671,6 +638,25 @@ def _series_key(instance: str, one: Series) -> bytes:
 def _bucket_key(delta: BucketDelta) -> bytes:
     key = delta.key
     return _digest([storable(key.meter), key.version, _text(key.subscriber), _text(key.group), key.start])
+
+
+def _fixed(delta: BucketDelta) -> dict[str, Any]:
+    """What a running value is kept by."""
+    key = delta.key
+    return {
+        "key": _hex(_bucket_key(delta)),
+        "meter": storable(key.meter),
+        "version": key.version,
+        "subscriber": _text(key.subscriber),
+        **({} if key.group is None else {"grp": storable(key.group)}),
+        "start": key.start,
+        "kind": str(delta.kind),
+    }
+
+
+def _hex(key: bytes) -> str:
+    """As the server reads and writes it."""
+    return f"\\x{key.hex()}"
 
 
 def _digest(value: object) -> bytes:

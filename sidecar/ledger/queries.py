@@ -4,7 +4,8 @@ Each question opens the file read-only and closes it again. A row says None wher
 only where zero was. Sums are exact: SQLite adds up whole numbers while it can, and where it cannot (see `schema`) the
 rest of the answer is added up in Python.
 
-Whole days (of UTC) are read from the daily sums, and only what is left of the time asked for from the hourly ones.
+Whole days (of UTC) are read from the daily sums, and only what is left of the time asked for from the hourly ones. Days
+and months of another zone are made of daily sums too (`local_days`).
 """
 
 from __future__ import annotations
@@ -13,19 +14,21 @@ import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from datetime import UTC, date, datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from threading import Lock
 from time import monotonic
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 from zoneinfo import ZoneInfo
 
-from sidecar.ledger.schema import DAY_S, SCHEMA, SUMS, LedgerError, read_cost, stored
+from sidecar.ledger.local_days import EPOCH, Period, Split, offsets, split
+from sidecar.ledger.schema import DAY_S, SCHEMA, SUMS, LedgerError, add_exact_sums, read_cost
 from sidecar.meters.buckets import UNIQUE_MAX
 from sidecar.meters.definition import Kind, Meter
-from sidecar.meters.hourly import EXACT, write_amount
+from sidecar.meters.hourly import EXACT, TOKENS, write_amount
 from sidecar.model.call_group import HOUR_S
 from sidecar.storage.sqlite import errors_told, open_db
 
@@ -46,8 +49,9 @@ DIMENSION: Final = "dimensions."  # before the name of one
 # What is summed, by its column.
 COUNTED: Final = (*SUMS, "cost_usd")
 STEPS_BETWEEN_LOOKS: Final = 200_000  # of SQLite's machine, at the clock: a few milliseconds
+UNSURE_MAX: Final = 300  # groups of one answer that are asked for apart; with more of them all are read hour by hour
 _COLUMNS: Final = ", ".join(COUNTED)
-_EPOCH: Final = date(1970, 1, 1)
+_MAY_LACK: Final = ("records", *TOKENS, "cost_usd")  # none of the first: there is no such group
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -144,40 +148,6 @@ class Ledger(Protocol):
     def meter(self, meter: Meter, since: datetime | None = None, until: datetime | None = None) -> list[MeterRow]: ...
 
 
-class _Sum:
-    """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
-
-    def __init__(self) -> None:
-        self.total: int | None = None
-
-    def step(self, value: int | str | None) -> None:
-        if value is not None:
-            self.total = (self.total or 0) + int(value)
-
-    def finalize(self) -> int | str | None:
-        return None if self.total is None else stored(self.total)
-
-
-class _DecimalSum:
-    def __init__(self) -> None:
-        self.total: Decimal | None = None
-
-    def step(self, value: str | None) -> None:
-        if value is not None:
-            self.total = EXACT.add(self.total or Decimal(0), Decimal(value))
-
-    def finalize(self) -> str | None:
-        return None if self.total is None else write_amount(self.total)
-
-
-class _CostSum(_DecimalSum):
-    """Of what a column of costs keeps; in dollars."""
-
-    def step(self, value: int | str | None) -> None:
-        if value is not None:
-            self.total = EXACT.add(self.total or Decimal(0), read_cost(value) or Decimal(0))
-
-
 class LedgerReader:
     """Answers questions about one `ledger.db`; may be used while it is written."""
 
@@ -253,32 +223,53 @@ class LedgerReader:
         """The same as they come, for who looks at many and keeps few; `row_of` makes a row of them."""
         begin, end = hours_of(since, until)
         with self._open(limit_s) as db:
+            db.execute("BEGIN")  # all of the answer is of one moment
             for name in unsure([*by, *(where or ())]):
                 if db.execute("SELECT 1 FROM series_dimensions WHERE name = ? LIMIT 1", (name,)).fetchone() is None:
                     raise unknown(name)
+            parts = None
             if zone is not None:
-                begin, end = extent(begin, end, *db.execute(EXTENT.format("")).fetchone())
+                there = db.execute(EXTENT.format("")).fetchone()
+                parts = parts_of(by, begin, end, zone, *there)
+                begin, end = extent(begin, end, *there)
             question = Question(by, begin, end, where or {}, zone, self._dialect)
-            labels = question.labels()
+            # Each way gives the same groups in the same order. Where one cannot go on, the next begins behind it.
             given = 0
-            try:
-                for row in db.execute(question.sql(exact=False), question.values):
-                    if float in map(type, row[len(labels) :]):
+            if parts is not None:
+                for row in self._of_parts(db, question, parts):
+                    if row is None:
                         break
                     given += 1
-                    yield labelled(row[: len(labels)], labels), row[len(labels) :]
+                    yield row
                 else:
                     return
-            except sqlite3.Error as error:
-                if "integer overflow" not in str(error):
-                    raise
-            rows = iter(db.execute(question.sql(exact=True), question.values))
-            for _ in range(given):  # the same groups in the same order
-                next(rows)
-            for row in rows:
-                *sums, cost = row[len(labels) :]
-                exact = (*(None if value is None else int(value) for value in sums), cost)
-                yield labelled(row[: len(labels)], labels), exact
+            yield from _answers(db, question, given)
+
+    def _of_parts(
+        self, db: sqlite3.Connection, question: Question, parts: Split
+    ) -> Iterator[tuple[Group, Sums] | None]:
+        """By days or months of a zone; None, and nothing more, where it cannot be told this way."""
+        labels, apart = question.labels(), 0
+        try:
+            for *values, in_doubt in db.execute(*question.of_parts(parts)):
+                group, sums = tuple(values[: len(labels)]), tuple(values[len(labels) :])
+                if float in map(type, sums):
+                    break
+                if in_doubt:
+                    apart += 1
+                    if apart > UNSURE_MAX:
+                        break
+                    alone = list(_answers(db, question.of_one(group, parts), 0))
+                    if not alone:
+                        continue
+                    ((_, sums),) = alone
+                yield labelled(group, labels), sums
+            else:
+                return
+        except sqlite3.Error as error:
+            if "integer overflow" not in str(error):
+                raise
+        yield None
 
     def unpriced(self, since: datetime | None = None) -> list[UnpricedModel]:
         """The models of calls that were not priced, those with the most first."""
@@ -336,15 +327,39 @@ class LedgerReader:
             if limit_s is not None:
                 ends_s = monotonic() + limit_s
                 db.set_progress_handler(lambda: monotonic() > ends_s, STEPS_BETWEEN_LOOKS)
-            db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
-            db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
-            db.create_aggregate("cost_sum", 1, cast(Any, _CostSum))
+            add_exact_sums(db)
             try:
                 yield db
             except sqlite3.OperationalError as error:
                 if "interrupted" in str(error):
                     raise TooLongError from None
                 raise
+
+
+def _answers(db: sqlite3.Connection, question: Question, given: int) -> Iterator[tuple[Group, Sums]]:
+    """All groups but those that were given already."""
+    labels = question.labels()
+    try:
+        rows = iter(db.execute(question.sql(exact=False), question.values))
+        for _ in range(given):
+            next(rows)
+        for row in rows:
+            if float in map(type, row[len(labels) :]):
+                break
+            given += 1
+            yield labelled(row[: len(labels)], labels), row[len(labels) :]
+        else:
+            return
+    except sqlite3.Error as error:
+        if "integer overflow" not in str(error):
+            raise
+    rows = iter(db.execute(question.sql(exact=True), question.values))
+    for _ in range(given):
+        next(rows)
+    for row in rows:
+        *sums, cost = row[len(labels) :]
+        exact = (*(None if value is None else int(value) for value in sums), cost)
+        yield labelled(row[: len(labels)], labels), exact
 
 
 _Label = Callable[[Any], str | None]
@@ -374,10 +389,14 @@ class Question:
         where: Mapping[str, Sequence[str | None]],
         zone: ZoneInfo | None,
         dialect: Dialect,
+        *,
+        hours: Sequence[int] | None = None,
     ) -> None:
-        """`begin`, `end`: whole hours, Unix seconds; the end is not included, None is none."""
+        """`begin`, `end`: whole hours, Unix seconds; the end is not included, None is none. `hours`: the same time hour
+        by hour, where few series are asked for, so that their rows are looked up and no others are read."""
         self._dialect = dialect
         self._by = tuple(by)
+        self._where = where
         self._zone = zone
         self.groups: list[str] = []
         self.joins = ""
@@ -401,7 +420,8 @@ class Question:
                 self.join_values.append(dimension_of(name))
                 self.groups.append(f"{its}.value")
         self._filter, filter_values = _filter(where, dialect)
-        source, source_values = self._source(begin, end)
+        self._filter_values = filter_values
+        source, source_values = self._source(begin, end) if hours is None else (self._hours(hours), [])
         self._source_sql = source
         # In the order in which the statement has them: what is joined stands behind what is read.
         self.values = [*source_values, *filter_values, *self.join_values]
@@ -427,6 +447,10 @@ class Question:
         )
         return f"SELECT {names + ', ' if names else ''}{sums} FROM {read}{joined}{tail}"
 
+    def _hours(self, hours: Sequence[int]) -> str:
+        chosen = ", ".join(map(str, hours))
+        return f"SELECT hour, series, {_COLUMNS} FROM {self._dialect.schema}hourly WHERE hour IN ({chosen})"
+
     def _source(self, begin: int, end: int | None) -> tuple[str, list[int]]:
         """The rows of the time asked for, with `hour` as their time, and its values."""
         schema = self._dialect.schema
@@ -448,6 +472,56 @@ class Question:
             values += [last, until]
         return " UNION ALL ".join(parts), values
 
+    def of_parts(self, parts: Split) -> tuple[str, list[Any]]:
+        """The same as `sql`, made of days of UTC and of hours; the last column is whether it is in doubt what there is.
+
+        What is taken away leaves zero, where there was zero or nothing: then nothing else may have been there.
+        """
+        time = next(place for place, name in enumerate(self._by) if name in TIMES)
+        others = [each for place, each in enumerate(self.groups) if place != time]
+        names = [f"g{place}" for place in range(len(others))]
+        keys = "".join(f", {each} AS {name}" for each, name in zip(others, names, strict=True))
+        places = ", ".join(str(place + 1) for place in range(1 + len(others)))
+        joined = f" JOIN series ON series.id = source.series{self.joins}" if others else ""
+        sums = ", ".join(f"sum(source.{name}) AS {name}" for name in COUNTED)
+
+        def read(table: str, unit: str, chosen: str) -> str:
+            rows = (
+                f"(SELECT * FROM {table} AS source{self._filter}) AS source" if self._filter else f"{table} AS source"
+            )
+            return (
+                f"SELECT source.{unit} AS {unit}{keys}, {sums} FROM {rows}{joined} "
+                f"WHERE source.{unit} IN (SELECT {unit} FROM {chosen}) GROUP BY {places}"
+            )
+
+        own = "".join(f", {name}" for name in names)
+        less = ", ".join(f"-{name}" for name in COUNTED)
+        doubt = " OR ".join(
+            f"(sum({name}) = 0 AND max(part = 2 AND {name} IS NOT NULL) AND NOT max(part = 1 AND {name} IS NOT NULL))"
+            for name in _MAY_LACK
+        )
+        shown = ["at" if place == time else names[place - (place > time)] for place in range(len(self._by))]
+        statement = (
+            f"WITH chosen_days(day, at) AS ({_values(parts.days, 2)}), "
+            f"chosen_hours(hour, own, noon) AS ({_values(parts.hours, 3)}), "
+            f"whole AS ({read('daily', 'day', 'chosen_days')}), "
+            f"stray AS MATERIALIZED ({read('hourly', 'hour', 'chosen_hours')}), "
+            f"parts AS (SELECT 0 AS part, at{own}, {_COLUMNS} FROM whole JOIN chosen_days USING (day)"
+            f" UNION ALL SELECT 1, own{own}, {_COLUMNS} FROM stray JOIN chosen_hours USING (hour) WHERE own IS NOT NULL"
+            f" UNION ALL SELECT 2, noon{own}, {less} FROM stray JOIN chosen_hours USING (hour) WHERE noon IS NOT NULL) "
+            f"SELECT {', '.join(shown)}, {', '.join(f'sum({name})' for name in COUNTED)}, {doubt} FROM parts"
+            f"{_grouped(len(shown), self._dialect)}"
+        )
+        return statement, [*self._filter_values, *self.join_values] * 2
+
+    def of_one(self, group: tuple[Any, ...], parts: Split) -> Question:
+        """The same question for one group of it alone."""
+        time = next(place for place, name in enumerate(self._by) if name in TIMES)
+        others = {name: (group[place],) for place, name in enumerate(self._by) if place != time}
+        begin, end = parts.bounds[group[time]]
+        hours = range(begin, end, HOUR_S)
+        return Question((), begin, end, {**self._where, **others}, None, self._dialect, hours=hours)
+
     def labels(self) -> list[_Label | None]:
         """What makes a text of each group; None: it is one."""
         zone = self._zone
@@ -460,10 +534,16 @@ class Question:
 
         @cache
         def day(number: int) -> str:
-            return (_EPOCH + timedelta(days=number)).isoformat()
+            return (EPOCH + timedelta(days=number)).isoformat()
 
         ways: dict[str, _Label] = {"hour": hour, "day": day}
         return [ways.get(name) for name in self._by]
+
+
+def _values(rows: Sequence[tuple[Period | None, ...]], count: int) -> str:
+    """Whole numbers and months as SQL; a row of them at least, which finds nothing."""
+    texts = (", ".join("NULL" if one is None else repr(one) for one in row) for row in rows or [(None,) * count])
+    return f"VALUES {', '.join(f'({text})' for text in texts)}"
 
 
 FOREVER: Final = 2**62
@@ -535,23 +615,25 @@ def extent(begin: int, end: int | None, first: int | None, last: int | None) -> 
     return max(begin, first), min(end if end is not None else FOREVER, last + HOUR_S)
 
 
+def parts_of(
+    by: Sequence[str], begin: int, end: int | None, zone: ZoneInfo, first: int | None, last: int | None
+) -> Split | None:
+    """How days or months of a zone are made of what is there; None: hour by hour."""
+    times = [name for name in by if name in TIMES]
+    if first is None or last is None or times not in (["day"], ["month"]):
+        return None
+    # Nothing is to be taken from a day that begins before all that is there, or ends behind it.
+    begin = first // DAY_S * DAY_S if begin <= first else begin
+    behind = -(-(last + HOUR_S) // DAY_S) * DAY_S
+    end = behind if end is None or end > last else end
+    return split(zone, begin, end, months=times == ["month"]) if begin < end else None
+
+
 def _offset(zone: ZoneInfo, begin: int, end: int | None) -> str:
     """The seconds that a zone is ahead of UTC at `hourly.hour`, as SQL."""
-
-    def ahead(at: int) -> int:
-        found = datetime.fromtimestamp(at, zone).utcoffset()
-        return 0 if found is None else int(found.total_seconds())
-
-    at, now = begin, ahead(begin)
-    text, stop = "", begin if end is None else end
-    while at < stop:
-        later = min(at + DAY_S, stop)
-        if (new := ahead(later)) != now:
-            change = next(hour for hour in range(at + HOUR_S, later + HOUR_S, HOUR_S) if ahead(hour) == new)
-            text += f" WHEN hourly.hour < {change} THEN {now}"
-            now = new
-        at = later
-    return f"CASE{text} ELSE {now} END" if text else str(now)
+    known = offsets(zone, begin, begin if end is None else end)
+    text = "".join(f" WHEN hourly.hour < {at} THEN {before}" for (_, before), (at, _) in pairwise(known))
+    return f"CASE{text} ELSE {known[-1][1]} END" if text else str(known[-1][1])
 
 
 def between(since: datetime | None, until: datetime | None) -> tuple[str, list[int]]:

@@ -13,9 +13,10 @@ twenty-fourth of the rows.
 
 from __future__ import annotations
 
+import sqlite3
 from decimal import Decimal
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, cast
 
 from sidecar.meters.hourly import COUNTS, EXACT, JSON_INT_MAX, TOKENS, write_amount
 from sidecar.storage.files import StorageError
@@ -138,3 +139,44 @@ def read_cost(value: int | str | None) -> Decimal | None:
     if value is None:
         return None
     return Decimal(value).scaleb(-PICO, EXACT) if isinstance(value, int) else Decimal(value)
+
+
+class _Sum:
+    """SQLite's aggregate, exact: nulls are left out, and nothing but nulls gives null."""
+
+    def __init__(self) -> None:
+        self.total: int | None = None
+
+    def step(self, value: int | str | None) -> None:
+        if value is not None:
+            self.total = (self.total or 0) + int(value)
+
+    def finalize(self) -> int | str | None:
+        return None if self.total is None else stored(self.total)
+
+
+class _DecimalSum:
+    def __init__(self) -> None:
+        self.total: Decimal | None = None
+
+    def step(self, value: str | None) -> None:
+        if value is not None:
+            self.total = EXACT.add(self.total or Decimal(0), Decimal(value))
+
+    def finalize(self) -> str | None:
+        return None if self.total is None else write_amount(self.total)
+
+
+class _CostSum(_DecimalSum):
+    """Of what a column of costs keeps; in dollars."""
+
+    def step(self, value: int | str | None) -> None:
+        if value is not None:
+            self.total = EXACT.add(self.total or Decimal(0), read_cost(value) or Decimal(0))
+
+
+def add_exact_sums(db: sqlite3.Connection) -> None:
+    """What SQLite cannot add up exactly: `exact_sum` of whole numbers, `decimal_sum` and `cost_sum` of amounts."""
+    db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
+    db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
+    db.create_aggregate("cost_sum", 1, cast(Any, _CostSum))

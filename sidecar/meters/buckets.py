@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from itertools import chain
 from typing import Any, Final
 
@@ -233,10 +233,8 @@ def _delta_at(found: dict[BucketKey, BucketDelta], key: BucketKey, meter: Meter)
 def _sum(numbers: Sequence[int | Decimal]) -> Decimal:
     """Exact: whole numbers as such, decimals in a context that would say so."""
     total = Decimal(sum([number for number in numbers if type(number) is int]))
-    for number in numbers:
-        if type(number) is Decimal:
-            total = EXACT.add(total, number)
-    return total
+    with localcontext(EXACT):
+        return sum([number for number in numbers if type(number) is Decimal], total)
 
 
 def amount(delta: BucketDelta, meter: Meter) -> Decimal:

@@ -44,6 +44,8 @@ PLACES: Final = Decimal(1).scaleb(-24)  # behind the point, as in every amount
 WHOLE_MAX: Final = 2**53  # up to here a double holds every whole number
 
 _PLAIN_MIN: Final = 1e-9  # from here on 15 digits end before the 24th place
+_PLAIN_MAX: Final = 1e15  # up to here they are all of a whole number
+_BEYOND: Final = "a number is beyond 64 bits"  # the library would make a double of it
 
 MACROS: Final = frozenset({"map", "filter", "all", "exists", "exists_one"})
 FUNCTIONS: Final = (
@@ -56,7 +58,8 @@ _MISSING: Final = (
     "with glibc and for macOS; elsewhere (Alpine, musl) it is built with Rust"
 )
 _OUTSIDE: Final = "it names what there is not"
-_INT64: Final = 2**63
+_INT64_MIN: Final = -(2**63)
+_INT64_MAX: Final = 2**63 - 1
 _TOKEN: Final = re.compile(
     r"""(?P<space>\s+|//[^\n]*)
     |(?P<text>(?:[rR][bB]?|[bB][rR]?)?(?:'''.*?'''|\"\"\".*?\"\"\"|'(?:\\.|[^'\\])*'|"(?:\\.|[^"\\])*"))
@@ -99,12 +102,30 @@ class Expression:
         return self._told_of(self.result(record), record.id)
 
     def values(self, rows: Iterable[Mapping[str, Any]]) -> list[int | Decimal]:
-        """The quantities of several records, as `of` takes them, without those that have none."""
-        of = self.of
-        found = [of(row) for row in rows]
-        if not any(type(each) is Failure for each in found):
-            return [each for each in found if each is not None]  # type: ignore[misc]
-        return [told for each in found if (told := self._told_of(each, None)) is not None]
+        """The quantities of several records, as `of` takes them, in any order and without those that have none.
+
+        What `of` and `exact` do, for many at once: a plain double is written and read as a decimal by the batch.
+        """
+        execute, plain, found = self._execute, list[float](), list[int | Decimal]()
+        for row in rows:
+            for value in row.values():
+                if type(value) is int and not _INT64_MIN <= value <= _INT64_MAX:
+                    result: Result = Failure(_BEYOND)
+                    break
+            else:
+                try:
+                    number = execute(row)
+                except BaseException as error:  # noqa: BLE001 - `_failed` raises what is none of ours
+                    result = self._failed(error)
+                else:
+                    if type(number) is float and _PLAIN_MIN <= number < _PLAIN_MAX:
+                        plain.append(number)
+                        continue
+                    result = _taken(number)
+            if (told := self._told_of(result, None)) is not None:
+                found.append(told)
+        found += map(Decimal, ("%.15g " * len(plain) % tuple(plain)).split())
+        return found
 
     def _told_of(self, found: Result, record_id: str | None) -> int | Decimal | None:
         if not isinstance(found, Failure):
@@ -132,28 +153,34 @@ class Expression:
     def of(self, values: Mapping[str, Any]) -> Result:
         """Of property values, as CEL has them: no decimals, and nothing where a value is not known."""
         for value in values.values():
-            if type(value) is int and not -_INT64 <= value < _INT64:
-                return Failure("a number is beyond 64 bits")  # the library would make a double of it
+            if type(value) is int and not _INT64_MIN <= value <= _INT64_MAX:
+                return Failure(_BEYOND)
         try:
             found = self._execute(values)
-        except (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError) as error:
+        except BaseException as error:  # noqa: BLE001 - `_failed` raises what is none of ours
             return self._failed(error)
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":  # a fault inside the library is no reason to stop
-                raise
-            return Failure("the CEL library failed")
-        if type(found) is int:
-            return found
-        if type(found) is float:
-            amount = exact(found)
-            return Failure(f"{found:g} is no amount") if amount is None else amount
-        return Failure(f"it gives {_kind_of(found)}, no number")
+        return _taken(found)
 
-    def _failed(self, error: Exception) -> Failure | None:
+    def _failed(self, error: BaseException) -> Failure | None:
+        """What is no fault of an expression, or inside the library, is raised again."""
+        if type(error).__name__ == "PanicException":  # of the library: no reason to stop
+            return Failure("the CEL library failed")
+        if not isinstance(error, (ArithmeticError, TypeError, ValueError, LookupError, RuntimeError)):
+            raise error
         undefined = _UNDEFINED.match(str(error))
         if undefined is not None and undefined[1] in self.names:
             return None
         return Failure(_reason(error))
+
+
+def _taken(found: object) -> Result:
+    """What the library gave, as it is billed."""
+    if type(found) is int:
+        return found
+    if type(found) is float:
+        amount = exact(found)
+        return Failure(f"{found:g} is no amount") if amount is None else amount
+    return Failure(f"it gives {_kind_of(found)}, no number")
 
 
 def exact(value: float) -> Decimal | None:

@@ -20,7 +20,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.model.call_group import HOUR_S, CallGroup
-from sidecar.model.exchange import Outcome, UsageState
+from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
 
 NAME_CHARS_MAX: Final = 256  # of a series name: ids are at most 200, a model name comes from the wire
@@ -185,7 +185,13 @@ def _is_unpriced(record: Record) -> bool:
 
 def _may_be_unpriced(record: Record) -> bool:
     """A call that was refused cost nothing that could be known, and where prices are switched off none is missing."""
-    return (record.status or 0) < 400 and (record.cost or {}).get("reason") != NO_TABLE
+    return (record.status or 0) < 400 and (record.cost or {}).get("reason") != NO_TABLE and may_have_price(record.usage)
+
+
+def may_have_price(usage: Usage | None) -> bool:
+    """Whether a price could be known by what was called: an API that is none of models names neither, and its own
+    counts lack no price until one is set."""
+    return usage is None or (usage.provider or usage.model or usage.request_model) is not None
 
 
 def delta_of(group: CallGroup) -> Delta:

@@ -42,6 +42,25 @@ class BackendTotals:
     def total(self) -> int:
         return self.delivered + self.duplicate + self.pending + sum(self.parked.values()) + sum(self.skipped.values())
 
+    def problem(self, name: str, recorded: int) -> str | None:
+        """What is wrong where so many were recorded and this is not their sum, in words; `name`: of the backend."""
+        if self.total == recorded:
+            return None
+        return (
+            f"{name}: recorded {recorded} is not {self.total}, the sum of delivered {self.delivered}, "
+            f"duplicate {self.duplicate}, parked {sum(self.parked.values())}, pending {self.pending} "
+            f"and skipped {sum(self.skipped.values())}"
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "delivered": self.delivered,
+            "duplicate": self.duplicate,
+            "parked": dict(self.parked),
+            "pending": self.pending,
+            "skipped": dict(self.skipped),
+        }
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Balance:
@@ -79,13 +98,8 @@ class Balance:
                 f"admitted {self.admitted} is not recorded {self.recorded} + open {self.open} + lost {lost}: "
                 "run `metering-sidecar spool verify`"
             )
-        for name, totals in self.backends.items():
-            if totals.total != self.recorded:
-                found.append(
-                    f"{name}: recorded {self.recorded} is not {totals.total}, the sum of delivered {totals.delivered}, "
-                    f"duplicate {totals.duplicate}, parked {sum(totals.parked.values())}, pending {totals.pending} "
-                    f"and skipped {sum(totals.skipped.values())}"
-                )
+        problems = (totals.problem(name, self.recorded) for name, totals in self.backends.items())
+        found += [problem for problem in problems if problem is not None]
         return found
 
     @property
@@ -99,16 +113,7 @@ class Balance:
             "recorded": self.recorded,
             "open": self.open,
             "lost": dict(self.lost),
-            "backends": {
-                name: {
-                    "delivered": totals.delivered,
-                    "duplicate": totals.duplicate,
-                    "parked": dict(totals.parked),
-                    "pending": totals.pending,
-                    "skipped": dict(totals.skipped),
-                }
-                for name, totals in self.backends.items()
-            },
+            "backends": {name: totals.to_dict() for name, totals in self.backends.items()},
             "holds": self.holds,
         }
 
@@ -119,3 +124,15 @@ def add_counts(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
     for row in rows:
         total.update(row)
     return dict(total)
+
+
+def add_totals(rows: Iterable[BackendTotals]) -> BackendTotals:
+    """The sum of what has become of records in several places."""
+    known = list(rows)
+    return BackendTotals(
+        delivered=sum(one.delivered for one in known),
+        duplicate=sum(one.duplicate for one in known),
+        pending=sum(one.pending for one in known),
+        parked=add_counts(one.parked for one in known),
+        skipped=add_counts(one.skipped for one in known),
+    )

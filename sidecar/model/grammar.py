@@ -27,6 +27,10 @@ class Unfit(ValueError):
     """What is wrong with a value, in words that may be shown (no part of the value unless it is no secret)."""
 
 
+class UnfitSecret(Unfit):
+    """What is wrong with a secret, in words that have nothing of it."""
+
+
 def header_name(text: str) -> str:
     """A header's name in lower case. Raises `Unfit`."""
     if not _TOKEN.fullmatch(text):

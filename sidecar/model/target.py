@@ -17,6 +17,7 @@ _ABSOLUTE: Final = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://([^/?#]*)")
 _SPELLED: Final = re.compile(r"%|//|/\.|^(?!/)")  # a path without any of these is in its normal form
 _ESCAPE: Final = re.compile(r"%([0-9A-Fa-f]{2})")
 _SLASHES: Final = re.compile(r"/{2,}")
+_AUTHORITY: Final = re.compile(rb"[A-Za-z0-9._~!$%&'()*+,;=:\[\]-]*")
 _UNRESERVED: Final = frozenset("ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-._~")
 
 
@@ -72,6 +73,11 @@ def origin_form(target: str) -> tuple[str, str | None]:
         return target, None
     rest = target[match.end() :]
     return rest if rest.startswith("/") else "/" + rest, match[1].rpartition("@")[2]
+
+
+def is_authority(host: bytes) -> bool:
+    """Whether it may stand in a `Host` field (RFC 9112, 3.2); empty, it may. As Go's server has it: `_` too, no `@`."""
+    return _AUTHORITY.fullmatch(host) is not None
 
 
 def _decoded(escape: re.Match[str]) -> str:

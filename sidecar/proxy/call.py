@@ -41,6 +41,7 @@ from sidecar.model.exchange import (
     UsageState,
     cut_usage,
 )
+from sidecar.model.target import is_authority
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
 from sidecar.proxy.context import NEVER, Destination, Hop
@@ -294,7 +295,7 @@ class Call:
             client.reject(local_responses.SPOOL_FULL, "spool_full")
             return
         hop.calls.add(self)
-        refused = self._refused(head.transfer_encoding)
+        refused = self._refused(head.transfer_encoding, head.host)
         if refused is not None:
             self._finish(Cause.REFUSED, Why(own=refused))
             return
@@ -394,11 +395,13 @@ class Call:
             self.phase = Phase.CONNECTING
             self._go_on(gating.gathers)
 
-    def _refused(self, coding: bytes | None) -> LocalResponse | None:
+    def _refused(self, coding: bytes | None, host: bytes) -> LocalResponse | None:
         """What the parser lets through and we do not."""
         message = self._message
         if message.version.major != 1 or message.version.minor > 1:
             return local_responses.BAD_VERSION
+        if not is_authority(host):
+            return local_responses.BAD_HOST
         if coding is not None and (self._http10 or coding.strip().lower() != b"chunked"):
             return local_responses.AMBIGUOUS
         if message.method == "CONNECT":

@@ -18,7 +18,6 @@ import re
 import socket
 import struct
 from asyncio import BaseTransport
-from collections import deque
 from collections.abc import Callable
 from enum import IntEnum
 from typing import Final
@@ -139,7 +138,7 @@ class Client(ClientProtocol):
         self._upgrade_body: StreamReader | None = None  # the body of a request that offers another protocol
         self._upgrade_left = 0  # of such a body, where it is sized
         # requests, and what is done with them
-        self._queue: deque[tuple[RawRequestMessage, StreamReader]] = deque()
+        self._queue: list[tuple[RawRequestMessage, StreamReader]] = []  # short: an empty deque takes 760 bytes
         self._last_call = False  # no request behind the ones in hand will be taken
         self._taking = False
         self.call: Call | PlainCall | None = None
@@ -499,7 +498,7 @@ class Client(ClientProtocol):
         self._taking = True
         try:
             while self.call is None and self._queue and not self._closing and not self.full:
-                message, payload = self._queue.popleft()
+                message, payload = self._queue.pop(0)
                 self.parser_idle_again()
                 if len(self._hop.calls) >= self._hop.settings.calls_max:
                     self.reject(local_responses.TOO_MANY, "calls")

@@ -71,6 +71,9 @@ RESPONSE: Final = {
     b"transfer-encoding": TRANSFER_ENCODING, b"content-length": CONTENT_LENGTH, b"upgrade": UPGRADE,
     b"location": LOCATION, b"content-location": CONTENT_LOCATION, b"refresh": REFRESH,
 }  # fmt: skip
+FRAMING: Final = frozenset({TRANSFER_ENCODING, CONTENT_LENGTH})
+# What a trailer has no business to say (RFC 9110, 6.5.1): a client that merges trailers would take it for the head's.
+OF_THE_HOP: Final = FRAMING | {HOP, CONNECTION, UPGRADE, KEEP_ALIVE}
 # `Connection` may not be used to strip what framing and routing stand on.
 _NOT_DROPPED: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"te"})
 QUIET_TOKENS: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})

@@ -55,6 +55,7 @@ AMBIGUOUS: Final = LocalResponse(
 )
 BAD_CHUNK: Final = LocalResponse(400, "Bad Request", "bad_chunk", "the request's chunked body is malformed")
 BAD_VERSION: Final = LocalResponse(400, "Bad Request", "bad_version", "only HTTP/1.0 and HTTP/1.1 are spoken here")
+BAD_HOST: Final = LocalResponse(400, "Bad Request", "bad_host", "the request's Host is not valid")
 TOO_SLOW: Final = LocalResponse(408, "Request Timeout", "request_timeout", "the request did not arrive in time")
 TARGET_TOO_LONG: Final = LocalResponse(414, "URI Too Long", "target_too_long", "the request target is too long")
 HEAD_TOO_LARGE: Final = LocalResponse(

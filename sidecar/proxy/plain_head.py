@@ -21,6 +21,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
+from sidecar.model.target import is_authority
+
 # What a line means here.
 _PASS: Final = 0
 _DROP: Final = 1  # hop-by-hop, and says nothing that matters
@@ -51,17 +53,21 @@ _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
 _COME_AGAIN: Final = frozenset({b"Date", b"date"})
 _BODILESS: Final = frozenset({204, 304})
 
-# Never plain: what they ask for is the careful way's to judge.
+# Never plain: what they ask for is the careful way's to judge. (Both parsers read `Proxy-Connection` as `Connection`.)
 _CAREFUL_REQUEST: Final = frozenset(
     {
         b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"http2-settings", b"proxy-authorization",
-        b"proxy-authenticate", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host", b"forwarded", b"via",
+        b"proxy-authenticate", b"proxy-connection", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
+        b"forwarded", b"via",
     }
 )  # fmt: skip
 # A coded body can be a thousand times what it is on the wire: the careful way looks into it step by step.
 _CAREFUL_RESPONSE: Final = frozenset(
-    {b"upgrade", b"trailer", b"te", b"location", b"content-location", b"refresh", b"content-encoding"}
-)
+    {
+        b"upgrade", b"trailer", b"te", b"proxy-connection", b"location", b"content-location", b"refresh",
+        b"content-encoding",
+    }
+)  # fmt: skip
 # Their value is another one for each call, and says nothing of what the call is.
 _VOLATILE: Final = frozenset(
     {
@@ -273,6 +279,8 @@ class _Heads(Generic[_Facts]):
             if value.lower() != b"chunked":
                 return None
         elif meaning == _HOST:
+            if not is_authority(value):
+                return None
             wire = self._host(name, value)
         seen = self._values[low] = self._values.get(low, 0) + 1
         if seen > VALUES_MAX and low not in self._matters:
@@ -483,7 +491,7 @@ class PlainRequests(_Heads[_Facts]):
             return _HOST, False
         if low == b"connection":
             return _DROP, False
-        if low in (b"keep-alive", b"proxy-connection"):
+        if low == b"keep-alive":
             return _DROP, True
         if low == b"traceparent":
             return _TRACE, low not in self._matters
@@ -554,8 +562,6 @@ class PlainResponses(_Heads[_Facts]):
             return _DROP, False
         if low == b"keep-alive":
             return _KEEP_ALIVE, True
-        if low == b"proxy-connection":
-            return _DROP, True
         return _PASS, low in _VOLATILE or low in (b"date", b"set-cookie")
 
     def _host(self, name: bytes, value: bytes) -> bytes:

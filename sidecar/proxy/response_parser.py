@@ -22,7 +22,7 @@ from typing import Final
 import httptools
 
 from sidecar.proxy.aiohttp_compat import RawRequestMessage
-from sidecar.proxy.headers import METER_ID, HeaderRules, Peer, ResponseHead
+from sidecar.proxy.headers import FRAMING, OF_THE_HOP, HeaderRules, Peer, ResponseHead
 from sidecar.proxy.redirects import Called
 from sidecar.usage import ResponseFilter, ResponseTap, Skips
 
@@ -46,8 +46,8 @@ class UpstreamResponse:
     """Feed it; look at what it says afterwards."""
 
     __slots__ = (
-        "_announce", "_asked", "_at_border", "_beside", "_chunked", "_head", "_head_bytes", "_head_only", "_http10",
-        "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
+        "_announce", "_asked", "_at_border", "_beside", "_chunked", "_closes", "_head", "_head_bytes", "_head_only",
+        "_http10", "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
         "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields",
         "filter", "keep_alive", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
         "upgraded",
@@ -76,6 +76,7 @@ class UpstreamResponse:
         self._reason = b""
         self._interim = False
         self._interims = 0
+        self._closes = False  # one of them said that the connection ends
         self._head: list[bytes] = []  # as it came, with all 1xx before it, while it is not whole
         self._head_bytes = 0
         self._mended = False  # its lengths, or they are about to be
@@ -174,18 +175,35 @@ class UpstreamResponse:
         except httptools.HttpParserError as error:
             if self.done:
                 self.extra = True
+            elif not self.started and self._interims and _is_after_close(error):
+                self._go_on_behind_interims()
             elif not self.started and not self._mended and _is_about_length(error):
                 self._mended = True
                 self._mend()
             elif self.broken is None:
                 self.broken = _why(error)
+        if self._at_border and data[-1:] != b"\n":
+            self._at_border = False  # the first digits of a size came behind the border, and the parser has them
+
+    def _go_on_behind_interims(self) -> None:
+        """A 1xx that says `close`, or is of HTTP/1.0, is followed by the final response all the same. The parser takes
+        it for the last message, so another one goes on."""
+        raw = b"".join(self._head)
+        self._interim = False
+        self._parser = self._new_parser()
+        self._parse(raw[self._interims_end(raw) :])
+
+    def _interims_end(self, raw: bytes) -> int:
+        start = 0
+        for _ in range(self._interims):
+            start = _head_end(raw, start)[1]
+        return start
 
     def _mend(self) -> None:
         """One length that was said more than once is one length (RFC 9110, 8.6), which the parser does not know: once
         the head is whole, it is parsed anew with a single field."""
-        raw, start = b"".join(self._head), 0
-        for _ in range(self._interims):
-            start = _head_end(raw, start)[1]
+        raw = b"".join(self._head)
+        start = self._interims_end(raw)
         lines_end, end = _head_end(raw, start)
         if end == 0:
             return  # it is still to come
@@ -286,7 +304,7 @@ class UpstreamResponse:
         if bodiless:
             # The parser thinks that an unsized response to HEAD ends with the connection; the head says more.
             one_more = parser.should_keep_alive() or parser.get_http_version() == "1.1"
-            self.reusable = one_more and not head.close and status != 101
+            self.reusable = one_more and not (head.close or self._closes) and status != 101
         else:
             self._frame(head, parser.should_keep_alive())
         ours = self._announce(self)
@@ -308,7 +326,7 @@ class UpstreamResponse:
 
     def _frame(self, head: ResponseHead, keep_alive: bool) -> None:
         """How the body ends, there and here."""
-        self.reusable = keep_alive
+        self.reusable = keep_alive and not self._closes
         if head.length is not None:
             self._remaining = head.length
             return
@@ -379,8 +397,8 @@ class UpstreamResponse:
             self._filter(self.filter.finish())
         if self._chunked and not self.mute:
             if self.trailers:
-                ours = METER_ID if self._rules.meter_id else None
-                lines = [b"%b: %b\r\n" % field for field in self.trailers if field[0].lower() != ours]
+                kinds = self._rules.response_kinds
+                lines = [b"%b: %b\r\n" % field for field in self.trailers if kinds[field[0]][0] not in OF_THE_HOP]
                 self.out.append(b"0\r\n" + b"".join(lines) + b"\r\n")
             else:
                 self.out.append(b"0\r\n\r\n")
@@ -389,8 +407,12 @@ class UpstreamResponse:
         self._interims += 1
         if self._interims > INTERIM_MAX:
             raise _NotAResponse("too many interim answers")
+        if self._parser is not None and not self._parser.should_keep_alive():
+            self._closes = True
         if not self._http10 and not self.mute:  # HTTP/1.0 knows no 1xx
-            head = ResponseHead(self._rules, self.fields, status=status)
+            kinds = self._rules.response_kinds
+            fields = [field for field in self.fields if kinds[field[0]][0] not in FRAMING]  # it may speak of no body
+            head = ResponseHead(self._rules, fields, status=status)
             self.out.append(b"HTTP/1.1 %d %b\r\n%b\r\n" % (status, self._reason, b"".join(head.parts)))
         self.fields = []
         self._reason = b""
@@ -449,6 +471,10 @@ def _is_about_length(error: BaseException) -> bool:
     """Whether the parser stopped at a length that it found twice, or in a list."""
     text = str(error)
     return "Content-Length" in text and "Transfer-Encoding" not in text
+
+
+def _is_after_close(error: BaseException) -> bool:
+    return "after `Connection: close`" in str(error)
 
 
 def _why(error: BaseException) -> str:

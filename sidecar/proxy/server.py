@@ -58,6 +58,7 @@ FILES_BESIDE: Final = 256  # descriptors for spool, ledger, backends and the adm
 FILES_BESIDE_MIN: Final = 64
 CUT_S: Final = 1.0  # how long cut connections may take to be gone
 CAME_S: Final = 1.0  # at a stop: how long what had come by then may take to be taken up
+QUEUED_S: Final = 1.0  # and what waits then in the queue of a listener that is never empty
 CAME_LOOK_S: Final = 0.005  # between two looks whether there is more of it
 MADE_S: Final = 0.001  # a connection that is being made when no more are: the way to its client and back
 
@@ -370,9 +371,12 @@ class Proxy:
             await self._take_what_came(clients, until)
             while hop.loop.time() < until and not await self._close_when_empty():
                 await self._take_what_came(clients, until)
+            if self._listeners and await self._hold_new():
+                # They come without end: no more are made, and those in the queue are taken up.
+                await self._take_what_came(clients, began + min(CAME_S + QUEUED_S, timeout_s))
             self._close_listeners()
             # On the connections that were let in last, too: also those whose first request is on its way.
-            await self._take_what_came(clients, began + min(2 * CAME_S, timeout_s), new=True)
+            await self._take_what_came(clients, began + min(2 * CAME_S + QUEUED_S, timeout_s), new=True)
             timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
         for client in list(clients.open):
             client.stop()
@@ -403,16 +407,23 @@ class Proxy:
     async def _close_when_empty(self) -> bool:
         """Close the listeners, with nobody in their queues; False: there was somebody. For this one moment no new
         connection is made, or one would be cut off that came between the look and the end."""
-        files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
-        held = [file for file in files if file >= 0 and hold_new(file, True)]
-        if held:
-            await asyncio.sleep(MADE_S)
-        if _readable(files):
+        held = await self._hold_new()
+        if _readable(self._files()):
             for file in held:
                 hold_new(file, False)
             return False
         self._close_listeners()
         return True
+
+    async def _hold_new(self) -> list[int]:
+        """Let no connection be made from now on; the listeners' descriptors where that can be done."""
+        held = [file for file in self._files() if file >= 0 and hold_new(file, True)]
+        if held:
+            await asyncio.sleep(MADE_S)
+        return held
+
+    def _files(self) -> list[int]:
+        return [sock.fileno() for listener in self._listeners for sock in listener.sockets]
 
     def _close_listeners(self) -> None:
         for listener in self._listeners:
@@ -433,8 +444,7 @@ class Proxy:
 
     def _something_came(self, clients: Clients) -> bool:
         """Whether a connection waits to be accepted, or there is something to be read on one that has no call."""
-        files = [sock.fileno() for listener in self._listeners for sock in listener.sockets]
-        return _readable([*files, *(client.fileno() for client in clients.open if client.is_idle)])
+        return _readable([*self._files(), *(client.fileno() for client in clients.open if client.is_idle)])
 
     async def aclose(self) -> None:
         """Let go of everything; calls that are still open are cut."""

@@ -13,7 +13,7 @@ import secrets
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Final
 
 from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.delivery import Delivery, DeliveryStore, StateError, SystemClock
@@ -21,7 +21,7 @@ from sidecar.delivery.context import Copied
 from sidecar.delivery.elected import Elected, make_room_for_lanes
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.types import BackendStatus
-from sidecar.delivery.wishes import Wish, grant
+from sidecar.delivery.wishes import Asked, Wish, grant
 from sidecar.delivery.worker import Settled
 from sidecar.ledger.identity import Identity
 from sidecar.model.balance import Balance
@@ -88,14 +88,15 @@ class Billing:
         """Records parked by backend and reason: our own, and those of the lanes that are held here. Blocks."""
         return self.delivery.parked_now() | ({} if self.elected is None else self.elected.parked_now())
 
-    async def correct(self, wish: Wish) -> list[Any]:
-        """Do what an operator wants, here and on all lanes; what came of it in each place. Raises `LookupError`."""
+    async def correct(self, wish: Wish) -> Asked:
+        """Do what an operator wants, here and on all lanes; what came of it in each place."""
         told = []
         if wish["do"] != "retry" or wish["backend"] in self.delivery.backends:
             told.append(await grant(wish, self.delivery, self.delivery.backends))
         if self.elected is not None and (wish["do"] != "retry" or not told):
-            told += await self.elected.ask(wish)
-        return told
+            asked = await self.elected.ask(wish)
+            return replace(asked, answers=[*told, *asked.answers])
+        return Asked(answers=told)
 
     async def balance(self, snapshots: Mapping[str, Snapshot]) -> Balance:
         """All terms of one moment. `snapshots`: the slots that are being written; the others are read from disk."""

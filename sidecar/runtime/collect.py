@@ -81,7 +81,7 @@ def stream_settings(settings: Settings) -> NatsSettings:
 def connection_of(settings: Settings) -> NatsConnection:
     """Raises `ValueError` for settings that do not go together."""
     own = stream_settings(settings)
-    return NatsConnection(login=own.login, wanted=own.wanted, timeout_s=own.timeout)
+    return NatsConnection(login=own.login, wanted=own.wanted, timeout_s=own.timeout, reads=True)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -108,9 +108,11 @@ class Collecting(Metering):
         """Ready while the stream is read and the disk takes records; a backend that is down is said, and no reason."""
         told, bills, reader = self.told(), self.bills, self.reader
         notes = [one for one in (told.reason,) if one]
-        fault = "starting" if reader is None else reader.fault
+        fault, weak = ("starting", "") if reader is None else (reader.fault, reader.connection.weak)
         if fault:
             notes.append(f"the stream is not read: {fault}")
+        elif weak:
+            notes.append(f"what is in the stream is read, but {weak}")
         if self.ids is not None and self.ids.aside_count:
             notes.append(f"{self.ids.aside_count} messages are kept aside: `metering-sidecar collect --aside`")
         backends: list[dict[str, object]] = []
@@ -122,7 +124,7 @@ class Collecting(Metering):
             if bills.room is not Room.ENOUGH:
                 notes.append(bills.room.value)
             backends = [{"backend": s.backend, "state": s.state, "reason": s.reason} for s in status]
-        state = "degraded" if fault and told.state == "ok" else told.state
+        state = "degraded" if (fault or weak) and told.state == "ok" else told.state
         return Readiness(
             ready=not self.stopping and not fault,
             state="stopping" if self.stopping else state,
@@ -137,14 +139,14 @@ class Collecting(Metering):
 @asynccontextmanager
 async def collecting(settings: Settings, lock: DataLock | None = None) -> AsyncIterator[Collecting]:
     """Everything but the reading itself, which `Collecting.reader` does. Raises the parts' own errors."""
-    own, counted = stream_settings(settings), Metrics(backends=settings.backends)
+    counted = Metrics(backends=settings.backends)
     async with AsyncExitStack() as last:
         with listening(settings.serve.admin_listen, "SIDECAR_ADMIN_LISTEN"):
             [[admin]], admin_url = bind(settings.serve.admin_listen, 1, first=True)
         last.callback(admin.close)
         whole = Collecting(settings=settings, counted=counted, intake=Intake(counted), admin_url=admin_url)
         await open_admin(last, settings, admin, whole)
-        connection = NatsConnection(login=own.login, wanted=own.wanted, timeout_s=own.timeout)
+        connection = connection_of(settings)
         if into_shared_ledger(settings):
             spools = last.enter_context(SpoolReader(settings.data_dir))
             whole.ids = await asyncio.to_thread(KnownIds, settings.data_dir, spools)

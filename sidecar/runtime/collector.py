@@ -26,7 +26,7 @@ from sidecar.spool import Spool, SpoolReader
 from sidecar.spool.known_ids import TOO_OLD, Aside, KnownIds
 from sidecar.spool.types import Batch
 from sidecar.storage.files import StorageError
-from sidecar.storage.nats import Connected, NatsConnection, NatsFault, api_fault
+from sidecar.storage.nats import LOOK_AGAIN_S, Connected, NatsConnection, NatsFault, api_fault
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -274,6 +274,8 @@ class StreamReader:
                 await self._read(stop)
                 return
             except NatsFault as fault:
+                if str(fault) not in (self.fault, self.connection.said):
+                    log.log(logging.ERROR if fault.operator else logging.WARNING, "the stream is not read: %s", fault)
                 reading, self.fault = not self.fault, str(fault)
             except StorageError as error:
                 reading, self.fault = not self.fault, str(error)
@@ -286,6 +288,7 @@ class StreamReader:
     async def _read(self, stop: asyncio.Event) -> None:
         there = await self.connection.get()
         await self._find_consumer(there)
+        looked_s = time.monotonic()
         inbox = there.client.new_inbox()
         subscription = await self._guarded(there, there.client.subscribe(f"{inbox}.*"))
         log.info("reading the stream", extra={"facts": {"stream": self.connection.wanted.stream}})
@@ -296,6 +299,9 @@ class StreamReader:
             messages = await self._guarded(there, self._fetch(there, subscription, inbox))
             if messages:
                 await self._take(there, messages)
+            if time.monotonic() - looked_s > LOOK_AGAIN_S:
+                await self._find_consumer(there)  # one that is paused, or was edited, gives nothing and says nothing
+                looked_s = time.monotonic()
         await self._guarded(there, subscription.unsubscribe())
 
     async def _take(self, there: Connected, messages: Sequence[Msg]) -> None:
@@ -362,6 +368,8 @@ class StreamReader:
         except Exception as error:  # noqa: BLE001 - the client raises its own, asyncio's and the system's
             raise api_fault(error, wanted) from None
         if info is None:
+            if self.connection.weak:
+                raise NatsFault("weak_stream", self.connection.weak, operator=True)
             log.warning(
                 "the stream has no such consumer yet: all of it is read, and what is known already is not stored again",
                 extra={"facts": {"stream": wanted.stream, "consumer": self.consumer}},
@@ -370,12 +378,17 @@ class StreamReader:
         wrong = consumer_weakness(info.config, wanted.subject, self.consumer, wanted.stream, self._mark)
         if wrong is not None:
             raise NatsFault("consumer", wrong, operator=True)
+        if info.paused:
+            again = f"`nats consumer resume {wanted.stream} {self.consumer}` lets it go on"
+            text = f"the consumer {self.consumer} of stream {wanted.stream} is paused: {again}"
+            raise NatsFault("consumer", text, operator=True)
         stream = await self._guarded(there, context.stream_info(wanted.stream))
         self._alone = bool(self.owner) and list(stream.config.subjects or ()) == [wanted.subject]
         made = "" if stream.created is None else stream.created.isoformat()
         self._stream = f"{wanted.stream} {made}"
         # Of a stream that was never read here, what went before is nobody's loss.
-        self._seen = await self.sink.passed(self._stream) or stream.state.first_seq - 1
+        # Its first number is 0 while a stream had no message at all.
+        self._seen = await self.sink.passed(self._stream) or max(stream.state.first_seq - 1, 0)
         self.pending = info.num_pending or 0
 
     @property

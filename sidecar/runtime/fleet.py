@@ -16,7 +16,7 @@ from typing import Any, Final
 from sidecar.backends.ledger import SharedLedgerBackend
 from sidecar.ledger.postgres_queries import InstanceRow, PostgresReader
 from sidecar.ledger.postgres_schema import Reported
-from sidecar.model.balance import BackendTotals, Balance, add_counts
+from sidecar.model.balance import BackendTotals, Balance, add_totals
 from sidecar.model.delivery import Delivered
 from sidecar.storage.files import StorageError
 
@@ -66,7 +66,9 @@ class Whole:
         told = [member.balance for member in self.members if member.balance is not None]
         names = dict.fromkeys(name for one in told for name in one.backends)
         # A backend that one of them lacks owes nothing for its records: only who has it is in its equation.
-        return Balance.over(told, {name: _added(one.backends.get(name) for one in told) for name in names})
+        return Balance.over(
+            told, {name: add_totals(one.backends[name] for one in told if name in one.backends) for name in names}
+        )
 
     @property
     def problems(self) -> list[str]:
@@ -134,17 +136,6 @@ def balance_from(told: Mapping[str, Any]) -> Balance:
     }
     return Balance(
         admitted=told["admitted"], recorded=told["recorded"], open=told["open"], lost=told["lost"], backends=backends
-    )
-
-
-def _added(totals: Iterable[BackendTotals | None]) -> BackendTotals:
-    known = [one for one in totals if one is not None]
-    return BackendTotals(
-        delivered=sum(one.delivered for one in known),
-        duplicate=sum(one.duplicate for one in known),
-        pending=sum(one.pending for one in known),
-        parked=add_counts(one.parked for one in known),
-        skipped=add_counts(one.skipped for one in known),
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 import random
 import time
@@ -17,10 +18,11 @@ from typing import Any, Final
 from sidecar.gate.admission import Admission, ByUpstream, Meant, Models, Outside, Policy
 from sidecar.gate.allowance import measure_of
 from sidecar.gate.asking import Asking, SourceStatus
+from sidecar.gate.claim import Claim
 from sidecar.gate.counters import Counters, Row
 from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import Outputs
-from sidecar.gate.fleet import PART, STEPS, SharedCounters, fleet_rows
+from sidecar.gate.fleet import PART, STEPS, Past, SharedCounters, fleet_rows
 from sidecar.gate.limits import (
     METER,
     Charging,
@@ -45,17 +47,20 @@ from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor
-from sidecar.runtime.backend_factory import fleet_reader, has_ledger, open_reader
+from sidecar.runtime.backend_factory import LEDGER_NAME, fleet_reader, has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Fault, Postgres, PostgresError
 from sidecar.usage.providers.table import known_routes
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
+log = logging.getLogger("sidecar.gate")
+
 HOUR_S: Final = 3600
+RECORDS_MAX: Final = 200_000  # that limits are counted again from: some ten seconds
 LIMITS_COMMAND_S: Final = 2.0  # of the database: who is asked more slowly than that decides nothing
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
@@ -316,21 +321,68 @@ def lease_clock_s() -> float:
     return time.clock_gettime(time.CLOCK_BOOTTIME) if hasattr(time, "CLOCK_BOOTTIME") else time.monotonic()
 
 
-def fleet(settings: Settings, counters: Counters, missing: tuple[datetime, datetime] | None) -> SharedCounters:
-    """What shares these counters with other sidecars. `missing`: of `missing_hours`. Makes the directory's id where it
-    has none: raises `OSError`."""
+def fleet(settings: Settings, counters: Counters, past: Past | None) -> SharedCounters:
+    """What shares these counters with other sidecars. Asks nothing of them yet."""
     url = settings.fleet.ledger_url
     assert url is not None
-    name = Identity(settings.data_dir, settings.fleet.instance).ensure()
-
-    async def earlier() -> Counters | None:
-        return None if missing is None else await asyncio.to_thread(_of_ledger, settings, name, *missing)
-
+    claim = Claim(settings.data_dir, settings.fleet.instance, in_ledger=LEDGER_NAME in settings.backends)
     return SharedCounters(
-        Postgres(url.reveal(), name=f"metering-sidecar {name} limits", command_timeout_s=LIMITS_COMMAND_S),
-        name, counters, clock_s=lease_clock_s, wall_ns=time.time_ns,
-        earlier=None if missing is None else earlier, floors=missing is not None,
+        Postgres(url.reveal(), name=f"metering-sidecar {claim.name} limits", command_timeout_s=LIMITS_COMMAND_S),
+        claim, counters, clock_s=lease_clock_s, wall_ns=time.time_ns, past=past,
     )  # fmt: skip
+
+
+class LedgersPast:
+    """What the shared ledger has of calls that no spool here has. `since_ns`: when the longest window began;
+    `reaches_s`: from when on the spool has all, Unix seconds; `held`: by slot, the first number that it has."""
+
+    def __init__(self, settings: Settings, since_ns: int, reaches_s: float, held: Mapping[str, int]) -> None:
+        self._settings, self._held = settings, held
+        self._since_s, self._reaches_s = since_ns / SECOND_NS, reaches_s
+        self.forgets = reaches_s > self._since_s
+
+    async def of_here(self, name: str, *, lost: bool, since_s: float | None) -> Counters | None:
+        if lost:
+            return await asyncio.to_thread(self._records, name, self._held)
+        return await asyncio.to_thread(self._hours, name, max(self._since_s, since_s or 0.0), self._reaches_s)
+
+    async def of(self, name: str) -> Counters | None:
+        return await asyncio.to_thread(self._records, name, {})
+
+    def _records(self, name: str, held: Mapping[str, int]) -> Counters | None:
+        """As its records say, unless those are too many: then as their sums by hour do. Raises `StorageError`."""
+        found, reader = charging(self._settings), fleet_reader(self._settings)
+        if found is None or reader is None:
+            return None
+        since = datetime.fromtimestamp(int(self._since_s), UTC)
+        with closing(reader):
+            try:
+                count = sum(row.records for row in reader.usage([], since, None, {"instance": [name]}))
+            except PostgresError as error:
+                if error.fault is Fault.MISSING:
+                    return None  # this database has limits and no ledger
+                raise
+            if count > RECORDS_MAX:
+                log.warning(
+                    "limits of %s are counted again from its hours in the ledger: of its %d records too many are "
+                    "wanted, so limits of keys, dimensions and meters begin at nothing", name, count,
+                )  # fmt: skip
+                now_s = time.time()
+                return self._hours(name, self._since_s, self._reaches_s or now_s if held else now_s + HOUR_S)
+            return count_records(reader.lines_of(name, since, held), found, lambda r: r.started_s >= self._since_s)
+
+    def _hours(self, name: str, since_s: float, until_s: float) -> Counters | None:
+        found, reader = charging(self._settings), fleet_reader(self._settings)
+        if found is None or reader is None or until_s <= since_s:
+            return None
+        since, until = (datetime.fromtimestamp(int(moment), UTC) for moment in (since_s, until_s))
+        with closing(reader):
+            try:
+                return count_hours(map(_hour, reader.usage(BY, since, until, {"instance": [name]})), found)
+            except PostgresError as error:
+                if error.fault is Fault.MISSING:
+                    return None
+                raise
 
 
 def fleet_now(settings: Settings) -> list[Row] | None:
@@ -345,20 +397,11 @@ def fleet_now(settings: Settings) -> list[Row] | None:
         database = Postgres(url.reveal(), name="metering-sidecar limits", command_timeout_s=LIMITS_COMMAND_S)
         try:
             await database.require(PART, STEPS)
-            return await fleet_rows(database, name, Counters(limits(settings)), time.time_ns())
+            return await fleet_rows(database, name, Counters(limits(settings)))
         finally:
             await database.close()
 
     return asyncio.run(ask())
-
-
-def _of_ledger(settings: Settings, name: str, since: datetime, until: datetime) -> Counters | None:
-    """What the shared ledger has of this sidecar's hours."""
-    found, reader = charging(settings), fleet_reader(settings)
-    if found is None or reader is None:
-        return None
-    with closing(reader):
-        return count_hours(map(_hour, reader.usage(BY, since, until, {"instance": [name]})), found)
 
 
 def remarks_on(status: SourceStatus, on_failure: str) -> list[str]:
@@ -399,16 +442,14 @@ def counted(
     return counters
 
 
-def missing_hours(settings: Settings, reader: SpoolReader) -> tuple[datetime, datetime] | None:
-    """The time that windows reach back to and the spool does not. Reads files."""
+def ledgers_past(settings: Settings, reader: SpoolReader) -> LedgersPast | None:
+    """Who is asked for what the spool has no more. Reads files."""
     found = charging(settings)
     if found is None:
         return None
     since_ns = oldest_start_ns(found.limits, time.time_ns())
-    from_s = _complete_from_s(reader, since_ns)
-    if from_s * SECOND_NS <= since_ns:
-        return None
-    return datetime.fromtimestamp(max(since_ns, 0) // SECOND_NS, UTC), datetime.fromtimestamp(from_s, UTC)
+    held = {slot: info[0].first_seq for slot in reader.instances() if (info := reader.segments(slot))}
+    return LedgersPast(settings, since_ns, _complete_from_s(reader, since_ns), held)
 
 
 def _complete_from_s(reader: SpoolReader, since_ns: int) -> float:
@@ -455,5 +496,10 @@ def shown(row: Row) -> dict[str, Any]:
         "window": limit.window_text or None,
         "until": until,
         "action": limit.action.value,
-        **({} if row.here is None else {"here": {"used": limit.text(row.here[0]), "leased": limit.text(row.here[1])}}),
+        **({} if row.here is None else {"here": _share(limit, row.here)}),
+        **({} if not row.by else {"instances": {name: _share(limit, share) for name, share in row.by.items()}}),
     }
+
+
+def _share(limit: Limit, share: tuple[int, int]) -> dict[str, str]:
+    return {"used": limit.text(share[0]), "leased": limit.text(share[1])}

@@ -22,7 +22,7 @@ from typing import Any, Final
 from aiohttp import web
 
 from sidecar.delivery import StateError
-from sidecar.delivery.wishes import outcomes, redriven, retried
+from sidecar.delivery.wishes import Asked, outcomes, redriven, retried
 from sidecar.gate.asking import Asking
 from sidecar.gate.counters import Counters
 from sidecar.gate.estimate import Outputs
@@ -43,6 +43,7 @@ from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, 
 from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.ipc import TRIALS, Seam, Told
+from sidecar.runtime.lanes import Lookout, url_of
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.runtime.shipping import Shipping, centre_of
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire
@@ -85,6 +86,7 @@ class Metering:
     early: str = ""  # why nothing is recorded yet
     bills: Billing | None = None
     fleet: Fleet | None = None  # of those that share a ledger
+    lookout: Lookout | None = None  # over the lanes of those that deliver together
     not_reloaded: str = ""  # why the settings that were read last are not in force
     stopping: bool = False  # from the wish to stop on, while calls are still taken too
     _last: Balance | None = None
@@ -131,6 +133,10 @@ class Metering:
         """Of all that share a ledger, as they told it last; None: there is none."""
         return None if self.fleet is None else self.fleet.whole.to_dict()
 
+    async def lanes_balance(self) -> dict[str, Any] | None:
+        """Of the records that all share, lane by lane, whoever delivers it; None: each delivers its own."""
+        return None if self.lookout is None else (await self.lookout.seen()).to_dict()
+
     async def metrics(self) -> bytes:
         balance = await self.balance()
         degraded = (await self.readiness()).state in ("degraded", "full")
@@ -147,6 +153,8 @@ class Metering:
             gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
             if bills.elected is not None:
                 gauges.pending |= await asyncio.to_thread(bills.elected.pending)
+                gauges.lanes_held, gauges.lanes_resting = len(bills.elected.lanes), bills.elected.resting
+                gauges.lanes_unheld = bills.elected.unheld
             gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
@@ -260,30 +268,46 @@ class Metering:
         choice = {
             "backend": backend, "reason": reason, "ids": ids, "since_s": since_s, "resend_unknown": resend_unknown,
         }  # fmt: skip
-        return redriven(await bills.correct({"do": "redrive", **choice}))
+        asked = await bills.correct({"do": "redrive", **choice})
+        return redriven(asked.answers) | _of_lanes(asked)
 
     async def retry(self, backend: str) -> dict[str, Any]:
         """End all waits of a backend. Raises `LookupError`, in words, for one that is not configured."""
         bills = self._billing()
         if backend not in self.settings.backends:
             raise LookupError(self._no_backend(backend))
-        return retried(await bills.correct({"do": "retry", "backend": backend}))
+        asked = await bills.correct({"do": "retry", "backend": backend})
+        return retried(asked.answers) | _of_lanes(asked)
 
     def _no_backend(self, name: str) -> str:
         backends = ", ".join(self.settings.backends) or "none"
         return f"{name} is not one of the backends of this instance ({backends})"
 
-    async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]:
-        return outcomes(await self._billing().correct({"do": "cancel", "one": one, "backend": backend}))
+    async def cancel(self, one: str, *, backend: str | None) -> dict[str, Any]:
+        asked = await self._billing().correct({"do": "cancel", "one": one, "backend": backend})
+        return {"outcomes": outcomes(asked.answers)} | _of_lanes(asked)
 
-    async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        return outcomes(await self._billing().correct({"do": "complain", "backend": backend, "named": named}))
+    async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> dict[str, Any]:
+        asked = await self._billing().correct({"do": "complain", "backend": backend, "named": named})
+        return {"outcomes": outcomes(asked.answers)} | _of_lanes(asked)
 
     async def adopt(self, how: str) -> dict[str, int] | None:
         """None where nothing was noticed, so that there is nothing to decide."""
         bills = self._billing()
         refused = bills.shared is not None and bills.shared.copied
-        return None if bills.copied is None and not refused else await bills.adopt(As(how))
+        limits = self.limits_shared if bills.shared is None else None  # else the ledger's decision is theirs
+        refused = refused or (limits is not None and limits.is_copied)
+        if bills.copied is None and not refused:
+            return None
+        found = await bills.adopt(As(how))
+        if limits is not None:
+            await limits.adopt(copy=As(how) is As.COPY)
+        return found
+
+
+def _of_lanes(asked: Asked) -> dict[str, Any]:
+    """Where a change is not done, if it is not done on all lanes."""
+    return {"lanes": asked.said} if asked.said else {}
 
 
 class Unable(Exception):
@@ -402,8 +426,8 @@ async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: B
         found = None
     if gate_factory.is_shared(settings):
         try:
-            missing = await asyncio.to_thread(gate_factory.missing_hours, settings, bills.reader)
-            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, missing)
+            past = await asyncio.to_thread(gate_factory.ledgers_past, settings, bills.reader)
+            whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, past)
         except (OSError, SpoolError, ValueError) as error:
             log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", error)
     gate.load(found or Counters(()), outputs)
@@ -425,6 +449,9 @@ def only_fault(
 
 async def open_admin(stack: AsyncExitStack, settings: Settings, listener: socket.socket, whole: Metering) -> None:
     """Answer at the admin port; it is closed with the stack."""
+    if (url := url_of(settings)) is not None:
+        whole.lookout = Lookout(url)
+        stack.push_async_callback(whole.lookout.aclose)
     guard = Guard.of(settings.serve.admin_listen, settings.serve.admin_token, settings.serve.admin_hosts)
     app = application(whole, guard, Reports(settings, whole.limits))
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=ADMIN_STOP_S)

@@ -26,7 +26,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
-from sidecar.meters.hourly import UNAUTHENTICATED
+from sidecar.meters.hourly import UNAUTHENTICATED, may_have_price
 from sidecar.model.call_group import CallGroup
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, cut
@@ -192,6 +192,9 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "sidecar_instance_silent_seconds": Family(
         "gauge", "Since a sidecar was last heard of by the shared ledger", ("instance",)
     ),
+    "sidecar_lanes_held": Family("gauge", "Lanes that are delivered from here, where sidecars deliver together"),
+    "sidecar_lanes_resting": Family("gauge", "Lanes that are held here and cannot be delivered, or were just taken"),
+    "sidecar_lanes_unheld": Family("gauge", "Lanes that no sidecar holds, as this one saw it within the last seconds"),
     "sidecar_collected": Family(
         "counter", "Of `collect`: messages that were read; `stored`, `duplicate` or `aside`", ("outcome",)
     ),
@@ -268,6 +271,9 @@ class Gauges:
     retry_after_s: dict[str, float] = field(default_factory=dict)
     instance_lag_s: dict[str, float] = field(default_factory=dict)  # of a fleet, by instance
     instance_silent_s: dict[str, float] = field(default_factory=dict)
+    lanes_held: int | None = None  # None, here and below: there are none, or they cannot be looked at
+    lanes_resting: int | None = None
+    lanes_unheld: int | None = None
 
 
 class HopEvents:
@@ -426,7 +432,7 @@ class Metrics(HopEvents, Collector):
             self._add_usage(record.usage, group.calls, group.tokens.get, record.route, payer)
             if group.priced:
                 self._add_cost(record.usage, group.cost_pico / PICO, record.route, payer)
-            if group.unpriced:
+            if group.unpriced and may_have_price(record.usage):
                 self._add_unpriced(record.usage, group.unpriced)
 
     def add_day(self, number: int, times: DayTimes) -> None:
@@ -663,6 +669,11 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_retry_after_seconds"] = {(n,): v for n, v in gauges.retry_after_s.items()}
         self._gauges["sidecar_instance_lag_seconds"] = {(label(n),): v for n, v in gauges.instance_lag_s.items()}
         self._gauges["sidecar_instance_silent_seconds"] = {(label(n),): v for n, v in gauges.instance_silent_s.items()}
+        for name, lanes in (
+            ("held", gauges.lanes_held), ("resting", gauges.lanes_resting), ("unheld", gauges.lanes_unheld),
+        ):  # fmt: skip
+            # No series rather than none held: `min` over sidecars is then over those that take part.
+            self._gauges[f"sidecar_lanes_{name}"] = {} if lanes is None else {(): lanes}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:
         if family.kind == "histogram":

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.model.grammar import Unfit
+from sidecar.model.grammar import Unfit, UnfitSecret
 from sidecar.model.path_pattern import check_pattern
 from sidecar.settings.schema import (
     PREFIX,
@@ -156,7 +156,8 @@ class _Loading:
                 value = setting.value(_parse(setting, found))
             except ValueError as error:
                 # What a reader says may quote the value: of a secret only the kind is named.
-                says = isinstance(error, Unfit) and (found.problem or not setting.secret)
+                safe = UnfitSecret if setting.secret and not found.problem else Unfit
+                says = isinstance(error, safe)
                 why = str(error) if says else f"expected {setting.kind.expected}"
                 quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
                 where = "" if origin.startswith("environment") else f" (in {origin})"

@@ -4,9 +4,9 @@ A connection that ends is not mended but thrown away, and the next who asks gets
 there is no second loop of tries behind his back, and nothing waits in a buffer that nobody sees. Whoever waits for an
 answer hears of the end at once.
 
-What must always hold: a stream is used only after `weaknesses` has found none, anew with each connection and every
-`LOOK_AGAIN_S`; nothing here makes a stream but `provision`, and nothing changes one. No password, token or key gets
-into a text.
+What must always hold: nothing is sent into a stream but after `weaknesses` has found none, anew with each connection
+and every `LOOK_AGAIN_S`; nothing here makes a stream but `provision`, and nothing changes one. No password, token or
+key gets into a text.
 
 The client is `nats-py`, of the extra `nats`; it is imported when a connection is made.
 """
@@ -20,7 +20,7 @@ import logging
 import math
 import ssl
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -29,6 +29,7 @@ from urllib.parse import urlsplit
 from sidecar import __version__
 from sidecar.settings import Secret, Unfit
 from sidecar.storage.http_client import fault_of
+from sidecar.storage.nats_keys import creds_problem, public_key
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -66,6 +67,7 @@ class Login:
     user: str | None = None
     password: Secret | None = None
     token: Secret | None = None
+    nkey: Secret | None = None  # the seed
     creds: Secret | None = None  # the text of a `.creds` file
     ca_file: Path | None = None
     cert_file: Path | None = None
@@ -80,16 +82,31 @@ class Login:
         """What of these does not go together."""
         if (self.user is None) != (self.password is None):
             return "SIDECAR_NATS_USER and SIDECAR_NATS_PASSWORD belong together: set both, or neither"
-        ways = [self.user, self.token, self.creds]
+        ways = [self.user, self.token, self.nkey, self.creds]
         if sum(one is not None for one in ways) > 1:
-            return "set one of SIDECAR_NATS_USER, SIDECAR_NATS_TOKEN and SIDECAR_NATS_CREDS_FILE"
+            return (
+                "set one of SIDECAR_NATS_USER, SIDECAR_NATS_TOKEN_FILE, SIDECAR_NATS_NKEY_FILE and "
+                "SIDECAR_NATS_CREDS_FILE"
+            )
         if (self.cert_file is None) != (self.key_file is None):
             return "SIDECAR_NATS_CERT_FILE and SIDECAR_NATS_KEY_FILE belong together: set both, or neither"
-        if self.creds is not None and importlib.util.find_spec("nkeys") is None:
-            return "SIDECAR_NATS_CREDS needs the package nkeys: pip install nkeys"
         if importlib.util.find_spec("nats") is None:
             return f"the package nats-py is not there: {EXTRA}"
+        if (self.creds or self.nkey) is not None and importlib.util.find_spec("nkeys") is None:
+            return f"SIDECAR_NATS_NKEY and SIDECAR_NATS_CREDS need the package nkeys: {EXTRA}"
         return None
+
+    def refused(self) -> str:
+        """Why a server that knows no one like us may say so, with what to do."""
+        if self.creds is not None and (problem := creds_problem(self.creds.reveal(), time.time())) is not None:
+            return f"SIDECAR_NATS_CREDS_FILE: {problem}"
+        if self.creds is not None:
+            return "it does not know the user of SIDECAR_NATS_CREDS_FILE, or not any more: have a new one issued"
+        if self.nkey is not None:
+            ours = public_key(self.nkey.reveal())
+            return f"it does not know the key of SIDECAR_NATS_NKEY_FILE: add {ours} to its users"
+        ways = "SIDECAR_NATS_USER and …_PASSWORD_FILE, …_TOKEN_FILE, …_NKEY_FILE or …_CREDS_FILE"
+        return f"it does not know us: check {ways}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -239,24 +256,42 @@ def _time(seconds: float) -> str:
 # --- faults ------------------------------------------------------------------------------------------------
 
 
-def login_fault(error: BaseException, servers: Sequence[str]) -> NatsFault:
+# By the number that OpenSSL has for what is wrong with a certificate (X509_V_ERR_…, `man verification_options`).
+_OF_CERTIFICATE: Final = {
+    9: "its time begins later than our clock says",
+    10: "it has expired: renew it there, or set our clock",
+    62: "call the server in SIDECAR_NATS_URL as its certificate does",
+    64: "call the server in SIDECAR_NATS_URL as its certificate does",
+}
+
+
+def _tls_fault(error: BaseException, login: Login, wants_certificate: bool) -> str | None:
+    """What is wrong with TLS, and what to set; None where it is something else. `wants_certificate`: the server said
+    that it asks for ours. What it thinks of that it says after the handshake, or hangs up (TLS 1.3)."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        todo = _OF_CERTIFICATE.get(error.verify_code, "set SIDECAR_NATS_CA_FILE to the CA that issued it")
+        return f"its certificate is not accepted ({error.verify_message.rstrip('.')}): {todo}"
+    if wants_certificate and isinstance(error, (ssl.SSLError, ConnectionError, EOFError)):
+        if login.cert_file is None:
+            return "it wants our certificate: set SIDECAR_NATS_CERT_FILE and …_KEY_FILE"
+        return "it does not take the certificate of SIDECAR_NATS_CERT_FILE: have one issued by a CA that it knows"
+    return f"the TLS handshake failed ({error.reason})" if isinstance(error, ssl.SSLError) else None
+
+
+def login_fault(error: BaseException, login: Login, *, wants_certificate: bool = False) -> NatsFault:
     """Why there is no connection. The server's own words are few and hold nothing of ours."""
-    where = ", ".join(servers)
+    where = ", ".join(login.servers)
     if isinstance(error, NatsFault):
         return error
-    if isinstance(error, ssl.SSLCertVerificationError):
-        text = f"its certificate is not accepted ({error.verify_message}): set SIDECAR_NATS_CA_FILE"
+    if (text := _tls_fault(error, login, wants_certificate)) is not None:
         return NatsFault("tls", f"no connection to {where}: {text}", operator=True)
-    if isinstance(error, ssl.SSLError):
-        return NatsFault("tls", f"no connection to {where}: the TLS handshake failed ({error.reason})", operator=True)
     if isinstance(error, TimeoutError):
         return NatsFault("timeout", f"no connection to {where} within {CONNECT_S:g} s")
     if isinstance(error, OSError):
         return NatsFault(fault_of(error), f"no connection to {where}: {fault_of(error)}")
     words = str(error).lower()
     if any(word in words for word in ("authorization", "authentication", "credential", "nonce", "nkey")):
-        text = "it does not know us: check SIDECAR_NATS_USER and …_PASSWORD_FILE, …_TOKEN_FILE or …_CREDS_FILE"
-        return NatsFault("unauthorized", f"no login at {where}: {text}", operator=True)
+        return NatsFault("unauthorized", f"no login at {where}: {login.refused()}", operator=True)
     if "secure connection" in words or "tls" in words:
         return NatsFault("tls", f"no connection to {where}: it wants TLS, and our certificate", operator=True)
     if "maximum" in words:
@@ -317,10 +352,17 @@ class Connected:
             raise self.ended.result()
         finally:
             task.cancel()
+            task.add_done_callback(_heard)
 
     def end(self, fault: NatsFault) -> None:
         if not self.ended.done():
             self.ended.set_result(fault)
+
+
+def _heard(task: asyncio.Task[Any]) -> None:
+    """The client makes an error of its own of a cancellation, which nobody waits for any more."""
+    if not task.cancelled():
+        task.exception()
 
 
 @dataclass(slots=True, kw_only=True)
@@ -330,18 +372,20 @@ class NatsConnection:
     login: Login
     wanted: Wanted
     timeout_s: float = 5.0  # for a question about the stream
+    reads: bool = False  # weak or not: what is in it is nowhere safer than with who has read it
+    weak: str = field(default="", init=False)  # why it is, where it `reads` all the same
+    said: str = field(default="", init=False)  # the fault that was logged last, until it goes on
     clock: Callable[[], float] = time.monotonic
     _now: Connected | None = field(default=None, init=False)
     _making: asyncio.Lock = field(default_factory=asyncio.Lock, init=False)
     _closed: bool = field(default=False, init=False)
-    _said: str = field(default="", init=False)
 
     @property
     def connected(self) -> bool:
         return self._now is not None and not self._now.ended.done()
 
     async def get(self) -> Connected:
-        """A connection whose stream is good. Raises `NatsFault`."""
+        """A connection whose stream is good, or is read. Raises `NatsFault`."""
         try:
             async with self._making:
                 found = await self.open()
@@ -351,9 +395,9 @@ class NatsConnection:
         except NatsFault as fault:
             self._say(fault)
             raise
-        if self._said:
+        if self.said:
             log.info("nats: it goes on", extra={"facts": {"stream": self.wanted.stream}})
-            self._said = ""
+            self.said = ""
         return found
 
     async def look_again(self) -> None:
@@ -389,10 +433,15 @@ class NatsConnection:
             return True
 
     async def _look(self, found: Connected) -> None:
-        weak = await self._weaknesses(found)
-        if weak:
-            more = f" (and {len(weak) - 1} more: `metering-sidecar check --connect`)" if len(weak) > 1 else ""
-            raise NatsFault("weak_stream", weak[0] + more, operator=True)
+        weak, before = await self._weaknesses(found), self.weak
+        more = f" (and {len(weak) - 1} more: `metering-sidecar check --connect`)" if len(weak) > 1 else ""
+        self.weak = weak[0] + more if weak else ""
+        if weak and not self.reads:
+            raise NatsFault("weak_stream", self.weak, operator=True)
+        if weak and self.weak != before:
+            log.error("nats: %s; what is in it is read", self.weak)
+        elif before and not weak:
+            log.info("nats: the stream is as it should be again", extra={"facts": {"stream": self.wanted.stream}})
 
     async def _weaknesses(self, found: Connected) -> list[str]:
         info = await self._ask(found, found.stream.stream_info(self.wanted.stream))
@@ -442,9 +491,10 @@ class NatsConnection:
             if not ended.done():
                 error = last[-1] if last else None
                 unauthorized = isinstance(error, nats.errors.AuthorizationError)
-                fault = login_fault(error, self.login.servers) if error is not None and unauthorized else None
+                fault = login_fault(error, self.login) if error is not None and unauthorized else None
                 ended.set_result(fault or NatsFault("connection_lost", "the connection to NATS ended"))
 
+        self._guard(client)
         try:
             async with asyncio.timeout(CONNECT_S * len(self.login.servers) + 1):
                 await client.connect(
@@ -459,7 +509,7 @@ class NatsConnection:
                     ping_interval=PING_S,
                     max_outstanding_pings=1,
                     pending_size=-1,  # nothing waits for a connection that is not there
-                    **self._login_options(client),
+                    **self._login_options(),
                 )
                 if self.login.tls and not _encrypted(client):
                     raise NatsFault("tls", _PLAIN, operator=True)
@@ -467,7 +517,7 @@ class NatsConnection:
             await _close(client)
             # "No servers" says nothing of why.
             cause = last[-1] if last and isinstance(error, nats.errors.NoServersError) else error
-            raise login_fault(cause, self.login.servers) from None
+            raise login_fault(cause, self.login, wants_certificate=_said(client, "tls_verify")) from None
         except NatsFault:
             await _close(client)
             raise
@@ -476,29 +526,33 @@ class NatsConnection:
             raise
         return Connected(client, client.jetstream(timeout=self.timeout_s), ended)
 
-    def _login_options(self, client: Client) -> dict[str, Any]:
-        """For `connect`. What is secret is handed over by a call that is made after TLS was agreed on, where it has to
-        be: a server that offers none would be told it in the clear."""
+    def _login_options(self) -> dict[str, Any]:
+        """For `connect`. What is secret is handed over to be read when it is said."""
         login = self.login
-
-        def told(secret: Secret | str) -> Callable[[], str]:
-            def tell() -> str:
-                if login.tls and not _encrypted(client):
-                    raise NatsFault("tls", _PLAIN, operator=True)
-                return secret.reveal() if isinstance(secret, Secret) else secret
-
-            return tell
-
         options: dict[str, Any] = {"tls": self._tls()}
         if login.user is not None and login.password is not None:
-            options |= {"user": told(login.user), "password": told(login.password)}
+            options |= {"user": login.user, "password": login.password.reveal}
         if login.token is not None:
-            options["token"] = told(login.token)
+            options["token"] = login.token.reveal
+        if login.nkey is not None:
+            options["nkeys_seed_str"] = login.nkey.reveal()  # signs; it stays here
         if login.creds is not None:
             from nats.aio.client import RawCredentials
 
-            options["user_credentials"] = RawCredentials(login.creds.reveal())  # a signature; the key stays here
+            options["user_credentials"] = RawCredentials(login.creds.reveal())  # likewise, beside its JWT
         return options
+
+    def _guard(self, client: Client) -> None:
+        """Nothing of who we are is said before TLS was agreed on, where it has to be. A server that offers none would
+        be told a password in the clear; and a signature too lets whoever passed a real server's question on log in."""
+        say = client._connect_command
+
+        def guarded() -> bytes:
+            if self.login.tls and not _encrypted(client):
+                raise NatsFault("tls", _PLAIN, operator=True)
+            return say()
+
+        client._connect_command = guarded  # type: ignore[method-assign]
 
     def _tls(self) -> ssl.SSLContext:
         login = self.login
@@ -512,8 +566,8 @@ class NatsConnection:
         return context
 
     def _say(self, fault: NatsFault) -> None:
-        if str(fault) != self._said and fault.reason != "closed":
-            self._said = str(fault)
+        if str(fault) != self.said and fault.reason != "closed":
+            self.said = str(fault)
             log.log(logging.ERROR if fault.operator else logging.WARNING, "nats: %s", fault)
 
     async def _drop(self) -> None:
@@ -534,7 +588,12 @@ _PLAIN: Final = "the server offers no TLS, and SIDECAR_NATS_URL asks for it: swi
 
 def _encrypted(client: Client) -> bool:
     """Whether what is said now goes over TLS: `nats-py` agrees on it wherever the server asks, and only there."""
-    return bool(getattr(client, "_server_info", {}).get("tls_required"))
+    return _said(client, "tls_required")
+
+
+def _said(client: Client, word: str) -> bool:
+    """What the server said of itself when it was connected to."""
+    return bool(getattr(client, "_server_info", {}).get(word))
 
 
 def _denied(error: Exception) -> str:

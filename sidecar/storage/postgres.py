@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import ssl
-from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Coroutine, Iterable, Iterator, Sequence
 from enum import StrEnum
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from sidecar.storage.files import StorageError
+
+T = TypeVar("T")
 
 SCHEMA: Final = "metering"
 CONNECT_S: Final = 5.0
@@ -44,8 +48,14 @@ class Connection(Protocol):
     async def fetch(self, query: str, *values: Any) -> list[Any]: ...
     async def fetchrow(self, query: str, *values: Any) -> Any: ...
     async def fetchval(self, query: str, *values: Any) -> Any: ...
-    async def copy_records_to_table(
-        self, table: str, *, records: Iterable[Sequence[Any]], columns: Sequence[str], schema_name: str | None = None
+    async def copy_to_table(
+        self,
+        table: str,
+        *,
+        source: AsyncIterator[bytes],
+        columns: Sequence[str],
+        format: str,  # noqa: A002 - the driver's own name
+        schema_name: str | None = None,
     ) -> str: ...
 
 
@@ -227,6 +237,28 @@ class Postgres:
             raise found from error
 
 
+class _Loop:
+    """An event loop in a thread, made when it is first needed."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._of = 0  # the process whose thread it is: a fork has none
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        with self._lock:
+            if self._loop is None or self._of != os.getpid():
+                self._loop, self._of = asyncio.new_event_loop(), os.getpid()
+                threading.Thread(target=self._loop.run_forever, name="postgres", daemon=True).start()
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result()
+
+
+call: Final = _Loop().run
+"""Run something of the driver's for a thread that may block, and give what it returns or raises: in one event loop, for
+all of them. Every statement has its time limit, and so has this. Not for a thread that runs a loop itself; and a
+`Postgres` that is used so is never used otherwise."""
+
+
 def _driver() -> Any:
     try:
         import asyncpg
@@ -270,6 +302,8 @@ def error_of(error: Exception, where: str) -> PostgresError | None:
 
 def _of_state(state: str, error: Exception, where: str) -> PostgresError:
     """By the server's own code; its text is not repeated, since it may quote what was sent."""
+    if state == _PROTOCOL and any(words in str(error) for words in _PGBOUNCER_FULL):
+        state = "53300"
     said = _STATES.get(state) or _STATES.get(state[:2])
     if said is None:
         return PostgresError(f"{where} failed a statement: {type(error).__name__} ({state})", Fault.FAILED)
@@ -277,6 +311,15 @@ def _of_state(state: str, error: Exception, where: str) -> PostgresError:
     return PostgresError(text.format(where), fault)
 
 
+def read_only(where: str) -> PostgresError:
+    """As the server says it to who writes."""
+    fault, text = _STATES["25006"]
+    return PostgresError(text.format(where), fault)
+
+
+# What PgBouncer says by is one code for all that is its own.
+_PROTOCOL: Final = "08P01"
+_PGBOUNCER_FULL: Final = ("no more connections allowed", "query_wait_timeout")
 _LOST: Final = (Fault.LOST, "the connection to {} was lost")
 _BUSY: Final = (Fault.BUSY, "{} is busy, starting or stopping")
 _PASSWORD: Final = (Fault.REFUSED, "{} refuses the user or the password of the URL")
@@ -293,5 +336,6 @@ _STATES: Final = {
     "25P03": _LOST,  # we were silent for too long inside a transaction: stopped, or out of reach
     "08": (Fault.UNREACHABLE, "{} cannot be reached"),
     "40": _BUSY, "55": _BUSY, "57": _BUSY,
+    "22M01": (Fault.FAILED, "{}: a record's day is forgotten there by ledger-retention.sql, so it is parked, or aside"),
     "53": (Fault.BUSY, "{} has no connection or memory left"),
 }  # fmt: skip

@@ -40,6 +40,8 @@ ASKED: tuple[dict[str, str], ...] = (
     {"by": "hour,model", "since": "24h"},
     {"by": "subscriber", "since": "24h"},
     {"by": "day", "since": "30d", "timezone": "Europe/Berlin"},
+    {"by": "day", "since": "30d", "timezone": "Asia/Kolkata"},
+    {"by": "day,model", "since": "30d", "timezone": "Europe/Berlin"},
     {"by": "day,subscriber", "since": "7d", "timezone": "Europe/Berlin"},
 )
 

@@ -210,6 +210,14 @@ async def test_a_stream_that_is_edited_under_way_is_refused_soon(
     assert await backend.send(sealed(backend, record(4))) == [Delivered()]
 
 
+async def test_a_stream_that_is_sealed_under_way_says_so_itself(server: NatsServer, made: Backends) -> None:
+    await make_stream(server.url, "SEALED", "SEALED.records")
+    backend = made(server.url, "SEALED")
+    assert await backend.send(sealed(backend)) == [Delivered()] * 3
+    await edit(server, "SEALED", sealed=True)
+    assert {word(v) for v in await backend.send(sealed(backend, record(4)))} == {"Blocked sealed"}
+
+
 async def test_the_subject_of_another_stream_blocks(server: NatsServer, made: Backends) -> None:
     await make_stream(server.url, "MINE", "MINE.records")
     await make_stream(server.url, "THEIRS", "THEIRS.records")

@@ -123,7 +123,9 @@ def test_usage_of_a_meter_is_what_the_meter_gives_over_the_records(
         billed = {row["subscriber"]: row["value"] for row in json.loads(capsys.readouterr().out)}
         assert billed == {who: value for (name, who), value in tried.items() if name == meter}
     assert main(["usage", "--meter", "api_calls"]) == 0
-    assert capsys.readouterr().out.splitlines()[0].split() == ["subscriber", "from", "value"]
+    head, _, *rows_shown = capsys.readouterr().out.splitlines()
+    assert head.split() == ["subscriber", "from", "value"]
+    assert all(row.split()[1].endswith(":00Z") for row in rows_shown), "as all times of UTC"
     assert main(["meters", "test", "--since", "2099-01-01"]) == 0
     assert capsys.readouterr().out == "no recorded call is measured by them\n"
 
@@ -619,7 +621,12 @@ def test_check_connect_tries_upstream_and_backends(
         monkeypatch.setenv("SIDECAR_BACKENDS", "ledger,meter,vendor,nowhere")
         monkeypatch.setenv("SIDECAR_METER_URL", f"{refusing}/meter")
         assert main(["check", "--connect", "--format", "json"]) == 1
-    tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
+        tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
+        assert main(["check", "--connect"]) == 1
+        lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["what", "result", "detail"], "what was found comes before what was given"
+    assert lines[2].split()[:2] == ["upstream", "reached"]
+    assert any(line.startswith("SIDECAR_UPSTREAM_URL") for line in lines[7:])
     assert {name: row["result"] for name, row in tried.items()} == {
         "upstream": "reached", "ledger": "reached", "meter": "failed", "vendor": "reached", "nowhere": "failed",
     }  # fmt: skip

@@ -13,14 +13,16 @@ import aiohttp
 import pytest
 from support.backend_fixtures import record, record_id
 from support.collecting import CollectorHere, collecting, publish
-from support.nats_server import GOOD_STREAM, NatsServer, client, make_stream, nats_cluster, nats_server
+from support.nats_server import DEBIANS, GOOD_STREAM, NatsServer, client, make_stream, nats_cluster, nats_server
 from support.tiny import tiny_upstream
 
-from sidecar.backends import backend_settings
+from sidecar.backends import Context, backend_settings
+from sidecar.backends.nats import NatsBackend
 from sidecar.cli import main
 from sidecar.cli.collect import collecting_settings, feed
+from sidecar.model.delivery import Delivered, Duplicate, Refused
+from sidecar.runtime import collect
 from sidecar.runtime.app import running
-from sidecar.runtime.collect import CollectError, collect
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.settings import Settings, SettingsError, load
 from sidecar.spool import SpoolReader
@@ -72,6 +74,47 @@ def sidecar_settings(data_dir: Path, upstream: str, nats_url: str) -> Settings:
         "SIDECAR_NATS_STREAM": "S", "SIDECAR_NATS_SUBJECT": "S.records", "SIDECAR_NATS_REPLICAS": "1",
     }  # fmt: skip
     return load(env, backend_settings=backend_settings())
+
+
+async def test_debians_server_does_too(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """2.9 of 2022: what we use of a server is older than that. It knows no `sync_interval`, which no client sees."""
+    with nats_server(of=DEBIANS) as server:
+        own = collect.stream_settings(sidecar_settings(tmp_path / "backend", "http://127.0.0.1:1", server.url))
+        backend = NatsBackend(own, Context(data_dir=tmp_path))
+        async with collecting(tmp_path / "data", server.url, SIDECAR_BACKENDS="ledger,file") as collector:
+            assert await collector.provision() == 0
+            (first,) = backend.encode([record(n) for n in range(1, 5)]).sealed
+            assert await backend.send(first) == [Delivered()] * 4
+            ok, where = await backend.reach()
+            assert ok
+            assert where.startswith(f"127.0.0.1:{server.port}, NATS 2.")
+            await collector.until_recorded(4)
+            server.kill()
+            (second,) = backend.encode([record(n) for n in range(3, 8)]).sealed
+            assert not {type(one) for one in await backend.send(second)} & {Delivered, Duplicate, Refused}
+            server.start()
+            assert await backend.send(second) == [Duplicate()] * 2 + [Delivered()] * 3, "ids are known over a kill"
+            # Beyond what the stream knows, the collector does.
+            await publish(server.url, [record(n) for n in range(1, 8)], ids=False)
+            balance = await collector.until_recorded(7)
+            async with asyncio.timeout(20):
+                while await collector.metric('sidecar_collected_total{outcome="duplicate"}') < 7:
+                    await asyncio.sleep(0.02)
+            assert balance["problems"] == []
+            assert await collector.stop() == 0
+        # A new life begins where the consumer is, and one whose consumer is gone reads all and doubles nothing.
+        connection = await client(server.url)
+        await connection.jetstream().delete_consumer("S", "metering-sidecar")
+        await connection.close()
+        assert await backend.send(backend.encode([record(8)]).sealed[0]) == [Delivered()]
+        async with collecting(tmp_path / "data", server.url, SIDECAR_BACKENDS="ledger,file") as collector:
+            await collector.until_recorded(8)
+            assert await collector.provision() == 0
+            assert capsys.readouterr().out == "stream S: created\nstream S: it is there, and fits\n"
+            assert await collector.stop() == 0
+        await backend.aclose()
+    assert sorted(collector.ids()) == numbered(8)
+    assert collector.ledger_calls() == 8
 
 
 async def post(url: str) -> None:
@@ -175,8 +218,10 @@ async def test_it_starts_without_a_server_or_a_stream_and_says_why_nothing_comes
                     _, ready = await collector.get("/readyz")
             assert await collector.provision() == 0
             assert capsys.readouterr().out == "stream S: created\n"
+            await collector.until("/readyz", 200)
             await publish(server.url, [record(1)])
             await collector.until_recorded(1)
+            assert await collector.metric("sidecar_collect_missed_total") == 0, "before the first there was none"
             assert await collector.provision() == 0
             assert capsys.readouterr().out == "stream S: it is there, and fits\n"
             assert await collector.stop() == 0
@@ -276,8 +321,8 @@ def test_settings_that_cannot_be_used_are_one_line_each(tmp_path: Path) -> None:
 
 async def test_a_data_directory_that_is_in_use_is_said(tmp_path: Path) -> None:
     collector = CollectorHere(tmp_path / "data", "nats://127.0.0.1:1")
-    with DataLock.take(collector.data_dir), pytest.raises(CollectError, match="in use by another instance"):
-        await collect(collector.settings)
+    with DataLock.take(collector.data_dir), pytest.raises(collect.CollectError, match="in use by another instance"):
+        await collect.collect(collector.settings)
 
 
 async def test_the_leader_of_the_cluster_is_killed_while_records_come(tmp_path: Path) -> None:

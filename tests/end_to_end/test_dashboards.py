@@ -42,6 +42,7 @@ EMPTY_SERIES: Final = {
         ("sidecar_collect_reading", "sidecar_collect_missed_total", "sidecar_collect_aside"), "only `collect` has them"
     ),
     **dict.fromkeys(("sidecar_instance_lag_seconds", "sidecar_instance_silent_seconds"), "of a shared ledger"),
+    **dict.fromkeys(("sidecar_lanes_unheld", "sidecar_lanes_resting"), "of a fleet whose sidecars deliver together"),
 }
 # Beside what the demo sends: a model that nobody has a price of.
 UNPRICED: Final = replace(CALLS[0], subscriber="acme", body={**CALLS[0].body, "model": "made-up-for-the-test"})

@@ -16,6 +16,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 from support.browser import Tab, browser, chromium
+from support.lanes import prepare
 from support.months import fill
 from support.whole import ROOT, Whole, running_receiver
 
@@ -169,6 +170,7 @@ async def test_its_numbers_are_those_of_the_commands(tmp_path: Path) -> None:
         balance = await told(whole, "balance")
         rows = await table(tab, "#balance-table")
         assert [plain(cell) for cell in rows[1][1:]] == [balance["admitted"], balance["recorded"], balance["open"], 0]
+        assert await tab.eval("document.querySelector('#lanes').hidden"), "it delivers all by itself"
         backends = {row[0]: row[1:] for row in rows[3:]}
         assert backends["meter"][3] == "2 (http_400 2)"
         assert plain(backends["ledger"][1]) == balance["backends"]["ledger"]["delivered"]
@@ -195,6 +197,28 @@ async def test_its_numbers_are_those_of_the_commands(tmp_path: Path) -> None:
         _, *rows = await table(tab, "#records-list")
         assert [row[1] for row in rows] == [str(one["status"]) for one in reversed(records)]
         assert [plain(row[7]) for row in rows] == [one["usage"]["input_tokens"] for one in reversed(records)]
+        nothing_wrong(whole, tab)
+
+
+@needs_chromium
+async def test_lanes_say_who_delivers_them_and_what_waits(tmp_path: Path, postgres_database: str) -> None:
+    await prepare(postgres_database, ["meter"])  # by itself a start waits for that for five seconds only
+    async with shown(
+        tmp_path, SIDECAR_LEDGER_URL=postgres_database, SIDECAR_DELIVER="elected", SIDECAR_INSTANCE="edge-1"
+    ) as (whole, tab):
+        shows = "[...document.querySelectorAll('#lanes-list tfoot td')].at(-2)?.textContent"
+        await tab.until(f"{shows} === '2 (http_400 2)'")
+        said = (await told(whole, "balance"))["lanes"]
+        _, *rows, foot = await table(tab, "#lanes-list")
+        assert [row[:3] for row in rows] == [
+            [str(one["lane"]), "edge-1", str(one["recorded"])] for one in said["lanes"]
+        ]  # fmt: skip
+        assert foot == ["all", "1 sidecar", str(len(CALLS)), "0", "2 (http_400 2)", "0"]
+        assert await tab.text("#lanes-says") == "The balance holds: every record is in exactly one place of its lane."
+        # What is parked there is in its own part as well, and the backend among the others.
+        await tab.until("document.querySelectorAll('#parked-list details tr').length === 3")
+        _, *backends = await table(tab, "#backends")
+        assert {row[0]: (row[1], row[4]) for row in backends} == {"ledger": ("up", "0"), "meter": ("up", "2")}
         nothing_wrong(whole, tab)
 
 

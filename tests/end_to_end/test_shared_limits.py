@@ -70,6 +70,12 @@ async def test_of_400_calls_over_three_sidecars_exactly_100_are_let_in_and_a_res
             assert up.calls == let_in == 100
             row = await until(sidecars[0], "calls-per-day", "100")
             assert 0 < int(row["here"]["used"]) < 100
+            assert row["instances"]["edge-0"] == row["here"]
+            parts = (await sidecars[1].get("/limits?by=instance"))["limits"]
+            assert {part["instance"]: part["used"] for part in parts} == {
+                name: share["used"] for name, share in row["instances"].items()
+            }
+            assert sum(int(part["used"]) for part in parts) == 100
             await sidecars[1].kill()
             await sidecars[1].start()
             await counted(sidecars[1])

@@ -84,11 +84,11 @@ def test_no_name_of_ours_hides_one_of_aiohttps() -> None:
     front, back = asyncio.run(theirs())
     overridden_front = {
         "start", "pause_reading", "resume_reading", "connection_made", "connection_lost", "data_received",
-        "pause_writing", "resume_writing",
+        "pause_writing", "resume_writing", "_messages", "_task_handler",
     }  # fmt: skip
     overridden_back = {
         "should_close", "data_received", "eof_received", "connection_made", "connection_lost", "pause_writing",
-        "resume_writing",
+        "resume_writing", "_buffer",
     }  # fmt: skip
     assert (own(ClientProtocol, RequestHandler) | own(Client, RequestHandler)) & front == overridden_front
     assert (own(UpstreamProtocol, ResponseHandler) | own(UpstreamConnection, ResponseHandler)) & back == overridden_back
@@ -134,6 +134,22 @@ async def test_the_connector_makes_our_connections_and_keeps_none() -> None:
         await connector.aclose()
         assert not made[-1].is_connected()
         leases[-1].close()
+
+
+async def test_an_open_connection_holds_nothing_that_only_aiohttps_own_way_needs() -> None:
+    """With ten thousand streams open each of these is megabytes."""
+    loop = asyncio.get_running_loop()
+    server = Server(lambda server: ClientProtocol(server, loop, **limits), loop)
+    limits = {"target_bytes_max": 99, "field_bytes_max": 999, "fields_max": 9}
+    client = server()
+    client.connection_made(asyncio.Transport())
+    assert client._task_handler is None
+    assert client._messages.maxlen == 0
+    upstream = UpstreamConnection(cast(Any, None), loop)
+    assert upstream._buffer.maxlen == 0
+    shared_names_max = 30  # of CPython: an instance with more has a table of names of its own
+    assert len(vars(upstream)) < shared_names_max
+    await asyncio.sleep(0)  # the task that aiohttp began has ended
 
 
 async def test_the_server_says_so_when_a_setting_is_misspelt() -> None:

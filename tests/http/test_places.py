@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 import ssl
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -452,6 +453,27 @@ async def test_a_connection_that_was_just_made_when_the_port_closes_has_its_call
         assert (await fresh.message())[1] == b"whole"
         assert await fresh.rest() == b""
         await stop
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can keep connections from being made")
+@on_both_loops
+async def test_who_waits_to_be_accepted_when_the_time_is_over_is_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others have come without end until then, so the queue was never seen empty."""
+    monkeypatch.setattr(server, "CAME_S", 0.0)
+    async with RawUpstream(answering(reply())) as upstream, Hop(upstream.url) as hop:
+        fresh = []
+        for _ in range(50):  # the loop does not turn meanwhile
+            sock = socket.create_connection(("127.0.0.1", hop.port))
+            sock.sendall(GET)
+            sock.setblocking(False)
+            fresh.append(sock)
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        for client in [Conversation(*await asyncio.open_connection(sock=sock)) for sock in fresh]:
+            assert (await client.message())[1] == b"ok"
+            client.drop()
+        await stop
+        with pytest.raises(OSError):  # refused
+            await hop.client()
 
 
 @on_both_loops

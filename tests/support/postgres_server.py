@@ -7,6 +7,7 @@ One server for a test session (of each process that runs tests), a fresh databas
 from __future__ import annotations
 
 import contextlib
+import getpass
 import importlib.util
 import os
 import secrets
@@ -126,9 +127,39 @@ class PostgresServer:
         self.sql(f"CREATE DATABASE {name}")
         return self.url(name)
 
+    @contextlib.contextmanager
+    def standby(self) -> Iterator[PostgresServer]:
+        """Another server that follows this one, and takes no records until it is promoted."""
+        directory = Path(tempfile.mkdtemp(prefix="postgres-"))
+        other = PostgresServer(directory, self._bin)
+        self._own(directory)
+        try:
+            self._run(
+                "pg_basebackup", "--pgdata", other._data, "--checkpoint", "fast", "--write-recovery-conf", "--no-sync",
+                "--dbname", self.url(),
+            )  # fmt: skip
+            other.start()
+            yield other
+        finally:
+            other.stop()
+            shutil.rmtree(directory, ignore_errors=True)
+
+    @property
+    def owner(self) -> str:
+        """Whom the server runs as."""
+        return str(self._user.get("user", getpass.getuser()))
+
     def sql(self, statements: str, database: str = "postgres") -> str:
         """Run them as `psql` does, each on its own; the answer is its plain text."""
         return self._run("psql", "-XAtq", "-v", "ON_ERROR_STOP=1", "-c", statements, self.url(database))
+
+    def script(self, path: Path, database: str, **variables: str) -> subprocess.CompletedProcess[str]:
+        """Run a file as `psql -f` does; what it says, whether it failed or not."""
+        told = [word for name, value in variables.items() for word in ("-v", f"{name}={value}")]
+        return subprocess.run(
+            [str(self._bin / "psql"), "-Xq", *told, "-f", "-", self.url(database)], input=path.read_text(),
+            capture_output=True, text=True, env=self._env, timeout=60, check=False, **self._user,
+        )  # fmt: skip
 
     @property
     def _data(self) -> str:

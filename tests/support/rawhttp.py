@@ -28,7 +28,7 @@ from sidecar.settings import ProxySettings
 from sidecar.usage import RawHeaders, ResponseFilter, SocketTap, Taps
 from sidecar.usage.plain_calls import PlainReader
 
-PATIENCE_S = 5.0  # how long a test waits for what must come
+PATIENCE_S = 15.0  # how long a test waits for what must come
 
 
 class Conversation:
@@ -57,14 +57,15 @@ class Conversation:
         return taken
 
     async def exactly(self, size: int) -> bytes:
-        async with asyncio.timeout(PATIENCE_S):
-            while len(self.seen) < size:
+        came = bytearray(self.seen)  # to bytes each piece would be added by copying all of them
+        while len(came) < size:
+            async with asyncio.timeout(PATIENCE_S):
                 piece = await self.reader.read(262_144)
-                if not piece:
-                    raise EOFError(f"closed after {len(self.seen)} of {size} bytes")
-                self.seen += piece
-        taken, self.seen = self.seen[:size], self.seen[size:]
-        return taken
+            if not piece:
+                raise EOFError(f"closed after {len(came)} of {size} bytes")
+            came += piece
+        self.seen = bytes(came[size:])
+        return bytes(came[:size])
 
     async def head(self) -> bytes:
         return await self.until(b"\r\n\r\n")
@@ -100,11 +101,12 @@ class Conversation:
 
     async def rest(self) -> bytes:
         """Everything up to a clean end. Raises `ConnectionResetError` on a cut."""
+        came = bytearray(self.seen)
+        self.seen = b""
         async with asyncio.timeout(PATIENCE_S):
             while piece := await self.reader.read(262_144):
-                self.seen += piece
-        taken, self.seen = self.seen, b""
-        return taken
+                came += piece
+        return bytes(came)
 
     async def silent(self, seconds: float = 0.05) -> bool:
         """Whether nothing comes for a while."""

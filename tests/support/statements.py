@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-WAYS = ("execute", "fetch", "fetchval", "fetchrow", "copy_records_to_table")
+WAYS = ("execute", "fetch", "fetchval", "fetchrow", "copy_to_table")
 
 
 def before_statements(do: Callable[[str], None], patch: Callable[[Any, str, Any], None] = setattr) -> None:

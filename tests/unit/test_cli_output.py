@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import argparse
 import csv
+import fcntl
 import io
 import json
+import os
+import pty
+import struct
+import termios
 from datetime import UTC, datetime
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.cli import output
 from sidecar.cli.output import Format, Progress, counted, pairs, plain_terminals, render, shown, table, write_data
 from sidecar.cli.shared import moment
 
@@ -109,6 +115,27 @@ def test_a_long_command_counts_on_a_terminal_alone(monkeypatch: pytest.MonkeyPat
     assert "\r3 of 3 (100 %) records" in shown_there.getvalue()
     assert shown_there.getvalue().endswith("\r"), "and leaves nothing behind"
     assert piped.getvalue() == ""
+
+
+@pytest.mark.parametrize("columns", [30, 80])
+def test_a_line_that_counts_fits_the_terminal_that_it_is_on(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(output, "PROGRESS_S", 0)
+    ours, theirs = pty.openpty()
+    try:
+        fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        with open(theirs, "w", encoding="latin-1", closefd=False) as stream:
+            what = "records of one instance measured by each of all the meters that are defined here"
+            assert list(counted(range(3), Progress(what, 3, stream=stream))) == [0, 1, 2]
+        said = ""
+        while said.count("\r") < 5:  # three lines, and the last one taken away
+            said += os.read(ours, 4096).decode("latin-1")
+    finally:
+        os.close(ours)
+        os.close(theirs)
+    pieces = said.split("\r")
+    assert pieces[1].startswith("1 of 3 (33 %) records")
+    assert max(map(len, pieces)) == columns - 1, "one more and the terminal goes on in the next line"
+    assert pieces[-2:] == [" " * (columns - 1), ""]
 
 
 def test_json_and_ndjson_keep_null() -> None:

@@ -27,7 +27,6 @@ from support.delivery_fixtures import (
 from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery, DeliveryStore, StateError, store, worker
-from sidecar.delivery.lane_database import call
 from sidecar.model.delivery import (
     KEY_MISMATCH,
     Abilities,
@@ -43,7 +42,7 @@ from sidecar.model.delivery import (
 )
 from sidecar.model.exchange import Outcome
 from sidecar.spool.types import SpoolDamaged, StoredGroup
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, call
 
 BATCH = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 EVENTS = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.EVENT_ID, dedup_window_s=86_400)

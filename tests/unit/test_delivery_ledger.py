@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.backend_trials import made
@@ -13,10 +15,11 @@ from sidecar.backends.ledger import LedgerBackend
 from sidecar.delivery import Delivery
 from sidecar.delivery.corrections import cancel
 from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.limits import Limits
 from sidecar.ledger import LedgerReader, LedgerStore
-from sidecar.meters.buckets import BatchSums
+from sidecar.meters.buckets import BatchSums, add_batches
 from sidecar.model.call_group import CallGroup
-from sidecar.model.delivery import Applied, Blocked, Encoded, Retry, Verdict
+from sidecar.model.delivery import Applied, Blocked, Delivered, Encoded, Retry, Verdict
 from sidecar.model.exchange import Outcome
 from sidecar.model.record import Record
 
@@ -45,6 +48,31 @@ class Picky(LedgerBackend):
         if any(record.id in self.poison for record in records):
             raise ArithmeticError("not exact")
         return super().add_up(records, groups)
+
+
+class Keeping(Picky):
+    """Wants the lines as well, as the shared ledger does; `wrote`: how many at a time."""
+
+    keeps_lines = True
+
+    def __init__(self, *values: Any) -> None:
+        super().__init__(*values)
+        self.wrote: list[int] = []
+        self.lines: list[bytes] = []
+
+    def applied(self, instance: str) -> Applied | Verdict | None:
+        return None
+
+    def apply_sums(
+        self, instance: str, batch: Applied, sums: Sequence[object], lines: Sequence[tuple[int, bytes]] = ()
+    ) -> Verdict:
+        verdict = super().apply_sums(
+            instance, batch, [add_batches([one for one in sums if isinstance(one, BatchSums)])]
+        )
+        if verdict == Delivered():
+            self.wrote.append(len(lines))
+            self.lines += [line for _, line in lines]
+        return verdict
 
 
 @pytest.fixture
@@ -149,6 +177,43 @@ async def test_a_record_that_cannot_be_added_parks_alone_and_goes_when_it_can(wo
         assert await delivery.redrive() == 3
         assert await settled(world, delivery) == {"delivered": 600}
     assert calls(world) == 600
+
+
+async def test_a_backlog_goes_in_large_batches_where_lines_go_along(world: World, store: Scripted) -> None:
+    limits = world.limits = Limits(sum_records=50, lines_read_records=1000, linger_s=0.002)
+    ids = world.spool.add(4300)
+    backend: Keeping = made(Keeping, open_ledger=lambda: store)
+    backend.poison = frozenset({ids[2777]})
+    store.verdicts = [Retry("busy")]
+    async with world.deliver(backend) as delivery:
+        assert await settled(world, delivery) == {"delivered": 4299, "parked": {"sum_not_exact": 1}}
+    assert max(backend.wrote) == limits.lines_read_records
+    assert backend.wrote[:2] == [1000, 1000], "not half of it, nor what one look at the spool gives"
+    assert [Record.from_json(line).id for line in backend.lines] == [id_ for id_ in ids if id_ != ids[2777]]
+    assert calls(world) == 4299
+
+
+async def test_what_was_handed_over_does_not_wait_for_more_where_it_is_a_whole_batch(
+    world: World, store: Scripted
+) -> None:
+    world.limits = Limits(sums_linger_s=3600.0, lines_records=200, linger_s=0.002)
+    backend: Keeping = made(Keeping, open_ledger=lambda: store)
+    world.spool.add(1)
+    async with world.deliver(backend) as delivery:
+        assert await settled(world, delivery) == {"delivered": 1}
+
+        async def hand(first: int, last: int) -> None:
+            world.spool.add(last - first + 1)
+            for start in range(first, last, 50):
+                stored = [record_line(seq) for seq in range(start, start + 50)]
+                assert delivery.apply(replace(summed(world, backend, start, start + 49), stored=stored))
+            delivery.wake()
+
+        await hand(2, 51)
+        await until(lambda: delivery.totals(world.spool.upto())["ledger"].delivered == 51)
+        await hand(52, 501)
+        await until(lambda: delivery.totals(world.spool.upto())["ledger"].delivered == 451, what="two whole ones")
+        assert backend.wrote == [1, 50, 200, 200], "and what is left lingers"
 
 
 async def test_records_that_are_lost_in_the_spool_are_passed_over(world: World, store: Scripted) -> None:

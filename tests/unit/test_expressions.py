@@ -461,3 +461,20 @@ def test_the_samples_have_the_types_of_the_records() -> None:
         if value is not None:
             kind = str if name in TEXTS else bool if name in FLAGS else int if name in WHOLE else Decimal
             assert type(value) is kind, name
+
+
+@given(
+    rows=st.lists(
+        st.dictionaries(
+            st.sampled_from(("input_tokens", "output_tokens")), st.integers(-(2**64), 2**64) | st.integers(0, 10**5)
+        )
+    )
+)
+def test_many_at_once_are_billed_as_one_by_one(rows: list[dict[str, Any]]) -> None:
+    for text in (
+        "double(input_tokens) * 1.25 + double(output_tokens) * 0.1", "input_tokens - output_tokens",
+        "double(input_tokens) / double(output_tokens) * 1e-7", "input_tokens * output_tokens",
+    ):  # fmt: skip
+        expression = compile_expression(text)
+        one_by_one = [found for row in rows if isinstance(found := expression.of(row), (int, Decimal))]
+        assert sorted(map(repr, expression.values(rows))) == sorted(map(repr, one_by_one))

@@ -97,6 +97,9 @@ class Quiet:
     def fleet_balance(self) -> dict[str, object] | None:
         return None
 
+    async def lanes_balance(self) -> dict[str, Any] | None:
+        return None
+
     async def metrics(self) -> bytes:
         return b""
 

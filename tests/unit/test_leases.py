@@ -14,11 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.delivery import lane_database, leases
-from sidecar.delivery.lane_database import Deposed, LaneDatabase, LaneReading, call, lanes_read
+from sidecar.delivery.lane_database import Deposed, LaneDatabase, LaneReading, lanes_read
 from sidecar.delivery.leases import LEASE_S, MEMBER_S, Lease, Leases, plan, share_of
 from sidecar.delivery.rows import StateBusy, StateError
 from sidecar.ledger.lanes import LANES
-from sidecar.storage.postgres import Postgres
+from sidecar.storage.postgres import Postgres, call
 
 names = st.sampled_from([f"sidecar-{n}" for n in range(6)])
 rows = st.lists(
@@ -92,10 +92,15 @@ async def test_a_newcomer_gets_its_share_and_nobody_loses_what_is_not_given(data
     assert await two.round() == {}
     surplus = await one.surplus()
     assert len(surplus) == LANES // 2
+    assert one.unheld == 0
     assert len(await one.round()) == LANES  # held until it is released
     for lane in surplus:
         await one.release(one.held[lane])
+    await one.surplus()
+    assert one.unheld == LANES // 2
     held = await two.round()
+    await one.surplus()
+    assert one.unheld == 0
     assert set(held) == set(surplus)
     assert set(await one.round()) == set(range(LANES)) - set(surplus)
     assert {found.epoch for found in held.values()} == {2}
@@ -106,6 +111,8 @@ async def test_the_lanes_of_who_is_silent_are_taken_and_it_finds_out(database: P
     before = await one.round()
     await two.round()
     await run_out(database, "one")
+    await two.surplus()
+    assert two.unheld == LANES
     after = await two.round()
     assert set(after) == set(range(LANES))
     assert all(after[lane].epoch > before[lane].epoch for lane in before)

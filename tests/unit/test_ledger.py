@@ -587,6 +587,21 @@ async def test_calls_that_the_cost_lacks_are_counted_beside_it(ledger: LedgerUnd
     assert [one.model for one in reader.unpriced()] == ["old-1"], "what was cancelled lacks nowhere"
 
 
+def test_calls_of_an_api_without_models_lack_no_cost(ledger: LedgerUnderTest) -> None:
+    """It states counts of its own, and no price is set for them."""
+    none: dict[str, Any] = {"currency": None, "total": None, "parts": {}, "state": "unpriced", "reason": "no_model"}
+    own = Usage(usage_state=UsageState.FINAL, units={"rows": 3})
+    batch = [record(n, usage=own, cost=none) for n in range(3)]
+    batch.append(record(3, usage=Usage(usage_state=UsageState.FINAL, provider="openai", input_tokens=1), cost=none))
+    ledger.put(batch)
+    assert [(row.group, row.unpriced) for row in ledger.reader().usage(["provider"])] == [
+        ((None,), 0),
+        (("openai",), 1),
+    ]
+    group = CallGroup(CallKind(_example=batch[0]), hour_of(batch[0]), lines=[b""] * 3, unpriced=3)
+    assert delta_of(group).counts["unpriced"] == 0
+
+
 def test_calls_counted_together_lack_the_same_costs_as_one_by_one() -> None:
     calls = [priced(1, "0.25"), priced(2, None), priced(3, None)]
     group = CallGroup(CallKind(_example=calls[0]), hour_of(calls[0]), lines=[b""] * len(calls))

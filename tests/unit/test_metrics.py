@@ -157,3 +157,13 @@ def test_the_figures_of_the_moment_come_with_the_scrape() -> None:
 
 def test_every_family_has_help_and_the_projects_prefix() -> None:
     assert all(name.startswith("sidecar_") and family.help for name, family in FAMILIES.items())
+
+
+def test_lanes_are_told_by_those_that_deliver_together() -> None:
+    names = {"sidecar_lanes_held", "sidecar_lanes_resting", "sidecar_lanes_unheld"}
+    metrics = Metrics(backends=())
+    assert not names & {key[0] for key in samples(metrics)}
+    found = samples(metrics, Gauges(lanes_held=0, lanes_resting=3, lanes_unheld=None))
+    assert {key: value for key, value in found.items() if key[0] in names} == {
+        ("sidecar_lanes_held",): 0, ("sidecar_lanes_resting",): 3,
+    }, "what is not known is no number"  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ipaddress import ip_network
-from itertools import pairwise
+from itertools import combinations, pairwise
 from typing import Any
 
 import pytest
@@ -293,6 +293,17 @@ def test_where_an_answer_is_cut_does_not_matter(answer: bytes, cuts: list[int]) 
     assert whole[2:6] == (True, None, False, True)
 
 
+@pytest.mark.parametrize("size", [b"16", b"016", b"2\r\nok\r\n16"], ids=["first", "zero", "second"])
+def test_content_that_looks_like_chunks_is_none_wherever_it_is_cut(size: bytes) -> None:
+    """A read may end in the middle of a size, and the next one begin with what would be another."""
+    answer = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%b\r\nabcdef\r\nghijklmnopqrst\r\n0\r\n\r\n" % size
+    whole = read([answer])
+    assert whole[2:4] == (True, None)
+    start = answer.index(b"\r\n\r\n") + 4
+    for first, second in combinations(range(start, len(answer)), 2):
+        assert read([answer[:first], answer[first:second], answer[second:]]) == whole
+
+
 @pytest.mark.parametrize("answer", ANSWERS, ids=range(len(ANSWERS)))
 def test_an_answer_byte_by_byte(answer: bytes) -> None:
     assert read([answer[n : n + 1] for n in range(len(answer))]) == read([answer])
@@ -364,6 +375,38 @@ def test_status_lines(line: bytes, passes: bool) -> None:
     assert (answer.done, answer.broken is None) == (passes, passes)
     if not passes:
         assert answer.out == []
+
+
+@pytest.mark.parametrize("head_only", [False, True], ids=["get", "head"])
+@pytest.mark.parametrize(
+    "interim",
+    [
+        b"HTTP/1.1 103 H\r\nConnection: close\r\n\r\n", b"HTTP/1.0 103 H\r\n\r\n",
+        b"HTTP/1.1 103 H\r\nConnection: close\r\nContent-Length: 5\r\n\r\n",
+        b"HTTP/1.1 103 H\nConnection: close\nTransfer-Encoding: chunked\n\n",
+    ],
+    ids=["close", "1.0", "sized", "chunked"],
+)  # fmt: skip
+def test_an_interim_answer_is_no_last_one_and_has_no_body(interim: bytes, head_only: bool) -> None:
+    final = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n" + (b"" if head_only else b"ok")
+    for count in (1, 3):
+        data = interim * count + final
+        for size in (1, 7, len(data)):
+            answer = UpstreamResponse(made(), lambda answer: b"", head_only=head_only, http10=False, upgrade=False)
+            for at in range(0, len(data), size):
+                answer.feed(data[at : at + size])
+            assert b"".join(answer.out) == b"HTTP/1.1 103 H\r\n\r\n" * count + final
+            assert (answer.done, answer.broken, answer.extra) == (True, None, False)
+            assert not answer.reusable  # somebody said that it ends
+
+
+def test_trailers_say_nothing_of_framing_or_the_connection() -> None:
+    said = (
+        b"Transfer-Encoding: gzip\r\nConnection: close\r\nX: y\r\nKeep-Alive: timeout=1\r\nUpgrade: h2c\r\nEnd: 1\r\n"
+    )
+    out, _, done, broken, extra, *_ = read([CHUNKED + b"0\r\n" + said + b"\r\n"])
+    assert out.endswith(b"okX: y\r\nEnd: 1\r\n\r\n")
+    assert (done, broken, extra) == (True, None, False)
 
 
 TOO_MUCH_BESIDE = "too much of the answer is no body: trailers, or what stands beside the sizes of chunks"

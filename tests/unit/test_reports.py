@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import io
+import os
+import pty
 import random
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
@@ -21,7 +29,7 @@ from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.hourly import body_of, deltas, grouped
 from sidecar.model.exchange import Outcome, Subscriber
 from sidecar.model.record import Record
-from sidecar.runtime.reports import calls, parameters
+from sidecar.runtime.reports import calls, lists, parameters
 from sidecar.runtime.reports import usage as reports
 from sidecar.runtime.reports.formats import Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery, usage_query
@@ -141,6 +149,33 @@ def test_the_largest_and_all_others_are_the_whole(tmp_path: Path) -> None:
     assert tokens == sorted(tokens)
 
 
+def test_the_largest_over_time_are_the_same_whoever_adds_them_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chance = random.Random(11)
+    store = LedgerStore(tmp_path / "ledger.db")
+    batch = [
+        record(
+            n,
+            subscriber=None if n % 13 == 0 else Subscriber(f"s{chance.randrange(20):02}", "header:x"),
+            started_ns=T0_NS + chance.randrange(96) * HOUR_NS,
+            usage=usage(model=f"m{n % 3}", cost_usd=chance.choice(("0.1", "1e-15", "0"))) if n % 5 else None,
+        )
+        for n in range(300)
+    ]
+    put(store, batch)
+    store.close()
+    reader = LedgerReader(tmp_path / "ledger.db")
+    for by in ("day,subscriber", "model,hour,subscriber", "subscriber,month"):
+        for sort in ("cost_usd", "calls", "+calls", "cached"):
+            for zone in (None, "Europe/Berlin"):
+                query = asked(by=by, top="4", sort=sort, timezone=zone)
+                few = reports.usage(reader, query, NOBODY)
+                with monkeypatch.context() as patch:
+                    patch.setattr(reports, "HELD_MAX", 3)
+                    assert reports.usage(reader, query, NOBODY) == few
+
+
 def test_too_many_rows_are_refused_and_the_largest_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(reports, "ROWS_MAX", 50)
     store = LedgerStore(tmp_path / "ledger.db")
@@ -255,6 +290,30 @@ async def test_reading_backwards_has_an_end(spool: tuple[Path, list[dict[str, An
         assert [orjson.loads(line) for line in few.lines] == every[-len(few.lines) :]
 
 
+def test_usage_fits_a_real_terminal_of_80_columns_and_latin_1(tmp_path: Path) -> None:
+    store = LedgerStore(tmp_path / "ledger.db")
+    put(store, [record(n, subscriber=Subscriber(who, "header:x")) for n, who in enumerate(ODD)])
+    store.close()
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+    environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {
+        "SIDECAR_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "latin-1",
+    }  # fmt: skip
+    command = [sys.executable, "-m", "sidecar", "usage", "--by", "subscriber,model,day"]
+    with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as child:
+        os.close(theirs)
+        said = b""
+        with contextlib.suppress(OSError):  # as a terminal ends that nobody writes to any more
+            while piece := os.read(ours, 65536):
+                said += piece
+        os.close(ours)
+    lines = said.decode("latin-1").splitlines()
+    assert child.returncode == 0, lines
+    assert lines[0].split()[:3] == ["subscriber", "model", "day"]
+    assert len([line for line in lines if "2026-11-21" in line]) == len(ODD)
+    assert max(map(len, lines)) <= 80
+
+
 @pytest.mark.parametrize("encoding", ["utf-8", "latin-1", "ascii"])
 @pytest.mark.parametrize("columns", [80, 200])
 async def test_tables_fit_the_terminal_and_its_characters(
@@ -290,6 +349,29 @@ async def test_tables_fit_the_terminal_and_its_characters(
             assert not wide, (command, wide)
 
 
+SHARED: dict[str, Any] = {
+    "here": {"used": "34567890", "leased": "1000"},
+    "instances": {"edge-1": {"used": "1200000000", "leased": "0"}, "edge-0": {"used": "34567890", "leased": "1000"}},
+}
+
+
+def by_instance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return lists.limits(rows, lists.limits_query(by="instance"), Names({}))
+
+
+def test_a_shared_limit_by_instance_says_what_each_sidecar_used_and_has_leased() -> None:
+    plain: dict[str, Any] = {
+        "limit": "a", "scope": {"subscriber": "acme"}, "used": "5", "reserved": "1", "amount": "10", "percent": 50.0,
+    }  # fmt: skip
+    rows = by_instance([plain, plain | SHARED | {"amount": "2000000000"}])
+    assert [(row["instance"], row["used"], row["reserved"], row["percent"]) for row in rows] == [
+        (None, "5", "1", 50.0), ("edge-1", "1200000000", "0", 60.0), ("edge-0", "34567890", "1000", 1.7),
+    ]  # fmt: skip
+    assert all(row.keys().isdisjoint(("here", "instances")) for row in lists.limits_flat(rows))
+    with pytest.raises(QueryError, match="by='model': expected instance"):
+        lists.limits_query(by="model")
+
+
 @pytest.mark.parametrize("columns", [80, 120])
 def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -304,6 +386,8 @@ def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monk
     }  # fmt: skip
     for text, time in (
         (limits.report([limit], Names({})), "2026-12-01 00:00"),
+        (limits.report([limit | SHARED], Names({})), "2026-12-01 00:00"),
+        (limits.report(by_instance([limit | SHARED]), Names({})), "2026-12-01 00:00"),
         (spool_command.parked_table([parked]), "2026-11-29 02:15:57"),
     ):
         assert max(map(len, text.splitlines())) <= columns, text

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sidecar.model.target import client_path, normal_path, origin_form, query_of
+from sidecar.model.target import client_path, is_authority, normal_path, origin_form, query_of
 
 
 @pytest.mark.parametrize(
@@ -130,3 +130,18 @@ def test_spellings_that_are_equal_have_one_normal_form(segments: list[str], rand
     )
     detour = spelled.replace("/", random.choice(["/", "/./", "//", "/x/../"]))
     assert normal_path(detour) == normal_path(path.replace("/", "//"))
+
+
+@pytest.mark.parametrize(
+    "host", [b"", b"a.test", b"A_b:8080", b"[::1]:80", b"[fe80::1%25eth0]", b"a,b", b"xn--bcher-kva.test."]
+)
+def test_what_may_stand_in_host(host: bytes) -> None:
+    assert is_authority(host)
+
+
+@pytest.mark.parametrize(
+    "host",
+    [b" ", b"a b", b"a/b", b"a\\b", b"u@a", b"a?b", b"a#b", b"b\xc3\xbccher.test", b"a\tb", b"a\x7f", b'a"b', b"a\n"],
+)
+def test_what_may_not(host: bytes) -> None:
+    assert not is_authority(host)

@@ -70,6 +70,8 @@ REQUESTS = [
     get(b"/up/here/b", b"authorization: mine\r\nUser-Agent: curl\r\n"),
     get(b"/a", b"Authorization: Bearer client\r\n").replace(b"Host: me", b"Host: Other.Internal:80"),
     post(b'{"model":"gpt-5-mini","messages":[]}', b"/up/v1/chat/completions", JSON + b"Authorization: k\r\n"),
+    get(b"/a", b"Proxy-Connection: close\r\n"),
+    get(b"/a").replace(b"Host: me", b"Host: me/you"),
 ]
 RESPONSES = [
     ok(),
@@ -97,6 +99,7 @@ RESPONSES = [
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     b"nonsense\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
+    ok(b"ok", b"Proxy-Connection: close\r\n"),
 ]
 
 CUTS = st.lists(st.integers(0, 400), max_size=2)
@@ -225,6 +228,8 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
     script=[("request", 0, []), ("request", 31, []), ("response", 0, []), ("response", 0, []), ("response", 0, [])]
 )
 @example(script=[("request", 33, []), ("response", 2, [])] * 4)
+@example(script=[("request", 41, []), ("new client",), ("request", 41, []), ("response", 0, [])])
+@example(script=[("request", 40, []), ("response", 0, []), ("request", 0, []), ("response", 25, [])])
 @example(
     script=[
         ("request", place, []) if what else ("response", 3, []) for place in (34, 37, 38, 39) * 4 for what in (1, 0)

@@ -1,6 +1,6 @@
 """No exception leaves a reader, whatever the bytes are; and what comes out can always be written into a record.
 
-Twenty seconds in `make test`, ten minutes in `make fuzz` (`FUZZ_SECONDS`). Bytes are drawn from scratch and from the
+Ten seconds in `make test`, ten minutes in `make fuzz` (`FUZZ_SECONDS`). Bytes are drawn from scratch and from the
 recordings, changed in the ways that wires change them.
 """
 

@@ -38,6 +38,7 @@ class Instance(Protocol):
 
     async def balance(self) -> Balance: ...
     def fleet_balance(self) -> dict[str, object] | None: ...
+    async def lanes_balance(self) -> dict[str, Any] | None: ...
 
     async def metrics(self) -> bytes: ...
 
@@ -70,6 +71,8 @@ def application(instance: Instance, guard: Guard, reports: Reports | None = None
         body = found.to_dict() | {"problems": found.problems, "notes": list(found.notes)}
         if (fleet := instance.fleet_balance()) is not None:
             body["fleet"] = fleet
+        if (lanes := await instance.lanes_balance()) is not None:
+            body["lanes"] = lanes
         return json_answer(body)
 
     async def times(_: web.Request) -> web.Response:

@@ -40,9 +40,9 @@ class Controlled(Protocol):
 
     async def retry(self, backend: str) -> dict[str, Any]: ...
 
-    async def cancel(self, one: str, *, backend: str | None) -> list[dict[str, Any]]: ...
+    async def cancel(self, one: str, *, backend: str | None) -> dict[str, Any]: ...
 
-    async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> list[dict[str, Any]]: ...
+    async def complain(self, backend: str, named: Sequence[tuple[str, str]]) -> dict[str, Any]: ...
 
     async def adopt(self, how: str) -> dict[str, int] | None: ...
 
@@ -79,7 +79,8 @@ async def redrive(instance: Controlled, wish: Wish) -> Done:
         told = await instance.redrive(**{**wish, "resend_unknown": bool(wish["resend_unknown"])})
     except LookupError as error:
         raise WishError(str(error)) from None
-    return Done(told, {"redriven": told["redriven"], "counts": told["counts"], "not_found": len(told["not_found"])})
+    facts = {"redriven": told["redriven"], "counts": told["counts"], "not_found": len(told["not_found"])}
+    return Done(told, facts | _left(told))
 
 
 async def retry(instance: Controlled, wish: Wish) -> Done:
@@ -97,8 +98,8 @@ async def cancel(instance: Controlled, wish: Wish) -> Done:
     """Take back what was delivered of one call."""
     if not wish["id"]:
         raise WishError("id: expected that of a record or an event")
-    outcomes = await instance.cancel(wish["id"], backend=wish["backend"])
-    return Done({"outcomes": outcomes}, _counted(outcomes))
+    told = await instance.cancel(wish["id"], backend=wish["backend"])
+    return Done(told, _counted(told["outcomes"]) | _left(told))
 
 
 async def complain(instance: Controlled, wish: Wish) -> Done:
@@ -108,8 +109,8 @@ async def complain(instance: Controlled, wish: Wish) -> Done:
         raise WishError("backend: expected the name of the one that complains")
     if not named or len(named) > COMPLAINTS_MAX or not all(_is_pair(one) for one in named):
         raise WishError(f"named: expected 1 to {COMPLAINTS_MAX} pairs of event id and code")
-    outcomes = await instance.complain(wish["backend"], [(one[0], one[1]) for one in named])
-    return Done({"outcomes": outcomes}, _counted(outcomes))
+    told = await instance.complain(wish["backend"], [(one[0], one[1]) for one in named])
+    return Done(told, _counted(told["outcomes"]) | _left(told))
 
 
 async def adopt(instance: Controlled, wish: Wish) -> Done:
@@ -200,6 +201,11 @@ def _counted(outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """What became of each of a few, and of how many."""
     shown = [f"{one.get('event_id')}: {one.get('text')}" for one in outcomes[:LOGGED_MAX]]
     return {"done": sum(bool(one.get("done")) for one in outcomes), "of": len(outcomes), "outcomes": shown}
+
+
+def _left(told: Mapping[str, Any]) -> dict[str, Any]:
+    """Of the lanes that other sidecars deliver: where it is not done."""
+    return {"not_done": told["lanes"]["texts"]} if "lanes" in told else {}
 
 
 def _is_pair(one: object) -> bool:

@@ -52,7 +52,7 @@ FORMATS: Final = (Format.JSON, Format.NDJSON, Format.CSV)
 USAGE: Final = ("by", "since", "until", "where", "sort", "top", "timezone", "format")
 CALLS: Final = ("since", "until", "where", "limit", "id", "format")
 PARKED_NAMES: Final = ("backend", "reason", "limit", "format")
-LIMITS: Final = ("limit", "over", "format")
+LIMITS: Final = ("limit", "over", "by", "format")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -263,7 +263,8 @@ class Reports:
         return await self._read(read)
 
     async def _limits_answer(self, request: web.Request) -> Answer:
-        query = lists.limits_query(limit=request.query.get("limit"), over=request.query.get("over"))
+        asked = request.query
+        query = lists.limits_query(limit=asked.get("limit"), over=asked.get("over"), by=asked.get("by"))
         form, has = _form(request), _known(request)
         standing = await self._limits()
 
@@ -271,7 +272,8 @@ class Reports:
             rows = lists.limits(standing, query, self._names)
             if form is Format.JSON:
                 return self._of_bytes(orjson.dumps({"limits": rows}), form, has)
-            return self._of_bytes(_body(lists.limits_flat(rows), lists.LIMITS, form), form, has)
+            columns = lists.LIMITS_BY_INSTANCE if query.by_instance else lists.LIMITS
+            return self._of_bytes(_body(lists.limits_flat(rows), columns, form), form, has)
 
         return await self._read(write)
 

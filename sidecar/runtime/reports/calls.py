@@ -15,7 +15,7 @@ import orjson
 
 from sidecar.ledger.postgres_queries import PostgresReader
 from sidecar.model.record_id import ID_LENGTH
-from sidecar.runtime.reports.formats import Names
+from sidecar.runtime.reports.formats import Names, stamp
 from sidecar.runtime.reports.parameters import (
     UPSTREAM,
     QueryError,
@@ -165,7 +165,7 @@ def last_calls(
     stopped: str | None = None
     for group in heapq.merge(*ways, key=lambda each: -each.committed_ns):
         if late():
-            at = datetime.fromtimestamp(group.committed_ns / 1e9, UTC).isoformat(timespec="seconds")
+            at = stamp(datetime.fromtimestamp(group.committed_ns / 1e9, UTC))
             stopped = f"it took too long: calls that ended before {at} were not looked at"
             break
         for line in reversed(group.lines):

@@ -7,6 +7,7 @@ import io
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from decimal import Decimal
 from enum import StrEnum
 from typing import Any, Final
@@ -14,6 +15,11 @@ from typing import Any, Final
 import orjson
 
 _FORMULA: Final = frozenset(("=", "+", "-", "@"))  # how a spreadsheet's formula begins
+
+
+def stamp(at: datetime, timespec: str = "seconds") -> str:
+    """A time of UTC as records have theirs, ending in Z."""
+    return at.isoformat(timespec=timespec).replace("+00:00", "Z")
 
 
 class Format(StrEnum):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from decimal import Decimal
 from heapq import merge
 from itertools import islice
 from operator import itemgetter
@@ -13,7 +14,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.delivery.queries import DeliveryQueries
-from sidecar.runtime.reports.formats import Names
+from sidecar.runtime.reports.formats import Names, stamp
 from sidecar.runtime.reports.parameters import QueryError, near, quoted, whole
 
 PAGE: Final = 500  # parked events read at a time
@@ -25,6 +26,7 @@ LIMITS: Final = (
     "limit", "scope", "subscriber", "name", "unit", "used", "reserved", "amount", "percent", "window", "until",
     "action",
 )  # fmt: skip
+LIMITS_BY_INSTANCE: Final = (*LIMITS[:2], "instance", *LIMITS[2:])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,7 +63,7 @@ def _parked(accounts: DeliveryQueries, query: ParkedQuery, names: Names) -> Iter
             record = orjson.loads(one.line) if one.line else None
             subscriber = _subscriber(record)
             yield {
-                "parked_at": datetime.fromtimestamp(one.at_s, UTC).isoformat(timespec="seconds"),
+                "parked_at": stamp(datetime.fromtimestamp(one.at_s, UTC)),
                 "backend": one.backend,
                 "reason": one.reason,
                 "subscriber": subscriber,
@@ -89,10 +91,13 @@ def _subscriber(record: Mapping[str, Any] | None) -> str | None:
 class LimitsQuery:
     limit: str | None = None  # the name of one
     over: float | None = None  # percent
+    by_instance: bool = False
 
 
-def limits_query(*, limit: str | None = None, over: str | None = None) -> LimitsQuery:
+def limits_query(*, limit: str | None = None, over: str | None = None, by: str | None = None) -> LimitsQuery:
     """Raises `QueryError`."""
+    if by not in (None, "", "instance"):
+        raise QueryError(f"by={quoted(str(by))}: expected instance")
     percent = None
     if over:
         try:
@@ -101,24 +106,40 @@ def limits_query(*, limit: str | None = None, over: str | None = None) -> Limits
             percent = -1.0
         if not 0 <= percent <= 1e6:
             raise QueryError(f"over={quoted(over)}: expected a number of percent, such as 80")
-    return LimitsQuery(limit=limit or None, over=percent)
+    return LimitsQuery(limit=limit or None, over=percent, by_instance=bool(by))
 
 
 def limits(rows: Iterable[Mapping[str, Any]], query: LimitsQuery, names: Names) -> list[dict[str, Any]]:
-    """One row a limit and scope; where that is a subscriber, with its name."""
-    found = []
+    """One row a limit and scope, or of these one for each sidecar that shares it; where the scope is a subscriber, with
+    its name."""
+    found: list[dict[str, Any]] = []
     for row in rows:
         if query.limit is not None and row["limit"] != query.limit:
             continue
         if query.over is not None and row["percent"] is not None and row["percent"] < query.over:
             continue
         subscriber = row["scope"].get("subscriber")
-        found.append({**row, "subscriber": subscriber, "name": names.of(subscriber)})
+        whole = {**row, "subscriber": subscriber, "name": names.of(subscriber)}
+        found += _by_instance(whole) if query.by_instance else [whole]
     return found
+
+
+def _by_instance(row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What each sidecar has of a limit; one that is not shared has nobody's name."""
+    instances = row.pop("instances", None)
+    row.pop("here", None)
+    if instances is None:
+        yield {**row, "instance": None}
+        return
+    amount = Decimal(row["amount"])
+    for name, share in instances.items():
+        percent = round(float(100 * Decimal(share["used"]) / amount), 1) if amount else None
+        yield {**row, "instance": name, "used": share["used"], "reserved": share["leased"], "percent": percent}
 
 
 def limits_flat(rows: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
     """The same with plain values alone."""
     for row in rows:
-        row = {name: value for name, value in row.items() if name != "here"}  # JSON alone tells the part of one
+        # JSON alone tells the parts beside the whole.
+        row = {name: value for name, value in row.items() if name not in ("here", "instances")}
         yield {**row, "scope": ", ".join(f"{name} {value}" for name, value in row["scope"].items())}

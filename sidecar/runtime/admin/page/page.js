@@ -15,6 +15,7 @@ const STALE_MS = 20000; // from then on it is said that what is shown is old
 const COLORS = 7; // told apart at a glance; the others are one
 const REST = 8; // the colour of those others
 const PARKED_SHOWN = 20; // of each backend and reason
+const SIDECARS_SHOWN = 5; // of those that share a limit
 const GROUPS_SHOWN = 12; // of these, with what is in them; of others it is said how many they are
 const BALANCED = ["delivered", "duplicate", "parked", "pending", "skipped"];
 
@@ -205,7 +206,7 @@ async function look() {
   running = true;
   // What is known at once first: the sums of a long time must not keep it waiting, since few are read for at a time.
   const ends = await Promise.all([
-    part(null, state), part("balance", drawBalance), part("parked", drawParked), part("limits", drawLimits),
+    part(null, state), part("balance", drawBalance), part("lanes", drawLanes), part("parked", drawParked), part("limits", drawLimits),
     part("records", drawRecords), part("faults", drawTimes),
   ]);
   if (Date.now() >= sumsAt || last.usage === undefined || last.top === undefined) {
@@ -555,10 +556,10 @@ function drawBackends() {
   if (balance === null || last.backends) return;
   last.backends = true;
   const known = new Map(backends.map((one) => [one.backend, one]));
-  const rows = Object.entries(balance.backends).map(([backend, terms]) => ({backend, terms, now: known.get(backend)}));
+  const rows = allBackends(balance).map(([backend, terms]) => ({backend, terms, now: known.get(backend)}));
   fill($("backends"), rows.length ? table("How each backend does", [
     {title: "backend", head: true, cell: (row) => name(row.backend)},
-    {title: "state", cell: (row) => el("span", {class: `flag ${STATES[row.now?.state] ?? "warn"}`}, row.now?.state ?? "not in use")},
+    {title: "state", cell: (row) => el("span", {class: `flag ${STATES[row.now?.state] ?? "warn"}`}, row.now?.state ?? (row.backend in balance.backends ? "not in use" : "by others"))},
     {title: "behind", number: true, cell: (row) => (row.now?.oldest_pending_s ? seconds(row.now.oldest_pending_s) : row.terms.pending ? "a moment" : NOTHING)},
     {title: "pending", number: true, cell: (row) => whole(row.terms.pending)},
     {title: "parked", number: true, cell: (row) => whole(countOf(row.terms.parked))},
@@ -570,6 +571,45 @@ function drawBackends() {
         : null].filter(Boolean)},
   ], rows) : el("p", {class: "quiet"}, "No backend has taken anything yet."));
 }
+
+// Each backend with what has become of its records: our own, or those that are delivered together, lane by lane.
+const allBackends = ({backends: own, lanes}) => [...Object.entries(own),
+  ...Object.entries(lanes?.sum?.backends ?? {}).filter(([backend]) => !(backend in own))];
+
+// --- lanes ----------------------------------------------------------------------------------------------------------------
+
+// Who delivers which customers' records, where sidecars deliver together. There is no such part where each does so itself.
+async function drawLanes() {
+  const {value: {lanes}} = await asking.ask("/balance");
+  const said = JSON.stringify(lanes ?? null);
+  if (said === last.lanes) return;
+  last.lanes = said;
+  $("lanes").hidden = !lanes;
+  if (!lanes) return;
+  const known = lanes.lanes !== undefined;
+  const old = lanes.trouble && known ? `, this is as of ${seconds(Math.round(lanes.age_s))} ago` : "";
+  $("lanes-says").textContent = known ? (lanes.holds ? "The balance holds: every record is in exactly one place of its lane."
+    : `The balance does not hold: ${lanes.problems.map(visible).join("; ")}`) : "What became of the records is not known.";
+  $("lanes-says").className = `verdict ${known && lanes.holds ? "ok" : "bad"}`;
+  const notes = [...(lanes.notes ?? []), ...(lanes.trouble ? [`The database cannot be asked${old}: ${lanes.trouble}`] : [])];
+  fill($("lanes-notes"), notes.map((one) => el("p", null, visible(one))));
+  $("lanes-notes").hidden = !notes.length;
+  if (!known) return fill($("lanes-list"));
+  const backends = Object.keys(lanes.sum.backends);
+  fill($("lanes-list"), table("The lanes, and what waits in each", [
+    {title: "lane", head: true, cell: (row) => (row.lane === undefined ? "all" : String(row.lane))},
+    {title: "delivered by", cell: (row) => (row.lane === undefined ? plural(Object.keys(lanes.holders).length, "sidecar")
+      : row.holder === null ? el("span", {class: "flag bad"}, "nobody") : name(row.holder))},
+    {title: "records", number: true, cell: (row) => whole(row.recorded)},
+    ...backends.flatMap((backend) => [
+      {title: `pending at ${visible(backend)}`, number: true, cell: ({backends: at}) => (at[backend] ? whole(at[backend].pending) : NOTHING)},
+      {title: "parked", number: true, cell: ({backends: at}) => (at[backend] ? reasons(at[backend].parked) : NOTHING)},
+    ]),
+    {title: "changes asked for", number: true, cell: (row) => whole(row.asked ?? sumOf(lanes.lanes, "asked"))},
+  ], lanes.lanes, lanes.sum));
+}
+
+const sumOf = (rows, key) => rows.reduce((found, row) => found + row[key], 0);
 
 // --- what is parked -------------------------------------------------------------------------------------------------------
 
@@ -588,7 +628,7 @@ const RISKY = new Set(["unknown", "window_ended", "partly_taken", "salvaged"]);
 // The balance says how many are parked at which backend and why; of each of these the first are asked for.
 async function drawParked() {
   const {value} = await asking.ask("/balance");
-  const groups = Object.entries(value.backends).flatMap(([backend, terms]) =>
+  const groups = allBackends(value).flatMap(([backend, terms]) =>
     Object.entries(terms.parked).filter(([, count]) => count).map(([reason, count]) => ({backend, reason, count, rows: []})));
   groups.sort((a, b) => b.count - a.count);
   const answers = await Promise.all(groups.slice(0, GROUPS_SHOWN).map((one) =>
@@ -643,9 +683,19 @@ async function drawLimits() {
     {title: "used", number: true, cell: (row) => `${spaced(row.used)} of ${unit(row)}${spaced(row.amount)}`},
     {title: "unit", cell: (row) => visible(row.unit)},
     {title: "set aside", number: true, cell: (row) => spaced(row.reserved)},
+    ...(rows.some((row) => row.instances) ? [{title: "by sidecar", cell: (row) => sidecars(row)}] : []),
     {title: "until", class: "when", cell: (row) => (row.until ? moment(row.until, view.zone) : row.window ?? NOTHING)},
     {title: "then", cell: (row) => visible(row.action)},
   ], rows) : el("p", {class: "quiet"}, "No limit is set, or none was touched by a call in its window."));
+}
+
+// Who shares a limit: what each used, and what it holds of it for calls to come.
+function sidecars(row) {
+  const all = Object.entries(row.instances ?? {});
+  const lines = all.slice(0, SIDECARS_SHOWN).map(([one, has]) =>
+    `${visible(one)} ${spaced(has.used)}${has.leased === "0" ? "" : ` + ${spaced(has.leased)} leased`}`);
+  if (all.length > lines.length) lines.push(`and ${plural(all.length - lines.length, "more sidecar")}`);
+  return lines.map((line) => el("div", null, line));
 }
 
 function scope(row) {
