@@ -23,7 +23,7 @@ _FIELDS: Final = {"one": "id"}  # as the control socket calls it
 def add(kinds: Any) -> None:
     """The two kinds of `spool`."""
     cancel = _kind(kinds, "cancel", "take back what was delivered of one call, where its backends can", _cancel)
-    cancel.add_argument("id", metavar="ID", help="of a record, or of one event of it")
+    cancel.add_argument("ids", metavar="ID", nargs="+", help="of a record, or of one event of it")
     cancel.add_argument("--backend", metavar="NAME", help="only at this backend")
 
     text = "park delivered events that a backend reports as not billed"
@@ -46,14 +46,20 @@ def _kind(kinds: Any, name: str, text: str, do: Any) -> argparse.ArgumentParser:
 
 
 def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
-    answer = _change({"do": "cancel", "one": arguments.id, "backend": arguments.backend}, settings)
+    """One after the other; what one of them cannot be is no reason to leave the others."""
+    codes = [_cancel_one(one, arguments.backend, settings) for one in dict.fromkeys(arguments.ids)]
+    return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
+
+
+def _cancel_one(id_: str, backend: str | None, settings: Settings) -> int:
+    answer = _change({"do": "cancel", "one": id_, "backend": backend}, settings)
     outcomes = answer["outcomes"]
     for one in outcomes:
         print(f"{one['backend']}  {one['event_id']}  {one['text']}")
     left = left_over(answer)
     if not outcomes and not left:
-        where = f" at {arguments.backend}" if arguments.backend else ""
-        print(f"nothing is known of {arguments.id}{where}: it was never delivered, or is older than the retention")
+        where = f" at {backend}" if backend else ""
+        print(f"nothing is known of {id_}{where}: it was never delivered, or is older than the retention")
         return EXIT_FAILED
     return left if all(one["done"] for one in outcomes) else EXIT_FAILED
 

@@ -75,8 +75,11 @@ async def test_a_deep_directory_and_a_socket_that_was_left_behind(tmp_path: Path
             code, out, _ = await whole.command("spool", "cancel", "nobody")  # nobody runs: the lock is taken
             assert (code, "nothing is known" in out) == (1, True)
             await whole.start()
+            code, out, err = await whole.command("spool", "cancel", "nobody", record["id"])
+            assert code == 1, out + err
+            assert ["nothing is known of nobody" in out, "taken back" in out] == [True, True], "each by itself"
             code, out, err = await whole.command("spool", "cancel", record["id"])
-            assert code == 0, out + err
+            assert (code, "nothing is known" in out) == (1, True), out + err
             assert await whole.stop() == 0
         assert not (deep / "control.sock").exists()
 
