@@ -10,8 +10,9 @@ JOBS ?= 2
 TESTS ?=
 ARGS ?=
 
-# Tests that start the whole program take three quarters of the time: `make system`. All others are `make test`.
-SYSTEM := tests/end_to_end tests/crash tests/soak
+# Tests that start the whole program, or servers that are killed under it, take three quarters of the time: `make system`.
+# All others are `make test`.
+SYSTEM := tests/end_to_end tests/crash tests/soak tests/fleet
 # They compare processor time, which is only comparable where nothing else runs beside it.
 ALONE := tests/end_to_end/test_busy_bodies.py tests/unit/test_usage_cost.py
 
@@ -53,7 +54,7 @@ test: $(TEST) ## all tests but those of the whole program (TESTS=tests/unit for 
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-10} $(PYTEST) -n $(JOBS) $(ARGS) \
 		$(if $(TESTS),$(TESTS),tests $(addprefix --ignore=,$(SYSTEM) $(ALONE)))
 
-system: $(TEST) ## the whole program as processes: end to end, killed and faulted; some twenty minutes
+system: $(TEST) ## the whole program as processes, and fleets: end to end, killed and faulted; half an hour
 	@status=0; \
 	$(PYTEST) -n $(JOBS) $(ARGS) $(SYSTEM) $(addprefix --ignore=,$(ALONE)) || status=$$?; \
 	$(PYTEST) -n 0 $(ARGS) $(ALONE) || status=$$?; \
