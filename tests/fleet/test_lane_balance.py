@@ -66,6 +66,7 @@ def run(
     for name, value in {
         "SIDECAR_DATA_DIR": str(data_dir), "SIDECAR_LEDGER_URL": url, "SIDECAR_DELIVER": "elected",
         "SIDECAR_BACKENDS": "ledger,webhook", "SIDECAR_WEBHOOK_URL": "http://127.0.0.1:9/webhook",
+        "COLUMNS": "200",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
 
