@@ -15,6 +15,8 @@ ARGS ?=
 SYSTEM := tests/end_to_end tests/crash tests/soak tests/fleet
 # They compare processor time, which is only comparable where nothing else runs beside it.
 ALONE := tests/end_to_end/test_busy_bodies.py tests/unit/test_usage_cost.py
+# Some of their tests have the mark `server`.
+SERVERS := tests/unit/test_delivery_lanes.py
 
 # Packages are installed at the versions and hashes of requirements/*.lock. A stamp in the environment remembers
 # that it was done, so a second `make` starts at once and works without a network. The locks are complete, so nothing
@@ -52,11 +54,12 @@ PYTEST := $(BIN)/python -m pytest -q -m 'not soak and not long'
 
 test: $(TEST) ## all tests but those of the whole program (TESTS=tests/unit for a part, ARGS=-x for pytest's own options)
 	FUZZ_SECONDS=$${FUZZ_SECONDS:-10} $(PYTEST) -n $(JOBS) $(ARGS) \
-		$(if $(TESTS),$(TESTS),tests $(addprefix --ignore=,$(SYSTEM) $(ALONE)))
+		$(if $(TESTS),$(TESTS),-m 'not soak and not long and not server' tests $(addprefix --ignore=,$(SYSTEM) $(ALONE)))
 
 system: $(TEST) ## the whole program as processes, and fleets: end to end, killed and faulted; half an hour
 	@status=0; \
 	$(PYTEST) -n $(JOBS) $(ARGS) $(SYSTEM) $(addprefix --ignore=,$(ALONE)) || status=$$?; \
+	$(PYTEST) -n $(JOBS) $(ARGS) -m server $(SERVERS) || status=$$?; \
 	$(PYTEST) -n 0 $(ARGS) $(ALONE) || status=$$?; \
 	exit $$status
 

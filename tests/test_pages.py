@@ -89,6 +89,16 @@ def test_what_has_to_pass_is_what_ci_runs() -> None:
     assert {words[1] for words in commands("docs/releasing.md")} == IN_CI | BEFORE_A_RELEASE
 
 
+def test_what_make_test_leaves_out_make_system_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    (servers,) = re.findall(r"^SERVERS := (.*)$", makefile, re.MULTILINE)
+    (alone,) = re.findall(r"^ALONE := (.*)$", makefile, re.MULTILINE)
+    marked = "pytest.mark." + "server"
+    files = [path for path in (ROOT / "tests").glob("*/test_*.py") if marked in path.read_text()]
+    assert servers.split() == [str(path.relative_to(ROOT)) for path in sorted(files)]
+    assert all((ROOT / path).is_file() for path in alone.split())
+
+
 def test_hooks_call_tools_that_make_calls_and_fetch_nothing() -> None:
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     assert [each["repo"] for each in config["repos"]] == ["local"]

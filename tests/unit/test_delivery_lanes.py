@@ -52,7 +52,7 @@ SINGLE = Abilities(dedup=Dedup.REQUEST_KEY, dedup_window_s=86_400)
 NONE = Abilities(dedup=Dedup.NONE, concurrency=4)
 
 
-@pytest.fixture(params=["file", "lane"])
+@pytest.fixture(params=["file", pytest.param("lane", marks=pytest.mark.server)])
 def world(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[World]:
     """With the state in `delivery.db`, and with that of a lane in PostgreSQL."""
     world = World(tmp_path)
