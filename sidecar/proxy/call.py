@@ -588,7 +588,7 @@ class Call:
                 if (
                     known is not None
                     and data.startswith(known[0])
-                    and data.endswith(passing.wire_end)
+                    and data.endswith(passing.wire_ends)
                     and passing.nothing_in(data)  # type: ignore[misc]
                 ):
                     passing.body_bytes += known[1]

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import httptools
@@ -55,10 +56,10 @@ class UpstreamResponse:
 
     __slots__ = (
         "_announce", "_asked", "_at_border", "_beside", "_chunked", "_closes", "_head", "_head_bytes", "_head_only",
-        "_http10", "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules",
+        "_http10", "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
         "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields",
         "filter", "keep_alive", "mute", "names", "nothing_in", "out", "reusable", "started", "status", "tail", "tap",
-        "trailers", "upgraded", "wire_end",
+        "trailers", "upgraded", "wire_ends",
     )  # fmt: skip
 
     def __init__(
@@ -93,10 +94,11 @@ class UpstreamResponse:
         self._at_border = False  # the next byte is the first of a chunk, for the client as for the parser
         self._until_eof = False
         self._remaining = -1  # of a sized body; -1: not sized
-        # Where it is set, the next byte is the first of a chunk, and the tap need not be fed a chunk that ends with
-        # `wire_end` and has nothing in it. `Call.upstream_data` passes such a one on by itself.
+        self._skips: Skips | None = None  # of what the tap need not be fed, where the next byte is the first of a chunk
+        # The same of whole chunks as they come: where it is set, the tap need not be fed one that ends with one of
+        # `wire_ends` and has nothing in it. `Call.upstream_data` passes such a one on by itself.
         self.nothing_in: Callable[[bytes], bool] | None = None
-        self.wire_end = CRLF
+        self.wire_ends: tuple[bytes, ...] = ()
         self.out: list[bytes] = []  # for the client, to be taken after each feed
         self.mute = mute  # nobody is there to read: keep nothing in `out`
         self.status = 0
@@ -124,7 +126,7 @@ class UpstreamResponse:
             if pieces:
                 self._pass(data, pieces)
                 return
-            self.nothing_in = None  # found anew once whole chunks come again
+            self._skips = self.nothing_in = None  # found anew once whole chunks come again
         if self._remaining > 0 and self.started:
             self._feed_sized(data)
             return
@@ -224,38 +226,32 @@ class UpstreamResponse:
         self.body_bytes += sum(map(len, pieces))
         if not self.mute:
             self.out.append(data)
-        if len(pieces) == 1:
-            _know(data, len(pieces[0]))
+        if len(pieces) == 1:  # it has been looked at
+            if len(data) not in _KNOWN:
+                _know(data, len(pieces[0]))
+        elif self._skips is not None and _hold_nothing(pieces, self._skips):
+            return
         tap = self.tap
         if tap is None or self.ended:
             return
         try:
-            if self._holds_nothing(data, pieces):
-                return
             for piece in pieces:
                 if not self.ended:
                     self.ended = tap.feed(piece)
-            self._look_for(tap.skips)
+            skips = None if self.ended else tap.skips
         except Exception:  # noqa: BLE001 - see `on_body`
-            self.tap = self.nothing_in = None
-
-    def _holds_nothing(self, data: bytes, pieces: list[bytes]) -> bool:
-        """Whether the tap need not be fed these chunks: a few events of text that came together, mostly."""
-        nothing_in, end = self.nothing_in, self.wire_end[: -len(CRLF)]
-        if nothing_in is None or len(data) > CHUNK_BYTES_MAX:
-            return False
-        for piece in pieces:  # what goes on in the next one could hide from the search
-            if not piece.endswith(end):
-                return False
-        return nothing_in(data)
+            self.tap = skips = None
+        if skips != self._skips:
+            self._look_for(skips)
 
     def _look_for(self, skips: Skips | None) -> None:
         """What the tap need not be fed from now on."""
-        if skips is None or self.ended or skips.bytes_max < CHUNK_BYTES_MAX:
+        self._skips = skips
+        if skips is None or skips.bytes_max < CHUNK_BYTES_MAX:
             self.nothing_in = None
         else:
-            self.nothing_in = skips.nothing_in
-            self.wire_end = skips.end + CRLF
+            self.nothing_in = skips.nothing_in if skips.searches else _in_a_chunk(skips.nothing_in)
+            self.wire_ends = _on_the_wire(skips.ends)
 
     def eof(self, clean: bool) -> None:
         """The connection ended. Only a body without a length of its own may end this way."""
@@ -437,6 +433,9 @@ class UpstreamResponse:
 def whole_chunks(data: bytes) -> list[bytes]:
     """What is in the chunks, where `data` is nothing but whole ones, each begun by nothing but its size; else, and
     where the last one (of no size) is among them, an empty list."""
+    known = chunk_of_read(len(data))
+    if known is not None and data.startswith(known[0]) and data.endswith(CRLF):
+        return [data[len(known[0]) : -len(CRLF)]]
     at, end, pieces = 0, len(data), []
     while at < end:
         size = _CHUNK_SIZE.match(data, at)
@@ -450,9 +449,35 @@ def whole_chunks(data: bytes) -> list[bytes]:
     return pieces
 
 
+def _hold_nothing(pieces: list[bytes], skips: Skips) -> bool:
+    """Whether the tap need not be fed these chunks: a few events of text that came together, mostly."""
+    for piece in pieces:  # what goes on in the next one may be neither here nor there
+        if not piece.endswith(skips.ends):
+            return False
+    body = b"".join(pieces)
+    try:
+        return len(body) <= skips.bytes_max and skips.nothing_in(body)
+    except Exception:  # noqa: BLE001 - see `on_body`
+        return False
+
+
+def _in_a_chunk(nothing_in: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+    """What looks at a piece, looking at the chunk around it."""
+
+    def look(data: bytes) -> bool:
+        return nothing_in(data[data.find(b"\n") + 1 : -len(CRLF)])
+
+    return look
+
+
+@cache
+def _on_the_wire(ends: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return tuple(end + CRLF for end in ends)
+
+
 def _know(data: bytes, size: int) -> None:
     """Note how a read of that length, which is one chunk of `size` bytes, begins: if it does so as others will."""
-    if size <= CHUNK_BYTES_MAX and len(data) not in _KNOWN:
+    if size <= CHUNK_BYTES_MAX:
         line = b"%x\r\n" % size
         if data.startswith(line):
             _KNOWN[len(data)] = (line, size)

@@ -236,6 +236,34 @@ def test_known_reads_are_chunks_and_bounded(talk: Talk) -> None:
         assert known == ((line, size) if size <= CHUNK_BYTES_MAX else None)
 
 
+@pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
+def test_events_with_other_line_ends(end: bytes, talk: Talk) -> None:
+    sample = replace(CHAT, body=CHAT.body.replace(b"\n\n", end))
+    pieces = [piece + end for piece in sample.body.split(end)[:-1]]
+    assert same(talk, sample, [*(chunked([piece]) for piece in pieces), b"0\r\n\r\n"])[1].total_tokens == 14
+    several = [chunked(pieces[at : at + 3]) for at in range(0, len(pieces), 3)]
+    assert same(talk, sample, [*several, b"0\r\n\r\n"])[1].total_tokens == 14
+
+
+def test_what_most_chunks_are_passes_unread(talk: Talk) -> None:
+    """With either line end, and of lines too: else the short way would be there for nothing."""
+    lines = [b'{"model":"m","message":{"role":"assistant","content":"x%d"},"done":false}\n' % at for at in range(6)]
+    streams = [
+        (CHAT, events(LONG)[:2] * 3),
+        (CHAT, [piece.replace(b"\n\n", b"\r\n\r\n") for piece in events(LONG)[:2] * 3]),
+        (STREAMS["ollama_chat.ndjson"], lines),
+    ]
+    for sample, pieces in streams:
+        talk.client.says(request_of(sample))
+        talk.upstream.says(head_of(sample), *(chunked([piece]) for piece in pieces[:4]))
+        response = talk.call._passing
+        assert response is not None
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(response_parser.UpstreamResponse, "feed", None)  # not called any more
+            talk.upstream.says(*(chunked([piece]) for piece in pieces[4:]))
+        talk.upstream.says(b"0\r\n\r\n")
+
+
 def test_every_reader_that_skips_has_something_to_keep() -> None:
     for row in ROWS:
         assert row.reader.keep is None or row.reader.keep
