@@ -227,6 +227,39 @@ def test_a_reader_that_fails_in_its_search_hurts_no_traffic(monkeypatch: pytest.
         talk.recorded(Outcome.COMPLETE, status=200, request_bytes=len(CHAT.request_body), response_bytes=len(LONG))
 
 
+def test_a_read_as_long_as_a_chunk_is_one_only_if_it_begins_so(talk: Talk) -> None:
+    text = events(LONG)[0]
+    two = [text[:-9] + b'w"}}]}\n\n', b"data: 1\n\n"]
+    one = chunked([text.replace(b"one", b"one" + b"w" * (len(chunked(two)) - len(chunked([text]))))])
+    assert len(one) == len(chunked(two))
+    pieces = [chunked([text]), one, one, chunked(two), one]
+    body = b"".join(unchunked(piece + b"0\r\n\r\n") for piece in pieces)
+    found = same(talk, replace(CHAT, body=body), [*pieces, b"0\r\n\r\n"])
+    assert found[2] == len(body)
+    for line in (b"+", b"0x", b" "):
+        with conversation(taps=taps()) as other:
+            other.client.says(request_of(CHAT))
+            other.upstream.says(head_of(CHAT), *pieces[:3], line + one[len(line) :])
+            other.client.is_closed()
+            assert not other.client.heard.endswith(b"0\r\n\r\n")
+            assert line + one[len(line) :] not in other.client.heard
+            assert other.recorder.records[-1].outcome is Outcome.UPSTREAM_BROKE
+
+
+def test_the_client_leaves_while_chunks_pass() -> None:
+    with conversation(taps=taps(), on_disconnect="drain") as talk:
+        talk.client.says(request_of(CHAT))
+        pieces = [chunked([piece]) for piece in events(LONG)]
+        talk.upstream.says(head_of(CHAT), *pieces[:2])
+        assert talk.call._passing is not None
+        talk.client.leaves()
+        talk.upstream.says(*pieces[:2], chunked([USAGE]), b"0\r\n\r\n")
+        record = talk.recorder.records[-1]
+        assert record.outcome is Outcome.CLIENT_LEFT
+        assert record.usage is not None
+        assert record.usage.total_tokens == 14
+
+
 def test_known_reads_are_chunks_and_bounded(talk: Talk) -> None:
     for size in (1, 15, 16, 255, 256, CHUNK_BYTES_MAX, CHUNK_BYTES_MAX + 1):
         body = b'data: "' + b"x" * (size - 9) + b'"\n'
