@@ -289,6 +289,7 @@ class PlainCall(PlainExchange):
         shape, out, head, body, lines = read
         hop = calls.hop
         self.connection = None
+        self._data = self._wire = b""  # there is no way back, and the record is kept for a while
         if shape.close:
             connection.discard()
         else:
