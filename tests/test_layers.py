@@ -82,7 +82,6 @@ SHORT = {
     "delivery/parking_log.py": "pure, with a table test",
     "dev/mock_backends/replay.py": "what every stand-in answers to a repeat; used by all vendors",
     "ledger/lanes.py": "pure, and the same for ever: who writes records and who delivers them share it",
-    "model/record_id.py": "the form of an id, with its table test",
     "settings/renewal.py": "pure, with a table test",
     "model/seldom.py": "used by all layers, so it stands under them",
     "proxy/route.py": "one of the two things a record says of a call beside who pays",

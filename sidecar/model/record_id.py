@@ -16,32 +16,45 @@ CHANCE_BYTES: Final = 6  # the last field of a UUID: 48 bits, so that the whole 
 
 # 26 bits fit between the time and the chance (12 in rand_a, 14 beside the variant). A wrap moves
 # the time on by a millisecond, so the pair stays unique however long the clock stands still.
-_COUNTER_WRAP: Final = 1 << 26
+_LOW_FIRST: Final = 0x8000
+_LOW_END: Final = 0xC000
+_TURNS_MAX: Final = 1 << 12
 
 
 class Ids:
     """Makes the ids of one process. Not thread-safe: it belongs to the event loop."""
 
-    __slots__ = ("_counter", "_head", "_ms", "_tail")
+    __slots__ = ("_head", "_low", "_middle", "_ms", "_tail", "_turns")
 
     def __init__(self, chance: bytes) -> None:
         if len(chance) != CHANCE_BYTES:
             raise ValueError(f"ids need {CHANCE_BYTES} bytes of chance, not {len(chance)}")
-        self._tail = chance.hex()
-        self._counter = -1
+        self._tail = f"-{chance.hex()}"
         self._ms = -1
         self._head = ""
+        # The counter: its lower 14 bits with the variant before them, and how often those have turned over.
+        self._low = _LOW_FIRST - 1
+        self._turns = 0
+        self._middle = "-7000-"
 
     def next(self, now_ns: int) -> str:
         """The next id, for a call let in at `now_ns` (wall clock, Unix nanoseconds)."""
-        counter = self._counter + 1
         ms = now_ns // 1_000_000
-        if counter == _COUNTER_WRAP:
-            counter = 0
-            ms = max(ms, self._ms + 1)
-        self._counter = counter
+        low = self._low + 1
+        if low == _LOW_END:
+            low = _LOW_FIRST
+            ms = self._turn_over(ms)
+        self._low = low
         if ms > self._ms:
             self._ms = ms
-            text = f"{ms & 0xFFFF_FFFF_FFFF:012x}"
-            self._head = f"{text[:8]}-{text[8:]}-7"
-        return f"{self._head}{counter >> 14:03x}-{0x8000 | (counter & 0x3FFF):04x}-{self._tail}"
+            self._head = f"{ms >> 16 & 0xFFFF_FFFF:08x}-{ms & 0xFFFF:04x}"
+        return f"{self._head}{self._middle}{low:x}{self._tail}"
+
+    def _turn_over(self, ms: int) -> int:
+        """The lower part of the counter begins anew; the millisecond that the next id has at least."""
+        self._turns += 1
+        if self._turns == _TURNS_MAX:
+            self._turns = 0
+            ms = max(ms, self._ms + 1)
+        self._middle = f"-7{self._turns:03x}-"
+        return ms

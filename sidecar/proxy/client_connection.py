@@ -105,7 +105,7 @@ class Client(ClientProtocol):
         "_ahead", "_at", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
         "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
         "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call",
-        "deadline", "full", "peer",
+        "deadline", "full", "peer", "plainly",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
@@ -122,6 +122,9 @@ class Client(ClientProtocol):
         self._plain = plain
         # the connection
         self._input = Input.REQUESTS
+        # Nothing but plain requests has come, so that all the rest below is as it was at the beginning. Whatever could
+        # change it clears this first; it is looked at as a whole again when something comes between two calls.
+        self.plainly = False
         self._called = False  # a call has been over on it
         self.deadline = NEVER
         self.full = False  # the client does not read as fast as we write
@@ -168,6 +171,7 @@ class Client(ClientProtocol):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._clients.closed(self)
         super().connection_lost(exc)
+        self.plainly = False
         self._input = Input.DROPPED
         self._queue.clear()
         self._unread = b""
@@ -178,11 +182,11 @@ class Client(ClientProtocol):
 
     def data_received(self, data: bytes) -> None:
         """The one place that decides which way bytes go, before the first of them is looked at."""
+        plain = self._plain
+        if plain is not None and self.call is None and (self.plainly or self._begins_anew()) and plain.take(self, data):
+            return
+        self.plainly = False
         if self._input is Input.REQUESTS:
-            plain = self._plain
-            if plain is not None and self.call is None and self._is_between() and plain.take(self, data):
-                self._border = data[-BORDER_BYTES:]
-                return
             self._parse(data)
         elif self._input is Input.TUNNEL:
             assert self._tunnel is not None
@@ -192,9 +196,10 @@ class Client(ClientProtocol):
         elif self._closing:
             self._linger(len(data))
 
-    def _is_between(self) -> bool:
-        """Whether the next byte is the first of a request, and nothing of an earlier one is in the way."""
-        return not (
+    def _begins_anew(self) -> bool:
+        """Whether the next byte is the first of a request, and nothing of an earlier one is in the way. All is then as
+        on a new connection."""
+        self.plainly = self._input is Input.REQUESTS and not (
             self._head_bytes
             or self._queue
             or self._last_call
@@ -207,9 +212,13 @@ class Client(ClientProtocol):
             or self._upgrade_body is not None
             or self._offer is not None
         )
+        if self.plainly:
+            self._border = b""  # the end of a request that is over: no head begins in it
+        return self.plainly
 
     def pause_writing(self) -> None:
         super().pause_writing()
+        self.plainly = False
         self.full = True
         if self.call is not None:
             self.call.client_full(True)
@@ -305,6 +314,7 @@ class Client(ClientProtocol):
 
     def _feed(self, data: bytes, *, pump: bool = True) -> None:
         """Give it to the parser, and take what comes of it."""
+        self.plainly = False
         before = self._border
         if data:
             self._border = (before + data)[-BORDER_BYTES:] if len(data) < BORDER_BYTES else data[-BORDER_BYTES:]
@@ -397,6 +407,9 @@ class Client(ClientProtocol):
         """The response is written; go on to the next request, or close."""
         self.call = None
         self._called = True
+        if self.plainly and keep_alive and not self._hop.stopping:  # nothing waits, and nothing is to be closed
+            self.deadline = self._hop.now + self._hop.settings.keepalive_timeout_s
+            return
         transport = self.transport
         if transport is None or transport.is_closing():
             return
@@ -418,6 +431,7 @@ class Client(ClientProtocol):
 
     def reset(self) -> None:
         """Cut, so that nothing can be taken for a clean end. `abort` alone would send one."""
+        self.plainly = False
         self._input = Input.DROPPED
         transport = self.transport
         if transport is None:
@@ -654,6 +668,7 @@ class Client(ClientProtocol):
         if self._closing or transport is None or transport.is_closing():
             return
         settings, now = self._hop.settings, self._hop.loop.time()
+        self.plainly = False
         self._closing = True
         self._input = Input.DROPPED
         self._queue.clear()

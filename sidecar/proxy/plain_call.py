@@ -37,7 +37,7 @@ from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
 from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.plain_head import PlainHead, PlainRequests, PlainResponses
+from sidecar.proxy.plain_head import PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
@@ -59,6 +59,7 @@ class PlainClient(Downstream, Protocol):
 
     call: Call | PlainCall | None
     deadline: float
+    plainly: bool  # nothing but plain requests has come, and nothing is in the way of the next one
 
 
 @dataclass(slots=True, frozen=True)
@@ -66,6 +67,7 @@ class _Asked:
     """What is known of requests of one shape."""
 
     shape: RequestShape
+    read: bool  # whether anybody reads the bodies
     idempotent: bool
     to: Destination
     upstream: Upstream
@@ -128,33 +130,34 @@ class PlainCalls:
     def take(self, client: PlainClient, data: bytes) -> bool:
         """Let the call in and send it on; False: it is none of ours, and nothing has happened."""
         hop = self.hop
-        end = data.find(b"\r\n\r\n")
-        if end < 0 or len(hop.calls) >= hop.settings.calls_max:
+        read = self._requests.read(data, client.peer)
+        if read is None or len(hop.calls) >= hop.settings.calls_max:
             return False
-        head = data[:end]
-        plain = self._requests.read(head, client.peer)
-        if plain is None or plain.length > BODY_BYTES_MAX or end + 4 + plain.length != len(data):
+        shape, wire, _, body, lines = read
+        if len(body) > BODY_BYTES_MAX:
             return False
-        asked = plain.shape.facts
+        asked = shape.facts
         connection = asked.upstream.take()
         if connection is None:
             return False
-        gate = None
+        call = PlainCall(self, client, connection, asked, data, wire, body)
+        if shape.trace_at:
+            call.trace_id = trace_id(lines[shape.trace_at][shape.trace_from :])
         if asked.prepared is not None and hop.gate is not None:
-            gate = hop.gate.quickly(asked.prepared, data[end + 4 :])
-            if gate is None:
+            call.gate = hop.gate.quickly(asked.prepared, body)
+            if call.gate is None:
                 connection.release()
                 return False
-        trace = None if plain.trace is None else trace_id(plain.trace)
-        body = data[end + 4 :]
-        exchange = PlainExchange(asked.shape, client.peer.ip, trace, len(body), body if asked.shape.read else b"")
-        exchange.gate = gate
-        if not hop.recorder.admit(exchange):
-            if gate is not None and hop.gate is not None:
-                hop.gate.cancelled(gate)
+        if not hop.recorder.admit(call):
+            if call.gate is not None and hop.gate is not None:
+                hop.gate.cancelled(call.gate)
             connection.release()
             return False
-        PlainCall(self, client, connection, exchange, head, plain, plain.wire + body)
+        hop.calls.add(call)
+        client.call = call
+        client.deadline = NEVER
+        connection.owner = call
+        connection.write(wire)
         return True
 
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
@@ -217,7 +220,7 @@ class PlainCalls:
                 upstream=to.name,
             )
         idempotent = head.idempotency_key or method in IDEMPOTENT
-        asked = _Asked(shape, idempotent, to, upstream, called, hop.timeout_s(to, route), prepared)
+        asked = _Asked(shape, shape.read, idempotent, to, upstream, called, hop.timeout_s(to, route), prepared)
         return asked, line + head.lines
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
@@ -238,86 +241,87 @@ def _cut_in_record(fields: Fields) -> bool:
     return max(names, default=0) > HEADER_NAME_CHARS_MAX or sum(names) > HEADER_NAMES_CHARS_MAX
 
 
-class PlainCall:
-    """One call on the short way. `exchange` is its own until it is recorded."""
+class PlainCall(PlainExchange):
+    """One call on the short way, and what its record will say: one object, since each costs as much as it does.
 
-    __slots__ = (
-        "_again", "_asked", "_calls", "_closes", "_head", "_out", "_recorded", "client", "connection", "deadline",
-        "exchange",
-    )  # fmt: skip
+    It is recorded once `response` is set. Until it is let in nobody knows of it."""
+
+    __slots__ = ("_asked", "_calls", "_closes", "_data", "_out", "_wire", "client", "connection", "deadline")
 
     upload_done: Final = True
+    __repr__ = object.__repr__  # the exchange's would show bodies, and the loop shows who failed
 
     def __init__(
         self,
         calls: PlainCalls,
         client: PlainClient,
         connection: UpstreamConnection,
-        exchange: PlainExchange,
-        head: bytes,
-        plain: PlainHead[_Asked],
+        asked: _Asked,
+        data: bytes,
         wire: bytes,
+        body: bytes,
     ) -> None:
-        hop = calls.hop
+        """`data`: the request as it came, `wire`: as it goes on."""
+        # What its record says. `Recorder.admit` adds the id and the times, the response the rest.
+        self.shape = asked.shape
+        self.client_ip = client.peer.ip
+        self.trace_id = None
+        self.request_bytes = len(body)
+        self.request_body = body if asked.read else b""
+        self.first_byte_ms = self.duration_ms = self.response = self.gate = None
+        # The call. `_closes` and `_out` belong to a response that is there.
         self._calls = calls
-        self._head = head
-        self._out = b""  # the response, while it waits for the record
-        self._recorded = False
-        self.exchange = exchange
-        self._closes = False  # the connection is closed behind the response
+        self._asked = asked
+        self._data = data
+        self._wire = wire
         self.client: PlainClient | None = client
         self.connection: UpstreamConnection | None = connection
-        asked = self._asked = plain.shape.facts
-        self.deadline = hop.now + asked.timeout_s
-        may_repeat = connection.used and asked.idempotent
-        self._again = wire if may_repeat else None
-        hop.calls.add(self)
-        client.call = self
-        client.deadline = NEVER
-        connection.owner = self
-        connection.write(wire)
+        self.deadline = calls.hop.now + asked.timeout_s
 
     # -- the two things that go the short way ----------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
         calls, client, connection = self._calls, self.client, self.connection
-        end = data.find(b"\r\n\r\n")
-        plain = None if end < 0 else calls.responses.read(data[:end])
-        if (
-            plain is None
-            or plain.length != len(data) - end - 4
-            or plain.length > BODY_BYTES_MAX
-            or client is None
-            or connection is None
-        ):
-            self._handle_with_care(lambda call: call.upstream_data(data))
+        read = calls.responses.read(data)
+        if read is None or client is None or connection is None or len(read[3]) > BODY_BYTES_MAX:
+            self._response_unusual(data)
             return
-        hop, exchange = calls.hop, self.exchange
+        shape, out, head, body, lines = read
+        hop = calls.hop
         self.connection = None
-        self.deadline = NEVER
-        if plain.shape.close:
+        self._data = self._wire = b""  # there is no way back, and the record is kept for a while
+        if shape.close:
             connection.discard()
         else:
-            connection.release(plain.keep_alive)
-        elapsed_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
-        exchange.first_byte_ms = exchange.duration_ms = elapsed_ms
-        exchange.response = plain.shape.facts
-        body = data[end + 4 :]
-        exchange.response_bytes = len(body)
-        if exchange.shape.read:
-            exchange.response_head = data[:end]
-            exchange.response_body = body
-        ours = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n" if hop.settings.meter_id_header else b""
-        self._closes = not client.may_keep_alive(False)
-        if self._closes:
-            ours += b"Connection: close\r\n"
-        out = b"%b%b\r\n%b" % (plain.wire, ours, body)
-        self._recorded = True
-        if hop.recorder.complete(exchange, self._release):
+            connection.release(lines[shape.keep_alive_at][shape.keep_alive_from :] if shape.keep_alive_at else None)
+        self.first_byte_ms = self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
+        self.response = shape.facts
+        self.response_bytes = len(body)
+        if self._asked.read:
+            self.response_head = head
+            self.response_body = body
+        else:
+            self.response_head = self.response_body = b""
+        self._closes = hop.leaving or hop.stopping or not (client.plainly or client.may_keep_alive(False))
+        if self._closes or hop.settings.meter_id_header:
+            out = self._with_own_fields(out, len(out) - len(body) - 2)
+        if hop.recorder.complete(self, self._release):
             client.send(out)
             self._over()
         else:
+            self.deadline = NEVER
             self._out = out
+
+    def _with_own_fields(self, out: bytes, at: int) -> bytes:
+        """The response, and what is ours to say in it. `at`: where its empty line begins."""
+        named = self._calls.hop.settings.meter_id_header
+        ours = b"X-Meter-Id: " + self.id.encode() + b"\r\n" if named else b""
+        if self._closes:
+            ours += b"Connection: close\r\n"
+        return b"%b%b%b" % (out[:at], ours, out[at:])
+
+    def _response_unusual(self, data: bytes) -> None:
+        self._handle_with_care(lambda call: call.upstream_data(data))
 
     def _release(self, send: bool) -> None:
         """The record is on disk, or it is decided that the response goes without, or not at all."""
@@ -347,12 +351,12 @@ class PlainCall:
         if client is None or connection is None:
             return
         hop.calls.discard(self)
-        exchange = self.exchange
-        message = _Message(exchange.shape.method, self._asked.target, fields_of(self._head))
+        asked, shape = self._asked, self.shape
+        message = _Message(shape.method, asked.target, fields_of(self._data.partition(b"\r\n\r\n")[0]))
         call = Call.resume(
-            hop, client, message, exchange.exchange(), connection,
-            body=exchange.request_body, again=self._again, deadline=self.deadline,
-            to=self._asked.to, target=exchange.shape.target, timeout_s=self._asked.timeout_s,
+            hop, client, message, self.exchange(), connection,
+            body=self.request_body, again=self._wire if connection.used and asked.idempotent else None,
+            deadline=self.deadline, to=asked.to, target=shape.target, timeout_s=asked.timeout_s,
         )  # fmt: skip
         if client.call is self:  # else it has left
             client.call = call
@@ -372,27 +376,27 @@ class PlainCall:
         """All that there is to send is sent."""
 
     def client_left(self, error: BaseException | None) -> None:
-        if self._recorded:
+        if self.response is not None:
             self.client = None
             self._over()
         else:
             self._handle_with_care(lambda call: call.client_left(error))
 
     def client_full(self, full: bool) -> None:
-        if not self._recorded:
+        if self.response is None:
             self._handle_with_care(lambda call: call.client_full(full))
 
     def expired(self) -> None:
         self._handle_with_care(lambda call: call.expired())
 
     def stop(self) -> None:
-        if self._recorded:
+        if self.response is not None:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.stop())
 
     def failed(self) -> None:
-        if self._recorded:
+        if self.response is not None:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.failed())

@@ -19,7 +19,8 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from operator import itemgetter
+from typing import Final, Generic, TypeVar
 
 from sidecar.model.target import is_authority
 
@@ -46,7 +47,9 @@ FIELDS_MAX: Final = 100
 VALUES_MAX: Final = 64  # so many different values make a field one that is known by its name alone
 LENGTH_DIGITS_MAX: Final = 9
 
-_PRINTABLE: Final = bytes(range(0x20, 0x7F)) + b"\r\n"
+_HEAD_END: Final = b"\r\n\r\n"
+# Printable ASCII, without a blank at either end: which of those belong to a value is read in two ways.
+_VALUE: Final = re.compile(rb"(?:[!-~][ -~]*)?[!-~]")
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (/[!\"$-~]*) HTTP/1\.1")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
@@ -88,41 +91,27 @@ class Shape(Generic[_Facts]):
 
     number: int
     facts: _Facts  # what the owner worked out when it saw the first one
-    changed: tuple[tuple[int, bytes], ...]  # lines that are forwarded as another one
-    dropped: tuple[int, ...]  # lines that are not forwarded, last first
+    added: list[bytes]  # what is forwarded in the place of other lines; and nothing, so that the last one is ended
+    sent: Callable[[list[bytes]], tuple[bytes, ...]]  # what is forwarded, out of a head's lines and `added`
     length_at: int
-    length_from: int  # in that line
-    trace_at: int
+    length_from: int  # where the value stands in that line
+    trace_at: int  # of `traceparent`
+    trace_from: int
     keep_alive_at: int
+    keep_alive_from: int
     close: bool
-    chunked: bool
     endings: dict[object, bytes] = field(default_factory=dict)  # peer -> what is sent behind the message's own lines
 
     def own(self, lines: list[bytes]) -> bytes:
-        """What is forwarded of a head itself, each line ended. Takes `lines` over."""
-        for at, line in self.changed:
-            lines[at] = line
-        for at in self.dropped:
-            del lines[at]
-        lines.append(b"")
-        return b"\r\n".join(lines)
-
-    def length(self, lines: list[bytes]) -> int:
-        return int(lines[self.length_at][self.length_from :])
+        """What is forwarded of a head itself, each line ended."""
+        return b"\r\n".join(self.sent(lines + self.added))
 
 
-class PlainHead(NamedTuple, Generic[_Facts]):
-    """One head, understood."""
-
-    shape: Shape[_Facts]
-    wire: bytes  # what is forwarded, the empty line included
-    length: int  # of the body, bytes; 0 where no length is given (requests), -1 (responses)
-    trace: bytes | None = None  # requests: the value of `traceparent`
-    keep_alive: bytes | None = None  # responses: the value of `Keep-Alive`
-
+PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes]]
+"""(shape, what is forwarded, head up to its empty line, body, lines of the head): a whole message, understood. A bare
+tuple: each is taken apart where it is made, and a class with names would cost a call more."""
 
 _Fields = list[tuple[bytes, bytes]]
-_NEW: Final = object()
 
 
 class _NotPlain(Exception):
@@ -130,13 +119,19 @@ class _NotPlain(Exception):
 
 
 class _Numbers(dict[bytes, int]):
-    """Lines that are remembered. One that is not is learned when it is looked up, which raises `_NotPlain`."""
+    """The numbers of lines that are remembered, and checked. One that is not is judged when it is looked up, which
+    raises `_NotPlain`."""
 
     def __init__(self, learn: Callable[[bytes], int]) -> None:
         super().__init__()
         self._learn = learn
+        self.passing: dict[bytes, int] = {}  # by name: fields of which each line is another one, a trace, an id
 
     def __missing__(self, line: bytes) -> int:
+        name, _, value = line.partition(b": ")
+        number = self.passing.get(name)
+        if number is not None and _VALUE.fullmatch(value) is not None:
+            return number
         return self._learn(line)
 
 
@@ -155,6 +150,8 @@ class _Heads(Generic[_Facts]):
         by_value: bool,
         matters: frozenset[bytes],
         sights: int,
+        head_bytes_max: int,
+        fields_max: int,
     ) -> None:
         """`first`: a plain request or status line; no field's line is one. `careful`: fields of heads that are not
         plain. `by_value`: whether any field's value makes another shape, or only that of those in `matters`, which
@@ -165,9 +162,12 @@ class _Heads(Generic[_Facts]):
         self._by_value = by_value
         self._matters = matters
         self._sights = sights
+        self._head_bytes_max = min(head_bytes_max, HEAD_BYTES_MAX)
+        self._fields_max = min(fields_max, FIELDS_MAX)
         self._lines = _Numbers(self._number)
+        self._number_of = self._lines.__getitem__
         self._firsts: dict[bytes, int] = {}  # request and status lines, where there are too many for `_lines`
-        self._recent: dict[bytes, int] = {}  # lines that are known by their names: a length or a date comes again
+        self._recent: list[bytes] = []  # of `_lines`: known by their names, and come again soon, as a length or a date
         self._lines_bytes = 0
         self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, number, whether it is known by its name alone
         self._values: dict[bytes, int] = {}  # name -> different values seen
@@ -176,12 +176,11 @@ class _Heads(Generic[_Facts]):
         self._glimpsed: dict[tuple[int, ...], int] = {}
         self._next_id = 0
         self._next_shape = 0
-        self._forgot = 0
 
     def forget(self) -> None:
         """Start anew; numbers are never used twice."""
-        self._forgot += 1
         self._lines.clear()
+        self._lines.passing.clear()
         self._firsts.clear()
         self._recent.clear()
         self._lines_bytes = 0
@@ -196,27 +195,54 @@ class _Heads(Generic[_Facts]):
         self._meanings[self._next_id] = (meaning, wire)
         return self._next_id
 
-    def _key(self, lines: list[bytes]) -> tuple[int, ...] | None:
-        """The numbers of a head's lines; None: one of them is not plain."""
-        forgot = self._forgot
+    def read(self, data: bytes, peer: object = None) -> PlainMessage[_Facts] | None:
+        """The one whole message that `data` is; None: it is none, or not plain. `peer`: whose connection it came on;
+        what is sent behind the head's own lines is worked out once for each.
+
+        One function, because it runs twice in each call: all that can be said of a line was said when it was learned,
+        so that a head is checked by being found."""
+        head, end, body = data.partition(_HEAD_END)
+        if not end or len(head) > self._head_bytes_max:
+            return None
+        lines = head.split(b"\r\n", self._fields_max)  # of too many, what is left is one line that cannot be plain
         try:
-            key = tuple(map(self._lines.__getitem__, lines))
+            key = tuple(map(self._number_of, lines))
         except _NotPlain:
             return None
-        return key if forgot == self._forgot else self._key(lines)  # else the numbers before that mean nothing any more
+        shape = self._shapes.get(key)
+        if shape is None:
+            if not self._meanings.keys() >= {*key}:
+                return self.read(data, peer)  # all was forgotten while its lines were looked up
+            shape = self._new_shape(key, lines, peer)
+            if shape is None:
+                return None
+        if len(body) != (int(lines[shape.length_at][shape.length_from :]) if shape.length_at else 0):
+            return None
+        ending = shape.endings.get(peer)
+        if ending is None:
+            ending = self._learn_ending(shape, lines, peer)
+            if ending is None:
+                self._shapes[key] = None
+                return None
+        return shape, shape.own(lines) + ending + body, head, body, lines
+
+    def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
+        """Of a head that is not known, if it is to be known now."""
+        if key in self._shapes or not self._glimpse(key):
+            return None
+        return self._learn_shape(key, lines, peer)
+
+    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
+        raise NotImplementedError
+
+    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
+        """For another peer than the one whose message was learned."""
+        raise NotImplementedError
 
     def _number(self, line: bytes) -> int:
-        """Of a line that is not in `_lines`. Raises `_NotPlain`."""
-        id_ = self._recent.get(line)
-        if id_ is not None:
-            return id_
-        name, _, value = line.partition(b": ")
-        known = self._names.get(name)
-        if known is not None:
-            if known[2] and known[0] != _LENGTH and name not in _COME_AGAIN:  # a trace, an id: another one each time
-                if not value or value[:1] == b" " or value[-1:] == b" ":
-                    raise _NotPlain
-                return known[1]
+        """Of a line that is not remembered. Raises `_NotPlain`."""
+        id_: int | None
+        if line.partition(b": ")[0] in self._names:
             id_ = self._learn(line)
         else:
             id_ = self._firsts.get(line)
@@ -231,7 +257,7 @@ class _Heads(Generic[_Facts]):
 
     def _keep_first(self, line: bytes, wire: bytes | None) -> int:
         id_ = self._id(_FIRST, wire)
-        if len(self._lines) < LINES_MAX // 2:
+        if self._kept < LINES_MAX // 2:
             self._lines[line] = id_
             self._lines_bytes += len(line)
             return id_
@@ -241,12 +267,20 @@ class _Heads(Generic[_Facts]):
         self._firsts[line] = id_
         return id_
 
+    @property
+    def _kept(self) -> int:
+        """Lines that are remembered for good."""
+        return len(self._lines) - len(self._recent)
+
     def _again(self, line: bytes, name_id: int) -> int:
         """Remember a line that is known by its name and comes again soon: a length, a date."""
         if len(self._recent) >= RECENT_MAX:
+            for old in self._recent:
+                del self._lines[old]
             self._recent.clear()
         if len(line) <= RECENT_BYTES_MAX:
-            self._recent[line] = name_id
+            self._lines[line] = name_id
+            self._recent.append(line)
         return name_id
 
     def _learn(self, line: bytes) -> int | None:
@@ -257,13 +291,16 @@ class _Heads(Generic[_Facts]):
             known = self._learn_name(name)
             if known is None:
                 return None
-        if not colon or value[:1] == b" " or value[-1:] == b" ":
-            return None
         meaning, name_id, by_name = known
+        if not colon or ((value or by_name) and _VALUE.fullmatch(value) is None):
+            return None
         if meaning == _LENGTH:
             return self._again(line, name_id) if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
         if by_name:
-            return self._again(line, name_id) if name in _COME_AGAIN else name_id
+            if name in _COME_AGAIN:
+                return self._again(line, name_id)
+            self._lines.passing[name] = name_id
+            return name_id
         return self._learn_value(line, name, value, meaning, name_id)
 
     def _learn_value(self, line: bytes, name: bytes, value: bytes, meaning: int, name_id: int) -> int | None:
@@ -286,7 +323,7 @@ class _Heads(Generic[_Facts]):
         if seen > VALUES_MAX and low not in self._matters:
             self._names[name] = (meaning, name_id, True)
             return name_id
-        if len(self._lines) >= LINES_MAX or self._lines_bytes > LINES_BYTES_MAX:
+        if self._kept >= LINES_MAX - RECENT_MAX or self._lines_bytes > LINES_BYTES_MAX:
             self.forget()
             return self._learn(line)
         id_ = self._id(meaning, wire) if self._by_value or low in self._matters else name_id
@@ -321,31 +358,47 @@ class _Heads(Generic[_Facts]):
         self._glimpsed[key] = sights
         return False
 
-    def _shape(self, key: tuple[int, ...], lines: list[bytes], facts: _Facts) -> Shape[_Facts]:
-        """A new shape, of which nothing is checked yet."""
-        changed: list[tuple[int, bytes]] = []
-        dropped: list[int] = []
-        at_by_meaning: dict[int, int] = {}
+    def _rewriting(self, key: tuple[int, ...], lines: list[bytes]) -> tuple[dict[int, bytes], set[int]]:
+        """By place: lines that are forwarded as another one, and those that are not forwarded."""
+        changed: dict[int, bytes] = {}
+        dropped: set[int] = set()
         for at, id_ in enumerate(key):
             meaning, wire = self._meanings[id_]
-            at_by_meaning[meaning] = at
             if meaning in (_DROP, _CLOSE, _KEEP_ALIVE):
-                dropped.append(at)
+                dropped.add(at)
             elif wire is not None and wire != lines[at]:
-                changed.append((at, wire))
+                changed[at] = wire
+        return changed, dropped
+
+    def _shape(
+        self, key: tuple[int, ...], lines: list[bytes], facts: _Facts, changed: dict[int, bytes], dropped: set[int]
+    ) -> Shape[_Facts]:
+        """A new shape, of which nothing is checked yet."""
+        at_by_meaning = {self._meanings[id_][0]: at for at, id_ in enumerate(key)}
+        in_place_of = {at: len(lines) + number for number, at in enumerate(changed)}
+        end = len(lines) + len(changed)
+        sent = [in_place_of.get(at, at) for at in range(len(lines)) if at not in dropped]
+
+        def value(meaning: int) -> tuple[int, int]:
+            at = at_by_meaning.get(meaning, 0)
+            return at, lines[at].find(b": ") + 2
+
+        length_at, length_from = value(_LENGTH)
+        trace_at, trace_from = value(_TRACE)
+        keep_alive_at, keep_alive_from = value(_KEEP_ALIVE)
         self._next_shape += 1
-        length_at = at_by_meaning.get(_LENGTH, 0)
         return Shape(
             number=self._next_shape,
             facts=facts,
-            changed=tuple(changed),
-            dropped=tuple(reversed(dropped)),
+            added=[*changed.values(), b""],
+            sent=itemgetter(*sent, end),
             length_at=length_at,
-            length_from=lines[length_at].find(b": ") + 2,
-            trace_at=at_by_meaning.get(_TRACE, 0),
-            keep_alive_at=at_by_meaning.get(_KEEP_ALIVE, 0),
+            length_from=length_from,
+            trace_at=trace_at,
+            trace_from=trace_from,
+            keep_alive_at=keep_alive_at,
+            keep_alive_from=keep_alive_from,
             close=_CLOSE in at_by_meaning,
-            chunked=_CHUNKED in at_by_meaning,
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:
@@ -361,15 +414,6 @@ class _Heads(Generic[_Facts]):
             self._shapes.clear()
         self._shapes[key] = shape
         return shape
-
-
-def _cut(head: bytes, fields_max: int) -> list[bytes] | None:
-    """The lines of a head (without the empty one); None where a byte or a line end is not plain."""
-    lines = head.split(b"\r\n")
-    ends = len(lines) - 1
-    if head.translate(None, _PRINTABLE) or head.count(b"\r") != ends or head.count(b"\n") != ends:
-        return None
-    return lines if ends <= fields_max else None
 
 
 def _fields(lines: list[bytes]) -> _Fields:
@@ -402,37 +446,15 @@ class PlainRequests(_Heads[_Facts]):
         `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
         one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
-        super().__init__(first=_REQUEST_LINE, careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights)
+        super().__init__(
+            first=_REQUEST_LINE, careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights,
+            head_bytes_max=head_bytes_max, fields_max=fields_max,
+        )  # fmt: skip
         self._describe = describe
         self._authority = authority
         self._base = base
         self._not_passed = not_passed
-        self._head_bytes_max = min(head_bytes_max, HEAD_BYTES_MAX)
-        self._fields_max = min(fields_max, FIELDS_MAX)
         self._target_bytes_max = target_bytes_max
-
-    def read(self, head: bytes, peer: object) -> PlainHead[_Facts] | None:
-        """`head`: up to, and without, its empty line and the CRLF before. `peer`: whose connection it is; what is sent
-        behind the head's own lines is worked out once for each. None: not plain."""
-        if len(head) > self._head_bytes_max or (lines := _cut(head, self._fields_max)) is None:
-            return None
-        key = self._key(lines)
-        if key is None:
-            return None
-        shape: Any = self._shapes.get(key, _NEW)
-        if shape is _NEW:
-            shape = self._learn_shape(key, lines, peer) if self._glimpse(key) else None
-        if shape is None:
-            return None
-        length = shape.length(lines) if shape.length_at else 0
-        trace = lines[shape.trace_at].partition(b": ")[2] if shape.trace_at else None
-        ending = shape.endings.get(peer)
-        if ending is None:
-            ending = self._learn_ending(shape, lines, peer)
-            if ending is None:
-                self._shapes[key] = None
-                return None
-        return PlainHead(shape, shape.own(lines) + ending, length, trace)
 
     def _learn_first(self, line: bytes) -> int | None:
         match = _REQUEST_LINE.fullmatch(line)
@@ -449,30 +471,34 @@ class PlainRequests(_Heads[_Facts]):
         described = self._described(lines, peer)
         if described is None:
             return self._remember(key, None)
-        shape = self._shape(key, lines, described[0])
+        changed, dropped = self._rewriting(key, lines)
         if self._not_passed is not None:
-            self._send_elsewhere(shape, lines, described[1], self._not_passed(described[0]))
-        own = shape.own(lines.copy())
+            self._send_elsewhere(changed, dropped, lines, described[1], self._not_passed(described[0]))
+        shape = self._shape(key, lines, described[0], changed, dropped)
+        own = shape.own(lines)
         if not described[1].startswith(own):
             return self._remember(key, None)
         shape.endings[peer] = described[1][len(own) :]
         return self._remember(key, shape)
 
     @staticmethod
-    def _send_elsewhere(shape: Shape[_Facts], lines: list[bytes], wire: bytes, not_passed: frozenset[bytes]) -> None:
+    def _send_elsewhere(
+        changed: dict[int, bytes], dropped: set[int], lines: list[bytes], wire: bytes, not_passed: frozenset[bytes]
+    ) -> None:
         """Both lines that choose an upstream are told apart by their values, so they belong to the shape."""
         names = [line.partition(b":")[0].lower() for line in lines]
         host_at = names.index(b"host", 1)
         sent = wire.split(b"\r\n")
         hosts = [line for line in sent[1:] if line.partition(b":")[0].lower() == b"host"]
-        changed = [pair for pair in shape.changed if pair[0] not in (0, host_at)]
-        shape.changed = (*changed, (0, sent[0]), *((host_at, line) for line in hosts[:1]))
-        dropped = {at for at, name in enumerate(names) if at and name in not_passed}
-        shape.dropped = tuple(sorted({*shape.dropped, *dropped}, reverse=True))
+        changed.pop(host_at, None)
+        changed[0] = sent[0]
+        if hosts:
+            changed[host_at] = hosts[0]
+        dropped |= {at for at, name in enumerate(names) if at and name in not_passed}
 
     def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
         described = self._described(lines, peer)
-        own = shape.own(lines.copy())
+        own = shape.own(lines)
         if described is None or not described[1].startswith(own):
             return None
         if len(shape.endings) >= PEERS_MAX:
@@ -506,7 +532,8 @@ DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
 
 
 class PlainResponses(_Heads[_Facts]):
-    """Responses of a kind that was seen before. Only values that say how a body is read make another shape."""
+    """Responses of a kind that was seen before. Only values that say how a body is read make another shape. One without
+    a length is not plain: its end would be the connection's, or stand in its chunks."""
 
     def __init__(
         self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset(), sights: int = 1
@@ -514,43 +541,30 @@ class PlainResponses(_Heads[_Facts]):
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
         matters = frozenset({b"content-type", b"transfer-encoding", b"connection"})
         super().__init__(
-            first=_STATUS_LINE, careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights
-        )
+            first=_STATUS_LINE, careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights,
+            head_bytes_max=HEAD_BYTES_MAX, fields_max=FIELDS_MAX,
+        )  # fmt: skip
         self._describe = describe
 
-    def read(self, head: bytes) -> PlainHead[_Facts] | None:
-        """`head`: as for requests. `wire` ends behind the last field: the caller may add its own, and the empty
-        line. A response without a length and not in chunks is not plain: its end would be the connection's."""
-        if len(head) > HEAD_BYTES_MAX or (lines := _cut(head, FIELDS_MAX)) is None:
-            return None
-        key = self._key(lines)
-        if key is None:
-            return None
-        shape: Any = self._shapes.get(key, _NEW)
-        if shape is _NEW:
-            shape = self._learn_shape(key, lines) if self._glimpse(key) else None
-        if shape is None:
-            return None
-        length = shape.length(lines) if shape.length_at else -1
-        keep_alive = lines[shape.keep_alive_at].partition(b": ")[2] if shape.keep_alive_at else None
-        return PlainHead(shape, shape.own(lines) + shape.endings[None], length, None, keep_alive)
+    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
+        raise AssertionError("a response is the same for all peers")
 
     def _learn_first(self, line: bytes) -> int | None:
         match = _STATUS_LINE.fullmatch(line)
         return None if match is None or int(match[1]) in _BODILESS else self._keep_first(line, None)
 
-    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes]) -> Shape[_Facts] | None:
+    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         meant = self._meant(key)
-        if meant[_LENGTH] + meant[_CHUNKED] != 1:
+        if meant[_LENGTH] != 1 or meant[_CHUNKED]:  # in chunks, or up to the end of the connection
             return self._remember(key, None)
         described = self._describe(int(lines[0][9:12]), _fields(lines[1:]))
         if described is None:
             return self._remember(key, None)
-        shape = self._shape(key, lines, described[0])
-        own = shape.own(lines.copy())[len(lines[0]) + 2 :]
+        shape = self._shape(key, lines, described[0], *self._rewriting(key, lines))
+        own = shape.own(lines)[len(lines[0]) + 2 :]
         if not described[1].startswith(own):
             return self._remember(key, None)
-        shape.endings[None] = described[1][len(own) :]
+        shape.endings[peer] = described[1][len(own) :] + b"\r\n"
         return self._remember(key, shape)
 
     def _meaning(self, low: bytes) -> tuple[int, bool]:

@@ -75,7 +75,7 @@ class UpstreamConnection(UpstreamProtocol):
     # aiohttp's part has a dictionary. With more than thirty names in it CPython shares their table among instances no
     # more, and each takes 1,600 bytes instead of 300.
     __slots__ = (
-        "_calls_max", "_hint", "_hint_s", "_look", "_read_paused", "_said_done", "_upstream", "calls", "generation",
+        "_calls_max", "_hint_s", "_look", "_read_paused", "_said_done", "_upstream", "calls", "generation", "hint",
         "lease", "old_at", "owner", "use_until", "used", "why_lost",
     )  # fmt: skip
 
@@ -92,7 +92,7 @@ class UpstreamConnection(UpstreamProtocol):
         self._upstream = upstream
         self._said_done = False
         self._read_paused = False
-        self._hint: bytes | None = None  # `Keep-Alive`, as it was read last
+        self.hint: bytes | None = None  # `Keep-Alive`, as it was read last; without one `idle_s` need not be asked
         self._hint_s: float | None = None
         self._calls_max: int | None = None
         self._look: select.poll | None = None
@@ -129,8 +129,8 @@ class UpstreamConnection(UpstreamProtocol):
         self._upstream.keep(self)
 
     def _take_hint(self, field: bytes) -> None:
-        if field != self._hint:
-            self._hint = field
+        if field != self.hint:
+            self.hint = field
             self._hint_s, calls = keep_alive_hint(field)
             # Apache counts down, Node says its limit each time: the first figure is right for both, and none is left
             # at zero.
@@ -146,13 +146,13 @@ class UpstreamConnection(UpstreamProtocol):
     def is_usable(self) -> bool:
         """Whether nothing has come on it while it was idle: the kernel may know of its end before the loop does. One
         system call (0.5 µs)."""
-        if self._said_done or not self.is_connected():
+        transport = self.transport
+        if self._said_done or transport is None or transport.is_closing():
             return False
         look = self._look
         if look is None:
-            assert self.transport is not None
             look = self._look = select.poll()
-            sock = self.transport.get_extra_info("socket")
+            sock = transport.get_extra_info("socket")
             if sock is not None:  # else the connection is none of the system's
                 look.register(sock.fileno(), select.POLLIN | select.POLLPRI)
         return not look.poll(0)
@@ -288,9 +288,15 @@ class Upstream:
         now = self._loop.time()
         connection.used = True
         connection.calls += 1
-        connection.use_until = min(now + connection.idle_s(self._keepalive_s), connection.old_at)
-        fresh = connection.use_until > now and connection.generation == self._generation
-        if fresh and connection.is_connected():
+        idle_s = self._keepalive_s
+        if connection.hint is not None:
+            idle_s = connection.idle_s(idle_s)
+        until = now + idle_s
+        if until > connection.old_at:
+            until = connection.old_at
+        connection.use_until = until
+        # One that is closing is told apart when it is taken, or ends while it waits.
+        if until > now and connection.generation == self._generation and connection.transport is not None:
             self._idle[connection] = None
         else:
             connection.discard()

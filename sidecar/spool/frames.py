@@ -111,7 +111,7 @@ def encode_frame(
     responses: dict[int, tuple[Any, ...]] = {}
     entries = []
     for exchange in ended:
-        if type(exchange) is PlainExchange and exchange.response is not None:
+        if isinstance(exchange, PlainExchange) and exchange.response is not None:
             shape, response = exchange.shape, exchange.response
             if shape.number not in requests:
                 requests[shape.number] = _packed_request(shape)

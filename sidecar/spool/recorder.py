@@ -169,9 +169,9 @@ class Recorder:
         id_ = exchange.id
         intended = False
         if self._young.pop(id_, None) is None and self._old.pop(id_, None) is None:
-            if self._intended.pop(id_, None) is None:
+            intended = self._intended.pop(id_, None) is not None
+            if not intended:
                 return True  # ended before, or never admitted
-            intended = True
         if exchange.duration_ms is None:
             exchange.duration_ms = (time.monotonic_ns() - exchange.started_mono_ns) / 1e6
         # With `refuse` nothing more is let in by now, and what was let in is taken: it is bounded by the calls open.
@@ -181,16 +181,19 @@ class Recorder:
         frame = self._filling
         if frame is None:
             frame = self._begin()
-        frame.ended.append(exchange)
+        ended = frame.ended
+        ended.append(exchange)
         size = _GUESS_BYTES
-        if type(exchange) is PlainExchange:
+        if isinstance(exchange, PlainExchange):
             size += len(exchange.request_body) + len(exchange.response_body)
         frame.size_bytes += size
         self._waiting_bytes += size
         if intended:
             frame.closes.append(id_)
-        held = release is not None and self._hold(frame, release)
-        if len(frame.ended) >= ENTRIES_MAX or frame.size_bytes >= FRAME_BYTES_ENOUGH:
+        # The usual case of `_hold` is told here: nothing is under way, so nothing can be late.
+        usual = self._buffered and self._degraded is None and not self._in_flight
+        held = not usual and release is not None and self._hold(frame, release)
+        if len(ended) >= ENTRIES_MAX or frame.size_bytes >= FRAME_BYTES_ENOUGH:
             self._send(frame)
         return not held
 

@@ -32,10 +32,23 @@ def test_never_twice_and_never_backwards_under_any_clock(clock: list[int]) -> No
 
 
 def test_the_counter_wraps_without_repeating_while_the_clock_stands_still(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(record_id, "_COUNTER_WRAP", 8)
+    monkeypatch.setattr(record_id, "_LOW_END", record_id._LOW_FIRST + 4)
+    monkeypatch.setattr(record_id, "_TURNS_MAX", 2)
     maker = Ids(CHANCE)
     made = [maker.next(NOW_NS) for _ in range(50)]
     assert len(set(made)) == 50
+    assert made == sorted(made)
+    assert all(UUID_7.fullmatch(one) for one in made)
+    moments = [int(one[:13].replace("-", ""), 16) for one in made]
+    assert moments == [NOW_NS // 1_000_000 + number // 8 for number in range(50)]
+
+
+def test_the_counter_goes_on_in_its_upper_part() -> None:
+    maker = Ids(CHANCE)
+    made = [maker.next(NOW_NS) for _ in range((1 << 14) + 2)]
+    assert [one[14:23] for one in (made[0], made[-3], made[-2], made[-1])] == [
+        "7000-8000", "7000-bfff", "7001-8000", "7001-8001",
+    ]  # fmt: skip
     assert made == sorted(made)
 
 

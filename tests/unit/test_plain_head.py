@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,9 +18,10 @@ from sidecar.model.http_url import UpstreamAddress
 from sidecar.proxy.headers import HeaderRules, Peer
 from sidecar.proxy.plain_head import (
     LINES_MAX,
+    RECENT_MAX,
     SHAPES_MAX,
     VALUES_MAX,
-    PlainHead,
+    PlainMessage,
     PlainRequests,
     PlainResponses,
 )
@@ -132,6 +134,18 @@ HEADS = st.builds(
 )  # fmt: skip
 
 
+def whole(head: bytes) -> bytes:
+    """A message with this head, and as long a body as it says (of many lengths the first)."""
+    found = re.search(rb"(?i)\r\ncontent-length: *([0-9]{1,5})", head)
+    return head + b"\r\n\r\n" + b"x" * (int(found[1]) if found else 0)
+
+
+def read(requests: PlainRequests[dict[str, Any]], head: bytes, peer: Peer = PEER) -> PlainMessage[dict[str, Any]]:
+    plain = requests.read(whole(head), peer)
+    assert plain is not None
+    return plain
+
+
 def forwarded(rules: HeaderRules, message: Any, peer: Peer) -> bytes:
     line, authority = rules.request_line(message.method, message.path)
     return line + rules.request(message.raw_headers, peer, authority=authority).lines
@@ -153,46 +167,44 @@ def test_what_is_plain_is_what_the_careful_way_makes_of_it(
     requests, _ = reader(rules)
     peer = rules.peer("192.0.2.7", tls=True)
     for head in [*heads, *heads]:  # the second time from memory
-        plain = requests.read(head, peer)
+        plain = requests.read(whole(head), peer)
         if plain is None:
             continue
-        message = parsed(loop, head + b"\r\n\r\n" + b"x" * min(plain.length, 10))
+        shape, wire, own, body, lines = plain
+        message = parsed(loop, whole(head))
         assert message is not None, head
-        assert plain.wire == forwarded(rules, message, peer)
+        assert own + b"\r\n\r\n" + body == whole(head)
+        assert wire == forwarded(rules, message, peer) + body
         assert not message.chunked
         assert not message.upgrade
         assert not message.should_close
         lengths = [value for name, value in message.raw_headers if name.lower() == b"content-length"]
-        assert plain.length == (int(lengths[0]) if lengths else 0)
+        assert len(body) == (int(lengths[0]) if lengths else 0)
+        traces = [value for name, value in message.raw_headers if name.lower() == b"traceparent"]
+        assert ([lines[shape.trace_at][shape.trace_from :]] if shape.trace_at else []) == traces
         expected = rules.request(message.raw_headers, peer).names
-        assert plain.shape.facts["names"] == expected
-        assert plain.shape.facts["method"] == message.method
-        assert plain.shape.facts["target"] == message.path
+        assert shape.facts["names"] == expected
+        assert shape.facts["method"] == message.method
+        assert shape.facts["target"] == message.path
 
 
 def test_the_usual_head_is_plain_and_described_once() -> None:
     requests, careful = reader(rules_for())
-    shapes = {read(requests, HEAD % (i + 1, i, i)).shape.number for i in range(50)}
+    shapes = {read(requests, HEAD % (i + 1, i, i))[0].number for i in range(50)}
     assert len(shapes) == 1
     assert careful.asked == 1
-
-
-def read(requests: PlainRequests[dict[str, Any]], head: bytes, peer: Peer = PEER) -> PlainHead[dict[str, Any]]:
-    plain = requests.read(head, peer)
-    assert plain is not None
-    return plain
 
 
 def test_a_value_that_matters_makes_another_shape_and_one_that_does_not_matter_none() -> None:
     requests, _ = reader(rules_for(), matters=frozenset({b"x-tenant", b"x-request-id"}))
     base = b"GET / HTTP/1.1\r\nHost: h\r\n"
-    assert read(requests, base + b"X-Tenant: a").shape is not read(requests, base + b"X-Tenant: b").shape
-    assert read(requests, base + b"X-Request-Id: a").shape is not read(requests, base + b"X-Request-Id: b").shape
+    assert read(requests, base + b"X-Tenant: a")[0] is not read(requests, base + b"X-Tenant: b")[0]
+    assert read(requests, base + b"X-Request-Id: a")[0] is not read(requests, base + b"X-Request-Id: b")[0]
     for i in range(VALUES_MAX + 2):
         read(requests, base + b"X-Free: %d" % i)
         read(requests, base + b"X-Tenant: %d" % i)
-    assert read(requests, base + b"X-Free: y").shape is read(requests, base + b"X-Free: z").shape
-    assert read(requests, base + b"X-Tenant: y").shape is not read(requests, base + b"X-Tenant: z").shape
+    assert read(requests, base + b"X-Free: y")[0] is read(requests, base + b"X-Free: z")[0]
+    assert read(requests, base + b"X-Tenant: y")[0] is not read(requests, base + b"X-Tenant: z")[0]
 
 
 def test_each_peer_has_its_own_ending() -> None:
@@ -200,9 +212,9 @@ def test_each_peer_has_its_own_ending() -> None:
     requests, _ = reader(rules)
     one, other = rules.peer("192.0.2.1", tls=False), rules.peer("192.0.2.2", tls=True)
     head = HEAD % (1, 2, 3)
-    assert b"X-Forwarded-For: 192.0.2.1\r\n" in read(requests, head, one).wire
-    assert b"X-Forwarded-For: 192.0.2.2\r\nX-Forwarded-Proto: https\r\n" in read(requests, head, other).wire
-    assert read(requests, head, one).shape is read(requests, head, other).shape
+    assert b"X-Forwarded-For: 192.0.2.1\r\n" in read(requests, head, one)[1]
+    assert b"X-Forwarded-For: 192.0.2.2\r\nX-Forwarded-Proto: https\r\n" in read(requests, head, other)[1]
+    assert read(requests, head, one)[0] is read(requests, head, other)[0]
 
 
 def test_what_is_remembered_is_bounded() -> None:
@@ -228,8 +240,8 @@ def test_a_head_that_would_be_rewritten_otherwise_is_never_plain() -> None:
         describe=other, authority=rules.authority, base=b"/base", matters=frozenset()
     )
     head = b"GET / HTTP/1.1\r\nHost: h\r\nAccept: x"
-    assert requests.read(head, PEER) is None
-    assert requests.read(head, PEER) is None
+    assert requests.read(whole(head), PEER) is None
+    assert requests.read(whole(head), PEER) is None
     assert careful.asked == 1
 
 
@@ -267,21 +279,23 @@ def test_a_plain_response_is_what_the_careful_way_makes_of_it(heads: list[bytes]
     rules = rules_for(via=via)
     responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules).response)
     for head in [*heads, *heads]:
-        plain = responses.read(head)
+        plain = responses.read(whole(head))
         if plain is None:
             continue
+        shape, wire, own, body, _ = plain
         heard = Heard()
         parser = httptools.HttpResponseParser(heard)
         parser.feed_data(head + b"\r\n\r\n")
         assert heard.complete
         status = parser.get_status_code()
         expected = ResponseHead(rules, heard.fields, status=status)
-        assert plain.wire == head.partition(b"\r\n")[0] + b"\r\n" + b"".join(expected.parts)
-        assert plain.shape.facts == {"names": expected.names, "status": status}
-        assert plain.shape.chunked == expected.chunked
-        assert plain.length == (-1 if expected.length is None else expected.length)
-        assert plain.shape.close == expected.close
-        assert parser.should_keep_alive() is not plain.shape.close
+        assert own + b"\r\n\r\n" + body == whole(head)
+        assert wire == head.partition(b"\r\n")[0] + b"\r\n" + b"".join(expected.parts) + b"\r\n" + body
+        assert shape.facts == {"names": expected.names, "status": status}
+        assert not expected.chunked
+        assert len(body) == expected.length
+        assert shape.close == expected.close
+        assert parser.should_keep_alive() is not shape.close
 
 
 RESPONSE = (
@@ -294,11 +308,13 @@ def test_the_usual_response_is_plain_and_described_once() -> None:
     careful = Careful(rules_for())
     responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=careful.response)
     for i in range(50):
-        plain = responses.read(RESPONSE % (i, i, i, i))
+        plain = responses.read(whole(RESPONSE % (i, i, i, i)))
         assert plain is not None
-        assert (plain.length, plain.keep_alive, plain.shape.close) == (i, b"timeout=%d" % i, False)
-        assert b"Keep-Alive" not in plain.wire
-        assert plain.wire.endswith(b"X-Request-Id: %032x\r\n" % i)
+        shape, wire, _, body, lines = plain
+        assert lines[shape.keep_alive_at][shape.keep_alive_from :] == b"timeout=%d" % i
+        assert (len(body), shape.close) == (i, False)
+        assert b"Keep-Alive" not in wire
+        assert wire.endswith(b"X-Request-Id: %032x\r\n\r\n" % i + body)
     assert careful.asked == 1
 
 
@@ -315,4 +331,52 @@ def test_the_usual_response_is_plain_and_described_once() -> None:
 )
 def test_a_response_whose_framing_must_be_judged_is_not_plain(head: bytes) -> None:
     responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
-    assert responses.read(head) is None
+    assert responses.read(whole(head)) is None
+    assert responses.read(head + b"\r\n\r\n") is None
+
+
+def test_a_body_that_is_not_as_long_as_the_head_says_is_not_plain() -> None:
+    requests, _ = reader(rules_for())
+    head = HEAD % (1, 2, 3)
+    read(requests, head)
+    for data in (head, head + b"\r\n\r\n", head + b"\r\n\r\nab", head + b"\r\n\r\nabcd"):
+        assert requests.read(data, PEER) is None
+    assert requests.read(head + b"\r\n\r\nabc", PEER) is not None
+
+
+@pytest.mark.parametrize("value", [b"", b" a", b"a ", b"a\tb", b"a\x00", b"a\rb", b"a\nb", b"\xe4", b"a\x7f"])
+@pytest.mark.parametrize("name", [b"Traceparent", b"Idempotency-Key", b"X-Free", b"Accept"])
+def test_each_line_is_checked_however_its_name_is_known(name: bytes, value: bytes) -> None:
+    requests, _ = reader(rules_for())
+    base = b"GET / HTTP/1.1\r\nHost: h\r\n"
+    for i in range(VALUES_MAX + 2):
+        read(requests, base + b"X-Free: %d" % i)
+    for kept in (b"Traceparent: 1", b"Idempotency-Key: 1", b"Accept: 1"):
+        read(requests, base + kept)
+    plain = requests.read(base + name + b": " + value + b"\r\n\r\n", PEER)
+    assert (plain is not None) == (value == b"" and name == b"Accept")
+
+
+def test_heads_over_their_limits_are_not_plain() -> None:
+    careful = Careful(rules_for())
+    requests: PlainRequests[dict[str, Any]] = PlainRequests(
+        describe=careful.request, authority=careful.rules.authority, base=UpstreamAddress.parse(UPSTREAM).base,
+        matters=frozenset(), head_bytes_max=200, fields_max=3,
+    )  # fmt: skip
+    head = b"GET / HTTP/1.1\r\nHost: h\r\nA: 1\r\nB: 1"
+    read(requests, head)
+    before = len(requests._lines)
+    assert requests.read(head + b"\r\nC: 1\r\nD: 1\r\n\r\n", PEER) is None
+    assert len(requests._lines) == before  # nothing was learned of it
+    long = b"GET / HTTP/1.1\r\nHost: h\r\nCookie: "
+    assert requests.read(long + b"x" * (200 - len(long)) + b"\r\n\r\n", PEER) is not None
+    assert requests.read(long + b"x" * (201 - len(long)) + b"\r\n\r\n", PEER) is None
+
+
+def test_lengths_that_come_again_are_remembered_and_bounded() -> None:
+    requests, careful = reader(rules_for())
+    for i in range(3 * RECENT_MAX):
+        read(requests, HEAD % (1, 2, i % (2 * RECENT_MAX)))
+        assert len(requests._recent) <= RECENT_MAX
+    assert len(requests._lines) <= 2 * RECENT_MAX
+    assert careful.asked == 1

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from support import ways
 from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 
+from sidecar.proxy.client_connection import Client
 from sidecar.settings import Secret, SetHeader, UpstreamSettings
 from sidecar.usage.readers import UsageTaps
 
@@ -72,6 +73,9 @@ REQUESTS = [
     post(b'{"model":"gpt-5-mini","messages":[]}', b"/up/v1/chat/completions", JSON + b"Authorization: k\r\n"),
     get(b"/a", b"Proxy-Connection: close\r\n"),
     get(b"/a").replace(b"Host: me", b"Host: me/you"),
+    post(b"ends\r\n\r"),  # with the beginning of what ends a head
+    b"\n" + get(b"/a"),
+    b"\r\n" + get(b"/a"),
 ]
 RESPONSES = [
     ok(),
@@ -179,6 +183,18 @@ def fact(exchange: Any) -> dict[str, Any]:
     return facts
 
 
+def check_flags(talk: Talk) -> None:
+    """The flag by which a connection knows that nothing is in the way of a plain request says what a look at everything
+    would."""
+    for peer in talk.clients:
+        client = peer.protocol
+        assert isinstance(client, Client)
+        if client.plainly and client.call is None and client.transport is not None:
+            border = client._border
+            assert client._begins_anew()
+            assert client._border == border == b""
+
+
 def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> tuple[list[Any], int]:
     ways.short_open = short
     try:
@@ -193,6 +209,7 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
             told: list[Any] = []
             for step in script:
                 play(talk, step)
+                check_flags(talk)
                 told.append((step, [seen(peer) for peer in talk.clients], [seen(peer) for peer in talk.upstreams]))
             talk.finish()
             told.append([fact(exchange) for exchange in talk.recorder.records])
@@ -235,6 +252,12 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
         ("request", place, []) if what else ("response", 3, []) for place in (34, 37, 38, 39) * 4 for what in (1, 0)
     ]
 )
+@example(script=[("request", 42, []), ("response", 0, []), ("request", 43, []), ("response", 0, [])])
+@example(script=[("request", 42, []), ("response", 0, []), ("request", 44, [1]), ("response", 0, [])])
+@example(script=[("request", 42, []), ("request", 44, []), ("response", 0, []), ("response", 0, [])])
+@example(script=[("request", 0, []), ("stops reading",), ("response", 13, []), ("request", 0, []), ("reads on",)])
+@example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("last calls",), ("commits", True)])
+@example(script=[("request", 0, []), ("last calls",), ("response", 0, []), ("request", 0, [])])
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
     short, plain = transcript(script, short=True, options=options)
