@@ -14,7 +14,7 @@ from support.spool_fixtures import SMALL, Told, call, ended, failing, recorded, 
 from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.spool import Spool, SpoolReader, State
-from sidecar.spool.recorder import BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
+from sidecar.spool.recorder import _GUESS_BYTES, BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
 
 
 class Answers:
@@ -227,7 +227,7 @@ async def test_memory_is_bounded_and_what_is_lost_is_counted(held: Held) -> None
         await asyncio.sleep(0)
     lost = told.lost_by["spool_full"]
     assert 30 < lost < 50
-    assert recorder._waiting_bytes < 4000 + 1000
+    assert recorder._waiting_bytes < 4000 + _GUESS_BYTES  # the last one that was taken may reach over it
     assert recorder.complete(stream, answers) is True  # its intent is on disk, its record is lost
     lost += 1
     assert recorder.health().state is State.FULL
