@@ -69,13 +69,10 @@ PROVIDERS: Final[Mapping[str, str]] = {
 AWS: Final = "aws"
 FREE: Final = ":free"  # how gateways call a model that costs nothing; another one without prices has none that is known
 SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of terms that have another price
-# Members of a usage object that cost something beside input, output and what is read from a cache.
-_BESIDE: Final = frozenset(
-    (
-        *("units", "cost_usd"),
-        *("cache_write_input_tokens", "cache_write_5m_input_tokens", "cache_write_1h_input_tokens"),
-    )
-)
+# Members of a usage object that cost something of their own where they are more than nothing.
+_BESIDE: Final = (
+    "units", "cache_write_input_tokens", "cache_write_5m_input_tokens", "cache_write_1h_input_tokens",
+)  # fmt: skip
 TERMS_MAX: Final = 16  # kinds of them that are kept for one model
 
 
@@ -505,7 +502,8 @@ class Pricer:
             or (written := get("output_tokens")) is None
             or get("usage_state") != "final"
             or get("service_tier") != self._tier
-            or (not row.keys().isdisjoint(_BESIDE) and _has_beside(row))
+            or "cost_usd" in row
+            or any(map(get, _BESIDE))
             or (self._by_raw and terms_of(get("raw_usage")) is not None)
         ):
             return self._by_book(row, started_s)
@@ -548,11 +546,6 @@ class Pricer:
             entry.currency.replace("%", "%%").encode(),
             orjson.dumps(facts)[1:].replace(b"%", b"%%"),
         )
-
-
-def _has_beside(row: Mapping[str, Any]) -> bool:
-    """Whether any of `_BESIDE` is more than nothing."""
-    return row.get("cost_usd") is not None or any(row.get(name) for name in _BESIDE)
 
 
 def _plain_cost(

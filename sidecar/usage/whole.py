@@ -67,6 +67,7 @@ _WHOLES = ("input_tokens", "output_tokens", "total_tokens")
 _CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
 _RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
 _TOKENS = frozenset(TOKEN_FIELDS)
+_READ, _WRITTEN = "cache_read_input_tokens", "cache_write_input_tokens"
 
 KINDS_OF_DETAILS = 256  # remembered; vendors have a handful
 _NO_DETAILS: Document = {}
@@ -279,8 +280,6 @@ class Plan:
         at once where there is a function in C that answers it.
         """
         try:
-            if request_body[:1] != b"{" or len(request_body) > BODY_MAX_BYTES:
-                return None
             asked = orjson.loads(request_body)["model"]
             if self.lean is Responses:
                 reason = document["status"]
@@ -292,9 +291,10 @@ class Plan:
                 if index != 0 or type(index) is not int or "usage" in choice:
                     return None
             model, response_id, tier = document["model"], document["id"], document.get("service_tier")
-            if not (model and response_id and asked and reason):
+            if not (model and response_id and asked and reason and request_body[:1] == b"{"):
                 return None
-            if len("".join((model, response_id, asked, reason, tier or ""))) >= USAGE_CHARS_MAX:  # raises: no text
+            chars = len("".join((model, response_id, asked, reason, tier or "")))  # raises where one is no text
+            if chars >= USAGE_CHARS_MAX or len(request_body) > BODY_MAX_BYTES:
                 return None
             raw = document["usage"]
             if len(raw) == 5:
@@ -304,7 +304,7 @@ class Plan:
                 taken = given = _NO_DETAILS
             else:
                 return None
-            names = _usual_names(tuple(taken), tuple(given))
+            names, writes = _usual_names(tuple(taken), tuple(given))
             counts = (entered, said, stated, *taken.values(), *given.values())
             if (
                 set(map(type, counts)) != _INTEGERS  # a bool is none
@@ -330,6 +330,9 @@ class Plan:
         if said_id is not None:
             row["upstream_request_id"] = said_id
         row.update(zip(names, counts, strict=True))
+        # What is read from a cache and what is written to it are two parts of the same.
+        if writes and (written := row[_WRITTEN]) and written + row.get(_READ, 0) > entered:
+            return None
         row["finish_reasons"] = [reason]
         if tier:
             row["service_tier"] = tier
@@ -420,14 +423,14 @@ def _document(body: bytes) -> Document | None:
 
 
 @lru_cache(maxsize=KINDS_OF_DETAILS)
-def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[str, ...]:
-    """The record's names for the three counts and for the members of both details, in their order. Raises `ValueError`
-    or `KeyError` where a member is not known, or has to be looked at beside another: that is not remembered, so what
-    somebody made up takes no memory."""
+def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """The record's names for the three counts and for the members of both details, in their order; and whether what is
+    written to a cache is among them. Raises `KeyError` where a member is not known, `ValueError` where two are one:
+    that is not remembered, so what somebody made up takes no memory."""
     names = (*_WHOLES, *(INPUT_DETAILS[key] for key in taken), *(OUTPUT_DETAILS[key] for key in given))
-    if len(set(names)) < len(names) or "cache_write_input_tokens" in names:
-        raise ValueError("a count that is said twice, or is a part of the same as another")
-    return names
+    if len(set(names)) < len(names):
+        raise ValueError("a count that is said twice")
+    return names, _WRITTEN in names
 
 
 @lru_cache(maxsize=KINDS_OF_DETAILS)
@@ -542,8 +545,8 @@ def _counted(row: Row, raw: Document, names: tuple[str, str, str, str]) -> bool:
             if details is not None and not _take(row, details, known, most):
                 return False
     # What is read from a cache and what is written to it are two parts of the same.
-    written = row.get("cache_write_input_tokens")
-    return members == 3 and not (written and written + (row.get("cache_read_input_tokens") or 0) > entered)
+    written = row.get(_WRITTEN)
+    return members == 3 and not (written and written + (row.get(_READ) or 0) > entered)
 
 
 def _take(row: Row, details: Document, known: Mapping[str, str], most: int) -> bool:
