@@ -29,6 +29,7 @@ from sidecar.cli.shared import (
     overridden,
     read_settings,
 )
+from sidecar.runtime.reports.formats import stamp
 from sidecar.settings import Settings, SettingsError, load
 
 if TYPE_CHECKING:
@@ -179,7 +180,7 @@ def _aside(settings: Settings) -> int:
             "source": one.source,
             "reason": one.reason,
             "detail": one.detail,
-            "at": datetime.fromtimestamp(one.at_s, UTC).isoformat(),
+            "at": stamp(datetime.fromtimestamp(one.at_s, UTC), "microseconds"),
             "bytes": one.size_bytes,
             "body": one.body[:SHOWN_BYTES].decode(errors="replace"),
         }

@@ -23,7 +23,6 @@ from collections import Counter as Tally
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -34,7 +33,7 @@ from sidecar.gate.estimate import Outputs
 from sidecar.gate.limits import PICO, Charge, Charging, Facts
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Question, Ruling, Spoken, Used
 from sidecar.gate.sources.base import Caller
-from sidecar.gate.windows import SECOND_NS
+from sidecar.gate.windows import moment
 from sidecar.meters.definition import Meter
 from sidecar.model.exchange import Exchange
 from sidecar.model.record import Record
@@ -353,9 +352,8 @@ class Owner:
         row = self.counters.row(limit or "", question.needs, question.at_ns)  # of a limit that denies, so it is there
         if row is None:
             return None
-        until = None if row.until_ns is None else datetime.fromtimestamp(row.until_ns // SECOND_NS, UTC).isoformat()
         text = row.limit.text
-        return Used(text(row.used + row.reserved), text(row.limit.amount), row.limit.unit, until)
+        return Used(text(row.used + row.reserved), text(row.limit.amount), row.limit.unit, moment(row.until_ns))
 
     def _recall(self, processes: Iterable[str]) -> None:
         for process in processes:

@@ -13,7 +13,7 @@ from __future__ import annotations
 from calendar import monthrange
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import date, datetime, timedelta, tzinfo
+from datetime import UTC, date, datetime, timedelta, tzinfo
 from typing import Final, NamedTuple
 
 SECOND_NS: Final = 1_000_000_000
@@ -22,6 +22,13 @@ PARTS: Final = 60  # of a sliding window
 CALENDAR: Final = ("minute", "hour", "day", "week", "month", "year", "total")
 _SHORT_S: Final = {"minute": 60, "hour": 3600}
 LONGEST_S: Final = 366 * 86_400  # of a sliding window
+
+
+def moment(at_ns: int | None) -> str | None:
+    """A moment for people and programs, in whole seconds of UTC that end in Z; None where there is none."""
+    if at_ns is None:
+        return None
+    return datetime.fromtimestamp(at_ns // SECOND_NS, UTC).isoformat().replace("+00:00", "Z")
 
 
 class Period(NamedTuple):

@@ -50,7 +50,7 @@ from sidecar.proxy.ending import Cause, Ending, Phase
 from sidecar.proxy.headers import Peer, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.request_body import RequestBody, head_of, may_change
-from sidecar.proxy.response_parser import UpstreamResponse
+from sidecar.proxy.response_parser import UpstreamResponse, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
 from sidecar.usage import RawHeaders, RequestTap
@@ -75,6 +75,7 @@ class Downstream(Protocol):
     """The client's connection, as its call sees it."""
 
     peer: Peer
+    transport: asyncio.Transport | None  # None: it is gone, and its call has been told
 
     @property
     def full(self) -> bool:
@@ -172,8 +173,8 @@ class Call:
 
     __slots__ = (
         "_asked", "_connecting", "_drain_owners", "_exchange", "_gating", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_recorder", "_request_tap", "_switch", "_target",
-        "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
+        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_recorder", "_request_tap", "_switch",
+        "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
@@ -204,6 +205,7 @@ class Call:
         self._connecting: Task[None] | None = None
         self.connection: UpstreamConnection | None = None
         self.response: UpstreamResponse | None = None
+        self._passing: UpstreamResponse | None = None  # the same, while most of its chunks may pass unread
         self._own = b""  # the response of ours that the client gets instead
         self._tunnel: Tunnel | None = None
         # the record
@@ -355,7 +357,7 @@ class Call:
             self._weigh(gating)
             return
         if body.size_bytes > before:
-            self.deadline = hop.now + hop.settings.idle_timeout_s
+            self.deadline = hop.idle_until
         self._read_on()
 
     def _weigh(self, gating: _Gating) -> None:
@@ -431,7 +433,7 @@ class Call:
         self._exchange.request_bytes = body.size_bytes
         if whole is None:
             if body.size_bytes > before:
-                self.deadline = hop.now + hop.settings.idle_timeout_s
+                self.deadline = hop.idle_until
             self._read_on()
             return
         changed = _ask(None, tap.with_usage_asked, whole)
@@ -525,7 +527,7 @@ class Call:
             self.deadline = hop.now + self._timeout_s
         else:
             self.phase = Phase.SENDING
-            self.deadline = hop.now + hop.settings.idle_timeout_s
+            self.deadline = hop.idle_until
             self._read_on()
 
     def _expect(self) -> None:
@@ -551,7 +553,7 @@ class Call:
         self._exchange.request_bytes = body.size_bytes
         if wire:
             connection.write(wire)
-            self.deadline = hop.now + hop.settings.idle_timeout_s
+            self.deadline = hop.idle_until
         if not body.done:
             self._read_on()
         elif self.phase is Phase.SENDING:
@@ -575,22 +577,51 @@ class Call:
     # -- the response ----------------------------------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
+        """Bytes of the response. Nearly every read of a stream is one chunk that nobody is interested in, and is passed
+        on as it is. What that costs is how many steps are run, so all of them stand here, and nothing is looked at but
+        `_passing`: it is set where a chunk has just passed in `STREAMING`, and unset by all that could matter (`_read`,
+        `client_left`). Where a call ends otherwise, its connection loses its owner."""
+        passing = self._passing
+        if passing is not None:
+            known = chunk_of_read(len(data))
+            try:
+                if (
+                    known is not None
+                    and data.startswith(known[0])
+                    and data.endswith(passing.wire_ends)
+                    and passing.nothing_in(data)  # type: ignore[misc]
+                ):
+                    passing.body_bytes += known[1]
+                    self.deadline = self._hop.idle_until
+                    try:
+                        self.client.transport.write(data)  # type: ignore[union-attr]
+                    except RuntimeError:  # of uvloop, where the client is gone: `client_left` will tell
+                        return
+                    except Exception:
+                        log.exception("a call could not be handled")
+                        self.failed()
+                    return
+            except Exception:
+                log.exception("a usage reader failed; the call goes on without what it knew")
+        self._read(data)
+
+    def _read(self, data: bytes) -> None:
+        """Bytes of the response that have to be looked into."""
+        self._passing = None
         response = self.response
         assert response is not None
         try:
             if self.phase is STREAMING:
-                if response.pass_by(data):  # nearly every chunk
-                    self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
-                    if self.client is not None:
-                        self.client.send(data)
-                    return
                 response.feed(data)
                 if not (response.done or response.ended) and response.broken is None:
-                    self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+                    self.deadline = self._hop.idle_until
                     out, client = response.out, self.client
-                    if out and client is not None:
-                        client.send(out[0] if len(out) == 1 else b"".join(out))
-                        out.clear()
+                    if client is not None:
+                        if out:
+                            client.send(out[0] if len(out) == 1 else b"".join(out))
+                            out.clear()
+                        if response.nothing_in is not None:
+                            self._passing = response
                     return
             else:
                 if self._exchange.first_byte_ms is None:
@@ -650,7 +681,7 @@ class Call:
         response = self.response
         assert response is not None
         if response.started:
-            self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+            self.deadline = self._hop.idle_until
             if self.phase is not Phase.TRAILING:
                 self.phase = STREAMING
         self._flush()
@@ -768,7 +799,7 @@ class Call:
             self._over()
             return
         self.phase = Phase.TRAILING
-        self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+        self.deadline = self._hop.idle_until
         if client is None or not client.full:
             connection.pause(False)
 
@@ -824,7 +855,7 @@ class Call:
 
     def client_left(self, error: BaseException | None) -> None:
         """The client's connection is gone."""
-        self.client = None
+        self.client = self._passing = None
         response = self.response
         if response is not None:
             response.mute = True
@@ -995,7 +1026,7 @@ class Call:
             self._tunnel.close()
             self._tunnel = None
         # The two hold each other: taken apart here, a call is freed at once and the collector finds nothing.
-        self.response = None
+        self.response = self._passing = None
         if self._drain_owners:
             hop.drains.give_back(self._drain_owners)
             hop.metrics.drains_changed(-1)
@@ -1014,7 +1045,7 @@ class Call:
         elif self.connection is not None and self.phase not in (Phase.HELD, Phase.CATCHING_UP):
             self.connection.pause(full)
             if not full and self.upload_done:
-                self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+                self.deadline = self._hop.idle_until
 
     # -- protocol switches -----------------------------------------------------------------------
 
@@ -1046,7 +1077,7 @@ class Call:
             client.switch(tunnel)
 
     def tunnel_moved(self) -> None:
-        self.deadline = self._hop.now + self._hop.settings.idle_timeout_s
+        self.deadline = self._hop.idle_until
 
     def tunnel_message(self, usage: Usage, release: Release) -> bool:
         """A message in the tunnel reported usage: admit its record and hand it over in one step. False: `release` will

@@ -124,6 +124,7 @@ class Hop:
     loop: AbstractEventLoop
     gate: Admission | None = None  # None: no limit is set, and nothing is asked
     now: float = 0.0  # loop time as of the last sweep: good enough for deadlines, and free
+    idle_until: float = field(init=False)  # when a call on which something moves now has been silent for too long
     calls: set[OpenCall] = field(default_factory=set)
     drains: Drains = field(init=False)
     unrecorded: Unrecorded = field(init=False)
@@ -140,7 +141,13 @@ class Hop:
 
     def use(self, settings: ProxySettings) -> None:
         self.settings = settings
+        self.tick(self.now)
         self.by_route = {route.pattern: route for route in settings.routes}
+
+    def tick(self, now: float) -> None:
+        """Time has passed."""
+        self.now = now
+        self.idle_until = now + self.settings.idle_timeout_s
 
     @property
     def headers(self) -> HeaderRules:

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import cache
 from typing import Final
 
 import httptools
@@ -35,6 +36,14 @@ REASON_CHARS_MAX: Final = 80  # of the parser's own words, which are constants: 
 
 _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
+CRLF: Final = b"\r\n"
+
+CHUNK_BYTES_MAX: Final = 4_096  # of a chunk whose size line is known beforehand
+_KNOWN: Final[dict[int, tuple[bytes, int]]] = {}
+chunk_of_read: Final = _KNOWN.get
+"""By the length of a read that is one chunk and no more: how it begins (its size, as nearly everybody writes it, and
+CRLF), and its size. A read of that length which begins and ends so is one chunk: nothing needs to be parsed. Lengths
+are added as they are seen, some thousand at most."""
 _LENGTH = re.compile(rb"[0-9]+\Z")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -49,8 +58,8 @@ class UpstreamResponse:
         "_announce", "_asked", "_at_border", "_beside", "_chunked", "_closes", "_head", "_head_bytes", "_head_only",
         "_http10", "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
         "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields",
-        "filter", "keep_alive", "mute", "names", "out", "reusable", "started", "status", "tail", "tap", "trailers",
-        "upgraded",
+        "filter", "keep_alive", "mute", "names", "nothing_in", "out", "reusable", "started", "status", "tail", "tap",
+        "trailers", "upgraded", "wire_ends",
     )  # fmt: skip
 
     def __init__(
@@ -83,9 +92,13 @@ class UpstreamResponse:
         self._beside = 0  # bytes since the last one of the body
         self._chunked = False
         self._at_border = False  # the next byte is the first of a chunk, for the client as for the parser
-        self._skips: Skips | None = None  # of what the tap need not be fed, since it was fed last
         self._until_eof = False
         self._remaining = -1  # of a sized body; -1: not sized
+        self._skips: Skips | None = None  # of what the tap need not be fed, where the next byte is the first of a chunk
+        # The same of whole chunks as they come: where it is set, the tap need not be fed one that ends with one of
+        # `wire_ends` and has nothing in it. `Call.upstream_data` passes such a one on by itself.
+        self.nothing_in: Callable[[bytes], bool] | None = None
+        self.wire_ends: tuple[bytes, ...] = ()
         self.out: list[bytes] = []  # for the client, to be taken after each feed
         self.mute = mute  # nobody is there to read: keep nothing in `out`
         self.status = 0
@@ -106,26 +119,6 @@ class UpstreamResponse:
         self.upgraded = False
         self.tail = b""  # what came behind a 101
 
-    def pass_by(self, data: bytes) -> bool:
-        """Whether this is exactly one chunk of a stream, to be forwarded as it is, in which nobody is interested; then
-        it is counted, and must not be fed. Most of what a stream brings is that."""
-        skips = self._skips
-        if skips is None or not self._at_border:
-            return False
-        size = _CHUNK_SIZE.match(data)
-        if size is None:
-            return False
-        start = size.end()
-        length = int(size[1], 16)
-        if start + length + 2 != len(data) or not 0 < length <= skips.bytes_max or data[-2:] != b"\r\n":
-            return False
-        piece = data[start:-2]
-        if not (piece.endswith(skips.end) and skips.nothing_in(piece)):
-            return False
-        self._beside = 0
-        self.body_bytes += length
-        return True
-
     def feed(self, data: bytes) -> None:
         """Take what the upstream sent. Never raises; look at `broken`."""
         if self._at_border:
@@ -133,6 +126,7 @@ class UpstreamResponse:
             if pieces:
                 self._pass(data, pieces)
                 return
+            self._skips = self.nothing_in = None  # found anew once whole chunks come again
         if self._remaining > 0 and self.started:
             self._feed_sized(data)
             return
@@ -229,17 +223,35 @@ class UpstreamResponse:
         """Whole chunks, from one border to another: the parser, which stands at the first, need not see them, and the
         client gets them as they came."""
         self._beside = 0
-        for piece in pieces:
-            self.body_bytes += len(piece)
-            tap = self.tap
-            if tap is not None and not self.ended:
-                try:
-                    self.ended = tap.feed(piece)
-                except Exception:  # noqa: BLE001 - see `on_body`
-                    self.tap = None
-        self._skips = None if self.tap is None or self.ended else self.tap.skips
+        self.body_bytes += sum(map(len, pieces))
         if not self.mute:
             self.out.append(data)
+        if len(pieces) == 1:  # it has been looked at
+            if len(data) not in _KNOWN:
+                _know(data, len(pieces[0]))
+        elif self._skips is not None and _hold_nothing(pieces, self._skips):
+            return
+        tap = self.tap
+        if tap is None or self.ended:
+            return
+        try:
+            for piece in pieces:
+                if not self.ended:
+                    self.ended = tap.feed(piece)
+            skips = None if self.ended else tap.skips
+        except Exception:  # noqa: BLE001 - see `on_body`
+            self.tap = skips = None
+        if skips != self._skips:
+            self._look_for(skips)
+
+    def _look_for(self, skips: Skips | None) -> None:
+        """What the tap need not be fed from now on."""
+        self._skips = skips
+        if skips is None or skips.bytes_max < CHUNK_BYTES_MAX:
+            self.nothing_in = None
+        else:
+            self.nothing_in = skips.nothing_in if skips.searches else _in_a_chunk(skips.nothing_in)
+            self.wire_ends = _on_the_wire(skips.ends)
 
     def eof(self, clean: bool) -> None:
         """The connection ended. Only a body without a length of its own may end this way."""
@@ -348,7 +360,6 @@ class UpstreamResponse:
         self._at_border = self._chunked and not self._until_eof and self.filter is None
 
     def on_body(self, piece: bytes) -> None:
-        self._skips = None  # found anew once whole chunks come again
         if self.done:
             self.extra = True
             return
@@ -422,6 +433,9 @@ class UpstreamResponse:
 def whole_chunks(data: bytes) -> list[bytes]:
     """What is in the chunks, where `data` is nothing but whole ones, each begun by nothing but its size; else, and
     where the last one (of no size) is among them, an empty list."""
+    known = chunk_of_read(len(data))
+    if known is not None and data.startswith(known[0]) and data.endswith(CRLF):
+        return [data[len(known[0]) : -len(CRLF)]]
     at, end, pieces = 0, len(data), []
     while at < end:
         size = _CHUNK_SIZE.match(data, at)
@@ -433,6 +447,40 @@ def whole_chunks(data: bytes) -> list[bytes]:
             return []
         pieces.append(data[start : at - 2])
     return pieces
+
+
+def _hold_nothing(pieces: list[bytes], skips: Skips) -> bool:
+    """Whether the tap need not be fed these chunks: a few events of text that came together, mostly."""
+    for piece in pieces:  # what goes on in the next one may be neither here nor there
+        if not piece.endswith(skips.ends):
+            return False
+    body = b"".join(pieces)
+    try:
+        return len(body) <= skips.bytes_max and skips.nothing_in(body)
+    except Exception:  # noqa: BLE001 - see `on_body`
+        return False
+
+
+def _in_a_chunk(nothing_in: Callable[[bytes], bool]) -> Callable[[bytes], bool]:
+    """What looks at a piece, looking at the chunk around it."""
+
+    def look(data: bytes) -> bool:
+        return nothing_in(data[data.find(b"\n") + 1 : -len(CRLF)])
+
+    return look
+
+
+@cache
+def _on_the_wire(ends: tuple[bytes, ...]) -> tuple[bytes, ...]:
+    return tuple(end + CRLF for end in ends)
+
+
+def _know(data: bytes, size: int) -> None:
+    """Note how a read of that length, which is one chunk of `size` bytes, begins: if it does so as others will."""
+    if size <= CHUNK_BYTES_MAX:
+        line = b"%x\r\n" % size
+        if data.startswith(line):
+            _KNOWN[len(data)] = (line, size)
 
 
 class _NotAResponse(Exception):

@@ -461,7 +461,8 @@ class Proxy:
         hop, clients = self._hop, self._clients
         assert hop is not None
         assert clients is not None
-        now = hop.now = hop.loop.time()
+        now = hop.loop.time()
+        hop.tick(now)
         self._sweeper = hop.loop.call_later(self._sweep_s, self._sweep)
         for to in (hop.rest, *hop.named):
             if to.upstream is not None:

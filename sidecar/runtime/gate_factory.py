@@ -37,7 +37,7 @@ from sidecar.gate.limits import (
 from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.protocol import LIMITS
 from sidecar.gate.sources import SOURCES, problems, sources
-from sidecar.gate.windows import SECOND_NS
+from sidecar.gate.windows import SECOND_NS, moment
 from sidecar.ledger import UsageRow
 from sidecar.ledger.identity import Identity
 from sidecar.meters.definition import Meter, MetersError, read_meters
@@ -375,7 +375,7 @@ class LedgersPast:
         found, reader = charging(self._settings), fleet_reader(self._settings)
         if found is None or reader is None or until_s <= since_s:
             return None
-        since, until = (datetime.fromtimestamp(int(moment), UTC) for moment in (since_s, until_s))
+        since, until = (datetime.fromtimestamp(int(at_s), UTC) for at_s in (since_s, until_s))
         with closing(reader):
             try:
                 return count_hours(map(_hour, reader.usage(BY, since, until, {"instance": [name]})), found)
@@ -484,7 +484,6 @@ def _hour(row: UsageRow) -> Hour:
 def shown(row: Row) -> dict[str, Any]:
     """A counter as `/limits` shows it."""
     limit = row.limit
-    until = None if row.until_ns is None else datetime.fromtimestamp(row.until_ns // SECOND_NS, UTC).isoformat()
     return {
         "limit": limit.name,
         "scope": {name: value for (name, _), value in zip(limit.scopes, row.scope.split(","), strict=False)},
@@ -494,7 +493,7 @@ def shown(row: Row) -> dict[str, Any]:
         "amount": limit.text(limit.amount),
         "percent": round(100 * row.used / limit.amount, 1) if limit.amount else None,
         "window": limit.window_text or None,
-        "until": until,
+        "until": moment(row.until_ns),
         "action": limit.action.value,
         **({} if row.here is None else {"here": _share(limit, row.here)}),
         **({} if not row.by else {"instances": {name: _share(limit, share) for name, share in row.by.items()}}),

@@ -39,12 +39,13 @@ class RequestTap(Protocol):
 
 
 class Skips(NamedTuple):
-    """Which pieces need not be fed: those that end with `end`, where a message of the stream does, have at most
+    """Which pieces need not be fed: those that end with one of `ends`, where a message of the stream does, have at most
     `bytes_max`, and in which there is nothing of interest. Leaving one out changes nothing."""
 
-    end: bytes
+    ends: tuple[bytes, ...]
     bytes_max: int
     nothing_in: Callable[[bytes], bool]
+    searches: bool  # `nothing_in` looks for bytes that must not be there: it may be given a chunk with its framing
 
 
 class ResponseTap(Protocol):

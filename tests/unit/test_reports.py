@@ -387,7 +387,7 @@ def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monk
     limit: dict[str, Any] = {
         "limit": "acme-monthly-budget", "scope": {"subscriber": ODD[1], "model": "claude-sonnet-4-5-20250929"},
         "unit": "total_tokens", "used": "1234567890", "reserved": "1000", "amount": "2000000000", "percent": 61.7,
-        "window": "month", "until": "2026-12-01T00:00:00+00:00", "action": "warn",
+        "window": "month", "until": "2026-12-01T00:00:00Z", "action": "warn",
     }  # fmt: skip
     parked: dict[str, Any] = {
         "parked_at": "2026-11-29 02:15:57", "backend": "stripe", "reason": "value_not_taken (meter pages)",

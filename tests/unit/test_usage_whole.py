@@ -66,7 +66,7 @@ def along(
         return None, set(odd), False
     for piece in pieces:
         skips = response.skips if skipping else None
-        may = skips is not None and piece.endswith(skips.end) and 0 < len(piece) <= skips.bytes_max
+        may = skips is not None and piece.endswith(skips.ends) and 0 < len(piece) <= skips.bytes_max
         if may and skips is not None and skips.nothing_in(piece):
             continue
         if fed is not None:

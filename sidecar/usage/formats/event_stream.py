@@ -117,6 +117,7 @@ class Messages(Parsing):
     __slots__ = ("_long", "_rest", "_skip_lf", "_started", "_steps", "_strict", "_tried")
 
     separator = b"\n"
+    ends: tuple[bytes, ...] = (b"\n",)  # the separator as it may come
 
     def __init__(self, reader: Reader) -> None:
         super().__init__(reader)
@@ -134,7 +135,7 @@ class Messages(Parsing):
         if self._started and not self._rest and not self._skip_lf and self._long is None:
             reader = self._reader
             lean = type(reader).can_skip is Reader.can_skip and reader.may_skip
-            return Skips(self.separator, SKIPPED_BYTES_MAX, reader.nothing_in if lean else reader.can_skip)
+            return Skips(self.ends, SKIPPED_BYTES_MAX, reader.nothing_in if lean else reader.can_skip, lean)
         return None
 
     def feed(self, piece: bytes) -> bool:
@@ -143,7 +144,7 @@ class Messages(Parsing):
             and not self._rest
             and not self._skip_lf
             and self._long is None
-            and piece.endswith(self.separator)
+            and piece.endswith(self.ends)
             and len(piece) <= SKIPPED_BYTES_MAX
             and self._reader.can_skip(piece)
         ):
@@ -324,6 +325,7 @@ class ServerSentEvents(Messages):
     __slots__ = ()
 
     separator = b"\n\n"
+    ends = (b"\n\n", b"\r\n\r\n")
 
     def _data(self, message: bytes) -> tuple[bytes, str]:
         if message.startswith(b"data:") and b"\n" not in message:

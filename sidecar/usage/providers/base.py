@@ -17,6 +17,7 @@ What is said as data:
                   a message with none of the bytes of `keep` and no match of `keep_pattern` is skipped unparsed, once
                   the facts named in `skip_after` are known (`response_id`, say). `keep = None`: nothing is skipped.
                   Most messages of a stream are text and are skipped, so this is what a chunk costs.
+                  `keep` is never empty.
     end_signs     bytes without which no message is the stream's end mark
     claim_signs   bytes without one of which no message can be claimed: they spare everybody's messages a parse
     first_token   what the first generated text looks like on the wire
@@ -159,12 +160,12 @@ class Reader:
 
     def nothing_in(self, block: bytes) -> bool:
         """What `can_skip` says once `may_skip` is true, which it then stays."""
-        assert self.keep is not None
-        find = block.find  # not `in`, which first tries to take the needle for a number: 0.3 µs a search
-        for sign in self.keep:
-            if find(sign) >= 0:
-                return False
-        if self.keep_pattern is not None and self.keep_pattern.search(block) is not None:
+        # Not `in`, which first tries to take the needle for a number (0.3 µs a search); and no loop of ours, since this
+        # is done for every chunk of a stream. One pattern of them all takes as long as eight of these searches.
+        if max(map(block.find, self.keep or ())) >= 0:
+            return False
+        pattern = self.keep_pattern
+        if pattern is not None and pattern.search(block) is not None:
             return False
         return 92 not in block or not escaped_key(block)
 
