@@ -69,6 +69,10 @@ PROVIDERS: Final[Mapping[str, str]] = {
 AWS: Final = "aws"
 FREE: Final = ":free"  # how gateways call a model that costs nothing; another one without prices has none that is known
 SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of terms that have another price
+# Members of a usage object that cost something of their own where they are more than nothing.
+_BESIDE: Final = (
+    "units", "cache_write_input_tokens", "cache_write_5m_input_tokens", "cache_write_1h_input_tokens",
+)  # fmt: skip
 TERMS_MAX: Final = 16  # kinds of them that are kept for one model
 
 
@@ -476,7 +480,7 @@ class Pricer:
     is looked up anew or asked of the book.
     """
 
-    __slots__ = ("_batch", "_book", "_by_raw", "_entry", "_head", "_host", "_plain", "_tail", "_tier")
+    __slots__ = ("_batch", "_book", "_by_raw", "_entry", "_form", "_host", "_plain", "_tier")
 
     def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
         self._book, self._host, self._batch = book, host, batch
@@ -484,7 +488,7 @@ class Pricer:
         self._entry = _Entry(None)  # of no day
         self._plain: Plain | None = None
         self._by_raw = False
-        self._head = self._tail = ""
+        self._form = b""
 
     def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
         """The `cost` of a call with this usage object, and its total in pico-units; None: it is not known."""
@@ -498,11 +502,8 @@ class Pricer:
             or (written := get("output_tokens")) is None
             or get("usage_state") != "final"
             or get("service_tier") != self._tier
-            or get("units")
-            or get("cost_usd") is not None
-            or get("cache_write_input_tokens")
-            or get("cache_write_1h_input_tokens")
-            or get("cache_write_5m_input_tokens")
+            or "cost_usd" in row
+            or any(map(get, _BESIDE))
             or (self._by_raw and terms_of(get("raw_usage")) is not None)
         ):
             return self._by_book(row, started_s)
@@ -511,23 +512,24 @@ class Pricer:
             if read > above:
                 prices = of_tier
         total = of_written = written * prices[1]
-        behind = ""
+        behind = b""
         if (cached := get("cache_read_input_tokens")) and (price := prices[2]) is not None:
             read -= cached
             if of_cached := cached * price:
                 total += of_cached
                 if of_cached >= PICO:
                     return self._by_book(row, started_s)
-                behind = f',"cache_read":"{ZEROS[len(text := str(of_cached))]}{text.rstrip("0")}"'
+                behind = b',"cache_read":"0.%b"' % (b"%012d" % of_cached).rstrip(b"0")
         total += (of_read := read * prices[0])
         if of_read <= 0 or of_written <= 0 or total >= PICO:
             return self._by_book(row, started_s)
-        read_text, written_text, text = str(of_read), str(of_written), str(total)
-        line = (
-            f'{self._head}{ZEROS[len(text)]}{text.rstrip("0")}","parts":{{"input":"{ZEROS[len(read_text)]}'
-            f'{read_text.rstrip("0")}","output":"{ZEROS[len(written_text)]}{written_text.rstrip("0")}"{behind}{self._tail}'
+        cost = self._form % (
+            (b"%012d" % total).rstrip(b"0"),  # as `amount_text`: less than one, so twelve decimals
+            (b"%012d" % of_read).rstrip(b"0"),
+            (b"%012d" % of_written).rstrip(b"0"),
+            behind,
         )
-        return line.encode(), total
+        return cost, total
 
     def _by_book(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
         cost, total = self._book.cost(row, started_s, host=self._host, batch=self._batch)
@@ -538,10 +540,12 @@ class Pricer:
         self._tier = row.get("service_tier")
         self._plain = entry.plain if entry.by_hour is None else None
         self._by_raw = entry.by_raw is not None
-        self._head = f'{{"currency":"{entry.currency}","total":"'
         facts = {"state": entry.state, "source": entry.source, "model": entry.model}
         facts |= {} if entry.reason is None else {"reason": entry.reason}
-        self._tail = "}," + orjson.dumps(facts).decode()[1:]
+        self._form = b'{"currency":"%b","total":"0.%%b","parts":{"input":"0.%%b","output":"0.%%b"%%b},%b' % (
+            entry.currency.replace("%", "%%").encode(),
+            orjson.dumps(facts)[1:].replace(b"%", b"%%"),
+        )
 
 
 def _plain_cost(

@@ -18,6 +18,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import repeat
+from operator import truediv
 from typing import Final
 
 from prometheus_client import CollectorRegistry, ProcessCollector, generate_latest
@@ -227,6 +229,12 @@ class Histogram:
         self.counts[bisect_left(SECONDS, seconds)] += 1
         self.total += seconds
 
+    def observe_all(self, seconds: Sequence[float]) -> None:
+        """`observe` of each, in C: a batch holds hundreds."""
+        for at, count in Counter(map(bisect_left, repeat(SECONDS), seconds)).items():
+            self.counts[at] += count
+        self.total += sum(seconds)
+
     def add(self, other: Histogram) -> None:
         """Count what another one counted."""
         self.counts = [a + b for a, b in zip(self.counts, other.counts, strict=True)]
@@ -420,8 +428,7 @@ class Metrics(HopEvents, Collector):
         self._request_bytes[()] += group.request_bytes
         self._response_bytes[()] += group.response_bytes
         times = Histogram()
-        for milliseconds in group.durations_ms:
-            times.observe(milliseconds / 1e3)
+        times.observe_all(list(map(truediv, group.durations_ms, repeat(1e3))))
         self._durations[record.outcome].add(times)
         self._first_byte.add(times)  # plain responses come in one piece: their first byte is their last
         self.add_day(group.hour // DAY_S, DayTimes(times, times))

@@ -310,8 +310,8 @@ class Intake:
         for source, told in arrived:
             if told.requests:
                 self._learn(source, told)
-            for entry in told.ended:
-                self._add_ended(batch, ended, source, entry)
+            self._add_ended(batch, ended, source, told.ended)
+        batch.size_bytes += sum(map(len, batch.lines))
         for source, _ in arrived:
             if source.reading is not None:
                 ended.groups.extend(source.reading.take_groups())
@@ -319,40 +319,42 @@ class Intake:
             self._count(group)
         return ended
 
-    def _add_ended(self, batch: Batch, ended: Ended, source: Source, entry: Sequence[Any]) -> None:
+    def _add_ended(self, batch: Batch, ended: Ended, source: Source, entries: Sequence[Sequence[Any]]) -> None:
         """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
+        requests, responses, lines = source.requests, source.responses, batch.lines
+        for entry in entries:
+            try:
+                line = None
+                if entry[0] == PLAIN:
+                    reading = source.reading or self._reading_of(source)
+                    line = reading.line(entry, requests[entry[1]], responses[entry[2]], seq=self._seq + 1)
+                if line is None:
+                    line = self._add_exchange(ended, source, entry)
+            except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
+                self._lose(error)
+                continue
+            self._seq += 1
+            lines.append(line)
+
+    def _add_exchange(self, ended: Ended, source: Source, entry: Sequence[Any]) -> bytes:
+        """The line of a call that is looked at by itself. Raises where it cannot be read."""
+        if entry[0] == PLAIN:
+            plain = plain_of(entry, source.requests[entry[1]], source.responses[entry[2]])
+            exchange = self._reading_of(source).exchange(plain)
+        elif entry[0] == GATED:  # settled one by one, so it needs to be an exchange
+            _, packed, gate = entry
+            plain = plain_of(packed, source.requests[packed[1]], source.responses[packed[2]])
+            exchange = self._reading_of(source).exchange(plain)
+            exchange.gate = gate_of(gate)
+        else:
+            exchange = exchange_of(entry)
+        if self._price is not None:
+            self._set_price(exchange)
         seq = self._seq + 1
-        exchange: Exchange
-        try:
-            if entry[0] == PLAIN:
-                shape, response = source.requests[entry[1]], source.responses[entry[2]]
-                reading = source.reading
-                if reading is None:
-                    reading = source.reading = self._reading()
-                line = reading.line(entry, shape, response, seq=seq)
-                if line is not None:
-                    self._append(batch, line)
-                    return
-                exchange = reading.exchange(plain_of(entry, shape, response))
-            elif entry[0] == GATED:  # settled one by one, so it needs to be an exchange
-                _, plain, gate = entry
-                shape, response = source.requests[plain[1]], source.responses[plain[2]]
-                reading = source.reading
-                if reading is None:
-                    reading = source.reading = self._reading()
-                exchange = reading.exchange(plain_of(plain, shape, response))
-                exchange.gate = gate_of(gate)
-            else:
-                exchange = exchange_of(entry)
-            if self._price is not None:
-                self._set_price(exchange)
-            line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
-            self._lose(error)
-            return
+        line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
         ended.exchanges.append((seq, line, exchange if exact else None))
         self._count(exchange)
-        self._append(batch, line)
+        return line
 
     def _set_price(self, exchange: Exchange) -> None:
         assert self._price is not None
@@ -378,10 +380,12 @@ class Intake:
         tally.lost = _sum(tally.lost, {UNREADABLE: 1})
         self.count([("sidecar_lost", UNREADABLE, 1)])
 
-    def _reading(self) -> Reading:
-        if self._make_reading is None:
-            raise FrameError("not a frame: a plain call, and nobody reads such")
-        return self._make_reading(self._instance)
+    def _reading_of(self, source: Source) -> Reading:
+        if source.reading is None:
+            if self._make_reading is None:
+                raise FrameError("not a frame: a plain call, and nobody reads such")
+            source.reading = self._make_reading(self._instance)
+        return source.reading
 
     def _count(self, ended: Exchange | CallGroup) -> None:
         try:

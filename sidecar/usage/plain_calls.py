@@ -15,7 +15,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from sidecar.model.call_group import HOUR_S, TOKEN_FIELDS, CallGroup, CallKind
+from sidecar.model.call_group import HOUR_S, CallGroup, CallKind, Gathering
 from sidecar.model.exchange import (
     Exchange,
     PlainExchange,
@@ -29,15 +29,15 @@ from sidecar.model.record import LineTemplate
 from sidecar.usage import RawHeaders, Taps
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import VALUE_MAX_BYTES
-from sidecar.usage.whole import Plan, prepare
+from sidecar.usage.whole import Plan, Row, prepare
 
 log = logging.getLogger(__name__)
 
 PLANS_MAX: Final = 4_096  # remembered: pairs of shapes; as many shapes as there are tenants, models and routes in use
 
 _HOUR_NS: Final = HOUR_S * 1_000_000_000
-_TOKENS: Final = frozenset(TOKEN_FIELDS)
 _NO_MODELS: Final = (None, None)
+_NO_ROW: Final[tuple[Row | None, tuple[str, ...], tuple[int, ...]]] = (None, (), ())
 
 _USD: Final = b'{"currency":"USD"'
 _NO_TABLE: Final = b'"reason":"no_table"'  # nobody wants to know
@@ -107,13 +107,12 @@ class PlainReader:
         self._by_body = by_body
         self._limit_reached = limit_reached
         self._readings: dict[tuple[int, int], _Reading] = {}
-        self._groups: list[CallGroup] = []
+        self._gathered: list[Gathering] = []
 
     # For most of them: a line each, and sums
 
-    def line(  # noqa: C901 - one way, each step of which would cost a call of a function
-        self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int
-    ) -> bytes | None:
+    # One way, and long: each step that were a function of its own would cost each call what calling it does.
+    def line(self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int) -> bytes | None:
         """The record's line of a call as `frames` packs it, counted in `take_groups`; None where it is to be read as an
         `exchange`, for a call that is in any way unusual."""
         (
@@ -129,11 +128,12 @@ class PlainReader:
             return None
         plan = reading.plan
         if not shape.read or plan is None:
-            row, usage, models = None, b"null", _NO_MODELS
+            (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
         else:
-            row = plan.row(request_body, response_body, _own(reading, response_head) if reading.own else None)
-            if row is None:
+            found = plan.row(request_body, response_body, _own(reading, response_head) if reading.own else None)
+            if found is None:
                 return None
+            row, names, counts = found
             usage, models = orjson.dumps(row), (row["model"], row["request_model"])
         known = reading.kinds.get(models)
         if known is None:
@@ -150,35 +150,29 @@ class PlainReader:
         )  # fmt: skip
         kind.line = kind.line or line
         hour = started_ns // _HOUR_NS * HOUR_S
-        group = kind.group
-        if group is None or group.hour != hour:
-            group = kind.group = CallGroup(kind, hour)
-            self._groups.append(group)
-        group.lines.append(line)
-        group.durations_ms.append(duration_ms)
-        group.request_bytes += request_bytes
-        group.response_bytes += response_bytes
+        gathering = kind.gathering
+        if gathering is None or gathering.hour != hour:
+            gathering = kind.gathering = Gathering(kind, hour)
+            self._gathered.append(gathering)
+        gathering.lines.append(line)
+        gathering.sizes.append((request_bytes, response_bytes, duration_ms))
         if self._keep_numbers:
-            group.numbers.append((request_bytes, response_bytes, row))
+            gathering.numbers.append((request_bytes, response_bytes, row))
         if row is not None:
-            if pico is not None:
-                if cost.startswith(_USD):
-                    group.cost_pico += pico
-                    group.priced += 1
-            elif cost != b"null" and _NO_TABLE not in cost:
-                group.unpriced += 1
-            tokens = group.tokens
-            for name in row.keys() & _TOKENS:
-                if (count := row[name]) is not None:
-                    tokens[name] = tokens.get(name, 0) + count
+            if pico is None:
+                if cost != b"null" and _NO_TABLE not in cost:
+                    gathering.unpriced += 1
+            elif cost.startswith(_USD):
+                gathering.picos.append(pico)
+            gathering.counts[names].append(counts)
         return line
 
     def take_groups(self) -> Sequence[CallGroup]:
         """What was counted since the last time."""
-        groups, self._groups = self._groups, []
-        for group in groups:
-            group.kind.group = None
-        return groups
+        gathered, self._gathered = self._gathered, []
+        for gathering in gathered:
+            gathering.kind.gathering = None
+        return [gathering.group() for gathering in gathered]
 
     # For the others
 

@@ -11,7 +11,8 @@ two against each other.
 Three ways lead through `Plan.read`, each falling back to the next when anything is unusual:
 
 1. lean, plain: OpenAI chat and responses, Anthropic messages, one `orjson.loads` of the body, then only dictionaries.
-   Taken where the usage object has nothing but well-known members that are counts and add up.
+   Taken where the usage object has nothing but well-known members that are counts and add up. `Plan.row` takes it for
+   records that need no `Usage`, and has a shorter one yet for what OpenAI itself sends (`Plan._usual`).
 2. lean, streamed: the same families' server-sent events, split and parsed without a framing and without asking whose
    they are, and handed to the family's own reader.
 3. the general one: the taps' own reader, fed once. All bounds (rations of steps, decoded size, unclaimed responses,
@@ -20,11 +21,14 @@ Three ways lead through `Plan.read`, each falling back to the next when anything
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
+from operator import itemgetter
 from typing import Any
 
 import orjson
 
+from sidecar.model.call_group import TOKEN_FIELDS
 from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState
 from sidecar.model.record import usage_of
 from sidecar.usage import RawHeaders
@@ -54,7 +58,20 @@ CHOICES_MAX = 128  # of one response that is read the lean way
 Row = dict[str, Any]
 """The record's `usage` object, as `model.record.usage_to_dict` makes it."""
 
+Counted = tuple[Row, tuple[str, ...], tuple[int, ...]]
+"""A row, and of its members those of `TOKEN_FIELDS` that are there: their names and their counts, in one order."""
+
 _LEAN: tuple[type[Reader], ...] = (ChatCompletions, Responses, Messages)
+
+_WHOLES = ("input_tokens", "output_tokens", "total_tokens")
+_CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
+_RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
+_TOKENS = frozenset(TOKEN_FIELDS)
+_READ, _WRITTEN = "cache_read_input_tokens", "cache_write_input_tokens"
+
+KINDS_OF_DETAILS = 256  # remembered; vendors have a handful
+_NO_DETAILS: Document = {}
+_INTEGERS = {int}
 
 
 def prepare(
@@ -101,8 +118,8 @@ class Plan:
     """
 
     __slots__ = (
-        "_endpoint", "_fields", "_headers", "_method", "_operation", "_provider", "_status", "_target",
-        "lean", "per_call", "taps",
+        "_endpoint", "_fields", "_five", "_headers", "_method", "_operation", "_provider", "_request_id", "_status",
+        "_target", "_three", "lean", "per_call", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -135,6 +152,10 @@ class Plan:
         if row is not None and self.lean is not None:
             self._operation = row.operation
             self._provider = endpoint.provider or row.provider or hinted_provider(self._fields) or DEFAULT_PROVIDER
+        self._request_id = request_id(self._fields)
+        entered, said, *details = _RESPONSES if self.lean is Responses else _CHAT
+        self._three = itemgetter(entered, said, "total_tokens")
+        self._five = itemgetter(entered, said, "total_tokens", *details)
 
     @property
     def coded(self) -> bool:
@@ -170,8 +191,8 @@ class Plan:
                 fields = self._fields
             try:
                 if body[:1] == b"{":
-                    row = self._read_plain(request_body, body, fields)
-                    if row is not None:
+                    document = _document(body)
+                    if document is not None and (row := self._read_plain(request_body, document, fields)) is not None:
                         return usage_of(row)
                 else:
                     usage = self._read_events(request_body, body, fields, opened_ns, first_token_ns)
@@ -230,22 +251,95 @@ class Plan:
 
     # The lean ways. None: something is unusual, and the general way decides.
 
-    def row(self, request_body: bytes, response: bytes, fields: Mapping[str, str] | None = None) -> Row | None:
+    def row(self, request_body: bytes, response: bytes, fields: Mapping[str, str] | None = None) -> Counted | None:
         """The `usage` object of the record of one call with a plain response, for most calls of the lean families; None
         where `read` is to be asked. Never raises. `fields`: as for `read`."""
         if self.lean is None or response[:1] != b"{":
             return None
         try:
-            return self._read_plain(request_body, response, self._fields if fields is None else fields)
+            document = _document(response)
+            if document is None:
+                return None
+            if self.lean is not Messages:
+                found = self._usual(request_body, document, fields)
+                if found is not None:
+                    return found
+            row = self._read_plain(request_body, document, self._fields if fields is None else fields)
         except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
             return None
+        if row is None:
+            return None
+        names, counts_of = _counts_in(tuple(row))
+        return row, names, counts_of(row)
 
-    def _read_plain(self, request_body: bytes, body: bytes, fields: Mapping[str, str]) -> Row | None:
-        if len(body) > DOCUMENT_MAX_BYTES:
+    def _usual(self, request_body: bytes, document: Document, fields: Mapping[str, str] | None) -> Counted | None:
+        """What `_read_plain` makes of a response of OpenAI's whose model, id and end are all told, and whose usage
+        object has its three counts and both details, or the counts alone. None: that way is to be asked.
+
+        Most calls there are come through here, so it is one function without a loop: a question is put to all values
+        at once where there is a function in C that answers it.
+        """
+        try:
+            asked = orjson.loads(request_body)["model"]
+            if self.lean is Responses:
+                reason = document["status"]
+                if reason != "completed" or document["object"] != "response":
+                    return None
+            else:
+                (choice,) = document["choices"]
+                index, reason = choice["index"], choice["finish_reason"]
+                if index != 0 or type(index) is not int or "usage" in choice:
+                    return None
+            model, response_id, tier = document["model"], document["id"], document.get("service_tier")
+            if not (model and response_id and asked and reason and request_body[:1] == b"{"):
+                return None
+            chars = len("".join((model, response_id, asked, reason, tier or "")))  # raises where one is no text
+            if chars >= USAGE_CHARS_MAX or len(request_body) > BODY_MAX_BYTES:
+                return None
+            raw = document["usage"]
+            if len(raw) == 5:
+                entered, said, stated, taken, given = self._five(raw)
+            elif len(raw) == 3:
+                entered, said, stated = self._three(raw)
+                taken = given = _NO_DETAILS
+            else:
+                return None
+            names, writes = _usual_names(tuple(taken), tuple(given))
+            counts = (entered, said, stated, *taken.values(), *given.values())
+            if (
+                set(map(type, counts)) != _INTEGERS  # a bool is none
+                or min(counts) < 0
+                or entered + said != stated
+                or stated > COUNT_MAX
+                or max(taken.values(), default=0) > entered
+                or max(given.values(), default=0) > said
+            ):
+                return None
+        except Exception:  # noqa: BLE001 - a member is missing, or another thing than usual
             return None
-        document = orjson.loads(body)
-        if document.get("error"):
+        row: Row = {
+            "usage_state": "final",
+            "provider": self._provider,
+            "operation": self._operation,
+            "streamed": False,
+            "model": model,
+            "request_model": asked,
+            "response_id": response_id,
+        }
+        said_id = self._request_id if fields is None else request_id(fields)
+        if said_id is not None:
+            row["upstream_request_id"] = said_id
+        row.update(zip(names, counts, strict=True))
+        # What is read from a cache and what is written to it are two parts of the same.
+        if writes and (written := row[_WRITTEN]) and written + row.get(_READ, 0) > entered:
             return None
+        row["finish_reasons"] = [reason]
+        if tier:
+            row["service_tier"] = tier
+        row["raw_usage"] = raw
+        return row, names, counts
+
+    def _read_plain(self, request_body: bytes, document: Document, fields: Mapping[str, str]) -> Row | None:
         row: Row = {
             "usage_state": "final",
             "provider": self._provider,
@@ -318,6 +412,33 @@ class Plan:
         if asked is None:
             raise ValueError("a request that the general way must read")
         return name(asked.get("model")) or self._endpoint.model
+
+
+def _document(body: bytes) -> Document | None:
+    """A plain response's members; None where it is too large or an error. Raises `ValueError` where it is no JSON."""
+    if len(body) > DOCUMENT_MAX_BYTES:
+        return None
+    document: Document = orjson.loads(body)
+    return None if document.get("error") else document
+
+
+@lru_cache(maxsize=KINDS_OF_DETAILS)
+def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
+    """The record's names for the three counts and for the members of both details, in their order; and whether what is
+    written to a cache is among them. Raises `KeyError` where a member is not known, `ValueError` where two are one:
+    that is not remembered, so what somebody made up takes no memory."""
+    names = (*_WHOLES, *(INPUT_DETAILS[key] for key in taken), *(OUTPUT_DETAILS[key] for key in given))
+    if len(set(names)) < len(names):
+        raise ValueError("a count that is said twice")
+    return names, _WRITTEN in names
+
+
+@lru_cache(maxsize=KINDS_OF_DETAILS)
+def _counts_in(members: tuple[str, ...]) -> tuple[tuple[str, ...], Callable[[Row], tuple[int, ...]]]:
+    """Of a row with these members, which has the three counts at least: the names of its counts, and what takes them
+    out. No row of the lean ways has a count that is null."""
+    names = tuple(name for name in members if name in _TOKENS)
+    return names, itemgetter(*names)
 
 
 def _object(body: bytes) -> Document | None:
@@ -403,10 +524,6 @@ def _response(row: Row, document: Document) -> bool:
     return True
 
 
-_CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
-_RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
-
-
 def _counted(row: Row, raw: Document, names: tuple[str, str, str, str]) -> bool:
     """OpenAI's usage object where it is as documented; the rest of `fields.fill_tokens` is for what is not."""
     get = raw.get
@@ -428,8 +545,8 @@ def _counted(row: Row, raw: Document, names: tuple[str, str, str, str]) -> bool:
             if details is not None and not _take(row, details, known, most):
                 return False
     # What is read from a cache and what is written to it are two parts of the same.
-    written = row.get("cache_write_input_tokens")
-    return members == 3 and not (written and written + (row.get("cache_read_input_tokens") or 0) > entered)
+    written = row.get(_WRITTEN)
+    return members == 3 and not (written and written + (row.get(_READ) or 0) > entered)
 
 
 def _take(row: Row, details: Document, known: Mapping[str, str], most: int) -> bool:

@@ -90,10 +90,10 @@ def dies(step: str, when: str, count: int, mark: Path) -> None:
 def dies_of(text: str) -> None:
     real = Intake._add_ended
 
-    def instead(self: Intake, batch: Any, ended: Any, source: Source, entry: Any) -> None:
-        if text in repr((entry, source.requests.get(entry[1]))):
+    def instead(self: Intake, batch: Any, ended: Any, source: Source, entries: Any) -> None:
+        if text in repr([(entry, source.requests.get(entry[1])) for entry in entries]):
             os.kill(os.getpid(), signal.SIGKILL)
-        real(self, batch, ended, source, entry)
+        real(self, batch, ended, source, entries)
 
     Intake._add_ended = instead  # type: ignore[method-assign]
 

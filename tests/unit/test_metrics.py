@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from math import nextafter
 from typing import Any
 
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
-from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, Gauges, HopCounts, Metrics
+from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, SECONDS, Gauges, Histogram, HopCounts, Metrics
 
 
 def call(
@@ -167,3 +169,14 @@ def test_lanes_are_told_by_those_that_deliver_together() -> None:
     assert {key: value for key, value in found.items() if key[0] in names} == {
         ("sidecar_lanes_held",): 0, ("sidecar_lanes_resting",): 3,
     }, "what is not known is no number"  # fmt: skip
+
+
+def test_times_counted_together_are_those_counted_one_by_one() -> None:
+    at_the_edges = [edge for bound in SECONDS for edge in (bound, nextafter(bound, 0.0), nextafter(bound, 1e9))]
+    seconds = [0.0, *at_the_edges, *at_the_edges[::2], 1e6]
+    together, one_by_one = Histogram(), Histogram()
+    together.observe_all(seconds)
+    for each in seconds:
+        one_by_one.observe(each)
+    assert together.counts == one_by_one.counts
+    assert together.total == pytest.approx(one_by_one.total)

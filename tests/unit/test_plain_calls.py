@@ -26,6 +26,8 @@ from sidecar.runtime import factory
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.settings import load
 from sidecar.spool.frames import PLAIN, decode_frame, encode_frame, plain_of
+from sidecar.usage.values import COUNT_MAX, NAME_MAX_CHARS
+from sidecar.usage.whole import Plan, _usual_names
 
 SAMPLES = {name: sample for name, sample in load_samples().items() if not sample.websocket}
 SETTINGS = load({"SIDECAR_UPSTREAM_URL": "https://api.openai.com"}, backend_settings=backend_settings())
@@ -209,3 +211,167 @@ def test_a_text_that_cannot_be_stored_goes_the_careful_way() -> None:
     lines, _, groups = both([call(sample, request, response, 1)])
     assert not groups
     assert Record.from_json(lines[0]).url == "http://up/?"
+
+
+# What is asked of all members at once: values at the edges of it, among usual ones
+
+COUNT = st.integers(0, 40)
+ODD: st.SearchStrategy[Any] = st.sampled_from(
+    [0, 1, -1, COUNT_MAX, COUNT_MAX + 1, 2**63, 2**64, 10**30, True, False, 1.0, 0.5, -0.0, "7", "", None, [], {}, [1]]
+)
+NUMBER = st.one_of(COUNT, COUNT, COUNT, COUNT, ODD)
+TEXT: st.SearchStrategy[Any] = st.sampled_from(
+    ["gpt-5-mini", "gpt-5-mini", "stop", "", None, 0, True, "m" * NAME_MAX_CHARS, "\u20ac", ["x"], {}]
+)
+MISSING = object()
+
+
+def details(*names: str) -> st.SearchStrategy[Any]:
+    """Of the members of a usage object: usual ones, in any order, and other things in their place."""
+    known = st.dictionaries(st.sampled_from(names), st.one_of(st.just(0), st.just(0), COUNT), max_size=4)
+    odd = st.dictionaries(st.sampled_from([*names, "made_up", "cost"]), NUMBER, max_size=4)
+    return st.one_of(known, known, known, odd, st.just(MISSING), ODD)
+
+
+@st.composite
+def openai_usages(draw: st.DrawFn, chat: bool) -> Any:
+    entered, said, into, out = (
+        ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
+        if chat
+        else ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
+    )
+    counts: list[Any] = [draw(NUMBER), draw(NUMBER)]
+    adds_up = all(type(count) in (int, float) for count in counts) and draw(st.integers(0, 5))
+    members = {
+        entered: counts[0],
+        said: counts[1],
+        "total_tokens": sum(counts) if adds_up else draw(NUMBER),
+        into: draw(details("cached_tokens", "audio_tokens", "cache_read_tokens", "cache_write_tokens", "text_tokens")),
+        out: draw(details("reasoning_tokens", "audio_tokens", "thinking_tokens", "accepted_prediction_tokens")),
+        "extra": draw(st.sampled_from([MISSING] * 6 + [0, None, {"a": 1}])),
+        "cost": draw(st.sampled_from([MISSING] * 6 + [0, 0.5, "1e-3"])),
+    }
+    order = draw(st.permutations(list(members))) if draw(st.booleans()) else list(members)
+    left_out = draw(st.sampled_from([None] * 6 + [entered, said, "total_tokens"]))
+    return {name: members[name] for name in order if members[name] is not MISSING and name != left_out}
+
+
+def mostly(usual: Any, *others: Any) -> st.SearchStrategy[Any]:
+    return st.sampled_from([usual] * (3 * len(others)) + [*others])
+
+
+@st.composite
+def openai_calls(draw: st.DrawFn, chat: bool) -> tuple[bytes, bytes]:
+    """Bodies of a request and its response."""
+    usage = draw(st.one_of([openai_usages(chat)] * 9 + [ODD]))
+    document: dict[str, Any] = {
+        "id": draw(st.one_of(st.just("id-1"), st.just("id-2"), TEXT)),
+        "object": draw(mostly("chat.completion" if chat else "response", None)),
+        "model": draw(st.one_of(st.just("gpt-5-mini"), st.just("gpt-4o"), TEXT)),
+        "usage": usage,
+        "service_tier": draw(st.one_of(st.sampled_from([MISSING, "default", "flex"]), TEXT)),
+        "error": draw(mostly(MISSING, None, {}, {"type": "server_error"})),
+    }
+    if chat:
+        choice = {"index": 0, "finish_reason": draw(st.one_of(st.just("stop"), TEXT)), "message": {"content": "hi"}}
+        other = {"index": 1, "finish_reason": "length"}
+        choices: Any = [choice]
+        odd = draw(mostly("none", "index", "usage", "two", "no", "object", "absent"))
+        if odd == "index":
+            choice["index"] = draw(st.sampled_from([1, True, False, 0.0, None, "0"]))
+        elif odd == "usage":
+            choice["usage"] = usage
+        elif odd != "none":
+            choices = {"two": [choice, other], "no": [], "object": {"a": choice}, "absent": MISSING}[odd]
+        document["choices"] = choices
+    else:
+        document["status"] = draw(mostly("completed", "incomplete", "failed", None, ""))
+        document["incomplete_details"] = draw(mostly(None, {"reason": "max_output_tokens"}, []))
+    document = {name: value for name, value in document.items() if value is not MISSING}
+    asked = draw(
+        mostly(b'{"model":"gpt-5-mini","n":1}', b"", b"{}", b"[]", b'{"model":null}', b'{"model":["x"]}', b"{,")
+    )
+    return asked, json.dumps(document).encode()  # which writes integers of any size
+
+
+def long_way(plan: Plan, *args: Any) -> None:
+    """In the place of `Plan._usual`: no call is usual."""
+
+
+@pytest.mark.parametrize("chat", [True, False], ids=["chat", "responses"])
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool, data: st.DataObject) -> None:
+    """Several calls of one pair of shapes, whose usage objects have other members each time, in another order."""
+    sample = SAMPLES["openai_chat.json" if chat else "openai_responses.json"]
+    ours = shapes(sample)
+    made = data.draw(st.lists(openai_calls(chat), min_size=1, max_size=6))
+    made += data.draw(st.sampled_from([[], made]))  # the same once more: whatever was remembered is used
+    calls = [
+        replace(call(sample, *ours, number), request_body=asked, response_body=body)
+        for number, (asked, body) in enumerate(made)
+    ]
+    lines, exchanges, groups = both(calls, numbers=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Plan, "_usual", long_way)
+        expected_lines, _, expected_groups = both(calls, numbers=True)
+    assert lines == expected_lines  # byte for byte
+    for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
+        assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
+    assert [facts(group) for group in groups] == [facts(group) for group in expected_groups]
+    for group in groups:  # sums of columns are the sums of what the lines say
+        rows = [json.loads(line)["usage"] for line in group.lines]
+        names = {name for row in rows for name in row if name.endswith("_tokens")}
+        assert group.tokens == {name: sum(row.get(name) or 0 for row in rows) for name in names}
+
+
+def facts(group: CallGroup) -> tuple[Any, ...]:
+    return (
+        group.hour, group.lines, group.durations_ms, group.request_bytes, group.response_bytes, group.tokens,
+        group.cost_pico, group.priced, group.unpriced, group.numbers,
+    )  # fmt: skip
+
+
+USUAL = (
+    b'{"id":"c-%d","object":"chat.completion","created":1790000000,"model":"gpt-5-mini","choices":[{"index":0,"message":'
+    b'{"role":"assistant","content":"hi"},"finish_reason":"stop"}],"usage":%b%b}'
+)
+DETAILED = (
+    b'{"prompt_tokens":43,"completion_tokens":97,"total_tokens":140,"prompt_tokens_details":{"cached_tokens":8,'
+    b'"audio_tokens":0,"cache_write_tokens":0},"completion_tokens_details":{"reasoning_tokens":64,"audio_tokens":0}}'
+)
+BRIEF = b'{"total_tokens":9,"completion_tokens":2,"prompt_tokens":7}'
+
+
+def test_the_usual_chat_takes_the_shortest_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Plan, "_read_plain", None)  # whoever goes there is no line
+    sample = SAMPLES["openai_chat.json"]
+    ours = shapes(sample)
+    bodies = [
+        USUAL % (number, DETAILED if number % 2 else BRIEF, b"" if number % 3 else b',"service_tier":"default"')
+        for number in range(12)
+    ]
+    calls = [
+        replace(call(sample, *ours, number), request_body=b'{"model":"gpt-5-mini"}', response_body=body)
+        for number, body in enumerate(bodies)
+    ]
+    reader = factory.plain_readers(SETTINGS, Metrics(), BOOK)("inst")
+    for entry in decode_frame(encode_frame(1, admitted=len(calls), ended=calls)).ended:
+        assert reader.line(entry, *ours, seq=1) is not None
+    (group,) = reader.take_groups()
+    assert group.calls == group.priced == 12
+    assert group.tokens == {
+        "input_tokens": 300, "output_tokens": 594, "total_tokens": 894, "cache_read_input_tokens": 48,
+        "audio_input_tokens": 0, "cache_write_input_tokens": 0, "reasoning_output_tokens": 384,
+        "audio_output_tokens": 0,
+    }  # fmt: skip
+
+
+def test_names_that_somebody_made_up_are_not_remembered() -> None:
+    _usual_names.cache_clear()
+    for number in range(10):
+        with pytest.raises(KeyError):
+            _usual_names((f"made_up_{number}",), ())
+    with pytest.raises(ValueError, match="said twice"):
+        _usual_names(("cached_tokens", "cache_read_tokens"), ())
+    assert _usual_names.cache_info().currsize == 0
