@@ -11,11 +11,11 @@ import pytest
 from fleet_sizing import PAGE, SCALES, TABLES
 from readme_tables import written
 
-from sidecar.backends.stripe.backend import CONCURRENCY
+from sidecar.backends import backend_settings
 from sidecar.delivery.limits import Limits
 from sidecar.ledger.lanes import LANES
-from sidecar.model.delivery import Abilities
-from sidecar.settings import Settings
+from sidecar.runtime import backend_factory
+from sidecar.settings import Settings, load
 
 TEXT = PAGE.read_text()
 
@@ -41,11 +41,21 @@ def test_the_arithmetic_is_that_of_a_pocket_calculator() -> None:
     assert rows["memory of each for the ids of an hour, at the peak"] == ["250 MB", "2.5 GB", "25 GB"]
 
 
-def test_what_is_said_of_requests_under_way_is_what_backends_may_have() -> None:
-    """Sixteen lanes with as many requests at once as the busiest backend and as any other."""
-    a_s = 1000 / fleet_sizing.VENDOR_MS
-    for most in (CONCURRENCY, Abilities().concurrency):
-        assert f"{LANES * most * a_s:,.0f}" in TEXT
+def test_what_is_said_of_requests_under_way_is_what_a_lane_of_stripe_may_have() -> None:
+    settings = load(
+        {
+            "SIDECAR_UPSTREAM_URL": "http://x",
+            "SIDECAR_STRIPE_API_KEY": "sk_test_x",
+            "SIDECAR_STRIPE_METERS": "api_calls",
+        },
+        backend_settings=backend_settings(),
+    )
+    (backend,) = backend_factory.of_a_lane(settings, ["stripe"])
+    at_once = backend.abilities.concurrency
+    a_s = at_once * 1000 // fleet_sizing.VENDOR_MS
+    said = " ".join(TEXT.split())
+    assert f"16 lanes of which each has {at_once} requests under way (Stripe) are {LANES * a_s} events a second" in said
+    assert f"those of one customer {a_s}." in said
 
 
 def test_what_goes_in_is_what_the_code_and_the_other_pages_have() -> None:

@@ -159,10 +159,13 @@ async def test_a_trickled_body_ends_with_the_time_limit(trial_name: str, tmp_pat
 
     async with listening(trickle) as port:
         backend: Any = build(trial_name, tmp_path, f"http://127.0.0.1:{port}")
-        backend._client.timeout_s, backend._client.connect_timeout_s = 0.2, 0.1
-        sealed = backend.encode(records(1)).sealed[0]
-        assert await backend.send(sealed) == [Unknown("timeout")] * len(sealed.events)
-        await backend.aclose()
+        # Enough to connect on a machine that is busy: a connection that is not made in time has sent nothing.
+        backend._client.timeout_s = backend._client.connect_timeout_s = 1.0
+        try:
+            sealed = backend.encode(records(1)).sealed[0]
+            assert await backend.send(sealed) == [Unknown("timeout")] * len(sealed.events)
+        finally:
+            await backend.aclose()
 
 
 # The table, by hand
