@@ -29,6 +29,7 @@ from sidecar.delivery.context import SystemClock
 from sidecar.delivery.lane_balance import sidecar_of
 from sidecar.delivery.lane_database import Held, LaneDatabase, make_lanes, spool_of
 from sidecar.delivery.leases import RENEW_S, Leases
+from sidecar.delivery.limits import Limits
 from sidecar.delivery.rows import StateError
 from sidecar.delivery.service import Delivery
 from sidecar.delivery.store import DeliveryStore
@@ -54,6 +55,9 @@ RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
 LOGGED_CHARS_MAX: Final = 300  # of what was asked, in a line of the log
 THREADS: Final = 4 * LANES  # that block for a database that hangs: what a lane opens, reads and closes, and all others
+# Each lane reads and remembers for itself, and a sidecar that is alone holds all of them: what they keep of lines,
+# parsed as well, is some 16 MiB together.
+OF_A_LANE: Final = Limits(read_bytes=(2 << 20) // LANES, tail_bytes=(4 << 20) // LANES)
 CONNECTIONS: Final = 4  # of all lanes of a process: their steps, and what is asked meanwhile
 
 
@@ -392,6 +396,7 @@ class Elected:
                 backends=backends,
                 metrics=self.metrics,
                 clock=SystemClock(),
+                limits=OF_A_LANE,
                 skip_gaps=self.skip_gaps,
                 may_send=lambda: not (led.over or self._is_late()),
             )

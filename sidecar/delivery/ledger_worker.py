@@ -26,6 +26,7 @@ from sidecar.model.delivery import AddsUp, Applied, Backend, Delivered, Duplicat
 from sidecar.model.record import Record
 
 NOT_EXACT = "sum_not_exact"
+TRIES_WHOLE = 3  # a large batch that fails so often in a row becomes a small one
 _NO_BOUND = 1 << 30  # on requests: what was left out of a batch is few
 
 
@@ -67,6 +68,7 @@ class LedgerWorker:
         # Where each batch is a transaction on the network, large ones are many times as fast a record.
         self._full = limits.lines_read_records if sums.keeps_lines else limits.sum_records
         self._most = self._full
+        self._failed = 0  # in a row
         self._notes: dict[str, Applied | None] = {}  # what the backend has noted, by instance
         self._handed: dict[str, deque[SummedBatch]] = {}
         self._handed_bytes: dict[str, int] = {}  # of their lines
@@ -284,7 +286,12 @@ class LedgerWorker:
         verdicts = [verdict] * max(sum(run.records for run in plan.applied), 1)
         if not isinstance(verdict, (Delivered, Duplicate)):
             self.begin()  # whatever is believed of that file may be wrong
+            self._failed += 1
+            if self._failed >= TRIES_WHOLE:
+                # The same ones are tried until it takes them, for hours perhaps: few are held parsed meanwhile.
+                self._most = min(self._most, self._context.limits.sum_records)
             return Added(verdicts)
+        self._failed = 0
         if self._sums.keeps_lines:
             if isinstance(verdict, Duplicate):
                 plan.applied = [replace(run, duplicate=True) for run in plan.applied]

@@ -14,7 +14,7 @@ from support.delivery_fixtures import World, connection_of, plain, record_id, re
 from sidecar.backends.ledger import LedgerBackend
 from sidecar.delivery import Delivery
 from sidecar.delivery.corrections import cancel
-from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.ledger_worker import TRIES_WHOLE, SummedBatch
 from sidecar.delivery.limits import Limits
 from sidecar.ledger import LedgerReader, LedgerStore
 from sidecar.meters.buckets import BatchSums, add_batches
@@ -191,6 +191,18 @@ async def test_a_backlog_goes_in_large_batches_where_lines_go_along(world: World
     assert backend.wrote[:2] == [1000, 1000], "not half of it, nor what one look at the spool gives"
     assert [Record.from_json(line).id for line in backend.lines] == [id_ for id_ in ids if id_ != ids[2777]]
     assert calls(world) == 4299
+
+
+async def test_few_are_held_while_the_ledger_takes_nothing_and_it_goes_on_in_large_batches(
+    world: World, store: Scripted
+) -> None:
+    world.limits = replace(world.limits, sum_records=50, lines_read_records=1000, linger_s=0.002)
+    world.spool.add(4000)
+    backend: Keeping = made(Keeping, open_ledger=lambda: store)
+    store.verdicts = [Retry("unreachable")] * (TRIES_WHOLE + 1)
+    async with world.deliver(backend) as delivery:
+        assert await settled(world, delivery) == {"delivered": 4000}
+    assert backend.wrote == [50, 100, 200, 400, 800, 1000, 1000, 450]
 
 
 async def test_what_was_handed_over_does_not_wait_for_more_where_it_is_a_whole_batch(
