@@ -26,7 +26,7 @@ from sidecar.model.delivery import AddsUp, Applied, Backend, Delivered, Duplicat
 from sidecar.model.record import Record
 
 NOT_EXACT = "sum_not_exact"
-TRIES_WHOLE = 3  # a large batch that fails so often in a row becomes a small one
+TRIES_WHOLE = 3  # a ledger that fails so often in a row is away: nothing but a small batch is kept in memory for it
 _NO_BOUND = 1 << 30  # on requests: what was left out of a batch is few
 
 
@@ -76,6 +76,8 @@ class LedgerWorker:
     def apply(self, batch: SummedBatch) -> bool:
         """Take a batch whose records are committed and whose sums are made. False: it is not wanted, and is read
         from the spool in its time."""
+        if self._failed >= TRIES_WHOLE:
+            return False  # it takes nothing, and what comes meanwhile is on disk
         waiting = self._handed.setdefault(batch.instance, deque())
         if waiting and waiting[-1].last_seq + 1 != batch.first_seq:
             self._drop(batch.instance)  # something between them was not handed over

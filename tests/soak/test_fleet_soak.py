@@ -29,6 +29,7 @@ CALLS_PER_S = 300
 CLIENTS = 12
 GROWTH_MIB_MAX = 24  # of memory, while the database is away: what waits is on disk
 FLAT_MIB_MAX = 8  # in the second half of that
+SETTLES_S = 20  # shorter, and what the first failures leave is still a part of it
 SLOWER_MAX = 6.0  # at the 99th percentile: a commit that waited for the network would be a hundred times as slow
 MIB = 1 << 20
 
@@ -118,7 +119,7 @@ async def away(tmp_path: Path, server: PostgresServer, seconds: float) -> None:
     assert balance["recorded"] == load.answered
     assert load.quantile("away", 0.99) < SLOWER_MAX * max(load.quantile("before", 0.99), 0.005), load.took_s
     assert memory[3] - memory[1] < GROWTH_MIB_MAX * MIB, memory
-    assert memory[3] - memory[2] < FLAT_MIB_MAX * MIB, memory
+    assert seconds < SETTLES_S or memory[3] - memory[2] < FLAT_MIB_MAX * MIB, memory
 
 
 @pytest.mark.timeout(300)
