@@ -18,7 +18,7 @@ from support.mishaps import Watching
 from support.pgbouncer import pgbouncer
 from support.postgres_server import PostgresServer
 from support.tiny import tiny_upstream
-from support.whole import Whole
+from support.whole import Whole, suspend
 
 from sidecar.cli import main
 from sidecar.delivery.leases import LEASE_S
@@ -123,7 +123,7 @@ async def test_who_holds_lanes_is_replaced_and_nothing_is_billed_twice(
         count += await call(one)
         [meter] = one.children()["meter"]
         await asyncio.sleep(0.5)  # for some to be under way: with none the test shows less, and nothing wrong
-        os.kill(meter, signal.SIGSTOP)
+        suspend(meter)
         try:
             await all_.shared(two=LANES)
             all_.receiver.disturb()

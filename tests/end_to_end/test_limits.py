@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 from support.counted_api import LIMIT_S, call, client, upstream
-from support.whole import Whole
+from support.whole import Whole, suspend
 
 
 def limited(tmp_path: Path, url: str, **settings: str) -> Whole:
@@ -282,7 +282,7 @@ async def test_without_an_owner_the_setting_decides(tmp_path: Path, policy: str,
         async with limited(tmp_path, url, SIDECAR_DURABILITY="buffered", **settings) as whole:
             assert (await call(session, whole))[0] == 200
             meter = whole.children()["meter"][0]
-            os.kill(meter, signal.SIGSTOP)
+            suspend(meter)
             try:
                 status, body = await call(session, whole)
             finally:

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from support.counted_api import LIMIT_S, call, client, upstream
 from support.scripted import running_receiver
-from support.whole import Reloaded, Whole
+from support.whole import Reloaded, Whole, suspend
 
 from sidecar.dev.mock_backends import Receiver, Terms
 from sidecar.dev.mock_backends.contract import KEY
@@ -242,7 +242,7 @@ async def test_a_metering_process_that_dies_while_it_hands_over_is_started_with_
         async with Reloaded(tmp_path, url, "") as whole:
             assert (await call(session, whole))[0] == 200
             (meter,) = whole.children()["meter"]
-            os.kill(meter, signal.SIGSTOP)  # so that it cannot hand over
+            suspend(meter)  # so that it cannot hand over
             reloading = asyncio.create_task(whole.reload(toml))
             await asyncio.sleep(0)
             os.kill(meter, signal.SIGKILL)

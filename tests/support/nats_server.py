@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.whole import suspend
 
 if TYPE_CHECKING:
     from nats.aio.client import Client
@@ -125,7 +126,7 @@ class NatsServer:
     def freeze(self) -> None:
         """It is there, and answers nothing."""
         assert self.process is not None
-        self.process.send_signal(signal.SIGSTOP)
+        suspend(self.process.pid)
 
     def thaw(self) -> None:
         assert self.process is not None

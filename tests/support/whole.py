@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -232,6 +233,22 @@ def is_running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
+
+
+def suspend(pid: int) -> None:
+    """SIGSTOP, and wait until all threads stand: one on another core goes on for a moment, and may still answer."""
+    os.kill(pid, signal.SIGSTOP)
+    ends = time.monotonic() + STOP_LIMIT_S
+    while any(is_moving(thread) for thread in Path(f"/proc/{pid}/task").iterdir()):
+        assert time.monotonic() < ends, f"process {pid} does not stop"
+        time.sleep(0.001)
+
+
+def is_moving(thread: Path) -> bool:
+    try:
+        return (thread / "stat").read_text().rpartition(")")[2].split()[0] not in "TZX"
+    except OSError:
+        return False  # it has ended
 
 
 def environment(settings: Mapping[str, str]) -> dict[str, str]:
