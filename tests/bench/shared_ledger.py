@@ -60,12 +60,12 @@ class Took:
     server: float  # and of the server's, by ticks of 10 ms
 
 
-def told(rounds: Sequence[Took], records: int = RECORDS) -> str:
+def told(rounds: Sequence[Took], records: int = RECORDS, what: str = "record") -> str:
     """The quickest; of processor time the least here, and the mean of the server's."""
     wall, here = min(one.wall for one in rounds), min(one.here for one in rounds)
     server = sum(one.server for one in rounds) / len(rounds)
     return (
-        f"{records / wall:10,.0f} records/s {1e6 * here / records:7.1f} µs CPU a record here"
+        f"{records / wall:10,.0f} {what}s/s {1e6 * here / records:7.1f} µs CPU a {what} here"
         f"{1e6 * server / records:7.1f} of the server's"
     )
 
