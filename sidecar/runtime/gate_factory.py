@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -46,14 +46,14 @@ from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
 from sidecar.prices import PICO, PriceBook, price_book
-from sidecar.proxy.subscriber import CREDENTIALS, Attributor
+from sidecar.proxy.subscriber import CREDENTIALS, Attributor, is_hashed
 from sidecar.runtime.backend_factory import LEDGER_NAME, fleet_reader, has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
 from sidecar.storage.postgres import Fault, Postgres, PostgresError
-from sidecar.usage.providers.table import known_routes
+from sidecar.usage.providers.table import known_routes, row_providers
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
 
@@ -67,15 +67,24 @@ BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
 def limits(settings: Settings) -> tuple[Limit, ...]:
     """Those that hold; none where nobody asks for them. Raises `LimitsError` and `MetersError`."""
-    if LIMITS not in settings.gate.gate:
-        return ()
+    return _limits(settings, read_meters(settings.meters)) if LIMITS in settings.gate.gate else ()
+
+
+def providers(settings: Settings) -> set[str]:
+    """Every provider that a record can name."""
     pinned = {*settings.usage.providers.values(), *(r.provider for r in settings.proxy.routes if r.provider)}
+    return known_providers() | row_providers() | pinned
+
+
+def _limits(settings: Settings, meters: Collection[Meter] | None) -> tuple[Limit, ...]:
     return read_limits(
         settings.limits,
         settings.gate.limits,
-        meters=read_meters(settings.meters),
+        meters=meters,
         dimensions=settings.attribution.dimensions,
-        providers=known_providers() | pinned,
+        providers=providers(settings),
+        names=settings.subscriber_names,
+        hashed=all(is_hashed(Source.parse(text)) for text in settings.attribution.subscriber),
         routes={route.pattern.partition(" ")[2] or route.pattern for route in settings.proxy.routes}
         | {route.partition(" ")[2] for route in known_routes()},
     )
@@ -91,19 +100,22 @@ def faults(settings: Settings) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(f"SIDECAR_GATE: {name} is nobody who can be asked: expected {', '.join(names)} or none{hint}")
     found += problems(settings, settings.gate.gate)
+    meters: Collection[Meter] | None = None
     try:
-        found += _missing_meters(settings)
-        limits(settings)
+        meters = read_meters(settings.meters)
+        found += _missing_meters(settings, {meter.name for meter in meters})
+    except MetersError:
+        pass  # told by whoever reads the meters; which of them a limit may name cannot be judged
+    try:
+        if LIMITS in settings.gate.gate:
+            _limits(settings, meters)
     except LimitsError as error:
         found += error.problems
-    except MetersError:
-        pass  # told by whoever reads the meters
     return found
 
 
-def _missing_meters(settings: Settings) -> list[str]:
+def _missing_meters(settings: Settings, known: set[str]) -> list[str]:
     """Of the units in which those outside count down."""
-    known = {meter.name for meter in read_meters(settings.meters)}
     asked = settings.asked
     units = {
         "revenium": ("GATE_REVENIUM_UNIT", asked.gate_revenium_unit),
@@ -486,7 +498,7 @@ def shown(row: Row) -> dict[str, Any]:
     limit = row.limit
     return {
         "limit": limit.name,
-        "scope": {name: value for (name, _), value in zip(limit.scopes, row.scope.split(","), strict=False)},
+        "scope": limit.values_of(row.scope),
         "unit": limit.unit,
         "used": limit.text(row.used),
         "reserved": limit.text(row.reserved),

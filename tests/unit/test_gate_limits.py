@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sidecar.backends import backend_settings
+from sidecar.cli import main
 from sidecar.gate.limits import (
     PICO,
     Action,
@@ -24,6 +27,8 @@ from sidecar.gate.windows import SECOND_NS, Calendar, Sliding
 from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import Record, encode
+from sidecar.runtime import gate_factory
+from sidecar.settings import load
 
 METERS = read_meters(
     [
@@ -37,7 +42,8 @@ AT_NS = 1_795_000_000 * SECOND_NS
 
 def read(text: str = "", *short: str, **there: Any) -> tuple[Limit, ...]:
     tables = tomllib.loads(text).get("limits", [])
-    given = {"meters": METERS, "dimensions": ["team"], "providers": ["openai"], "routes": ["/v1/x"], **there}
+    given: dict[str, Any] = {"meters": METERS, "dimensions": ["team"], "providers": ["openai"], "routes": ["/v1/x"]}
+    given |= {"names": {"acme": "Acme Inc."}, **there}
     return read_limits(tables, short, **given)
 
 
@@ -110,6 +116,14 @@ def test_the_short_form() -> None:
         ('unit = "calls"\namount = 1\nwindow = "day"\nroute = "/v2"', "no call would ever reach this limit"),
         ('unit = "calls"\namount = 1\nwindow = "day"\ndimensions.feature = "x"', "no call is filed under it"),
         ('unit = "calls"\namount = 1\nwindow = "day"\nmodel = 3', "model is wrong"),
+        ('unit = "calls"\namount = "2M"\nwindow = "day"', "as a text where it is no whole one: \"0.5\", not '2M'"),
+        ('unit = "cost_usd"\namount = 1.5\nwindow = "day"', 'write it as a text: "1.5"'),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscribr = "x"', "did you mean subscriber?"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nprovider = "opnai"', "did you mean openai?"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nmodel = "gpt-5*"', "model 'gpt-5*' is no pattern"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscriber = " acme"', "subscriber ' acme' is no pattern"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "Acme Inc."', "is what acme is called"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nkey = "sk-secret"', "key is no id that a call can have"),
     ],
 )
 def test_what_is_wrong_is_said(table: str, said: str) -> None:
@@ -144,6 +158,110 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert sum(problem.startswith("limit number 3: ") for problem in problems) == 4
     assert any(problem.startswith("SIDECAR_LIMITS: 'calls:600' is wrong") for problem in problems)
     assert any("calls=1/fortnight: window 'fortnight' is unknown" in problem for problem in problems)
+
+
+def test_a_name_that_stands_twice_is_said_beside_what_is_wrong_with_either() -> None:
+    problems = wrong(
+        """
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = -1
+        window = "day"
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = 2
+        window = "hour"
+        """
+    )
+    assert [problem.partition(":")[0] for problem in problems] == ["limit same", "limit same"]
+    assert "is defined 2 times" in problems[1]
+
+
+def test_where_all_ids_are_hashes_a_limit_of_another_id_can_never_be_reached() -> None:
+    table = '[[limits]]\nname = "a"\nunit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "{}"'
+    (problem,) = wrong(table.format("sk-secret"), hashed=True)
+    assert "subscriber is no id that a call can have" in problem
+    assert "sk-secret" not in problem, "it may be a key"
+    for fit in ("key_" + "0123456789abcdef" * 2, "unauthenticated", "*", ""):
+        assert read(table.format(fit), hashed=True)
+    assert read(table.format("acme"))
+
+
+def test_a_time_zone_that_changes_nothing_is_said() -> None:
+    table = '[[limits]]\nname = "a"\nunit = "calls"\namount = 1\nwindow = "{}"\ntimezone = "{}"'
+    for window, zone, said in (
+        ("24h", "Europe/Berlin", True), ("total", "Asia/Tokyo", True), ("24h", "UTC", False),
+        ("day", "Europe/Berlin", False),
+    ):  # fmt: skip
+        notes = remarks(read(table.format(window, zone)))
+        assert notes == ([f"limit a: timezone {zone} changes nothing: its window has no calendar"] if said else [])
+
+
+def test_values_with_commas_make_no_two_calls_one() -> None:
+    (limit,) = read(
+        '[[limits]]\nname = "pair"\nunit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "*"\nmodel = "*"'
+    )
+    calls = [("a,b", "c"), ("a", "b,c"), ("a%2Cb", "c"), ("a%", "2Cb,c"), ("a|b", "c")]
+    scopes = [limit.scope_of(Facts(subscriber=who, model=model)) for who, model in calls]
+    assert len(set(scopes)) == len(calls)
+    for scope, (who, model) in zip(scopes, calls, strict=True):
+        assert scope is not None
+        assert limit.values_of(scope) == {"subscriber": who, "model": model}
+        counter = limit.key(scope, AT_NS)
+        assert counter.partition("|")[2].rpartition("|")[0] == scope, "as it is read back from a record"
+
+
+def test_check_tells_what_is_wrong_with_limits_and_prices_also_where_meters_are_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sidecar.toml").write_text(
+        """
+        upstream_url = "https://api.example.com"
+        [[meters]]
+        name = "broken"
+        aggregation = { type = "MEAN" }
+        [[limits]]
+        name = "on-a-meter"
+        unit = "meter:broken"
+        amount = -1
+        window = "day"
+        [[limits]]
+        name = "bedrock"
+        provider = "aws.bedrock"
+        unit = "calls"
+        amount = 1
+        window = "day"
+        [[limits]]
+        name = "nobody"
+        provider = "aws"
+        unit = "calls"
+        amount = 1
+        window = "day"
+        [[prices]]
+        meter = "broken"
+        unit = "-1"
+        [[prices]]
+        provider = "opnai"
+        model = "m"
+        input = "1"
+        """
+    )
+    monkeypatch.setenv("SIDECAR_CONFIG", str(tmp_path / "sidecar.toml"))
+    assert main(["check"]) == 2
+    head, *told = capsys.readouterr().err.splitlines()
+    assert head == "the configuration has 5 problems:"
+    for begin in (
+        "  meter broken: ", "  prices number 1 (broken): unit is wrong", "  prices number 2 (opnai m): provider 'opnai'",
+        "  limit on-a-meter: amount is negative", "  limit nobody: provider 'aws' is unknown here",
+    ):  # fmt: skip
+        assert any(line.startswith(begin) for line in told), (begin, told)
+
+
+def test_every_provider_that_a_record_can_name_may_have_a_limit() -> None:
+    known = gate_factory.providers(load({}, backend_settings=backend_settings(), serving=False))
+    assert known >= {"openai", "anthropic", "aws.bedrock", "gcp.vertex_ai", "ollama", "sglang", "huggingface.tei"}
 
 
 def test_an_amount_of_nothing_is_allowed_and_said() -> None:
