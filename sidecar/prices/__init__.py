@@ -13,7 +13,7 @@ from typing import Final
 from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.prices.book import Cost, PriceBook, Priced
 from sidecar.prices.compare import Difference, differences
-from sidecar.prices.custom import CustomPrice, PricesError, Side, read_prices
+from sidecar.prices.custom import USD, CustomPrice, PricesError, Side, read_prices
 from sidecar.prices.facts import PROVIDERS
 from sidecar.prices.rates import PICO, amount_text
 from sidecar.prices.table import Table, TableError, builtin, load
@@ -21,6 +21,7 @@ from sidecar.settings import Settings
 
 __all__ = [
     "PICO",
+    "USD",
     "Cost",
     "CustomPrice",
     "Difference",

@@ -45,7 +45,7 @@ from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usag
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
-from sidecar.prices import PICO, PriceBook, price_book
+from sidecar.prices import PICO, USD, PriceBook, Side, price_book
 from sidecar.proxy.subscriber import CREDENTIALS, Attributor, is_hashed
 from sidecar.runtime.backend_factory import LEDGER_NAME, fleet_reader, has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
@@ -157,7 +157,10 @@ def asking(settings: Settings) -> Asking | None:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault and still worth knowing."""
-    found = remarks(limits(settings), priced=settings.prices.prices != "none")
+    found = remarks(limits(settings), priced=_has_prices(settings))
+    if any(limit.unit == "cost_usd" for limit in limits(settings)):
+        other = {price.currency for price in price_book(settings).own if price.side is Side.PROVIDER} - {USD}
+        found += [f"limits of cost_usd do not count what is priced in {currency}" for currency in sorted(other)]
     if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
         found.append("limits are defined and SIDECAR_GATE does not have limits: none of them holds")
     asked = [name for name in settings.gate.gate if name in SOURCES]
@@ -166,11 +169,15 @@ def notes(settings: Settings) -> list[str]:
     return found
 
 
+def _has_prices(settings: Settings) -> bool:
+    return settings.prices.prices != "none" or bool(settings.price_tables)
+
+
 def models(settings: Settings) -> Callable[[str | None], Models | None]:
     """What estimates ask of models, by the name of the upstream; None: there are none to make, or no table."""
     found, asked = limits(settings), outside(settings)
     estimates = any(limit.needs_estimate for limit in found) or (asked is not None and asked.needs_estimate)
-    if settings.prices.prices == "none" or not estimates:
+    if not _has_prices(settings) or not estimates:
         return lambda upstream: None
     book, hosts = price_book(settings), priced_hosts(settings)
     counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
@@ -195,8 +202,10 @@ def _price(book: PriceBook, host: str) -> Price:
             output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
         )  # fmt: skip
         cost, _ = book.cost(usage, at_ns / SECOND_NS, host=host, record=None)
-        if cost is None or cost.get("total") is None or cost.get("currency") != "USD":
+        if cost is None or cost.get("currency") not in (USD, None):
             return None
+        if cost.get("total") is None:  # also of a model that has a price, but not for tokens
+            return 0 if cost.get("reason") == "nothing_counted" else None
         return int(Decimal(cost["total"]) * PICO)
 
     return find
@@ -241,6 +250,7 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
         deny=rest.deny,
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
+        deny_unpriced=settings.gate.gate_unpriced == "deny",
         body_says_who=any(source.kind is SourceKind.BODY for source in payers),
         outside=asked,
         upstreams={one.name: of(one.name) for one in settings.proxy.upstreams},

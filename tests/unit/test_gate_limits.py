@@ -253,7 +253,8 @@ def test_check_tells_what_is_wrong_with_limits_and_prices_also_where_meters_are_
     head, *told = capsys.readouterr().err.splitlines()
     assert head == "the configuration has 5 problems:"
     for begin in (
-        "  meter broken: ", "  prices number 1 (broken): unit is wrong", "  prices number 2 (opnai m): provider 'opnai'",
+        "  meter broken: ", "  prices number 1 (broken): unit is wrong",
+        "  prices number 2 (opnai m): provider 'opnai' is unknown",
         "  limit on-a-meter: amount is negative", "  limit nobody: provider 'aws' is unknown here",
     ):  # fmt: skip
         assert any(line.startswith(begin) for line in told), (begin, told)
@@ -262,6 +263,43 @@ def test_check_tells_what_is_wrong_with_limits_and_prices_also_where_meters_are_
 def test_every_provider_that_a_record_can_name_may_have_a_limit() -> None:
     known = gate_factory.providers(load({}, backend_settings=backend_settings(), serving=False))
     assert known >= {"openai", "anthropic", "aws.bedrock", "gcp.vertex_ai", "ollama", "sglang", "huggingface.tei"}
+
+
+def test_prices_of_ones_own_are_what_money_is_set_aside_by_without_a_table(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        """
+        upstream_url = "https://api.openai.com"
+        limits = "cost_usd=9/day"
+        [[prices]]
+        provider = "openai"
+        model = "own"
+        input = "1"
+        output = "2"
+        [[prices]]
+        provider = "openai"
+        model = "cn"
+        input = "1"
+        currency = "CNY"
+        """
+    )
+    environ = {"SIDECAR_CONFIG": str(tmp_path / "s.toml"), "SIDECAR_PRICES": "none"}
+    settings = load(environ, backend_settings=backend_settings())
+    models = gate_factory.models(settings)(None)
+    assert models is not None
+    assert models.price is not None
+    assert models.price("openai", "own", 10, 20, AT_NS) == 50_000_000
+    assert models.price("openai", "cn", 10, 20, AT_NS) is None
+    assert models.price("openai", "other", 10, 20, AT_NS) is None
+    assert gate_factory.notes(settings) == ["limits of cost_usd do not count what is priced in CNY"]
+
+
+def test_a_model_that_is_priced_by_something_else_than_tokens_has_a_price(tmp_path: Path) -> None:
+    environ = {"SIDECAR_UPSTREAM_URL": "https://api.openai.com", "SIDECAR_LIMITS": "cost_usd=9/day"}
+    models = gate_factory.models(load(environ, backend_settings=backend_settings()))(None)
+    assert models is not None
+    assert models.price is not None
+    assert models.price("openai", "whisper-1", 10, 20, AT_NS) == 0
+    assert models.price("openai", "nobody-knows-it", 10, 20, AT_NS) is None
 
 
 def test_an_amount_of_nothing_is_allowed_and_said() -> None:
