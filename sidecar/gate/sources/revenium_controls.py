@@ -153,6 +153,8 @@ def read_rules(said: object, customers: Mapping[str, str]) -> Rules | NoAnswer:
     rows = said.get("rules") if isinstance(said, dict) else said
     if not isinstance(rows, list) or len(rows) > RULES_MAX:
         return UNEXPECTED
+    if rows and not any(isinstance(row, dict) for row in rows):
+        return UNEXPECTED  # a list of something else must not pass for one of no rules
     found = [_rule(row) for row in rows]
     blocked = said.get("departmentBudgetBlocks") if isinstance(said, dict) else None
     people = frozenset(name.casefold() for name in blocked) if isinstance(blocked, dict) else frozenset[str]()
