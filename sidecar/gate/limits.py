@@ -115,6 +115,8 @@ class Limit:
     @property
     def is_rate(self) -> bool:
         """Whether who is denied may come back soon; else it is used up until the window ends."""
+        if not self.amount:
+            return False  # it never has anything left
         if self.unit == "concurrent":
             return True
         if isinstance(self.window, Sliding):

@@ -56,6 +56,7 @@ from sidecar.storage.postgres import Fault, Postgres, PostgresError
 from sidecar.usage.providers.table import known_routes, row_providers
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
+from sidecar.usage.response_reader import DEFAULT_PROVIDER
 
 log = logging.getLogger("sidecar.gate")
 
@@ -263,11 +264,11 @@ def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str
     if endpoint is None:
         return Meant(taps.endpoints.provider_of(method, target), consumes=False)
     row = endpoint.row
-    return Meant(
-        provider=endpoint.provider or (None if row is None else row.provider),
-        model=endpoint.model,
-        consumes=row is None or row.unmetered is None,
-    )
+    provider = endpoint.provider or (None if row is None else row.provider)
+    consumes = row is None or row.unmetered is None
+    if provider is None and row is not None and consumes and not row.hint_only:
+        provider = DEFAULT_PROVIDER  # as its record will say, unless the response gives another away
+    return Meant(provider=provider, model=endpoint.model, consumes=consumes)
 
 
 def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:

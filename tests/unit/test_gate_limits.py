@@ -305,6 +305,8 @@ def test_a_model_that_is_priced_by_something_else_than_tokens_has_a_price(tmp_pa
 def test_an_amount_of_nothing_is_allowed_and_said() -> None:
     limits = read('[[limits]]\nname = "stop"\nunit = "calls"\namount = 0\nwindow = "total"\nmodel = "gpt-5"')
     assert remarks(limits) == ["limit stop: its amount is 0: every call is denied"]
+    # Nobody is told to wait for what never comes.
+    assert not any(limit.is_rate for limit in read("", "calls=0/minute", "concurrent=0", "calls=0/90s"))
 
 
 @pytest.mark.parametrize(
