@@ -159,17 +159,28 @@ class Limit:
         # Clients choose some of these values: no comma in one may make another counter of two.
         return values[0] if len(values) == 1 else ",".join(map(_without_commas, values))
 
-    def values_of(self, scope: str) -> dict[str, str]:
-        """By its name, what each part of a counter's scope stands for."""
+    def values_of(self, scope: str) -> dict[str, str] | None:
+        """By its name, what each part of a counter's scope stands for; None: it is not a scope of this limit."""
         names = [name for name, _ in self.scopes]
-        if len(names) == 1:
-            return {names[0]: scope}
-        return dict(zip(names, map(_with_commas, scope.split(",")), strict=False))
+        values = [scope] if len(names) == 1 else list(map(_with_commas, scope.split(","))) if scope else []
+        return dict(zip(names, values, strict=True)) if len(names) == len(values) else None
 
     def key(self, scope: str, at_ns: int) -> str:
         """The counter's. A calendar period is a part of it; a sliding window has one counter for ever."""
         window = self.window
         return f"{self.name}|{scope}|{window.period(at_ns).id if isinstance(window, Calendar) else ''}"
+
+    def counts_in(self, scope: str, period: str, at_ns: int) -> bool:
+        """Whether a counter of this name can be this limit's, at that moment or beside it; else it is one of what stood
+        under the name before. A call may have been let in by another clock than the one it is recorded by."""
+        values = self.values_of(scope)
+        if values is None or any(wanted not in (EACH, values[name]) for name, wanted in self.scopes):
+            return False
+        window = self.window
+        if not isinstance(window, Calendar):
+            return not period
+        now = window.period(at_ns)
+        return period == now.id or period in (window.period(now.end_ns).id, window.period(now.start_ns - 1).id)
 
     def text(self, amount: int) -> str:
         """An amount in the unit's own terms."""
@@ -221,8 +232,8 @@ class Charging:
     def charges(self, call: Exchange, key: str | None = None) -> list[Charge]:
         """`key`: the credential's hash, where it is not who pays.
 
-        What was reserved under is what is charged. A limit that was not asked (it is new, or the owner was not there,
-        or the model became known by the response alone) is charged by what the record says.
+        What was reserved under is what is charged. A limit that was not asked (it is new or another one by now, or the
+        owner was not there, or the model became known by the response alone) is charged by what the record says.
         """
         back = _used_nothing(call)
         held = {} if call.gate is None else call.gate.reserved
@@ -230,18 +241,20 @@ class Charging:
         facts: Facts | None = None
         found = []
         for limit in self.limits:
-            known = by_name.get(limit.name)
-            if known is None:
+            scope: str | None = None
+            counter, reserved = by_name.get(limit.name, ("", 0))
+            if counter:
+                scope, _, period = counter.partition("|")[2].rpartition("|")
+                if not limit.counts_in(scope, period, call.started_ns):
+                    scope, reserved = None, 0
+            if scope is None:
                 if back or limit.unit == "concurrent":
                     continue
                 facts = facts or facts_of(call, key)
                 scope = limit.scope_of(facts)
                 if scope is None:
                     continue
-                counter, reserved = limit.key(scope, call.started_ns), 0
-            else:
-                counter, reserved = known
-                scope = counter.partition("|")[2].rpartition("|")[0]
+                counter = limit.key(scope, call.started_ns)
             amount = 0 if back else self._amount(limit.unit, limit.meter, call, reserved)
             if amount or reserved:
                 found.append(Charge(limit, counter, scope, amount, reserved))

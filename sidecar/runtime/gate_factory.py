@@ -509,7 +509,7 @@ def shown(row: Row) -> dict[str, Any]:
     limit = row.limit
     return {
         "limit": limit.name,
-        "scope": limit.values_of(row.scope),
+        "scope": limit.values_of(row.scope) or {},
         "unit": limit.unit,
         "used": limit.text(row.used),
         "reserved": limit.text(row.reserved),

@@ -209,6 +209,7 @@ def test_values_with_commas_make_no_two_calls_one() -> None:
     for scope, (who, model) in zip(scopes, calls, strict=True):
         assert scope is not None
         assert limit.values_of(scope) == {"subscriber": who, "model": model}
+        assert limit.counts_in(scope, "2026-11-18", AT_NS)
         counter = limit.key(scope, AT_NS)
         assert counter.partition("|")[2].rpartition("|")[0] == scope, "as it is read back from a record"
 
@@ -368,6 +369,36 @@ def test_a_known_usage_takes_the_place_of_what_was_reserved() -> None:
         "calls": (1, 1), "input_tokens": (10, 0), "output_tokens": (5, 0), "total_tokens": (15, 100),
         "concurrent": (0, 1),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "window", "more", "expected"),
+    [
+        # as it is
+        ("one|acme|2026-11-18", "day", "", "one|acme|2026-11-18"),
+        ("one|acme|2026-11", "month", "", "one|acme|2026-11"),
+        ("one|acme|", "24h", "", "one|acme|"),
+        # let in by another clock, in the period before or after
+        ("one|acme|2026-11-17", "day", "", "one|acme|2026-11-17"),
+        ("one|acme|2026-11-19", "day", "", "one|acme|2026-11-19"),
+        # what stood under this name had another window then, another scope, or another value
+        ("one|acme|2026-11", "day", "", "one|acme|2026-11-18"),
+        ("one|acme|", "month", "", "one|acme|2026-11"),
+        ("one|acme|2026-11", "24h", "", "one|acme|"),
+        ("one|acme|2026-11", "month", "anchor_day = 15", "one|acme|2026-11-15"),
+        ("one|acme|2026-11-18", "day", 'subscriber = "*"\nmodel = "*"', "one|acme,gpt-5|2026-11-18"),
+        ("one|acme,gpt-5|2026-11-18", "day", 'subscriber = ""', "one||2026-11-18"),
+        ("one|acme|2026-11-18", "day", 'model = "gpt-5"', "one|gpt-5|2026-11-18"),
+    ],
+)
+def test_a_limit_that_is_another_one_by_now_is_charged_by_what_the_record_says(
+    key: str, window: str, more: str, expected: str
+) -> None:
+    (limit,) = read(f'[[limits]]\nname = "one"\nunit = "output_tokens"\namount = 9\nwindow = "{window}"\n{more}')
+    (charge,) = Charging([limit]).charges(call(gate=Gate("allowed", reserved={key: 7})))
+    assert (charge.key, charge.amount) == (expected, 5)
+    assert charge.reserved == (7 if key == expected else 0)
+    assert charge.scope == expected.split("|")[1]
 
 
 @pytest.mark.parametrize(
