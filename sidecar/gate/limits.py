@@ -173,9 +173,14 @@ class Limit:
     def counts_in(self, scope: str, period: str, at_ns: int) -> bool:
         """Whether a counter of this name can be this limit's, at that moment or beside it; else it is one of what stood
         under the name before. A call may have been let in by another clock than the one it is recorded by."""
-        values = self.values_of(scope)
-        if values is None or any(wanted not in (EACH, values[name]) for name, wanted in self.scopes):
-            return False
+        if len(self.scopes) == 1:  # nearly all: this is asked for each call and limit
+            wanted = self.scopes[0][1]
+            if wanted not in (EACH, scope):
+                return False
+        else:
+            values = self.values_of(scope)
+            if values is None or any(wanted not in (EACH, values[name]) for name, wanted in self.scopes):
+                return False
         window = self.window
         if not isinstance(window, Calendar):
             return not period
