@@ -61,6 +61,7 @@ from sidecar.usage.response_reader import DEFAULT_PROVIDER
 log = logging.getLogger("sidecar.gate")
 
 HOUR_S: Final = 3600
+MEMORY: Final = "gate.answers"  # in the data directory, with SIDECAR_GATE_ON_FAILURE=last
 RECORDS_MAX: Final = 200_000  # that limits are counted again from: some ten seconds
 LIMITS_COMMAND_S: Final = 2.0  # of the database: who is asked more slowly than that decides nothing
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
@@ -153,7 +154,10 @@ def _units(settings: Settings) -> dict[str, Meter | None]:
 def asking(settings: Settings) -> Asking | None:
     """Those outside, to be opened; None: nobody is asked. Raises `ValueError` for what `faults` tells."""
     found = sources(settings, settings.gate.gate)
-    return Asking(found, settings.asked, on_failure=settings.gate.gate_on_failure) if found else None
+    if not found:
+        return None
+    memory = settings.data_dir / MEMORY
+    return Asking(found, settings.asked, on_failure=settings.gate.gate_on_failure, memory=memory)
 
 
 def notes(settings: Settings) -> list[str]:

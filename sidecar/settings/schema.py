@@ -386,7 +386,7 @@ class GateSettings:
     )
     gate_on_failure: str = _setting(
         types.word_of("open", "closed", "last"), "open",
-        "who has to be asked does not answer: `open` (the call goes), `closed`, or `last` (as it was within a minute)",
+        "who has to be asked does not answer: `open` (the call goes), `closed`, or `last` (as it was last)",
     )  # fmt: skip
     gate_dry_run: bool = _setting(types.flag, "false", "deny nothing; records say what would have been")
     gate_unknown: str = _setting(

@@ -15,6 +15,7 @@ from sidecar.gate.answers import told
 from sidecar.gate.asking import Asking
 from sidecar.gate.denials import Denial, Denials, Kind, denial, of_call
 from sidecar.gate.sources import Answer, Caller
+from sidecar.gate.sources.base import OfEach
 from sidecar.settings import AskedSettings
 from sidecar.usage.endpoints import Endpoints
 from sidecar.usage.providers.table import ROWS
@@ -174,7 +175,7 @@ async def test_what_a_vendor_denies_reaches_each_client_in_its_own_shape() -> No
     says_no = Answer(allowed=False, reason="balance_used_up")
     deny = Denials(ENDPOINTS, AskedSettings(), chance=lambda: 0.5)
 
-    class Wallets:
+    class Wallets(OfEach):
         name, unit, by_model, lag_s, polled_s = "lago", None, False, 0.0, None
 
         def subject(self, caller: Caller) -> str | None:

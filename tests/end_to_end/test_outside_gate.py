@@ -207,6 +207,32 @@ async def test_last_goes_on_with_what_was_said_before_the_vendor_went(tmp_path: 
 
 
 @pytest.mark.timeout(120)
+@pytest.mark.parametrize("vendor", ["revenium", "revenium_controls"])
+async def test_last_denies_over_a_restart_whom_the_vendor_denied_before_it_went(tmp_path: Path, vendor: str) -> None:
+    async with upstream() as (up, url), client() as session, running_receiver(terms=TERMS) as (receiver, told):
+        async with told.post("/meter/v2/ai/completions", json=completion("acme"), headers={"x-api-key": KEY}) as sent:
+            assert sent.status < 300, await sent.text()
+        settings = {
+            "SIDECAR_GATE_ON_FAILURE": "last",
+            "SIDECAR_GATE_TIMEOUT": "500ms",
+            "SIDECAR_REVENIUM_URL": receiver.url,
+        }
+        who = "acme" if vendor == "revenium_controls" else "unknown-acme"
+        async with gated(tmp_path, url, receiver, vendor, **settings) as whole:
+            await whole.until_metric('sidecar_gate_questions_total{result="answered"') if who == "acme" else None
+            assert (await call(session, whole, who))[0] == 402
+            assert await whole.stop() == 0, whole.log.read_text()
+            receiver.faults.set(Fault(do=Do.STATUS, status=503))
+            await whole.start()
+            await whole.until_metric('sidecar_gate_questions_total{result="http_503"') if who == "acme" else None
+            assert (await call(session, whole, who))[0] == 402
+            text = await whole.text("/metrics")
+            receiver.faults.set()
+    assert up.calls == 0
+    assert f'sidecar_gate_unanswered_total{{decision="denied",reason="last",source="{vendor}"}} 1.0' in text
+
+
+@pytest.mark.timeout(120)
 async def test_tokens_of_streams_are_held_off_the_answer_until_it_is_known_what_they_took(tmp_path: Path) -> None:
     async with upstream() as (up, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
         up.gate.clear()
