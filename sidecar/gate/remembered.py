@@ -10,6 +10,7 @@ A file that is damaged, or of a version that is not known, is as good as none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Final
@@ -20,10 +21,11 @@ from sidecar.gate.answers import Entry, left_of
 from sidecar.gate.sources.base import Answer, Source
 
 VERSION: Final = 1
+_WHOLE: Final = re.compile(r"-?\d{1,60}", re.ASCII)
 _FIELDS: Final = {
     "allowed": (bool,),
     "reason": (str,),
-    "remaining": (int, type(None)),
+    "remaining": (str, type(None)),  # a whole number, which may have more digits than JSON's
     "unit": (str, type(None)),
     "at_s": (int, float, type(None)),
     "until_s": (int, float, type(None)),
@@ -78,7 +80,10 @@ def kept(answer: Answer, left: int | None) -> dict[str, Any]:
     """An answer as JSON has it. `left`: what remains of it now, where that is counted."""
     if left is not None:
         answer = replace(answer, remaining=max(left, 0))
-    return {name: value for name, value in asdict(answer).items() if value is not None}
+    found = asdict(answer)
+    if answer.remaining is not None:
+        found["remaining"] = str(answer.remaining)
+    return {name: value for name, value in found.items() if value is not None}
 
 
 def recalled(said: Any) -> Answer | None:
@@ -87,4 +92,7 @@ def recalled(said: Any) -> Answer | None:
         return None
     if any(not isinstance(value, _FIELDS[name]) for name, value in said.items()):
         return None
-    return Answer(**said)
+    remaining = said.get("remaining")
+    if remaining is None:
+        return Answer(**said)
+    return Answer(**{**said, "remaining": int(remaining)}) if _WHOLE.fullmatch(remaining) else None
