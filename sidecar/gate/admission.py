@@ -97,11 +97,12 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Meant:
-    """What a target says of the model that is asked."""
+    """What a target says of the model that is asked. `provider`: as the call's record will name it."""
 
     provider: str | None = None
     model: str | None = None
     consumes: bool = True  # whether such a call may use tokens at all
+    provider_assumed: bool = False  # nothing tells it: what a model costs is better told by the model's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class Prepared:
     reads_body: bool
     plan: Plan
     upstream: str | None = None
+    priced_as: str | None = None  # the provider by whose prices it will be priced; None: nobody knows
     weighed: Weighed = field(init=False)  # where no body has to be read
     kinds: dict[str | None, tuple[Facts, Plan]] = field(default_factory=dict)  # by the model that the body names
 
@@ -274,7 +276,8 @@ class Admission:
         asks_model = self._by_model and meant.consumes and meant.model is None
         needs_body = plan.needs_body or self._needs_estimate
         reads_body = posted and ((meant.consumes and needs_body) or asks_model or self._body_says_who)
-        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream)
+        priced_as = None if meant.provider_assumed else meant.provider
+        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream, priced_as)
 
     def weigh(
         self,
@@ -308,7 +311,7 @@ class Admission:
         return kind
 
     def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> tuple[Needs, bool]:
-        output, provider, upstream = asked.output_tokens, prepared.facts.provider, prepared.upstream
+        output, provider, upstream = asked.output_tokens, prepared.priced_as, prepared.upstream
         models = self._of(upstream).models
         if output is None:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)

@@ -270,9 +270,9 @@ def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str
     row = endpoint.row
     provider = endpoint.provider or (None if row is None else row.provider)
     consumes = row is None or row.unmetered is None
-    if provider is None and row is not None and consumes and not row.hint_only:
-        provider = DEFAULT_PROVIDER  # as its record will say, unless the response gives another away
-    return Meant(provider=provider, model=endpoint.model, consumes=consumes)
+    # As its record will say, unless the response gives another away.
+    assumed = provider is None and row is not None and consumes and not row.hint_only
+    return Meant(DEFAULT_PROVIDER if assumed else provider, endpoint.model, consumes, assumed)
 
 
 def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
