@@ -167,10 +167,8 @@ def _overlapping(prices: Sequence[CustomPrice]) -> list[str]:
 def _of_two_currencies(prices: Sequence[CustomPrice]) -> list[str]:
     """Sums of amounts that cannot be added up."""
     problems: list[str] = []
-    for side, currencies in (
-        (Side.PROVIDER, _stated(prices, Side.PROVIDER) | {USD}),
-        (Side.CUSTOMER, charged_in(prices)),
-    ):
+    added = {Side.PROVIDER: _stated(prices, Side.PROVIDER) | {USD}, Side.CUSTOMER: charged_in(prices)}
+    for side, currencies in added.items():
         if any(p.side is side and p.meter is not None for p in prices) and len(currencies) > 1:
             problems.append(
                 f"prices for the {side}: a meter's price is added to the model's, and these are in "
@@ -180,7 +178,7 @@ def _of_two_currencies(prices: Sequence[CustomPrice]) -> list[str]:
 
 
 def charged_in(prices: Sequence[CustomPrice]) -> set[str]:
-    """The currencies of what customers are charged: those that are stated, and those of costs where it is a multiple."""
+    """The currencies of what customers are charged: as stated, and those of the costs that it is a multiple of."""
     found = _stated(prices, Side.CUSTOMER)
     if any(p.side is Side.CUSTOMER and not p.prices and p.meter is None for p in prices):
         found |= _stated(prices, Side.PROVIDER) | {USD}
