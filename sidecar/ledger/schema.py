@@ -135,7 +135,7 @@ SCHEMA: Final = Schema(
 )
 
 
-def ledger_problem(path: Path) -> str | None:
+def ledger_problem(path: Path) -> StorageError | None:
     """Why a ledger that is there cannot be used, or None. Only looks, also beside the one who writes it."""
     return problem_of(path, schema=SCHEMA)
 

@@ -94,10 +94,11 @@ class LedgerStore:
     """`ledger.db`, open for writing. Blocking; calls may come from any thread, one goes at a time."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time, resumed: bool = False) -> None:
-        """Opens the file, or makes it. Raises `LedgerError`.
+        """Opens the file, or makes it. Raises `LedgerError`, but not where the file is damaged: calls do not wait for
+        it, and their records are kept for it; every delivery is told what is wrong.
 
         `resumed`: whoever opens it goes on for one that died, while calls are served and their records wait in memory.
-        These have to get to disk, so that nothing is raised then: every delivery is told what is wrong with the file.
+        These have to get to disk, so that nothing is raised then.
         """
         self._path = path
         self._clock = clock
@@ -114,8 +115,9 @@ class LedgerStore:
             self._db = open_db(path, schema=SCHEMA)
         except LedgerError as error:
             # A full disk gets better: what is delivered meanwhile is told to come again.
-            if not error.passes and not resumed:
+            if not error.passes and not error.damaged and not resumed:
                 raise
+            log.error("the ledger takes nothing, calls are served and their records wait in the spool: %s", error)
         with suppress(sqlite3.Error):  # said by the first delivery
             if self._db is not None and _is_behind(self._db):
                 self._catching_up = Thread(target=self._catch_up, name="ledger-all", daemon=True)

@@ -86,15 +86,15 @@ def open_db(path: Path, *, schema: Schema, read_only: bool = False, lasting: boo
     return db
 
 
-def problem_of(path: Path, *, schema: Schema) -> str | None:
-    """Why a file that is there cannot be used, in words; None where it can, or passes by itself. Changes nothing."""
+def problem_of(path: Path, *, schema: Schema) -> StorageError | None:
+    """Why a file that is there cannot be used; None where it can, or passes by itself. Changes nothing."""
     if not path.exists():
         return None
     try:
         with errors_told(path, schema), contextlib.closing(_connect_to_read(path, lasting=False)) as db:
             _version(db, path, schema)
     except StorageError as error:
-        return None if error.passes else str(error)
+        return None if error.passes else error
     return None
 
 
