@@ -62,18 +62,22 @@ def _parked_with(reason: str, backend: str | None, settings: Settings) -> list[t
     from sidecar.delivery import StateError
     from sidecar.runtime.backend_factory import accounts
     from sidecar.runtime.reports.formats import NOBODY
-    from sidecar.runtime.reports.lists import parked, parked_query
-    from sidecar.runtime.reports.parameters import near
+    from sidecar.runtime.reports.lists import check_backend, parked, parked_query
+    from sidecar.runtime.reports.parameters import QueryError, near
 
     chosen: list[tuple[str, str | None]] = []
     others: set[str] = set()
     try:
         with accounts(settings) as found:
-            for row in parked(found, parked_query(backend=backend), NOBODY):
+            query = parked_query(backend=backend)
+            check_backend(found, query, settings.backends)
+            for row in parked(found, query, NOBODY):
                 if row["reason"] == reason:
                     chosen.append((row["event_id"], row["backend"]))
                 else:
                     others.add(row["reason"])
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
     except StateError as error:
         raise CommandError(str(error)) from None
     if not chosen:
