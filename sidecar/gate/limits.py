@@ -359,7 +359,7 @@ def read_limits(
 
     `meters`, `dimensions`, `providers`, `routes`: what there is; a limit that names another can never be reached.
     `meters`: None: what there is cannot be told, and no limit is said to name another.
-    `names`: by id, what subscribers are called. `hashed`: every subscriber is the hash of a credential.
+    `names`: by id, what subscribers that are configured are called. `hashed`: every subscriber is the hash of a credential.
     """
     problems: list[str] = []
     limits: list[Limit] = []
@@ -577,7 +577,7 @@ class _Reading:
         called = [id_ for id_, known in there.names.items() if known == value]
         if name == "subscriber" and called and value not in there.names:
             return f"subscriber {value!r} is what {called[0]} is called: expected the id"
-        if name == "key" or there.hashed:
+        if name == "key" or (there.hashed and value not in there.names):
             return (
                 f"{name} is no id that a call can have: expected key_ and 32 hex digits, as "
                 "`metering-sidecar subscriber` prints it for a key"

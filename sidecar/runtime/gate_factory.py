@@ -85,7 +85,7 @@ def _limits(settings: Settings, meters: Collection[Meter] | None) -> tuple[Limit
         meters=meters,
         dimensions=settings.attribution.dimensions,
         providers=providers(settings),
-        names=settings.subscriber_names,
+        names={id_: id_ for id_ in settings.subscribers} | {**settings.subscriber_names},
         hashed=all(is_hashed(Source.parse(text)) for text in settings.attribution.subscriber),
         routes={route.pattern.partition(" ")[2] or route.pattern for route in settings.proxy.routes}
         | {route.partition(" ")[2] for route in known_routes()},

@@ -187,6 +187,7 @@ def test_where_all_ids_are_hashes_a_limit_of_another_id_can_never_be_reached() -
     for fit in ("key_" + "0123456789abcdef" * 2, "unauthenticated", "*", ""):
         assert read(table.format(fit), hashed=True)
     assert read(table.format("acme"))
+    assert read(table.format("acme"), hashed=True, names={"acme": "acme"}), "it is configured"
 
 
 def test_a_time_zone_that_changes_nothing_is_said() -> None:
