@@ -53,7 +53,7 @@ from sidecar.proxy.request_body import RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import UpstreamResponse, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
-from sidecar.usage import RawHeaders, RequestTap
+from sidecar.usage import RawHeaders, RequestTap, ResponseTap
 
 log = logging.getLogger(__name__)
 
@@ -234,8 +234,10 @@ class Call:
         call._to, call._target, call._timeout_s = to, target, timeout_s
         call._exchange = exchange
         tap = call._request_tap = _ask(None, to.reading.taps.request, message.method, target, message.raw_headers)
-        if tap is not None and body:
-            _ask(None, tap.feed, body)
+        if tap is not None:
+            tap.opened_ns = exchange.started_mono_ns  # and not only now, when the response comes
+            if body:
+                _ask(None, tap.feed, body)
         if again is not None:
             call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
             call.body.done = True
@@ -247,6 +249,24 @@ class Call:
         call.deadline = deadline
         hop.calls.add(call)
         return call
+
+    def stream_on(self, head: bytes, body_bytes: int) -> None:
+        """The client has had the head and so many bytes of the body of a response in chunks, of which the next byte is
+        the first of a chunk. To be called next to `resume`."""
+        response = self.response
+        assert response is not None
+        response.mute = True
+        response.feed(head)
+        response.mute = self.client is None
+        response.body_bytes = body_bytes
+        self._keep_alive = True
+        self.phase = STREAMING
+
+    def read_along(self, tell: Callable[[ResponseTap], None]) -> None:
+        """`tell`: tells a tap what came so far."""
+        response = self.response
+        if response is not None and response.tap is not None:
+            _ask(None, tell, response.tap)
 
     @property
     def upload_done(self) -> bool:

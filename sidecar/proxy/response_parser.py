@@ -228,7 +228,7 @@ class UpstreamResponse:
             self.out.append(data)
         if len(pieces) == 1:  # it has been looked at
             if len(data) not in _KNOWN:
-                _know(data, len(pieces[0]))
+                know_read(data, len(pieces[0]))
         elif self._skips is not None and _hold_nothing(pieces, self._skips):
             return
         tap = self.tap
@@ -475,7 +475,7 @@ def _on_the_wire(ends: tuple[bytes, ...]) -> tuple[bytes, ...]:
     return tuple(end + CRLF for end in ends)
 
 
-def _know(data: bytes, size: int) -> None:
+def know_read(data: bytes, size: int) -> None:
     """Note how a read of that length, which is one chunk of `size` bytes, begins: if it does so as others will."""
     if size <= CHUNK_BYTES_MAX:
         line = b"%x\r\n" % size

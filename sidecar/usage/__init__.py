@@ -18,6 +18,8 @@ from sidecar.model.exchange import Usage
 class RequestTap(Protocol):
     """Reads along with one request body."""
 
+    opened_ns: int  # of the monotonic clock: when the call began
+
     def feed(self, piece: bytes) -> None: ...
 
     def member(self, name: str) -> str | None:

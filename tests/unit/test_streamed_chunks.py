@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -13,11 +14,13 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ways
 from support.conversation import Talk, conversation
 from support.usage_samples import Sample, load
 
 from sidecar.model.exchange import Outcome
 from sidecar.proxy import response_parser
+from sidecar.proxy.plain_call import PlainCall
 from sidecar.proxy.response_parser import CHUNK_BYTES_MAX, chunk_of_read
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.table import ROWS
@@ -98,21 +101,36 @@ def call(talk: Talk, sample: Sample, reads: list[bytes]) -> tuple[bytes, Any, in
 
 
 def same(talk: Talk, sample: Sample, reads: list[bytes]) -> tuple[bytes, Any, int, Outcome | None]:
-    """What a call gives, which is what it gives with every byte read by the general parser. The reads are the same: the
-    size on record is what had come when the end mark was seen."""
+    """What a call gives, which is what it gives on the careful way, and there with every byte read by the general
+    parser. The reads are the same: the size on record is what had come when the end mark was seen."""
+    careful = CAREFUL[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(response_parser, "whole_chunks", lambda data: [])
-        expected = call(talk, sample, reads)
+        expected = call(careful, sample, reads)
+    assert call(careful, sample, reads) == expected
     found = call(talk, sample, reads)
     assert found == expected
     assert found[0] == sample.body
     return found
 
 
+CAREFUL: list[Talk] = []
+"""A conversation in which no call takes the short way."""
+
+
 @pytest.fixture(scope="module")
 def talk() -> Iterator[Talk]:
-    with conversation(taps=taps()) as talk:
-        yield talk
+    """A conversation in which calls may take the short way, and its counterpart."""
+    ways.short_open = False
+    try:
+        with conversation(taps=taps()) as careful:
+            ways.short_open = True
+            CAREFUL.append(careful)
+            with conversation(taps=taps()) as talk:
+                yield talk
+    finally:
+        CAREFUL.clear()
+        ways.short_open = True
 
 
 def cuts(wire: bytes, *at: int) -> list[bytes]:
@@ -287,14 +305,59 @@ def test_what_most_chunks_are_passes_unread(talk: Talk) -> None:
         (STREAMS["ollama_chat.ndjson"], lines),
     ]
     for sample, pieces in streams:
-        talk.client.says(request_of(sample))
-        talk.upstream.says(head_of(sample), *(chunked([piece]) for piece in pieces[:4]))
-        response = talk.call._passing
-        assert response is not None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(response_parser.UpstreamResponse, "feed", None)  # not called any more
-            talk.upstream.says(*(chunked([piece]) for piece in pieces[4:]))
-        talk.upstream.says(b"0\r\n\r\n")
+        for one in (talk, CAREFUL[0]):
+            one.client.says(request_of(sample))
+            one.upstream.says(head_of(sample), *(chunked([piece]) for piece in pieces[:4]))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(response_parser.UpstreamResponse, "feed", None)  # not called any more
+                patch.setattr(PlainCall, "_stream_on", None)
+                one.upstream.says(*(chunked([piece]) for piece in pieces[4:]))
+            one.upstream.says(b"0\r\n\r\n")
+
+
+def test_a_stream_takes_the_short_way_to_its_end(talk: Talk) -> None:
+    """Whatever came with the head, one chunk a read or several, with the last one or before it."""
+    pieces = [chunked([piece]) for piece in events(LONG)]
+    end = chunked([USAGE]) + b"0\r\n\r\n"
+    head = head_of(CHAT)
+    call(talk, CHAT, [*pieces, end])
+    for reads in (
+        [head, *pieces, end],
+        [head + pieces[0], *pieces[1:], end],
+        [head + b"".join(pieces) + end],
+        [head, b"".join(pieces[:3]), b"".join(pieces[3:]) + end],
+        [head, *pieces, chunked([USAGE[:-14]]), chunked([USAGE[-14:]]) + b"0\r\n\r\n"],
+    ):
+        before = talk.recorder.plain_calls
+        talk.client.heard = b""
+        talk.client.says(request_of(CHAT))
+        talk.upstream.says(*reads)
+        assert talk.recorder.plain_calls == before + 1
+        assert talk.client.heard == b"".join(reads)
+        record = talk.recorder.records[-1]
+        assert (record.status, record.outcome) == (200, Outcome.COMPLETE)
+        assert record.response_bytes == len(CHAT.body)
+        assert record.usage is not None
+        assert (record.usage.usage_state, record.usage.total_tokens) == ("final", 14)
+
+
+def test_the_first_token_is_timed_from_the_request_whichever_way_its_call_takes() -> None:
+    """By a clock that is far ahead of the one by which calls begin."""
+    ahead_ns = 10**15
+    reads = [chunked([piece]) for piece in events(CHAT.body)]
+    for cut in (False, True):
+        with conversation(taps=UsageTaps(clock_ns=lambda: time.monotonic_ns() + ahead_ns)) as talk:
+            for _ in range(2):
+                talk.client.says(request_of(CHAT))
+                talk.upstream.says(head_of(CHAT), reads[0])
+                if cut:
+                    talk.upstream.says(reads[1][:9], reads[1][9:])
+                talk.upstream.says(*reads[1 + cut : -1], reads[-1] + b"0\r\n\r\n")
+            usage = talk.recorder.records[-1].usage
+            assert usage is not None
+            assert usage.time_to_first_token_ms is not None
+            assert 0 < usage.time_to_first_token_ms - ahead_ns / 1e6 < 60_000
+            assert talk.recorder.plain_calls == (0 if cut else 1)
 
 
 def test_every_reader_that_skips_has_something_to_keep() -> None:
