@@ -605,12 +605,16 @@ class Call:
         if passing is not None:
             known = chunk_of_read(len(data))
             try:
-                if (
-                    known is not None
-                    and data.startswith(known[0])
-                    and data.endswith(passing.wire_ends)
-                    and passing.nothing_in(data)  # type: ignore[misc]
-                ):
+                if known is not None and data.startswith(known[0]) and (
+                    (
+                        data.startswith((likeness := passing.likeness).start, at := known[2])
+                        and likeness.rest(data, at + likeness.size)
+                    ) or (
+                        data.endswith(passing.wire_ends)
+                        and passing.nothing_in(data)  # type: ignore[misc]
+                        and (not likeness.tries or likeness.other(data, at))
+                    )
+                ):  # fmt: skip
                     passing.body_bytes += known[1]
                     self.deadline = self._hop.idle_until
                     try:

@@ -42,9 +42,10 @@ from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
-from sidecar.proxy.response_parser import chunk_of_read, know_read, whole_chunks
+from sidecar.proxy.response_parser import NOT_ALIKE, chunk_of_read, know_read, whole_chunks
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
+from sidecar.usage.formats.likeness import Likeness
 from sidecar.usage.keeping import Keeping, keeping
 from sidecar.usage.plain_calls import fields_of
 
@@ -106,7 +107,7 @@ class _Message:
 class _Stream:
     """A response in chunks that is under way."""
 
-    __slots__ = ("body_bytes", "ends", "facts", "head", "keep_alive", "keeping", "kept", "kept_bytes",
+    __slots__ = ("body_bytes", "ends", "facts", "head", "keep_alive", "keeping", "kept", "kept_bytes", "likeness",
                  "nothing_in", "reusable")  # fmt: skip
 
     def __init__(self, facts: ResponseShape, head: bytes, keeping: Keeping | None) -> None:
@@ -117,6 +118,7 @@ class _Stream:
         self.kept: list[bytes] = []
         self.kept_bytes = 0
         self.body_bytes = 0
+        self.likeness = NOT_ALIKE
         self.reusable = True
         self.keep_alive: bytes | None = None
         # Of whole chunks as they come: one that ends so and has nothing in it is passed on, and no more.
@@ -356,12 +358,16 @@ class PlainCall(PlainExchange):
             return
         known = chunk_of_read(len(data))
         try:
-            passes = (
-                known is not None
-                and data.startswith(known[0])
-                and data.endswith(stream.ends)
-                and stream.nothing_in(data)
-            )
+            passes = known is not None and data.startswith(known[0]) and (
+                (
+                    data.startswith((likeness := stream.likeness).start, at := known[2])
+                    and likeness.rest(data, at + likeness.size)
+                ) or (
+                    data.endswith(stream.ends)
+                    and stream.nothing_in(data)
+                    and (not likeness.tries or likeness.other(data, at))
+                )
+            )  # fmt: skip
         except Exception:
             log.exception("a usage reader failed; the response is read along")
             stream.nothing_in = _not_known_yet
@@ -512,8 +518,9 @@ class PlainCall(PlainExchange):
         stream.kept += kept
         stream.kept_bytes = kept_bytes
         self.first_token_ns = token_ns
-        if known:
+        if known and stream.nothing_in is _not_known_yet:
             stream.nothing_in = keeping.nothing_in
+            stream.likeness = Likeness(keeping.looked_at)
         return True
 
     def _stream_ends(self, stream: _Stream, client: PlainClient, out: bytes) -> None:

@@ -48,6 +48,7 @@ class Skips(NamedTuple):
     bytes_max: int
     nothing_in: Callable[[bytes], bool]
     searches: bool  # `nothing_in` looks for bytes that must not be there: it may be given a chunk with its framing
+    looked_at: frozenset[bytes] | None = None  # names of the members that matter; None: nobody knows them all
 
 
 class ResponseTap(Protocol):

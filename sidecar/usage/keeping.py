@@ -16,6 +16,7 @@ import orjson
 
 from sidecar.usage import RawHeaders, ResponseTap, Taps
 from sidecar.usage.formats.event_stream import SKIPPED_BYTES_MAX, ServerSentEvents
+from sidecar.usage.formats.likeness import looked_at
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_reader import ResponseReader
@@ -33,7 +34,7 @@ class Keeping:
     """For responses of one shape; holds no state of a call. Pieces are whole events: each ends with `end`. What is
     asked of it may raise, and then the response is to be read along."""
 
-    __slots__ = ("_end_signs", "_family", "_first_token", "clock_ns", "end", "nothing_in")
+    __slots__ = ("_end_signs", "_family", "_first_token", "clock_ns", "end", "looked_at", "nothing_in")
 
     def __init__(self, family: type[Reader], first_token: re.Pattern[bytes], clock_ns: Callable[[], int]) -> None:
         """`clock_ns`: of the time at which text came first."""
@@ -42,6 +43,7 @@ class Keeping:
         self._end_signs = family.end_signs
         # Whether a short piece, or the chunk around it, need not be kept; to be asked once it `is_known` whose it is.
         self.nothing_in: Callable[[bytes], bool] = family(_ignore).nothing_in
+        self.looked_at = looked_at(family)  # names of the members that matter
         self.clock_ns = clock_ns
         self.end = SEPARATOR
 

@@ -22,7 +22,10 @@ from sidecar.model.exchange import Outcome
 from sidecar.proxy import response_parser
 from sidecar.proxy.plain_call import PlainCall
 from sidecar.proxy.response_parser import CHUNK_BYTES_MAX, chunk_of_read
+from sidecar.usage.formats.likeness import alike, looked_at
+from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Reader
+from sidecar.usage.providers.openai import ChatCompletions
 from sidecar.usage.providers.table import ROWS
 from sidecar.usage.readers import UsageTaps
 
@@ -202,6 +205,93 @@ def test_what_is_no_plain_chunk_is_the_parsers_to_judge(odd: bytes) -> None:
         assert heard(*cuts(tail, at)) == expected
 
 
+WORDS = st.sampled_from(
+    ["", "a", " whale", "error", "usage", "[DONE]", "event: error", "message_stop", "response.completed", "\\n", "null",
+     '\\"', "\\u0075sage", '\\"usage\\":{', "}}", "12", "\u00e4", "finish_reason", "x" * 40]
+)  # fmt: skip
+VALUES = st.lists(WORDS, max_size=3).map("".join)
+CHAT_EVENT = 'data: {"id":"c-1","object":"chat.completion.chunk","model":"m",%s}\n\n'
+DELTA = '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]'
+SHAPES = {
+    "openai_chat_stream.sse": [
+        CHAT_EVENT % (DELTA + ',"usage":null,"obfuscation":"%s"'),
+        CHAT_EVENT % (DELTA + ',"created":1,"id":"%s"'),
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":"%s"}]',
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"}}],"usage":{"prompt_tokens":%d}',
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"}}],"sent": %d',
+        CHAT_EVENT % '"choices":[{"index":%d,"delta":{"%s":"text"}}]',
+    ],
+    "anthropic_messages_stream.sse": [
+        'data: {"type":"content_block_delta","index":%d,"delta":{"type":"text_delta","text":"%s"}}\n\n',
+        'event: %t\ndata: {"index":0,"delta":{"type":"text_delta","text":"text"}}\n\n',
+        'data: {"type":"%t","index":0,"delta":{"text":"text"}}\n\n',
+    ],
+    "openai_responses_stream.sse": [
+        'data: {"type":"response.output_text.delta","sequence_number":%d,"delta":"%s"}\n\n',
+        'data: {"type":"response.%t","sequence_number":%d,"delta":"text"}\n\n',
+    ],
+}
+TYPES = st.sampled_from(
+    ["ping", "x_delta", "in_progress", "error", "message_stop", "message_delta", "failed", "completed"]
+)
+
+KINDS: dict[str, st.SearchStrategy[Any]] = {"s": VALUES, "d": st.integers(0, 10**6), "t": TYPES}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_events_that_differ_in_any_value(talk: Talk, data: st.DataObject) -> None:
+    """Whatever stands in a string or a number of an event, and in which: those that are alike are told apart from those
+    that are not."""
+    name = data.draw(st.sampled_from(list(SHAPES)))
+    sample = SAMPLES[name]
+    pieces = events(sample.body)
+    at = data.draw(st.integers(1, len(pieces) - 1))
+    made: list[bytes] = []
+    for shape in data.draw(st.lists(st.sampled_from(SHAPES[name]), min_size=1, max_size=2)):
+        for _ in range(data.draw(st.integers(3, 6))):
+            values = [data.draw(KINDS[kind]) for kind in re.findall("%([sdt])", shape)]
+            made.append((shape.replace("%t", "%s") % tuple(values)).encode())
+    pieces[at:at] = made
+    changed = replace(sample, body=b"".join(pieces))
+    same(talk, changed, [*(chunked([piece]) for piece in pieces[:-1]), chunked(pieces[-1:]) + b"0\r\n\r\n"])
+
+
+def test_events_are_alike_where_they_differ_in_what_nobody_looks_at() -> None:
+    known = looked_at(ChatCompletions)
+
+    def event(text: bytes, *, sent: int = 1, reason: bytes = b"null", index: int = 0) -> bytes:
+        values = sent, index, text, reason
+        return b'data: {"sent":%d,"choices":[{"index":%d,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n' % values
+
+    found = alike(event(b"one"), event(b"two"), known)
+    assert found is not None
+    start, rest = found
+    assert start == event(b"two")[: -len(b'two"},"finish_reason":null}]}\n\n')]
+    for text in (b"", b"three", b'\\"', b"\\n\\u00e4", "ä".encode(), b"[DONE]", b"message_stop"):
+        assert rest(chunked([event(text)]), 4 + len(start))
+    for text in (b'"', b"\n", b"\r", b"\\", b'","usage":{"', b"a\n\ndata: [DONE]\n\n"):
+        assert not rest(chunked([event(text)]), 4 + len(start))
+    for other in (event(b"two", reason=b'"stop"'), event(b"two")[:-1], event(b"two") * 2, event(b"two", index=1)):
+        assert not rest(chunked([other]), 4 + len(start)) or not chunked([other]).startswith(start, 4)
+    found = alike(event(b"one"), event(b"two", sent=22), known)
+    assert found is not None
+    assert found[0] == b'data: {"sent":'
+    assert found[1](chunked([event(b"three", sent=4)]), 4 + len(found[0]))
+    assert not found[1](chunked([event(b"three", index=4)]), 4 + len(found[0]))
+    for one, other in (
+        (event(b"one"), event(b"one")),
+        (event(b"one"), event(b"one", index=1)),
+        (event(b"one", reason=b'"a"'), event(b"two", reason=b'"b"')),
+        (event(b"one"), event(b'one","two":"three')),
+        (event(b"one"), event(b"\\n")),
+        (b'data: "one"\n\n', b'data: "two"\n\n'),
+        (b"one", b"two"),
+    ):
+        assert alike(one, other, known) is None
+    assert looked_at(Messages) >= {b"type", b"delta", b"usage"}
+
+
 def test_what_passes_is_counted_and_keeps_the_call_alive(talk: Talk) -> None:
     """Chunks that nobody reads move the deadline as others do, and once the client has left nothing passes."""
     with conversation(taps=taps(), idle_timeout_s=30) as talk:
@@ -284,7 +374,7 @@ def test_known_reads_are_chunks_and_bounded(talk: Talk) -> None:
         call(talk, replace(CHAT, body=body), [chunked([b"x" * size]), b"0\r\n\r\n"])
         line = b"%x\r\n" % size
         known = chunk_of_read(len(line) + size + 2)
-        assert known == ((line, size) if size <= CHUNK_BYTES_MAX else None)
+        assert known == ((line, size, len(line)) if size <= CHUNK_BYTES_MAX else None)
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
