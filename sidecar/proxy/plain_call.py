@@ -42,7 +42,7 @@ from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
-from sidecar.proxy.response_parser import NOT_ALIKE, chunk_of_read, know_read, whole_chunks
+from sidecar.proxy.response_parser import NOT_ALIKE, all_alike, chunk_of_read, know_read, whole_chunks
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
 from sidecar.usage.formats.likeness import Likeness
@@ -381,6 +381,10 @@ class PlainCall(PlainExchange):
                     self.client.transport.write(data)  # type: ignore[union-attr]
                 except RuntimeError:  # of uvloop, where the client is gone: `client_left` will tell
                     return
+            elif stream.likeness.size and (size := all_alike(data, stream.likeness)):
+                stream.body_bytes += size
+                self.deadline = self._calls.hop.idle_until
+                self.client.send(data)  # type: ignore[union-attr]
             else:
                 self._stream_on(stream, data)
         except Exception:

@@ -454,6 +454,25 @@ def whole_chunks(data: bytes) -> list[bytes]:
     return pieces
 
 
+def all_alike(data: bytes, likeness: Likeness) -> int:
+    """How many bytes there are in the chunks, where `data` is nothing but whole ones of known sizes, and all are alike;
+    else 0. What comes faster than it is passed on comes so."""
+    end, start, size, rest = likeness.end, likeness.start, likeness.size, likeness.rest
+    at, whole, body_bytes = 0, len(data), 0
+    while at < whole:
+        stop = data.find(end, at) + len(end)
+        known = chunk_of_read(stop - at)
+        if known is None:
+            return 0
+        line, inside, text = known
+        text += at
+        if not (data.startswith(line, at) and data.startswith(start, text) and rest(data, text + size, stop)):
+            return 0
+        body_bytes += inside
+        at = stop
+    return body_bytes
+
+
 def _hold_nothing(pieces: list[bytes], skips: Skips) -> bool:
     """Whether the tap need not be fed these chunks: a few events of text that came together, mostly."""
     for piece in pieces:  # what goes on in the next one may be neither here nor there

@@ -254,7 +254,12 @@ def test_events_that_differ_in_any_value(talk: Talk, data: st.DataObject) -> Non
             made.append((shape.replace("%t", "%s") % tuple(values)).encode())
     pieces[at:at] = made
     changed = replace(sample, body=b"".join(pieces))
-    same(talk, changed, [*(chunked([piece]) for piece in pieces[:-1]), chunked(pieces[-1:]) + b"0\r\n\r\n"])
+    chunks = [*(chunked([piece]) for piece in pieces[:-1]), chunked(pieces[-1:]) + b"0\r\n\r\n"]
+    same(talk, changed, chunks)
+    together = data.draw(st.integers(2, 4))
+    same(talk, changed, [b"".join(chunks[at : at + together]) for at in range(0, len(chunks), together)])
+    places = data.draw(st.lists(st.integers(1, sum(map(len, chunks)) - 1), max_size=3))
+    same(talk, changed, [*chunks[: at + 3], *cuts(b"".join(chunks[at + 3 :]), *places)])
 
 
 def test_events_are_alike_where_they_differ_in_what_nobody_looks_at() -> None:

@@ -25,14 +25,14 @@ _TEXT: Final = rb'[^"\\\x00-\x1f]*+(?:\\.[^"\\\x00-\x1f]*+)*+'  # of a string, u
 _DIGITS: Final = rb"[0-9]++"
 _NUMBER: Final = re.compile(rb"( *: *)[0-9]+(?=[ ,}\]])")
 
-Match = Callable[[bytes, int], object]
+Match = Callable[..., object]  # (bytes, where it begins, where it ends: the end of the bytes if not said)
 
 
 class Likeness:
     """What the events of one stream have in common, as far as it is known: from a place on they begin with `start`,
     which has `size` bytes, and what `rest` finds behind it is all the rest of the chunk."""
 
-    __slots__ = ("_before", "_fixed", "rest", "size", "start", "tries")
+    __slots__ = ("_before", "_fixed", "end", "rest", "size", "start", "tries")
 
     def __init__(self, fixed: frozenset[bytes] | None) -> None:
         """`fixed`: names of members that are looked at; None: nobody knows which, and nothing is compared."""
@@ -40,8 +40,9 @@ class Likeness:
         self._before = b""
         self.tries = 0 if fixed is None else TRIES
         self.start = b"\0"
-        self.size = 0
+        self.size = 0  # 0: nothing is known yet
         self.rest: Match = _never
+        self.end = b""  # how their chunks end
 
     def other(self, chunk: bytes, at: int) -> bool:
         """A chunk in which nothing was found, and that was not alike. `at`: where it begins behind its size. True."""
@@ -52,10 +53,11 @@ class Likeness:
         if found is not None:
             self.start, self.rest = found
             self.size = len(self.start)
+            self.end = chunk[-4:]
         return True
 
 
-def _never(chunk: bytes, at: int) -> object:
+def _never(chunk: bytes, at: int, end: int = 0) -> object:
     return None
 
 
