@@ -107,8 +107,22 @@ class _Message:
 class _Stream:
     """A response in chunks that is under way."""
 
-    __slots__ = ("body_bytes", "ends", "facts", "head", "keep_alive", "keeping", "kept", "kept_bytes", "likeness",
-                 "nothing_in", "reusable")  # fmt: skip
+    __slots__ = (
+        "behind",
+        "body_bytes",
+        "ended",
+        "ends",
+        "facts",
+        "head",
+        "keep_alive",
+        "keeping",
+        "kept",
+        "kept_bytes",
+        "likeness",
+        "nothing_in",
+        "reusable",
+        "trailing",
+    )  # fmt: skip
 
     def __init__(self, facts: ResponseShape, head: bytes, keeping: Keeping | None) -> None:
         """`keeping`: None: nobody reads it."""
@@ -119,6 +133,9 @@ class _Stream:
         self.kept_bytes = 0
         self.body_bytes = 0
         self.likeness = NOT_ALIKE
+        self.ended = False  # its own end mark has been seen
+        self.trailing = False  # and was sent: it is on record, and the last chunk is still to come
+        self.behind: list[bytes] = []  # what came behind the end mark while that was held
         self.reusable = True
         self.keep_alive: bytes | None = None
         # Of whole chunks as they come: one that ends so and has nothing in it is passed on, and no more.
@@ -477,6 +494,9 @@ class PlainCall(PlainExchange):
     def _stream_on(self, stream: _Stream, data: bytes) -> None:
         """More of a stream, which has to be looked into."""
         client = self.client
+        if stream.ended:
+            self._behind_the_end(stream, data)
+            return
         pieces, whole, last = _chunks(data)
         if client is None or not whole or not self._keep(stream, pieces, last):
             self._response_unusual(data)
@@ -487,8 +507,8 @@ class PlainCall(PlainExchange):
 
     def _stream_moved(self, stream: _Stream, client: PlainClient, pieces: list[bytes], last: bool, out: bytes) -> None:
         stream.body_bytes += sum(map(len, pieces))
-        if last:
-            self._stream_ends(stream, client, out)
+        if last or stream.ended:
+            self._stream_ends(stream, client, out, last=last)
         else:
             self.deadline = self._calls.hop.idle_until
             client.send(out)
@@ -501,12 +521,15 @@ class PlainCall(PlainExchange):
         kept: list[bytes] = []
         token_ns = self.first_token_ns
         known = stream.nothing_in is not _not_known_yet
+        ended = False
         try:
             for piece in pieces:
+                if not piece.endswith(keeping.end):
+                    return False
                 if known and keeping.may_skip(piece):
                     continue
-                if not piece.endswith(keeping.end) or (not last and keeping.may_end(piece)):
-                    return False
+                if not last and keeping.ends(piece):
+                    ended = True
                 kept.append(piece)
                 if not token_ns and keeping.holds_text(piece):
                     token_ns = keeping.clock_ns()
@@ -522,21 +545,20 @@ class PlainCall(PlainExchange):
         stream.kept += kept
         stream.kept_bytes = kept_bytes
         self.first_token_ns = token_ns
-        if known and stream.nothing_in is _not_known_yet:
+        stream.ended = ended
+        if ended:
+            stream.nothing_in, stream.likeness = _not_known_yet, NOT_ALIKE
+        elif known and stream.nothing_in is _not_known_yet:
             stream.nothing_in = keeping.nothing_in
             stream.likeness = Likeness(keeping.looked_at)
         return True
 
-    def _stream_ends(self, stream: _Stream, client: PlainClient, out: bytes) -> None:
-        """All of it has come; `out` is what is left of it for the client."""
-        connection, self.connection = self.connection, None
-        if connection is not None:
-            if stream.reusable:
-                connection.release(stream.keep_alive)
-            else:
-                connection.discard()
-        self._stream = None
-        self._data = b""
+    def _stream_ends(self, stream: _Stream, client: PlainClient, out: bytes, *, last: bool) -> None:
+        """All of it has come, or its own end mark has; `out` is what is left of it for the client."""
+        if last:
+            self._give_back(stream)
+        elif self.connection is not None:
+            self.connection.pause(True)  # what follows an end mark waits outside
         self.response = stream.facts
         self.response_bytes = stream.body_bytes
         self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
@@ -545,17 +567,52 @@ class PlainCall(PlainExchange):
             self.response_body = b"".join(stream.kept)
         else:
             self.response_head = self.response_body = b""
-        if self._calls.hop.recorder.complete(self, self._release):
+        stream.kept = []
+        if not self._calls.hop.recorder.complete(self, self._release):
+            self.deadline = NEVER
+            self._out = out
+        elif last:
             client.send(out)
             self._over()
         else:
-            self.deadline = NEVER
-            self._out = out
+            self._end_mark_may_leave(stream, client, out)
+
+    def _give_back(self, stream: _Stream) -> None:
+        """The connection, behind the last chunk."""
+        self._stream = None
+        self._data = b""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            if stream.reusable:
+                connection.release(stream.keep_alive)
+            else:
+                connection.discard()
+
+    def _end_mark_may_leave(self, stream: _Stream, client: PlainClient, out: bytes) -> None:
+        """It is on record; the last chunk is still to come."""
+        client.send(out)
+        stream.trailing = True
+        self.deadline = self._calls.hop.idle_until
+        if self.connection is not None and not client.full:
+            self.connection.pause(False)
+        if stream.behind:
+            self.upstream_data(b"".join(stream.behind))
+
+    def _behind_the_end(self, stream: _Stream, data: bytes) -> None:
+        client = self.client
+        if not stream.trailing:
+            stream.behind.append(data)
+        elif data == LAST_CHUNK and client is not None:
+            self._give_back(stream)
+            client.send(data)
+            self._over()
+        else:
+            self._response_unusual(data)
 
     def exchange(self) -> Exchange:
         exchange = super().exchange()
         stream = self._stream
-        if stream is not None:
+        if stream is not None and self.response is None:
             exchange.status = stream.facts.status
             exchange.response_headers = stream.facts.response_headers
         return exchange
@@ -565,11 +622,14 @@ class PlainCall(PlainExchange):
         client = self.client
         if client is None:
             return  # it has left, and the call with it
-        if send:
+        stream = self._stream
+        if send and stream is not None:
+            self._end_mark_may_leave(stream, client, self._out)
+        elif send:
             client.send(self._out)
+            self._over()
         else:
-            client.reset()
-        self._over()
+            self._cut()
 
     def _over(self) -> None:
         hop = self._calls.hop
@@ -600,47 +660,62 @@ class PlainCall(PlainExchange):
         self.client = self.connection = None
         stream, self._stream = self._stream, None
         if stream is not None:
-            call.stream_on(stream.head + b"\r\n\r\n", stream.body_bytes)
-            if stream.keeping is not None:
+            call.stream_on(stream.head + b"\r\n\r\n", stream.body_bytes, recorded=stream.trailing)
+            if stream.keeping is not None and not stream.trailing:
                 call.read_along(
                     partial(stream.keeping.read_along, kept=stream.kept, first_token_ns=self.first_token_ns)
                 )
         tell(call)
 
+    @property
+    def _is_held(self) -> bool:
+        """Whether it is on record, or about to be, and its end has not left."""
+        return self.response is not None and (self._stream is None or not self._stream.trailing)
+
     def _cut(self) -> None:
         """On record, and held: the client gets nothing."""
         if self.client is not None:
             self.client.reset()
+        self._leave()
+
+    def _leave(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.discard()
         self._over()
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
-        self._handle_with_care(lambda call: call.upstream_lost(clean, reset))
+        if self._is_held:
+            self.connection = None
+            self._cut()
+        else:
+            self._handle_with_care(lambda call: call.upstream_lost(clean, reset))
 
     def upstream_full(self, full: bool) -> None:
         """All that there is to send is sent."""
 
     def client_left(self, error: BaseException | None) -> None:
-        if self.response is not None:
+        if self._is_held:
             self.client = None
-            self._over()
+            self._leave()
         else:
             self._handle_with_care(lambda call: call.client_left(error))
 
     def client_full(self, full: bool) -> None:
-        if self.response is None:
+        if not self._is_held:
             self._handle_with_care(lambda call: call.client_full(full))
 
     def expired(self) -> None:
         self._handle_with_care(lambda call: call.expired())
 
     def stop(self) -> None:
-        if self.response is not None:
+        if self._is_held:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.stop())
 
     def failed(self) -> None:
-        if self.response is not None:
+        if self._is_held:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.failed())

@@ -55,9 +55,22 @@ class Keeping:
         """Whether the first text of a response is in it."""
         return self._first_token.search(piece) is not None
 
-    def may_end(self, piece: bytes) -> bool:
-        """Whether the stream's own end mark may be in it."""
-        return any(sign in piece for sign in self._end_signs)
+    def ends(self, piece: bytes) -> bool:
+        """Whether the stream's own end mark is in it."""
+        if not any(sign in piece for sign in self._end_signs):
+            return False
+        reader = self._family(_ignore)
+        for message in piece.split(SEPARATOR)[:-1]:
+            event, data = event_of(message)
+            if data is None:
+                raise ValueError("an event of another form")
+            if data.strip() == b"[DONE]":
+                if reader.done():
+                    return True
+                continue
+            if reader.message(orjson.loads(data), event):
+                return True
+        return False
 
     def is_known(self, kept: Sequence[bytes]) -> bool:
         """Whether these first pieces show that the others will be as expected. False: it is to be read along."""

@@ -313,6 +313,11 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("passes", 1000.0)])
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 2, [9]), ("part", 9, [])])
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("lost",)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 10, []), ("part", 6, [])])
+@example(script=[("holds",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("part", 8, []),
+                 ("commits", True), ("request", 0, [])])  # fmt: skip
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("passes", 1000.0)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("part", 14, [])])
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("request", 0, []), ("part", 9, [])])
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("last calls",), ("part", 9, []),
                  ("request", 0, [])])  # fmt: skip
