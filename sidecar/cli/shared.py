@@ -39,7 +39,8 @@ def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] =
     from sidecar.runtime import backend_factory, certificates, gate_factory, shipping
 
     def judge(settings: Settings) -> list[str]:
-        own = [*prices.faults(settings), *gate_factory.faults(settings), *shipping.faults(settings)]
+        money = [*prices.faults(settings, gate_factory.providers(settings)), *gate_factory.faults(settings)]
+        own = [*money, *shipping.faults(settings)]
         return [*backend_factory.faults(settings), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
