@@ -359,7 +359,7 @@ def read_limits(
 
     `meters`, `dimensions`, `providers`, `routes`: what there is; a limit that names another can never be reached.
     `meters`: None: what there is cannot be told, and no limit is said to name another.
-    `names`: by id, what subscribers that are configured are called. `hashed`: every subscriber is the hash of a credential.
+    `names`: by id, what subscribers that are configured are called. `hashed`: each is the hash of a credential.
     """
     problems: list[str] = []
     limits: list[Limit] = []
