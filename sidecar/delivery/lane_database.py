@@ -16,7 +16,7 @@ import re
 import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -133,18 +133,15 @@ class LaneDatabase:
 
     @contextmanager
     def writing(self) -> Iterator[Connection]:
-        with self._lock, told(self.where), _transaction(self._database, self._held.lane) as connection:
-            mine = connection.execute(
-                "SELECT 1 FROM metering.lane_leases WHERE lane = ? AND holder = ? AND epoch = ? FOR KEY SHARE",
-                (self._held.lane, self._held.holder, self._held.epoch),
-            ).fetchone()
-            if mine is None:
+        with self._lock, told(self.where), _transaction(self._database, self._held.lane, self._held) as connection:
+            if connection is None:
                 raise Deposed(f"{self.where} is another sidecar's by now")
             yield connection
 
     @contextmanager
     def looking(self) -> Iterator[Connection]:
         with self._lock, told(self.where), _transaction(self._database, self._held.lane) as connection:
+            assert connection is not None
             yield connection
 
     def reader(self) -> LaneReading:
@@ -170,6 +167,7 @@ class LaneReading:
     @contextmanager
     def reading(self) -> Iterator[Connection]:
         with told(self.where), _transaction(self._database, self.lane, read_only=True) as connection:
+            assert connection is not None
             yield connection
 
     def apart(self, *, moment: bool = False) -> Any:
@@ -257,39 +255,146 @@ def spool_of(lane: int) -> str:
 
 
 @contextmanager
-def _transaction(database: Postgres, lane: int, *, read_only: bool = False) -> Iterator[_Statements]:
-    """A transaction in the driver's loop, for a thread that blocks."""
-    opened = database.transaction(read_only=read_only)
-    connection = call(opened.__aenter__())
+def _transaction(
+    database: Postgres, lane: int, held: Held | None = None, *, read_only: bool = False
+) -> Iterator[_Statements | None]:
+    """A transaction in the driver's loop, for a thread that blocks. None: it is not `held`'s."""
+    stack, statements = call(_begin(database, lane, held, read_only=read_only))
     try:
-        call(connection.execute(f"SET LOCAL search_path TO {_SCHEMA.format(lane)}, {postgres.SCHEMA}; {SILENT}"))
-        yield _Statements(connection)
+        yield statements
     except BaseException as error:
         # It is told what happened inside, rolls back, and gives the error back, in its own words if it is the driver's.
-        if not call(opened.__aexit__(type(error), error, error.__traceback__)):
+        if not call(stack.__aexit__(type(error), error, error.__traceback__)):
             raise
     else:
-        call(opened.__aexit__(None, None, None))
+        call(_end(stack, statements))
+
+
+async def _begin(
+    database: Postgres, lane: int, held: Held | None, *, read_only: bool
+) -> tuple[AsyncExitStack, _Statements | None]:
+    path = f"{_SCHEMA.format(lane)}, {postgres.SCHEMA}"
+    async with AsyncExitStack() as stack:
+        connection = await stack.enter_async_context(database.transaction(read_only=read_only))
+        if held is None:
+            await connection.execute(f"SET LOCAL search_path TO {path}; {SILENT}")
+        elif await connection.fetchval(_MINE, held.lane, held.holder, held.epoch, path, f"{SILENT_S}s") is None:
+            return stack.pop_all(), None
+        return stack.pop_all(), _Statements(connection)
+
+
+async def _end(stack: AsyncExitStack, statements: _Statements | None) -> None:
+    async with stack:
+        if statements is not None:
+            await statements.flush()
+
+
+# The first statement of a step: whose lane it is, and what `SET LOCAL` does for a transaction that only reads.
+_MINE: Final = """
+SELECT set_config('search_path', $4, true) || set_config('idle_in_transaction_session_timeout', $5, true)
+FROM metering.lane_leases WHERE lane = $1 AND holder = $2 AND epoch = $3 FOR KEY SHARE"""
 
 
 class _Statements:
-    """A connection as `sqlite3` has it, over one of the driver's."""
+    """A connection as `sqlite3` has it, over one of the driver's.
+
+    What gives nothing back waits until something is asked, or the step ends, and goes then as one message: a step is a
+    few trips to the server, where each statement by itself would be two, and a change of threads. Such statements have
+    their values written out, since a message of several takes none.
+    """
 
     def __init__(self, connection: postgres.Connection) -> None:
         self._connection = connection
+        self._waiting: list[_Later] = []
 
-    def execute(self, statement: str, values: Sequence[Any] = (), /) -> _Rows:
+    def execute(self, statement: str, values: Sequence[Any] = (), /) -> _Rows | _Later:
         text, gives = _translated(statement)
         if gives:
-            rows = call(self._connection.fetch(text, *values))
+            rows = call(self._asked(text, values))
             return _Rows(rows, len(rows))
-        said = call(self._connection.execute(text, *values))
-        return _Rows([], int(said.rpartition(" ")[2]))
+        later = _Later(self, statement, values)
+        self._waiting.append(later)
+        if not all(map(_can_be_written, values)):
+            _ = later.rowcount
+        return later
 
     def executemany(self, statement: str, rows: Iterable[Sequence[Any]], /) -> None:
-        found = list(rows)
-        if found:
-            call(self._connection.executemany(_translated(statement)[0], found))
+        for row in rows:
+            self.execute(statement, row)
+
+    async def flush(self) -> None:
+        """Send what waits."""
+        waiting, self._waiting = self._waiting, []
+        if waiting:
+            await self._connection.execute(";\n".join(map(str, waiting)))
+
+    async def _asked(self, text: str, values: Sequence[Any]) -> list[Any]:
+        await self.flush()
+        return await self._connection.fetch(text, *values)
+
+    def count(self, later: _Later) -> int:
+        """How many rows a statement changed: then it goes by itself, now."""
+        if self._waiting[-1:] != [later]:
+            raise AssertionError("asked for after something else was done")
+        self._waiting.pop()
+        return call(self._counted(later))
+
+    async def _counted(self, later: _Later) -> int:
+        await self.flush()
+        said = await self._connection.execute(_translated(later.statement)[0], *later.values)
+        return int(said.rpartition(" ")[2])
+
+
+class _Later:
+    """A statement that gives no rows. `rowcount` is for whoever asks before anything else is done."""
+
+    def __init__(self, statements: _Statements, statement: str, values: Sequence[Any]) -> None:
+        self._statements, self.statement, self.values = statements, statement, values
+        self._count: int | None = None
+
+    @property
+    def rowcount(self) -> int:
+        if self._count is None:
+            self._count = self._statements.count(self)
+        return self._count
+
+    def __str__(self) -> str:
+        """With its values."""
+        values = iter(self.values)
+        return re.sub(r"\?", lambda _: _written(next(values)), self.statement)
+
+    def fetchone(self) -> Any:
+        return None
+
+    def fetchall(self) -> list[Any]:
+        return []
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+WRITTEN_MAX: Final = 1 << 16  # of a value: what is larger goes as it is, and not as twice as many characters
+
+
+def _can_be_written(value: Any) -> bool:
+    if isinstance(value, str):
+        return len(value) <= WRITTEN_MAX and "\0" not in value
+    return isinstance(value, (int, float, type(None))) or (isinstance(value, bytes) and len(value) <= WRITTEN_MAX)
+
+
+def _written(value: Any) -> str:
+    """A value as a literal; for texts in the form whose meaning no setting of the server changes."""
+    match value:
+        case None:
+            return "NULL"
+        case str():
+            return "E'{}'".format(value.replace("\\", "\\\\").replace("'", "''"))
+        case bytes():
+            return f"E'\\\\x{value.hex()}'::bytea"
+        case float():
+            return f"'{value!r}'::double precision"
+        case _:
+            return f"({int(value)})"
 
 
 class _Rows:

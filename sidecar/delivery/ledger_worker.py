@@ -22,6 +22,8 @@ from sidecar.delivery.context import Context
 from sidecar.delivery.rows import NewParked, Run
 from sidecar.delivery.tail import Feed, Item, Source
 from sidecar.delivery.types import UNREADABLE
+from sidecar.model.call_group import CallGroup
+from sidecar.model.call_lines import CallLines
 from sidecar.model.delivery import AddsUp, Applied, Backend, Blocked, Delivered, Duplicate, Encoded, Refused, Verdict
 from sidecar.model.record import Record
 
@@ -59,6 +61,17 @@ class Added:
     plan: encoding.Plan | None = None
 
 
+@dataclass(slots=True)
+class _Summed:
+    """Records that follow each other, and what they add up to. `sums`: None where that cannot be kept exact."""
+
+    items: list[Item] = field(default_factory=list)
+    by_id: dict[str, Item] = field(default_factory=dict)
+    unreadable: list[Item] = field(default_factory=list)
+    left: Encoded = field(default_factory=Encoded)
+    sums: list[object] | None = None
+
+
 class LedgerWorker:
     """Adds up new records for one backend. Its `Worker` says when, and stores what comes of it."""
 
@@ -72,6 +85,8 @@ class LedgerWorker:
         self._notes: dict[str, Applied | None] = {}  # what the backend has noted, by instance
         self._handed: dict[str, deque[SummedBatch]] = {}
         self._handed_bytes: dict[str, int] = {}  # of their lines
+        self._lines = CallLines()
+        self._ahead: _Summed | None = None  # what comes next, added up while the batch before it was written
 
     def apply(self, batch: SummedBatch) -> bool:
         """Take a batch whose records are committed and whose sums are made. False: it is not wanted, and is read
@@ -102,6 +117,7 @@ class LedgerWorker:
         self._notes.clear()
         self._handed.clear()
         self._handed_bytes.clear()
+        self._ahead = None
 
     async def look(self) -> Verdict | None:
         """What keeps the backend from taking anything, as far as it can tell before something comes; None: nothing."""
@@ -110,7 +126,7 @@ class LedgerWorker:
 
     @property
     def wanted(self) -> int:
-        """How many records to read: for the next batch, and those that are parsed while it is written."""
+        """How many records to read: for the next batch, and those that are added up while it is written."""
         return 2 * self._most if self._sums.keeps_lines else self._most
 
     def handed(self, feed: Feed, now_s: float, *, hurry: bool) -> Source | None:
@@ -221,42 +237,62 @@ class LedgerWorker:
         """As many of these as are tried at once; a hole stands alone, so that what is added has no gap of its own."""
         if items[0].hole is not None:
             return Added((), encoding.Plan(taken=1, upto_seq=items[0].seq, holes=[items[0].hole]))
-        plan = encoding.Plan()
-        by_id: dict[str, Item] = {}
-        records: list[Record] = []
-        for count, item in enumerate(items[: self._most], 1):
-            if count % self._context.limits.parse_records == 0:
-                await asyncio.sleep(0)
-            record = item.record
-            if item.hole is not None or (record is not None and record.id in by_id):
-                break  # an id that stands twice (never ours) waits for a batch of its own
-            plan.taken, plan.upto_seq = count, item.seq
-            if record is None:
-                plan.parked.append(_parked(item, f"seq:{item.seq}", UNREADABLE))
-            else:
-                by_id[record.id] = item
-                records.append(record)
-        if not records:
+        summed, self._ahead = self._ahead, None
+        now = items[: self._most]
+        if summed is None or summed.items[0] is not now[0] or len(summed.items) != len(now):
+            summed = await self._sum(now)
+        items, ahead = summed.items, items[len(summed.items) :]
+        plan = encoding.Plan(taken=len(items), upto_seq=items[-1].seq)
+        plan.parked = [_parked(item, f"seq:{item.seq}", UNREADABLE) for item in summed.unreadable]
+        if not summed.by_id:
             return Added((), plan)  # nothing to add, so nothing to note
-        sums: list[object] = []
-        try:
-            for start in range(0, len(records), self._context.limits.sum_records):
-                if start:
-                    await asyncio.sleep(0)
-                some, left = self._sums.add_up(records[start : start + self._context.limits.sum_records])
-                sums.append(some)
-                for record_id, reason in left.skipped.items():
-                    plan.skipped.setdefault(reason, []).append(by_id[record_id].seq)
-                plan.parked += [_parked(by_id[one], one, reason) for one, reason in left.parked.items()]
-        except ArithmeticError:
-            return await self._search(instance, items[: plan.taken], Refused(NOT_EXACT))
+        if summed.sums is None:
+            return await self._search(instance, items, Refused(NOT_EXACT))
+        for record_id, reason in summed.left.skipped.items():
+            plan.skipped.setdefault(reason, []).append(summed.by_id[record_id].seq)
+        plan.parked += [_parked(summed.by_id[one], one, reason) for one, reason in summed.left.parked.items()]
         out = _out(plan)
-        plan.applied = _runs([item.seq for item in items[: plan.taken] if item.seq not in out])
-        lines = [(item.seq, item.line) for item in by_id.values()] if self._sums.keeps_lines else []
-        added = await self._write(instance, plan, items[0].seq, out, sums, lines, ahead=items[plan.taken :])
+        plan.applied = _runs([item.seq for item in items if item.seq not in out])
+        lines = [(item.seq, item.line) for item in summed.by_id.values()] if self._sums.keeps_lines else []
+        added = await self._write(instance, plan, items[0].seq, out, summed.sums, lines, ahead=ahead)
         if added.plan is None and isinstance(added.verdicts[0], Refused):
-            return await self._search(instance, items[: plan.taken], added.verdicts[0])
+            return await self._search(instance, items, added.verdicts[0])
         return added
+
+    async def _sum(self, items: Sequence[Item]) -> _Summed:
+        """What the first of these add up to, up to a hole; each slice lets others have their turn."""
+        summed = _Summed()
+        self._lines.take()  # of one that was cut short
+        for count, item in enumerate(items, 1):
+            if count % self._context.limits.sum_lines == 0:
+                await _let_others()
+            if item.hole is not None:
+                break
+            record_id = self._lines.add(item.line)
+            if record_id is None:
+                summed.unreadable.append(item)
+            elif record_id in summed.by_id:
+                return await self._sum(summed.items)  # an id that stands twice (never ours) waits for its own batch
+            else:
+                summed.by_id[record_id] = item
+            summed.items.append(item)
+        records, groups = self._lines.take()
+        sums: list[object] = []
+        most = self._context.limits.sum_groups
+        try:
+            for start in range(0, max(len(records), len(groups)), most):
+                await _let_others()
+                sums.append(self._add_up(summed, records[start : start + most], groups[start : start + most]))
+        except ArithmeticError:
+            return summed
+        summed.sums = sums
+        return summed
+
+    def _add_up(self, summed: _Summed, records: Sequence[Record], groups: Sequence[CallGroup]) -> object:
+        some, left = self._sums.add_up(records, groups)
+        summed.left.skipped.update(left.skipped)
+        summed.left.parked.update(left.parked)
+        return some
 
     async def _search(self, instance: str, items: Sequence[Item], verdict: Refused) -> Added:
         """One of them cannot be added: half of them are tried alone, until it stands alone and is parked."""
@@ -281,11 +317,12 @@ class LedgerWorker:
         ahead: Sequence[Item] = (),
     ) -> Added:
         """Add what the batch of this plan amounts to, there; `plan` is what is to be stored here when that is done.
-        `ahead`: what is parsed meanwhile, since it comes next."""
+        `ahead`: what is added up meanwhile, since it comes next."""
         batch = Applied(first_seq, plan.upto_seq, out)
         writing = asyncio.ensure_future(asyncio.to_thread(self._sums.apply_sums, instance, batch, sums, lines))
         try:
-            await self._parse(ahead, writing)
+            if ahead and ahead[0].hole is None:
+                self._ahead = await self._sum(ahead[: self._full])
         except asyncio.CancelledError:
             writing.cancel()
             raise
@@ -307,14 +344,15 @@ class LedgerWorker:
         self._most = min(self._most * 2, self._full)
         return Added(verdicts, plan)
 
-    async def _parse(self, items: Sequence[Item], until: asyncio.Future[Verdict]) -> None:
-        """As many as there is time for, and each slice lets others have their turn."""
-        for start in range(0, len(items), self._context.limits.parse_records):
-            await asyncio.sleep(0)
-            if until.done():
-                return
-            for item in items[start : start + self._context.limits.parse_records]:
-                _ = item.record
+
+async def _let_others() -> None:
+    """Let others have their turn, threads too: the one that writes a batch gets the interpreter's lock soon only where
+    this one waits for something, which `sleep(0)` does not. Else it would begin when the next batch is added up."""
+    await asyncio.get_running_loop().run_in_executor(None, _nothing)
+
+
+def _nothing() -> None:
+    pass
 
 
 def _parked(item: Item, record_id: str, reason: str) -> NewParked:

@@ -28,12 +28,14 @@ class Limits:
     encode_records: int = 100  # one slice of the event loop: about 1 ms
     parse_records: int = 40  # one slice of reading lines: about 0.5 ms
     read_bytes: int = 512 << 10  # of lines in one look at a spool: some 550 records
-    sum_records: int = 500  # added up at once by a backend that keeps sums: some 2 ms of the event loop
+    sum_records: int = 500  # added at once by a backend that keeps sums and no lines
+    sum_lines: int = 100  # parsed for that in one slice of the event loop: about 0.6 ms
+    sum_groups: int = 200  # kinds of calls whose sums are made at once: some 2 ms of the event loop
     sums_kept: int = 512  # batches whose sums were handed over and wait to be added; more are read from the spool
     sums_records: int = 50_000  # of those, added at once: their sums are made, so that it is one short transaction
     sums_bytes: int = 8 << 20  # of lines handed over with their sums, where a backend keeps them; others are read
     lines_records: int = 5_000  # added at once where their lines go along: some 4 MiB, and 0.1 s of others' waiting
-    lines_read_records: int = 2_500  # the same from the spool: parsed, with the next ones, some 16 MiB
+    lines_read_records: int = 5_000  # the same from the spool: with the next ones some 9 MiB
     sums_linger_s: float = 0.5  # between two such: each costs two syncs, whatever is in it
     tail_bytes: int = 2 << 20  # of lines kept for the other backends; parsed they take three times that
     tail_pieces: int = 64  # of one instance: a piece is a look, or a commit that was handed over

@@ -5,7 +5,8 @@ A request is sealed once, with its members and bytes; the bytes stay for as long
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any, Final
 
 import orjson
 
@@ -14,30 +15,48 @@ from sidecar.delivery.rows import Member, NewRequest, Parked, StateBusy, StateEr
 from sidecar.delivery.types import Fate, Parking
 from sidecar.model.delivery import Event, Sealed
 
+_INSERTED_MAX: Final = 100  # in one statement
+_PLACES: Final = f"({', '.join('?' * 20)})"
 
-def insert(conn: Connection, cursor: int, new: NewRequest, now_s: float, *, under_way: bool = False) -> int:
-    """Store a request; `under_way`: it is offered as soon as this is on disk. Returns its id."""
+
+def insert(
+    conn: Connection, cursor: int, requests: Sequence[NewRequest], now_s: float, under_way: Collection[int] = ()
+) -> list[int]:
+    """Store requests; `under_way`: which of them are offered as soon as this is on disk. Returns their ids."""
+    ids: list[int] = []
+    for start in range(0, len(requests), _INSERTED_MAX):
+        some = requests[start : start + _INSERTED_MAX]
+        rows = [_row(cursor, new, now_s, under_way=start + index in under_way) for index, new in enumerate(some)]
+        found = conn.execute(
+            "INSERT INTO sealed(cursor, first_seq, last_seq, attempts, under_way, started_s, due_s, risk_s, expired,"
+            " forced, generation, records, size_bytes, at_s, oldest_s, key, subject, version, history, members)"
+            f" VALUES{', '.join([_PLACES] * len(rows))} RETURNING id",
+            [value for row in rows for value in row],
+        ).fetchall()
+        made = sorted(int(row[0]) for row in found)  # they grow, in the order of the rows
+        conn.executemany(
+            "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
+            [
+                (
+                    id_, new.sealed.path, new.sealed.content_type, orjson.dumps(new.sealed.headers).decode(),
+                    new.sealed.body, _write_lines(new),
+                )
+                for id_, new in zip(made, some, strict=True)
+            ],
+        )  # fmt: skip
+        ids += made
+    return ids
+
+
+def _row(cursor: int, new: NewRequest, now_s: float, *, under_way: bool) -> tuple[Any, ...]:
     seqs = [member.seq for member in new.members]
     sealed, tries = new.sealed, new.tries
-    row = conn.execute(
-        "INSERT INTO sealed(cursor, first_seq, last_seq, attempts, under_way, started_s, due_s, risk_s, expired,"
-        " forced, generation, records, size_bytes, at_s, oldest_s, key, subject, version, history, members)"
-        " VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) RETURNING id",
-        (
-            cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
-            tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
-            new.size_bytes, now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
-            write_history(new.history), _write_members(new.members),
-        ),
-    ).fetchone()  # fmt: skip
-    conn.execute(
-        "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
-        (
-            row[0], sealed.path, sealed.content_type, orjson.dumps(sealed.headers).decode(), sealed.body,
-            _write_lines(new),
-        ),
+    return (
+        cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
+        tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
+        new.size_bytes, now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
+        write_history(new.history), _write_members(new.members),
     )  # fmt: skip
-    return int(row[0])
 
 
 def load(conn: Connection, request: int) -> Sealed:

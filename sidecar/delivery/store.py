@@ -25,7 +25,7 @@ import orjson
 from sidecar.delivery import cursor_rows, request_rows
 from sidecar.delivery.counters import Counters, Shift
 from sidecar.delivery.cursor_rows import Back, Count
-from sidecar.delivery.database import Connection, Database, DatabaseFile, Rows
+from sidecar.delivery.database import Connection, Database, DatabaseFile
 from sidecar.delivery.queries import DeliveryQueries, Record, records_between, runs_between
 from sidecar.delivery.rows import (
     Amendment,
@@ -210,6 +210,7 @@ class DeliveryStore:
         """Store what was said of requests, that others are offered now, and new ones."""
         with self._step() as counters:
             conn = counters.conn
+            _check(counters, turn)
             children = [_settle(counters, one, turn.now_s) for one in turn.settled]
             conn.executemany(
                 "UPDATE sealed SET under_way = 1, attempts = attempts + 1, started_s = ? WHERE id = ?",
@@ -288,7 +289,7 @@ class DeliveryStore:
         """Mark parked events as moved and store the requests that carry them. Returns the ids of these."""
         with self._step() as counters:
             conn = counters.conn
-            ids = [request_rows.insert(conn, step.cursor, new, now_s) for new in step.requests]
+            ids = request_rows.insert(conn, step.cursor, step.requests, now_s)
             going = Counter(m.seq for new in step.requests for m in new.members)
             leaving: dict[int, list[str]] = {}
             for parked in step.parked:
@@ -372,10 +373,26 @@ class DeliveryStore:
 # --- the way of a record ----------------------------------------------------------------------------
 
 
+def _check(counters: Counters, turn: Turn) -> None:
+    """That all is as its worker believes: asked at once and first, so that nothing that is stored then is asked back
+    for. Nobody else writes meanwhile."""
+    ids, sealing = [one.request.id for one in turn.settled], turn.sealing
+    still_open, some_parts, seq = counters.conn.execute(
+        f"SELECT (SELECT count(*) FROM sealed WHERE settled = 0 AND id IN ({', '.join('?' * len(ids)) or 'NULL'})),"
+        " EXISTS(SELECT 1 FROM parts), (SELECT seq FROM cursor WHERE id = ?)",
+        [*ids, 0 if sealing is None else sealing.cursor],
+    ).fetchone()
+    counters.any_parts = bool(some_parts)
+    if still_open != len(ids):
+        raise StateBusy("a request was settled before; its worker has to load again")
+    if sealing is not None and seq != sealing.from_seq:
+        raise StateBusy(f"a cursor is not at {sealing.from_seq}, where its worker believes it to be")
+
+
 def _seal(counters: Counters, sealing: Sealing, now_s: float) -> list[int]:
     """Store requests with bytes, key and members, and move the cursor over their records. Returns their ids."""
     cursor = sealing.cursor
-    cursor_rows.move(counters.conn, cursor, sealing.from_seq, sealing.to_seq)
+    counters.conn.execute("UPDATE cursor SET seq = ? WHERE id = ?", (sealing.to_seq, cursor))
     ids = _place(counters, cursor, sealing, now_s, sealing.at_once)
     for hole in sealing.holes:
         request_rows.skip_range(counters.conn, cursor, MISSING, hole.first_seq, hole.last_seq, hole.records)
@@ -426,10 +443,7 @@ def _place(
 ) -> list[int]:
     """Give records that had no place of their own the one that was decided for them."""
     conn = counters.conn
-    ids = [
-        request_rows.insert(conn, cursor, new, now_s, under_way=index in at_once)
-        for index, new in enumerate(step.requests)
-    ]
+    ids = request_rows.insert(conn, cursor, step.requests, now_s, at_once)
     pending = Counter(m.seq for new in step.requests for m in new.members)
     parked_of: dict[int, list[str]] = {}
     for parked in step.parked:
@@ -455,38 +469,29 @@ def _settle(counters: Counters, one: Settlement, now_s: float) -> list[int]:
         _keep_open(counters.conn, one)
         return []
     conn, request, decision = counters.conn, one.request, one.decision
-    _still_open(
-        conn.execute(
-            "UPDATE sealed SET settled = 1, under_way = 0, fates = ?, history = ? WHERE id = ? AND settled = 0",
-            ("".join(decision.fates), request_rows.write_history(one.history if decision.parked else ()), request.id),
-        )
+    conn.execute(
+        "UPDATE sealed SET settled = 1, under_way = 0, fates = ?, history = ? WHERE id = ? AND settled = 0",
+        ("".join(decision.fates), request_rows.write_history(one.history if decision.parked else ()), request.id),
     )
     if decision.parked:
         _park_events(conn, one, now_s)
     else:
         request_rows.drop_bytes(conn, request.id)
-    children = [request_rows.insert(conn, request.cursor, child, now_s) for child in one.children]
+    children = request_rows.insert(conn, request.cursor, one.children, now_s)
     _count_settled(counters, one)
     return children
 
 
 def _keep_open(conn: Connection, one: Settlement) -> None:
     tries = one.decision.tries
-    _still_open(
-        conn.execute(
-            "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = ?, forced = ?,"
-            " history = ? WHERE id = ? AND settled = 0",
-            (
-                one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),
-                request_rows.write_history(one.history), one.request.id,
-            ),
-        )
+    conn.execute(
+        "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = ?, forced = ?,"
+        " history = ? WHERE id = ? AND settled = 0",
+        (
+            one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),
+            request_rows.write_history(one.history), one.request.id,
+        ),
     )  # fmt: skip
-
-
-def _still_open(done: Rows) -> None:
-    if done.rowcount != 1:
-        raise StateBusy("a request was settled before; its worker has to load again")
 
 
 def _park_events(conn: Connection, one: Settlement, now_s: float) -> None:

@@ -112,7 +112,13 @@ class PostgresServer:
     def kill(self) -> None:
         """SIGKILL of the postmaster and of all its processes: what is not on disk is gone."""
         assert self._process is not None
-        os.killpg(self._process.pid, signal.SIGKILL)
+        # Each of them has a group of its own, and would work on until it notices that the postmaster is gone.
+        pid = self._process.pid
+        os.kill(pid, signal.SIGSTOP)  # it would make others in their place
+        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(int(child), signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
         self._process.wait(WAIT_S)
 
     def stop(self, how: signal.Signals = signal.SIGINT) -> None:

@@ -45,7 +45,7 @@ class Picky(LedgerBackend):
     poison: frozenset[str] = frozenset()
 
     def add_up(self, records: Sequence[Record], groups: Sequence[CallGroup] = ()) -> tuple[BatchSums, Encoded]:
-        if any(record.id in self.poison for record in records):
+        if any(record.id in self.poison for one in (records, *(group.records() for group in groups)) for record in one):
             raise ArithmeticError("not exact")
         return super().add_up(records, groups)
 

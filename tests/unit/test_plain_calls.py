@@ -11,13 +11,14 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.adding_up import METERS, plainly
 from support.schema import faults
 from support.usage_samples import Sample
 from support.usage_samples import load as load_samples
 
 from sidecar.backends import backend_settings
-from sidecar.meters.buckets import BatchSums, BucketDelta, add_batches, batch_sums
-from sidecar.meters.definition import DEFAULT_METERS, Meter, read_meters
+from sidecar.meters.buckets import add_batches, batch_sums
+from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.model.call_group import CallGroup
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape, Subscriber
 from sidecar.model.record import Record, encode, record_of
@@ -34,31 +35,6 @@ SETTINGS = load({"SIDECAR_UPSTREAM_URL": "https://api.openai.com"}, backend_sett
 BOOK = price_book(SETTINGS)
 PRICE = factory.pricing(SETTINGS, BOOK)
 STARTED_NS = 1_795_000_000_123_456_789
-METERS = (
-    *DEFAULT_METERS,
-    *read_meters(
-        [
-            {"name": "by_model", "aggregation": {"type": "SUM", "field": "total_tokens"},
-             "filters": [{"key": "model", "values": ["gpt-5-mini"]}]},
-            {"name": "bytes", "aggregation": {"type": "SUM", "field": "response_bytes"}},
-            {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}},
-            {"name": "cost", "aggregation": {"type": "SUM", "field": "cost_usd"}},
-            {"name": "longest", "aggregation": {
-                "type": "MAX", "field": "output_tokens", "group_by": "model", "bucket_size": "HOUR"}},
-            {"name": "stopped", "aggregation": {"type": "COUNT"},
-             "filters": [{"key": "finish_reason", "values": ["stop"]}]},
-            {"name": "priced", "aggregation": {
-                "type": "SUM", "expression": "double(input_tokens) * 0.1 + double(output_tokens) * 0.7"}},
-            {"name": "size", "aggregation": {
-                "type": "SUM", "expression": "dimension_team == '50%' ? request_bytes : -response_bytes"}},
-            {"name": "cached", "aggregation": {"type": "SUM", "expression": "input_tokens - cache_read_input_tokens"}},
-            {"name": "part", "aggregation": {"type": "SUM", "expression": "output_tokens / input_tokens"}},
-            {"name": "time", "aggregation": {"type": "SUM", "expression": "duration_ms + double(input_tokens)"}},
-            {"name": "top", "aggregation": {"type": "MAX", "expression": "input_tokens + output_tokens"}},
-            {"name": "nothing", "aggregation": {"type": "COUNT"}, "filters": [{"key": "model", "values": ["x"]}]},
-        ]
-    ),
-)  # fmt: skip
 
 
 def shapes(sample: Sample, number: int = 1, **more: Any) -> tuple[RequestShape, ResponseShape]:
@@ -120,17 +96,6 @@ def test_the_commonest_families_take_it() -> None:
         sample = replace(sample, body=orjson.dumps(document))
         _, _, groups = both([call(sample, *shapes(sample), number) for number in range(3)])
         assert [group.calls for group in groups] == [3], name
-
-
-def plainly(sums: BatchSums) -> tuple[dict[Any, Any], dict[Any, Any]]:
-    hours = {
-        (delta.hour, delta.series): (delta.counts, delta.tokens, delta.cost_usd, delta.units) for delta in sums.hourly
-    }
-    return hours, {delta.key: value_of(delta) for delta in sums.buckets}
-
-
-def value_of(delta: BucketDelta) -> Any:
-    return delta.value, delta.at_us, delta.record_id, sorted(delta.hashes)
 
 
 def chat(model: str, entered: int, said: int, cached: int | None, reason: str) -> bytes:
