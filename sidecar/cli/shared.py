@@ -41,7 +41,8 @@ def serving_settings(
     from sidecar.runtime import backend_factory, certificates, gate_factory, shipping
 
     def judge(settings: Settings) -> list[str]:
-        own = [*prices.faults(settings), *gate_factory.faults(settings), *shipping.faults(settings)]
+        money = [*prices.faults(settings, gate_factory.providers(settings)), *gate_factory.faults(settings)]
+        own = [*money, *shipping.faults(settings)]
         return [*backend_factory.faults(settings, starting=starting), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
