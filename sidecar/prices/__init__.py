@@ -13,7 +13,7 @@ from typing import Final
 from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.prices.book import Cost, PriceBook, Priced
 from sidecar.prices.compare import Difference, differences
-from sidecar.prices.custom import USD, CustomPrice, PricesError, Side, read_prices
+from sidecar.prices.custom import USD, CustomPrice, PricesError, Side, charged_in, read_prices
 from sidecar.prices.facts import PROVIDERS
 from sidecar.prices.rates import PICO, amount_text
 from sidecar.prices.table import Table, TableError, builtin, load
@@ -34,6 +34,7 @@ __all__ = [
     "amount_text",
     "differences",
     "faults",
+    "notes",
     "price_book",
     "table_of",
 ]
@@ -62,6 +63,14 @@ def faults(settings: Settings, providers: Collection[str] | None = None) -> list
     """What is wrong with the prices, for `check` and the start. `providers`: every one that a record can name; None: a
     price may be of any."""
     return _read(settings, providers)[2]
+
+
+def notes(settings: Settings) -> list[str]:
+    """What is no fault of the prices and still worth knowing."""
+    currencies = charged_in(_read(settings)[1])
+    if len(currencies) < 2:
+        return []
+    return [f"charges are in {' and '.join(sorted(currencies))}: a meter of charge adds them up as they are"]
 
 
 def _read(

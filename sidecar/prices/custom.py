@@ -167,19 +167,26 @@ def _overlapping(prices: Sequence[CustomPrice]) -> list[str]:
 def _of_two_currencies(prices: Sequence[CustomPrice]) -> list[str]:
     """Sums of amounts that cannot be added up."""
     problems: list[str] = []
-    of_cost: set[str] = set()
-    for side in Side:  # the cost comes before what may be a multiple of it
-        of_side = [p for p in prices if p.side is side and (p.prices or p.meter is not None)]
-        currencies = {p.currency for p in of_side} | ({USD} if side is Side.PROVIDER else set())
-        if any(p.side is side is Side.CUSTOMER and p not in of_side for p in prices):
-            currencies |= of_cost
-        of_cost = of_cost or currencies
-        if any(p.meter is not None for p in of_side) and len(currencies) > 1:
+    added = {Side.PROVIDER: _stated(prices, Side.PROVIDER) | {USD}, Side.CUSTOMER: charged_in(prices)}
+    for side, currencies in added.items():
+        if any(p.side is side and p.meter is not None for p in prices) and len(currencies) > 1:
             problems.append(
                 f"prices for the {side}: a meter's price is added to the model's, and these are in "
                 f"{' and '.join(sorted(currencies))}: expected one currency"
             )
     return problems
+
+
+def charged_in(prices: Sequence[CustomPrice]) -> set[str]:
+    """The currencies of what customers are charged: as stated, and those of the costs that it is a multiple of."""
+    found = _stated(prices, Side.CUSTOMER)
+    if any(p.side is Side.CUSTOMER and not p.prices and p.meter is None for p in prices):
+        found |= _stated(prices, Side.PROVIDER) | {USD}
+    return found
+
+
+def _stated(prices: Sequence[CustomPrice], side: Side) -> set[str]:
+    return {p.currency for p in prices if p.side is side and (p.prices or p.meter is not None)}
 
 
 def _ended(prices: Sequence[CustomPrice]) -> Iterable[CustomPrice]:

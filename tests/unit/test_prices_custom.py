@@ -15,7 +15,7 @@ from sidecar.backends import backend_settings
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
 from sidecar.model.record import Record, encode
-from sidecar.prices import PriceBook, PricesError, TableError, faults, price_book, table_of
+from sidecar.prices import PriceBook, PricesError, TableError, faults, notes, price_book, table_of
 from sidecar.prices.book import ESTIMATES, UNKNOWNS
 from sidecar.prices.custom import AMOUNTS, CONTEXTS, read_prices
 from sidecar.prices.table import builtin
@@ -335,6 +335,17 @@ def test_the_record_s_word_for_a_provider_goes_before_the_table_s() -> None:
     for prices in (book(*tables), book(*tables[::-1])):
         assert cost(prices, usage("gcp.vertex_ai", output_tokens=0)) == "2"
         assert cost(prices, usage("gcp.gemini", output_tokens=0)) == "1"
+
+
+def test_charges_of_two_currencies_are_said(tmp_path: Path) -> None:
+    head, own = '[[prices]]\nfor = "customer"\nprovider = "*"\n', 'input = "1"\ncurrency = "EUR"\n'
+    markup = head + 'model = "*"\nmarkup = "1.2"\n'
+    assert notes(settings(tmp_path, markup)) == []
+    assert notes(settings(tmp_path, head + 'model = "a"\n' + own)) == []
+    said = ["charges are in EUR and USD: a meter of charge adds them up as they are"]
+    assert notes(settings(tmp_path, markup + head + 'model = "a"\n' + own)) == said
+    of_cost = '[[prices]]\nprovider = "openai"\nmodel = "a"\n' + own
+    assert notes(settings(tmp_path, markup + of_cost)) == said
 
 
 def test_the_same_for_provider_and_customer_are_two(tmp_path: Path) -> None:
