@@ -210,7 +210,7 @@ WORDS = st.sampled_from(
      '\\"', "\\u0075sage", '\\"usage\\":{', "}}", "12", "\u00e4", "finish_reason", "x" * 40]
 )  # fmt: skip
 VALUES = st.lists(WORDS, max_size=3).map("".join)
-# A stream calls itself the same in each: readers overlook that once they know it, and see it again in what they look at.
+# A stream calls itself the same in each: readers overlook that once they know it, and see it where they look.
 CHAT_EVENT = 'data: {"id":"chatcmpl-s02","object":"chat.completion.chunk","model":"gpt-5-mini-2025-08-07",%s}\n\n'
 DELTA = '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]'
 SHAPES = {
