@@ -58,6 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault of the settings and still worth knowing before the first call."""
+    from sidecar import prices
     from sidecar.runtime import gate_factory
     from sidecar.runtime.admin.guard import open_port
     from sidecar.runtime.factory import IDLE_PIN, idle_pins
@@ -71,6 +72,7 @@ def notes(settings: Settings) -> list[str]:
         found.append(others)
     if (warning := ground_warning(there)) is not None:
         found.append(warning)
+    found += prices.notes(settings)
     found += unpriced_models(settings)
     found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
     found += gate_factory.notes(settings)

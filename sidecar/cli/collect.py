@@ -82,7 +82,7 @@ def collecting_settings(arguments: argparse.Namespace, environ: Mapping[str, str
             for backend in settings.backends
             for name in (backend_factory.missing(settings, backend) if backend != collect.NATS else ())
         ]
-        return [*missing, *collect.faults(settings), *backend_factory.faults(settings)]
+        return [*missing, *collect.faults(settings), *backend_factory.faults(settings, starting=True)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), serving=False, judge=judge)
 

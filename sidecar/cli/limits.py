@@ -47,6 +47,9 @@ def run(arguments: argparse.Namespace) -> int:
     elif form is not Format.TABLE:
         write_data(written(limits_flat(rows), LIMITS_BY_INSTANCE if query.by_instance else LIMITS, form))
     elif not rows:
+        known = _names(settings)
+        if query.limit is not None and known and query.limit not in known:
+            raise CommandError(f"no limit is called {query.limit}; there are {', '.join(known)}", EXIT_USAGE)
         print("no limit has been touched by a call in its window")
     else:
         print(report(rows, names), end="")
@@ -72,6 +75,18 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
         shown.insert(shown.index("scope") + 1, "instance")
     spare = ("leased here", "reserved", "window", "action")
     return render(flat, shown, Format.TABLE, heads=HEADS, spare=spare, whole=("until",))
+
+
+def _names(settings: Settings) -> list[str]:
+    """Of the limits that are defined where this command runs; none where that cannot be told."""
+    from sidecar.gate.limits import LimitsError
+    from sidecar.meters.definition import MetersError
+    from sidecar.runtime import gate_factory
+
+    try:
+        return [limit.name for limit in gate_factory.limits(settings)]
+    except (LimitsError, MetersError):
+        return []
 
 
 def _plainly(until: str) -> str:

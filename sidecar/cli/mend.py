@@ -23,8 +23,9 @@ _FIELDS: Final = {"one": "id"}  # as the control socket calls it
 def add(kinds: Any) -> None:
     """The two kinds of `spool`."""
     cancel = _kind(kinds, "cancel", "take back what was delivered of one call, where its backends can", _cancel)
-    cancel.add_argument("ids", metavar="ID", nargs="+", help="of a record, or of one event of it")
+    cancel.add_argument("ids", metavar="ID", nargs="*", help="of a record, or of one event of it")
     cancel.add_argument("--backend", metavar="NAME", help="only at this backend")
+    cancel.add_argument("--reason", metavar="WORD", help="instead of IDs: all that is parked with this reason")
 
     text = "park delivered events that a backend reports as not billed"
     complain = _kind(kinds, "complain", text, _complain)
@@ -47,8 +48,43 @@ def _kind(kinds: Any, name: str, text: str, do: Any) -> argparse.ArgumentParser:
 
 def _cancel(arguments: argparse.Namespace, settings: Settings) -> int:
     """One after the other; what one of them cannot be is no reason to leave the others."""
-    codes = [_cancel_one(one, arguments.backend, settings) for one in dict.fromkeys(arguments.ids)]
+    if bool(arguments.ids) == (arguments.reason is not None):
+        raise CommandError("say what to cancel: IDs, or --reason for all that is parked with it", EXIT_USAGE)
+    chosen = [(id_, arguments.backend) for id_ in dict.fromkeys(arguments.ids)]
+    if arguments.reason is not None:
+        chosen = _parked_with(arguments.reason, arguments.backend, settings)
+    codes = [_cancel_one(id_, backend, settings) for id_, backend in chosen]
     return EXIT_FAILED if EXIT_FAILED in codes else max(codes)
+
+
+def _parked_with(reason: str, backend: str | None, settings: Settings) -> list[tuple[str, str | None]]:
+    """What is parked with a reason now, event by event: one that is cancelled is nothing to go on from."""
+    from sidecar.delivery import StateError
+    from sidecar.runtime.backend_factory import accounts
+    from sidecar.runtime.reports.formats import NOBODY
+    from sidecar.runtime.reports.lists import check_backend, parked, parked_query
+    from sidecar.runtime.reports.parameters import QueryError, near
+
+    chosen: list[tuple[str, str | None]] = []
+    others: set[str] = set()
+    try:
+        with accounts(settings) as found:
+            query = parked_query(backend=backend)
+            check_backend(found, query, settings.backends)
+            for row in parked(found, query, NOBODY):
+                if row["reason"] == reason:
+                    chosen.append((row["event_id"], row["backend"]))
+                else:
+                    others.add(row["reason"])
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
+    except StateError as error:
+        raise CommandError(str(error)) from None
+    if not chosen:
+        known = sorted(others)
+        where = "" if backend is None else f" at {backend}"
+        raise CommandError(f"nothing is parked{where} with the reason {reason!r}{near(reason, known) if known else ''}")
+    return chosen
 
 
 def _cancel_one(id_: str, backend: str | None, settings: Settings) -> int:

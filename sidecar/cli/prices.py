@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import UTC, datetime
+from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
@@ -69,7 +70,7 @@ def _show(arguments: argparse.Namespace, settings: Settings) -> int:
     if arguments.provider is not None and not _known(book, arguments.provider):
         raise CommandError(f"{arguments.provider} is no provider that has a price", EXIT_USAGE)
     rows = [*_own_rows(book, arguments, at), *_table_rows(book, arguments, at)]
-    if not rows:
+    if not any("price" in row for row in rows):  # a multiple of nothing is none
         print(f"no price for {arguments.model}: its calls are unpriced; [[prices]] in the TOML file can give it one")
         return EXIT_FAILED
     print(render(rows, _SHOWN, Format(arguments.format), spare=("source", "match"), whole=("unit", "price")), end="")
@@ -85,14 +86,24 @@ def _known(book: PriceBook, provider: str) -> bool:
 def _own_rows(book: PriceBook, arguments: argparse.Namespace, at: datetime) -> Iterator[dict[str, Any]]:
     name, day = arguments.model.lower(), at.date().isoformat()
     for own in book.own:
-        words = (own.provider or "*",) if arguments.provider is None else (arguments.provider.lower(),)
+        asked = arguments.provider and arguments.provider.lower()
+        words = (own.provider or "*",) if asked is None else (asked, book.word(asked))
         if own.meter is not None or not own.holds(words, name, day):
             continue
         head = {"provider": own.provider, "model": own.model, "match": "own", "terms": _side(own.side)}
         if not own.prices:
             of = "the table's price" if own.side is Side.PROVIDER else "the cost"
             yield head | {"unit": f"times {decimal_text(own.markup)} of {of}", "source": "[[prices]]"}
-        yield from (head | row | {"source": f"[[prices]] {own.currency}"} for row in _rows(own.prices))
+        source = {"source": f"[[prices]] {own.currency}"}
+        yield from (head | row | source for row in _rows(own.prices))
+        for terms, factor in own.multipliers.items() if own.side is Side.PROVIDER else ():
+            prices = {
+                unit: (base * factor, tuple((above, price * factor) for above, price in tiers))
+                for unit, (base, tiers) in own.prices.items()
+            }
+            yield from (head | row | source | {"terms": terms} for row in _rows(prices))
+        if own.minimum:
+            yield head | {"unit": "minimum", "price": money(Fraction(own.minimum), 1), "per": 1} | source
 
 
 def _side(side: Side) -> str:
@@ -119,6 +130,8 @@ def _table_rows(book: PriceBook, arguments: argparse.Namespace, at: datetime) ->
 
 def _found(book: PriceBook, table: Table, name: str, provider: str | None) -> Iterator[tuple[Found, str]]:
     asked = None if provider is None else table.by_word(book.word(provider))
+    if provider is not None and asked is None:
+        return
     for each in table.providers.values() if asked is None else [asked]:
         found = table.find(each, name)
         if found is not None and (asked is not None or not (found.near or found.borrowed)):

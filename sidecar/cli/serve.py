@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     form = _form_said(os.environ.get(FORMAT, ""))
     try:
-        read = partial(serving_settings, arguments, environ(arguments, os.environ))
+        read = partial(serving_settings, arguments, environ(arguments, os.environ), starting=True)
         settings = read()
         form = settings.serve.log_format
         return _serve(settings, read)

@@ -32,15 +32,18 @@ def known_backend_settings() -> BackendSettings:
     return backend_settings()
 
 
-def serving_settings(arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ) -> Settings:
+def serving_settings(
+    arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ, *, starting: bool = False
+) -> Settings:
     """All that `serve` needs, with what only the parts can judge: meters, prices, limits, backends, the ledger's
-    file, certificates."""
+    file, certificates. `starting`: only what is a reason not to serve."""
     from sidecar import prices
     from sidecar.runtime import backend_factory, certificates, gate_factory, shipping
 
     def judge(settings: Settings) -> list[str]:
-        own = [*prices.faults(settings), *gate_factory.faults(settings), *shipping.faults(settings)]
-        return [*backend_factory.faults(settings), *own, *certificates.faults(settings.proxy)]
+        money = [*prices.faults(settings, gate_factory.providers(settings)), *gate_factory.faults(settings)]
+        own = [*money, *shipping.faults(settings)]
+        return [*backend_factory.faults(settings, starting=starting), *own, *certificates.faults(settings.proxy)]
 
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 

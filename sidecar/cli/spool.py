@@ -33,6 +33,7 @@ from sidecar.cli.shared import (
 )
 from sidecar.runtime.reports import lists
 from sidecar.runtime.reports.formats import Names, written
+from sidecar.runtime.reports.parameters import QueryError
 from sidecar.spool import SpoolReader
 from sidecar.storage.files import sync_file
 
@@ -248,7 +249,11 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
     query = lists.ParkedQuery(backend=arguments.backend, reason=arguments.reason)
     try:
         with backend_factory.accounts(arguments.settings) as accounts:
+            if accounts:
+                lists.check_backend(accounts, query, arguments.settings.backends)
             rows = list(lists.parked(accounts, query, names))
+    except QueryError as error:
+        raise CommandError(str(error), EXIT_USAGE) from None
     except StateError as error:
         raise CommandError(str(error)) from None
     if not rows:

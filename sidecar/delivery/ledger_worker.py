@@ -24,7 +24,7 @@ from sidecar.delivery.tail import Feed, Item, Source
 from sidecar.delivery.types import UNREADABLE
 from sidecar.model.call_group import CallGroup
 from sidecar.model.call_lines import CallLines
-from sidecar.model.delivery import AddsUp, Applied, Backend, Delivered, Duplicate, Encoded, Refused, Verdict
+from sidecar.model.delivery import AddsUp, Applied, Backend, Blocked, Delivered, Duplicate, Encoded, Refused, Verdict
 from sidecar.model.record import Record
 
 NOT_EXACT = "sum_not_exact"
@@ -118,6 +118,11 @@ class LedgerWorker:
         self._handed.clear()
         self._handed_bytes.clear()
         self._ahead = None
+
+    async def look(self) -> Verdict | None:
+        """What keeps the backend from taking anything, as far as it can tell before something comes; None: nothing."""
+        found = await asyncio.to_thread(self._sums.applied, "")  # of no spool
+        return found if isinstance(found, Blocked) else None
 
     @property
     def wanted(self) -> int:

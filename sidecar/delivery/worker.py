@@ -187,6 +187,9 @@ class Worker:
         self._tell_settled()
         # How long the last run meant to wait says nothing of the backend now: the first replies tell.
         self._queue.hurry(self._now(), held_too=True)
+        if self._sums is not None and (blocked := await self._sums.look()) is not None:
+            # Said before the first record comes, which may be long.
+            self._breaker.hear([blocked], self._now(), self._now(), self._context.roll())
         async with self._sends:
             while True:
                 try:

@@ -97,11 +97,12 @@ class Models:
 
 @dataclass(frozen=True, slots=True)
 class Meant:
-    """What a target says of the model that is asked."""
+    """What a target says of the model that is asked. `provider`: as the call's record will name it."""
 
     provider: str | None = None
     model: str | None = None
     consumes: bool = True  # whether such a call may use tokens at all
+    provider_assumed: bool = False  # nothing tells it: what a model costs is better told by the model's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ class Prepared:
     reads_body: bool
     plan: Plan
     upstream: str | None = None
+    priced_as: str | None = None  # the provider by whose prices it will be priced; None: nobody knows
     weighed: Weighed = field(init=False)  # where no body has to be read
     kinds: dict[str | None, tuple[Facts, Plan]] = field(default_factory=dict)  # by the model that the body names
 
@@ -143,6 +145,7 @@ class Weighed:
     facts: Facts
     plan: Plan
     needs: Needs
+    unpriced: bool = False  # what it will cost is not known, and such calls are denied where a limit is of money
 
 
 @dataclass(slots=True)
@@ -174,7 +177,8 @@ class _Pending:
 class Policy:
     """What is to be decided, and by what. `meant`: of (method, target, name of the upstream). `key_of`: the hash of the
     credential in a head, which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in
-    a body. `upstreams`: by name, those for which something else holds than what stands here."""
+    a body. `deny_unpriced`: a limit of money lets no call go whose price is not known. `upstreams`: by name, those for
+    which something else holds than what stands here."""
 
     limits: Sequence[Limit]
     meant: Callable[[str, str, str | None], Meant]
@@ -186,6 +190,7 @@ class Policy:
     dry_run: bool = False
     body_says_who: bool = False
     outside: Outside | None = None
+    deny_unpriced: bool = False
     upstreams: Mapping[str, ByUpstream] = field(default_factory=dict)
 
 
@@ -231,6 +236,7 @@ class Admission:
         self._ceilings: dict[tuple[str | None, str | None, str], int] = {}
         self._shows_amounts = policy.deny.shows_amounts
         self._on_failure = policy.on_failure
+        self._deny_unpriced = policy.deny_unpriced
 
     def renew(self, policy: Policy) -> None:
         """Decide by this from now on. What open calls hold they hold, and what was asked is still answered; what was
@@ -270,7 +276,8 @@ class Admission:
         asks_model = self._by_model and meant.consumes and meant.model is None
         needs_body = plan.needs_body or self._needs_estimate
         reads_body = posted and ((meant.consumes and needs_body) or asks_model or self._body_says_who)
-        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream)
+        priced_as = None if meant.provider_assumed else meant.provider
+        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream, priced_as)
 
     def weigh(
         self,
@@ -291,8 +298,10 @@ class Admission:
             plan = self._allowances.plan(facts)
         else:
             facts, plan = prepared.kinds.get(model) or self._kind(prepared, model)
-        needs = self._needs(prepared, plan, model, asked) if prepared.consumes else ONE_CALL
-        return Weighed(prepared, facts, plan, needs)
+        if not prepared.consumes:
+            return Weighed(prepared, facts, plan, ONE_CALL)
+        needs, unpriced = self._needs(prepared, plan, model, asked)
+        return Weighed(prepared, facts, plan, needs, unpriced)
 
     def _kind(self, prepared: Prepared, model: str | None) -> tuple[Facts, Plan]:
         if len(prepared.kinds) >= MODELS_MAX:
@@ -301,8 +310,8 @@ class Admission:
         kind = prepared.kinds[model] = (facts, self._allowances.plan(facts))
         return kind
 
-    def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> Needs:
-        output, provider, upstream = asked.output_tokens, prepared.facts.provider, prepared.upstream
+    def _needs(self, prepared: Prepared, plan: Plan, model: str | None, asked: Asked) -> tuple[Needs, bool]:
+        output, provider, upstream = asked.output_tokens, prepared.priced_as, prepared.upstream
         models = self._of(upstream).models
         if output is None:
             output = self._usual.get(model or "", OUTPUT_TOKENS_DEFAULT)
@@ -315,14 +324,19 @@ class Admission:
                 most = self._ceilings[key] = models.ceiling(provider, model) or OUTPUT_TOKENS_MAX
             if output > most * asked.choices:
                 output = most * asked.choices
-        cost = 0
+        cost: int | None = None
         if (plan.needs_cost or self._needs_cost) and models is not None and models.price is not None:
-            cost = models.price(provider, model, asked.input_tokens, output, self._clock_ns()) or 0
-        return (1, asked.input_tokens, output, asked.input_tokens + output, cost, 0)
+            cost = models.price(provider, model, asked.input_tokens, output, self._clock_ns())
+        unpriced = cost is None and plan.needs_cost and self._deny_unpriced
+        return (1, asked.input_tokens, output, asked.input_tokens + output, cost or 0, 0), unpriced
 
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""
         plan, now_ns = weighed.plan, self._clock_ns() + self._shift_ns
+        if weighed.unpriced and (money := next((s.limit for s in plan.slots if s.blocks_money), None)) is not None:
+            why = f"The limit {money.name} counts money, and what this model costs is not known."
+            response = self._response(weighed, money.name, "quota", None, why)
+            return Verdict(Gate(DENIED, money.name), response, f"denied by the limit {money.name}: no price")
         if self._outside is None:
             held = self._allowances.take(plan, weighed.needs, now_ns)
             if held is not None:
@@ -337,6 +351,8 @@ class Admission:
         if self._outside is not None:
             return None
         weighed = self.weigh(prepared, body, len(body)) if prepared.reads_body else prepared.weighed
+        if weighed.unpriced:
+            return None
         held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns() + self._shift_ns)
         return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held)
 

@@ -83,6 +83,10 @@ class Slot:
         self.until_ns = 0
         self.full = False  # its period is used up
 
+    @property
+    def blocks_money(self) -> bool:
+        return self.blocks and self.place == COST
+
 
 @dataclass(slots=True, frozen=True)
 class Plan:

@@ -16,14 +16,18 @@ import asyncio
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from time import monotonic, time
 from typing import Final, Self
 
 from sidecar.gate import answers
 from sidecar.gate.answers import NOBODY_ASKED, Ages, Decision, Entry, Freshness, OnFailure, Standing
+from sidecar.gate.remembered import read, recalled, written
 from sidecar.gate.sources.base import Caller, NoAnswer, Source
 from sidecar.settings import AskedSettings
+from sidecar.storage.files import write_file
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +37,7 @@ DOWN_AFTER: Final = 3  # failures in a row, of whatever subjects
 OPEN_MAX: Final = 200_000  # calls whose estimate is held by their id, of all processes: each may have 20,000
 PROBE_S: Final = 1.0  # between two questions to a source that is down, doubled with each,
 PROBE_S_MAX: Final = 30.0  # up to this
+SAVE_S: Final = 10.0  # between two writings of what was said: so much of it a kill loses
 EVICTION_LOOKS: Final = 16  # of the least used entries, for one that nothing holds
 
 
@@ -81,7 +86,7 @@ class _Asked:
 class Asking:
     """The sources of one process. Open it as a context; `questions` is for metrics: by (source, `answered` or why not).
 
-    `on_failure`: `open`, `closed` or `last`.
+    `on_failure`: `open`, `closed` or `last`. `memory`: the file in which `last` finds after a restart what was said.
     """
 
     def __init__(
@@ -91,6 +96,7 @@ class Asking:
         *,
         on_failure: str = OnFailure.OPEN,
         ages: Ages | None = None,
+        memory: Path | None = None,
         mono: Callable[[], float] = monotonic,
         wall: Callable[[], float] = time,
     ) -> None:
@@ -104,8 +110,17 @@ class Asking:
         self._waits: set[asyncio.Task[None]] = set()
         self.not_held = 0
         self._closed = False
+        self._memory = memory
+        self._said = 0  # answers
+        self._saver: asyncio.Task[None] | None = None
 
     async def __aenter__(self) -> Self:
+        if self._memory is not None and self._ages.on_failure is OnFailure.LAST:
+            await self._recall(self._memory)
+            self._saver = asyncio.get_running_loop().create_task(self._save_by_time(self._memory))
+        elif self._memory is not None:
+            with suppress(OSError):
+                self._memory.unlink(missing_ok=True)  # of when `last` was set: nobody reads it any more
         for asked in self._asked:
             if asked.source.polled_s is not None and (entry := self._entry(asked, Caller(subscriber=None))) is not None:
                 self._ask(asked, entry)
@@ -120,9 +135,52 @@ class Asking:
             asked.timers.clear()
         for task in tasks:
             task.cancel()
+        if self._saver is not None:
+            self._saver.cancel()
+            tasks.append(self._saver)
         await asyncio.gather(*tasks, return_exceptions=True)
+        if self._saver is not None and self._memory is not None:
+            await self._save(self._memory)
         for asked in self._asked:
             await asked.source.aclose()
+
+    # -- over a restart
+
+    async def _recall(self, path: Path) -> None:
+        """What was said in a life before this one: for where nobody answers now, never in the place of a question."""
+        try:
+            found = read(await asyncio.to_thread(path.read_bytes))
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            log.warning("what the gate was told before this start cannot be read: %s", error.strerror)
+            return
+        now_s, wall_s = self._mono(), self._wall()
+        for asked in self._asked:
+            for one in found.get(asked.source.name, ())[-self._subjects_max :]:
+                age_s = wall_s - one.answered_s
+                answer = recalled(one.said) or asked.source.recalled(one.said)
+                if answer is not None and 0 <= age_s <= self._ages.last_s:
+                    entry = asked.entries[one.subject] = Entry(one.subject, answer)
+                    entry.answered_s = entry.believed_s = now_s - age_s
+                    if answer.until_s is not None:
+                        entry.until_wall_s, entry.until_s = answer.until_s, now_s + (answer.until_s - wall_s)
+
+    async def _save_by_time(self, path: Path) -> None:
+        saved = 0
+        while True:
+            await asyncio.sleep(SAVE_S)
+            if saved != self._said:
+                saved = self._said
+                await self._save(path)
+
+    async def _save(self, path: Path) -> None:
+        known = [(asked.source, asked.entries.values()) for asked in self._asked]
+        data = written(known, now_s=self._mono(), wall_s=self._wall())
+        try:
+            await asyncio.to_thread(write_file, path, data)
+        except OSError as error:
+            log.warning("what the gate was told cannot be kept for a restart: %s", error.strerror)
 
     # -- on the way of a call
 
@@ -348,6 +406,7 @@ class Asking:
 
     def _answered(self, asked: _Asked) -> None:
         self.questions[asked.source.name, "answered"] += 1
+        self._said += 1
         if asked.down:
             log.warning("%s answers the gate again", asked.source.name)
         asked.failures, asked.reason = 0, ""

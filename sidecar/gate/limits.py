@@ -25,8 +25,9 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import tzinfo
 from decimal import Decimal
+from difflib import get_close_matches
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from sidecar.gate.windows import CALENDAR, LONGEST_S, Calendar, Sliding, Window
@@ -41,7 +42,9 @@ PLAIN_UNITS: Final = ("calls", "input_tokens", "output_tokens", "total_tokens", 
 METER: Final = "meter:"
 SCOPES: Final = ("subscriber", "key", "model", "route", "provider")
 DIMENSION: Final = "dimensions."
+FIELDS: Final = ("name", "unit", "amount", "window", "timezone", "anchor_day", "action", *SCOPES)
 EACH: Final = "*"
+HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # what stands for a credential
 PICO: Final = 10**12
 MILLIONTHS: Final = 10**6
 AMOUNT: Final = re.compile(r"\d{1,24}(\.\d{1,24})?", re.ASCII)
@@ -50,6 +53,7 @@ _SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400}
 _SHORT: Final = re.compile(r"([a-z_]+(?::[a-z0-9_]+)?)=([^/\s]*)(?:/(\w+))?", re.ASCII)
 # Who leaves out by what it would be counted is counted all the same, under a name for all of those.
 NOT_SAID: Final = "(none)"
+SHOWN_CHARS: Final = 40  # of a wrong value
 RATE_S_MAX: Final = 120  # a window of at most this is waited for; what is longer is used up until it ends
 
 
@@ -97,6 +101,7 @@ class Limit:
     action: Action = Action.BLOCK
     meter: Meter | None = None
     window_text: str = "total"
+    idle_zone: str | None = None  # a time zone that was given and changes nothing
 
     @property
     def scale(self) -> int:
@@ -110,6 +115,8 @@ class Limit:
     @property
     def is_rate(self) -> bool:
         """Whether who is denied may come back soon; else it is used up until the window ends."""
+        if not self.amount:
+            return False  # it never has anything left
         if self.unit == "concurrent":
             return True
         if isinstance(self.window, Sliding):
@@ -149,12 +156,36 @@ class Limit:
             if wanted not in (EACH, value):
                 return None
             values.append(value)
-        return ",".join(values)
+        # Clients choose some of these values: no comma in one may make another counter of two.
+        return values[0] if len(values) == 1 else ",".join(map(_without_commas, values))
+
+    def values_of(self, scope: str) -> dict[str, str] | None:
+        """By its name, what each part of a counter's scope stands for; None: it is not a scope of this limit."""
+        names = [name for name, _ in self.scopes]
+        values = [scope] if len(names) == 1 else list(map(_with_commas, scope.split(","))) if scope else []
+        return dict(zip(names, values, strict=True)) if len(names) == len(values) else None
 
     def key(self, scope: str, at_ns: int) -> str:
         """The counter's. A calendar period is a part of it; a sliding window has one counter for ever."""
         window = self.window
         return f"{self.name}|{scope}|{window.period(at_ns).id if isinstance(window, Calendar) else ''}"
+
+    def counts_in(self, scope: str, period: str, at_ns: int) -> bool:
+        """Whether a counter of this name can be this limit's, at that moment or beside it; else it is one of what stood
+        under the name before. A call may have been let in by another clock than the one it is recorded by."""
+        if len(self.scopes) == 1:  # nearly all: this is asked for each call and limit
+            wanted = self.scopes[0][1]
+            if wanted not in (EACH, scope):
+                return False
+        else:
+            values = self.values_of(scope)
+            if values is None or any(wanted not in (EACH, values[name]) for name, wanted in self.scopes):
+                return False
+        window = self.window
+        if not isinstance(window, Calendar):
+            return not period
+        now = window.period(at_ns)
+        return period == now.id or period in (window.period(now.end_ns).id, window.period(now.start_ns - 1).id)
 
     def text(self, amount: int) -> str:
         """An amount in the unit's own terms."""
@@ -163,6 +194,14 @@ class Limit:
 
 def limit_name(key: str) -> str:
     return key.partition("|")[0]
+
+
+def _without_commas(value: str) -> str:
+    return value.replace("%", "%25").replace(",", "%2C") if "," in value or "%" in value else value
+
+
+def _with_commas(value: str) -> str:
+    return value.replace("%2C", ",").replace("%25", "%")
 
 
 # --- what a finished call adds -------------------------------------------------------------------------
@@ -198,8 +237,8 @@ class Charging:
     def charges(self, call: Exchange, key: str | None = None) -> list[Charge]:
         """`key`: the credential's hash, where it is not who pays.
 
-        What was reserved under is what is charged. A limit that was not asked (it is new, or the owner was not there,
-        or the model became known by the response alone) is charged by what the record says.
+        What was reserved under is what is charged. A limit that was not asked (it is new or another one by now, or the
+        owner was not there, or the model became known by the response alone) is charged by what the record says.
         """
         back = _used_nothing(call)
         held = {} if call.gate is None else call.gate.reserved
@@ -207,18 +246,20 @@ class Charging:
         facts: Facts | None = None
         found = []
         for limit in self.limits:
-            known = by_name.get(limit.name)
-            if known is None:
+            scope: str | None = None
+            counter, reserved = by_name.get(limit.name, ("", 0))
+            if counter:
+                scope, _, period = counter.partition("|")[2].rpartition("|")
+                if not limit.counts_in(scope, period, call.started_ns):
+                    scope, reserved = None, 0
+            if scope is None:
                 if back or limit.unit == "concurrent":
                     continue
                 facts = facts or facts_of(call, key)
                 scope = limit.scope_of(facts)
                 if scope is None:
                     continue
-                counter, reserved = limit.key(scope, call.started_ns), 0
-            else:
-                counter, reserved = known
-                scope = counter.partition("|")[2].rpartition("|")[0]
+                counter = limit.key(scope, call.started_ns)
             amount = 0 if back else self._amount(limit.unit, limit.meter, call, reserved)
             if amount or reserved:
                 found.append(Charge(limit, counter, scope, amount, reserved))
@@ -307,19 +348,23 @@ def read_limits(
     tables: Sequence[Mapping[str, Any]],
     short: Sequence[str] = (),
     *,
-    meters: Collection[Meter] = (),
+    meters: Collection[Meter] | None = (),
     dimensions: Collection[str] = (),
     providers: Collection[str] = (),
     routes: Collection[str] = (),
+    names: Mapping[str, str] | None = None,
+    hashed: bool = False,
 ) -> tuple[Limit, ...]:
     """Definitions from TOML, and those of `SIDECAR_LIMITS`. Raises `LimitsError` with every fault.
 
     `meters`, `dimensions`, `providers`, `routes`: what there is; a limit that names another can never be reached.
+    `meters`: None: what there is cannot be told, and no limit is said to name another.
+    `names`: by id, what subscribers that are configured are called. `hashed`: each is the hash of a credential.
     """
     problems: list[str] = []
     limits: list[Limit] = []
-    known = {meter.name: meter for meter in meters}
-    there = {"provider": providers, "route": routes}
+    known = None if meters is None else {meter.name: meter for meter in meters}
+    there = _There(dimensions, {"provider": providers, "route": routes}, names or {}, hashed)
     count = len(tables) + len(short)
     if count > LIMITS_MAX:
         problems.append(f"limits: {count} are defined, at most {LIMITS_MAX} are taken")
@@ -335,21 +380,22 @@ def read_limits(
             "unit": unit, "amount": amount, "window": window,
         }))  # fmt: skip
     for label, table in rows:
-        reading = _Reading(table, label, known, dimensions, there)
+        reading = _Reading(table, label, known, there)
         limit = reading.limit()
         problems += reading.problems
         if limit is not None:
             limits.append(limit)
-    names = [limit.name for limit in limits]
+    # Also of those in which something else is wrong: who mends that should not be told of the next fault then.
+    called = [name for _, table in rows if isinstance(name := table.get("name"), str)]
     problems += [
-        f"limit {name}: is defined {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
+        f"limit {name}: is defined {called.count(name)} times" for name in sorted(set(called)) if called.count(name) > 1
     ]
     if problems:
         raise LimitsError(problems)
     return tuple(limits)
 
 
-def remarks(limits: Sequence[Limit], *, priced: bool = True, credentials: bool = True) -> list[str]:
+def remarks(limits: Sequence[Limit], *, priced: bool = True) -> list[str]:
     """What is no fault and still worth knowing."""
     found = []
     for limit in limits:
@@ -360,9 +406,18 @@ def remarks(limits: Sequence[Limit], *, priced: bool = True, credentials: bool =
             found.append(f"limit {limit.name}: only costs that providers state are counted: there are no prices")
         if limit.meter is not None and limit.meter.kind is Kind.SUM and limit.meter.field not in PLAIN_UNITS:
             found.append(f"limit {limit.name}: what a call adds is known at its end only: nothing is reserved for it")
-        if not credentials and any(scope == "key" for scope, _ in limit.scopes):
-            found.append(f"limit {limit.name}: keys are known only where SIDECAR_SUBSCRIBER has credential")
+        if limit.idle_zone is not None:
+            found.append(f"limit {limit.name}: timezone {limit.idle_zone} changes nothing: its window has no calendar")
     return found
+
+
+class _There(NamedTuple):
+    """What limits can be of."""
+
+    dimensions: Collection[str]
+    values: Mapping[str, Collection[str]]  # by scope
+    names: Mapping[str, str]
+    hashed: bool
 
 
 class _Reading:
@@ -372,9 +427,8 @@ class _Reading:
         self,
         table: Mapping[str, Any],
         label: str,
-        meters: Mapping[str, Meter],
-        dimensions: Collection[str],
-        there: Mapping[str, Collection[str]],
+        meters: Mapping[str, Meter] | None,
+        there: _There,
     ) -> None:
         self.left = dict(table)
         name = table.get("name")
@@ -382,7 +436,6 @@ class _Reading:
         self.label = f"limit {name}" if named else label
         self.problems: list[str] = []
         self._meters = meters
-        self._dimensions = dimensions
         self._there = there
 
     def limit(self) -> Limit | None:
@@ -399,12 +452,14 @@ class _Reading:
         if not isinstance(action, str) or action not in set(Action):
             self._wrong(f"action is wrong: expected one of {', '.join(Action)}")
         for key in self.left:
-            self._wrong(f"{key!r} is no field of a limit")
+            near = get_close_matches(key, FIELDS, 1)
+            hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(FIELDS)}, {DIMENSION}NAME"
+            self._wrong(f"{key!r} is no field of a limit; {hint}")
         if self.problems or window is None:
             return None
         return Limit(
             name=name, unit=unit, amount=amount, window=window, scopes=scopes, action=Action(action), meter=meter,
-            window_text=window_text,
+            window_text=window_text, idle_zone=self._idle_zone(window),
         )  # fmt: skip
 
     def _wrong(self, what: str) -> None:
@@ -413,6 +468,8 @@ class _Reading:
     def _unit(self) -> tuple[str, Meter | None]:
         unit = self.left.pop("unit", None)
         if isinstance(unit, str) and unit.startswith(METER):
+            if self._meters is None:
+                return unit, None
             meter = self._meters.get(unit.removeprefix(METER))
             if meter is None:
                 names = ", ".join(self._meters) or "none"
@@ -429,12 +486,15 @@ class _Reading:
     def _amount(self, unit: str, meter: Meter | None) -> int:
         amount = self.left.pop("amount", None)
         if isinstance(amount, float):
-            self._wrong('amount is a float, which is never exact: write it as a text, such as "0.5"')
+            self._wrong(f'amount is a float, which is never exact: write it as a text: "{amount!r}"')
             return 0
         text = str(amount) if isinstance(amount, int) and not isinstance(amount, bool) else amount
         if not isinstance(text, str) or not AMOUNT.fullmatch(text.strip()):
             said = "is missing" if amount is None else "is negative" if str(amount).startswith("-") else "is wrong"
-            self._wrong(f'amount {said}: expected a number of at least 0, as a text where it is no whole one: "0.5"')
+            given = "" if amount is None else f", not {str(amount)[:SHOWN_CHARS]!r}"
+            self._wrong(
+                f'amount {said}: expected a number of at least 0, as a text where it is no whole one: "0.5"{given}'
+            )
             return 0
         exact = Decimal(text.strip()) * (PICO if unit == "cost_usd" else MILLIONTHS if meter is not None else 1)
         if exact != int(exact):
@@ -460,12 +520,17 @@ class _Reading:
         return str(text), Sliding(seconds)
 
     def _zone(self) -> tzinfo:
-        name = self.left.pop("timezone", "UTC")
+        self.zone = name = self.left.pop("timezone", "UTC")
         try:
             return ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
             self._wrong(f"timezone {name!r} is unknown: expected a name such as UTC or Europe/Berlin")
             return ZoneInfo("UTC")
+
+    def _idle_zone(self, window: Window) -> str | None:
+        """The time zone that was given and changes nothing. UTC stands in examples: nobody expects much of it."""
+        named = isinstance(self.zone, str) and self.zone.upper() not in ("UTC", "ETC/UTC")
+        return self.zone if named and (isinstance(window, Sliding) or window.unit == "total") else None
 
     def _anchor(self, window: object) -> int:
         day = self.left.pop("anchor_day", 1)
@@ -485,16 +550,39 @@ class _Reading:
         else:
             self._wrong('dimensions is wrong: expected dimensions.NAME = "value"')
         for name, value in found.items():
-            if not isinstance(value, str) or not (value or name == "subscriber"):
-                self._wrong(f'{name} is wrong: expected a text, or "*" for each on its own')
-            elif name.startswith(DIMENSION) and name.removeprefix(DIMENSION) not in self._dimensions:
-                have = ", ".join(self._dimensions) or "none"
-                self._wrong(f"{name}: no call is filed under it (SIDECAR_DIMENSIONS has {have})")
-            elif name in self._there and value != EACH and value not in self._there[name] and self._there[name]:
-                self._wrong(f"{name} {value!r} is unknown here: no call would ever reach this limit")
+            if (why := self._unreachable(name, value)) is not None:
+                self._wrong(why)
         if not found:
             return (("subscriber", EACH),)
         return tuple((name, value) for name, value in found.items() if value)
+
+    def _unreachable(self, name: str, value: Any) -> str | None:
+        """Why no call is ever of this scope; None: one may be. Of what may be a key nothing is said."""
+        there = self._there
+        if not isinstance(value, str) or not (value or name == "subscriber"):
+            return f'{name} is wrong: expected a text, or "*" for each on its own'
+        if name.startswith(DIMENSION) and name.removeprefix(DIMENSION) not in there.dimensions:
+            have = ", ".join(there.dimensions) or "none"
+            return f"{name}: no call is filed under it (SIDECAR_DIMENSIONS has {have})"
+        if value in ("", EACH):
+            return None
+        if EACH in value or value != value.strip():
+            return f'{name} {value!r} is no pattern: expected one whole name, or "*" for each on its own'
+        if there.values.get(name) and value not in there.values[name]:
+            near = get_close_matches(value, there.values[name], 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            return f"{name} {value!r} is unknown here: no call would ever reach this limit{hint}"
+        if name not in ("subscriber", "key") or HASHED.fullmatch(value) or value == UNAUTHENTICATED:
+            return None
+        called = [id_ for id_, known in there.names.items() if known == value]
+        if name == "subscriber" and called and value not in there.names:
+            return f"subscriber {value!r} is what {called[0]} is called: expected the id"
+        if name == "key" or (there.hashed and value not in there.names):
+            return (
+                f"{name} is no id that a call can have: expected key_ and 32 hex digits, as "
+                "`metering-sidecar subscriber` prints it for a key"
+            )
+        return None
 
 
 def oldest_start_ns(limits: Sequence[Limit], now_ns: int) -> int:

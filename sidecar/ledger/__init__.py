@@ -14,7 +14,7 @@ from sidecar.ledger.queries import (
     UsageRow,
     row_of,
 )
-from sidecar.ledger.schema import PICO, LedgerError, ledger_problem, read_cost
+from sidecar.ledger.schema import PICO, LedgerError, ledger_problem, read_cost, stored_cost
 from sidecar.ledger.store import LedgerStore
 
 __all__ = [
@@ -35,4 +35,5 @@ __all__ = [
     "ledger_problem",
     "read_cost",
     "row_of",
+    "stored_cost",
 ]

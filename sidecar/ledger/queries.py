@@ -5,7 +5,8 @@ only where zero was. Sums are exact: SQLite adds up whole numbers while it can, 
 rest of the answer is added up in Python.
 
 Whole days (of UTC) are read from the daily sums, and only what is left of the time asked for from the hourly ones. Days
-and months of another zone are made of daily sums too (`local_days`).
+and months of another zone are made of daily sums too (`local_days`). Where no subscriber is asked for, the sums over
+all of them are read instead, which are the same in a fraction of the rows.
 """
 
 from __future__ import annotations
@@ -228,11 +229,12 @@ class LedgerReader:
                 if db.execute("SELECT 1 FROM series_dimensions WHERE name = ? LIMIT 1", (name,)).fetchone() is None:
                     raise unknown(name)
             parts = None
+            over_all = "subscriber" not in {*by, *(where or ())} and _over_all(db, begin)
             if zone is not None:
                 there = db.execute(EXTENT.format("")).fetchone()
                 parts = parts_of(by, begin, end, zone, *there)
                 begin, end = extent(begin, end, *there)
-            question = Question(by, begin, end, where or {}, zone, self._dialect)
+            question = Question(by, begin, end, where or {}, zone, self._dialect, over_all=over_all)
             # Each way gives the same groups in the same order. Where one cannot go on, the next begins behind it.
             given = 0
             if parts is not None:
@@ -336,6 +338,14 @@ class LedgerReader:
                 raise
 
 
+def _over_all(db: sqlite3.Connection, begin: int) -> bool:
+    """Whether the sums over all subscribers have all from this hour on."""
+    if db.execute("SELECT 1 FROM sqlite_schema WHERE name = 'all_since'").fetchone() is None:
+        return False  # nobody has written since they are kept
+    row = db.execute("SELECT hour FROM all_since").fetchone()
+    return row is not None and begin >= row[0]
+
+
 def _answers(db: sqlite3.Connection, question: Question, given: int) -> Iterator[tuple[Group, Sums]]:
     """All groups but those that were given already."""
     labels = question.labels()
@@ -343,11 +353,13 @@ def _answers(db: sqlite3.Connection, question: Question, given: int) -> Iterator
         rows = iter(db.execute(question.sql(exact=False), question.values))
         for _ in range(given):
             next(rows)
+        count = len(labels)
         for row in rows:
-            if float in map(type, row[len(labels) :]):
+            sums = row[count:]
+            if float in map(type, sums):
                 break
             given += 1
-            yield labelled(row[: len(labels)], labels), row[len(labels) :]
+            yield labelled(row[:count], labels), sums
         else:
             return
     except sqlite3.Error as error:
@@ -357,8 +369,8 @@ def _answers(db: sqlite3.Connection, question: Question, given: int) -> Iterator
     for _ in range(given):
         next(rows)
     for row in rows:
-        *sums, cost = row[len(labels) :]
-        exact = (*(None if value is None else int(value) for value in sums), cost)
+        *whole, cost = row[len(labels) :]
+        exact = (*(None if value is None else int(value) for value in whole), cost)
         yield labelled(row[: len(labels)], labels), exact
 
 
@@ -391,9 +403,14 @@ class Question:
         dialect: Dialect,
         *,
         hours: Sequence[int] | None = None,
+        over_all: bool = False,
     ) -> None:
         """`begin`, `end`: whole hours, Unix seconds; the end is not included, None is none. `hours`: the same time hour
-        by hour, where few series are asked for, so that their rows are looked up and no others are read."""
+        by hour, where few series are asked for, so that their rows are looked up and no others are read. `over_all`:
+        of all subscribers together, none of whom is asked for."""
+        self._over_all = over_all
+        kind = "_all" if over_all else ""
+        self._hourly, self._daily = f"{dialect.schema}hourly{kind}", f"{dialect.schema}daily{kind}"
         self._dialect = dialect
         self._by = tuple(by)
         self._where = where
@@ -449,12 +466,11 @@ class Question:
 
     def _hours(self, hours: Sequence[int]) -> str:
         chosen = ", ".join(map(str, hours))
-        return f"SELECT hour, series, {_COLUMNS} FROM {self._dialect.schema}hourly WHERE hour IN ({chosen})"
+        return f"SELECT hour, series, {_COLUMNS} FROM {self._hourly} WHERE hour IN ({chosen})"
 
     def _source(self, begin: int, end: int | None) -> tuple[str, list[int]]:
         """The rows of the time asked for, with `hour` as their time, and its values."""
-        schema = self._dialect.schema
-        hours = f"SELECT hour, series, {_COLUMNS} FROM {schema}hourly WHERE hour >= ? AND hour < ?"
+        hours = f"SELECT hour, series, {_COLUMNS} FROM {self._hourly} WHERE hour >= ? AND hour < ?"
         whole = -(-begin // DAY_S) * DAY_S
         last = FOREVER if end is None else end // DAY_S * DAY_S
         until = FOREVER if end is None else end
@@ -462,7 +478,7 @@ class Question:
         local = self._zone is not None and not {"day", "month"}.isdisjoint(self._by)
         if "hour" in self._by or local or whole >= last:
             return hours, [begin, until]
-        days = f"SELECT day AS hour, series, {_COLUMNS} FROM {schema}daily WHERE day >= ? AND day < ?"
+        days = f"SELECT day AS hour, series, {_COLUMNS} FROM {self._daily} WHERE day >= ? AND day < ?"
         parts, values = [days], [whole, last]
         if begin < whole:
             parts.append(hours)
@@ -504,8 +520,8 @@ class Question:
         statement = (
             f"WITH chosen_days(day, at) AS ({_values(parts.days, 2)}), "
             f"chosen_hours(hour, own, noon) AS ({_values(parts.hours, 3)}), "
-            f"whole AS ({read('daily', 'day', 'chosen_days')}), "
-            f"stray AS MATERIALIZED ({read('hourly', 'hour', 'chosen_hours')}), "
+            f"whole AS ({read(self._daily, 'day', 'chosen_days')}), "
+            f"stray AS MATERIALIZED ({read(self._hourly, 'hour', 'chosen_hours')}), "
             f"parts AS (SELECT 0 AS part, at{own}, {_COLUMNS} FROM whole JOIN chosen_days USING (day)"
             f" UNION ALL SELECT 1, own{own}, {_COLUMNS} FROM stray JOIN chosen_hours USING (hour) WHERE own IS NOT NULL"
             f" UNION ALL SELECT 2, noon{own}, {less} FROM stray JOIN chosen_hours USING (hour) WHERE noon IS NOT NULL) "
@@ -520,7 +536,8 @@ class Question:
         others = {name: (group[place],) for place, name in enumerate(self._by) if place != time}
         begin, end = parts.bounds[group[time]]
         hours = range(begin, end, HOUR_S)
-        return Question((), begin, end, {**self._where, **others}, None, self._dialect, hours=hours)
+        where = {**self._where, **others}
+        return Question((), begin, end, where, None, self._dialect, hours=hours, over_all=self._over_all)
 
     def labels(self) -> list[_Label | None]:
         """What makes a text of each group; None: it is one."""
@@ -680,9 +697,11 @@ def most_first(one: UnpricedModel) -> tuple[int, str, str]:
 def labelled(group: tuple[Any, ...], labels: Sequence[_Label | None]) -> Group:
     if labels.count(None) == len(labels):
         return group
-    return tuple(
-        value if label is None or value is None else label(value) for value, label in zip(group, labels, strict=True)
-    )
+    found = list(group)  # no generator: there may be a hundred thousand groups
+    for place, label in enumerate(labels):
+        if label is not None and found[place] is not None:
+            found[place] = label(found[place])
+    return tuple(found)
 
 
 def row_of(group: Group, values: Sums) -> UsageRow:

@@ -8,7 +8,10 @@ let SQLite add up whole numbers after all, which is ten times as fast: it says i
 error), and what it says then is thrown away.
 
 What is summed by hours is summed by days (of UTC) beside it, in the same transaction: a month is read in a
-twenty-fourth of the rows.
+twenty-fourth of the rows. Both are summed once more over all subscribers, who are nearly all of what series are many
+for: who asks about models, routes or days reads a few rows an hour, in any time zone. `all_since` says from which hour
+on these are whole; a ledger of before they were kept, or one that somebody put rows into, is caught up with, the newest
+day first, and is read the long way until then.
 """
 
 from __future__ import annotations
@@ -29,6 +32,23 @@ DAY_S: Final = 86_400
 DIMENSION_VALUES_MAX: Final = 1000
 OTHER_VALUE: Final = "(other)"  # what further values are filed under
 
+_SUM_COLUMNS: Final = f"""{", ".join(f"{name} ANY" for name in SUMS)},
+  cost_usd ANY, -- an integer: in picodollars; a text: an exact decimal, in dollars"""
+# Over all subscribers: rows of series without one.
+_ALL_TABLES: Final = f"""CREATE TABLE hourly_all (
+  hour INTEGER NOT NULL,
+  series INTEGER NOT NULL REFERENCES series (id),
+  {_SUM_COLUMNS}
+  PRIMARY KEY (hour, series)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE daily_all (
+  day INTEGER NOT NULL,
+  series INTEGER NOT NULL REFERENCES series (id),
+  {_SUM_COLUMNS}
+  PRIMARY KEY (day, series)
+) STRICT, WITHOUT ROWID;
+CREATE TABLE all_since (hour INTEGER NOT NULL) STRICT; -- one row at most: from this hour on both are whole
+"""
 _TABLES: Final = f"""
 CREATE TABLE applied (
   key TEXT PRIMARY KEY, -- of a sealed delivery: made from record ids, so it is unique over all spools
@@ -60,18 +80,16 @@ CREATE TABLE series_dimensions (
 CREATE TABLE hourly (
   hour INTEGER NOT NULL, -- Unix seconds of its start, UTC
   series INTEGER NOT NULL REFERENCES series (id),
-  {", ".join(f"{name} ANY" for name in SUMS)},
-  cost_usd ANY, -- an integer: in picodollars; a text: an exact decimal, in dollars
+  {_SUM_COLUMNS}
   PRIMARY KEY (hour, series)
 ) STRICT, WITHOUT ROWID;
 CREATE TABLE daily (
   day INTEGER NOT NULL, -- Unix seconds of its start, UTC
   series INTEGER NOT NULL REFERENCES series (id),
-  {", ".join(f"{name} ANY" for name in SUMS)},
-  cost_usd ANY,
+  {_SUM_COLUMNS}
   PRIMARY KEY (day, series)
 ) STRICT, WITHOUT ROWID;
-CREATE TABLE hourly_units (
+{_ALL_TABLES}CREATE TABLE hourly_units (
   hour INTEGER NOT NULL,
   series INTEGER NOT NULL REFERENCES series (id),
   unit TEXT NOT NULL,
@@ -107,16 +125,17 @@ class LedgerError(StorageError):
 # Only of one that is damaged it is said that it may be moved away: the sums of all others are whole.
 SCHEMA: Final = Schema(
     name="ledger",
-    version=4,
+    version=5,
     tables=_TABLES,
     when_empty="the ledger is made with the first delivery to it",
     when_damaged="put its copy back, or move it away to begin a new one",
     when_full="free some, delivery goes on by itself",
     error=LedgerError,
+    upgrades={4: _ALL_TABLES},
 )
 
 
-def ledger_problem(path: Path) -> str | None:
+def ledger_problem(path: Path) -> StorageError | None:
     """Why a ledger that is there cannot be used, or None. Only looks, also beside the one who writes it."""
     return problem_of(path, schema=SCHEMA)
 
@@ -175,8 +194,17 @@ class _CostSum(_DecimalSum):
             self.total = EXACT.add(self.total or Decimal(0), read_cost(value) or Decimal(0))
 
 
+class _KeptCostSum(_CostSum):
+    """The same as a column keeps it."""
+
+    def finalize(self) -> Any:
+        return None if self.total is None else stored_cost(self.total)
+
+
 def add_exact_sums(db: sqlite3.Connection) -> None:
-    """What SQLite cannot add up exactly: `exact_sum` of whole numbers, `decimal_sum` and `cost_sum` of amounts."""
+    """What SQLite cannot add up exactly: `exact_sum` of whole numbers, `decimal_sum` and `cost_sum` of amounts;
+    `kept_cost_sum` for what is stored again."""
     db.create_aggregate("exact_sum", 1, cast(Any, _Sum))
     db.create_aggregate("decimal_sum", 1, cast(Any, _DecimalSum))
     db.create_aggregate("cost_sum", 1, cast(Any, _CostSum))
+    db.create_aggregate("kept_cost_sum", 1, cast(Any, _KeptCostSum))

@@ -3,18 +3,23 @@
 What must always hold: how far a batch goes, or the key of a delivery, is committed together with its effects, so that
 it counts once however often it comes, and whenever the process dies. Faults of the file come back as
 verdicts: nothing of a failed transaction counts, so it may always be tried again.
+
+Sums over all subscribers (`schema`) are kept in the same transaction. Where a ledger has rows of before they were kept,
+a thread makes them of these, a day at a time, the newest first; whoever writes goes in between.
 """
 
 from __future__ import annotations
 
+import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock, Thread
 from time import time
-from typing import Any, Final
+from typing import Final
 
 import orjson
 
@@ -25,6 +30,7 @@ from sidecar.ledger.schema import (
     SCHEMA,
     SUMS,
     LedgerError,
+    add_exact_sums,
     read_cost,
     stored,
     stored_cost,
@@ -32,50 +38,90 @@ from sidecar.ledger.schema import (
 from sidecar.meters.buckets import UNIQUE_MAX, BatchSums, BucketDelta, BucketKey, add_batches
 from sidecar.meters.buckets import from_wire as buckets_from_wire
 from sidecar.meters.definition import Kind
-from sidecar.meters.hourly import COUNTS, EXACT, TOKENS, Delta, Series, from_wire, series_wire, write_amount
+from sidecar.meters.hourly import (
+    COUNTS,
+    EXACT,
+    JSON_INT_MAX,
+    TOKENS,
+    Delta,
+    Series,
+    from_wire,
+    series_wire,
+    write_amount,
+)
 from sidecar.model.call_group import HOUR_S
 from sidecar.model.delivery import Applied, Delivered, Duplicate, Refused, Verdict
 from sidecar.storage.files import Trouble, trouble, verdict_for
 from sidecar.storage.sqlite import open_db, transaction
 
+log = logging.getLogger(__name__)
+
 KEYS_KEPT_S: Final = 30 * 86_400  # the backend's window: delivery resends nothing that is older
 PRUNE_EVERY_S: Final = 3600
 DAMAGED: Final = "ledger_damaged"
+SERIES_KEPT: Final = 10_000  # ids in memory, a cache only: 2 MB
 
-# Hours and days, each with what finds a row and what writes it.
+CATCH_UP_PAUSE_S: Final = 0.1  # between two days, each of which takes about as long: others want the file too
+
 _COLUMNS: Final = f"{', '.join(SUMS)}, cost_usd"
-_TABLES: Final = tuple(
-    (
-        seconds,
-        f"SELECT {_COLUMNS} FROM {table} WHERE {unit} = ? AND series = ?",
-        f"INSERT OR REPLACE INTO {table} ({unit}, series, {_COLUMNS}) VALUES ({', '.join('?' * (len(SUMS) + 3))})",
+_Tables = tuple[tuple[int, str, str], ...]  # hours and days, each with what finds a row and what writes it
+
+
+def _tables(kind: str) -> _Tables:
+    return tuple(
+        (
+            seconds,
+            f"SELECT {_COLUMNS} FROM {table} WHERE {unit} = ? AND series = ?",
+            f"INSERT OR REPLACE INTO {table} ({unit}, series, {_COLUMNS}) VALUES ({', '.join('?' * (len(SUMS) + 3))})",
+        )
+        for table, unit, seconds in ((f"hourly{kind}", "hour", HOUR_S), (f"daily{kind}", "day", DAY_S))
     )
-    for table, unit, seconds in (("hourly", "hour", HOUR_S), ("daily", "day", DAY_S))
-)
+
+
+_EACH: Final = _tables("")
+_ALL: Final = _tables("_all")
+# Of hours that were summed before: each series has its own without a subscriber in `without`.
+_WITHOUT: Final = "CREATE TEMP TABLE IF NOT EXISTS without (series INTEGER PRIMARY KEY, all_of_it INTEGER NOT NULL)"
+_REALS: Final = f"SELECT 1 FROM {{}} WHERE 'real' IN ({', '.join(f'typeof({name})' for name in (*SUMS, 'cost_usd'))})"
+
+
+def _summed(*, exact: bool) -> str:
+    sums = ", ".join(f"{'exact_sum' if exact else 'sum'}({name})" for name in SUMS)
+    return f"{sums}, {'kept_cost_sum' if exact else 'sum'}(cost_usd)"
 
 
 class LedgerStore:
     """`ledger.db`, open for writing. Blocking; calls may come from any thread, one goes at a time."""
 
     def __init__(self, path: Path, *, clock: Callable[[], float] = time, resumed: bool = False) -> None:
-        """Opens the file, or makes it. Raises `LedgerError`.
+        """Opens the file, or makes it. Raises `LedgerError`, but not where the file is damaged: calls do not wait for
+        it, and their records are kept for it; every delivery is told what is wrong.
 
         `resumed`: whoever opens it goes on for one that died, while calls are served and their records wait in memory.
-        These have to get to disk, so that nothing is raised then: every delivery is told what is wrong with the file.
+        These have to get to disk, so that nothing is raised then.
         """
         self._path = path
         self._clock = clock
         self._lock = Lock()
         self._series: dict[Series, int] = {}
         self._values: dict[str, set[str]] | None = None  # of each dimension; None: not read yet
+        self._without: dict[Series, Series] = {}  # without its subscriber
+        self._all_since: int | None = None  # None: not read yet
         self._pruned_s = 0.0
         self._db: sqlite3.Connection | None = None
+        self._closing = Event()
+        self._catching_up: Thread | None = None
         try:
             self._db = open_db(path, schema=SCHEMA)
         except LedgerError as error:
             # A full disk gets better: what is delivered meanwhile is told to come again.
-            if not error.passes and not resumed:
+            if not error.passes and not error.damaged and not resumed:
                 raise
+            log.error("the ledger takes nothing, calls are served and their records wait in the spool: %s", error)
+        with suppress(sqlite3.Error):  # said by the first delivery
+            if self._db is not None and _is_behind(self._db):
+                self._catching_up = Thread(target=self._catch_up, name="ledger-all", daemon=True)
+                self._catching_up.start()
 
     def __repr__(self) -> str:
         return f"<LedgerStore {self._path}>"
@@ -145,6 +191,9 @@ class LedgerStore:
                 return _verdict_for(error, self._path), ()
 
     def close(self) -> None:
+        self._closing.set()
+        if self._catching_up is not None:
+            self._catching_up.join()
         with self._lock:
             self._drop()
 
@@ -158,9 +207,15 @@ class LedgerStore:
             with transaction(db):
                 if not mark.set(db):
                     return Duplicate()
+                if self._all_since is None:
+                    self._all_since = _since(db)
                 for one in sums:
                     for delta in one.hourly:
-                        self._add(db, delta)
+                        self._add(db, delta, _EACH)
+                        for unit, amount in delta.units.items():
+                            self._add_unit(db, delta.hour, self._series_id(db, delta.series), unit, amount)
+                    for delta in self._over_all(one.hourly, self._all_since):
+                        self._add(db, delta, _ALL)
                     for bucket in one.buckets:
                         _put(db, bucket)
                 if now_s - self._pruned_s >= PRUNE_EVERY_S:
@@ -171,21 +226,98 @@ class LedgerStore:
             raise
         return Delivered()
 
-    def _add(self, db: sqlite3.Connection, delta: Delta) -> None:
-        series = self._series_id(db, delta)
-        for seconds, find, write in _TABLES:
+    def _add(self, db: sqlite3.Connection, delta: Delta, tables: _Tables) -> None:
+        series = self._series_id(db, delta.series)
+        counts, tokens = delta.counts, delta.tokens
+        more: list[int | None] = [counts[name] for name in COUNTS]
+        more += [tokens.get(name) for name in TOKENS]
+        cost = None if delta.cost_usd is None else stored_cost(delta.cost_usd)
+        for seconds, find, write in tables:
             at = delta.hour // seconds * seconds
-            *sums, cost = db.execute(find, (at, series)).fetchone() or (None,) * (len(SUMS) + 1)
-            old: dict[str, Any] = dict(zip(SUMS, sums, strict=True))
-            new: list[int | str | None] = [stored(int(old[name] or 0) + delta.counts[name]) for name in COUNTS]
-            for name in TOKENS:
-                kept, more = old[name], delta.tokens.get(name)
-                new.append(kept if more is None else stored(int(kept or 0) + more))
-            if delta.cost_usd is not None:
-                cost = stored_cost(EXACT.add(read_cost(cost) or Decimal(0), delta.cost_usd))
-            db.execute(write, (at, series, *new, cost))
-        for unit, amount in delta.units.items():
-            self._add_unit(db, delta.hour, series, unit, amount)
+            old = db.execute(find, (at, series)).fetchone()
+            if old is None:
+                new = [value if value is None else stored(value) for value in more]
+                db.execute(write, (at, series, *new, cost))
+                continue
+            new = [
+                kept if value is None else stored(int(kept or 0) + value)
+                for kept, value in zip(old, more, strict=False)  # the cost is behind them
+            ]
+            db.execute(write, (at, series, *new, _cost_with(old[-1], cost)))
+
+    def _over_all(self, deltas: Sequence[Delta], since: int) -> Iterable[Delta]:
+        """The same over all subscribers, from where on that is kept."""
+        found: dict[tuple[int, Series], Delta] = {}
+        for delta in deltas:
+            if delta.hour < since:
+                continue
+            one = self._without.get(delta.series)
+            if one is None:
+                if len(self._without) >= SERIES_KEPT:
+                    self._without.clear()
+                one = self._without[delta.series] = replace(delta.series, subscriber=None)
+            key = delta.hour, one
+            if key not in found:
+                found[key] = Delta(delta.hour, one)
+            found[key].join(delta)
+        return found.values()
+
+    def _catch_up(self) -> None:
+        """Sum up over all subscribers what was there before that was kept. Where that fails it is read the long way,
+        until the next start."""
+        more = True
+        while more and not self._closing.wait(CATCH_UP_PAUSE_S):
+            with self._lock:
+                try:
+                    db = self._open()
+                    try:
+                        more = self._catch_up_day(db, exact=False)
+                    except _NotExact:
+                        more = self._catch_up_day(db, exact=True)
+                except (OSError, sqlite3.Error, LedgerError, ArithmeticError) as error:
+                    self._drop()
+                    log.warning("the ledger's sums over all subscribers were not made: %s", error)
+                    return
+
+    def _catch_up_day(self, db: sqlite3.Connection, *, exact: bool) -> bool:
+        """The day before those that are done; whether there is another one."""
+        add_exact_sums(db)
+        db.execute(_WITHOUT)
+        self._all_since = None
+        try:
+            with transaction(db):
+                since = _since(db)
+                last = db.execute("SELECT max(hour) FROM hourly WHERE hour < ?", (since,)).fetchone()[0]
+                if last is None:
+                    db.execute("UPDATE all_since SET hour = 0")
+                    return False
+                begin = last // DAY_S * DAY_S
+                for series, one in _not_in_without(db, begin, since):
+                    found = self._series_id(db, replace(one, subscriber=None))
+                    db.execute("INSERT INTO without VALUES (?, ?)", (series, found))
+                hours, day = (begin, since), (begin, begin + DAY_S)
+                db.execute(
+                    f"INSERT INTO hourly_all (hour, series, {_COLUMNS}) SELECT hour, all_of_it, {_summed(exact=exact)} "
+                    "FROM hourly JOIN without USING (series) WHERE hour >= ? AND hour < ? GROUP BY 1, 2",
+                    hours,
+                )
+                db.execute(
+                    f"INSERT OR REPLACE INTO daily_all (day, series, {_COLUMNS}) SELECT hour / {DAY_S} * {DAY_S}, "
+                    f"series, {_summed(exact=exact)} FROM hourly_all WHERE hour >= ? AND hour < ? GROUP BY 1, 2",
+                    day,
+                )
+                for made, values in (("hourly_all", hours), ("daily_all", day)):
+                    unit = "hour" if made == "hourly_all" else "day"
+                    if db.execute(f"{_REALS.format(made)} AND {unit} >= ? AND {unit} < ?", values).fetchone():
+                        raise _NotExact
+                db.execute("UPDATE all_since SET hour = ?", (begin,))
+        except BaseException as error:
+            self._forget()  # series that were made in this transaction are gone again
+            db.execute("DELETE FROM without")
+            if not exact and "integer overflow" in str(error):
+                raise _NotExact from None
+            raise
+        return True
 
     def _add_unit(self, db: sqlite3.Connection, hour: int, series: int, unit: str, amount: Decimal) -> None:
         where = (hour, series, unit)
@@ -197,10 +329,10 @@ class LedgerStore:
         where = "SELECT 1 FROM hourly JOIN series ON series.id = hourly.series WHERE hour = ? AND key = ?"
         return db.execute(where, (delta.hour, _series_key(self._bounded(db, delta.series)))).fetchone() is not None
 
-    def _series_id(self, db: sqlite3.Connection, delta: Delta) -> int:
-        found = self._series.get(delta.series)
+    def _series_id(self, db: sqlite3.Connection, series: Series) -> int:
+        found = self._series.get(series)
         if found is None:
-            one = self._bounded(db, delta.series)
+            one = self._bounded(db, series)
             key = _series_key(one)
             fresh = db.execute(
                 "INSERT OR IGNORE INTO series (key, subscriber, model, provider, route, status_class) "
@@ -213,9 +345,9 @@ class LedgerStore:
                     db.execute("INSERT INTO series_dimensions VALUES (?, ?, ?)", (found, name, value))
                     if self._values is not None:
                         self._values.setdefault(name, set()).add(value)
-            if len(self._series) >= 10_000:  # a cache only: 2 MB of memory
+            if len(self._series) >= SERIES_KEPT:
                 self._series.clear()
-            self._series[delta.series] = found
+            self._series[series] = found
         return found
 
     def _bounded(self, db: sqlite3.Connection, one: Series) -> Series:
@@ -241,12 +373,58 @@ class LedgerStore:
     def _forget(self) -> None:
         self._series.clear()
         self._values = None
+        self._all_since = None
 
     def _drop(self) -> None:
         db, self._db = self._db, None
         self._forget()
         if db is not None:
             db.close()
+
+
+class _NotExact(Exception):
+    """SQLite could not add it up."""
+
+
+def _cost_with(kept: int | str | None, more: int | str | None) -> int | str | None:
+    """Two costs together, as columns keep them."""
+    if kept is None or more is None:
+        return kept if more is None else more
+    if type(kept) is int and type(more) is int and abs(total := kept + more) <= JSON_INT_MAX:
+        return total
+    return stored_cost(EXACT.add(read_cost(kept) or Decimal(0), read_cost(more) or Decimal(0)))
+
+
+def _since(db: sqlite3.Connection) -> int:
+    """From which hour on sums over all subscribers are kept: behind all that was there without them."""
+    row = db.execute("SELECT hour FROM all_since").fetchone()
+    if row is not None:
+        return int(row[0])
+    last = db.execute("SELECT max(hour) FROM hourly").fetchone()[0]
+    since = 0 if last is None else int(last) + HOUR_S
+    db.execute("INSERT INTO all_since VALUES (?)", (since,))
+    return since
+
+
+def _is_behind(db: sqlite3.Connection) -> bool:
+    row = db.execute("SELECT hour FROM all_since").fetchone()
+    if row is not None:
+        return int(row[0]) > 0
+    return db.execute("SELECT 1 FROM hourly LIMIT 1").fetchone() is not None
+
+
+def _not_in_without(db: sqlite3.Connection, begin: int, end: int) -> list[tuple[int, Series]]:
+    """The series of these hours that are not in there yet."""
+    rows = db.execute(
+        "SELECT id, subscriber, model, provider, route, status_class FROM series WHERE id IN "
+        "(SELECT series FROM hourly WHERE hour >= ? AND hour < ?) AND id NOT IN (SELECT series FROM without)",
+        (begin, end),
+    ).fetchall()
+    named = "SELECT name, value FROM series_dimensions WHERE series = ? ORDER BY name"
+    return [
+        (number, Series(subscriber, model, provider, route, status, tuple(db.execute(named, (number,)))))
+        for number, subscriber, model, provider, route, status in rows
+    ]
 
 
 @dataclass(frozen=True, slots=True)

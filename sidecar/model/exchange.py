@@ -244,8 +244,9 @@ class PlainExchange:
     response: ResponseShape | None = None  # None: it is open
     response_bytes: int = 0
     response_head: bytes = b""  # as it came, without its empty line; likewise
-    response_body: bytes = b""
+    response_body: bytes = b""  # of one in chunks what of it has to be read
     gate: Gate | None = None
+    first_token_ns: int = 0  # of the monotonic clock; 0: no stream, or its first text was not seen
 
     def exchange(self) -> Exchange:
         """The same as an exchange, without usage."""

@@ -6,28 +6,27 @@ book. See docs/prices.md.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.meters.definition import MetersError, read_meters
+from sidecar.meters.definition import Meter, MetersError, read_meters
 from sidecar.prices.book import Cost, PriceBook, Priced
 from sidecar.prices.compare import Difference, differences
-from sidecar.prices.custom import CustomPrice, PricesError, Side, read_prices
+from sidecar.prices.custom import USD, CustomPrice, PricesError, Side, charged_in, read_prices
+from sidecar.prices.facts import PROVIDERS
 from sidecar.prices.rates import PICO, amount_text
 from sidecar.prices.table import Table, TableError, builtin, load
 from sidecar.settings import Settings
 
 __all__ = [
-    "ESTIMATES",
     "PICO",
-    "UNKNOWNS",
+    "USD",
     "Cost",
     "CustomPrice",
     "Difference",
     "PriceBook",
     "Priced",
-    "Pricer",
     "PricesError",
     "Side",
     "Table",
@@ -35,6 +34,7 @@ __all__ = [
     "amount_text",
     "differences",
     "faults",
+    "notes",
     "price_book",
     "table_of",
 ]
@@ -59,12 +59,23 @@ def price_book(settings: Settings) -> PriceBook:
     return PriceBook(table, own, declared_first=settings.prices.cost == "declared")
 
 
-def faults(settings: Settings) -> list[str]:
-    """What is wrong with the prices, for `check` and the start."""
-    return _read(settings)[2]
+def faults(settings: Settings, providers: Collection[str] | None = None) -> list[str]:
+    """What is wrong with the prices, for `check` and the start. `providers`: every one that a record can name; None: a
+    price may be of any."""
+    return _read(settings, providers)[2]
 
 
-def _read(settings: Settings) -> tuple[Table | None, Sequence[CustomPrice], list[str]]:
+def notes(settings: Settings) -> list[str]:
+    """What is no fault of the prices and still worth knowing."""
+    currencies = charged_in(_read(settings)[1])
+    if len(currencies) < 2:
+        return []
+    return [f"charges are in {' and '.join(sorted(currencies))}: a meter of charge adds them up as they are"]
+
+
+def _read(
+    settings: Settings, providers: Collection[str] | None = None
+) -> tuple[Table | None, Sequence[CustomPrice], list[str]]:
     problems: list[str] = []
     table: Table | None = None
     own: Sequence[CustomPrice] = ()
@@ -72,12 +83,19 @@ def _read(settings: Settings) -> tuple[Table | None, Sequence[CustomPrice], list
         table = table_of(settings.prices.prices)
     except TableError as error:
         problems.append(f"SIDECAR_PRICES={error}")
+        providers = None  # it may have more of them
+    meters: Sequence[Meter] | None = None
     try:
         meters = read_meters(settings.meters)
     except MetersError:
-        return table, own, problems  # said by the meters; which of them have a price cannot be judged
+        pass  # said by the meters; which of them have a price cannot be judged
+    words: Collection[str] | None = None
+    if providers is not None:
+        words = {
+            word.lower() for word in (*providers, *PROVIDERS.values(), *(() if table is None else table.providers))
+        }
     try:
-        own = read_prices(settings.price_tables, meters)
+        own = read_prices(settings.price_tables, meters, words)
     except PricesError as error:
         problems += error.problems
     return table, own, problems

@@ -23,7 +23,7 @@ import orjson
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
-from sidecar.prices.facts import Terms, context_of, counts_of, declared_of, names_of, terms_of, usage_of
+from sidecar.prices.facts import PROVIDERS, Terms, context_of, counts_of, declared_of, names_of, terms_of, usage_of
 from sidecar.prices.rates import PICO, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
 
@@ -52,20 +52,6 @@ KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties
 SECONDS_A_DAY: Final = 86_400
 _EPOCH: Final = date(1970, 1, 1).toordinal()
 
-# Ours (OpenTelemetry's gen_ai.provider.name where it has one) to the table's.
-PROVIDERS: Final[Mapping[str, str]] = {
-    "azure.ai.openai": "azure",
-    "azure.ai.inference": "azure",
-    "aws.bedrock": "aws",
-    "gcp.gemini": "google",
-    "gcp.gen_ai": "google",
-    "gcp.vertex_ai": "google",
-    "mistral_ai": "mistral",
-    "moonshot_ai": "moonshotai",
-    "x_ai": "x-ai",
-    "voyage": "voyageai",
-    "cloudflare.workers_ai": "cloudflare",
-}
 AWS: Final = "aws"
 FREE: Final = ":free"  # how gateways call a model that costs nothing; another one without prices has none that is known
 SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of terms that have another price
@@ -641,7 +627,7 @@ def _day(started_s: float) -> str:
     return date.fromordinal(_EPOCH + int(started_s // SECONDS_A_DAY)).isoformat()
 
 
-def _rank(price: CustomPrice) -> tuple[bool, int, bool, str]:
+def _rank(price: CustomPrice) -> tuple[bool, int, bool, bool, str]:
     return price.rank
 
 

@@ -31,15 +31,17 @@ Of several that match, the most specific holds. Every fault of every entry is fo
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import date, datetime
+from difflib import get_close_matches
 from enum import StrEnum
 from fractions import Fraction
 from itertools import pairwise
 from typing import Any, Final
 
 from sidecar.meters.definition import Kind, Meter
+from sidecar.prices.facts import PROVIDERS
 from sidecar.prices.rates import FIVE, PICO, Price, pico
 from sidecar.prices.table import amount
 
@@ -107,36 +109,47 @@ class CustomPrice:
         )
 
     @property
-    def rank(self) -> tuple[bool, int, bool, str]:
-        """The most specific is the greatest: a whole name, then the longest pattern, then a named provider."""
-        model = self.model or "*"
-        return "*" not in model, len(model.replace("*", "")), self.provider != "*", self.start
+    def rank(self) -> tuple[bool, int, bool, bool, str]:
+        """The most specific is the greatest: a whole name, then the longest pattern, then a named provider, the
+        record's word for it before the table's, which may stand for several."""
+        model, provider = self.model or "*", self.provider or "*"
+        return "*" not in model, len(model.replace("*", "")), provider != "*", provider in PROVIDERS, self.start
 
     @property
     def name(self) -> str:
         return f"meter {self.meter.name}" if self.meter is not None else f"{self.provider} {self.model}"
 
 
-def read_prices(tables: Sequence[Mapping[str, Any]], meters: Sequence[Meter]) -> tuple[CustomPrice, ...]:
-    """Entries from TOML. Raises `PricesError` with every fault."""
+def read_prices(
+    tables: Sequence[Mapping[str, Any]], meters: Sequence[Meter] | None, providers: Collection[str] | None = None
+) -> tuple[CustomPrice, ...]:
+    """Entries from TOML. Raises `PricesError` with every fault.
+
+    `meters`: None: which there are cannot be told; prices of meters are left out then. `providers`: every word in lower
+    case that a call's provider may have; None: any may.
+    """
     problems: list[str] = []
     if len(tables) > ENTRIES_MAX:
         problems.append(f"prices: {len(tables)} are defined, at most {ENTRIES_MAX} are taken")
     found: list[CustomPrice] = []
+    claimed: list[CustomPrice] = []  # with those in whose amounts something is wrong: they say what they are for
+    known = None if meters is None else {meter.name: meter for meter in meters}
     for number, table in enumerate(tables[:ENTRIES_MAX], 1):
-        reading = _Reading(table, number, {meter.name: meter for meter in meters})
+        reading = _Reading(table, number, known, providers)
         price = reading.price()
         problems += reading.problems
-        if price is not None:
+        if reading.is_told:
+            claimed.append(price)
+        if not reading.problems and (price.meter is not None or price.model is not None):
             found.append(price)
-    problems += _together(found)
+    problems += [*_overlapping(claimed), *_of_two_currencies(found)]
     if problems:
         raise PricesError(problems)
     return tuple(_ended(found))
 
 
-def _together(prices: Sequence[CustomPrice]) -> list[str]:
-    """What is wrong with entries beside each other: days that two claim, and sums of two currencies."""
+def _overlapping(prices: Sequence[CustomPrice]) -> list[str]:
+    """Days that two entries claim for the same."""
     problems: list[str] = []
     for same in _groups(prices):
         for one, other in pairwise(same):
@@ -148,15 +161,32 @@ def _together(prices: Sequence[CustomPrice]) -> list[str]:
                     f"prices {one.name} for the {one.side}: the one until {one.until} and the one from {other.start} "
                     "overlap"
                 )
-    for side in Side:
-        of_side = [p for p in prices if p.side is side and (p.prices or p.meter is not None)]
-        currencies = {p.currency for p in of_side} | ({USD} if side is Side.PROVIDER else set())
-        if any(p.meter is not None for p in of_side) and len(currencies) > 1:
+    return problems
+
+
+def _of_two_currencies(prices: Sequence[CustomPrice]) -> list[str]:
+    """Sums of amounts that cannot be added up."""
+    problems: list[str] = []
+    added = {Side.PROVIDER: _stated(prices, Side.PROVIDER) | {USD}, Side.CUSTOMER: charged_in(prices)}
+    for side, currencies in added.items():
+        if any(p.side is side and p.meter is not None for p in prices) and len(currencies) > 1:
             problems.append(
                 f"prices for the {side}: a meter's price is added to the model's, and these are in "
                 f"{' and '.join(sorted(currencies))}: expected one currency"
             )
     return problems
+
+
+def charged_in(prices: Sequence[CustomPrice]) -> set[str]:
+    """The currencies of what customers are charged: as stated, and those of the costs that it is a multiple of."""
+    found = _stated(prices, Side.CUSTOMER)
+    if any(p.side is Side.CUSTOMER and not p.prices and p.meter is None for p in prices):
+        found |= _stated(prices, Side.PROVIDER) | {USD}
+    return found
+
+
+def _stated(prices: Sequence[CustomPrice], side: Side) -> set[str]:
+    return {p.currency for p in prices if p.side is side and (p.prices or p.meter is not None)}
 
 
 def _ended(prices: Sequence[CustomPrice]) -> Iterable[CustomPrice]:
@@ -176,46 +206,72 @@ def _groups(prices: Sequence[CustomPrice]) -> list[list[CustomPrice]]:
 class _Reading:
     """One table on its way to a price. Keys are taken out, so that what remains is unknown."""
 
-    def __init__(self, table: Mapping[str, Any], number: int, meters: Mapping[str, Meter]) -> None:
+    def __init__(
+        self,
+        table: Mapping[str, Any],
+        number: int,
+        meters: Mapping[str, Meter] | None,
+        providers: Collection[str] | None,
+    ) -> None:
         self.left = dict(table)
         self.meters = meters
+        self.providers = providers
+        self.is_told = False  # what it is for, and when
         self.problems: list[str] = []
         said = [table[key] for key in ("provider", "model", "meter") if isinstance(table.get(key), str)]
         self.label = f"prices number {number}" + (f" ({' '.join(said)})" if said else "")
 
-    def price(self) -> CustomPrice | None:
+    def price(self) -> CustomPrice:
+        """Of no meaning where there are problems, but for what it is for where that `is_told`."""
         side = self.left.pop("for", Side.PROVIDER)
         if side not in set(Side):
             self._wrong(f"for is wrong: expected {' or '.join(Side)}")
             side = Side.PROVIDER
         common: dict[str, Any] = {"side": Side(side), **self._days()}
         of_meter = "meter" in self.left
+        common |= {"meter": self._meter()} if of_meter else self._words()
+        self.is_told = not self.problems and (not of_meter or common["meter"] is not None)
         made = self._of_meter() if of_meter else self._of_model(Side(side))
         known = (*_COMMON, *(("meter", "unit") if of_meter else _FOR_MODELS))
         for key in self.left:
-            self._wrong(f"{key!r} is no field of a {'meter' if of_meter else 'model'}'s price ({', '.join(known)})")
-        return None if self.problems else CustomPrice(**common, **made)
+            near = get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f" ({', '.join(known)})"
+            self._wrong(f"{key!r} is no field of a {'meter' if of_meter else 'model'}'s price{hint}")
+        return CustomPrice(**common, **made)
 
     def _wrong(self, what: str) -> None:
         self.problems.append(f"{self.label}: {what}")
 
-    def _of_meter(self) -> dict[str, Any]:
+    def _meter(self) -> Meter | None:
         name = self.left.pop("meter")
+        if self.meters is None:
+            return None
         meter = self.meters.get(name) if isinstance(name, str) else None
         if meter is None:
             self._wrong(f"there is no meter {name!r}; there are {', '.join(self.meters)}")
         elif meter.kind not in (Kind.COUNT, Kind.SUM):
             self._wrong(f"{name} is a {meter.kind}: only what COUNT and SUM add for one call has a price")
+        return meter
+
+    def _of_meter(self) -> dict[str, Any]:
         per = self._whole("per", 1)
         currency = self._currency()
         unit = self._amount("unit", self.left.pop("unit", None))
-        return {"meter": meter, "unit": pico(Fraction(unit or 0), per), "currency": currency}
+        return {"unit": pico(Fraction(unit or 0), per), "currency": currency}
 
-    def _of_model(self, side: Side) -> dict[str, Any]:
-        made: dict[str, Any] = {
-            "provider": self._word("provider", 'expected the record\'s word for it, such as "openai", or "*" for any'),
+    def _words(self) -> dict[str, Any]:
+        provider = self._word("provider", 'expected the record\'s word for it, such as "openai", or "*" for any')
+        if self.providers is not None and provider != "*" and provider not in self.providers:
+            near = get_close_matches(provider, self.providers, 1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            self._wrong(f"provider {provider!r} is unknown here: no call would ever have this price{hint}")
+        return {
+            "provider": provider,
             "model": self._word("model", 'expected a name, in which * stands for any text; "*" for all'),
         }
+
+    def _of_model(self, side: Side) -> dict[str, Any]:
+        made: dict[str, Any] = {}
         per = self._whole("per", 1_000_000)
         base = {key: self._amount(key, self.left.pop(key)) for key in AMOUNTS if key in self.left}
         markup = self._amount("markup", self.left.pop("markup")) if "markup" in self.left else None

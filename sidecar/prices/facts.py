@@ -27,6 +27,21 @@ STANDARD_TIERS: Final = frozenset(
 STANDARD_SPEEDS: Final = frozenset({"", "standard"})
 ELSEWHERE: Final = frozenset({"", "global", "not_available"})  # `inference_geo` without a surcharge
 
+# Ours (OpenTelemetry's gen_ai.provider.name where it has one) to the table's.
+PROVIDERS: Final[Mapping[str, str]] = {
+    "azure.ai.openai": "azure",
+    "azure.ai.inference": "azure",
+    "aws.bedrock": "aws",
+    "gcp.gemini": "google",
+    "gcp.gen_ai": "google",
+    "gcp.vertex_ai": "google",
+    "mistral_ai": "mistral",
+    "moonshot_ai": "moonshotai",
+    "x_ai": "x-ai",
+    "voyage": "voyageai",
+    "cloudflare.workers_ai": "cloudflare",
+}
+
 WHOLES: Final = ("input_tokens", "output_tokens")
 _COUNTS: Final = {
     "input_tokens": "input_tokens",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from typing import Any, Final
 
 # The words of LiteLLM for who serves a model, where they are not the table's.
@@ -89,18 +89,29 @@ def from_litellm(document: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
     return rows
 
 
+def _times(value: Any, per: int) -> Any:
+    """What is no amount is left as it is, so that whoever checks amounts names it: a price that was left out would be
+    one of nothing."""
+    if isinstance(value, str):
+        try:
+            value = Decimal(value)
+        except InvalidOperation:
+            return value
+    return value * per if isinstance(value, (int, Decimal)) and not isinstance(value, bool) else value
+
+
 def _prices(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     standard: dict[str, Any] = {}
     variants: dict[str, dict[str, Any]] = {}
     for field in sorted(fields):  # the base stands before its tiers
         value = fields[field]
         found = _FIELD.fullmatch(field)
-        if found is None or isinstance(value, bool) or not isinstance(value, (int, Decimal)):
+        if found is None or value is None:
             continue
         price_key, per = _FIELDS[found[1]]
         if price_key == "audio_hours" and fields.get("mode") != "audio_transcription":
             continue
-        amount = value * per
+        amount = _times(value, per)
         prices = variants.setdefault(found[3], {}) if found[3] else standard
         if found[2] is None:
             prices[price_key] = amount

@@ -282,7 +282,7 @@ def read(data: bytes, name: str) -> Table:
     try:
         # Amounts are text in ours; in the others they are numbers, which must not become floats on the way.
         document = orjson.loads(data) if ours else _loads_exactly(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TableError(f"{name}: is no JSON: {error}") from None
     if ours:
         providers = document.get("providers")
@@ -299,6 +299,8 @@ def read(data: bytes, name: str) -> Table:
     else:
         raise TableError(f"{name}: is neither genai-prices' data (v2) nor LiteLLM's")
     providers = checked(providers, name)
+    if not any(provider["models"] for provider in providers):
+        raise TableError(f"{name}: has no price of any model")
     return Table(f"{form}/file-{digest_of(providers)[:12]}", providers, digest_of(providers))
 
 
@@ -317,13 +319,15 @@ def checked(providers: Sequence[Any], name: str) -> list[dict[str, Any]]:
     seen: set[str] = set()
     for provider in providers:
         try:
+            if not isinstance(provider, Mapping):
+                raise ValueError(f"expected an object, not {str(provider)[:40]!r}")
             made.append(_checked_provider(provider, faults))
             if made[-1]["id"] in seen:
                 faults.append(f"{made[-1]['id']}: stands there twice")
             seen.add(made[-1]["id"])
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
-            label = provider.get("id") if isinstance(provider, dict) else None
-            faults.append(f"{label or 'a provider'}: {type(error).__name__}: {error}")
+            label = provider.get("id") if isinstance(provider, Mapping) else None
+            faults.append(f"{label or 'a provider'}: {_said(error)}")
     if faults:
         more = f"\n  and {len(faults) - 10} more" if len(faults) > 10 else ""
         raise TableError("\n  ".join([f"{name}: cannot be used:", *faults[:10]]) + more)
@@ -343,8 +347,21 @@ def _checked_provider(row: Mapping[str, Any], faults: list[str]) -> dict[str, An
             made["models"].append(_checked_model(model))
         except (KeyError, TypeError, AttributeError, ValueError, re.error) as error:
             label = model.get("id") if isinstance(model, dict) else None
-            faults.append(f"{made['id']} {label or 'a model'}: {error}")
+            faults.append(f"{made['id']} {label or 'a model'}: {_said(error)}")
     return made
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a part of a file."""
+    match error:
+        case KeyError():
+            return f"{error} is missing"
+        case re.error():
+            return f"a pattern is wrong: {error}"
+        case TypeError() | AttributeError():
+            return f"is of another form than expected ({error})"
+        case _:
+            return str(error)
 
 
 def _checked_model(row: Mapping[str, Any]) -> dict[str, Any]:

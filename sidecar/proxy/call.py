@@ -50,10 +50,10 @@ from sidecar.proxy.ending import Cause, Ending, Phase
 from sidecar.proxy.headers import Peer, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.request_body import RequestBody, head_of, may_change
-from sidecar.proxy.response_parser import UpstreamResponse, chunk_of_read
+from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
-from sidecar.usage import RawHeaders, RequestTap
+from sidecar.usage import RawHeaders, RequestTap, ResponseTap
 
 log = logging.getLogger(__name__)
 
@@ -234,8 +234,10 @@ class Call:
         call._to, call._target, call._timeout_s = to, target, timeout_s
         call._exchange = exchange
         tap = call._request_tap = _ask(None, to.reading.taps.request, message.method, target, message.raw_headers)
-        if tap is not None and body:
-            _ask(None, tap.feed, body)
+        if tap is not None:
+            tap.opened_ns = exchange.started_mono_ns  # and not only now, when the response comes
+            if body:
+                _ask(None, tap.feed, body)
         if again is not None:
             call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
             call.body.done = True
@@ -247,6 +249,25 @@ class Call:
         call.deadline = deadline
         hop.calls.add(call)
         return call
+
+    def stream_on(self, head: bytes, body_bytes: int, *, recorded: bool) -> None:
+        """The client has had the head and so many bytes of the body of a response in chunks, of which the next byte is
+        the first of a chunk. `recorded`: its end mark was among them. To be called next to `resume`."""
+        response = self.response
+        assert response is not None
+        response.mute = True
+        response.feed(head)
+        response.mute = self.client is None
+        response.body_bytes = body_bytes
+        response.ended = recorded
+        self._keep_alive = True
+        self.phase = Phase.TRAILING if recorded else STREAMING
+
+    def read_along(self, tell: Callable[[ResponseTap], None]) -> None:
+        """`tell`: tells a tap what came so far."""
+        response = self.response
+        if response is not None and response.tap is not None:
+            _ask(None, tell, response.tap)
 
     @property
     def upload_done(self) -> bool:
@@ -585,12 +606,16 @@ class Call:
         if passing is not None:
             known = chunk_of_read(len(data))
             try:
-                if (
-                    known is not None
-                    and data.startswith(known[0])
-                    and data.endswith(passing.wire_ends)
-                    and passing.nothing_in(data)  # type: ignore[misc]
-                ):
+                if known is not None and data.startswith(known[0]) and (
+                    (
+                        data.startswith((likeness := passing.likeness).start, at := known[2])
+                        and likeness.rest(data, at + likeness.size)
+                    ) or (
+                        data.endswith(passing.wire_ends)
+                        and passing.nothing_in(data)  # type: ignore[misc]
+                        and (not likeness.tries or likeness.other(data, at))
+                    )
+                ):  # fmt: skip
                     passing.body_bytes += known[1]
                     self.deadline = self._hop.idle_until
                     try:
@@ -607,10 +632,16 @@ class Call:
 
     def _read(self, data: bytes) -> None:
         """Bytes of the response that have to be looked into."""
-        self._passing = None
+        passing, self._passing = self._passing, None
         response = self.response
         assert response is not None
         try:
+            if passing is not None and passing.likeness.size and (size := all_alike(data, passing.likeness)):
+                self._passing = passing
+                passing.body_bytes += size
+                self.deadline = self._hop.idle_until
+                self.client.send(data)  # type: ignore[union-attr]
+                return
             if self.phase is STREAMING:
                 response.feed(data)
                 if not (response.done or response.ended) and response.broken is None:

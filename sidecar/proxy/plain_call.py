@@ -4,10 +4,11 @@ Which way a request takes is decided before its first byte is parsed, by what ca
 (`plain_head`) and its whole body, on a connection on which nothing else is under way, with an upstream connection at
 hand. All others go through `client_connection` and `call`.
 
-From there on only two things go the short way: a whole plain response in one read, and the commit of the record.
-Whatever else happens (a response that comes in pieces or in chunks, a client that leaves, a lost connection, a
-deadline, a stop) makes it a `Call` in phase `WAITING`, of whose response nothing has been read yet, and *that* is told
-what happened. So there is one set of rules for everything that can go wrong.
+From there on only three things go the short way: a whole plain response in one read; a plain stream, of which every
+read is whole chunks of whole events up to the last one; and the commit of the record. Whatever else happens (a response
+that comes in other pieces, a client that leaves or is slow, a lost connection, a deadline, a stop) makes it a `Call`,
+which is in phase `WAITING` and has read nothing of the response, or in phase `STREAMING` at the border of a chunk, and
+*that* is told what happened. So there is one set of rules for everything that can go wrong.
 
 What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
 the usage is read later and elsewhere (`model.exchange.PlainExchange`).
@@ -18,6 +19,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from time import monotonic_ns
 from typing import Final, Protocol
 
@@ -29,6 +31,7 @@ from sidecar.model.exchange import (
     HEADER_NAMES_CHARS_MAX,
     URL_CHARS_MAX,
     USER_AGENT_CHARS_MAX,
+    Exchange,
     PlainExchange,
     RequestShape,
     ResponseShape,
@@ -39,13 +42,21 @@ from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import PlainRequests, PlainResponses
 from sidecar.proxy.request_body import may_change
+from sidecar.proxy.response_parser import NOT_ALIKE, all_alike, chunk_of_read, know_read, whole_chunks
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
+from sidecar.usage.formats.likeness import Likeness
+from sidecar.usage.keeping import Keeping, keeping
 from sidecar.usage.plain_calls import fields_of
 
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 65_536  # of either body: it is kept until the usage was read
+STREAM_BODY_BYTES_MAX: Final = 8_192  # of a request's: it is kept as long as the response streams
+KEPT_BYTES_MAX: Final = 65_536  # of a stream, to be read when it is over; most keep one
+LAST_CHUNK: Final = b"0\r\n\r\n"
+CRLF: Final = b"\r\n"
+KEEPINGS_MAX: Final = 1_024  # remembered, by pairs of shapes
 # Kinds of heads are learned when they come for the second time: of paths with an id in them each comes once.
 SIGHTS = 2
 # What a reader of usage asks of a request's head.
@@ -93,6 +104,53 @@ class _Message:
         return {}  # asked for upgrades alone
 
 
+class _Stream:
+    """A response in chunks that is under way."""
+
+    __slots__ = (
+        "behind",
+        "body_bytes",
+        "ended",
+        "ends",
+        "facts",
+        "head",
+        "keep_alive",
+        "keeping",
+        "kept",
+        "kept_bytes",
+        "likeness",
+        "nothing_in",
+        "reusable",
+        "trailing",
+    )  # fmt: skip
+
+    def __init__(self, facts: ResponseShape, head: bytes, keeping: Keeping | None) -> None:
+        """`keeping`: None: nobody reads it."""
+        self.facts = facts
+        self.head = head  # as it came, without its empty line
+        self.keeping = keeping
+        self.kept: list[bytes] = []
+        self.kept_bytes = 0
+        self.body_bytes = 0
+        self.likeness = NOT_ALIKE
+        self.ended = False  # its own end mark has been seen
+        self.trailing = False  # and was sent: it is on record, and the last chunk is still to come
+        self.behind: list[bytes] = []  # what came behind the end mark while that was held
+        self.reusable = True
+        self.keep_alive: bytes | None = None
+        # Of whole chunks as they come: one that ends so and has nothing in it is passed on, and no more.
+        self.ends = CRLF
+        self.nothing_in: Callable[[bytes], bool] = _nobody_reads if keeping is None else _not_known_yet
+
+
+def _nobody_reads(data: bytes) -> bool:
+    return True
+
+
+def _not_known_yet(data: bytes) -> bool:
+    return False
+
+
 class PlainCalls:
     """What the plain calls of one proxy share."""
 
@@ -126,6 +184,7 @@ class PlainCalls:
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
             describe=self._describe_response, dropped=dropped, sights=SIGHTS
         )
+        self._keepings: dict[tuple[int, int], Keeping | None] = {}
 
     def take(self, client: PlainClient, data: bytes) -> bool:
         """Let the call in and send it on; False: it is none of ours, and nothing has happened."""
@@ -159,6 +218,20 @@ class PlainCalls:
         connection.owner = call
         connection.write(wire)
         return True
+
+    def keeping(self, asked: _Asked, response: ResponseShape, head: bytes) -> Keeping | None:
+        """What is kept of a stream in answer to that; None: it is to be read along."""
+        shape = asked.shape
+        key = shape.number, response.number
+        try:
+            return self._keepings[key]
+        except KeyError:
+            if len(self._keepings) >= KEEPINGS_MAX:
+                self._keepings.clear()
+            found = self._keepings[key] = keeping(
+                asked.to.reading.taps, shape.method, shape.target, shape.fields, response.status, fields_of(head)
+            )
+            return found
 
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
         """What the careful way makes of such a request; None where it has something to count or to change in each."""
@@ -235,6 +308,19 @@ class PlainCalls:
         return shape, b"".join(head.parts)
 
 
+def _chunks(data: bytes) -> tuple[list[bytes], bool, bool]:
+    """(what is in the chunks, whether `data` is nothing but whole ones, whether the last one of a body is there)."""
+    pieces = whole_chunks(data)
+    if pieces:
+        return pieces, True, False
+    if not data.endswith(LAST_CHUNK):
+        return pieces, False, False
+    before = data[: -len(LAST_CHUNK)]
+    pieces = whole_chunks(before) if before else []
+    whole = bool(pieces) or not before
+    return pieces, whole, whole
+
+
 def _cut_in_record(fields: Fields) -> bool:
     """Whether a record would keep the names in part, which is counted each time."""
     names = [len(name) for name, _ in fields]
@@ -246,7 +332,7 @@ class PlainCall(PlainExchange):
 
     It is recorded once `response` is set. Until it is let in nobody knows of it."""
 
-    __slots__ = ("_asked", "_calls", "_closes", "_data", "_out", "_wire", "client", "connection", "deadline")
+    __slots__ = ("_asked", "_calls", "_closes", "_data", "_out", "_stream", "_wire", "client", "connection", "deadline")
 
     upload_done: Final = True
     __repr__ = object.__repr__  # the exchange's would show bodies, and the loop shows who failed
@@ -269,6 +355,8 @@ class PlainCall(PlainExchange):
         self.request_bytes = len(body)
         self.request_body = body if asked.read else b""
         self.first_byte_ms = self.duration_ms = self.response = self.gate = None
+        self.first_token_ns = 0
+        self._stream: _Stream | None = None  # its response, while that is under way
         # The call. `_closes` and `_out` belong to a response that is there.
         self._calls = calls
         self._asked = asked
@@ -278,13 +366,54 @@ class PlainCall(PlainExchange):
         self.connection: UpstreamConnection | None = connection
         self.deadline = calls.hop.now + asked.timeout_s
 
-    # -- the two things that go the short way ----------------------------------------------------
+    # -- the three things that go the short way --------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
+        stream = self._stream
+        if stream is None:
+            self._response_came(data)
+            return
+        known = chunk_of_read(len(data))
+        try:
+            passes = known is not None and data.startswith(known[0]) and (
+                (
+                    data.startswith((likeness := stream.likeness).start, at := known[2])
+                    and likeness.rest(data, at + likeness.size)
+                ) or (
+                    data.endswith(stream.ends)
+                    and stream.nothing_in(data)
+                    and (not likeness.tries or likeness.other(data, at))
+                )
+            )  # fmt: skip
+        except Exception:
+            log.exception("a usage reader failed; the response is read along")
+            stream.nothing_in = _not_known_yet
+            self._response_unusual(data)
+            return
+        try:
+            if passes:
+                stream.body_bytes += known[1]  # type: ignore[index]
+                self.deadline = self._calls.hop.idle_until
+                try:
+                    self.client.transport.write(data)  # type: ignore[union-attr]
+                except RuntimeError:  # of uvloop, where the client is gone: `client_left` will tell
+                    return
+            elif stream.likeness.size and (size := all_alike(data, stream.likeness)):
+                stream.body_bytes += size
+                self.deadline = self._calls.hop.idle_until
+                self.client.send(data)  # type: ignore[union-attr]
+            else:
+                self._stream_on(stream, data)
+        except Exception:
+            log.exception("a call could not be handled")
+            self.failed()
+
+    def _response_came(self, data: bytes) -> None:
         calls, client, connection = self._calls, self.client, self.connection
         read = calls.responses.read(data)
         if read is None or client is None or connection is None or len(read[3]) > BODY_BYTES_MAX:
-            self._response_unusual(data)
+            if not self._stream_begins(data):
+                self._response_unusual(data)
             return
         shape, out, head, body, lines = read
         hop = calls.hop
@@ -323,16 +452,184 @@ class PlainCall(PlainExchange):
     def _response_unusual(self, data: bytes) -> None:
         self._handle_with_care(lambda call: call.upstream_data(data))
 
+    def _stream_begins(self, data: bytes) -> bool:
+        """Whether that is the beginning of a stream that may go the short way; then it is on its way."""
+        calls, client, connection, asked = self._calls, self.client, self.connection, self._asked
+        hop = calls.hop
+        if client is None or connection is None or len(self.request_body) > STREAM_BODY_BYTES_MAX or client.full:
+            return False
+        if hop.leaving or hop.stopping or hop.settings.meter_id_header or hop.attribute_by_body is not None:
+            return False
+        if not client.plainly:
+            return False
+        begun = calls.responses.begin(data)
+        if begun is None:
+            return False
+        shape, out, head, rest, lines = begun
+        keeping = None
+        if asked.read:
+            keeping = calls.keeping(asked, shape.facts, head)
+            if keeping is None:
+                return False
+        pieces, whole, last = _chunks(rest)
+        if rest and not whole:
+            return False
+        stream = _Stream(shape.facts, head, keeping)
+        if not self._keep(stream, pieces, last):
+            self.first_token_ns = 0
+            return False
+        self._stream = stream
+        if keeping is not None:
+            stream.ends = keeping.end + CRLF
+        stream.reusable = not shape.close
+        if shape.keep_alive_at:
+            stream.keep_alive = lines[shape.keep_alive_at][shape.keep_alive_from :]
+        self._closes = False
+        self._wire = b""  # it cannot go once more
+        self._data = self._data.partition(b"\r\n\r\n")[0]
+        self.first_byte_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
+        self._stream_moved(stream, client, pieces, last, out + rest)
+        return True
+
+    def _stream_on(self, stream: _Stream, data: bytes) -> None:
+        """More of a stream, which has to be looked into."""
+        client = self.client
+        if stream.ended:
+            self._behind_the_end(stream, data)
+            return
+        pieces, whole, last = _chunks(data)
+        if client is None or not whole or not self._keep(stream, pieces, last):
+            self._response_unusual(data)
+        else:
+            if len(pieces) == 1 and not last:
+                know_read(data, len(pieces[0]))
+            self._stream_moved(stream, client, pieces, last, data)
+
+    def _stream_moved(self, stream: _Stream, client: PlainClient, pieces: list[bytes], last: bool, out: bytes) -> None:
+        stream.body_bytes += sum(map(len, pieces))
+        if last or stream.ended:
+            self._stream_ends(stream, client, out, last=last)
+        else:
+            self.deadline = self._calls.hop.idle_until
+            client.send(out)
+
+    def _keep(self, stream: _Stream, pieces: list[bytes], last: bool) -> bool:
+        """Keep what has to be read of these pieces. False: they are to be read along, and none of them was kept."""
+        keeping = stream.keeping
+        if keeping is None:
+            return True
+        kept: list[bytes] = []
+        token_ns = self.first_token_ns
+        known = stream.nothing_in is not _not_known_yet
+        ended = False
+        try:
+            for piece in pieces:
+                if not piece.endswith(keeping.end):
+                    return False
+                if known and keeping.may_skip(piece):
+                    continue
+                if not last and keeping.ends(piece):
+                    ended = True
+                kept.append(piece)
+                if not token_ns and keeping.holds_text(piece):
+                    token_ns = keeping.clock_ns()
+                    known = keeping.is_known([*stream.kept, *kept])
+                    if not known:
+                        return False
+        except Exception:
+            log.exception("a usage reader failed; the response is read along")
+            return False
+        kept_bytes = stream.kept_bytes + sum(map(len, kept))
+        if kept_bytes > KEPT_BYTES_MAX:
+            return False
+        stream.kept += kept
+        stream.kept_bytes = kept_bytes
+        self.first_token_ns = token_ns
+        stream.ended = ended
+        if ended:
+            stream.nothing_in, stream.likeness = _not_known_yet, NOT_ALIKE
+        elif known and stream.nothing_in is _not_known_yet:
+            stream.nothing_in = keeping.nothing_in
+            stream.likeness = Likeness(keeping.looked_at)
+        return True
+
+    def _stream_ends(self, stream: _Stream, client: PlainClient, out: bytes, *, last: bool) -> None:
+        """All of it has come, or its own end mark has; `out` is what is left of it for the client."""
+        if last:
+            self._give_back(stream)
+        elif self.connection is not None:
+            self.connection.pause(True)  # what follows an end mark waits outside
+        self.response = stream.facts
+        self.response_bytes = stream.body_bytes
+        self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
+        if stream.keeping is not None:
+            self.response_head = stream.head
+            self.response_body = b"".join(stream.kept)
+        else:
+            self.response_head = self.response_body = b""
+        stream.kept = []
+        if not self._calls.hop.recorder.complete(self, self._release):
+            self.deadline = NEVER
+            self._out = out
+        elif last:
+            client.send(out)
+            self._over()
+        else:
+            self._end_mark_may_leave(stream, client, out)
+
+    def _give_back(self, stream: _Stream) -> None:
+        """The connection, behind the last chunk."""
+        self._stream = None
+        self._data = b""
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            if stream.reusable:
+                connection.release(stream.keep_alive)
+            else:
+                connection.discard()
+
+    def _end_mark_may_leave(self, stream: _Stream, client: PlainClient, out: bytes) -> None:
+        """It is on record; the last chunk is still to come."""
+        client.send(out)
+        stream.trailing = True
+        self.deadline = self._calls.hop.idle_until
+        if self.connection is not None and not client.full:
+            self.connection.pause(False)
+        if stream.behind:
+            self.upstream_data(b"".join(stream.behind))
+
+    def _behind_the_end(self, stream: _Stream, data: bytes) -> None:
+        client = self.client
+        if not stream.trailing:
+            stream.behind.append(data)
+        elif data == LAST_CHUNK and client is not None:
+            self._give_back(stream)
+            client.send(data)
+            self._over()
+        else:
+            self._response_unusual(data)
+
+    def exchange(self) -> Exchange:
+        exchange = super().exchange()
+        stream = self._stream
+        if stream is not None and self.response is None:
+            exchange.status = stream.facts.status
+            exchange.response_headers = stream.facts.response_headers
+        return exchange
+
     def _release(self, send: bool) -> None:
         """The record is on disk, or it is decided that the response goes without, or not at all."""
         client = self.client
         if client is None:
             return  # it has left, and the call with it
-        if send:
+        stream = self._stream
+        if send and stream is not None:
+            self._end_mark_may_leave(stream, client, self._out)
+        elif send:
             client.send(self._out)
+            self._over()
         else:
-            client.reset()
-        self._over()
+            self._cut()
 
     def _over(self) -> None:
         hop = self._calls.hop
@@ -346,7 +643,7 @@ class PlainCall(PlainExchange):
     # -- everything else -------------------------------------------------------------------------
 
     def _handle_with_care(self, tell: Callable[[Call], None]) -> None:
-        """Go on as a `Call`, which is told what happened. Of the response nothing has been read."""
+        """Go on as a `Call`, which is told what happened."""
         hop, client, connection = self._calls.hop, self.client, self.connection
         if client is None or connection is None:
             return
@@ -355,48 +652,70 @@ class PlainCall(PlainExchange):
         message = _Message(shape.method, asked.target, fields_of(self._data.partition(b"\r\n\r\n")[0]))
         call = Call.resume(
             hop, client, message, self.exchange(), connection,
-            body=self.request_body, again=self._wire if connection.used and asked.idempotent else None,
+            body=self.request_body, again=self._wire if self._wire and connection.used and asked.idempotent else None,
             deadline=self.deadline, to=asked.to, target=shape.target, timeout_s=asked.timeout_s,
         )  # fmt: skip
         if client.call is self:  # else it has left
             client.call = call
         self.client = self.connection = None
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            call.stream_on(stream.head + b"\r\n\r\n", stream.body_bytes, recorded=stream.trailing)
+            if stream.keeping is not None and not stream.trailing:
+                call.read_along(
+                    partial(stream.keeping.read_along, kept=stream.kept, first_token_ns=self.first_token_ns)
+                )
         tell(call)
+
+    @property
+    def _is_held(self) -> bool:
+        """Whether it is on record, or about to be, and its end has not left."""
+        return self.response is not None and (self._stream is None or not self._stream.trailing)
 
     def _cut(self) -> None:
         """On record, and held: the client gets nothing."""
         if self.client is not None:
             self.client.reset()
+        self._leave()
+
+    def _leave(self) -> None:
+        connection, self.connection = self.connection, None
+        if connection is not None:
+            connection.discard()
         self._over()
 
     def upstream_lost(self, clean: bool, reset: bool) -> None:
-        self._handle_with_care(lambda call: call.upstream_lost(clean, reset))
+        if self._is_held:
+            self.connection = None
+            self._cut()
+        else:
+            self._handle_with_care(lambda call: call.upstream_lost(clean, reset))
 
     def upstream_full(self, full: bool) -> None:
         """All that there is to send is sent."""
 
     def client_left(self, error: BaseException | None) -> None:
-        if self.response is not None:
+        if self._is_held:
             self.client = None
-            self._over()
+            self._leave()
         else:
             self._handle_with_care(lambda call: call.client_left(error))
 
     def client_full(self, full: bool) -> None:
-        if self.response is None:
+        if not self._is_held:
             self._handle_with_care(lambda call: call.client_full(full))
 
     def expired(self) -> None:
         self._handle_with_care(lambda call: call.expired())
 
     def stop(self) -> None:
-        if self.response is not None:
+        if self._is_held:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.stop())
 
     def failed(self) -> None:
-        if self.response is not None:
+        if self._is_held:
             self._cut()
         else:
             self._handle_with_care(lambda call: call.failed())

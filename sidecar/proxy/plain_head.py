@@ -533,7 +533,8 @@ DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
 
 class PlainResponses(_Heads[_Facts]):
     """Responses of a kind that was seen before. Only values that say how a body is read make another shape. One without
-    a length is not plain: its end would be the connection's, or stand in its chunks."""
+    a length is no whole message: its end is the connection's, and then it is not plain, or stands in its chunks
+    (`begin`)."""
 
     def __init__(
         self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset(), sights: int = 1
@@ -545,6 +546,24 @@ class PlainResponses(_Heads[_Facts]):
             head_bytes_max=HEAD_BYTES_MAX, fields_max=FIELDS_MAX,
         )  # fmt: skip
         self._describe = describe
+        self._chunked: dict[tuple[int, ...], Shape[_Facts]] = {}  # of `_shapes`, where they stand as not plain
+
+    def begin(self, data: bytes) -> PlainMessage[_Facts] | None:
+        """As `read`, of a response in chunks that `data` begins: the body is what has come of it, with the framing, and
+        what is forwarded is the head alone."""
+        head, end, body = data.partition(_HEAD_END)
+        if not end or len(head) > self._head_bytes_max:
+            return None
+        lines = head.split(b"\r\n", self._fields_max)
+        try:
+            shape = self._chunked.get(tuple(map(self._number_of, lines)))
+        except _NotPlain:
+            return None
+        return None if shape is None else (shape, shape.own(lines) + shape.endings[None], head, body, lines)
+
+    def forget(self) -> None:
+        super().forget()
+        self._chunked.clear()
 
     def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
         raise AssertionError("a response is the same for all peers")
@@ -555,7 +574,7 @@ class PlainResponses(_Heads[_Facts]):
 
     def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         meant = self._meant(key)
-        if meant[_LENGTH] != 1 or meant[_CHUNKED]:  # in chunks, or up to the end of the connection
+        if meant[_LENGTH] + meant[_CHUNKED] != 1:  # two framings, or up to the end of the connection
             return self._remember(key, None)
         described = self._describe(int(lines[0][9:12]), _fields(lines[1:]))
         if described is None:
@@ -565,6 +584,11 @@ class PlainResponses(_Heads[_Facts]):
         if not described[1].startswith(own):
             return self._remember(key, None)
         shape.endings[peer] = described[1][len(own) :] + b"\r\n"
+        if meant[_CHUNKED]:
+            if len(self._chunked) >= SHAPES_MAX:
+                self._chunked.clear()
+            self._chunked[key] = shape
+            return self._remember(key, None)
         return self._remember(key, shape)
 
     def _meaning(self, low: bytes) -> tuple[int, bool]:

@@ -26,6 +26,7 @@ from sidecar.proxy.aiohttp_compat import RawRequestMessage
 from sidecar.proxy.headers import FRAMING, OF_THE_HOP, HeaderRules, Peer, ResponseHead
 from sidecar.proxy.redirects import Called
 from sidecar.usage import ResponseFilter, ResponseTap, Skips
+from sidecar.usage.formats.likeness import Likeness
 
 HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
 HEAD_BYTES_MAX: Final = 262_144  # with all 1xx before it; nginx gives 8 KiB, Node 16 KiB; cookies can be large
@@ -38,12 +39,13 @@ _HEAD_END = re.compile(rb"\r?\n\r?\n")
 _CHUNK_SIZE = re.compile(rb"([0-9A-Fa-f]{1,7})\r\n")
 CRLF: Final = b"\r\n"
 
+NOT_ALIKE: Final = Likeness(None)
 CHUNK_BYTES_MAX: Final = 4_096  # of a chunk whose size line is known beforehand
-_KNOWN: Final[dict[int, tuple[bytes, int]]] = {}
+_KNOWN: Final[dict[int, tuple[bytes, int, int]]] = {}
 chunk_of_read: Final = _KNOWN.get
 """By the length of a read that is one chunk and no more: how it begins (its size, as nearly everybody writes it, and
-CRLF), and its size. A read of that length which begins and ends so is one chunk: nothing needs to be parsed. Lengths
-are added as they are seen, some thousand at most."""
+CRLF), its size, and the length of that beginning. A read of that length which begins and ends so is one chunk: nothing
+needs to be parsed. Lengths are added as they are seen, some thousand at most."""
 _LENGTH = re.compile(rb"[0-9]+\Z")
 _CONTROL = re.compile(rb"[\x00-\x08\x0a-\x1f\x7f]")
 
@@ -58,8 +60,8 @@ class UpstreamResponse:
         "_announce", "_asked", "_at_border", "_beside", "_chunked", "_closes", "_head", "_head_bytes", "_head_only",
         "_http10", "_interim", "_interims", "_mended", "_parser", "_peer", "_reason", "_remaining", "_rules", "_skips",
         "_until_eof", "_upgrade", "body_bytes", "broken", "close_delimited", "done", "ended", "extra", "fields",
-        "filter", "keep_alive", "mute", "names", "nothing_in", "out", "reusable", "started", "status", "tail", "tap",
-        "trailers", "upgraded", "wire_ends",
+        "filter", "keep_alive", "likeness", "mute", "names", "nothing_in", "out", "reusable", "started", "status",
+        "tail", "tap", "trailers", "upgraded", "wire_ends",
     )  # fmt: skip
 
     def __init__(
@@ -96,9 +98,11 @@ class UpstreamResponse:
         self._remaining = -1  # of a sized body; -1: not sized
         self._skips: Skips | None = None  # of what the tap need not be fed, where the next byte is the first of a chunk
         # The same of whole chunks as they come: where it is set, the tap need not be fed one that ends with one of
-        # `wire_ends` and has nothing in it. `Call.upstream_data` passes such a one on by itself.
+        # `wire_ends` and has nothing in it, or is alike those before it. `Call.upstream_data` passes such a one on by
+        # itself.
         self.nothing_in: Callable[[bytes], bool] | None = None
         self.wire_ends: tuple[bytes, ...] = ()
+        self.likeness = NOT_ALIKE
         self.out: list[bytes] = []  # for the client, to be taken after each feed
         self.mute = mute  # nobody is there to read: keep nothing in `out`
         self.status = 0
@@ -228,7 +232,7 @@ class UpstreamResponse:
             self.out.append(data)
         if len(pieces) == 1:  # it has been looked at
             if len(data) not in _KNOWN:
-                _know(data, len(pieces[0]))
+                know_read(data, len(pieces[0]))
         elif self._skips is not None and _hold_nothing(pieces, self._skips):
             return
         tap = self.tap
@@ -252,6 +256,7 @@ class UpstreamResponse:
         else:
             self.nothing_in = skips.nothing_in if skips.searches else _in_a_chunk(skips.nothing_in)
             self.wire_ends = _on_the_wire(skips.ends)
+            self.likeness = Likeness(skips.looked_at)
 
     def eof(self, clean: bool) -> None:
         """The connection ended. Only a body without a length of its own may end this way."""
@@ -435,7 +440,7 @@ def whole_chunks(data: bytes) -> list[bytes]:
     where the last one (of no size) is among them, an empty list."""
     known = chunk_of_read(len(data))
     if known is not None and data.startswith(known[0]) and data.endswith(CRLF):
-        return [data[len(known[0]) : -len(CRLF)]]
+        return [data[known[2] : -len(CRLF)]]
     at, end, pieces = 0, len(data), []
     while at < end:
         size = _CHUNK_SIZE.match(data, at)
@@ -447,6 +452,25 @@ def whole_chunks(data: bytes) -> list[bytes]:
             return []
         pieces.append(data[start : at - 2])
     return pieces
+
+
+def all_alike(data: bytes, likeness: Likeness) -> int:
+    """How many bytes there are in the chunks, where `data` is nothing but whole ones of known sizes, and all are alike;
+    else 0. What comes faster than it is passed on comes so."""
+    end, start, size, rest = likeness.end, likeness.start, likeness.size, likeness.rest
+    at, whole, body_bytes = 0, len(data), 0
+    while at < whole:
+        stop = data.find(end, at) + len(end)
+        known = chunk_of_read(stop - at)
+        if known is None:
+            return 0
+        line, inside, text = known
+        text += at
+        if not (data.startswith(line, at) and data.startswith(start, text) and rest(data, text + size, stop)):
+            return 0
+        body_bytes += inside
+        at = stop
+    return body_bytes
 
 
 def _hold_nothing(pieces: list[bytes], skips: Skips) -> bool:
@@ -475,12 +499,12 @@ def _on_the_wire(ends: tuple[bytes, ...]) -> tuple[bytes, ...]:
     return tuple(end + CRLF for end in ends)
 
 
-def _know(data: bytes, size: int) -> None:
+def know_read(data: bytes, size: int) -> None:
     """Note how a read of that length, which is one chunk of `size` bytes, begins: if it does so as others will."""
     if size <= CHUNK_BYTES_MAX:
         line = b"%x\r\n" % size
         if data.startswith(line):
-            _KNOWN[len(data)] = (line, size)
+            _KNOWN[len(data)] = (line, size, len(line))
 
 
 class _NotAResponse(Exception):

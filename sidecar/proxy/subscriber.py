@@ -245,6 +245,11 @@ def _header_of(source: Source) -> bytes | None:
     return source.name.encode("latin-1", "replace") if source.kind is SourceKind.HEADER else None
 
 
+def is_hashed(source: Source) -> bool:
+    """Whether all ids that it gives are hashes."""
+    return source.kind is SourceKind.CREDENTIAL or _is_secret(source)
+
+
 def _is_secret(source: Source) -> bool:
     return source.kind is SourceKind.HEADER and source.name in SECRET_HEADERS and not source.plain
 

@@ -51,7 +51,7 @@ def backends(
 ) -> list[Backend]:
     """The configured backends, or these of them, in the order of the setting. `not_computed`: told the meter of each
     value that the ledger lacks, because an expression cannot be computed; others park such a record. `resumed`: a
-    ledger whose file is damaged is a backend that takes nothing, and no reason not to start (`LedgerStore`)."""
+    ledger that cannot be opened, for whatever reason, is one that takes nothing (`LedgerStore`)."""
     wanted = settings.backends if names is None else names
     return [backend(settings, name, not_computed=not_computed, resumed=resumed) for name in wanted]
 
@@ -150,8 +150,9 @@ def has_ledger(settings: Settings) -> bool:
     return settings.fleet.ledger_url is not None or (settings.data_dir / LEDGER).exists()
 
 
-def faults(settings: Settings) -> list[str]:
-    """What keeps the configured meters, backends and ledger from being used, all of it. Opens nothing for good."""
+def faults(settings: Settings, *, starting: bool = False) -> list[str]:
+    """What keeps the configured meters, backends and ledger from being used, all of it. Opens nothing for good.
+    `starting`: only what is a reason not to serve, which a damaged ledger is not: its records wait for it."""
     found: list[str] = []
     try:
         read_meters(settings.meters, vocabulary(settings))
@@ -178,7 +179,7 @@ def faults(settings: Settings) -> list[str]:
         if importlib.util.find_spec("asyncpg") is None:
             found.append("SIDECAR_LEDGER_URL needs a driver: pip install 'metering-sidecar[postgres]'")
     elif "ledger" in settings.backends and (problem := ledger_problem(settings.data_dir / LEDGER)) is not None:
-        found.append(problem)
+        found += [] if starting and problem.damaged else [str(problem)]
     return found
 
 

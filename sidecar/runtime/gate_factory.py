@@ -7,7 +7,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import closing
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -45,21 +45,23 @@ from sidecar.model.exchange import Exchange, RawHeaders, Recorder, Release, Usag
 from sidecar.model.exchange import PlainExchange as Plain
 from sidecar.model.grammar import Source, SourceKind
 from sidecar.model.record import Record
-from sidecar.prices import PICO, PriceBook, price_book
-from sidecar.proxy.subscriber import CREDENTIALS, Attributor
+from sidecar.prices import PICO, USD, PriceBook, Side, price_book
+from sidecar.proxy.subscriber import CREDENTIALS, Attributor, is_hashed
 from sidecar.runtime.backend_factory import LEDGER_NAME, fleet_reader, has_ledger, open_reader
 from sidecar.runtime.factory import priced_hosts, usage_taps
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import Settings
 from sidecar.spool import SpoolReader
 from sidecar.storage.postgres import Fault, Postgres, PostgresError
-from sidecar.usage.providers.table import known_routes
+from sidecar.usage.providers.table import known_routes, row_providers
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import known_providers
+from sidecar.usage.response_reader import DEFAULT_PROVIDER
 
 log = logging.getLogger("sidecar.gate")
 
 HOUR_S: Final = 3600
+MEMORY: Final = "gate.answers"  # in the data directory, with SIDECAR_GATE_ON_FAILURE=last
 RECORDS_MAX: Final = 200_000  # that limits are counted again from: some ten seconds
 LIMITS_COMMAND_S: Final = 2.0  # of the database: who is asked more slowly than that decides nothing
 BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
@@ -67,15 +69,24 @@ BY: Final = ("subscriber", "model", "provider", "route", "status", "hour")
 
 def limits(settings: Settings) -> tuple[Limit, ...]:
     """Those that hold; none where nobody asks for them. Raises `LimitsError` and `MetersError`."""
-    if LIMITS not in settings.gate.gate:
-        return ()
+    return _limits(settings, read_meters(settings.meters)) if LIMITS in settings.gate.gate else ()
+
+
+def providers(settings: Settings) -> set[str]:
+    """Every provider that a record can name."""
     pinned = {*settings.usage.providers.values(), *(r.provider for r in settings.proxy.routes if r.provider)}
+    return known_providers() | row_providers() | pinned
+
+
+def _limits(settings: Settings, meters: Collection[Meter] | None) -> tuple[Limit, ...]:
     return read_limits(
         settings.limits,
         settings.gate.limits,
-        meters=read_meters(settings.meters),
+        meters=meters,
         dimensions=settings.attribution.dimensions,
-        providers=known_providers() | pinned,
+        providers=providers(settings),
+        names={id_: id_ for id_ in settings.subscribers} | {**settings.subscriber_names},
+        hashed=all(is_hashed(Source.parse(text)) for text in settings.attribution.subscriber),
         routes={route.pattern.partition(" ")[2] or route.pattern for route in settings.proxy.routes}
         | {route.partition(" ")[2] for route in known_routes()},
     )
@@ -91,19 +102,22 @@ def faults(settings: Settings) -> list[str]:
             hint = f"; did you mean {near[0]}?" if near else ""
             found.append(f"SIDECAR_GATE: {name} is nobody who can be asked: expected {', '.join(names)} or none{hint}")
     found += problems(settings, settings.gate.gate)
+    meters: Collection[Meter] | None = None
     try:
-        found += _missing_meters(settings)
-        limits(settings)
+        meters = read_meters(settings.meters)
+        found += _missing_meters(settings, {meter.name for meter in meters})
+    except MetersError:
+        pass  # told by whoever reads the meters; which of them a limit may name cannot be judged
+    try:
+        if LIMITS in settings.gate.gate:
+            _limits(settings, meters)
     except LimitsError as error:
         found += error.problems
-    except MetersError:
-        pass  # told by whoever reads the meters
     return found
 
 
-def _missing_meters(settings: Settings) -> list[str]:
+def _missing_meters(settings: Settings, known: set[str]) -> list[str]:
     """Of the units in which those outside count down."""
-    known = {meter.name for meter in read_meters(settings.meters)}
     asked = settings.asked
     units = {
         "revenium": ("GATE_REVENIUM_UNIT", asked.gate_revenium_unit),
@@ -140,12 +154,18 @@ def _units(settings: Settings) -> dict[str, Meter | None]:
 def asking(settings: Settings) -> Asking | None:
     """Those outside, to be opened; None: nobody is asked. Raises `ValueError` for what `faults` tells."""
     found = sources(settings, settings.gate.gate)
-    return Asking(found, settings.asked, on_failure=settings.gate.gate_on_failure) if found else None
+    if not found:
+        return None
+    memory = settings.data_dir / MEMORY
+    return Asking(found, settings.asked, on_failure=settings.gate.gate_on_failure, memory=memory)
 
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault and still worth knowing."""
-    found = remarks(limits(settings), priced=settings.prices.prices != "none")
+    found = remarks(limits(settings), priced=_has_prices(settings))
+    if any(limit.unit == "cost_usd" for limit in limits(settings)):
+        other = {price.currency for price in price_book(settings).own if price.side is Side.PROVIDER} - {USD}
+        found += [f"limits of cost_usd do not count what is priced in {currency}" for currency in sorted(other)]
     if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
         found.append("limits are defined and SIDECAR_GATE does not have limits: none of them holds")
     asked = [name for name in settings.gate.gate if name in SOURCES]
@@ -154,11 +174,15 @@ def notes(settings: Settings) -> list[str]:
     return found
 
 
+def _has_prices(settings: Settings) -> bool:
+    return settings.prices.prices != "none" or bool(settings.price_tables)
+
+
 def models(settings: Settings) -> Callable[[str | None], Models | None]:
     """What estimates ask of models, by the name of the upstream; None: there are none to make, or no table."""
     found, asked = limits(settings), outside(settings)
     estimates = any(limit.needs_estimate for limit in found) or (asked is not None and asked.needs_estimate)
-    if settings.prices.prices == "none" or not estimates:
+    if not _has_prices(settings) or not estimates:
         return lambda upstream: None
     book, hosts = price_book(settings), priced_hosts(settings)
     counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
@@ -183,8 +207,10 @@ def _price(book: PriceBook, host: str) -> Price:
             output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
         )  # fmt: skip
         cost, _ = book.cost(usage, at_ns / SECOND_NS, host=host, record=None)
-        if cost is None or cost.get("total") is None or cost.get("currency") != "USD":
+        if cost is None or cost.get("currency") not in (USD, None):
             return None
+        if cost.get("total") is None:  # also of a model that has a price, but not for tokens
+            return 0 if cost.get("reason") == "nothing_counted" else None
         return int(Decimal(cost["total"]) * PICO)
 
     return find
@@ -229,6 +255,7 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
         deny=rest.deny,
         on_failure=settings.gate.gate_on_failure,
         dry_run=settings.gate.gate_dry_run,
+        deny_unpriced=settings.gate.gate_unpriced == "deny",
         body_says_who=any(source.kind is SourceKind.BODY for source in payers),
         outside=asked,
         upstreams={one.name: of(one.name) for one in settings.proxy.upstreams},
@@ -241,11 +268,11 @@ def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str
     if endpoint is None:
         return Meant(taps.endpoints.provider_of(method, target), consumes=False)
     row = endpoint.row
-    return Meant(
-        provider=endpoint.provider or (None if row is None else row.provider),
-        model=endpoint.model,
-        consumes=row is None or row.unmetered is None,
-    )
+    provider = endpoint.provider or (None if row is None else row.provider)
+    consumes = row is None or row.unmetered is None
+    # As its record will say, unless the response gives another away.
+    assumed = provider is None and row is not None and consumes and not row.hint_only
+    return Meant(DEFAULT_PROVIDER if assumed else provider, endpoint.model, consumes, assumed)
 
 
 def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
@@ -486,7 +513,7 @@ def shown(row: Row) -> dict[str, Any]:
     limit = row.limit
     return {
         "limit": limit.name,
-        "scope": {name: value for (name, _), value in zip(limit.scopes, row.scope.split(","), strict=False)},
+        "scope": limit.values_of(row.scope) or {},
         "unit": limit.unit,
         "used": limit.text(row.used),
         "reserved": limit.text(row.reserved),

@@ -261,10 +261,13 @@ class _Loading:
     def _limits(self) -> tuple[Mapping[str, Any], ...]:
         """`[[limits]]`; what is no table is the short form, as in the environment."""
         tables = self.toml.get("limits")
-        if not isinstance(tables, list) or not any(isinstance(table, dict) for table in tables):
+        rows = (
+            tables if isinstance(tables, list) else [tables]
+        )  # in one pair of brackets its fields were taken for units
+        if not any(isinstance(table, dict) for table in rows):
             return ()
         del self.toml["limits"]
-        if not all(isinstance(table, dict) for table in tables):
+        if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             self._wrong("limits", "expected [[limits]] tables")
             return ()
         self.effective.append(Effective("[[limits]]", named(map(_called, tables)), self.toml_name, ""))

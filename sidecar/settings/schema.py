@@ -386,12 +386,16 @@ class GateSettings:
     )
     gate_on_failure: str = _setting(
         types.word_of("open", "closed", "last"), "open",
-        "who has to be asked does not answer: `open` (the call goes), `closed`, or `last` (as it was within a minute)",
+        "who has to be asked does not answer: `open` (the call goes), `closed`, or `last` (as it was last)",
     )  # fmt: skip
     gate_dry_run: bool = _setting(types.flag, "false", "deny nothing; records say what would have been")
     gate_unknown: str = _setting(
         types.word_of("reserve", "observed", "zero"), "reserve",
         "a call whose usage stays unknown counts as what was set aside for it, as what was seen of it, or as nothing",
+    )  # fmt: skip
+    gate_unpriced: str = _setting(
+        types.word_of("allow", "deny"), "allow",
+        "a call whose price is not known, where a limit is of money: `allow` (it counts as nothing) or `deny`",
     )  # fmt: skip
     gate_status: Mapping[str, int] = _setting(
         types.statuses, None, "other statuses than `quota=402,rate=429` for what is used up and what comes back soon"

@@ -257,6 +257,7 @@ class Reserve:
 
     def __init__(self, root: Path, size_bytes: int, margin_bytes: int) -> None:
         self.path = root / "reserve"
+        self._root = str(root)  # asked for its room before each commit
         self._size_bytes = size_bytes
         self._margin_bytes = margin_bytes
         self._spares = root / "reserve.files"
@@ -313,7 +314,7 @@ class Reserve:
     def room(self) -> int:
         """Free bytes where it is."""
         try:
-            stat = os.statvfs(self.path.parent)
+            stat = os.statvfs(self._root)
         except OSError as error:
             self._failed = error  # a directory that has just gone is not one without room
             return 0

@@ -304,6 +304,8 @@ class Intake:
             source.waiting += 1
         batch.done = lambda done: self._stored(done, told_to, ended)
         self._submit(batch)
+        for group in ended.groups:  # while the disk is at work: responses may wait for that
+            self._count(group)
 
     def _read_ended(self, batch: Batch, arrived: Sequence[tuple[Source, Told]]) -> Ended:
         ended = Ended()
@@ -315,8 +317,6 @@ class Intake:
         for source, _ in arrived:
             if source.reading is not None:
                 ended.groups.extend(source.reading.take_groups())
-        for group in ended.groups:
-            self._count(group)
         return ended
 
     def _add_ended(self, batch: Batch, ended: Ended, source: Source, entries: Sequence[Sequence[Any]]) -> None:

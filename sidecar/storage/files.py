@@ -71,6 +71,11 @@ class StorageError(Exception):
         """Whether it may pass without anybody doing anything: what was tried may be tried again."""
         return self.trouble in (Trouble.FULL, Trouble.BUSY)
 
+    @property
+    def damaged(self) -> bool:
+        """Whether what is in the file cannot be read."""
+        return self.trouble in (Trouble.DAMAGED, Trouble.NOT_DATABASE)
+
 
 def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
     """The reason behind an error of the operating system or of SQLite on the file at `path`."""

@@ -7,7 +7,9 @@ damage a log that two connections checkpoint (https://sqlite.org/wal.html#walres
 
 A file is told apart by its `user_version` and its tables: 0 and empty is a new one, another version than the schema's
 is a newer or an older program's, and tables among which is none of the schema's are another program's. All but a new
-one and our own are refused and left as they are, for writing and for reading alike: nothing is converted.
+one and our own are refused and left as they are, for writing and for reading alike. Nothing is converted: an older
+version is taken only where `upgrades` has the tables that it lacks, which takes no time, and whoever reads it knows
+that they may not be there yet.
 """
 
 from __future__ import annotations
@@ -16,8 +18,8 @@ import contextlib
 import re
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -38,6 +40,7 @@ class Schema:
     """What a file of one kind holds, and what is said where it cannot be used.
 
     `tables`: the statements of a new file, each `CREATE TABLE` at the beginning of a line.
+    `upgrades`: of an older version, what makes the next one of it: further tables, nothing that takes long.
     `when_empty`, `when_damaged`, `when_full`: the end of the sentence in these cases, which says what to do.
     `error`: what is raised, made of its text and the trouble.
     """
@@ -49,6 +52,11 @@ class Schema:
     when_damaged: str = "put its copy back, or move it away to begin a new one"
     when_full: str = "free some, writing goes on by itself"
     error: ErrorOf = StorageError
+    upgrades: Mapping[int, str] = field(default_factory=dict)
+
+    def reads(self, version: int) -> bool:
+        """Whether a file of this version can be used."""
+        return all(one in self.upgrades for one in range(version, self.version))
 
     @property
     def table_names(self) -> frozenset[str]:
@@ -78,15 +86,15 @@ def open_db(path: Path, *, schema: Schema, read_only: bool = False, lasting: boo
     return db
 
 
-def problem_of(path: Path, *, schema: Schema) -> str | None:
-    """Why a file that is there cannot be used, in words; None where it can, or passes by itself. Changes nothing."""
+def problem_of(path: Path, *, schema: Schema) -> StorageError | None:
+    """Why a file that is there cannot be used; None where it can, or passes by itself. Changes nothing."""
     if not path.exists():
         return None
     try:
         with errors_told(path, schema), contextlib.closing(_connect_to_read(path, lasting=False)) as db:
             _version(db, path, schema)
     except StorageError as error:
-        return None if error.passes else str(error)
+        return None if error.passes else error
     return None
 
 
@@ -140,13 +148,15 @@ def _make_durable(db: sqlite3.Connection, path: Path, schema: Schema) -> None:
 
 
 def _make_tables(db: sqlite3.Connection, path: Path, schema: Schema) -> None:
-    """Make the tables of a new file. In one transaction: a crash leaves an empty one."""
+    """Make the tables of a new file, and those that an older one lacks. In one transaction: a crash leaves it as it
+    was."""
     if _version(db, path, schema) == schema.version:
         return
     with transaction(db):
-        if _version(db, path, schema) == 0:  # again, now that nobody else can change it
-            _run(db, schema.tables)
-            db.execute(f"PRAGMA user_version = {schema.version}")
+        version = _version(db, path, schema)  # again, now that nobody else can change it
+        for statements in [schema.tables] if version == 0 else map(schema.upgrades.get, range(version, schema.version)):
+            _run(db, statements or "")
+        db.execute(f"PRAGMA user_version = {schema.version}")
 
 
 def _run(db: sqlite3.Connection, statements: str) -> None:
@@ -176,7 +186,7 @@ def _version(db: sqlite3.Connection, path: Path, schema: Schema) -> int:
             f"{path} is a database of another program, and no {schema.name}: move it away, or {_OTHER_DIRECTORY}",
             Trouble.FOREIGN,
         )
-    if 0 < version < schema.version:
+    if version and not schema.reads(version):
         raise schema.error(
             f"{path} has format {version}, which an older release wrote, and is not read here: let that release "
             f"deliver what is in the data directory and move the directory away, or {_OTHER_DIRECTORY}",

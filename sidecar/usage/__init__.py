@@ -18,6 +18,8 @@ from sidecar.model.exchange import Usage
 class RequestTap(Protocol):
     """Reads along with one request body."""
 
+    opened_ns: int  # of the monotonic clock: when the call began
+
     def feed(self, piece: bytes) -> None: ...
 
     def member(self, name: str) -> str | None:
@@ -46,6 +48,7 @@ class Skips(NamedTuple):
     bytes_max: int
     nothing_in: Callable[[bytes], bool]
     searches: bool  # `nothing_in` looks for bytes that must not be there: it may be given a chunk with its framing
+    looked_at: frozenset[bytes] | None = None  # names of the members that matter; None: nobody knows them all
 
 
 class ResponseTap(Protocol):

@@ -117,7 +117,7 @@ class PlainReader:
         `exchange`, for a call that is in any way unusual."""
         (
             _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, _, first_byte_ms, duration_ms,
-            response_bytes, response_head, response_body,
+            response_bytes, response_head, response_body, _,
         ) = packed  # fmt: skip
         key = shape.number, response.number
         reading = self._readings.get(key)
@@ -221,7 +221,10 @@ class PlainReader:
         if reading.plan is None:
             return None
         fields = _own(reading, head) if reading.own else None
-        return reading.plan.read(plain.request_body, plain.response_body, fields=fields)
+        return reading.plan.read(
+            plain.request_body, plain.response_body, fields=fields,
+            opened_ns=plain.started_mono_ns, first_token_ns=plain.first_token_ns,
+        )  # fmt: skip
 
     def _by_taps(self, plain: PlainExchange, response: ResponseShape, exchange: Exchange) -> Usage | None:
         shape = plain.shape

@@ -161,6 +161,11 @@ class Plan:
     def coded(self) -> bool:
         return bool(self._fields.get("content-encoding"))
 
+    @property
+    def streams(self) -> bool:
+        """Whether the head says that these are server-sent events."""
+        return self._fields.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
+
     def _lean_family(self) -> type[Reader] | None:
         row, fields = self._endpoint.row, self._fields
         plain = row is not None and row.unmetered is None and 200 <= self._status < 300 and not self._endpoint.elements
@@ -392,7 +397,7 @@ class Plan:
         for message in messages:
             if not message or (known and reader.can_skip(message)):
                 continue
-            event, data = _event(message)
+            event, data = event_of(message)
             if data is None or (data == b"[DONE]" and not known):
                 return None
             if data == b"[DONE]":
@@ -454,7 +459,7 @@ def _object(body: bytes) -> Document | None:
     return document
 
 
-def _event(message: bytes) -> tuple[str, bytes | None]:
+def event_of(message: bytes) -> tuple[str, bytes | None]:
     """The name and the data of an event of one `data:` line, with an `event:` line before it or none; else None."""
     event = ""
     if message.startswith(b"event:"):

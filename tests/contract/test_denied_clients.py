@@ -6,15 +6,18 @@ import asyncio
 import importlib
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 from support.backend_fixtures import Request, ScriptedServer
+from support.whole import Whole
 
 from sidecar.gate.answers import told
 from sidecar.gate.asking import Asking
 from sidecar.gate.denials import Denial, Denials, Kind, denial, of_call
 from sidecar.gate.sources import Answer, Caller
+from sidecar.gate.sources.base import OfEach
 from sidecar.settings import AskedSettings
 from sidecar.usage.endpoints import Endpoints
 from sidecar.usage.providers.table import ROWS
@@ -169,12 +172,35 @@ async def test_bedrock_raises_throttling_for_a_rate() -> None:
     assert len(requests) == 3
 
 
+@pytest.mark.timeout(120)
+async def test_through_the_whole_sidecar_each_client_raises_its_own_error_and_tries_once(tmp_path: Path) -> None:
+    """Plain and streamed: what is on record is what was tried."""
+    calls: dict[str, tuple[Call, Call]] = {
+        "APIStatusError": (openai_chat, lambda url: openai_chat(url, stream=True)),
+        "PaymentRequiredError": (anthropic_messages, lambda url: anthropic_messages(url, stream=True)),
+        "ClientError": (gemini, lambda url: gemini(url, stream=True)),
+        "ServiceQuotaExceededException": (bedrock, lambda url: bedrock(url, stream=True)),
+    }
+    settings = {"SIDECAR_LIMITS": "total_tokens=0/month", "SIDECAR_WORKERS": "2"}
+    async with Whole(tmp_path / "data", "http://127.0.0.1:9", **settings) as whole:
+        for error, (plain, streamed) in calls.items():
+            for each in (plain, streamed):
+                with pytest.raises(Exception, match="total_tokens-per-month is used up") as raised:
+                    await asyncio.to_thread(each, whole.proxy_url)
+                assert type(raised.value).__name__ == error
+        await whole.settled()
+        records = await whole.records()
+        text = await whole.text("/metrics")
+    assert [record["outcome"] for record in records] == ["denied"] * 8
+    assert 'decision="denied",limit="total_tokens-per-month",source="limits"} 8.0' in text
+
+
 async def test_what_a_vendor_denies_reaches_each_client_in_its_own_shape() -> None:
     """From the vendor's answer to the exception: one decision, and the response that is made of it."""
     says_no = Answer(allowed=False, reason="balance_used_up")
     deny = Denials(ENDPOINTS, AskedSettings(), chance=lambda: 0.5)
 
-    class Wallets:
+    class Wallets(OfEach):
         name, unit, by_model, lag_s, polled_s = "lago", None, False, 0.0, None
 
         def subject(self, caller: Caller) -> str | None:

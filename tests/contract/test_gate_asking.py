@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
+from pathlib import Path
 from time import monotonic
 from typing import Any
 
@@ -19,7 +20,7 @@ from sidecar.dev.mock_backends import Do, Fault, GateLie, Lie, Receiver, Terms
 from sidecar.gate import asking as asking_module
 from sidecar.gate.answers import NOBODY_ASKED, Ages, Decision, Freshness, OnFailure
 from sidecar.gate.asking import Asking
-from sidecar.gate.sources.base import COST_USD, PICO, Answer, Caller, Known, NoAnswer, Source
+from sidecar.gate.sources.base import COST_USD, PICO, Answer, Caller, Known, NoAnswer, OfEach, Source
 from sidecar.gate.sources.flexprice import FlexpriceWallets
 from sidecar.gate.sources.lago import LagoWallets
 from sidecar.gate.sources.openmeter import OpenmeterAccess
@@ -57,7 +58,7 @@ def used(**amounts: int) -> Callable[[str, int], int]:
     return lambda unit, held: amounts.get(unit, 0)
 
 
-class Says:
+class Says(OfEach):
     """A source that says what a test tells it, and counts how often it is asked."""
 
     name, lag_s, by_model = "says", 0.0, False
@@ -231,6 +232,61 @@ async def test_last_goes_on_with_what_was_said_and_a_running_count() -> None:
         found = asking.decide(caller())
         assert found is not None
         assert (found.allowed, found.freshness) == (False, Freshness.LAST)
+
+
+async def test_last_remembers_over_a_restart_what_was_said_and_used(tmp_path: Path) -> None:
+    memory = tmp_path / "gate.answers"
+    ages, clock = Ages(on_failure=OnFailure.LAST), [1_795_000_000.0]
+    left, nothing = Answer(allowed=True, remaining=3, unit="calls"), Answer(allowed=False, reason="no_wallet")
+    async with Asking([Says(left, nothing)], WAIT, ages=ages, memory=memory, wall=lambda: clock[0]) as asking:
+        await decided(asking, caller("acme"))
+        await decided(asking, caller("other"))
+        asking.settle(asking.reserve(caller("acme"), CALL), used(calls=1))
+        asking.reserve(caller("acme"), CALL)  # its call is open, and nobody sees its end
+    assert memory.stat().st_mode & 0o777 == 0o600
+    source = Says(DOWN)
+    clock[0] += 30
+    async with Asking([source], WAIT, ages=ages, memory=memory, wall=lambda: clock[0]) as asking:
+        found = await decided(asking, caller("acme"))
+        assert (found.allowed, found.freshness, found.remaining) == (True, Freshness.LAST, 1)
+        asking.reserve(caller("acme"), CALL)
+        assert not (await decided(asking, caller("acme"))).allowed
+        found = await decided(asking, caller("other"))
+        assert (found.allowed, found.freshness, found.reason) == (False, Freshness.LAST, "no_wallet")
+        assert (await decided(asking, caller("new"))).freshness is Freshness.NONE
+        assert source.asked == ["acme", "other", "new"], "each was asked for anew"
+    async with Asking([Says(YES)], WAIT, ages=ages, memory=memory, wall=lambda: clock[0]) as asking:
+        assert (await decided(asking, caller("other"))).freshness is Freshness.FRESH
+
+
+@pytest.mark.parametrize("what", ["old", "damaged", "over", "not wanted"])
+async def test_what_was_said_before_a_restart_holds_no_longer_than_without_one(tmp_path: Path, what: str) -> None:
+    memory = tmp_path / "gate.answers"
+    clock = [1_795_000_000.0]
+    ages = Ages(on_failure=OnFailure.LAST, last_s=100.0)
+    no = replace(NO, until_s=clock[0] + 50)
+    async with Asking([Says(no)], WAIT, ages=ages, memory=memory, wall=lambda: clock[0]) as asking:
+        await decided(asking, caller())
+    if what == "damaged":
+        memory.write_bytes(memory.read_bytes()[:-5])
+    elif what == "not wanted":
+        ages = Ages(on_failure=OnFailure.OPEN)
+    else:
+        clock[0] += 101 if what == "old" else 51
+    async with Asking([Says(DOWN)], WAIT, ages=ages, memory=memory, wall=lambda: clock[0]) as asking:
+        found = await decided(asking, caller())
+    assert (found.allowed, found.freshness) == (True, Freshness.NONE)
+    assert memory.exists() == (what != "not wanted")
+
+
+async def test_what_was_said_is_kept_while_it_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asking_module, "SAVE_S", 0.01)
+    memory = tmp_path / "gate.answers"
+    async with Asking([Says(NO)], WAIT, ages=Ages(on_failure=OnFailure.LAST), memory=memory) as asking:
+        await decided(asking, caller())
+        await until(memory.exists)
+    async with Asking([Says(NO)], WAIT, ages=Ages(on_failure=OnFailure.LAST), memory=tmp_path / "no" / "x") as asking:
+        assert not (await decided(asking, caller())).allowed, "a disk that takes nothing stops nobody"
 
 
 async def until_async(holds: Callable[[], Any], limit_s: float = 10.0) -> None:

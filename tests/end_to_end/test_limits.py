@@ -266,6 +266,8 @@ async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_n
                 assert "everybody 4 0 3 133.3" in text_of_row(text, "everybody")
             code, out, _ = await whole.command("limits", "--format", "json", "--over", "100")
             assert [row["limit"] for row in json.loads(out)["limits"]] == ["everybody"]
+            code, _, err = await whole.command("limits", "--limit", "team-token")
+            assert (code, err) == (2, "no limit is called team-token; there are team-tokens, everybody\n")
             assert "a limit is used up" in whole.log.read_text()
 
 
@@ -310,6 +312,103 @@ async def test_a_dry_run_denies_nothing_and_says_what_it_would_have(tmp_path: Pa
             assert gates[-1]["limit"] == "calls-per-day"
             assert up.calls == 4
             await until_used(whole, "calls-per-day", "4", "0")
+
+
+SCOPED = """
+dimensions = "team=x-team"
+[[limits]]
+name = "fixed-subscriber"
+subscriber = "a"
+[[limits]]
+name = "each-key"
+subscriber = "b"
+key = "*"
+[[limits]]
+name = "fixed-model"
+subscriber = "c"
+model = "gpt-5"
+[[limits]]
+name = "each-model"
+subscriber = "d"
+model = "*"
+[[limits]]
+name = "fixed-route"
+subscriber = "e"
+route = "/v1/chat/completions"
+[[limits]]
+name = "fixed-provider"
+subscriber = "f"
+provider = "openai"
+[[limits]]
+name = "each-provider"
+subscriber = "g"
+provider = "*"
+[[limits]]
+name = "fixed-dimension"
+subscriber = "h"
+dimensions.team = "red"
+[[limits]]
+name = "each-dimension"
+subscriber = "i"
+dimensions.team = "*"
+""".replace("[[limits]]", '[[limits]]\nunit = "calls"\namount = 1\nwindow = "day"')
+ANTHROPIC = "/v1/messages"
+# Who calls, and how: each has one call under each of its limit's counters. An API at an unknown host is OpenAI's, as
+# its records say, where the path is.
+SCOPED_CALLS: list[tuple[str, dict[str, Any], int]] = [
+    ("a", {}, 200), ("a", {"model": "o3"}, 402), ("z", {}, 200), ("z", {}, 200),
+    ("b", {"key": "1"}, 200), ("b", {"key": "1"}, 402), ("b", {"key": "2"}, 200), ("b", {}, 200), ("b", {}, 402),
+    ("c", {}, 200), ("c", {}, 402), ("c", {"model": "o3"}, 200), ("c", {"model": "o3"}, 200),
+    ("d", {}, 200), ("d", {}, 402), ("d", {"model": "o3"}, 200), ("d", {"model": "o3"}, 402),
+    ("e", {}, 200), ("e", {}, 402), ("e", {"path": "/v1/embeddings"}, 200), ("e", {"path": "/v1/embeddings"}, 200),
+    ("f", {}, 200), ("f", {}, 402), ("f", {"path": ANTHROPIC}, 200), ("f", {"path": ANTHROPIC}, 200),
+    ("g", {}, 200), ("g", {}, 402), ("g", {"path": ANTHROPIC}, 200), ("g", {"path": ANTHROPIC}, 402),
+    ("h", {"team": "red"}, 200), ("h", {"team": "red"}, 402), ("h", {"team": "blue"}, 200), ("h", {}, 200),
+    ("i", {"team": "red"}, 200), ("i", {"team": "red"}, 402), ("i", {"team": "blue"}, 200), ("i", {}, 200),
+    ("i", {}, 402),
+]  # fmt: skip
+
+
+@pytest.mark.timeout(120)
+async def test_each_scope_has_counters_of_its_own_fixed_and_for_each(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(SCOPED)
+    async with upstream() as (_, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_CONFIG=str(config), SIDECAR_WORKERS="2") as whole:
+            for who, how, expected in SCOPED_CALLS:
+                headers = {"x-tenant": who}
+                headers |= {"authorization": f"Bearer {how['key']}"} if "key" in how else {}
+                headers |= {"x-team": how["team"]} if "team" in how else {}
+                body = {"model": how.get("model", "gpt-5"), "max_tokens": 9}
+                address = whole.proxy_url + how.get("path", "/v1/chat/completions")
+                async with session.post(address, json=body, headers=headers) as answer:
+                    assert answer.status == expected, (who, how, await answer.text())
+            await whole.settled()
+            rows = (await whole.get("/limits"))["limits"]
+    assert all(row["used"] == "1" for row in rows if not row["limit"].startswith("fixed-")), rows
+    assert {row["scope"]["subscriber"] for row in rows} == set("abcdefghi")
+
+
+@pytest.mark.timeout(120)
+async def test_calls_at_once_of_a_worker_that_died_are_free_again(tmp_path: Path) -> None:
+    async with upstream() as (up, url), client() as session:
+        up.gate.clear()
+        async with limited(tmp_path, url, SIDECAR_LIMITS="concurrent=2", SIDECAR_WORKERS="2") as whole:
+            open_calls = [asyncio.create_task(tried(session, whole)) for _ in range(2)]
+            async with asyncio.timeout(LIMIT_S):
+                while up.open < 2:
+                    await asyncio.sleep(0.01)
+            assert (await call(session, whole))[0] == 429
+            killed = whole.children()["serve"]
+            for pid in killed:
+                os.kill(pid, signal.SIGKILL)
+            await asyncio.gather(*open_calls)
+            await until_used(whole, "concurrent", "0", "0")
+            async with asyncio.timeout(LIMIT_S):
+                while len(set(whole.children()["serve"]) - set(killed)) < 2:
+                    await asyncio.sleep(0.02)
+            up.gate.set()
+            assert (await call(session, whole))[0] == 200
 
 
 @pytest.mark.timeout(120)

@@ -218,3 +218,36 @@ async def test_complaints_are_taken_without_an_instance_and_odd_ones_are_told(tm
             "delivered": 1, "duplicate": 0, "parked": {}, "pending": 0, "skipped": {},
         }  # fmt: skip
         await sound(whole)
+
+
+async def test_all_that_is_parked_with_a_reason_is_passed_over(tmp_path: Path) -> None:
+    async with running_receiver() as (_, receiver), tiny_upstream() as upstream, aiohttp.ClientSession() as session:
+        whole = Whole(
+            tmp_path / "data", upstream, SIDECAR_BACKENDS="meter", SIDECAR_METER_URL=f"{receiver}/meter",
+            SIDECAR_METER_BATCH="1",
+        )  # fmt: skip
+        async with whole:
+            for status, times in ((400, 3), (422, 1)):
+                fault = {"do": "status", "status": status, "times": times}
+                await (await session.post(f"{receiver}/_faults", json=fault)).read()
+                for _ in range(times):
+                    async with session.post(f"{whole.proxy_url}/v1/things", json={}) as answer:
+                        await answer.read()
+                await whole.settled()
+            parked = (await whole.get("/balance"))["backends"]["meter"]["parked"]
+            assert parked == {"http_400": 3, "http_422": 1}
+            code, out, err = await whole.command("spool", "cancel", "--reason", "http_40")
+            assert (code, out) == (1, "")
+            assert "nothing is parked with the reason 'http_40'; did you mean http_400?" in err
+            for wrong in ((), ("x", "--reason", "http_400")):
+                code, _, err = await whole.command("spool", "cancel", *wrong)
+                assert (code, "IDs, or --reason" in err) == (2, True)
+            code, out, err = await whole.command("spool", "cancel", "--reason", "http_400", "--backend", "meter")
+            assert (code, out.count("was parked, and is passed over now")) == (0, 3), out + err
+            found = (await whole.get("/balance"))["backends"]["meter"]
+            assert (found["parked"], found["skipped"]) == ({"http_422": 1}, {"cancelled": 3})
+            await sound(whole)
+            assert await whole.stop() == 0
+        code, out, err = await whole.command("spool", "cancel", "--reason", "http_422")
+        assert (code, out.count("passed over")) == (0, 1), "nobody runs: " + err
+        await sound(whole)

@@ -152,6 +152,42 @@ async def test_a_vendor_that_is_slow_or_lies_is_the_operators_word_said_and_coun
     assert any("revenium does not answer" in note and reason in note for note in ready["notes"]), ready
 
 
+SAYS_NOTHING = {
+    "slow": (Fault(do=Do.DELAY, delay_s=30), "timeout"),
+    "down": (None, "refused"),
+    "html": (Fault(do=Do.LIE, lie=Lie.HTML), "html"),
+    "other": (Fault(do=Do.LIE, lie=Lie.WRONG_SHAPE), "unexpected_answer"),
+}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("wrong", SAYS_NOTHING)
+@pytest.mark.parametrize("vendor", VENDORS)
+async def test_no_vendor_that_says_nothing_of_a_subscriber_decides_about_it(
+    tmp_path: Path, vendor: str, wrong: str
+) -> None:
+    fault, reason = SAYS_NOTHING[wrong]
+    async with upstream() as (up, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
+        settings = {"SIDECAR_GATE_ON_FAILURE": "closed", "SIDECAR_GATE_TIMEOUT": "300ms"}
+        if fault is None:
+            backend = vendor.partition("_")[0].upper()
+            settings[f"SIDECAR_{backend}_URL"] = "http://127.0.0.1:9"
+        else:
+            receiver.faults.set(fault)
+        async with gated(tmp_path, url, receiver, vendor, **settings) as whole:
+            if vendor == "revenium_controls":  # its rules are polled, and no call waits for them
+                await whole.until_metric(f'sidecar_gate_questions_total{{result="{reason}"')
+            status, body = await call(session, whole)
+            assert status == 429, body
+            assert up.calls == 0
+            (gate,) = await gates(whole)
+            text = await whole.text("/metrics")
+            ready = await whole.get("/readyz")
+    assert (gate["decision"], gate["source"], gate["limit"]) == ("denied", "on_failure", vendor)
+    assert f'sidecar_gate_unanswered_total{{decision="denied",reason="{reason}",source="{vendor}"}} 1.0' in text
+    assert any(f"{vendor} does not answer ({reason})" in note for note in ready["notes"]), ready
+
+
 @pytest.mark.timeout(120)
 async def test_last_goes_on_with_what_was_said_before_the_vendor_went(tmp_path: Path) -> None:
     async with upstream() as (up, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
@@ -168,6 +204,32 @@ async def test_last_goes_on_with_what_was_said_before_the_vendor_went(tmp_path: 
     assert statuses == [200] * 3 + [402], "the old answer, less what was used since"
     assert up.calls == 4
     assert {gate["source"] for gate in found} == {"revenium"}
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("vendor", ["revenium", "revenium_controls"])
+async def test_last_denies_over_a_restart_whom_the_vendor_denied_before_it_went(tmp_path: Path, vendor: str) -> None:
+    async with upstream() as (up, url), client() as session, running_receiver(terms=TERMS) as (receiver, told):
+        async with told.post("/meter/v2/ai/completions", json=completion("acme"), headers={"x-api-key": KEY}) as sent:
+            assert sent.status < 300, await sent.text()
+        settings = {
+            "SIDECAR_GATE_ON_FAILURE": "last",
+            "SIDECAR_GATE_TIMEOUT": "500ms",
+            "SIDECAR_REVENIUM_URL": receiver.url,
+        }
+        who = "acme" if vendor == "revenium_controls" else "unknown-acme"
+        async with gated(tmp_path, url, receiver, vendor, **settings) as whole:
+            await whole.until_metric('sidecar_gate_questions_total{result="answered"') if who == "acme" else None
+            assert (await call(session, whole, who))[0] == 402
+            assert await whole.stop() == 0, whole.log.read_text()
+            receiver.faults.set(Fault(do=Do.STATUS, status=503))
+            await whole.start()
+            await whole.until_metric('sidecar_gate_questions_total{result="http_503"') if who == "acme" else None
+            assert (await call(session, whole, who))[0] == 402
+            text = await whole.text("/metrics")
+            receiver.faults.set()
+    assert up.calls == 0
+    assert f'sidecar_gate_unanswered_total{{decision="denied",reason="last",source="{vendor}"}} 1.0' in text
 
 
 @pytest.mark.timeout(120)

@@ -436,6 +436,8 @@ async def test_the_first_view_of_a_month_of_many_is_small(tmp_path: Path) -> Non
     assert rows == 30 * 500
     async with shown(tmp_path, rounds=0, path="#period=30d&stack=subscriber") as (whole, tab):
         assert tab.received_bytes < FIRST_VIEW_BYTES_MAX
+        looks = await tab.eval("Number(document.documentElement.dataset.looks)")
+        assert tab.requests.count(f"{whole.admin_url}/balance") <= looks + 1, "once for all parts that need it"
         head, *_, foot = await table(tab, "#chart-table")
         assert len(head) == 1 + 7 + 1 + 1, "the greatest, all others, and the sum"
         assert head[-2] == "all others"

@@ -107,6 +107,26 @@ async def test_limits_come_change_and_go(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
+async def test_a_limit_that_gets_another_window_counts_what_was_used_in_that(tmp_path: Path) -> None:
+    def limit(amount: int, window: str) -> str:
+        return f'[[limits]]\nname = "few"\nunit = "calls"\namount = {amount}\nwindow = "{window}"\n'
+
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, limit(9, "month")) as whole:
+            assert [(await call(session, whole))[0] for _ in range(3)] == [200] * 3
+            for amount, window in ((4, "total"), (5, "30d"), (6, "year")):
+                assert (await whole.reload(limit(amount, window)))[0] == 0
+                assert [(await call(session, whole))[0] for _ in range(2)] == [200, 402], window
+                await whole.settled()
+                (row,) = (await whole.get("/limits"))["limits"]
+                assert (row["used"], row["window"]) == (str(amount), window)
+            assert await whole.stop() == 0, whole.log.read_text()
+            await whole.start()
+            (row,) = (await whole.get("/limits"))["limits"]
+            assert (row["used"], row["window"]) == ("6", "year")
+
+
+@pytest.mark.timeout(120)
 async def test_what_open_calls_hold_is_held_over_a_reload(tmp_path: Path) -> None:
     toml = '[[limits]]\nname = "at-once"\nunit = "concurrent"\namount = 2\n'
     async with upstream() as (up, url), client() as session:

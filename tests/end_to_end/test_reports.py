@@ -137,6 +137,7 @@ BAD = (
     ("/usage?timezone=../../etc/passwd", "is no time zone"),
     ("/records?limit=10001", "limit='10001': expected a whole number, 1 to 10,000"),
     ("/records?id=7", "id='7': expected the id of a record"),
+    ("/parked?backend=mter", "backend='mter' is none of this instance; did you mean meter?"),
     ("/parked?reasn=x", "'reasn' is no parameter of /parked; did you mean reason?"),
     ("/limits?over=many", "over='many': expected a number of percent"),
     ("/usage?by=" + "a" * 2000, "usage cannot be grouped by 'aaaa"),
@@ -152,6 +153,18 @@ async def test_what_cannot_be_read_is_told_in_one_line(tmp_path: Path) -> None:
             assert said in error, path
             assert len(error) < 400
             assert "\n" not in error
+
+
+async def test_what_is_not_there_and_what_cannot_be_done_are_said_too(tmp_path: Path) -> None:
+    async with called(tmp_path) as whole, aiohttp.ClientSession() as session:
+        for path, said in (("/usages", "did you mean /usage?"), ("/nothing-of-ours", "expected /, /balance")):
+            status, _, text = await get(whole, path)
+            assert (status, said in json.loads(text)["error"]) == (404, True), text
+        async with session.post(whole.admin_url + "/usage") as answer:
+            assert (answer.status, answer.headers["Allow"]) == (405, "GET,HEAD")
+            assert "only reads" in (await answer.json())["error"]
+        code, _, err = await whole.command("spool", "parked", "--backend", "mter")
+        assert (code, "did you mean meter?" in err) == (2, True)
 
 
 async def test_what_has_not_changed_is_not_sent_again(tmp_path: Path) -> None:

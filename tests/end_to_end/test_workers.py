@@ -133,3 +133,39 @@ async def test_a_damaged_ledger_blocks_itself_and_not_who_goes_on_for_a_dead_met
             assert balance["holds"], balance
             assert balance["backends"]["ledger"]["delivered"] == 5
             assert await whole.stop() == 0, whole.log.read_text()
+
+
+@pytest.mark.timeout(120)
+async def test_a_damaged_ledger_is_no_reason_not_to_serve(tmp_path: Path) -> None:
+    """A fresh start: calls go through, it is said wherever somebody looks before one comes, and nothing is lost."""
+    data_dir = tmp_path / "data"
+    ledger = data_dir / "ledger.db"
+    async with tiny_upstream() as upstream, aiohttp.ClientSession() as session:
+        async with Whole(data_dir, upstream) as whole:
+            async with session.post(f"{whole.proxy_url}/v1/things", json={}) as response:
+                await response.read()
+            await whole.settled()
+        for kept in data_dir.glob("ledger.db*"):
+            kept.unlink()
+        ledger.write_bytes(b"damaged " * 4096)
+        async with Whole(data_dir, upstream) as whole:
+            await whole.until_metric('sidecar_blocked{backend="ledger"}')
+            assert "ledger is blocked: ledger_damaged" in (await whole.get("/readyz"))["notes"]
+            assert f"{ledger} is damaged (file is not a database)" in whole.log.read_text()
+            for _ in range(3):
+                async with session.post(f"{whole.proxy_url}/v1/things", json={}) as response:
+                    assert response.status == 200
+                    await response.read()
+            code, _, err = await whole.command("check")
+            assert (code, f"{ledger} is damaged" in err, "move it away to begin a new one" in err) == (2, True, True)
+            code, _, err = await whole.command("usage")
+            assert (code, f"{ledger} is damaged" in err) == (1, True)
+            async with session.get(f"{whole.admin_url}/usage") as answer:
+                assert answer.status == 503
+                assert f"{ledger} is damaged" in (await answer.json())["error"]
+            ledger.rename(tmp_path / "ledger.damaged")
+            balance = await whole.settled(limit_s=60)
+            assert balance["holds"], balance
+            assert balance["backends"]["ledger"]["delivered"] == 4
+            assert await whole.stop() == 0, whole.log.read_text()
+        assert ledger.read_bytes().startswith(b"SQLite format 3")

@@ -291,6 +291,7 @@ async def until(true: Callable[[], bool]) -> None:
 
 class _FrameRequestTap:
     may_ask = False
+    opened_ns = 0
 
     def __init__(self) -> None:
         self.size = 0

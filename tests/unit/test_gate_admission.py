@@ -23,7 +23,7 @@ from sidecar.gate.estimate import (
 from sidecar.gate.limits import read_limits
 from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
-from sidecar.model.exchange import Subscriber
+from sidecar.model.exchange import Gate, Subscriber
 from sidecar.settings import AskedSettings
 from sidecar.usage.readers import UsageTaps
 
@@ -176,6 +176,30 @@ def test_money_is_set_aside_by_the_price() -> None:
         [("cost_usd-per-day", "acme", 300)],
         [("cost_usd-per-day", "acme", 0)],
     ]
+
+
+@pytest.mark.parametrize(("limit", "denied"), [("cost_usd=9/day", True), ("total_tokens=9/day", False)])
+def test_a_model_without_a_price_is_denied_where_it_is_wanted_and_a_limit_is_of_money(limit: str, denied: bool) -> None:
+    prices = Models(lambda provider, model, *_: 3 if model == "m" else None, lambda provider, model: None)
+    for wanted in (True, False):
+        gate, asked, _ = admission("calls=9/day", limit, models=prices, deny_unpriced=wanted)
+        assert gate.at_once(weigh(gate, b'{"model": "m"}')) is None, "the owner is asked"
+        verdict = gate.at_once(weigh(gate, b'{"model": "new"}'))
+        assert (verdict is not None) == (wanted and denied)
+        if verdict is not None:
+            assert verdict.gate == Gate("denied", "cost_usd-per-day")
+            assert verdict.denial is not None
+            assert verdict.denial.status == 402
+            assert b"what this model costs is not known" in verdict.denial.body
+        prepared = gate.prepare("POST", "/v1/x", (), subscriber=None, dimensions={}, route=None)
+        assert gate.quickly(prepared, b'{"model": "new"}') is None
+        assert not asked
+
+
+def test_a_dry_run_denies_no_model_without_a_price() -> None:
+    prices = Models(lambda *_: None, lambda provider, model: None)
+    gate, _, _ = admission("cost_usd=9/day", models=prices, deny_unpriced=True, dry_run=True)
+    assert gate.at_once(weigh(gate, b'{"model": "new"}')) is None
 
 
 def answer(number: int, reply: int, decision: str = "allowed", **given: Any) -> tuple[Any, ...]:

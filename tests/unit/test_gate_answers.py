@@ -21,7 +21,7 @@ from sidecar.gate.answers import (
     Tally,
     Told,
 )
-from sidecar.gate.sources.base import Answer, Caller, NoAnswer
+from sidecar.gate.sources.base import Answer, Caller, NoAnswer, OfEach
 from sidecar.settings import AskedSettings
 
 WALL_S = 1_795_000_000.0
@@ -29,7 +29,7 @@ ACME = Caller(subscriber="acme")
 AGES = Ages()
 
 
-class Stand:
+class Stand(OfEach):
     """A source that is never asked."""
 
     name = "stand"

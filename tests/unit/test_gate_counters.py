@@ -147,6 +147,12 @@ def test_a_lease_is_a_small_part_and_near_the_limit_there_is_none() -> None:
     assert book.reserved(CALLS) == 1 + 19 + 1
 
 
+def test_a_lease_can_be_told_whatever_the_amounts_are() -> None:
+    book = Counters(read_limits((), ["cost_usd=999999999999999999999999/month"]))
+    (more,) = book.decide("a", [Need("cost_usd-per-month", "acme", 10**17)], AT_NS).more.values()
+    assert more < 1 << 63
+
+
 def test_a_process_that_died_holds_nothing_and_one_that_tells_holds_what_it_says() -> None:
     book = counters("calls=1000/day")
     for process in ("a", "b"):

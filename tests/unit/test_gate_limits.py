@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import tomllib
 from decimal import Decimal
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from sidecar.backends import backend_settings
+from sidecar.cli import main
 from sidecar.gate.limits import (
     PICO,
     Action,
@@ -24,6 +27,8 @@ from sidecar.gate.windows import SECOND_NS, Calendar, Sliding
 from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import Record, encode
+from sidecar.runtime import gate_factory
+from sidecar.settings import load
 
 METERS = read_meters(
     [
@@ -37,7 +42,8 @@ AT_NS = 1_795_000_000 * SECOND_NS
 
 def read(text: str = "", *short: str, **there: Any) -> tuple[Limit, ...]:
     tables = tomllib.loads(text).get("limits", [])
-    given = {"meters": METERS, "dimensions": ["team"], "providers": ["openai"], "routes": ["/v1/x"], **there}
+    given: dict[str, Any] = {"meters": METERS, "dimensions": ["team"], "providers": ["openai"], "routes": ["/v1/x"]}
+    given |= {"names": {"acme": "Acme Inc."}, **there}
     return read_limits(tables, short, **given)
 
 
@@ -110,6 +116,14 @@ def test_the_short_form() -> None:
         ('unit = "calls"\namount = 1\nwindow = "day"\nroute = "/v2"', "no call would ever reach this limit"),
         ('unit = "calls"\namount = 1\nwindow = "day"\ndimensions.feature = "x"', "no call is filed under it"),
         ('unit = "calls"\namount = 1\nwindow = "day"\nmodel = 3', "model is wrong"),
+        ('unit = "calls"\namount = "2M"\nwindow = "day"', "as a text where it is no whole one: \"0.5\", not '2M'"),
+        ('unit = "cost_usd"\namount = 1.5\nwindow = "day"', 'write it as a text: "1.5"'),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscribr = "x"', "did you mean subscriber?"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nprovider = "opnai"', "did you mean openai?"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nmodel = "gpt-5*"', "model 'gpt-5*' is no pattern"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscriber = " acme"', "subscriber ' acme' is no pattern"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "Acme Inc."', "is what acme is called"),
+        ('unit = "calls"\namount = 1\nwindow = "day"\nkey = "sk-secret"', "key is no id that a call can have"),
     ],
 )
 def test_what_is_wrong_is_said(table: str, said: str) -> None:
@@ -146,9 +160,155 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert any("calls=1/fortnight: window 'fortnight' is unknown" in problem for problem in problems)
 
 
+def test_a_name_that_stands_twice_is_said_beside_what_is_wrong_with_either() -> None:
+    problems = wrong(
+        """
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = -1
+        window = "day"
+        [[limits]]
+        name = "same"
+        unit = "calls"
+        amount = 2
+        window = "hour"
+        """
+    )
+    assert [problem.partition(":")[0] for problem in problems] == ["limit same", "limit same"]
+    assert "is defined 2 times" in problems[1]
+
+
+def test_where_all_ids_are_hashes_a_limit_of_another_id_can_never_be_reached() -> None:
+    table = '[[limits]]\nname = "a"\nunit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "{}"'
+    (problem,) = wrong(table.format("sk-secret"), hashed=True)
+    assert "subscriber is no id that a call can have" in problem
+    assert "sk-secret" not in problem, "it may be a key"
+    for fit in ("key_" + "0123456789abcdef" * 2, "unauthenticated", "*", ""):
+        assert read(table.format(fit), hashed=True)
+    assert read(table.format("acme"))
+    assert read(table.format("acme"), hashed=True, names={"acme": "acme"}), "it is configured"
+
+
+def test_a_time_zone_that_changes_nothing_is_said() -> None:
+    table = '[[limits]]\nname = "a"\nunit = "calls"\namount = 1\nwindow = "{}"\ntimezone = "{}"'
+    for window, zone, said in (
+        ("24h", "Europe/Berlin", True), ("total", "Asia/Tokyo", True), ("24h", "UTC", False),
+        ("day", "Europe/Berlin", False),
+    ):  # fmt: skip
+        notes = remarks(read(table.format(window, zone)))
+        assert notes == ([f"limit a: timezone {zone} changes nothing: its window has no calendar"] if said else [])
+
+
+def test_values_with_commas_make_no_two_calls_one() -> None:
+    (limit,) = read(
+        '[[limits]]\nname = "pair"\nunit = "calls"\namount = 1\nwindow = "day"\nsubscriber = "*"\nmodel = "*"'
+    )
+    calls = [("a,b", "c"), ("a", "b,c"), ("a%2Cb", "c"), ("a%", "2Cb,c"), ("a|b", "c")]
+    scopes = [limit.scope_of(Facts(subscriber=who, model=model)) for who, model in calls]
+    assert len(set(scopes)) == len(calls)
+    for scope, (who, model) in zip(scopes, calls, strict=True):
+        assert scope is not None
+        assert limit.values_of(scope) == {"subscriber": who, "model": model}
+        assert limit.counts_in(scope, "2026-11-18", AT_NS)
+        counter = limit.key(scope, AT_NS)
+        assert counter.partition("|")[2].rpartition("|")[0] == scope, "as it is read back from a record"
+
+
+def test_check_tells_what_is_wrong_with_limits_and_prices_also_where_meters_are_wrong(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sidecar.toml").write_text(
+        """
+        upstream_url = "https://api.example.com"
+        [[meters]]
+        name = "broken"
+        aggregation = { type = "MEAN" }
+        [[limits]]
+        name = "on-a-meter"
+        unit = "meter:broken"
+        amount = -1
+        window = "day"
+        [[limits]]
+        name = "bedrock"
+        provider = "aws.bedrock"
+        unit = "calls"
+        amount = 1
+        window = "day"
+        [[limits]]
+        name = "nobody"
+        provider = "aws"
+        unit = "calls"
+        amount = 1
+        window = "day"
+        [[prices]]
+        meter = "broken"
+        unit = "-1"
+        [[prices]]
+        provider = "opnai"
+        model = "m"
+        input = "1"
+        """
+    )
+    monkeypatch.setenv("SIDECAR_CONFIG", str(tmp_path / "sidecar.toml"))
+    assert main(["check"]) == 2
+    head, *told = capsys.readouterr().err.splitlines()
+    assert head == "the configuration has 5 problems:"
+    for begin in (
+        "  meter broken: ", "  prices number 1 (broken): unit is wrong",
+        "  prices number 2 (opnai m): provider 'opnai' is unknown",
+        "  limit on-a-meter: amount is negative", "  limit nobody: provider 'aws' is unknown here",
+    ):  # fmt: skip
+        assert any(line.startswith(begin) for line in told), (begin, told)
+
+
+def test_every_provider_that_a_record_can_name_may_have_a_limit() -> None:
+    known = gate_factory.providers(load({}, backend_settings=backend_settings(), serving=False))
+    assert known >= {"openai", "anthropic", "aws.bedrock", "gcp.vertex_ai", "ollama", "sglang", "huggingface.tei"}
+
+
+def test_prices_of_ones_own_are_what_money_is_set_aside_by_without_a_table(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        """
+        upstream_url = "https://api.openai.com"
+        limits = "cost_usd=9/day"
+        [[prices]]
+        provider = "openai"
+        model = "own"
+        input = "1"
+        output = "2"
+        [[prices]]
+        provider = "openai"
+        model = "cn"
+        input = "1"
+        currency = "CNY"
+        """
+    )
+    environ = {"SIDECAR_CONFIG": str(tmp_path / "s.toml"), "SIDECAR_PRICES": "none"}
+    settings = load(environ, backend_settings=backend_settings())
+    models = gate_factory.models(settings)(None)
+    assert models is not None
+    assert models.price is not None
+    assert models.price("openai", "own", 10, 20, AT_NS) == 50_000_000
+    assert models.price("openai", "cn", 10, 20, AT_NS) is None
+    assert models.price("openai", "other", 10, 20, AT_NS) is None
+    assert gate_factory.notes(settings) == ["limits of cost_usd do not count what is priced in CNY"]
+
+
+def test_a_model_that_is_priced_by_something_else_than_tokens_has_a_price(tmp_path: Path) -> None:
+    environ = {"SIDECAR_UPSTREAM_URL": "https://api.openai.com", "SIDECAR_LIMITS": "cost_usd=9/day"}
+    models = gate_factory.models(load(environ, backend_settings=backend_settings()))(None)
+    assert models is not None
+    assert models.price is not None
+    assert models.price("openai", "whisper-1", 10, 20, AT_NS) == 0
+    assert models.price("openai", "nobody-knows-it", 10, 20, AT_NS) is None
+
+
 def test_an_amount_of_nothing_is_allowed_and_said() -> None:
     limits = read('[[limits]]\nname = "stop"\nunit = "calls"\namount = 0\nwindow = "total"\nmodel = "gpt-5"')
     assert remarks(limits) == ["limit stop: its amount is 0: every call is denied"]
+    # Nobody is told to wait for what never comes.
+    assert not any(limit.is_rate for limit in read("", "calls=0/minute", "concurrent=0", "calls=0/90s"))
 
 
 @pytest.mark.parametrize(
@@ -210,6 +370,36 @@ def test_a_known_usage_takes_the_place_of_what_was_reserved() -> None:
         "calls": (1, 1), "input_tokens": (10, 0), "output_tokens": (5, 0), "total_tokens": (15, 100),
         "concurrent": (0, 1),
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("key", "window", "more", "expected"),
+    [
+        # as it is
+        ("one|acme|2026-11-18", "day", "", "one|acme|2026-11-18"),
+        ("one|acme|2026-11", "month", "", "one|acme|2026-11"),
+        ("one|acme|", "24h", "", "one|acme|"),
+        # let in by another clock, in the period before or after
+        ("one|acme|2026-11-17", "day", "", "one|acme|2026-11-17"),
+        ("one|acme|2026-11-19", "day", "", "one|acme|2026-11-19"),
+        # what stood under this name had another window then, another scope, or another value
+        ("one|acme|2026-11", "day", "", "one|acme|2026-11-18"),
+        ("one|acme|", "month", "", "one|acme|2026-11"),
+        ("one|acme|2026-11", "24h", "", "one|acme|"),
+        ("one|acme|2026-11", "month", "anchor_day = 15", "one|acme|2026-11-15"),
+        ("one|acme|2026-11-18", "day", 'subscriber = "*"\nmodel = "*"', "one|acme,gpt-5|2026-11-18"),
+        ("one|acme,gpt-5|2026-11-18", "day", 'subscriber = ""', "one||2026-11-18"),
+        ("one|acme|2026-11-18", "day", 'model = "gpt-5"', "one|gpt-5|2026-11-18"),
+    ],
+)
+def test_a_limit_that_is_another_one_by_now_is_charged_by_what_the_record_says(
+    key: str, window: str, more: str, expected: str
+) -> None:
+    (limit,) = read(f'[[limits]]\nname = "one"\nunit = "output_tokens"\namount = 9\nwindow = "{window}"\n{more}')
+    (charge,) = Charging([limit]).charges(call(gate=Gate("allowed", reserved={key: 7})))
+    assert (charge.key, charge.amount) == (expected, 5)
+    assert charge.reserved == (7 if key == expected else 0)
+    assert charge.scope == expected.split("|")[1]
 
 
 @pytest.mark.parametrize(

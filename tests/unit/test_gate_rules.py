@@ -159,7 +159,9 @@ def test_a_rule_that_cannot_be_read_is_left_out_and_counted(odd: Any) -> None:
     assert [rule.id for rule in found.rules] == ["r1"]
 
 
-@pytest.mark.parametrize("said", [None, 7, "rules", {}, {"rules": {}}, {"rules": [RULE] * (RULES_MAX + 1)}])
+@pytest.mark.parametrize(
+    "said", [None, 7, "rules", {}, ["thank you"], {"rules": {}}, {"rules": [RULE] * (RULES_MAX + 1)}]
+)
 def test_what_is_no_list_of_rules_is_no_answer(said: Any) -> None:
     assert read_rules(said, {}) == NoAnswer("unexpected_answer")
 

@@ -498,22 +498,29 @@ def test_a_newer_ledger_is_refused_by_name(path: Path) -> None:
             use()
 
 
-def test_a_damaged_ledger_is_kept_and_said(path: Path) -> None:
+def test_a_damaged_ledger_is_kept_and_said(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """And keeps nobody from starting: it is made of the spool, and no call waits for it."""
     path.write_bytes(b"this is no database, but it is long enough to be looked at" * 100)
-    with pytest.raises(LedgerError):
-        LedgerStore(path)
-    with pytest.raises(LedgerError):
+    store = LedgerStore(path)
+    (said,) = [entry.getMessage() for entry in caplog.records]
+    assert f"{path} is damaged (file is not a database): put its copy back, or move it away" in said
+    with pytest.raises(LedgerError, match="is damaged"):
         LedgerReader(path).usage()
     assert path.read_bytes().startswith(b"this is no database")
-
-
-def test_a_damaged_ledger_keeps_nobody_from_going_on_for_one_that_died(path: Path) -> None:
-    path.write_bytes(b"this is no database, but it is long enough to be looked at" * 100)
-    store = LedgerStore(path, resumed=True)
     assert put(store, records(1), "a") == Blocked("ledger_damaged")
     assert store.applied("one") == Blocked("ledger_damaged")
     path.unlink()
     assert put(store, records(1), "a") == Delivered(), "it was moved away, as the message says"
+    store.close()
+
+
+def test_a_newer_ledger_keeps_nobody_from_going_on_for_one_that_died(path: Path) -> None:
+    LedgerStore(path).close()
+    with sqlite3.connect(path) as db:
+        db.execute("PRAGMA user_version = 99")
+    db.close()
+    store = LedgerStore(path, resumed=True)
+    assert put(store, records(1), "a") == Blocked("newer_version")
     store.close()
 
 

@@ -557,6 +557,30 @@ def test_a_table_with_a_fault_is_refused_by_name(row: str, says: str) -> None:
         read(data.encode(), "table")
 
 
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"[" * 100_000, "is no JSON"),
+        (b"[]", "has no price of any model"),
+        (b'{"providers":[]}', "has no price of any model"),
+        (b'{"gpt-5":{"litellm_provider":"openai"}}', "has no price of any model"),
+        (b"[1]", "a provider: expected an object, not '1'"),
+        (b'[{"id":"p","models":[]}]', "p: 'api_pattern' is missing"),
+        (b'[{"id":"p","api_pattern":"(","models":[]}]', "p: a pattern is wrong: missing \\)"),
+        (b'{"gpt-5":{"litellm_provider":"openai","input_cost_per_token":NaN}}', "openai gpt-5: nan is no exact amount"),
+        (b'{"gpt-5":{"litellm_provider":"openai","input_cost_per_token":"free"}}', "openai gpt-5: free is no amount"),
+    ],
+)
+def test_a_file_that_is_no_table_is_refused_with_a_reason(data: bytes, says: str) -> None:
+    with pytest.raises(TableError, match=f"(?s)somewhere: .*{says}"):
+        read(data, "somewhere")
+
+
+def test_amounts_of_litellm_s_file_may_be_texts() -> None:
+    book = PriceBook(read(b'{"gpt-5":{"litellm_provider":"openai","input_cost_per_token":"1e-06"}}', "file"))
+    assert total(book.cost(usage("openai", "gpt-5", input_tokens=1_000_000, output_tokens=0), NOW_S)) == "1"
+
+
 def test_numbers_of_a_file_are_read_exactly() -> None:
     data = b'[{"id":"p","api_pattern":"x","models":[{"id":"m","match":{"equals":"m"},"prices":{"input_mtok":0.1}}]}]'
     assert read(data, "t").providers["p"].models[0]["prices"] == {"input_mtok": "0.1"}

@@ -73,6 +73,31 @@ def test_show_puts_one_s_own_prices_first(capsys: pytest.CaptureFixture[str], tm
     assert (second["unit"], second["terms"]) == ("times 1.2 of the cost", "customer")
 
 
+def test_show_tells_all_that_one_s_own_price_is_made_of(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "sidecar.toml").write_text(
+        '[[prices]]\nprovider = "google"\nmodel = "gemini-*"\ninput = "1"\nminimum = "0.01"\n'
+        'tiers = [{ above = 200, input = "3" }]\nmultipliers = { batch = "0.5" }\n'
+    )
+    for provider in ("gcp.vertex_ai", "google"):  # the record's word, and the table's
+        found = rows(capsys, "show", "gemini-2.5-pro", "--provider", provider)
+        own = [row for row in found if row["match"] == "own"]
+        assert [(row["unit"], row["price"], row.get("above"), row["terms"]) for row in own] == [
+            ("input", "1", None, "standard"), ("input", "3", 200, "standard"),
+            ("input", "0.5", None, "batch"), ("input", "1.5", 200, "batch"), ("minimum", "0.01", None, "standard"),
+        ]  # fmt: skip
+
+
+def test_show_does_not_take_a_multiple_of_nothing_for_a_price(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "sidecar.toml").write_text(
+        '[[prices]]\nfor = "customer"\nprovider = "*"\nmodel = "*"\nmarkup = "1.2"\n'
+    )
+    for command in (["no-such-model"], ["gpt-5", "--provider", "nobody"]):
+        assert main(["prices", "show", *command]) == 1
+        assert f"no price for {command[0]}" in capsys.readouterr().out
+
+
 def test_show_of_what_has_no_price_says_so(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["prices", "show", "no-such-model"]) == 1
     assert "no price for no-such-model: its calls are unpriced" in capsys.readouterr().out

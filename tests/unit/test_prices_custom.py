@@ -15,7 +15,7 @@ from sidecar.backends import backend_settings
 from sidecar.meters.definition import DEFAULT_METERS, Kind, Meter
 from sidecar.model.exchange import Exchange, Outcome, Usage, UsageState
 from sidecar.model.record import Record, encode
-from sidecar.prices import PriceBook, PricesError, TableError, faults, price_book, table_of
+from sidecar.prices import PriceBook, PricesError, TableError, faults, notes, price_book, table_of
 from sidecar.prices.book import ESTIMATES, UNKNOWNS
 from sidecar.prices.custom import AMOUNTS, CONTEXTS, read_prices
 from sidecar.prices.table import builtin
@@ -288,12 +288,64 @@ def test_a_fault_is_named(table: dict[str, Any], says: str) -> None:
                 "expected one currency"
             ),
         ),
+        (
+            # The cost of some calls is in euros, and what is charged for those is a multiple of it.
+            [
+                {**OWN, "currency": "EUR"},
+                {"for": "customer", "provider": "*", "model": "*", "markup": "1.2"},
+                {"for": "customer", "meter": "api_calls", "unit": "1"},
+            ],
+            (
+                "prices for the customer: a meter's price is added to the model's, and these are in EUR and USD: "
+                "expected one currency"
+            ),
+        ),
     ],
 )
 def test_entries_that_do_not_go_together_are_named(tables: list[dict[str, Any]], says: str) -> None:
     with pytest.raises(PricesError) as raised:
         read_prices(tables, DEFAULT_METERS)
     assert raised.value.problems == (says,)
+
+
+def test_days_that_two_claim_are_told_beside_what_else_is_wrong_with_either() -> None:
+    with pytest.raises(PricesError) as raised:
+        read_prices([{**OWN, "input": "-1"}, OWN], DEFAULT_METERS)
+    assert [problem.partition(":")[0] for problem in raised.value.problems] == [
+        "prices number 1 (openai gpt-5*)",
+        "prices openai gpt-5* for the provider",
+    ]
+
+
+def test_a_multiple_of_dollars_goes_with_a_meter_in_dollars() -> None:
+    markup = {"for": "customer", "provider": "*", "model": "*", "markup": "1.2"}
+    assert len(read_prices([OWN, markup, {"for": "customer", "meter": "api_calls", "unit": "1"}], DEFAULT_METERS)) == 3
+
+
+def test_a_provider_that_nobody_is_is_told_with_who_may_be_meant() -> None:
+    with pytest.raises(PricesError, match=r"'opneai' is unknown here.*did you mean openai") as raised:
+        read_prices([{**OWN, "provider": "opneai"}], DEFAULT_METERS, {"openai", "anthropic"})
+    assert len(raised.value.problems) == 1
+    for fit in ("openai", "OpenAI", "*"):
+        assert read_prices([{**OWN, "provider": fit}], DEFAULT_METERS, {"openai", "anthropic"})
+
+
+def test_the_record_s_word_for_a_provider_goes_before_the_table_s() -> None:
+    tables = [{**OWN, "provider": "google", "input": "1"}, {**OWN, "provider": "gcp.vertex_ai", "input": "2"}]
+    for prices in (book(*tables), book(*tables[::-1])):
+        assert cost(prices, usage("gcp.vertex_ai", output_tokens=0)) == "2"
+        assert cost(prices, usage("gcp.gemini", output_tokens=0)) == "1"
+
+
+def test_charges_of_two_currencies_are_said(tmp_path: Path) -> None:
+    head, own = '[[prices]]\nfor = "customer"\nprovider = "*"\n', 'input = "1"\ncurrency = "EUR"\n'
+    markup = head + 'model = "*"\nmarkup = "1.2"\n'
+    assert notes(settings(tmp_path, markup)) == []
+    assert notes(settings(tmp_path, head + 'model = "a"\n' + own)) == []
+    said = ["charges are in EUR and USD: a meter of charge adds them up as they are"]
+    assert notes(settings(tmp_path, markup + head + 'model = "a"\n' + own)) == said
+    of_cost = '[[prices]]\nprovider = "openai"\nmodel = "a"\n' + own
+    assert notes(settings(tmp_path, markup + of_cost)) == said
 
 
 def test_the_same_for_provider_and_customer_are_two(tmp_path: Path) -> None:

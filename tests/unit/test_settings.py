@@ -443,6 +443,7 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
         ("[subscribers.acme]\nstrip = 'cus'", "strip is no backend; did you mean stripe?"),
         ("subscribers = 3", "subscribers (in {file}): expected tables such as"),
         ("meters = 3", "meters (in {file}): expected [[meters]] tables"),
+        ('[limits]\nname = "a"\nunit = "calls"', "limits (in {file}): expected [[limits]] tables"),
         ("workers = ", "SIDECAR_CONFIG={quoted}: is no TOML: "),
     ],
 )

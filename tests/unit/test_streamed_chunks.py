@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 import re
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -13,13 +14,18 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from support import ways
 from support.conversation import Talk, conversation
 from support.usage_samples import Sample, load
 
 from sidecar.model.exchange import Outcome
 from sidecar.proxy import response_parser
+from sidecar.proxy.plain_call import PlainCall
 from sidecar.proxy.response_parser import CHUNK_BYTES_MAX, chunk_of_read
+from sidecar.usage.formats.likeness import alike, looked_at
+from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Reader
+from sidecar.usage.providers.openai import ChatCompletions
 from sidecar.usage.providers.table import ROWS
 from sidecar.usage.readers import UsageTaps
 
@@ -98,21 +104,36 @@ def call(talk: Talk, sample: Sample, reads: list[bytes]) -> tuple[bytes, Any, in
 
 
 def same(talk: Talk, sample: Sample, reads: list[bytes]) -> tuple[bytes, Any, int, Outcome | None]:
-    """What a call gives, which is what it gives with every byte read by the general parser. The reads are the same: the
-    size on record is what had come when the end mark was seen."""
+    """What a call gives, which is what it gives on the careful way, and there with every byte read by the general
+    parser. The reads are the same: the size on record is what had come when the end mark was seen."""
+    careful = CAREFUL[0]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(response_parser, "whole_chunks", lambda data: [])
-        expected = call(talk, sample, reads)
+        expected = call(careful, sample, reads)
+    assert call(careful, sample, reads) == expected
     found = call(talk, sample, reads)
     assert found == expected
     assert found[0] == sample.body
     return found
 
 
+CAREFUL: list[Talk] = []
+"""A conversation in which no call takes the short way."""
+
+
 @pytest.fixture(scope="module")
 def talk() -> Iterator[Talk]:
-    with conversation(taps=taps()) as talk:
-        yield talk
+    """A conversation in which calls may take the short way, and its counterpart."""
+    ways.short_open = False
+    try:
+        with conversation(taps=taps()) as careful:
+            ways.short_open = True
+            CAREFUL.append(careful)
+            with conversation(taps=taps()) as talk:
+                yield talk
+    finally:
+        CAREFUL.clear()
+        ways.short_open = True
 
 
 def cuts(wire: bytes, *at: int) -> list[bytes]:
@@ -182,6 +203,99 @@ def test_what_is_no_plain_chunk_is_the_parsers_to_judge(odd: bytes) -> None:
         expected = heard(tail)
     for at in range(len(odd) + 2):
         assert heard(*cuts(tail, at)) == expected
+
+
+WORDS = st.sampled_from(
+    ["", "a", " whale", "error", "usage", "[DONE]", "event: error", "message_stop", "response.completed", "\\n", "null",
+     '\\"', "\\u0075sage", '\\"usage\\":{', "}}", "12", "\u00e4", "finish_reason", "x" * 40]
+)  # fmt: skip
+VALUES = st.lists(WORDS, max_size=3).map("".join)
+# A stream calls itself the same in each: readers overlook that once they know it, and see it where they look.
+CHAT_EVENT = 'data: {"id":"chatcmpl-s02","object":"chat.completion.chunk","model":"gpt-5-mini-2025-08-07",%s}\n\n'
+DELTA = '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":null}]'
+SHAPES = {
+    "openai_chat_stream.sse": [
+        CHAT_EVENT % (DELTA + ',"usage":null,"obfuscation":"%s"'),
+        CHAT_EVENT % (DELTA + ',"created":1,"seen":"%s"'),
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":"%s"}]',
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"}}],"usage":{"prompt_tokens":%d}',
+        CHAT_EVENT % '"choices":[{"index":0,"delta":{"content":"%s"}}],"sent": %d',
+        CHAT_EVENT % '"choices":[{"index":%d,"delta":{"%s":"text"}}]',
+    ],
+    "anthropic_messages_stream.sse": [
+        'data: {"type":"content_block_delta","index":%d,"delta":{"type":"text_delta","text":"%s"}}\n\n',
+        'event: %t\ndata: {"index":0,"delta":{"type":"text_delta","text":"text"}}\n\n',
+        'data: {"type":"%t","index":0,"delta":{"text":"text"}}\n\n',
+    ],
+    "openai_responses_stream.sse": [
+        'data: {"type":"response.output_text.delta","sequence_number":%d,"delta":"%s"}\n\n',
+        'data: {"type":"response.%t","sequence_number":%d,"delta":"text"}\n\n',
+    ],
+}
+TYPES = st.sampled_from(
+    ["ping", "x_delta", "in_progress", "error", "message_stop", "message_delta", "failed", "completed"]
+)
+
+KINDS: dict[str, st.SearchStrategy[Any]] = {"s": VALUES, "d": st.integers(0, 10**6), "t": TYPES}
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_events_that_differ_in_any_value(talk: Talk, data: st.DataObject) -> None:
+    """Whatever stands in a string or a number of an event, and in which: those that are alike are told apart from those
+    that are not."""
+    name = data.draw(st.sampled_from(list(SHAPES)))
+    sample = SAMPLES[name]
+    pieces = events(sample.body)
+    at = data.draw(st.integers(1, len(pieces) - 1))
+    made: list[bytes] = []
+    for shape in data.draw(st.lists(st.sampled_from(SHAPES[name]), min_size=1, max_size=2)):
+        for _ in range(data.draw(st.integers(3, 6))):
+            values = [data.draw(KINDS[kind]) for kind in re.findall("%([sdt])", shape)]
+            made.append((shape.replace("%t", "%s") % tuple(values)).encode())
+    pieces[at:at] = made
+    changed = replace(sample, body=b"".join(pieces))
+    chunks = [*(chunked([piece]) for piece in pieces[:-1]), chunked(pieces[-1:]) + b"0\r\n\r\n"]
+    same(talk, changed, chunks)
+    together = data.draw(st.integers(2, 4))
+    same(talk, changed, [b"".join(chunks[at : at + together]) for at in range(0, len(chunks), together)])
+    places = data.draw(st.lists(st.integers(1, sum(map(len, chunks)) - 1), max_size=3))
+    same(talk, changed, [*chunks[: at + 3], *cuts(b"".join(chunks[at + 3 :]), *places)])
+
+
+def test_events_are_alike_where_they_differ_in_what_nobody_looks_at() -> None:
+    known = looked_at(ChatCompletions)
+
+    def event(text: bytes, *, sent: int = 1, reason: bytes = b"null", index: int = 0) -> bytes:
+        values = sent, index, text, reason
+        return b'data: {"sent":%d,"choices":[{"index":%d,"delta":{"content":"%b"},"finish_reason":%b}]}\n\n' % values
+
+    found = alike(event(b"one"), event(b"two"), known)
+    assert found is not None
+    start, rest = found
+    assert start == event(b"two")[: -len(b'two"},"finish_reason":null}]}\n\n')]
+    for text in (b"", b"three", b'\\"', b"\\n\\u00e4", "ä".encode(), b"[DONE]", b"message_stop"):
+        assert rest(chunked([event(text)]), 4 + len(start))
+    for text in (b'"', b"\n", b"\r", b"\\", b'","usage":{"', b"a\n\ndata: [DONE]\n\n"):
+        assert not rest(chunked([event(text)]), 4 + len(start))
+    for other in (event(b"two", reason=b'"stop"'), event(b"two")[:-1], event(b"two") * 2, event(b"two", index=1)):
+        assert not rest(chunked([other]), 4 + len(start)) or not chunked([other]).startswith(start, 4)
+    found = alike(event(b"one"), event(b"two", sent=22), known)
+    assert found is not None
+    assert found[0] == b'data: {"sent":'
+    assert found[1](chunked([event(b"three", sent=4)]), 4 + len(found[0]))
+    assert not found[1](chunked([event(b"three", index=4)]), 4 + len(found[0]))
+    for one, other in (
+        (event(b"one"), event(b"one")),
+        (event(b"one"), event(b"one", index=1)),
+        (event(b"one", reason=b'"a"'), event(b"two", reason=b'"b"')),
+        (event(b"one"), event(b'one","two":"three')),
+        (event(b"one"), event(b"\\n")),
+        (b'data: "one"\n\n', b'data: "two"\n\n'),
+        (b"one", b"two"),
+    ):
+        assert alike(one, other, known) is None
+    assert looked_at(Messages) >= {b"type", b"delta", b"usage"}
 
 
 def test_what_passes_is_counted_and_keeps_the_call_alive(talk: Talk) -> None:
@@ -266,7 +380,7 @@ def test_known_reads_are_chunks_and_bounded(talk: Talk) -> None:
         call(talk, replace(CHAT, body=body), [chunked([b"x" * size]), b"0\r\n\r\n"])
         line = b"%x\r\n" % size
         known = chunk_of_read(len(line) + size + 2)
-        assert known == ((line, size) if size <= CHUNK_BYTES_MAX else None)
+        assert known == ((line, size, len(line)) if size <= CHUNK_BYTES_MAX else None)
 
 
 @pytest.mark.parametrize("end", [b"\n\n", b"\r\n\r\n", b"\r\r"])
@@ -287,14 +401,59 @@ def test_what_most_chunks_are_passes_unread(talk: Talk) -> None:
         (STREAMS["ollama_chat.ndjson"], lines),
     ]
     for sample, pieces in streams:
-        talk.client.says(request_of(sample))
-        talk.upstream.says(head_of(sample), *(chunked([piece]) for piece in pieces[:4]))
-        response = talk.call._passing
-        assert response is not None
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(response_parser.UpstreamResponse, "feed", None)  # not called any more
-            talk.upstream.says(*(chunked([piece]) for piece in pieces[4:]))
-        talk.upstream.says(b"0\r\n\r\n")
+        for one in (talk, CAREFUL[0]):
+            one.client.says(request_of(sample))
+            one.upstream.says(head_of(sample), *(chunked([piece]) for piece in pieces[:4]))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(response_parser.UpstreamResponse, "feed", None)  # not called any more
+                patch.setattr(PlainCall, "_stream_on", None)
+                one.upstream.says(*(chunked([piece]) for piece in pieces[4:]))
+            one.upstream.says(b"0\r\n\r\n")
+
+
+def test_a_stream_takes_the_short_way_to_its_end(talk: Talk) -> None:
+    """Whatever came with the head, one chunk a read or several, with the last one or before it."""
+    pieces = [chunked([piece]) for piece in events(LONG)]
+    end = chunked([USAGE]) + b"0\r\n\r\n"
+    head = head_of(CHAT)
+    call(talk, CHAT, [*pieces, end])
+    for reads in (
+        [head, *pieces, end],
+        [head + pieces[0], *pieces[1:], end],
+        [head + b"".join(pieces) + end],
+        [head, b"".join(pieces[:3]), b"".join(pieces[3:]) + end],
+        [head, *pieces, chunked([USAGE[:-14]]), chunked([USAGE[-14:]]) + b"0\r\n\r\n"],
+    ):
+        before = talk.recorder.plain_calls
+        talk.client.heard = b""
+        talk.client.says(request_of(CHAT))
+        talk.upstream.says(*reads)
+        assert talk.recorder.plain_calls == before + 1
+        assert talk.client.heard == b"".join(reads)
+        record = talk.recorder.records[-1]
+        assert (record.status, record.outcome) == (200, Outcome.COMPLETE)
+        assert record.response_bytes == len(CHAT.body)
+        assert record.usage is not None
+        assert (record.usage.usage_state, record.usage.total_tokens) == ("final", 14)
+
+
+def test_the_first_token_is_timed_from_the_request_whichever_way_its_call_takes() -> None:
+    """By a clock that is far ahead of the one by which calls begin."""
+    ahead_ns = 10**15
+    reads = [chunked([piece]) for piece in events(CHAT.body)]
+    for cut in (False, True):
+        with conversation(taps=UsageTaps(clock_ns=lambda: time.monotonic_ns() + ahead_ns)) as talk:
+            for _ in range(2):
+                talk.client.says(request_of(CHAT))
+                talk.upstream.says(head_of(CHAT), reads[0])
+                if cut:
+                    talk.upstream.says(reads[1][:9], reads[1][9:])
+                talk.upstream.says(*reads[1 + cut : -1], reads[-1] + b"0\r\n\r\n")
+            usage = talk.recorder.records[-1].usage
+            assert usage is not None
+            assert usage.time_to_first_token_ms is not None
+            assert 0 < usage.time_to_first_token_ms - ahead_ns / 1e6 < 60_000
+            assert talk.recorder.plain_calls == (0 if cut else 1)
 
 
 def test_every_reader_that_skips_has_something_to_keep() -> None:

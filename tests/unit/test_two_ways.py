@@ -30,6 +30,40 @@ STREAM = (
     + b"0\r\n\r\n"
 )
 
+# Of a chat's stream: its head, texts, texts that are looked at twice, usage, end marks, and what no stream should have.
+CHUNK = (
+    b'data: {"id":"c-1","object":"chat.completion.chunk","model":"gpt-5-mini","choices":[{"index":0,"delta":'
+    b'{"content":"%b"},"finish_reason":null}]}\n\n'
+)
+USAGE = (
+    b'data: {"id":"c-1","object":"chat.completion.chunk","model":"gpt-5-mini","choices":[],'
+    b'"usage":{"prompt_tokens":7,"completion_tokens":2,"total_tokens":9}}\n\n'
+)
+TEXTS = [CHUNK % text for text in (b"", b"one", b"the \\u0075sage", b"x" * 5_000)]
+
+
+def framed(piece: bytes) -> bytes:
+    return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+PARTS = [
+    b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n",
+    *map(framed, TEXTS),
+    framed(TEXTS[1]) + framed(TEXTS[1]),
+    framed(USAGE),
+    framed(b"data: [DONE]\n\n"),
+    b"0\r\n\r\n",
+    framed(USAGE) + framed(b"data: [DONE]\n\n") + b"0\r\n\r\n",
+    framed(TEXTS[1][:50]),
+    framed(TEXTS[1][50:]),
+    framed(b'data: {"error":{"message":"no","code":"overloaded"}}\n\n'),
+    framed(b": ping\n\n"),
+    b"0\r\nX-Trailer: 1\r\n\r\n",
+    b"3;ext=1\r\nabc\r\n",
+    b"nonsense\r\n",
+    b"0\r\n\r\nmore",
+]
+
 REQUESTS = [
     get(),
     get(b"/a?x=1&key=2"),
@@ -110,6 +144,7 @@ CUTS = st.lists(st.integers(0, 400), max_size=2)
 STEPS = st.one_of(
     st.tuples(st.just("request"), st.integers(0, len(REQUESTS) - 1), CUTS),
     st.tuples(st.just("response"), st.integers(0, len(RESPONSES) - 1), CUTS),
+    st.tuples(st.just("part"), st.integers(1, len(PARTS) - 1), CUTS),
     st.sampled_from(
         [
             ("leaves",), ("resets",), ("lost",), ("reset upstream",), ("holds",), ("commits", True), ("commits", False),
@@ -122,7 +157,15 @@ USUAL: st.SearchStrategy[list[Step]] = st.tuples(
     st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24]), st.just([])),
     st.tuples(st.just("response"), st.sampled_from([0, 2, 3, 4, 5, 7]), st.just([])),
 ).map(list)
-SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL), max_size=8).map(
+STREAMED: st.SearchStrategy[list[Step]] = st.tuples(
+    st.sampled_from([[], [("holds",)]]),
+    st.just([("request", 25, []), ("part", 0, []), ("part", 1, []), ("part", 2, [])]),
+    st.lists(st.sampled_from([("part", place, []) for place in (1, 2, 2, 3, 4, 5, 6)]), max_size=4),
+    st.lists(STEPS, max_size=2),
+    st.sampled_from([[("part", 9, [])], [("part", 6, []), ("part", 7, []), ("part", 8, [])], [("part", 8, [])], []]),
+    st.sampled_from([[], [("commits", True)], [("commits", False)], [("leaves",)]]),
+).map(lambda parts: list(chain.from_iterable(parts)))
+SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL, STREAMED), max_size=8).map(
     lambda parts: list(chain.from_iterable(parts))
 )
 
@@ -152,6 +195,8 @@ def play(talk: Talk, step: Step) -> None:
         client.says(*pieces(REQUESTS[step[1]], step[2]))
     elif what == "response" and upstream is not None and not upstream.over:
         upstream.says(*pieces(RESPONSES[step[1]], step[2]))
+    elif what == "part" and upstream is not None and not upstream.over:
+        upstream.says(*pieces(PARTS[step[1]], step[2]))
     elif what in ("leaves", "resets") and not client.over:
         client.leaves() if what == "leaves" else client.resets()
     elif what in ("lost", "reset upstream") and upstream is not None and not upstream.over:
@@ -258,6 +303,24 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("request", 0, []), ("stops reading",), ("response", 13, []), ("request", 0, []), ("reads on",)])
 @example(script=[("holds",), ("request", 0, []), ("response", 0, []), ("last calls",), ("commits", True)])
 @example(script=[("request", 0, []), ("last calls",), ("response", 0, []), ("request", 0, [])])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 1, []), ("part", 2, []), ("part", 9, [])] * 2)
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 2, []), ("leaves",)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("stops reading",), ("part", 4, []),
+                 *[("part", 4, [])] * 14, ("reads on",), ("part", 9, [])])  # fmt: skip
+@example(script=[("holds",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 9, []), ("leaves",)])
+@example(script=[("holds",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 9, []),
+                 ("commits", False)])  # fmt: skip
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("passes", 1000.0)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 2, [9]), ("part", 9, [])])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("lost",)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 10, []), ("part", 6, [])])
+@example(script=[("holds",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("part", 8, []),
+                 ("commits", True), ("request", 0, [])])  # fmt: skip
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("passes", 1000.0)])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 7, []), ("part", 14, [])])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("request", 0, []), ("part", 9, [])])
+@example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("last calls",), ("part", 9, []),
+                 ("request", 0, [])])  # fmt: skip
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
     short, plain = transcript(script, short=True, options=options)
@@ -270,6 +333,12 @@ def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: 
 
 def test_the_usual_call_takes_the_short_way() -> None:
     _, plain = transcript([("request", 24, []), ("response", 2, [])] * 3, short=True, options={})
+    assert plain == 3
+
+
+def test_the_usual_stream_takes_the_short_way() -> None:
+    steps: list[Step] = [("request", 25, []), ("part", 0, []), *[("part", 2, [])] * 4, ("part", 9, [])]
+    _, plain = transcript(steps * 3, short=True, options={})
     assert plain == 3
 
 

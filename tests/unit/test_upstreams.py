@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -212,6 +213,12 @@ def test_the_gate_knows_whose_api_a_call_is_for() -> None:
     assert price(claude.models, "gpt-4o") is None
     assert (type_of(openai.deny), type_of(claude.deny)) == ("insufficient_quota", "billing_error")
     assert "application/problem+json" in type_of(policy.deny)
+    # An API of OpenAI's kind at an unknown host is recorded as OpenAI's, and falls under the limits of that.
+    chat = "/v1/chat/completions"
+    assert policy.meant("POST", chat, None) == Meant("openai", None, True, provider_assumed=True)
+    assert policy.meant("POST", chat, "openai") == Meant("openai", None, True)
+    assert policy.meant("POST", "/v1/messages", None) == Meant("anthropic", None, True)
+    assert policy.meant("POST", "/things", None).provider is None
 
 
 def test_a_call_is_weighed_by_the_prices_of_its_upstream() -> None:
@@ -230,6 +237,25 @@ def test_a_call_is_weighed_by_the_prices_of_its_upstream() -> None:
         prepared = gate.prepare("POST", "/x", (), subscriber=None, dimensions={}, route=None, upstream=upstream)
         costs.append(gate.weigh(prepared, body, len(body)).needs[4])
     assert costs == [8 + 99, 7 * (8 + 50), 8 + 99]
+
+
+def test_where_a_provider_is_assumed_the_model_s_name_tells_the_price() -> None:
+    asked: list[str | None] = []
+
+    def price(provider: str | None, *_: object) -> int:
+        asked.append(provider)
+        return 1
+
+    for meant in (Meant("openai", None, True), Meant("openai", None, True, provider_assumed=True)):
+        policy = Policy(
+            limits=read_limits((), ("cost_usd=9/day",)), key_of=lambda fields: None, deny=NoDenial(),
+            meant=partial(lambda meant, *_: meant, meant), models=Models(price, lambda provider, model: None),
+        )  # fmt: skip
+        gate = Admission(policy, clock_ns=lambda: 0, call_later=lambda after_s, do: NoTimer())
+        prepared = gate.prepare("POST", "/x", (), subscriber=None, dimensions={}, route=None)
+        assert prepared.facts.provider == "openai"
+        gate.weigh(prepared, b'{"model": "claude"}', 19)
+    assert asked == ["openai", None]
 
 
 class NoTimer:

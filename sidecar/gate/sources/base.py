@@ -119,6 +119,14 @@ class Source(Protocol):
         """Ask once. Never raises for what a vendor does."""
         ...
 
+    def kept(self, known: Known) -> Any:
+        """What is no `Answer`, as values of JSON, so that it can be remembered over a restart; None: it cannot."""
+        ...
+
+    def recalled(self, said: Any) -> Known | None:
+        """The same back."""
+        ...
+
     async def aclose(self) -> None: ...
 
 
@@ -155,6 +163,16 @@ class Vendor:
 
     async def aclose(self) -> None:
         await self._client.aclose()
+
+
+class OfEach:
+    """A source that says an `Answer` of each subject."""
+
+    def kept(self, known: Known) -> Any:
+        return None
+
+    def recalled(self, said: Any) -> Known | None:
+        return None
 
 
 class Missing:

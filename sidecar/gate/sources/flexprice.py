@@ -24,6 +24,7 @@ from sidecar.gate.sources.base import (
     Answer,
     Caller,
     NoAnswer,
+    OfEach,
     Vendor,
     amount,
     customer,
@@ -45,7 +46,7 @@ CACHED: Final = "is_cached_fallback"
 UPDATED: Final = "balance_updated_at"
 
 
-class FlexpriceWallets:
+class FlexpriceWallets(OfEach):
     """Asked of each customer."""
 
     name = "flexprice"

@@ -26,6 +26,7 @@ from sidecar.gate.sources.base import (
     Answer,
     Caller,
     NoAnswer,
+    OfEach,
     Vendor,
     amount,
     customer,
@@ -51,7 +52,7 @@ OWNER: Final = "external_customer_id"
 MINOR: Final = {"jpy": 1, "krw": 1, "vnd": 1, "clp": 1, "isk": 1, "kwd": 1000, "bhd": 1000, "tnd": 1000, "jod": 1000}
 
 
-class LagoWallets:
+class LagoWallets(OfEach):
     """Asked of each customer."""
 
     name = "lago"

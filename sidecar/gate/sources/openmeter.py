@@ -22,6 +22,7 @@ from sidecar.gate.sources.base import (
     Answer,
     Caller,
     NoAnswer,
+    OfEach,
     Vendor,
     amount,
     customer,
@@ -37,7 +38,7 @@ ACCESS: Final = "hasAccess"
 BALANCE: Final = "balance"
 
 
-class OpenmeterAccess:
+class OpenmeterAccess(OfEach):
     """Asked of each customer."""
 
     name = "openmeter"

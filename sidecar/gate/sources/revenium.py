@@ -24,6 +24,7 @@ from sidecar.gate.sources.base import (
     Answer,
     Caller,
     NoAnswer,
+    OfEach,
     Vendor,
     customer,
     moment,
@@ -45,7 +46,7 @@ MADE: Final = "timestamp"
 _TAILS: Final = ("/meter/v1/api", "/meter/v2", "/meter")
 
 
-class ReveniumProductKey:
+class ReveniumProductKey(OfEach):
     """Asked of each subscriber."""
 
     name = "revenium"

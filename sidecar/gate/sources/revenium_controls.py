@@ -15,12 +15,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from time import time
 from typing import Any, Final
 from urllib.parse import quote
 
-from sidecar.gate.sources.base import UNEXPECTED, Answer, Caller, NoAnswer, Vendor, customer, moment, parsed
+from sidecar.gate.sources.base import UNEXPECTED, Answer, Caller, Known, NoAnswer, Vendor, customer, moment, parsed
 from sidecar.gate.sources.revenium import base_address
 
 HOST: Final = "https://api.revenium.ai"
@@ -84,6 +84,7 @@ class Rules:
     people: frozenset[str] = frozenset()  # e-mail addresses over their department's budget
     customers: Mapping[str, str]
     unread: int = 0
+    said: str = ""  # the vendor's own words, to be remembered
     at_s: float | None = None
     until_s: float | None = None
 
@@ -142,7 +143,21 @@ class ReveniumControls:
         if answer.status == 404:
             return NoAnswer("not_found")  # a team that is not there has no rules to be kept from
         said = parsed(answer.body)
-        return said if isinstance(said, NoAnswer) else read_rules(said, self._customers)
+        if isinstance(said, NoAnswer):
+            return said
+        rules = read_rules(said, self._customers)
+        return rules if isinstance(rules, NoAnswer) else replace(rules, said=answer.body.decode("utf-8", "replace"))
+
+    def kept(self, known: Known) -> Any:
+        return known.said if isinstance(known, Rules) else None
+
+    def recalled(self, said: Any) -> Rules | None:
+        if not isinstance(said, str):
+            return None
+        if not said:
+            return Rules(customers=self._customers)
+        rules = read_rules(parsed(said.encode()), self._customers)
+        return None if isinstance(rules, NoAnswer) else replace(rules, said=said)
 
     async def aclose(self) -> None:
         await self._vendor.aclose()
@@ -153,6 +168,8 @@ def read_rules(said: object, customers: Mapping[str, str]) -> Rules | NoAnswer:
     rows = said.get("rules") if isinstance(said, dict) else said
     if not isinstance(rows, list) or len(rows) > RULES_MAX:
         return UNEXPECTED
+    if rows and not any(isinstance(row, dict) for row in rows):
+        return UNEXPECTED  # a list of something else must not pass for one of no rules
     found = [_rule(row) for row in rows]
     blocked = said.get("departmentBudgetBlocks") if isinstance(said, dict) else None
     people = frozenset(name.casefold() for name in blocked) if isinstance(blocked, dict) else frozenset[str]()

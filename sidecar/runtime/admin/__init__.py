@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 import sidecar
 from sidecar.model.balance import Balance
@@ -19,6 +20,7 @@ from sidecar.runtime.admin import page
 from sidecar.runtime.admin.answers import json_answer
 from sidecar.runtime.admin.guard import Guard
 from sidecar.runtime.admin.reports import Reports
+from sidecar.runtime.reports.parameters import near, quoted
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -45,6 +47,23 @@ class Instance(Protocol):
     async def readiness(self) -> Readiness: ...
 
     async def times(self) -> list[dict[str, Any]]: ...
+
+
+@web.middleware
+async def _unknown_told(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What is not there and what cannot be done, as JSON that says what can."""
+    try:
+        return await handler(request)
+    except web.HTTPNotFound:
+        there = sorted(route.resource.canonical for route in request.app.router.routes() if route.resource is not None)
+        paths = list(dict.fromkeys(path for path in there if "{" not in path))
+        return json_answer({"error": f"{quoted(request.path)} is not here{near(request.path, paths)}"}, status=404)
+    except web.HTTPMethodNotAllowed as error:
+        answer = json_answer(
+            {"error": "this port only reads: GET it; what changes something are the commands"}, status=405
+        )
+        answer.headers["Allow"] = error.headers["Allow"]
+        return answer
 
 
 def application(instance: Instance, guard: Guard, reports: Reports | None = None) -> web.Application:
@@ -78,7 +97,7 @@ def application(instance: Instance, guard: Guard, reports: Reports | None = None
     async def times(_: web.Request) -> web.Response:
         return json_answer({"days": await instance.times()})
 
-    app = web.Application(middlewares=[guard.middleware])
+    app = web.Application(middlewares=[guard.middleware, _unknown_told])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)

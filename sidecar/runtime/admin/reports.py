@@ -256,6 +256,7 @@ class Reports:
                 if not found:
                     path = self._settings.data_dir / DELIVERY
                     raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
+                lists.check_backend(found, query, self._settings.backends)
                 rows = list(lists.parked(found, query, self._names))
             columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE
             return self._of_bytes(_body(rows, columns, form), form, has)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -36,17 +36,26 @@ class ParkedQuery:
     limit: int | None = None
 
 
-def parked_query(
-    *, backend: str | None = None, reason: str | None = None, limit: str | None = None, known: Sequence[str] = ()
-) -> ParkedQuery:
-    """`known`: the backends that anything can be parked of. Raises `QueryError`."""
-    if backend and known and backend not in known:
-        raise QueryError(f"backend={quoted(backend)} is none of this instance{near(backend, known)}")
+def parked_query(*, backend: str | None = None, reason: str | None = None, limit: str | None = None) -> ParkedQuery:
+    """Raises `QueryError`."""
     return ParkedQuery(
         backend=backend or None,
         reason=reason or None,
         limit=None if limit is None else whole("limit", limit, PARKED_MAX),
     )
+
+
+def check_backend(accounts: Iterable[DeliveryQueries], query: ParkedQuery, configured: Collection[str]) -> None:
+    """That it is one: nothing parked of a mistyped one looks like good news. Raises `QueryError`, `StateError`."""
+    if query.backend is None or query.backend in configured:
+        return
+    known = set(configured)
+    for one in accounts:
+        known.update(one.backends(), (name for name, _ in one.parked_now()))
+    if query.backend not in known:
+        raise QueryError(
+            f"backend={quoted(query.backend)} is none of this instance{near(query.backend, sorted(known))}"
+        )
 
 
 def parked(accounts: Iterable[DeliveryQueries], query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:

@@ -6,6 +6,7 @@ import heapq
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from decimal import Decimal
+from functools import reduce
 from itertools import chain, islice
 from operator import attrgetter, itemgetter
 from typing import Any, Final
@@ -21,13 +22,15 @@ from sidecar.ledger import (
     UsageRow,
     read_cost,
     row_of,
+    stored_cost,
 )
 from sidecar.ledger.queries import Ledger
-from sidecar.meters.hourly import EXACT, JSON_INT_MAX, write_amount
+from sidecar.meters.hourly import EXACT
 from sidecar.runtime.reports.formats import Names
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery
 
 ROWS_MAX: Final = 100_000  # of one answer: some 60 MB of JSON, and as much memory
+ADDED_AT_ONCE: Final = 500
 HELD_MAX: Final = 20_000  # rows by time that are added up here: some 20 MB, and a tenth of a second
 VALUES: Final = tuple(each.name for each in fields(UsageRow) if each.name != "group")  # the cost is the last
 _values: Final[Callable[[UsageRow], tuple[Any, ...]]] = attrgetter(*VALUES)
@@ -112,32 +115,43 @@ def largest(
         rows.append(rest_of_all.row((None,) * len(query.by)))
         return rows, [*[None] * len(best), rest_of_all.count]
     # Where there are few rows they are kept and added up here, so that the ledger is not read twice.
+    who_of, when_of = _picked(apart), _picked([place for place in range(len(query.by)) if place not in apart])
     rows_by_time = iter(ask(query.by))
     few = list(islice(rows_by_time, HELD_MAX + 1))
     if len(few) > HELD_MAX:
         best, _ = _best(query, ask([query.by[place] for place in apart]))
     else:
-        over_time: dict[Group, _Rest] = {}
+        over_time: dict[Group, list[Sums]] = {}
         for group, values in few:
-            over_time.setdefault(tuple(group[place] for place in apart), _Rest()).add(values)
-        best, _ = _best(query, ((who, over_time[who].sums()) for who in sorted(over_time, key=_nulls_first)))
+            over_time.setdefault(who_of(group), []).append(values)
+        best, _ = _best(query, ((who, _added(over_time[who])) for who in sorted(over_time, key=_nulls_first)))
     kept = {group: rank for rank, (group, _) in enumerate(best)}
-    found: list[tuple[tuple[object, ...], UsageRow, int | None]] = []
+    found: list[tuple[Group, int, UsageRow, int | None]] = []
     rest: dict[Group, _Rest] = {}
     for group, values in chain(few, rows_by_time):
-        who = tuple(group[place] for place in apart)
-        when = tuple(None if place in apart else value for place, value in enumerate(group))
-        if who in kept:
-            found.append(((*map(str, when), kept[who]), row_of(group, values), None))
+        rank, when = kept.get(who_of(group)), when_of(group)
+        if rank is not None:
+            found.append((when, rank, row_of(group, values), None))
             if len(found) > ROWS_MAX:
                 break
         else:
             if when not in rest:
                 rest[when] = _Rest()
             rest[when].add(values)
-    found += [((*map(str, when), len(kept)), all_of_it.row(when), all_of_it.count) for when, all_of_it in rest.items()]
-    found.sort(key=itemgetter(0))
-    return [row for _, row, _ in found], [others for _, _, others in found]
+    for when, all_of_it in rest.items():
+        at = iter(when)
+        group = tuple(None if place in apart else next(at) for place in range(len(query.by)))
+        found.append((when, len(kept), all_of_it.row(group), all_of_it.count))
+    found.sort(key=lambda each: (*map(str, each[0]), each[1]))
+    return [row for *_, row, _ in found], [others for *_, others in found]
+
+
+def _picked(places: Sequence[int]) -> Callable[[Group], Group]:
+    """What stands there in a group."""
+    if len(places) == 1:
+        (place,) = places
+        return lambda group: (group[place],)
+    return itemgetter(*places)
 
 
 def _best(query: UsageQuery, rows: Iterable[tuple[Group, Sums]]) -> tuple[list[tuple[Group, Sums]], _Rest]:
@@ -156,38 +170,39 @@ def _best(query: UsageQuery, rows: Iterable[tuple[Group, Sums]]) -> tuple[list[t
 
 
 class _Rest:
-    """Sums added up."""
+    """Sums added up, some hundred at a time."""
 
     def __init__(self) -> None:
         self.count = 0
-        self._sums: list[int | None] = [None] * (len(COUNTED) - 1)
-        self._pico = 0
-        self._more: Decimal | None = None  # of costs that are no whole number of picodollars
-        self._priced = False
+        self._waiting: list[Sums] = []
 
     def add(self, values: Sums) -> None:
         self.count += 1
-        *sums, cost = values
-        self._sums = [b if a is None else a if b is None else a + b for a, b in zip(self._sums, sums, strict=True)]
-        if type(cost) is int:
-            self._pico += cost
-            self._priced = True
-        elif cost is not None:
-            self._more = EXACT.add(self._more or Decimal(0), read_cost(cost) or Decimal(0))
-            self._priced = True
-
-    def sums(self) -> Sums:
-        if self._more is None:
-            return *self._sums, self._pico if self._priced and abs(self._pico) <= JSON_INT_MAX else self._written()
-        return *self._sums, self._written()
+        self._waiting.append(values)
+        if len(self._waiting) == ADDED_AT_ONCE:
+            self._waiting = [_added(self._waiting)]
 
     def row(self, group: Group) -> UsageRow:
-        return row_of(group, self.sums())
+        return row_of(group, _added(self._waiting))
 
-    def _written(self) -> str | None:
-        if not self._priced:
-            return None
-        return write_amount(EXACT.add(read_cost(self._pico) or Decimal(0), self._more or Decimal(0)))
+
+def _added(rows: Sequence[Sums]) -> Sums:
+    """One of several, column by column, which is many times as fast as one by one; None is where nothing is known."""
+    *columns, costs = zip(*rows, strict=True)
+    sums = []
+    for column in columns:
+        known = column if None not in column else [value for value in column if value is not None]
+        sums.append(sum(known) if known else None)
+    return *sums, _cost_of(costs)
+
+
+def _cost_of(costs: Sequence[int | str | None]) -> int | str | None:
+    """Together, as a column keeps it. Others than whole picodollars are few."""
+    pico = [cost for cost in costs if type(cost) is int]
+    others = [read_cost(cost) or Decimal(0) for cost in costs if type(cost) is str]
+    if not pico and not others:
+        return None
+    return stored_cost(reduce(EXACT.add, others, read_cost(sum(pico)) or Decimal(0)))
 
 
 def _nulls_first(group: Group) -> list[tuple[bool, str]]:

@@ -17,6 +17,7 @@ import orjson
 
 from sidecar.usage import Skips
 from sidecar.usage.formats.json_scanner import STEPS_EARNED, STEPS_FREE, Members, pruned
+from sidecar.usage.formats.likeness import looked_at
 from sidecar.usage.providers.base import Document, Reader, Tree
 
 MESSAGE_MAX_BYTES = 65_536  # one unfinished message kept whole; larger ones are images and whole responses
@@ -135,7 +136,9 @@ class Messages(Parsing):
         if self._started and not self._rest and not self._skip_lf and self._long is None:
             reader = self._reader
             lean = type(reader).can_skip is Reader.can_skip and reader.may_skip
-            return Skips(self.ends, SKIPPED_BYTES_MAX, reader.nothing_in if lean else reader.can_skip, lean)
+            if lean:
+                return Skips(self.ends, SKIPPED_BYTES_MAX, reader.nothing_in, True, looked_at(type(reader)))
+            return Skips(self.ends, SKIPPED_BYTES_MAX, reader.can_skip, False)
         return None
 
     def feed(self, piece: bytes) -> bool:

@@ -108,6 +108,7 @@ class TextGeneration(Reader):
 class TextEmbeddings(Cohere):
     """TEI: bare arrays; the count is in a header. The paths are shared with rerankers that answer objects."""
 
+    NAME: ClassVar[str] = "huggingface.tei"
     header_names: ClassVar[tuple[str, ...]] = ("x-compute-tokens",)
 
     @classmethod
@@ -120,7 +121,7 @@ class TextEmbeddings(Cohere):
     def head(self, headers: Mapping[str, str]) -> None:
         super().head(headers)
         self.seen = "x-compute-tokens" in headers
-        self.provider = "huggingface.tei" if self.seen else None
+        self.provider = self.NAME if self.seen else None
 
     def fill_from_headers(self, usage: Usage) -> bool:
         usage.input_tokens = count(self.headers.get("x-compute-tokens"))

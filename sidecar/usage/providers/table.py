@@ -641,6 +641,11 @@ def known_routes(rows: tuple[Row, ...] = ROWS) -> list[str]:
     return list(dict.fromkeys(f"{method} {path}" for method, path, _ in entries(rows)))
 
 
+def row_providers(rows: tuple[Row, ...] = ROWS) -> set[str]:
+    """Every provider that a path or a response can name, whatever the host."""
+    return {row.provider for row in rows if row.provider is not None} | {TextEmbeddings.NAME}
+
+
 def render(rows: tuple[Row, ...] = ROWS) -> str:
     """The README's table of what is read where."""
     lines = ["| API | paths | usage is read from | a stream ends with |", "|---|---|---|---|"]

@@ -6,6 +6,7 @@ const LIMIT_MS = 30000;
 
 export class Asking {
   #known = new Map(); // address -> {tag, value}
+  #asked = new Map(); // address -> what several parts wait for at this moment
 
   get token() { return sessionStorage.getItem(TOKEN); }
 
@@ -17,7 +18,14 @@ export class Asking {
 
   // -> {value, fresh}; `fresh` is false where it is what the same address said last. Raises `Refused`, or what `fetch`
   // raises where nobody answers.
-  async ask(address, {also = []} = {}) {
+  ask(address, {also = []} = {}) {
+    if (!this.#asked.has(address)) {
+      this.#asked.set(address, this.#ask(address, also).finally(() => this.#asked.delete(address)));
+    }
+    return this.#asked.get(address);
+  }
+
+  async #ask(address, also) {
     const known = this.#known.get(address);
     const headers = {Accept: "application/json"};
     if (known?.tag) headers["If-None-Match"] = known.tag;
