@@ -49,7 +49,6 @@ ANSWER_S: Final = RENEW_S  # a statement about leases is waited for no longer: b
 REST_S: Final = 35.0  # for what is under way when a lane is given back
 STOP_REST_S: Final = 4.0  # the same at a stop: leases have four seconds to go at least, and nobody renews them
 STOP_END_S: Final = 2.0  # and then for what is being stored; where the database hangs, the connection is given up
-PREPARE_S: Final = 5.0  # a start waits no longer for a database that is away
 TROUBLE_S: Final = 1.0  # after a round that failed
 RECORDS: Final = 1000  # read at once
 FORGET_S: Final = 60.0
@@ -184,13 +183,7 @@ class Elected:
         self._prepared = True
 
     async def __aenter__(self) -> Self:
-        try:
-            async with asyncio.timeout(PREPARE_S):
-                await self.prepare()
-        except PostgresError as error:
-            self._say(str(error))
-        except TimeoutError:
-            self._say(f"{self._leasing.where} does not answer")
+        """Waits for nothing: the tables are made, or seen to be there, beside the calls."""
         self._tasks = [asyncio.create_task(self._run()), asyncio.create_task(self._watch())]
         return self
 
@@ -207,7 +200,8 @@ class Elected:
             one.cancel()
         await asyncio.gather(*giving, return_exceptions=True)
         try:
-            await self._leases.leave()
+            if self._prepared:  # else it never held one
+                await self._leases.leave()
         except PostgresError as error:
             log.warning("lanes could not be given back, others have them in some seconds: %s", error)
         await self._leasing.close()

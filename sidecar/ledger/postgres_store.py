@@ -69,6 +69,7 @@ _REASONS: Final[Mapping[Fault, str]] = {
     Fault.LOST: "connection_lost",
     Fault.NEWER: "newer_version",
     Fault.FOREIGN: "other_program",
+    Fault.ENCODING: "wrong_encoding",
     Fault.DRIVER: "no_driver",
     Fault.FAILED: "failed",
 }

@@ -30,6 +30,8 @@ CONNECT_S: Final = 5.0
 COMMAND_S: Final = 30.0  # a network that is parted shows in nothing else; the largest batch takes well below a second
 CONNECTIONS: Final = 2  # of one part: what it writes, and what somebody asks meanwhile
 IDLE_S: Final = 60.0
+# What texts of any script can be kept in; the second is no encoding, and keeps bytes as they come.
+_ENCODINGS: Final = ("UTF8", "SQL_ASCII")
 # Of the advisory lock that migrations are made under: any number does, as long as nobody else's program has it.
 _MIGRATION_LOCK: Final = 0x6D65_7465_7269_6E67
 
@@ -73,6 +75,7 @@ class Fault(StrEnum):
     LOST = "connection lost"  # under way: a commit may have happened
     NEWER = "written by a newer version"
     FOREIGN = "another program's"
+    ENCODING = "not for every text"
     DRIVER = "the driver is not installed"
     FAILED = "failed"  # a statement
 
@@ -181,10 +184,17 @@ class Postgres:
 
     async def _version(self, db: Connection, part: str) -> int:
         """Of the tables of a part, 0 where there are none."""
-        ours, theirs = await db.fetchrow(
-            "SELECT to_regclass($1) IS NOT NULL, EXISTS (SELECT FROM pg_tables WHERE schemaname = $2)",
+        ours, theirs, encoding = await db.fetchrow(
+            "SELECT to_regclass($1) IS NOT NULL, EXISTS (SELECT FROM pg_tables WHERE schemaname = $2), "
+            "current_setting('server_encoding')",
             f"{SCHEMA}.migrations", SCHEMA,
         )  # fmt: skip
+        if encoding not in _ENCODINGS:
+            raise PostgresError(
+                f"the database {self.where} keeps texts in {encoding}, which lacks most scripts: make one WITH "
+                "TEMPLATE template0 ENCODING 'UTF8', and name it",
+                Fault.ENCODING,
+            )
         if not ours:
             if theirs:
                 raise PostgresError(

@@ -156,6 +156,28 @@ async def test_a_stop_does_not_wait_for_a_step_that_hangs(
     assert not backends.taken
 
 
+async def test_neither_a_start_nor_a_stop_waits_for_a_database_that_takes_connections_and_says_nothing() -> None:
+    asked = asyncio.Event()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked.set()
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    url = f"postgresql://somebody@127.0.0.1:{server.sockets[0].getsockname()[1]}/ledger?sslmode=disable"
+    async with Elected(
+        url=url, me="one/life", names=["fake"], make=list, metrics=CountingMetrics(), retention_s=3600.0
+    ) as one:
+        assert not asked.is_set(), "it is begun before anybody was asked"
+        async with asyncio.timeout(30):
+            await asked.wait()
+        assert one.lanes == []
+        asked.clear()
+    assert not asked.is_set(), "and ended without a question: it held no lane"
+    server.close()
+
+
 async def test_nothing_is_sent_under_a_lease_that_may_have_run_out(
     postgres_database: str, database: Postgres, ledger: PostgresStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

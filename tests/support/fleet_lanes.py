@@ -50,6 +50,7 @@ def decide(me: str, rows: Sequence[Row], seen_s: Mapping[str, float], *, round_s
     that looked once and died has a share until it is not counted any more.
     """
     held = dict.fromkeys((name for name, age_s in seen_s.items() if age_s <= 2.2 * round_s), 0)
+    held.setdefault(me, 0)  # it lives, though it was long waiting for an answer
     for row in rows:
         if row.holder in held and row.left_s > 0:
             held[row.holder] += 1

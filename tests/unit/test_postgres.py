@@ -113,6 +113,14 @@ async def test_a_schema_of_somebody_else_is_refused(database: Postgres) -> None:
     assert caught.value.fault is Fault.FOREIGN
 
 
+async def test_a_database_that_cannot_hold_every_text_is_refused(postgres_server: PostgresServer) -> None:
+    postgres_server.sql("CREATE DATABASE narrow TEMPLATE template0 ENCODING 'LATIN1' LC_COLLATE 'C' LC_CTYPE 'C'")
+    found = await refusal(postgres_server.url("narrow"))
+    assert (found.fault, found.passes) == (Fault.ENCODING, False)
+    assert "keeps texts in LATIN1, which lacks most scripts: make one" in str(found)
+    assert "\n" not in str(found)
+
+
 async def test_who_may_not_make_tables_is_told_so(postgres_server: PostgresServer) -> None:
     url = postgres_server.database()
     postgres_server.sql("DO $$ BEGIN CREATE ROLE somebody LOGIN; EXCEPTION WHEN duplicate_object THEN NULL; END $$")
