@@ -139,7 +139,7 @@ class Worker:
         commits are many, and a turn costs what a hundred records do."""
         self._feed.wake()
         self.idle.clear()
-        look_s = self._feed.next_look_s
+        look_s = self._look_s()
         if self.draining or look_s is None or look_s < self._rests_until_s:
             self._wakeup.set()
 
@@ -623,12 +623,20 @@ class Worker:
             times.append(self._next_probe_s(now) if not busy else self._next_sweep_s)
         elif self._queue.next_due_s is not None and busy < self.backend.abilities.concurrency:
             times.append(self._queue.next_due_s)
-        look_s = self._feed.next_look_s
-        if self._sums is not None and self._feed.waiting:
-            look_s = self._sums_wait_s if look_s is None else min(look_s, self._sums_wait_s)
+        look_s = self._look_s()
         if look_s is not None and not self._waits_for_room():
             times.append(look_s)
         return max(min(times), now.mono_s)
+
+    def _look_s(self) -> float | None:
+        """When new records are looked for; None: there are none. After a batch that could not be added, not before the
+        next try of it."""
+        look_s = self._feed.next_look_s
+        if self._sums is None:
+            return look_s
+        if self._feed.waiting:
+            return self._sums_wait_s
+        return None if look_s is None else max(look_s, self._sums_wait_s)
 
     def _next_probe_s(self, now: Now) -> float:
         """While slow or paused: when there may be something to probe with, and it may go."""

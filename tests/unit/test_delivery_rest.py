@@ -1,0 +1,166 @@
+"""A worker that can do nothing rests, whatever it waits for: one that turned and turned would take the interpreter from
+the calls, whose commits wait in the same process. Found when a shared ledger was away, at 100 ms a call."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from support.backend_trials import made
+from support.delivery_fixtures import HandClock, World, record_line, until
+from support.fake_backend import FakeBackend
+
+from sidecar.backends.ledger import LedgerBackend
+from sidecar.delivery import Delivery
+from sidecar.delivery.ledger_worker import SummedBatch
+from sidecar.delivery.limits import Limits
+from sidecar.delivery.worker import Worker
+from sidecar.ledger import LedgerStore
+from sidecar.meters.buckets import BatchSums
+from sidecar.model.delivery import Abilities, Applied, Dedup, Retry, Verdict
+from sidecar.model.record import Record
+
+ITERATIONS = 3000  # of the event loop, in which a worker that does not rest turns some hundreds of times
+TURNS_MAX = 12
+
+
+class Away(LedgerStore):
+    """Takes nothing while it is away. `tries`: batches it was given then."""
+
+    away = False
+    tries = 0
+
+    def apply_sums(self, instance: str, batch: Applied, sums: Sequence[BatchSums]) -> Verdict:
+        if not self.away:
+            return super().apply_sums(instance, batch, sums)
+        self.tries += 1
+        return Retry("unreachable")
+
+
+class Turns:
+    """How often workers turned."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.made = 0
+        turn = Worker._turn
+
+        async def counted(worker: Worker) -> bool:
+            self.made += 1
+            return await turn(worker)
+
+        monkeypatch.setattr(Worker, "_turn", counted)
+
+    async def while_nothing_happens(self) -> int:
+        before = self.made
+        for _ in range(ITERATIONS):
+            await asyncio.sleep(0)
+        return self.made - before
+
+
+@pytest.fixture
+def turns(monkeypatch: pytest.MonkeyPatch) -> Turns:
+    return Turns(monkeypatch)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> World:
+    """Its clock stands still, so that no time comes."""
+    return World(tmp_path, clock=HandClock(), limits=Limits())
+
+
+def handed(backend: LedgerBackend, first: int, last: int) -> SummedBatch:
+    stored = [record_line(seq) for seq in range(first, last + 1)]
+    sums, _ = backend.add_up([Record.from_json(line) for line in stored])
+    assert isinstance(sums, BatchSums)
+    return SummedBatch(instance="one", first_seq=first, last_seq=last, sums=sums, stored=stored)
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+async def test_a_ledger_that_took_nothing_is_left_alone_until_its_next_try(
+    world: World, turns: Turns, handed_over: bool
+) -> None:
+    world.begin("ledger")
+    world.clock, world.limits = None, Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01)
+    store = Away(world.directory / "ledger.db")
+    backend: LedgerBackend = made(LedgerBackend, open_ledger=lambda: store, denied="send")
+    world.spool.add(1)
+    async with world.deliver(backend) as delivery:
+        delivery.wake()
+        await until(lambda: delivery.totals({"one": 1})["ledger"].delivered == 1)
+        store.away = True
+        world.spool.add(30)
+        if handed_over:
+            assert delivery.apply(handed(backend, 2, 31))
+        delivery.wake()
+        await until(lambda: store.tries > 0)
+        before = turns.made
+        for _ in range(100):  # calls go on, longer than a spool is left alone
+            world.spool.add(1)
+            delivery.wake()
+            await asyncio.sleep(world.limits.linger_s / 10)
+        assert turns.made - before < TURNS_MAX
+        assert await turns.while_nothing_happens() < TURNS_MAX
+        store.away = False
+        delivery.end_waits("ledger")
+        await until(lambda: delivery.totals(world.spool.upto())["ledger"].delivered == 131, what="it goes on")
+    store.close()
+
+
+Prepared = tuple[FakeBackend, Limits, Callable[[FakeBackend, Delivery], bool]]
+
+
+def tried(backend: FakeBackend, delivery: Delivery) -> bool:
+    return bool(backend.offers) and backend.busy == 0 and delivery.status()[0].under_way == 0
+
+
+def under_way(backend: FakeBackend, delivery: Delivery) -> bool:
+    return backend.busy > 0
+
+
+def waits(word: str, limits: Limits | None = None, abilities: Abilities | None = None) -> Prepared:
+    backend = FakeBackend(behaviour=lambda _: word, abilities=abilities or Abilities())
+    return backend, limits or Limits(), tried
+
+
+def stalls(abilities: Abilities) -> Prepared:
+    return FakeBackend(behaviour=lambda _: "stall", abilities=abilities), Limits(), under_way
+
+
+def mixed() -> Prepared:
+    """One of a subject is under way for long, and another of it is due again."""
+    backend, limits, reached = stalls(Abilities(one_per_subject=True, concurrency=4))
+    backend.script = [[Retry("busy")], "stall"]
+    backend.subject_of = lambda record: "one"
+    return backend, limits, reached
+
+
+SITUATIONS: dict[str, Callable[[], Prepared]] = {
+    "each fails": lambda: waits("retry:busy"),
+    "it is down": lambda: waits("retry:busy", Limits(down_after=1)),
+    "it asked to be left alone": lambda: waits("retry:busy:600"),
+    "it blocks": lambda: waits("block:wrong_key"),
+    "one at a time fails": lambda: waits("retry:busy", abilities=Abilities(concurrency=1)),
+    "so much waits that nothing may be added": lambda: waits("retry:busy", Limits(retry_records=1)),
+    "no answer comes": lambda: stalls(Abilities(concurrency=1)),
+    "no answer comes, and what is sealed is a risk": lambda: stalls(Abilities(dedup=Dedup.NONE, concurrency=2)),
+    "one answer of a subject is awaited": lambda: stalls(Abilities(one_per_subject=True, concurrency=4)),
+    "one of a subject is awaited, one is due": mixed,
+}
+
+
+@pytest.mark.parametrize("situation", SITUATIONS)
+async def test_a_worker_rests_while_nothing_can_be_done(world: World, turns: Turns, situation: str) -> None:
+    backend, world.limits, reached = SITUATIONS[situation]()
+    world.begin("fake")
+    async with world.deliver(backend) as delivery:
+        world.spool.add(30)
+        delivery.wake()
+        await until(lambda: reached(backend, delivery), what=situation)
+        await until(lambda: not delivery.status()[0].under_way or backend.busy > 0)
+        for _ in range(ITERATIONS):  # what can still be begun is
+            await asyncio.sleep(0)
+        assert await turns.while_nothing_happens() < TURNS_MAX
+        backend.behaviour = None
+        backend.released.set()
