@@ -48,6 +48,7 @@ class CallGroup:
     hour: int  # Unix seconds of its start
     lines: list[bytes] = field(default_factory=list)
     durations_ms: list[float] = field(default_factory=list)
+    first_bytes_ms: list[float] = field(default_factory=list)
     request_bytes: int = 0
     response_bytes: int = 0
     tokens: dict[str, int] = field(default_factory=dict)  # sums, of those that were reported
@@ -71,6 +72,7 @@ class CallGroup:
         """Take in later calls of the same kind and hour."""
         self.lines += other.lines
         self.durations_ms += other.durations_ms
+        self.first_bytes_ms += other.first_bytes_ms
         self.request_bytes += other.request_bytes
         self.response_bytes += other.response_bytes
         self.numbers += other.numbers
@@ -100,7 +102,8 @@ class Gathering:
     kind: CallKind
     hour: int  # Unix seconds of its start
     lines: list[bytes] = field(default_factory=list)
-    sizes: list[tuple[int, int, float]] = field(default_factory=list)  # bytes of both bodies, duration in ms
+    # Of each: bytes of both bodies, duration and time to the first byte in ms.
+    sizes: list[tuple[int, int, float, float]] = field(default_factory=list)
     counts: defaultdict[tuple[str, ...], list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
     picos: list[int] = field(default_factory=list)  # costs of those that are priced, in US dollars times 10^12
     unpriced: int = 0
@@ -109,12 +112,12 @@ class Gathering:
 
     def group(self) -> CallGroup:
         """All that has come."""
-        request_bytes, response_bytes, durations_ms = zip(*self.sizes, strict=True)
+        request_bytes, response_bytes, durations_ms, first_bytes_ms = zip(*self.sizes, strict=True)
         tokens: dict[str, int] = {}
         for names, counts in self.counts.items():
             for name, count in zip(names, map(sum, zip(*counts, strict=True)), strict=True):
                 tokens[name] = tokens.get(name, 0) + count
         return CallGroup(
-            self.kind, self.hour, self.lines, list(durations_ms), sum(request_bytes), sum(response_bytes), tokens,
-            sum(self.picos), len(self.picos), self.unpriced, self.numbers,
+            self.kind, self.hour, self.lines, list(durations_ms), list(first_bytes_ms), sum(request_bytes),
+            sum(response_bytes), tokens, sum(self.picos), len(self.picos), self.unpriced, self.numbers,
         )  # fmt: skip

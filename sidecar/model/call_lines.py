@@ -59,7 +59,7 @@ class Tallied:
                 if reported:
                     tokens[name] = tokens.get(name, 0) + sum(reported)
         return CallGroup(
-            self.kind, self.hour, self.lines, [], request_bytes, response_bytes, tokens,
+            self.kind, self.hour, self.lines, [], [], request_bytes, response_bytes, tokens,
             sum(self.picos), len(self.picos), self.unpriced,
         )  # fmt: skip
 

@@ -225,6 +225,13 @@ class Histogram:
         self.counts = [0] * (len(SECONDS) + 1)
         self.total = 0.0
 
+    @classmethod
+    def of_ms(cls, times: Sequence[float]) -> Histogram:
+        """Of milliseconds."""
+        found = cls()
+        found.observe_all(list(map(truediv, times, repeat(1e3))))
+        return found
+
     def observe(self, seconds: float) -> None:
         self.counts[bisect_left(SECONDS, seconds)] += 1
         self.total += seconds
@@ -427,11 +434,12 @@ class Metrics(HopEvents, Collector):
             self._count("sidecar_upstream_calls", (record.upstream, *key[2:]), group.calls)
         self._request_bytes[()] += group.request_bytes
         self._response_bytes[()] += group.response_bytes
-        times = Histogram()
-        times.observe_all(list(map(truediv, group.durations_ms, repeat(1e3))))
-        self._durations[record.outcome].add(times)
-        self._first_byte.add(times)  # plain responses come in one piece: their first byte is their last
-        self.add_day(group.hour // DAY_S, DayTimes(times, times))
+        whole = first = Histogram.of_ms(group.durations_ms)
+        if group.first_bytes_ms != group.durations_ms:  # of most responses the first byte comes with the last
+            first = Histogram.of_ms(group.first_bytes_ms)
+        self._durations[record.outcome].add(whole)
+        self._first_byte.add(first)
+        self.add_day(group.hour // DAY_S, DayTimes(whole, first))
         payer = self._payer(record.subscriber, record.status, record.outcome)
         if payer is not None:
             self._count("sidecar_subscriber_calls", (payer,), group.calls)

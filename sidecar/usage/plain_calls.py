@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
+from operator import itemgetter
 from typing import Any, Final, Protocol
 
 import orjson
@@ -36,7 +37,9 @@ log = logging.getLogger(__name__)
 PLANS_MAX: Final = 4_096  # remembered: pairs of shapes; as many shapes as there are tenants, models and routes in use
 
 _HOUR_NS: Final = HOUR_S * 1_000_000_000
-_NO_MODELS: Final = (None, None)
+# What calls of one pair of shapes may differ in that is no number.
+_models_of: Final = itemgetter("model", "request_model", "provider", "streamed")
+_NO_MODELS: Final = (None, None, None, None)
 _NO_ROW: Final[tuple[Row | None, tuple[str, ...], tuple[int, ...]]] = (None, (), ())
 
 _USD: Final = b'{"currency":"USD"'
@@ -58,7 +61,7 @@ class _Reading:
     plan: Plan | None
     template: LineTemplate | None
     own: tuple[tuple[int, str], ...] = ()
-    kinds: dict[tuple[str | None, str | None], tuple[CallKind, _Price]] = field(default_factory=dict)
+    kinds: dict[tuple[Any, ...], tuple[CallKind, _Price]] = field(default_factory=dict)  # by `_models_of` their usage
 
 
 class Pricer(Protocol):
@@ -116,8 +119,8 @@ class PlainReader:
         """The record's line of a call as `frames` packs it, counted in `take_groups`; None where it is to be read as an
         `exchange`, for a call that is in any way unusual."""
         (
-            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, _, first_byte_ms, duration_ms,
-            response_bytes, response_head, response_body, _,
+            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, opened_ns, first_byte_ms,
+            duration_ms, response_bytes, response_head, response_body, first_token_ns,
         ) = packed  # fmt: skip
         key = shape.number, response.number
         reading = self._readings.get(key)
@@ -130,11 +133,12 @@ class PlainReader:
         if not shape.read or plan is None:
             (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
         else:
-            found = plan.row(request_body, response_body, _own(reading, response_head) if reading.own else None)
+            own = _own(reading, response_head) if reading.own else None
+            found = plan.row(request_body, response_body, own, opened_ns, first_token_ns)
             if found is None:
                 return None
             row, names, counts = found
-            usage, models = orjson.dumps(row), (row["model"], row["request_model"])
+            usage, models = orjson.dumps(row), _models_of(row)
         known = reading.kinds.get(models)
         if known is None:
             if len(reading.kinds) >= KINDS_MAX:
@@ -155,7 +159,7 @@ class PlainReader:
             gathering = kind.gathering = Gathering(kind, hour)
             self._gathered.append(gathering)
         gathering.lines.append(line)
-        gathering.sizes.append((request_bytes, response_bytes, duration_ms))
+        gathering.sizes.append((request_bytes, response_bytes, duration_ms, first_byte_ms))
         if self._keep_numbers:
             gathering.numbers.append((request_bytes, response_bytes, row))
         if row is not None:

@@ -29,8 +29,8 @@ from typing import Any
 import orjson
 
 from sidecar.model.call_group import TOKEN_FIELDS
-from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState
-from sidecar.model.record import usage_of
+from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState, cut_usage
+from sidecar.model.record import usage_of, usage_to_dict
 from sidecar.usage import RawHeaders
 from sidecar.usage.endpoints import Endpoint
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
@@ -67,6 +67,11 @@ _WHOLES = ("input_tokens", "output_tokens", "total_tokens")
 _CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
 _RESPONSES = ("input_tokens", "output_tokens", "input_tokens_details", "output_tokens_details")
 _TOKENS = frozenset(TOKEN_FIELDS)
+# Of a streamed call that is added up with others like it.
+_MEMBERS = _TOKENS | {
+    *("usage_state", "provider", "operation", "streamed", "model", "request_model", "response_id"),
+    *("upstream_request_id", "finish_reasons", "service_tier", "time_to_first_token_ms", "raw_usage"),
+}
 _READ, _WRITTEN = "cache_read_input_tokens", "cache_write_input_tokens"
 
 KINDS_OF_DETAILS = 256  # remembered; vendors have a handful
@@ -256,12 +261,22 @@ class Plan:
 
     # The lean ways. None: something is unusual, and the general way decides.
 
-    def row(self, request_body: bytes, response: bytes, fields: Mapping[str, str] | None = None) -> Counted | None:
-        """The `usage` object of the record of one call with a plain response, for most calls of the lean families; None
-        where `read` is to be asked. Never raises. `fields`: as for `read`."""
-        if self.lean is None or response[:1] != b"{":
+    def row(
+        self,
+        request_body: bytes,
+        response: bytes,
+        fields: Mapping[str, str] | None = None,
+        opened_ns: int = 0,
+        first_token_ns: int = 0,
+    ) -> Counted | None:
+        """The `usage` object of the record of one call, for most calls of the lean families; None where `read` is to be
+        asked. Never raises. `fields` and times: as for `read`."""
+        if self.lean is None:
             return None
         try:
+            if response[:1] != b"{":
+                values = self._fields if fields is None else fields
+                return _counted_row(self._read_events(request_body, response, values, opened_ns, first_token_ns))
             document = _document(response)
             if document is None:
                 return None
@@ -436,6 +451,24 @@ def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[tuple[
     if len(set(names)) < len(names):
         raise ValueError("a count that is said twice")
     return names, _WRITTEN in names
+
+
+def _counted_row(usage: Usage | None) -> Counted | None:
+    """None where more than tokens was reported, or a text is so long that it is cut. Raises where a core count is
+    missing."""
+    if usage is None:
+        return None
+    cut_usage(usage, _is_cut)
+    row = usage_to_dict(usage)
+    if not row.keys() <= _MEMBERS:
+        return None
+    names, counts_of = _counts_in(tuple(row))
+    counts = counts_of(row)
+    return (row, names, counts) if set(map(type, counts)) == _INTEGERS else None
+
+
+def _is_cut(limit: str) -> None:
+    raise ValueError(limit)
 
 
 @lru_cache(maxsize=KINDS_OF_DETAILS)

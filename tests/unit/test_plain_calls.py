@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -161,6 +161,95 @@ def test_groups_add_up_to_what_their_records_do(
     assert counted(together) == counted(one_by_one)
 
 
+STREAMS = ("openai_chat_stream.sse", "openai_responses_stream.sse", "anthropic_messages_stream.sse")
+
+
+def usages_in(value: Any) -> Iterator[dict[str, Any]]:
+    """The usage objects of an event, wherever they are."""
+    if isinstance(value, dict):
+        if isinstance(value.get("usage"), dict):
+            yield value["usage"]
+        for member in value.values():
+            yield from usages_in(member)
+
+
+@st.composite
+def streams(draw: st.DrawFn, name: str) -> bytes:
+    """A sample's events, with other counts (which may contradict each other), other texts, members left out or put
+    in, or events left out."""
+    messages = SAMPLES[name].body.split(b"\n\n")[:-1]
+    changes = draw(st.lists(st.sampled_from(["counts", "odd", "model", "extra", "event", "error"]), max_size=3))
+    if "event" in changes:
+        del messages[draw(st.integers(0, len(messages) - 1))]
+    made: list[bytes] = []
+    for message in messages:
+        head, data, rest = message.rpartition(b"data: ")
+        if rest != b"[DONE]":
+            document = orjson.loads(rest)
+            for usage in usages_in(document):
+                for member in list(usage):
+                    if type(usage[member]) is int and "counts" in changes:
+                        usage[member] = draw(COUNT)
+                    if "odd" in changes and draw(st.integers(0, 9)) == 0:
+                        usage[member] = draw(ODD)
+                if "extra" in changes:
+                    usage[draw(st.sampled_from(["cost", "num_search_queries", "server_tool_use"]))] = draw(NUMBER)
+            if "model" in changes and "model" in document:
+                document["model"] = draw(TEXT)
+            if "error" in changes and draw(st.integers(0, 9)) == 0:
+                document["error"] = {"type": "overloaded_error", "message": "later"}
+            rest = json.dumps(document).encode()
+        made.append(head + data + rest)
+    return b"\n\n".join(made) + b"\n\n"
+
+
+@pytest.mark.parametrize("name", STREAMS)
+@given(data=st.data())
+@settings(deadline=None, max_examples=150)
+def test_streams_are_lines_and_sums_like_others(name: str, data: st.DataObject) -> None:
+    """Whatever becomes a line is what the careful way writes, and the sums, and the metrics with their first bytes."""
+    sample = SAMPLES[name]
+    ours = shapes(sample)
+    calls = [
+        replace(
+            call(sample, *ours, number), response_body=body, started_mono_ns=10**9, first_byte_ms=1.5,
+            duration_ms=80.25, first_token_ns=data.draw(st.sampled_from([0, 10**9 + 1, 10**9 + 2_750_000])),
+        )
+        for number, body in enumerate(data.draw(st.lists(streams(name), min_size=1, max_size=4)))
+    ]  # fmt: skip
+    lines, exchanges, groups = both(calls)
+    for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
+        assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
+        assert faults(line) == []
+    records = [
+        record_of(exchange, seq=seq, instance="inst", line=line)
+        for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1)
+    ]
+    grouped = {record.id for group in groups for record in group.records()}
+    apart = [record for record in records if record.id not in grouped]
+    assert plainly(batch_sums(apart, METERS, groups)) == plainly(batch_sums(records, METERS))
+    one_by_one, together = Metrics(), Metrics()
+    for exchange in exchanges:
+        one_by_one.call_ended(exchange)
+        if exchange.id not in grouped:
+            together.call_ended(exchange)
+    for group in groups:
+        together.calls_ended(group)
+    assert counted(together) == pytest.approx(counted(one_by_one), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", STREAMS)
+def test_usual_streams_are_added_up_together(name: str) -> None:
+    sample = SAMPLES[name]
+    calls = [
+        replace(call(sample, *shapes(sample), number), first_byte_ms=1.5, duration_ms=80.25, first_token_ns=7)
+        for number in range(3)
+    ]
+    _, _, groups = both(calls)
+    assert [group.calls for group in groups] == [3]
+    assert (groups[0].first_bytes_ms, groups[0].durations_ms) == ([1.5] * 3, [80.25] * 3)
+
+
 def counted(metrics: Metrics) -> dict[str, float]:
     found: dict[str, float] = {}
     for line in metrics.exposition(Gauges()).decode().splitlines():
@@ -292,8 +381,8 @@ def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool,
 
 def facts(group: CallGroup) -> tuple[Any, ...]:
     return (
-        group.hour, group.lines, group.durations_ms, group.request_bytes, group.response_bytes, group.tokens,
-        group.cost_pico, group.priced, group.unpriced, group.numbers,
+        group.hour, group.lines, group.durations_ms, group.first_bytes_ms, group.request_bytes, group.response_bytes,
+        group.tokens, group.cost_pico, group.priced, group.unpriced, group.numbers,
     )  # fmt: skip
 
 
