@@ -17,6 +17,7 @@ from sidecar.model.exchange import USAGE_FIELDS
 from sidecar.model.record import Record
 
 HOUR_S: Final = 3600
+_INTEGERS: Final = {int}
 TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tokens"))
 # Properties of a record that are summed up in a group.
 SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
@@ -102,22 +103,26 @@ class Gathering:
     kind: CallKind
     hour: int  # Unix seconds of its start
     lines: list[bytes] = field(default_factory=list)
-    # Of each: bytes of both bodies, duration and time to the first byte in ms.
-    sizes: list[tuple[int, int, float, float]] = field(default_factory=list)
-    counts: defaultdict[tuple[str, ...], list[tuple[int, ...]]] = field(default_factory=lambda: defaultdict(list))
+    sizes: list[tuple[int, int]] = field(default_factory=list)  # of each: bytes of both bodies
+    times: list[tuple[float, float]] = field(default_factory=list)  # duration and first byte, in ms, where wanted
+    counts: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
     picos: list[int] = field(default_factory=list)  # costs of those that are priced, in US dollars times 10^12
     unpriced: int = 0
     numbers: list[tuple[int, int, Mapping[str, Any] | None]] = field(default_factory=list)
-    """`counts`: for all calls that report the same of `TOKEN_FIELDS`, in one order: their counts."""
+    """`counts`: for all calls that have the same of `TOKEN_FIELDS`, in one order: their counts, of which what is no
+    integer (null, where none was reported) is in no sum."""
 
     def group(self) -> CallGroup:
         """All that has come."""
-        request_bytes, response_bytes, durations_ms, first_bytes_ms = zip(*self.sizes, strict=True)
+        request_bytes, response_bytes = map(sum, zip(*self.sizes, strict=True))
+        durations_ms, first_bytes_ms = map(list, zip(*self.times, strict=True)) if self.times else ([], [])
         tokens: dict[str, int] = {}
         for names, counts in self.counts.items():
-            for name, count in zip(names, map(sum, zip(*counts, strict=True)), strict=True):
-                tokens[name] = tokens.get(name, 0) + count
+            for name, column in zip(names, zip(*counts, strict=True), strict=True):
+                reported = column if set(map(type, column)) == _INTEGERS else [c for c in column if type(c) is int]
+                if reported:
+                    tokens[name] = tokens.get(name, 0) + sum(reported)
         return CallGroup(
-            self.kind, self.hour, self.lines, list(durations_ms), list(first_bytes_ms), sum(request_bytes),
-            sum(response_bytes), tokens, sum(self.picos), len(self.picos), self.unpriced, self.numbers,
+            self.kind, self.hour, self.lines, durations_ms, first_bytes_ms, request_bytes, response_bytes, tokens,
+            sum(self.picos), len(self.picos), self.unpriced, self.numbers,
         )  # fmt: skip

@@ -1,14 +1,12 @@
 """Stored lines back into groups of calls: what a backlog adds up to, without a record each.
 
-A line is parsed once, and what sums and meters ask of it goes into columns (`Tallied`): a fifth of what making a record
-of it and asking that costs. What is in any way unusual becomes a record.
+A line is parsed once, and what sums and meters ask of it goes into columns (`Gathering`): a fifth of what making a
+record of it and asking that costs. What is in any way unusual becomes a record.
 """
 
 from __future__ import annotations
 
 import re
-from collections import defaultdict
-from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import compress
 from operator import itemgetter
@@ -16,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.model.call_group import TOKEN_FIELDS, CallGroup, CallKind
+from sidecar.model.call_group import TOKEN_FIELDS, CallGroup, CallKind, Gathering
 from sidecar.model.record import Record
 
 KINDS_MAX: Final = 2_000  # remembered, each with a record: 10 MB
@@ -38,39 +36,13 @@ class _OddError(Exception):
     """To be looked at as a record."""
 
 
-@dataclass(slots=True, eq=False)
-class Tallied:
-    """Calls of one kind and hour. `counts`: by the names that they report, in one order, their counts."""
-
-    kind: CallKind
-    hour: int
-    lines: list[bytes] = field(default_factory=list)
-    sizes: list[tuple[int, int]] = field(default_factory=list)
-    counts: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
-    picos: list[int] = field(default_factory=list)
-    unpriced: int = 0
-
-    def group(self) -> CallGroup:
-        request_bytes, response_bytes = map(sum, zip(*self.sizes, strict=True))
-        tokens: dict[str, int] = {}
-        for names, counts in self.counts.items():
-            for name, column in zip(names, zip(*counts, strict=True), strict=True):
-                reported = [count for count in column if type(count) is int]
-                if reported:
-                    tokens[name] = tokens.get(name, 0) + sum(reported)
-        return CallGroup(
-            self.kind, self.hour, self.lines, [], [], request_bytes, response_bytes, tokens,
-            sum(self.picos), len(self.picos), self.unpriced,
-        )  # fmt: skip
-
-
 class CallLines:
     """What lines hold. `add` them, then `take` what they are."""
 
     def __init__(self) -> None:
         self._kinds: dict[tuple[object, ...], CallKind] = {}
         self._shapes: dict[tuple[str, ...], tuple[tuple[str, ...], Any]] = {}
-        self._tallied: dict[tuple[object, ...], Tallied] = {}
+        self._tallied: dict[tuple[object, ...], Gathering] = {}
         self._records: list[Record] = []
 
     def add(self, line: bytes) -> str | None:
@@ -142,7 +114,7 @@ class CallLines:
             there.unpriced += 1
         return id_
 
-    def _begin(self, key: tuple[object, ...], line: bytes, hour_text: str) -> Tallied:
+    def _begin(self, key: tuple[object, ...], line: bytes, hour_text: str) -> Gathering:
         """The first call of its kind in this hour since the last `take`. Raises `ValueError` where it is no record."""
         kind = self._kinds.get(key[1:])
         if kind is None:
@@ -152,7 +124,7 @@ class CallLines:
             _ = kind.example
             self._kinds[key[1:]] = kind
         hour = int(datetime.fromisoformat(f"{hour_text}:00Z").timestamp())
-        tallied = self._tallied[key] = Tallied(kind, hour)
+        tallied = self._tallied[key] = Gathering(kind, hour)
         return tallied
 
     def _learn(self, shape: tuple[str, ...]) -> tuple[tuple[str, ...], Any]:

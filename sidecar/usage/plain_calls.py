@@ -159,7 +159,8 @@ class PlainReader:
             gathering = kind.gathering = Gathering(kind, hour)
             self._gathered.append(gathering)
         gathering.lines.append(line)
-        gathering.sizes.append((request_bytes, response_bytes, duration_ms, first_byte_ms))
+        gathering.sizes.append((request_bytes, response_bytes))
+        gathering.times.append((duration_ms, first_byte_ms))
         if self._keep_numbers:
             gathering.numbers.append((request_bytes, response_bytes, row))
         if row is not None:
