@@ -7,9 +7,11 @@ them (`CallKind.example`) and takes the sums of all; who needs them one by one (
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from itertools import chain
+from operator import attrgetter
+from typing import Any, Final, TypeVar
 
 import orjson
 
@@ -18,6 +20,8 @@ from sidecar.model.record import Record
 
 HOUR_S: Final = 3600
 _INTEGERS: Final = {int}
+_T = TypeVar("_T")
+_sizes, _times, _picos, _lines, _numbers = map(attrgetter, ("sizes", "times", "picos", "lines", "numbers"))
 TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tokens"))
 # Properties of a record that are summed up in a group.
 SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
@@ -69,20 +73,6 @@ class CallGroup:
             return self.request_bytes
         return self.response_bytes if name == "response_bytes" else self.tokens.get(name)
 
-    def join(self, other: CallGroup) -> None:
-        """Take in later calls of the same kind and hour."""
-        self.lines += other.lines
-        self.durations_ms += other.durations_ms
-        self.first_bytes_ms += other.first_bytes_ms
-        self.request_bytes += other.request_bytes
-        self.response_bytes += other.response_bytes
-        self.numbers += other.numbers
-        self.cost_pico += other.cost_pico
-        self.priced += other.priced
-        self.unpriced += other.unpriced
-        for name, count in other.tokens.items():
-            self.tokens[name] = self.tokens.get(name, 0) + count
-
     def each(self) -> Sequence[tuple[int, int, Mapping[str, Any] | None]]:
         """The numbers of each call: those kept, or read from the lines, which costs 5 µs a call."""
         if len(self.numbers) == len(self.lines):
@@ -97,8 +87,8 @@ class CallGroup:
 
 @dataclass(slots=True, eq=False)
 class Gathering:
-    """Calls of one kind that began in one hour, as they come. They are kept in columns, and summed in C by `group`:
-    adding them up one by one was a sixth of what a call's line cost."""
+    """Calls of one kind that began in one hour, as they come. They are kept in columns, and summed in C by `groups_of`:
+    adding them up one by one was a sixth of what a call's line cost, and a group for each commit a tenth of that."""
 
     kind: CallKind
     hour: int  # Unix seconds of its start
@@ -112,17 +102,34 @@ class Gathering:
     """`counts`: for all calls that have the same of `TOKEN_FIELDS`, in one order: their counts, of which what is no
     integer (null, where none was reported) is in no sum."""
 
-    def group(self) -> CallGroup:
-        """All that has come."""
-        request_bytes, response_bytes = map(sum, zip(*self.sizes, strict=True))
-        durations_ms, first_bytes_ms = map(list, zip(*self.times, strict=True)) if self.times else ([], [])
-        tokens: dict[str, int] = {}
-        for names, counts in self.counts.items():
-            for name, column in zip(names, zip(*counts, strict=True), strict=True):
-                reported = column if set(map(type, column)) == _INTEGERS else [c for c in column if type(c) is int]
-                if reported:
-                    tokens[name] = tokens.get(name, 0) + sum(reported)
-        return CallGroup(
-            self.kind, self.hour, self.lines, durations_ms, first_bytes_ms, request_bytes, response_bytes, tokens,
-            sum(self.picos), len(self.picos), self.unpriced, self.numbers,
-        )  # fmt: skip
+
+def groups_of(gathered: Iterable[Gathering]) -> list[CallGroup]:
+    """All of these, in their order; those of one kind and hour together. They may be asked again."""
+    alike: dict[tuple[CallKind, int], list[Gathering]] = {}
+    for one in gathered:
+        alike.setdefault((one.kind, one.hour), []).append(one)
+    return [_group(parts) for parts in alike.values()]
+
+
+def _group(parts: Sequence[Gathering]) -> CallGroup:
+    def column(of: Callable[[Gathering], Iterable[_T]]) -> list[_T]:
+        return list(chain.from_iterable(map(of, parts)))
+
+    request_bytes, response_bytes = map(sum, zip(*column(_sizes), strict=True))
+    times = column(_times)
+    durations_ms, first_bytes_ms = map(list, zip(*times, strict=True)) if times else ([], [])
+    counts: dict[tuple[str, ...], list[tuple[Any, ...]]] = {}
+    for part in parts:
+        for names, rows in part.counts.items():
+            counts.setdefault(names, []).extend(rows)
+    tokens: dict[str, int] = {}
+    for names, rows in counts.items():
+        for name, told in zip(names, zip(*rows, strict=True), strict=True):
+            reported = told if set(map(type, told)) == _INTEGERS else [count for count in told if type(count) is int]
+            if reported:
+                tokens[name] = tokens.get(name, 0) + sum(reported)
+    picos = column(_picos)
+    return CallGroup(
+        parts[0].kind, parts[0].hour, column(_lines), durations_ms, first_bytes_ms, request_bytes, response_bytes,
+        tokens, sum(picos), len(picos), sum(part.unpriced for part in parts), column(_numbers),
+    )  # fmt: skip

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import orjson
 
-from sidecar.model.call_group import TOKEN_FIELDS, CallGroup, CallKind, Gathering
+from sidecar.model.call_group import TOKEN_FIELDS, CallGroup, CallKind, Gathering, groups_of
 from sidecar.model.record import Record
 
 KINDS_MAX: Final = 2_000  # remembered, each with a record: 10 MB
@@ -62,7 +62,7 @@ class CallLines:
         """All that was added since the last time: what is to be looked at one by one, and all others."""
         tallied, records = self._tallied, self._records
         self._tallied, self._records = {}, []
-        return records, [one.group() for one in tallied.values()]
+        return records, groups_of(tallied.values())
 
     # One way, and long: each step that were a function of its own would cost each line what calling it does.
     def _tally(self, line: bytes, row: dict[str, Any]) -> str:

@@ -170,12 +170,12 @@ class Billing:
                 self.delivery.note(instance, done.last_seq)
         if self.sums:
             for instance, first_seq, ended, lines in _runs(committed):
-                records = ended.records(instance)
+                records, groups = ended.records(instance), ended.groups()
                 last_seq = first_seq + len(lines) - 1
                 batch = SummedBatch(instance=instance, first_seq=first_seq, last_seq=last_seq, sums=None)
                 for backend in self.sums:
                     whole = replace(batch, stored=lines) if backend.keeps_lines else batch
-                    self._add_up(backend, whole, records, ended.groups)
+                    self._add_up(backend, whole, records, groups)
         self.delivery.wake()
 
     def _add_up(

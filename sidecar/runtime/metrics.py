@@ -12,6 +12,7 @@ says how many. Series that an alert waits for exist at zero from the start, so t
 
 from __future__ import annotations
 
+import logging
 import platform
 from bisect import bisect_left
 from collections import Counter
@@ -29,10 +30,13 @@ from prometheus_client.registry import Collector
 
 import sidecar
 from sidecar.meters.hourly import UNAUTHENTICATED, may_have_price
-from sidecar.model.call_group import CallGroup
+from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, cut
 
+log = logging.getLogger(__name__)
+
+GATHERED_CALLS_MAX: Final = 1_000  # that wait to be counted: their lines are kept meanwhile, 1 MB
 MODELS_MAX: Final = 200  # distinct model names in a label; a deployment rarely uses more than a few dozen
 LABEL_CHARS_MAX: Final = 128  # of a model or a reason; most models have fewer than 60
 OTHER: Final = "other"  # subscribers beyond the cap
@@ -373,7 +377,9 @@ class Metrics(HopEvents, Collector):
         """`subscribers_max`: how many subscribers are told apart, those that call first; 0: none is a label."""
         self._subscribers_max = subscribers_max
         self._subscribers: dict[str, str] = {}  # those told apart -> the label
-        self.days: dict[int, DayTimes] = {}  # by number of the day since 1970, UTC
+        self._days: dict[int, DayTimes] = {}
+        self._gathered: list[Gathering] = []  # not counted yet
+        self._gathered_calls = 0
         self._counters: dict[str, dict[Key, float]] = {n: {} for n, f in FAMILIES.items() if f.kind == "counter"}
         self._histograms: dict[str, dict[Key, Histogram]] = {
             n: {} for n, f in FAMILIES.items() if f.kind == "histogram"
@@ -398,6 +404,8 @@ class Metrics(HopEvents, Collector):
 
     def call_ended(self, exchange: Exchange) -> None:
         """Count one call, its times, bytes and tokens. Of a WebSocket's message only the tokens."""
+        if self._subscribers_max:  # which are told apart is decided in the order of their calls
+            self._count_gathered()
         payer = self._payer(exchange.subscriber, exchange.status, exchange.outcome)
         if exchange.parent_id is not None:
             if exchange.usage is not None:
@@ -424,8 +432,23 @@ class Metrics(HopEvents, Collector):
         if exchange.usage is not None:
             self._count_usage(exchange, payer)
 
-    def calls_ended(self, group: CallGroup) -> None:
-        """The same for plain calls that differ in numbers only."""
+    def calls_ended(self, gathered: Gathering) -> None:
+        """The same for calls that differ in numbers only. They are counted together with those that come after them,
+        when somebody looks: commits are many, and each would cost what hundreds of calls do."""
+        self._gathered.append(gathered)
+        self._gathered_calls += len(gathered.lines)
+        if self._gathered_calls > GATHERED_CALLS_MAX:
+            self._count_gathered()
+
+    def _count_gathered(self) -> None:
+        gathered, self._gathered, self._gathered_calls = self._gathered, [], 0
+        for group in groups_of(gathered):
+            try:
+                self._count_group(group)
+            except Exception:
+                log.exception("calls could not be counted; they are recorded all the same")
+
+    def _count_group(self, group: CallGroup) -> None:
         record = group.kind.example
         method = record.method if record.method in METHODS else "other"
         key = (record.route or "other", method, STATUS_CLASSES[(record.status or 0) // 100], record.outcome)
@@ -449,6 +472,12 @@ class Metrics(HopEvents, Collector):
                 self._add_cost(record.usage, group.cost_pico / PICO, record.route, payer)
             if group.unpriced and may_have_price(record.usage):
                 self._add_unpriced(record.usage, group.unpriced)
+
+    @property
+    def days(self) -> Mapping[int, DayTimes]:
+        """By number of the day since 1970, UTC."""
+        self._count_gathered()
+        return self._days
 
     def add_day(self, number: int, times: DayTimes) -> None:
         """More times of a day."""
@@ -540,6 +569,7 @@ class Metrics(HopEvents, Collector):
 
     def exposition(self, gauges: Gauges) -> bytes:
         """The text that Prometheus scrapes, with the figures of the moment."""
+        self._count_gathered()
         self._set_gauges(gauges)
         registry = CollectorRegistry(auto_describe=False)
         registry.register(self)
@@ -566,11 +596,11 @@ class Metrics(HopEvents, Collector):
         counts[key] = counts.get(key, 0) + count
 
     def _day(self, number: int) -> DayTimes:
-        found = self.days.get(number)
+        found = self._days.get(number)
         if found is None:
-            found = self.days[number] = DayTimes()
-            while len(self.days) > DAYS_MAX:
-                del self.days[min(self.days)]
+            found = self._days[number] = DayTimes()
+            while len(self._days) > DAYS_MAX:
+                del self._days[min(self._days)]
         return found
 
     def _payer(self, subscriber: Subscriber | None, status: int | None, outcome: Outcome) -> str | None:

@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
-from sidecar.model.call_group import CallGroup
+from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
 from sidecar.model.record import Record, encode_exactly, record_of
 from sidecar.model.record_id import CHANCE_BYTES
@@ -49,7 +49,7 @@ _TAIL: Final = -2 * CHANCE_BYTES  # where an id says who gave it
 
 class IntakeMetrics(Protocol):
     def call_ended(self, exchange: Exchange) -> None: ...
-    def calls_ended(self, group: CallGroup) -> None: ...
+    def calls_ended(self, gathered: Gathering) -> None: ...
     def add(self, counts: Sequence[tuple[str, str, float]]) -> None: ...
 
 
@@ -59,7 +59,7 @@ class Reading(Protocol):
     def line(
         self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int
     ) -> bytes | None: ...
-    def take_groups(self) -> Sequence[CallGroup]: ...
+    def take_gathered(self) -> Sequence[Gathering]: ...
     def exchange(self, plain: PlainExchange) -> Exchange: ...
 
 
@@ -67,31 +67,29 @@ class Reading(Protocol):
 class Ended:
     """What a batch of records holds, as far as it need not be read back from their lines.
 
-    `exchanges`: number, line and, where the line says exactly what it does, the exchange. `groups`: all others.
+    `exchanges`: number, line and, where the line says exactly what it does, the exchange. `gathered`: all others.
     """
 
     exchanges: list[tuple[int, bytes, Exchange | None]] = field(default_factory=list)
-    groups: list[CallGroup] = field(default_factory=list)
+    gathered: list[Gathering] = field(default_factory=list)
     _records: list[Record] | None = None
 
     @property
     def calls(self) -> int:
-        return len(self.exchanges) + sum(group.calls for group in self.groups)
+        return len(self.exchanges) + sum(len(one.lines) for one in self.gathered)
 
     def join(self, other: Ended) -> None:
         """Take in what follows. Takes `other` over."""
         self.exchanges += other.exchanges
+        self.gathered += other.gathered
         self._records = None
-        kinds = {(group.kind, group.hour): group for group in self.groups}
-        for group in other.groups:
-            found = kinds.setdefault((group.kind, group.hour), group)
-            if found is group:
-                self.groups.append(group)
-            else:
-                found.join(group)
+
+    def groups(self) -> list[CallGroup]:
+        """Those that are no records."""
+        return groups_of(self.gathered)
 
     def records(self, instance: str) -> list[Record]:
-        """Those that are in no group. Raises `ValueError` for a line that is no record."""
+        """Those that were not gathered. Raises `ValueError` for a line that is no record."""
         if self._records is None:  # whoever delivers and whoever adds up ask for the same
             self._records = [
                 Record.from_json(line)
@@ -304,8 +302,8 @@ class Intake:
             source.waiting += 1
         batch.done = lambda done: self._stored(done, told_to, ended)
         self._submit(batch)
-        for group in ended.groups:  # while the disk is at work: responses may wait for that
-            self._count(group)
+        for gathered in ended.gathered:
+            self._metrics.calls_ended(gathered)
 
     def _read_ended(self, batch: Batch, arrived: Sequence[tuple[Source, Told]]) -> Ended:
         ended = Ended()
@@ -316,7 +314,7 @@ class Intake:
         batch.size_bytes += sum(map(len, batch.lines))
         for source, _ in arrived:
             if source.reading is not None:
-                ended.groups.extend(source.reading.take_groups())
+                ended.gathered.extend(source.reading.take_gathered())
         return ended
 
     def _add_ended(self, batch: Batch, ended: Ended, source: Source, entries: Sequence[Sequence[Any]]) -> None:
@@ -387,12 +385,9 @@ class Intake:
             source.reading = self._make_reading(self._instance)
         return source.reading
 
-    def _count(self, ended: Exchange | CallGroup) -> None:
+    def _count(self, exchange: Exchange) -> None:
         try:
-            if isinstance(ended, CallGroup):
-                self._metrics.calls_ended(ended)
-            else:
-                self._metrics.call_ended(ended)
+            self._metrics.call_ended(exchange)
         except Exception:
             log.exception("a call could not be counted; it is recorded all the same")
 

@@ -43,7 +43,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import orjson
 
@@ -683,8 +683,7 @@ def remove_drafts(slot: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-@dataclass(slots=True, frozen=True)
-class Confirmed:
+class Confirmed(NamedTuple):
     """The last commit that a writer knows to be on disk."""
 
     segment: int
@@ -704,8 +703,7 @@ class CommitMark:
 
     def write(self, confirmed: Confirmed) -> None:
         """Never fails: without it readers see a commit when the next one is there."""
-        numbers = (confirmed.segment, confirmed.commit_number, confirmed.last_seq, confirmed.recorded)
-        body = _MARK.pack(_MARK_MAGIC, 0, *numbers)[_CHECKED_FROM:]
+        body = _MARK.pack(_MARK_MAGIC, 0, *confirmed)[_CHECKED_FROM:]
         with contextlib.suppress(OSError):
             if self._fd < 0:
                 self._fd = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, PRIVATE)

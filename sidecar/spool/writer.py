@@ -19,9 +19,8 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from sidecar.spool import files
 from sidecar.spool.recovery import Position
@@ -41,8 +40,7 @@ class CreateSegment(Protocol):
     def __call__(self, path: Path, number: int, instance: str, *, allocate_bytes: int) -> Segment: ...
 
 
-@dataclass(slots=True, frozen=True)
-class Committed:
+class Committed(NamedTuple):
     """What one commit stored, for the loop."""
 
     batches: tuple[Batch, ...]
@@ -53,8 +51,7 @@ class Committed:
     last_seq: int
 
 
-@dataclass(slots=True, frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """One commit, and what it changes in the calls that are open."""
 
     group: Group

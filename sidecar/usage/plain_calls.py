@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from sidecar.model.call_group import HOUR_S, CallGroup, CallKind, Gathering
+from sidecar.model.call_group import HOUR_S, CallKind, Gathering
 from sidecar.model.exchange import (
     Exchange,
     PlainExchange,
@@ -116,8 +116,8 @@ class PlainReader:
 
     # One way, and long: each step that were a function of its own would cost each call what calling it does.
     def line(self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int) -> bytes | None:
-        """The record's line of a call as `frames` packs it, counted in `take_groups`; None where it is to be read as an
-        `exchange`, for a call that is in any way unusual."""
+        """The record's line of a call as `frames` packs it, counted in `take_gathered`; None where it is to be read as
+        an `exchange`, for a call that is in any way unusual."""
         (
             _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, opened_ns, first_byte_ms,
             duration_ms, response_bytes, response_head, response_body, first_token_ns,
@@ -172,12 +172,12 @@ class PlainReader:
             gathering.counts[names].append(counts)
         return line
 
-    def take_groups(self) -> Sequence[CallGroup]:
+    def take_gathered(self) -> Sequence[Gathering]:
         """What was counted since the last time."""
         gathered, self._gathered = self._gathered, []
         for gathering in gathered:
             gathering.kind.gathering = None
-        return [gathering.group() for gathering in gathered]
+        return gathered
 
     # For the others
 

@@ -29,7 +29,7 @@ import streams  # noqa: E402
 from sidecar.backends import backend_settings  # noqa: E402
 from sidecar.meters.buckets import batch_sums  # noqa: E402
 from sidecar.meters.definition import DEFAULT_METERS, Meter, read_meters  # noqa: E402
-from sidecar.model.call_group import CallGroup  # noqa: E402
+from sidecar.model.call_group import Gathering, groups_of  # noqa: E402
 from sidecar.model.exchange import (  # noqa: E402
     Exchange,
     Outcome,
@@ -225,14 +225,15 @@ class Metering:
     def pack(self) -> bytes:
         return encode_frame(1, admitted=CALLS, ended=self.calls)
 
-    def lines(self) -> Sequence[CallGroup]:
+    def lines(self) -> Sequence[Gathering]:
         for seq, entry in enumerate(self.told.ended):
             self.reader.line(entry, self.shape, self.response, seq=seq)
-        return self.reader.take_groups()
+        return self.reader.take_gathered()
 
-    def counted(self, groups: Sequence[CallGroup]) -> None:
-        for group in groups:
-            self.metrics.calls_ended(group)
+    def counted(self, gathered: Sequence[Gathering]) -> None:
+        for one in gathered:
+            self.metrics.calls_ended(one)
+        assert self.metrics.days  # now they are
 
 
 def counted(run: Callable[[], object]) -> str:
@@ -309,9 +310,9 @@ async def share_of_an_expression(wires: Wires, metering: Metering) -> None:
 
     def stages(meters: Sequence[Meter]) -> None:
         reader._keep_numbers = meters is WITH_CEL  # as it does where a meter has an expression
-        groups = metering.lines()
-        metering.counted(groups)
-        batch_sums([], meters, groups)
+        gathered = metering.lines()
+        metering.counted(gathered)
+        batch_sums([], meters, groups_of(gathered))
 
     def hop() -> None:
         for _ in range(CALLS):
@@ -344,7 +345,7 @@ async def main() -> None:
     wires, careful = Wires(), Wires(plain=False)
     exchange = wires.finished()
     metering = Metering(exchange)
-    groups = metering.lines()
+    gathered = metering.lines()
     print(f"{'':24}{'CPU a call':>11}   bytecodes, functions: Python, C")
     await part("hop, short way", wires.call)
     await part("hop, careful way", careful.call)
@@ -354,11 +355,12 @@ async def main() -> None:
     await part("frame written", metering.pack, CALLS)
     await part("frame read", lambda: decode_frame(metering.frame), CALLS)
     await part("lines, short way", metering.lines, CALLS)
-    await part("counts, short way", lambda: metering.counted(groups), CALLS)
-    await part("sums, short way", lambda: batch_sums([], DEFAULT_METERS, groups), CALLS)
+    await part("counts, short way", lambda: metering.counted(gathered), CALLS)
+    await part("sums, short way", lambda: batch_sums([], DEFAULT_METERS, groups_of(gathered)), CALLS)
     metering.reader._keep_numbers = True  # as it does where a meter has an expression
     await part("lines, short way, numbers kept", metering.lines, CALLS)
-    groups = metering.lines()
+    gathered = metering.lines()
+    groups = groups_of(gathered)
     await part("sums, short way, and one meter in CEL", lambda: batch_sums([], WITH_CEL, groups), CALLS)
     records = [record for group in groups for record in group.records()]
     await part("sums, careful way", lambda: batch_sums(records, DEFAULT_METERS), CALLS)

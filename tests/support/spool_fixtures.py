@@ -13,7 +13,7 @@ from typing import Any
 
 import orjson
 
-from sidecar.model.call_group import CallGroup
+from sidecar.model.call_group import Gathering
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.spool import Limits, Spool, SpoolReader
 from sidecar.spool.recorder import SpoolRecorder
@@ -41,7 +41,7 @@ class Told:
         self.uncommitted = 0
         self.commits: list[tuple[int, int, float]] = []
 
-    def calls_ended(self, group: CallGroup) -> None:
+    def calls_ended(self, gathered: Gathering) -> None:
         """Plain calls have no reader here."""
 
     def call_ended(self, exchange: Exchange) -> None:

@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import sys
+from dataclasses import replace
 from math import nextafter
 from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.model.call_group import CallKind, Gathering
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
-from sidecar.runtime.metrics import FAMILIES, MODELS_MAX, REASONS_MAX, SECONDS, Gauges, Histogram, HopCounts, Metrics
+from sidecar.model.record import encode
+from sidecar.runtime.metrics import (
+    FAMILIES,
+    GATHERED_CALLS_MAX,
+    MODELS_MAX,
+    REASONS_MAX,
+    SECONDS,
+    Gauges,
+    Histogram,
+    HopCounts,
+    Metrics,
+)
 
 
 def call(
@@ -180,3 +194,50 @@ def test_times_counted_together_are_those_counted_one_by_one() -> None:
         one_by_one.observe(each)
     assert together.counts == one_by_one.counts
     assert together.total == pytest.approx(one_by_one.total)
+
+
+def gathered(line: bytes, hour: int = 0, calls: int = 1) -> Gathering:
+    return Gathering(CallKind(line), hour, [line] * calls, [(10, 20)] * calls, [(12.0, 3.0)] * calls)
+
+
+def test_calls_that_came_together_are_counted_once_when_somebody_looks() -> None:
+    metrics = Metrics()
+    line = encode(call(), seq=1, instance="a")
+    metrics.calls_ended(gathered(line, calls=3))
+    metrics.calls_ended(gathered(line, hour=86_400, calls=2))
+    for _ in range(2):
+        seen = samples(metrics)
+        assert seen[("sidecar_call_duration_seconds_count", ("outcome", "complete"))] == 5
+        assert seen[("sidecar_first_byte_seconds_sum",)] == pytest.approx(5 * 0.003)
+        assert seen[("sidecar_request_bytes_total",)] == 50
+    metrics.calls_ended(gathered(line))
+    assert {day: sum(times.whole.counts) for day, times in metrics.days.items()} == {0: 4, 1: 2}
+
+
+def test_of_calls_that_wait_to_be_counted_only_so_many_are_kept() -> None:
+    metrics = Metrics()
+    kept = gathered(encode(call(), seq=1, instance="a"), calls=GATHERED_CALLS_MAX)
+    metrics.calls_ended(kept)
+    before = sys.getrefcount(kept)
+    metrics.calls_ended(gathered(encode(call(), seq=2, instance="a")))
+    assert sys.getrefcount(kept) == before - 1
+
+
+def test_calls_that_cannot_be_counted_hide_no_others(caplog: pytest.LogCaptureFixture) -> None:
+    metrics = Metrics()
+    metrics.calls_ended(gathered(b"no record"))
+    metrics.calls_ended(gathered(encode(call(), seq=1, instance="a")))
+    assert samples(metrics)[("sidecar_request_bytes_total",)] == 10
+    assert [record.message for record in caplog.records] == [
+        "calls could not be counted; they are recorded all the same"
+    ]
+
+
+def test_those_who_call_first_are_told_apart_whichever_way_their_calls_are_counted() -> None:
+    metrics = Metrics(subscribers_max=1)
+    first, second = (replace(call(), subscriber=Subscriber(name, "header:x-tenant")) for name in ("first", "second"))
+    metrics.calls_ended(gathered(encode(first, seq=1, instance="a")))
+    metrics.call_ended(second)
+    seen = samples(metrics)
+    assert seen[("sidecar_subscriber_calls_total", ("subscriber", "first"))] == 1
+    assert seen[("sidecar_subscriber_calls_total", ("subscriber", "other"))] == 1

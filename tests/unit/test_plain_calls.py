@@ -19,7 +19,7 @@ from support.usage_samples import load as load_samples
 from sidecar.backends import backend_settings
 from sidecar.meters.buckets import add_batches, batch_sums
 from sidecar.meters.definition import DEFAULT_METERS, Meter
-from sidecar.model.call_group import CallGroup
+from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape, Subscriber
 from sidecar.model.record import Record, encode, record_of
 from sidecar.prices import price_book
@@ -58,7 +58,7 @@ def call(sample: Sample, request: RequestShape, response: ResponseShape, number:
 
 def both(
     calls: Sequence[PlainExchange], *, numbers: bool = False
-) -> tuple[list[bytes], list[Exchange], Sequence[CallGroup]]:
+) -> tuple[list[bytes], list[Exchange], Sequence[Gathering]]:
     """Line by line: what the short way writes (what it gives back is written as an exchange), and the exchanges."""
     settings = SETTINGS if not numbers else replace(SETTINGS, meters=({"aggregation": {"expression": "1"}},))
     reader = factory.plain_readers(settings, Metrics(), BOOK)("inst")
@@ -73,7 +73,7 @@ def both(
         exchanges.append(exchange)
         line = reader.line(entry, plain.shape, plain.response, seq=seq)
         lines.append(encode(exchange, seq=seq, instance="inst") if line is None else line)
-    return lines, exchanges, reader.take_groups()
+    return lines, exchanges, reader.take_gathered()
 
 
 @pytest.mark.parametrize("name", sorted(SAMPLES))
@@ -94,8 +94,8 @@ def test_the_commonest_families_take_it() -> None:
         if name.startswith("anthropic"):
             document["usage"].pop("output_tokens_details", None)
         sample = replace(sample, body=orjson.dumps(document))
-        _, _, groups = both([call(sample, *shapes(sample), number) for number in range(3)])
-        assert [group.calls for group in groups] == [3], name
+        _, _, gathered = both([call(sample, *shapes(sample), number) for number in range(3)])
+        assert [group.calls for group in groups_of(gathered)] == [3], name
 
 
 def chat(model: str, entered: int, said: int, cached: int | None, reason: str) -> bytes:
@@ -137,7 +137,8 @@ def test_groups_add_up_to_what_their_records_do(
         for number, (*chat_of, whose, later_s, known) in enumerate(made)
         for body in [chat(*chat_of)]
     ]
-    lines, exchanges, groups = both(calls, numbers=numbers)
+    lines, exchanges, gathered = both(calls, numbers=numbers)
+    groups = groups_of(gathered)
     assert all(len(group.numbers) == (group.calls if numbers else 0) for group in groups)
     records = [
         record_of(exchange, seq=seq, instance="inst", line=line)
@@ -156,8 +157,8 @@ def test_groups_add_up_to_what_their_records_do(
     for exchange in exchanges:
         if exchange.id not in grouped:
             together.call_ended(exchange)
-    for group in groups:
-        together.calls_ended(group)
+    for one in gathered:
+        together.calls_ended(one)
     assert counted(together) == counted(one_by_one)
 
 
@@ -217,7 +218,8 @@ def test_streams_are_lines_and_sums_like_others(name: str, data: st.DataObject) 
         )
         for number, body in enumerate(data.draw(st.lists(streams(name), min_size=1, max_size=4)))
     ]  # fmt: skip
-    lines, exchanges, groups = both(calls)
+    lines, exchanges, gathered = both(calls)
+    groups = groups_of(gathered)
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
         assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
         assert faults(line) == []
@@ -233,8 +235,8 @@ def test_streams_are_lines_and_sums_like_others(name: str, data: st.DataObject) 
         one_by_one.call_ended(exchange)
         if exchange.id not in grouped:
             together.call_ended(exchange)
-    for group in groups:
-        together.calls_ended(group)
+    for one in gathered:
+        together.calls_ended(one)
     assert counted(together) == pytest.approx(counted(one_by_one), rel=1e-12)
 
 
@@ -245,7 +247,7 @@ def test_usual_streams_are_added_up_together(name: str) -> None:
         replace(call(sample, *shapes(sample), number), first_byte_ms=1.5, duration_ms=80.25, first_token_ns=7)
         for number in range(3)
     ]
-    _, _, groups = both(calls)
+    groups = groups_of(both(calls)[2])
     assert [group.calls for group in groups] == [3]
     assert (groups[0].first_bytes_ms, groups[0].durations_ms) == ([1.5] * 3, [80.25] * 3)
 
@@ -262,8 +264,8 @@ def counted(metrics: Metrics) -> dict[str, float]:
 def test_a_text_that_cannot_be_stored_goes_the_careful_way() -> None:
     sample = SAMPLES["openai_chat.json"]
     request, response = shapes(sample, url="http://up/\udcff")
-    lines, _, groups = both([call(sample, request, response, 1)])
-    assert not groups
+    lines, _, gathered = both([call(sample, request, response, 1)])
+    assert not gathered
     assert Record.from_json(lines[0]).url == "http://up/?"
 
 
@@ -365,14 +367,15 @@ def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool,
         replace(call(sample, *ours, number), request_body=asked, response_body=body)
         for number, (asked, body) in enumerate(made)
     ]
-    lines, exchanges, groups = both(calls, numbers=True)
+    lines, exchanges, gathered = both(calls, numbers=True)
+    groups = groups_of(gathered)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Plan, "_usual", long_way)
-        expected_lines, _, expected_groups = both(calls, numbers=True)
+        expected_lines, _, expected = both(calls, numbers=True)
     assert lines == expected_lines  # byte for byte
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
         assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
-    assert [facts(group) for group in groups] == [facts(group) for group in expected_groups]
+    assert [facts(group) for group in groups] == [facts(group) for group in groups_of(expected)]
     for group in groups:  # sums of columns are the sums of what the lines say
         rows = [json.loads(line)["usage"] for line in group.lines]
         names = {name for row in rows for name in row if name.endswith("_tokens")}
@@ -412,7 +415,7 @@ def test_the_usual_chat_takes_the_shortest_way(monkeypatch: pytest.MonkeyPatch) 
     reader = factory.plain_readers(SETTINGS, Metrics(), BOOK)("inst")
     for entry in decode_frame(encode_frame(1, admitted=len(calls), ended=calls)).ended:
         assert reader.line(entry, *ours, seq=1) is not None
-    (group,) = reader.take_groups()
+    (group,) = groups_of(reader.take_gathered())
     assert group.calls == group.priced == 12
     assert group.tokens == {
         "input_tokens": 300, "output_tokens": 594, "total_tokens": 894, "cache_read_input_tokens": 48,
