@@ -331,8 +331,8 @@ class Plan:
                 or min(counts) < 0
                 or entered + said != stated
                 or stated > COUNT_MAX
-                or max(taken.values(), default=0) > entered
-                or max(given.values(), default=0) > said
+                or (taken and max(taken.values()) > entered)
+                or (given and max(given.values()) > said)
             ):
                 return None
         except Exception:  # noqa: BLE001 - a member is missing, or another thing than usual
