@@ -11,7 +11,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 from sidecar.backends.base import Policy
 from sidecar.model.delivery import Abilities, Encoded, Event, Sealed, Withheld
@@ -35,8 +35,7 @@ def batch_key(events: Sequence[Event]) -> str:
     return f"{head}-{len(events)}-{_digest((e.event_id for e in events), 16)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Piece:
+class Piece(NamedTuple):
     """One event and its bytes, before requests are cut."""
 
     event: Event

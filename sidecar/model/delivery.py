@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol, runtime_checkable
 
 if TYPE_CHECKING:
     from sidecar.model.call_group import CallGroup
@@ -103,8 +103,7 @@ class Abilities:
     resend_unknown: bool = False  # the operator's word that doubles are acceptable
 
 
-@dataclass(slots=True, frozen=True)
-class Event:
+class Event(NamedTuple):
     """One wire event inside a sealed request."""
 
     record_id: str
