@@ -630,13 +630,14 @@ class Worker:
 
     def _look_s(self) -> float | None:
         """When new records are looked for; None: there are none. After a batch that could not be added, not before the
-        next try of it."""
+        next try of it, which while the backend is slow is its next probe."""
         look_s = self._feed.next_look_s
         if self._sums is None:
             return look_s
+        next_try_s = self._breaker.next_probe_s if self._breaker.slow else self._sums_wait_s
         if self._feed.waiting:
-            return self._sums_wait_s
-        return None if look_s is None else max(look_s, self._sums_wait_s)
+            return next_try_s
+        return None if look_s is None else max(look_s, next_try_s)
 
     def _next_probe_s(self, now: Now) -> float:
         """While slow or paused: when there may be something to probe with, and it may go."""

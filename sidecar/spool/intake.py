@@ -18,7 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final, Protocol, TypeVar
 
 from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
@@ -42,6 +42,8 @@ from sidecar.spool.frames import (
 from sidecar.spool.types import Batch, Tally, encode_intent, settle
 
 log = logging.getLogger("sidecar.intake")
+
+_Ended = TypeVar("_Ended")  # one call, or some that were gathered
 
 SHAPES_MAX: Final = 4_096  # remembered of each source; a frame brings all that it needs
 _TAIL: Final = -2 * CHANCE_BYTES  # where an id says who gave it
@@ -303,7 +305,7 @@ class Intake:
         batch.done = lambda done: self._stored(done, told_to, ended)
         self._submit(batch)
         for gathered in ended.gathered:
-            self._metrics.calls_ended(gathered)
+            self._count(self._metrics.calls_ended, gathered)
 
     def _read_ended(self, batch: Batch, arrived: Sequence[tuple[Source, Told]]) -> Ended:
         ended = Ended()
@@ -351,7 +353,7 @@ class Intake:
         seq = self._seq + 1
         line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
         ended.exchanges.append((seq, line, exchange if exact else None))
-        self._count(exchange)
+        self._count(self._metrics.call_ended, exchange)
         return line
 
     def _set_price(self, exchange: Exchange) -> None:
@@ -385,9 +387,9 @@ class Intake:
             source.reading = self._make_reading(self._instance)
         return source.reading
 
-    def _count(self, exchange: Exchange) -> None:
+    def _count(self, count: Callable[[_Ended], None], ended: _Ended) -> None:
         try:
-            self._metrics.call_ended(exchange)
+            count(ended)
         except Exception:
             log.exception("a call could not be counted; it is recorded all the same")
 

@@ -77,12 +77,14 @@ def handed(backend: LedgerBackend, first: int, last: int) -> SummedBatch:
     return SummedBatch(instance="one", first_seq=first, last_seq=last, sums=sums, stored=stored)
 
 
+@pytest.mark.parametrize("down_after", [5, 1], ids=["failed once", "is down"])
 @pytest.mark.parametrize("handed_over", [False, True])
 async def test_a_ledger_that_took_nothing_is_left_alone_until_its_next_try(
-    world: World, turns: Turns, handed_over: bool
+    world: World, turns: Turns, handed_over: bool, down_after: int
 ) -> None:
     world.begin("ledger")
-    world.clock, world.limits = None, Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01)
+    world.clock = None
+    world.limits = Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01, down_after=down_after)
     store = Away(world.directory / "ledger.db")
     backend: LedgerBackend = made(LedgerBackend, open_ledger=lambda: store, denied="send")
     world.spool.add(1)
