@@ -251,14 +251,14 @@ class Call:
         return call
 
     def stream_on(self, head: bytes, body_bytes: int, *, recorded: bool) -> None:
-        """The client has had the head and so many bytes of the body of a response in chunks, of which the next byte is
-        the first of a chunk. `recorded`: its end mark was among them. To be called next to `resume`."""
+        """The client has had the head and so many bytes of the body of a response; where that is in chunks, the next
+        byte is the first of one. `recorded`: its end mark was among them. To be called next to `resume`."""
         response = self.response
         assert response is not None
         response.mute = True
         response.feed(head)
         response.mute = self.client is None
-        response.body_bytes = body_bytes
+        response.skip(body_bytes)
         response.ended = recorded
         self._keep_alive = True
         self.phase = Phase.TRAILING if recorded else STREAMING

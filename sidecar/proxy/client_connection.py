@@ -7,6 +7,8 @@ What must always hold here:
 - No next call while the client's transport is full, or while one is open: what a client does not read costs nobody
   anything, and is not asked of the upstream.
 - What is read and not parsed yet is at most one read of the socket. Until it is worked off the socket is not read.
+- A plain request with a small body is waited for, a moment, so that it can go whole. If it does not come in time the
+  head goes on alone, as do those of the next requests on that connection.
 - What stands behind a request that offers another protocol is that protocol's, or HTTP, and which of the two is known
   only by the response. Until then it is kept, and given to neither. Bytes of a body are given to its call alone.
 """
@@ -17,9 +19,10 @@ import logging
 import re
 import socket
 import struct
-from asyncio import BaseTransport
+from asyncio import BaseTransport, TimerHandle
 from collections.abc import Callable
 from enum import IntEnum
+from time import monotonic_ns
 from typing import Final
 
 from sidecar.proxy import local_responses
@@ -47,6 +50,8 @@ HEAD_END: Final = b"\r\n\r\n"
 AHEAD_BYTES_MAX: Final = 65_536  # what a client may send ahead of a 101 before it is no longer read
 BORDER_BYTES: Final = len(LAST_CHUNK) - 3  # of `0 CR LF CR LF` all but one
 PIECE_BYTES: Final = 16_384  # given to the parser at once: it copies what it does not parse, so it is given little
+REST_WAIT_S: Final = 0.002  # for a body behind its head: most clients write the two one after the other
+UNWAITED: Final = 16  # requests on a connection, behind one whose body came later
 WAITING_MAX: Final = PIPELINE_MAX // 2  # requests parsed ahead; the parser stops by itself at twice as many
 RESET: Final = struct.pack("ii", 1, 0)  # SO_LINGER: close with a reset, so that a cut cannot look like an end
 
@@ -102,10 +107,11 @@ class Client(ClientProtocol):
     """One client connection."""
 
     __slots__ = (
-        "_ahead", "_at", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop", "_input", "_last_bytes",
-        "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
-        "_queue", "_taking", "_tunnel", "_unread", "_unsent", "_upgrade_body", "_upgrade_left", "_uploading", "call",
-        "deadline", "full", "peer", "plainly",
+        "_ahead", "_at", "_begun", "_begun_ns", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop",
+        "_input", "_last_bytes", "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own",
+        "_parser_holds", "_plain", "_queue", "_rest_late", "_sized", "_sized_left", "_taking", "_tunnel", "_unread",
+        "_unsent", "_unwaited", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full", "peer",
+        "plainly",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
@@ -126,6 +132,11 @@ class Client(ClientProtocol):
         # change it clears this first; it is looked at as a whole again when something comes between two calls.
         self.plainly = False
         self._called = False  # a call has been over on it
+        # A plain request of which not all has come, since when, and until when it is waited for.
+        self._begun = b""
+        self._begun_ns = 0
+        self._rest_late: TimerHandle | None = None
+        self._unwaited = 0  # so many more are not waited for: one has come late
         self.deadline = NEVER
         self.full = False  # the client does not read as fast as we write
         # what came and is not parsed
@@ -136,6 +147,8 @@ class Client(ClientProtocol):
         # the head and the body that are coming
         self._head_bytes = 0  # of a head that is still coming
         self._border = b""  # the last bytes that were parsed: the end of a head may begin in them
+        self._sized: StreamReader | None = None  # a sized body that is still coming, behind a request by itself
+        self._sized_left = 0
         self._uploading: StreamReader | None = None  # a chunked body that is still coming
         self._last_bytes = b""  # of what came while it did
         self._upgrade_body: StreamReader | None = None  # the body of a request that offers another protocol
@@ -169,6 +182,8 @@ class Client(ClientProtocol):
             self.reject(local_responses.TOO_MANY, "connections", linger=self._clients.may_linger)
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        if self._begun:
+            self._go_without_rest()
         self._clients.closed(self)
         super().connection_lost(exc)
         self.plainly = False
@@ -182,9 +197,45 @@ class Client(ClientProtocol):
 
     def data_received(self, data: bytes) -> None:
         """The one place that decides which way bytes go, before the first of them is looked at."""
+        if self._begun:
+            data, self._begun = self._begun + data, b""
         plain = self._plain
         if plain is not None and self.call is None and (self.plainly or self._begins_anew()) and plain.take(self, data):
+            if self._rest_late is not None and not self._begun:
+                self._rest_came()
             return
+        self._go_with_care(data)
+
+    def wait_for_rest(self, data: bytes) -> bool:
+        """Keep the beginning of a plain request for the rest to come. False: it is not waited for."""
+        if self._rest_late is None:
+            if self._unwaited:
+                self._unwaited -= 1
+                return False
+            self._begun_ns = monotonic_ns()
+            self._rest_late = self._hop.loop.call_later(REST_WAIT_S, self._go_without_rest)
+            self.deadline = NEVER
+        self._begun = data
+        return True
+
+    def _rest_came(self) -> None:
+        """The request is whole, and went the short way."""
+        if self._rest_late is not None:
+            self._rest_late.cancel()
+            self._rest_late = None
+        if isinstance(self.call, PlainCall):
+            self.call.began_at(self._begun_ns)
+
+    def _go_without_rest(self) -> None:
+        self._unwaited = UNWAITED
+        data, self._begun = self._begun, b""
+        if data:
+            self._go_with_care(data)
+
+    def _go_with_care(self, data: bytes) -> None:
+        if self._rest_late is not None:
+            self._rest_late.cancel()
+            self._rest_late = None
         self.plainly = False
         if self._input is Input.REQUESTS:
             self._parse(data)
@@ -327,6 +378,7 @@ class Client(ClientProtocol):
             return
         if messages:
             self._may_hold = not self._is_all(messages, before, data)
+            self._await_body(messages)
             if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
@@ -335,6 +387,8 @@ class Client(ClientProtocol):
             if self.call is None:
                 self._take()
                 return
+        elif self._sized is not None:
+            self._sized_came(self._sized, len(data))
         elif self._uploading is not None:
             self._last_bytes = (self._last_bytes + data)[-len(LAST_CHUNK) :]
             if self._uploading.is_eof():
@@ -356,6 +410,21 @@ class Client(ClientProtocol):
         length = message.headers.get("Content-Length", "")
         end = data.find(HEAD_END)
         return len(messages) == 1 and end >= 0 and length.isdecimal() and end + len(HEAD_END) + int(length) == len(data)
+
+    def _await_body(self, messages: Messages) -> None:
+        """Of one request that came by itself, the sized body that is still to come."""
+        message, payload = messages[-1]
+        self._sized = None
+        if len(messages) == 1 and not (message.chunked or message.upgrade or payload.is_eof()):
+            self._sized = payload
+            self._sized_left = _length(message) - payload.total_bytes
+
+    def _sized_came(self, payload: StreamReader, size: int) -> None:
+        """More of it: where it ends with what came, the parser holds nothing of the next request."""
+        self._sized_left -= size
+        if self._sized_left <= 0:
+            self._sized = None
+            self._may_hold = self._sized_left < 0 or not payload.is_eof()
 
     def _body_waits(self) -> bool:
         """Whether what comes is the body of a request that waits its turn, behind the call that is open."""
@@ -470,7 +539,7 @@ class Client(ClientProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether it is open, and no call is."""
-        return self.call is None and self.transport is not None and not self._closing
+        return self.call is None and self.transport is not None and not (self._closing or self._begun)
 
     def is_new(self, within_s: float) -> bool:
         """Whether it was made so lately that its first request may still be under way."""
@@ -485,6 +554,8 @@ class Client(ClientProtocol):
 
     def stop(self) -> None:
         """Close if no call is open; else the open one is the last."""
+        if self._begun:
+            self._go_without_rest()
         if self.is_idle:
             self._hang_up(linger=False)
 

@@ -1,14 +1,16 @@
-"""The short way of a plain call: one request in one piece, one response in one piece, and nothing to be judged.
+"""The short way of a plain call: one request that came whole, and nothing to be judged.
 
-Which way a request takes is decided before its first byte is parsed, by what came in one read: a whole plain head
-(`plain_head`) and its whole body, on a connection on which nothing else is under way, with an upstream connection at
-hand. All others go through `client_connection` and `call`.
+Which way a request takes is decided before its first byte is parsed, by what came: a whole plain head (`plain_head`)
+and its whole body, on a connection on which nothing else is under way, with an upstream connection at hand. Where the
+body is still to come the client's connection waits for it, a moment. All others go through `client_connection` and
+`call`.
 
-From there on only three things go the short way: a whole plain response in one read; a plain stream, of which every
-read is whole chunks of whole events up to the last one; and the commit of the record. Whatever else happens (a response
-that comes in other pieces, a client that leaves or is slow, a lost connection, a deadline, a stop) makes it a `Call`,
-which is in phase `WAITING` and has read nothing of the response, or in phase `STREAMING` at the border of a chunk, and
-*that* is told what happened. So there is one set of rules for everything that can go wrong.
+From there on only four things go the short way: a whole plain response in one read; a document in pieces; a plain
+stream, of which every read is whole chunks of whole events up to the last one; and the commit of the record. Whatever
+else happens (another response, a client that leaves or is slow, a lost connection, a deadline, a stop) makes it a
+`Call`, which is in phase `WAITING` and has read nothing of the response, or in phase `STREAMING` at the border of a
+chunk or between two pieces of a sized body, and *that* is told what happened. So there is one set of rules for
+everything that can go wrong.
 
 What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
 the usage is read later and elsewhere (`model.exchange.PlainExchange`).
@@ -40,22 +42,19 @@ from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
 from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.plain_head import PlainRequests, PlainResponses
+from sidecar.proxy.plain_head import CHUNKED, PlainMessage, PlainRequests, PlainResponses
+from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, not_known_yet
 from sidecar.proxy.request_body import may_change
-from sidecar.proxy.response_parser import NOT_ALIKE, all_alike, chunk_of_read, know_read, whole_chunks
+from sidecar.proxy.response_parser import all_alike, chunk_of_read
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
-from sidecar.usage.formats.likeness import Likeness
-from sidecar.usage.keeping import Keeping, keeping
+from sidecar.usage.keeping import DocumentKeeping, Keeping, keeping
 from sidecar.usage.plain_calls import fields_of
 
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 65_536  # of either body: it is kept until the usage was read
 STREAM_BODY_BYTES_MAX: Final = 8_192  # of a request's: it is kept as long as the response streams
-KEPT_BYTES_MAX: Final = 65_536  # of a stream, to be read when it is over; most keep one
-LAST_CHUNK: Final = b"0\r\n\r\n"
-CRLF: Final = b"\r\n"
 KEEPINGS_MAX: Final = 1_024  # remembered, by pairs of shapes
 # Kinds of heads are learned when they come for the second time: of paths with an id in them each comes once.
 SIGHTS = 2
@@ -71,6 +70,11 @@ class PlainClient(Downstream, Protocol):
     call: Call | PlainCall | None
     deadline: float
     plainly: bool  # nothing but plain requests has come, and nothing is in the way of the next one
+
+    def wait_for_rest(self, data: bytes) -> bool:
+        """Keep the beginning of a plain request for the rest to come, which is told with it. False: it is not waited
+        for."""
+        ...
 
 
 @dataclass(slots=True, frozen=True)
@@ -102,53 +106,6 @@ class _Message:
     @property
     def headers(self) -> dict[str, str]:
         return {}  # asked for upgrades alone
-
-
-class _Stream:
-    """A response in chunks that is under way."""
-
-    __slots__ = (
-        "behind",
-        "body_bytes",
-        "ended",
-        "ends",
-        "facts",
-        "head",
-        "keep_alive",
-        "keeping",
-        "kept",
-        "kept_bytes",
-        "likeness",
-        "nothing_in",
-        "reusable",
-        "trailing",
-    )  # fmt: skip
-
-    def __init__(self, facts: ResponseShape, head: bytes, keeping: Keeping | None) -> None:
-        """`keeping`: None: nobody reads it."""
-        self.facts = facts
-        self.head = head  # as it came, without its empty line
-        self.keeping = keeping
-        self.kept: list[bytes] = []
-        self.kept_bytes = 0
-        self.body_bytes = 0
-        self.likeness = NOT_ALIKE
-        self.ended = False  # its own end mark has been seen
-        self.trailing = False  # and was sent: it is on record, and the last chunk is still to come
-        self.behind: list[bytes] = []  # what came behind the end mark while that was held
-        self.reusable = True
-        self.keep_alive: bytes | None = None
-        # Of whole chunks as they come: one that ends so and has nothing in it is passed on, and no more.
-        self.ends = CRLF
-        self.nothing_in: Callable[[bytes], bool] = _nobody_reads if keeping is None else _not_known_yet
-
-
-def _nobody_reads(data: bytes) -> bool:
-    return True
-
-
-def _not_known_yet(data: bytes) -> bool:
-    return False
 
 
 class PlainCalls:
@@ -184,18 +141,21 @@ class PlainCalls:
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
             describe=self._describe_response, dropped=dropped, sights=SIGHTS
         )
-        self._keepings: dict[tuple[int, int], Keeping | None] = {}
+        self._keepings: dict[tuple[int, int], Keeping | DocumentKeeping | None] = {}
 
     def take(self, client: PlainClient, data: bytes) -> bool:
-        """Let the call in and send it on; False: it is none of ours, and nothing has happened."""
+        """Let the call in and send it on, or have the client wait for the rest of it; False: it is none of ours, and
+        nothing has happened."""
         hop = self.hop
         read = self._requests.read(data, client.peer)
         if read is None or len(hop.calls) >= hop.settings.calls_max:
             return False
-        shape, wire, _, body, lines = read
-        if len(body) > BODY_BYTES_MAX:
+        shape, wire, _, body, lines, left = read
+        if len(body) + left > BODY_BYTES_MAX:
             return False
         asked = shape.facts
+        if left:
+            return asked.upstream.idle > 0 and client.wait_for_rest(data)
         connection = asked.upstream.take()
         if connection is None:
             return False
@@ -219,8 +179,8 @@ class PlainCalls:
         connection.write(wire)
         return True
 
-    def keeping(self, asked: _Asked, response: ResponseShape, head: bytes) -> Keeping | None:
-        """What is kept of a stream in answer to that; None: it is to be read along."""
+    def keeping(self, asked: _Asked, response: ResponseShape, head: bytes) -> Keeping | DocumentKeeping | None:
+        """What is kept of a body in answer to that, of which not all has come; None: it is to be read along."""
         shape = asked.shape
         key = shape.number, response.number
         try:
@@ -308,19 +268,6 @@ class PlainCalls:
         return shape, b"".join(head.parts)
 
 
-def _chunks(data: bytes) -> tuple[list[bytes], bool, bool]:
-    """(what is in the chunks, whether `data` is nothing but whole ones, whether the last one of a body is there)."""
-    pieces = whole_chunks(data)
-    if pieces:
-        return pieces, True, False
-    if not data.endswith(LAST_CHUNK):
-        return pieces, False, False
-    before = data[: -len(LAST_CHUNK)]
-    pieces = whole_chunks(before) if before else []
-    whole = bool(pieces) or not before
-    return pieces, whole, whole
-
-
 def _cut_in_record(fields: Fields) -> bool:
     """Whether a record would keep the names in part, which is counted each time."""
     names = [len(name) for name, _ in fields]
@@ -356,7 +303,7 @@ class PlainCall(PlainExchange):
         self.request_body = body if asked.read else b""
         self.first_byte_ms = self.duration_ms = self.response = self.gate = None
         self.first_token_ns = 0
-        self._stream: _Stream | None = None  # its response, while that is under way
+        self._stream: PlainStream | None = None  # its response, while that is under way
         # The call. `_closes` and `_out` belong to a response that is there.
         self._calls = calls
         self._asked = asked
@@ -365,6 +312,11 @@ class PlainCall(PlainExchange):
         self.client: PlainClient | None = client
         self.connection: UpstreamConnection | None = connection
         self.deadline = calls.hop.now + asked.timeout_s
+
+    def began_at(self, mono_ns: int) -> None:
+        """When its first bytes came, where it was not let in then."""
+        self.started_ns -= self.started_mono_ns - mono_ns
+        self.started_mono_ns = mono_ns
 
     # -- the three things that go the short way --------------------------------------------------
 
@@ -387,7 +339,7 @@ class PlainCall(PlainExchange):
             )  # fmt: skip
         except Exception:
             log.exception("a usage reader failed; the response is read along")
-            stream.nothing_in = _not_known_yet
+            stream.nothing_in = not_known_yet
             self._response_unusual(data)
             return
         try:
@@ -411,11 +363,14 @@ class PlainCall(PlainExchange):
     def _response_came(self, data: bytes) -> None:
         calls, client, connection = self._calls, self.client, self.connection
         read = calls.responses.read(data)
-        if read is None or client is None or connection is None or len(read[3]) > BODY_BYTES_MAX:
-            if not self._stream_begins(data):
+        if read is None or client is None or connection is None:
+            self._response_unusual(data)
+            return
+        shape, out, head, body, lines, left = read
+        if left or len(body) > BODY_BYTES_MAX:
+            if not self._stream_begins(read, client):
                 self._response_unusual(data)
             return
-        shape, out, head, body, lines = read
         hop = calls.hop
         self.connection = None
         self._data = self._wire = b""  # there is no way back, and the record is kept for a while
@@ -452,35 +407,29 @@ class PlainCall(PlainExchange):
     def _response_unusual(self, data: bytes) -> None:
         self._handle_with_care(lambda call: call.upstream_data(data))
 
-    def _stream_begins(self, data: bytes) -> bool:
-        """Whether that is the beginning of a stream that may go the short way; then it is on its way."""
-        calls, client, connection, asked = self._calls, self.client, self.connection, self._asked
+    def _stream_begins(self, read: PlainMessage[ResponseShape], client: PlainClient) -> bool:
+        """Whether that is the beginning of a body that may go the short way; then it is on its way."""
+        calls, asked = self._calls, self._asked
         hop = calls.hop
-        if client is None or connection is None or len(self.request_body) > STREAM_BODY_BYTES_MAX or client.full:
+        if hop.leaving or hop.stopping or hop.settings.meter_id_header or client.full or not client.plainly:
             return False
-        if hop.leaving or hop.stopping or hop.settings.meter_id_header or hop.attribute_by_body is not None:
-            return False
-        if not client.plainly:
-            return False
-        begun = calls.responses.begin(data)
-        if begun is None:
-            return False
-        shape, out, head, rest, lines = begun
+        shape, out, head, body, lines, left = read
         keeping = None
         if asked.read:
+            if len(body) + left > KEPT_BYTES_MAX:
+                return False
             keeping = calls.keeping(asked, shape.facts, head)
             if keeping is None:
                 return False
-        pieces, whole, last = _chunks(rest)
-        if rest and not whole:
-            return False
-        stream = _Stream(shape.facts, head, keeping)
-        if not self._keep(stream, pieces, last):
-            self.first_token_ns = 0
+            if isinstance(keeping, Keeping) and (
+                left != CHUNKED or hop.attribute_by_body is not None or len(self.request_body) > STREAM_BODY_BYTES_MAX
+            ):
+                return False
+        stream = PlainStream(shape.facts, head, keeping, left if left == CHUNKED else len(body) + left)
+        found = stream.pieces(body)
+        if found is None or not stream.keep(found[0], last=found[1]):
             return False
         self._stream = stream
-        if keeping is not None:
-            stream.ends = keeping.end + CRLF
         stream.reusable = not shape.close
         if shape.keep_alive_at:
             stream.keep_alive = lines[shape.keep_alive_at][shape.keep_alive_from :]
@@ -488,78 +437,36 @@ class PlainCall(PlainExchange):
         self._wire = b""  # it cannot go once more
         self._data = self._data.partition(b"\r\n\r\n")[0]
         self.first_byte_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
-        self._stream_moved(stream, client, pieces, last, out + rest)
+        self._stream_moved(stream, client, out, last=found[1])
         return True
 
-    def _stream_on(self, stream: _Stream, data: bytes) -> None:
-        """More of a stream, which has to be looked into."""
+    def _stream_on(self, stream: PlainStream, data: bytes) -> None:
+        """More of a body, which has to be looked into."""
         client = self.client
         if stream.ended:
             self._behind_the_end(stream, data)
             return
-        pieces, whole, last = _chunks(data)
-        if client is None or not whole or not self._keep(stream, pieces, last):
+        found = stream.pieces(data)
+        if client is None or found is None or not stream.keep(found[0], last=found[1]):
             self._response_unusual(data)
         else:
-            if len(pieces) == 1 and not last:
-                know_read(data, len(pieces[0]))
-            self._stream_moved(stream, client, pieces, last, data)
+            self._stream_moved(stream, client, data, last=found[1])
 
-    def _stream_moved(self, stream: _Stream, client: PlainClient, pieces: list[bytes], last: bool, out: bytes) -> None:
-        stream.body_bytes += sum(map(len, pieces))
+    def _stream_moved(self, stream: PlainStream, client: PlainClient, out: bytes, *, last: bool) -> None:
         if last or stream.ended:
             self._stream_ends(stream, client, out, last=last)
         else:
             self.deadline = self._calls.hop.idle_until
             client.send(out)
 
-    def _keep(self, stream: _Stream, pieces: list[bytes], last: bool) -> bool:
-        """Keep what has to be read of these pieces. False: they are to be read along, and none of them was kept."""
-        keeping = stream.keeping
-        if keeping is None:
-            return True
-        kept: list[bytes] = []
-        token_ns = self.first_token_ns
-        known = stream.nothing_in is not _not_known_yet
-        ended = False
-        try:
-            for piece in pieces:
-                if not piece.endswith(keeping.end):
-                    return False
-                if known and keeping.may_skip(piece):
-                    continue
-                if not last and keeping.ends(piece):
-                    ended = True
-                kept.append(piece)
-                if not token_ns and keeping.holds_text(piece):
-                    token_ns = keeping.clock_ns()
-                    known = keeping.is_known([*stream.kept, *kept])
-                    if not known:
-                        return False
-        except Exception:
-            log.exception("a usage reader failed; the response is read along")
-            return False
-        kept_bytes = stream.kept_bytes + sum(map(len, kept))
-        if kept_bytes > KEPT_BYTES_MAX:
-            return False
-        stream.kept += kept
-        stream.kept_bytes = kept_bytes
-        self.first_token_ns = token_ns
-        stream.ended = ended
-        if ended:
-            stream.nothing_in, stream.likeness = _not_known_yet, NOT_ALIKE
-        elif known and stream.nothing_in is _not_known_yet:
-            stream.nothing_in = keeping.nothing_in
-            stream.likeness = Likeness(keeping.looked_at)
-        return True
-
-    def _stream_ends(self, stream: _Stream, client: PlainClient, out: bytes, *, last: bool) -> None:
+    def _stream_ends(self, stream: PlainStream, client: PlainClient, out: bytes, *, last: bool) -> None:
         """All of it has come, or its own end mark has; `out` is what is left of it for the client."""
         if last:
             self._give_back(stream)
         elif self.connection is not None:
             self.connection.pause(True)  # what follows an end mark waits outside
         self.response = stream.facts
+        self.first_token_ns = stream.first_token_ns
         self.response_bytes = stream.body_bytes
         self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
         if stream.keeping is not None:
@@ -577,7 +484,7 @@ class PlainCall(PlainExchange):
         else:
             self._end_mark_may_leave(stream, client, out)
 
-    def _give_back(self, stream: _Stream) -> None:
+    def _give_back(self, stream: PlainStream) -> None:
         """The connection, behind the last chunk."""
         self._stream = None
         self._data = b""
@@ -588,7 +495,7 @@ class PlainCall(PlainExchange):
             else:
                 connection.discard()
 
-    def _end_mark_may_leave(self, stream: _Stream, client: PlainClient, out: bytes) -> None:
+    def _end_mark_may_leave(self, stream: PlainStream, client: PlainClient, out: bytes) -> None:
         """It is on record; the last chunk is still to come."""
         client.send(out)
         stream.trailing = True
@@ -598,7 +505,7 @@ class PlainCall(PlainExchange):
         if stream.behind:
             self.upstream_data(b"".join(stream.behind))
 
-    def _behind_the_end(self, stream: _Stream, data: bytes) -> None:
+    def _behind_the_end(self, stream: PlainStream, data: bytes) -> None:
         client = self.client
         if not stream.trailing:
             stream.behind.append(data)
@@ -663,7 +570,7 @@ class PlainCall(PlainExchange):
             call.stream_on(stream.head + b"\r\n\r\n", stream.body_bytes, recorded=stream.trailing)
             if stream.keeping is not None and not stream.trailing:
                 call.read_along(
-                    partial(stream.keeping.read_along, kept=stream.kept, first_token_ns=self.first_token_ns)
+                    partial(stream.keeping.read_along, kept=stream.kept, first_token_ns=stream.first_token_ns)
                 )
         tell(call)
 

@@ -64,13 +64,9 @@ _CAREFUL_REQUEST: Final = frozenset(
         b"forwarded", b"via",
     }
 )  # fmt: skip
-# A coded body can be a thousand times what it is on the wire: the careful way looks into it step by step.
 _CAREFUL_RESPONSE: Final = frozenset(
-    {
-        b"upgrade", b"trailer", b"te", b"proxy-connection", b"location", b"content-location", b"refresh",
-        b"content-encoding",
-    }
-)  # fmt: skip
+    {b"upgrade", b"trailer", b"te", b"proxy-connection", b"location", b"content-location", b"refresh"}
+)
 # Their value is another one for each call, and says nothing of what the call is.
 _VOLATILE: Final = frozenset(
     {
@@ -100,6 +96,7 @@ class Shape(Generic[_Facts]):
     keep_alive_at: int
     keep_alive_from: int
     close: bool
+    chunked: bool
     endings: dict[object, bytes] = field(default_factory=dict)  # peer -> what is sent behind the message's own lines
 
     def own(self, lines: list[bytes]) -> bytes:
@@ -107,9 +104,11 @@ class Shape(Generic[_Facts]):
         return b"\r\n".join(self.sent(lines + self.added))
 
 
-PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes]]
-"""(shape, what is forwarded, head up to its empty line, body, lines of the head): a whole message, understood. A bare
-tuple: each is taken apart where it is made, and a class with names would cost a call more."""
+PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes], int]
+"""(shape, what is forwarded, head up to its empty line, body, lines of the head, bytes of the body that are still to
+come or `CHUNKED`): a message whose head is whole and understood. The body is what has come of it; where it is chunked,
+with its framing. A bare tuple: each is taken apart where it is made, and a class with names would cost a call more."""
+CHUNKED: Final = -1
 
 _Fields = list[tuple[bytes, bytes]]
 
@@ -196,8 +195,8 @@ class _Heads(Generic[_Facts]):
         return self._next_id
 
     def read(self, data: bytes, peer: object = None) -> PlainMessage[_Facts] | None:
-        """The one whole message that `data` is; None: it is none, or not plain. `peer`: whose connection it came on;
-        what is sent behind the head's own lines is worked out once for each.
+        """The message that `data` begins, and nothing behind it; None: it is none, or not plain. `peer`: whose
+        connection it came on; what is sent behind the head's own lines is worked out once for each.
 
         One function, because it runs twice in each call: all that can be said of a line was said when it was learned,
         so that a head is checked by being found."""
@@ -216,15 +215,23 @@ class _Heads(Generic[_Facts]):
             shape = self._new_shape(key, lines, peer)
             if shape is None:
                 return None
-        if len(body) != (int(lines[shape.length_at][shape.length_from :]) if shape.length_at else 0):
+        if shape.length_at:
+            left = int(lines[shape.length_at][shape.length_from :]) - len(body)
+            if left < 0:
+                return None
+        elif shape.chunked:
+            left = CHUNKED
+        elif body:
             return None
+        else:
+            left = 0
         ending = shape.endings.get(peer)
         if ending is None:
             ending = self._learn_ending(shape, lines, peer)
             if ending is None:
                 self._shapes[key] = None
                 return None
-        return shape, shape.own(lines) + ending + body, head, body, lines
+        return shape, shape.own(lines) + ending + body, head, body, lines, left
 
     def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         """Of a head that is not known, if it is to be known now."""
@@ -399,6 +406,7 @@ class _Heads(Generic[_Facts]):
             keep_alive_at=keep_alive_at,
             keep_alive_from=keep_alive_from,
             close=_CLOSE in at_by_meaning,
+            chunked=_CHUNKED in at_by_meaning,
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:
@@ -532,38 +540,19 @@ DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
 
 
 class PlainResponses(_Heads[_Facts]):
-    """Responses of a kind that was seen before. Only values that say how a body is read make another shape. One without
-    a length is no whole message: its end is the connection's, and then it is not plain, or stands in its chunks
-    (`begin`)."""
+    """Responses of a kind that was seen before. Only values that say how a body is read make another shape. One whose
+    end is the connection's is not plain."""
 
     def __init__(
         self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset(), sights: int = 1
     ) -> None:
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
-        matters = frozenset({b"content-type", b"transfer-encoding", b"connection"})
+        matters = frozenset({b"content-type", b"content-encoding", b"transfer-encoding", b"connection"})
         super().__init__(
             first=_STATUS_LINE, careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights,
             head_bytes_max=HEAD_BYTES_MAX, fields_max=FIELDS_MAX,
         )  # fmt: skip
         self._describe = describe
-        self._chunked: dict[tuple[int, ...], Shape[_Facts]] = {}  # of `_shapes`, where they stand as not plain
-
-    def begin(self, data: bytes) -> PlainMessage[_Facts] | None:
-        """As `read`, of a response in chunks that `data` begins: the body is what has come of it, with the framing, and
-        what is forwarded is the head alone."""
-        head, end, body = data.partition(_HEAD_END)
-        if not end or len(head) > self._head_bytes_max:
-            return None
-        lines = head.split(b"\r\n", self._fields_max)
-        try:
-            shape = self._chunked.get(tuple(map(self._number_of, lines)))
-        except _NotPlain:
-            return None
-        return None if shape is None else (shape, shape.own(lines) + shape.endings[None], head, body, lines)
-
-    def forget(self) -> None:
-        super().forget()
-        self._chunked.clear()
 
     def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
         raise AssertionError("a response is the same for all peers")
@@ -584,11 +573,6 @@ class PlainResponses(_Heads[_Facts]):
         if not described[1].startswith(own):
             return self._remember(key, None)
         shape.endings[peer] = described[1][len(own) :] + b"\r\n"
-        if meant[_CHUNKED]:
-            if len(self._chunked) >= SHAPES_MAX:
-                self._chunked.clear()
-            self._chunked[key] = shape
-            return self._remember(key, None)
         return self._remember(key, shape)
 
     def _meaning(self, low: bytes) -> tuple[int, bool]:

@@ -158,6 +158,12 @@ class UpstreamResponse:
             self._parser = None
             self._at_border = False
 
+    def skip(self, body_bytes: int) -> None:
+        """So many bytes of the body, and not all of them, went by elsewhere, behind a head that was fed here."""
+        self.body_bytes += body_bytes
+        if self._remaining > 0:
+            self._remaining -= body_bytes
+
     def _new_parser(self) -> httptools.HttpResponseParser:
         parser = httptools.HttpResponseParser(self)
         parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True)

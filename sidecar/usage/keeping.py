@@ -1,9 +1,9 @@
-"""What of a streamed response is kept, so that its usage can be read once it is over, and elsewhere.
+"""What of a response that comes in pieces is kept, so that its usage can be read once it is over, and elsewhere.
 
-Nearly all events of a stream are text, which no reader wants to see. Where the path's own family answers, as its first
-events show, the others are told apart by the same search that spares the taps, and what is left is a few events:
-`whole.Plan.read` gives out of them what the taps give out of all. Where anything is unusual, the taps are to read along
-after all, and are told first what was kept.
+A document is kept whole. Of a stream, nearly all events are text, which no reader wants to see. Where the path's own
+family answers, as its first events show, the others are told apart by the same search that spares the taps, and what is
+left is a few events: `whole.Plan.read` gives out of them what the taps give out of all. Where anything is unusual, the
+taps are to read along after all, and are told first what was kept.
 """
 
 from __future__ import annotations
@@ -95,15 +95,37 @@ class Keeping:
             tap.first_token_at(first_token_ns)
 
 
+class DocumentKeeping:
+    """For responses of one shape that are one document of JSON: all of it is kept, as it came."""
+
+    __slots__ = ("_coded",)
+
+    def __init__(self, *, coded: bool) -> None:
+        self._coded = coded
+
+    def begins(self, piece: bytes) -> bool:
+        """Whether the document may begin so. Else it may be a stream under a wrong name, whose first token is timed."""
+        return self._coded or piece[:1] == b"{"
+
+    def read_along(self, tap: ResponseTap, kept: Sequence[bytes], first_token_ns: int) -> None:
+        """As `Keeping.read_along`."""
+        for piece in kept:
+            tap.feed(piece)
+
+
 def keeping(
     taps: Taps, method: str, target: str, request_headers: RawHeaders, status: int, response_headers: RawHeaders
-) -> Keeping | None:
-    """For chunked responses with such heads, whatever the values of fields that are another one in each call; None
-    where they are to be read along. Never raises."""
-    if type(taps) is not UsageTaps or taps.estimate:
+) -> Keeping | DocumentKeeping | None:
+    """For responses with such heads that come in pieces, whatever the values of fields that are another one in each
+    call; None where they are to be read along. Never raises."""
+    if type(taps) is not UsageTaps:
         return None
     plan = prepare(taps, method, target, request_headers, status, response_headers)
-    family = None if plan is None or not plan.streams else plan.lean
-    if family is None or family.first_token is None or family.can_skip is not Reader.can_skip:
+    if plan is None:
+        return None
+    if plan.is_document:
+        return DocumentKeeping(coded=plan.coded)
+    family = plan.lean if plan.streams and not plan.coded else None
+    if taps.estimate or family is None or family.first_token is None or family.can_skip is not Reader.can_skip:
         return None
     return Keeping(family, family.first_token, taps.clock_ns)

@@ -10,7 +10,8 @@ two against each other.
 
 Three ways lead through `Plan.read`, each falling back to the next when anything is unusual:
 
-1. lean, plain: OpenAI chat and responses, Anthropic messages, one `orjson.loads` of the body, then only dictionaries.
+1. lean, plain: OpenAI chat and responses, Anthropic messages, one `orjson.loads` of the body (decoded in one step where
+   it is coded), then only dictionaries.
    Taken where the usage object has nothing but well-known members that are counts and add up. `Plan.row` takes it for
    records that need no `Usage`, and has a shorter one yet for what OpenAI itself sends (`Plan._usual`).
 2. lean, streamed: the same families' server-sent events, split and parsed without a framing and without asking whose
@@ -33,6 +34,7 @@ from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState, cut_usage
 from sidecar.model.record import usage_of, usage_to_dict
 from sidecar.usage import RawHeaders
 from sidecar.usage.endpoints import Endpoint
+from sidecar.usage.formats.content_encoding import decoder
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
 from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES
 from sidecar.usage.providers.anthropic import Messages
@@ -123,8 +125,8 @@ class Plan:
     """
 
     __slots__ = (
-        "_endpoint", "_fields", "_five", "_headers", "_method", "_operation", "_provider", "_request_id", "_status",
-        "_target", "_three", "lean", "per_call", "taps",
+        "_coding", "_endpoint", "_fields", "_five", "_headers", "_method", "_operation", "_provider", "_request_id",
+        "_status", "_target", "_three", "lean", "per_call", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -144,6 +146,7 @@ class Plan:
         self._headers = request_headers
         self._status = status
         self._fields = taps.endpoints.heads.pick(response_headers)
+        self._coding = self._fields.get("content-encoding", "")
         row = endpoint.row
         by_header = taps.endpoints.row_by_header(self._fields)
         named = (row.reader.header_names if row is not None else ()) + (
@@ -164,17 +167,28 @@ class Plan:
 
     @property
     def coded(self) -> bool:
-        return bool(self._fields.get("content-encoding"))
+        return bool(self._coding)
 
     @property
     def streams(self) -> bool:
         """Whether the head says that these are server-sent events."""
-        return self._fields.get("content-type", "").partition(";")[0].strip().lower() == "text/event-stream"
+        return self._type == "text/event-stream"
+
+    @property
+    def is_document(self) -> bool:
+        """Whether the head says that this is one document of JSON."""
+        return self._type == "application/json" or self._type.endswith("+json")
+
+    @property
+    def _type(self) -> str:
+        return self._fields.get("content-type", "").partition(";")[0].strip().lower()
 
     def _lean_family(self) -> type[Reader] | None:
         row, fields = self._endpoint.row, self._fields
         plain = row is not None and row.unmetered is None and 200 <= self._status < 300 and not self._endpoint.elements
-        if row is None or not plain or fields.get("content-encoding") or not plain_type(fields.get("content-type", "")):
+        if row is None or not plain or not plain_type(fields.get("content-type", "")):
+            return None
+        if self.coded and not self.is_document:
             return None
         return row.reader if row.reader in _LEAN else None
 
@@ -200,11 +214,13 @@ class Plan:
             if fields is None:
                 fields = self._fields
             try:
+                if self._coding:
+                    body = _decoded(self._coding, body)
                 if body[:1] == b"{":
                     document = _document(body)
                     if document is not None and (row := self._read_plain(request_body, document, fields)) is not None:
                         return usage_of(row)
-                else:
+                elif not self._coding:
                     usage = self._read_events(request_body, body, fields, opened_ns, first_token_ns)
                     if usage is not None:
                         return usage
@@ -274,6 +290,10 @@ class Plan:
         if self.lean is None:
             return None
         try:
+            if self._coding:
+                response = _decoded(self._coding, response)
+                if response[:1] != b"{":
+                    return None
             if response[:1] != b"{":
                 values = self._fields if fields is None else fields
                 return _counted_row(self._read_events(request_body, response, values, opened_ns, first_token_ns))
@@ -440,6 +460,18 @@ def _document(body: bytes) -> Document | None:
         return None
     document: Document = orjson.loads(body)
     return None if document.get("error") else document
+
+
+def _decoded(coding: str, body: bytes) -> bytes:
+    """A body that is over, as far as it takes one step of the decoder. Raises `ValueError` where there is more, and
+    `Unreadable`."""
+    codings = decoder(coding)
+    if codings is None:
+        return body
+    decoded = b"".join(codings.feed(body))
+    if codings.behind:
+        raise ValueError("a body that the general way must read")
+    return decoded
 
 
 @lru_cache(maxsize=KINDS_OF_DETAILS)

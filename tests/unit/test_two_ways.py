@@ -3,6 +3,8 @@ upstream gets the same bytes, and the records say the same."""
 
 from __future__ import annotations
 
+import gzip
+import time
 from dataclasses import asdict
 from itertools import chain, pairwise
 from typing import Any
@@ -13,7 +15,8 @@ from hypothesis import strategies as st
 from support import ways
 from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 
-from sidecar.proxy.client_connection import Client
+from sidecar.model.exchange import Outcome
+from sidecar.proxy.client_connection import REST_WAIT_S, UNWAITED, Client
 from sidecar.settings import Secret, SetHeader, UpstreamSettings
 from sidecar.usage.readers import UsageTaps
 
@@ -44,6 +47,11 @@ TEXTS = [CHUNK % text for text in (b"", b"one", b"the \\u0075sage", b"x" * 5_000
 
 def framed(piece: bytes) -> bytes:
     return b"%x\r\n%b\r\n" % (len(piece), piece)
+
+
+def in_chunks(fields: bytes, *bodies: bytes) -> bytes:
+    head = b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n" % fields
+    return head + b"".join(framed(body) for body in bodies if body) + b"0\r\n\r\n"
 
 
 PARTS = [
@@ -138,6 +146,20 @@ RESPONSES = [
     b"nonsense\r\n\r\n",
     b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n",
     ok(b"ok", b"Proxy-Connection: close\r\n"),
+    ok(gzip.compress(CHAT), JSON + b"Content-Encoding: gzip\r\n"),
+    in_chunks(JSON, CHAT),
+    in_chunks(JSON, CHAT[:40], CHAT[40:]),
+    in_chunks(JSON + b"Content-Encoding: gzip\r\n", gzip.compress(CHAT)),
+    ok(b"not gzip at all", JSON + b"Content-Encoding: gzip\r\n"),
+    ok(CHAT, JSON + b"Content-Encoding: rot13\r\n"),
+    ok(CHAT + b"\n" + CHAT, JSON),
+    ok(b"".join(EVENTS), JSON),
+    ok(b"".join(EVENTS), b"Content-Type: text/event-stream\r\n"),
+    ok(CHAT, b"Content-Type: application/problem+json\r\n", status=b"429 Too Many Requests"),
+    ok(b'{"a":"' + b"x" * 70_000 + b'"}', JSON),
+    in_chunks(JSON, b'{"a":"', *[b"x" * 20_000] * 4, b'"}'),
+    in_chunks(JSON, b""),
+    ok(b"5\r\nhello\r\n" * 3, JSON),
 ]
 
 CUTS = st.lists(st.integers(0, 400), max_size=2)
@@ -153,6 +175,16 @@ STEPS = st.one_of(
         ]
     ),
 )  # fmt: skip
+# As clients and servers of Python send them: the head, and then the body; of either or both.
+BETWEEN: list[list[Step]] = [[], [("passes", 1.0)], [("holds",)]]
+BEHIND: list[list[Step]] = [[], [("commits", True)]]
+IN_PIECES: st.SearchStrategy[list[Step]] = st.builds(
+    lambda asked, between, response, behind: [asked, *between, response, *behind],
+    st.tuples(st.just("request"), st.sampled_from([19, 22, 24, 25]), CUTS),
+    st.sampled_from(BETWEEN),
+    st.tuples(st.just("response"), st.integers(0, len(RESPONSES) - 1), CUTS),
+    st.sampled_from(BEHIND),
+)
 USUAL: st.SearchStrategy[list[Step]] = st.tuples(
     st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24]), st.just([])),
     st.tuples(st.just("response"), st.sampled_from([0, 2, 3, 4, 5, 7]), st.just([])),
@@ -165,7 +197,7 @@ STREAMED: st.SearchStrategy[list[Step]] = st.tuples(
     st.sampled_from([[("part", 9, [])], [("part", 6, []), ("part", 7, []), ("part", 8, [])], [("part", 8, [])], []]),
     st.sampled_from([[], [("commits", True)], [("commits", False)], [("leaves",)]]),
 ).map(lambda parts: list(chain.from_iterable(parts)))
-SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL, STREAMED), max_size=8).map(
+SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL, STREAMED, IN_PIECES), max_size=8).map(
     lambda parts: list(chain.from_iterable(parts))
 )
 
@@ -340,6 +372,150 @@ def test_the_usual_stream_takes_the_short_way() -> None:
     steps: list[Step] = [("request", 25, []), ("part", 0, []), *[("part", 2, [])] * 4, ("part", 9, [])]
     _, plain = transcript(steps * 3, short=True, options={})
     assert plain == 3
+
+
+HEAD_OF_CHAT = REQUESTS[24].index(b"\r\n\r\n") + 4
+CHAT_RESPONSES = [2, 26, 27, 28, 29]
+
+
+@pytest.mark.parametrize("response", CHAT_RESPONSES)
+@pytest.mark.parametrize("held", [False, True])
+def test_head_and_body_that_come_one_after_the_other_take_the_short_way(response: int, held: bool) -> None:
+    head = RESPONSES[response].index(b"\r\n\r\n") + 4
+    steps: list[Step] = [
+        ("request", 24, [HEAD_OF_CHAT, HEAD_OF_CHAT + 3]),
+        *([("holds",)] if held else []),
+        ("response", response, [head]),
+        ("commits", True),
+    ]
+    short, plain = transcript(steps * 3, short=True, options={})
+    assert plain == 3
+    careful, _ = transcript(steps * 3, short=False, options={})
+    assert short == careful
+    assert all(record["usage"]["total_tokens"] == 9 for record in short[-2][1:])
+
+
+def test_what_outgrows_what_is_kept_goes_on_with_care() -> None:
+    for response in (36, 37):
+        steps: list[Step] = [("request", 24, []), ("response", response, [400, 30_000, 69_000])]
+        short, plain = transcript(steps * 2, short=True, options={})
+        careful, _ = transcript(steps * 2, short=False, options={})
+        assert (short, plain) == (careful, 0)
+
+
+def test_a_client_that_stops_reading_in_the_middle_of_a_body_is_waited_for() -> None:
+    body = b'{"a":"' + b"x" * 60_000 + b'"}'
+    response = ok(body, JSON)
+    for short in (True, False):
+        ways.short_open = short
+        try:
+            with conversation(taps=UsageTaps()) as talk:
+                talk.warm()
+                talk.client.says(REQUESTS[24])
+                talk.client.stops_reading()
+                for at in range(0, len(response), 10_000):
+                    talk.upstream.says(response[at : at + 10_000])
+                talk.client.reads_on()
+                talk.client.hears(response)
+        finally:
+            ways.short_open = True
+
+
+def test_a_body_that_does_not_come_at_once_does_not_keep_its_head_back() -> None:
+    request = post(b"hello")
+    head, body = request[:-5], request[-5:]
+    with conversation() as talk:
+        talk.warm()
+        talk.client.says(head)
+        talk.upstream.hears_nothing()
+        talk.passes(REST_WAIT_S)
+        talk.upstream.hears(sent(head))
+        talk.client.says(body)
+        talk.upstream.hears(body)
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        talk.recorded(Outcome.COMPLETE, status=200, request_bytes=5, response_bytes=2)
+        for _ in range(UNWAITED):  # it has shown that its bodies come later
+            talk.client.says(head)
+            talk.upstream.hears(sent(head))
+            talk.client.says(body)
+            talk.upstream.hears(body)
+            talk.upstream.says(ok())
+            talk.recorded(Outcome.COMPLETE, status=200, request_bytes=5, response_bytes=2)
+        assert talk.recorder.plain_calls == 0
+        talk.client.says(head, body)
+        talk.upstream.hears(sent(head) + body)
+        talk.upstream.says(ok())
+        assert talk.recorder.plain_calls == 1
+
+
+def test_pieces_of_a_body_do_not_put_off_its_head() -> None:
+    request = post(b"hello")
+    with conversation() as talk:
+        talk.warm()
+        talk.client.says(request[:-5])
+        for at in range(-5, -1):
+            talk.passes(REST_WAIT_S / 4)
+            talk.client.says(request[at : at + 1])
+        talk.upstream.hears(sent(request[:-1]))
+
+
+def test_a_call_began_with_its_first_byte() -> None:
+    request = post(b"hello")
+    with conversation() as talk:
+        talk.warm()
+        before_ns = time.monotonic_ns()
+        talk.client.says(request[:-5])
+        said_ns = time.monotonic_ns()
+        talk.client.says(request[-5:])
+        talk.upstream.says(ok())
+        record = talk.recorded(Outcome.COMPLETE, status=200, request_bytes=5, response_bytes=2)
+        assert talk.recorder.plain_calls == 1
+        assert before_ns <= record.started_mono_ns <= said_ns
+        assert record.started_ns < time.time_ns() - (time.monotonic_ns() - said_ns)
+
+
+@pytest.mark.parametrize("how", ["leaves", "resets"])
+def test_who_leaves_while_its_body_is_waited_for_is_recorded(how: str) -> None:
+    told = []
+    for short in (True, False):
+        ways.short_open = short
+        try:
+            with conversation() as talk:
+                talk.warm()
+                talk.client.says(post(b"hello")[:-2])
+                getattr(talk.client, how)()
+                talk.upstream.hears(sent(post(b"hello")[:-2]))
+                assert talk.upstream.over
+                told.append([fact(exchange) for exchange in talk.recorder.records])
+        finally:
+            ways.short_open = True
+    assert told[0] == told[1]
+
+
+def test_a_stop_does_not_lose_what_is_waited_for() -> None:
+    request = post(b"hello")
+    with conversation() as talk:
+        talk.warm()
+        talk.client.says(request[:-2])
+        talk.stops()
+        talk.upstream.hears(sent(request[:-2]))
+        talk.client.says(request[-2:])
+        talk.upstream.says(ok())
+        assert talk.client.heard.endswith(b"ok")
+        talk.recorded(Outcome.COMPLETE, status=200, request_bytes=5, response_bytes=2)
+
+
+def test_the_head_of_a_response_does_not_wait_for_its_body() -> None:
+    with conversation(taps=UsageTaps()) as talk:
+        talk.warm()
+        talk.client.says(REQUESTS[24])
+        response = RESPONSES[2]
+        talk.upstream.says(response[:-20])
+        talk.client.hears(response[:-20])
+        talk.upstream.says(response[-20:])
+        talk.client.hears(response[-20:])
+        assert talk.recorder.plain_calls == 1
 
 
 def test_a_response_that_is_not_plain_is_handled_with_care() -> None:

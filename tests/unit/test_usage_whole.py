@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import random
 from collections.abc import Sequence
 from dataclasses import replace
@@ -13,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.usage_samples import CASES, Sample, coded, load, sliced, ways
 
-from sidecar.model.exchange import Usage
+from sidecar.model.exchange import Usage, UsageState
+from sidecar.usage.formats.content_encoding import STEP_BYTES
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.openai import ChatCompletions, Responses
 from sidecar.usage.readers import Element, Pin, UsageTaps
@@ -121,6 +123,35 @@ def test_coded_bodies_too(name: str) -> None:
     coding = random.Random(name).choice(["gzip", "br", "zstd", "deflate"])
     headers = [*sample.response_headers, (b"Content-Encoding", coding.encode())]
     check(replace(sample, response_headers=headers), coded(sample.body.splitlines(keepends=True), coding))
+
+
+@pytest.mark.parametrize("coding", ["gzip", "br", "zstd", "deflate", "identity"])
+def test_a_coded_document_is_read_the_lean_way(coding: str) -> None:
+    sample = next(one for name, one in SAMPLES.items() if one.path == "/v1/chat/completions" and one.body[:1] == b"{")
+    plan, _ = plan_of(sample)
+    assert plan is not None
+    expected = plan.row(sample.request_body, sample.body)
+    assert expected is not None
+    headers = [*sample.response_headers, (b"Content-Encoding", coding.encode())]
+    body = sample.body if coding == "identity" else b"".join(coded([sample.body], coding))
+    plan, odd = plan_of(replace(sample, response_headers=headers))
+    assert plan is not None
+    assert plan.row(sample.request_body, body) == expected
+    for broken in (body[:-9], b"x" + body, b"", sample.body[1:]):
+        assert plan.row(sample.request_body, broken) is None
+    assert not odd
+
+
+def test_a_coded_body_that_takes_more_than_a_step_is_left_to_the_general_way() -> None:
+    sample = next(one for name, one in SAMPLES.items() if one.path == "/v1/chat/completions" and one.body[:1] == b"{")
+    headers = [*sample.response_headers, (b"Content-Encoding", b"gzip")]
+    plan, _ = plan_of(replace(sample, response_headers=headers))
+    assert plan is not None
+    large = sample.body[:-1] + b"," + b" " * 2 * STEP_BYTES + b'"x":1}'
+    assert plan.row(sample.request_body, gzip.compress(large)) is None
+    usage = plan.read(sample.request_body, gzip.compress(large))
+    assert usage is not None
+    assert usage.usage_state is UsageState.FINAL
 
 
 @pytest.mark.parametrize("name", SAMPLES)
