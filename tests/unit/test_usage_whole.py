@@ -137,7 +137,7 @@ def test_a_coded_document_is_read_the_lean_way(coding: str) -> None:
     plan, odd = plan_of(replace(sample, response_headers=headers))
     assert plan is not None
     assert plan.row(sample.request_body, body) == expected
-    for broken in (body[:-9], b"x" + body, b"", sample.body[1:]):
+    for broken in (body[: len(body) // 2], b"x" + body, b"", sample.body[1:]):
         assert plan.row(sample.request_body, broken) is None
     assert not odd
 
