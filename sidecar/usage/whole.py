@@ -34,7 +34,7 @@ from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState, cut_usage
 from sidecar.model.record import usage_of, usage_to_dict
 from sidecar.usage import RawHeaders
 from sidecar.usage.endpoints import Endpoint
-from sidecar.usage.formats.content_encoding import decoder
+from sidecar.usage.formats.content_encoding import decoded
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
 from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES
 from sidecar.usage.providers.anthropic import Messages
@@ -215,7 +215,7 @@ class Plan:
                 fields = self._fields
             try:
                 if self._coding:
-                    body = _decoded(self._coding, body)
+                    body = decoded(self._coding, body)
                 if body[:1] == b"{":
                     document = _document(body)
                     if document is not None and (row := self._read_plain(request_body, document, fields)) is not None:
@@ -291,7 +291,7 @@ class Plan:
             return None
         try:
             if self._coding:
-                response = _decoded(self._coding, response)
+                response = decoded(self._coding, response)
                 if response[:1] != b"{":
                     return None
             if response[:1] != b"{":
@@ -460,18 +460,6 @@ def _document(body: bytes) -> Document | None:
         return None
     document: Document = orjson.loads(body)
     return None if document.get("error") else document
-
-
-def _decoded(coding: str, body: bytes) -> bytes:
-    """A body that is over, as far as it takes one step of the decoder. Raises `ValueError` where there is more, and
-    `Unreadable`."""
-    codings = decoder(coding)
-    if codings is None:
-        return body
-    decoded = b"".join(codings.feed(body))
-    if codings.behind:
-        raise ValueError("a body that the general way must read")
-    return decoded
 
 
 @lru_cache(maxsize=KINDS_OF_DETAILS)

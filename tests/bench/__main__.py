@@ -86,6 +86,13 @@ def streams(peer: p.Peer, *, count: int, rounds: int) -> dict[str, float]:
     return found | {"us": (peer.idle_cpu_s() - before) / found["chunks"] * 1e6}
 
 
+def apart(peer: p.Peer, *, seconds: int) -> dict[str, float]:
+    before = peer.idle_cpu_s()
+    command = [sys.executable, str(HERE / "apart.py"), "load", str(peer.port), "32", str(seconds)]
+    calls = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["calls"]
+    return {"calls": calls, "us": (peer.idle_cpu_s() - before) / calls * 1e6}
+
+
 def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) -> dict[str, float]:
     """Memory of all processes before load and with so many open streams, one worker (goal P5)."""
     port = p.free_port()
@@ -135,6 +142,8 @@ def main() -> None:
         (folder / "unique.lua").write_text(UNIQUE_LUA)
         if "unary" in arguments.parts:
             raw["unary"] = _unary(arguments, makers, loaded, folder, script)
+        if "apart" in arguments.parts:
+            raw["apart"] = _apart(arguments, makers, loaded, folder)
         if "streams" in arguments.parts:
             raw["streams"] = _streams(arguments, makers, loaded, folder)
         if "latency" in arguments.parts:
@@ -208,6 +217,30 @@ def _unary(
     return rows
 
 
+def _apart(
+    arguments: argparse.Namespace, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path
+) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for kind in ("sized", "chunked", "gzip"):
+        with ExitStack() as stack:
+            port = p.free_port()
+            command = [sys.executable, str(HERE / "apart.py"), "upstream", str(port), kind]
+            stack.callback(p.start("apart", command, port, folder).stop)
+            table = p.Table(f"chat, head and body apart, the response {kind}", "CPU µs per call")
+            running = _started(stack, makers, chosen, folder, port)
+            for peer in running:
+                apart(peer, seconds=1)
+            for _ in range(arguments.rounds):
+                for peer in running:
+                    if peer.name == goals.LITELLM:
+                        continue  # it makes a request of its own
+                    found = apart(peer, seconds=arguments.seconds)
+                    table.add(peer.name, found["us"])
+                    rows.append({"kind": kind, "peer": peer.name, **found})
+            print("\n" + table.text("Envoy"), flush=True)
+    return rows
+
+
 def _streams(
     arguments: argparse.Namespace, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path
 ) -> list[dict[str, object]]:
@@ -275,7 +308,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--cases", type=int, default=6, help="how many of the unary cases (default all 6)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the records of `delivery` (default 1)")
-    parser.add_argument("--parts", default="unary,streams,latency,open,delivery")
+    parser.add_argument("--parts", default="unary,apart,streams,latency,open,delivery")
     parser.add_argument(
         "--peers",
         default="nginx,haproxy,envoy,litellm,buffered,committed,buffered2,down",

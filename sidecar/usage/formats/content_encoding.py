@@ -215,6 +215,25 @@ def decoder(header: str, backlog_max_bytes: int = BACKLOG_MAX_BYTES) -> Codings 
     return Codings([_STAGES[name]() for name in reversed(names)], backlog_max_bytes)
 
 
+def decoded(header: str, body: bytes) -> bytes:
+    """A body that has come whole, where that takes one step. Raises Unreadable, also where there would be more."""
+    if header == "gzip":  # the commonest, with the one member that it has
+        inflate = zlib.decompressobj(zlib.MAX_WBITS | 16)
+        try:
+            plain = inflate.decompress(body, STEP_BYTES)
+        except zlib.error:
+            raise Unreadable("decoding_failed", "the content coding could not be undone") from None
+        if inflate.eof and not inflate.unused_data:
+            return plain
+    codings = decoder(header)
+    if codings is None:
+        return body
+    plain = b"".join(codings.feed(body))
+    if codings.behind:
+        raise Unreadable("decoded_too_large", "the decoded answer takes more than one step")
+    return plain
+
+
 class Codings:
     """A stack of codings being undone."""
 
