@@ -370,7 +370,9 @@ class Client(ClientProtocol):
         if data:
             self._border = (before + data)[-BORDER_BYTES:] if len(data) < BORDER_BYTES else data[-BORDER_BYTES:]
         in_body = bool(self._queue) and self._body_waits()
-        self._may_hold = True
+        anew = not (self._may_hold or self._head_bytes)
+        if data:
+            self._may_hold = True
         try:
             messages, switched, tail = self.parse(data)
         except HttpProcessingError as error:
@@ -378,7 +380,9 @@ class Client(ClientProtocol):
             return
         if messages:
             self._may_hold = not self._is_all(messages, before, data)
-            self._await_body(messages)
+            self._sized = None
+            if anew:
+                self._await_body(messages, data)
             if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
@@ -411,20 +415,22 @@ class Client(ClientProtocol):
         end = data.find(HEAD_END)
         return len(messages) == 1 and end >= 0 and length.isdecimal() and end + len(HEAD_END) + int(length) == len(data)
 
-    def _await_body(self, messages: Messages) -> None:
-        """Of one request that came by itself, the sized body that is still to come."""
+    def _await_body(self, messages: Messages, data: bytes) -> None:
+        """Of one request that came by itself, the sized body that is still to come. `data`: from its first byte on."""
         message, payload = messages[-1]
-        self._sized = None
-        if len(messages) == 1 and not (message.chunked or message.upgrade or payload.is_eof()):
+        end = data.find(HEAD_END)
+        if len(messages) == 1 and end >= 0 and not (message.chunked or message.upgrade or payload.is_eof()):
             self._sized = payload
-            self._sized_left = _length(message) - payload.total_bytes
+            self._sized_left = _length(message) - (len(data) - end - len(HEAD_END))
 
     def _sized_came(self, payload: StreamReader, size: int) -> None:
-        """More of it: where it ends with what came, the parser holds nothing of the next request."""
+        """More of it: where it ends with what came, and is read, the parser holds nothing of the next request."""
         self._sized_left -= size
-        if self._sized_left <= 0:
+        if self._sized_left < 0:
             self._sized = None
-            self._may_hold = self._sized_left < 0 or not payload.is_eof()
+        elif not self._sized_left and payload.is_eof():
+            self._sized = None
+            self._may_hold = False
 
     def _body_waits(self) -> bool:
         """Whether what comes is the body of a request that waits its turn, behind the call that is open."""

@@ -54,7 +54,7 @@ from sidecar.usage.plain_calls import fields_of
 log = logging.getLogger(__name__)
 
 BODY_BYTES_MAX: Final = 65_536  # of either body: it is kept until the usage was read
-STREAM_BODY_BYTES_MAX: Final = 8_192  # of a request's: it is kept as long as the response streams
+STREAM_BODIES_BYTES_MAX: Final = 32 << 20  # of all requests whose responses stream: kept until those are over
 KEEPINGS_MAX: Final = 1_024  # remembered, by pairs of shapes
 # Kinds of heads are learned when they come for the second time: of paths with an id in them each comes once.
 SIGHTS = 2
@@ -116,6 +116,7 @@ class PlainCalls:
         self.hop = hop
         self._base = base
         self._numbers = 0
+        self.stream_body_bytes = 0  # of requests whose responses are under way in pieces
         self.forget()
 
     def forget(self) -> None:
@@ -421,15 +422,16 @@ class PlainCall(PlainExchange):
             keeping = calls.keeping(asked, shape.facts, head)
             if keeping is None:
                 return False
-            if isinstance(keeping, Keeping) and (
-                left != CHUNKED or hop.attribute_by_body is not None or len(self.request_body) > STREAM_BODY_BYTES_MAX
-            ):
+            if isinstance(keeping, Keeping) and (left != CHUNKED or hop.attribute_by_body is not None):
+                return False
+            if calls.stream_body_bytes + len(self.request_body) > STREAM_BODIES_BYTES_MAX:
                 return False
         stream = PlainStream(shape.facts, head, keeping, left if left == CHUNKED else len(body) + left)
         found = stream.pieces(body)
         if found is None or not stream.keep(found[0], last=found[1]):
             return False
         self._stream = stream
+        calls.stream_body_bytes += len(self.request_body)
         stream.reusable = not shape.close
         if shape.keep_alive_at:
             stream.keep_alive = lines[shape.keep_alive_at][shape.keep_alive_from :]
@@ -475,6 +477,7 @@ class PlainCall(PlainExchange):
         else:
             self.response_head = self.response_body = b""
         stream.kept = []
+        self._calls.stream_body_bytes -= len(self.request_body)
         if not self._calls.hop.recorder.complete(self, self._release):
             self.deadline = NEVER
             self._out = out
@@ -567,6 +570,8 @@ class PlainCall(PlainExchange):
         self.client = self.connection = None
         stream, self._stream = self._stream, None
         if stream is not None:
+            if self.response is None:
+                self._calls.stream_body_bytes -= len(self.request_body)
             call.stream_on(stream.head + b"\r\n\r\n", stream.body_bytes, recorded=stream.trailing)
             if stream.keeping is not None and not stream.trailing:
                 call.read_along(

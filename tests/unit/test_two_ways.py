@@ -16,6 +16,7 @@ from support import ways
 from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 
 from sidecar.model.exchange import Outcome
+from sidecar.proxy import plain_call
 from sidecar.proxy.client_connection import REST_WAIT_S, UNWAITED, Client
 from sidecar.settings import Secret, SetHeader, UpstreamSettings
 from sidecar.usage.readers import UsageTaps
@@ -447,6 +448,71 @@ def test_a_body_that_does_not_come_at_once_does_not_keep_its_head_back() -> None
         talk.upstream.hears(sent(head) + body)
         talk.upstream.says(ok())
         assert talk.recorder.plain_calls == 1
+
+
+@pytest.mark.parametrize("size", [5, 20_000, 60_000])
+@pytest.mark.parametrize("cuts", [[], [60], [100], [60, 18_000], [10]])
+def test_a_connection_whose_first_call_went_with_care_takes_the_short_way_behind_it(size: int, cuts: list[int]) -> None:
+    request = post(b"x" * size)
+    with conversation() as talk:
+        for _ in range(2):
+            talk.client.says(*pieces(request, cuts))
+            talk.upstream.hears(sent(request))
+            talk.upstream.says(ok())
+            talk.client.hears(ok())
+        assert talk.recorder.plain_calls == (0 if cuts == [10] else 1)  # a head in pieces is no plain one
+
+
+@pytest.mark.parametrize("cut", [3, 60, 17_000, -4])
+def test_the_beginning_of_the_next_request_behind_a_body_is_not_lost(cut: int) -> None:
+    request = post(b"x" * 20_000)
+    with conversation() as talk:
+        talk.client.says(request[:cut], request[cut:] + get(b"/b")[:9])
+        talk.upstream.hears(sent(request))
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        talk.client.says(get(b"/b")[9:])
+        talk.upstream.hears(sent(get(b"/b")))
+        talk.upstream.says(ok())
+        talk.client.hears(ok())
+        assert talk.recorder.plain_calls == 0
+
+
+@pytest.mark.parametrize("end", ["over", "leaves", "odd"])
+def test_bodies_of_requests_are_kept_for_so_many_streams_and_no_more(end: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    request = REQUESTS[25]
+    body_bytes = len(request) - request.index(b"\r\n\r\n") - 4
+    monkeypatch.setattr(plain_call, "STREAM_BODIES_BYTES_MAX", body_bytes)
+    with conversation(taps=UsageTaps()) as talk:
+        talk.warm()
+        shared = talk.proxy._plain
+        assert shared is not None
+        for _ in range(2):
+            talk.client.says(request)
+            talk.upstream.says(PARTS[0], PARTS[2])
+            assert shared.stream_body_bytes == body_bytes
+            shared.stream_body_bytes += 1  # another's
+            talk.client.heard = b""
+            if end == "over":
+                talk.upstream.says(PARTS[9])
+            elif end == "odd":
+                talk.upstream.says(PARTS[11], PARTS[9])
+            else:
+                talk.client.leaves()
+                talk.client = talk.new_client()
+            assert shared.stream_body_bytes == 1
+            before = talk.recorder.plain_calls
+            talk.client.says(request)
+            if end != "leaves":
+                talk.upstream.says(PARTS[0], PARTS[2], PARTS[9])
+                assert talk.recorder.plain_calls == before  # no room
+            else:
+                talk.client.leaves()
+                talk.client = talk.new_client()
+                talk.client.says(get(b"/warm"))
+                talk.upstream.says(ok())
+            shared.stream_body_bytes -= 1
+            assert shared.stream_body_bytes == 0
 
 
 def test_pieces_of_a_body_do_not_put_off_its_head() -> None:
