@@ -144,6 +144,7 @@ class HeaderRules:
         self.mode = str(settings.forwarded)
         self.via = settings.via.encode("latin-1") if settings.via else None
         self._trusted = settings.trusted_proxies
+        self._client_ips: dict[tuple[Peer, bytes], tuple[str | None]] = {}  # of what trusted proxies said, likewise
         self._trust: dict[str, bool] = {}  # a look-up in networks costs microseconds, and proxies are few
         self.record_base = (settings.public_url + prefix if settings.public_url else address.url).rstrip("/")
         self._query_values = frozenset(settings.query_values)
@@ -159,6 +160,17 @@ class HeaderRules:
         self.request_kinds = Kinds({**REQUEST, **dict.fromkeys(self.not_passed, REMOVED)}, too_long)
         # The field is ours then: one of the upstream's beside it could be taken for it.
         self.response_kinds = Kinds(RESPONSE | {METER_ID: HOP} if self.meter_id else RESPONSE, too_long)
+
+    @property
+    def forward(self) -> Callable[[Peer, bytes | None, bytes | None, bytes | None, bytes], bytes] | None:
+        """What is made of the `X-Forwarded-*` fields of a request (`x_forwarded`); None: they are passed on."""
+        return x_forwarded if self.mode == "x-forwarded" else None
+
+    @property
+    def joined(self) -> frozenset[bytes]:
+        """Fields (lower case) to whose values in a request ours is added."""
+        names = {b"forwarded": self.mode == "forwarded", b"via": self.via is not None}
+        return frozenset(name for name, is_ours in names.items() if is_ours)
 
     def set_own(self, headers: Iterable[SetHeader]) -> None:
         """The fields that the upstream is sent in the place of the client's, from now on."""
@@ -206,6 +218,14 @@ class HeaderRules:
         """The rightmost address that is no proxy of ours; what an untrusted peer claims is not read."""
         if not peer.trusted or forwarded_for is None:
             return peer.ip
+        known = self._client_ips.get((peer, forwarded_for))
+        if known is None:
+            if len(self._client_ips) >= ADDRESSES_KEPT_MAX:
+                self._client_ips.clear()
+            known = self._client_ips[peer, forwarded_for] = (self._client_ip(peer, forwarded_for),)
+        return known[0]
+
+    def _client_ip(self, peer: Peer, forwarded_for: bytes) -> str | None:
         found = peer.ip
         for entry in reversed(forwarded_for.split(b",")):
             address = address_in(entry.strip().decode("latin-1"))
@@ -450,7 +470,8 @@ class RequestHead:
             if self.forwarded_for is self._forwarded_proto is self._forwarded_host is None:
                 parts += (peer.forwarded, self.host, b"\r\n")
             else:
-                self._add_x_forwarded()
+                said = (self.forwarded_for, self._forwarded_proto, self._forwarded_host)
+                parts.append(x_forwarded(peer, *said, self.host))
         elif mode == "forwarded":
             self._forwarded.append(_rfc7239(peer, self.host))
             parts += (b"Forwarded: ", b", ".join(self._forwarded), b"\r\n")
@@ -458,20 +479,6 @@ class RequestHead:
             self._via.append((b"1.0 " if self._http10 else b"1.1 ") + rules.via)
             parts += (b"Via: ", b", ".join(self._via), b"\r\n")
         parts.append(b"\r\n")
-
-    def _add_x_forwarded(self) -> None:
-        """With earlier entries: ours is appended; scheme and host of a trusted proxy stay."""
-        peer, chain = self._peer, self.forwarded_for
-        if peer.ip is not None:
-            own = peer.ip.encode()
-            chain = own if chain is None else chain + b", " + own
-        if chain is not None:
-            self._parts += (b"X-Forwarded-For: ", chain, b"\r\n")
-        proto, host = self._forwarded_proto, self._forwarded_host
-        self._parts += (
-            b"X-Forwarded-Proto: ", proto if proto is not None and peer.trusted else peer.scheme,
-            b"\r\nX-Forwarded-Host: ", host if host is not None and peer.trusted else self.host, b"\r\n",
-        )  # fmt: skip
 
 
 _REQUEST_HANDLERS: Final[dict[int, Callable[[RequestHead, bytes, bytes], None]]] = {
@@ -590,6 +597,19 @@ def trace_id(traceparent: bytes | None) -> str | None:
     if match is None or match[1] == b"0" * 32:
         return None
     return match[1].decode("ascii")
+
+
+def x_forwarded(peer: Peer, chain: bytes | None, proto: bytes | None, named_host: bytes | None, host: bytes) -> bytes:
+    """The lines about the client of a request that has such: ours is appended to the chain; scheme and host of a
+    trusted proxy stay. `host`: what the request itself is for."""
+    if peer.ip is not None:
+        own = peer.ip.encode()
+        chain = own if chain is None else chain + b", " + own
+    return b"%bX-Forwarded-Proto: %b\r\nX-Forwarded-Host: %b\r\n" % (
+        b"" if chain is None else b"X-Forwarded-For: %b\r\n" % chain,
+        proto if proto is not None and peer.trusted else peer.scheme,
+        named_host if named_host is not None and peer.trusted else host,
+    )
 
 
 def address_in(text: str) -> IPv4Address | IPv6Address | None:

@@ -137,6 +137,8 @@ class PlainCalls:
             target_bytes_max=settings.target_bytes,
             sights=SIGHTS,
             not_passed=None if hop.others is None else lambda asked: asked.to.headers.not_passed,
+            forward=hop.headers.forward,
+            joined=hop.headers.joined,
         )
         dropped = frozenset({METER_ID}) if settings.meter_id_header else frozenset[bytes]()
         self.responses: PlainResponses[ResponseShape] = PlainResponses(
@@ -163,6 +165,8 @@ class PlainCalls:
         call = PlainCall(self, client, connection, asked, data, wire, body)
         if shape.trace_at:
             call.trace_id = trace_id(lines[shape.trace_at][shape.trace_from :])
+        if shape.forwarded and (at := shape.forwarded[0]):
+            call.client_ip = asked.to.headers.client_ip(client.peer, lines[at].partition(b": ")[2])
         if asked.prepared is not None and hop.gate is not None:
             call.gate = hop.gate.quickly(asked.prepared, body)
             if call.gate is None:

@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Final, Generic, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 from sidecar.model.target import is_authority
 
@@ -34,6 +34,7 @@ _CHUNKED: Final = 5
 _TRACE: Final = 6
 _KEEP_ALIVE: Final = 7  # the upstream's hint of how long it keeps the connection
 _FIRST: Final = 8  # the request or status line
+_FORWARDED: Final = {b"x-forwarded-for": 9, b"x-forwarded-proto": 10, b"x-forwarded-host": 11}
 
 LINES_MAX: Final = 4_096  # remembered lines
 LINES_BYTES_MAX: Final = 2 << 20  # and their bytes: tokens in fields reach some kB
@@ -60,8 +61,7 @@ _BODILESS: Final = frozenset({204, 304})
 _CAREFUL_REQUEST: Final = frozenset(
     {
         b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"http2-settings", b"proxy-authorization",
-        b"proxy-authenticate", b"proxy-connection", b"x-forwarded-for", b"x-forwarded-proto", b"x-forwarded-host",
-        b"forwarded", b"via",
+        b"proxy-authenticate", b"proxy-connection",
     }
 )  # fmt: skip
 _CAREFUL_RESPONSE: Final = frozenset(
@@ -71,7 +71,7 @@ _CAREFUL_RESPONSE: Final = frozenset(
 _VOLATILE: Final = frozenset(
     {
         b"traceparent", b"tracestate", b"idempotency-key", b"x-request-id", b"x-correlation-id", b"x-amzn-trace-id",
-        b"cookie", b"if-none-match", b"x-client-request-id",
+        b"cookie", b"if-none-match", b"x-client-request-id", b"forwarded", b"via", b"x-real-ip",
     }
 )  # fmt: skip
 
@@ -98,6 +98,10 @@ class Shape(Generic[_Facts]):
     close: bool
     chunked: bool
     endings: dict[object, bytes] = field(default_factory=dict)  # peer -> what is sent behind the message's own lines
+    # Where the request says for whom it is forwarded: the places of chain, scheme and host, and of its own host; and by
+    # peer what stands around what is said of that.
+    forwarded: tuple[int, ...] = ()
+    around: dict[object, tuple[bytes, bytes]] = field(default_factory=dict)
 
     def own(self, lines: list[bytes]) -> bytes:
         """What is forwarded of a head itself, each line ended."""
@@ -175,6 +179,7 @@ class _Heads(Generic[_Facts]):
         self._glimpsed: dict[tuple[int, ...], int] = {}
         self._next_id = 0
         self._next_shape = 0
+        self._dropped = frozenset({_DROP, _CLOSE, _KEEP_ALIVE})  # meanings of lines that are not forwarded
 
     def forget(self) -> None:
         """Start anew; numbers are never used twice."""
@@ -242,8 +247,10 @@ class _Heads(Generic[_Facts]):
     def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         raise NotImplementedError
 
-    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
-        """For another peer than the one whose message was learned."""
+    def _learn_ending(
+        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
+    ) -> bytes | None:
+        """For a peer that has sent none of these. `wire`: as the careful way would forward it, where that is known."""
         raise NotImplementedError
 
     def _number(self, line: bytes) -> int:
@@ -371,7 +378,7 @@ class _Heads(Generic[_Facts]):
         dropped: set[int] = set()
         for at, id_ in enumerate(key):
             meaning, wire = self._meanings[id_]
-            if meaning in (_DROP, _CLOSE, _KEEP_ALIVE):
+            if meaning in self._dropped:
                 dropped.add(at)
             elif wire is not None and wire != lines[at]:
                 changed[at] = wire
@@ -393,6 +400,7 @@ class _Heads(Generic[_Facts]):
         length_at, length_from = value(_LENGTH)
         trace_at, trace_from = value(_TRACE)
         keep_alive_at, keep_alive_from = value(_KEEP_ALIVE)
+        places = [at_by_meaning.get(meaning, 0) for meaning in _FORWARDED.values()]
         self._next_shape += 1
         return Shape(
             number=self._next_shape,
@@ -407,6 +415,7 @@ class _Heads(Generic[_Facts]):
             keep_alive_from=keep_alive_from,
             close=_CLOSE in at_by_meaning,
             chunked=_CHUNKED in at_by_meaning,
+            forwarded=(*places, at_by_meaning.get(_HOST, 0)) if any(places) else (),
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:
@@ -431,6 +440,9 @@ def _fields(lines: list[bytes]) -> _Fields:
 Describe = Callable[[str, str, _Fields, "object"], "tuple[_Facts, bytes] | None"]
 """(method, target, fields, peer) -> (what the head means, the bytes that the careful way would forward: request line,
 fields, what the proxy adds, empty line), or None for a head that is to be read with care."""
+Forward = Callable[[Any, "bytes | None", "bytes | None", "bytes | None", bytes], bytes]
+"""(peer, chain, scheme and host that the request was forwarded with, its own host) -> the lines that say so
+upstream."""
 
 
 class PlainRequests(_Heads[_Facts]):
@@ -448,20 +460,27 @@ class PlainRequests(_Heads[_Facts]):
         target_bytes_max: int = HEAD_BYTES_MAX,
         sights: int = 1,
         not_passed: Callable[[_Facts], frozenset[bytes]] | None = None,
+        forward: Forward | None = None,
+        joined: frozenset[bytes] = frozenset(),
     ) -> None:
         """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
         path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
         `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
-        one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote."""
+        one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote.
+        `forward`: what is made of `X-Forwarded-*`; None: they are passed on. `joined`: names (lower case) of fields to
+        whose values ours is added: a request that has one is not plain."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
         super().__init__(
-            first=_REQUEST_LINE, careful=_CAREFUL_REQUEST, by_value=True, matters=matters, sights=sights,
+            first=_REQUEST_LINE, careful=_CAREFUL_REQUEST | joined, by_value=True, matters=matters, sights=sights,
             head_bytes_max=head_bytes_max, fields_max=fields_max,
         )  # fmt: skip
         self._describe = describe
         self._authority = authority
         self._base = base
         self._not_passed = not_passed
+        self._forward = forward
+        if forward is not None:
+            self._dropped |= frozenset(_FORWARDED.values())
         self._target_bytes_max = target_bytes_max
 
     def _learn_first(self, line: bytes) -> int | None:
@@ -483,11 +502,8 @@ class PlainRequests(_Heads[_Facts]):
         if self._not_passed is not None:
             self._send_elsewhere(changed, dropped, lines, described[1], self._not_passed(described[0]))
         shape = self._shape(key, lines, described[0], changed, dropped)
-        own = shape.own(lines)
-        if not described[1].startswith(own):
-            return self._remember(key, None)
-        shape.endings[peer] = described[1][len(own) :]
-        return self._remember(key, shape)
+        ending = self._learn_ending(shape, lines, peer, described[1])
+        return self._remember(key, None if ending is None else shape)
 
     @staticmethod
     def _send_elsewhere(
@@ -504,15 +520,45 @@ class PlainRequests(_Heads[_Facts]):
             changed[host_at] = hosts[0]
         dropped |= {at for at, name in enumerate(names) if at and name in not_passed}
 
-    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
-        described = self._described(lines, peer)
-        own = shape.own(lines)
-        if described is None or not described[1].startswith(own):
-            return None
-        if len(shape.endings) >= PEERS_MAX:
-            shape.endings.clear()
-        ending = shape.endings[peer] = described[1][len(own) :]
+    def _learn_ending(
+        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
+    ) -> bytes | None:
+        if shape.forwarded and self._forward is not None:
+            return self._forwarded(shape, lines, peer, self._forward, wire)
+        ending = self._ending(shape, lines, peer, wire)
+        if ending is not None:
+            if len(shape.endings) >= PEERS_MAX:
+                shape.endings.clear()
+            shape.endings[peer] = ending
         return ending
+
+    def _forwarded(
+        self, shape: Shape[_Facts], lines: list[bytes], peer: object, forward: Forward, wire: bytes | None
+    ) -> bytes | None:
+        """What is sent behind the own lines of a request that was forwarded before: another one for each client."""
+        values = [lines[at].partition(b": ")[2] if at else None for at in shape.forwarded]
+        chain, scheme, named_host, host = values
+        said = forward(peer, chain, scheme, named_host, host or b"")
+        around = shape.around.get(peer)
+        if around is None:
+            ending = self._ending(shape, lines, peer, wire)
+            if ending is None:
+                return None
+            before, found, after = ending.rpartition(said)
+            if not found:
+                return None
+            if len(shape.around) >= PEERS_MAX:
+                shape.around.clear()
+            around = shape.around[peer] = before, after
+        return around[0] + said + around[1]
+
+    def _ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None) -> bytes | None:
+        """As the careful way has it; None where that forwards other lines."""
+        if wire is None:
+            described = self._described(lines, peer)
+            wire = b"" if described is None else described[1]
+        own = shape.own(lines)
+        return wire[len(own) :] if wire.startswith(own) else None
 
     def _described(self, lines: list[bytes], peer: object) -> tuple[_Facts, bytes] | None:
         method, target, _ = lines[0].decode().split(" ")
@@ -529,6 +575,8 @@ class PlainRequests(_Heads[_Facts]):
             return _DROP, True
         if low == b"traceparent":
             return _TRACE, low not in self._matters
+        if low in _FORWARDED:
+            return _FORWARDED[low], low not in self._matters
         return _PASS, low in _VOLATILE and low not in self._matters
 
     def _host(self, name: bytes, value: bytes) -> bytes:
@@ -554,7 +602,9 @@ class PlainResponses(_Heads[_Facts]):
         )  # fmt: skip
         self._describe = describe
 
-    def _learn_ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object) -> bytes | None:
+    def _learn_ending(
+        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
+    ) -> bytes | None:
         raise AssertionError("a response is the same for all peers")
 
     def _learn_first(self, line: bytes) -> int | None:

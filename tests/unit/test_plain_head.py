@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Iterator
+from ipaddress import ip_network
 from typing import Any
 
 import httptools
@@ -94,6 +95,8 @@ def reader(
         authority=None if rules.preserve_host else rules.authority,
         base=address.base,
         matters=matters,
+        forward=rules.forward,
+        joined=rules.joined,
     )
     return requests, careful
 
@@ -111,6 +114,7 @@ NAMES = st.sampled_from(
         b"User-Agent", b"Accept", b"Connection", b"Keep-Alive", b"Traceparent", b"Idempotency-Key", b"Cookie",
         b"Transfer-Encoding", b"Upgrade", b"Expect", b"TE", b"X-Forwarded-For", b"Via", b"X-Custom", b"X Custom", b"",
         b"Proxy-Connection", b"x_y", b"X-\xe4", b"Trailer", b"X-Forwarded-Host", b"Content-Encoding",
+        b"X-Forwarded-Proto", b"Forwarded",
     ]
 )  # fmt: skip
 VALUES = st.sampled_from(
@@ -154,12 +158,20 @@ def forwarded(rules: HeaderRules, message: Any, peer: Peer) -> bytes:
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"preserve_host": True}, {"forwarded": "forwarded", "via": "edge"}, {"forwarded": "none"}],
-    ids=["plain", "preserve_host", "forwarded", "none"],
+    [
+        {},
+        {"preserve_host": True},
+        {"forwarded": "forwarded", "via": "edge"},
+        {"forwarded": "none"},
+        {"trusted_proxies": (ip_network("192.0.2.0/24"),), "via": "edge"},
+    ],
+    ids=["plain", "preserve_host", "forwarded", "none", "trusted"],
 )
 @given(heads=st.lists(HEADS, min_size=1, max_size=4))
 @example(heads=[b"GET / HTTP/1.1\r\nHost: h\r\nUser-Agent: a\r\nUser-Agent: a"])
 @example(heads=[b"GET / HTTP/1.1\r\nHost: h\r\nX-Custom: a\r\nx-custom: b"])
+@example(heads=[b"GET / HTTP/1.1\r\nX-Forwarded-For: a\r\nX-Forwarded-Proto: https\r\nHost: h\r\nX-Forwarded-Host: b"])
+@example(heads=[b"GET / HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: a", b"GET / HTTP/1.1\r\nHost: h\r\nX-Forwarded-For: b"])
 @settings(deadline=None)
 def test_what_is_plain_is_what_the_careful_way_makes_of_it(
     loop: asyncio.AbstractEventLoop, changes: dict[str, Any], heads: list[bytes]
@@ -195,6 +207,22 @@ def test_the_usual_head_is_plain_and_described_once() -> None:
     shapes = {read(requests, HEAD % (i + 1, i, i))[0].number for i in range(50)}
     assert len(shapes) == 1
     assert careful.asked == 1
+
+
+@pytest.mark.parametrize("mode", ["x-forwarded", "none", "forwarded"])
+def test_requests_behind_another_proxy_are_plain_whoever_they_are_for(mode: str) -> None:
+    rules = rules_for(forwarded=mode, trusted_proxies=(ip_network("192.0.2.7/32"),))
+    requests, careful = reader(rules)
+    peers = [rules.peer("192.0.2.7", tls=False), rules.peer("192.0.2.8", tls=False)]
+    chains = [b"198.51.100.%d, 203.0.113.%d" % (i, i % 7) for i in range(1, 200)]
+    for chain in chains:
+        for peer in peers:
+            fields = b"\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: https\r\nX-Real-IP: %b" % (chain, chain)
+            _, wire, *_ = read(requests, HEAD % (1, 1, 1) + fields, peer)
+            assert peer.ip is not None
+            said = chain + b", " + peer.ip.encode() if mode == "x-forwarded" else chain
+            assert wire.count(b"\r\nX-Forwarded-For: " + said + b"\r\n") == 1
+    assert careful.asked <= 3  # the shape, and how it ends for each peer
 
 
 def test_a_value_that_matters_makes_another_shape_and_one_that_does_not_matter_none() -> None:

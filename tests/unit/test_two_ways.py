@@ -6,6 +6,7 @@ from __future__ import annotations
 import gzip
 import time
 from dataclasses import asdict
+from ipaddress import ip_network
 from itertools import chain, pairwise
 from typing import Any
 
@@ -119,7 +120,13 @@ REQUESTS = [
     post(b"ends\r\n\r"),  # with the beginning of what ends a head
     b"\n" + get(b"/a"),
     b"\r\n" + get(b"/a"),
+    get(b"/a", b"X-Forwarded-For: 198.51.100.7\r\nX-Forwarded-Proto: https\r\n"),
+    get(b"/a", b"X-Forwarded-For: 198.51.100.8, 127.0.0.9\r\nX-Forwarded-Proto: https\r\n"),
+    get(b"/a", b"X-Forwarded-For: unknown\r\nX-Forwarded-Host: api.test\r\nVia: 1.1 lb\r\n"),
+    get(b"/a", b"Forwarded: for=198.51.100.7\r\nX-Forwarded-For: 1.2.3.4\r\nX-Forwarded-For: 5.6.7.8\r\n"),
+    get(b"/a", b"Connection: X-Forwarded-For\r\nX-Forwarded-For: 1.2.3.4\r\n"),
 ]
+BEHIND_ANOTHER = range(len(REQUESTS) - 5, len(REQUESTS))
 RESPONSES = [
     ok(),
     ok(b""),
@@ -187,7 +194,7 @@ IN_PIECES: st.SearchStrategy[list[Step]] = st.builds(
     st.sampled_from(BEHIND),
 )
 USUAL: st.SearchStrategy[list[Step]] = st.tuples(
-    st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24]), st.just([])),
+    st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24, *BEHIND_ANOTHER]), st.just([])),
     st.tuples(st.just("response"), st.sampled_from([0, 2, 3, 4, 5, 7]), st.just([])),
 ).map(list)
 STREAMED: st.SearchStrategy[list[Step]] = st.tuples(
@@ -306,11 +313,13 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
     [
         {},
         {"forwarded": "x-forwarded", "via": "edge"},
+        {"forwarded": "x-forwarded", "trusted_proxies": (ip_network("127.0.0.0/8"),)},
+        {"forwarded": "forwarded", "trusted_proxies": (ip_network("127.0.0.0/8"),)},
         {"meter_id_header": True, "preserve_host": True},
         {"upstreams": SEVERAL},
         {"upstreams": SEVERAL, "upstream_url": None, "preserve_host": True},
     ],
-    ids=["plain", "via", "meter_id", "several", "no rest"],
+    ids=["plain", "via", "behind", "behind rfc", "meter_id", "several", "no rest"],
 )
 @given(script=SCRIPTS)
 @example(script=[("request", 0, []), ("response", 0, []), ("request", 24, []), ("response", 2, [])])
@@ -329,6 +338,9 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
     script=[
         ("request", place, []) if what else ("response", 3, []) for place in (34, 37, 38, 39) * 4 for what in (1, 0)
     ]
+)
+@example(
+    script=[step for place in (*BEHIND_ANOTHER, 45, 46) * 2 for step in (("request", place, []), ("response", 0, []))]
 )
 @example(script=[("request", 42, []), ("response", 0, []), ("request", 43, []), ("response", 0, [])])
 @example(script=[("request", 42, []), ("response", 0, []), ("request", 44, [1]), ("response", 0, [])])
@@ -394,6 +406,17 @@ def test_head_and_body_that_come_one_after_the_other_take_the_short_way(response
     careful, _ = transcript(steps * 3, short=False, options={})
     assert short == careful
     assert all(record["usage"]["total_tokens"] == 9 for record in short[-2][1:])
+
+
+def test_calls_behind_another_proxy_take_the_short_way_and_are_their_clients() -> None:
+    options = {"forwarded": "x-forwarded", "trusted_proxies": (ip_network("127.0.0.0/8"),)}
+    steps: list[Step] = []
+    for place in BEHIND_ANOTHER[:3]:
+        steps += [("request", place, []), ("response", 0, [])]
+    told, plain = transcript(steps * 2, short=True, options=options)
+    assert plain == 6
+    ips = [record["client_ip"] for record in told[-2][1:]]
+    assert ips == ["198.51.100.7", "198.51.100.8", "127.0.0.1"] * 2
 
 
 def test_what_outgrows_what_is_kept_goes_on_with_care() -> None:
