@@ -222,6 +222,11 @@ SEVERAL = (
     ),
 )  # fmt: skip
 
+ANSWERED: Step = ("response", 0, [])
+THROUGH_ANOTHER: list[Step] = [
+    step for place in (*BEHIND_ANOTHER, 45, 46) * 2 for step in [("request", place, []), ANSWERED]
+]
+
 
 def pieces(data: bytes, cuts: list[int]) -> list[bytes]:
     places = [0, *sorted({cut for cut in cuts if 0 < cut < len(data)}), len(data)]
@@ -339,9 +344,7 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
         ("request", place, []) if what else ("response", 3, []) for place in (34, 37, 38, 39) * 4 for what in (1, 0)
     ]
 )
-@example(
-    script=[step for place in (*BEHIND_ANOTHER, 45, 46) * 2 for step in (("request", place, []), ("response", 0, []))]
-)
+@example(script=THROUGH_ANOTHER)
 @example(script=[("request", 42, []), ("response", 0, []), ("request", 43, []), ("response", 0, [])])
 @example(script=[("request", 42, []), ("response", 0, []), ("request", 44, [1]), ("response", 0, [])])
 @example(script=[("request", 42, []), ("request", 44, []), ("response", 0, []), ("response", 0, [])])
