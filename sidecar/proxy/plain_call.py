@@ -43,7 +43,7 @@ from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import CHUNKED, PlainMessage, PlainRequests, PlainResponses
-from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, not_known_yet
+from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, in_chunks, not_known_yet
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
@@ -372,7 +372,12 @@ class PlainCall(PlainExchange):
             self._response_unusual(data)
             return
         shape, out, head, body, lines, left = read
-        if left or len(body) > BODY_BYTES_MAX:
+        wire_bytes = len(body)
+        if left == CHUNKED and body.endswith(LAST_CHUNK):
+            document = self._document(shape.facts, head, body)
+            if document is not None:
+                body, left = document, 0
+        if left or wire_bytes > BODY_BYTES_MAX:
             if not self._stream_begins(read, client):
                 self._response_unusual(data)
             return
@@ -393,13 +398,25 @@ class PlainCall(PlainExchange):
             self.response_head = self.response_body = b""
         self._closes = hop.leaving or hop.stopping or not (client.plainly or client.may_keep_alive(False))
         if self._closes or hop.settings.meter_id_header:
-            out = self._with_own_fields(out, len(out) - len(body) - 2)
+            out = self._with_own_fields(out, len(out) - wire_bytes - 2)
         if hop.recorder.complete(self, self._release):
             client.send(out)
             self._over()
         else:
             self.deadline = NEVER
             self._out = out
+
+    def _document(self, facts: ResponseShape, head: bytes, body: bytes) -> bytes | None:
+        """What is in the chunks of a response that has come whole; None where it has not, or is read as a stream."""
+        found = in_chunks(body)
+        if found is None or not found[1]:
+            return None
+        document = b"".join(found[0])
+        if self._asked.read:
+            keeping = self._calls.keeping(self._asked, facts, head)
+            if not (isinstance(keeping, DocumentKeeping) and keeping.begins(document)):
+                return None
+        return document
 
     def _with_own_fields(self, out: bytes, at: int) -> bytes:
         """The response, and what is ours to say in it. `at`: where its empty line begins."""

@@ -79,7 +79,7 @@ class PlainStream:
     def pieces(self, data: bytes) -> Pieces | None:
         """None: it is to be parsed."""
         if self._left == CHUNKED:
-            return _chunks(data)
+            return in_chunks(data)
         left = self._left - len(data)
         return None if left < 0 else ([data] if data else [], left == 0)
 
@@ -147,7 +147,7 @@ class PlainStream:
         return True
 
 
-def _chunks(data: bytes) -> Pieces | None:
+def in_chunks(data: bytes) -> Pieces | None:
     """None where `data` is not nothing but whole chunks."""
     pieces = whole_chunks(data)
     if pieces or not data:

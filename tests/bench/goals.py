@@ -83,6 +83,10 @@ def _call(peer: str, case: str, other: str = ENVOY) -> Callable[[Raw], float | N
     return _ratio("unary", "us", {"peer": peer, "case": case}, {"peer": other, "case": case})
 
 
+def _apart(peer: str, kind: str) -> Callable[[Raw], float | None]:
+    return _ratio("apart", "us", {"peer": peer, "kind": kind}, {"peer": ENVOY, "kind": kind})
+
+
 def _added(peer: str, share: float, other: str = ENVOY) -> Callable[[Raw], float | None]:
     return _ratio("latency", "added_ms", {"peer": peer, "share": share}, {"peer": other, "share": share})
 
@@ -113,6 +117,11 @@ GOALS = (
 REPORTED = (
     Goal("–", "one connection, buffered, by Envoy's", 0, "×", _call(BUFFERED, ALONE)),
     Goal("–", "one connection, committed, by Envoy's", 0, "×", _call(COMMITTED, ALONE)),
+    *(
+        Goal("–", f"head and body apart, {said}, {name}", 0, "×", _apart(peer, kind))
+        for kind, said in (("sized", "sized"), ("chunked", "in chunks"), ("gzip", "in chunks and compressed"))
+        for name, peer in (("buffered", BUFFERED), ("committed", COMMITTED))
+    ),
 )
 
 
