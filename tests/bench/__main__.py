@@ -89,7 +89,10 @@ def streams(peer: p.Peer, *, count: int, rounds: int) -> dict[str, float]:
 def apart(peer: p.Peer, *, seconds: int) -> dict[str, float]:
     before = peer.idle_cpu_s()
     command = [sys.executable, str(HERE / "apart.py"), "load", str(peer.port), "32", str(seconds)]
-    calls = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)["calls"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{peer.name}: {done.stderr}")
+    calls = json.loads(done.stdout)["calls"]
     return {"calls": calls, "us": (peer.idle_cpu_s() - before) / calls * 1e6}
 
 
@@ -221,19 +224,18 @@ def _apart(
     arguments: argparse.Namespace, makers: dict[str, Callable[[Path, int], p.Peer]], chosen: list[str], folder: Path
 ) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
+    hops = [name for name in chosen if name != "litellm"]  # it makes requests and responses of its own
     for kind in ("sized", "chunked", "gzip"):
         with ExitStack() as stack:
             port = p.free_port()
             command = [sys.executable, str(HERE / "apart.py"), "upstream", str(port), kind]
             stack.callback(p.start("apart", command, port, folder).stop)
             table = p.Table(f"chat, head and body apart, the response {kind}", "CPU µs per call")
-            running = _started(stack, makers, chosen, folder, port)
+            running = _started(stack, makers, hops, folder, port)
             for peer in running:
                 apart(peer, seconds=1)
             for _ in range(arguments.rounds):
                 for peer in running:
-                    if peer.name == goals.LITELLM:
-                        continue  # it makes a request of its own
                     found = apart(peer, seconds=arguments.seconds)
                     table.add(peer.name, found["us"])
                     rows.append({"kind": kind, "peer": peer.name, **found})
