@@ -33,6 +33,7 @@ from sidecar.usage import RawHeaders
 
 METER_ID: Final = b"x-meter-id"
 ADDRESSES_KEPT_MAX: Final = 1024  # clients may claim any address in X-Forwarded-For
+CHAIN_KEPT_BYTES_MAX: Final = 256  # of such a field that is remembered
 
 _TRACEPARENT = re.compile(rb"[0-9a-f]{2}-([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(?:-.*)?\Z")
 
@@ -218,6 +219,8 @@ class HeaderRules:
         """The rightmost address that is no proxy of ours; what an untrusted peer claims is not read."""
         if not peer.trusted or forwarded_for is None:
             return peer.ip
+        if len(forwarded_for) > CHAIN_KEPT_BYTES_MAX:
+            return self._client_ip(peer, forwarded_for)
         known = self._client_ips.get((peer, forwarded_for))
         if known is None:
             if len(self._client_ips) >= ADDRESSES_KEPT_MAX:

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.model.http_url import UpstreamAddress
-from sidecar.proxy.headers import NAMES_KEPT_MAX, HeaderRules, Peer, RequestHead, trace_id
+from sidecar.proxy.headers import (
+    ADDRESSES_KEPT_MAX,
+    CHAIN_KEPT_BYTES_MAX,
+    NAMES_KEPT_MAX,
+    HeaderRules,
+    Peer,
+    RequestHead,
+    trace_id,
+)
 from sidecar.proxy.local_responses import BAD_REQUEST
 from sidecar.proxy.response_parser import HEAD_BYTES_MAX, UpstreamResponse
 from sidecar.settings import ProxySettings
@@ -136,11 +144,24 @@ def test_via() -> None:
         ("2001:db8:ffff::1", b"1.1.1.1", "1.1.1.1"),
         (None, b"1.1.1.1", "1.1.1.1"),
         (None, None, None),
+        ("10.0.0.1", b"6.6.6.6, " * 100 + b"1.1.1.1", "1.1.1.1"),
     ],
 )
 def test_the_client_behind_trusted_proxies(peer: str | None, chain: bytes | None, found: str | None) -> None:
     rules = made(trusted_proxies=(ip_network("10.0.0.0/8"), ip_network("2001:db8:ffff::/48")))
-    assert rules.client_ip(rules.peer(peer, tls=False), chain) == found
+    for _ in range(2):  # also as it is remembered
+        assert rules.client_ip(rules.peer(peer, tls=False), chain) == found
+
+
+def test_few_and_short_chains_are_remembered() -> None:
+    rules = made(trusted_proxies=(ip_network("10.0.0.0/8"),))
+    peer = rules.peer("10.0.0.1", tls=False)
+    for number in range(ADDRESSES_KEPT_MAX + 9):
+        chain = b"198.51.%d.%d" % divmod(number, 256)
+        assert rules.client_ip(peer, chain) == chain.decode()
+        assert rules.client_ip(peer, b"6.6.6.6, " * 40 + chain) == chain.decode()
+    assert len(rules._client_ips) == 9
+    assert all(len(chain) <= CHAIN_KEPT_BYTES_MAX for _, chain in rules._client_ips)
 
 
 @pytest.mark.parametrize(
