@@ -48,6 +48,7 @@ from sidecar.proxy.request_body import may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders
+from sidecar.usage.formats.content_encoding import is_one_step
 from sidecar.usage.keeping import DocumentKeeping, Keeping, keeping
 from sidecar.usage.plain_calls import fields_of
 
@@ -377,7 +378,7 @@ class PlainCall(PlainExchange):
             document = self._document(shape.facts, head, body)
             if document is not None:
                 body, left = document, 0
-        if left or wire_bytes > BODY_BYTES_MAX:
+        if left or wire_bytes > BODY_BYTES_MAX or (shape.coded and self._asked.read and not is_one_step(body)):
             if not self._stream_begins(read, client):
                 self._response_unusual(data)
             return
@@ -414,7 +415,7 @@ class PlainCall(PlainExchange):
         document = b"".join(found[0])
         if self._asked.read:
             keeping = self._calls.keeping(self._asked, facts, head)
-            if not (isinstance(keeping, DocumentKeeping) and keeping.begins(document)):
+            if not (isinstance(keeping, DocumentKeeping) and keeping.begins(document) and keeping.may_wait(document)):
                 return None
         return document
 

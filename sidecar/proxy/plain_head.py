@@ -34,6 +34,7 @@ _CHUNKED: Final = 5
 _TRACE: Final = 6
 _KEEP_ALIVE: Final = 7  # the upstream's hint of how long it keeps the connection
 _FIRST: Final = 8  # the request or status line
+_CODED: Final = 12  # the content, by gzip
 _FORWARDED: Final = {b"x-forwarded-for": 9, b"x-forwarded-proto": 10, b"x-forwarded-host": 11}
 
 LINES_MAX: Final = 4_096  # remembered lines
@@ -97,6 +98,7 @@ class Shape(Generic[_Facts]):
     keep_alive_from: int
     close: bool
     chunked: bool
+    coded: bool
     endings: dict[object, bytes] = field(default_factory=dict)  # peer -> what is sent behind the message's own lines
     # Where the request says for whom it is forwarded: the places of chain, scheme and host, and of its own host; and by
     # peer what stands around what is said of that.
@@ -326,8 +328,8 @@ class _Heads(Generic[_Facts]):
                 meaning = _CLOSE
             elif token != b"keep-alive":
                 return None
-        elif meaning == _CHUNKED:
-            if value.lower() != b"chunked":
+        elif meaning in (_CHUNKED, _CODED):
+            if value.lower() != (b"chunked" if meaning == _CHUNKED else b"gzip"):
                 return None
         elif meaning == _HOST:
             if not is_authority(value):
@@ -415,6 +417,7 @@ class _Heads(Generic[_Facts]):
             keep_alive_from=keep_alive_from,
             close=_CLOSE in at_by_meaning,
             chunked=_CHUNKED in at_by_meaning,
+            coded=_CODED in at_by_meaning,
             forwarded=(*places, at_by_meaning.get(_HOST, 0)) if any(places) else (),
         )
 
@@ -630,6 +633,8 @@ class PlainResponses(_Heads[_Facts]):
             return _LENGTH, True
         if low == b"transfer-encoding":
             return _CHUNKED, False
+        if low == b"content-encoding":
+            return _CODED, False
         if low == b"connection":
             return _DROP, False
         if low == b"keep-alive":

@@ -93,7 +93,7 @@ class PlainStream:
             elif isinstance(keeping, Keeping):
                 kept = self._keep_events(keeping, pieces, last=last)
             else:
-                kept = self._keep_document(keeping, pieces)
+                kept = self._keep_document(keeping, pieces, last=last)
         except Exception:
             log.exception("a usage reader failed; the response is read along")
             return False
@@ -104,11 +104,11 @@ class PlainStream:
                 self._left -= size
         return kept
 
-    def _keep_document(self, keeping: DocumentKeeping, pieces: list[bytes]) -> bool:
+    def _keep_document(self, keeping: DocumentKeeping, pieces: list[bytes], *, last: bool) -> bool:
         if not self.kept and pieces and not keeping.begins(pieces[0]):
             return False
         kept_bytes = self.kept_bytes + sum(map(len, pieces))
-        if kept_bytes > KEPT_BYTES_MAX:
+        if kept_bytes > KEPT_BYTES_MAX or (last and not keeping.may_wait(b"".join([*self.kept, *pieces]))):
             return False
         self.kept += pieces
         self.kept_bytes = kept_bytes

@@ -15,6 +15,7 @@ from typing import Final
 import orjson
 
 from sidecar.usage import RawHeaders, ResponseTap, Taps
+from sidecar.usage.formats.content_encoding import is_one_step
 from sidecar.usage.formats.event_stream import SKIPPED_BYTES_MAX, ServerSentEvents
 from sidecar.usage.formats.likeness import looked_at
 from sidecar.usage.providers.base import Reader
@@ -96,7 +97,8 @@ class Keeping:
 
 
 class DocumentKeeping:
-    """For responses of one shape that are one document of JSON: all of it is kept, as it came."""
+    """For responses of one shape that are one document of JSON: all of it is kept, as it came. One that is coded may be
+    a thousand times as large: it is read later only where that takes one step, and else along, step by step."""
 
     __slots__ = ("_coded",)
 
@@ -106,6 +108,10 @@ class DocumentKeeping:
     def begins(self, piece: bytes) -> bool:
         """Whether the document may begin so. Else it may be a stream under a wrong name, whose first token is timed."""
         return self._coded or piece[:1] == b"{"
+
+    def may_wait(self, document: bytes) -> bool:
+        """Whether all of it may be read later, at once."""
+        return not self._coded or is_one_step(document)
 
     def read_along(self, tap: ResponseTap, kept: Sequence[bytes], first_token_ns: int) -> None:
         """As `Keeping.read_along`."""

@@ -215,6 +215,11 @@ def decoder(header: str, backlog_max_bytes: int = BACKLOG_MAX_BYTES) -> Codings 
     return Codings([_STAGES[name]() for name in reversed(names)], backlog_max_bytes)
 
 
+def is_one_step(body: bytes) -> bool:
+    """Whether a gzip body that has come whole says itself (in its last four bytes, RFC 1952) that it takes one."""
+    return int.from_bytes(body[-4:], "little") <= STEP_BYTES
+
+
 def decoded(header: str, body: bytes) -> bytes:
     """A body that has come whole, where that takes one step. Raises Unreadable, also where there would be more."""
     if header == "gzip":  # the commonest, with the one member that it has
