@@ -20,6 +20,7 @@ from support.postgres_server import PostgresServer
 from sidecar.delivery.elected import Elected
 from sidecar.delivery.lane_balance import LanesBalance, read_lanes
 from sidecar.delivery.lane_database import make_lanes
+from sidecar.delivery.rows import StateError
 from sidecar.ledger import postgres_schema
 from sidecar.ledger.identity import Identity
 from sidecar.ledger.lanes import LANES
@@ -70,7 +71,11 @@ class Lanes:
             async with asyncio.timeout(LIMIT_S):
                 while found is None or not enough(found):
                     await asyncio.sleep(0.05)
-                    found = await asyncio.to_thread(read_lanes, self.url)
+                    try:
+                        found = await asyncio.to_thread(read_lanes, self.url)
+                    except StateError as error:
+                        if "start a sidecar of it first" not in str(error):
+                            raise  # else it is about to make its tables
         except TimeoutError:
             raise AssertionError(f"never {what or 'so'}: {found and found.to_dict()}") from None
         return found

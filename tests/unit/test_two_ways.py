@@ -427,6 +427,36 @@ def test_calls_behind_another_proxy_take_the_short_way_and_are_their_clients() -
     assert ips == ["198.51.100.7", "198.51.100.8", "127.0.0.1"] * 2
 
 
+@pytest.mark.parametrize(
+    ("framed_as", "cuts"), [("sized", []), ("sized", [80, 200]), ("chunked", []), ("chunked", [103])]
+)
+def test_a_compressed_document_that_unfolds_to_much_is_read_step_by_step(framed_as: str, cuts: list[int]) -> None:
+    document = gzip.compress(CHAT[:-1] + b',"x":"' + b"x" * (4 << 20) + b'"}')
+    fields = JSON + b"Content-Encoding: gzip\r\n"
+    response = ok(document, fields) if framed_as == "sized" else in_chunks(fields, document)
+    with conversation(taps=UsageTaps()) as talk:
+        talk.warm()
+        for _ in range(2):
+            talk.client.says(REQUESTS[24])
+            talk.upstream.says(*pieces(response, cuts))
+            talk.client.hears(response)
+            record = talk.recorded(Outcome.COMPLETE, status=200, request_bytes=36, response_bytes=len(document))
+            assert record.usage is not None
+            assert record.usage.total_tokens == 9
+        assert talk.recorder.plain_calls == 0
+
+
+@pytest.mark.parametrize("coding", ["br", "deflate", "zstd", "gzip, br"])
+def test_other_codings_go_the_careful_way(coding: str) -> None:
+    response = ok(b"...", JSON + b"Content-Encoding: " + coding.encode() + b"\r\n")
+    with conversation(taps=UsageTaps()) as talk:
+        talk.warm()
+        talk.client.says(REQUESTS[24])
+        talk.upstream.says(response)
+        talk.client.hears(response)
+        assert talk.recorder.plain_calls == 0
+
+
 def test_what_outgrows_what_is_kept_goes_on_with_care() -> None:
     for response in (36, 37):
         steps: list[Step] = [("request", 24, []), ("response", response, [400, 30_000, 69_000])]
