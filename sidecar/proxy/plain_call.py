@@ -415,7 +415,7 @@ class PlainCall(PlainExchange):
         document = b"".join(found[0])
         if self._asked.read:
             keeping = self._calls.keeping(self._asked, facts, head)
-            if not (isinstance(keeping, DocumentKeeping) and keeping.begins(document) and keeping.may_wait(document)):
+            if not (isinstance(keeping, DocumentKeeping) and keeping.begins(document) and keeping.may_wait(found[0])):
                 return None
         return document
 

@@ -108,7 +108,7 @@ class PlainStream:
         if not self.kept and pieces and not keeping.begins(pieces[0]):
             return False
         kept_bytes = self.kept_bytes + sum(map(len, pieces))
-        if kept_bytes > KEPT_BYTES_MAX or (last and not keeping.may_wait(b"".join([*self.kept, *pieces]))):
+        if kept_bytes > KEPT_BYTES_MAX or (last and not keeping.may_wait([*self.kept, *pieces])):
             return False
         self.kept += pieces
         self.kept_bytes = kept_bytes

@@ -109,9 +109,9 @@ class DocumentKeeping:
         """Whether the document may begin so. Else it may be a stream under a wrong name, whose first token is timed."""
         return self._coded or piece[:1] == b"{"
 
-    def may_wait(self, document: bytes) -> bool:
+    def may_wait(self, pieces: Sequence[bytes]) -> bool:
         """Whether all of it may be read later, at once."""
-        return not self._coded or is_one_step(document)
+        return not self._coded or is_one_step(b"".join(pieces))
 
     def read_along(self, tap: ResponseTap, kept: Sequence[bytes], first_token_ns: int) -> None:
         """As `Keeping.read_along`."""
