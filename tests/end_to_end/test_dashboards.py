@@ -7,7 +7,6 @@ import asyncio
 import json
 import re
 import shutil
-import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
@@ -17,6 +16,7 @@ from typing import Any, Final
 import aiohttp
 import pytest
 import yaml
+from support.ports import free_port
 from support.whole import ROOT, Whole, running_receiver
 
 from sidecar.dev.demo import CALLS
@@ -106,8 +106,7 @@ class Prometheus:
 
 @asynccontextmanager
 async def scraping(folder: Path, target: str) -> AsyncIterator[Prometheus]:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
+    port = free_port()
     folder.mkdir()
     config = yaml.safe_load((CONFIG / "prometheus.yml").read_text())
     (scrape,) = config["scrape_configs"]

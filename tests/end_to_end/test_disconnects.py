@@ -196,6 +196,7 @@ async def test_what_is_left_to_meter(name: str, moment: str, policy: str, coding
     family = FAMILIES[name]
     anomalies: list[str] = []
     hop, upstream = await leave(family, coding, policy, moment, UsageTaps(anomaly=anomalies.append))
+    assert len(hop.recorder.records) == 1, hop.recorder.records
     (exchange,) = hop.recorder.records
     usage = exchange.usage
     place = MOMENTS.index(moment)

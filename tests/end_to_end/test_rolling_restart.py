@@ -21,6 +21,7 @@ from pathlib import Path
 import aiohttp
 import pytest
 from aiohttp import web
+from support.ports import free_port
 from support.whole import START_LIMIT_S, STOP_LIMIT_S, Whole, children
 
 ROOT = Path(__file__).parent.parent.parent
@@ -32,10 +33,11 @@ pytestmark = pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
 
 
 def free_ports(count: int) -> list[int]:
-    """Free ones, all held until the last is known."""
-    with contextlib.ExitStack() as stack:
-        socks = [stack.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [sock.getsockname()[1] for sock in socks]
+    """Free ones, none twice."""
+    ports: set[int] = set()
+    while len(ports) < count:
+        ports.add(free_port())
+    return list(ports)
 
 
 async def until(condition: Callable[[], bool], what: str, limit_s: float = STOP_LIMIT_S) -> None:

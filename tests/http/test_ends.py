@@ -10,6 +10,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+from support.ports import free_port
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, Script, answering, on_both_loops, reply, until
 
 from sidecar.model.exchange import Exchange, UsageState
@@ -26,15 +27,9 @@ def error_type(body: bytes) -> str:
     return str(json.loads(body)["error"]["type"])
 
 
-def unused_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
 @on_both_loops
 async def test_nobody_listens() -> None:
-    async with Hop(f"http://127.0.0.1:{unused_port()}") as hop:
+    async with Hop(f"http://127.0.0.1:{free_port()}") as hop:
         client = await hop.client()
         for n in (1, 2):  # the connection is kept: nothing is wrong with the client
             await client.send(GET)

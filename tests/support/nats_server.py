@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import importlib.util
 import json
-import random
 import signal
 import socket
 import subprocess
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from support.ports import free_port
 from support.whole import suspend
 
 if TYPE_CHECKING:
@@ -52,15 +52,6 @@ def server_path(of: str = OURS) -> Path:
         return Path(nats_server_path())
     except NatsServerBinaryNotFound:
         pytest.skip(f"the package {SERVER_PACKAGE} has no server for this machine")
-
-
-def free_port() -> int:
-    """Below those that the system gives to outgoing connections: a server that is started again finds it free."""
-    while True:
-        port = random.randrange(10_000, 32_000)
-        with socket.socket() as sock, contextlib.suppress(OSError):
-            sock.bind(("127.0.0.1", port))
-            return port
 
 
 @dataclass(kw_only=True)

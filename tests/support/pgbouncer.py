@@ -15,6 +15,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import pytest
+from support.ports import free_port
 
 # Fewer connections to the server than a sidecar has to it: whoever relies on a session is found out.
 CONNECTIONS = 3
@@ -28,9 +29,7 @@ def pgbouncer(url: str, *, max_client_conn: int = 200) -> Iterator[str]:
     if program is None:
         pytest.skip("pgbouncer is not installed (Debian: apt-get install pgbouncer)")
     parts = urlsplit(url)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     directory = Path(tempfile.mkdtemp(prefix="pgbouncer-"))
     (directory / "ini").write_text(
         # `auth_type = any` asks nobody who it is, and wants the server's user said.

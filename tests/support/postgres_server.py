@@ -13,7 +13,6 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import tempfile
 import time
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.ports import free_port
 
 WAIT_S = 30.0
 OURS = "embedded"
@@ -72,9 +72,7 @@ class PostgresServer:
 
     def __init__(self, directory: Path, bin_dir: Path) -> None:
         self.directory, self._bin = directory, bin_dir
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = int(probe.getsockname()[1])
+        self.port = free_port()
         self._process: subprocess.Popen[bytes] | None = None
 
     @property

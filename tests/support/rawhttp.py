@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 from support import ways
+from support.ports import bound
 
 from sidecar.model.exchange import Exchange, Outcome, PlainExchange, Release, Subscriber, Usage, UsageState
 from sidecar.proxy import Attribute, Proxy, Route
@@ -185,8 +186,8 @@ class RawUpstream:
         if self._path is not None:
             self._server = await asyncio.start_unix_server(self._accept, self._path)
         else:
-            self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0, ssl=self._tls)
-            self.port = self._server.sockets[0].getsockname()[1]
+            server = await bound(lambda port: asyncio.start_server(self._accept, "127.0.0.1", port, ssl=self._tls))
+            self._server, self.port = server, server.sockets[0].getsockname()[1]
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -452,8 +453,8 @@ class Hop:
 
     async def __aenter__(self) -> Hop:
         await self.proxy.start()
-        bound = await self.proxy.listen(host="127.0.0.1", port=0)
-        self.port = int(bound[1])
+        where = await bound(lambda port: self.proxy.listen(host="127.0.0.1", port=port))
+        self.port = int(where[1])
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -26,6 +26,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from support.ports import free_port
+
 ROOT = Path(__file__).parent.parent.parent
 BLOCK = re.compile(r'^```(\w+)(?: title="([^"]+)")?\n(.*?)^```$', re.DOTALL | re.MULTILINE)
 PORT = re.compile(r"(?<=127\.0\.0\.1:)(\d{4,5})\b|(?<=\"127\.0\.0\.1\", )(\d{4,5})\b|(?<=http\.server )(\d{4,5})\b")
@@ -154,7 +156,7 @@ class Terminal:
 
     def _free(self, shown: str) -> str:
         if shown not in self._ports:
-            sock = socket.create_server(("127.0.0.1", 0))
+            sock = socket.create_server(("127.0.0.1", free_port()))
             self._held.append(sock)  # until something is started, so that no two are the same
             self._ports[shown] = str(sock.getsockname()[1])
         return self._ports[shown]
