@@ -23,6 +23,7 @@ from sidecar.cli.collect import collecting_settings, feed
 from sidecar.model.delivery import Delivered, Duplicate, Refused
 from sidecar.runtime import collect
 from sidecar.runtime.app import running
+from sidecar.runtime.collector import ACK_WAIT_S
 from sidecar.runtime.instance_lock import DataLock
 from sidecar.settings import Settings, SettingsError, load
 from sidecar.spool import SpoolReader
@@ -325,6 +326,7 @@ async def test_a_data_directory_that_is_in_use_is_said(tmp_path: Path) -> None:
         await collect.collect(collector.settings)
 
 
+@pytest.mark.timeout(300)
 async def test_the_leader_of_the_cluster_is_killed_while_records_come(tmp_path: Path) -> None:
     with nats_cluster() as cluster:
         await make_stream(cluster.url, "S", "S.records", num_replicas=3)
@@ -333,7 +335,8 @@ async def test_the_leader_of_the_cluster_is_killed_while_records_come(tmp_path: 
             await collector.until_recorded(200)
             cluster.kill_leader("S")
             await asyncio.wait_for(sending, 60)
-            balance = await collector.until_recorded(1500, limit_s=60)
+            # What was on its way when the leader died comes again after ACK_WAIT_S.
+            balance = await collector.until_recorded(1500, limit_s=ACK_WAIT_S + 60)
             assert balance["recorded"] == 1500
             assert balance["problems"] == []
             assert await collector.stop() == 0

@@ -114,7 +114,8 @@ class Collector:
                             return balance
                     await asyncio.sleep(0.02)
         except TimeoutError:
-            raise AssertionError(f"not within {limit_s:.0f} s: {balance}; {self.log.read_text()}") from None
+            said = self.log.read_text() if self.log.exists() else ""  # of a process of its own
+            raise AssertionError(f"not within {limit_s:.0f} s: {count} recorded: {balance}; {said}") from None
 
     async def until(self, path: str, wanted: int, limit_s: float = 30.0) -> Any:
         """Until a page has this status; what it says."""
