@@ -346,6 +346,10 @@ class Admission:
             return self._denied(weighed, Gate(DENIED, limit.name), limit, None)
         return None
 
+    def meant(self, method: str, target: str, upstream: str | None) -> Meant:
+        """All that `prepare` reads of a target, but for how a denial looks."""
+        return self._meant(method, target, upstream)
+
     def quickly(self, prepared: Prepared, body: bytes) -> Gate | None:
         """The same for a call that is whole, where it may go; None: anything else."""
         if self._outside is not None:

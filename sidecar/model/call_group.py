@@ -26,7 +26,7 @@ TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tok
 # Properties of a record that are summed up in a group.
 SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
 # And those that are others for each call, beside its times, ids and costs.
-APART: Final = frozenset({"finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd", "charge"})
+APART: Final = frozenset({"url", "finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd", "charge"})
 
 
 @dataclass(slots=True, eq=False)

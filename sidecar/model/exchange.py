@@ -198,6 +198,7 @@ class RequestShape:
     """What requests that differ in lengths and ids only have in common (see `proxy.plain_head`).
 
     `number`: never used twice in one process. `target`, `fields`: what a reader of usage asks of the request's head.
+    `target` and `url` are those of the first of them; calls to the others are read alike, and have a URL of their own.
     `read`: whether anybody reads the bodies of such calls.
     """
 
@@ -247,13 +248,14 @@ class PlainExchange:
     response_body: bytes = b""  # of one in chunks what of it has to be read
     gate: Gate | None = None
     first_token_ns: int = 0  # of the monotonic clock; 0: no stream, or its first text was not seen
+    url: str | None = None  # None: its shape's
 
     def exchange(self) -> Exchange:
         """The same as an exchange, without usage."""
         shape, response = self.shape, self.response
         exchange = Exchange(
             method=shape.method,
-            url=shape.url,
+            url=shape.url if self.url is None else self.url,
             route=shape.route,
             request_headers=shape.request_headers,
             client_ip=self.client_ip,

@@ -152,14 +152,12 @@ class LineTemplate:
     Gives what `encode` gives, byte for byte where the usage object is `usage_to_dict`'s.
     """
 
-    __slots__ = ("_client_ip", "_client_ip_json", "_form", "_second", "_second_text")
+    __slots__ = ("_client_ip", "_client_ip_json", "_form", "_second", "_second_text", "_url")
 
     def __init__(self, request: RequestShape, response: ResponseShape, instance: str) -> None:
         """Raises `ValueError` where a text cannot be stored as it is: such calls are written by `encode`."""
         subscriber = request.subscriber
         between = {
-            "method": request.method,
-            "url": request.url,
             "route": request.route,
             "status": response.status,
             "outcome": Outcome.COMPLETE,
@@ -172,12 +170,13 @@ class LineTemplate:
         }
         self._form = (
             b'{"id":"%%b","seq":%%d,"instance":%b,"version":%b,"parent_id":null,"started_at":"%%b","first_byte_ms":%%b,'
-            b'"duration_ms":%%b,%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
+            b'"duration_ms":%%b,%b,"url":%%b,%b,"request_bytes":%%d,"response_bytes":%%d,"client_ip":%%b,"user_agent":%b,"trace_id":%%b,%b,"usage":%%b'
             b',"cost":%%b,"error":null%b}'
         ) % (
-            *(_literal(value) for value in (instance, RECORD_VERSION, between, request.user_agent, behind)),
+            *map(_literal, (instance, RECORD_VERSION, {"method": request.method}, between, request.user_agent, behind)),
             b"" if request.upstream is None else b"," + _literal({"upstream": request.upstream}),
         )
+        self._url = _json(request.url)
         self._client_ip: str | None = None
         self._client_ip_json = b"null"
         self._second, self._second_text = -1, b""
@@ -195,8 +194,9 @@ class LineTemplate:
         trace_id: str | None,
         usage: bytes,
         cost: bytes,
+        url: str | None = None,
     ) -> bytes:
-        """`usage`, `cost`: JSON. The times are those of `Exchange`."""
+        """`usage`, `cost`: JSON. `url`: None: that of the shape. The times are those of `Exchange`."""
         second, micros = divmod(started_ns // 1000, 1_000_000)
         if second != self._second:
             self._second_text = datetime.fromtimestamp(second, UTC).strftime("%Y-%m-%dT%H:%M:%S").encode()
@@ -211,6 +211,7 @@ class LineTemplate:
             # Written once where it is the same, as it mostly is: a quarter of a microsecond.
             duration if first_byte_ms == duration_ms else b"%a" % first_byte_ms,
             duration,
+            self._url if url is None else orjson.dumps(url),
             request_bytes,
             response_bytes,
             self._client_ip_json,
@@ -220,12 +221,16 @@ class LineTemplate:
         )
 
 
-def _literal(value: Any) -> bytes:
-    """JSON for a place in a form: of an object its members alone."""
+def _json(value: Any) -> bytes:
     try:
-        text = orjson.dumps(value)
+        return orjson.dumps(value)
     except TypeError as error:
         raise ValueError(f"not storable as it is: {error}") from None
+
+
+def _literal(value: Any) -> bytes:
+    """JSON for a place in a form: of an object its members alone."""
+    text = _json(value)
     return (text[1:-1] if isinstance(value, dict) else text).replace(b"%", b"%%")
 
 

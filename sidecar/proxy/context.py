@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from asyncio import AbstractEventLoop
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from time import monotonic_ns, time_ns
 from typing import Final, Protocol
@@ -40,6 +40,11 @@ class PlainAttribution(Protocol):
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
         """The same answer, and nothing is counted; None where each such call has something to be counted."""
+        ...
+
+    def by_target(self, target: str) -> Hashable | None:
+        """All that it reads of a target: of two with the same it says the same. None where there is something to be
+        counted."""
         ...
 
 

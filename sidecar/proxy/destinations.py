@@ -27,6 +27,11 @@ class Destinations(Generic[T]):
         self._prefixes = sorted(prefixes.items(), key=lambda pair: -len(pair[0]))
         self._rest = rest
 
+    @property
+    def by_host(self) -> bool:
+        """Whether the host that was called may choose."""
+        return bool(self._hosts)
+
     def choose(self, target: str, fields: RawHeaders) -> tuple[T, str]:
         """(the upstream, the target as it gets it, below its own base). An absolute form keeps its authority, which
         stands above the `Host` field (RFC 9112, 3.2.2)."""

@@ -19,11 +19,11 @@ the usage is read later and elsewhere (`model.exchange.PlainExchange`).
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from aiohttp import HttpVersion11
 
@@ -39,10 +39,10 @@ from sidecar.model.exchange import (
     ResponseShape,
 )
 from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
-from sidecar.proxy.context import NEVER, Destination, Hop
+from sidecar.proxy.context import NEVER, Destination, Hop, PlainAttribution
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.plain_head import CHUNKED, PlainMessage, PlainRequests, PlainResponses
+from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, PlainRequests, PlainResponses
 from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, in_chunks, not_known_yet
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read
@@ -87,9 +87,22 @@ class _Asked:
     idempotent: bool
     to: Destination
     upstream: Upstream
-    target: str  # as the client has it
     timeout_s: float
     prepared: Prepared | None  # None: nobody asks whether it may be made
+
+
+class _Aim(NamedTuple):
+    """What hangs on a target."""
+
+    to: Destination
+    upstream: Upstream
+    reading: PlainAttribution
+    target: str  # as that upstream gets it, below its base
+    line: bytes  # the request line that goes there
+    authority: str | None
+    url: str  # as a record says it
+    route: str | None
+    kind: Hashable  # the same where all is the same but for targets, lines and URLs
 
 
 @dataclass(slots=True, frozen=True)
@@ -130,6 +143,7 @@ class PlainCalls:
                 matters |= to.reading.plainly.reads
         self._requests: PlainRequests[_Asked] = PlainRequests(
             describe=self._describe,
+            aim=None if hop.others is not None and hop.others.by_host else self._aimed,
             authority=None if settings.preserve_host else hop.headers.authority,
             base=self._base,
             matters=matters,
@@ -154,7 +168,7 @@ class PlainCalls:
         read = self._requests.read(data, client.peer)
         if read is None or len(hop.calls) >= hop.settings.calls_max:
             return False
-        shape, wire, _, body, lines, left = read
+        shape, wire, _, body, lines, left, aimed = read
         if len(body) + left > BODY_BYTES_MAX:
             return False
         asked = shape.facts
@@ -163,7 +177,7 @@ class PlainCalls:
         connection = asked.upstream.take()
         if connection is None:
             return False
-        call = PlainCall(self, client, connection, asked, data, wire, body)
+        call = PlainCall(self, client, connection, asked, aimed, data, wire, body)
         if shape.trace_at:
             call.trace_id = trace_id(lines[shape.trace_at][shape.trace_from :])
         if shape.forwarded and (at := shape.forwarded[0]):
@@ -202,35 +216,27 @@ class PlainCalls:
     def _describe(self, method: str, target: str, fields: Fields, peer: object) -> tuple[_Asked, bytes] | None:
         """What the careful way makes of such a request; None where it has something to count or to change in each."""
         assert isinstance(peer, Peer)
-        hop = self.hop
-        called = target
-        to, target = hop.choose(target, fields)
-        rules, reading, upstream = to.headers, to.reading, to.upstream
-        if upstream is None or reading.plainly is None:
+        aim = self._aim(method, target, fields)
+        if aim is None:
             return None
+        hop, to, target = self.hop, aim.to, aim.target
+        rules = to.headers
         agents = [value for name, value in fields if name.lower() == b"user-agent"]
         if _cut_in_record(fields) or any(len(value) > USER_AGENT_CHARS_MAX for value in agents):
             return None
-        line, authority = rules.request_line(method, target)
-        if len(line) + len(rules.record_base) > URL_CHARS_MAX:
-            return None
-        head = rules.request(fields, peer, authority=authority)
+        head = rules.request(fields, peer, authority=aim.authority)
         if len(head.fields) != len(fields):
             return None  # `Connection` takes some out
-        attributed = reading.plainly.plainly(head.fields, target, rules.client_ip(peer, None))
+        attributed = aim.reading.plainly(head.fields, target, rules.client_ip(peer, None))
         if attributed is None:
             return None
         subscriber, dimensions = attributed
         try:
-            tap = reading.taps.request(method, target, head.fields)
+            tap = to.reading.taps.request(method, target, head.fields)
             if tap is not None and tap.may_ask and may_change(method, fields):
                 return None
         except Exception:
             log.exception("a usage reader failed; such calls are handled with care")
-            return None
-        url, path = rules.record_url(target)
-        route = hop.route(method, path)
-        if not hop.records(route):
             return None
         self._numbers += 1
         shape = RequestShape(
@@ -239,8 +245,8 @@ class PlainCalls:
             target=target,
             fields=tuple(field for field in fields if field[0].lower() in _READ),
             read=tap is not None,
-            url=url,
-            route=route,
+            url=aim.url,
+            route=aim.route,
             request_headers=head.names,
             user_agent=rules.agent(head.user_agent),
             subscriber=subscriber,
@@ -259,8 +265,39 @@ class PlainCalls:
                 upstream=to.name,
             )
         idempotent = head.idempotency_key or method in IDEMPOTENT
-        asked = _Asked(shape, shape.read, idempotent, to, upstream, called, hop.timeout_s(to, route), prepared)
-        return asked, line + head.lines
+        timeout_s = hop.timeout_s(to, aim.route)
+        return _Asked(shape, shape.read, idempotent, to, aim.upstream, timeout_s, prepared), aim.line + head.lines
+
+    def _aimed(self, method: str, target: str) -> tuple[Hashable, Aimed] | None:
+        found = self._aim(method, target)
+        return None if found is None else (found.kind, Aimed(found.line.rstrip(), found.url, found.target))
+
+    def _aim(self, method: str, target: str, fields: Sequence[tuple[bytes, bytes]] = ()) -> _Aim | None:
+        """Where a call goes and what it is there; None where the careful way has something to count each time.
+        `fields` choose an upstream where some are chosen by the host."""
+        hop = self.hop
+        to, target = hop.choose(target, fields)
+        rules, reading = to.headers, to.reading
+        if to.upstream is None or reading.plainly is None:
+            return None
+        line, authority = rules.request_line(method, target)
+        if len(line) + len(rules.record_base) > URL_CHARS_MAX:
+            return None
+        who = reading.plainly.by_target(target)
+        if who is None:
+            return None
+        url, path = rules.record_url(target)
+        route = hop.route(method, path)
+        if not hop.records(route):
+            return None
+        try:
+            read_as = reading.taps.kind(method, target)
+        except Exception:
+            log.exception("a usage reader failed; such calls are handled with care")
+            return None
+        meant = None if hop.gate is None else hop.gate.meant(method, target, to.name)
+        kind = method, to.name, route, who, read_as, meant
+        return _Aim(to, to.upstream, reading.plainly, target, line, authority, url, route, kind)
 
     def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
         if _cut_in_record(fields):
@@ -285,7 +322,10 @@ class PlainCall(PlainExchange):
 
     It is recorded once `response` is set. Until it is let in nobody knows of it."""
 
-    __slots__ = ("_asked", "_calls", "_closes", "_data", "_out", "_stream", "_wire", "client", "connection", "deadline")
+    __slots__ = (
+        "_aimed", "_asked", "_calls", "_closes", "_data", "_out", "_stream", "_wire", "client", "connection",
+        "deadline",
+    )  # fmt: skip
 
     upload_done: Final = True
     __repr__ = object.__repr__  # the exchange's would show bodies, and the loop shows who failed
@@ -296,13 +336,15 @@ class PlainCall(PlainExchange):
         client: PlainClient,
         connection: UpstreamConnection,
         asked: _Asked,
+        aimed: Aimed | None,
         data: bytes,
         wire: bytes,
         body: bytes,
     ) -> None:
-        """`data`: the request as it came, `wire`: as it goes on."""
+        """`aimed`: its own target, where the shape's differ. `data`: the request as it came, `wire`: as it goes on."""
         # What its record says. `Recorder.admit` adds the id and the times, the response the rest.
         self.shape = asked.shape
+        self.url = None if aimed is None or aimed.url == asked.shape.url else aimed.url
         self.client_ip = client.peer.ip
         self.trace_id = None
         self.request_bytes = len(body)
@@ -313,6 +355,7 @@ class PlainCall(PlainExchange):
         # The call. `_closes` and `_out` belong to a response that is there.
         self._calls = calls
         self._asked = asked
+        self._aimed = aimed
         self._data = data
         self._wire = wire
         self.client: PlainClient | None = client
@@ -372,7 +415,7 @@ class PlainCall(PlainExchange):
         if read is None or client is None or connection is None:
             self._response_unusual(data)
             return
-        shape, out, head, body, lines, left = read
+        shape, out, head, body, lines, left, _ = read
         wire_bytes = len(body)
         if left == CHUNKED and body.endswith(LAST_CHUNK):
             document = self._document(shape.facts, head, body)
@@ -436,7 +479,7 @@ class PlainCall(PlainExchange):
         hop = calls.hop
         if hop.leaving or hop.stopping or hop.settings.meter_id_header or client.full or not client.plainly:
             return False
-        shape, out, head, body, lines, left = read
+        shape, out, head, body, lines, left, _ = read
         keeping = None
         if asked.read:
             if len(body) + left > KEPT_BYTES_MAX:
@@ -581,11 +624,13 @@ class PlainCall(PlainExchange):
             return
         hop.calls.discard(self)
         asked, shape = self._asked, self.shape
-        message = _Message(shape.method, asked.target, fields_of(self._data.partition(b"\r\n\r\n")[0]))
+        head = self._data.partition(b"\r\n\r\n")[0]
+        message = _Message(shape.method, head.split(b" ", 2)[1].decode(), fields_of(head))
         call = Call.resume(
             hop, client, message, self.exchange(), connection,
             body=self.request_body, again=self._wire if self._wire and connection.used and asked.idempotent else None,
-            deadline=self.deadline, to=asked.to, target=shape.target, timeout_s=asked.timeout_s,
+            deadline=self.deadline, to=asked.to,
+            target=shape.target if self._aimed is None else self._aimed.target, timeout_s=asked.timeout_s,
         )  # fmt: skip
         if client.call is self:  # else it has left
             client.call = call

@@ -6,6 +6,9 @@ whole head means (who pays, which route, how it is rewritten) when its *shape* w
 (`headers`) runs once for each shape, its bytes are compared with what comes out here, and a shape whose bytes differ is
 never taken. The short way can therefore only forward what the careful way would have forwarded.
 
+A target is another one in each call of many APIs (`/orders/123`). What hangs on it is few things, so request lines
+with the same of those are one line here, and what is forwarded and recorded of each is asked for each (`Aim`).
+
 Only heads that leave nothing to be judged are plain: printable ASCII, every line ended by CRLF, `name: value` with one
 space, one Host, one Content-Length at most, nothing about transfer codings of a request, upgrades, expectations or
 trailers. For all others the result is None, and the careful way reads them from their first byte.
@@ -17,10 +20,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from operator import itemgetter
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from sidecar.model.target import is_authority
 
@@ -42,6 +45,8 @@ LINES_BYTES_MAX: Final = 2 << 20  # and their bytes: tokens in fields reach some
 RECENT_MAX: Final = 512  # remembered lines that are known by their names
 RECENT_BYTES_MAX: Final = 64  # of each
 NAMES_MAX: Final = 2_048
+AIMED_MAX: Final = 2_048  # remembered request lines
+AIMED_BYTES_MAX: Final = 512 << 10  # and their bytes
 SHAPES_MAX: Final = 2_048
 PEERS_MAX: Final = 256  # endings of a head that are remembered for each shape
 HEAD_BYTES_MAX: Final = 16_384  # a longer head is not plain
@@ -104,19 +109,32 @@ class Shape(Generic[_Facts]):
     # peer what stands around what is said of that.
     forwarded: tuple[int, ...] = ()
     around: dict[object, tuple[bytes, bytes]] = field(default_factory=dict)
+    aimed: bool = False  # whether its request lines are others than that of `facts`
 
     def own(self, lines: list[bytes]) -> bytes:
         """What is forwarded of a head itself, each line ended."""
         return b"\r\n".join(self.sent(lines + self.added))
 
 
-PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes], int]
+PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes], int, "Aimed | None"]
 """(shape, what is forwarded, head up to its empty line, body, lines of the head, bytes of the body that are still to
-come or `CHUNKED`): a message whose head is whole and understood. The body is what has come of it; where it is chunked,
-with its framing. A bare tuple: each is taken apart where it is made, and a class with names would cost a call more."""
+come or `CHUNKED`, what is its own of a request's target): a message whose head is whole and understood. The body is
+what has come of it; where it is chunked, with its framing. A bare tuple: each is taken apart where it is made, and a
+class with names would cost a call more."""
 CHUNKED: Final = -1
 
 _Fields = list[tuple[bytes, bytes]]
+
+
+class Aimed(NamedTuple):
+    """What is a target's own."""
+
+    line: bytes  # the request line that goes upstream
+    url: str  # as a record says it
+    target: str  # as whoever takes the call knows it
+
+
+_WITH_CARE: Final = Aimed(b"", "", "")
 
 
 class _NotPlain(Exception):
@@ -172,6 +190,7 @@ class _Heads(Generic[_Facts]):
         self._lines = _Numbers(self._number)
         self._number_of = self._lines.__getitem__
         self._firsts: dict[bytes, int] = {}  # request and status lines, where there are too many for `_lines`
+        self.aimed: dict[bytes, Aimed] = {}  # by request line, those of `_lines` that share their number with others
         self._recent: list[bytes] = []  # of `_lines`: known by their names, and come again soon, as a length or a date
         self._lines_bytes = 0
         self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, number, whether it is known by its name alone
@@ -188,6 +207,7 @@ class _Heads(Generic[_Facts]):
         self._lines.clear()
         self._lines.passing.clear()
         self._firsts.clear()
+        self.aimed.clear()
         self._recent.clear()
         self._lines_bytes = 0
         self._names.clear()
@@ -238,7 +258,11 @@ class _Heads(Generic[_Facts]):
             if ending is None:
                 self._shapes[key] = None
                 return None
-        return shape, shape.own(lines) + ending + body, head, body, lines, left
+        aimed = None
+        if shape.aimed:
+            aimed = self.aimed[lines[0]]
+            lines[0] = aimed.line
+        return shape, shape.own(lines) + ending + body, head, body, lines, left, aimed
 
     def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         """Of a head that is not known, if it is to be known now."""
@@ -286,7 +310,7 @@ class _Heads(Generic[_Facts]):
     @property
     def _kept(self) -> int:
         """Lines that are remembered for good."""
-        return len(self._lines) - len(self._recent)
+        return len(self._lines) - len(self._recent) - len(self.aimed)
 
     def _again(self, line: bytes, name_id: int) -> int:
         """Remember a line that is known by its name and comes again soon: a length, a date."""
@@ -443,6 +467,9 @@ def _fields(lines: list[bytes]) -> _Fields:
 Describe = Callable[[str, str, _Fields, "object"], "tuple[_Facts, bytes] | None"]
 """(method, target, fields, peer) -> (what the head means, the bytes that the careful way would forward: request line,
 fields, what the proxy adds, empty line), or None for a head that is to be read with care."""
+Aim = Callable[[str, str], "tuple[Hashable, Aimed] | None"]
+"""(method, target) -> (by what all is known that hangs on the target but for what `Aimed` says: of two with the same
+each head means the same; and that), or None for a target that is to be read with care, whatever the fields are."""
 Forward = Callable[[Any, "bytes | None", "bytes | None", "bytes | None", bytes], bytes]
 """(peer, chain, scheme and host that the request was forwarded with, its own host) -> the lines that say so
 upstream."""
@@ -455,6 +482,7 @@ class PlainRequests(_Heads[_Facts]):
         self,
         *,
         describe: Describe[_Facts],
+        aim: Aim | None = None,
         authority: bytes | None,
         base: bytes,
         matters: frozenset[bytes],
@@ -466,8 +494,9 @@ class PlainRequests(_Heads[_Facts]):
         forward: Forward | None = None,
         joined: frozenset[bytes] = frozenset(),
     ) -> None:
-        """`authority`: what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's
-        path. `matters`: names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
+        """`aim`: None: what hangs on a target is not known by it alone, and each is a kind of its own. `authority`:
+        what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's path. `matters`:
+        names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
         `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
         one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote.
         `forward`: what is made of `X-Forwarded-*`; None: they are passed on. `joined`: names (lower case) of fields to
@@ -478,6 +507,9 @@ class PlainRequests(_Heads[_Facts]):
             head_bytes_max=head_bytes_max, fields_max=fields_max,
         )  # fmt: skip
         self._describe = describe
+        self._aim = aim
+        self._kinds: dict[Hashable, int] = {}  # numbers of request lines, by what hangs on their targets
+        self._aimed_bytes = 0
         self._authority = authority
         self._base = base
         self._not_passed = not_passed
@@ -490,7 +522,28 @@ class PlainRequests(_Heads[_Facts]):
         match = _REQUEST_LINE.fullmatch(line)
         if match is None or len(match[2]) > self._target_bytes_max:
             return None
-        return self._keep_first(line, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2]))
+        if self._aim is None:
+            return self._keep_first(line, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2]))
+        kind, aimed = self._aim(match[1].decode(), match[2].decode()) or (None, _WITH_CARE)
+        number = self._kinds.get(kind)
+        if number is None:
+            if len(self._kinds) >= NAMES_MAX:
+                self.forget()
+            number = self._kinds[kind] = self._id(_FIRST)
+        if len(self.aimed) >= AIMED_MAX or self._aimed_bytes > AIMED_BYTES_MAX:
+            for old in self.aimed:
+                del self._lines[old]
+            self.aimed.clear()
+            self._aimed_bytes = 0
+        self._lines[line] = number
+        self.aimed[line] = aimed
+        self._aimed_bytes += len(line) + len(aimed.line) + len(aimed.url)
+        return number
+
+    def forget(self) -> None:
+        super().forget()
+        self._kinds.clear()
+        self._aimed_bytes = 0
 
     def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         meant = self._meant(key)
@@ -498,19 +551,25 @@ class PlainRequests(_Heads[_Facts]):
         once = len({line.partition(b":")[0].lower() for line in lines[1:]}) == len(lines) - 1
         if meant[_HOST] != 1 or meant[_CLOSE] or not once:
             return self._remember(key, None)
-        described = self._described(lines, peer)
+        with_care = self._aim is not None and self.aimed[lines[0]] is _WITH_CARE
+        described = None if with_care else self._described(lines, peer)
         if described is None:
             return self._remember(key, None)
         changed, dropped = self._rewriting(key, lines)
         if self._not_passed is not None:
             self._send_elsewhere(changed, dropped, lines, described[1], self._not_passed(described[0]))
         shape = self._shape(key, lines, described[0], changed, dropped)
+        shape.aimed = self._aim is not None
         ending = self._learn_ending(shape, lines, peer, described[1])
         return self._remember(key, None if ending is None else shape)
 
-    @staticmethod
     def _send_elsewhere(
-        changed: dict[int, bytes], dropped: set[int], lines: list[bytes], wire: bytes, not_passed: frozenset[bytes]
+        self,
+        changed: dict[int, bytes],
+        dropped: set[int],
+        lines: list[bytes],
+        wire: bytes,
+        not_passed: frozenset[bytes],
     ) -> None:
         """Both lines that choose an upstream are told apart by their values, so they belong to the shape."""
         names = [line.partition(b":")[0].lower() for line in lines]
@@ -518,7 +577,8 @@ class PlainRequests(_Heads[_Facts]):
         sent = wire.split(b"\r\n")
         hosts = [line for line in sent[1:] if line.partition(b":")[0].lower() == b"host"]
         changed.pop(host_at, None)
-        changed[0] = sent[0]
+        if self._aim is None:
+            changed[0] = sent[0]
         if hosts:
             changed[host_at] = hosts[0]
         dropped |= {at for at, name in enumerate(names) if at and name in not_passed}
@@ -560,7 +620,7 @@ class PlainRequests(_Heads[_Facts]):
         if wire is None:
             described = self._described(lines, peer)
             wire = b"" if described is None else described[1]
-        own = shape.own(lines)
+        own = shape.own([self.aimed[lines[0]].line, *lines[1:]] if shape.aimed else lines)
         return wire[len(own) :] if wire.startswith(own) else None
 
     def _described(self, lines: list[bytes], peer: object) -> tuple[_Facts, bytes] | None:

@@ -28,7 +28,7 @@ import binascii
 import hashlib
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from typing import Final, TypeVar
 from urllib.parse import parse_qsl, unquote
 
 import orjson
@@ -68,6 +68,7 @@ def credential_sources(provider: str | None) -> tuple[Source, ...]:
 
 
 _Known = dict[bytes, Subscriber | None]
+_Said = TypeVar("_Said")
 
 
 def _ignore(kind: str) -> None:
@@ -99,6 +100,9 @@ class Attributor:
         # For each source the header it reads (None for one that reads none), and what its values said so far.
         self._asked: tuple[tuple[Source, bytes | None, _Known], ...] = tuple(
             (source, _header_of(source), {}) for source in self._sources
+        )
+        self._of_target = tuple(
+            source for source, header, _ in self._asked if header is None and source.kind is not SourceKind.BODY
         )
         self._hash_key = hash_key
         self._base = base
@@ -153,10 +157,19 @@ class Attributor:
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
         """The same answer, and nothing is counted; None where there is something to be counted each time."""
+        return self._quietly(lambda: self(headers, target, client_ip))
+
+    def by_target(self, target: str) -> Sequence[Subscriber | None] | None:
+        """All that it reads of a target: of two with the same it says the same. None where there is something to be
+        counted."""
+        return self._quietly(lambda: tuple(self._from_target(source, target) for source in self._of_target))
+
+    def _quietly(self, ask: Callable[[], _Said]) -> _Said | None:
+        """What it says; None where there is something to be counted, and nothing is."""
         odd: list[str] = []
         self._anomaly, count = odd.append, self._anomaly
         try:
-            found = self(headers, target, client_ip)
+            found = ask()
         finally:
             self._anomaly = count
         return None if odd else found

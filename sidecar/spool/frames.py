@@ -46,7 +46,7 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"6 {sys.implementation.cache_tag}"
+VERSION: Final = f"7 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
 GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
@@ -229,7 +229,7 @@ def _packed_plain(e: PlainExchange, shape: int, response: int) -> tuple[Any, ...
     return (
         PLAIN, shape, response, e.client_ip, e.trace_id, e.request_bytes, e.request_body, e.id, e.started_ns,
         e.started_mono_ns, e.first_byte_ms, e.duration_ms, e.response_bytes, e.response_head, e.response_body,
-        e.first_token_ns,
+        e.first_token_ns, e.url,
     )  # fmt: skip
 
 
@@ -270,13 +270,13 @@ def plain_of(packed: Sequence[Any], shape: RequestShape, response: ResponseShape
     try:
         (
             _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
-            duration_ms, response_bytes, response_head, response_body, first_token_ns,
+            duration_ms, response_bytes, response_head, response_body, first_token_ns, url,
         ) = packed  # fmt: skip
     except ValueError as error:
         raise FrameError(f"not a frame: {error}") from None
     return PlainExchange(
         shape, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
-        duration_ms, response, response_bytes, response_head, response_body, None, first_token_ns,
+        duration_ms, response, response_bytes, response_head, response_body, None, first_token_ns, url,
     )  # fmt: skip
 
 

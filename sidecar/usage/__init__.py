@@ -6,7 +6,7 @@ it, whatever the bytes are, and it keeps a bounded amount of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import NamedTuple, Protocol
 
 from sidecar.model.exchange import RawHeaders as RawHeaders
@@ -105,6 +105,10 @@ class ResponseFilter(Protocol):
 
 class Taps(Protocol):
     """Chooses the readers. One for the whole process; holds no state of a call."""
+
+    def kind(self, method: str, target: str) -> Hashable:
+        """How calls to this target are read: two with the same kind are read alike."""
+        ...
 
     def request(self, method: str, target: str, headers: RawHeaders) -> RequestTap | None:
         """None where no answer to this request can be a model call."""

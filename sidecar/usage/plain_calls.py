@@ -120,7 +120,7 @@ class PlainReader:
         an `exchange`, for a call that is in any way unusual."""
         (
             _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, opened_ns, first_byte_ms,
-            duration_ms, response_bytes, response_head, response_body, first_token_ns,
+            duration_ms, response_bytes, response_head, response_body, first_token_ns, url,
         ) = packed  # fmt: skip
         key = shape.number, response.number
         reading = self._readings.get(key)
@@ -150,7 +150,7 @@ class PlainReader:
         cost, pico = _UNKNOWN if row is None else price(row, started_ns / 1e9)
         line = template.line(
             seq, id_, started_ns, first_byte_ms, duration_ms, request_bytes, response_bytes, client_ip, trace_id, usage,
-            cost,
+            cost, url,
         )  # fmt: skip
         kind.line = kind.line or line
         hour = started_ns // _HOUR_NS * HOUR_S

@@ -87,6 +87,15 @@ class UsageTaps:
         self.backlog_max_bytes = backlog_max_bytes
         self.endpoints = Endpoints(rows, pins, elements, upstream_host, upstream_base)
 
+    def kind(self, method: str, target: str) -> tuple[Endpoint | None, bool]:
+        endpoint = self.endpoints.of(method, target)
+        return endpoint, endpoint is not None and self._may_ask(endpoint, target)
+
+    def _may_ask(self, endpoint: Endpoint, target: str) -> bool:
+        if not self.ask_for_usage or endpoint.row is None:
+            return False
+        return may_ask(endpoint.row.reader, endpoint.provider, self.endpoints.meant(target)[0])
+
     def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | None:
         try:
             endpoint = self.endpoints.of(method, target)
@@ -95,8 +104,7 @@ class UsageTaps:
                     return None
                 endpoint = UNMATCHED
             tap = RequestReadingTap(self, endpoint, method, target, headers, self.clock_ns())
-            if self.ask_for_usage and endpoint.row is not None:
-                tap.may_ask = may_ask(endpoint.row.reader, endpoint.provider, self.endpoints.meant(target)[0])
+            tap.may_ask = self._may_ask(endpoint, target)
             return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")

@@ -444,9 +444,9 @@ class Talk:
 
 
 @contextlib.contextmanager
-def conversation(**options: Any) -> Iterator[Talk]:
-    """`options` are those of `ProxySettings`, and `taps`, `attribute_by_body`."""
-    talk = Talk(**options)
+def conversation(talk: Talk | None = None, **options: Any) -> Iterator[Talk]:
+    """`options` are those of `ProxySettings`, and `taps`, `attribute_by_body`; or the `talk` itself."""
+    talk = talk or Talk(**options)
     asyncio.set_event_loop(talk.loop)
     try:
         talk.start()

@@ -339,6 +339,9 @@ class _FrameResponseTap:
 class FrameTaps:
     """Taps every call under /model."""
 
+    def kind(self, method: str, target: str) -> bool:
+        return target.startswith("/model")
+
     def request(self, method: str, target: str, headers: RawHeaders) -> _FrameRequestTap | None:
         return _FrameRequestTap() if target.startswith("/model") else None
 
@@ -408,6 +411,9 @@ class PlainByTenant:
         self, headers: RawHeaders, target: str, client_ip: str | None
     ) -> tuple[Subscriber | None, Mapping[str, str]] | None:
         return by_tenant(headers, target, client_ip)
+
+    def by_target(self, target: str) -> str:
+        return ""
 
 
 def plainly(attribute: Attribute | None) -> PlainByTenant | None:

@@ -79,8 +79,11 @@ def both(
 @pytest.mark.parametrize("name", sorted(SAMPLES))
 def test_a_line_is_what_the_careful_way_writes(name: str) -> None:
     sample = SAMPLES[name]
-    calls = [call(sample, *shapes(sample), number) for number in range(3)]
+    ours = shapes(sample)
+    calls = [call(sample, *ours, number) for number in range(3)]
+    calls += [call(sample, *ours, number, url=f'https://api.openai.com/"{number}"?100%') for number in (3, 4)]
     lines, exchanges, _ = both(calls)
+    assert [orjson.loads(line)["url"] for line in lines] == [*[ours[0].url] * 3, *[one.url for one in calls[3:]]]
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
         assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
         assert faults(line) == []

@@ -183,7 +183,7 @@ def test_what_is_plain_is_what_the_careful_way_makes_of_it(
         plain = requests.read(whole(head), peer)
         if plain is None:
             continue
-        shape, wire, own, body, lines, left = plain
+        shape, wire, own, body, lines, left, _ = plain
         assert left == 0
         message = parsed(loop, whole(head))
         assert message is not None, head
@@ -312,7 +312,7 @@ def test_a_plain_response_is_what_the_careful_way_makes_of_it(heads: list[bytes]
         plain = responses.read(whole(head))
         if plain is None:
             continue
-        shape, wire, own, body, _, left = plain
+        shape, wire, own, body, _, left, _ = plain
         heard = Heard()
         parser = httptools.HttpResponseParser(heard)
         parser.feed_data(head + b"\r\n\r\n")
@@ -342,7 +342,7 @@ def test_the_usual_response_is_plain_and_described_once() -> None:
     for i in range(50):
         plain = responses.read(whole(RESPONSE % (i, i, i, i)))
         assert plain is not None
-        shape, wire, _, body, lines, left = plain
+        shape, wire, _, body, lines, left, _ = plain
         assert left == 0
         assert lines[shape.keep_alive_at][shape.keep_alive_from :] == b"timeout=%d" % i
         assert (len(body), shape.close) == (i, False)
