@@ -135,10 +135,13 @@ class PlainReader:
         else:
             own = _own(reading, response_head) if reading.own else None
             found = plan.row(request_body, response_body, own, opened_ns, first_token_ns)
-            if found is None:
+            if found is not None:
+                row, names, counts = found
+                usage, models = orjson.dumps(row), _models_of(row)
+            elif plan.nothing_in(response_body):
+                (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
+            else:
                 return None
-            row, names, counts = found
-            usage, models = orjson.dumps(row), _models_of(row)
         known = reading.kinds.get(models)
         if known is None:
             if len(reading.kinds) >= KINDS_MAX:

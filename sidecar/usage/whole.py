@@ -125,8 +125,8 @@ class Plan:
     """
 
     __slots__ = (
-        "_coding", "_endpoint", "_fields", "_five", "_headers", "_method", "_operation", "_provider", "_request_id",
-        "_status", "_target", "_three", "lean", "per_call", "taps",
+        "_coding", "_endpoint", "_fields", "_five", "_headers", "_method", "_nobodys", "_operation", "_provider",
+        "_request_id", "_status", "_target", "_three", "lean", "per_call", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -155,6 +155,8 @@ class Plan:
         custom = [element.header for element in endpoint.elements if element.header is not None]
         self.per_call = frozenset((*REQUEST_IDS, *named, *custom))
         self.lean = self._lean_family()
+        known = row is not None or by_header is not None or endpoint.elements
+        self._nobodys = not known and not self._coding and self.is_document
         self._provider = DEFAULT_PROVIDER
         self._operation = ""
         if row is not None and self.lean is not None:
@@ -191,6 +193,18 @@ class Plan:
         if self.coded and not self.is_document:
             return None
         return row.reader if row.reader in _LEAN else None
+
+    def nothing_in(self, response: bytes) -> bool:
+        """Whether `read` would find no usage, and nothing odd, in this response, which is whole: on a path that nobody
+        knows a document of JSON that no family's is like, and that does not speak of usage (`Mentions`). False: it is
+        to be asked."""
+        return (
+            self._nobodys
+            and response[:1] in (b"{", b"[")
+            and b'"usage' not in response
+            and b"oken" not in response
+            and not self.taps.endpoints.everybody.may_hold(response)
+        )
 
     def read(
         self,

@@ -97,6 +97,8 @@ def whole_ways(sample: Sample, pieces: Sequence[bytes], *, whole: bool, timed: b
         body: bytes | Sequence[bytes] = pieces if way.endswith("pieces") else b"".join(pieces)
         usage = read(sample.request_body, body, whole=whole, opened_ns=OPENED_NS, first_token_ns=noted)
         found[way] = usage, set(odd)
+        if whole and plan.nothing_in(b"".join(pieces)):
+            found["not at all"] = None, set()
     return found
 
 
@@ -290,6 +292,53 @@ def test_plain_documents_of_any_kind(made: tuple[str, dict[str, Any]], request: 
     path, document = made
     body = orjson.dumps(document) + end
     check(_made(path, body, JSON, request), [body])
+
+
+@pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if len(sample.body) < LARGE_BYTES])
+def test_a_path_that_nobody_knows_may_hold_any_response(name: str) -> None:
+    sample = replace(SAMPLES[name], method="POST", path="/orders/1")
+    for fields in (sample.response_headers, [JSON], [JSON, ID], [(b"Content-Type", b"text/plain")]):
+        check(replace(sample, response_headers=fields), [sample.body])
+
+
+WORDS = st.sampled_from(
+    ["id", "items", "usage", "tokens", "total_tokens", "token", "model", "choices", "object", "x", "usageMetadata",
+     "meta", "billed_units", "metrics", "response", "data", "type", "input_tokens", "candidates"]
+)  # fmt: skip
+THINGS = st.recursive(
+    st.one_of(st.none(), st.integers(0, 99), WORDS, st.text(max_size=5), st.sampled_from(['"usage":', "\\u0075sage"])),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(WORDS, inner, max_size=4), max_leaves=12,
+)  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(thing=THINGS, status=st.sampled_from([200, 201, 404, 500]), method=st.sampled_from(["POST", "PUT", "GET"]),
+       escaped=st.booleans(), end=st.sampled_from([b"", b"\n", b"}", b" x"]))  # fmt: skip
+def test_a_path_that_nobody_knows_and_documents_of_any_kind(
+    thing: Any, status: int, method: str, escaped: bool, end: bytes
+) -> None:
+    body = orjson.dumps(thing) + end
+    if escaped:
+        body = body.replace(b'"us', b'"\\u0075s').replace(b"ok", b"\\u006fk")
+    sample = _made("/orders/1", body, JSON)
+    check(replace(sample, status=status, method=method), [body])
+
+
+def test_an_api_that_is_no_model_s_is_known_by_a_look() -> None:
+    for fields, body, nothing in (
+        ([JSON], b'{"id":5,"items":[1,2],"name":"salt"}', True),
+        ([JSON], b"[]", True),
+        ([JSON], b"{", True),
+        ([JSON], b'{"usage":{"a":5}}', False),
+        ([JSON], b'{"prompt_tokens":5}', False),
+        ([JSON], b"plain", False),
+        ([JSON], b"", False),
+        ([SSE], b"{}", False),
+        ([JSON, (b"Content-Encoding", b"gzip")], b"{}", False),
+    ):
+        plan, _ = plan_of(replace(_made("/orders/1", body, JSON), status=201, response_headers=fields))
+        assert plan is not None
+        assert plan.nothing_in(body) == nothing, body
 
 
 @st.composite
