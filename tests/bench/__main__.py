@@ -51,6 +51,18 @@ function request()
 end
 """
 
+# As of an API that is no model's: each call to a target of its own, every other one with a body.
+TARGETS_LUA = """local calls, run = 0, os.time() % 100000
+function request()
+  calls = calls + 1
+  local target = string.format("/orders/%d%07d/items?page=%d", run, calls, calls % 50)
+  if calls % 2 == 0 then return wrk.format("GET", target, {["Authorization"] = "Bearer key"}) end
+  return wrk.format("POST", target, {
+    ["Content-Type"] = "application/json", ["Authorization"] = "Bearer key",
+  }, '{"name": "salt", "grams": 500}')
+end
+"""
+
 
 def wrk(peer: p.Peer, path: str, *, seconds: int, connections: int, script: Path | None) -> dict[str, float]:
     command = ["wrk", "-t1", f"-c{connections}", f"-d{seconds}s", "--latency", f"http://127.0.0.1:{peer.port}{path}"]
@@ -143,6 +155,7 @@ def main() -> None:
         script = folder / "post.lua"
         script.write_text(LUA % ("x" * 180))
         (folder / "unique.lua").write_text(UNIQUE_LUA)
+        (folder / "targets.lua").write_text(TARGETS_LUA)
         if "unary" in arguments.parts:
             raw["unary"] = _unary(arguments, makers, loaded, folder, script)
         if "apart" in arguments.parts:
@@ -200,6 +213,7 @@ def _unary(
         ("chat, 1 connection", "/v1/chat/completions", script, 1),
     ]
     cases += [(f"GET {size}", f"/{size}", None, 32) for size in ("1k", "16k", "1m")]
+    cases.append(("each target another", "/", folder / "targets.lua", 32))
     with ExitStack() as stack:
         upstream = p.nginx_upstream(folder)
         stack.callback(upstream.stop)
@@ -210,7 +224,7 @@ def _unary(
             table, latency = p.Table(title, "CPU µs per call"), p.Table(title, "p99 ms")
             for _ in range(arguments.rounds):
                 for peer in running:
-                    if peer.name == goals.LITELLM and lua is None:
+                    if peer.name == goals.LITELLM and "chat" not in title:
                         continue  # it serves models, and nothing else
                     found = wrk(peer, path, seconds=arguments.seconds, connections=connections, script=lua)
                     table.add(peer.name, found["us"])
@@ -307,7 +321,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="make bench", description=__doc__.split("\n\n")[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     parser.add_argument("--seconds", type=int, default=4, help="length of one measurement (default 4)")
-    parser.add_argument("--cases", type=int, default=6, help="how many of the unary cases (default all 6)")
+    parser.add_argument("--cases", type=int, default=7, help="how many of the unary cases (default all 7)")
     parser.add_argument("--open", type=int, default=10_000, help="open streams for the memory figure (default 10000)")
     parser.add_argument("--scale", type=float, default=1.0, help="share of the records of `delivery` (default 1)")
     parser.add_argument("--parts", default="unary,apart,streams,latency,open,delivery")

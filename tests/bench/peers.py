@@ -133,7 +133,7 @@ def _temporary(folder: Path, prefix: str) -> str:
 
 
 def nginx_upstream(folder: Path) -> Peer:
-    """Fixed answers: a chat completion of about 800 bytes for POST, files of three sizes for GET.
+    """Fixed answers: a chat completion of about 800 bytes, an order of 330 below /orders/, files of three sizes.
 
     A request with an idempotency key gets an id of its own back, so that no two response heads are the same.
     """
@@ -143,6 +143,7 @@ def nginx_upstream(folder: Path) -> Peer:
     for name, size in (("1k", 1 << 10), ("16k", 1 << 14), ("1m", 1 << 20)):
         (folder / "files" / name).write_bytes(b"x" * size)
     answer = json.dumps(chat_answer()).replace("'", "")
+    order = json.dumps({"id": 5, "items": [{"name": "salt", "grams": 500}] * 8})
     config = folder / "upstream.conf"
     config.write_text(
         f"""{USER}daemon off; worker_processes 1; pid {folder}/upstream.pid; error_log {folder}/upstream.err;
@@ -151,6 +152,7 @@ def nginx_upstream(folder: Path) -> Peer:
           default_type application/json; sendfile on;
           map $http_idempotency_key $id_of_call {{ "" ""; default $request_id; }}
           server {{ listen 127.0.0.1:{port} backlog=4096; root {folder}/files;
+            location /orders/ {{ return 200 '{order}'; }}
             location /v1/ {{ add_header X-Request-Id $id_of_call; return 200 '{answer}'; }} }} }}"""
     )
     return start("nginx upstream", [binary, "-c", str(config)], port, folder)
