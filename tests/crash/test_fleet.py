@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 from support.mishaps import Watching, draw_faults
-from support.oracle import SETTINGS, Oracle, judge
+from support.oracle import SETTINGS, Oracle, call_of, judge
 from support.postgres_server import PostgresServer
 from support.tiny import tiny_upstream
 from support.whole import Whole
@@ -159,7 +159,7 @@ async def judge_all(fleet: Fleet, oracles: list[Oracle]) -> None:
     owed = {call: kind for oracle in oracles for call, kind in oracle.owed.items()}
     records = await settled(fleet, owed)
     judge(owed, records)
-    billable = {record["id"] for record in records if record["dimensions"].get("call") in owed}
+    billable = {record["id"] for record in records if call_of(record) in owed}
     for name in BACKENDS:
         taken = Counter(record_of(name, body) for body in fleet.receiver.billed(name))
         twice = [one for one, count in taken.items() if count > 1]
@@ -183,7 +183,7 @@ async def settled(fleet: Fleet, owed: dict[str, str]) -> list[dict[str, Any]]:
     while True:
         began_s = clock()
         records = await fleet.records()
-        ids = {record["id"] for record in records if record["dimensions"].get("call") in owed}
+        ids = {record["id"] for record in records if call_of(record) in owed}
         missing, arrived = {"records": len(owed) - len(ids)}, len(records)
         for name in BACKENDS:
             taken = {record_of(name, body) for body in fleet.receiver.billed(name)}
@@ -194,7 +194,7 @@ async def settled(fleet: Fleet, owed: dict[str, str]) -> list[dict[str, Any]]:
         if arrived > most:
             most, ends_s = arrived, clock() + STILL_S
         if clock() > ends_s:
-            found = {record["dimensions"].get("call") for record in records}
+            found = {call_of(record) for record in records}
             logs = "\n".join(whole.log.read_text()[-3000:] for whole in fleet.wholes)
             without = sorted(owed.keys() - found)[:5]
             raise AssertionError(f"nothing came for {STILL_S:.0f} s, still missing: {missing}, {without}\n{logs}")

@@ -19,7 +19,7 @@ from typing import Any
 import aiohttp
 import pytest
 from support.mishaps import POISONED, Watching, draw_faults, kill_one, revenium_id
-from support.oracle import SETTINGS, Oracle, judge
+from support.oracle import SETTINGS, Oracle, call_of, judge
 from support.tiny import tiny_upstream
 from support.whole import Whole, children
 
@@ -211,7 +211,7 @@ def judge_backend(
     unknown = {one for one, row in parked.items() if row["reason"] == "unknown"}
     assert poisoned <= parked.keys(), f"{name} has not parked what was refused: {poisoned - parked.keys()}"
     for record in records:
-        one, owed = record["id"], record["dimensions"].get("call") in play.oracle.owed
+        one, owed = record["id"], call_of(record) in play.oracle.owed
         if one in unknown:
             assert play.may_park(name), f"{name} de-duplicates, so nothing needs to be parked as unknown: {parked[one]}"
             assert parked[one]["maybe_taken"]

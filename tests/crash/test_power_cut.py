@@ -150,8 +150,8 @@ class Noting(Oracle):
 
     log: Path
 
-    async def _call(self, session: aiohttp.ClientSession, call: str, kind: str) -> bool:
-        owed = await super()._call(session, call, kind)
+    async def _call(self, session: aiohttp.ClientSession, call: str, kind: str, *, in_target: bool = False) -> bool:
+        owed = await super()._call(session, call, kind, in_target=in_target)
         if owed:
             acknowledge(self.log, call)
         return owed

@@ -13,7 +13,7 @@ from typing import Any
 
 import aiohttp
 import pytest
-from support.oracle import SETTINGS, Oracle, judge
+from support.oracle import SETTINGS, Oracle, call_of, judge
 from support.serve import ADMITTING, COUNTING, METERING, SERVING
 from support.spool_fixtures import SMALL, Told, call, rows, until
 from support.tiny import tiny_upstream
@@ -176,7 +176,7 @@ async def test_sigkill_of_metering_under_load_loses_and_doubles_nothing(tmp_path
             records: list[dict[str, Any]] = await whole.records()
             assert await whole.stop() == 0, whole.log.read_text()
     judge(oracle.owed, records)
-    extra = [row for row in records if row["dimensions"].get("call") not in oracle.owed]
+    extra = [row for row in records if call_of(row) not in oracle.owed]
     assert not extra, (len(extra), extra[:3])
     assert balance["holds"], balance
     ledger = balance["backends"]["ledger"]

@@ -1,7 +1,8 @@
 """A client that remembers only what it is owed: each response that it received complete.
 
-Every call carries its own name in `x-call`, which the sidecar under test files as a dimension, so the judge can tell
-exactly which record belongs to which response.
+Every call carries its own name, so the judge can tell exactly which record belongs to which response: in `x-call`,
+which the sidecar under test files as a dimension, and which makes a head that is like no other; or, most of them, in the
+target alone, so that many calls are of one kind.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import asyncio
 import random
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import aiohttp
 
 CHAT = {"model": "gpt-5-mini", "messages": [{"role": "user", "content": "verse"}]}
 STREAM = CHAT | {"stream": True, "stream_options": {"include_usage": True}}
-SETTINGS = {"SIDECAR_DIMENSIONS": "call=x-call", "SIDECAR_SUBSCRIBER": "header:x-tenant"}
+SETTINGS = {
+    "SIDECAR_DIMENSIONS": "call=x-call",
+    "SIDECAR_QUERY_VALUES": "call",
+    "SIDECAR_SUBSCRIBER": "header:x-tenant",
+}
+IN_TARGET = 0.7  # of all calls: named there
 
 
 @dataclass
@@ -49,23 +56,27 @@ class Oracle:
             call = f"call-{self.seed}-{self.sent}"
             kind = chance.choice(("chat", "chat", "stream", "thing"))
             try:
-                if await self._call(session, call, kind):
+                if await self._call(session, call, kind, in_target=chance.random() < IN_TARGET):
                     self.owed[call] = kind
             except (aiohttp.ClientError, OSError, TimeoutError):
                 await asyncio.sleep(0.02)  # it is down, or was killed under us: nothing is owed
             if self.pause_s:
                 await asyncio.sleep(self.pause_s)
 
-    async def _call(self, session: aiohttp.ClientSession, call: str, kind: str) -> bool:
+    async def _call(self, session: aiohttp.ClientSession, call: str, kind: str, *, in_target: bool = False) -> bool:
         tenant = self.tenants[self.sent % len(self.tenants)]
-        headers = {"x-call": call, "x-tenant": tenant, "authorization": "Bearer sk-test"}
+        headers = {"x-tenant": tenant, "authorization": "Bearer sk-test"}
+        if not in_target:
+            headers["x-call"] = call
         if kind == "thing":
             # POST, because aiohttp sends a GET again by itself when its connection dies: two calls of one name.
-            async with session.post(f"{self.url()}/v1/things", json={}, headers=headers) as answer:
+            path = f"/v1/things/{call}" if in_target else "/v1/things"
+            async with session.post(self.url() + path, json={}, headers=headers) as answer:
                 await answer.read()
                 return answer.status == 200
         body = STREAM if kind == "stream" else CHAT
-        async with session.post(f"{self.url()}/v1/chat/completions", json=body, headers=headers) as answer:
+        path = "/v1/chat/completions" + (f"?call={call}" if in_target else "")
+        async with session.post(self.url() + path, json=body, headers=headers) as answer:
             if kind == "chat":
                 await answer.json()
                 return answer.status == 200
@@ -75,15 +86,22 @@ class Oracle:
             return False
 
 
+def call_of(record: Mapping[str, Any]) -> str | None:
+    """The name of a record's call."""
+    named: str | None = record["dimensions"].get("call")
+    url = urlsplit(record["url"])
+    return named or dict(parse_qsl(url.query)).get("call") or url.path.partition("/v1/things/")[2] or None
+
+
 def judge(owed: dict[str, str], records: list[dict[str, Any]]) -> None:
     """Every response received complete has exactly one record, and the record says what happened."""
-    by_call = Counter(record["dimensions"].get("call") for record in records)
+    by_call = Counter(map(call_of, records))
     wrong = {f"{call} ({kind})": by_call[call] for call, kind in owed.items() if by_call[call] != 1}
     assert not wrong, f"{len(wrong)} of {len(owed)} owed calls have not exactly one record: {list(wrong.items())[:5]}"
     ids = Counter(record["id"] for record in records)
     assert max(ids.values()) == 1, f"ids that stand twice: {[i for i, n in ids.items() if n > 1][:5]}"
     for record in records:
-        kind = owed.get(record["dimensions"].get("call"))
+        kind = owed.get(call_of(record) or "")
         if kind is not None:
             assert record["outcome"] == "complete", record
             assert record["status"] == 200, record

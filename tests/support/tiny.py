@@ -57,6 +57,7 @@ async def tiny_upstream(*, events: int = 10, gap_s: float = 0.004) -> AsyncItera
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_post("/v1/things", things)
+    app.router.add_post("/v1/things/{call}", things)
     runner = web.AppRunner(app, access_log=None, shutdown_timeout=0.1)
     await runner.setup()
     site = web.TCPSite(runner, "127.0.0.1", 0)
