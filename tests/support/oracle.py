@@ -1,8 +1,8 @@
 """A client that remembers only what it is owed: each response that it received complete.
 
 Every call carries its own name, so the judge can tell exactly which record belongs to which response: in `x-call`,
-which the sidecar under test files as a dimension, and which makes a head that is like no other; or, most of them, in the
-target alone, so that many calls are of one kind.
+which the sidecar under test files as a dimension, and which makes a head that is like no other; or, most of them, in
+the target alone, so that many calls are of one kind.
 """
 
 from __future__ import annotations
