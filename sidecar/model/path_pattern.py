@@ -42,13 +42,14 @@ class Patterns(Generic[T]):
 
     def match(self, method: str, path: str) -> tuple[T, dict[str, str]] | None:
         """The value and what stood in its places."""
-        literal = self._literal
+        literal, by_tail = self._literal, self._by_tail
+        if not literal and not by_tail:
+            return None
         if (found := literal.get((method, path))) is not None or (found := literal.get((ANY_METHOD, path))) is not None:
             return found, {}
         if len(path) > 1 and path.endswith("/"):
             return self.match(method, path.rstrip("/") or "/")
         head, _, last = path.rpartition("/")
-        by_tail = self._by_tail
         for tail in (last.rpartition(":")[2], head.rpartition("/")[2] + "/"):
             for wanted, regex, value in by_tail.get(tail, ()):
                 if wanted in (method, ANY_METHOD) and (hit := regex.fullmatch(path)) is not None:

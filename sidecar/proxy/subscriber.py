@@ -162,6 +162,8 @@ class Attributor:
     def by_target(self, target: str) -> Sequence[Subscriber | None] | None:
         """All that it reads of a target: of two with the same it says the same. None where there is something to be
         counted."""
+        if not self._of_target:
+            return ()
         return self._quietly(lambda: tuple(self._from_target(source, target) for source in self._of_target))
 
     def _quietly(self, ask: Callable[[], _Said]) -> _Said | None:
