@@ -92,7 +92,7 @@ class _Asked:
 
 
 class _Aim(NamedTuple):
-    """What hangs on a target."""
+    """What depends on a target."""
 
     to: Destination
     upstream: Upstream

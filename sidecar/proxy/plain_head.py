@@ -6,8 +6,8 @@ whole head means (who pays, which route, how it is rewritten) when its *shape* w
 (`headers`) runs once for each shape, its bytes are compared with what comes out here, and a shape whose bytes differ is
 never taken. The short way can therefore only forward what the careful way would have forwarded.
 
-A target is another one in each call of many APIs (`/orders/123`). What hangs on it is few things, so request lines
-with the same of those are one line here, and what is forwarded and recorded of each is asked for each (`Aim`).
+Many APIs are called with another target each time (`/orders/123`). Few things depend on it, so request lines that agree
+in those count as one line, and what is forwarded and recorded of each is worked out for each (`Aim`).
 
 Only heads that leave nothing to be judged are plain: printable ASCII, every line ended by CRLF, `name: value` with one
 space, one Host, one Content-Length at most, nothing about transfer codings of a request, upgrades, expectations or
@@ -468,8 +468,8 @@ Describe = Callable[[str, str, _Fields, "object"], "tuple[_Facts, bytes] | None"
 """(method, target, fields, peer) -> (what the head means, the bytes that the careful way would forward: request line,
 fields, what the proxy adds, empty line), or None for a head that is to be read with care."""
 Aim = Callable[[str, str], "tuple[Hashable, Aimed] | None"]
-"""(method, target) -> (by what all is known that hangs on the target but for what `Aimed` says: of two with the same
-each head means the same; and that), or None for a target that is to be read with care, whatever the fields are."""
+"""(method, target) -> (a key, equal for two targets where a head means the same with either, but for what `Aimed` says;
+and that), or None for a target that is to be read with care, whatever the fields are."""
 Forward = Callable[[Any, "bytes | None", "bytes | None", "bytes | None", bytes], bytes]
 """(peer, chain, scheme and host that the request was forwarded with, its own host) -> the lines that say so
 upstream."""
@@ -494,7 +494,7 @@ class PlainRequests(_Heads[_Facts]):
         forward: Forward | None = None,
         joined: frozenset[bytes] = frozenset(),
     ) -> None:
-        """`aim`: None: what hangs on a target is not known by it alone, and each is a kind of its own. `authority`:
+        """`aim`: None: what depends on a target is not known by it alone, and each is a kind of its own. `authority`:
         what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's path. `matters`:
         names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
         `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
@@ -508,7 +508,7 @@ class PlainRequests(_Heads[_Facts]):
         )  # fmt: skip
         self._describe = describe
         self._aim = aim
-        self._kinds: dict[Hashable, int] = {}  # numbers of request lines, by what hangs on their targets
+        self._kinds: dict[Hashable, int] = {}  # numbers of request lines, by the key of their targets
         self._aimed_bytes = 0
         self._authority = authority
         self._base = base
