@@ -141,6 +141,10 @@ class Delivery:
             await self.store.run(int)  # what was being stored is
             await asyncio.to_thread(self._queries.close)
 
+    def is_down(self, backend: str) -> bool:
+        """Whether it is asked from time to time only, and nothing is to be had by hearing of a record at once."""
+        return self._workers[backend].is_down
+
     def wake(self) -> None:
         """Records were committed."""
         self.tail.wake()

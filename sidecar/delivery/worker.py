@@ -134,6 +134,11 @@ class Worker:
             f" {self._queue.later} waiting, {self.status().state}>"
         )
 
+    @property
+    def is_down(self) -> bool:
+        """Whether the backend is asked from time to time only."""
+        return self._breaker.slow
+
     def wake(self) -> None:
         """Records were committed. Where this worker would not look at them before it wakes by itself, it is left alone:
         commits are many, and a turn costs what a hundred records do."""

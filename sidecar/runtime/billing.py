@@ -78,7 +78,11 @@ class Billing:
     spool_bytes: int = 0  # of all slots, as `SIDECAR_RETENTION_BYTES` counts
     _committed: list[tuple[str, Batch, Ended]] = field(default_factory=list)  # that delivery has not been given
     _handing: asyncio.TimerHandle | None = None
+    _sent: Sequence[str] = field(init=False)  # backends that keep no sums, by name
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
+
+    def __post_init__(self) -> None:
+        self._sent = [name for name, backend in self.backends.items() if not isinstance(backend, AddsUp)]
 
     def status(self) -> list[BackendStatus]:
         """How each backend does."""
@@ -149,12 +153,16 @@ class Billing:
         self._committed.append((instance, batch, ended))
 
     def committed(self) -> None:
-        """There was a commit. Where backends keep sums alone, delivery hears of many together: what it does then costs
-        the same whatever is in them."""
-        if len(self.sums) < len(self.backends) or self.waited_for:
+        """There was a commit. Where all that are up keep sums alone, delivery hears of many together: what it does then
+        costs the same whatever is in them."""
+        if self.waited_for or self._wants_each():
             self.hand_on()
         elif self._handing is None:
             self._handing = asyncio.get_running_loop().call_later(HAND_ON_S, self.hand_on)
+
+    def _wants_each(self) -> bool:
+        """Whether there is a backend that is sent record by record, and is up."""
+        return any(not self.delivery.is_down(name) for name in self._sent)
 
     def hand_on(self) -> None:
         """Give delivery all that was committed."""
@@ -164,7 +172,7 @@ class Billing:
         committed, self._committed = self._committed, []
         for instance, done, ended in committed:
             group = StoredGroup(first_seq=done.first_seq, last_seq=done.last_seq, lines=tuple(done.lines))
-            if len(self.sums) < len(self.backends):
+            if self._sent:
                 self.delivery.offer(instance, group, ended.records(instance))
             else:
                 self.delivery.note(instance, done.last_seq)

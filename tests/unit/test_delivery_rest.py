@@ -12,6 +12,7 @@ from support.backend_trials import made
 from support.delivery_fixtures import HandClock, World, record_line, until
 from support.fake_backend import FakeBackend
 
+from sidecar.backends import backend_settings
 from sidecar.backends.ledger import LedgerBackend
 from sidecar.delivery import Delivery
 from sidecar.delivery.ledger_worker import SummedBatch
@@ -19,8 +20,11 @@ from sidecar.delivery.limits import Limits
 from sidecar.delivery.worker import Worker
 from sidecar.ledger import LedgerStore
 from sidecar.meters.buckets import BatchSums
-from sidecar.model.delivery import Abilities, Applied, Dedup, Retry, Verdict
+from sidecar.model.delivery import Abilities, Applied, Backend, Dedup, Retry, Verdict
 from sidecar.model.record import Record
+from sidecar.runtime.billing import Billing
+from sidecar.settings import load
+from sidecar.spool import SpoolReader
 
 ITERATIONS = 3000  # of the event loop, in which a worker that does not rest turns some hundreds of times
 TURNS_MAX = 12
@@ -166,3 +170,40 @@ async def test_a_worker_rests_while_nothing_can_be_done(world: World, turns: Tur
         assert await turns.while_nothing_happens() < TURNS_MAX
         backend.behaviour = None
         backend.released.set()
+
+
+@pytest.mark.parametrize("beside", [False, True], ids=["by itself", "beside a ledger"])
+async def test_delivery_hears_of_each_commit_only_where_that_is_of_use(world: World, beside: bool) -> None:
+    """With a backend that is down it did twice the work for each commit, in the process where calls wait for theirs."""
+    world.begin("fake", "ledger")
+    world.clock = None
+    world.limits = Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01, down_after=1)
+    store = LedgerStore(world.directory / "ledger.db")
+    ledger: LedgerBackend = made(LedgerBackend, open_ledger=lambda: store, denied="send")
+    word = ["retry:unreachable"]
+    fake = FakeBackend(behaviour=lambda _: word[0])
+    backends: list[Backend] = [fake, ledger] if beside else [fake]
+    reader = SpoolReader(world.directory)
+    async with world.deliver(*backends) as delivery:
+        bills = Billing(
+            settings=load({}, backend_settings=backend_settings(), serving=False), state=delivery.store, reader=reader,
+            delivery=delivery, backends={one.name: one for one in backends}, sums=[ledger] if beside else [],
+        )  # fmt: skip
+        assert not gathers(bills), "one that is up is told at once"
+        world.spool.add(1)
+        delivery.wake()
+        await until(lambda: delivery.is_down("fake"))
+        assert gathers(bills)
+        await until(lambda: bills._handing is None, what="it is told a moment later")
+        word[0] = "ok"
+        delivery.end_waits("fake")
+        await until(lambda: not delivery.is_down("fake"), what="it takes records again")
+        assert not gathers(bills)
+    reader.close()
+    store.close()
+
+
+def gathers(bills: Billing) -> bool:
+    """Whether a commit waits for others before delivery hears of it."""
+    bills.committed()
+    return bills._handing is not None
