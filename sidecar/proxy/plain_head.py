@@ -537,7 +537,7 @@ class PlainRequests(_Heads[_Facts]):
             self._aimed_bytes = 0
         self._lines[line] = number
         self.aimed[line] = aimed
-        self._aimed_bytes += len(line) + len(aimed.line) + len(aimed.url)
+        self._aimed_bytes += len(line) + sum(map(len, aimed))
         return number
 
     def forget(self) -> None:
