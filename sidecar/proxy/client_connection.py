@@ -23,7 +23,7 @@ from asyncio import BaseTransport, TimerHandle
 from collections.abc import Callable
 from enum import IntEnum
 from time import monotonic_ns
-from typing import Final
+from typing import Any, Final
 
 from sidecar.proxy import local_responses
 from sidecar.proxy.aiohttp_compat import (
@@ -41,6 +41,7 @@ from sidecar.proxy.call import Call
 from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_call import PlainCall, PlainCalls
+from sidecar.proxy.plain_head import Shape
 from sidecar.proxy.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
@@ -110,8 +111,8 @@ class Client(ClientProtocol):
         "_ahead", "_at", "_begun", "_begun_ns", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop",
         "_input", "_last_bytes", "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own",
         "_parser_holds", "_plain", "_queue", "_rest_late", "_sized", "_sized_left", "_taking", "_tunnel", "_unread",
-        "_unsent", "_unwaited", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full", "peer",
-        "plainly",
+        "_unsent", "_unwaited", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full", "like",
+        "peer", "plainly",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
@@ -131,6 +132,7 @@ class Client(ClientProtocol):
         # Nothing but plain requests has come, so that all the rest below is as it was at the beginning. Whatever could
         # change it clears this first; it is looked at as a whole again when something comes between two calls.
         self.plainly = False
+        self.like: Shape[Any] | None = None  # of the last plain request
         self._called = False  # a call has been over on it
         # A plain request of which not all has come, since when, and until when it is waited for.
         self._begun = b""

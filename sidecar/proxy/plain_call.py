@@ -23,7 +23,7 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from time import monotonic_ns
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol
 
 from aiohttp import HttpVersion11
 
@@ -42,7 +42,7 @@ from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
 from sidecar.proxy.context import NEVER, Destination, Hop, PlainAttribution
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, PlainRequests, PlainResponses
+from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, PlainRequests, PlainResponses, Shape
 from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, in_chunks, not_known_yet
 from sidecar.proxy.request_body import may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read
@@ -71,6 +71,7 @@ class PlainClient(Downstream, Protocol):
     call: Call | PlainCall | None
     deadline: float
     plainly: bool  # nothing but plain requests has come, and nothing is in the way of the next one
+    like: Shape[Any] | None  # of the last plain request
 
     def wait_for_rest(self, data: bytes) -> bool:
         """Keep the beginning of a plain request for the rest to come, which is told with it. False: it is not waited
@@ -78,7 +79,7 @@ class PlainClient(Downstream, Protocol):
         ...
 
 
-@dataclass(slots=True, frozen=True)
+@dataclass(slots=True, eq=False)
 class _Asked:
     """What is known of requests of one shape."""
 
@@ -89,6 +90,7 @@ class _Asked:
     upstream: Upstream
     timeout_s: float
     prepared: Prepared | None  # None: nobody asks whether it may be made
+    answered: Shape[ResponseShape] | None = None  # what one was answered with last: the next one's is likely like it
 
 
 class _Aim(NamedTuple):
@@ -165,10 +167,11 @@ class PlainCalls:
         """Let the call in and send it on, or have the client wait for the rest of it; False: it is none of ours, and
         nothing has happened."""
         hop = self.hop
-        read = self._requests.read(data, client.peer)
+        read = self._requests.read(data, client.peer, client.like)
         if read is None or len(hop.calls) >= hop.settings.calls_max:
             return False
-        shape, wire, _, body, lines, left, aimed = read
+        shape, wire, _, body, left, aimed, trace, chain = read
+        client.like = shape
         if len(body) + left > BODY_BYTES_MAX:
             return False
         asked = shape.facts
@@ -178,10 +181,10 @@ class PlainCalls:
         if connection is None:
             return False
         call = PlainCall(self, client, connection, asked, aimed, data, wire, body)
-        if shape.trace_at:
-            call.trace_id = trace_id(lines[shape.trace_at][shape.trace_from :])
-        if shape.forwarded and (at := shape.forwarded[0]):
-            call.client_ip = asked.to.headers.client_ip(client.peer, lines[at].partition(b": ")[2])
+        if trace:
+            call.trace_id = trace_id(trace)
+        if chain:
+            call.client_ip = asked.to.headers.client_ip(client.peer, chain)
         if asked.prepared is not None and hop.gate is not None:
             call.gate = hop.gate.quickly(asked.prepared, body)
             if call.gate is None:
@@ -411,11 +414,12 @@ class PlainCall(PlainExchange):
 
     def _response_came(self, data: bytes) -> None:
         calls, client, connection = self._calls, self.client, self.connection
-        read = calls.responses.read(data)
+        read = calls.responses.read(data, None, self._asked.answered)
         if read is None or client is None or connection is None:
             self._response_unusual(data)
             return
-        shape, out, head, body, lines, left, _ = read
+        shape, out, head, body, left, _, _, keep_alive = read
+        self._asked.answered = shape
         wire_bytes = len(body)
         if left == CHUNKED and body.endswith(LAST_CHUNK):
             document = self._document(shape.facts, head, body)
@@ -431,7 +435,7 @@ class PlainCall(PlainExchange):
         if shape.close:
             connection.discard()
         else:
-            connection.release(lines[shape.keep_alive_at][shape.keep_alive_from :] if shape.keep_alive_at else None)
+            connection.release(keep_alive or None)
         self.first_byte_ms = self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
         self.response = shape.facts
         self.response_bytes = len(body)
@@ -479,7 +483,7 @@ class PlainCall(PlainExchange):
         hop = calls.hop
         if hop.leaving or hop.stopping or hop.settings.meter_id_header or client.full or not client.plainly:
             return False
-        shape, out, head, body, lines, left, _ = read
+        shape, out, head, body, left, _, _, keep_alive = read
         keeping = None
         if asked.read:
             if len(body) + left > KEPT_BYTES_MAX:
@@ -498,8 +502,7 @@ class PlainCall(PlainExchange):
         self._stream = stream
         calls.stream_body_bytes += len(self.request_body)
         stream.reusable = not shape.close
-        if shape.keep_alive_at:
-            stream.keep_alive = lines[shape.keep_alive_at][shape.keep_alive_from :]
+        stream.keep_alive = keep_alive or None
         self._closes = False
         self._wire = b""  # it cannot go once more
         self._data = self._data.partition(b"\r\n\r\n")[0]

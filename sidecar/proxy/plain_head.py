@@ -9,6 +9,8 @@ never taken. The short way can therefore only forward what the careful way would
 Many APIs are called with another target each time (`/orders/123`). Few things depend on it, so request lines that agree
 in those count as one line, and what is forwarded and recorded of each is worked out for each (`Aim`).
 
+A head that is like the one before it on its connection is read by the form of its shape at once (`plain_form`).
+
 Only heads that leave nothing to be judged are plain: printable ASCII, every line ended by CRLF, `name: value` with one
 space, one Host, one Content-Length at most, nothing about transfer codings of a request, upgrades, expectations or
 trailers. For all others the result is None, and the careful way reads them from their first byte.
@@ -26,6 +28,7 @@ from operator import itemgetter
 from typing import Any, Final, Generic, NamedTuple, TypeVar
 
 from sidecar.model.target import is_authority
+from sidecar.proxy.plain_form import LENGTH_DIGITS_MAX, VALUE, Form, form_of
 
 # What a line means here.
 _PASS: Final = 0
@@ -48,15 +51,14 @@ NAMES_MAX: Final = 2_048
 AIMED_MAX: Final = 2_048  # remembered request lines
 AIMED_BYTES_MAX: Final = 512 << 10  # and their bytes
 SHAPES_MAX: Final = 2_048
+FORM_AFTER = 100  # heads of a shape: its form takes half a millisecond to make
 PEERS_MAX: Final = 256  # endings of a head that are remembered for each shape
 HEAD_BYTES_MAX: Final = 16_384  # a longer head is not plain
 FIELDS_MAX: Final = 100
 VALUES_MAX: Final = 64  # so many different values make a field one that is known by its name alone
-LENGTH_DIGITS_MAX: Final = 9
 
 _HEAD_END: Final = b"\r\n\r\n"
-# Printable ASCII, without a blank at either end: which of those belong to a value is read in two ways.
-_VALUE: Final = re.compile(rb"(?:[!-~][ -~]*)?[!-~]")
+_VALUE: Final = re.compile(VALUE)
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
 _REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (/[!\"$-~]*) HTTP/1\.1")
 _STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
@@ -92,15 +94,17 @@ class Shape(Generic[_Facts]):
     """
 
     number: int
+    heads: object  # whose shape it is
     facts: _Facts  # what the owner worked out when it saw the first one
     added: list[bytes]  # what is forwarded in the place of other lines; and nothing, so that the last one is ended
-    sent: Callable[[list[bytes]], tuple[bytes, ...]]  # what is forwarded, out of a head's lines and `added`
+    places: tuple[int, ...]  # what is forwarded, out of a head's lines and `added`
+    sent: Callable[[list[bytes]], tuple[bytes, ...]]  # takes it
     length_at: int
     length_from: int  # where the value stands in that line
     trace_at: int  # of `traceparent`
     trace_from: int
-    keep_alive_at: int
-    keep_alive_from: int
+    beside_at: int  # of `X-Forwarded-For` or `Keep-Alive`
+    beside_from: int
     close: bool
     chunked: bool
     coded: bool
@@ -110,17 +114,20 @@ class Shape(Generic[_Facts]):
     forwarded: tuple[int, ...] = ()
     around: dict[object, tuple[bytes, bytes]] = field(default_factory=dict)
     aimed: bool = False  # whether its request lines are others than that of `facts`
+    uses: int = 0  # heads that were read without a form
+    form: Form | None = None
 
     def own(self, lines: list[bytes]) -> bytes:
         """What is forwarded of a head itself, each line ended."""
         return b"\r\n".join(self.sent(lines + self.added))
 
 
-PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, list[bytes], int, "Aimed | None"]
-"""(shape, what is forwarded, head up to its empty line, body, lines of the head, bytes of the body that are still to
-come or `CHUNKED`, what is its own of a request's target): a message whose head is whole and understood. The body is
-what has come of it; where it is chunked, with its framing. A bare tuple: each is taken apart where it is made, and a
-class with names would cost a call more."""
+PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, int, "Aimed | None", bytes, bytes]
+"""(shape, what is forwarded, head up to its empty line, body, bytes of the body that are still to come or `CHUNKED`,
+what is its own of a request's target, `traceparent`, whom a request was forwarded for or how long the upstream keeps
+its connection): a message whose head is whole and understood. The body is what has come of it; where it is chunked,
+with its framing. The last two are empty where nothing is said. A bare tuple: each is taken apart where it is made, and
+a class with names would cost a call more."""
 CHUNKED: Final = -1
 
 _Fields = list[tuple[bytes, bytes]]
@@ -221,12 +228,17 @@ class _Heads(Generic[_Facts]):
         self._meanings[self._next_id] = (meaning, wire)
         return self._next_id
 
-    def read(self, data: bytes, peer: object = None) -> PlainMessage[_Facts] | None:
+    def read(self, data: bytes, peer: object = None, like: Shape[_Facts] | None = None) -> PlainMessage[_Facts] | None:
         """The message that `data` begins, and nothing behind it; None: it is none, or not plain. `peer`: whose
-        connection it came on; what is sent behind the head's own lines is worked out once for each.
+        connection it came on; what is sent behind the head's own lines is worked out once for each. `like`: what it is
+        likely to be."""
+        if like is None or like.form is None:
+            return self._look_up(data, peer)
+        return self._by_form(like, like.form, data, peer) or self._look_up(data, peer)
 
-        One function, because it runs twice in each call: all that can be said of a line was said when it was learned,
-        so that a head is checked by being found."""
+    def _look_up(self, data: bytes, peer: object) -> PlainMessage[_Facts] | None:
+        """As `read`. One function, because it runs twice in many calls: all that can be said of a line was said when it
+        was learned, so that a head is checked by being found."""
         head, end, body = data.partition(_HEAD_END)
         if not end or len(head) > self._head_bytes_max:
             return None
@@ -238,7 +250,7 @@ class _Heads(Generic[_Facts]):
         shape = self._shapes.get(key)
         if shape is None:
             if not self._meanings.keys() >= {*key}:
-                return self.read(data, peer)  # all was forgotten while its lines were looked up
+                return self._look_up(data, peer)  # all was forgotten while its lines were looked up
             shape = self._new_shape(key, lines, peer)
             if shape is None:
                 return None
@@ -262,7 +274,56 @@ class _Heads(Generic[_Facts]):
         if shape.aimed:
             aimed = self.aimed[lines[0]]
             lines[0] = aimed.line
-        return shape, shape.own(lines) + ending + body, head, body, lines, left, aimed
+        trace = lines[shape.trace_at][shape.trace_from :] if shape.trace_at else b""
+        beside = lines[shape.beside_at][shape.beside_from :] if shape.beside_at else b""
+        read = shape, shape.own(lines) + ending + body, head, body, left, aimed, trace, beside
+        shape.uses += 1
+        if shape.uses == FORM_AFTER and not shape.forwarded:
+            self._learn_form(key, read, data, peer)
+        return read
+
+    def _by_form(self, shape: Shape[_Facts], form: Form, data: bytes, peer: object) -> PlainMessage[_Facts] | None:
+        """As `read`, where that is a head of this shape; None: it is to be looked up."""
+        match = form.match(data)
+        if match is None or shape.heads is not self:
+            return None
+        end = match.end()
+        body = data[end:]
+        values = match.groups()
+        aimed = None
+        if form.first:
+            line = values[0]
+            if self._lines.get(line) != form.first:
+                return None
+            aimed = self.aimed[line]
+            values = (aimed.line, *values[1:])
+        if form.length >= 0:
+            left = int(values[form.length]) - len(body)
+        elif shape.chunked:
+            left = CHUNKED
+        else:
+            left = -len(body)  # there is none
+        ending = shape.endings.get(peer)
+        if ending is None or (left < 0 and not shape.chunked) or end > self._head_bytes_max + 4:
+            return None
+        return (
+            shape, form.wire % (*values, ending, body), data[: end - 4], body, left, aimed,
+            form.trace_said if form.trace < 0 else values[form.trace],
+            form.beside_said if form.beside < 0 else values[form.beside],
+        )  # fmt: skip
+
+    def _learn_form(self, key: tuple[int, ...], read: PlainMessage[_Facts], data: bytes, peer: object) -> None:
+        """Of a shape that is in use. It is kept where it reads this head as it was read without it."""
+        shape, lines = read[0], read[2].split(b"\r\n")
+        names = [self._names.get(line.partition(b": ")[0]) for line in lines]
+        loose = [at for at, known in enumerate(names) if known is not None and known[1:] == (key[at], True)]
+        form = form_of(
+            lines, loose=loose, sent=shape.places, added=shape.added,
+            first=key[0] if shape.aimed else 0, length_at=shape.length_at, trace_at=shape.trace_at,
+            beside_at=shape.beside_at,
+        )  # fmt: skip
+        if self._by_form(shape, form, data, peer) == read:
+            shape.form = form
 
     def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         """Of a head that is not known, if it is to be known now."""
@@ -417,7 +478,7 @@ class _Heads(Generic[_Facts]):
         at_by_meaning = {self._meanings[id_][0]: at for at, id_ in enumerate(key)}
         in_place_of = {at: len(lines) + number for number, at in enumerate(changed)}
         end = len(lines) + len(changed)
-        sent = [in_place_of.get(at, at) for at in range(len(lines)) if at not in dropped]
+        places = (*(in_place_of.get(at, at) for at in range(len(lines)) if at not in dropped), end)
 
         def value(meaning: int) -> tuple[int, int]:
             at = at_by_meaning.get(meaning, 0)
@@ -425,24 +486,26 @@ class _Heads(Generic[_Facts]):
 
         length_at, length_from = value(_LENGTH)
         trace_at, trace_from = value(_TRACE)
-        keep_alive_at, keep_alive_from = value(_KEEP_ALIVE)
-        places = [at_by_meaning.get(meaning, 0) for meaning in _FORWARDED.values()]
+        told = [at_by_meaning.get(meaning, 0) for meaning in _FORWARDED.values()]
+        beside_at, beside_from = value(_FORWARDED[b"x-forwarded-for"] if any(told) else _KEEP_ALIVE)
         self._next_shape += 1
         return Shape(
             number=self._next_shape,
+            heads=self,
             facts=facts,
             added=[*changed.values(), b""],
-            sent=itemgetter(*sent, end),
+            places=places,
+            sent=itemgetter(*places),
             length_at=length_at,
             length_from=length_from,
             trace_at=trace_at,
             trace_from=trace_from,
-            keep_alive_at=keep_alive_at,
-            keep_alive_from=keep_alive_from,
+            beside_at=beside_at,
+            beside_from=beside_from,
             close=_CLOSE in at_by_meaning,
             chunked=_CHUNKED in at_by_meaning,
             coded=_CODED in at_by_meaning,
-            forwarded=(*places, at_by_meaning.get(_HOST, 0)) if any(places) else (),
+            forwarded=(*told, at_by_meaning.get(_HOST, 0)) if any(told) else (),
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:

@@ -20,7 +20,7 @@ from sidecar.delivery import DeliveryStore
 from sidecar.gate.admission import Admission
 from sidecar.gate.owner import Owner
 from sidecar.ledger import LedgerStore
-from sidecar.proxy import plain_call
+from sidecar.proxy import plain_call, plain_head
 from sidecar.runtime.billing import Billing
 from sidecar.runtime.collector import StreamReader
 from sidecar.runtime.ipc import Link, Seam
@@ -100,6 +100,7 @@ def dies_of(text: str) -> None:
 
 if __name__ == "__main__":
     plain_call.SIGHTS = 1
+    plain_head.FORM_AFTER = 2
     if "DIES_AT" in os.environ:
         when, step, count = os.environ["DIES_AT"].split()
         dies(step, when, int(count), Path(os.environ["DIES_MARK"]))

@@ -6,9 +6,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from sidecar.proxy import plain_call
+from sidecar.proxy import plain_call, plain_head
 
 plain_call.SIGHTS = 1  # so that the first call of a test takes the short way
+plain_head.FORM_AFTER = 1  # and the second is read by the form of the first
 
 short_open = True
 """Whether plain calls may take the short way."""

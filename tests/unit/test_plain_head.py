@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import timeit
 from collections.abc import Iterator
 from ipaddress import ip_network
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from sidecar.model.http_url import UpstreamAddress
+from sidecar.proxy import plain_head
 from sidecar.proxy.headers import HeaderRules, Peer
 from sidecar.proxy.plain_head import (
     CHUNKED,
@@ -23,6 +25,7 @@ from sidecar.proxy.plain_head import (
     RECENT_MAX,
     SHAPES_MAX,
     VALUES_MAX,
+    Aimed,
     PlainMessage,
     PlainRequests,
     PlainResponses,
@@ -66,6 +69,13 @@ class _Flow:
     def resume_reading(self, *_: object, **__: object) -> None: ...
 
 
+@pytest.fixture(autouse=True, scope="module")
+def forms_at_once() -> Iterator[None]:
+    before, plain_head.FORM_AFTER = plain_head.FORM_AFTER, 1
+    yield
+    plain_head.FORM_AFTER = before
+
+
 @pytest.fixture(scope="module")
 def loop() -> Iterator[asyncio.AbstractEventLoop]:
     loop = asyncio.new_event_loop()
@@ -86,7 +96,7 @@ def parsed(loop: asyncio.AbstractEventLoop, data: bytes) -> Any:
 
 
 def reader(
-    rules: HeaderRules, matters: frozenset[bytes] = frozenset()
+    rules: HeaderRules, matters: frozenset[bytes] = frozenset(), *, aims: bool = False
 ) -> tuple[PlainRequests[dict[str, Any]], Careful]:
     careful = Careful(rules)
     address = UpstreamAddress.parse(UPSTREAM)
@@ -97,8 +107,13 @@ def reader(
         matters=matters,
         forward=rules.forward,
         joined=rules.joined,
+        aim=(lambda method, target: (method, aimed_at(rules, method, target))) if aims else None,
     )
     return requests, careful
+
+
+def aimed_at(rules: HeaderRules, method: str, target: str) -> Aimed:
+    return Aimed(rules.request_line(method, target)[0].rstrip(), target, target)
 
 
 PEER = rules_for().peer("192.0.2.7", tls=False)
@@ -183,7 +198,7 @@ def test_what_is_plain_is_what_the_careful_way_makes_of_it(
         plain = requests.read(whole(head), peer)
         if plain is None:
             continue
-        shape, wire, own, body, lines, left, _ = plain
+        shape, wire, own, body, left, _, trace, _ = plain
         assert left == 0
         message = parsed(loop, whole(head))
         assert message is not None, head
@@ -195,7 +210,7 @@ def test_what_is_plain_is_what_the_careful_way_makes_of_it(
         lengths = [value for name, value in message.raw_headers if name.lower() == b"content-length"]
         assert len(body) == (int(lengths[0]) if lengths else 0)
         traces = [value for name, value in message.raw_headers if name.lower() == b"traceparent"]
-        assert ([lines[shape.trace_at][shape.trace_from :]] if shape.trace_at else []) == traces
+        assert ([trace] if trace else []) == [value for value in traces if value]
         expected = rules.request(message.raw_headers, peer).names
         assert shape.facts["names"] == expected
         assert shape.facts["method"] == message.method
@@ -312,7 +327,7 @@ def test_a_plain_response_is_what_the_careful_way_makes_of_it(heads: list[bytes]
         plain = responses.read(whole(head))
         if plain is None:
             continue
-        shape, wire, own, body, _, left, _ = plain
+        shape, wire, own, body, left, *_ = plain
         heard = Heard()
         parser = httptools.HttpResponseParser(heard)
         parser.feed_data(head + b"\r\n\r\n")
@@ -342,9 +357,8 @@ def test_the_usual_response_is_plain_and_described_once() -> None:
     for i in range(50):
         plain = responses.read(whole(RESPONSE % (i, i, i, i)))
         assert plain is not None
-        shape, wire, _, body, lines, left, _ = plain
-        assert left == 0
-        assert lines[shape.keep_alive_at][shape.keep_alive_from :] == b"timeout=%d" % i
+        shape, wire, _, body, left, _, _, keep_alive = plain
+        assert (left, keep_alive) == (0, b"timeout=%d" % i)
         assert (len(body), shape.close) == (i, False)
         assert b"Keep-Alive" not in wire
         assert wire.endswith(b"X-Request-Id: %032x\r\n\r\n" % i + body)
@@ -377,7 +391,7 @@ def test_a_body_that_is_longer_than_the_head_says_is_not_plain_and_a_shorter_one
     for body, left in ((b"", 3), (b"ab", 1), (b"abc", 0)):
         plain = requests.read(head + b"\r\n\r\n" + body, PEER)
         assert plain is not None
-        assert (plain[3], plain[5]) == (body, left)
+        assert (plain[3], plain[4]) == (body, left)
 
 
 @pytest.mark.parametrize("value", [b"", b" a", b"a ", b"a\tb", b"a\x00", b"a\rb", b"a\nb", b"\xe4", b"a\x7f"])
@@ -416,3 +430,147 @@ def test_lengths_that_come_again_are_remembered_and_bounded() -> None:
         assert len(requests._recent) <= RECENT_MAX
     assert len(requests._lines) <= 2 * RECENT_MAX
     assert careful.asked == 1
+
+
+# What may be put anywhere into a head, in the place of as many bytes as the number says.
+EDITS = st.lists(
+    st.tuples(
+        st.integers(0, 300), st.integers(0, 3), st.sampled_from(
+            [
+                b"", b"\r\n", b"\r", b"\n", b" ", b"\t", b"\x00", b"%", b"%b", b"%.0b", b": ", b"x", b"\xe4", b"7",
+                b"0", b"99999999999", b"\r\n\r\n", b"\r\nCookie: a", b"\r\nContent-Length: 2", b"\x7f", b"()", b"\\",
+            ]
+        ),
+    ), min_size=1, max_size=3,
+)  # fmt: skip
+FORMED = st.sampled_from(
+    [
+        HEAD % (1, 1, 5), HEAD % (7, 7, 0) + b"\r\nVia: a%b\r\nCookie: a; b", b"GET /a%20b?c=%b HTTP/1.1\r\nHost: h",
+        b"GET / HTTP/1.1\r\nCookie: a\r\nKeep-Alive: 5\r\nHost: h\r\nIf-None-Match: a b\r\nConnection: keep-alive",
+        b"POST / HTTP/1.1\r\nContent-Length: 3\r\nX-Real-IP: 1\r\nHost: h\r\nAccept: (.*)[a]\\%s",
+        b"POST / HTTP/1.1\r\nHost: h\r\nX-Request-Id: a\r\nContent-Length: 4\r\nConnection: keep-alive",
+    ]
+)  # fmt: skip
+
+
+def edited(head: bytes, edits: list[tuple[int, int, bytes]]) -> bytes:
+    for at, width, text in edits:
+        at = min(at, len(head))
+        head = head[:at] + text + head[at + width :]
+    return head
+
+
+def by_form(heads: Any, shape: Any, data: bytes, peer: Peer | None) -> Any:
+    """What is read by the form alone; None where it is looked up."""
+    return None if shape.form is None else heads._by_form(shape, shape.form, data, peer)
+
+
+@pytest.mark.parametrize("aims", [True, False], ids=["targets", "no targets"])
+@given(
+    head=st.one_of(FORMED, HEADS),
+    others=st.lists(st.one_of(FORMED, HEADS), max_size=2),
+    edits=EDITS,
+    cut=st.integers(0, 9),
+)
+@settings(deadline=None)
+def test_what_a_form_reads_is_what_it_is_when_it_is_looked_up(
+    aims: bool, head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int
+) -> None:
+    requests, _ = reader(rules_for(), aims=aims)
+    first = requests.read(whole(head), PEER)
+    if first is None:
+        return
+    shape = first[0]
+    if not shape.forwarded:
+        assert shape.form is not None
+        assert by_form(requests, shape, whole(head), PEER) == first
+    changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
+    for data in [
+        *map(whole, changed),
+        *(whole(one)[:-cut] for one in changed),
+        *(whole(one) + b"x" * cut for one in changed),
+    ]:
+        found = by_form(requests, shape, data, PEER)
+        assert found is None or found == requests.read(data, PEER)
+
+
+RESPONDED = st.sampled_from(
+    [
+        RESPONSE % (1, 5, 1, 1), b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nDate: a b\r\nSet-Cookie: a=%b",
+        b"HTTP/1.1 200 100%\r\nKeep-Alive: timeout=5, max=7\r\nConnection: keep-alive\r\nContent-Length: 2",
+        b"HTTP/1.1 404 Not Found\r\nContent-Length: 0\r\nConnection: close\r\nServer: a\r\nVia: 1.1 b",
+    ]
+)  # fmt: skip
+
+
+@given(head=st.one_of(RESPONDED, RESPONSES), others=st.lists(RESPONDED, max_size=2), edits=EDITS, cut=st.integers(0, 9))
+@settings(deadline=None)
+def test_what_a_form_reads_of_a_response_is_what_it_is_when_it_is_looked_up(
+    head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int
+) -> None:
+    responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
+    first = responses.read(whole(head))
+    if first is None:
+        return
+    shape = first[0]
+    assert shape.form is not None
+    assert by_form(responses, shape, whole(head), None) == first
+    changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
+    for data in [
+        *map(whole, changed),
+        *(whole(one)[:-cut] for one in changed),
+        *(whole(one) + b"x" * cut for one in changed),
+    ]:
+        found = by_form(responses, shape, data, None)
+        assert found is None or found == responses.read(data)
+
+
+def test_a_form_reads_what_differs_in_a_trace_a_length_an_id_or_a_target() -> None:
+    requests, careful = reader(rules_for(), aims=True)
+    shape = read(requests, HEAD % (0, 0, 0))[0]
+    for i in range(1, 50):
+        head = HEAD % (i, i, i)
+        found = by_form(requests, shape, whole(head), PEER)
+        assert found == requests.read(whole(head), PEER)
+        assert found[6].startswith(b"00-%032x" % i)
+    elsewhere = b"POST /another HTTP/1.1" + (HEAD % (1, 1, 1)).partition(b" HTTP/1.1")[2]
+    assert by_form(requests, shape, whole(elsewhere), PEER) is None  # nobody knows yet whose target that is
+    read(requests, elsewhere)
+    assert by_form(requests, shape, whole(elsewhere), PEER)[5].url == "/another"
+    assert careful.asked == 1
+    responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
+    answered = responses.read(whole(RESPONSE % (0, 0, 0, 0)))
+    assert answered is not None
+    for i in range(1, 50):
+        data = whole(RESPONSE % (i, i, i, i))
+        found = by_form(responses, answered[0], data, None)
+        assert found == responses.read(data)
+        assert found[7] == b"timeout=%d" % i
+
+
+def test_a_form_ends_with_what_its_heads_knew() -> None:
+    requests, _ = reader(rules_for(), aims=True)
+    head = HEAD % (1, 1, 1)
+    shape = read(requests, head)[0]
+    others, _ = reader(rules_for(via="edge"), aims=True)
+    theirs = read(others, head)
+    assert by_form(others, shape, whole(head), PEER) is None  # settings may be others
+    assert others.read(whole(head), PEER, shape) == theirs
+    requests.forget()
+    assert by_form(requests, shape, whole(head), PEER) is None  # it may have been said anew whose target that is
+    assert requests.read(whole(head), PEER, shape) == requests.read(whole(head), PEER)
+    assert by_form(others, theirs[0], whole(head), rules_for().peer("192.0.2.9", tls=False)) is None  # one that is new
+
+
+def test_a_form_takes_no_longer_over_what_somebody_made_up() -> None:
+    requests, _ = reader(rules_for())
+    base = b"GET / HTTP/1.1\r\nHost: h\r\nCookie: a b\r\nVia: a b"
+    shape = read(requests, base)[0]
+    assert shape.form is not None
+    spent = []
+    for size in (450, 7_200):
+        said = b" a" * (size // 2)
+        data = b"GET / HTTP/1.1\r\nHost: h\r\nCookie: a%b\r\nVia: a%b \r\n\r\n" % (said, said)
+        spent.append(min(timeit.repeat(lambda data=data: by_form(requests, shape, data, PEER), number=5, repeat=9)))  # type: ignore[misc]
+        assert by_form(requests, shape, data, PEER) is None
+    assert spent[1] < 80 * spent[0]  # 16 where it grows with the length, 256 with its square
