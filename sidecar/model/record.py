@@ -146,23 +146,34 @@ def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Re
     )
 
 
+class _Null:
+    """A number that is not known, as JSON has it."""
+
+    def __repr__(self) -> str:
+        return "null"
+
+
+_NULL: Final = _Null()
+
+
 class LineTemplate:
     """The lines of calls that have both heads in common: what differs is put between what was written once.
 
-    Gives what `encode` gives, byte for byte where the usage object is `usage_to_dict`'s.
+    Gives what `encode` gives, byte for byte where the usage object is `usage_to_dict`'s. Without a response they are
+    what is known of calls that are open (`open_line`).
     """
 
     __slots__ = ("_client_ip", "_client_ip_json", "_form", "_second", "_second_text", "_url")
 
-    def __init__(self, request: RequestShape, response: ResponseShape, instance: str) -> None:
+    def __init__(self, request: RequestShape, response: ResponseShape | None, instance: str) -> None:
         """Raises `ValueError` where a text cannot be stored as it is: such calls are written by `encode`."""
         subscriber = request.subscriber
         between = {
             "route": request.route,
-            "status": response.status,
-            "outcome": Outcome.COMPLETE,
+            "status": None if response is None else response.status,
+            "outcome": Outcome.UNKNOWN if response is None else Outcome.COMPLETE,
             "request_headers": request.request_headers,
-            "response_headers": response.response_headers,
+            "response_headers": [] if response is None else response.response_headers,
         }
         behind = {
             "subscriber": None if subscriber is None else {"id": subscriber.id, "source": subscriber.source},
@@ -181,13 +192,27 @@ class LineTemplate:
         self._client_ip_json = b"null"
         self._second, self._second_text = -1, b""
 
+    def open_line(
+        self,
+        id_: str,
+        started_ns: int,
+        request_bytes: int,
+        client_ip: str | None,
+        trace_id: str | None,
+        url: str | None,
+    ) -> bytes:
+        """Of a call of which nothing has come back, and which has no number yet."""
+        return self.line(
+            0, id_, started_ns, _NULL, _NULL, request_bytes, 0, client_ip, trace_id, b"null", b"null", url
+        )  # fmt: skip
+
     def line(
         self,
         seq: int,
         id_: str,
         started_ns: int,
-        first_byte_ms: float,
-        duration_ms: float,
+        first_byte_ms: float | _Null,
+        duration_ms: float | _Null,
         request_bytes: int,
         response_bytes: int,
         client_ip: str | None,

@@ -13,7 +13,8 @@ tells of (`Head`). Where the rest cannot be read, that is what is known of it.
 
 - `admitted`: calls that were let in and that no earlier frame told of. A crash takes those without a trace.
 - `lost`: `{reason: calls}` that were given up since the last frame, or None.
-- `opens`: exchanges of calls that have been open for long, so that a crash leaves a record of them.
+- `opens`: calls that have been open for long, so that a crash leaves a record of them: `(EXCHANGE, …)`, or `(PLAIN, …)`
+  with what is known before anything comes back.
 - `ended`: what ended, each a tuple that begins with its kind: `(EXCHANGE, …)`, or `(PLAIN, …)` of a call that took the
   short way and whose usage is still to be read.
 - `closes`: ids of calls in `ended` or `lost` that an earlier `opens` told of.
@@ -46,7 +47,7 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"7 {sys.implementation.cache_tag}"
+VERSION: Final = f"8 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
 GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
@@ -110,6 +111,14 @@ def encode_frame(
     requests: dict[int, tuple[Any, ...]] = {}
     responses: dict[int, tuple[Any, ...]] = {}
     entries = []
+    opened = []
+    for exchange in opens:
+        if isinstance(exchange, PlainExchange) and exchange.gate is None:
+            if exchange.shape.number not in requests:
+                requests[exchange.shape.number] = _packed_request(exchange.shape)
+            opened.append(_packed_open(exchange))
+        else:
+            opened.append(_packed(_whole(exchange)))
     for exchange in ended:
         if isinstance(exchange, PlainExchange) and exchange.response is not None:
             shape, response = exchange.shape, exchange.response
@@ -125,7 +134,7 @@ def encode_frame(
         number,
         admitted,
         None if lost is None else dict(lost),
-        [_packed(_whole(exchange)) for exchange in opens],
+        opened,
         entries,
         list(closes),
         list(counts),
@@ -233,6 +242,10 @@ def _packed_plain(e: PlainExchange, shape: int, response: int) -> tuple[Any, ...
     )  # fmt: skip
 
 
+def _packed_open(e: PlainExchange) -> tuple[Any, ...]:
+    return PLAIN, e.shape.number, e.id, e.started_ns, e.request_bytes, e.client_ip, e.trace_id, e.url
+
+
 def _packed_request(shape: RequestShape) -> tuple[Any, ...]:
     subscriber = shape.subscriber
     return (
@@ -278,6 +291,15 @@ def plain_of(packed: Sequence[Any], shape: RequestShape, response: ResponseShape
         shape, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
         duration_ms, response, response_bytes, response_head, response_body, None, first_token_ns, url,
     )  # fmt: skip
+
+
+def open_of(packed: Sequence[Any], shape: RequestShape) -> PlainExchange:
+    """The plain call that an entry of `opens` holds, of this shape. Raises `FrameError`."""
+    try:
+        _, _, id_, started_ns, request_bytes, client_ip, trace_id, url = packed
+    except ValueError as error:
+        raise FrameError(f"not a frame: {error}") from None
+    return PlainExchange(shape, client_ip, trace_id, request_bytes, b"", id_, started_ns, url=url)
 
 
 def exchange_of(packed: Sequence[Any]) -> Exchange:

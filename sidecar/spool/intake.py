@@ -22,7 +22,7 @@ from typing import Any, Final, Protocol, TypeVar
 
 from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
-from sidecar.model.record import Record, encode_exactly, record_of
+from sidecar.model.record import LineTemplate, Record, encode_exactly, record_of
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
     GATED,
@@ -35,6 +35,7 @@ from sidecar.spool.frames import (
     gate_of,
     given_up,
     head_of,
+    open_of,
     plain_of,
     request_shape_of,
     response_shape_of,
@@ -133,6 +134,7 @@ class Source:
     requests: dict[int, RequestShape] = field(default_factory=dict)
     responses: dict[int, ResponseShape] = field(default_factory=dict)
     reading: Reading | None = None
+    intents: dict[int, LineTemplate] = field(default_factory=dict)  # of calls that are open, by the request's number
 
     @property
     def tail(self) -> str:
@@ -283,7 +285,7 @@ class Intake:
         ended = self._read_ended(batch, arrived)
         sources: dict[bytes, tuple[Source, int]] = {}
         for source, told in arrived:
-            for id_, line in self._read_intents(told.opens):
+            for id_, line in self._read_intents(source, told):
                 batch.opens.append((id_, line))
                 batch.size_bytes += len(line)
                 source.open[id_] = line
@@ -363,15 +365,33 @@ class Intake:
         except Exception:
             log.exception("a call could not be priced; it is recorded all the same")
 
-    def _read_intents(self, entries: Sequence[Sequence[Any]]) -> list[tuple[str, bytes]]:
+    def _read_intents(self, source: Source, told: Told) -> list[tuple[str, bytes]]:
         found = []
-        for entry in entries:
+        for entry in told.opens:
             try:
-                exchange = exchange_of(entry)
-                found.append((exchange.id, encode_intent(exchange, instance=self._instance)))
+                if entry[0] == PLAIN:
+                    found.append((entry[2], self._plain_intent(source, told, entry)))
+                else:
+                    exchange = exchange_of(entry)
+                    found.append((exchange.id, encode_intent(exchange, instance=self._instance)))
             except Exception as error:  # noqa: BLE001 - likewise; its end is still to come
                 log.error("a call that is open cannot be kept for the case of a death: %s", type(error).__name__)
         return found
+
+    def _plain_intent(self, source: Source, told: Told, entry: Sequence[Any]) -> bytes:
+        """Raises where it cannot be read."""
+        number = entry[1]
+        template = source.intents.get(number)
+        if template is None:
+            shape = request_shape_of(number, told.requests[number])
+            try:
+                template = LineTemplate(shape, None, self._instance)
+            except ValueError:  # a text that cannot be stored as it is
+                return encode_intent(open_of(entry, shape).exchange(), instance=self._instance)
+            if len(source.intents) >= SHAPES_MAX:
+                source.intents.clear()
+            source.intents[number] = template
+        return template.open_line(*entry[2:])
 
     def _lose(self, error: Exception) -> None:
         log.error("a call cannot be recorded: %s", type(error).__name__)  # its text may say what was in the call
