@@ -52,7 +52,15 @@ from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.request_body import RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
-from sidecar.proxy.upstream import NO_RESOURCES, NOT_HTTP, RESET, TIMEOUT, UnreachableError, UpstreamConnection
+from sidecar.proxy.upstream import (
+    NO_RESOURCES,
+    NOT_HTTP,
+    RESET,
+    TIMEOUT,
+    UnreachableError,
+    Upstream,
+    UpstreamConnection,
+)
 from sidecar.usage import RawHeaders, RequestTap, ResponseTap
 
 log = logging.getLogger(__name__)
@@ -155,6 +163,31 @@ class Why:
 NOTHING: Final = Why()
 
 
+class NotConnectedError(Exception):
+    """There is no connection to the upstream, and why."""
+
+    def __init__(self, why: Why) -> None:
+        super().__init__(why.error)
+        self.why = why
+
+
+async def connect(hop: Hop, upstream: Upstream) -> UpstreamConnection:
+    """A new connection. A short want of descriptors (a burst of clients that are just being refused) is waited out, not
+    answered. Raises `NotConnectedError`."""
+    timeout_s = patience_s = hop.settings.upstream_connect_timeout_s
+    while True:
+        try:
+            return await upstream.connect()
+        except TimeoutError:
+            within = f"no connection within {timeout_s:g} s"
+            raise NotConnectedError(Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)) from None
+        except UnreachableError as error:
+            patience_s -= SHORTAGE_WAIT_S
+            if error.reason != NO_RESOURCES or patience_s < 0:
+                raise NotConnectedError(Why(local_responses.UNREACHABLE, error.words, error.reason)) from error
+        await asyncio.sleep(SHORTAGE_WAIT_S)
+
+
 @dataclass(slots=True)
 class _Gating:
     """What is known while it is found out whether a call may be made."""
@@ -219,7 +252,7 @@ class Call:
         client: Downstream,
         message: RawRequestMessage,
         exchange: Exchange,
-        connection: UpstreamConnection,
+        connection: UpstreamConnection | None,
         *,
         body: bytes,
         again: bytes | None,
@@ -229,7 +262,8 @@ class Call:
         timeout_s: float,
     ) -> Call:
         """A call whose request was let in and sent already, and of whose response nothing was read yet. `again`: the
-        request as it was sent, where it may go once more. `target`: as the upstream `to` gets it."""
+        request as it was sent, where it may go once more. `target`: as the upstream `to` gets it. `connection`: None:
+        there is none, and the call is about to end."""
         call = cls(hop, client, message, EMPTY_PAYLOAD)
         call._to, call._target, call._timeout_s = to, target, timeout_s
         call._exchange = exchange
@@ -242,10 +276,11 @@ class Call:
             call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
             call.body.done = True
             call.body.keep(again, hop.settings.retry_body_bytes_max)
-        call.connection = connection
-        connection.owner = call
-        call._expect()
-        call.phase = Phase.WAITING
+        if connection is not None:
+            call.connection = connection
+            connection.owner = call
+            call._expect()
+            call.phase = Phase.WAITING
         call.deadline = deadline
         hop.calls.add(call)
         return call
@@ -487,16 +522,13 @@ class Call:
             self._send(Event.CONNECTED, NOTHING)
 
     async def _connect(self) -> None:
+        upstream = self._to.upstream
+        assert upstream is not None
         try:
-            connection = await self._new_connection()
-        except TimeoutError:
-            within = f"no connection within {self._hop.settings.upstream_connect_timeout_s:g} s"
-            why = Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)
+            connection = await connect(self._hop, upstream)
+        except NotConnectedError as error:
             self._connecting = None
-            self._on(Event.UNREACHABLE, why)
-        except UnreachableError as error:
-            self._connecting = None
-            self._on(Event.UNREACHABLE, Why(local_responses.UNREACHABLE, error.words, error.reason))
+            self.unreachable(error.why)
         else:
             self._connecting = None
             if self.phase is OVER:
@@ -505,23 +537,16 @@ class Call:
                 self.connection = connection
                 self._on(Event.CONNECTED)
 
-    async def _new_connection(self) -> UpstreamConnection:
-        """A short want of descriptors (a burst of clients that are just being refused) is waited out, not answered."""
-        patience_s = self._hop.settings.upstream_connect_timeout_s
-        upstream = self._to.upstream
-        assert upstream is not None
-        while True:
-            try:
-                return await upstream.connect()
-            except UnreachableError as error:
-                patience_s -= SHORTAGE_WAIT_S
-                if error.reason != NO_RESOURCES or patience_s < 0:
-                    raise
-            await asyncio.sleep(SHORTAGE_WAIT_S)
+    def unreachable(self, why: Why) -> None:
+        """There is no connection, and will be none."""
+        self._on(Event.UNREACHABLE, why)
 
     def _unreachable(self, event: Event, why: Why) -> None:
         assert why.own is not None
         assert why.reason is not None
+        if self.body is not None:  # one that has come leaves nothing in the way of the next request
+            _ask(None, self.body.look)
+            self._exchange.request_bytes = self.body.size_bytes
         self._hop.upstream_failed(self._to, why.reason, why.error or "")
         self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{local_responses.message_of(why.own)} ({why.reason})"))
 

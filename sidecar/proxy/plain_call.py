@@ -1,15 +1,15 @@
 """The short way of a plain call: one request that came whole, and nothing to be judged.
 
 Which way a request takes is decided before its first byte is parsed, by what came: a whole plain head (`plain_head`)
-and its whole body, on a connection on which nothing else is under way, with an upstream connection at hand. Where the
-body is still to come the client's connection waits for it, a moment. All others go through `client_connection` and
-`call`.
+and its whole body, on a connection on which nothing else is under way. Where the body is still to come the client's
+connection waits for it, a moment. All others go through `client_connection` and `call`.
 
 From there on only four things go the short way: a whole plain response in one read; a document in pieces; a plain
 stream, of which every read is whole chunks of whole events up to the last one; and the commit of the record. Whatever
 else happens (another response, a client that leaves or is slow, a lost connection, a deadline, a stop) makes it a
-`Call`, which is in phase `WAITING` and has read nothing of the response, or in phase `STREAMING` at the border of a
-chunk or between two pieces of a sized body, and *that* is told what happened. So there is one set of rules for
+`Call`, which is in phase `CONNECTING` where there is no upstream connection yet, or `WAITING` and has read nothing of
+the response, or in phase `STREAMING` at the border of a chunk or between two pieces of a sized body, and *that* is told
+what happened. So there is one set of rules for
 everything that can go wrong.
 
 What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
@@ -19,6 +19,7 @@ the usage is read later and elsewhere (`model.exchange.PlainExchange`).
 from __future__ import annotations
 
 import logging
+from asyncio import Task, current_task
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -38,7 +39,7 @@ from sidecar.model.exchange import (
     RequestShape,
     ResponseShape,
 )
-from sidecar.proxy.call import IDEMPOTENT, Call, Downstream
+from sidecar.proxy.call import IDEMPOTENT, Call, Downstream, NotConnectedError, connect
 from sidecar.proxy.context import NEVER, Destination, Hop, PlainAttribution
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
@@ -175,17 +176,17 @@ class PlainCalls:
         if len(body) + left > BODY_BYTES_MAX:
             return False
         asked = shape.facts
-        if left:
+        if left:  # without a connection at hand one is made while the body comes
             return asked.upstream.idle > 0 and client.wait_for_rest(data)
         connection = asked.upstream.take()
-        if connection is None:
-            return False
+        if connection is None and asked.prepared is not None:
+            return False  # limits are told whether anything of it was sent
         call = PlainCall(self, client, connection, asked, aimed, data, wire, body)
         if trace:
             call.trace_id = trace_id(trace)
         if chain:
             call.client_ip = asked.to.headers.client_ip(client.peer, chain)
-        if asked.prepared is not None and hop.gate is not None:
+        if connection is not None and asked.prepared is not None and hop.gate is not None:
             call.gate = hop.gate.quickly(asked.prepared, body)
             if call.gate is None:
                 connection.release()
@@ -193,13 +194,17 @@ class PlainCalls:
         if not hop.recorder.admit(call):
             if call.gate is not None and hop.gate is not None:
                 hop.gate.cancelled(call.gate)
-            connection.release()
+            if connection is not None:
+                connection.release()
             return False
         hop.calls.add(call)
         client.call = call
         client.deadline = NEVER
-        connection.owner = call
-        connection.write(wire)
+        if connection is None:
+            call.connect()
+        else:
+            connection.owner = call
+            connection.write(wire)
         return True
 
     def keeping(self, asked: _Asked, response: ResponseShape, head: bytes) -> Keeping | DocumentKeeping | None:
@@ -326,8 +331,8 @@ class PlainCall(PlainExchange):
     It is recorded once `response` is set. Until it is let in nobody knows of it."""
 
     __slots__ = (
-        "_aimed", "_asked", "_calls", "_closes", "_data", "_out", "_stream", "_wire", "client", "connection",
-        "deadline",
+        "_aimed", "_asked", "_calls", "_closes", "_connecting", "_data", "_out", "_stream", "_wire", "client",
+        "connection", "deadline",
     )  # fmt: skip
 
     upload_done: Final = True
@@ -337,7 +342,7 @@ class PlainCall(PlainExchange):
         self,
         calls: PlainCalls,
         client: PlainClient,
-        connection: UpstreamConnection,
+        connection: UpstreamConnection | None,
         asked: _Asked,
         aimed: Aimed | None,
         data: bytes,
@@ -362,7 +367,8 @@ class PlainCall(PlainExchange):
         self._data = data
         self._wire = wire
         self.client: PlainClient | None = client
-        self.connection: UpstreamConnection | None = connection
+        self.connection = connection
+        self._connecting: Task[None] | None = None
         self.deadline = calls.hop.now + asked.timeout_s
 
     def began_at(self, mono_ns: int) -> None:
@@ -370,12 +376,38 @@ class PlainCall(PlainExchange):
         self.started_ns -= self.started_mono_ns - mono_ns
         self.started_mono_ns = mono_ns
 
+    def connect(self) -> None:
+        """There is no connection at hand: make one, and send the request."""
+        self.deadline = NEVER
+        self._connecting = self._calls.hop.loop.create_task(self._connect())
+
+    async def _connect(self) -> None:
+        hop = self._calls.hop
+        try:
+            connection = await connect(hop, self._asked.upstream)
+        except NotConnectedError as error:
+            why = error.why
+            self._handle_with_care(lambda call: call.unreachable(why))
+            return
+        if self._connecting is None:  # it is over, and this was done before it could be told so
+            connection.release()
+            return
+        self._connecting = None
+        self.connection = connection
+        self.deadline = hop.now + self._asked.timeout_s
+        connection.owner = self
+        connection.write(self._wire)
+
     # -- the three things that go the short way --------------------------------------------------
 
     def upstream_data(self, data: bytes) -> None:
         stream = self._stream
         if stream is None:
-            self._response_came(data)
+            try:
+                self._response_came(data)
+            except Exception:
+                log.exception("a call could not be handled")
+                self.failed()
             return
         known = chunk_of_read(len(data))
         try:
@@ -623,15 +655,18 @@ class PlainCall(PlainExchange):
     def _handle_with_care(self, tell: Callable[[Call], None]) -> None:
         """Go on as a `Call`, which is told what happened."""
         hop, client, connection = self._calls.hop, self.client, self.connection
-        if client is None or connection is None:
+        task, self._connecting = self._connecting, None
+        if client is None or (connection is None and task is None):
             return
+        if task is not None and task is not current_task(hop.loop):
+            task.cancel()
         hop.calls.discard(self)
         asked, shape = self._asked, self.shape
         head = self._data.partition(b"\r\n\r\n")[0]
         message = _Message(shape.method, head.split(b" ", 2)[1].decode(), fields_of(head))
         call = Call.resume(
             hop, client, message, self.exchange(), connection,
-            body=self.request_body, again=self._wire if self._wire and connection.used and asked.idempotent else None,
+            body=self.request_body, again=self._wire if self._may_go_again else None,
             deadline=self.deadline, to=asked.to,
             target=shape.target if self._aimed is None else self._aimed.target, timeout_s=asked.timeout_s,
         )  # fmt: skip
@@ -648,6 +683,10 @@ class PlainCall(PlainExchange):
                     partial(stream.keeping.read_along, kept=stream.kept, first_token_ns=stream.first_token_ns)
                 )
         tell(call)
+
+    @property
+    def _may_go_again(self) -> bool:
+        return self.connection is not None and self.connection.used and self._asked.idempotent and bool(self._wire)
 
     @property
     def _is_held(self) -> bool:
@@ -684,7 +723,7 @@ class PlainCall(PlainExchange):
             self._handle_with_care(lambda call: call.client_left(error))
 
     def client_full(self, full: bool) -> None:
-        if not self._is_held:
+        if self._connecting is None and not self._is_held:
             self._handle_with_care(lambda call: call.client_full(full))
 
     def expired(self) -> None:

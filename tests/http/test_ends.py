@@ -473,6 +473,7 @@ async def test_left_while_the_record_is_written() -> None:
         assert hop.recorder.records[0].outcome is Outcome.COMPLETE
 
 
+@pytest.mark.usefixtures("with_care")
 @on_both_loops
 async def test_an_error_after_the_first_byte_adds_nothing_to_the_stream(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -500,6 +501,7 @@ async def test_an_error_after_the_first_byte_adds_nothing_to_the_stream(
         assert (await hop.recorder.ended(2)).status == 500
 
 
+@pytest.mark.usefixtures("with_care")
 @on_both_loops
 async def test_a_fault_before_a_call_is_let_in(caplog: pytest.LogCaptureFixture) -> None:
     def attribute(*args: object) -> tuple[None, dict[str, str]]:

@@ -24,6 +24,7 @@ from support.rawhttp import Counts, FrameTaps, ListRecorder, by_first_segment, b
 
 from sidecar.model.exchange import Exchange, Outcome
 from sidecar.proxy import Proxy
+from sidecar.proxy.plain_call import PlainCall
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.settings import ProxySettings
 from sidecar.usage.plain_calls import PlainReader
@@ -319,6 +320,7 @@ class Talk:
             settings=ProxySettings(**settings), recorder=self.recorder, taps=taps, attribute=by_tenant,
             attribute_by_body=attribute_by_body, plainly=plainly(None), route=by_first_segment, metrics=self.counts,
         )  # fmt: skip
+        self.connectors: list[_Connector] = []  # one for each upstream
         self._seen = 0
         self._stopping: asyncio.Task[None] | None = None
 
@@ -328,6 +330,7 @@ class Talk:
             if to.upstream is not None:
                 real = to.upstream._connector
                 self.connector = to.upstream._connector = _Connector(self, to.upstream)
+                self.connectors.append(self.connector)
                 self.loop.run_until_complete(real.aclose())
         self.client = self.new_client()
 
@@ -369,6 +372,14 @@ class Talk:
         self.proxy._sweep()
         self.turn()
 
+    def connects(self, *, now: bool = True, error: Exception | None = None) -> None:
+        """Connections to upstreams that are wanted from here on are there at once, or when this is said again; or they
+        are never there."""
+        for connector in self.connectors:
+            connector.error = error
+            (connector.open.set if now else connector.open.clear)()
+        self.turn()
+
     def warm(self) -> None:
         """One plain call, so that a connection to the upstream waits in the pool."""
         self.client.says(get(b"/warm"))
@@ -376,6 +387,7 @@ class Talk:
         self.upstream.says(ok())
         self.client.hears(ok())
         self.recorded(Outcome.COMPLETE, status=200, response_bytes=2)
+        self.recorder.plain_calls = 0  # of those that a test counts it is none
 
     def holds(self) -> None:
         """From here on records wait for the disk."""
@@ -390,18 +402,24 @@ class Talk:
         self.turn()
 
     def break_the_parser(self) -> None:
-        """A fault of ours: the open call's parser raises from now on."""
+        """A fault of ours: what reads the response of the open call raises from now on."""
 
         class Broken:
             def __init__(self, parser: Any) -> None:
                 self._parser = parser
 
             def __getattr__(self, name: str) -> Any:
-                if name == "feed":
+                if name in ("feed", "read", "pieces"):
                     raise RuntimeError("a fault of ours")
                 return getattr(self._parser, name)
 
-        self.call.response = Broken(self.call.response)
+        call = self.call
+        if not isinstance(call, PlainCall):
+            call.response = Broken(call.response)
+        elif call._stream is None:
+            call._calls.responses = Broken(call._calls.responses)  # type: ignore[assignment]
+        else:
+            call._stream = Broken(call._stream)  # type: ignore[assignment]
 
     # -- what a test looks at --------------------------------------------------------------------
 

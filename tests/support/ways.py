@@ -15,6 +15,15 @@ short_open = True
 """Whether plain calls may take the short way."""
 
 
+@pytest.fixture
+def with_care() -> Iterator[None]:
+    """No call of the test takes the short way."""
+    global short_open
+    short_open = False
+    yield
+    short_open = True
+
+
 @pytest.fixture(params=["short", "careful"])
 def both_ways(request: pytest.FixtureRequest) -> Iterator[str]:
     """The test runs once with the short way open and once without it."""

@@ -171,6 +171,8 @@ RESPONSES = [
 ]
 
 CUTS = st.lists(st.integers(0, 400), max_size=2)
+# Whether a connection to the upstream can be had.
+CONNECTING: list[Step] = [("connects later",), ("connects",), ("refuses",), ("is silent",)]
 STEPS = st.one_of(
     st.tuples(st.just("request"), st.integers(0, len(REQUESTS) - 1), CUTS),
     st.tuples(st.just("response"), st.integers(0, len(RESPONSES) - 1), CUTS),
@@ -179,9 +181,25 @@ STEPS = st.one_of(
         [
             ("leaves",), ("resets",), ("lost",), ("reset upstream",), ("holds",), ("commits", True), ("commits", False),
             ("passes", 1.0), ("passes", 1000.0), ("stops reading",), ("reads on",), ("new client",),
-            ("last calls",),
+            ("last calls",), *CONNECTING,
         ]
     ),
+)  # fmt: skip
+# A call for which there is no connection yet.
+NO_CONNECTION: st.SearchStrategy[list[Step]] = st.builds(
+    lambda before, asked, between, after, response: [("lost",), before, asked, *between, after, response],
+    st.sampled_from(CONNECTING),
+    st.tuples(st.just("request"), st.sampled_from([0, 3, 7, 19, 24, 25]), CUTS),
+    st.lists(
+        st.one_of(
+            st.sampled_from(
+                [("leaves",), ("resets",), ("passes", 1.0), ("passes", 1000.0), ("last calls",), ("holds",)]
+            ),
+            st.tuples(st.just("request"), st.sampled_from([0, 24]), CUTS),
+        ), max_size=2,
+    ),
+    st.sampled_from(CONNECTING),
+    st.tuples(st.just("response"), st.sampled_from([0, 2, 3]), CUTS),
 )  # fmt: skip
 # As clients and servers of Python send them: the head, and then the body; of either or both.
 BETWEEN: list[list[Step]] = [[], [("passes", 1.0)], [("holds",)]]
@@ -205,9 +223,9 @@ STREAMED: st.SearchStrategy[list[Step]] = st.tuples(
     st.sampled_from([[("part", 9, [])], [("part", 6, []), ("part", 7, []), ("part", 8, [])], [("part", 8, [])], []]),
     st.sampled_from([[], [("commits", True)], [("commits", False)], [("leaves",)]]),
 ).map(lambda parts: list(chain.from_iterable(parts)))
-SCRIPTS = st.lists(st.one_of(STEPS.map(lambda step: [step]), USUAL, STREAMED, IN_PIECES), max_size=8).map(
-    lambda parts: list(chain.from_iterable(parts))
-)
+SCRIPTS = st.lists(
+    st.one_of(STEPS.map(lambda step: [step]), USUAL, STREAMED, IN_PIECES, NO_CONNECTION), max_size=8
+).map(lambda parts: list(chain.from_iterable(parts)))
 
 SEVERAL = (
     UpstreamSettings(
@@ -223,6 +241,7 @@ SEVERAL = (
 )  # fmt: skip
 
 ANSWERED: Step = ("response", 0, [])
+WARM: list[Step] = [("request", 0, []), ANSWERED]
 THROUGH_ANOTHER: list[Step] = [
     step for place in (*BEHIND_ANOTHER, 45, 46) * 2 for step in [("request", place, []), ANSWERED]
 ]
@@ -258,6 +277,12 @@ def play(talk: Talk, step: Step) -> None:
         client.stops_reading()
     elif what == "reads on":
         client.reads_on()
+    elif what in ("connects", "connects later"):
+        talk.connects(now=what == "connects")
+    elif what == "refuses":
+        talk.connects(error=ConnectionRefusedError(111, "refused"))
+    elif what == "is silent":
+        talk.connects(error=TimeoutError())
     elif what == "new client":
         talk.client = talk.new_client()
 
@@ -296,11 +321,13 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
                     talk.upstreams[-1].says(ok())
                 elif talk.client.over:
                     talk.client = talk.new_client()
+            warmed = talk.recorder.plain_calls
             told: list[Any] = []
             for step in script:
                 play(talk, step)
                 check_flags(talk)
                 told.append((step, [seen(peer) for peer in talk.clients], [seen(peer) for peer in talk.upstreams]))
+            talk.connects()
             talk.finish()
             # Calls that end in one look at the deadlines do so in no order: the open ones are a set.
             told.append([fact(exchange) for exchange in sorted(talk.recorder.records, key=lambda one: one.id)])
@@ -308,7 +335,7 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
             told.append(
                 {name: sorted(map(str, value)) if isinstance(value, list) else value for name, value in counts.items()}
             )
-            plain = talk.recorder.plain_calls
+            plain = talk.recorder.plain_calls - warmed
     finally:
         ways.short_open = True
     return told, plain
@@ -374,6 +401,19 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("request", 0, []), ("part", 9, [])])
 @example(script=[("request", 25, []), ("part", 0, []), ("part", 2, []), ("last calls",), ("part", 9, []),
                  ("request", 0, [])])  # fmt: skip
+@example(script=[("lost",), ("connects later",), ("request", 0, []), ("connects",), ("response", 0, []), *WARM])
+@example(script=[("lost",), ("connects later",), ("request", 24, []), ("leaves",), ("connects",), ("response", 2, [])])
+@example(script=[("lost",), ("connects later",), ("request", 24, []), ("resets",), ("new client",), ("request", 0, [])])
+@example(
+    script=[("lost",), ("connects later",), ("request", 0, []), ("request", 24, []), ("connects",), ANSWERED, ANSWERED]
+)
+@example(script=[("lost",), ("connects later",), ("request", 24, []), ("refuses",), ("connects",), *WARM])
+@example(script=[("lost",), ("refuses",), ("request", 24, []), ("connects",), *WARM])
+@example(script=[("lost",), ("is silent",), ("request", 24, []), ("holds",), ("request", 24, []), ("commits", True)])
+@example(script=[("lost",), ("connects later",), ("request", 0, []), ("passes", 1000.0), ("connects",), ANSWERED])
+@example(script=[("lost",), ("connects later",), ("request", 0, []), ("last calls",), ("connects",), ANSWERED])
+@example(script=[("holds",), ("lost",), ("refuses",), ("request", 24, []), ("leaves",), ("commits", True)])
+@example(script=[("lost",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 9, []), *WARM])
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
     short, plain = transcript(script, short=True, options=options)
@@ -514,14 +554,17 @@ def test_a_body_that_does_not_come_at_once_does_not_keep_its_head_back() -> None
 @pytest.mark.parametrize("size", [5, 20_000, 60_000])
 @pytest.mark.parametrize("cuts", [[], [60], [100], [60, 18_000], [10]])
 def test_a_connection_whose_first_call_went_with_care_takes_the_short_way_behind_it(size: int, cuts: list[int]) -> None:
+    """Where not all of it came at once: a connection is made while the rest comes."""
     request = post(b"x" * size)
+    whole = len(pieces(request, cuts)) == 1
     with conversation() as talk:
         for _ in range(2):
             talk.client.says(*pieces(request, cuts))
             talk.upstream.hears(sent(request))
             talk.upstream.says(ok())
             talk.client.hears(ok())
-        assert talk.recorder.plain_calls == (0 if cuts == [10] else 1)  # a head in pieces is no plain one
+        # A head in pieces is no plain one.
+        assert talk.recorder.plain_calls == (2 if whole else 0 if cuts == [10] else 1)
 
 
 @pytest.mark.parametrize("cut", [3, 60, 17_000, -4])
