@@ -136,8 +136,8 @@ class Worker:
 
     @property
     def is_down(self) -> bool:
-        """Whether the backend is asked from time to time only."""
-        return self._breaker.slow
+        """Whether the backend is asked from time to time only, or not before a time that it said."""
+        return self._breaker.slow or self._breaker.paused_s(self._now()) > 0
 
     def wake(self) -> None:
         """Records were committed. Where this worker would not look at them before it wakes by itself, it is left alone:
@@ -659,7 +659,7 @@ class Worker:
         """Whether records could not be sealed even if there were some: something else has to happen first."""
         busy = len(self._under_way)
         free = self._breaker.allowed(self._now(), busy)
-        slow = self._breaker.slow or self._breaker.paused_s(self._now()) > 0
+        slow = self.is_down
         return slow or self._room(free, busy, want_fresh=False) == 0
 
     def _quiet(self) -> bool:

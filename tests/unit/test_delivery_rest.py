@@ -172,15 +172,19 @@ async def test_a_worker_rests_while_nothing_can_be_done(world: World, turns: Tur
         backend.released.set()
 
 
+@pytest.mark.parametrize("asks_for_it", [False, True], ids=["is down", "asks for a pause"])
 @pytest.mark.parametrize("beside", [False, True], ids=["by itself", "beside a ledger"])
-async def test_delivery_hears_of_each_commit_only_where_that_is_of_use(world: World, beside: bool) -> None:
+async def test_delivery_hears_of_each_commit_only_where_that_is_of_use(
+    world: World, beside: bool, asks_for_it: bool
+) -> None:
     """With a backend that is down it did twice the work for each commit, in the process where calls wait for theirs."""
     world.begin("fake", "ledger")
     world.clock = None
-    world.limits = Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01, down_after=1)
+    down_after = 1_000 if asks_for_it else 1
+    world.limits = Limits(backoff_base_s=600.0, linger_s=0.01, sums_linger_s=0.01, down_after=down_after)
     store = LedgerStore(world.directory / "ledger.db")
     ledger: LedgerBackend = made(LedgerBackend, open_ledger=lambda: store, denied="send")
-    word = ["retry:unreachable"]
+    word: list[list[Verdict] | str] = [[Retry("http_429", after_s=600.0)] if asks_for_it else "retry:unreachable"]
     fake = FakeBackend(behaviour=lambda _: word[0])
     backends: list[Backend] = [fake, ledger] if beside else [fake]
     reader = SpoolReader(world.directory)
