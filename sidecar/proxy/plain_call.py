@@ -134,10 +134,15 @@ class PlainCalls:
         self._base = base
         self._numbers = 0
         self.stream_body_bytes = 0  # of requests whose responses are under way in pieces
-        self.forget()
+        self._learn()
 
     def forget(self) -> None:
         """Learn anew what calls are like: what was made of them may not hold any more. Their numbers go on."""
+        self._requests.forget()
+        self.responses.forget()
+        self._learn()
+
+    def _learn(self) -> None:
         hop = self.hop
         settings = hop.settings
         matters = frozenset[bytes]() if hop.gate is None else hop.gate.reads

@@ -52,6 +52,7 @@ AIMED_MAX: Final = 2_048  # remembered request lines
 AIMED_BYTES_MAX: Final = 512 << 10  # and their bytes
 SHAPES_MAX: Final = 2_048
 FORM_AFTER = 100  # heads of a shape: its form takes half a millisecond to make
+FORM_BYTES_MAX: Final = 4_096  # of a head that gets one: it takes eight times as much
 PEERS_MAX: Final = 256  # endings of a head that are remembered for each shape
 HEAD_BYTES_MAX: Final = 16_384  # a longer head is not plain
 FIELDS_MAX: Final = 100
@@ -220,8 +221,15 @@ class _Heads(Generic[_Facts]):
         self._names.clear()
         self._values.clear()
         self._meanings.clear()
-        self._shapes.clear()
+        self._forget_shapes()
         self._glimpsed.clear()
+
+    def _forget_shapes(self) -> None:
+        """What holds one for longer (a connection, which may be idle for hours) is to hold nothing large."""
+        for shape in self._shapes.values():
+            if shape is not None:
+                shape.form = None
+        self._shapes.clear()
 
     def _id(self, meaning: int, wire: bytes | None = None) -> int:
         self._next_id += 1
@@ -278,7 +286,7 @@ class _Heads(Generic[_Facts]):
         beside = lines[shape.beside_at][shape.beside_from :] if shape.beside_at else b""
         read = shape, shape.own(lines) + ending + body, head, body, left, aimed, trace, beside
         shape.uses += 1
-        if shape.uses == FORM_AFTER and not shape.forwarded:
+        if shape.uses == FORM_AFTER and not shape.forwarded and len(head) <= FORM_BYTES_MAX:
             self._learn_form(key, read, data, peer)
         return read
 
@@ -518,7 +526,7 @@ class _Heads(Generic[_Facts]):
     def _remember(self, key: tuple[int, ...], shape: Shape[_Facts] | None) -> Shape[_Facts] | None:
         """None: such heads are read with care."""
         if len(self._shapes) >= SHAPES_MAX:
-            self._shapes.clear()
+            self._forget_shapes()
         self._shapes[key] = shape
         return shape
 

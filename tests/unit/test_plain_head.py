@@ -562,6 +562,21 @@ def test_a_form_ends_with_what_its_heads_knew() -> None:
     assert by_form(others, theirs[0], whole(head), rules_for().peer("192.0.2.9", tls=False)) is None  # one that is new
 
 
+def test_forms_are_let_go_with_what_they_were_made_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Connections that are idle keep what they said last."""
+    requests, _ = reader(rules_for(), matters=frozenset({b"x-tenant"}), aims=True)
+    head = b"GET / HTTP/1.1\r\nHost: h\r\nX-Tenant: %d"
+    shapes = [read(requests, head % number)[0] for number in range(SHAPES_MAX)]
+    assert all(shape.form is not None for shape in shapes)
+    last = read(requests, head % SHAPES_MAX)[0]
+    assert all(shape.form is None for shape in shapes)
+    assert last.form is not None
+    requests.forget()
+    assert [one.form for one in (last, read(requests, head % 1)[0])].count(None) == 1
+    monkeypatch.setattr(plain_head, "FORM_BYTES_MAX", 50)
+    assert read(requests, head % 2 + b"\r\nAuthorization: " + b"x" * 99)[0].form is None
+
+
 def test_a_form_takes_no_longer_over_what_somebody_made_up() -> None:
     requests, _ = reader(rules_for())
     base = b"GET / HTTP/1.1\r\nHost: h\r\nCookie: a b\r\nVia: a b"
