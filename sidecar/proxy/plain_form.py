@@ -30,6 +30,7 @@ class Form:
     place for each group, and two more: what the proxy adds, and the body. `first`: the number of their request lines,
     which are the first group; 0 where all have the same. `length`, `trace`, `beside`: which group is what
     `plain_head.PlainMessage` has of that name; -1 where there is none, and all say `trace_said`, `beside_said`.
+    `told`: the same of what says for whom a request is forwarded, None where nothing does; empty where it is none.
     """
 
     match: Callable[[bytes], re.Match[bytes] | None]
@@ -40,6 +41,7 @@ class Form:
     trace_said: bytes
     beside: int
     beside_said: bytes
+    told: tuple[tuple[int, bytes | None], ...]
 
 
 def form_of(
@@ -52,6 +54,7 @@ def form_of(
     length_at: int,
     trace_at: int,
     beside_at: int,
+    told_at: Sequence[int] = (),
 ) -> Form:
     """`lines`: of one such head. `loose`: the places of fields that have other values in others. `sent`: the places of
     what is forwarded, in the order of the lines; those behind the last line are of `added`. `first`: as `Form` has it.
@@ -75,8 +78,10 @@ def form_of(
         unsent = unsent[len(ahead) :]
         wire.append(_NO_PLACE * len(ahead) + texts[at])
 
-    def group(at: int) -> tuple[int, bytes]:
-        return (differ.index(at), b"") if at in differ and at else (-1, lines[at].partition(b": ")[2] if at else b"")
+    def group(at: int) -> tuple[int, bytes | None]:
+        if at in differ and at:
+            return differ.index(at), None
+        return -1, lines[at].partition(b": ")[2] if at else None
 
     trace, trace_said = group(trace_at)
     beside, beside_said = group(beside_at)
@@ -86,7 +91,8 @@ def form_of(
         first=first,
         length=differ.index(length_at) if length_at else -1,
         trace=trace,
-        trace_said=trace_said,
+        trace_said=trace_said or b"",
         beside=beside,
-        beside_said=beside_said,
+        beside_said=beside_said or b"",
+        told=tuple(map(group, told_at)),
     )

@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from operator import itemgetter
 from typing import Any, Final, Generic, NamedTuple, TypeVar
@@ -286,7 +286,7 @@ class _Heads(Generic[_Facts]):
         beside = lines[shape.beside_at][shape.beside_from :] if shape.beside_at else b""
         read = shape, shape.own(lines) + ending + body, head, body, left, aimed, trace, beside
         shape.uses += 1
-        if shape.uses == FORM_AFTER and not shape.forwarded and len(head) <= FORM_BYTES_MAX:
+        if shape.uses == FORM_AFTER and len(head) <= FORM_BYTES_MAX:
             self._learn_form(key, read, data, peer)
         return read
 
@@ -311,7 +311,7 @@ class _Heads(Generic[_Facts]):
             left = CHUNKED
         else:
             left = -len(body)  # there is none
-        ending = shape.endings.get(peer)
+        ending = self._told_ending(shape, form, values, peer) if form.told else shape.endings.get(peer)
         if ending is None or (left < 0 and not shape.chunked) or end > self._head_bytes_max + 4:
             return None
         return (
@@ -328,10 +328,18 @@ class _Heads(Generic[_Facts]):
         form = form_of(
             lines, loose=loose, sent=shape.places, added=shape.added,
             first=key[0] if shape.aimed else 0, length_at=shape.length_at, trace_at=shape.trace_at,
-            beside_at=shape.beside_at,
+            beside_at=shape.beside_at, told_at=self._told_at(shape),
         )  # fmt: skip
         if self._by_form(shape, form, data, peer) == read:
             shape.form = form
+
+    def _told_at(self, shape: Shape[_Facts]) -> tuple[int, ...]:
+        """The places of what its ending is made of, in each head anew."""
+        return ()
+
+    def _told_ending(self, shape: Shape[_Facts], form: Form, values: Sequence[bytes], peer: object) -> bytes | None:
+        """Of a head whose ending is made anew; None: it is to be looked up."""
+        raise NotImplementedError
 
     def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
         """Of a head that is not known, if it is to be known now."""
@@ -665,6 +673,16 @@ class PlainRequests(_Heads[_Facts]):
                 shape.endings.clear()
             shape.endings[peer] = ending
         return ending
+
+    def _told_at(self, shape: Shape[_Facts]) -> tuple[int, ...]:
+        return () if self._forward is None else shape.forwarded
+
+    def _told_ending(self, shape: Shape[_Facts], form: Form, values: Sequence[bytes], peer: object) -> bytes | None:
+        around = shape.around.get(peer)
+        if around is None or self._forward is None:
+            return None
+        chain, scheme, named_host, host = [values[at] if at >= 0 else said for at, said in form.told]
+        return around[0] + self._forward(peer, chain, scheme, named_host, host or b"") + around[1]
 
     def _forwarded(
         self, shape: Shape[_Facts], lines: list[bytes], peer: object, forward: Forward, wire: bytes | None

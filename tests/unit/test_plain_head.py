@@ -238,6 +238,18 @@ def test_requests_behind_another_proxy_are_plain_whoever_they_are_for(mode: str)
             said = chain + b", " + peer.ip.encode() if mode == "x-forwarded" else chain
             assert wire.count(b"\r\nX-Forwarded-For: " + said + b"\r\n") == 1
     assert careful.asked <= 3  # the shape, and how it ends for each peer
+    peer = peers[0]
+    shape = read(
+        requests, HEAD % (1, 1, 1) + b"\r\nX-Forwarded-For: a\r\nX-Forwarded-Proto: https\r\nX-Real-IP: a", peer
+    )[0]
+    for chain in chains:
+        head = HEAD % (1, 1, 1) + b"\r\nX-Forwarded-For: %b\r\nX-Forwarded-Proto: https\r\nX-Real-IP: %b" % (
+            chain,
+            chain,
+        )
+        found = by_form(requests, shape, whole(head), peer)
+        assert found == requests.read(whole(head), peer)
+        assert found[7] == chain
 
 
 def test_a_value_that_matters_makes_another_shape_and_one_that_does_not_matter_none() -> None:
@@ -449,6 +461,8 @@ FORMED = st.sampled_from(
         b"GET / HTTP/1.1\r\nCookie: a\r\nKeep-Alive: 5\r\nHost: h\r\nIf-None-Match: a b\r\nConnection: keep-alive",
         b"POST / HTTP/1.1\r\nContent-Length: 3\r\nX-Real-IP: 1\r\nHost: h\r\nAccept: (.*)[a]\\%s",
         b"POST / HTTP/1.1\r\nHost: h\r\nX-Request-Id: a\r\nContent-Length: 4\r\nConnection: keep-alive",
+        HEAD % (2, 2, 3) + b"\r\nX-Forwarded-For: 198.51.100.7, 203.0.113.9\r\nX-Forwarded-Proto: https",
+        b"GET / HTTP/1.1\r\nX-Forwarded-For: 198.51.100.7\r\nX-Forwarded-Host: a.example\r\nHost: h\r\nVia: 1.1 b",
     ]
 )  # fmt: skip
 
@@ -465,6 +479,16 @@ def by_form(heads: Any, shape: Any, data: bytes, peer: Peer | None) -> Any:
     return None if shape.form is None else heads._by_form(shape, shape.form, data, peer)
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"forwarded": "none"},
+        {"forwarded": "forwarded", "trusted_proxies": (ip_network("192.0.2.0/24"),)},
+        {"trusted_proxies": (ip_network("192.0.2.0/24"),), "preserve_host": True},
+    ],
+    ids=["plain", "none", "forwarded", "trusted"],
+)
 @pytest.mark.parametrize("aims", [True, False], ids=["targets", "no targets"])
 @given(
     head=st.one_of(FORMED, HEADS),
@@ -474,24 +498,25 @@ def by_form(heads: Any, shape: Any, data: bytes, peer: Peer | None) -> Any:
 )
 @settings(deadline=None)
 def test_what_a_form_reads_is_what_it_is_when_it_is_looked_up(
-    aims: bool, head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int
+    changes: dict[str, Any], aims: bool, head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int
 ) -> None:
-    requests, _ = reader(rules_for(), aims=aims)
-    first = requests.read(whole(head), PEER)
+    rules = rules_for(**changes)
+    peer = rules.peer("192.0.2.7", tls=True)
+    requests, _ = reader(rules, aims=aims)
+    first = requests.read(whole(head), peer)
     if first is None:
         return
     shape = first[0]
-    if not shape.forwarded:
-        assert shape.form is not None
-        assert by_form(requests, shape, whole(head), PEER) == first
+    assert shape.form is not None
+    assert by_form(requests, shape, whole(head), peer) == first
     changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
     for data in [
         *map(whole, changed),
         *(whole(one)[:-cut] for one in changed),
         *(whole(one) + b"x" * cut for one in changed),
     ]:
-        found = by_form(requests, shape, data, PEER)
-        assert found is None or found == requests.read(data, PEER)
+        found = by_form(requests, shape, data, peer)
+        assert found is None or found == requests.read(data, peer)
 
 
 RESPONDED = st.sampled_from(
