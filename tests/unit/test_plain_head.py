@@ -431,8 +431,11 @@ def test_heads_over_their_limits_are_not_plain() -> None:
     assert requests.read(head + b"\r\nC: 1\r\nD: 1\r\n\r\n", PEER) is None
     assert len(requests._lines) == before  # nothing was learned of it
     long = b"GET / HTTP/1.1\r\nHost: h\r\nCookie: "
-    assert requests.read(long + b"x" * (200 - len(long)) + b"\r\n\r\n", PEER) is not None
-    assert requests.read(long + b"x" * (201 - len(long)) + b"\r\n\r\n", PEER) is None
+    longest = requests.read(long + b"x" * (200 - len(long)) + b"\r\n\r\n", PEER)
+    assert longest is not None
+    assert longest[0].form is not None
+    for like in (None, longest[0]):
+        assert requests.read(long + b"x" * (201 - len(long)) + b"\r\n\r\n", PEER, like) is None
 
 
 def test_lengths_that_come_again_are_remembered_and_bounded() -> None:
@@ -562,7 +565,14 @@ def test_a_form_reads_what_differs_in_a_trace_a_length_an_id_or_a_target() -> No
     assert by_form(requests, shape, whole(elsewhere), PEER) is None  # nobody knows yet whose target that is
     read(requests, elsewhere)
     assert by_form(requests, shape, whole(elsewhere), PEER)[5].url == "/another"
-    assert careful.asked == 1
+    otherwise = elsewhere.replace(b"POST", b"PUT")
+    other_kind = read(requests, otherwise)
+    assert by_form(requests, shape, whole(otherwise), PEER) is None  # one that more hangs on than its target
+    assert requests.read(whole(otherwise), PEER, shape) == other_kind
+    for length in (b"0000000001", b"+1", b"1 "):
+        data = (HEAD % (1, 1, 1)).replace(b"Content-Length: 1", b"Content-Length: " + length) + b"\r\n\r\nx"
+        assert requests.read(data, PEER, shape) is None
+    assert careful.asked == 2
     responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
     answered = responses.read(whole(RESPONSE % (0, 0, 0, 0)))
     assert answered is not None
