@@ -544,7 +544,7 @@ class Call:
     def _unreachable(self, event: Event, why: Why) -> None:
         assert why.own is not None
         assert why.reason is not None
-        if self.body is not None:  # one that has come leaves nothing in the way of the next request
+        if self.body is not None and not self.body.done:  # once it has come nothing is in the way of the next request
             _ask(None, self.body.look)
             self._exchange.request_bytes = self.body.size_bytes
         self._hop.upstream_failed(self._to, why.reason, why.error or "")

@@ -9,8 +9,7 @@ stream, of which every read is whole chunks of whole events up to the last one; 
 else happens (another response, a client that leaves or is slow, a lost connection, a deadline, a stop) makes it a
 `Call`, which is in phase `CONNECTING` where there is no upstream connection yet, or `WAITING` and has read nothing of
 the response, or in phase `STREAMING` at the border of a chunk or between two pieces of a sized body, and *that* is told
-what happened. So there is one set of rules for
-everything that can go wrong.
+what happened. So there is one set of rules for everything that can go wrong.
 
 What the record says is worked out once for each shape of head; a call adds times, sizes and its two bodies, of which
 the usage is read later and elsewhere (`model.exchange.PlainExchange`).

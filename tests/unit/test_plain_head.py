@@ -482,6 +482,27 @@ def by_form(heads: Any, shape: Any, data: bytes, peer: Peer | None) -> Any:
     return None if shape.form is None else heads._by_form(shape, shape.form, data, peer)
 
 
+def read_alike(
+    heads: Any, head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int, peer: Peer | None
+) -> None:
+    """Hold what the form of a head reads against the look-up: of that head, of others, of either with `edits`, and of
+    all these with `cut` bytes less or more."""
+    first = heads.read(whole(head), peer)
+    if first is None:
+        return
+    shape = first[0]
+    assert shape.form is not None
+    assert by_form(heads, shape, whole(head), peer) == first
+    changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
+    for data in [
+        *map(whole, changed),
+        *(whole(one)[:-cut] for one in changed),
+        *(whole(one) + b"x" * cut for one in changed),
+    ]:
+        found = by_form(heads, shape, data, peer)
+        assert found is None or found == heads.read(data, peer)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -506,20 +527,7 @@ def test_what_a_form_reads_is_what_it_is_when_it_is_looked_up(
     rules = rules_for(**changes)
     peer = rules.peer("192.0.2.7", tls=True)
     requests, _ = reader(rules, aims=aims)
-    first = requests.read(whole(head), peer)
-    if first is None:
-        return
-    shape = first[0]
-    assert shape.form is not None
-    assert by_form(requests, shape, whole(head), peer) == first
-    changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
-    for data in [
-        *map(whole, changed),
-        *(whole(one)[:-cut] for one in changed),
-        *(whole(one) + b"x" * cut for one in changed),
-    ]:
-        found = by_form(requests, shape, data, peer)
-        assert found is None or found == requests.read(data, peer)
+    read_alike(requests, head, others, edits, cut, peer)
 
 
 RESPONDED = st.sampled_from(
@@ -537,20 +545,7 @@ def test_what_a_form_reads_of_a_response_is_what_it_is_when_it_is_looked_up(
     head: bytes, others: list[bytes], edits: list[tuple[int, int, bytes]], cut: int
 ) -> None:
     responses: PlainResponses[dict[str, Any]] = PlainResponses(describe=Careful(rules_for()).response)
-    first = responses.read(whole(head))
-    if first is None:
-        return
-    shape = first[0]
-    assert shape.form is not None
-    assert by_form(responses, shape, whole(head), None) == first
-    changed = [head, edited(head, edits), *others, *(edited(other, edits) for other in others)]
-    for data in [
-        *map(whole, changed),
-        *(whole(one)[:-cut] for one in changed),
-        *(whole(one) + b"x" * cut for one in changed),
-    ]:
-        found = by_form(responses, shape, data, None)
-        assert found is None or found == responses.read(data)
+    read_alike(responses, head, others, edits, cut, None)
 
 
 def test_a_form_reads_what_differs_in_a_trace_a_length_an_id_or_a_target() -> None:

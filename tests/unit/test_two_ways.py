@@ -413,6 +413,9 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("lost",), ("connects later",), ("request", 0, []), ("passes", 1000.0), ("connects",), ANSWERED])
 @example(script=[("lost",), ("connects later",), ("request", 0, []), ("last calls",), ("connects",), ANSWERED])
 @example(script=[("holds",), ("lost",), ("refuses",), ("request", 24, []), ("leaves",), ("commits", True)])
+# It goes once more, and there is no connection for that.
+@example(script=[("refuses",), ("request", 22, []), ("lost",), ("request", 0, [])])
+@example(script=[("connects later",), ("request", 23, []), ("reset upstream",), ("leaves",)])
 @example(script=[("lost",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 9, []), *WARM])
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
