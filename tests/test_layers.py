@@ -72,6 +72,7 @@ LINES_MIN = 60
 VENDORS = "usage/providers/"  # a vendor has a file there, however little it says
 # Short files that are whole all the same, each with its reason. `__init__.py` is a package's door and is not counted.
 SHORT = {
+    "proxy/connecting.py": "both ways of a call import it, and one of them the other",
     "proxy/destinations.py": "pure: which upstream gets a call",
     "__main__.py": "Python wants it",
     "cli/completion.py": "a command has a file",

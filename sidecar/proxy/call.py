@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from enum import IntEnum
 from time import monotonic_ns
-from typing import Final, Protocol, TypeVar
+from typing import Final, TypeVar
 
-from sidecar.gate.admission import Admission, Prepared, Response, Verdict, Weighed
+from sidecar.gate.admission import Admission, Prepared, Verdict, Weighed
 from sidecar.gate.counters import DENIED, UNDECIDED
 from sidecar.gate.estimate import READ_BYTES_MAX
 from sidecar.model.exchange import (
@@ -44,32 +44,22 @@ from sidecar.model.exchange import (
 from sidecar.model.target import is_authority
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
+from sidecar.proxy.connecting import NOTHING, NotConnectedError, Why, connect
 from sidecar.proxy.context import NEVER, Destination, Hop
+from sidecar.proxy.downstream import Downstream
 from sidecar.proxy.drains import REASONS
 from sidecar.proxy.ending import Cause, Ending, Phase
-from sidecar.proxy.headers import Peer, trace_id
+from sidecar.proxy.headers import trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.request_body import RequestBody, head_of, may_change
+from sidecar.proxy.request_body import IDEMPOTENT, RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
-from sidecar.proxy.upstream import (
-    NO_RESOURCES,
-    NOT_HTTP,
-    RESET,
-    TIMEOUT,
-    UnreachableError,
-    Upstream,
-    UpstreamConnection,
-)
+from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
 from sidecar.usage import RawHeaders, RequestTap, ResponseTap
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-
-IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY", "PROPFIND", "REPORT"})
-
-SHORTAGE_WAIT_S: Final = 0.1  # between two looks whether there are descriptors again
 
 # What the way of every chunk compares with: a look-up in the enumeration costs as much as the comparison.
 STREAMING: Final = Phase.STREAMING
@@ -77,56 +67,6 @@ OVER: Final = Phase.OVER
 
 COMPLETED: Final = ending.ending(Phase.STREAMING, Cause.WHOLE, client=True, framed=True)
 """How nearly every call ends, decided once."""
-
-
-class Downstream(Protocol):
-    """The client's connection, as its call sees it."""
-
-    peer: Peer
-    transport: asyncio.Transport | None  # None: it is gone, and its call has been told
-
-    @property
-    def full(self) -> bool:
-        """Whether the client does not read as fast as the response comes."""
-        ...
-
-    def send(self, data: bytes) -> None:
-        """Never raises."""
-        ...
-
-    def pause(self, paused: bool) -> None:
-        """Stop or go on reading what the client sends."""
-        ...
-
-    def read_on(self) -> None:
-        """Room was made for more of the upload."""
-        ...
-
-    def may_keep_alive(self, should_close: bool) -> bool:
-        """Whether another request may come after this one. `should_close`: its client says that it is the last."""
-        ...
-
-    def may_switch(self, message: RawRequestMessage) -> bool:
-        """Whether the protocol switch that this request offers is passed on."""
-        ...
-
-    def switch(self, tunnel: Tunnel) -> None:
-        """The upstream agreed to the switch."""
-        ...
-
-    def reject(self, own: LocalResponse, limit: str) -> None:
-        """Respond without a call, and close."""
-        ...
-
-    def reset(self) -> None: ...
-
-    def close_soon(self) -> None:
-        """Close once what is written has left."""
-        ...
-
-    def call_over(self, keep_alive: bool, upload_done: bool) -> None:
-        """The last event of a call whose client is still there."""
-        ...
 
 
 class Event(IntEnum):
@@ -148,44 +88,6 @@ class Event(IntEnum):
     NOT_COMMITTED = 13  # what is held may not leave
     STOP = 14
     FAULT = 15  # ours
-
-
-@dataclass(frozen=True, slots=True)
-class Why:
-    """What is to be said of an event. The texts are ours and fixed."""
-
-    own: LocalResponse | Response | None = None
-    error: str | None = None
-    reason: str | None = None  # one of the words of `upstream`
-    clean: bool = True  # the connection ended in good order
-
-
-NOTHING: Final = Why()
-
-
-class NotConnectedError(Exception):
-    """There is no connection to the upstream, and why."""
-
-    def __init__(self, why: Why) -> None:
-        super().__init__(why.error)
-        self.why = why
-
-
-async def connect(hop: Hop, upstream: Upstream) -> UpstreamConnection:
-    """A new connection. A short want of descriptors (a burst of clients that are just being refused) is waited out, not
-    answered. Raises `NotConnectedError`."""
-    timeout_s = patience_s = hop.settings.upstream_connect_timeout_s
-    while True:
-        try:
-            return await upstream.connect()
-        except TimeoutError:
-            within = f"no connection within {timeout_s:g} s"
-            raise NotConnectedError(Why(local_responses.CONNECT_TIMEOUT, within, TIMEOUT)) from None
-        except UnreachableError as error:
-            patience_s -= SHORTAGE_WAIT_S
-            if error.reason != NO_RESOURCES or patience_s < 0:
-                raise NotConnectedError(Why(local_responses.UNREACHABLE, error.words, error.reason)) from error
-        await asyncio.sleep(SHORTAGE_WAIT_S)
 
 
 @dataclass(slots=True)

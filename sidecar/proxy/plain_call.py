@@ -38,13 +38,15 @@ from sidecar.model.exchange import (
     RequestShape,
     ResponseShape,
 )
-from sidecar.proxy.call import IDEMPOTENT, Call, Downstream, NotConnectedError, connect
+from sidecar.proxy.call import Call
+from sidecar.proxy.connecting import NotConnectedError, connect
 from sidecar.proxy.context import NEVER, Destination, Hop, PlainAttribution
+from sidecar.proxy.downstream import Downstream
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, PlainRequests, PlainResponses, Shape
 from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, in_chunks, not_known_yet
-from sidecar.proxy.request_body import may_change
+from sidecar.proxy.request_body import IDEMPOTENT, may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read
 from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.usage import RawHeaders

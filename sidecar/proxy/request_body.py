@@ -17,6 +17,8 @@ from sidecar.usage.include_usage import BODY_MAX_BYTES
 
 log = logging.getLogger(__name__)
 
+# Of these a request may go again although nobody says so.
+IDEMPOTENT: Final = frozenset({"GET", "HEAD", "OPTIONS", "TRACE", "PUT", "DELETE", "QUERY", "PROPFIND", "REPORT"})
 COPY_PIECES_MAX: Final = 64  # of a request kept to go again: many small pieces cost more than they weigh
 
 # With one of these in its head a body is to arrive as it was sent, or is not plain JSON of a known length.
