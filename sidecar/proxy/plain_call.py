@@ -468,14 +468,7 @@ class PlainCall(PlainExchange):
                 self._response_unusual(data)
             return
         hop = calls.hop
-        self.connection = None
-        self._data = self._wire = b""  # there is no way back, and the record is kept for a while
-        if shape.close:
-            connection.discard()
-        else:
-            connection.release(keep_alive or None)
         self.first_byte_ms = self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
-        self.response = shape.facts
         self.response_bytes = len(body)
         if self._asked.read:
             self.response_head = head
@@ -485,7 +478,16 @@ class PlainCall(PlainExchange):
         self._closes = hop.leaving or hop.stopping or not (client.plainly or client.may_keep_alive(False))
         if self._closes or hop.settings.meter_id_header:
             out = self._with_own_fields(out, len(out) - wire_bytes - 2)
-        if hop.recorder.complete(self, self._release):
+        self.response = shape.facts
+        on_record = hop.recorder.complete(self, self._release)
+        # Only now: were something to go wrong, a call without connection and record could be neither ended nor resumed.
+        self.connection = None
+        self._data = self._wire = b""  # the record is kept for a while
+        if shape.close:
+            connection.discard()
+        else:
+            connection.release(keep_alive or None)
+        if on_record:
             client.send(out)
             self._over()
         else:
@@ -569,11 +571,6 @@ class PlainCall(PlainExchange):
 
     def _stream_ends(self, stream: PlainStream, client: PlainClient, out: bytes, *, last: bool) -> None:
         """All of it has come, or its own end mark has; `out` is what is left of it for the client."""
-        if last:
-            self._give_back(stream)
-        elif self.connection is not None:
-            self.connection.pause(True)  # what follows an end mark waits outside
-        self.response = stream.facts
         self.first_token_ns = stream.first_token_ns
         self.response_bytes = stream.body_bytes
         self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
@@ -582,9 +579,15 @@ class PlainCall(PlainExchange):
             self.response_body = b"".join(stream.kept)
         else:
             self.response_head = self.response_body = b""
-        stream.kept = []
         self._calls.stream_body_bytes -= len(self.request_body)
-        if not self._calls.hop.recorder.complete(self, self._release):
+        self.response = stream.facts
+        on_record = self._calls.hop.recorder.complete(self, self._release)
+        stream.kept = []
+        if last:  # as above, not before
+            self._give_back(stream)
+        elif self.connection is not None:
+            self.connection.pause(True)  # what follows an end mark waits outside
+        if not on_record:
             self.deadline = NEVER
             self._out = out
         elif last:

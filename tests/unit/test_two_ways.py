@@ -19,6 +19,7 @@ from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 from sidecar.model.exchange import Outcome
 from sidecar.proxy import plain_call
 from sidecar.proxy.client_connection import REST_WAIT_S, UNWAITED, Client
+from sidecar.proxy.upstream import Upstream, UpstreamConnection
 from sidecar.settings import Secret, SetHeader, UpstreamSettings
 from sidecar.usage.readers import UsageTaps
 
@@ -699,3 +700,33 @@ def test_a_response_that_is_not_plain_is_handled_with_care() -> None:
         talk.upstream.says(STREAM[:120], STREAM[120:])
         assert talk.client.heard == STREAM
         assert talk.recorder.plain_calls == 0
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    ("step", "options"), [("release", {}), ("keep", {}), ("_with_own_fields", {"meter_id_header": True})]
+)
+@pytest.mark.parametrize("parts", [[ok()], [PARTS[0], PARTS[2], PARTS[9]]], ids=["document", "stream"])
+def test_a_fault_of_ours_at_the_end_of_a_plain_call_ends_it_once(
+    parts: list[bytes], step: str, options: dict[str, Any], held: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = {"release": UpstreamConnection, "keep": Upstream, "_with_own_fields": plain_call.PlainCall}[step]
+
+    def raises(*_: object) -> None:
+        raise RuntimeError("a fault of ours")
+
+    with conversation(taps=UsageTaps(), **options) as talk:
+        for _ in range(2):  # both heads are known then
+            talk.client.says(REQUESTS[25])
+            talk.upstream.says(*parts)
+        before = len(talk.recorder.records)
+        if held:
+            talk.holds()
+        monkeypatch.setattr(broken, step, raises)
+        talk.client.says(REQUESTS[25])
+        talk.upstream.says(*parts)
+        monkeypatch.undo()
+        if held:
+            talk.commits()
+        assert talk.proxy.open_calls == 0
+        assert len(talk.recorder.records) == before + 1
