@@ -61,9 +61,14 @@ async def take(folder: Path) -> None:
     upstream = await llm.start()
     async with running_receiver() as (_, receiver), browser(folder / "profile") as chrome:
         whole = Whole(
-            folder / "data", upstream, SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,meter",
-            SIDECAR_METER_URL=f"{receiver}/meter", SIDECAR_METER_BATCH="1", SIDECAR_CONFIG=str(folder / "sidecar.toml"),
-        )  # fmt: skip
+            folder / "data",
+            upstream,
+            SIDECAR_SUBSCRIBER="header:x-tenant",
+            SIDECAR_BACKENDS="ledger,meter",
+            SIDECAR_METER_URL=f"{receiver}/meter",
+            SIDECAR_METER_BATCH="1",
+            SIDECAR_CONFIG=str(folder / "sidecar.toml"),
+        )
         async with whole, aiohttp.ClientSession() as session:
             await session.post(f"{receiver}/_faults", json={"do": "status", "status": 400, "times": 5})
             for _ in range(6):

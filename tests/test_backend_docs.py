@@ -64,5 +64,7 @@ def test_the_toml_of_the_page_is_right() -> None:
     assert all(theirs.keys() <= BACKENDS.keys() for theirs in subscribers["subscribers"].values())
     read = [read_meters(tables["meters"])[0] for tables in meters]
     assert [(meter.name, meter.is_money) for meter in read] == [
-        ("output_tokens", False), ("llm_cost_micro_usd", True), ("llm_cost", True)
-    ]  # fmt: skip
+        ("output_tokens", False),
+        ("llm_cost_micro_usd", True),
+        ("llm_cost", True),
+    ]

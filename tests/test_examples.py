@@ -55,9 +55,10 @@ def test_what_runs_is_scraped_once_however_often_it_is_scraped() -> None:
 
 def test_alerts_and_dashboard_speak_of_what_there_is() -> None:
     names = {
-        name + suffix for name, family in FAMILIES.items()
+        name + suffix
+        for name, family in FAMILIES.items()
         for suffix in {"counter": ("_total",), "histogram": ("_bucket", "_count", "_sum")}.get(family.kind, ("",))
-    }  # fmt: skip
+    }
     for file in ("alerts.yml", "grafana.json", "grafana-usage.json"):
         used = set(re.findall(r"\bsidecar_[a-z_]+", (CONFIG / file).read_text()))
         assert used <= names, file
@@ -93,11 +94,17 @@ def test_no_alert_hands_a_strangers_text_to_a_shell() -> None:
 def test_the_manifests_keep_to_what_is_needed() -> None:
     manifest = (CONFIG / "kubernetes.yml").read_text()
     for wanted in (
-        "seccompProfile: {type: RuntimeDefault}", "automountServiceAccountToken: false", "kind: NetworkPolicy",
-        "runAsNonRoot: true", "readOnlyRootFilesystem: true", "capabilities: {drop: [ALL]}", "1.29 or later",
-        "kubectl create secret generic metering", "SIDECAR_ADMIN_TOKEN_FILE",
+        "seccompProfile: {type: RuntimeDefault}",
+        "automountServiceAccountToken: false",
+        "kind: NetworkPolicy",
+        "runAsNonRoot: true",
+        "readOnlyRootFilesystem: true",
+        "capabilities: {drop: [ALL]}",
+        "1.29 or later",
+        "kubectl create secret generic metering",
+        "SIDECAR_ADMIN_TOKEN_FILE",
         f"image: metering-sidecar:{__version__}\n",
-    ):  # fmt: skip
+    ):
         assert wanted in manifest, wanted
     assert ":latest" not in manifest
     assert re.search(r"requests: \{cpu: \S+, memory: \S+\}", manifest)

@@ -189,3 +189,12 @@ def test_a_short_file_has_a_reason() -> None:
     short = {name for name in short if not name.startswith(VENDORS)}
     assert short - set(SHORT) == set(), "put it where it is used, or say in SHORT why it stands alone"
     assert set(SHORT) - short == set(), "no longer short, or gone: take it off SHORT"
+
+
+@pytest.mark.parametrize("path", [pytest.param(p, id=m) for m, p in modules()])
+def test_the_formatter_is_only_told_to_leave_tables_alone(path: Path) -> None:
+    text = path.read_text()
+    skipped = {number for number, line in enumerate(text.splitlines(), 1) if line.endswith("# fmt: skip")}
+    functions = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.FunctionDef | ast.AsyncFunctionDef)]
+    inside = {line for each in functions for line in range(each.lineno, (each.end_lineno or 0) + 1)}
+    assert not skipped & inside, f"let `ruff format` have lines {sorted(skipped & inside)}"

@@ -340,8 +340,10 @@ def test_what_has_no_label_is_left_alone(tmp_path: Path) -> None:
 @needs_kustomize
 def test_the_monitoring_builds() -> None:
     assert sorted(each["kind"] for each in built(KUBERNETES / "monitoring")) == [
-        "ConfigMap", "PodMonitor", "PrometheusRule",
-    ]  # fmt: skip
+        "ConfigMap",
+        "PodMonitor",
+        "PrometheusRule",
+    ]
 
 
 def test_a_claim_goes_before_the_components_volume() -> None:

@@ -169,5 +169,8 @@ def _differences(wanted: Mapping[str, Any], there: Mapping[str, Any]) -> list[st
             return {name: plain(part) for name, part in value.items() if part not in (None, "", [], {}, "0")}
         return value or None
 
-    return [name for name in ("event_name", "aggregation", "filters", "reset_usage")
-            if plain(wanted.get(name)) != plain(there.get(name))]  # fmt: skip
+    return [
+        name
+        for name in ("event_name", "aggregation", "filters", "reset_usage")
+        if plain(wanted.get(name)) != plain(there.get(name))
+    ]

@@ -98,8 +98,14 @@ def unpriced_models(settings: Settings) -> list[str]:
     hosts = set(priced_hosts(settings).values())
     found = []
     for one in seen:
-        call = Usage(usage_state=UsageState.FINAL, provider=one.provider, model=one.model, input_tokens=1,
-                     output_tokens=1, total_tokens=2)  # fmt: skip
+        call = Usage(
+            usage_state=UsageState.FINAL,
+            provider=one.provider,
+            model=one.model,
+            input_tokens=1,
+            output_tokens=1,
+            total_tokens=2,
+        )
         if one.model is not None and all(book.cost(call, now.timestamp(), host=host)[1] is None for host in hosts):
             found.append(one)
     lines = [

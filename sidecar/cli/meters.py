@@ -81,9 +81,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     tried.add_argument("names", nargs="*", metavar="NAME", help="of meters; none: all")
     tried.add_argument("--backend", metavar="NAME", help="say what it would be sent of each call, and send nothing")
     tried.add_argument(
-        "--limit", type=_count, default=SHOWN_RECORDS, metavar="N",
+        "--limit",
+        type=_count,
+        default=SHOWN_RECORDS,
+        metavar="N",
         help=f"with --backend: show the last N calls (default: {SHOWN_RECORDS}); all are counted",
-    )  # fmt: skip
+    )
     add_since(tried)
     add_format(tried, "table", "json", "csv")
     made = _kind(kinds, "provision", "create them at a backend; what is there is compared, never changed", _make)
@@ -135,8 +138,11 @@ def _list(arguments: argparse.Namespace, settings: Settings) -> int:
     columns = [name for name in _LIST if name in ("name", "type", "of") or any(row.get(name) for row in rows)]
     print(render(rows, columns, Format.TABLE, whole=("of", "filters")), end="")
     if not settings.meters:
-        print("no meters are defined, so these are in force: api_calls counts what was answered below 400, the others "
-              "what was consumed in any case; see docs/meters.md", file=sys.stderr)  # fmt: skip
+        print(
+            "no meters are defined, so these are in force: api_calls counts what was answered below 400, the others "
+            "what was consumed in any case; see docs/meters.md",
+            file=sys.stderr,
+        )
     return EXIT_OK
 
 
@@ -242,9 +248,12 @@ def _outcomes(
     for event, why in withheld.items():
         what = f"{why.reason} ({why.detail})" if why.detail else why.reason
         yield {
-            "event": _event_name(event, record), "result": REFUSED, "reason": why.reason, "detail": why.detail,
+            "event": _event_name(event, record),
+            "result": REFUSED,
+            "reason": why.reason,
+            "detail": why.detail,
             "what": what,
-        }  # fmt: skip
+        }
     for result, reasons in ((PARKED, encoded.parked), (SKIPPED, encoded.skipped)):
         for reason in reasons.values():
             yield {"event": "record", "result": result, "reason": reason, "detail": None, "what": reason}
@@ -293,9 +302,11 @@ def _backend(settings: Settings, name: str, only: Sequence[str] = ()) -> Backend
         if "meters" not in values:
             raise CommandError(f"{name} is given whole records: leave the names of meters out", EXIT_USAGE)
         meters_of(settings, only)
-        values["meters"] = {n: i for n, i in values["meters"].items() if n in only} if isinstance(
-            values["meters"], Mapping
-        ) else tuple(only)  # fmt: skip
+        values["meters"] = (
+            {n: i for n, i in values["meters"].items() if n in only}
+            if isinstance(values["meters"], Mapping)
+            else tuple(only)
+        )
     try:
         return backend_factory.backend(replace(settings, backend_values={name: values}), name, backend_factory.NoLedger)
     except ValueError as error:

@@ -92,10 +92,15 @@ def run(arguments: argparse.Namespace) -> int:
     data_dir, names, form = settings.data_dir, Names(settings.subscriber_names), Format(arguments.format)
     try:
         query = calls.records_query(
-            now=datetime.now(UTC), dimensions=settings.attribution.dimensions, since=arguments.since,
-            until=arguments.until, where=arguments.where, limit=arguments.limit, limit_max=LIMIT_MAX,
+            now=datetime.now(UTC),
+            dimensions=settings.attribution.dimensions,
+            since=arguments.since,
+            until=arguments.until,
+            where=arguments.where,
+            limit=arguments.limit,
+            limit_max=LIMIT_MAX,
             record_id=arguments.id,
-        )  # fmt: skip
+        )
         if arguments.follow and (form in (Format.JSON, Format.CSV) or query.id or query.until):
             raise CommandError("--follow goes with a table or ndjson, and without --id and --until", EXIT_USAGE)
         fleet = backend_factory.fleet_reader(settings)

@@ -83,6 +83,9 @@ def add_since(parser: argparse.ArgumentParser) -> None:
 
 def add_where(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--where", metavar="NAME=VALUE", action="append", default=[],
+        "--where",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
         help="only of these: model=gpt-5-mini; several: all of them, of one name any (NAME= for what is not known)",
-    )  # fmt: skip
+    )

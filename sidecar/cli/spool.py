@@ -93,9 +93,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
     adopt = _kind(kinds, "adopt", "say what a data directory is that was copied or put back", _adopt)
     adopt.add_argument(
-        "--as", dest="how", choices=("original", "copy"), required=True,
+        "--as",
+        dest="how",
+        choices=("original", "copy"),
+        required=True,
         help="original: the only one that goes on, which delivers what is pending; copy: that is left to another",
-    )  # fmt: skip
+    )
 
     mend.add(kinds)
 

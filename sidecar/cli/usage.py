@@ -55,10 +55,12 @@ UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for 
 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--by", default=",".join(BY), metavar="NAME,…",
+        "--by",
+        default=",".join(BY),
+        metavar="NAME,…",
         help="subscriber, model, provider, route, status, instance, hour, day, month, or a dimension (default: "
         f"{','.join(BY)}; '' for one sum)",
-    )  # fmt: skip
+    )
     parser.add_argument("--meter", metavar="NAME", help="the running values of one meter instead")
     parser.add_argument("--since", metavar="TIME", help="an age (90m, 24h, 7d), today, or a date and time (UTC)")
     parser.add_argument("--until", metavar="TIME", help="as --since, not included")
@@ -77,10 +79,16 @@ def run(arguments: argparse.Namespace) -> int:
     names = Names(settings.subscriber_names)
     try:
         query = usage_query(
-            now=datetime.now(UTC), dimensions=settings.attribution.dimensions, by=arguments.by,
-            since=arguments.since, until=arguments.until, where=arguments.where, sort=arguments.sort,
-            top=arguments.top, timezone=arguments.timezone,
-        )  # fmt: skip
+            now=datetime.now(UTC),
+            dimensions=settings.attribution.dimensions,
+            by=arguments.by,
+            since=arguments.since,
+            until=arguments.until,
+            where=arguments.where,
+            sort=arguments.sort,
+            top=arguments.top,
+            timezone=arguments.timezone,
+        )
         if not backend_factory.has_ledger(settings):
             raise CommandError(
                 f"there is no ledger at {settings.data_dir / backend_factory.LEDGER}: either nothing was delivered to "

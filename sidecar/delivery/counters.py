@@ -74,8 +74,11 @@ class Counters:
         ).fetchone()
         if row is None:
             counts = (
-                int(was is Term.OPEN), int(was is Term.PARKED), int(was is Term.DELIVERED), int(was is Term.DUPLICATE)
-            )  # fmt: skip
+                int(was is Term.OPEN),
+                int(was is Term.PARKED),
+                int(was is Term.DELIVERED),
+                int(was is Term.DUPLICATE),
+            )
             old = (was, reason if was is Term.PARKED else "")
         else:
             counts = row[:4]

@@ -81,8 +81,10 @@ class LaneReader:
         del instance
         rows = self._ask(
             "SELECT lane_seq, line FROM metering.records WHERE lane = $1 AND lane_seq > $2 ORDER BY lane_seq LIMIT $3",
-            self._lane, after_seq, RECORDS,
-        )  # fmt: skip
+            self._lane,
+            after_seq,
+            RECORDS,
+        )
         groups: list[StoredGroup] = []
         size, begin = 0, 0
         for index, (seq, line) in enumerate(rows):

@@ -242,10 +242,15 @@ def _place(
         item = by_id[event.record_id]
         made.parked.append(
             NewParked(
-                seq=item.seq, record_id=event.record_id, event_id=event.event_id, reason=why.reason,
-                line=item.line, history=(f"not sent: {why.detail or why.reason}",), detail=why.detail,
+                seq=item.seq,
+                record_id=event.record_id,
+                event_id=event.event_id,
+                reason=why.reason,
+                line=item.line,
+                history=(f"not sent: {why.detail or why.reason}",),
+                detail=why.detail,
             )
-        )  # fmt: skip
+        )
         placed.add(event.record_id)
     if len(placed) == len(reads):
         return

@@ -95,13 +95,15 @@ class Leases:
             await db.execute(
                 "INSERT INTO metering.lane_members (holder, expires) VALUES ($1, clock_timestamp() + $2)"
                 " ON CONFLICT (holder) DO UPDATE SET expires = excluded.expires",
-                self.me, _MEMBER,
-            )  # fmt: skip
+                self.me,
+                _MEMBER,
+            )
             renewed = await db.fetch(
                 "UPDATE metering.lane_leases SET expires = clock_timestamp() + $2"
                 " WHERE holder = $1 AND expires > clock_timestamp() RETURNING lane, epoch",
-                self.me, _LEASE,
-            )  # fmt: skip
+                self.me,
+                _LEASE,
+            )
             found = {int(lane): int(epoch) for lane, epoch in renewed}
         self.held = {lane: one for lane, one in self.held.items() if found.get(lane) == one.epoch}
         for lane in found.keys() - self.held.keys():
@@ -147,8 +149,10 @@ class Leases:
             await db.execute(
                 "UPDATE metering.lane_leases SET holder = NULL, expires = NULL"
                 " WHERE lane = $1 AND holder = $2 AND epoch = $3",
-                held.lane, self.me, held.epoch,
-            )  # fmt: skip
+                held.lane,
+                self.me,
+                held.epoch,
+            )
 
     @contextlib.asynccontextmanager
     async def _step(self) -> AsyncIterator[Connection]:
@@ -179,6 +183,8 @@ async def _take(db: Connection, lanes: Sequence[int], me: str) -> dict[int, int]
         " AND (holder IS NULL OR expires < clock_timestamp()) ORDER BY lane FOR UPDATE SKIP LOCKED)"
         " UPDATE metering.lane_leases AS one SET holder = $2, epoch = one.epoch + 1, expires = clock_timestamp() + $3"
         " FROM free WHERE one.lane = free.lane RETURNING one.lane, one.epoch",
-        list(lanes), me, _LEASE,
-    )  # fmt: skip
+        list(lanes),
+        me,
+        _LEASE,
+    )
     return {int(lane): int(epoch) for lane, epoch in rows}

@@ -223,12 +223,25 @@ class DeliveryQueries:
             ).fetchall()
         return [
             Parked(
-                id=r[0], cursor=r[1], backend=r[2], instance=r[3], seq=r[4], record_id=r[5], event_id=r[6], reason=r[7],
-                maybe_taken=bool(r[8]), at_s=r[9], key=r[10], generation=r[11], request=r[12], line=r[13], body=r[14],
+                id=r[0],
+                cursor=r[1],
+                backend=r[2],
+                instance=r[3],
+                seq=r[4],
+                record_id=r[5],
+                event_id=r[6],
+                reason=r[7],
+                maybe_taken=bool(r[8]),
+                at_s=r[9],
+                key=r[10],
+                generation=r[11],
+                request=r[12],
+                line=r[13],
+                body=r[14],
                 history=tuple(orjson.loads(r[15])),
             )
             for r in rows
-        ]  # fmt: skip
+        ]
 
     def last_parked(self) -> int:
         """The number of the last event that was parked."""

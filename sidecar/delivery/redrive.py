@@ -78,13 +78,17 @@ class Redriven:
             ],
             "each": [
                 {
-                    "backend": one.backend, "event_id": one.event_id, "record_id": one.record_id,
-                    "became": one.became.value, "reason": one.reason, "detail": one.detail,
+                    "backend": one.backend,
+                    "event_id": one.event_id,
+                    "record_id": one.record_id,
+                    "became": one.became.value,
+                    "reason": one.reason,
+                    "detail": one.detail,
                 }
                 for one in self.each
             ],
             "not_found": [{"id": id_, "known": known} for id_, known in self.not_found],
-        }  # fmt: skip
+        }
 
 
 @dataclass(slots=True)

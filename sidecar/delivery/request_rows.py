@@ -38,12 +38,16 @@ def insert(
             "INSERT INTO payload(request, path, content_type, headers, body, lines) VALUES(?, ?, ?, ?, ?, ?)",
             [
                 (
-                    id_, new.sealed.path, new.sealed.content_type, orjson.dumps(new.sealed.headers).decode(),
-                    new.sealed.body, _write_lines(new),
+                    id_,
+                    new.sealed.path,
+                    new.sealed.content_type,
+                    orjson.dumps(new.sealed.headers).decode(),
+                    new.sealed.body,
+                    _write_lines(new),
                 )
                 for id_, new in zip(made, some, strict=True)
             ],
-        )  # fmt: skip
+        )
         ids += made
     return ids
 
@@ -52,11 +56,27 @@ def _row(cursor: int, new: NewRequest, now_s: float, *, under_way: bool) -> tupl
     seqs = [member.seq for member in new.members]
     sealed, tries = new.sealed, new.tries
     return (
-        cursor, min(seqs), max(seqs), tries.attempts + int(under_way), int(under_way), now_s, new.due_s,
-        tries.risk_wall_s, int(tries.expired), int(tries.forced), new.generation, len(new.lines),
-        new.size_bytes, now_s, new.oldest_s, sealed.key, sealed.subject, sealed.version,
-        write_history(new.history), _write_members(new.members),
-    )  # fmt: skip
+        cursor,
+        min(seqs),
+        max(seqs),
+        tries.attempts + int(under_way),
+        int(under_way),
+        now_s,
+        new.due_s,
+        tries.risk_wall_s,
+        int(tries.expired),
+        int(tries.forced),
+        new.generation,
+        len(new.lines),
+        new.size_bytes,
+        now_s,
+        new.oldest_s,
+        sealed.key,
+        sealed.subject,
+        sealed.version,
+        write_history(new.history),
+        _write_members(new.members),
+    )
 
 
 def load(conn: Connection, request: int) -> Sealed:
@@ -142,10 +162,20 @@ def park(
         "INSERT INTO parked(cursor, seq, record_id, event_id, reason, maybe_taken, at_s, key, generation, request,"
         " line, history) VALUES(?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
-            cursor, member.seq, member.record_id, member.event_id, parking.reason, int(parking.maybe_taken), now_s,
-            key, generation, request, line, write_history(history),
+            cursor,
+            member.seq,
+            member.record_id,
+            member.event_id,
+            parking.reason,
+            int(parking.maybe_taken),
+            now_s,
+            key,
+            generation,
+            request,
+            line,
+            write_history(history),
         ),
-    )  # fmt: skip
+    )
 
 
 def release(conn: Connection, parked: Parked) -> None:

@@ -325,10 +325,13 @@ class Delivery:
                 for row in rows:
                     told.add(
                         OneOutcome(
-                            backend=name, event_id=row.event_id, record_id=row.record_id,
-                            became=Became.NOT_CONFIGURED, reason=row.reason,
+                            backend=name,
+                            event_id=row.event_id,
+                            record_id=row.record_id,
+                            became=Became.NOT_CONFIGURED,
+                            reason=row.reason,
                         )
-                    )  # fmt: skip
+                    )
             if len(page) < PAGE:
                 return
             after = page[-1].id

@@ -231,14 +231,23 @@ class DeliveryStore:
             ).fetchall()
         return [
             Request(
-                id=row[0], cursor=row[1], key=row[2], subject=row[3], members=request_rows.read_members(row[4]),
-                records=row[5], size_bytes=row[6], oldest_s=row[7],
+                id=row[0],
+                cursor=row[1],
+                key=row[2],
+                subject=row[3],
+                members=request_rows.read_members(row[4]),
+                records=row[5],
+                size_bytes=row[6],
+                oldest_s=row[7],
                 tries=Tries(attempts=row[8], risk_wall_s=row[9], expired=bool(row[10]), forced=bool(row[11])),
-                due_s=row[12], under_way=bool(row[13]), started_s=row[14], generation=row[15],
+                due_s=row[12],
+                under_way=bool(row[13]),
+                started_s=row[14],
+                generation=row[15],
                 history=tuple(orjson.loads(row[16])),
             )
             for row in rows
-        ]  # fmt: skip
+        ]
 
     def lines(self, request: int) -> list[bytes]:
         """The records of a request, in the order in which its members first name them."""
@@ -488,10 +497,14 @@ def _keep_open(conn: Connection, one: Settlement) -> None:
         "UPDATE sealed SET under_way = 0, due_s = ?, risk_s = ?, expired = ?, forced = ?,"
         " history = ? WHERE id = ? AND settled = 0",
         (
-            one.due_s, tries.risk_wall_s, int(tries.expired), int(tries.forced),
-            request_rows.write_history(one.history), one.request.id,
+            one.due_s,
+            tries.risk_wall_s,
+            int(tries.expired),
+            int(tries.forced),
+            request_rows.write_history(one.history),
+            one.request.id,
         ),
-    )  # fmt: skip
+    )
 
 
 def _park_events(conn: Connection, one: Settlement, now_s: float) -> None:
@@ -501,9 +514,17 @@ def _park_events(conn: Connection, one: Settlement, now_s: float) -> None:
     for index, parking in one.decision.parked.items():
         member = request.members[index]
         request_rows.park(
-            conn, request.cursor, member, parking, lines[member.seq], now_s,
-            key=request.key, generation=request.generation, request=request.id, history=one.history,
-        )  # fmt: skip
+            conn,
+            request.cursor,
+            member,
+            parking,
+            lines[member.seq],
+            now_s,
+            key=request.key,
+            generation=request.generation,
+            request=request.id,
+            history=one.history,
+        )
 
 
 def _count_settled(counters: Counters, one: Settlement) -> None:
@@ -572,9 +593,17 @@ def _amend(counters: Counters, one: Amendment, now_s: float) -> bool:
     conn.execute("UPDATE sealed SET fates = ? WHERE id = ?", (changed, one.request))
     if one.parking is not None:
         request_rows.park(
-            conn, cursor, one.member, one.parking, one.line, now_s,
-            key=key, generation=generation, request=one.request, history=(one.note,),
-        )  # fmt: skip
+            conn,
+            cursor,
+            one.member,
+            one.parking,
+            one.line,
+            now_s,
+            key=key,
+            generation=generation,
+            request=one.request,
+            history=(one.note,),
+        )
     shift = Shift(
         parked=int(one.parking is not None),
         delivered=-int(was is Term.DELIVERED),

@@ -81,13 +81,16 @@ async def ask(
             # What nobody waits for any more, and what is asked for anew.
             "DELETE FROM metering.lane_wishes WHERE at < clock_timestamp() - $1::interval"
             " OR (answer IS NULL AND at > clock_timestamp() AND wish = $2 AND lane = ANY($3))",
-            timedelta(seconds=2 * WAIT_S), text, list(lanes),
-        )  # fmt: skip
+            timedelta(seconds=2 * WAIT_S),
+            text,
+            list(lanes),
+        )
         rows = await db.fetch(
             "INSERT INTO metering.lane_wishes (lane, wish) SELECT lane, $1 FROM unnest($2::smallint[]) AS t (lane)"
             " RETURNING id",
-            text, sorted(lanes),
-        )  # fmt: skip
+            text,
+            sorted(lanes),
+        )
     ids = [int(row[0]) for row in rows]
     while True:
         await asyncio.sleep(LOOK_S)
@@ -120,15 +123,17 @@ async def _ended(db: Connection, ids: Sequence[int], *, stays: bool) -> Asked:
             "UPDATE metering.lane_wishes AS one SET at = clock_timestamp() + $2 FROM metering.lane_leases AS lease"
             " WHERE one.id = ANY($1) AND answer IS NULL AND lease.lane = one.lane"
             " AND (lease.holder IS NULL OR lease.expires < clock_timestamp()) RETURNING one.id, one.lane",
-            list(ids), STAYS,
-        )  # fmt: skip
+            list(ids),
+            STAYS,
+        )
     kept = [int(id_) for id_, _ in later]
     rows = await db.fetch(
         "DELETE FROM metering.lane_wishes AS one USING metering.lane_leases AS lease"
         " WHERE one.id = ANY($1) AND one.id <> ALL($2) AND lease.lane = one.lane"
         " RETURNING one.lane, answer, CASE WHEN lease.expires > clock_timestamp() THEN lease.holder END",
-        list(ids), kept,
-    )  # fmt: skip
+        list(ids),
+        kept,
+    )
     answers, errors = [], []
     undone: list[int] = []
     silent: dict[str, list[int]] = {}
@@ -151,8 +156,9 @@ async def asked_of(db: Connection, lanes: Collection[int]) -> list[tuple[int, in
     rows = await db.fetch(
         "SELECT id, lane, wish FROM metering.lane_wishes"
         " WHERE lane = ANY($1) AND answer IS NULL AND at > clock_timestamp() - $2::interval ORDER BY id",
-        list(lanes), timedelta(seconds=WAIT_S),
-    )  # fmt: skip
+        list(lanes),
+        timedelta(seconds=WAIT_S),
+    )
     return [(int(id_), int(lane), str(wish)) for id_, lane, wish in rows]
 
 
@@ -202,10 +208,8 @@ def redriven(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "unskipped": sum(answer["unskipped"] for answer in answers),
         "counts": [{"became": became, "reason": reason, "events": n} for (became, reason), n in counts.items()],
         "each": [row for answer in answers for row in answer["each"]][:EACH_MAX],
-        "not_found": [
-            {"id": one, "known": next((ids[one] for ids in missing if ids[one]), "")} for one in nowhere
-        ],
-    }  # fmt: skip
+        "not_found": [{"id": one, "known": next((ids[one] for ids in missing if ids[one]), "")} for one in nowhere],
+    }
 
 
 def retried(answers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -254,9 +254,11 @@ async def _send_calls(proxy_url: str, say: Say) -> None:
 async def _send(session: aiohttp.ClientSession, call: Call) -> str:
     """Send one call; what came back, in words."""
     headers = {
-        "x-tenant": call.subscriber, "X-Script": call.script, "Content-Type": "application/json",
+        "x-tenant": call.subscriber,
+        "X-Script": call.script,
+        "Content-Type": "application/json",
         "anthropic-version": "2023-06-01",
-    }  # fmt: skip
+    }
     begun = monotonic()
     async with session.post(f"/{call.vendor}{call.path}", data=orjson.dumps(call.body), headers=headers) as answer:
         pieces = 0

@@ -486,9 +486,14 @@ class Admission:
     ) -> Response:
         prepared = weighed.prepared
         return self._of(prepared.upstream).deny(
-            prepared.method, prepared.target, limit=limit, kind=kind, retry_after_s=retry_after_s, message=message,
+            prepared.method,
+            prepared.target,
+            limit=limit,
+            kind=kind,
+            retry_after_s=retry_after_s,
+            message=message,
             amounts=amounts,
-        )  # fmt: skip
+        )
 
 
 def limit_wait_s(limit: Limit, now_ns: int) -> float:

@@ -194,9 +194,11 @@ def take(
     denied = isinstance(answer, Answer) and not answer.allowed
     age_s = ages.denied_s if denied else ages.allowed_s if source.polled_s is None else 2 * source.polled_s
     idle = entry.used_s < entry.answered_s
-    entry.pause_s = min(entry.pause_s * 2, max(DENIED_S_MAX, ages.denied_s)) if denied and idle and entry.pause_s else (
-        ages.denied_s
-    )  # fmt: skip
+    entry.pause_s = (
+        min(entry.pause_s * 2, max(DENIED_S_MAX, ages.denied_s))
+        if denied and idle and entry.pause_s
+        else (ages.denied_s)
+    )
     entry.answer, entry.answered_s, entry.denied = answer, now_s, denied
     entry.until_wall_s = answer.until_s
     entry.until_s = None if answer.until_s is None else now_s + (answer.until_s - wall_s)

@@ -396,9 +396,7 @@ class Asking:
                 answers.miss(entry, found, now_s)
                 self._failed(asked, found.reason, now_s)
             else:
-                answers.take(
-                    entry, source, found, self._ages, asked_s=asked_s, now_s=now_s, wall_s=self._wall()
-                )  # fmt: skip
+                answers.take(entry, source, found, self._ages, asked_s=asked_s, now_s=now_s, wall_s=self._wall())
                 self._answered(asked)
         finally:
             asked.flights.pop(entry.subject, None)
@@ -419,8 +417,10 @@ class Asking:
             asked.probe_s = now_s + PROBE_S
             log.warning(
                 "%s does not answer the gate (%s): calls go by SIDECAR_GATE_ON_FAILURE=%s",
-                asked.source.name, reason, self._ages.on_failure,
-            )  # fmt: skip
+                asked.source.name,
+                reason,
+                self._ages.on_failure,
+            )
 
     def _plan(self, asked: _Asked, entry: Entry) -> None:
         """Set the timer of who is asked for without a call."""

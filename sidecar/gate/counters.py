@@ -306,9 +306,13 @@ class Counters:
             return Row(counter.limit, counter.scope, used, counter.out, until_ns)
         held = max(counter.out, share.left)
         return Row(
-            counter.limit, counter.scope, used + share.others_settled, held + share.others_leased, until_ns,
+            counter.limit,
+            counter.scope,
+            used + share.others_settled,
+            held + share.others_leased,
+            until_ns,
             (used, held),
-        )  # fmt: skip
+        )
 
     def _counter_of(self, need: Need, at_ns: int) -> Counter:
         limit = self.limits[need.limit]

@@ -89,9 +89,14 @@ class Denial:
         connection = b"Connection: close\r\n" if close else b"Connection: keep-alive\r\n" if keep_alive_10 else b""
         own = b"".join(b"%b: %b\r\n" % (name.encode(), value.encode()) for name, value in self.headers)
         return b"HTTP/1.1 %d %b\r\n%bContent-Length: %d\r\n%b%b\r\n%b" % (
-            self.status, self.phrase.encode(), own, len(self.body), connection, fields,
+            self.status,
+            self.phrase.encode(),
+            own,
+            len(self.body),
+            connection,
+            fields,
             b"" if head_only else self.body,
-        )  # fmt: skip
+        )
 
 
 def denial(
@@ -135,9 +140,12 @@ def denial(
         case _:
             content_type = "application/problem+json"
             body = {
-                "type": QUOTA_PROBLEM, "title": "Quota exceeded" if kind == "quota" else "Rate limit exceeded",
-                "status": status, "detail": text, "violated-policies": [name],
-            }  # fmt: skip
+                "type": QUOTA_PROBLEM,
+                "title": "Quota exceeded" if kind == "quota" else "Rate limit exceeded",
+                "status": status,
+                "detail": text,
+                "violated-policies": [name],
+            }
     headers = [("Content-Type", content_type), ("X-Sidecar-Limit", name), *more]
     if wait_s is None:
         headers.append(("x-should-retry", "false"))

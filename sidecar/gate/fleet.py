@@ -326,10 +326,13 @@ class SharedCounters:
                 if self.trouble:
                     log.warning(
                         "the shared limits are counted again",
-                        extra={"facts": {
-                            "away_s": round(self._clock_s() - self._away_s), "undecided": self._undecided,
-                        }},
-                    )  # fmt: skip
+                        extra={
+                            "facts": {
+                                "away_s": round(self._clock_s() - self._away_s),
+                                "undecided": self._undecided,
+                            }
+                        },
+                    )
                     self.trouble = ""
                     self._said.clear()
                 self._undecided = 0
@@ -398,7 +401,7 @@ class SharedCounters:
                     f"SELECT name, settled, key FROM {SCHEMA}.limit_counters WHERE instance = $1"
                     " AND ends > clock_timestamp()",
                     self._claim.name,
-                )  # fmt: skip
+                )
         self._lost = self._lost or (taken.made and not rows)
         self._derives = self._derives or taken.made
         if self._past is not None:
@@ -484,8 +487,10 @@ class SharedCounters:
                 share = step.share
                 share.stored = (told.settled, told.ends)
                 share.others_settled, share.others_leased, share.room = (
-                    step.settled_others, step.leased_others, step.room,
-                )  # fmt: skip
+                    step.settled_others,
+                    step.leased_others,
+                    step.room,
+                )
                 share.answered(step.published, step.lease, before_s + USED_S, step.counter.out)
             for one in [one for step in steps for one in step.waiting]:
                 one(True)
@@ -525,9 +530,17 @@ class SharedCounters:
             spare = keep - counter.out
             ahead = max(ahead_of(share.rate, counter.limit.amount) - spare, 0)
         return _Step(
-            counter, share, stored_key(counter), share.unpublished, keep, demand if share.blocks else 0, ahead,
-            self._waiting.pop(counter, ()), parts, sum(parts.values()) if sliding is not None else counter.settled,
-        )  # fmt: skip
+            counter,
+            share,
+            stored_key(counter),
+            share.unpublished,
+            keep,
+            demand if share.blocks else 0,
+            ahead,
+            self._waiting.pop(counter, ()),
+            parts,
+            sum(parts.values()) if sliding is not None else counter.settled,
+        )
 
     async def _put(self, steps: Sequence[_Step]) -> list[_Told]:
         me = self._claim.name
@@ -549,7 +562,7 @@ class SharedCounters:
             if holding:
                 await db.execute(
                     _LEASE, me, [step.key for step in holding], [str(step.lease) for step in holding], LEASE_S
-                )  # fmt: skip
+                )
             if nothing := [step.key for step in steps if not step.lease and step.share.told]:
                 await db.execute(_GIVE_BACK, me, nothing)
         return told
@@ -571,10 +584,15 @@ class SharedCounters:
     async def _write(db: Connection, instance: str, nonce: str, told: Sequence[_Told]) -> int:
         """How many rows that makes; 0: another directory has the name."""
         said = await db.execute(
-            _PUBLISH, instance, [one.key for one in told], [one.name for one in told],
-            [str(one.settled) for one in told], [json.dumps(one.parts) for one in told],
-            [None if one.ends == math.inf else one.ends for one in told], nonce,
-        )  # fmt: skip
+            _PUBLISH,
+            instance,
+            [one.key for one in told],
+            [one.name for one in told],
+            [str(one.settled) for one in told],
+            [json.dumps(one.parts) for one in told],
+            [None if one.ends == math.inf else one.ends for one in told],
+            nonce,
+        )
         return int(said.rpartition(" ")[2])
 
     async def _keep(self) -> None:
@@ -624,9 +642,11 @@ async def fleet_rows(database: Postgres, instance: str, counters: Counters) -> l
     async with database.transaction(read_only=True) as db:
         at_ns = round(float(await db.fetchval(_CLOCK)) * SECOND_NS)
         found = await db.fetch(
-            _ALL, [limit.name for limit in limits], [limit.unit for limit in limits],
+            _ALL,
+            [limit.name for limit in limits],
+            [limit.unit for limit in limits],
             [_seconds(limit) for limit in limits],
-        )  # fmt: skip
+        )
     shares: dict[str, dict[str, tuple[int, int]]] = {}
     for name, sidecar, settled, leased in found:
         if settled or leased:

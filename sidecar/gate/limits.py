@@ -375,10 +375,17 @@ def read_limits(
             problems.append(f"SIDECAR_LIMITS: {text!r} is wrong: expected unit=amount/window, such as calls=600/minute")
             continue
         unit, amount, window = found[1], found[2], found[3] or "total"
-        rows.append((f"SIDECAR_LIMITS: {text}", {
-            "name": unit if unit == "concurrent" else f"{unit.replace(':', '-')}-per-{window}",
-            "unit": unit, "amount": amount, "window": window,
-        }))  # fmt: skip
+        rows.append(
+            (
+                f"SIDECAR_LIMITS: {text}",
+                {
+                    "name": unit if unit == "concurrent" else f"{unit.replace(':', '-')}-per-{window}",
+                    "unit": unit,
+                    "amount": amount,
+                    "window": window,
+                },
+            )
+        )
     for label, table in rows:
         reading = _Reading(table, label, known, there)
         limit = reading.limit()
@@ -458,9 +465,16 @@ class _Reading:
         if self.problems or window is None:
             return None
         return Limit(
-            name=name, unit=unit, amount=amount, window=window, scopes=scopes, action=Action(action), meter=meter,
-            window_text=window_text, idle_zone=self._idle_zone(window),
-        )  # fmt: skip
+            name=name,
+            unit=unit,
+            amount=amount,
+            window=window,
+            scopes=scopes,
+            action=Action(action),
+            meter=meter,
+            window_text=window_text,
+            idle_zone=self._idle_zone(window),
+        )
 
     def _wrong(self, what: str) -> None:
         self.problems.append(f"{self.label}: {what}")

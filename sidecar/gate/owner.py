@@ -178,9 +178,11 @@ class Owner:
         asker, caller = question.asker, None
         if asker is not None and self._others is not None:
             caller = Caller(
-                subscriber=asker.subscriber, model=question.model, provider=asker.provider,
+                subscriber=asker.subscriber,
+                model=question.model,
+                provider=asker.provider,
                 dimensions=dict(asker.dimensions),
-            )  # fmt: skip
+            )
         asked = _Asked(process, question, caller)
         if asker is not None and caller is not None:
             self._outside[asker.id] = asked
@@ -301,10 +303,13 @@ class Owner:
         known.answers += 1
         known.speaks.answer(
             Ruling(
-                known.answers, question.number, self._outputs.usual(question.model), UNDECIDED,
+                known.answers,
+                question.number,
+                self._outputs.usual(question.model),
+                UNDECIDED,
                 shift_ns=self.counters.shift_ns,
             ).plain()
-        )  # fmt: skip
+        )
 
     def _said(self, asked: _Asked) -> answers.Decision | None:
         """What those outside say; None: they are being asked, and it goes on from there."""
@@ -342,11 +347,22 @@ class Owner:
             spoken = Spoken(*answers.told(said), f"denied by {said.source}{why}")
         known.speaks.answer(
             Ruling(
-                known.answers, question.number, self._outputs.usual(question.model), word, limit, source, age_s,
-                decision.held, decision.more, decision.full, decision.retry_after_s, spoken, amounts,
+                known.answers,
+                question.number,
+                self._outputs.usual(question.model),
+                word,
+                limit,
+                source,
+                age_s,
+                decision.held,
+                decision.more,
+                decision.full,
+                decision.retry_after_s,
+                spoken,
+                amounts,
                 self.counters.shift_ns,
             ).plain()
-        )  # fmt: skip
+        )
 
     def _used(self, limit: str | None, question: Question) -> Used | None:
         row = self.counters.row(limit or "", question.needs, question.at_ns)  # of a limit that denies, so it is there
@@ -492,7 +508,10 @@ def exchange_of(record: Record) -> Exchange:
 def _say(counter: Counter, percent: int) -> None:
     limit = counter.limit
     facts: Mapping[str, object] = {
-        "limit": limit.name, "scope": counter.scope, "percent": percent, "amount": limit.text(limit.amount),
+        "limit": limit.name,
+        "scope": counter.scope,
+        "percent": percent,
+        "amount": limit.text(limit.amount),
         "unit": limit.unit,
-    }  # fmt: skip
+    }
     log.warning("a limit is %s", "used up" if percent >= 100 else f"at {percent} %", extra={"facts": facts})

@@ -99,7 +99,12 @@ class Ruling(NamedTuple):
 
     def plain(self) -> tuple[Any, ...]:
         return (
-            *self[:7], dict(self.held), dict(self.more), list(self.full), self.retry_after_s,
-            None if self.spoken is None else tuple(self.spoken), None if self.amounts is None else tuple(self.amounts),
+            *self[:7],
+            dict(self.held),
+            dict(self.more),
+            list(self.full),
+            self.retry_after_s,
+            None if self.spoken is None else tuple(self.spoken),
+            None if self.amounts is None else tuple(self.amounts),
             self.shift_ns,
-        )  # fmt: skip
+        )

@@ -334,14 +334,16 @@ class PostgresStore:
             row = await db.fetchrow(
                 f"SELECT instance, counted, cancelled_at IS NOT NULL FROM {SCHEMA}.records "
                 "WHERE day = $1 AND id = $2 FOR UPDATE",
-                date_of(day_of(key.bytes)), key,
-            )  # fmt: skip
+                date_of(day_of(key.bytes)),
+                key,
+            )
             if row is None or not row[1]:
                 return (Duplicate() if row is not None and row[2] else Refused("not_in_ledger")), ()
             await db.execute(
                 f"UPDATE {SCHEMA}.records SET counted = false, cancelled_at = now() WHERE day = $1 AND id = $2",
-                date_of(day_of(key.bytes)), key,
-            )  # fmt: skip
+                date_of(day_of(key.bytes)),
+                key,
+            )
             kept = [delta for delta in sums.buckets if not await _is_plain(db, delta)]
             going = [delta for delta in sums.buckets if delta not in kept]
             await self._add(db, BatchSums(sums.hourly, going), str(row[0]), known)
@@ -395,8 +397,9 @@ class PostgresStore:
                     # Asked of the catalog itself: what a connection remembers of a name may be of before the lock.
                     there = await db.fetchval(
                         "SELECT EXISTS (SELECT FROM pg_tables WHERE schemaname = $1 AND tablename = $2)",
-                        SCHEMA, f"records_{day:%Y%m%d}",
-                    )  # fmt: skip
+                        SCHEMA,
+                        f"records_{day:%Y%m%d}",
+                    )
                     if not there:
                         for statement in partition_of(day):
                             await db.execute(statement)
@@ -410,8 +413,9 @@ class PostgresStore:
             made = await db.fetchval(
                 f"INSERT INTO {SCHEMA}.instances (instance, nonce) VALUES ($1, $2) "
                 "ON CONFLICT (instance) DO NOTHING RETURNING instance",
-                name, identity.nonce,
-            )  # fmt: skip
+                name,
+                identity.nonce,
+            )
             if made is None:
                 there = await db.fetchval(f"SELECT nonce FROM {SCHEMA}.instances WHERE instance = $1 FOR UPDATE", name)
                 if there != identity.nonce and not identity.is_known(str(there)):
@@ -558,8 +562,9 @@ async def _bounded(db: Connection, series: Sequence[Series]) -> list[Series]:
         counted = await db.fetch(
             f"SELECT name, count(*) FROM {SCHEMA}.dimension_values WHERE name = ANY($1::text[]) AND value <> $2 "
             "GROUP BY name",
-            names, OTHER_VALUE,
-        )  # fmt: skip
+            names,
+            OTHER_VALUE,
+        )
         counts = {row[0]: int(row[1]) for row in counted}
         # In the order in which they came: the first ones have the room.
         for name, value in dict.fromkeys(pair for one in series for pair in one.dimensions):
@@ -612,8 +617,9 @@ async def _is_plain(db: Connection, delta: BucketDelta) -> bool:
     row = await db.fetchrow(
         f"SELECT EXISTS (SELECT FROM {SCHEMA}.buckets WHERE key = $1), "
         f"(SELECT count(DISTINCT version) FROM {SCHEMA}.buckets WHERE meter = $2)",
-        _bucket_key(delta), storable(delta.key.meter),
-    )  # fmt: skip
+        _bucket_key(delta),
+        storable(delta.key.meter),
+    )
     return bool(row[0]) and int(row[1]) == 1
 
 

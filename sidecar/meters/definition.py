@@ -181,9 +181,15 @@ class Meter:
     def version(self) -> str:
         """Of what it measures: the ledger starts anew when a definition changes."""
         said = [
-            self.kind, self.field, self.expression and self.expression.text, self.bucket_size, self.group_by,
-            sorted((f.key, sorted(f.values)) for f in self.filters), self.reset, self.anchor_day,
-        ]  # fmt: skip
+            self.kind,
+            self.field,
+            self.expression and self.expression.text,
+            self.bucket_size,
+            self.group_by,
+            sorted((f.key, sorted(f.values)) for f in self.filters),
+            self.reset,
+            self.anchor_day,
+        ]
         return hashlib.sha256(orjson.dumps(said)).hexdigest()[:12]
 
     def to_dict(self) -> dict[str, Any]:

@@ -130,6 +130,16 @@ def _group(parts: Sequence[Gathering]) -> CallGroup:
                 tokens[name] = tokens.get(name, 0) + sum(reported)
     picos = column(_picos)
     return CallGroup(
-        parts[0].kind, parts[0].hour, column(_lines), durations_ms, first_bytes_ms, request_bytes, response_bytes,
-        tokens, sum(picos), len(picos), sum(part.unpriced for part in parts), column(_numbers),
-    )  # fmt: skip
+        parts[0].kind,
+        parts[0].hour,
+        column(_lines),
+        durations_ms,
+        first_bytes_ms,
+        request_bytes,
+        response_bytes,
+        tokens,
+        sum(picos),
+        len(picos),
+        sum(part.unpriced for part in parts),
+        column(_numbers),
+    )

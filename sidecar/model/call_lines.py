@@ -67,9 +67,21 @@ class CallLines:
     # One way, and long: each step that were a function of its own would cost each line what calling it does.
     def _tally(self, line: bytes, row: dict[str, Any]) -> str:
         (
-            id_, started_at, request_bytes, response_bytes, subscriber, dimensions, usage, cost,
-            first_byte_ms, parent_id, status, outcome, method, route,
-        ) = _call(row)  # fmt: skip
+            id_,
+            started_at,
+            request_bytes,
+            response_bytes,
+            subscriber,
+            dimensions,
+            usage,
+            cost,
+            first_byte_ms,
+            parent_id,
+            status,
+            outcome,
+            method,
+            route,
+        ) = _call(row)
         pico, reason = None, None
         if cost is not None:
             total = cost["total"]
@@ -97,10 +109,19 @@ class CallLines:
             raise _OddError
         hour_text = started_at[:_HOUR_CHARS]
         key = (
-            hour_text, status, outcome, method, route, None if subscriber is None else subscriber["id"],
-            tuple(dimensions.items()) if dimensions else None, row.get("upstream"), asked, first_byte_ms is None,
-            parent_id is None, reason,
-        )  # fmt: skip
+            hour_text,
+            status,
+            outcome,
+            method,
+            route,
+            None if subscriber is None else subscriber["id"],
+            tuple(dimensions.items()) if dimensions else None,
+            row.get("upstream"),
+            asked,
+            first_byte_ms is None,
+            parent_id is None,
+            reason,
+        )
         there = self._tallied.get(key)
         if there is None:
             there = self._begin(key, line, hour_text)

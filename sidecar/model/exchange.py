@@ -150,8 +150,11 @@ class Gate:
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
-            "decision": self.decision, "limit": self.limit, "source": self.source, "age_s": self.age_s,
-        }  # fmt: skip
+            "decision": self.decision,
+            "limit": self.limit,
+            "source": self.source,
+            "age_s": self.age_s,
+        }
         if self.reserved:
             found["reserved"] = self.reserved
         if not self.sent:

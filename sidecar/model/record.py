@@ -202,9 +202,7 @@ class LineTemplate:
         url: str | None,
     ) -> bytes:
         """Of a call of which nothing has come back, and which has no number yet."""
-        return self.line(
-            0, id_, started_ns, _NULL, _NULL, request_bytes, 0, client_ip, trace_id, b"null", b"null", url
-        )  # fmt: skip
+        return self.line(0, id_, started_ns, _NULL, _NULL, request_bytes, 0, client_ip, trace_id, b"null", b"null", url)
 
     def line(
         self,

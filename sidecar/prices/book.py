@@ -410,9 +410,14 @@ class PriceBook:
 
     def _of_declared(self, entry: _Entry, declared: int) -> Priced:
         cost: Cost = {
-            "currency": USD, "total": amount_text(declared), "parts": {}, "state": DECLARED, "source": "provider",
-            "model": entry.model, "declared": amount_text(declared),
-        }  # fmt: skip
+            "currency": USD,
+            "total": amount_text(declared),
+            "parts": {},
+            "state": DECLARED,
+            "source": "provider",
+            "model": entry.model,
+            "declared": amount_text(declared),
+        }
         return cost, declared
 
     def _unpriced(self, model: str | None, source: str, reason: str, declared: int | None) -> Priced:

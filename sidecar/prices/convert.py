@@ -56,9 +56,14 @@ def table() -> bytes:
     rows = providers()
     head = {"source": f"{PACKAGE}/{metadata.version(PACKAGE)}", "sha256": digest_of(rows)}
     return (
-        b'{"source":' + orjson.dumps(head["source"]) + b',"sha256":' + orjson.dumps(head["sha256"]) + b',"providers":['
-        + b",".join(b"\n" + orjson.dumps(row, option=orjson.OPT_SORT_KEYS) for row in rows) + b"\n]}\n"
-    )  # fmt: skip
+        b'{"source":'
+        + orjson.dumps(head["source"])
+        + b',"sha256":'
+        + orjson.dumps(head["sha256"])
+        + b',"providers":['
+        + b",".join(b"\n" + orjson.dumps(row, option=orjson.OPT_SORT_KEYS) for row in rows)
+        + b"\n]}\n"
+    )
 
 
 def main() -> int:

@@ -91,8 +91,9 @@ class ClientProtocol(RequestHandler):
 
     __slots__ = ("_held", "_stopped", "upload_paused")
 
-    def __init__(self, server: Server, loop: AbstractEventLoop, *, target_bytes_max: int, field_bytes_max: int,
-                 fields_max: int) -> None:  # fmt: skip
+    def __init__(
+        self, server: Server, loop: AbstractEventLoop, *, target_bytes_max: int, field_bytes_max: int, fields_max: int
+    ) -> None:
         if field_bytes_max == target_bytes_max:
             field_bytes_max += 1  # `refusal` tells the two limits apart by their figure
         super().__init__(

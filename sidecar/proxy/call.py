@@ -288,10 +288,14 @@ class Call:
     def _ask_gate(self, gate: Admission, gathers: bool) -> None:
         hop, message, exchange = self._hop, self._message, self._exchange
         prepared = gate.prepare(
-            message.method, self._target, message.raw_headers,
-            subscriber=exchange.subscriber, dimensions=exchange.dimensions, route=exchange.route,
+            message.method,
+            self._target,
+            message.raw_headers,
+            subscriber=exchange.subscriber,
+            dimensions=exchange.dimensions,
+            route=exchange.route,
             upstream=exchange.upstream,
-        )  # fmt: skip
+        )
         length, waits = _body_ahead(message.raw_headers)
         self._gating = _Gating(gate, prepared, gathers, length)
         self.phase = Phase.ADMISSION
@@ -533,16 +537,21 @@ class Call:
         if passing is not None:
             known = chunk_of_read(len(data))
             try:
-                if known is not None and data.startswith(known[0]) and (
-                    (
-                        data.startswith((likeness := passing.likeness).start, at := known[2])
-                        and likeness.rest(data, at + likeness.size)
-                    ) or (
-                        data.endswith(passing.wire_ends)
-                        and passing.nothing_in(data)  # type: ignore[misc]
-                        and (not likeness.tries or likeness.other(data, at))
+                if (
+                    known is not None
+                    and data.startswith(known[0])
+                    and (
+                        (
+                            data.startswith((likeness := passing.likeness).start, at := known[2])
+                            and likeness.rest(data, at + likeness.size)
+                        )
+                        or (
+                            data.endswith(passing.wire_ends)
+                            and passing.nothing_in(data)  # type: ignore[misc]
+                            and (not likeness.tries or likeness.other(data, at))
+                        )
                     )
-                ):  # fmt: skip
+                ):
                     passing.body_bytes += known[1]
                     self.deadline = self._hop.idle_until
                     try:

@@ -186,9 +186,11 @@ class Hop:
             facts = {"reason": reason, "upstream": to.url, "calls": calls}
             which = "the upstream" if to.name is None else f"the upstream {to.name}"
             log.warning(
-                "%s gives no answer: %s", which, words,
+                "%s gives no answer: %s",
+                which,
+                words,
                 extra={"facts": facts if to.name is None else {**facts, "name": to.name}},
-            )  # fmt: skip
+            )
 
     def not_drained(self, limit: str) -> None:
         """The response of a client that left is not read on, though its usage was still to come."""
@@ -196,6 +198,7 @@ class Hop:
         calls = self.seldom.due(limit, self.loop.time())
         if calls is not None:
             log.warning(
-                "an answer is not read on, so its usage stays unknown: %s", REASONS[limit],
+                "an answer is not read on, so its usage stays unknown: %s",
+                REASONS[limit],
                 extra={"facts": {"limit": limit, "slots": self.drains.slots, "calls": calls}},
-            )  # fmt: skip
+            )

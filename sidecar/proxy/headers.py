@@ -262,8 +262,10 @@ class HeaderRules:
         target, authority = origin_form(target)
         base = b"" if target == "*" else self._address.base
         return b"%b %b%b HTTP/1.1\r\n" % (
-            method.encode("ascii"), base, target.encode("utf-8", "surrogateescape"),
-        ), authority  # fmt: skip
+            method.encode("ascii"),
+            base,
+            target.encode("utf-8", "surrogateescape"),
+        ), authority
 
     def request(
         self,

@@ -33,8 +33,13 @@ class LocalResponse:
         body = self.body
         connection = b"Connection: close\r\n" if close else b"Connection: keep-alive\r\n" if keep_alive_10 else b""
         return b"HTTP/1.1 %d %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b%b\r\n%b" % (
-            self.status, self.phrase.encode(), len(body), connection, fields, b"" if head_only else body,
-        )  # fmt: skip
+            self.status,
+            self.phrase.encode(),
+            len(body),
+            connection,
+            fields,
+            b"" if head_only else body,
+        )
 
 
 FIELD_NAMES: Final = ("Content-Type", "Content-Length")

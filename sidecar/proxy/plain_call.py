@@ -417,16 +417,21 @@ class PlainCall(PlainExchange):
             return
         known = chunk_of_read(len(data))
         try:
-            passes = known is not None and data.startswith(known[0]) and (
-                (
-                    data.startswith((likeness := stream.likeness).start, at := known[2])
-                    and likeness.rest(data, at + likeness.size)
-                ) or (
-                    data.endswith(stream.ends)
-                    and stream.nothing_in(data)
-                    and (not likeness.tries or likeness.other(data, at))
+            passes = (
+                known is not None
+                and data.startswith(known[0])
+                and (
+                    (
+                        data.startswith((likeness := stream.likeness).start, at := known[2])
+                        and likeness.rest(data, at + likeness.size)
+                    )
+                    or (
+                        data.endswith(stream.ends)
+                        and stream.nothing_in(data)
+                        and (not likeness.tries or likeness.other(data, at))
+                    )
                 )
-            )  # fmt: skip
+            )
         except Exception:
             log.exception("a usage reader failed; the response is read along")
             stream.nothing_in = not_known_yet
@@ -674,11 +679,18 @@ class PlainCall(PlainExchange):
         head = self._data.partition(b"\r\n\r\n")[0]
         message = _Message(shape.method, head.split(b" ", 2)[1].decode(), fields_of(head))
         call = Call.resume(
-            hop, client, message, self.exchange(), connection,
-            body=self.request_body, again=self._wire if self._may_go_again else None,
-            deadline=self.deadline, to=asked.to,
-            target=shape.target if self._aimed is None else self._aimed.target, timeout_s=asked.timeout_s,
-        )  # fmt: skip
+            hop,
+            client,
+            message,
+            self.exchange(),
+            connection,
+            body=self.request_body,
+            again=self._wire if self._may_go_again else None,
+            deadline=self.deadline,
+            to=asked.to,
+            target=shape.target if self._aimed is None else self._aimed.target,
+            timeout_s=asked.timeout_s,
+        )
         if client.call is self:  # else it has left
             client.call = call
         self.client = self.connection = None

@@ -315,10 +315,15 @@ class _Heads(Generic[_Facts]):
         if ending is None or (left < 0 and not shape.chunked) or end > self._head_bytes_max + 4:
             return None
         return (
-            shape, form.wire % (*values, ending, body), data[: end - 4], body, left, aimed,
+            shape,
+            form.wire % (*values, ending, body),
+            data[: end - 4],
+            body,
+            left,
+            aimed,
             form.trace_said if form.trace < 0 else values[form.trace],
             form.beside_said if form.beside < 0 else values[form.beside],
-        )  # fmt: skip
+        )
 
     def _learn_form(self, key: tuple[int, ...], read: PlainMessage[_Facts], data: bytes, peer: object) -> None:
         """Of a shape that is in use. It is kept where it reads this head as it was read without it."""
@@ -326,10 +331,16 @@ class _Heads(Generic[_Facts]):
         names = [self._names.get(line.partition(b": ")[0]) for line in lines]
         loose = [at for at, known in enumerate(names) if known is not None and known[1:] == (key[at], True)]
         form = form_of(
-            lines, loose=loose, sent=shape.places, added=shape.added,
-            first=key[0] if shape.aimed else 0, length_at=shape.length_at, trace_at=shape.trace_at,
-            beside_at=shape.beside_at, told_at=self._told_at(shape),
-        )  # fmt: skip
+            lines,
+            loose=loose,
+            sent=shape.places,
+            added=shape.added,
+            first=key[0] if shape.aimed else 0,
+            length_at=shape.length_at,
+            trace_at=shape.trace_at,
+            beside_at=shape.beside_at,
+            told_at=self._told_at(shape),
+        )
         if self._by_form(shape, form, data, peer) == read:
             shape.form = form
 
@@ -582,9 +593,14 @@ class PlainRequests(_Heads[_Facts]):
         whose values ours is added: a request that has one is not plain."""
         matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
         super().__init__(
-            first=_REQUEST_LINE, careful=_CAREFUL_REQUEST | joined, by_value=True, matters=matters, sights=sights,
-            head_bytes_max=head_bytes_max, fields_max=fields_max,
-        )  # fmt: skip
+            first=_REQUEST_LINE,
+            careful=_CAREFUL_REQUEST | joined,
+            by_value=True,
+            matters=matters,
+            sights=sights,
+            head_bytes_max=head_bytes_max,
+            fields_max=fields_max,
+        )
         self._describe = describe
         self._aim = aim
         self._kinds: dict[Hashable, int] = {}  # numbers of request lines, by the key of their targets
@@ -749,9 +765,14 @@ class PlainResponses(_Heads[_Facts]):
         """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
         matters = frozenset({b"content-type", b"content-encoding", b"transfer-encoding", b"connection"})
         super().__init__(
-            first=_STATUS_LINE, careful=_CAREFUL_RESPONSE | dropped, by_value=False, matters=matters, sights=sights,
-            head_bytes_max=HEAD_BYTES_MAX, fields_max=FIELDS_MAX,
-        )  # fmt: skip
+            first=_STATUS_LINE,
+            careful=_CAREFUL_RESPONSE | dropped,
+            by_value=False,
+            matters=matters,
+            sights=sights,
+            head_bytes_max=HEAD_BYTES_MAX,
+            fields_max=FIELDS_MAX,
+        )
         self._describe = describe
 
     def _learn_ending(

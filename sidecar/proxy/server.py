@@ -498,11 +498,16 @@ def _place(one: UpstreamSettings) -> tuple[object, ...]:
 def _sweep_s(settings: ProxySettings) -> float:
     """How often is looked at deadlines: often enough for the shortest of them."""
     shortest = min(
-        settings.upstream_timeout_s, *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
+        settings.upstream_timeout_s,
+        *(one.timeout_s for one in settings.upstreams if one.timeout_s is not None),
         *(one.timeout_s for one in settings.routes if one.timeout_s is not None),
-        settings.idle_timeout_s, settings.head_timeout_s, settings.keepalive_timeout_s,
-        settings.disconnect_drain_s, settings.linger_s, settings.upstream_keepalive_s or settings.idle_timeout_s,
-    )  # fmt: skip
+        settings.idle_timeout_s,
+        settings.head_timeout_s,
+        settings.keepalive_timeout_s,
+        settings.disconnect_drain_s,
+        settings.linger_s,
+        settings.upstream_keepalive_s or settings.idle_timeout_s,
+    )
     return min(SWEEP_S_MAX, max(SWEEP_S_MIN, shortest / 4))
 
 

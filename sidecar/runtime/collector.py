@@ -333,9 +333,10 @@ class StreamReader:
             acks = [message.ack_sync(self.connection.timeout_s) for message in messages[start : start + ACKS_AT_ONCE]]
             found = await self._guarded(there, _all(acks))
             if lost := sum(isinstance(one, BaseException) for one in found):
-                log.warning("acknowledgements got no answer: those records come again, and are known", extra={
-                    "facts": {"messages": lost}
-                })  # fmt: skip
+                log.warning(
+                    "acknowledgements got no answer: those records come again, and are known",
+                    extra={"facts": {"messages": lost}},
+                )
 
     def _look_for_gaps(self, messages: Sequence[Msg]) -> None:
         """Numbers that nobody will see: the stream was purged, or dropped what was too old, before it was read."""

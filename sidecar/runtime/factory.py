@@ -322,5 +322,8 @@ def raise_file_limit(settings: Settings) -> None:
             logging.WARNING if asked or left * FEW_CONNECTIONS < wished.connections else logging.DEBUG,
             "SIDECAR_CONNECTIONS=%d needs %d file descriptors and this process may have %d: %d connections are taken "
             "at once, and further ones are refused with 503; raise `ulimit -n`, or lower the setting",
-            wished.connections, wanted, hard, left,
-        )  # fmt: skip
+            wished.connections,
+            wanted,
+            hard,
+            left,
+        )

@@ -203,9 +203,13 @@ def _price(book: PriceBook, host: str) -> Price:
 
     def find(provider: str | None, model: str | None, input_tokens: int, output_tokens: int, at_ns: int) -> int | None:
         usage = Usage(
-            usage_state=UsageState.FINAL, provider=provider, model=model, input_tokens=input_tokens,
-            output_tokens=output_tokens, total_tokens=input_tokens + output_tokens,
-        )  # fmt: skip
+            usage_state=UsageState.FINAL,
+            provider=provider,
+            model=model,
+            input_tokens=input_tokens,
+            output_tokens=output_tokens,
+            total_tokens=input_tokens + output_tokens,
+        )
         cost, _ = book.cost(usage, at_ns / SECOND_NS, host=host, record=None)
         if cost is None or cost.get("currency") not in (USD, None):
             return None
@@ -278,9 +282,11 @@ def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str
 def _key_of(taps: UsageTaps, key: bytes) -> Callable[[RawHeaders], str | None]:
     """The hash of the credential that a head bears, whoever pays."""
     keyed = Attributor(
-        sources=[Source(SourceKind.CREDENTIAL, "")], dimensions={}, hash_key=key,
+        sources=[Source(SourceKind.CREDENTIAL, "")],
+        dimensions={},
+        hash_key=key,
         provider=taps.endpoints.host_provider,
-    )  # fmt: skip
+    )
 
     def find(fields: RawHeaders) -> str | None:
         subscriber, _ = keyed(fields, "", None)
@@ -333,9 +339,13 @@ def owner(settings: Settings, asking: Asking | None) -> Owner | None:
     loop = asyncio.get_running_loop()
     return Owner(
         found or Charging((), None, settings.gate.gate_unknown),
-        dry_run=settings.gate.gate_dry_run, clock_ns=time.time_ns, call_later=loop.call_later,
-        others=asking, units=_units(settings), shared=lease_clock_s if is_shared(settings) else None,
-    )  # fmt: skip
+        dry_run=settings.gate.gate_dry_run,
+        clock_ns=time.time_ns,
+        call_later=loop.call_later,
+        others=asking,
+        units=_units(settings),
+        shared=lease_clock_s if is_shared(settings) else None,
+    )
 
 
 def is_shared(settings: Settings) -> bool:
@@ -355,8 +365,12 @@ def fleet(settings: Settings, counters: Counters, past: Past | None) -> SharedCo
     claim = Claim(settings.data_dir, settings.fleet.instance, in_ledger=LEDGER_NAME in settings.backends)
     return SharedCounters(
         Postgres(url.reveal(), name=f"metering-sidecar {claim.name} limits", command_timeout_s=LIMITS_COMMAND_S),
-        claim, counters, clock_s=lease_clock_s, wall_ns=time.time_ns, past=past,
-    )  # fmt: skip
+        claim,
+        counters,
+        clock_s=lease_clock_s,
+        wall_ns=time.time_ns,
+        past=past,
+    )
 
 
 class LedgersPast:
@@ -392,8 +406,10 @@ class LedgersPast:
             if count > RECORDS_MAX:
                 log.warning(
                     "limits of %s are counted again from its hours in the ledger: of its %d records too many are "
-                    "wanted, so limits of keys, dimensions and meters begin at nothing", name, count,
-                )  # fmt: skip
+                    "wanted, so limits of keys, dimensions and meters begin at nothing",
+                    name,
+                    count,
+                )
                 now_s = time.time()
                 return self._hours(name, self._since_s, self._reaches_s or now_s if held else now_s + HOUR_S)
             return count_records(reader.lines_of(name, since, held), found, lambda r: r.started_s >= self._since_s)

@@ -266,8 +266,12 @@ class Metering:
             if backend not in known:
                 raise LookupError(self._no_backend(backend))
         choice = {
-            "backend": backend, "reason": reason, "ids": ids, "since_s": since_s, "resend_unknown": resend_unknown,
-        }  # fmt: skip
+            "backend": backend,
+            "reason": reason,
+            "ids": ids,
+            "since_s": since_s,
+            "resend_unknown": resend_unknown,
+        }
         asked = await bills.correct({"do": "redrive", **choice})
         return redriven(asked.answers) | _of_lanes(asked)
 
@@ -498,9 +502,14 @@ class Start:
 
 
 async def meter(
-    settings: Settings, start: Start, *, key: bytes, seam: socket.socket, admin: socket.socket,
+    settings: Settings,
+    start: Start,
+    *,
+    key: bytes,
+    seam: socket.socket,
+    admin: socket.socket,
     wire_socket: socket.socket,
-) -> int:  # fmt: skip
+) -> int:
     """Meter until told to stop; the exit code."""
     wire = await Wire.over(wire_socket)
     process = _Process(settings, start, key, wire)
@@ -596,9 +605,10 @@ class _Process:
             return 0
         log.error(
             "%d calls were served and their records are lost: there was no room for them until the end; "
-            "not even their number could be kept: no balance will say so", calls,
+            "not even their number could be kept: no balance will say so",
+            calls,
             extra={"facts": {"calls": calls, "kept_in_balance": False}},
-        )  # fmt: skip
+        )
         return LOST
 
     async def _hand_over(self, whole: Metering) -> None:

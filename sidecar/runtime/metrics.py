@@ -715,8 +715,10 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_instance_lag_seconds"] = {(label(n),): v for n, v in gauges.instance_lag_s.items()}
         self._gauges["sidecar_instance_silent_seconds"] = {(label(n),): v for n, v in gauges.instance_silent_s.items()}
         for name, lanes in (
-            ("held", gauges.lanes_held), ("resting", gauges.lanes_resting), ("unheld", gauges.lanes_unheld),
-        ):  # fmt: skip
+            ("held", gauges.lanes_held),
+            ("resting", gauges.lanes_resting),
+            ("unheld", gauges.lanes_unheld),
+        ):
             # No series rather than none held: `min` over sidecars is then over those that take part.
             self._gauges[f"sidecar_lanes_{name}"] = {} if lanes is None else {(): lanes}
 

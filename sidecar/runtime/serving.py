@@ -47,9 +47,14 @@ class Serving:
     def status(self, asked: int) -> Status:
         health = self.recorder.health()
         return Status(
-            asked, self.recorder.unseen, self.counts.connections, self.counts.drains, health.state.value, health.reason,
+            asked,
+            self.recorder.unseen,
+            self.counts.connections,
+            self.counts.drains,
+            health.state.value,
+            health.reason,
             self.recorder.refusing,
-        )  # fmt: skip
+        )
 
     async def renew(self, read: Callable[[], Settings]) -> None:
         """Read the settings anew, and use what of them may change while calls go on. They were judged by who asks for
@@ -100,10 +105,12 @@ async def serving(
         policy = gate_factory.policy(settings, factory.usage_taps(settings, lambda kind: None), key)
         gate = None if policy is None else gate_factory.admission(policy)
         link = Link(
-            address, source, worker,
+            address,
+            source,
+            worker,
             lambda asked: found.status(asked),  # noqa: PLW0108 - it is made below
             gate,
-        )  # fmt: skip
+        )
         recorder = Recorder(link, counts, settings.spool, source=source)
         given = recorder if gate is None else gate_factory.GatedRecorder(recorder, gate)
         proxy = factory.proxy(settings, given, counts, key, gate)
@@ -131,9 +138,10 @@ async def _part(found: Serving) -> None:
         found.left = found.recorder.waiting_records
         if found.left:
             log.error(
-                "%d calls were served and their records are lost: nobody took them until the end", found.left,
+                "%d calls were served and their records are lost: nobody took them until the end",
+                found.left,
                 extra={"facts": {"calls": found.left, "kept_in_balance": False}},
-            )  # fmt: skip
+            )
 
 
 async def _tick(found: Serving) -> None:
@@ -145,9 +153,16 @@ async def _tick(found: Serving) -> None:
 
 
 async def serve(
-    settings: Settings, *, key: bytes, address: Address, source: bytes, worker: int,
-    listeners: Sequence[socket.socket], wire_socket: socket.socket, read: Callable[[], Settings] | None = None,
-) -> int:  # fmt: skip
+    settings: Settings,
+    *,
+    key: bytes,
+    address: Address,
+    source: bytes,
+    worker: int,
+    listeners: Sequence[socket.socket],
+    wire_socket: socket.socket,
+    read: Callable[[], Settings] | None = None,
+) -> int:
     """Serve on the given sockets until told to stop; the exit code. `read`: reads the settings anew."""
     wire = await Wire.over(wire_socket)
     opened = False

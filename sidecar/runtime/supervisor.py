@@ -265,18 +265,28 @@ class Supervisor:
                 for sock in sockets.of_workers():
                     sock.close()
                 work = meter(
-                    settings, self._start_of_metering(), key=self._key, seam=sockets.seam, admin=sockets.admin,
+                    settings,
+                    self._start_of_metering(),
+                    key=self._key,
+                    seam=sockets.seam,
+                    admin=sockets.admin,
                     wire_socket=theirs,
-                )  # fmt: skip
+                )
             else:
                 for sock in sockets.of_workers() - set(process.listeners):
                     sock.close()
                 sockets.admin.close()
                 sockets.seam.close()
                 work = serve(
-                    settings, key=self._key, address=sockets.seam_address, source=process.source,
-                    worker=process.number, listeners=process.listeners, wire_socket=theirs, read=self._read,
-                )  # fmt: skip
+                    settings,
+                    key=self._key,
+                    address=sockets.seam_address,
+                    source=process.source,
+                    worker=process.number,
+                    listeners=process.listeners,
+                    wire_socket=theirs,
+                    read=self._read,
+                )
             code = _run(work)
         except BaseException:
             log.exception("%s has died", process)

@@ -189,9 +189,12 @@ class _Reading:
                 self._wrong(f"{header.name} is both set and removed: a header that is set replaces the client's anyway")
         values: dict[str, Any] = {}
         for key, kind in (
-            ("timeout_s", types.duration(0.001)), ("ca_file", types.readable_file), ("cert_file", types.readable_file),
-            ("key_file", types.readable_file), ("server_name", types.text),
-        ):  # fmt: skip
+            ("timeout_s", types.duration(0.001)),
+            ("ca_file", types.readable_file),
+            ("cert_file", types.readable_file),
+            ("key_file", types.readable_file),
+            ("server_name", types.text),
+        ):
             if key in table:
                 values[key] = self._parsed(key, kind)
         if ("cert_file" in table) != ("key_file" in table):

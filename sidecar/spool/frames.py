@@ -236,10 +236,24 @@ def _whole(exchange: Exchange | PlainExchange) -> Exchange:
 
 def _packed_plain(e: PlainExchange, shape: int, response: int) -> tuple[Any, ...]:
     return (
-        PLAIN, shape, response, e.client_ip, e.trace_id, e.request_bytes, e.request_body, e.id, e.started_ns,
-        e.started_mono_ns, e.first_byte_ms, e.duration_ms, e.response_bytes, e.response_head, e.response_body,
-        e.first_token_ns, e.url,
-    )  # fmt: skip
+        PLAIN,
+        shape,
+        response,
+        e.client_ip,
+        e.trace_id,
+        e.request_bytes,
+        e.request_body,
+        e.id,
+        e.started_ns,
+        e.started_mono_ns,
+        e.first_byte_ms,
+        e.duration_ms,
+        e.response_bytes,
+        e.response_head,
+        e.response_body,
+        e.first_token_ns,
+        e.url,
+    )
 
 
 def _packed_open(e: PlainExchange) -> tuple[Any, ...]:
@@ -249,10 +263,18 @@ def _packed_open(e: PlainExchange) -> tuple[Any, ...]:
 def _packed_request(shape: RequestShape) -> tuple[Any, ...]:
     subscriber = shape.subscriber
     return (
-        shape.method, shape.target, shape.fields, shape.read, shape.url, shape.route, shape.request_headers,
-        shape.user_agent, None if subscriber is None else (subscriber.id, subscriber.source), shape.dimensions,
+        shape.method,
+        shape.target,
+        shape.fields,
+        shape.read,
+        shape.url,
+        shape.route,
+        shape.request_headers,
+        shape.user_agent,
+        None if subscriber is None else (subscriber.id, subscriber.source),
+        shape.dimensions,
         shape.upstream,
-    )  # fmt: skip
+    )
 
 
 def request_shape_of(number: int, packed: Sequence[Any]) -> RequestShape:
@@ -260,11 +282,19 @@ def request_shape_of(number: int, packed: Sequence[Any]) -> RequestShape:
     try:
         method, target, fields, read, url, route, request_headers, user_agent, subscriber, dimensions, upstream = packed
         return RequestShape(
-            number=number, method=method, target=target, fields=fields, read=read, url=url, route=route,
-            request_headers=request_headers, user_agent=user_agent,
-            subscriber=None if subscriber is None else Subscriber(*subscriber), dimensions=dimensions,
+            number=number,
+            method=method,
+            target=target,
+            fields=fields,
+            read=read,
+            url=url,
+            route=route,
+            request_headers=request_headers,
+            user_agent=user_agent,
+            subscriber=None if subscriber is None else Subscriber(*subscriber),
+            dimensions=dimensions,
             upstream=upstream,
-        )  # fmt: skip
+        )
     except (TypeError, ValueError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
 
@@ -282,15 +312,45 @@ def plain_of(packed: Sequence[Any], shape: RequestShape, response: ResponseShape
     """The plain call that an entry of `ended` holds, of these two shapes."""
     try:
         (
-            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
-            duration_ms, response_bytes, response_head, response_body, first_token_ns, url,
-        ) = packed  # fmt: skip
+            _,
+            _,
+            _,
+            client_ip,
+            trace_id,
+            request_bytes,
+            request_body,
+            id_,
+            started_ns,
+            started_mono_ns,
+            first_byte_ms,
+            duration_ms,
+            response_bytes,
+            response_head,
+            response_body,
+            first_token_ns,
+            url,
+        ) = packed
     except ValueError as error:
         raise FrameError(f"not a frame: {error}") from None
     return PlainExchange(
-        shape, client_ip, trace_id, request_bytes, request_body, id_, started_ns, started_mono_ns, first_byte_ms,
-        duration_ms, response, response_bytes, response_head, response_body, None, first_token_ns, url,
-    )  # fmt: skip
+        shape,
+        client_ip,
+        trace_id,
+        request_bytes,
+        request_body,
+        id_,
+        started_ns,
+        started_mono_ns,
+        first_byte_ms,
+        duration_ms,
+        response,
+        response_bytes,
+        response_head,
+        response_body,
+        None,
+        first_token_ns,
+        url,
+    )
 
 
 def open_of(packed: Sequence[Any], shape: RequestShape) -> PlainExchange:
@@ -306,23 +366,60 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
     """The exchange that an entry of `opens` or `ended` holds. Raises `FrameError` for a kind that is not known."""
     try:
         (
-            kind, id_, method, url, route, request_headers, client_ip, user_agent, trace_id, subscriber, dimensions,
-            parent_id, started_ns, started_mono_ns, first_byte_ms, duration_ms, status, outcome, response_headers,
-            request_bytes, response_bytes, usage, error, gate,
+            kind,
+            id_,
+            method,
+            url,
+            route,
+            request_headers,
+            client_ip,
+            user_agent,
+            trace_id,
+            subscriber,
+            dimensions,
+            parent_id,
+            started_ns,
+            started_mono_ns,
+            first_byte_ms,
+            duration_ms,
+            status,
+            outcome,
+            response_headers,
+            request_bytes,
+            response_bytes,
+            usage,
+            error,
+            gate,
             upstream,
-        ) = packed  # fmt: skip
+        ) = packed
         if kind != EXCHANGE:
             raise FrameError(f"not a frame: an entry of kind {kind}")
         return Exchange(
-            id=id_, method=method, url=url, route=route, request_headers=request_headers, client_ip=client_ip,
-            user_agent=user_agent, trace_id=trace_id,
+            id=id_,
+            method=method,
+            url=url,
+            route=route,
+            request_headers=request_headers,
+            client_ip=client_ip,
+            user_agent=user_agent,
+            trace_id=trace_id,
             subscriber=None if subscriber is None else Subscriber(*subscriber),
-            dimensions=dimensions, parent_id=parent_id, started_ns=started_ns, started_mono_ns=started_mono_ns,
-            first_byte_ms=first_byte_ms, duration_ms=duration_ms, status=status, outcome=_OUTCOMES[outcome],
-            response_headers=response_headers, request_bytes=request_bytes, response_bytes=response_bytes,
-            usage=None if usage is None else _usage_of(usage), error=error,
-            gate=None if gate is None else gate_of(gate), upstream=upstream,
-        )  # fmt: skip
+            dimensions=dimensions,
+            parent_id=parent_id,
+            started_ns=started_ns,
+            started_mono_ns=started_mono_ns,
+            first_byte_ms=first_byte_ms,
+            duration_ms=duration_ms,
+            status=status,
+            outcome=_OUTCOMES[outcome],
+            response_headers=response_headers,
+            request_bytes=request_bytes,
+            response_bytes=response_bytes,
+            usage=None if usage is None else _usage_of(usage),
+            error=error,
+            gate=None if gate is None else gate_of(gate),
+            upstream=upstream,
+        )
     except (KeyError, TypeError, ValueError) as error:
         raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
 

@@ -312,9 +312,10 @@ def api_fault(error: BaseException, wanted: Wanted) -> NatsFault:
         return NatsFault("no_stream", f"there is no stream {name}: {make}", operator=True)
     if isinstance(error, ServiceUnavailableError) and error.err_code in (10039, 10076):
         return NatsFault(
-            "no_jetstream", "JetStream is not switched on there, or not for our account: set `jetstream` in its "
-            "configuration", operator=True,
-        )  # fmt: skip
+            "no_jetstream",
+            "JetStream is not switched on there, or not for our account: set `jetstream` in its configuration",
+            operator=True,
+        )
     if isinstance(error, NoRespondersError) or (
         isinstance(error, ServiceUnavailableError) and error.code in (None, 503)
     ):

@@ -157,8 +157,9 @@ class Postgres:
             await db.execute(
                 f"INSERT INTO {SCHEMA}.migrations (part, version) VALUES ($1, $2) "
                 "ON CONFLICT (part) DO UPDATE SET version = excluded.version, at = now()",
-                part, len(steps),
-            )  # fmt: skip
+                part,
+                len(steps),
+            )
             self._refuse_newer(version, len(steps))
 
     async def require(self, part: str, steps: Sequence[str]) -> None:
@@ -187,8 +188,9 @@ class Postgres:
         ours, theirs, encoding = await db.fetchrow(
             "SELECT to_regclass($1) IS NOT NULL, EXISTS (SELECT FROM pg_tables WHERE schemaname = $2), "
             "current_setting('server_encoding')",
-            f"{SCHEMA}.migrations", SCHEMA,
-        )  # fmt: skip
+            f"{SCHEMA}.migrations",
+            SCHEMA,
+        )
         if encoding not in _ENCODINGS:
             raise PostgresError(
                 f"the database {self.where} keeps texts in {encoding}, which lacks most scripts: make one WITH "

@@ -213,8 +213,11 @@ def _connect_to_read(path: Path, *, lasting: bool) -> sqlite3.Connection:
     quiet = not lasting and (not log.exists() or log.stat().st_size == 0)
     return sqlite3.connect(
         f"{path.absolute().as_uri()}?mode=ro{'&immutable=1' if quiet else ''}",
-        uri=True, isolation_level=None, check_same_thread=False, timeout=BUSY_S,
-    )  # fmt: skip
+        uri=True,
+        isolation_level=None,
+        check_same_thread=False,
+        timeout=BUSY_S,
+    )
 
 
 def _words(error: OSError | sqlite3.Error, found: Trouble, path: Path, schema: Schema) -> str:

@@ -119,9 +119,24 @@ class PlainReader:
         """The record's line of a call as `frames` packs it, counted in `take_gathered`; None where it is to be read as
         an `exchange`, for a call that is in any way unusual."""
         (
-            _, _, _, client_ip, trace_id, request_bytes, request_body, id_, started_ns, opened_ns, first_byte_ms,
-            duration_ms, response_bytes, response_head, response_body, first_token_ns, url,
-        ) = packed  # fmt: skip
+            _,
+            _,
+            _,
+            client_ip,
+            trace_id,
+            request_bytes,
+            request_body,
+            id_,
+            started_ns,
+            opened_ns,
+            first_byte_ms,
+            duration_ms,
+            response_bytes,
+            response_head,
+            response_body,
+            first_token_ns,
+            url,
+        ) = packed
         key = shape.number, response.number
         reading = self._readings.get(key)
         if reading is None:
@@ -152,9 +167,19 @@ class PlainReader:
         kind, price = known
         cost, pico = _UNKNOWN if row is None else price(row, started_ns / 1e9)
         line = template.line(
-            seq, id_, started_ns, first_byte_ms, duration_ms, request_bytes, response_bytes, client_ip, trace_id, usage,
-            cost, url,
-        )  # fmt: skip
+            seq,
+            id_,
+            started_ns,
+            first_byte_ms,
+            duration_ms,
+            request_bytes,
+            response_bytes,
+            client_ip,
+            trace_id,
+            usage,
+            cost,
+            url,
+        )
         kind.line = kind.line or line
         hour = started_ns // _HOUR_NS * HOUR_S
         gathering = kind.gathering
@@ -230,9 +255,12 @@ class PlainReader:
             return None
         fields = _own(reading, head) if reading.own else None
         return reading.plan.read(
-            plain.request_body, plain.response_body, fields=fields,
-            opened_ns=plain.started_mono_ns, first_token_ns=plain.first_token_ns,
-        )  # fmt: skip
+            plain.request_body,
+            plain.response_body,
+            fields=fields,
+            opened_ns=plain.started_mono_ns,
+            first_token_ns=plain.first_token_ns,
+        )
 
     def _by_taps(self, plain: PlainExchange, response: ResponseShape, exchange: Exchange) -> Usage | None:
         shape = plain.shape

@@ -119,8 +119,10 @@ def open_streams(make: Callable[[Path, int], p.Peer], folder: Path, count: int) 
         empty = peer.memory_bytes()
         holder = subprocess.Popen(
             [sys.executable, str(HERE / "streams.py"), "hold", str(peer.port), str(count)],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert holder.stdout is not None
         line = holder.stdout.readline()
         opened = json.loads(line)["open"]
@@ -144,10 +146,15 @@ def main() -> None:
     files = _allow_files()
     raw: dict[str, object] = {"at": time.time(), "machine": platform.platform(), "python": platform.python_version()}
     makers: dict[str, Callable[[Path, int], p.Peer]] = {
-        "nginx": p.nginx, "haproxy": p.haproxy, "envoy": p.envoy, "litellm": p.litellm,
-        "buffered": p.sidecar("buffered"), "committed": p.sidecar("committed"), "buffered2": p.sidecar("buffered", 2),
+        "nginx": p.nginx,
+        "haproxy": p.haproxy,
+        "envoy": p.envoy,
+        "litellm": p.litellm,
+        "buffered": p.sidecar("buffered"),
+        "committed": p.sidecar("committed"),
+        "buffered2": p.sidecar("buffered", 2),
         "down": p.sidecar("committed", down=True),
-    }  # fmt: skip
+    }
     chosen = [name for name in makers if name in arguments.peers.split(",")]
     loaded = [name for name in chosen if name != "down"]  # at full load it has no time for a backend that is down
     with ExitStack() as stack:

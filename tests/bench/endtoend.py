@@ -76,10 +76,13 @@ def deliver(room: Path, case: Case, url: str, records: int) -> dict[str, Any]:
 
     admin = p.free_port()
     env = {
-        "SIDECAR_BACKENDS": case.backends, "SIDECAR_METER_URL": f"{url}/meter", "SIDECAR_WEBHOOK_URL": f"{url}/webhook",
-        "SIDECAR_REVENIUM_URL": url, "SIDECAR_REVENIUM_API_KEY": "key-of-the-bench",
+        "SIDECAR_BACKENDS": case.backends,
+        "SIDECAR_METER_URL": f"{url}/meter",
+        "SIDECAR_WEBHOOK_URL": f"{url}/webhook",
+        "SIDECAR_REVENIUM_URL": url,
+        "SIDECAR_REVENIUM_API_KEY": "key-of-the-bench",
         "SIDECAR_DATA_DIR": str(room / "data"),
-    }  # fmt: skip
+    }
     make: Callable[[Path, int], p.Peer] = p.sidecar("committed", admin=admin, env=env)
     peer = make(room, 9)
     start_s = peer.idle_cpu_s()
@@ -93,9 +96,14 @@ def deliver(room: Path, case: Case, url: str, records: int) -> dict[str, Any]:
     finally:
         peer.stop()
     return {
-        "case": case.name, "records": records, "wall_s": wall_s, "cpu_s": cpu_s, "us": cpu_s / records * 1e6,
-        "records_per_s": records / wall_s, "records_per_cpu_s": records / cpu_s,
-    }  # fmt: skip
+        "case": case.name,
+        "records": records,
+        "wall_s": wall_s,
+        "cpu_s": cpu_s,
+        "us": cpu_s / records * 1e6,
+        "records_per_s": records / wall_s,
+        "records_per_cpu_s": records / cpu_s,
+    }
 
 
 def _drained(admin: int, case: Case, records: int) -> float:

@@ -141,9 +141,16 @@ class Wires:
         )
         counts = HopCounts()
         upstream = Upstream(
-            loop=loop, host="127.0.0.1", port=9001, socket_path=None, tls=None, server_name=None,
-            connect_timeout_s=1, keepalive_s=1e9, age_s=1e9,
-        )  # fmt: skip
+            loop=loop,
+            host="127.0.0.1",
+            port=9001,
+            socket_path=None,
+            tls=None,
+            server_name=None,
+            connect_timeout_s=1,
+            keepalive_s=1e9,
+            age_s=1e9,
+        )
         link = NoLink()
         self.recorder = link.recorder = Recorder(link, counts, settings.spool)
         self.attribute = factory.attributor(settings, b"k" * 32, lambda kind: None)
@@ -151,13 +158,22 @@ class Wires:
         self.taps = factory.usage_taps(settings, counts.usage_anomaly)
         address = UpstreamAddress.parse(UPSTREAM)
         rest = Destination(
-            name=None, url=UPSTREAM, headers=HeaderRules(settings.proxy, address), upstream=upstream,
-            reading=Reading(taps=self.taps, attribute=self.attribute, plainly=self.attribute), timeout_s=600,
-        )  # fmt: skip
+            name=None,
+            url=UPSTREAM,
+            headers=HeaderRules(settings.proxy, address),
+            upstream=upstream,
+            reading=Reading(taps=self.taps, attribute=self.attribute, plainly=self.attribute),
+            timeout_s=600,
+        )
         hop = Hop(
-            settings=settings.proxy, rest=rest, recorder=self.recorder, route=self.route, metrics=counts,
-            loop=loop, now=loop.time(),
-        )  # fmt: skip
+            settings=settings.proxy,
+            rest=rest,
+            recorder=self.recorder,
+            route=self.route,
+            metrics=counts,
+            loop=loop,
+            now=loop.time(),
+        )
         calls = PlainCalls(hop, address.base) if plain else None
         clients = Clients(9, counts)
         self.client = Client(Server(lambda server: Client(server, hop, clients), loop), hop, clients, calls)
@@ -183,12 +199,24 @@ class Wires:
         """An exchange as the careful way hands it to the recorder."""
         subscriber, dimensions = self.attribute(FIELDS, PATH, None)
         return Exchange(
-            method="POST", url=UPSTREAM + PATH, route=PATH, client_ip="127.0.0.1",
-            request_headers=[name.decode() for name, _ in FIELDS], subscriber=subscriber, dimensions=dimensions,
-            id="0190a5e2-0000-7000-8000-0123456789ab", started_ns=time.time_ns(), first_byte_ms=1.5, duration_ms=2.5,
-            status=200, outcome=Outcome.COMPLETE, response_headers=[name.decode() for name, _ in ANSWER_FIELDS],
-            request_bytes=len(BODY), response_bytes=len(DOCUMENT), usage=self.tap(),
-        )  # fmt: skip
+            method="POST",
+            url=UPSTREAM + PATH,
+            route=PATH,
+            client_ip="127.0.0.1",
+            request_headers=[name.decode() for name, _ in FIELDS],
+            subscriber=subscriber,
+            dimensions=dimensions,
+            id="0190a5e2-0000-7000-8000-0123456789ab",
+            started_ns=time.time_ns(),
+            first_byte_ms=1.5,
+            duration_ms=2.5,
+            status=200,
+            outcome=Outcome.COMPLETE,
+            response_headers=[name.decode() for name, _ in ANSWER_FIELDS],
+            request_bytes=len(BODY),
+            response_bytes=len(DOCUMENT),
+            usage=self.tap(),
+        )
 
 
 WITH_CEL = (
@@ -208,16 +236,36 @@ class Metering:
         self.metrics = Metrics(backends=["ledger"])
         self.reader = factory.plain_readers(settings, self.metrics, price_book(settings))("a")
         self.shape = RequestShape(
-            number=1, method="POST", target=PATH, fields=((b"Content-Type", b"application/json"),), read=True,
-            url=exchange.url, route=PATH, request_headers=exchange.request_headers, user_agent=None,
-            subscriber=exchange.subscriber, dimensions={},
-        )  # fmt: skip
+            number=1,
+            method="POST",
+            target=PATH,
+            fields=((b"Content-Type", b"application/json"),),
+            read=True,
+            url=exchange.url,
+            route=PATH,
+            request_headers=exchange.request_headers,
+            user_agent=None,
+            subscriber=exchange.subscriber,
+            dimensions={},
+        )
         self.response = ResponseShape(number=1, status=200, response_headers=exchange.response_headers)
         head = ANSWER[: ANSWER.index(b"\r\n\r\n")]
         plain = PlainExchange(
-            self.shape, "127.0.0.1", None, len(BODY), BODY, exchange.id, exchange.started_ns, 0, 1.5, 1.5,
-            self.response, len(DOCUMENT), head, DOCUMENT,
-        )  # fmt: skip
+            self.shape,
+            "127.0.0.1",
+            None,
+            len(BODY),
+            BODY,
+            exchange.id,
+            exchange.started_ns,
+            0,
+            1.5,
+            1.5,
+            self.response,
+            len(DOCUMENT),
+            head,
+            DOCUMENT,
+        )
         self.calls = [plain] * CALLS
         self.frame = self.pack()
         self.told = decode_frame(self.frame)
@@ -321,8 +369,10 @@ async def share_of_an_expression(wires: Wires, metering: Metering) -> None:
         decode_frame(metering.frame)
 
     runs: dict[str, Callable[[], None]] = {
-        "rest": hop, "without": lambda: stages(DEFAULT_METERS), "with": lambda: stages(WITH_CEL),
-    }  # fmt: skip
+        "rest": hop,
+        "without": lambda: stages(DEFAULT_METERS),
+        "with": lambda: stages(WITH_CEL),
+    }
     best = dict.fromkeys(runs, float("inf"))
     for _ in range(BLOCKS * 4):
         for name, run in runs.items():

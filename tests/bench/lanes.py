@@ -62,9 +62,13 @@ async def lanes(db: Database, there: Lanes, into: list[Took]) -> None:
     await asyncio.to_thread(there.put, EVENTS)
     Slow.taken = 0
     one = Elected(
-        url=db.url, me="one/life", names=["webhook"], make=lambda: [Slow()], metrics=CountingMetrics(),
+        url=db.url,
+        me="one/life",
+        names=["webhook"],
+        make=lambda: [Slow()],
+        metrics=CountingMetrics(),
         retention_s=3600.0,
-    )  # fmt: skip
+    )
     async with one:
         while not Slow.taken:
             await asyncio.sleep(0.001)

@@ -160,14 +160,28 @@ def nginx_upstream(folder: Path) -> Peer:
 
 def chat_answer() -> dict[str, object]:
     return {
-        "id": "chatcmpl-bench", "object": "chat.completion", "created": 1790000000, "model": "gpt-5-mini-2025-08-07",
-        "choices": [{"index": 0, "message": {"role": "assistant", "content": "whale " * 50, "refusal": None},
-                     "logprobs": None, "finish_reason": "stop"}],
-        "usage": {"prompt_tokens": 43, "completion_tokens": 97, "total_tokens": 140,
-                  "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
-                  "completion_tokens_details": {"reasoning_tokens": 64, "audio_tokens": 0}},
-        "service_tier": "default", "system_fingerprint": "fp_bench",
-    }  # fmt: skip
+        "id": "chatcmpl-bench",
+        "object": "chat.completion",
+        "created": 1790000000,
+        "model": "gpt-5-mini-2025-08-07",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": "whale " * 50, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+            }
+        ],
+        "usage": {
+            "prompt_tokens": 43,
+            "completion_tokens": 97,
+            "total_tokens": 140,
+            "prompt_tokens_details": {"cached_tokens": 0, "audio_tokens": 0},
+            "completion_tokens_details": {"reasoning_tokens": 64, "audio_tokens": 0},
+        },
+        "service_tier": "default",
+        "system_fingerprint": "fp_bench",
+    }
 
 
 def nginx(folder: Path, upstream: int) -> Peer:
@@ -226,31 +240,59 @@ def envoy(folder: Path, upstream: int) -> Peer:
     }
     manager = {
         "@type": f"{FILTERS}.network.http_connection_manager.v3.HttpConnectionManager",
-        "stat_prefix": "f", "generate_request_id": False, "http_filters": [router],
-        "route_config": {"virtual_hosts": [{"name": "v", "domains": ["*"], "routes": [
-            {"match": {"prefix": "/"}, "route": {"cluster": "u", "timeout": "0s"}}]}]},
-    }  # fmt: skip
+        "stat_prefix": "f",
+        "generate_request_id": False,
+        "http_filters": [router],
+        "route_config": {
+            "virtual_hosts": [
+                {
+                    "name": "v",
+                    "domains": ["*"],
+                    "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "u", "timeout": "0s"}}],
+                }
+            ]
+        },
+    }
     address = {"socket_address": {"address": "127.0.0.1", "port_value": upstream}}
     config.write_text(
         json.dumps(
             {
                 "static_resources": {
-                    "listeners": [{
-                        "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}},
-                        "filter_chains": [{"filters": [
-                            {"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}],
-                    }],
-                    "clusters": [{
-                        "name": "u", "connect_timeout": "5s", "type": "STATIC",
-                        "circuit_breakers": {"thresholds": [
-                            {"max_connections": 65536, "max_requests": 65536, "max_pending_requests": 65536}]},
-                        "load_assignment": {"cluster_name": "u", "endpoints": [
-                            {"lb_endpoints": [{"endpoint": {"address": address}}]}]},
-                    }],
+                    "listeners": [
+                        {
+                            "address": {"socket_address": {"address": "127.0.0.1", "port_value": port}},
+                            "filter_chains": [
+                                {
+                                    "filters": [
+                                        {
+                                            "name": "envoy.filters.network.http_connection_manager",
+                                            "typed_config": manager,
+                                        }
+                                    ]
+                                }
+                            ],
+                        }
+                    ],
+                    "clusters": [
+                        {
+                            "name": "u",
+                            "connect_timeout": "5s",
+                            "type": "STATIC",
+                            "circuit_breakers": {
+                                "thresholds": [
+                                    {"max_connections": 65536, "max_requests": 65536, "max_pending_requests": 65536}
+                                ]
+                            },
+                            "load_assignment": {
+                                "cluster_name": "u",
+                                "endpoints": [{"lb_endpoints": [{"endpoint": {"address": address}}]}],
+                            },
+                        }
+                    ],
                 }
             }
         )
-    )  # fmt: skip
+    )
     command = [binary, "-c", str(config), "--concurrency", "1", "--disable-hot-restart", "-l", "error"]
     return start("Envoy", command, port, folder)
 

@@ -119,9 +119,16 @@ def lines(run: int, records: int = RECORDS) -> list[bytes]:
         who = Subscriber(f"customer-{n % 200}", "jwt:sub")
         used = usage(raw_usage=None, finish_reasons=[], response_id=None, request_model=None, operation=None)
         one = record(
-            n, id=f"019aa4a0-{run:04x}-7000-8000-{n:012x}", subscriber=who, started_ns=T0_NS, url="/", usage=used,
-            request_headers=[], response_headers=[], dimensions={},
-        )  # fmt: skip
+            n,
+            id=f"019aa4a0-{run:04x}-7000-8000-{n:012x}",
+            subscriber=who,
+            started_ns=T0_NS,
+            url="/",
+            usage=used,
+            request_headers=[],
+            response_headers=[],
+            dimensions={},
+        )
         made_.append(one.json.replace(b'"url":"/"', b'"url":"/%b"' % (b"x" * (LINE_BYTES - len(one.json)))))
     return made_
 

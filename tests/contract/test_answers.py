@@ -96,17 +96,30 @@ async def test_what_is_no_yes_at_any_of_them(trial_name: str, tmp_path: Path) ->
     async with at_a_server(trial_name, tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
         for body, verdict in (
-            (b"null", foreign), (b'"ok"', foreign), (b"[]", foreign), (b"17", foreign), (b"true", foreign),
-            (b"ok", foreign), (b"thank you", foreign),
-            (b"false", Unknown("said_no")), (b'"failed"', Unknown("said_error")),
+            (b"null", foreign),
+            (b'"ok"', foreign),
+            (b"[]", foreign),
+            (b"17", foreign),
+            (b"true", foreign),
+            (b"ok", foreign),
+            (b"thank you", foreign),
+            (b"false", Unknown("said_no")),
+            (b'"failed"', Unknown("said_error")),
             (b'{"error": {"code": "x"}, "success": false}', Unknown("said_error")),
-            (b'{"errors": true}', Unknown("said_error")), (b'{"Error-Code": 17}', Unknown("said_error")),
-            (b'{"success": 0, "failed": 1}', Unknown("said_fewer")), (b'{"Success": false}', Unknown("said_no")),
-            (b'{"accepted": 0}', Unknown("said_fewer")), (b'{"data": {"failed": 2}}', Unknown("said_failed")),
-            (b'{"status": "FAILED"}', Unknown("said_failed")), (b'{"statusCode": 503}', Unknown("said_error")),
-            (b'{"accepted": 99}', Unknown("counts_differ")), (b'{"status": "que', Unknown("cut_answer")),
-            (b"\n <!-- x --><p>hello", UNEXPECTED), (b"<HTML><BODY>", UNEXPECTED), (gzip.compress(b"{}"), UNEXPECTED),
-        ):  # fmt: skip
+            (b'{"errors": true}', Unknown("said_error")),
+            (b'{"Error-Code": 17}', Unknown("said_error")),
+            (b'{"success": 0, "failed": 1}', Unknown("said_fewer")),
+            (b'{"Success": false}', Unknown("said_no")),
+            (b'{"accepted": 0}', Unknown("said_fewer")),
+            (b'{"data": {"failed": 2}}', Unknown("said_failed")),
+            (b'{"status": "FAILED"}', Unknown("said_failed")),
+            (b'{"statusCode": 503}', Unknown("said_error")),
+            (b'{"accepted": 99}', Unknown("counts_differ")),
+            (b'{"status": "que', Unknown("cut_answer")),
+            (b"\n <!-- x --><p>hello", UNEXPECTED),
+            (b"<HTML><BODY>", UNEXPECTED),
+            (gzip.compress(b"{}"), UNEXPECTED),
+        ):
             server.says(answer(200, body))
             verdicts = await backend.send(sealed)
             if trial_name.startswith("openmeter") and verdict == Delivered():
@@ -430,8 +443,10 @@ async def test_a_port_that_speaks_tls_took_nothing_that_was_sent_plainly(trial_n
         assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("tls")]
         await backend.aclose()
     async with ScriptedServer().running() as server:
-        for text in (b"<html>400 The plain HTTP request was sent to HTTPS port</html>",
-                     b"Client sent an HTTP request to an HTTPS server.\n"):  # fmt: skip
+        for text in (
+            b"<html>400 The plain HTTP request was sent to HTTPS port</html>",
+            b"Client sent an HTTP request to an HTTPS server.\n",
+        ):
             server.says(answer(400, text))
             backend = build(trial_name, tmp_path, server.url)
             assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("tls")]

@@ -141,9 +141,13 @@ def test_a_subscriber_that_is_no_hash_is_the_customer_but_at_stripe() -> None:
 def test_revenium_sends_unknown_ones_again_only_where_told_and_only_without_a_key(mode: str, tmp_path: Path) -> None:
     def from_environment(**said: str) -> Any:
         environ = {
-            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_BACKENDS": "revenium",
-            "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_REVENIUM_MODE": mode, "SIDECAR_REVENIUM_SOURCE_ID": "s", **said,
-        }  # fmt: skip
+            "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9",
+            "SIDECAR_BACKENDS": "revenium",
+            "SIDECAR_REVENIUM_API_KEY": "k",
+            "SIDECAR_REVENIUM_MODE": mode,
+            "SIDECAR_REVENIUM_SOURCE_ID": "s",
+            **said,
+        }
         values = load(environ, backend_settings=backend_settings()).backend("revenium")
         return BACKENDS["revenium"].make(values, Context(data_dir=tmp_path))
 
@@ -221,10 +225,16 @@ async def test_revenium_is_told_costs_where_asked_rounded_and_only_known_ones(ve
     receiver = await vendor("revenium")
     backend = made(ReveniumBackend, api_key="k", mode="completions", costs="true", url=receiver.url)
     parts = {
-        "input": "0.000875", "input_audio": "0.000000000049", "output": "0.002", "output_reasoning": "0.001",
-        "cache_read": "0.0000375", "cache_write_5m": "0.00000000005", "cache_write_1h": "0.0000000001",
-        "web_searches": "0.01", "meter:pages": "0.5",
-    }  # fmt: skip
+        "input": "0.000875",
+        "input_audio": "0.000000000049",
+        "output": "0.002",
+        "output_reasoning": "0.001",
+        "cache_read": "0.0000375",
+        "cache_write_5m": "0.00000000005",
+        "cache_write_1h": "0.0000000001",
+        "web_searches": "0.01",
+        "meter:pages": "0.5",
+    }
     priced = record(1, cost=cost("0.513912500199", **parts))
     free, declared = record(2, cost=cost("0")), record(3, cost=cost("0.25") | {"state": "declared"})
     unknown = [record(4, cost=cost(None)), record(5, cost=cost("3", "EUR")), record(6)]
@@ -235,14 +245,21 @@ async def test_revenium_is_told_costs_where_asked_rounded_and_only_known_ones(ve
     sent = [{k: v for k, v in body.items() if k.endswith("Cost")} for body in receiver.billed("revenium")]
     assert sent == [
         {
-            "inputTokenCost": 0.000875, "outputTokenCost": 0.003, "cacheReadTokenCost": 0.0000375,
-            "cacheCreationTokenCost": 0.0000000002, "totalCost": 0.5139125002,
+            "inputTokenCost": 0.000875,
+            "outputTokenCost": 0.003,
+            "cacheReadTokenCost": 0.0000375,
+            "cacheCreationTokenCost": 0.0000000002,
+            "totalCost": 0.5139125002,
         },
         dict.fromkeys(
             ("inputTokenCost", "outputTokenCost", "cacheReadTokenCost", "cacheCreationTokenCost", "totalCost"), 0
         ),
-        {"totalCost": 0.25}, {}, {}, {}, {"totalCost": 0.0000000002},
-    ]  # fmt: skip
+        {"totalCost": 0.25},
+        {},
+        {},
+        {},
+        {"totalCost": 0.0000000002},
+    ]
     (sealed,) = made(ReveniumBackend, api_key="k", mode="completions").encode([priced]).sealed
     assert b'Cost"' not in sealed.body, "nobody asked for them"
     with pytest.raises(ValueError, match="SIDECAR_REVENIUM_COSTS: the mode events has no field for costs"):
@@ -263,9 +280,13 @@ def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
         backend.encode([record(1, usage=usage(output_tokens=None, units={"pages": 3, "audio_seconds": "1.50"}))])
     )
     assert body["payload"] == {
-        "api-calls": 1, "input-tokens": 43, "total-tokens": 140, "cache-read-input-tokens": 0,
-        "pages": 3, "audio-seconds": 1.5,
-    }  # fmt: skip
+        "api-calls": 1,
+        "input-tokens": 43,
+        "total-tokens": 140,
+        "cache-read-input-tokens": 0,
+        "pages": 3,
+        "audio-seconds": 1.5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -494,11 +515,12 @@ def test_a_meter_that_cannot_be_computed_is_withheld_and_the_others_go(backend: 
         [
             {"name": "calls", "event_name": "calls", "aggregation": {"type": "COUNT"}},
             {
-                "name": "ratio", "event_name": "ratio",
+                "name": "ratio",
+                "event_name": "ratio",
                 "aggregation": {"type": "SUM", "expression": "output_tokens / input_tokens"},
             },
         ]
-    )  # fmt: skip
+    )
     odd, plain = record(1, usage=usage(input_tokens=0)), record(2)
     encoded = made(backend, definitions=meters, customers=KNOWN, api_key="k").encode([odd, plain])
     assert {e.event_id: (w.reason, w.detail) for e, w in encoded.withheld.items()} == {
@@ -702,8 +724,13 @@ async def test_stripe_meters_are_compared_and_created_and_never_changed(vendor: 
     await receiver.aclose()
     assert "does not answer" in (await backend.examine())[0]
     async with ScriptedServer().running() as server:
-        row = {"event_name": "api_calls", "event_time_window": "hour", "default_aggregation": {"formula": "count"},
-               "customer_mapping": {"event_payload_key": "stripe_customer_id"}, "id": "mtr_1"}  # fmt: skip
+        row = {
+            "event_name": "api_calls",
+            "event_time_window": "hour",
+            "default_aggregation": {"formula": "count"},
+            "customer_mapping": {"event_payload_key": "stripe_customer_id"},
+            "id": "mtr_1",
+        }
         server.script = lambda _: answer(200, orjson.dumps({"data": [row], "has_more": True}))
         windowed = made(StripeBackend, api_key="k", url=server.url, meters="api_calls")
         assert ["overwrite each other" in problem for problem in await windowed.examine()] == [True]
@@ -715,22 +742,28 @@ async def test_stripe_meters_are_compared_and_created_and_never_changed(vendor: 
 
 def test_stripes_late_complaints_are_read() -> None:
     document = {
-        "id": "evt_1", "type": "v1.billing.meter.error_report_triggered", "related_object": {"id": "mtr_1"},
+        "id": "evt_1",
+        "type": "v1.billing.meter.error_report_triggered",
+        "related_object": {"id": "mtr_1"},
         "data": {
             "developer_message_summary": "There are 3 invalid events",
             "reason": {
                 "error_count": 12,
                 "error_types": [
-                    {"code": "meter_event_customer_not_found", "error_count": 10, "sample_errors": [
-                        {"error_message": "…", "request": {"identifier": f"{record_id(1)}:api_calls"}},
-                        {"error_message": "…", "request": {"idempotency_key": f"{record_id(2)}:api_calls"}},
-                        {"error_message": "…", "request": None},
-                    ]},
+                    {
+                        "code": "meter_event_customer_not_found",
+                        "error_count": 10,
+                        "sample_errors": [
+                            {"error_message": "…", "request": {"identifier": f"{record_id(1)}:api_calls"}},
+                            {"error_message": "…", "request": {"idempotency_key": f"{record_id(2)}:api_calls"}},
+                            {"error_message": "…", "request": None},
+                        ],
+                    },
                     {"code": "timestamp_too_far_in_past", "error_count": 2, "sample_errors": None},
                 ],
             },
         },
-    }  # fmt: skip
+    }
     report = read_report(orjson.dumps(document))
     assert report.meter == "mtr_1"
     assert report.error_count == 12
@@ -814,12 +847,21 @@ def test_records_are_passed_on_with_cost_and_charge(name: str, tmp_path: Path) -
 async def test_flexprice_meters_are_created_compared_and_left_alone(vendor: Vendor) -> None:
     receiver = await vendor("flexprice")
     backend = made(FlexpriceBackend, api_key="k", url=receiver.url)
-    definitions = read_meters([
-        {"name": "calls", "aggregation": {"type": "COUNT"}, "filters": [{"key": "method", "values": ["GET", "POST"]}]},
-        {"name": "priced", "aggregation": {"type": "SUM", "field": "input_tokens", "multiplier": "0.001"}},
-        {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}, "reset_usage": "NEVER"},
-        {"name": "peak", "aggregation": {"type": "MAX", "field": "status", "bucket_size": "HOUR", "group_by": "model"}},
-    ])  # fmt: skip
+    definitions = read_meters(
+        [
+            {
+                "name": "calls",
+                "aggregation": {"type": "COUNT"},
+                "filters": [{"key": "method", "values": ["GET", "POST"]}],
+            },
+            {"name": "priced", "aggregation": {"type": "SUM", "field": "input_tokens", "multiplier": "0.001"}},
+            {"name": "models", "aggregation": {"type": "UNIQUE_COUNT", "field": "model"}, "reset_usage": "NEVER"},
+            {
+                "name": "peak",
+                "aggregation": {"type": "MAX", "field": "status", "bucket_size": "HOUR", "group_by": "model"},
+            },
+        ]
+    )
     for meter in definitions:
         assert "created" in (await backend.provision(meter)).text, meter
         assert "it fits" in (await backend.provision(meter)).text
@@ -853,9 +895,14 @@ async def test_openmeter_events_are_cloudevents_in_a_batch() -> None:
         assert "authorization" not in request.headers
         event = orjson.loads(request.body)[0]
         assert {k: v for k, v in event.items() if k != "data"} == {
-            "specversion": "1.0", "id": record_id(1), "source": "site-1", "type": "llm", "subject": "acme",
-            "time": "2026-11-21T09:00:00.124456Z", "datacontenttype": "application/json",
-        }  # fmt: skip
+            "specversion": "1.0",
+            "id": record_id(1),
+            "source": "site-1",
+            "type": "llm",
+            "subject": "acme",
+            "time": "2026-11-21T09:00:00.124456Z",
+            "datacontenttype": "application/json",
+        }
         assert event["data"]["output_tokens"] == 97
         assert len(orjson.loads(second.body)) == 1
         server.script = lambda _: answer(412)
@@ -914,9 +961,10 @@ async def test_lago_is_told_the_cost_of_a_call_once_and_exactly(vendor: Vendor) 
         if "precise_total_amount_cents" in event
     }
     assert amounts == {
-        f"{record_id(1)}:paid": "0.02457000012", f"{record_id(4)}:paid": "0",
+        f"{record_id(1)}:paid": "0.02457000012",
+        f"{record_id(4)}:paid": "0",
         f"{record_id(5)}:paid": "14.814814681481481",
-    }  # fmt: skip
+    }
     assert len(receiver.billed("lago")) == 6 + 3 + 1  # calls, costs, and the charge as a plain value
     charged = made(LagoBackend, api_key="k", definitions=MONEY, cost_meter="charged")
     events = [e for e in only(charged.encode(calls[:1]))["events"] if "precise_total_amount_cents" in e]

@@ -163,11 +163,15 @@ def test_bytes_and_keys_are_the_same_in_another_process() -> None:
     here = Path(__file__).parent
     found = {
         subprocess.run(
-            [sys.executable, "-c", DIGESTS], check=True, capture_output=True, text=True, cwd=here.parent.parent,
+            [sys.executable, "-c", DIGESTS],
+            check=True,
+            capture_output=True,
+            text=True,
+            cwd=here.parent.parent,
             env={"PYTHONHASHSEED": seed, "PYTHONPATH": f"{here}:{here.parent}:{here.parent.parent}"},
         ).stdout
         for seed in ("1", "2")
-    }  # fmt: skip
+    }
     assert len(found) == 1
 
 
@@ -727,7 +731,12 @@ async def test_file_that_cannot_be_written_blocks_or_waits(tmp_path: Path) -> No
 
 def test_verdicts_are_told_apart() -> None:
     everything: list[Verdict] = [
-        Delivered(), Duplicate(), Retry("a"), Refused("a"), Blocked("a"), Unknown("a"),
-    ]  # fmt: skip
+        Delivered(),
+        Duplicate(),
+        Retry("a"),
+        Refused("a"),
+        Blocked("a"),
+        Unknown("a"),
+    ]
     assert len(set(kinds_of(everything))) == 6
     assert usage().total_tokens == 140

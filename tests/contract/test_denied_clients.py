@@ -69,9 +69,13 @@ def gemini(url: str, *, stream: bool = False) -> Any:
 def bedrock(url: str, *, mode: str = "legacy", stream: bool = False) -> Any:
     boto3, config = vendor("boto3"), vendor("botocore.config")
     client = boto3.client(
-        "bedrock-runtime", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b",
-        endpoint_url=url, config=config.Config(proxies={}, retries={"mode": mode}),
-    )  # fmt: skip
+        "bedrock-runtime",
+        region_name="us-east-1",
+        aws_access_key_id="a",
+        aws_secret_access_key="b",
+        endpoint_url=url,
+        config=config.Config(proxies={}, retries={"mode": mode}),
+    )
     try:
         return (client.converse_stream if stream else client.converse)(modelId=CLAUDE, messages=[])
     finally:

@@ -343,10 +343,18 @@ async def test_a_budget_stops_who_is_over_it_and_nobody_else(receiver: Receiver,
     source = made(ReveniumControls(api_key=KEY, team="team-limit-50", url=receiver.url, customers={"ours": "acme"}))
     moment = "2026-11-20T09:00:00Z"
     completion = {
-        "model": "m", "provider": "p", "inputTokenCount": 40, "outputTokenCount": 20, "totalTokenCount": 60,
-        "stopReason": "END", "requestTime": moment, "completionStartTime": moment, "responseTime": moment,
-        "requestDuration": 1, "subscriber": {"id": "acme"},
-    }  # fmt: skip
+        "model": "m",
+        "provider": "p",
+        "inputTokenCount": 40,
+        "outputTokenCount": 20,
+        "totalTokenCount": 60,
+        "stopReason": "END",
+        "requestTime": moment,
+        "completionStartTime": moment,
+        "responseTime": moment,
+        "requestDuration": 1,
+        "subscriber": {"id": "acme"},
+    }
     before = await verdict(source, "*", Caller(subscriber="ours"))
     assert before == Answer(allowed=True)
     async with aiohttp.ClientSession(receiver.url, headers={"x-api-key": KEY}) as session:
@@ -568,8 +576,12 @@ async def test_the_settings_make_the_sources(tmp_path: Path, receiver: Receiver)
     assert [source.name for source in made] == list(ALL)
     acme = Caller(subscriber="acme")
     assert [source.subject(acme) for source in made] == [
-        "acme-quota-1", "*", "acme", "acme", "sub_acme-balance-0",
-    ]  # fmt: skip
+        "acme-quota-1",
+        "*",
+        "acme",
+        "acme",
+        "sub_acme-balance-0",
+    ]
     for source in made:
         found = await source.ask(source.subject(acme) or "")
         assert not isinstance(found, NoAnswer) or source.name == "revenium", found  # its claim is of the test's clock

@@ -127,8 +127,10 @@ async def test_a_server_that_is_away_and_comes_back(made: Backends) -> None:
         server.kill()
         again = sealed(backend, record(3), record(4))
         assert {word(v) for v in await backend.send(again)} <= {
-            "Retry refused", "Retry connection_lost", "Unknown connection_lost"
-        }  # fmt: skip
+            "Retry refused",
+            "Retry connection_lost",
+            "Unknown connection_lost",
+        }
         assert [word(v) for v in await backend.send(again)] == ["Retry refused"] * 2
         assert (await backend.reach()) == (False, f"no connection to nats://127.0.0.1:{server.port}: refused")
         server.start()

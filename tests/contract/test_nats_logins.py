@@ -42,11 +42,16 @@ async def made(tmp_path: Path) -> AsyncIterator[Made]:
 def given(tmp_path: Path, url: str, **texts: str) -> dict[str, Any]:
     """Raises `SettingsError`."""
     env = {
-        "SIDECAR_DATA_DIR": str(tmp_path / "data"), "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1",
-        "SIDECAR_BACKENDS": "nats", "SIDECAR_NATS_URL": url, "SIDECAR_NATS_STREAM": "S",
-        "SIDECAR_NATS_SUBJECT": "S.records", "SIDECAR_NATS_REPLICAS": "1", "SIDECAR_NATS_TIMEOUT": "5s",
+        "SIDECAR_DATA_DIR": str(tmp_path / "data"),
+        "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1",
+        "SIDECAR_BACKENDS": "nats",
+        "SIDECAR_NATS_URL": url,
+        "SIDECAR_NATS_STREAM": "S",
+        "SIDECAR_NATS_SUBJECT": "S.records",
+        "SIDECAR_NATS_REPLICAS": "1",
+        "SIDECAR_NATS_TIMEOUT": "5s",
         **{f"SIDECAR_NATS_{name}": text for name, text in texts.items()},
-    }  # fmt: skip
+    }
     return dict(load(env, backend_settings=backend_settings()).backend("nats"))
 
 
@@ -142,18 +147,24 @@ def test_a_file_that_cannot_be_used_is_a_line_without_what_is_in_it(tmp_path: Pa
     slip = seed[:20] + ("A" if seed[20] != "A" else "B") + seed[21:]
     names = {
         "NKEY_FILE": {
-            "": "is empty", "hello": "one line of 58 letters", f"{seed}\n{seed}": "one line of 58 letters",
-            seed[:-1]: "one line of 58 letters", slip: "a letter of this one is wrong",
-            account.seed: "of an account or another", good: "one line of 58 letters",
+            "": "is empty",
+            "hello": "one line of 58 letters",
+            f"{seed}\n{seed}": "one line of 58 letters",
+            seed[:-1]: "one line of 58 letters",
+            slip: "a letter of this one is wrong",
+            account.seed: "of an account or another",
+            good: "one line of 58 letters",
         },
         "CREDS_FILE": {
-            "": "is empty", seed: "between lines of dashes", good.partition("*")[0]: "between lines of dashes",
+            "": "is empty",
+            seed: "between lines of dashes",
+            good.partition("*")[0]: "between lines of dashes",
             good.replace(seed, slip): "a letter of this one is wrong",
             good.replace(".", ","): "between lines of dashes",
             good.replace(good.splitlines()[1], "a.b.c"): "what it has as NATS USER JWT is none",
             operator.creds(account): "of an account or another",
         },
-    }  # fmt: skip
+    }
     for name, texts in names.items():
         for text, says in texts.items():
             with pytest.raises(SettingsError) as caught:
@@ -172,8 +183,10 @@ def test_a_file_that_cannot_be_used_is_a_line_without_what_is_in_it(tmp_path: Pa
 def test_one_way_to_say_who_we_are_and_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seed, creds = key().seed, Operator().creds()
     for both in (
-        {"NKEY": seed, "CREDS": creds}, {"TOKEN": "t", "NKEY": seed}, {"USER": "u", "PASSWORD": "p", "CREDS": creds},
-    ):  # fmt: skip
+        {"NKEY": seed, "CREDS": creds},
+        {"TOKEN": "t", "NKEY": seed},
+        {"USER": "u", "PASSWORD": "p", "CREDS": creds},
+    ):
         settings = NatsSettings(**given(tmp_path, "nats://a", **both))
         with pytest.raises(ValueError, match="set one of SIDECAR_NATS_USER"):
             NatsBackend(settings, Context(data_dir=tmp_path))
@@ -273,7 +286,7 @@ async def test_each_fault_of_tls_says_what_to_set(
         ),
         ({"CA_FILE": certificates.ca_file, **login, "KEY_FILE": forged["key_file"]}, "cannot be used"),
         ({"CA_FILE": ours["key_file"], **login}, "cannot be used"),
-    ):  # fmt: skip
+    ):
         found = await reason(made(url, **texts))
         assert found.startswith("tls: "), found
         assert says in found, found

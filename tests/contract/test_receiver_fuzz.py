@@ -120,10 +120,15 @@ def built(build: Any) -> Any:
 def call_of(route: Route, body: bytes, content_type: str, key: str) -> Call:
     headers = CIMultiDict(
         {
-            "Content-Type": content_type, "x-api-key": "k", "Authorization": "Bearer k", "Stripe-Version": "x",
-            "Idempotency-Key": key, "x-api-idempotency-key": key, "webhook-id": key,
+            "Content-Type": content_type,
+            "x-api-key": "k",
+            "Authorization": "Bearer k",
+            "Stripe-Version": "x",
+            "Idempotency-Key": key,
+            "x-api-idempotency-key": key,
+            "webhook-id": key,
         }
-    )  # fmt: skip
+    )
     return Call(route.method, route.path, {"sourceId": "s"}, headers, body, 1_795_000_000.0)
 
 

@@ -259,8 +259,9 @@ async def test_ledgerbee_queues_once(call: Caller) -> None:
     assert body["requestId"]
     for again in (REPORT, {**REPORT, "value": 3}):
         assert await call(REPORT_PATH, again, x_api_idempotency_key="k") == (
-            200, {"status": "duplicate", "idempotencyKey": "k"},
-        )  # fmt: skip
+            200,
+            {"status": "duplicate", "idempotencyKey": "k"},
+        )
     assert call.verdicts == ["delivered", "duplicate", "duplicate"]
 
 
@@ -299,9 +300,11 @@ async def test_ledgerbee_looks_meters_up(call: Caller) -> None:
     base = "/api/v1/meters"
     uuid = "3cbecf2a-edc6-4683-8934-a258d0fc3a09"
     for path, status in (
-        (f"{base}/subscriptions?meterName=api_calls", 200), (f"{base}/{uuid}/subscriptions", 200),
-        (f"{base}/subscriptions", 400), (f"{base}/subscriptions?meterName=unknown", 404),
-    ):  # fmt: skip
+        (f"{base}/subscriptions?meterName=api_calls", 200),
+        (f"{base}/{uuid}/subscriptions", 200),
+        (f"{base}/subscriptions", 400),
+        (f"{base}/subscriptions?meterName=unknown", 404),
+    ):
         assert (await call(path, method="GET"))[0] == status
     assert call.verdicts == []
 
@@ -325,10 +328,14 @@ async def test_stripe_v1_takes_a_form_and_refuses_the_identifier_again(call: Cal
     status, body = await stripe(call, STRIPE, Authorization=basic)
     assert status == 200
     assert body == {
-        "object": "billing.meter_event", "created": int(NOW_S), "event_name": "ai_search_api",
-        "identifier": "identifier_123", "livemode": False, "timestamp": int(NOW_S),
+        "object": "billing.meter_event",
+        "created": int(NOW_S),
+        "event_name": "ai_search_api",
+        "identifier": "identifier_123",
+        "livemode": False,
+        "timestamp": int(NOW_S),
         "payload": {"value": "25", "stripe_customer_id": "cus_1"},
-    }  # fmt: skip
+    }
     status, body = await stripe(call, {**STRIPE, "payload[value]": "26"})
     assert status == 400
     assert body["error"]["type"] == "invalid_request_error"
@@ -388,9 +395,11 @@ async def test_stripe_v1_refuses(call: Caller, change: dict[str, Any], code: str
 
 async def test_stripe_v1_takes_the_limits_themselves(call: Caller) -> None:
     for change in (
-        {"event_name": "x" * 100}, {"identifier": "y" * 100}, {"timestamp": str(int(NOW_S - 35 * DAY_S))},
+        {"event_name": "x" * 100},
+        {"identifier": "y" * 100},
+        {"timestamp": str(int(NOW_S - 35 * DAY_S))},
         {"timestamp": str(int(NOW_S + 300))},
-    ):  # fmt: skip
+    ):
         form = {**STRIPE, "identifier": str(change)[:99], **change}
         assert (await stripe(call, form))[0] == 200
 
@@ -454,10 +463,13 @@ async def test_stripe_v1_cancels_within_a_day(call: Caller) -> None:
 async def test_stripe_v1_defines_meters_and_then_knows_no_others(call: Caller) -> None:
     headers = {"Content_Type": "application/x-www-form-urlencoded", "Authorization": "Bearer sk_test_1"}
     form = {
-        "display_name": "Tokens", "event_name": "tokens", "default_aggregation[formula]": "sum",
-        "customer_mapping[event_payload_key]": "customer", "customer_mapping[type]": "by_id",
+        "display_name": "Tokens",
+        "event_name": "tokens",
+        "default_aggregation[formula]": "sum",
+        "customer_mapping[event_payload_key]": "customer",
+        "customer_mapping[type]": "by_id",
         "value_settings[event_payload_key]": "amount",
-    }  # fmt: skip
+    }
     path = "/v1/billing/meters"
     status, meter = await call(path, urlencode(form), **headers)
     assert status == 200
@@ -557,10 +569,13 @@ async def test_flexprice_folds_only_the_same_id_and_instant(call: Caller) -> Non
     status, body = await call("/v1/events", FLEX)
     assert (status, body["event_id"]) == (202, "e-1")
     for change, verdict in (
-        ({}, "duplicate"), ({"timestamp": "2026-11-20T10:00:00.123+01:00"}, "duplicate"),
-        ({"timestamp": "2026-11-20T09:00:00.124Z"}, "delivered"), ({"timestamp": None}, "delivered"),
-        ({"timestamp": None}, "delivered"), ({"event_id": None}, "delivered"),
-    ):  # fmt: skip
+        ({}, "duplicate"),
+        ({"timestamp": "2026-11-20T10:00:00.123+01:00"}, "duplicate"),
+        ({"timestamp": "2026-11-20T09:00:00.124Z"}, "delivered"),
+        ({"timestamp": None}, "delivered"),
+        ({"timestamp": None}, "delivered"),
+        ({"event_id": None}, "delivered"),
+    ):
         assert (await call("/v1/events", {**FLEX, **change}))[0] == 202
         assert call.verdicts[-1] == verdict, change
 
@@ -729,9 +744,10 @@ async def test_lago_takes_a_batch_whole_or_not_at_all(call: Caller) -> None:
     status, body = await call(path, {"events": bad}, **LAGO_AUTH)
     assert status == 422
     assert body["error_details"] == {
-        "0": {"transaction_id": ["value_already_exist"]}, "2": {"timestamp": ["invalid_format"]},
+        "0": {"transaction_id": ["value_already_exist"]},
+        "2": {"timestamp": ["invalid_format"]},
         "3": {"transaction_id": ["value_already_exist"]},
-    }  # fmt: skip
+    }
     assert call.verdicts == ["delivered", "duplicate", "refused", "refused", "refused"]
     status, body = await call(path, {"events": events[1:]}, **LAGO_AUTH)
     assert (status, [event["transaction_id"] for event in body["events"]]) == (200, ["t1", "t2", "t3"])

@@ -113,11 +113,20 @@ async def test_stripe_streams_under_a_session(receiver: Receiver) -> None:
 async def test_revenium_meters_events_and_completions(receiver: Receiver) -> None:
     revenium = installed("revenium_metering")
     completion: dict[str, Any] = {
-        "model": "gpt-5-mini", "provider": "openai", "input_token_count": 43, "output_token_count": 97,
-        "total_token_count": 140, "stop_reason": "END", "request_time": NOW, "completion_start_time": NOW,
-        "response_time": NOW, "request_duration": 1877, "transaction_id": "t-2", "cost_type": "AI",
+        "model": "gpt-5-mini",
+        "provider": "openai",
+        "input_token_count": 43,
+        "output_token_count": 97,
+        "total_token_count": 140,
+        "stop_reason": "END",
+        "request_time": NOW,
+        "completion_start_time": NOW,
+        "response_time": NOW,
+        "request_duration": 1877,
+        "transaction_id": "t-2",
+        "cost_type": "AI",
         "is_streamed": True,
-    }  # fmt: skip
+    }
 
     def steps() -> None:
         with revenium.ReveniumMetering(api_key="rev_mk_x", base_url=receiver.url, max_retries=0) as client:
@@ -143,9 +152,12 @@ async def test_revenium_meters_events_and_completions(receiver: Receiver) -> Non
 async def test_flexprice_ingests(receiver: Receiver) -> None:
     flexprice = installed("flexprice")
     event = {
-        "event_name": "api_request", "external_customer_id": "acme", "event_id": "e-1", "timestamp": NOW,
+        "event_name": "api_request",
+        "external_customer_id": "acme",
+        "event_id": "e-1",
+        "timestamp": NOW,
         "properties": {"tokens": "5"},
-    }  # fmt: skip
+    }
 
     def steps() -> None:
         with flexprice.Flexprice(server_url=f"{receiver.url}/v1", api_key_auth="fp_key") as client:
@@ -163,9 +175,14 @@ async def test_flexprice_ingests(receiver: Receiver) -> None:
 async def test_openmeter_ingests(receiver: Receiver) -> None:
     openmeter = installed("openmeter")
     event = {
-        "id": "e-1", "source": "sidecar", "specversion": "1.0", "type": "api_request", "subject": "acme",
-        "time": NOW, "data": {"tokens": 5},
-    }  # fmt: skip
+        "id": "e-1",
+        "source": "sidecar",
+        "specversion": "1.0",
+        "type": "api_request",
+        "subject": "acme",
+        "time": NOW,
+        "data": {"tokens": 5},
+    }
 
     def steps() -> None:
         with openmeter.Client(endpoint=receiver.url, token="om_x") as client:
@@ -188,9 +205,13 @@ async def test_lago_creates_events(receiver: Receiver) -> None:
 
     def event(number: int) -> Any:
         return Event(
-            transaction_id=f"t-{number}", external_subscription_id="sub_1", code="tokens", timestamp=1795000000,
-            properties={"tokens": 5}, precise_total_amount_cents=None,
-        )  # fmt: skip
+            transaction_id=f"t-{number}",
+            external_subscription_id="sub_1",
+            code="tokens",
+            timestamp=1795000000,
+            properties={"tokens": 5},
+            precise_total_amount_cents=None,
+        )
 
     def steps() -> None:
         client = Client(api_key="lago", api_url=receiver.url)

@@ -32,9 +32,13 @@ async def test_a_death_at_any_step_loses_and_doubles_nothing(server: NatsServer,
     await make_stream(server.url, stream, f"{stream}.records")
     await publish(server.url, [record(n) for n in range(1, COUNT + 1)], stream)
     dying = Collector(
-        tmp_path / "data", server.url, stream, DIES_AT=step, DIES_MARK=str(tmp_path / "died"),
+        tmp_path / "data",
+        server.url,
+        stream,
+        DIES_AT=step,
+        DIES_MARK=str(tmp_path / "died"),
         SIDECAR_BACKENDS="ledger,file",
-    )  # fmt: skip
+    )
     try:
         process = await dying.spawn()
         assert await dying.ended() == -9, dying.log.read_text()

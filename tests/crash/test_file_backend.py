@@ -43,8 +43,10 @@ def test_a_killed_writer_leaves_each_record_once(tmp_path: Path) -> None:
     for _ in range(ROUNDS):
         child = subprocess.Popen(
             [sys.executable, "-c", SENDER, str(tmp_path), str(settled)],
-            stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": f"{tests}:{tests.parent}"},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            env={"PYTHONPATH": f"{tests}:{tests.parent}"},
+        )
         assert child.stdout is not None
         for _ in range(chance.randint(1, 40)):
             child.stdout.readline()
@@ -66,9 +68,11 @@ def test_a_killed_writer_leaves_each_record_once(tmp_path: Path) -> None:
 def finish(data_dir: Path) -> None:
     """Everything once more, from the beginning: what is there must be known."""
     subprocess.run(
-        [sys.executable, "-c", SENDER, str(data_dir), "0"], check=True, capture_output=True,
+        [sys.executable, "-c", SENDER, str(data_dir), "0"],
+        check=True,
+        capture_output=True,
         env={"PYTHONPATH": f"{Path(__file__).parent.parent}:{Path(__file__).parent.parent.parent}"},
-    )  # fmt: skip
+    )
 
 
 async def test_a_batch_is_cut_off_when_its_key_was_not_committed(tmp_path: Path) -> None:

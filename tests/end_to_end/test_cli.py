@@ -135,8 +135,10 @@ def test_meters_are_listed_as_they_are_defined(
 ) -> None:
     assert main(["meters", "list"]) == 0
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()[2:]] == [
-        "api_calls", "input_tokens", "output_tokens",
-    ]  # fmt: skip
+        "api_calls",
+        "input_tokens",
+        "output_tokens",
+    ]
     file = tmp_path / "sidecar.toml"
     aggregation = '{type = "SUM", field = "input_tokens", multiplier = "0.001"}'
     file.write_text(f'[[meters]]\nname = "thousands"\naggregation = {aggregation}\n')
@@ -188,12 +190,16 @@ def test_the_balance_of_the_files_holds(capsys: pytest.CaptureFixture[str]) -> N
     assert main(["balance", "--format", "json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found == {
-        "admitted": 3, "recorded": 3, "open": 0, "lost": {}, "holds": True,
+        "admitted": 3,
+        "recorded": 3,
+        "open": 0,
+        "lost": {},
+        "holds": True,
         "backends": {
             name: {"delivered": 3, "duplicate": 0, "parked": {}, "pending": 0, "skipped": {}}
             for name in ("file", "ledger")
         },
-    }  # fmt: skip
+    }
 
 
 def test_the_balance_in_words(capsys: pytest.CaptureFixture[str]) -> None:
@@ -282,14 +288,24 @@ async def test_records_are_followed_and_parked_ones_are_listed(tmp_path: Path) -
     upstream = TestServer(_application(lambda _: _answer()))
     async with vendor, upstream:
         whole = Whole(
-            tmp_path / "data", str(upstream.make_url("")), SIDECAR_BACKENDS="ledger,meter",
-            SIDECAR_METER_URL=str(vendor.make_url("/meter")), SIDECAR_SUBSCRIBER="header:x-tenant",
-        )  # fmt: skip
+            tmp_path / "data",
+            str(upstream.make_url("")),
+            SIDECAR_BACKENDS="ledger,meter",
+            SIDECAR_METER_URL=str(vendor.make_url("/meter")),
+            SIDECAR_SUBSCRIBER="header:x-tenant",
+        )
         async with whole, aiohttp.ClientSession() as session:
             follow = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "sidecar", "records", "--follow", "--format", "ndjson",
-                env=environment(whole.env), stdout=asyncio.subprocess.PIPE,
-            )  # fmt: skip
+                sys.executable,
+                "-m",
+                "sidecar",
+                "records",
+                "--follow",
+                "--format",
+                "ndjson",
+                env=environment(whole.env),
+                stdout=asyncio.subprocess.PIPE,
+            )
             assert follow.stdout is not None
             for number in range(2):
                 async with session.get(f"{whole.proxy_url}/things/{number}") as answer:
@@ -509,10 +525,15 @@ def test_check_tells_the_faults_of_meters_backends_and_settings_together(
     file = tmp_path / "sidecar.toml"
     file.write_text('[[meters]]\nname = "longest"\naggregation = { type = "MAX", field = "duration_ms" }\n')
     for name, value in {
-        "SIDECAR_CONFIG": str(file), "SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_WORKERS": "none",
-        "SIDECAR_BACKENDS": "ledger,revenium,stripe,lago", "SIDECAR_REVENIUM_MODE": "rate",
-        "SIDECAR_REVENIUM_API_KEY": "k", "SIDECAR_STRIPE_API_KEY": "k", "SIDECAR_LOG_FORMAT": "text",
-    }.items():  # fmt: skip
+        "SIDECAR_CONFIG": str(file),
+        "SIDECAR_DATA_DIR": str(tmp_path),
+        "SIDECAR_WORKERS": "none",
+        "SIDECAR_BACKENDS": "ledger,revenium,stripe,lago",
+        "SIDECAR_REVENIUM_MODE": "rate",
+        "SIDECAR_REVENIUM_API_KEY": "k",
+        "SIDECAR_STRIPE_API_KEY": "k",
+        "SIDECAR_LOG_FORMAT": "text",
+    }.items():
         monkeypatch.setenv(name, value)
     with closing(sqlite3.connect(tmp_path / "ledger.db")) as ledger:
         ledger.execute("PRAGMA user_version = 99")
@@ -520,9 +541,14 @@ def test_check_tells_the_faults_of_meters_backends_and_settings_together(
         assert main([command]) == 2
         problems = capsys.readouterr().err.splitlines()[1:]
         assert len(problems) == 6, problems
-        for word in ("SIDECAR_WORKERS", "SIDECAR_UPSTREAM_URL is not set", "SIDECAR_LAGO_API_KEY",
-                     "SIDECAR_REVENIUM_SOURCE_ID is not set", "stripe: the meter longest is a MAX",
-                     "was written by a newer version"):  # fmt: skip
+        for word in (
+            "SIDECAR_WORKERS",
+            "SIDECAR_UPSTREAM_URL is not set",
+            "SIDECAR_LAGO_API_KEY",
+            "SIDECAR_REVENIUM_SOURCE_ID is not set",
+            "stripe: the meter longest is a MAX",
+            "was written by a newer version",
+        ):
             assert [word in problem for problem in problems].count(True) == 1, word
     (tmp_path / "ledger.db").write_bytes(b"no database" * 100)
     assert main(["check"]) == 2
@@ -534,9 +560,13 @@ async def test_check_connect_says_what_is_wrong_at_a_backend(
 ) -> None:
     async with running_receiver() as (_, url):
         for name, value in {
-            "SIDECAR_UPSTREAM_URL": url, "SIDECAR_BACKENDS": "stripe,ledgerbee", "SIDECAR_STRIPE_URL": url,
-            "SIDECAR_STRIPE_API_KEY": "k", "SIDECAR_LEDGERBEE_URL": url, "SIDECAR_LEDGERBEE_API_KEY": "k",
-        }.items():  # fmt: skip
+            "SIDECAR_UPSTREAM_URL": url,
+            "SIDECAR_BACKENDS": "stripe,ledgerbee",
+            "SIDECAR_STRIPE_URL": url,
+            "SIDECAR_STRIPE_API_KEY": "k",
+            "SIDECAR_LEDGERBEE_URL": url,
+            "SIDECAR_LEDGERBEE_API_KEY": "k",
+        }.items():
             monkeypatch.setenv(name, value)
         assert await asyncio.to_thread(main, ["check", "--connect", "--format", "json"]) == 1
         rows = json.loads(capsys.readouterr().out)["connect"]
@@ -544,8 +574,12 @@ async def test_check_connect_says_what_is_wrong_at_a_backend(
         assert [row["what"] for row in rows if row["result"] == "reached"] == ["upstream", "stripe", "ledgerbee"]
         assert len(wrong) == 3
         assert all("meters provision --backend stripe" in text for text in wrong)
-        order = {"display_name": "t", "event_name": "windowed", "default_aggregation[formula]": "sum",
-                 "event_time_window": "day"}  # fmt: skip
+        order = {
+            "display_name": "t",
+            "event_name": "windowed",
+            "default_aggregation[formula]": "sum",
+            "event_time_window": "day",
+        }
         async with aiohttp.ClientSession(headers={"Authorization": "Bearer k"}) as session:
             async with session.post(f"{url}/v1/billing/meters", data=order) as made:
                 assert made.status == 200
@@ -628,8 +662,12 @@ def test_check_connect_tries_upstream_and_backends(
     assert lines[2].split()[:2] == ["upstream", "reached"]
     assert any(line.startswith("SIDECAR_UPSTREAM_URL") for line in lines[7:])
     assert {name: row["result"] for name, row in tried.items()} == {
-        "upstream": "reached", "ledger": "reached", "meter": "failed", "vendor": "reached", "nowhere": "failed",
-    }  # fmt: skip
+        "upstream": "reached",
+        "ledger": "reached",
+        "meter": "failed",
+        "vendor": "reached",
+        "nowhere": "failed",
+    }
     assert tried["meter"]["detail"] == "refused: Connection refused"
     assert tried["nowhere"]["detail"] == "it has no address: set SIDECAR_NOWHERE_URL"
 
@@ -662,8 +700,10 @@ def test_check_connect_tries_every_upstream(
         assert main(["check", "--connect", "--format", "json"]) == 1
         tried = {row["what"]: row for row in json.loads(capsys.readouterr().out)["connect"]}
         assert {name: row["result"] for name, row in tried.items()} == {
-            "upstream up": "reached", "upstream down": "failed", "ledger": "reached",
-        }  # fmt: skip
+            "upstream up": "reached",
+            "upstream down": "failed",
+            "ledger": "reached",
+        }
         assert tried["upstream down"]["detail"] == "refused: Connection refused"
         monkeypatch.setenv("SIDECAR_UPSTREAM_URL", f"http://{up}")
         main(["check", "--connect", "--format", "json"])

@@ -70,10 +70,16 @@ async def test_records_of_a_sidecar_come_into_one_ledger_and_are_billed_once(tmp
 
 def sidecar_settings(data_dir: Path, upstream: str, nats_url: str) -> Settings:
     env = {
-        "SIDECAR_UPSTREAM_URL": upstream, "SIDECAR_DATA_DIR": str(data_dir), "SIDECAR_LISTEN": "127.0.0.1:0",
-        "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0", "SIDECAR_BACKENDS": "nats", "SIDECAR_NATS_URL": nats_url,
-        "SIDECAR_NATS_STREAM": "S", "SIDECAR_NATS_SUBJECT": "S.records", "SIDECAR_NATS_REPLICAS": "1",
-    }  # fmt: skip
+        "SIDECAR_UPSTREAM_URL": upstream,
+        "SIDECAR_DATA_DIR": str(data_dir),
+        "SIDECAR_LISTEN": "127.0.0.1:0",
+        "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0",
+        "SIDECAR_BACKENDS": "nats",
+        "SIDECAR_NATS_URL": nats_url,
+        "SIDECAR_NATS_STREAM": "S",
+        "SIDECAR_NATS_SUBJECT": "S.records",
+        "SIDECAR_NATS_REPLICAS": "1",
+    }
     return load(env, backend_settings=backend_settings())
 
 
@@ -177,8 +183,13 @@ async def test_what_is_no_record_lies_aside_and_stops_nothing(
     assert main(["collect", "--aside", "--data-dir", str(collector.data_dir)]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["reason"] for row in rows] == [
-        "no_record", "other_version", "too_large", "no_record", "no_record", "other_id"
-    ]  # fmt: skip
+        "no_record",
+        "other_version",
+        "too_large",
+        "no_record",
+        "no_record",
+        "other_id",
+    ]
     assert rows[0]["body"] == "hello"
     assert rows[0]["source"].startswith("ODD 1 ")
     assert rows[2]["bytes"] > 40_000
@@ -239,8 +250,9 @@ async def test_a_weak_stream_is_neither_read_nor_changed(
                 await asyncio.sleep(0.05)
         assert await collector.provision() == 1
         assert [line.partition(": ")[2].split()[0:3] for line in capsys.readouterr().out.splitlines()] == [
-            ["it", "drops", "the"], ["it", "knows", "an"]
-        ]  # fmt: skip
+            ["it", "drops", "the"],
+            ["it", "knows", "an"],
+        ]
         connection = await client(server.url)
         info = await connection.jetstream().stream_info("WEAK")
         assert (info.config.discard, info.config.duplicate_window) == ("old", 120.0)

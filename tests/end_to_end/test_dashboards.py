@@ -117,9 +117,14 @@ async def scraping(folder: Path, target: str) -> AsyncIterator[Prometheus]:
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     with (folder / "log").open("wb") as log:
         process = await asyncio.create_subprocess_exec(
-            "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
-            f"--web.listen-address=127.0.0.1:{port}", "--log.level=warn", stdout=log, stderr=log,
-        )  # fmt: skip
+            "prometheus",
+            f"--config.file={folder / 'prometheus.yml'}",
+            f"--storage.tsdb.path={folder / 'data'}",
+            f"--web.listen-address=127.0.0.1:{port}",
+            "--log.level=warn",
+            stdout=log,
+            stderr=log,
+        )
     try:
         async with aiohttp.ClientSession() as session:
             yield Prometheus(session, f"http://127.0.0.1:{port}")
@@ -136,9 +141,14 @@ async def watched(tmp_path: Path) -> AsyncIterator[tuple[Whole, Prometheus]]:
     try:
         async with running_receiver() as (_, receiver):
             whole = Whole(
-                tmp_path / "data", upstream, SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,meter",
-                SIDECAR_METER_URL=f"{receiver}/meter", SIDECAR_METER_BATCH="1", SIDECAR_METRICS_SUBSCRIBERS="2",
-            )  # fmt: skip
+                tmp_path / "data",
+                upstream,
+                SIDECAR_SUBSCRIBER="header:x-tenant",
+                SIDECAR_BACKENDS="ledger,meter",
+                SIDECAR_METER_URL=f"{receiver}/meter",
+                SIDECAR_METER_BATCH="1",
+                SIDECAR_METRICS_SUBSCRIBERS="2",
+            )
             async with whole:
                 async with scraping(tmp_path / "prometheus", whole.admin_url.removeprefix("http://")) as prometheus:
                     await prometheus.until("sidecar_admitted_total")

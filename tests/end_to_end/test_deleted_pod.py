@@ -23,9 +23,12 @@ async def test_a_volume_that_goes_with_its_pod_loses_what_is_pending(tmp_path: P
     async with tiny_upstream() as upstream, running_receiver() as (_, vendor):
         url = "http://127.0.0.1:9/webhook" if end.endswith("down") else f"{vendor}/webhook"
         whole = Whole(
-            tmp_path / "data", upstream, SIDECAR_BACKENDS="ledger,webhook", SIDECAR_WEBHOOK_URL=url,
+            tmp_path / "data",
+            upstream,
+            SIDECAR_BACKENDS="ledger,webhook",
+            SIDECAR_WEBHOOK_URL=url,
             SIDECAR_WEBHOOK_SECRET=SECRET,
-        )  # fmt: skip
+        )
         async with whole, aiohttp.ClientSession() as session:
             began_s = time.monotonic()
             for number in range(CALLS):

@@ -84,13 +84,20 @@ async def fleet(
         upstream = await stack.enter_async_context(tiny_upstream())
         wholes = [
             Whole(
-                directory / name, upstream,
-                SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,webhook", SIDECAR_WEBHOOK_BATCH="5",
-                SIDECAR_WEBHOOK_URL=f"{url}/webhook", SIDECAR_LEDGER_URL=database, SIDECAR_INSTANCE=name,
-                SIDECAR_DELIVER="elected", SIDECAR_HASH_KEY="a-key-that-all-sidecars-share", **settings,
+                directory / name,
+                upstream,
+                SIDECAR_SUBSCRIBER="header:x-tenant",
+                SIDECAR_BACKENDS="ledger,webhook",
+                SIDECAR_WEBHOOK_BATCH="5",
+                SIDECAR_WEBHOOK_URL=f"{url}/webhook",
+                SIDECAR_LEDGER_URL=database,
+                SIDECAR_INSTANCE=name,
+                SIDECAR_DELIVER="elected",
+                SIDECAR_HASH_KEY="a-key-that-all-sidecars-share",
+                **settings,
             )
             for name in ("one", "two")
-        ]  # fmt: skip
+        ]
         for whole in wholes:
             await stack.enter_async_context(whole)
         found = Fleet(wholes, receiver, server, database)
@@ -261,10 +268,12 @@ def test_what_cannot_be_elected_is_said_in_a_line(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     whole = {
-        "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9", "SIDECAR_DATA_DIR": str(tmp_path / "data"),
-        "SIDECAR_BACKENDS": "ledger,webhook", "SIDECAR_WEBHOOK_URL": "http://127.0.0.1:9/webhook",
+        "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9",
+        "SIDECAR_DATA_DIR": str(tmp_path / "data"),
+        "SIDECAR_BACKENDS": "ledger,webhook",
+        "SIDECAR_WEBHOOK_URL": "http://127.0.0.1:9/webhook",
         "SIDECAR_DELIVER": "elected",
-    }  # fmt: skip
+    }
     for name, value in (whole | settings).items():
         monkeypatch.setenv(name, value)
     assert main([command]) != 0

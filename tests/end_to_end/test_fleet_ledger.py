@@ -31,9 +31,13 @@ async def fleet(directory: Path, url: str, *names: str) -> AsyncIterator[list[Wh
         found = []
         for name in names:
             whole = Whole(
-                directory / name, address, SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger",
-                SIDECAR_LEDGER_URL=url, SIDECAR_INSTANCE=name,
-            )  # fmt: skip
+                directory / name,
+                address,
+                SIDECAR_SUBSCRIBER="header:x-tenant",
+                SIDECAR_BACKENDS="ledger",
+                SIDECAR_LEDGER_URL=url,
+                SIDECAR_INSTANCE=name,
+            )
             found.append(await stack.enter_async_context(whole))
         yield found
 
@@ -42,9 +46,10 @@ async def call(whole: Whole, count: int = 1, who: str = "acme") -> None:
     async with aiohttp.ClientSession() as session:
         for _ in range(count):
             async with session.post(
-                whole.proxy_url + "/v1/chat/completions", json=CHAT,
+                whole.proxy_url + "/v1/chat/completions",
+                json=CHAT,
                 headers={"x-tenant": who, "Authorization": "Bearer sk-test"},
-            ) as answer:  # fmt: skip
+            ) as answer:
                 assert answer.status == 200
                 await answer.read()
 
@@ -84,8 +89,9 @@ async def test_any_of_them_answers_for_all(
         assert not (one.data_dir / "ledger.db").exists()
         rows = await one.get("/usage?by=instance,subscriber")
         assert [(row["instance"], row["subscriber"], row["calls"]) for row in rows] == [
-            ("edge-1", "acme", 3), ("edge-2", "globex", 2),
-        ]  # fmt: skip
+            ("edge-1", "acme", 3),
+            ("edge-2", "globex", 2),
+        ]
         assert rows == await two.get("/usage?by=instance,subscriber")
         assert (await one.get("/usage?by=&where=instance=edge-2"))[0]["calls"] == 2
         code, told = await said(two, monkeypatch, capfd, "usage", "--by", "instance,subscriber")

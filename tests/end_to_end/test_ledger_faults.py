@@ -149,10 +149,13 @@ FAULTS = {
 async def sidecar(tmp_path: Path, url: str) -> AsyncIterator[tuple[Running, Settings]]:
     async with tiny_upstream() as upstream:
         env = {
-            "SIDECAR_UPSTREAM_URL": upstream, "SIDECAR_DATA_DIR": str(tmp_path / "data"),
-            "SIDECAR_LISTEN": "127.0.0.1:0", "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0", "SIDECAR_BACKENDS": "ledger",
+            "SIDECAR_UPSTREAM_URL": upstream,
+            "SIDECAR_DATA_DIR": str(tmp_path / "data"),
+            "SIDECAR_LISTEN": "127.0.0.1:0",
+            "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0",
+            "SIDECAR_BACKENDS": "ledger",
             "SIDECAR_LEDGER_URL": url,
-        }  # fmt: skip
+        }
         settings = load(env, backend_settings=known_backend_settings())
         async with running(settings) as one:
             yield one, settings

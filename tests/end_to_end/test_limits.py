@@ -168,8 +168,11 @@ async def test_after_a_kill_settled_and_reserved_are_what_the_records_say(tmp_pa
     """Between admission and settling: calls are open while a process is killed, with more on their way."""
     async with upstream() as (up, url), client() as session:
         whole = limited(
-            tmp_path, url, SIDECAR_LIMITS="calls=400/day,output_tokens=100000/day", SIDECAR_WORKERS="2",
-        )  # fmt: skip
+            tmp_path,
+            url,
+            SIDECAR_LIMITS="calls=400/day,output_tokens=100000/day",
+            SIDECAR_WORKERS="2",
+        )
         async with whole:
             done = [await call(session, whole, max_tokens=100) for _ in range(20)]
             assert {status for status, _ in done} == {200}
@@ -437,10 +440,13 @@ async def test_who_pays_and_which_model_may_stand_in_the_body_and_a_denied_call_
             address = whole.proxy_url + "/v1/chat/completions"
             long = "x" * 300_000  # more than is waited for
             asked = [
-                {"model": "opus", "user": "a"}, {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "a"},
-                {"model": "gpt-5", "user": "a"}, {"model": "gpt-5", "user": "b"},
+                {"model": "opus", "user": "a"},
+                {"model": "gpt-5", "user": "a"},
+                {"model": "gpt-5", "user": "a"},
+                {"model": "gpt-5", "user": "a"},
+                {"model": "gpt-5", "user": "b"},
                 {"model": "opus", "user": "b", "messages": long},
-            ]  # fmt: skip
+            ]
             found = []
             for body in asked:
                 async with session.post(address, json=body) as answer:
@@ -450,8 +456,13 @@ async def test_who_pays_and_which_model_may_stand_in_the_body_and_a_denied_call_
                         assert "Retry-After" not in answer.headers
                         assert await answer.json(content_type=None)
             assert found == [
-                (402, "no-opus"), (200, None), (200, None), (402, "two-a-day"), (200, None), (402, "no-opus"),
-            ]  # fmt: skip
+                (402, "no-opus"),
+                (200, None),
+                (200, None),
+                (402, "two-a-day"),
+                (200, None),
+                (402, "no-opus"),
+            ]
             assert up.calls == 3
             await whole.settled()
             records = await whole.records()

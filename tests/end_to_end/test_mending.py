@@ -35,11 +35,17 @@ async def called(tmp_path: Path, calls: int = 2) -> AsyncIterator[tuple[Whole, R
     config.write_text(MORE_METERS)
     async with tiny_upstream() as upstream, running_receiver() as (receiver, url):
         whole = Whole(
-            tmp_path / "data", upstream, SIDECAR_CONFIG=str(config), SIDECAR_SUBSCRIBER="header:x-tenant",
-            SIDECAR_BACKENDS="ledger,stripe,webhook", SIDECAR_STRIPE_URL=url, SIDECAR_STRIPE_API_KEY="k",
-            SIDECAR_STRIPE_METERS="api_calls,input_tokens", SIDECAR_WEBHOOK_URL=f"{url}/webhook",
+            tmp_path / "data",
+            upstream,
+            SIDECAR_CONFIG=str(config),
+            SIDECAR_SUBSCRIBER="header:x-tenant",
+            SIDECAR_BACKENDS="ledger,stripe,webhook",
+            SIDECAR_STRIPE_URL=url,
+            SIDECAR_STRIPE_API_KEY="k",
+            SIDECAR_STRIPE_METERS="api_calls,input_tokens",
+            SIDECAR_WEBHOOK_URL=f"{url}/webhook",
             SIDECAR_WEBHOOK_SECRET="a-secret-of-the-test",
-        )  # fmt: skip
+        )
         async with whole:
             async with aiohttp.ClientSession(headers={"x-tenant": "cus_1"}) as session:
                 for _ in range(calls):
@@ -137,11 +143,18 @@ async def test_a_backend_that_says_no_changes_nothing(tmp_path: Path) -> None:
 def report(count: int, *identifiers: str, code: str = "meter_event_customer_not_found") -> dict[str, Any]:
     samples = [{"error_message": "…", "request": {"identifier": one}} for one in identifiers]
     return {
-        "id": "evt_1", "type": "v1.billing.meter.error_report_triggered", "related_object": {"id": "mtr_1"},
-        "data": {"reason": {"error_count": count, "error_types": [
-            {"code": code, "error_count": count, "sample_errors": samples},
-        ]}},
-    }  # fmt: skip
+        "id": "evt_1",
+        "type": "v1.billing.meter.error_report_triggered",
+        "related_object": {"id": "mtr_1"},
+        "data": {
+            "reason": {
+                "error_count": count,
+                "error_types": [
+                    {"code": code, "error_count": count, "sample_errors": samples},
+                ],
+            }
+        },
+    }
 
 
 async def test_what_stripe_complains_about_is_parked_and_redriven(tmp_path: Path) -> None:
@@ -149,9 +162,11 @@ async def test_what_stripe_complains_about_is_parked_and_redriven(tmp_path: Path
     async with called(tmp_path) as (whole, receiver):
         first, second = [row["id"] for row in await whole.records()]
         reports.write_text(
-            json.dumps(report(1, f"{first}:api_calls")) + "\n"
-            + json.dumps(report(3, f"{first}:api_calls", f"{second}:input_tokens", code="no way")) + "\n"
-        )  # fmt: skip
+            json.dumps(report(1, f"{first}:api_calls"))
+            + "\n"
+            + json.dumps(report(3, f"{first}:api_calls", f"{second}:input_tokens", code="no way"))
+            + "\n"
+        )
         code, out, err = await whole.command("spool", "complain", str(reports))
         assert code == 1, "one more is counted and not named"
         assert "1 more events are counted and not named" in err
@@ -215,17 +230,24 @@ async def test_complaints_are_taken_without_an_instance_and_odd_ones_are_told(tm
         code, out, _ = await whole.command("balance", "--format", "json")
         assert code == 0
         assert json.loads(out)["backends"]["stripe"] == {
-            "delivered": 1, "duplicate": 0, "parked": {}, "pending": 0, "skipped": {},
-        }  # fmt: skip
+            "delivered": 1,
+            "duplicate": 0,
+            "parked": {},
+            "pending": 0,
+            "skipped": {},
+        }
         await sound(whole)
 
 
 async def test_all_that_is_parked_with_a_reason_is_passed_over(tmp_path: Path) -> None:
     async with running_receiver() as (_, receiver), tiny_upstream() as upstream, aiohttp.ClientSession() as session:
         whole = Whole(
-            tmp_path / "data", upstream, SIDECAR_BACKENDS="meter", SIDECAR_METER_URL=f"{receiver}/meter",
+            tmp_path / "data",
+            upstream,
+            SIDECAR_BACKENDS="meter",
+            SIDECAR_METER_URL=f"{receiver}/meter",
             SIDECAR_METER_BATCH="1",
-        )  # fmt: skip
+        )
         async with whole:
             for status, times in ((400, 3), (422, 1)):
                 fault = {"do": "status", "status": status, "times": times}

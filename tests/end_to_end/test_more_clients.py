@@ -95,9 +95,13 @@ def bedrock(call: Callable[[Any], Any], stream: str = "") -> Call:
     def run(url: str) -> Any:
         boto3, config = vendor("boto3"), vendor("botocore.config")
         client = boto3.client(
-            "bedrock-runtime", region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b",
-            endpoint_url=url, config=config.Config(retries={"total_max_attempts": 1}, proxies={}),
-        )  # fmt: skip
+            "bedrock-runtime",
+            region_name="us-east-1",
+            aws_access_key_id="a",
+            aws_secret_access_key="b",
+            endpoint_url=url,
+            config=config.Config(retries={"total_max_attempts": 1}, proxies={}),
+        )
         try:
             answer = call(client)
             if stream:

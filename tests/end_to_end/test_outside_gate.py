@@ -47,10 +47,18 @@ def completion(who: str) -> dict[str, Any]:
     """Of 60 tokens, as it is reported to Revenium."""
     moment = "2026-11-20T09:00:00Z"
     return {
-        "model": "m", "provider": "p", "inputTokenCount": 40, "outputTokenCount": 20, "totalTokenCount": 60,
-        "stopReason": "END", "requestTime": moment, "completionStartTime": moment, "responseTime": moment,
-        "requestDuration": 1, "subscriber": {"id": who},
-    }  # fmt: skip
+        "model": "m",
+        "provider": "p",
+        "inputTokenCount": 40,
+        "outputTokenCount": 20,
+        "totalTokenCount": 60,
+        "stopReason": "END",
+        "requestTime": moment,
+        "completionStartTime": moment,
+        "responseTime": moment,
+        "requestDuration": 1,
+        "subscriber": {"id": who},
+    }
 
 
 async def gates(whole: Whole) -> list[dict[str, Any]]:
@@ -326,9 +334,12 @@ async def test_a_killed_metering_process_asks_anew_and_calls_go_on(tmp_path: Pat
 
 async def test_what_keeps_others_from_being_asked_is_told_at_once(tmp_path: Path) -> None:
     whole = Whole(
-        tmp_path / "data", "http://127.0.0.1:9", SIDECAR_GATE="limits,openmeter,reveniun,flexprice",
-        SIDECAR_GATE_OPENMETER_UNIT="meter:pages", SIDECAR_LIMITS="calls=0x/day",
-    )  # fmt: skip
+        tmp_path / "data",
+        "http://127.0.0.1:9",
+        SIDECAR_GATE="limits,openmeter,reveniun,flexprice",
+        SIDECAR_GATE_OPENMETER_UNIT="meter:pages",
+        SIDECAR_LIMITS="calls=0x/day",
+    )
     with pytest.raises(AssertionError) as told:
         await whole.start()
     text = str(told.value)

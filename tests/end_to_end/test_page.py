@@ -64,10 +64,15 @@ async def shown(
     try:
         async with running_receiver() as (_, receiver), browser(tmp_path / "profile") as chrome:
             whole = Whole(
-                tmp_path / "data", upstream, SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_BACKENDS="ledger,meter",
-                SIDECAR_METER_URL=f"{receiver}/meter", SIDECAR_METER_BATCH="1",
-                SIDECAR_CONFIG=str(tmp_path / "sidecar.toml"), **settings,
-            )  # fmt: skip
+                tmp_path / "data",
+                upstream,
+                SIDECAR_SUBSCRIBER="header:x-tenant",
+                SIDECAR_BACKENDS="ledger,meter",
+                SIDECAR_METER_URL=f"{receiver}/meter",
+                SIDECAR_METER_BATCH="1",
+                SIDECAR_CONFIG=str(tmp_path / "sidecar.toml"),
+                **settings,
+            )
             async with whole, aiohttp.ClientSession() as session:
                 await session.post(f"{receiver}/_faults", json={"do": "status", "status": 400, "times": 2})
                 for _ in range(rounds):
@@ -190,9 +195,11 @@ async def test_its_numbers_are_those_of_the_commands(tmp_path: Path) -> None:
         shown_limits = {row[1].removeprefix("subscriber "): (float(row[3]), row[4]) for row in rows}
         assert shown_limits == {
             {"acme": "Acme Inc."}.get(row["scope"]["subscriber"], row["scope"]["subscriber"]): (
-                row["percent"], f"{row['used']} of {row['amount']}")
+                row["percent"],
+                f"{row['used']} of {row['amount']}",
+            )
             for row in limits
-        }  # fmt: skip
+        }
 
         _, *rows = await table(tab, "#records-list")
         assert [row[1] for row in rows] == [str(one["status"]) for one in reversed(records)]
@@ -212,7 +219,7 @@ async def test_lanes_say_who_delivers_them_and_what_waits(tmp_path: Path, postgr
         _, *rows, foot = await table(tab, "#lanes-list")
         assert [row[:3] for row in rows] == [
             [str(one["lane"]), "edge-1", str(one["recorded"])] for one in said["lanes"]
-        ]  # fmt: skip
+        ]
         assert foot == ["all", "1 sidecar", str(len(CALLS)), "0", "2 (http_400 2)", "0"]
         assert await tab.text("#lanes-says") == "The balance holds: every record is in exactly one place of its lane."
         # What is parked there is in its own part as well, and the backend among the others.
@@ -235,10 +242,13 @@ async def test_pictures_have_content_wide_and_narrow(tmp_path: Path, dark: bool)
                 "the page itself never scrolls sideways"
             )
             for picture, part in (
-                ("#chart", "rect.s0"), ("#errors", "rect.sbad"), ("#times", "circle.s0"),
+                ("#chart", "rect.s0"),
+                ("#errors", "rect.sbad"),
+                ("#times", "circle.s0"),
                 ("#balance-picture", "rect.c-parked"),
-                ("#top-list", ".bar .s0"), ("#limits-list", ".bar .c-open, .bar .c-ok, .bar .c-warn"),
-            ):  # fmt: skip
+                ("#top-list", ".bar .s0"),
+                ("#limits-list", ".bar .c-open, .bar .c-ok, .bar .c-warn"),
+            ):
                 boxes = await tab.eval(
                     f"[...document.querySelectorAll('{picture} svg')].flatMap((svg) => "
                     f"[...svg.querySelectorAll('{part}')]).map((one) => one.getBoundingClientRect())"

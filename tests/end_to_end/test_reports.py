@@ -41,10 +41,16 @@ async def called(directory: Path, **settings: str) -> AsyncIterator[Whole]:
     vendor = TestServer(refusing())
     await vendor.start_server()
     whole = Whole(
-        directory / "data", await upstream.start(), SIDECAR_SUBSCRIBER="header:x-tenant", SIDECAR_CONFIG=str(config),
-        SIDECAR_DIMENSIONS="feature=x-feature", SIDECAR_LIMITS="calls=10/hour", SIDECAR_BACKENDS="ledger,meter",
-        SIDECAR_METER_URL=str(vendor.make_url("/meter")), **settings,
-    )  # fmt: skip
+        directory / "data",
+        await upstream.start(),
+        SIDECAR_SUBSCRIBER="header:x-tenant",
+        SIDECAR_CONFIG=str(config),
+        SIDECAR_DIMENSIONS="feature=x-feature",
+        SIDECAR_LIMITS="calls=10/hour",
+        SIDECAR_BACKENDS="ledger,meter",
+        SIDECAR_METER_URL=str(vendor.make_url("/meter")),
+        **settings,
+    )
     try:
         async with whole, aiohttp.ClientSession() as session:
             for who, feature in CALLS:
@@ -216,9 +222,12 @@ async def test_a_key_is_asked_for_its_id_and_never_shown(
         assert ask(text) == (0, record["subscriber"]["id"] + "\n", "")
     monkeypatch.setenv("SIDECAR_SUBSCRIBER", "header:x-tenant,credential,query:who,path:2,body:user")
     for source, text, wanted in (
-        ("header:x-tenant", "acme", "acme"), ("credential", key, record["subscriber"]["id"]),
-        ("query:who", "a&b=c %", "a&b=c %"), ("path:2", "a/b", None), ("body:user", "me", "me"),
-    ):  # fmt: skip
+        ("header:x-tenant", "acme", "acme"),
+        ("credential", key, record["subscriber"]["id"]),
+        ("query:who", "a&b=c %", "a&b=c %"),
+        ("path:2", "a/b", None),
+        ("body:user", "me", "me"),
+    ):
         code, out, _ = ask(text, "--source", source)
         assert code == 0
         assert wanted is None or out == wanted + "\n", source

@@ -195,10 +195,13 @@ async def test_two_sidecars_are_restarted_in_turn_and_no_call_is_refused(
         sidecars = {}
         for number, name in enumerate(names):
             whole = Whole(
-                tmp_path / name, upstream, SIDECAR_LISTEN=f"127.0.0.1:{ports[number]}",
-                SIDECAR_ADMIN_LISTEN=f"127.0.0.1:{ports[number + 2]}", SIDECAR_STOP_DELAY_S=delay_s,
+                tmp_path / name,
+                upstream,
+                SIDECAR_LISTEN=f"127.0.0.1:{ports[number]}",
+                SIDECAR_ADMIN_LISTEN=f"127.0.0.1:{ports[number + 2]}",
+                SIDECAR_STOP_DELAY_S=delay_s,
                 SIDECAR_TRUSTED_PROXIES="127.0.0.1/32",
-            )  # fmt: skip
+            )
             sidecars[name] = await stack.enter_async_context(whole)
         balancer = Balancer(tmp_path, front, dict(zip(names, ports, strict=False)))
         await stack.enter_async_context(balancer)

@@ -63,8 +63,10 @@ def test_what_is_typed_goes_before_what_is_set() -> None:
     arguments = parser().parse_args(["serve", UPSTREAM, "--listen", "127.0.0.1:7000"])
     given = {"SIDECAR_UPSTREAM_URL": UPSTREAM + "/", "SIDECAR_LISTEN": "0.0.0.0:8080", "SIDECAR_STOP_S": "3"}
     assert environ(arguments, given) == {
-        "SIDECAR_UPSTREAM_URL": UPSTREAM, "SIDECAR_LISTEN": "127.0.0.1:7000", "SIDECAR_STOP_S": "3"
-    }  # fmt: skip
+        "SIDECAR_UPSTREAM_URL": UPSTREAM,
+        "SIDECAR_LISTEN": "127.0.0.1:7000",
+        "SIDECAR_STOP_S": "3",
+    }
     assert environ(parser().parse_args(["serve"]), given) == given
 
 
@@ -111,8 +113,12 @@ def test_a_port_in_use_is_one_clear_line_in_either_format(
         done = subprocess.run(
             [sys.executable, "-m", "sidecar", *typed],
             env=environment({"SIDECAR_LOG_FORMAT": form, "SIDECAR_LOG_LEVEL": "error"}),
-            cwd=ROOT, capture_output=True, text=True, check=False, timeout=START_LIMIT_S,
-        )  # fmt: skip
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=START_LIMIT_S,
+        )
     assert done.returncode == 1, done.stderr
     (line,) = done.stderr.splitlines()
     text = json.loads(line)["message"] if form is LogFormat.JSON else line

@@ -21,13 +21,19 @@ EVERYONE = ("ledger", "revenium", "stripe", "flexprice", "lago", "webhook")
 
 def settings(url: str) -> dict[str, str]:
     return {
-        "SIDECAR_BACKENDS": ",".join(EVERYONE), "SIDECAR_SUBSCRIBER": "header:x-tenant",
-        "SIDECAR_REVENIUM_URL": url, "SIDECAR_REVENIUM_API_KEY": "k",
-        "SIDECAR_STRIPE_URL": url, "SIDECAR_STRIPE_API_KEY": "k",
-        "SIDECAR_FLEXPRICE_URL": url, "SIDECAR_FLEXPRICE_API_KEY": "k",
-        "SIDECAR_LAGO_URL": url, "SIDECAR_LAGO_API_KEY": "k",
-        "SIDECAR_WEBHOOK_URL": f"{url}/webhook", "SIDECAR_WEBHOOK_SECRET": "a-secret-of-the-test",
-    }  # fmt: skip
+        "SIDECAR_BACKENDS": ",".join(EVERYONE),
+        "SIDECAR_SUBSCRIBER": "header:x-tenant",
+        "SIDECAR_REVENIUM_URL": url,
+        "SIDECAR_REVENIUM_API_KEY": "k",
+        "SIDECAR_STRIPE_URL": url,
+        "SIDECAR_STRIPE_API_KEY": "k",
+        "SIDECAR_FLEXPRICE_URL": url,
+        "SIDECAR_FLEXPRICE_API_KEY": "k",
+        "SIDECAR_LAGO_URL": url,
+        "SIDECAR_LAGO_API_KEY": "k",
+        "SIDECAR_WEBHOOK_URL": f"{url}/webhook",
+        "SIDECAR_WEBHOOK_SECRET": "a-secret-of-the-test",
+    }
 
 
 async def call(whole: Whole, calls: int = CALLS) -> None:

@@ -97,8 +97,10 @@ async def test_several_upstreams_are_told_apart_and_changed_without_a_restart(tm
         assert [row["upstream"] for row in records] == ["a"] * 3
         code, out, _ = await whole.command("records", "--format", "csv", "--where", "upstream=b")
         assert (code, out.splitlines()[0].rpartition(",")[2], out.splitlines()[1].rpartition(",")[2]) == (
-            0, "upstream", "b",
-        )  # fmt: skip
+            0,
+            "upstream",
+            "b",
+        )
 
         # What is wrong changes nothing.
         code, said = await whole.reload(quiet + table("a", "/a", a.url, key) + table("c", "/a", b.url))

@@ -22,9 +22,14 @@ async def fleet(
         found = []
         for number in range(count):
             whole = Whole(
-                directory / f"edge-{number}", upstream_url, SIDECAR_SUBSCRIBER="header:x-tenant",
-                SIDECAR_BACKENDS="ledger", SIDECAR_LEDGER_URL=url, SIDECAR_INSTANCE=f"edge-{number}", **settings,
-            )  # fmt: skip
+                directory / f"edge-{number}",
+                upstream_url,
+                SIDECAR_SUBSCRIBER="header:x-tenant",
+                SIDECAR_BACKENDS="ledger",
+                SIDECAR_LEDGER_URL=url,
+                SIDECAR_INSTANCE=f"edge-{number}",
+                **settings,
+            )
             found.append(await stack.enter_async_context(whole))
         for whole in found:
             await counted(whole)

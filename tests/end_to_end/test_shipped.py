@@ -27,11 +27,18 @@ pytestmark = pytest.mark.timeout(120)
 
 def env_of(data_dir: Path, upstream: str, nats_url: str, **more: str) -> dict[str, str]:
     return {
-        "SIDECAR_UPSTREAM_URL": upstream, "SIDECAR_DATA_DIR": str(data_dir), "SIDECAR_LISTEN": "127.0.0.1:0",
-        "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0", "SIDECAR_BACKENDS": "ledger,nats", "SIDECAR_NATS_URL": nats_url,
-        "SIDECAR_NATS_STREAM": "S", "SIDECAR_NATS_SUBJECT": "S.records", "SIDECAR_NATS_REPLICAS": "1",
-        "SIDECAR_DURABILITY": "shipped", **more,
-    }  # fmt: skip
+        "SIDECAR_UPSTREAM_URL": upstream,
+        "SIDECAR_DATA_DIR": str(data_dir),
+        "SIDECAR_LISTEN": "127.0.0.1:0",
+        "SIDECAR_ADMIN_LISTEN": "127.0.0.1:0",
+        "SIDECAR_BACKENDS": "ledger,nats",
+        "SIDECAR_NATS_URL": nats_url,
+        "SIDECAR_NATS_STREAM": "S",
+        "SIDECAR_NATS_SUBJECT": "S.records",
+        "SIDECAR_NATS_REPLICAS": "1",
+        "SIDECAR_DURABILITY": "shipped",
+        **more,
+    }
 
 
 def settings_of(env: dict[str, str]) -> Settings:

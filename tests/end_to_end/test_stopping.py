@@ -110,9 +110,12 @@ async def test_the_admin_port_answers_during_the_last_delivery(tmp_path: Path) -
     app.router.add_post("/hook", held.answer)
     async with TestServer(app) as hook, tiny_upstream() as upstream:
         whole = Whole(
-            tmp_path / "data", upstream, SIDECAR_BACKENDS="ledger,webhook",
-            SIDECAR_WEBHOOK_URL=str(hook.make_url("/hook")), SIDECAR_WEBHOOK_SECRET="a-secret-of-the-test",
-        )  # fmt: skip
+            tmp_path / "data",
+            upstream,
+            SIDECAR_BACKENDS="ledger,webhook",
+            SIDECAR_WEBHOOK_URL=str(hook.make_url("/hook")),
+            SIDECAR_WEBHOOK_SECRET="a-secret-of-the-test",
+        )
         async with whole:
             await call_once(whole)
             assert whole.process is not None
@@ -168,9 +171,12 @@ async def test_calls_are_taken_during_the_delay_and_a_second_signal_ends_it(tmp_
     [(20_000, None, "DEBUG"), (4_096, None, "WARNING"), (20_000, 10_241, "WARNING"), (200_000, None, None)],
 )
 def test_fewer_file_descriptors_are_said_where_it_matters(
-    files: int, connections: int | None, level: str | None, monkeypatch: pytest.MonkeyPatch,
+    files: int,
+    connections: int | None,
+    level: str | None,
+    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
-) -> None:  # fmt: skip
+) -> None:
     """Not where the default is cut by a little: nobody asked for it."""
     monkeypatch.setattr(resource, "getrlimit", lambda which: (files, files))
     settings = Settings()
@@ -187,9 +193,14 @@ async def serve(tmp_path: Path, **settings: str) -> tuple[int, str]:
         tmp_path / "data", "http://127.0.0.1:9", SIDECAR_CONNECTIONS="100", SIDECAR_LOG_FORMAT="text", **settings
     )
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-m", "sidecar", "serve", env=environment(whole.env), cwd=ROOT,
+        sys.executable,
+        "-m",
+        "sidecar",
+        "serve",
+        env=environment(whole.env),
+        cwd=ROOT,
         stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+    )
     try:
         async with asyncio.timeout(LIMIT_S):
             _, err = await process.communicate()
@@ -261,9 +272,11 @@ async def test_a_certificate_that_is_none_is_one_line(tmp_path: Path, workers: s
     for name in ("cert", "key"):
         (tmp_path / name).write_text("-----BEGIN CERTIFICATE-----\nhalf")
     code, said = await serve(
-        tmp_path, SIDECAR_WORKERS=workers, SIDECAR_TLS_CERT_FILE=str(tmp_path / "cert"),
+        tmp_path,
+        SIDECAR_WORKERS=workers,
+        SIDECAR_TLS_CERT_FILE=str(tmp_path / "cert"),
         SIDECAR_TLS_KEY_FILE=str(tmp_path / "key"),
-    )  # fmt: skip
+    )
     assert code == 2, said
     assert "SIDECAR_TLS_CERT_FILE" in said
     assert "Traceback" not in said
@@ -279,18 +292,26 @@ async def test_an_unreadable_key_is_told_with_the_rest_of_the_settings(tmp_path:
     locked.write_bytes(key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, secret))
     bad.write_text("nothing")
     settings = {
-        "SIDECAR_TLS_CERT_FILE": str(good), "SIDECAR_TLS_KEY_FILE": str(locked), "SIDECAR_ADMIN_HOSTS": "http://x",
-        "SIDECAR_UPSTREAM_CERT_FILE": str(good), "SIDECAR_UPSTREAM_KEY_FILE": str(bad),
-        "SIDECAR_UPSTREAM_CA_FILE": str(bad), "SIDECAR_LOG_FORMAT": "text",
-    }  # fmt: skip
+        "SIDECAR_TLS_CERT_FILE": str(good),
+        "SIDECAR_TLS_KEY_FILE": str(locked),
+        "SIDECAR_ADMIN_HOSTS": "http://x",
+        "SIDECAR_UPSTREAM_CERT_FILE": str(good),
+        "SIDECAR_UPSTREAM_KEY_FILE": str(bad),
+        "SIDECAR_UPSTREAM_CA_FILE": str(bad),
+        "SIDECAR_LOG_FORMAT": "text",
+    }
     whole = Whole(tmp_path / "data", "https://127.0.0.1:9", **settings)
     for command in ("check", "serve"):
         code, _, said = await whole.command(command)
         assert code == 2
         problems = said.splitlines()[1:]
         assert len(problems) == 4, said
-        for words in ("SIDECAR_ADMIN_HOSTS", "SIDECAR_TLS_KEY_FILE: the key is encrypted",
-                      "SIDECAR_UPSTREAM_KEY_FILE: expected", "SIDECAR_UPSTREAM_CA_FILE: expected"):  # fmt: skip
+        for words in (
+            "SIDECAR_ADMIN_HOSTS",
+            "SIDECAR_TLS_KEY_FILE: the key is encrypted",
+            "SIDECAR_UPSTREAM_KEY_FILE: expected",
+            "SIDECAR_UPSTREAM_CA_FILE: expected",
+        ):
             assert [words in problem for problem in problems].count(True) == 1, said
     good.write_bytes(chain.private_key_and_cert_chain_pem.bytes())
     whole.env.update(SIDECAR_TLS_KEY_FILE=str(good), SIDECAR_UPSTREAM_KEY_FILE=str(good), SIDECAR_ADMIN_HOSTS="x")

@@ -51,8 +51,10 @@ def test_a_page_is_read_into_files_and_commands(tmp_path: Path) -> None:
         '```toml title="a.toml"\nx = 1\n```\n\n```console\n$ cat a.toml\nx = 1\n$ true\n```\n\n```sh\nmake demo\n```\n'
     )
     assert [(step.name, step.text, step.prints) for step in steps(page)] == [
-        ("a.toml", "x = 1\n", ()), (None, "cat a.toml", ("x = 1",)), (None, "true", ())
-    ]  # fmt: skip
+        ("a.toml", "x = 1\n", ()),
+        (None, "cat a.toml", ("x = 1",)),
+        (None, "true", ()),
+    ]
     terminal = Terminal(tmp_path)
     assert terminal.run(page) == 2
     terminal.close()

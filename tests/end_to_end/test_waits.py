@@ -56,8 +56,10 @@ async def test_a_day_of_retry_after_is_capped_shown_and_ended(tmp_path: Path) ->
             assert "webhook was paused for" in out
             assert (await whole.settled())["backends"]["webhook"]["delivered"] == 3
             assert await whole.command("spool", "retry", "--backend", "webhook") == (
-                1, "nothing waits at webhook\n", ""
-            )  # fmt: skip
+                1,
+                "nothing waits at webhook\n",
+                "",
+            )
             assert 'sidecar_retry_after_seconds{backend="webhook"} 0.0' in await whole.text("/metrics")
             assert await whole.stop() == 0
         code, _, err = await whole.command("spool", "retry", "--backend", "webhook")

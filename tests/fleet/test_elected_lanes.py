@@ -265,9 +265,13 @@ async def test_a_backend_that_is_added_later_begins_with_what_comes_then(
     async with delivering(postgres_database):
         pass
     one = Elected(
-        url=postgres_database, me="one/next", names=["fake", "later"], make=both, metrics=CountingMetrics(),
+        url=postgres_database,
+        me="one/next",
+        names=["fake", "later"],
+        make=both,
+        metrics=CountingMetrics(),
         retention_s=3600.0,
-    )  # fmt: skip
+    )
     async with one:
         await until(lambda: len(one.lanes) == LANES, what="all lanes")
         await asyncio.to_thread(put, ledger, range(11, 13))

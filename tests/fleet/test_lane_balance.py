@@ -64,10 +64,13 @@ def run(
     url = request.getfixturevalue("shared_lanes").url if "lanes" in request.fixturenames else AWAY
     data_dir = tmp_path / "data"
     for name, value in {
-        "SIDECAR_DATA_DIR": str(data_dir), "SIDECAR_LEDGER_URL": url, "SIDECAR_DELIVER": "elected",
-        "SIDECAR_BACKENDS": "ledger,webhook", "SIDECAR_WEBHOOK_URL": "http://127.0.0.1:9/webhook",
+        "SIDECAR_DATA_DIR": str(data_dir),
+        "SIDECAR_LEDGER_URL": url,
+        "SIDECAR_DELIVER": "elected",
+        "SIDECAR_BACKENDS": "ledger,webhook",
+        "SIDECAR_WEBHOOK_URL": "http://127.0.0.1:9/webhook",
         "COLUMNS": "200",
-    }.items():  # fmt: skip
+    }.items():
         monkeypatch.setenv(name, value)
 
     async def command(*arguments: str) -> tuple[int, str, str]:
@@ -126,8 +129,11 @@ async def test_each_record_is_in_one_place_of_its_lane(lanes: Lanes) -> None:
         assert (found.recorded, found.in_ledger) == (90, 90)
         parked = sum(found.total["webhook"].parked.values())  # it may have been sent before it was poisoned
         assert totals(found) == {
-            "delivered": 90 - parked, "pending": 0, "parked": {"http_400": 1} if parked else {}, "skipped": {},
-        }  # fmt: skip
+            "delivered": 90 - parked,
+            "pending": 0,
+            "parked": {"http_400": 1} if parked else {},
+            "skipped": {},
+        }
         assert (found.holders, found.unheld, found.notes) == ({"one": list(range(LANES))}, [], [])
         assert all(one.recorded > 0 for one in found.lanes)
         assert (len(elected.lanes), elected.resting, elected.unheld) == (LANES, 0, 0)
@@ -177,8 +183,10 @@ async def test_the_commands_tell_of_all_lanes_from_a_sidecar_that_is_stopped(lan
         code, out, _ = await run("spool", "status", "--format", "json")
         assert json.loads(out)["lanes"] == told["lanes"]
         assert await run("spool", "verify") == (
-            0, "3 records read, 16 lanes counted again, everything adds up\n", "",
-        )  # fmt: skip
+            0,
+            "3 records read, 16 lanes counted again, everything adds up\n",
+            "",
+        )
     code, out, err = await run("balance")
     assert code == 0
     assert err == "note: no running sidecar delivers lanes 0 to 15: what comes there waits for one\n"
@@ -324,8 +332,11 @@ async def test_a_change_is_made_by_who_runs_from_a_sidecar_that_is_stopped(lanes
         )
         assert await run("spool", "redrive", "--backend", "webhook") == (0, "8 events offered again\n", "")
         assert totals(await lanes.settled()) == {
-            "delivered": 8, "pending": 0, "parked": {}, "skipped": {"cancelled": 1},
-        }  # fmt: skip
+            "delivered": 8,
+            "pending": 0,
+            "parked": {},
+            "skipped": {"cancelled": 1},
+        }
         assert await run("spool", "cancel", ids[2]) == (0, f"webhook  {ids[2]}  taken back\n", "")
         assert backend.undone == {ids[2]: 1}
         code, out, err = await run("spool", "cancel", "nobody")
@@ -415,7 +426,7 @@ async def test_a_holder_that_hangs_is_named_and_nothing_of_it_is_left(
         assert (asked.answers, asked.later, asked.silent) == ([], [], {"hangs": [3, 4]})
         assert asked.said["texts"] == [
             "hangs, which delivers lanes 3 and 4, has not answered within 30 s: run it again"
-        ]  # fmt: skip
+        ]
         # It gives them back and lives on, without its share: waited for, as it may take them again at any moment.
         async with database.transaction() as db:
             await db.execute("UPDATE metering.lane_leases SET holder = NULL, expires = NULL WHERE lane IN (3, 4)")

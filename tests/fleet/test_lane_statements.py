@@ -113,9 +113,12 @@ def test_a_step_takes_as_many_messages_for_fifty_requests_as_for_one(lane: LaneD
             for one in store.open_requests("fake")
         ]
         sealing = Sealing(
-            cursor=cursor, from_seq=first - 1, to_seq=last, requests=[request(seq) for seq in range(first, last + 1)],
+            cursor=cursor,
+            from_seq=first - 1,
+            to_seq=last,
+            requests=[request(seq) for seq in range(first, last + 1)],
             at_once=set(range(last - first + 1)),
-        )  # fmt: skip
+        )
         messages.clear()
         done = store.commit(Turn(now_s=START_S, settled=settled, sealing=sealing))
         counts.append(len(messages))

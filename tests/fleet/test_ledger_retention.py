@@ -81,8 +81,9 @@ def test_old_days_are_forgotten_and_what_they_add_up_to_stays(ledger: Ledger) ->
     done = ledger.forget(keep_days="30")
     assert done.returncode == 0, done.stderr
     assert [line.partition("NOTICE:  ")[2] for line in done.stderr.splitlines()] == [
-        f"{day(40)} is forgotten", f"{day(35)} is forgotten",
-    ]  # fmt: skip
+        f"{day(40)} is forgotten",
+        f"{day(35)} is forgotten",
+    ]
     assert ledger.kept() == {day(10): 3, day(0): 3}
     assert ledger.summed() == 12
     assert ledger.forget(keep_days="30").stderr == "", "it is done once"

@@ -34,9 +34,15 @@ EXPIRES = "SELECT max(expires) FROM metering.limit_leases"
 
 
 async def served(
-    made: Sequence[Gate], chance: random.Random, *, calls: int, most: int, at_once: int = 12, unknown: float = 0.1,
+    made: Sequence[Gate],
+    chance: random.Random,
+    *,
+    calls: int,
+    most: int,
+    at_once: int = 12,
+    unknown: float = 0.1,
     takes: tuple[float, float] | None = None,
-) -> tuple[int, list[Call]]:  # fmt: skip
+) -> tuple[int, list[Call]]:
     """Calls to any of them, some open at the same time. `most`: tokens of the largest; `takes`: between which parts of
     what it may need a call takes; None: all of it. How many were let in, and those that are open still."""
     open_calls: list[Call] = []

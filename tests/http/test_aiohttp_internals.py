@@ -42,8 +42,17 @@ def test_the_version_that_was_read() -> None:
 def test_the_parts_are_where_they_were() -> None:
     assert parameters(BaseConnector.connect) == ["self", "req", "traces", "timeout"]
     assert parameters(RequestHandler.__init__)[:2] == ["self", "manager"]
-    for name in ("keepalive_timeout", "access_log", "max_line_size", "max_field_size", "max_headers", "lingering_time",
-                 "read_bufsize", "auto_decompress", "loop"):  # fmt: skip
+    for name in (
+        "keepalive_timeout",
+        "access_log",
+        "max_line_size",
+        "max_field_size",
+        "max_headers",
+        "lingering_time",
+        "read_bufsize",
+        "auto_decompress",
+        "loop",
+    ):
         assert name in parameters(RequestHandler.__init__)
     assert parameters(web.Server.__init__)[:2] == ["self", "handler"]
     for name in ("feed_data", "message_consumed", "set_upgraded", "pause_reading"):
@@ -83,13 +92,27 @@ def test_no_name_of_ours_hides_one_of_aiohttps() -> None:
 
     front, back = asyncio.run(theirs())
     overridden_front = {
-        "start", "pause_reading", "resume_reading", "connection_made", "connection_lost", "data_received",
-        "pause_writing", "resume_writing", "_messages", "_task_handler",
-    }  # fmt: skip
+        "start",
+        "pause_reading",
+        "resume_reading",
+        "connection_made",
+        "connection_lost",
+        "data_received",
+        "pause_writing",
+        "resume_writing",
+        "_messages",
+        "_task_handler",
+    }
     overridden_back = {
-        "should_close", "data_received", "eof_received", "connection_made", "connection_lost", "pause_writing",
-        "resume_writing", "_buffer",
-    }  # fmt: skip
+        "should_close",
+        "data_received",
+        "eof_received",
+        "connection_made",
+        "connection_lost",
+        "pause_writing",
+        "resume_writing",
+        "_buffer",
+    }
     assert (own(ClientProtocol, RequestHandler) | own(Client, RequestHandler)) & front == overridden_front
     assert (own(UpstreamProtocol, ResponseHandler) | own(UpstreamConnection, ResponseHandler)) & back == overridden_back
 
@@ -117,8 +140,16 @@ async def test_the_connector_makes_our_connections_and_keeps_none() -> None:
             made.append(UpstreamProtocol(loop))
             return made[-1]
 
-        connector = Connector(make, loop=loop, host="127.0.0.1", port=upstream.port, tls=None, server_name=None,
-                              socket_path=None, connect_timeout_s=1)  # fmt: skip
+        connector = Connector(
+            make,
+            loop=loop,
+            host="127.0.0.1",
+            port=upstream.port,
+            tls=None,
+            server_name=None,
+            socket_path=None,
+            connect_timeout_s=1,
+        )
         leases = []
         for count in (1, 2, 3):
             leases.append(await connector.connect())
@@ -169,9 +200,12 @@ async def _parser(**limits: int) -> Any:
         def resume_reading(self, resume_parser: bool = True) -> None: ...
 
     return HttpRequestParser(
-        Paused(), asyncio.get_running_loop(), 2**16, auto_decompress=False,  # type: ignore[arg-type]
+        Paused(),  # type: ignore[arg-type]
+        asyncio.get_running_loop(),
+        2**16,
+        auto_decompress=False,
         **cast("dict[str, Any]", {"max_line_size": 100, "max_field_size": 200, "max_headers": 5, **limits}),
-    )  # fmt: skip
+    )
 
 
 HEAD = b"GET /%b HTTP/1.1\r\nHost: h\r\n%b\r\n"

@@ -50,8 +50,15 @@ async def test_a_call_and_its_record() -> None:
         assert exchange.outcome is Outcome.COMPLETE
         assert (exchange.request_bytes, exchange.response_bytes) == (3, 5)
         assert exchange.request_headers == [
-            "Host", "x-Odd-CASE", "X-Tenant", "User-Agent", "traceparent", "Content-Length", "X-Rep", "X-Rep"
-        ]  # fmt: skip
+            "Host",
+            "x-Odd-CASE",
+            "X-Tenant",
+            "User-Agent",
+            "traceparent",
+            "Content-Length",
+            "X-Rep",
+            "X-Rep",
+        ]
         assert exchange.response_headers == ["X-ONE", "x-two", "Content-Length", "Set-Cookie", "Set-Cookie"]
         assert exchange.trace_id == "0af7651916cd43dd8448eb211c80319c"
         assert (exchange.user_agent, exchange.client_ip) == ("test/1", "127.0.0.1")

@@ -93,11 +93,14 @@ async def test_names_of_fields_are_bounded_together_on_both_sides() -> None:
 async def test_what_an_upstream_chooses() -> None:
     body = json.dumps(
         {
-            "id": "i" * 5_000, "object": "chat.completion", "model": "m" * 5_000, "service_tier": "t" * 5_000,
+            "id": "i" * 5_000,
+            "object": "chat.completion",
+            "model": "m" * 5_000,
+            "service_tier": "t" * 5_000,
             "choices": [{"index": 0, "finish_reason": "f" * 5_000}],
             "usage": {"prompt_tokens": 1, "completion_tokens": 2, "total_tokens": 3},
         }
-    ).encode()  # fmt: skip
+    ).encode()
     fields = b"Content-Type: application/json\r\nX-%b: 1\r\nx-request-id: %b\r\n" % (LONG, LONG)
     call = b"POST /v1/chat/completions HTTP/1.1\r\nHost: me\r\nContent-Length: %d\r\n\r\n%b"
     asked = json.dumps({"model": "r" * 5_000}).encode()

@@ -46,20 +46,28 @@ async def test_two_vendors_on_one_port_each_with_its_own_key(tmp_path: Path) -> 
     ):
         named = several(
             {
-                "name": "openai", "prefix": "/openai", "url": openai.url + "/base", "ca_file": str(ca),
-                "set_headers": {"authorization": f"Bearer file:{keys['openai']}"}, "remove_headers": ["x-tenant"],
+                "name": "openai",
+                "prefix": "/openai",
+                "url": openai.url + "/base",
+                "ca_file": str(ca),
+                "set_headers": {"authorization": f"Bearer file:{keys['openai']}"},
+                "remove_headers": ["x-tenant"],
             },
             {
-                "name": "anthropic", "prefix": "/anthropic", "url": anthropic.url,
+                "name": "anthropic",
+                "prefix": "/anthropic",
+                "url": anthropic.url,
                 "set_headers": {"x-api-key": f"file:{keys['anthropic']}"},
             },
-        )  # fmt: skip
+        )
         async with Hop(rest.url, upstreams=named) as hop:
             client = await hop.client()
             calls = [
-                (b"/openai/v1/x?q=1", b"gpt"), (b"/anthropic/v1/y", b"claude"), (b"/v1/z", b"rest"),
+                (b"/openai/v1/x?q=1", b"gpt"),
+                (b"/anthropic/v1/y", b"claude"),
+                (b"/v1/z", b"rest"),
                 (b"/openaix", b"rest"),
-            ] * 4  # fmt: skip
+            ] * 4
             for path, body in calls:
                 await client.send(get(path, b"authorization: Bearer client\r\n"))
                 assert (await client.message())[1] == body
@@ -213,9 +221,12 @@ async def test_each_upstreams_faults_are_told_by_its_name(tmp_path: Path, caplog
         RawUpstream(odd, tls=expired_server(authority)) as expired,
     ):
         urls = {
-            "refused": f"http://127.0.0.1:{free.getsockname()[1]}", "dns": "http://nowhere.invalid",
-            "reset": cutting.url, "not_http": speaking.url, "tls": expired.url,
-        }  # fmt: skip
+            "refused": f"http://127.0.0.1:{free.getsockname()[1]}",
+            "dns": "http://nowhere.invalid",
+            "reset": cutting.url,
+            "not_http": speaking.url,
+            "tls": expired.url,
+        }
         named = several(
             *(
                 {"name": f"the-{why}", "prefix": f"/{why}", "url": url} | ({"ca_file": str(ca)} if why == "tls" else {})

@@ -129,8 +129,10 @@ async def receiver_of_its_own() -> AsyncIterator[str]:
     """The stand-in backends in another process, so that they do not share our core with the one who waits."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "sidecar", "receiver", "--listen", "127.0.0.1:0"),
-        cwd=ROOT, env=environment({}), stderr=asyncio.subprocess.PIPE,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment({}),
+        stderr=asyncio.subprocess.PIPE,
+    )
     assert process.stderr is not None
     try:
         line = (await process.stderr.readline()).decode()

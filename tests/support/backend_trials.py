@@ -137,8 +137,11 @@ def made(
 ) -> Any:
     """One backend, whose settings are written as an operator writes them."""
     context = Given(
-        data_dir=data_dir, open_ledger=open_ledger, open_shared_ledger=open_shared_ledger, mapped=customers or {},
+        data_dir=data_dir,
+        open_ledger=open_ledger,
+        open_shared_ledger=open_shared_ledger,
+        mapped=customers or {},
         read=definitions,
-    )  # fmt: skip
+    )
     owned = kind.settings_type(**values_of(settings_of(kind.settings_type), texts))
     return kind(owned, context) if clock is None else kind(owned, context, clock=clock)

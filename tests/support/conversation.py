@@ -61,8 +61,11 @@ def own(status: bytes, type_: bytes, message: bytes, connection: bytes = b"Conne
     """An answer of the proxy itself."""
     body = b'{"error": {"type": "%b", "message": "%b"}}' % (type_, message)
     return b"HTTP/1.1 %b\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%b\r\n%b" % (
-        status, len(body), connection, body,
-    )  # fmt: skip
+        status,
+        len(body),
+        connection,
+        body,
+    )
 
 
 class _Socket:
@@ -317,9 +320,15 @@ class Talk:
         self.recorder.plain = PlainReader(taps, attribute_by_body, self.counts.limit_reached)
         settings = {"forwarded": "none", "upstream_url": "http://up.test", **options}
         self.proxy = Proxy(
-            settings=ProxySettings(**settings), recorder=self.recorder, taps=taps, attribute=by_tenant,
-            attribute_by_body=attribute_by_body, plainly=plainly(None), route=by_first_segment, metrics=self.counts,
-        )  # fmt: skip
+            settings=ProxySettings(**settings),
+            recorder=self.recorder,
+            taps=taps,
+            attribute=by_tenant,
+            attribute_by_body=attribute_by_body,
+            plainly=plainly(None),
+            route=by_first_segment,
+            metrics=self.counts,
+        )
         self.connectors: list[_Connector] = []  # one for each upstream
         self._seen = 0
         self._stopping: asyncio.Task[None] | None = None

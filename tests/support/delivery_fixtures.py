@@ -258,8 +258,10 @@ async def hold(database: Postgres, held: Held) -> None:
         await db.execute(
             "INSERT INTO metering.lane_leases (lane, holder, epoch) VALUES ($1, $2, $3)"
             " ON CONFLICT (lane) DO UPDATE SET holder = excluded.holder, epoch = excluded.epoch",
-            held.lane, held.holder, held.epoch,
-        )  # fmt: skip
+            held.lane,
+            held.holder,
+            held.epoch,
+        )
 
 
 def connection_of(store: DeliveryStore) -> sqlite3.Connection:

@@ -61,10 +61,14 @@ def exchange(*, id_: str) -> Exchange:
         response_headers=["Content-Type", "Date"],
         subscriber=Subscriber("cus_one", "header:x-tenant"),
         usage=Usage(
-            provider="openai", model="gpt-5-mini", input_tokens=43, output_tokens=97, total_tokens=140,
+            provider="openai",
+            model="gpt-5-mini",
+            input_tokens=43,
+            output_tokens=97,
+            total_tokens=140,
             usage_state=UsageState.FINAL,
         ),
-    )  # fmt: skip
+    )
 
 
 def split(line: bytes) -> tuple[bytes, bytes, bytes]:

@@ -28,9 +28,15 @@ BATCH: Final = 5_000  # deltas in one transaction
 
 
 def fill(
-    path: Path, *, until: datetime, days: int, subscribers: Sequence[str] = PEOPLE, models: int = len(MODELS),
-    hours: Sequence[int] = range(24), seed: int = 1,
-) -> int:  # fmt: skip
+    path: Path,
+    *,
+    until: datetime,
+    days: int,
+    subscribers: Sequence[str] = PEOPLE,
+    models: int = len(MODELS),
+    hours: Sequence[int] = range(24),
+    seed: int = 1,
+) -> int:
     """Sums of these hours of each of the days before `until`, for each subscriber and model; how many rows."""
     store = LedgerStore(path)
     rows, batch, number = 0, list[Delta](), 0
@@ -71,7 +77,11 @@ def _deltas(
                         cost_usd=cost,
                     )
                     delta.counts.update(
-                        records=calls, calls=calls, with_usage=calls, errors=1 if failed else 0,
-                        request_bytes=calls * 900, response_bytes=calls * 2_600,
-                    )  # fmt: skip
+                        records=calls,
+                        calls=calls,
+                        with_usage=calls,
+                        errors=1 if failed else 0,
+                        request_bytes=calls * 900,
+                        response_bytes=calls * 2_600,
+                    )
                     yield delta

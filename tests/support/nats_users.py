@@ -35,9 +35,14 @@ class Key:
         import nkeys
 
         claims = {
-            "jti": secrets.token_hex(16), "iat": int(time.time()), "iss": self.public, "sub": of.public, "name": name,
-            "nats": {"version": 2, **said}, **more,
-        }  # fmt: skip
+            "jti": secrets.token_hex(16),
+            "iat": int(time.time()),
+            "iss": self.public,
+            "sub": of.public,
+            "name": name,
+            "nats": {"version": 2, **said},
+            **more,
+        }
         text = f"{_part({'typ': 'JWT', 'alg': 'ed25519-nkey'})}.{_part(claims)}"
         signature = nkeys.from_seed(bytearray(self.seed.encode())).sign(text.encode())
         return f"{text}.{base64.urlsafe_b64encode(signature).rstrip(b'=').decode()}"
@@ -63,9 +68,10 @@ class Operator:
         accounts = {
             one.public: self._operator.jwt(one, name, {"type": "account", "limits": limits})
             for one, name, limits in (
-                (self._account, "metering", _UNLIMITED | _JETSTREAM), (self._system, "system", _UNLIMITED),
+                (self._account, "metering", _UNLIMITED | _JETSTREAM),
+                (self._system, "system", _UNLIMITED),
             )
-        }  # fmt: skip
+        }
         known = "\n".join(f"{public}: {jwt}" for public, jwt in accounts.items())
         # JetStream starts with a system account alone.
         return (
@@ -79,10 +85,18 @@ class Operator:
         said = {"type": "user", "pub": {}, "sub": {}, "subs": -1, "data": -1, "payload": -1}
         jwt = self._account.jwt(user, "sidecar", said, **claims)
         lines = [
-            "-----BEGIN NATS USER JWT-----", jwt, "------END NATS USER JWT------", "",
-            "************************* IMPORTANT *************************", "NKEY Seed printed below ...", "",
-            "-----BEGIN USER NKEY SEED-----", seed or user.seed, "------END USER NKEY SEED------", "",
-        ]  # fmt: skip
+            "-----BEGIN NATS USER JWT-----",
+            jwt,
+            "------END NATS USER JWT------",
+            "",
+            "************************* IMPORTANT *************************",
+            "NKEY Seed printed below ...",
+            "",
+            "-----BEGIN USER NKEY SEED-----",
+            seed or user.seed,
+            "------END USER NKEY SEED------",
+            "",
+        ]
         return line_end.join(lines)
 
 

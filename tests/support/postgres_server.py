@@ -87,20 +87,39 @@ class PostgresServer:
         self.directory.mkdir(parents=True, exist_ok=True)
         self._own(self.directory)
         self._run(
-            "initdb", "--pgdata", self._data, "--username", "tester", "--auth", "trust", "--encoding", "UTF8",
-            "--no-instructions", "--no-sync",
-        )  # fmt: skip
+            "initdb",
+            "--pgdata",
+            self._data,
+            "--username",
+            "tester",
+            "--auth",
+            "trust",
+            "--encoding",
+            "UTF8",
+            "--no-instructions",
+            "--no-sync",
+        )
 
     def start(self) -> None:
         arguments = [word for name, value in _SETTINGS.items() for word in ("-c", f"{name}={value}")]
         with (self.directory / "log").open("ab") as log:
             self._process = subprocess.Popen(
                 [
-                    str(self._bin / "postgres"), "-D", self._data, "-k", str(self.directory), "-p", str(self.port),
+                    str(self._bin / "postgres"),
+                    "-D",
+                    self._data,
+                    "-k",
+                    str(self.directory),
+                    "-p",
+                    str(self.port),
                     *arguments,
                 ],
-                stdout=log, stderr=log, env=self._env, start_new_session=True, **self._user,
-            )  # fmt: skip
+                stdout=log,
+                stderr=log,
+                env=self._env,
+                start_new_session=True,
+                **self._user,
+            )
         ends = time.monotonic() + WAIT_S
         while not self._answers():
             assert self._process.poll() is None, (self.directory / "log").read_text()[-2000:]
@@ -139,9 +158,16 @@ class PostgresServer:
         self._own(directory)
         try:
             self._run(
-                "pg_basebackup", "--pgdata", other._data, "--checkpoint", "fast", "--write-recovery-conf", "--no-sync",
-                "--dbname", self.url(),
-            )  # fmt: skip
+                "pg_basebackup",
+                "--pgdata",
+                other._data,
+                "--checkpoint",
+                "fast",
+                "--write-recovery-conf",
+                "--no-sync",
+                "--dbname",
+                self.url(),
+            )
             other.start()
             yield other
         finally:
@@ -161,9 +187,15 @@ class PostgresServer:
         """Run a file as `psql -f` does; what it says, whether it failed or not."""
         told = [word for name, value in variables.items() for word in ("-v", f"{name}={value}")]
         return subprocess.run(
-            [str(self._bin / "psql"), "-Xq", *told, "-f", "-", self.url(database)], input=path.read_text(),
-            capture_output=True, text=True, env=self._env, timeout=60, check=False, **self._user,
-        )  # fmt: skip
+            [str(self._bin / "psql"), "-Xq", *told, "-f", "-", self.url(database)],
+            input=path.read_text(),
+            capture_output=True,
+            text=True,
+            env=self._env,
+            timeout=60,
+            check=False,
+            **self._user,
+        )
 
     @property
     def _data(self) -> str:
@@ -184,9 +216,14 @@ class PostgresServer:
 
     def _run(self, program: str, *arguments: str) -> str:
         done: subprocess.CompletedProcess[str] = subprocess.run(
-            [str(self._bin / program), *arguments], capture_output=True, text=True, env=self._env, timeout=60,
-            check=False, **self._user,
-        )  # fmt: skip
+            [str(self._bin / program), *arguments],
+            capture_output=True,
+            text=True,
+            env=self._env,
+            timeout=60,
+            check=False,
+            **self._user,
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout.strip()
 

@@ -473,8 +473,9 @@ class Hop:
             assert self.counts.drains == 0
             await until(lambda: self.counts.connections == 0)
 
-    async def client(self, *, tls: ssl.SSLContext | None = None, path: str | None = None,
-                     receive_buffer: int | None = None) -> Conversation:  # fmt: skip
+    async def client(
+        self, *, tls: ssl.SSLContext | None = None, path: str | None = None, receive_buffer: int | None = None
+    ) -> Conversation:
         limit = 2**16
         if path is not None:
             reader, writer = await asyncio.open_unix_connection(path, limit=limit)

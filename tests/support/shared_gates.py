@@ -43,10 +43,17 @@ class Gate:
     """One sidecar with one process that serves. `off_s`: how far its clock is ahead."""
 
     def __init__(
-        self, directory: Path, url: str, *short: str, on_failure: str = "closed", off_s: float = 0.0,
-        unknown: str = "reserve", tables: Sequence[dict[str, Any]] = (), past: Past | None = None,
+        self,
+        directory: Path,
+        url: str,
+        *short: str,
+        on_failure: str = "closed",
+        off_s: float = 0.0,
+        unknown: str = "reserve",
+        tables: Sequence[dict[str, Any]] = (),
+        past: Past | None = None,
         in_ledger: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         name = directory.name
         directory.mkdir(exist_ok=True, parents=True)
         self.directory, self.name, self.url = directory, name, url
@@ -82,16 +89,24 @@ class Gate:
         )
         price = Models(lambda provider, model, i, o, at_ns: (i + o) * PICO_A_TOKEN, lambda provider, model: None)
         policy = Policy(
-            limits=self.limits, meant=lambda method, target, upstream: Meant("openai", None, True),
-            key_of=lambda fields: None, deny=DENY, on_failure=self._on_failure, models=price,
-        )  # fmt: skip
+            limits=self.limits,
+            meant=lambda method, target, upstream: Meant("openai", None, True),
+            key_of=lambda fields: None,
+            deny=DENY,
+            on_failure=self._on_failure,
+            models=price,
+        )
         self.gate = Admission(policy, clock_ns=self.now_ns, call_later=loop.call_later)
         self.gate.send = lambda question: self._soon(self.owner.ask, self.tail, question)
         self.db = Postgres(self.url, name=f"test {self.name}", command_timeout_s=2.0)
         self.shared = SharedCounters(
-            self.db, Claim(self.directory, self.name, in_ledger=self._in_ledger), self.owner.counters,
-            clock_s=self.clock_s, wall_ns=self.now_ns, past=self.past,
-        )  # fmt: skip
+            self.db,
+            Claim(self.directory, self.name, in_ledger=self._in_ledger),
+            self.owner.counters,
+            clock_s=self.clock_s,
+            wall_ns=self.now_ns,
+            past=self.past,
+        )
         self.owner.fleet = self.shared
         self.owner.came(self.tail, self)
         self.owner.load(count_records(self.lines, self.charging, lambda record: True))
@@ -127,9 +142,12 @@ class Gate:
         self._calls += 1
         ms = f"{self.now_ns() // 10**6:012x}"
         exchange = Exchange(
-            method="POST", url="u", id=f"{ms[:8]}-{ms[8:]}-7{self._calls % 4096:03x}-8000-{self.tail}",
-            subscriber=Subscriber(who, "test"), started_ns=self.now_ns(),
-        )  # fmt: skip
+            method="POST",
+            url="u",
+            id=f"{ms[:8]}-{ms[8:]}-7{self._calls % 4096:03x}-8000-{self.tail}",
+            subscriber=Subscriber(who, "test"),
+            started_ns=self.now_ns(),
+        )
         exchange.dimensions = {"team": "red"}
         prepared = self.gate.prepare(
             "POST", "/v1/x", (), subscriber=exchange.subscriber, dimensions=exchange.dimensions, route=None

@@ -88,11 +88,15 @@ class Terminal:
             program.chmod(0o755)
         kept = {key: value for key, value in os.environ.items() if not key.startswith("SIDECAR_")}
         self.environ = {
-            **kept, "PATH": f"{programs}:{kept['PATH']}", "PYTHONPATH": str(ROOT), "HOME": str(directory),
+            **kept,
+            "PATH": f"{programs}:{kept['PATH']}",
+            "PYTHONPATH": str(ROOT),
+            "HOME": str(directory),
             "COLUMNS": "200",
             "SIDECAR_LOG_FORMAT": "text",  # as on a terminal
-            "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost",
-        }  # fmt: skip
+            "NO_PROXY": "127.0.0.1,localhost",
+            "no_proxy": "127.0.0.1,localhost",
+        }
 
     def run(self, page: str) -> int:
         """All of it; how many commands that was."""
@@ -115,9 +119,15 @@ class Terminal:
         until_s = time.monotonic() + PRINTS_S
         while True:
             done = subprocess.run(
-                ["bash", "-c", self._here(step.text)], cwd=self.directory, env=self.environ, stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=COMMAND_S, check=False,
-            )  # fmt: skip
+                ["bash", "-c", self._here(step.text)],
+                cwd=self.directory,
+                env=self.environ,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                timeout=COMMAND_S,
+                check=False,
+            )
             printed = self._there(done.stdout.decode())
             if fits(step.prints, printed) if step.prints else done.returncode == 0:
                 return
@@ -136,10 +146,15 @@ class Terminal:
         with log.open("wb") as out:
             self._background.append(
                 subprocess.Popen(
-                    ["bash", "-c", command], cwd=self.directory,
-                    env=self.environ, stdin=subprocess.DEVNULL, stdout=out, stderr=out, start_new_session=True,
+                    ["bash", "-c", command],
+                    cwd=self.directory,
+                    env=self.environ,
+                    stdin=subprocess.DEVNULL,
+                    stdout=out,
+                    stderr=out,
+                    start_new_session=True,
                 )
-            )  # fmt: skip
+            )
         until_s = time.monotonic() + PRINTS_S
         while not fits(("…", *step.prints, "…"), printed := self._there(log.read_text())):
             if time.monotonic() > until_s or self._background[-1].poll() is not None:

@@ -200,9 +200,15 @@ class Reloaded(Whole):
         if toml is not None:
             self.config.write_text(toml)
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "sidecar", "reload", env=environment(self.env), cwd=ROOT,
-            stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "sidecar",
+            "reload",
+            env=environment(self.env),
+            cwd=ROOT,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+        )
         async with asyncio.timeout(RELOAD_LIMIT_S):
             out, _ = await process.communicate()
         assert process.returncode is not None

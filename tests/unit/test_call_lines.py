@@ -100,10 +100,15 @@ def test_odd_records_add_up_as_well(meters: Sequence[Meter]) -> None:
 
 def test_calls_that_differ_in_numbers_only_are_no_records() -> None:
     calls = [
-        record(number, id=record_id(number), usage=usage(input_tokens=number, response_id=str(number)),
-               cost={"currency": "USD", "total": f"0.00{number}", "parts": {}}, duration_ms=float(number))
+        record(
+            number,
+            id=record_id(number),
+            usage=usage(input_tokens=number, response_id=str(number)),
+            cost={"currency": "USD", "total": f"0.00{number}", "parts": {}},
+            duration_ms=float(number),
+        )
         for number in range(1, 400)
-    ]  # fmt: skip
+    ]
     reading = CallLines()
     for one in calls:
         reading.add(one.json)

@@ -44,8 +44,11 @@ def test_a_table_has_numbers_to_the_right_and_tells_nothing_from_zero() -> None:
 def test_heads_may_differ_from_names_in_a_table_only() -> None:
     heads = {"calls": "n"}
     assert render(ROWS, COLUMNS, Format.TABLE, heads=heads).splitlines()[0].split() == [
-        "subscriber", "n", "tokens", "late",
-    ]  # fmt: skip
+        "subscriber",
+        "n",
+        "tokens",
+        "late",
+    ]
     assert "calls" in render(ROWS, COLUMNS, Format.JSON, heads=heads)
 
 

@@ -190,9 +190,13 @@ async def test_delivery_hears_of_each_commit_only_where_that_is_of_use(
     reader = SpoolReader(world.directory)
     async with world.deliver(*backends) as delivery:
         bills = Billing(
-            settings=load({}, backend_settings=backend_settings(), serving=False), state=delivery.store, reader=reader,
-            delivery=delivery, backends={one.name: one for one in backends}, sums=[ledger] if beside else [],
-        )  # fmt: skip
+            settings=load({}, backend_settings=backend_settings(), serving=False),
+            state=delivery.store,
+            reader=reader,
+            delivery=delivery,
+            backends={one.name: one for one in backends},
+            sums=[ledger] if beside else [],
+        )
         assert not gathers(bills), "one that is up is told at once"
         world.spool.add(1)
         delivery.wake()

@@ -158,22 +158,26 @@ def made_up(chance: random.Random, depth: int, kind: str) -> str:
     ways: list[Callable[[], str]] = {
         "int": [
             lambda: f"({part('int')} {chance.choice('+-*/%')} {part('int')})",
-            lambda: f"({part('bool')} ? {part('int')} : {part('int')})", lambda: f"-{part('int')}",
+            lambda: f"({part('bool')} ? {part('int')} : {part('int')})",
+            lambda: f"-{part('int')}",
             lambda: f"int({part('double')})",
         ],
         "double": [
-            lambda: f"({part('double')} {chance.choice('+-*/')} {part('double')})", lambda: f"double({part('int')})",
+            lambda: f"({part('double')} {chance.choice('+-*/')} {part('double')})",
+            lambda: f"double({part('int')})",
             lambda: f"({part('bool')} ? {part('double')} : {part('double')})",
         ],
         "bool": [
             lambda: f"({part('int')} {chance.choice(['<', '<=', '>', '>=', '==', '!='])} {part('int')})",
             lambda: f"({part('double')} {chance.choice(['<', '>'])} {part('double')})",
-            lambda: f"({part('bool')} {chance.choice(['&&', '||'])} {part('bool')})", lambda: f"!{part('bool')}",
+            lambda: f"({part('bool')} {chance.choice(['&&', '||'])} {part('bool')})",
+            lambda: f"!{part('bool')}",
             lambda: f"{part('string')}.{chance.choice(['startsWith', 'endsWith', 'contains'])}({part('string')})",
-            lambda: f"({part('string')} == {part('string')})", lambda: f"({part('int')} in [1, 200, {part('int')}])",
+            lambda: f"({part('string')} == {part('string')})",
+            lambda: f"({part('int')} in [1, 200, {part('int')}])",
         ],
         "string": [lambda: f"({part('string')} + {part('string')})", lambda: f"string({part('string')})"],
-    }[kind]  # fmt: skip
+    }[kind]
     return chance.choice(ways)()
 
 
@@ -440,8 +444,9 @@ def test_the_names_that_are_read_are_the_free_ones() -> None:
 def test_own_names_are_closed_where_they_are_known() -> None:
     vocabulary = Vocabulary.of(["plan"], ["rows"])
     assert compile_expression("dimension_plan == 'a' ? unit_rows : 0.0", vocabulary).names == (
-        "dimension_plan", "unit_rows",
-    )  # fmt: skip
+        "dimension_plan",
+        "unit_rows",
+    )
     for text, near in (
         ("unit_rowz * 2.0", "reads unit_rowz, which no record has; did you mean unit_rows?"),
         ("rows * 2.0", "did you mean unit_rows?"),
@@ -472,9 +477,11 @@ def test_the_samples_have_the_types_of_the_records() -> None:
 )
 def test_many_at_once_are_billed_as_one_by_one(rows: list[dict[str, Any]]) -> None:
     for text in (
-        "double(input_tokens) * 1.25 + double(output_tokens) * 0.1", "input_tokens - output_tokens",
-        "double(input_tokens) / double(output_tokens) * 1e-7", "input_tokens * output_tokens",
-    ):  # fmt: skip
+        "double(input_tokens) * 1.25 + double(output_tokens) * 0.1",
+        "input_tokens - output_tokens",
+        "double(input_tokens) / double(output_tokens) * 1e-7",
+        "input_tokens * output_tokens",
+    ):
         expression = compile_expression(text)
         one_by_one = [found for row in rows if isinstance(found := expression.of(row), (int, Decimal))]
         assert sorted(map(repr, expression.values(rows))) == sorted(map(repr, one_by_one))

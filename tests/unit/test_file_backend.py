@@ -159,8 +159,11 @@ async def test_a_second_writer_is_told_who_has_the_file_and_loses_nothing(tmp_pa
     tests = Path(__file__).parent.parent
     child = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path / "out.ndjson"), str(tmp_path / "theirs")],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env={"PYTHONPATH": f"{tests}:{tests.parent}"},
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": f"{tests}:{tests.parent}"},
+    )
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "written\n"

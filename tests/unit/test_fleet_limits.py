@@ -30,9 +30,15 @@ both = pytest.mark.parametrize("named", SIZES)
 
 
 def simulated(
-    seed: int, *, sidecars: int, amount: int, of: Size = size, trouble: bool = True, seconds: float = 60.0,
+    seed: int,
+    *,
+    sidecars: int,
+    amount: int,
+    of: Size = size,
+    trouble: bool = True,
+    seconds: float = 60.0,
     counts_held: bool = True,
-) -> SharedLimit:  # fmt: skip
+) -> SharedLimit:
     """Calls for four times what is allowed, in so many seconds; with trouble for two thirds of it."""
     fleet = Fleet(seed)
     limit = SharedLimit(fleet, amount, of, lease_s=LEASE_S, tell_s=TELL_S, counts_held=counts_held)

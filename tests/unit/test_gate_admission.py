@@ -141,7 +141,7 @@ def test_what_is_asked_of_the_owner() -> None:
         ("m", asking(1, 50, 58)),
         (None, asking(1, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_DEFAULT + 1)),
         (None, asking(1, 0, 0)),
-    ]  # fmt: skip
+    ]
 
 
 def test_no_more_is_set_aside_than_the_model_can_give() -> None:
@@ -281,8 +281,10 @@ def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
         gate.ask(weigh(gate), "1", verdicts.append)
         timers[-1].do()
     assert [(verdict.gate.decision, verdict.gate.age_s) for verdict in verdicts] == [
-        ("denied", 0.0), ("denied", 30.0), ("allowed", 0.0),
-    ]  # fmt: skip
+        ("denied", 0.0),
+        ("denied", 30.0),
+        ("allowed", 0.0),
+    ]
 
 
 def test_a_question_is_asked_again_of_an_owner_that_has_just_come() -> None:

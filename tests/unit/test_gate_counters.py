@@ -277,9 +277,12 @@ class Process:
     def call(self, tokens: int = 10) -> None:
         self.calls += 1
         exchange = Exchange(
-            method="POST", url="u", id=f"{self.calls:024x}{self.tail}", subscriber=Subscriber("acme", "test"),
+            method="POST",
+            url="u",
+            id=f"{self.calls:024x}{self.tail}",
+            subscriber=Subscriber("acme", "test"),
             started_ns=self.world.now_ns,
-        )  # fmt: skip
+        )
         prepared = self.gate.prepare("POST", "/v1/x", (), subscriber=exchange.subscriber, dimensions={}, route=None)
         body = b'{"model": "m", "max_tokens": %d}' % tokens
         weighed = self.gate.weigh(prepared, body, len(body))
@@ -419,10 +422,16 @@ def test_the_answer_that_a_process_had_not_heard_yet_counts_as_held() -> None:
 def test_hours_of_the_ledger_count_where_there_are_no_records_any_more() -> None:
     charging = Charging(
         limits(
-            "calls=9/month", "total_tokens=9/month", "cost_usd=9/month",
-            name="teams", unit="calls", amount=1, window="month", dimensions={"team": "*"},
+            "calls=9/month",
+            "total_tokens=9/month",
+            "cost_usd=9/month",
+            name="teams",
+            unit="calls",
+            amount=1,
+            window="month",
+            dimensions={"team": "*"},
         )
-    )  # fmt: skip
+    )
     facts = Facts(subscriber="acme", model="m")
     kind: dict[str, Any] = {
         "start_ns": AT_NS,

@@ -80,8 +80,12 @@ def test_the_long_form() -> None:
 def test_the_short_form() -> None:
     found = read("", "calls=600/minute", "cost_usd=50.5/month", "concurrent=20", "total_tokens=1000/90s", "calls=9")
     assert [limit.name for limit in found] == [
-        "calls-per-minute", "cost_usd-per-month", "concurrent", "total_tokens-per-90s", "calls-per-total",
-    ]  # fmt: skip
+        "calls-per-minute",
+        "cost_usd-per-month",
+        "concurrent",
+        "total_tokens-per-90s",
+        "calls-per-total",
+    ]
     assert found[1].amount == int(Decimal("50.5") * PICO)
     assert found[3].window == Sliding(90)
     assert [limit.is_rate for limit in found] == [True, False, True, True, False]
@@ -193,9 +197,11 @@ def test_where_all_ids_are_hashes_a_limit_of_another_id_can_never_be_reached() -
 def test_a_time_zone_that_changes_nothing_is_said() -> None:
     table = '[[limits]]\nname = "a"\nunit = "calls"\namount = 1\nwindow = "{}"\ntimezone = "{}"'
     for window, zone, said in (
-        ("24h", "Europe/Berlin", True), ("total", "Asia/Tokyo", True), ("24h", "UTC", False),
+        ("24h", "Europe/Berlin", True),
+        ("total", "Asia/Tokyo", True),
+        ("24h", "UTC", False),
         ("day", "Europe/Berlin", False),
-    ):  # fmt: skip
+    ):
         notes = remarks(read(table.format(window, zone)))
         assert notes == ([f"limit a: timezone {zone} changes nothing: its window has no calendar"] if said else [])
 
@@ -255,10 +261,12 @@ def test_check_tells_what_is_wrong_with_limits_and_prices_also_where_meters_are_
     head, *told = capsys.readouterr().err.splitlines()
     assert head == "the configuration has 5 problems:"
     for begin in (
-        "  meter broken: ", "  prices number 1 (broken): unit is wrong",
+        "  meter broken: ",
+        "  prices number 1 (broken): unit is wrong",
         "  prices number 2 (opnai m): provider 'opnai' is unknown",
-        "  limit on-a-meter: amount is negative", "  limit nobody: provider 'aws' is unknown here",
-    ):  # fmt: skip
+        "  limit on-a-meter: amount is negative",
+        "  limit nobody: provider 'aws' is unknown here",
+    ):
         assert any(line.startswith(begin) for line in told), (begin, told)
 
 
@@ -342,13 +350,24 @@ def call(outcome: Outcome = Outcome.COMPLETE, state: UsageState | None = UsageSt
     usage = None
     if state is not None:
         usage = Usage(
-            usage_state=state, model="gpt-5", provider="openai", input_tokens=given.pop("input_tokens", 10),
-            output_tokens=given.pop("output_tokens", 5), cost_usd=given.pop("cost_usd", None),
-        )  # fmt: skip
+            usage_state=state,
+            model="gpt-5",
+            provider="openai",
+            input_tokens=given.pop("input_tokens", 10),
+            output_tokens=given.pop("output_tokens", 5),
+            cost_usd=given.pop("cost_usd", None),
+        )
     return Exchange(
-        method="POST", url="u", subscriber=Subscriber("acme", "test"), outcome=outcome, usage=usage, started_ns=AT_NS,
-        status=given.pop("status", 200), first_byte_ms=1.0, **given,
-    )  # fmt: skip
+        method="POST",
+        url="u",
+        subscriber=Subscriber("acme", "test"),
+        outcome=outcome,
+        usage=usage,
+        started_ns=AT_NS,
+        status=given.pop("status", 200),
+        first_byte_ms=1.0,
+        **given,
+    )
 
 
 LIMITS = read("", "calls=9", "input_tokens=9", "output_tokens=9", "total_tokens=9", "concurrent=9", "cost_usd=9")
@@ -367,9 +386,12 @@ def charged(exchange: Exchange, unknown: str = "reserve", **given: Any) -> dict[
 def test_a_known_usage_takes_the_place_of_what_was_reserved() -> None:
     found = charged(call(gate=Gate("allowed", reserved=HELD)))
     assert found == {
-        "calls": (1, 1), "input_tokens": (10, 0), "output_tokens": (5, 0), "total_tokens": (15, 100),
+        "calls": (1, 1),
+        "input_tokens": (10, 0),
+        "output_tokens": (5, 0),
+        "total_tokens": (15, 100),
         "concurrent": (0, 1),
-    }  # fmt: skip
+    }
 
 
 @pytest.mark.parametrize(

@@ -80,8 +80,17 @@ def test_what_shows_customers_needs_the_token_or_loopback(path: str) -> None:
     one = guard(ANYWHERE, TOKEN)
     assert status(one, path, authorization=f"Bearer {TOKEN}") == 200
     assert status(one, path, authorization=f"bearer   {TOKEN} ") == 200
-    for wrong in ("", TOKEN, f"Basic {TOKEN}", "Bearer", "Bearer ", f"Bearer {TOKEN}x", f"Bearer {TOKEN[:-1]}",
-                  f"Bearer {TOKEN}\udcff", f"Bearer{TOKEN}"):  # fmt: skip
+    for wrong in (
+        "",
+        TOKEN,
+        f"Basic {TOKEN}",
+        "Bearer",
+        "Bearer ",
+        f"Bearer {TOKEN}x",
+        f"Bearer {TOKEN[:-1]}",
+        f"Bearer {TOKEN}\udcff",
+        f"Bearer{TOKEN}",
+    ):
         assert status(one, path, authorization=wrong) == 401, wrong
     assert status(guard(), path, authorization="Bearer ") == 403, "no token is no empty token"
     for other in OPEN:

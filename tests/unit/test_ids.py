@@ -47,8 +47,11 @@ def test_the_counter_goes_on_in_its_upper_part() -> None:
     maker = Ids(CHANCE)
     made = [maker.next(NOW_NS) for _ in range((1 << 14) + 2)]
     assert [one[14:23] for one in (made[0], made[-3], made[-2], made[-1])] == [
-        "7000-8000", "7000-bfff", "7001-8000", "7001-8001",
-    ]  # fmt: skip
+        "7000-8000",
+        "7000-bfff",
+        "7001-8000",
+        "7001-8001",
+    ]
     assert made == sorted(made)
 
 

@@ -93,9 +93,18 @@ def test_an_intent_is_what_the_careful_way_writes(kinds: list[RequestShape], mad
 
 def plain_call(number: int, **more: Any) -> PlainExchange:
     shape = RequestShape(
-        number=number, method="POST", target="/", fields=(), read=True, url="https://api.example.com/", route=None,
-        request_headers=["Host"], user_agent=None, subscriber=Subscriber("acme", "header:x-tenant"), dimensions={},
-    )  # fmt: skip
+        number=number,
+        method="POST",
+        target="/",
+        fields=(),
+        read=True,
+        url="https://api.example.com/",
+        route=None,
+        request_headers=["Host"],
+        user_agent=None,
+        subscriber=Subscriber("acme", "header:x-tenant"),
+        dimensions={},
+    )
     return PlainExchange(shape, None, None, 3, b"{}", f"{number:036x}", STARTED_NS, 5, **more)
 
 

@@ -225,8 +225,11 @@ def test_a_kill_between_two_commits_loses_and_doubles_nothing(path: Path) -> Non
     for seen in (3, 11):
         child = subprocess.Popen(
             [sys.executable, "-c", KILLED, str(path), str(done)],
-            stdout=subprocess.PIPE, text=True, cwd=Path(tests).parent, env={"PYTHONPATH": f"{tests}:."},
-        )  # fmt: skip
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(tests).parent,
+            env={"PYTHONPATH": f"{tests}:."},
+        )
         assert child.stdout is not None
         for _ in range(seen):
             child.stdout.readline()
@@ -360,9 +363,7 @@ def test_days_add_up_to_the_hours_whatever_is_asked_for(ledger: LedgerUnderTest)
     """Whole days are read from the daily sums, the rest from the hourly ones: no call is missed or counted twice."""
     day = 24 * HOUR_NS
     times = [T0_NS + offset for offset in (-3 * day, -2 * day - 9 * HOUR_NS, -day, -HOUR_NS, 0, HOUR_NS, day, 2 * day)]
-    batch = [
-        priced(n, f"0.{n}", "m" if n % 2 else "k", started_ns=at) for n, at in enumerate(times * 3, 1)
-    ]  # fmt: skip
+    batch = [priced(n, f"0.{n}", "m" if n % 2 else "k", started_ns=at) for n, at in enumerate(times * 3, 1)]
     ledger.put(batch)
     reader = ledger.reader()
     for since_h in (-80, -72, -33, -9, 0, 3, 15, None):
@@ -370,7 +371,7 @@ def test_days_add_up_to_the_hours_whatever_is_asked_for(ledger: LedgerUnderTest)
             since, until = (
                 None if hours is None else datetime(2026, 11, 21, 9, tzinfo=UTC) + timedelta(hours=hours)
                 for hours in (since_h, until_h)
-            )  # fmt: skip
+            )
             for by in ((), ("model",), ("day",), ("day", "model"), ("month", "subscriber")):
                 rows = reader.usage(by, since, until)
                 found = {row.group: (row.calls, row.input_tokens, row.cost_usd) for row in rows}
@@ -394,8 +395,9 @@ def test_usage_by_and_of_a_dimension(ledger: LedgerUnderTest) -> None:
     by = [(r.group, r.calls) for r in reader.usage(["feature"])]
     assert by == [((None,), 2), (("search",), 2)]
     assert [(r.group, r.calls) for r in reader.usage(["dimensions.team", "day"])] == [
-        ((None, "2026-11-21"), 3), (("a", "2026-11-21"), 1)
-    ]  # fmt: skip
+        ((None, "2026-11-21"), 3),
+        (("a", "2026-11-21"), 1),
+    ]
     assert reader.usage(["dimensions.never"])[0].group == (None,), "a dimension that no call had yet"
     asked: list[tuple[dict[str, list[str | None]], int]] = [
         ({"feature": ["search"]}, 2),
@@ -452,8 +454,11 @@ def test_sums_that_sqlite_cannot_add_up_are_exact(ledger: LedgerUnderTest) -> No
         (row,) = ledger.reader().usage(by)
         assert (row.cost_usd, row.input_tokens) == ("18000000000000000.10000000000000000001", 2**64 + 1), by
     assert [row.cost_usd for row in ledger.reader().usage(["hour"])] == [
-        "0.1", "0.00000000000000000001", "9000000000000000", "9000000000000000"
-    ]  # fmt: skip
+        "0.1",
+        "0.00000000000000000001",
+        "9000000000000000",
+        "9000000000000000",
+    ]
 
 
 def test_a_question_that_takes_too_long_is_given_up(ledger: LedgerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,24 +584,33 @@ def priced(number: int, total: str | None, model: str = "gpt-5", started_ns: int
 
 async def test_calls_that_the_cost_lacks_are_counted_beside_it(ledger: LedgerUnderTest) -> None:
     batch = [
-        priced(1, "0.25"), priced(2, None), priced(3, "0"), priced(4, None), priced(5, None, "llama-7"),
-        record(6, usage=None), record(7),
+        priced(1, "0.25"),
+        priced(2, None),
+        priced(3, "0"),
+        priced(4, None),
+        priced(5, None, "llama-7"),
+        record(6, usage=None),
+        record(7),
         record(9, status=429, cost={"currency": None, "total": None, "reason": "no_usage"}),
         record(10, cost={"currency": None, "total": None, "reason": "no_table"}),
         priced(8, None, "old-1", started_ns=T0_NS - 40 * 24 * HOUR_NS),
-    ]  # fmt: skip
+    ]
     ledger.put(batch)
     reader = ledger.reader()
     by_model = {row.group[0]: (row.unpriced, row.cost_usd) for row in reader.usage(["model"])}
     assert by_model == {
-        None: (0, None), "gpt-5": (2, "0.25"), "gpt-5-mini-2025-08-07": (0, None), "llama-7": (1, None),
+        None: (0, None),
+        "gpt-5": (2, "0.25"),
+        "gpt-5-mini-2025-08-07": (0, None),
+        "llama-7": (1, None),
         "old-1": (1, None),
-    }  # fmt: skip
+    }
     at = datetime(2026, 11, 21, 9, tzinfo=UTC)
     seen = reader.unpriced(at - timedelta(days=30))
     assert [(one.provider, one.model, one.calls, one.last) for one in seen] == [
-        ("openai", "gpt-5", 2, at), ("openai", "llama-7", 1, at)
-    ]  # fmt: skip
+        ("openai", "gpt-5", 2, at),
+        ("openai", "llama-7", 1, at),
+    ]
     assert [one.model for one in reader.unpriced()] == ["gpt-5", "llama-7", "old-1"]
     backend = ledger.backend(())
     for gone in batch[1:5]:

@@ -39,9 +39,13 @@ def effects(chance: random.Random, *, first: int, hours: int, odd: bool) -> list
     found = []
     for _ in range(300):
         series = Series(
-            chance.choice(("a", "b", "c", None)), chance.choice(("m1", "m2", None)), "p", None,
-            chance.choice(("2xx", "5xx")), chance.choice(((), (("feature", "x"),))),
-        )  # fmt: skip
+            chance.choice(("a", "b", "c", None)),
+            chance.choice(("m1", "m2", None)),
+            "p",
+            None,
+            chance.choice(("2xx", "5xx")),
+            chance.choice(((), (("feature", "x"),))),
+        )
         delta = Delta(int(BEGIN.timestamp()) + (first + chance.randrange(hours)) * HOUR_S, series)
         delta.counts.update(records=1, calls=chance.randrange(2), request_bytes=chance.randrange(1000))
         great = chance.choice((7, 2**62, 2**70)) if odd else 7

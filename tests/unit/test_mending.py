@@ -141,8 +141,9 @@ async def test_a_complaint_parks_redrives_and_is_told_twice(world: World) -> Non
         assert [one.text for one in await complain("fake", named[:2], delivery, {})] == ["is parked already"] * 2
         rows = delivery.parked()
         assert [(row.maybe_taken, row.history[-1]) for row in rows] == [
-            (False, "reported as no_customer"), (False, "reported as a code\n"),
-        ]  # fmt: skip
+            (False, "reported as no_customer"),
+            (False, "reported as a code\n"),
+        ]
         assert await delivery.redrive() == 2
         assert await settled(world, delivery) == {"delivered": 12}
         again = await complain("fake", named[:1], delivery, {})
@@ -180,9 +181,11 @@ async def test_any_order_of_all_of_it_keeps_the_balance(tmp_path: Path, abilitie
         return dice.choice([None, None, None, "lose_after"]) if abilities is NONE else None
 
     backend = Undoing(
-        abilities, poison=set(dice.sample(ids, 4)), behaviour=fate,
+        abilities,
+        poison=set(dice.sample(ids, 4)),
+        behaviour=fate,
         events_of=lambda record: ("calls", "tokens") if int(record.id[:8]) % 2 else ("",),
-    )  # fmt: skip
+    )
     for _ in range(2):  # the second over a new start
         async with world.deliver(backend) as delivery:
             await settled(world, delivery)

@@ -64,12 +64,16 @@ def test_a_definition_reads_back_as_it_was_written() -> None:
         "name": "peak",
         "event_name": "api_request",
         "aggregation": {
-            "type": "MAX", "field": "response_bytes", "multiplier": "0.001", "bucket_size": "DAY", "group_by": "model",
+            "type": "MAX",
+            "field": "response_bytes",
+            "multiplier": "0.001",
+            "bucket_size": "DAY",
+            "group_by": "model",
         },
         "filters": [{"key": "method", "values": ["GET", "POST"]}, {"key": "dimension_team", "values": ["a"]}],
         "reset_usage": "BILLING_PERIOD",
         "anchor_day": 15,
-    }  # fmt: skip
+    }
     (found,) = read_meters([table])
     assert found.to_dict() == table
     assert read_meters([found.to_dict()]) == (found,)
@@ -403,8 +407,9 @@ def test_the_ledger_answers_for_the_definition_as_it_is_now(tmp_path: Path) -> N
     store.apply("b", body_of([], to_wire(bucket_deltas(grouped(given_records).items(), [new]))))
     rows = reader.meter(new)
     assert [(str(r.start), r.value) for r in rows] == [
-        ("2026-11-21 00:00:00+00:00", "291"), ("2026-11-22 00:00:00+00:00", "97"),
-    ]  # fmt: skip
+        ("2026-11-21 00:00:00+00:00", "291"),
+        ("2026-11-22 00:00:00+00:00", "97"),
+    ]
     since = datetime(2026, 11, 22, 5, tzinfo=UTC)
     assert [r.value for r in reader.meter(new, since=since)] == ["97"]
     assert [r.value for r in reader.meter(new, until=since)] == ["291", "97"]

@@ -57,20 +57,29 @@ async def store(data_dir: Path, exchanges: Sequence[Exchange]) -> None:
         done = asyncio.Event()
         loop = asyncio.get_running_loop()
         batch = Batch(
-            first_seq=spool.next_seq, lines=lines, size_bytes=sum(map(len, lines)), admitted=spool.tally.admitted,
+            first_seq=spool.next_seq,
+            lines=lines,
+            size_bytes=sum(map(len, lines)),
+            admitted=spool.tally.admitted,
             done=lambda _: (loop.call_soon_threadsafe(done.set), None)[1],
-        )  # fmt: skip
+        )
         spool.submit(batch)
         await asyncio.wait_for(done.wait(), 20)
 
 
 def call(number: int, **changes: Any) -> Exchange:
     known: dict[str, Any] = {
-        "id": f"0199aaaa-0000-7000-8000-{number:012d}", "method": "POST", "url": "https://api.example.com/reports",
-        "started_ns": time.time_ns() + number, "first_byte_ms": 1.0, "duration_ms": 2.0, "status": 200,
-        "outcome": Outcome.COMPLETE, "subscriber": Subscriber("acme", "header:x-tenant"),
+        "id": f"0199aaaa-0000-7000-8000-{number:012d}",
+        "method": "POST",
+        "url": "https://api.example.com/reports",
+        "started_ns": time.time_ns() + number,
+        "first_byte_ms": 1.0,
+        "duration_ms": 2.0,
+        "status": 200,
+        "outcome": Outcome.COMPLETE,
+        "subscriber": Subscriber("acme", "header:x-tenant"),
         "usage": usage(units={"rows": 10, "pages": 2}),
-    }  # fmt: skip
+    }
     return Exchange(**{**known, **changes})
 
 
@@ -159,8 +168,9 @@ def test_every_backend_can_be_tried_without_its_keys(
 def test_what_sums_cannot_have_is_said_too(data_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, rows = tried(capsys, "--backend", "ledger")
     assert (code, [row["detail"] for row in rows if row["result"] == "refused"]) == (
-        1, ["meter rows_a_page: division by zero"],
-    )  # fmt: skip
+        1,
+        ["meter rows_a_page: division by zero"],
+    )
 
 
 @pytest.mark.parametrize(

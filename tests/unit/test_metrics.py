@@ -181,8 +181,9 @@ def test_lanes_are_told_by_those_that_deliver_together() -> None:
     assert not names & {key[0] for key in samples(metrics)}
     found = samples(metrics, Gauges(lanes_held=0, lanes_resting=3, lanes_unheld=None))
     assert {key: value for key, value in found.items() if key[0] in names} == {
-        ("sidecar_lanes_held",): 0, ("sidecar_lanes_resting",): 3,
-    }, "what is not known is no number"  # fmt: skip
+        ("sidecar_lanes_held",): 0,
+        ("sidecar_lanes_resting",): 3,
+    }, "what is not known is no number"
 
 
 def test_times_counted_together_are_those_counted_one_by_one() -> None:

@@ -39,10 +39,18 @@ STARTED_NS = 1_795_000_000_123_456_789
 
 def shapes(sample: Sample, number: int = 1, **more: Any) -> tuple[RequestShape, ResponseShape]:
     request = RequestShape(
-        number=number, method=sample.method, target=sample.path, fields=tuple(sample.request_headers), read=True,
-        url=f"https://api.openai.com{sample.path}?100%", route=sample.path, request_headers=["Host", "100%"],
-        user_agent='a "quoted" % agent', subscriber=Subscriber("acme", "header:x-tenant"), dimensions={"team": "50%"},
-    )  # fmt: skip
+        number=number,
+        method=sample.method,
+        target=sample.path,
+        fields=tuple(sample.request_headers),
+        read=True,
+        url=f"https://api.openai.com{sample.path}?100%",
+        route=sample.path,
+        request_headers=["Host", "100%"],
+        user_agent='a "quoted" % agent',
+        subscriber=Subscriber("acme", "header:x-tenant"),
+        dimensions={"team": "50%"},
+    )
     names = [name.decode() for name, _ in sample.response_headers]
     return replace(request, **more), ResponseShape(number=number, status=sample.status, response_headers=names)
 
@@ -50,9 +58,21 @@ def shapes(sample: Sample, number: int = 1, **more: Any) -> tuple[RequestShape, 
 def call(sample: Sample, request: RequestShape, response: ResponseShape, number: int, **more: Any) -> PlainExchange:
     head = b"\r\n".join([b"HTTP/1.1 200 OK", *(b"%b: %b" % field for field in sample.response_headers)])
     found = PlainExchange(
-        request, "192.0.2.7", None, len(sample.request_body), sample.request_body, f"{number:036x}",
-        STARTED_NS + number * 1_000_003, 5, 1.25, 1.25, response, len(sample.body), head, sample.body,
-    )  # fmt: skip
+        request,
+        "192.0.2.7",
+        None,
+        len(sample.request_body),
+        sample.request_body,
+        f"{number:036x}",
+        STARTED_NS + number * 1_000_003,
+        5,
+        1.25,
+        1.25,
+        response,
+        len(sample.body),
+        head,
+        sample.body,
+    )
     return replace(found, **more)
 
 
@@ -216,11 +236,15 @@ def test_streams_are_lines_and_sums_like_others(name: str, data: st.DataObject) 
     ours = shapes(sample)
     calls = [
         replace(
-            call(sample, *ours, number), response_body=body, started_mono_ns=10**9, first_byte_ms=1.5,
-            duration_ms=80.25, first_token_ns=data.draw(st.sampled_from([0, 10**9 + 1, 10**9 + 2_750_000])),
+            call(sample, *ours, number),
+            response_body=body,
+            started_mono_ns=10**9,
+            first_byte_ms=1.5,
+            duration_ms=80.25,
+            first_token_ns=data.draw(st.sampled_from([0, 10**9 + 1, 10**9 + 2_750_000])),
         )
         for number, body in enumerate(data.draw(st.lists(streams(name), min_size=1, max_size=4)))
-    ]  # fmt: skip
+    ]
     lines, exchanges, gathered = both(calls)
     groups = groups_of(gathered)
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
@@ -387,9 +411,18 @@ def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool,
 
 def facts(group: CallGroup) -> tuple[Any, ...]:
     return (
-        group.hour, group.lines, group.durations_ms, group.first_bytes_ms, group.request_bytes, group.response_bytes,
-        group.tokens, group.cost_pico, group.priced, group.unpriced, group.numbers,
-    )  # fmt: skip
+        group.hour,
+        group.lines,
+        group.durations_ms,
+        group.first_bytes_ms,
+        group.request_bytes,
+        group.response_bytes,
+        group.tokens,
+        group.cost_pico,
+        group.priced,
+        group.unpriced,
+        group.numbers,
+    )
 
 
 USUAL = (
@@ -421,10 +454,15 @@ def test_the_usual_chat_takes_the_shortest_way(monkeypatch: pytest.MonkeyPatch) 
     (group,) = groups_of(reader.take_gathered())
     assert group.calls == group.priced == 12
     assert group.tokens == {
-        "input_tokens": 300, "output_tokens": 594, "total_tokens": 894, "cache_read_input_tokens": 48,
-        "audio_input_tokens": 0, "cache_write_input_tokens": 0, "reasoning_output_tokens": 384,
+        "input_tokens": 300,
+        "output_tokens": 594,
+        "total_tokens": 894,
+        "cache_read_input_tokens": 48,
+        "audio_input_tokens": 0,
+        "cache_write_input_tokens": 0,
+        "reasoning_output_tokens": 384,
         "audio_output_tokens": 0,
-    }  # fmt: skip
+    }
 
 
 def test_names_that_somebody_made_up_are_not_remembered() -> None:

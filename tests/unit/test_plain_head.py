@@ -86,8 +86,13 @@ def loop() -> Iterator[asyncio.AbstractEventLoop]:
 def parsed(loop: asyncio.AbstractEventLoop, data: bytes) -> Any:
     """What the careful parser makes of a request; None where it refuses."""
     parser = HttpRequestParser(
-        _Flow(), loop, 1 << 17, max_line_size=1 << 15, max_field_size=1 << 15, auto_decompress=False  # type: ignore[arg-type]
-    )  # fmt: skip
+        _Flow(),  # type: ignore[arg-type]
+        loop,
+        1 << 17,
+        max_line_size=1 << 15,
+        max_field_size=1 << 15,
+        auto_decompress=False,
+    )
     try:
         messages, upgraded, _ = parser.feed_data(data)
     except HttpProcessingError:
@@ -422,9 +427,13 @@ def test_each_line_is_checked_however_its_name_is_known(name: bytes, value: byte
 def test_heads_over_their_limits_are_not_plain() -> None:
     careful = Careful(rules_for())
     requests: PlainRequests[dict[str, Any]] = PlainRequests(
-        describe=careful.request, authority=careful.rules.authority, base=UpstreamAddress.parse(UPSTREAM).base,
-        matters=frozenset(), head_bytes_max=200, fields_max=3,
-    )  # fmt: skip
+        describe=careful.request,
+        authority=careful.rules.authority,
+        base=UpstreamAddress.parse(UPSTREAM).base,
+        matters=frozenset(),
+        head_bytes_max=200,
+        fields_max=3,
+    )
     head = b"GET / HTTP/1.1\r\nHost: h\r\nA: 1\r\nB: 1"
     read(requests, head)
     before = len(requests._lines)

@@ -228,9 +228,14 @@ def test_cache_writes_are_split_off_the_input_and_not_added(book: PriceBook) -> 
 
 def test_cache_writes_cost_by_their_life(book: PriceBook) -> None:
     call = usage(
-        "anthropic", "claude-opus-5", input_tokens=1_000_000, output_tokens=0, cache_write_input_tokens=1_000_000,
-        cache_write_5m_input_tokens=600_000, cache_write_1h_input_tokens=400_000,
-    )  # fmt: skip
+        "anthropic",
+        "claude-opus-5",
+        input_tokens=1_000_000,
+        output_tokens=0,
+        cache_write_input_tokens=1_000_000,
+        cache_write_5m_input_tokens=600_000,
+        cache_write_1h_input_tokens=400_000,
+    )
     priced = book.cost(call, NOW_S)
     assert priced[0] is not None
     assert priced[0]["parts"] == {"cache_write_5m": "3.75", "cache_write_1h": "4"}
@@ -251,8 +256,11 @@ def test_audio_that_was_cached_is_priced_once(book: PriceBook) -> None:
     """Read from the vendor's own object, where it is told; else it is an estimate."""
     model = "gpt-realtime"
     facts: dict[str, Any] = {
-        "input_tokens": 1000, "output_tokens": 0, "audio_input_tokens": 600, "cache_read_input_tokens": 500,
-    }  # fmt: skip
+        "input_tokens": 1000,
+        "output_tokens": 0,
+        "audio_input_tokens": 600,
+        "cache_read_input_tokens": 500,
+    }
     raw = {"input_token_details": {"cached_tokens_details": {"audio_tokens": 400, "text_tokens": 100}}}
     told = usage("openai", model, **facts, raw_usage=raw)
     prices, _ = prices_at(TABLE.find(TABLE.providers["openai"], model).model, "2026-11-20", 0.0, {})  # type: ignore[union-attr]
@@ -297,9 +305,13 @@ def test_a_tier_holds_for_the_whole_request(book: PriceBook, tokens: int, dollar
 
 def test_a_tier_is_chosen_by_all_input_and_is_the_cache_s_and_the_output_s_too(book: PriceBook) -> None:
     call = usage(
-        "anthropic", "claude-sonnet-4-5", input_tokens=1_000_000, output_tokens=1000,
-        cache_read_input_tokens=200_000, cache_write_input_tokens=300_000,
-    )  # fmt: skip
+        "anthropic",
+        "claude-sonnet-4-5",
+        input_tokens=1_000_000,
+        output_tokens=1000,
+        cache_read_input_tokens=200_000,
+        cache_write_input_tokens=300_000,
+    )
     assert total(book.cost(call, NOW_S)) == "5.3925"
 
 
@@ -344,9 +356,10 @@ def test_a_batch_s_results_cost_what_a_batch_costs(book: PriceBook) -> None:
 
 def test_speed_and_region_are_read_from_the_vendor_s_own_usage(book: PriceBook) -> None:
     fast = next(
-        m for m in TABLE.providers["anthropic"].models
+        m
+        for m in TABLE.providers["anthropic"].models
         if any(v["when"] == {"speed": "fast"} for v in m.get("price_variants", ()))
-    )  # fmt: skip
+    )
     plain = usage("anthropic", fast["id"], input_tokens=1_000_000, output_tokens=0, raw_usage={"speed": "standard"})
     quick = replace(plain, raw_usage={"speed": "fast"})
     assert state(book.cost(plain, NOW_S)) == state(book.cost(quick, NOW_S)) == ("exact", None)
@@ -425,9 +438,15 @@ counts = st.integers(0, 3_000_000)
 )
 def test_the_short_way_gives_what_the_long_way_does(a: int, b: int, c: int, d: int, e: int, model: str) -> None:
     call = usage(
-        "anthropic", model, input_tokens=a + b + c + d, output_tokens=e, cache_read_input_tokens=b or None,
-        cache_write_input_tokens=c + d, cache_write_5m_input_tokens=c, cache_write_1h_input_tokens=d,
-    )  # fmt: skip
+        "anthropic",
+        model,
+        input_tokens=a + b + c + d,
+        output_tokens=e,
+        cache_read_input_tokens=b or None,
+        cache_write_input_tokens=c + d,
+        cache_write_5m_input_tokens=c,
+        cache_write_1h_input_tokens=d,
+    )
     book = PriceBook(TABLE)
     short = book.cost(call, NOW_S)
     entry = next(iter(book._kept.values()))
@@ -445,9 +464,15 @@ def test_the_short_way_gives_what_the_long_way_does(a: int, b: int, c: int, d: i
     ]),
 )  # fmt: skip
 def test_a_pricer_writes_what_the_book_says(
-    read: int, hit: int, written: int, kept: int | None, tier: str | None, started_s: float, raw: Any,
+    read: int,
+    hit: int,
+    written: int,
+    kept: int | None,
+    tier: str | None,
+    started_s: float,
+    raw: Any,
     who: tuple[str, str],
-) -> None:  # fmt: skip
+) -> None:
     facts: dict[str, Any] = {"input_tokens": read + hit + (kept or 0), "output_tokens": written}
     first = usage(*who, **facts)
     call = usage(
@@ -478,9 +503,7 @@ def test_a_day_of_a_million_records_adds_up(book: PriceBook) -> None:
     exact, summed, as_text = Fraction(0), 0, Decimal(0)
     for _ in range(2_000):
         read, hit, written = pick.randrange(200_000), pick.randrange(100), pick.randrange(30_000)
-        call = usage(
-            "openai", "gpt-5", input_tokens=read + hit, output_tokens=written, cache_read_input_tokens=hit
-        )  # fmt: skip
+        call = usage("openai", "gpt-5", input_tokens=read + hit, output_tokens=written, cache_read_input_tokens=hit)
         cost, amount = book.cost(call, NOW_S)
         assert cost is not None
         assert amount is not None
@@ -500,8 +523,12 @@ def test_how_long_a_response_may_be_is_the_table_s_word_and_where_it_has_none_no
 
 def test_amounts_are_plain_text() -> None:
     assert [amount_text(each) for each in (0, 1, PICO // 2, PICO, 12_345 * PICO + 10)] == [
-        "0", "0.000000000001", "0.5", "1", "12345.00000000001",
-    ]  # fmt: skip
+        "0",
+        "0.000000000001",
+        "0.5",
+        "1",
+        "12345.00000000001",
+    ]
 
 
 @given(st.integers(0, 10**25))

@@ -31,9 +31,12 @@ def rows(capsys: pytest.CaptureFixture[str], *arguments: str) -> list[dict[str, 
 def test_show_tells_every_price_that_is_in_force(capsys: pytest.CaptureFixture[str]) -> None:
     found = rows(capsys, "show", "gpt-5", "--provider", "openai", "--at", "2026-11-20")
     assert {(row["unit"], row["price"], row["per"]) for row in found if row["terms"] == "standard"} == {
-        ("input", "1.25", 1_000_000), ("output", "10", 1_000_000), ("cache_read", "0.125", 1_000_000),
-        ("web_searches", "10", 1000), ("storage_searches", "2.5", 1000),
-    }  # fmt: skip
+        ("input", "1.25", 1_000_000),
+        ("output", "10", 1_000_000),
+        ("cache_read", "0.125", 1_000_000),
+        ("web_searches", "10", 1000),
+        ("storage_searches", "2.5", 1000),
+    }
     assert {row["price"] for row in found if row["terms"] == "processing=batch" and row["unit"] == "input"} == {"0.625"}
     assert {(row["provider"], row["model"], row["match"], row["source"]) for row in found} == {
         ("openai", "gpt-5", "exact", SOURCE)
@@ -82,9 +85,12 @@ def test_show_tells_all_that_one_s_own_price_is_made_of(capsys: pytest.CaptureFi
         found = rows(capsys, "show", "gemini-2.5-pro", "--provider", provider)
         own = [row for row in found if row["match"] == "own"]
         assert [(row["unit"], row["price"], row.get("above"), row["terms"]) for row in own] == [
-            ("input", "1", None, "standard"), ("input", "3", 200, "standard"),
-            ("input", "0.5", None, "batch"), ("input", "1.5", 200, "batch"), ("minimum", "0.01", None, "standard"),
-        ]  # fmt: skip
+            ("input", "1", None, "standard"),
+            ("input", "3", 200, "standard"),
+            ("input", "0.5", None, "batch"),
+            ("input", "1.5", 200, "batch"),
+            ("minimum", "0.01", None, "standard"),
+        ]
 
 
 def test_show_does_not_take_a_multiple_of_nothing_for_a_price(

@@ -52,11 +52,18 @@ def charge(prices: PriceBook, call: Usage | None = None, **more: Any) -> tuple[s
 def record(call: Usage | None = None, **more: Any) -> Record:
     exchange = Exchange(
         **{
-            "method": "GET", "url": "https://api.example.com/v1/things", "id": "0" * 36,
-            "started_ns": int(NOW_S * 1e9), "first_byte_ms": 1.0, "duration_ms": 2.0, "status": 200,
-            "outcome": Outcome.COMPLETE, "usage": call, **more,
+            "method": "GET",
+            "url": "https://api.example.com/v1/things",
+            "id": "0" * 36,
+            "started_ns": int(NOW_S * 1e9),
+            "first_byte_ms": 1.0,
+            "duration_ms": 2.0,
+            "status": 200,
+            "outcome": Outcome.COMPLETE,
+            "usage": call,
+            **more,
         }
-    )  # fmt: skip
+    )
     return Record.from_json(encode(exchange, seq=1, instance="i"))
 
 
@@ -109,9 +116,12 @@ def test_the_most_specific_holds() -> None:
         {"provider": "*", "model": "gpt-5-mini", "input": "5", "output": "0"},
     )
     for provider, model, dollars in (
-        ("mistral_ai", "x", "1"), ("openai", "o3", "2"), ("openai", "gpt-5", "3"), ("openai", "gpt-5-mini", "4"),
+        ("mistral_ai", "x", "1"),
+        ("openai", "o3", "2"),
+        ("openai", "gpt-5", "3"),
+        ("openai", "gpt-5-mini", "4"),
         ("azure.ai.openai", "gpt-5-mini", "5"),
-    ):  # fmt: skip
+    ):
         assert cost(prices, usage(provider, model)) == dollars
 
 
@@ -135,14 +145,20 @@ def test_tiers_hold_for_the_whole_request_and_caches_have_their_prices() -> None
     own = {**OWN, "cache_read": "0.1", "cache_write_5m": "1.25", "cache_write_1h": "2"}
     prices = book({**own, "tiers": [{"above": 200_000, "input": "2", "cache_read": "0.2"}]})
     call = usage(
-        input_tokens=200_001, output_tokens=0, cache_read_input_tokens=100_000, cache_write_input_tokens=2_000,
+        input_tokens=200_001,
+        output_tokens=0,
+        cache_read_input_tokens=100_000,
+        cache_write_input_tokens=2_000,
         cache_write_1h_input_tokens=1_000,
-    )  # fmt: skip
+    )
     found, _ = prices.cost(call, NOW_S)
     assert found is not None
     assert found["parts"] == {
-        "input": "0.196002", "cache_read": "0.02", "cache_write": "0.00125", "cache_write_1h": "0.002",
-    }  # fmt: skip
+        "input": "0.196002",
+        "cache_read": "0.02",
+        "cache_write": "0.00125",
+        "cache_write_1h": "0.002",
+    }
 
 
 def test_terms_of_service_multiply_and_those_that_are_not_named_are_an_estimate() -> None:
@@ -180,8 +196,10 @@ def test_a_charge_is_a_multiple_of_the_cost() -> None:
     assert charge(prices) == ("2.7", "exact", None)
     assert charge(prices, usage(model="gpt-5-mini-2099-01-01")) == (None, "unpriced", "unknown_model")
     assert charge(prices, usage("exa", None, cost_usd="0.01", usage_state=UsageState.ABSENT)) == (
-        "0.012", "declared", None,
-    )  # fmt: skip
+        "0.012",
+        "declared",
+        None,
+    )
 
 
 def test_a_charge_has_amounts_of_its_own_in_another_currency() -> None:

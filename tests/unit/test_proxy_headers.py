@@ -32,11 +32,19 @@ def made(**settings: Any) -> HeaderRules:
     return HeaderRules(rules, UpstreamAddress.parse(rules.upstream_url or ""))
 
 
-def lines(fields: Fields, peer: Peer | None = None, *, http10: bool = False, authority: str | None = None,
-          upgrade: bool = False, **settings: Any) -> list[bytes]:  # fmt: skip
+def lines(
+    fields: Fields,
+    peer: Peer | None = None,
+    *,
+    http10: bool = False,
+    authority: str | None = None,
+    upgrade: bool = False,
+    **settings: Any,
+) -> list[bytes]:
     rules = made(**{"forwarded": "none", **settings})
-    head = rules.request(fields, peer or rules.peer("192.0.2.1", tls=False), http10=http10, authority=authority,
-                         upgrade=upgrade)  # fmt: skip
+    head = rules.request(
+        fields, peer or rules.peer("192.0.2.1", tls=False), http10=http10, authority=authority, upgrade=upgrade
+    )
     assert isinstance(head, RequestHead)
     assert head.lines.endswith(b"\r\n\r\n")
     return head.lines[:-4].split(b"\r\n")
@@ -118,14 +126,16 @@ def test_ipv6_and_unix_peers() -> None:
     unix = rules.peer(None, tls=False)
     assert lines([HOST], unix, forwarded="forwarded")[1] == b'Forwarded: for=unknown;proto=http;host="me"'
     assert lines([HOST], made().peer(None, tls=False), forwarded="x-forwarded")[1:] == [
-        b"X-Forwarded-Proto: http", b"X-Forwarded-Host: me"
-    ]  # fmt: skip
+        b"X-Forwarded-Proto: http",
+        b"X-Forwarded-Host: me",
+    ]
 
 
 def test_via() -> None:
     assert lines([HOST, (b"Via", b"1.1 a"), (b"via", b"1.0 b")], via="me", http10=True) == [
-        UP, b"Via: 1.1 a, 1.0 b, 1.0 me"
-    ]  # fmt: skip
+        UP,
+        b"Via: 1.1 a, 1.0 b, 1.0 me",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -41,10 +41,14 @@ SETTINGS = load_settings({"SIDECAR_UPSTREAM_URL": "https://api.openai.com"}, bac
 
 def exchange(**changes: Any) -> Exchange:
     known: dict[str, Any] = {
-        "id": "0199f7a0-0000-7000-8000-000000000001", "method": "POST", "url": "https://api.example.com/v1/x",
-        "started_ns": 1_763_629_200_123_456_789, "status": 200, "outcome": Outcome.COMPLETE,
+        "id": "0199f7a0-0000-7000-8000-000000000001",
+        "method": "POST",
+        "url": "https://api.example.com/v1/x",
+        "started_ns": 1_763_629_200_123_456_789,
+        "status": 200,
+        "outcome": Outcome.COMPLETE,
         "subscriber": Subscriber("acme", "header:x-tenant"),
-    }  # fmt: skip
+    }
     return Exchange(**(known | changes))
 
 
@@ -128,9 +132,12 @@ def test_what_is_cut_is() -> None:
     cut = usage(model="m" * 5000, request_model="é" * 5000, service_tier="x" * 600, error="e" * 5000)
     cut_usage(cut, lambda _: None)
     one = exchange(
-        usage=cut, url=cut_text("http://up/" + "a" * 5000, URL_CHARS_MAX), user_agent=cut_text("u" * 5000, 512),
-        request_headers=[cut_text("X-" + "h" * 5000, 128)] * 32, dimensions={"d" * 100: "v" * 5000},
-    )  # fmt: skip
+        usage=cut,
+        url=cut_text("http://up/" + "a" * 5000, URL_CHARS_MAX),
+        user_agent=cut_text("u" * 5000, 512),
+        request_headers=[cut_text("X-" + "h" * 5000, 128)] * 32,
+        dimensions={"d" * 100: "v" * 5000},
+    )
     assert one.url.endswith("…")
     assert faults(encode(one, seq=1, instance="i")) == []
 

@@ -11,8 +11,14 @@ ME = Called(b"/v1/things", b"http", b"me:8080")
 UNSURE = Called(b"/v1/things")
 
 
-def led(value: bytes, upstream: str = "http://up.example:9000", called: Called = ME, *, rewrite: bool = True,
-        refresh: bool = False) -> tuple[bytes, list[str]]:  # fmt: skip
+def led(
+    value: bytes,
+    upstream: str = "http://up.example:9000",
+    called: Called = ME,
+    *,
+    rewrite: bool = True,
+    refresh: bool = False,
+) -> tuple[bytes, list[str]]:
     counted: list[str] = []
     redirects = Redirects(UpstreamAddress.parse(upstream), rewrite=rewrite, counted=counted.append)
     return (redirects.refresh if refresh else redirects.location)(value, called), counted

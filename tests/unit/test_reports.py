@@ -50,9 +50,14 @@ def asked(**given: Any) -> UsageQuery:
 def test_a_question_is_read_as_it_is_meant() -> None:
     assert asked() == UsageQuery()
     query = asked(
-        by=" subscriber, day,feature,subscriber", since="24h", until="2026-11-22", sort="cost", top="5",
-        where=["feature=search", "model=a", "model=", "dimensions.model=x=y"], timezone="Europe/Berlin",
-    )  # fmt: skip
+        by=" subscriber, day,feature,subscriber",
+        since="24h",
+        until="2026-11-22",
+        sort="cost",
+        top="5",
+        where=["feature=search", "model=a", "model=", "dimensions.model=x=y"],
+        timezone="Europe/Berlin",
+    )
     assert query.by == ("subscriber", "day", "feature")
     assert query.since == NOW - timedelta(hours=24)
     assert query.until == datetime(2026, 11, 21, 23, tzinfo=UTC), "midnight in Berlin"
@@ -306,8 +311,9 @@ def test_usage_fits_a_real_terminal_of_80_columns_and_latin_1(tmp_path: Path) ->
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
     environment = {name: value for name, value in os.environ.items() if name != "COLUMNS"} | {
-        "SIDECAR_DATA_DIR": str(tmp_path), "PYTHONIOENCODING": "latin-1",
-    }  # fmt: skip
+        "SIDECAR_DATA_DIR": str(tmp_path),
+        "PYTHONIOENCODING": "latin-1",
+    }
     command = [sys.executable, "-m", "sidecar", "usage", "--by", "subscriber,model,day"]
     with subprocess.Popen(command, stdout=theirs, stderr=theirs, env=environment) as child:
         os.close(theirs)
@@ -331,9 +337,13 @@ async def test_tables_fit_the_terminal_and_its_characters(
     path, every = spool
     store = LedgerStore(path / "ledger.db")
     large = usage(
-        model="claude-sonnet-4-5-20250929-v1:0", cost_usd="12345.678901", cache_read_input_tokens=10**9,
-        input_tokens=10**10, output_tokens=10**9, total_tokens=11 * 10**9,
-    )  # fmt: skip
+        model="claude-sonnet-4-5-20250929-v1:0",
+        cost_usd="12345.678901",
+        cache_read_input_tokens=10**9,
+        input_tokens=10**10,
+        output_tokens=10**9,
+        total_tokens=11 * 10**9,
+    )
     batch = [
         record(n, subscriber=Subscriber(who, "header:x"), status=(200, 500)[n % 2], usage=large)
         for n, who in enumerate(ODD * 2)
@@ -343,10 +353,21 @@ async def test_tables_fit_the_terminal_and_its_characters(
     monkeypatch.setenv("SIDECAR_DATA_DIR", str(path))
     monkeypatch.setenv("COLUMNS", str(columns))
     for command in (
-        "usage", "usage --by subscriber,model,route,hour", "usage --by day,subscriber --top 2", "records --limit 20",
-        "records --where status=none", "balance", "spool status", "spool parked", "spool verify", "meters list",
-        "meters test", "usage --meter input_tokens", "prices show gpt-5-mini", f"records --id {every[0]['id']}",
-    ):  # fmt: skip
+        "usage",
+        "usage --by subscriber,model,route,hour",
+        "usage --by day,subscriber --top 2",
+        "records --limit 20",
+        "records --where status=none",
+        "balance",
+        "spool status",
+        "spool parked",
+        "spool verify",
+        "meters list",
+        "meters test",
+        "usage --meter input_tokens",
+        "prices show gpt-5-mini",
+        f"records --id {every[0]['id']}",
+    ):
         raw = io.BytesIO()
         monkeypatch.setattr("sys.stdout", io.TextIOWrapper(raw, encoding=encoding))
         assert main(command.split()) in (0, 1), command
@@ -370,12 +391,19 @@ def by_instance(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def test_a_shared_limit_by_instance_says_what_each_sidecar_used_and_has_leased() -> None:
     plain: dict[str, Any] = {
-        "limit": "a", "scope": {"subscriber": "acme"}, "used": "5", "reserved": "1", "amount": "10", "percent": 50.0,
-    }  # fmt: skip
+        "limit": "a",
+        "scope": {"subscriber": "acme"},
+        "used": "5",
+        "reserved": "1",
+        "amount": "10",
+        "percent": 50.0,
+    }
     rows = by_instance([plain, plain | SHARED | {"amount": "2000000000"}])
     assert [(row["instance"], row["used"], row["reserved"], row["percent"]) for row in rows] == [
-        (None, "5", "1", 50.0), ("edge-1", "1200000000", "0", 60.0), ("edge-0", "34567890", "1000", 1.7),
-    ]  # fmt: skip
+        (None, "5", "1", 50.0),
+        ("edge-1", "1200000000", "0", 60.0),
+        ("edge-0", "34567890", "1000", 1.7),
+    ]
     assert all(row.keys().isdisjoint(("here", "instances")) for row in lists.limits_flat(rows))
     with pytest.raises(QueryError, match="by='model': expected instance"):
         lists.limits_query(by="model")
@@ -385,14 +413,26 @@ def test_a_shared_limit_by_instance_says_what_each_sidecar_used_and_has_leased()
 def test_limits_and_what_is_parked_fit_too_and_no_time_is_cut(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
     limit: dict[str, Any] = {
-        "limit": "acme-monthly-budget", "scope": {"subscriber": ODD[1], "model": "claude-sonnet-4-5-20250929"},
-        "unit": "total_tokens", "used": "1234567890", "reserved": "1000", "amount": "2000000000", "percent": 61.7,
-        "window": "month", "until": "2026-12-01T00:00:00Z", "action": "warn",
-    }  # fmt: skip
+        "limit": "acme-monthly-budget",
+        "scope": {"subscriber": ODD[1], "model": "claude-sonnet-4-5-20250929"},
+        "unit": "total_tokens",
+        "used": "1234567890",
+        "reserved": "1000",
+        "amount": "2000000000",
+        "percent": 61.7,
+        "window": "month",
+        "until": "2026-12-01T00:00:00Z",
+        "action": "warn",
+    }
     parked: dict[str, Any] = {
-        "parked_at": "2026-11-29 02:15:57", "backend": "stripe", "reason": "value_not_taken (meter pages)",
-        "subscriber": ODD[0], "maybe_taken": True, "attempts": 3, "event_id": "0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d:p",
-    }  # fmt: skip
+        "parked_at": "2026-11-29 02:15:57",
+        "backend": "stripe",
+        "reason": "value_not_taken (meter pages)",
+        "subscriber": ODD[0],
+        "maybe_taken": True,
+        "attempts": 3,
+        "event_id": "0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d:p",
+    }
     for text, time in (
         (limits.report([limit], Names({})), "2026-12-01 00:00"),
         (limits.report([limit | SHARED], Names({})), "2026-12-01 00:00"),

@@ -35,8 +35,17 @@ def frame_at(data: bytes, at: int, salt: bytes) -> dict[str, Any] | None:
     assert struct.unpack_from("<I4s", data, start) == (length, b"END\xff")
     records = [orjson.loads(line) for line in parts[0].splitlines()]
     assert len(records) == count
-    return {"length": length, "commit": commit, "first": first, "ns": ns, "admitted": admitted, "recorded": total,
-            "flags": flags, "records": records, "parts": parts}  # fmt: skip
+    return {
+        "length": length,
+        "commit": commit,
+        "first": first,
+        "ns": ns,
+        "admitted": admitted,
+        "recorded": total,
+        "flags": flags,
+        "records": records,
+        "parts": parts,
+    }
 
 
 def frames_of(data: bytes) -> list[dict[str, Any]]:

@@ -297,9 +297,11 @@ def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path) -> None:
     )
     child = subprocess.Popen(
         [sys.executable, "-c", holder, str(path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
         env={"PYTHONPATH": str(Path(__file__).parents[2])},
-    )  # fmt: skip
+    )
     fd = os.open(path, os.O_RDWR)
     try:
         assert child.stdout is not None

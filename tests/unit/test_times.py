@@ -19,9 +19,14 @@ DAY = 20_000  # 2024-10-04
 
 def call(day: int, *, whole_ms: float | None = 80.0, first_ms: float | None = 8.0) -> Exchange:
     return Exchange(
-        method="GET", url="http://u", status=200, outcome=Outcome.COMPLETE, started_ns=(day * DAY_S + 60) * 10**9,
-        duration_ms=whole_ms, first_byte_ms=first_ms,
-    )  # fmt: skip
+        method="GET",
+        url="http://u",
+        status=200,
+        outcome=Outcome.COMPLETE,
+        started_ns=(day * DAY_S + 60) * 10**9,
+        duration_ms=whole_ms,
+        first_byte_ms=first_ms,
+    )
 
 
 def test_a_call_counts_on_the_day_it_began() -> None:
@@ -61,8 +66,10 @@ def test_what_is_kept_is_read_again(tmp_path: Path) -> None:
     times.store(path, metrics.days)
     ((day, found),) = times.load(path)
     assert (day, found.whole.counts, found.first_byte.counts) == (
-        DAY, metrics.days[DAY].whole.counts, metrics.days[DAY].first_byte.counts,
-    )  # fmt: skip
+        DAY,
+        metrics.days[DAY].whole.counts,
+        metrics.days[DAY].first_byte.counts,
+    )
     assert path.stat().st_mode & 0o777 == 0o600
 
 

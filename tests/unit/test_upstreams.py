@@ -168,11 +168,13 @@ def test_a_secret_file_is_read_without_its_line_end_and_read_again(tmp_path: Pat
     found, problems = from_tables(
         [
             {
-                "name": "a", "prefix": "/a/", "url": OPENAI,
+                "name": "a",
+                "prefix": "/a/",
+                "url": OPENAI,
                 "set_headers": {"Authorization": f"Bearer file:{key}", "x-key": f"file:{gone}", "x-team": "core"},
             }
         ]
-    )  # fmt: skip
+    )
     assert problems == []
     values = {one.name: one.value.reveal() for one in found[0].set_headers}
     assert values == {"authorization": "Bearer sk-one", "x-key": "sk-stays", "x-team": "core"}
@@ -189,11 +191,12 @@ def test_the_gate_knows_whose_api_a_call_is_for() -> None:
     """What a call may cost, how a denial looks and whose credential it bears go by the upstream that it is sent to."""
     settings = load(
         {
-            "SIDECAR_UPSTREAM_URL": "http://own.test", "SIDECAR_LIMITS": "cost_usd=5/month",
+            "SIDECAR_UPSTREAM_URL": "http://own.test",
+            "SIDECAR_LIMITS": "cost_usd=5/month",
             "SIDECAR_UPSTREAMS": f"/openai={OPENAI},/claude=https://api.anthropic.com",
         },
         backend_settings={"ledger": ()},
-    )  # fmt: skip
+    )
     policy = gate_factory.policy(settings, usage_taps(settings, lambda kind: None), b"k" * 32)
     assert policy is not None
     assert policy.upstreams.keys() == {"openai", "claude"}
@@ -226,10 +229,13 @@ def test_a_call_is_weighed_by_the_prices_of_its_upstream() -> None:
         return Models(lambda provider, model, i, o, at_ns: price * (i + o), lambda provider, model: ceiling)
 
     policy = Policy(
-        limits=read_limits((), ("cost_usd=9/day",)), meant=lambda method, target, upstream: Meant(None, None, True),
-        key_of=lambda fields: None, deny=NoDenial(), models=models(1, 1000),
+        limits=read_limits((), ("cost_usd=9/day",)),
+        meant=lambda method, target, upstream: Meant(None, None, True),
+        key_of=lambda fields: None,
+        deny=NoDenial(),
+        models=models(1, 1000),
         upstreams={"dear": ByUpstream(lambda fields: None, models(7, 50), NoDenial())},
-    )  # fmt: skip
+    )
     gate = Admission(policy, clock_ns=lambda: 0, call_later=lambda after_s, do: NoTimer())
     body = b'{"model": "m", "max_tokens": 99}'
     costs = []
@@ -248,9 +254,12 @@ def test_where_a_provider_is_assumed_the_model_s_name_tells_the_price() -> None:
 
     for meant in (Meant("openai", None, True), Meant("openai", None, True, provider_assumed=True)):
         policy = Policy(
-            limits=read_limits((), ("cost_usd=9/day",)), key_of=lambda fields: None, deny=NoDenial(),
-            meant=partial(lambda meant, *_: meant, meant), models=Models(price, lambda provider, model: None),
-        )  # fmt: skip
+            limits=read_limits((), ("cost_usd=9/day",)),
+            key_of=lambda fields: None,
+            deny=NoDenial(),
+            meant=partial(lambda meant, *_: meant, meant),
+            models=Models(price, lambda provider, model: None),
+        )
         gate = Admission(policy, clock_ns=lambda: 0, call_later=lambda after_s, do: NoTimer())
         prepared = gate.prepare("POST", "/x", (), subscriber=None, dimensions={}, route=None)
         assert prepared.facts.provider == "openai"

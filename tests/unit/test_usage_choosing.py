@@ -66,8 +66,17 @@ class Seen:
         self.taps = UsageTaps(anomaly=self.odd.append, **options)
         self.taps.unclaimed = lambda method, target: self.unclaimed.append((method, target))
 
-    def read(self, path: str, body: bytes, headers: list[tuple[bytes, bytes]] = JSON, *, size: int = 0,
-             asked: bytes = b'{"model":"m"}', status: int = 200, method: str = "POST") -> Usage | None:  # fmt: skip
+    def read(
+        self,
+        path: str,
+        body: bytes,
+        headers: list[tuple[bytes, bytes]] = JSON,
+        *,
+        size: int = 0,
+        asked: bytes = b'{"model":"m"}',
+        status: int = 200,
+        method: str = "POST",
+    ) -> Usage | None:
         request = self.taps.request(method, path, JSON)
         if request is None:
             return None
@@ -92,8 +101,10 @@ def spellings(draw: st.DrawFn, path: str) -> str:
     """Another spelling of the same path: escapes, dot segments, doubled slashes, the absolute form."""
     out = []
     for segment in path.split("/")[1:]:
-        chars = [f"%{ord(c):02{draw(st.sampled_from('xX'))}}" if c.isalnum() and draw(st.integers(0, 9)) == 0 else c
-                 for c in segment]  # fmt: skip
+        chars = [
+            f"%{ord(c):02{draw(st.sampled_from('xX'))}}" if c.isalnum() and draw(st.integers(0, 9)) == 0 else c
+            for c in segment
+        ]
         prefix = draw(st.sampled_from(["", "", "", "./", "x/../", "/", "%2e/", "a/%2E%2e/"]))
         out.append(prefix + "".join(chars))
     host = draw(st.sampled_from(["", "", "http://any.host", "HTTPS://u:p@other:8443"]))
@@ -239,9 +250,13 @@ def test_whatever_comes_before_the_telling_event(path: str, before: bytes, long:
     filler = b'"instructions":"' + b"i" * 100_000 + b'",' if long else b""
     body = (
         before + b'event: response.created\ndata: {"type":"response.created","response":{' + filler + b'"id":"r",'
-        b'"object":"response","usage":null}}\n\n' + b'data: {"type":"response.output_text.delta","delta":"x"}\n\n' * 9
-        + b'data: {"type":"response.completed","response":{' + filler + plain(RESPONSE)[1:] + b"}\n\n"
-    )  # fmt: skip
+        b'"object":"response","usage":null}}\n\n'
+        + b'data: {"type":"response.output_text.delta","delta":"x"}\n\n' * 9
+        + b'data: {"type":"response.completed","response":{'
+        + filler
+        + plain(RESPONSE)[1:]
+        + b"}\n\n"
+    )
     for size in (0, 997):
         assert tokens(Seen().read(path, body, EVENTS, size=size)) == (3, 4)
 
@@ -450,8 +465,11 @@ def test_the_warning_names_the_route_and_the_host_and_comes_seldom(caplog: pytes
         say("POST", "/secret/42")
         facts = caplog.records[-1].facts  # type: ignore[attr-defined]
         assert facts == {
-            "kind": "answer_unclaimed", "route": "/secret/{id}", "host": "api.vendor.example", "calls": 5,
-        }  # fmt: skip
+            "kind": "answer_unclaimed",
+            "route": "/secret/{id}",
+            "host": "api.vendor.example",
+            "calls": 5,
+        }
         assert "42" not in caplog.text
 
 

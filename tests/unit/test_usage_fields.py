@@ -291,14 +291,28 @@ def test_a_running_total_never_falls_to_zero(first: Document, later: Document, m
 
 
 def test_zeros_erase_nothing_in_any_shape() -> None:
-    chat = {"prompt_tokens": 71, "completion_tokens": 36, "total_tokens": 107, "cost": 0.5,
-            "prompt_tokens_details": {"cached_tokens": 64}}  # fmt: skip
-    zeros = {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0, "cost": 0,
-             "prompt_tokens_details": {"cached_tokens": 0}}  # fmt: skip
+    chat = {
+        "prompt_tokens": 71,
+        "completion_tokens": 36,
+        "total_tokens": 107,
+        "cost": 0.5,
+        "prompt_tokens_details": {"cached_tokens": 64},
+    }
+    zeros = {
+        "prompt_tokens": 0,
+        "completion_tokens": 0,
+        "total_tokens": 0,
+        "cost": 0,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
     usage = read(ChatCompletions, zeros, chat, zeros)
     assert (*counts(usage), usage.cache_read_input_tokens, usage.cost_usd) == (71, 36, 107, 64, "0.5")
-    gemini = {"promptTokenCount": 85, "totalTokenCount": 134, "candidatesTokenCount": 49,
-              "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 85}]}  # fmt: skip
+    gemini = {
+        "promptTokenCount": 85,
+        "totalTokenCount": 134,
+        "candidatesTokenCount": 49,
+        "promptTokensDetails": [{"modality": "TEXT", "tokenCount": 85}],
+    }
     none = {"promptTokenCount": 0, "totalTokenCount": 0, "promptTokensDetails": []}
     usage = read(Gemini, gemini, none)
     assert (*counts(usage), usage.text_input_tokens) == (85, 49, 134, 85)

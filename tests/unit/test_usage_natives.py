@@ -115,9 +115,12 @@ OCI = "/20231130/actions/chat"
 
 def test_oracles_details_are_read_under_its_names() -> None:
     used = {
-        "promptTokens": 73, "completionTokens": 43, "totalTokens": 116,
-        "promptTokensDetails": {"cachedTokens": 64}, "completionTokensDetails": {"reasoningTokens": 12},
-    }  # fmt: skip
+        "promptTokens": 73,
+        "completionTokens": 43,
+        "totalTokens": 116,
+        "promptTokensDetails": {"cachedTokens": 64},
+        "completionTokensDetails": {"reasoningTokens": 12},
+    }
     for answer in ({"apiFormat": "GENERIC", "choices": [{"finishReason": "stop"}]}, {"apiFormat": "COHERE"}):
         usage = read(OCI, {"modelId": "m", "chatResponse": {**answer, "usage": used}})
         assert counted(usage) == ("final", 73, 43, 116)
@@ -207,8 +210,12 @@ def test_lm_studio_tells_in_its_last_event() -> None:
 def test_reka_counts_run_and_its_reason_ends_them() -> None:
     def message(said: int, reason: str | None) -> Document:
         answers = [{"finish_reason": reason, "message": {"content": "o"}}]
-        return {"id": "r", "model": "reka-core", "responses": answers,
-                "usage": {"input_tokens": 71, "output_tokens": said, "reasoning_tokens": 2}}  # fmt: skip
+        return {
+            "id": "r",
+            "model": "reka-core",
+            "responses": answers,
+            "usage": {"input_tokens": 71, "output_tokens": said, "reasoning_tokens": 2},
+        }
 
     usage = streamed("/reka", events(message(5, None), message(313, "stop"), name="message"))
     assert (*counted(usage), usage.provider, usage.model) == ("final", 71, 313, 384, "reka", "reka-core")
@@ -218,8 +225,15 @@ def test_qianfan_is_final_with_its_last_event_alone() -> None:
     path = "/rpc/2.0/ai_custom/v1/wenxinworkshop/chat/ernie-4.0"
 
     def message(said: int, end: bool) -> Document:
-        return {"id": "as-1", "object": "chat.completion", "sentence_id": said, "is_end": end, "is_truncated": False,
-                "result": "o", "usage": {"prompt_tokens": 33, "completion_tokens": said}}  # fmt: skip
+        return {
+            "id": "as-1",
+            "object": "chat.completion",
+            "sentence_id": said,
+            "is_end": end,
+            "is_truncated": False,
+            "result": "o",
+            "usage": {"prompt_tokens": 33, "completion_tokens": said},
+        }
 
     usage = streamed(path, events(message(4, False), message(9, True)))
     assert (*counted(usage), usage.request_model) == ("final", 33, 9, 42, "asked")

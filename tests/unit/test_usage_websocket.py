@@ -202,9 +202,11 @@ def test_only_a_websocket_is_read() -> None:
 def test_the_paths_of_the_clients(path: str, provider: str) -> None:
     tap = UsageTaps().websocket(path, [(b"Upgrade", b"websocket")])
     assert tap is not None
-    lines = (b'{"usageMetadata":{"totalTokenCount":1,"promptTokenCount":1}}',
-             b'{"type":"response.done","response":{"usage":{"input_tokens":1}}}',
-             b'{"type":"response.completed","response":{"usage":{"input_tokens":1}}}')  # fmt: skip
+    lines = (
+        b'{"usageMetadata":{"totalTokenCount":1,"promptTokenCount":1}}',
+        b'{"type":"response.done","response":{"usage":{"input_tokens":1}}}',
+        b'{"type":"response.completed","response":{"usage":{"input_tokens":1}}}',
+    )
     (usage,) = tap.from_server(b"".join(map(frame, lines)))
     assert usage.provider == provider
 

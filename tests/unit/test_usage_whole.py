@@ -187,8 +187,13 @@ def test_the_lean_ways_are_taken_for_the_commonest_recordings(monkeypatch: pytes
         plan, _ = plan_of(sample)
         if plan is not None and plan.read(sample.request_body, sample.body) is not None:
             taken.add(name)
-    for name in ("openai_chat.json", "openai_chat_stream.sse", "openai_responses.json", "openai_responses_stream.sse",
-                 "anthropic_messages_stream.sse"):  # fmt: skip
+    for name in (
+        "openai_chat.json",
+        "openai_chat_stream.sse",
+        "openai_responses.json",
+        "openai_responses_stream.sse",
+        "anthropic_messages_stream.sse",
+    ):
         assert f"sample {name}" in taken
     plain = {"type": "message", "id": "m1", "model": "m", "stop_reason": "end_turn", "usage": ANTHROPIC}
     sample = _made("/v1/messages", orjson.dumps(plain), JSON)
@@ -205,10 +210,20 @@ def _made(
     path: str, body: bytes, kind: tuple[bytes, bytes], request: bytes = b'{"model":"asked","stream":true}'
 ) -> Sample:
     return Sample(
-        name="made up", provider=None, method="POST", path=path, request_headers=[JSON], request_body=request,
-        status=200, response_headers=[kind, ID], body=body, expected=None, records=None, websocket=False,
+        name="made up",
+        provider=None,
+        method="POST",
+        path=path,
+        request_headers=[JSON],
+        request_body=request,
+        status=200,
+        response_headers=[kind, ID],
+        body=body,
+        expected=None,
+        records=None,
+        websocket=False,
         null_or_zero=(),
-    )  # fmt: skip
+    )
 
 
 COUNT = st.one_of(

@@ -75,6 +75,12 @@ def count_tokens(request: Mapping[str, Any], script: Script, number: int) -> dic
 
 def _message(request: Mapping[str, Any], number: int, usage: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "id": f"msg_{number:06d}", "type": "message", "role": "assistant", "model": request["model"], "content": [],
-        "stop_reason": None, "stop_sequence": None, "usage": usage,
-    }  # fmt: skip
+        "id": f"msg_{number:06d}",
+        "type": "message",
+        "role": "assistant",
+        "model": request["model"],
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "usage": usage,
+    }

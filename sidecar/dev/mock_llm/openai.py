@@ -195,18 +195,41 @@ def _part(text: str) -> dict[str, Any]:
 
 def _message(number: int, status: str, content: list[dict[str, Any]]) -> dict[str, Any]:
     return {
-        "id": f"msg_{number:06d}", "type": "message", "status": status, "role": "assistant", "content": content,
-    }  # fmt: skip
+        "id": f"msg_{number:06d}",
+        "type": "message",
+        "status": status,
+        "role": "assistant",
+        "content": content,
+    }
 
 
 def _response(
     request: Mapping[str, Any], number: int, status: str, output: list[dict[str, Any]], usage: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     return {
-        "id": f"resp_{number:06d}", "object": "response", "created_at": CREATED, "status": status,
-        "background": False, "error": None, "incomplete_details": None, "instructions": None,
-        "max_output_tokens": None, "model": _dated(request["model"]), "output": output, "parallel_tool_calls": True,
-        "previous_response_id": None, "reasoning": {"effort": "low", "summary": None}, "service_tier": "default",
-        "store": True, "temperature": 1.0, "text": {"format": {"type": "text"}}, "tool_choice": "auto", "tools": [],
-        "top_p": 1.0, "truncation": "disabled", "usage": usage, "user": None, "metadata": {},
-    }  # fmt: skip
+        "id": f"resp_{number:06d}",
+        "object": "response",
+        "created_at": CREATED,
+        "status": status,
+        "background": False,
+        "error": None,
+        "incomplete_details": None,
+        "instructions": None,
+        "max_output_tokens": None,
+        "model": _dated(request["model"]),
+        "output": output,
+        "parallel_tool_calls": True,
+        "previous_response_id": None,
+        "reasoning": {"effort": "low", "summary": None},
+        "service_tier": "default",
+        "store": True,
+        "temperature": 1.0,
+        "text": {"format": {"type": "text"}},
+        "tool_choice": "auto",
+        "tools": [],
+        "top_p": 1.0,
+        "truncation": "disabled",
+        "usage": usage,
+        "user": None,
+        "metadata": {},
+    }

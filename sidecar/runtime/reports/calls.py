@@ -300,9 +300,12 @@ def _backwards(reader: SpoolReader, instance: str, last_seq: int, since_ns: int)
             if group.last_seq > upto:
                 more = group.last_seq - upto
                 yield StoredGroup(
-                    first_seq=group.first_seq, last_seq=upto, lines=group.lines[:-more],
-                    salvaged=group.salvaged, committed_ns=group.committed_ns,
-                )  # fmt: skip
+                    first_seq=group.first_seq,
+                    last_seq=upto,
+                    lines=group.lines[:-more],
+                    salvaged=group.salvaged,
+                    committed_ns=group.committed_ns,
+                )
             else:
                 yield group
         upto = after

@@ -146,9 +146,15 @@ class Flexprice:
             return _error(404, "not_found", "no such customer")
         left = f"{dollars_left(self._memory, customer, call.at_s):.2f}"
         wallet: dict[str, Any] = {
-            "id": f"wallet_{customer}", "customer_id": f"cust_{customer}", "currency": "usd", "wallet_status": "active",
-            "wallet_type": "PRE_PAID", "conversion_rate": "1", "balance": left, "credit_balance": left,
-        }  # fmt: skip
+            "id": f"wallet_{customer}",
+            "customer_id": f"cust_{customer}",
+            "currency": "usd",
+            "wallet_status": "active",
+            "wallet_type": "PRE_PAID",
+            "conversion_rate": "1",
+            "balance": left,
+            "credit_balance": left,
+        }
         if call.query.get("include_real_time_balance") == "true":
             live = "NaN" if lie is not None else left
             wallet |= {"real_time_balance": live, "real_time_credit_balance": live, "is_cached_fallback": False}
@@ -163,10 +169,17 @@ class Flexprice:
         meters: list[Any] = self._memory.recall("meters", call.at_s) or []
         now = rfc3339(call.at_s)
         meter = {
-            "id": f"meter_receiver_{len(meters) + 1}", "name": body["name"], "tenant_id": "tenant_receiver",
-            "event_name": body["event_name"], "aggregation": body["aggregation"], "filters": body.get("filters") or [],
-            "reset_usage": body["reset_usage"], "status": "published", "created_at": now, "updated_at": now,
-        }  # fmt: skip
+            "id": f"meter_receiver_{len(meters) + 1}",
+            "name": body["name"],
+            "tenant_id": "tenant_receiver",
+            "event_name": body["event_name"],
+            "aggregation": body["aggregation"],
+            "filters": body.get("filters") or [],
+            "reset_usage": body["reset_usage"],
+            "status": "published",
+            "created_at": now,
+            "updated_at": now,
+        }
         self._memory.keep("meters", [*meters, meter], call.at_s)
         return Answer.json(201, meter, Unit(meter["id"], body, Verdict.DELIVERED))
 

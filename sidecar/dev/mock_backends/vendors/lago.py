@@ -117,12 +117,17 @@ class Lago:
         consume(self._memory, _owner(event["external_subscription_id"]), {"events": 1}, call.at_s)
         at_s = float(event["timestamp"]) if event.get("timestamp") is not None else call.at_s
         return {
-            "lago_id": f"receiver-{call.fingerprint()[:12]}", "transaction_id": event["transaction_id"],
-            "lago_customer_id": None, "code": event["code"], "timestamp": rfc3339(at_s),
+            "lago_id": f"receiver-{call.fingerprint()[:12]}",
+            "transaction_id": event["transaction_id"],
+            "lago_customer_id": None,
+            "code": event["code"],
+            "timestamp": rfc3339(at_s),
             "precise_total_amount_cents": event.get("precise_total_amount_cents"),
-            "properties": event.get("properties", {}), "lago_subscription_id": None,
-            "external_subscription_id": event["external_subscription_id"], "created_at": rfc3339(call.at_s),
-        }  # fmt: skip
+            "properties": event.get("properties", {}),
+            "lago_subscription_id": None,
+            "external_subscription_id": event["external_subscription_id"],
+            "created_at": rfc3339(call.at_s),
+        }
 
     def _wallets(self, call: Call, lie: str | None = None) -> Answer:
         if not self._terms.admits(bearer(call)):
@@ -133,10 +138,18 @@ class Lago:
         left = dollars_left(self._memory, customer, call.at_s)
         cents: Any = "a lot" if lie is not None else int(left * 100)
         wallet = {
-            "lago_id": "receiver", "lago_customer_id": "receiver", "external_customer_id": customer, "status": "active",
-            "currency": "USD", "rate_amount": "1.0", "balance_cents": int(left * 100), "ongoing_balance_cents": cents,
-            "credits_ongoing_balance": str(left), "expiration_at": None, "last_balance_sync_at": None,
-        }  # fmt: skip
+            "lago_id": "receiver",
+            "lago_customer_id": "receiver",
+            "external_customer_id": customer,
+            "status": "active",
+            "currency": "USD",
+            "rate_amount": "1.0",
+            "balance_cents": int(left * 100),
+            "ongoing_balance_cents": cents,
+            "credits_ongoing_balance": str(left),
+            "expiration_at": None,
+            "last_balance_sync_at": None,
+        }
         pages = {"current_page": 1, "next_page": None, "prev_page": None, "total_pages": 1, "total_count": 1}
         return Answer.json(200, {"wallets": [wallet], "meta": pages})
 
@@ -196,8 +209,11 @@ def _key_of(event: Mapping[str, Any]) -> str | None:
 
 def _unprocessable(details: Mapping[str, Any], *units: Unit) -> Answer:
     body = {
-        "status": 422, "error": "Unprocessable Entity", "code": "validation_errors", "error_details": details,
-    }  # fmt: skip
+        "status": 422,
+        "error": "Unprocessable Entity",
+        "code": "validation_errors",
+        "error_details": details,
+    }
     return Answer(422, orjson.dumps(body), units=units)
 
 

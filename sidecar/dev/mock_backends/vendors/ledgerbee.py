@@ -144,9 +144,12 @@ def _error(
 ) -> Answer:
     """The vendor's envelope; `path` is relative to `/api`."""
     body: dict[str, Any] = {
-        "statusCode": status, "timestamp": rfc3339(call.at_s), "path": call.path.removeprefix("/api"),
-        "message": message, "code": code,
-    }  # fmt: skip
+        "statusCode": status,
+        "timestamp": rfc3339(call.at_s),
+        "path": call.path.removeprefix("/api"),
+        "message": message,
+        "code": code,
+    }
     if details is not None:
         body["details"] = details
     return Answer.json(status, body, *units)

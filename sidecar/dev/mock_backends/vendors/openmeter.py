@@ -142,8 +142,11 @@ class OpenMeter:
             return {"hasAccess": True}
         used = consumed(self._memory, customer, feature, call.at_s)
         return {
-            "hasAccess": used < quota, "balance": max(quota - used, 0), "usage": used, "overage": max(used - quota, 0),
-        }  # fmt: skip
+            "hasAccess": used < quota,
+            "balance": max(quota - used, 0),
+            "usage": used,
+            "overage": max(used - quota, 0),
+        }
 
 
 def _events(body: Any, kind: str) -> list[dict[str, Any]] | None:

@@ -186,14 +186,25 @@ class ReveniumV1:
         used = self._memory.recall(f"used:{consumer}", now_s) or 0
         month_ms = int(now_s // 2_592_000 * 2_592_000 * 1000)
         return {
-            "iss": "HyperCurrent", "organization": "Receiver", "consumingOrganization": "Receiver",
-            "consumer": consumer, "product": "receiver", "productTags": [], "productLicenseTags": [],
-            "productVersion": "1.0.0", "assets": [], "expiration": None,
-            "totalQuota": quota or 0, "consumedQuota": used,
-            "consumedSubscriptionQuota": used, "subscriptionStart": month_ms, "subscriptionPeriodStart": month_ms,
-            "subscriptionPeriodEnd": month_ms + 2_592_000_000, "elementAccessEvents": [],
+            "iss": "HyperCurrent",
+            "organization": "Receiver",
+            "consumingOrganization": "Receiver",
+            "consumer": consumer,
+            "product": "receiver",
+            "productTags": [],
+            "productLicenseTags": [],
+            "productVersion": "1.0.0",
+            "assets": [],
+            "expiration": None,
+            "totalQuota": quota or 0,
+            "consumedQuota": used,
+            "consumedSubscriptionQuota": used,
+            "subscriptionStart": month_ms,
+            "subscriptionPeriodStart": month_ms,
+            "subscriptionPeriodEnd": month_ms + 2_592_000_000,
+            "elementAccessEvents": [],
             "timestamp": int(now_s * 1000),
-        }  # fmt: skip
+        }
 
     def _open(self, call: Call) -> dict[str, Any] | Answer:
         """The body, or the refusal."""

@@ -187,9 +187,13 @@ class ReveniumV2:
             return _error(400, "the record is not valid", Unit(key, body, Verdict.REFUSED), error=sentence(found))
         identity = body.get("transactionId")
         resource: dict[str, Any] = {
-            "id": identity, "label": identity, "resourceType": "metering", "signature": call.fingerprint()[:32],
-            "created": rfc3339(call.at_s), "_links": {},
-        }  # fmt: skip
+            "id": identity,
+            "label": identity,
+            "resourceType": "metering",
+            "signature": call.fingerprint()[:32],
+            "created": rfc3339(call.at_s),
+            "_links": {},
+        }
         answer = Answer.json(200, resource, Unit(key or identity, body, Verdict.DELIVERED))
         if key is not None:
             self._replay.keep(call, credential, key, answer)
@@ -218,15 +222,26 @@ class ReveniumV2:
         if lie is not None:
             threshold = total = -5
         rule = {
-            "ruleId": "rule-receiver", "name": "tokens a day", "threshold": threshold, "currentValue": total,
-            "percentUsed": total * 100 // max(threshold, 1), "periodType": "DAILY", "action": "BLOCK",
-            "breached": any(tokens >= threshold for tokens in spent.values()), "shadowMode": False, "filters": [],
-            "groupBy": "SUBSCRIBER", "windowEnd": end, "resetsAt": end, "denyMessage": None, "source": "RULE",
+            "ruleId": "rule-receiver",
+            "name": "tokens a day",
+            "threshold": threshold,
+            "currentValue": total,
+            "percentUsed": total * 100 // max(threshold, 1),
+            "periodType": "DAILY",
+            "action": "BLOCK",
+            "breached": any(tokens >= threshold for tokens in spent.values()),
+            "shadowMode": False,
+            "filters": [],
+            "groupBy": "SUBSCRIBER",
+            "windowEnd": end,
+            "resetsAt": end,
+            "denyMessage": None,
+            "source": "RULE",
             "groupBreakdown": [
                 {"groupValue": name, "currentValue": tokens, "breached": tokens >= threshold}
                 for name, tokens in spent.items()
             ],
-        }  # fmt: skip
+        }
         return Answer.json(200, {"rules": [rule], "departmentBudgetBlocks": {}})
 
 

@@ -37,19 +37,23 @@ class StripeV1:
         self._terms = terms
         self.routes = (
             Route(
-                method="POST", path="/v1/billing/meter_events", handle=self._keyed(self._event),
-                exclusive=_customer_and_meter, busy=_busy, failed=self._failed,
-            ),
-            Route(
-                method="POST", path="/v1/billing/meter_event_adjustments", handle=self._keyed(self._adjust),
+                method="POST",
+                path="/v1/billing/meter_events",
+                handle=self._keyed(self._event),
+                exclusive=_customer_and_meter,
+                busy=_busy,
                 failed=self._failed,
             ),
             Route(
-                method="POST", path="/v1/billing/meters", handle=self._keyed(self._define), failed=self._failed
+                method="POST",
+                path="/v1/billing/meter_event_adjustments",
+                handle=self._keyed(self._adjust),
+                failed=self._failed,
             ),
+            Route(method="POST", path="/v1/billing/meters", handle=self._keyed(self._define), failed=self._failed),
             Route(method="GET", path="/v1/billing/meters", handle=self._meters),
             Route(method="GET", path="/v1/billing/meters/{id}", handle=self._meter),
-        )  # fmt: skip
+        )
 
     @staticmethod
     def settings(url: str) -> Mapping[str, str]:
@@ -120,9 +124,14 @@ class StripeV1:
             return _error(400, (None, message, None), Unit(event.identifier, form, Verdict.DUPLICATE))
         verdict = self._book.enter(event, call.at_s)
         reply = {
-            "object": "billing.meter_event", "created": int(call.at_s), "event_name": event.event_name,
-            "identifier": event.identifier, "livemode": False, "payload": event.payload, "timestamp": int(event.at_s),
-        }  # fmt: skip
+            "object": "billing.meter_event",
+            "created": int(call.at_s),
+            "event_name": event.event_name,
+            "identifier": event.identifier,
+            "livemode": False,
+            "payload": event.payload,
+            "timestamp": int(event.at_s),
+        }
         return Answer.json(200, reply, Unit(event.identifier, form, verdict))
 
     def _adjust(self, call: Call, form: Form) -> Answer:
@@ -139,9 +148,13 @@ class StripeV1:
         if problem is not None:
             return _error(400, problem, Unit(None, form, Verdict.REFUSED))
         reply = {
-            "object": "billing.meter_event_adjustment", "cancel": {"identifier": identifier},
-            "event_name": form["event_name"], "livemode": False, "status": "pending", "type": "cancel",
-        }  # fmt: skip
+            "object": "billing.meter_event_adjustment",
+            "cancel": {"identifier": identifier},
+            "event_name": form["event_name"],
+            "livemode": False,
+            "status": "pending",
+            "type": "cancel",
+        }
         return Answer.json(200, reply, Unit(f"cancel:{identifier}", form, Verdict.DELIVERED))
 
     def _define(self, call: Call, form: Form) -> Answer:
@@ -161,13 +174,20 @@ class StripeV1:
         if problem is not None:
             return _error(400, problem, Unit(None, form, Verdict.REFUSED))
         meter = {
-            "id": f"mtr_receiver_{len(meters) + 1}", "object": "billing.meter", "created": int(call.at_s),
+            "id": f"mtr_receiver_{len(meters) + 1}",
+            "object": "billing.meter",
+            "created": int(call.at_s),
             "customer_mapping": {"event_payload_key": "stripe_customer_id", "type": "by_id"} | customer,
-            "default_aggregation": aggregation, "display_name": form["display_name"],
-            "event_name": form["event_name"], "event_time_window": form.get("event_time_window"),
-            "livemode": False, "status": "active", "status_transitions": {"deactivated_at": None},
-            "updated": int(call.at_s), "value_settings": {"event_payload_key": "value"} | value,
-        }  # fmt: skip
+            "default_aggregation": aggregation,
+            "display_name": form["display_name"],
+            "event_name": form["event_name"],
+            "event_time_window": form.get("event_time_window"),
+            "livemode": False,
+            "status": "active",
+            "status_transitions": {"deactivated_at": None},
+            "updated": int(call.at_s),
+            "value_settings": {"event_payload_key": "value"} | value,
+        }
         self._book.define(meter, call.at_s)
         return Answer.json(200, meter, Unit(meter["id"], form, Verdict.DELIVERED))
 
@@ -225,8 +245,9 @@ def _event_problem(form: Form) -> Problem | None:
     if problem is not None:
         return problem
     for name, most in (
-        ("event_name", stripe_events.NAME_CHARS_MAX), ("identifier", stripe_events.IDENTIFIER_CHARS_MAX),
-    ):  # fmt: skip
+        ("event_name", stripe_events.NAME_CHARS_MAX),
+        ("identifier", stripe_events.IDENTIFIER_CHARS_MAX),
+    ):
         if len(form.get(name, "")) > most:
             return None, f"Invalid string: {name} must be at most {most} characters", name
     if not isinstance(form["payload"], dict) or not all(isinstance(v, str) for v in form["payload"].values()):

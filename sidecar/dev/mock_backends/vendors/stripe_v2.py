@@ -70,9 +70,13 @@ class StripeV2:
         self._memory.keep("sessions", number, call.at_s)
         self._memory.keep(f"session:{_digest(token)}", True, call.at_s)
         reply = {
-            "id": f"mes_receiver_{number}", "object": "v2.billing.meter_event_session", "authentication_token": token,
-            "created": rfc3339(call.at_s), "expires_at": rfc3339(call.at_s + SESSION_S), "livemode": False,
-        }  # fmt: skip
+            "id": f"mes_receiver_{number}",
+            "object": "v2.billing.meter_event_session",
+            "authentication_token": token,
+            "created": rfc3339(call.at_s),
+            "expires_at": rfc3339(call.at_s + SESSION_S),
+            "livemode": False,
+        }
         return Answer.json(200, reply)
 
     def _single(self, call: Call) -> Answer:
@@ -88,10 +92,14 @@ class StripeV2:
             message = "A meter event with a duplicate identifier has already been submitted."
             return _error(400, "duplicate_meter_event", message, Unit(event.identifier, body, Verdict.DUPLICATE))
         reply = {
-            "object": "v2.billing.meter_event", "created": rfc3339(call.at_s), "event_name": event.event_name,
-            "identifier": event.identifier, "livemode": False, "payload": event.payload,
+            "object": "v2.billing.meter_event",
+            "created": rfc3339(call.at_s),
+            "event_name": event.event_name,
+            "identifier": event.identifier,
+            "livemode": False,
+            "payload": event.payload,
             "timestamp": rfc3339(event.at_s),
-        }  # fmt: skip
+        }
         return Answer.json(200, reply, Unit(event.identifier, body, self._book.enter(event, call.at_s)))
 
     def _stream(self, call: Call) -> Answer:
@@ -132,10 +140,15 @@ class StripeV2:
         if not self._book.cancels(identifier, name, call.at_s):
             return _error(404, "not_found", "no such meter event within the last 24 hours")
         reply = {
-            "id": f"mea_receiver_{identifier}", "object": "v2.billing.meter_event_adjustment",
-            "cancel": {"identifier": identifier}, "created": rfc3339(call.at_s), "event_name": name,
-            "livemode": False, "status": "pending", "type": "cancel",
-        }  # fmt: skip
+            "id": f"mea_receiver_{identifier}",
+            "object": "v2.billing.meter_event_adjustment",
+            "cancel": {"identifier": identifier},
+            "created": rfc3339(call.at_s),
+            "event_name": name,
+            "livemode": False,
+            "status": "pending",
+            "type": "cancel",
+        }
         return Answer.json(200, reply, Unit(f"cancel:{identifier}", body, Verdict.DELIVERED))
 
     def _read(self, call: Call, row: dict[str, Any], place: int | None = None) -> tuple[MeterEvent | None, Answer]:
