@@ -16,8 +16,8 @@ from functools import partial
 from sidecar.runtime import factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.instance_lock import DataLock
-from sidecar.runtime.ipc import listen_at_seam
 from sidecar.runtime.metering import Metering, metering, open_admin, recording
+from sidecar.runtime.seam_protocol import listen_at_seam
 from sidecar.runtime.serving import serving
 from sidecar.runtime.supervisor import Supervisor, bind
 from sidecar.settings import Settings

@@ -42,9 +42,10 @@ from sidecar.runtime.directory_identity import As
 from sidecar.runtime.disk import LOOK_S, NoRoomError, Room, can_begin, no_room, text_of
 from sidecar.runtime.fleet import Fleet, most_behind
 from sidecar.runtime.instance_lock import LockError, NotWritableError
-from sidecar.runtime.ipc import TRIALS, Seam, Told
 from sidecar.runtime.lanes import Lookout, url_of
 from sidecar.runtime.metrics import Gauges, Metrics
+from sidecar.runtime.seam import TRIALS, Seam
+from sidecar.runtime.seam_protocol import Told
 from sidecar.runtime.shipping import Shipping, centre_of
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire
 from sidecar.settings import Durability, OnSpoolFull, Settings

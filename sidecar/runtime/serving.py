@@ -18,8 +18,9 @@ from sidecar.gate.admission import Admission, Policy
 from sidecar.proxy import Proxy
 from sidecar.proxy.upstream import why_unreadable
 from sidecar.runtime import factory, gate_factory
-from sidecar.runtime.ipc import Address, Link, Status
 from sidecar.runtime.metrics import HopCounts
+from sidecar.runtime.seam_link import Link
+from sidecar.runtime.seam_protocol import Address, Status
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire
 from sidecar.settings import Settings
 from sidecar.settings.renewal import renewed

@@ -31,8 +31,9 @@ from sidecar.runtime import factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.disk import LOOK_S, NoRoomError, no_room, text_of
 from sidecar.runtime.instance_lock import DataLock, InUseError, LockError, Reload
-from sidecar.runtime.ipc import ASK_S, Address, listen_at_seam
 from sidecar.runtime.metering import Start, meter
+from sidecar.runtime.seam import ASK_S
+from sidecar.runtime.seam_protocol import Address, listen_at_seam
 from sidecar.runtime.serving import serve
 from sidecar.runtime.wire import WireEnd
 from sidecar.settings import Address as Listen

@@ -20,7 +20,7 @@ from support.tiny import tiny_upstream
 from support.whole import Whole
 
 from sidecar.model.exchange import Exchange
-from sidecar.runtime.ipc import TRIALS
+from sidecar.runtime.seam import TRIALS
 from sidecar.settings import Durability, SpoolSettings
 from sidecar.spool import Health, Spool
 from sidecar.spool.frames import EXCHANGE, FrameError, decode_frame, encode_frame, exchange_of

@@ -23,7 +23,8 @@ from sidecar.ledger import LedgerStore
 from sidecar.proxy import plain_call, plain_head
 from sidecar.runtime.billing import Billing
 from sidecar.runtime.collector import StreamReader
-from sidecar.runtime.ipc import Link, Seam
+from sidecar.runtime.seam import Seam
+from sidecar.runtime.seam_link import Link
 from sidecar.spool import Spool
 from sidecar.spool.intake import Intake, Source
 from sidecar.spool.known_ids import KnownIds

@@ -14,7 +14,9 @@ import pytest
 from support.spool_fixtures import SMALL, call, rows, until
 
 from sidecar.model.exchange import Exchange
-from sidecar.runtime.ipc import DEADLY_AFTER, TRIALS, Link, Seam, Status, Told, Trials, listen_at_seam
+from sidecar.runtime.seam import DEADLY_AFTER, TRIALS, Seam, Trials
+from sidecar.runtime.seam_link import Link
+from sidecar.runtime.seam_protocol import Status, Told, listen_at_seam
 from sidecar.settings import Durability, SpoolSettings
 from sidecar.spool import Spool
 from sidecar.spool.frames import HEAD_BYTES, FrameError, Head, decode_frame, encode_frame, head_of
