@@ -48,6 +48,8 @@ PURE = (
     "sidecar.proxy.headers",
     "sidecar.proxy.local_responses",
     "sidecar.proxy.plain_head",
+    "sidecar.proxy.plain_requests",
+    "sidecar.proxy.plain_responses",
     "sidecar.proxy.redirects",
     "sidecar.proxy.response_parser",
     "sidecar.proxy.route",

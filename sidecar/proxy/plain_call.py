@@ -44,7 +44,9 @@ from sidecar.proxy.context import NEVER, Destination, Hop, PlainAttribution
 from sidecar.proxy.downstream import Downstream
 from sidecar.proxy.headers import METER_ID, Peer, ResponseHead, trace_id
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, PlainRequests, PlainResponses, Shape
+from sidecar.proxy.plain_head import CHUNKED, Aimed, PlainMessage, Shape
+from sidecar.proxy.plain_requests import PlainRequests
+from sidecar.proxy.plain_responses import PlainResponses
 from sidecar.proxy.plain_stream import KEPT_BYTES_MAX, LAST_CHUNK, PlainStream, in_chunks, not_known_yet
 from sidecar.proxy.request_body import IDEMPOTENT, may_change
 from sidecar.proxy.response_parser import all_alike, chunk_of_read

@@ -7,7 +7,7 @@ whole head means (who pays, which route, how it is rewritten) when its *shape* w
 never taken. The short way can therefore only forward what the careful way would have forwarded.
 
 Many APIs are called with another target each time (`/orders/123`). Few things depend on it, so request lines that agree
-in those count as one line, and what is forwarded and recorded of each is worked out for each (`Aim`).
+in those count as one line, and what is forwarded and recorded of each is worked out for each (`plain_requests.Aim`).
 
 A head that is like the one before it on its connection is read by the form of its shape at once (`plain_form`).
 
@@ -22,34 +22,20 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import IntEnum
 from operator import itemgetter
-from typing import Any, Final, Generic, NamedTuple, TypeVar
+from typing import Final, Generic, NamedTuple, TypeVar
 
 from sidecar.model.target import is_authority
 from sidecar.proxy.plain_form import LENGTH_DIGITS_MAX, VALUE, Form, form_of
-
-# What a line means here.
-_PASS: Final = 0
-_DROP: Final = 1  # hop-by-hop, and says nothing that matters
-_LENGTH: Final = 2
-_HOST: Final = 3
-_CLOSE: Final = 4
-_CHUNKED: Final = 5
-_TRACE: Final = 6
-_KEEP_ALIVE: Final = 7  # the upstream's hint of how long it keeps the connection
-_FIRST: Final = 8  # the request or status line
-_CODED: Final = 12  # the content, by gzip
-_FORWARDED: Final = {b"x-forwarded-for": 9, b"x-forwarded-proto": 10, b"x-forwarded-host": 11}
 
 LINES_MAX: Final = 4_096  # remembered lines
 LINES_BYTES_MAX: Final = 2 << 20  # and their bytes: tokens in fields reach some kB
 RECENT_MAX: Final = 512  # remembered lines that are known by their names
 RECENT_BYTES_MAX: Final = 64  # of each
 NAMES_MAX: Final = 2_048
-AIMED_MAX: Final = 2_048  # remembered request lines
-AIMED_BYTES_MAX: Final = 512 << 10  # and their bytes
 SHAPES_MAX: Final = 2_048
 FORM_AFTER = 100  # heads of a shape: its form takes half a millisecond to make
 FORM_BYTES_MAX: Final = 4_096  # of a head that gets one: it takes eight times as much
@@ -61,34 +47,45 @@ VALUES_MAX: Final = 64  # so many different values make a field one that is know
 _HEAD_END: Final = b"\r\n\r\n"
 _VALUE: Final = re.compile(VALUE)
 _NAME: Final = re.compile(rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,256}")
-_REQUEST_LINE: Final = re.compile(rb"(GET|POST|PUT|PATCH|DELETE) (/[!\"$-~]*) HTTP/1\.1")
-_STATUS_LINE: Final = re.compile(rb"HTTP/1\.1 ([2-5][0-9][0-9]) [ -~]*")
 _COME_AGAIN: Final = frozenset({b"Date", b"date"})
-_BODILESS: Final = frozenset({204, 304})
-
-# Never plain: what they ask for is the careful way's to judge. (Both parsers read `Proxy-Connection` as `Connection`.)
-_CAREFUL_REQUEST: Final = frozenset(
-    {
-        b"transfer-encoding", b"upgrade", b"expect", b"te", b"trailer", b"http2-settings", b"proxy-authorization",
-        b"proxy-authenticate", b"proxy-connection",
-    }
-)  # fmt: skip
-_CAREFUL_RESPONSE: Final = frozenset(
-    {b"upgrade", b"trailer", b"te", b"proxy-connection", b"location", b"content-location", b"refresh"}
-)
 # Their value is another one for each call, and says nothing of what the call is.
-_VOLATILE: Final = frozenset(
+VOLATILE: Final = frozenset(
     {
         b"traceparent", b"tracestate", b"idempotency-key", b"x-request-id", b"x-correlation-id", b"x-amzn-trace-id",
         b"cookie", b"if-none-match", b"x-client-request-id", b"forwarded", b"via", b"x-real-ip",
     }
 )  # fmt: skip
 
-_Facts = TypeVar("_Facts")
+Facts = TypeVar("Facts")
+
+
+class Meaning(IntEnum):
+    """What a line says."""
+
+    PASS = 0
+    DROP = 1  # hop-by-hop, and nothing that matters
+    LENGTH = 2
+    HOST = 3
+    CLOSE = 4
+    CHUNKED = 5
+    TRACE = 6
+    KEEP_ALIVE = 7  # the upstream's hint of how long it keeps the connection
+    FIRST = 8  # the request or status line
+    FORWARDED_FOR = 9
+    FORWARDED_PROTO = 10
+    FORWARDED_HOST = 11
+    CODED = 12  # the content, by gzip
+
+
+FORWARDED: Final = {
+    b"x-forwarded-for": Meaning.FORWARDED_FOR,
+    b"x-forwarded-proto": Meaning.FORWARDED_PROTO,
+    b"x-forwarded-host": Meaning.FORWARDED_HOST,
+}
 
 
 @dataclass(slots=True)
-class Shape(Generic[_Facts]):
+class Shape(Generic[Facts]):
     """What heads that differ in volatile lines only have in common.
 
     The places are those of lines in the head, 0 for none (there stands the request or status line).
@@ -96,7 +93,7 @@ class Shape(Generic[_Facts]):
 
     number: int
     heads: object  # whose shape it is
-    facts: _Facts  # what the owner worked out when it saw the first one
+    facts: Facts  # what the owner worked out when it saw the first one
     added: list[bytes]  # what is forwarded in the place of other lines; and nothing, so that the last one is ended
     places: tuple[int, ...]  # what is forwarded, out of a head's lines and `added`
     sent: Callable[[list[bytes]], tuple[bytes, ...]]  # takes it
@@ -123,7 +120,7 @@ class Shape(Generic[_Facts]):
         return b"\r\n".join(self.sent(lines + self.added))
 
 
-PlainMessage = tuple[Shape[_Facts], bytes, bytes, bytes, int, "Aimed | None", bytes, bytes]
+PlainMessage = tuple[Shape[Facts], bytes, bytes, bytes, int, "Aimed | None", bytes, bytes]
 """(shape, what is forwarded, head up to its empty line, body, bytes of the body that are still to come or `CHUNKED`,
 what is its own of a request's target, `traceparent`, whom a request was forwarded for or how long the upstream keeps
 its connection): a message whose head is whole and understood. The body is what has come of it; where it is chunked,
@@ -131,7 +128,7 @@ with its framing. The last two are empty where nothing is said. A bare tuple: ea
 a class with names would cost a call more."""
 CHUNKED: Final = -1
 
-_Fields = list[tuple[bytes, bytes]]
+Fields = list[tuple[bytes, bytes]]
 
 
 class Aimed(NamedTuple):
@@ -140,9 +137,6 @@ class Aimed(NamedTuple):
     line: bytes  # the request line that goes upstream
     url: str  # as a record says it
     target: str  # as whoever takes the call knows it
-
-
-_WITH_CARE: Final = Aimed(b"", "", "")
 
 
 class _NotPlain(Exception):
@@ -166,7 +160,7 @@ class _Numbers(dict[bytes, int]):
         return self._learn(line)
 
 
-class _Heads(Generic[_Facts]):
+class Heads(Generic[Facts]):
     """The lines, names and shapes that one direction knows.
 
     Each line has a number: its own, or that of its name where values say nothing of what a message is. The numbers of a
@@ -204,11 +198,13 @@ class _Heads(Generic[_Facts]):
         self._names: dict[bytes, tuple[int, int, bool]] = {}  # meaning, number, whether it is known by its name alone
         self._values: dict[bytes, int] = {}  # name -> different values seen
         self._meanings: dict[int, tuple[int, bytes | None]] = {}  # by number; the line that is forwarded in its place
-        self._shapes: dict[tuple[int, ...], Shape[_Facts] | None] = {}
+        self._shapes: dict[tuple[int, ...], Shape[Facts] | None] = {}
         self._glimpsed: dict[tuple[int, ...], int] = {}
         self._next_id = 0
         self._next_shape = 0
-        self._dropped = frozenset({_DROP, _CLOSE, _KEEP_ALIVE})  # meanings of lines that are not forwarded
+        self._dropped = frozenset(
+            {Meaning.DROP, Meaning.CLOSE, Meaning.KEEP_ALIVE}
+        )  # meanings of lines that are not forwarded
 
     def forget(self) -> None:
         """Start anew; numbers are never used twice."""
@@ -236,7 +232,7 @@ class _Heads(Generic[_Facts]):
         self._meanings[self._next_id] = (meaning, wire)
         return self._next_id
 
-    def read(self, data: bytes, peer: object = None, like: Shape[_Facts] | None = None) -> PlainMessage[_Facts] | None:
+    def read(self, data: bytes, peer: object = None, like: Shape[Facts] | None = None) -> PlainMessage[Facts] | None:
         """The message that `data` begins, and nothing behind it; None: it is none, or not plain. `peer`: whose
         connection it came on; what is sent behind the head's own lines is worked out once for each. `like`: what it is
         likely to be."""
@@ -244,7 +240,7 @@ class _Heads(Generic[_Facts]):
             return self._look_up(data, peer)
         return self._by_form(like, like.form, data, peer) or self._look_up(data, peer)
 
-    def _look_up(self, data: bytes, peer: object) -> PlainMessage[_Facts] | None:
+    def _look_up(self, data: bytes, peer: object) -> PlainMessage[Facts] | None:
         """As `read`. One function, because it runs twice in many calls: all that can be said of a line was said when it
         was learned, so that a head is checked by being found."""
         head, end, body = data.partition(_HEAD_END)
@@ -290,7 +286,7 @@ class _Heads(Generic[_Facts]):
             self._learn_form(key, read, data, peer)
         return read
 
-    def _by_form(self, shape: Shape[_Facts], form: Form, data: bytes, peer: object) -> PlainMessage[_Facts] | None:
+    def _by_form(self, shape: Shape[Facts], form: Form, data: bytes, peer: object) -> PlainMessage[Facts] | None:
         """As `read`, where that is a head of this shape; None: it is to be looked up."""
         match = form.match(data)
         if match is None or shape.heads is not self:
@@ -325,7 +321,7 @@ class _Heads(Generic[_Facts]):
             form.beside_said if form.beside < 0 else values[form.beside],
         )
 
-    def _learn_form(self, key: tuple[int, ...], read: PlainMessage[_Facts], data: bytes, peer: object) -> None:
+    def _learn_form(self, key: tuple[int, ...], read: PlainMessage[Facts], data: bytes, peer: object) -> None:
         """Of a shape that is in use. It is kept where it reads this head as it was read without it."""
         shape, lines = read[0], read[2].split(b"\r\n")
         names = [self._names.get(line.partition(b": ")[0]) for line in lines]
@@ -344,25 +340,25 @@ class _Heads(Generic[_Facts]):
         if self._by_form(shape, form, data, peer) == read:
             shape.form = form
 
-    def _told_at(self, shape: Shape[_Facts]) -> tuple[int, ...]:
+    def _told_at(self, shape: Shape[Facts]) -> tuple[int, ...]:
         """The places of what its ending is made of, in each head anew."""
         return ()
 
-    def _told_ending(self, shape: Shape[_Facts], form: Form, values: Sequence[bytes], peer: object) -> bytes | None:
+    def _told_ending(self, shape: Shape[Facts], form: Form, values: Sequence[bytes], peer: object) -> bytes | None:
         """Of a head whose ending is made anew; None: it is to be looked up."""
         raise NotImplementedError
 
-    def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
+    def _new_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[Facts] | None:
         """Of a head that is not known, if it is to be known now."""
         if key in self._shapes or not self._glimpse(key):
             return None
         return self._learn_shape(key, lines, peer)
 
-    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
+    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[Facts] | None:
         raise NotImplementedError
 
     def _learn_ending(
-        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
+        self, shape: Shape[Facts], lines: list[bytes], peer: object, wire: bytes | None = None
     ) -> bytes | None:
         """For a peer that has sent none of these. `wire`: as the careful way would forward it, where that is known."""
         raise NotImplementedError
@@ -384,7 +380,7 @@ class _Heads(Generic[_Facts]):
         raise NotImplementedError
 
     def _keep_first(self, line: bytes, wire: bytes | None) -> int:
-        id_ = self._id(_FIRST, wire)
+        id_ = self._id(Meaning.FIRST, wire)
         if self._kept < LINES_MAX // 2:
             self._lines[line] = id_
             self._lines_bytes += len(line)
@@ -422,7 +418,7 @@ class _Heads(Generic[_Facts]):
         meaning, name_id, by_name = known
         if not colon or ((value or by_name) and _VALUE.fullmatch(value) is None):
             return None
-        if meaning == _LENGTH:
+        if meaning == Meaning.LENGTH:
             return self._again(line, name_id) if value.isdigit() and len(value) <= LENGTH_DIGITS_MAX else None
         if by_name:
             if name in _COME_AGAIN:
@@ -437,13 +433,13 @@ class _Heads(Generic[_Facts]):
         if low == b"connection":
             token = value.lower()
             if token == b"close":
-                meaning = _CLOSE
+                meaning = Meaning.CLOSE
             elif token != b"keep-alive":
                 return None
-        elif meaning in (_CHUNKED, _CODED):
-            if value.lower() != (b"chunked" if meaning == _CHUNKED else b"gzip"):
+        elif meaning in (Meaning.CHUNKED, Meaning.CODED):
+            if value.lower() != (b"chunked" if meaning == Meaning.CHUNKED else b"gzip"):
                 return None
-        elif meaning == _HOST:
+        elif meaning == Meaning.HOST:
             if not is_authority(value):
                 return None
             wire = self._host(name, value)
@@ -499,8 +495,8 @@ class _Heads(Generic[_Facts]):
         return changed, dropped
 
     def _shape(
-        self, key: tuple[int, ...], lines: list[bytes], facts: _Facts, changed: dict[int, bytes], dropped: set[int]
-    ) -> Shape[_Facts]:
+        self, key: tuple[int, ...], lines: list[bytes], facts: Facts, changed: dict[int, bytes], dropped: set[int]
+    ) -> Shape[Facts]:
         """A new shape, of which nothing is checked yet."""
         at_by_meaning = {self._meanings[id_][0]: at for at, id_ in enumerate(key)}
         in_place_of = {at: len(lines) + number for number, at in enumerate(changed)}
@@ -511,10 +507,10 @@ class _Heads(Generic[_Facts]):
             at = at_by_meaning.get(meaning, 0)
             return at, lines[at].find(b": ") + 2
 
-        length_at, length_from = value(_LENGTH)
-        trace_at, trace_from = value(_TRACE)
-        told = [at_by_meaning.get(meaning, 0) for meaning in _FORWARDED.values()]
-        beside_at, beside_from = value(_FORWARDED[b"x-forwarded-for"] if any(told) else _KEEP_ALIVE)
+        length_at, length_from = value(Meaning.LENGTH)
+        trace_at, trace_from = value(Meaning.TRACE)
+        told = [at_by_meaning.get(meaning, 0) for meaning in FORWARDED.values()]
+        beside_at, beside_from = value(Meaning.FORWARDED_FOR if any(told) else Meaning.KEEP_ALIVE)
         self._next_shape += 1
         return Shape(
             number=self._next_shape,
@@ -529,20 +525,20 @@ class _Heads(Generic[_Facts]):
             trace_from=trace_from,
             beside_at=beside_at,
             beside_from=beside_from,
-            close=_CLOSE in at_by_meaning,
-            chunked=_CHUNKED in at_by_meaning,
-            coded=_CODED in at_by_meaning,
-            forwarded=(*told, at_by_meaning.get(_HOST, 0)) if any(told) else (),
+            close=Meaning.CLOSE in at_by_meaning,
+            chunked=Meaning.CHUNKED in at_by_meaning,
+            coded=Meaning.CODED in at_by_meaning,
+            forwarded=(*told, at_by_meaning.get(Meaning.HOST, 0)) if any(told) else (),
         )
 
     def _meant(self, key: tuple[int, ...]) -> Counter[int]:
         """How many lines of each meaning there are; none where it does not begin as a message does."""
         meant = Counter(self._meanings[id_][0] for id_ in key)
-        if self._meanings[key[0]][0] != _FIRST or meant[_FIRST] != 1:
+        if self._meanings[key[0]][0] != Meaning.FIRST or meant[Meaning.FIRST] != 1:
             return Counter()  # no message
         return meant
 
-    def _remember(self, key: tuple[int, ...], shape: Shape[_Facts] | None) -> Shape[_Facts] | None:
+    def _remember(self, key: tuple[int, ...], shape: Shape[Facts] | None) -> Shape[Facts] | None:
         """None: such heads are read with care."""
         if len(self._shapes) >= SHAPES_MAX:
             self._forget_shapes()
@@ -550,266 +546,5 @@ class _Heads(Generic[_Facts]):
         return shape
 
 
-def _fields(lines: list[bytes]) -> _Fields:
+def fields_of_lines(lines: list[bytes]) -> Fields:
     return [(name, value) for name, _, value in (line.partition(b": ") for line in lines)]
-
-
-Describe = Callable[[str, str, _Fields, "object"], "tuple[_Facts, bytes] | None"]
-"""(method, target, fields, peer) -> (what the head means, the bytes that the careful way would forward: request line,
-fields, what the proxy adds, empty line), or None for a head that is to be read with care."""
-Aim = Callable[[str, str], "tuple[Hashable, Aimed] | None"]
-"""(method, target) -> (a key, equal for two targets where a head means the same with either, but for what `Aimed` says;
-and that), or None for a target that is to be read with care, whatever the fields are."""
-Forward = Callable[[Any, "bytes | None", "bytes | None", "bytes | None", bytes], bytes]
-"""(peer, chain, scheme and host that the request was forwarded with, its own host) -> the lines that say so
-upstream."""
-
-
-class PlainRequests(_Heads[_Facts]):
-    """Requests of a kind that was seen before."""
-
-    def __init__(
-        self,
-        *,
-        describe: Describe[_Facts],
-        aim: Aim | None = None,
-        authority: bytes | None,
-        base: bytes,
-        matters: frozenset[bytes],
-        head_bytes_max: int = HEAD_BYTES_MAX,
-        fields_max: int = FIELDS_MAX,
-        target_bytes_max: int = HEAD_BYTES_MAX,
-        sights: int = 1,
-        not_passed: Callable[[_Facts], frozenset[bytes]] | None = None,
-        forward: Forward | None = None,
-        joined: frozenset[bytes] = frozenset(),
-    ) -> None:
-        """`aim`: None: what depends on a target is not known by it alone, and each is a kind of its own. `authority`:
-        what the upstream is told as `Host`; None: what the client said. `base`: the upstream URL's path. `matters`:
-        names (lower case) of fields whose value decides what is recorded: who pays, dimensions.
-        `not_passed`: of one of several upstreams, the names (lower case) of fields that it is not sent; None: there is
-        one upstream. Of several, request line and `Host` of a shape are taken from what the careful way wrote.
-        `forward`: what is made of `X-Forwarded-*`; None: they are passed on. `joined`: names (lower case) of fields to
-        whose values ours is added: a request that has one is not plain."""
-        matters |= {b"user-agent", b"content-type", b"content-encoding", b"host", b"connection"}
-        super().__init__(
-            first=_REQUEST_LINE,
-            careful=_CAREFUL_REQUEST | joined,
-            by_value=True,
-            matters=matters,
-            sights=sights,
-            head_bytes_max=head_bytes_max,
-            fields_max=fields_max,
-        )
-        self._describe = describe
-        self._aim = aim
-        self._kinds: dict[Hashable, int] = {}  # numbers of request lines, by the key of their targets
-        self._aimed_bytes = 0
-        self._authority = authority
-        self._base = base
-        self._not_passed = not_passed
-        self._forward = forward
-        if forward is not None:
-            self._dropped |= frozenset(_FORWARDED.values())
-        self._target_bytes_max = target_bytes_max
-
-    def _learn_first(self, line: bytes) -> int | None:
-        match = _REQUEST_LINE.fullmatch(line)
-        if match is None or len(match[2]) > self._target_bytes_max:
-            return None
-        if self._aim is None:
-            return self._keep_first(line, b"%b %b%b HTTP/1.1" % (match[1], self._base, match[2]))
-        kind, aimed = self._aim(match[1].decode(), match[2].decode()) or (None, _WITH_CARE)
-        number = self._kinds.get(kind)
-        if number is None:
-            if len(self._kinds) >= NAMES_MAX:
-                self.forget()
-            number = self._kinds[kind] = self._id(_FIRST)
-        if len(self.aimed) >= AIMED_MAX or self._aimed_bytes > AIMED_BYTES_MAX:
-            for old in self.aimed:
-                del self._lines[old]
-            self.aimed.clear()
-            self._aimed_bytes = 0
-        self._lines[line] = number
-        self.aimed[line] = aimed
-        self._aimed_bytes += len(line) + sum(map(len, aimed))
-        return number
-
-    def forget(self) -> None:
-        super().forget()
-        self._kinds.clear()
-        self._aimed_bytes = 0
-
-    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
-        meant = self._meant(key)
-        # What comes behind a request that closes, and what may occur twice, is the careful way's to judge.
-        once = len({line.partition(b":")[0].lower() for line in lines[1:]}) == len(lines) - 1
-        if meant[_HOST] != 1 or meant[_CLOSE] or not once:
-            return self._remember(key, None)
-        with_care = self._aim is not None and self.aimed[lines[0]] is _WITH_CARE
-        described = None if with_care else self._described(lines, peer)
-        if described is None:
-            return self._remember(key, None)
-        changed, dropped = self._rewriting(key, lines)
-        if self._not_passed is not None:
-            self._send_elsewhere(changed, dropped, lines, described[1], self._not_passed(described[0]))
-        shape = self._shape(key, lines, described[0], changed, dropped)
-        shape.aimed = self._aim is not None
-        ending = self._learn_ending(shape, lines, peer, described[1])
-        return self._remember(key, None if ending is None else shape)
-
-    def _send_elsewhere(
-        self,
-        changed: dict[int, bytes],
-        dropped: set[int],
-        lines: list[bytes],
-        wire: bytes,
-        not_passed: frozenset[bytes],
-    ) -> None:
-        """Both lines that choose an upstream are told apart by their values, so they belong to the shape."""
-        names = [line.partition(b":")[0].lower() for line in lines]
-        host_at = names.index(b"host", 1)
-        sent = wire.split(b"\r\n")
-        hosts = [line for line in sent[1:] if line.partition(b":")[0].lower() == b"host"]
-        changed.pop(host_at, None)
-        if self._aim is None:
-            changed[0] = sent[0]
-        if hosts:
-            changed[host_at] = hosts[0]
-        dropped |= {at for at, name in enumerate(names) if at and name in not_passed}
-
-    def _learn_ending(
-        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
-    ) -> bytes | None:
-        if shape.forwarded and self._forward is not None:
-            return self._forwarded(shape, lines, peer, self._forward, wire)
-        ending = self._ending(shape, lines, peer, wire)
-        if ending is not None:
-            if len(shape.endings) >= PEERS_MAX:
-                shape.endings.clear()
-            shape.endings[peer] = ending
-        return ending
-
-    def _told_at(self, shape: Shape[_Facts]) -> tuple[int, ...]:
-        return () if self._forward is None else shape.forwarded
-
-    def _told_ending(self, shape: Shape[_Facts], form: Form, values: Sequence[bytes], peer: object) -> bytes | None:
-        around = shape.around.get(peer)
-        if around is None or self._forward is None:
-            return None
-        chain, scheme, named_host, host = [values[at] if at >= 0 else said for at, said in form.told]
-        return around[0] + self._forward(peer, chain, scheme, named_host, host or b"") + around[1]
-
-    def _forwarded(
-        self, shape: Shape[_Facts], lines: list[bytes], peer: object, forward: Forward, wire: bytes | None
-    ) -> bytes | None:
-        """What is sent behind the own lines of a request that was forwarded before: another one for each client."""
-        values = [lines[at].partition(b": ")[2] if at else None for at in shape.forwarded]
-        chain, scheme, named_host, host = values
-        said = forward(peer, chain, scheme, named_host, host or b"")
-        around = shape.around.get(peer)
-        if around is None:
-            ending = self._ending(shape, lines, peer, wire)
-            if ending is None:
-                return None
-            before, found, after = ending.rpartition(said)
-            if not found:
-                return None
-            if len(shape.around) >= PEERS_MAX:
-                shape.around.clear()
-            around = shape.around[peer] = before, after
-        return around[0] + said + around[1]
-
-    def _ending(self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None) -> bytes | None:
-        """As the careful way has it; None where that forwards other lines."""
-        if wire is None:
-            described = self._described(lines, peer)
-            wire = b"" if described is None else described[1]
-        own = shape.own([self.aimed[lines[0]].line, *lines[1:]] if shape.aimed else lines)
-        return wire[len(own) :] if wire.startswith(own) else None
-
-    def _described(self, lines: list[bytes], peer: object) -> tuple[_Facts, bytes] | None:
-        method, target, _ = lines[0].decode().split(" ")
-        return self._describe(method, target, _fields(lines[1:]), peer)
-
-    def _meaning(self, low: bytes) -> tuple[int, bool]:
-        if low == b"content-length":
-            return _LENGTH, True
-        if low == b"host":
-            return _HOST, False
-        if low == b"connection":
-            return _DROP, False
-        if low == b"keep-alive":
-            return _DROP, True
-        if low == b"traceparent":
-            return _TRACE, low not in self._matters
-        if low in _FORWARDED:
-            return _FORWARDED[low], low not in self._matters
-        return _PASS, low in _VOLATILE and low not in self._matters
-
-    def _host(self, name: bytes, value: bytes) -> bytes:
-        return b"%b: %b" % (name, value if self._authority is None else self._authority)
-
-
-DescribeResponse = Callable[[int, _Fields], "tuple[_Facts, bytes] | None"]
-"""(status, fields) -> (what the head means, the fields' lines that the careful way would forward)."""
-
-
-class PlainResponses(_Heads[_Facts]):
-    """Responses of a kind that was seen before. Only values that say how a body is read make another shape. One whose
-    end is the connection's is not plain."""
-
-    def __init__(
-        self, *, describe: DescribeResponse[_Facts], dropped: frozenset[bytes] = frozenset(), sights: int = 1
-    ) -> None:
-        """`dropped`: names (lower case) that are ours to send: a response that has one is not plain."""
-        matters = frozenset({b"content-type", b"content-encoding", b"transfer-encoding", b"connection"})
-        super().__init__(
-            first=_STATUS_LINE,
-            careful=_CAREFUL_RESPONSE | dropped,
-            by_value=False,
-            matters=matters,
-            sights=sights,
-            head_bytes_max=HEAD_BYTES_MAX,
-            fields_max=FIELDS_MAX,
-        )
-        self._describe = describe
-
-    def _learn_ending(
-        self, shape: Shape[_Facts], lines: list[bytes], peer: object, wire: bytes | None = None
-    ) -> bytes | None:
-        raise AssertionError("a response is the same for all peers")
-
-    def _learn_first(self, line: bytes) -> int | None:
-        match = _STATUS_LINE.fullmatch(line)
-        return None if match is None or int(match[1]) in _BODILESS else self._keep_first(line, None)
-
-    def _learn_shape(self, key: tuple[int, ...], lines: list[bytes], peer: object) -> Shape[_Facts] | None:
-        meant = self._meant(key)
-        if meant[_LENGTH] + meant[_CHUNKED] != 1:  # two framings, or up to the end of the connection
-            return self._remember(key, None)
-        described = self._describe(int(lines[0][9:12]), _fields(lines[1:]))
-        if described is None:
-            return self._remember(key, None)
-        shape = self._shape(key, lines, described[0], *self._rewriting(key, lines))
-        own = shape.own(lines)[len(lines[0]) + 2 :]
-        if not described[1].startswith(own):
-            return self._remember(key, None)
-        shape.endings[peer] = described[1][len(own) :] + b"\r\n"
-        return self._remember(key, shape)
-
-    def _meaning(self, low: bytes) -> tuple[int, bool]:
-        if low == b"content-length":
-            return _LENGTH, True
-        if low == b"transfer-encoding":
-            return _CHUNKED, False
-        if low == b"content-encoding":
-            return _CODED, False
-        if low == b"connection":
-            return _DROP, False
-        if low == b"keep-alive":
-            return _KEEP_ALIVE, True
-        return _PASS, low in _VOLATILE or low in (b"date", b"set-cookie")
-
-    def _host(self, name: bytes, value: bytes) -> bytes:
-        raise AssertionError("a response has no Host")

@@ -27,9 +27,9 @@ from sidecar.proxy.plain_head import (
     VALUES_MAX,
     Aimed,
     PlainMessage,
-    PlainRequests,
-    PlainResponses,
 )
+from sidecar.proxy.plain_requests import PlainRequests
+from sidecar.proxy.plain_responses import PlainResponses
 from sidecar.settings import ProxySettings
 
 Fields = list[tuple[bytes, bytes]]

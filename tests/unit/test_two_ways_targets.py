@@ -18,7 +18,7 @@ from support.conversation import Talk, conversation, ok
 from sidecar.backends import backend_settings
 from sidecar.gate.admission import Admission
 from sidecar.prices import price_book
-from sidecar.proxy import plain_head
+from sidecar.proxy import plain_requests
 from sidecar.proxy.plain_call import PlainCalls
 from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.metrics import HopCounts
@@ -196,13 +196,13 @@ def test_a_target_that_never_comes_again_takes_the_short_way(how: str, method: s
 
 def test_as_many_targets_as_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is remembered of them has a bound, and nothing else is forgotten when it is reached."""
-    monkeypatch.setattr(plain_head, "AIMED_MAX", 5)
+    monkeypatch.setattr(plain_requests, "AIMED_MAX", 5)
     calls: list[Call] = [("GET", f"/orders/{n % 7}", 0, 0) for n in range(40)]
     short, plain = told(calls, OPENAI, short=True)
     assert plain >= 38
     careful, _ = told(calls, OPENAI, short=False)
     assert short == careful
-    monkeypatch.setattr(plain_head, "AIMED_BYTES_MAX", 100)
+    monkeypatch.setattr(plain_requests, "AIMED_BYTES_MAX", 100)
     assert told(calls, OPENAI, short=True) == (careful, plain)
 
 
