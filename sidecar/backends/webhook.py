@@ -28,8 +28,9 @@ from sidecar.backends.base import Context, RecordSettings
 from sidecar.backends.batching import seal_lines
 from sidecar.backends.http import BODY_BYTES_MAX, HEADER_TEXT, HttpBackend, HttpSettings
 from sidecar.model.delivery import Abilities, Atomicity, Dedup, Encoded, Sealed, Verdict
+from sidecar.model.grammar import UnfitSecret
 from sidecar.model.record import Record
-from sidecar.settings import Secret, Unfit, required_setting, secret_setting, setting, types
+from sidecar.settings import Secret, required_setting, secret_setting, setting, types
 
 BATCH_DEFAULT: Final = 100
 SECRET_BYTES_MIN: Final = 16  # shorter ones can be guessed; the convention asks for 24 to 64
@@ -88,10 +89,10 @@ def sign(secret: bytes, key: str, stamp: int, body: bytes) -> str:
 
 
 def read_secrets(text: str) -> list[bytes]:
-    """The signing secrets; raises `Unfit` without repeating them."""
+    """The signing secrets; raises `UnfitSecret`, which does not repeat them."""
     secrets = [_read_secret(one) for one in text.split()]
     if not secrets or any(len(secret) < SECRET_BYTES_MIN for secret in secrets):
-        raise Unfit(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
+        raise UnfitSecret(f"expected at least {SECRET_BYTES_MIN} bytes in each secret, or whsec_ and their base64")
     return secrets
 
 
@@ -101,4 +102,4 @@ def _read_secret(text: str) -> bytes:
     try:
         return base64.b64decode(text.removeprefix("whsec_"), validate=True)
     except binascii.Error:
-        raise Unfit("expected base64 behind whsec_") from None
+        raise UnfitSecret("expected base64 behind whsec_") from None

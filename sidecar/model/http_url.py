@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
 
-from sidecar.model.grammar import Unfit
+from sidecar.model.grammar import Unfit, UnfitSecret
 
 PORTS: Final = {"http": 80, "https": 443}
 HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
@@ -21,24 +21,24 @@ EXPECTED: Final = "an http:// or https:// address"
 def http_url(text: str, *, query: bool = False) -> str:
     """The address in its one form; with `query` it may have one, and its path keeps a slash at the end before it.
 
-    Raises `Unfit`, which never repeats the address: there may be a password in it.
+    Raises `UnfitSecret`: there may be a password in it.
     """
     try:
         parts = urlsplit(text)
         port = parts.port
     except ValueError:
-        raise Unfit("expected a host, and a port from 1 to 65535") from None
+        raise UnfitSecret("expected a host, and a port from 1 to 65535") from None
     if parts.scheme not in PORTS or not parts.netloc:
-        raise Unfit(f"expected {EXPECTED}")
+        raise UnfitSecret(f"expected {EXPECTED}")
     if "@" in parts.netloc:
-        raise Unfit("expected no user and password inside the address: they would show in records and logs")
+        raise UnfitSecret("expected no user and password inside the address: they would show in records and logs")
     if not text.isascii() or not text.isprintable() or any(c in text for c in ' "<>\\^`{|}'):
-        raise Unfit("expected an address in plain ASCII (a host as xn--…, other characters as %XX)")
+        raise UnfitSecret("expected an address in plain ASCII (a host as xn--…, other characters as %XX)")
     host = parts.netloc.removesuffix(f":{port}") if port is not None else parts.netloc.removesuffix(":")
     if not HOST.fullmatch(host) or port == 0:
-        raise Unfit("expected a host, and a port from 1 to 65535")
+        raise UnfitSecret("expected a host, and a port from 1 to 65535")
     if "#" in text or ("?" in text and not query):
-        raise Unfit("expected an address without " + ("a fragment" if query else "query and fragment"))
+        raise UnfitSecret("expected an address without " + ("a fragment" if query else "query and fragment"))
     authority = host.lower() if port in (None, PORTS[parts.scheme]) else f"{host.lower()}:{port}"
     path = parts.path if parts.query else parts.path.rstrip("/")
     return f"{parts.scheme}://{authority}{path}" + (f"?{parts.query}" if parts.query else "")

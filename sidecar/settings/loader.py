@@ -44,6 +44,9 @@ _SERVICE_LINK: Final = re.compile(
     r"_SERVICE_HOST$|_SERVICE_PORT(_[A-Z0-9_]+)?$|_PORT$|_PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?$"
 )
 
+_USER: Final = re.compile(r"//\S*@")
+_QUERY: Final = re.compile(r"(://[^\s?]*)\?[^\s']*")
+
 BackendSettings = Mapping[str, Sequence[Setting]]
 Row = tuple[str | None, Setting]  # the backend's name (None: the core) and the setting
 
@@ -151,14 +154,15 @@ class _Loading:
         value, shown, origin = setting.default_value(), setting.default or "", "default"
         found = self._find(backend, setting)
         if found is not None:
-            shown, origin = "(hidden)" if setting.secret else _as_text(found.value), found.origin
+            shown, origin = "(hidden)" if setting.secret else without_secrets(_as_text(found.value)), found.origin
             try:
                 value = setting.value(_parse(setting, found))
             except ValueError as error:
                 # What a reader says may quote the value: of a secret only the kind is named.
-                safe = UnfitSecret if setting.secret and not found.problem else Unfit
-                says = isinstance(error, safe)
-                why = str(error) if says else f"expected {setting.kind.expected}"
+                hides = setting.secret or shown != _as_text(found.value)
+                says = isinstance(error, UnfitSecret if hides and not found.problem else Unfit)
+                password = ", and no password in it" if hides and not setting.secret else ""
+                why = str(error) if says else f"expected {setting.kind.expected}{password}"
                 quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
                 where = "" if origin.startswith("environment") else f" (in {origin})"
                 self.problems.append(f"{variable}{quoted}{where}: {why}")
@@ -286,7 +290,7 @@ class _Loading:
             return ()
         found, problems = from_tables(tables)
         for problem in problems:
-            self._wrong("upstreams", problem)
+            self._wrong("upstreams", without_secrets(problem))
         for one in found:
             self.effective.append(Effective("[[upstreams]]", f"{one.name}: {one}", self.toml_name, ""))
         return found
@@ -455,6 +459,12 @@ def _as_text(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     return str(value)
+
+
+def without_secrets(text: str) -> str:
+    """Without what may be a password or a key in an address: who is named before its host, and its query. More may be
+    hidden than has to be: where such a password ends cannot always be told."""
+    return _QUERY.sub(r"\1?…", _USER.sub("//…@", text))
 
 
 def _quote(text: str) -> str:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
-from sidecar.model.grammar import HOP_BY_HOP, Element, Source, Unfit, header_name, plain_name
+from sidecar.model.grammar import HOP_BY_HOP, Element, Source, Unfit, UnfitSecret, header_name, plain_name
 from sidecar.model.http_url import EXPECTED, HOST, UpstreamAddress
 from sidecar.model.http_url import http_url as parse_url
 from sidecar.model.path_pattern import check_pattern
@@ -205,15 +205,27 @@ def _port(value: str) -> int:
     return int(value)
 
 
+# https://www.postgresql.org/docs/current/libpq-ssl.html
+_SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+
+
 def _postgres_url(value: str) -> str:
     parts = urlsplit(value)
     if parts.scheme not in ("postgresql", "postgres"):
         raise ValueError
-    names = dict(parse_qsl(parts.query))
+    # The end of such a password would be taken for the database, and be shown.
+    if "@" in parts.path or "/" in parts.path.strip("/") or parts.fragment:
+        raise UnfitSecret("expected @ : / ? # in a password as %40 %3A %2F %3F %23")
+    try:
+        names = dict(parse_qsl(parts.query, strict_parsing=True)) if parts.query else {}
+    except ValueError:
+        raise UnfitSecret("expected name=value pairs behind the ?, with & between them") from None
+    if names.get("sslmode", _SSL_MODES[0]) not in _SSL_MODES:
+        raise UnfitSecret(f"expected an sslmode of {', '.join(_SSL_MODES)}")
     if not parts.hostname and "host" not in names:
-        raise Unfit("expected a host in postgresql://user:password@host:5432/database")
+        raise UnfitSecret("expected a host in postgresql://user:password@host:5432/database")
     if not parts.path.strip("/") and not names.keys() & {"dbname", "database"}:
-        raise Unfit("expected a database behind the host: postgresql://user:password@host:5432/database")
+        raise UnfitSecret("expected a database behind the host: postgresql://user:password@host:5432/database")
     _ = parts.port  # raises what it is called with
     return value
 

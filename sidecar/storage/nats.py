@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import urlsplit
 
 from sidecar import __version__
-from sidecar.settings import Secret, Unfit
+from sidecar.model.grammar import UnfitSecret
+from sidecar.settings import Secret
 from sidecar.storage.http_client import fault_of
 from sidecar.storage.nats_keys import creds_problem, public_key
 
@@ -125,22 +126,24 @@ class Wanted:
 
 
 def read_servers(text: str) -> tuple[str, ...]:
-    """Addresses with commas between. Raises `Unfit` without repeating them: there may be a password in one."""
+    """Addresses with commas between. Raises `UnfitSecret`: there may be a password in one."""
     found = []
     for one in filter(None, (part.strip() for part in text.split(","))):
         try:
             parts = urlsplit(one)
             port = parts.port or PORT
         except ValueError:
-            raise Unfit("expected addresses such as nats://host:4222, separated by commas") from None
+            raise UnfitSecret("expected addresses such as nats://host:4222, separated by commas") from None
         if parts.username is not None or parts.password is not None:
-            raise Unfit("expected no user or password in the address: set SIDECAR_NATS_USER and …_PASSWORD_FILE")
+            raise UnfitSecret(
+                "expected no user or password in the address: set SIDECAR_NATS_USER and SIDECAR_NATS_PASSWORD_FILE"
+            )
         if parts.scheme not in ("nats", "tls") or not parts.hostname or parts.path.strip("/") or parts.query:
-            raise Unfit("expected addresses such as nats://host:4222 or tls://host:4222, separated by commas")
+            raise UnfitSecret("expected addresses such as nats://host:4222 or tls://host:4222, separated by commas")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         found.append(f"{parts.scheme}://{host}:{port}")
     if not found or len({server.partition(":")[0] for server in found}) > 1:
-        raise Unfit("expected one address or more, all nats:// or all tls://")
+        raise UnfitSecret("expected one address or more, all nats:// or all tls://")
     return tuple(dict.fromkeys(found))
 
 

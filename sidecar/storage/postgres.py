@@ -305,11 +305,18 @@ def error_of(error: Exception, where: str) -> PostgresError | None:
     if isinstance(error, OSError):
         said = error.strerror or str(error)
         return PostgresError(f"{where} cannot be reached: {said}", Fault.UNREACHABLE)
-    if type(error).__module__.startswith("asyncpg"):
-        if type(error).__name__ in ("InterfaceError", "InternalClientError"):
-            return PostgresError(f"the connection to {where} was lost", Fault.LOST)
-        return PostgresError(f"{where} and the driver do not agree: {type(error).__name__}", Fault.FAILED)
-    return None
+    return _of_driver(error, where)
+
+
+def _of_driver(error: Exception, where: str) -> PostgresError | None:
+    if not type(error).__module__.startswith("asyncpg"):
+        return None
+    kind = type(error).__name__
+    if kind in ("InterfaceError", "InternalClientError"):
+        return PostgresError(f"the connection to {where} was lost", Fault.LOST)
+    if kind == "ClientConfigurationError":  # a parameter of the URL, which its text names
+        return PostgresError(f"the URL of {where} cannot be used: {error}", Fault.FAILED)
+    return PostgresError(f"{where} and the driver do not agree: {kind}", Fault.FAILED)
 
 
 def _of_state(state: str, error: Exception, where: str) -> PostgresError:

@@ -236,7 +236,10 @@ def test_a_url_is_shown_without_user_and_password(url: str, shown: str) -> None:
 @pytest.mark.parametrize(
     "url",
     ["", "db.example", "mysql://db.example/billing", "postgresql://db.example", "postgresql:///billing",
-     "postgresql://db.example:port/billing", "postgresql://db.example:99999/billing"],
+     "postgresql://db.example:port/billing", "postgresql://db.example:99999/billing",
+     "postgresql://u:a@b/c@db.example/billing", "postgresql://u:a/b@db.example/billing",
+     "postgresql://u:a#b@db.example/billing", "postgresql://u:a@b?c@db.example/billing",
+     "postgresql://db.example/billing?x", "postgresql://db.example/billing?sslmode=on"],
 )  # fmt: skip
 def test_what_is_no_url_is_refused(url: str) -> None:
     kind: Kind[str] = postgres_url

@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from sidecar.backends import backend_settings
 from sidecar.settings import (
     PREFIX,
     SECTIONS,
@@ -304,6 +305,30 @@ def test_a_bad_secret_is_not_in_the_message() -> None:
     (problem,) = problems(SIDECAR_HASH_KEY="hunter2")
     assert problem.startswith("SIDECAR_HASH_KEY (hidden): expected a text of 16 to 64 bytes")
     assert "hunter2" not in problem
+
+
+@pytest.mark.parametrize(
+    "backend_and_setting",
+    [pytest.param(row, id=row[1].variable(row[0])) for row in all_settings(backend_settings())],
+)
+@pytest.mark.parametrize(
+    "value",
+    [
+        "http://user:hunter2@example.com",
+        "https://user:hun@ter2,hunter2/hunter2@example.com/x",
+        "/a=http://user:hunter2@example.com",
+        "postgresql://user:hunter2@example.com/x?y=hunter2",
+        "nats://user:hunter2@example.com",
+        "https://example.com/x?token=hunter2",
+    ],
+)
+def test_a_password_in_an_address_never_shows(backend_and_setting: tuple[str | None, Setting], value: str) -> None:
+    backend, setting = backend_and_setting
+    try:
+        shown = str(load(UPSTREAM | {setting.variable(backend): value}, backend_settings=backend_settings()).effective)
+    except SettingsError as error:
+        shown = f"{error} {error.problems} {error.effective}"
+    assert "hunter2" not in shown
 
 
 def test_secrets_compare_by_value() -> None:
