@@ -112,6 +112,7 @@ class _Loading:
     rows: list[Row]
     toml: dict[str, Any] = field(default_factory=dict)  # keys that no one has asked for yet
     toml_name: str = ""
+    toml_read: bool = True  # else nobody knows what was said there
     problems: list[str] = field(default_factory=list)
     effective: list[Effective] = field(default_factory=list)
 
@@ -208,9 +209,10 @@ class _Loading:
         )
         if not name:
             return
-        self.toml_name = name
+        self.toml_name, self.toml_read = name, False
         try:
             self.toml = tomllib.loads(Path(name).expanduser().read_text("utf-8"))
+            self.toml_read = True
         except OSError as error:
             self.problems.append(f"{CONFIG}={_quote(name)}: cannot be read: {error.strerror}")
         except UnicodeDecodeError:
@@ -308,13 +310,16 @@ class _Loading:
 
     def _refuse_unknown_keys(self) -> None:
         top = {s.variable(b).removeprefix(PREFIX).lower() for b, s in self.rows} | set(STRUCTURED)
+        lists, tables = {"limits", "meters", "prices", "upstreams"}, {"routes", "subscribers", *self.backend_settings}
         for key, value in self.toml.items():
             if key in self.backend_settings and isinstance(value, dict):
                 names = [s.name for s in self.backend_settings[key]]
                 for name in value:
                     self._wrong(f"{key}.{name}", f"is not a setting{_suggestion(name, names)}")
             else:
-                self._wrong(key, f"is not a setting{_suggestion(key, top)}")
+                # A table is likely to be meant for another one, and a variable's name for its key.
+                known = tables if isinstance(value, dict) else lists if isinstance(value, list) else top
+                self._wrong(key, f"is not a setting{_suggestion(key.removeprefix(PREFIX).lower(), known)}")
 
     def _check_together(self, settings: Settings) -> None:
         for name in settings.backends:
@@ -346,13 +351,15 @@ class _Loading:
         said = {line.variable for line in self.effective if line.origin != "default"}
         # What was said of several and cannot be used has been told already.
         if (
-            "SIDECAR_UPSTREAM_URL" not in said
+            self.toml_read
+            and "SIDECAR_UPSTREAM_URL" not in said
             and not any("upstreams" in problem.lower() for problem in self.problems)
             and not settings.proxy.upstreams
         ):
             self.problems.append("SIDECAR_UPSTREAM_URL is not set: expected an http:// or https:// address")
         for backend, setting in self.rows:
-            if setting.required and backend in settings.backends and setting.variable(backend) not in said:
+            missing = self.toml_read and setting.variable(backend) not in said
+            if setting.required and backend in settings.backends and missing:
                 also = f" (or {' or '.join(setting.also)})" if setting.also else ""
                 self.problems.append(
                     f"{setting.variable(backend)}{also} is not set: "

@@ -455,6 +455,10 @@ def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
     ("text", "why"),
     [
         ("worker = 2", "worker (in {file}): is not a setting; did you mean workers?"),
+        ("SIDECAR_WORKERS = 2", "SIDECAR_WORKERS (in {file}): is not a setting; did you mean workers?"),
+        ("[[meter]]\nname = 'x'", "meter (in {file}): is not a setting; did you mean meters?"),
+        ("[strpe]\nmode = 'v1'", "strpe (in {file}): is not a setting; did you mean stripe?"),
+        ("[route.'/x']\nprovider = 'y'", "route (in {file}): is not a setting; did you mean routes?"),
         ("upstream = 'http://x'", "upstream (in {file}): is not a setting; did you mean upstream_url?"),
         ("workers = 0", "SIDECAR_WORKERS='0' (in {file}): expected a whole number, 1 to 256"),
         ("workers = [1]", "SIDECAR_WORKERS='1' (in {file}): expected a whole number"),
