@@ -21,9 +21,10 @@ from typing import Any, Final, Protocol
 from aiohttp import ClientRequest, ClientTimeout, HttpVersion, TCPConnector, UnixConnector, web
 from aiohttp.client_proto import ResponseHandler
 from aiohttp.connector import BaseConnector, Connection
+from aiohttp.http import HttpRequestParser
 from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError, LineTooLong
 from aiohttp.streams import EMPTY_PAYLOAD, StreamReader
-from aiohttp.web_protocol import RequestHandler
+from aiohttp.web_protocol import RequestHandler, RequestPayloadError
 from yarl import URL
 
 __all__ = [
@@ -89,13 +90,14 @@ class ClientProtocol(RequestHandler):
     are read with `StreamReader.read_nowait`; the reader pauses us through `pause_reading`.
     """
 
-    __slots__ = ("_held", "_stopped", "upload_paused")
+    __slots__ = ("_held", "_limits", "_stopped", "upload_paused")
 
     def __init__(
         self, server: Server, loop: AbstractEventLoop, *, target_bytes_max: int, field_bytes_max: int, fields_max: int
     ) -> None:
         if field_bytes_max == target_bytes_max:
             field_bytes_max += 1  # `refusal` tells the two limits apart by their figure
+        self._limits = target_bytes_max, field_bytes_max, fields_max
         super().__init__(
             server,
             loop=loop,
@@ -128,6 +130,21 @@ class ClientProtocol(RequestHandler):
             return (), False, b""
         messages, switched, tail = parser.feed_data(data)
         return messages, switched, tail
+
+    def parser_anew(self) -> None:
+        """Another parser, in the place of one that met something malformed and takes nothing more."""
+        target_bytes_max, field_bytes_max, fields_max = self._limits
+        self._parser = HttpRequestParser(
+            self,
+            self._loop,
+            BODY_BUFFER_BYTES,
+            max_line_size=target_bytes_max,
+            max_field_size=field_bytes_max,
+            max_headers=fields_max,
+            payload_exception=RequestPayloadError,
+            auto_decompress=False,
+            max_msg_queue_size=PIPELINE_MAX,
+        )
 
     def parser_idle_again(self) -> None:
         """A pipelined request was taken up; the parser may read one more ahead."""

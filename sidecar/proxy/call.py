@@ -210,6 +210,11 @@ class Call:
     def upload_done(self) -> bool:
         return self.body is None or self.body.done
 
+    @property
+    def upload_came(self) -> bool:
+        """Whether all of it has come, taken or not: what is malformed then stands behind it."""
+        return self.body is None or self.body.done or self.body.came
+
     def _on(self, event: Event, why: Why = NOTHING) -> None:
         handler = TABLE[self.phase][event]
         if handler is not None:

@@ -108,8 +108,8 @@ class Client(ClientProtocol):
     """One client connection."""
 
     __slots__ = (
-        "_ahead", "_at", "_begun", "_begun_ns", "_border", "_called", "_clients", "_closing", "_head_bytes", "_hop",
-        "_input", "_last_bytes", "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own",
+        "_ahead", "_apart", "_at", "_begun", "_begun_ns", "_border", "_called", "_clients", "_closing", "_head_bytes",
+        "_hop", "_input", "_last_bytes", "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own",
         "_parser_holds", "_plain", "_queue", "_rest_late", "_sized", "_sized_left", "_taking", "_tunnel", "_unread",
         "_unsent", "_unwaited", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full", "like",
         "peer", "plainly",
@@ -146,6 +146,7 @@ class Client(ClientProtocol):
         self._at = 0  # in `_unread`: how far it is parsed
         self._parser_holds = False  # requests: it stopped at its own limit
         self._may_hold = False  # the beginning of one
+        self._apart = False  # what is not parsed is parsed request by request: something in it is malformed
         # the head and the body that are coming
         self._head_bytes = 0  # of a head that is still coming
         self._border = b""  # the last bytes that were parsed: the end of a head may begin in them
@@ -293,24 +294,27 @@ class Client(ClientProtocol):
             # The socket is paused, but what a TLS layer had decrypted may still come.
             self._unread, self._at = self._unread[self._at :] + data, 0
             return
-        if len(data) <= PIECE_BYTES and not (self._head_bytes or self._is_delicate(data, 0)):
+        if len(data) <= PIECE_BYTES and not (self._head_bytes or self._may_hold or self._is_delicate(data, 0)):
             self._feed(data)  # the way of nearly every request
-            if not self._queue:
+            if not (self._queue or self._apart):
                 return
         else:
             self._unread, self._at = data, 0
         self._parse_unread()
 
     def _is_delicate(self, data: bytes, at: int) -> bool:
-        """Whether a request that offers another protocol may be in it. aiohttp's parser loses what stands behind such
-        a request; so what might hold one is given to it cut where one could end. Odd spellings may be missed (the
-        connection then ends after the response, and nothing is taken for what it is not)."""
+        """Whether a request that offers another protocol may be in it, or more requests than the parser takes at once.
+        aiohttp's parser loses what stands behind such a request; so what might hold one is given to it cut where one
+        could end. Odd spellings may be missed (the connection then ends after the response, and nothing is taken for
+        what it is not)."""
         if self._upgrade_body is not None:
             return True
-        if self.call is not None and not self.call.upload_done:
+        if self.call is not None and not self.call.upload_came:
             return False
         end = at + PIECE_BYTES
-        return data.find(b"pgrade", at, end) >= 0 or data.find(b"PGRADE", at, end) >= 0
+        if data.find(b"pgrade", at, end) >= 0 or data.find(b"PGRADE", at, end) >= 0:
+            return True
+        return data.count(HEAD_END, at, end) + len(self._queue) >= PIPELINE_MAX
 
     def _parse_unread(self) -> None:
         self._parse_pieces()
@@ -330,7 +334,7 @@ class Client(ClientProtocol):
                 continue
             data, at = self._unread, self._at
             if at >= len(data):
-                self._unread, self._at = b"", 0
+                self._unread, self._at, self._apart = b"", 0, False
                 break
             end = self._end_of_piece(data, at)
             self._at = end
@@ -345,11 +349,13 @@ class Client(ClientProtocol):
             self.pause(False)
 
     def _end_of_piece(self, data: bytes, at: int) -> int:
-        """Where the parser is stopped to look: where a head, or a body whose request offers another protocol, may end.
-        All that goes on in a plain body is one piece."""
+        """Where the parser is stopped to look: where a sized body ends, or where a head, or a body whose request offers
+        another protocol, may end. All that goes on in another body is one piece."""
         if self._upgrade_body is not None and self._upgrade_left > 0:
             return min(len(data), at + self._upgrade_left)
-        if self._upgrade_body is None and self.call is not None and not self.call.upload_done and not self._queue:
+        if self._sized is not None and self._sized_left > 0:
+            return min(len(data), at + self._sized_left)
+        if self._upgrade_body is None and self.call is not None and not self.call.upload_came and not self._queue:
             return len(data)
         mark, reach = HEAD_END, at + PIECE_BYTES
         if self._upgrade_body is not None and self._offer is None:
@@ -359,7 +365,8 @@ class Client(ClientProtocol):
         found = over.find(mark)
         if found >= 0 and found + len(mark) > len(self._border):
             return at + found + len(mark) - len(self._border)
-        if self._head_bytes or self._upgrade_body is not None or self._is_delicate(data, at):
+        by_head = self._head_bytes or self._may_hold or self._apart or self._upgrade_body is not None
+        if by_head or self._is_delicate(data, at):
             found = data.find(mark, at, reach)
             if found >= 0:
                 return found + len(mark)
@@ -378,13 +385,15 @@ class Client(ClientProtocol):
         try:
             messages, switched, tail = self.parse(data)
         except HttpProcessingError as error:
-            self._malformed(error, data)
+            if anew and not self._apart and 0 <= data.find(HEAD_END) < len(data) - len(HEAD_END):
+                self._parse_apart(data, before)
+            else:
+                self._malformed(error, data)
             return
         if messages:
             self._may_hold = not self._is_all(messages, before, data)
             self._sized = None
-            if anew:
-                self._await_body(messages, data)
+            self._await_body(messages, data, alone=anew)
             if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
@@ -407,6 +416,18 @@ class Client(ClientProtocol):
         if pump and call is not None and not call.upload_done:
             call.pump()
 
+    def _parse_apart(self, data: bytes, before: bytes) -> None:
+        """The parser gives nothing of what it was given together with something malformed: parse that again, by a new
+        one and request by request, so that those before it are served. `before`: as for `_is_all`."""
+        self.parser_anew()
+        self._may_hold = False
+        self._border = before
+        self._apart = True
+        if self._unread:
+            self._at -= len(data)
+        else:
+            self._unread, self._at = data, 0
+
     def _is_all(self, messages: Messages, before: bytes, data: bytes) -> bool:
         """Whether the last of these requests is sure to end where `data` does: the parser then holds nothing of the
         next one. `before`: the end of what it was given before."""
@@ -417,13 +438,16 @@ class Client(ClientProtocol):
         end = data.find(HEAD_END)
         return len(messages) == 1 and end >= 0 and length.isdecimal() and end + len(HEAD_END) + int(length) == len(data)
 
-    def _await_body(self, messages: Messages, data: bytes) -> None:
-        """Of one request that came by itself, the sized body that is still to come. `data`: from its first byte on."""
+    def _await_body(self, messages: Messages, data: bytes, *, alone: bool) -> None:
+        """Of the last of these requests, the sized body that is still to come. `alone`: `data` has what came from the
+        first byte of the first one on."""
         message, payload = messages[-1]
-        end = data.find(HEAD_END)
-        if len(messages) == 1 and end >= 0 and not (message.chunked or message.upgrade or payload.is_eof()):
-            self._sized = payload
-            self._sized_left = _length(message) - (len(data) - end - len(HEAD_END))
+        if message.chunked or message.upgrade or payload.is_eof():
+            return
+        end = data.find(HEAD_END) if alone and len(messages) == 1 else -1
+        came = payload.total_bytes if end < 0 else len(data) - end - len(HEAD_END)
+        self._sized = payload
+        self._sized_left = _length(message) - came
 
     def _sized_came(self, payload: StreamReader, size: int) -> None:
         """More of it: where it ends with what came, and is read, the parser holds nothing of the next request."""
@@ -652,7 +676,7 @@ class Client(ClientProtocol):
         """Fixed texts only: the parser's own words hold bytes of the request, secrets included."""
         kind = refusal(error, self._hop.settings.target_bytes)
         call = self.call
-        if call is not None and not call.upload_done:
+        if call is not None and not call.upload_came:
             self._own_refused("bad_chunk")
             call.upload_broke(local_responses.BAD_CHUNK)
         elif kind == "target":
@@ -675,7 +699,7 @@ class Client(ClientProtocol):
         self._hop.metrics.request_rejected(reason)
         self._last_call = True
         self._input = Input.DROPPED
-        self._unread, self._at, self._parser_holds = b"", 0, False
+        self._unread, self._at, self._parser_holds, self._apart = b"", 0, False, False
 
     # -- another protocol ------------------------------------------------------------------------
 

@@ -344,6 +344,7 @@ class PlainCall(PlainExchange):
     )  # fmt: skip
 
     upload_done: Final = True
+    upload_came: Final = True
     __repr__ = object.__repr__  # the exchange's would show bodies, and the loop shows who failed
 
     def __init__(

@@ -86,6 +86,11 @@ class RequestBody:
         return b"".join(self._gathered)
 
     @property
+    def came(self) -> bool:
+        """Whether the parser has all of it, read or not."""
+        return self._payload.is_eof()
+
+    @property
     def holds(self) -> bool:
         """Whether something was read that nobody has taken yet."""
         return bool(self._gathered)

@@ -101,6 +101,7 @@ def test_no_name_of_ours_hides_one_of_aiohttps() -> None:
         "pause_writing",
         "resume_writing",
         "_messages",
+        "_parser",
         "_task_handler",
     }
     overridden_back = {
