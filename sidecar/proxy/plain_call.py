@@ -55,6 +55,7 @@ from sidecar.usage import RawHeaders
 from sidecar.usage.formats.content_encoding import is_one_step
 from sidecar.usage.keeping import DocumentKeeping, Keeping, keeping
 from sidecar.usage.plain_calls import fields_of
+from sidecar.usage.response_reader import stream_starts
 
 log = logging.getLogger(__name__)
 
@@ -84,6 +85,14 @@ class PlainClient(Downstream, Protocol):
 
 
 @dataclass(slots=True, eq=False)
+class _Answer:
+    """What is known of responses of one shape."""
+
+    shape: ResponseShape
+    stream_starts: tuple[bytes, ...]  # how a whole body begins that is to be read along, because it may be a stream
+
+
+@dataclass(slots=True, eq=False)
 class _Asked:
     """What is known of requests of one shape."""
 
@@ -94,7 +103,7 @@ class _Asked:
     upstream: Upstream
     timeout_s: float
     prepared: Prepared | None  # None: nobody asks whether it may be made
-    answered: Shape[ResponseShape] | None = None  # what one was answered with last: the next one's is likely like it
+    answered: Shape[_Answer] | None = None  # what one was answered with last: the next one's is likely like it
 
 
 class _Aim(NamedTuple):
@@ -167,7 +176,7 @@ class PlainCalls:
             joined=hop.headers.joined,
         )
         dropped = frozenset({METER_ID}) if settings.meter_id_header else frozenset[bytes]()
-        self.responses: PlainResponses[ResponseShape] = PlainResponses(
+        self.responses: PlainResponses[_Answer] = PlainResponses(
             describe=self._describe_response, dropped=dropped, sights=SIGHTS
         )
         self._keepings: dict[tuple[int, int], Keeping | DocumentKeeping | None] = {}
@@ -315,7 +324,7 @@ class PlainCalls:
         kind = method, to.name, route, who, read_as, meant
         return _Aim(to, to.upstream, reading.plainly, target, line, authority, url, route, kind)
 
-    def _describe_response(self, status: int, fields: Fields) -> tuple[ResponseShape, bytes] | None:
+    def _describe_response(self, status: int, fields: Fields) -> tuple[_Answer, bytes] | None:
         if _cut_in_record(fields):
             return None
         try:
@@ -324,7 +333,10 @@ class PlainCalls:
             return None
         self._numbers += 1
         shape = ResponseShape(number=self._numbers, status=status, response_headers=head.names)
-        return shape, b"".join(head.parts)
+        types = [value for name, value in fields if name.lower() == b"content-type"]
+        coded = any(name.lower() == b"content-encoding" for name, _ in fields)
+        starts = () if coded else stream_starts(status, types[0].decode() if types else "")
+        return _Answer(shape, starts), b"".join(head.parts)
 
 
 def _cut_in_record(fields: Fields) -> bool:
@@ -468,12 +480,15 @@ class PlainCall(PlainExchange):
         self._asked.answered = shape
         wire_bytes = len(body)
         if left == CHUNKED and body.endswith(LAST_CHUNK):
-            document = self._document(shape.facts, head, body)
+            document = self._document(shape.facts.shape, head, body)
             if document is not None:
                 body, left = document, 0
         if left or wire_bytes > BODY_BYTES_MAX or (shape.coded and self._asked.read and not is_one_step(body)):
             if not self._stream_begins(read, client):
                 self._response_unusual(data)
+            return
+        if self._asked.read and body.startswith(shape.facts.stream_starts):
+            self._response_unusual(data)
             return
         hop = calls.hop
         self.first_byte_ms = self.duration_ms = (monotonic_ns() - self.started_mono_ns) / 1e6
@@ -486,7 +501,7 @@ class PlainCall(PlainExchange):
         self._closes = hop.leaving or hop.stopping or not (client.plainly or client.may_keep_alive(False))
         if self._closes or hop.settings.meter_id_header:
             out = self._with_own_fields(out, len(out) - wire_bytes - 2)
-        self.response = shape.facts
+        self.response = shape.facts.shape
         on_record = hop.recorder.complete(self, self._release)
         # Only now: were something to go wrong, a call without connection and record could be neither ended nor resumed.
         self.connection = None
@@ -525,7 +540,7 @@ class PlainCall(PlainExchange):
     def _response_unusual(self, data: bytes) -> None:
         self._handle_with_care(lambda call: call.upstream_data(data))
 
-    def _stream_begins(self, read: PlainMessage[ResponseShape], client: PlainClient) -> bool:
+    def _stream_begins(self, read: PlainMessage[_Answer], client: PlainClient) -> bool:
         """Whether that is the beginning of a body that may go the short way; then it is on its way."""
         calls, asked = self._calls, self._asked
         hop = calls.hop
@@ -536,14 +551,14 @@ class PlainCall(PlainExchange):
         if asked.read:
             if len(body) + left > KEPT_BYTES_MAX:
                 return False
-            keeping = calls.keeping(asked, shape.facts, head)
+            keeping = calls.keeping(asked, shape.facts.shape, head)
             if keeping is None:
                 return False
             if isinstance(keeping, Keeping) and (left != CHUNKED or hop.attribute_by_body is not None):
                 return False
             if calls.stream_body_bytes + len(self.request_body) > STREAM_BODIES_BYTES_MAX:
                 return False
-        stream = PlainStream(shape.facts, head, keeping, left if left == CHUNKED else len(body) + left)
+        stream = PlainStream(shape.facts.shape, head, keeping, left if left == CHUNKED else len(body) + left)
         found = stream.pieces(body)
         if found is None or not stream.keep(found[0], last=found[1]):
             return False

@@ -94,6 +94,8 @@ class PlainStream:
                 kept = self._keep_events(keeping, pieces, last=last)
             else:
                 kept = self._keep_document(keeping, pieces, last=last)
+        except ValueError:  # of what was sent: not JSON, or events of another form
+            return False
         except Exception:
             log.exception("a usage reader failed; the response is read along")
             return False

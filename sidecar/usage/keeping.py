@@ -23,6 +23,7 @@ from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_reader import ResponseReader
 from sidecar.usage.whole import event_of, prepare
 
+END_MARK: Final = b"[DONE]"
 SEPARATOR: Final = ServerSentEvents.separator
 EVENTS_FIRST_MAX: Final = 4  # in which it has to show whose response it is, and its first text to come
 
@@ -33,7 +34,8 @@ def _ignore(kind: str) -> None:
 
 class Keeping:
     """For responses of one shape; holds no state of a call. Pieces are whole events: each ends with `end`. What is
-    asked of it may raise, and then the response is to be read along."""
+    asked of it may raise, and then the response is to be read along: `ValueError` for what is sent, anything else where
+    a reader has a fault."""
 
     __slots__ = ("_end_signs", "_family", "_first_token", "clock_ns", "end", "looked_at", "nothing_in")
 
@@ -65,7 +67,7 @@ class Keeping:
             event, data = event_of(message)
             if data is None:
                 raise ValueError("an event of another form")
-            if data.strip() == b"[DONE]":
+            if data.strip() == END_MARK:
                 if reader.done():
                     return True
                 continue
@@ -81,7 +83,7 @@ class Keeping:
         reader = self._family(_ignore)
         for message in messages:
             event, data = event_of(message)
-            document = None if data is None else orjson.loads(data)
+            document = None if data is None or data.strip() == END_MARK else orjson.loads(data)
             if type(document) is not dict or not reader.recognises(document, event):
                 return False
             if reader.message(document, event) or reader.error is not None:

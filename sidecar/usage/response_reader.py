@@ -38,6 +38,8 @@ LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and the
 _SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
 _FRAMES = "application/vnd.amazon.eventstream"
 _LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonl", "application/stream+json")
+# Of a stream under a wrong name: events, blanks before them, frames.
+_STREAM_STARTS = (b"d", b"e", b"i", b":", b"r", b" ", b"\t", b"\r", b"\n", b"\xef", b"\0")
 _CLOUDS = ("aws.bedrock", "gcp.vertex_ai")  # whose paths say where a model runs, whoever made it
 UNCLAIMED = "the answer speaks of usage in a way that no reader knows"
 
@@ -448,6 +450,14 @@ def _why_absent(usage: Usage, status: int) -> str:
     if usage.error is not None:
         return "the answer is an error"
     return "the stream ended without usage" if usage.streamed else "the answer states no usage"
+
+
+def stream_starts(status: int, content_type: str) -> tuple[bytes, ...]:
+    """How the body of such a response begins where it may be a stream, whose first token is timed; none: it is none."""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == _FRAMES or kind in _LINES:
+        return (b"",)
+    return () if status >= 400 or kind.startswith(_SILENT) else _STREAM_STARTS
 
 
 def plain_type(content_type: str) -> bool:

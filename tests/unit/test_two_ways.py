@@ -169,6 +169,11 @@ RESPONSES = [
     in_chunks(JSON, b'{"a":"', *[b"x" * 20_000] * 4, b'"}'),
     in_chunks(JSON, b""),
     ok(b"5\r\nhello\r\n" * 3, JSON),
+    ok(TEXTS[1] + USAGE + b"data: [DONE]\n\n", b"Content-Type: text/event-stream\r\n"),
+    ok(TEXTS[0] + USAGE + b"data: [DONE]\n\n", b"Content-Type: text/event-stream\r\n"),
+    ok(b"\n" + TEXTS[1] + USAGE, JSON),
+    in_chunks(b"Content-Type: text/event-stream\r\n", TEXTS[1] + USAGE + b"data: [DONE]\n\n"),
+    in_chunks(JSON, TEXTS[1], USAGE + b"data: [DONE]\n\n"),
 ]
 
 CUTS = st.lists(st.integers(0, 400), max_size=2)
@@ -296,6 +301,8 @@ def fact(exchange: Any) -> dict[str, Any]:
     facts = asdict(exchange)
     for name in ("started_ns", "started_mono_ns", "duration_ms", "first_byte_ms"):
         facts[name] = facts[name] is not None
+    if facts["usage"] is not None:
+        facts["usage"]["time_to_first_token_ms"] = facts["usage"]["time_to_first_token_ms"] is not None
     return facts
 
 
@@ -314,7 +321,7 @@ def check_flags(talk: Talk) -> None:
 def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> tuple[list[Any], int]:
     ways.short_open = short
     try:
-        with conversation(taps=UsageTaps(), **options) as talk:
+        with conversation(taps=UsageTaps(clock_ns=time.monotonic_ns), **options) as talk:
             for path in (b"/warm", b"/up/warm", b"/up/here/warm") if options.get("upstreams") else (b"/warm",):
                 before = len(talk.upstreams)
                 talk.client.says(get(path))
@@ -730,3 +737,44 @@ def test_a_fault_of_ours_at_the_end_of_a_plain_call_ends_it_once(
             talk.commits()
         assert talk.proxy.open_calls == 0
         assert len(talk.recorder.records) == before + 1
+
+
+@pytest.mark.parametrize("kind", [b"text/event-stream", b"application/json", b"text/plain", b"application/x-ndjson"])
+@pytest.mark.parametrize("status", [b"200 OK", b"429 Too Many"])
+def test_a_stream_that_comes_whole_with_its_length_is_timed_each_time(kind: bytes, status: bytes) -> None:
+    body = TEXTS[1] + USAGE + b"data: [DONE]\n\n"
+    if kind == b"application/x-ndjson":
+        body = b'{"model":"m","message":{"content":"a"},"done":false}\n{"model":"m","done":true,"eval_count":2}\n'
+    response = ok(body, b"Content-Type: " + kind + b"\r\n", status)
+    request = post(b'{"model":"m","stream":true}', b"/api/chat" if b"nd" in kind else b"/v1/chat/completions", JSON)
+    with conversation(taps=UsageTaps(clock_ns=time.monotonic_ns)) as talk:
+        timed = []
+        for _ in range(5):
+            talk.client.says(request)
+            talk.upstream.says(response)
+            usage = talk.recorder.records[-1].usage
+            timed.append(usage is not None and usage.time_to_first_token_ms is not None)
+        assert timed == [status == b"200 OK"] * 5
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        [TEXTS[1] + USAGE + b"data: [DONE]\n\n"],
+        [TEXTS[1] + b"data: [DONE]\n\n"],
+        [TEXTS[0], TEXTS[1] + b"data: [DONE]\n\n"],
+        [TEXTS[1], b"id: 1\ndata: [DONE]\n\n"],
+        [TEXTS[1], b'data: {"a":\ndata: 1}\n\n', b"data: [DONE]\n\n"],
+        [TEXTS[1], b"data: not json\n\n", b"data: [DONE]\n\n"],
+        [b"data: not json\n\n", TEXTS[1], b"data: [DONE]\n\n"],
+        [b": hello\n\n", TEXTS[1], b"data: [DONE] \n\n"],
+    ],
+)
+def test_nothing_that_is_sent_is_a_fault_of_ours(pieces: list[bytes], caplog: pytest.LogCaptureFixture) -> None:
+    with conversation(taps=UsageTaps()) as talk:
+        for _ in range(4):
+            talk.client.says(REQUESTS[25])
+            talk.upstream.says(PARTS[0], *map(framed, pieces), b"0\r\n\r\n")
+            talk.upstream.says()
+        assert len(talk.recorder.records) == 4
+    assert not caplog.records
