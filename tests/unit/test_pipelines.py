@@ -11,6 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.conversation import Talk, conversation, get, ok, post, post_head
 
+from sidecar.model.exchange import Outcome
 from sidecar.proxy.aiohttp_compat import PIPELINE_MAX
 from sidecar.proxy.client_connection import PIECE_BYTES
 
@@ -35,7 +36,7 @@ BAD = [
     b"GET /" + b"a" * 20_000 + b" HTTP/1.1\r\nHost: m\r\n\r\n",
 ]
 
-Seen = tuple[bytes, list[tuple[bytes, bytes]], list[tuple[object, ...]]]
+Seen = tuple[bytes, list[tuple[bytes, bytes]], list[tuple[str, Outcome, int | None, int]]]
 
 
 def said(pieces: list[bytes]) -> Seen:
