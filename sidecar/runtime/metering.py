@@ -45,7 +45,7 @@ from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.lanes import Lookout, url_of
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.runtime.seam import TRIALS, Seam
-from sidecar.runtime.seam_protocol import Told
+from sidecar.runtime.seam_protocol import Status, Told
 from sidecar.runtime.shipping import Shipping, centre_of
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire
 from sidecar.settings import Durability, OnSpoolFull, Settings
@@ -140,7 +140,7 @@ class Metering:
 
     async def metrics(self) -> bytes:
         balance = await self.balance()
-        degraded = (await self.readiness()).state in ("degraded", "full")
+        degraded = self._readiness(self.seam.answers).state in ("degraded", "full")  # the balance has asked
         gauges = Gauges(
             admitted=balance.admitted,
             recorded=balance.recorded,
@@ -193,7 +193,9 @@ class Metering:
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
-        answers = await self.seam.ask()
+        return self._readiness(await self.seam.ask())
+
+    def _readiness(self, answers: Sequence[Status]) -> Readiness:
         serving = self.seam.serving
         told = self.told()
         found = {answer.state for answer in answers} | {told.state}
@@ -201,8 +203,8 @@ class Metering:
         notes = list(dict.fromkeys(n for n in (told.reason, *(answer.reason for answer in answers)) if n))
         if missing := len(serving) - len(answers):
             notes.append(f"{missing} of {len(serving)} workers do not answer")
-            if not answers:
-                state = "degraded" if state == "ok" else state
+            if not answers and state == "ok":
+                state = "degraded"
         if self.not_reloaded:
             notes.append(f"the settings were not reloaded, the old ones hold: {self.not_reloaded}")
         for one in () if self.asking is None else self.asking.status():

@@ -7,7 +7,7 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -20,7 +20,9 @@ from sidecar.storage.sockets import peer_uid
 
 log = logging.getLogger("sidecar.seam")
 
-ASK_S: Final = 2.0  # who serves and has not answered by then is left out
+# Who serves and has not answered by then is left out. Kubernetes gives a probe of `/readyz` one second if not told
+# otherwise, and one worker that hangs is no reason to send traffic away from the others.
+ASK_S: Final = 0.7
 # A process may have died with its connection not accepted yet: what it had sent is read before its calls are settled.
 GONE_S: Final = 0.5
 HEALTH_S: Final = 0.05  # how late who serves hears that writing has changed
@@ -107,6 +109,7 @@ class Seam:
         self._told = health()
         self._servers: dict[bytes, Server] = {}
         self._asked = 0
+        self.answers: Sequence[Status] = ()  # to the last question, of those that answered in time
         self._waiting: asyncio.Event = asyncio.Event()
         self._store: asyncio.Handle | None = None
         self._listener: asyncio.AbstractServer | None = None
@@ -270,8 +273,9 @@ class Seam:
             self._waiting.clear()
             await self._waiting.wait()
 
-    async def ask(self) -> list[Status]:
-        """How each that serves does now, of those that answer in time; all frames that they had are taken by then."""
+    async def ask(self) -> Sequence[Status]:
+        """How each that serves does now, of those that answer in time: `answers`. All frames that they had are taken by
+        then."""
         self._asked += 1
         number = self._asked
         asked = self.serving
@@ -290,7 +294,8 @@ class Seam:
                     await self._waiting.wait()
         except TimeoutError:
             pass
-        return [s.status for s in asked if s.status is not None and s.status.asked >= number]
+        self.answers = [s.status for s in asked if s.status is not None and s.status.asked >= number]
+        return self.answers
 
     # What is said
 

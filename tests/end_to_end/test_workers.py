@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 from collections import Counter
 from pathlib import Path
@@ -13,7 +14,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 from support.oracle import SETTINGS, Oracle, judge
 from support.tiny import tiny_upstream
-from support.whole import Whole, children, is_running
+from support.whole import Whole, children, is_running, suspend
+
+from sidecar.runtime.seam import ASK_S
+
+ROOT = Path(__file__).parent.parent.parent
 
 
 async def metric(whole: Whole, name: str) -> float:
@@ -169,3 +174,28 @@ async def test_a_damaged_ledger_is_no_reason_not_to_serve(tmp_path: Path) -> Non
             assert balance["backends"]["ledger"]["delivered"] == 4
             assert await whole.stop() == 0, whole.log.read_text()
         assert ledger.read_bytes().startswith(b"SQLite format 3")
+
+
+@pytest.mark.timeout(120)
+async def test_a_worker_that_hangs_sends_no_traffic_away_from_the_other(tmp_path: Path) -> None:
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS)
+        async with whole:
+            hanging = whole.children()["serve"][0]
+            suspend(hanging)
+            try:
+                async with aiohttp.ClientSession() as session, session.get(f"{whole.admin_url}/readyz") as answer:
+                    assert answer.status == 200
+                    assert "1 of 2 workers do not answer" in await answer.text()
+                assert await metric(whole, "sidecar_spool_degraded") == 0
+            finally:
+                os.kill(hanging, signal.SIGCONT)
+            assert await whole.stop() == 0, whole.log.read_text()
+
+
+def test_readiness_is_known_before_a_probe_gives_up() -> None:
+    """Kubernetes gives it a second where a manifest says nothing else."""
+    assert ASK_S < 1.0
+    for path in (ROOT / "config").rglob("*.y*ml"):
+        for probe in re.findall(r"readinessProbe:\n(?: +.*\n){2}", path.read_text()):
+            assert "timeoutSeconds: 3" in probe, path
