@@ -128,8 +128,23 @@ class FileBackend:
             return [_verdict_for(error, self._file)] * len(sealed.events)
         return [Delivered() if new else Duplicate()] * len(sealed.events)
 
+    async def reach(self) -> tuple[bool, str]:
+        """Whether the file can be appended to, as far as modes tell; where it is, or what to do."""
+        return await asyncio.to_thread(_reach, self._file.path)
+
     async def aclose(self) -> None:
         await asyncio.to_thread(self._file.close)
+
+
+def _reach(path: Path) -> tuple[bool, str]:
+    folder, user = path.absolute().parent, os.geteuid()
+    if not folder.is_dir():
+        return False, f"there is no directory {folder}: make it, or set SIDECAR_FILE_PATH"
+    if path.exists() and not path.is_file():
+        return False, f"{path} is no file: set SIDECAR_FILE_PATH"
+    if not os.access(folder, os.W_OK | os.X_OK) or (path.exists() and not os.access(path, os.R_OK | os.W_OK)):
+        return False, f"{path} cannot be written by user {user}: give it the file and its directory"
+    return True, str(path)
 
 
 class LockedFileError(Exception):

@@ -53,7 +53,27 @@ def run(arguments: argparse.Namespace) -> int:
 
         results = asyncio.run(try_everything(settings))
     _print(arguments, settings.effective, notes(settings), results)
+    if found := hindrances(settings):
+        print("\n  ".join(["the sidecar would not start:", *found]), file=sys.stderr)
+        return EXIT_USAGE
     return EXIT_OK if all(result.ok for result in results) else EXIT_FAILED
+
+
+def hindrances(settings: Settings) -> list[str]:
+    """What would keep it from starting, though the settings are right. Changes nothing."""
+    from sidecar.delivery.database import SCHEMA
+    from sidecar.storage.sqlite import problem_of
+
+    found = []
+    there = _nearest(settings.data_dir)
+    if not there.is_dir():
+        found.append(f"SIDECAR_DATA_DIR={settings.data_dir}: {there} is no directory")
+    elif (damage := problem_of(settings.data_dir / "delivery.db", schema=SCHEMA)) is not None:
+        found.append(str(damage))
+    for name, address in (("LISTEN", settings.serve.listen), ("ADMIN_LISTEN", settings.serve.admin_listen)):
+        if address.path is not None and not Path(address.path).absolute().parent.is_dir():
+            found.append(f"SIDECAR_{name}={address}: there is no directory {Path(address.path).absolute().parent}")
+    return found
 
 
 def notes(settings: Settings) -> list[str]:
@@ -66,9 +86,9 @@ def notes(settings: Settings) -> list[str]:
 
     found = [] if (warning := open_port(settings)) is None else [warning]
     there = _nearest(settings.data_dir)
-    if not os.access(there, os.W_OK | os.X_OK):
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
         found.append(f"the data directory {settings.data_dir} cannot be written by user {os.geteuid()}")
-    if settings.data_dir.exists() and (others := open_to_others(settings.data_dir)) is not None:
+    if settings.data_dir.is_dir() and (others := open_to_others(settings.data_dir)) is not None:
         found.append(others)
     if (warning := ground_warning(there)) is not None:
         found.append(warning)

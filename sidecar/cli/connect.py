@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Final
 from urllib.parse import urlsplit
 
-from sidecar.backends import BACKENDS
 from sidecar.backends.base import Examined, Reached
 from sidecar.backends.http import fault_of
 from sidecar.backends.ledger import SharedLedgerBackend
@@ -75,16 +74,16 @@ async def _upstream(
 
 async def _backend(settings: Settings, name: str) -> list[Tried]:
     """Whether it can be reached; and where it can, everything that it finds wrong."""
-    if not any(setting.name == "url" for setting in BACKENDS[name].settings):
-        if name == backend_factory.LEDGER_NAME and settings.fleet.ledger_url is not None:
+    if name == backend_factory.LEDGER_NAME:
+        if settings.fleet.ledger_url is not None:
             return await _shared_ledger(settings)
         return [Tried(name, REACHED, "on this machine")]
     made = backend_factory.backend(settings, name)
-    url = settings.backend(name)["url"] or getattr(made, "address", None)
     try:
         if isinstance(made, Reached):
             reached = await _reached(name, made)
         else:
+            url = settings.backend(name)["url"] or getattr(made, "address", None)
             reached = await _try(name, _reach_backend(name, url))
         problems = await _examined(name, made) if reached.ok and isinstance(made, Examined) else []
     finally:

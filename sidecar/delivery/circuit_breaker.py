@@ -193,11 +193,14 @@ class CircuitBreaker:
         if pace.blocked != before.blocked:
             self._metrics.blocked(self._backend.name, pace.blocked)
             if pace.blocked is not None:
+                name = self._backend.name
+                refusal = {"refusal": pace.refusal} if pace.refusal else {}
                 self._log(
                     logging.ERROR,
-                    "a backend takes nothing until somebody acts; everything is kept for it",
+                    f"{name} takes nothing until somebody acts, everything is kept for it: {pace.blocked}",
                     reason=pace.blocked,
-                    refusal=pace.refusal or None,
+                    look="metering-sidecar check --connect",
+                    **refusal,
                 )
         asked = pace.paused_until_s > before.paused_until_s
         if asked and not before.slow:

@@ -332,10 +332,10 @@ class _Loading:
             if (getattr(settings.proxy, cert) is None) != (getattr(settings.proxy, key) is None):
                 have, need = (cert, key) if getattr(settings.proxy, cert) is not None else (key, cert)
                 self.problems.append(f"{PREFIX}{need.upper()} is not set: expected beside {PREFIX}{have.upper()}")
-        if settings.serve.listen == settings.serve.admin_listen and (
-            settings.serve.listen.port or settings.serve.listen.path
-        ):
-            self.problems.append(f"SIDECAR_ADMIN_LISTEN={settings.serve.listen}: is SIDECAR_LISTEN already")
+        listen, admin = settings.serve.listen, settings.serve.admin_listen
+        if listen.overlaps(admin):
+            also = "" if listen == admin else f", {listen},"
+            self.problems.append(f"SIDECAR_ADMIN_LISTEN={admin}: is SIDECAR_LISTEN{also} already")
         for name in ("upstream_ca_file", "upstream_cert_file", "upstream_server_name"):
             if getattr(settings.proxy, name) is not None:
                 if settings.proxy.upstream_url is None and settings.proxy.upstreams:

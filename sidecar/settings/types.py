@@ -100,6 +100,16 @@ class Address:
         except ValueError:
             return False
 
+    def overlaps(self, other: Address) -> bool:
+        """Whether not both can be listened on, as far as that follows from what they say."""
+        if self.path is not None or other.path is not None:
+            return self.path == other.path
+        return self.port == other.port != 0 and (self._covers(other) or other._covers(self))
+
+    def _covers(self, other: Address) -> bool:
+        is_six = ":" in other.host
+        return self.host in (other.host, "::" if is_six else "0.0.0.0")
+
     def __str__(self) -> str:
         if self.path is not None:
             return f"unix:{self.path}"

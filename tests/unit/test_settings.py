@@ -513,6 +513,30 @@ def test_tls_settings_for_a_plain_upstream_are_no_silent_nothing() -> None:
 def test_both_doors_cannot_be_the_same() -> None:
     same = {"SIDECAR_LISTEN": "127.0.0.1:9000", "SIDECAR_ADMIN_LISTEN": "127.0.0.1:9000"}
     assert problems(same) == ["SIDECAR_ADMIN_LISTEN=127.0.0.1:9000: is SIDECAR_LISTEN already"]
+
+
+@pytest.mark.parametrize(
+    ("listen", "admin", "overlaps"),
+    [
+        ("0.0.0.0:9000", "127.0.0.1:9000", True),
+        ("127.0.0.1:9000", "0.0.0.0:9000", True),
+        ("0.0.0.0:9000", "localhost:9000", True),
+        ("[::]:9000", "[::1]:9000", True),
+        ("0.0.0.0:9000", "[::1]:9000", False),
+        ("0.0.0.0:9000", "127.0.0.1:9001", False),
+        ("127.0.0.1:9000", "127.0.0.2:9000", False),
+        ("0.0.0.0:0", "127.0.0.1:0", False),
+        ("unix:/a", "unix:/a", True),
+        ("unix:/a", "unix:/b", False),
+    ],
+)
+def test_two_addresses_that_cannot_both_be_listened_on(listen: str, admin: str, overlaps: bool) -> None:
+    said = {"SIDECAR_LISTEN": listen, "SIDECAR_ADMIN_LISTEN": admin}
+    if overlaps:
+        (problem,) = problems(said)
+        assert problem.startswith(f"SIDECAR_ADMIN_LISTEN={admin}: is SIDECAR_LISTEN")
+    else:
+        assert str(read(said).serve.admin_listen) == admin
     read(SIDECAR_LISTEN="127.0.0.1:0", SIDECAR_ADMIN_LISTEN="127.0.0.1:0")
 
 
