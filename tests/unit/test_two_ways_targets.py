@@ -7,6 +7,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from support.conversation import Talk, conversation, ok
 from sidecar.backends import backend_settings
 from sidecar.gate.admission import Admission
 from sidecar.prices import price_book
+from sidecar.prices.book import PriceBook
 from sidecar.proxy import plain_requests
 from sidecar.proxy.plain_call import PlainCalls
 from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.metrics import HopCounts
-from sidecar.settings import load
+from sidecar.settings import Settings, load
 
 KEY = b"k" * 32
 JSON = b"Content-Type: application/json\r\n"
@@ -94,17 +96,24 @@ url = "http://upper.test"
 """
 
 
+@cache
+def configured(env: frozenset[tuple[str, str]]) -> tuple[Settings, PriceBook]:
+    """Both are frozen, and the prices take long to read."""
+    settings = load(dict(env), backend_settings=backend_settings())
+    return settings, price_book(settings)
+
+
 class Program(Talk):
     """The hop as the program puts it together."""
 
     def __init__(self, env: dict[str, str]) -> None:
-        settings = load(env, backend_settings=backend_settings())
+        settings, book = configured(frozenset(env.items()))
         super().__init__()
         self.counted = HopCounts()
         policy = gate_factory.policy(settings, factory.usage_taps(settings, lambda kind: None), KEY)
         gate = None if policy is None else Admission(policy, clock_ns=lambda: 0, call_later=self.loop.call_later)
         self.proxy = factory.proxy(settings, self.recorder, self.counted, KEY, gate)
-        readers = factory.plain_readers(settings, self.counted, price_book(settings))  # type: ignore[arg-type]
+        readers = factory.plain_readers(settings, self.counted, book)  # type: ignore[arg-type]
         self.recorder.plain = readers("i")
 
 
