@@ -103,7 +103,8 @@ def _times(value: Any, per: int) -> Any:
 def _prices(fields: Mapping[str, Any]) -> dict[str, Any] | None:
     standard: dict[str, Any] = {}
     variants: dict[str, dict[str, Any]] = {}
-    for field in sorted(fields):  # the base stands before its tiers
+    tiers: list[tuple[int, str, str | None, Any]] = []  # above, of which price, of which service tier, how much
+    for field in sorted(fields):
         value = fields[field]
         found = _FIELD.fullmatch(field)
         if found is None or value is None:
@@ -115,16 +116,19 @@ def _prices(fields: Mapping[str, Any]) -> dict[str, Any] | None:
         prices = variants.setdefault(found[3], {}) if found[3] else standard
         if found[2] is None:
             prices[price_key] = amount
-        elif price_key in prices:
-            base = (
-                prices[price_key]
-                if isinstance(prices[price_key], Mapping)
-                else {"base": prices[price_key], "tiers": []}
-            )
-            base["tiers"].append({"start": int(found[2]) * 1000, "price": amount})
-            prices[price_key] = base
+        else:
+            tiers.append((int(found[2]) * 1000, price_key, found[3], amount))
     if not standard:
         return None
+    bases = dict(standard)
+    for start, price_key, word, amount in tiers:  # now that all bases are known, whose names may stand behind theirs
+        prices = variants[word] if word else standard
+        base = prices.get(price_key, bases.get(price_key))  # below its tier a service tier may cost what others do
+        if base is None:
+            continue
+        if not isinstance(base, Mapping):
+            base = prices[price_key] = {"base": base, "tiers": []}
+        base["tiers"].append({"start": start, "price": amount})
     return {
         "prices": standard,
         "price_variants": [{"when": _CONTEXTS[word], "prices": prices} for word, prices in sorted(variants.items())],

@@ -638,6 +638,38 @@ def test_litellm_s_file_is_read_too() -> None:
     assert book.source.startswith("litellm/file-")
 
 
+@pytest.mark.parametrize(
+    ("tier", "dollars"), [(None, "1.5225"), ("priority", "3.045"), ("flex", "0.76125"), ("batch", "0.76125")]
+)
+def test_service_tiers_of_litellm_s_file_have_their_own_prices_for_long_inputs(tier: str | None, dollars: str) -> None:
+    """Figures of GPT-5.4 in https://github.com/BerriAI/litellm/blob/main/model_prices_and_context_window.json."""
+    names = {"": 1.0, "_priority": 2.0, "_flex": 0.5, "_batches": 0.5}
+    fields: dict[str, Any] = {"litellm_provider": "openai", "mode": "chat"}
+    for word, factor in names.items():
+        fields |= {
+            f"input_cost_per_token{word}": 2.5e-06 * factor,
+            f"input_cost_per_token_above_272k_tokens{word}": 5e-06 * factor,
+            f"output_cost_per_token{word}": 1.5e-05 * factor,
+            f"output_cost_per_token_above_272k_tokens{word}": 2.25e-05 * factor,
+        }
+    book = PriceBook(read(json.dumps({"gpt-5.4": fields}).encode(), "file"))
+    call = usage("openai", "gpt-5.4", input_tokens=300_000, output_tokens=1_000, service_tier=tier)
+    assert (total(book.cost(call, NOW_S)), state(book.cost(call, NOW_S))) == (dollars, ("exact", None))
+
+
+def test_a_service_tier_of_litellm_s_file_may_differ_for_long_inputs_alone() -> None:
+    fields = {
+        "litellm_provider": "openai",
+        "input_cost_per_token": "1e-06",
+        "input_cost_per_token_above_200k_tokens": "2e-06",
+        "input_cost_per_token_above_200k_tokens_priority": "4e-06",
+    }
+    book = PriceBook(read(json.dumps({"m": fields}).encode(), "file"))
+    for tokens, dollars in ((200_000, "0.2"), (400_000, "1.6")):
+        call = usage("openai", "m", input_tokens=tokens, output_tokens=0, service_tier="priority")
+        assert total(book.cost(call, NOW_S)) == dollars
+
+
 def test_what_is_remembered_is_bounded(book: PriceBook) -> None:
     for number in range(KEPT_MAX + 10):
         book.cost(usage("openai", f"model-{number}", input_tokens=1, output_tokens=1), NOW_S)
