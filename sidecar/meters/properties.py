@@ -109,11 +109,13 @@ DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
 }
 # What providers count beside tokens, as `usage.units` has it (`sidecar.usage.providers`).
 PROVIDER_UNITS: Final[Mapping[str, str]] = {
+    "annotated_pages": "pages that were read and annotated",
     "audio_seconds": "seconds of audio",
     "billable_characters": "characters that Google bills",
     "billable_units": "fal's units",
     "characters": "characters of speech",
     "classifications": "Cohere's classifications",
+    "code_execution_requests": "runs of code that a model asked for",
     "images": "images that were made, or read",
     "pages": "pages that were read",
     "predict_seconds": "seconds that a prediction ran",

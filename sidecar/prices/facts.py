@@ -59,15 +59,22 @@ _COUNTS: Final = {
     "image_output_tokens": "output_image_tokens",
     "audio_output_tokens": "output_audio_tokens",
 }
-# The record's `units` that the table may have a price for; seconds are of the input but for speech.
-_UNITS: Final[Mapping[str, tuple[str, ...]]] = {
+# The record's `units` that cost something, and what the table may have a price of theirs for (nothing: no table has
+# one, which is said); seconds are of the input but for speech. Any other unit is free, or one's own.
+BILLED: Final[Mapping[str, tuple[str, ...]]] = {
     "audio_seconds": ("audio_seconds", "input_audio_seconds"),
     "search_units": ("rerank_searches",),
     "search_queries": ("web_searches",),
     "web_search_requests": ("web_searches",),
+    "code_execution_requests": ("code_executions",),
     "pages": ("input_document_pages",),
+    "annotated_pages": ("input_annotated_document_pages",),
     "characters": ("input_characters",),
     "billable_characters": ("input_characters",),
+    "images": (),
+    "classifications": (),
+    "predict_seconds": (),
+    "billable_units": (),
 }
 _CACHED_DETAILS: Final = ("input_token_details", "input_tokens_details", "prompt_tokens_details")
 _CACHED_BY_MODALITY: Final = {m: f"cache_{m}_read_tokens" for m in ("text", "audio", "image", "video")}
@@ -135,8 +142,8 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
     if priced and any(counts.get(whole) and whole not in priced for whole in WHOLES):  # not free: it is not known
         unsure = unsure or "unpriced_unit"
     for name, amount in (usage.units or {}).items():
-        units, count = _UNITS.get(name, ()), _count(amount)
-        if count is None or not units:
+        units, count = BILLED.get(name), _count(amount)
+        if count is None or units is None:
             continue
         if name == "audio_seconds" and usage.operation == "speech":
             units = ("audio_seconds", "output_audio_seconds")

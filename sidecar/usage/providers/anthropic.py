@@ -24,7 +24,7 @@ _MESSAGE: Tree = {
     "usage": True,
     "error": True,
 }
-_UNITS = ("web_search_requests", "web_fetch_requests")
+_UNITS = ("web_search_requests", "web_fetch_requests", "code_execution_requests")
 _OPENAIS = frozenset(("prompt_tokens", "completion_tokens"))
 _COUNTS = (
     ("input_tokens", "input_tokens"),

@@ -1,4 +1,8 @@
-"""Mistral beside its OpenAI surface: pages of OCR, and conversations with agents (its package's types)."""
+"""Mistral beside its OpenAI surface: pages of OCR, and conversations with agents (its package's types).
+
+Pages that were annotated have a price of their own, and are said in `pages_processed_annotation`
+(https://github.com/BerriAI/litellm, its costs of OCR).
+"""
 
 from __future__ import annotations
 
@@ -24,6 +28,8 @@ class MistralOcr(Reader):
     def fill(self, usage: Usage, raw: Document) -> None:
         if (pages := self.number(raw, "pages_processed")) is not None:
             usage.units["pages"] = pages
+        if annotated := self.number(raw, "pages_processed_annotation"):
+            usage.units["annotated_pages"] = annotated
 
 
 class MistralConversations(Reader):
