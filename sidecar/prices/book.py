@@ -23,7 +23,18 @@ import orjson
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
-from sidecar.prices.facts import PROVIDERS, Terms, context_of, counts_of, declared_of, names_of, terms_of, usage_of
+from sidecar.prices.facts import (
+    PROVIDERS,
+    Terms,
+    apart_of,
+    context_of,
+    counts_of,
+    declared_of,
+    names_of,
+    stands_in,
+    terms_of,
+    usage_of,
+)
 from sidecar.prices.rates import PICO, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
 
@@ -73,6 +84,7 @@ class _Entry:
     state: str = EXACT
     reason: str | None = None
     plain: Plain | None = None  # of the rates, where nothing else is to be added
+    apart: tuple[str, ...] = ()  # fields of a usage that the provider prices apart, and the rates do not
     since_s: float = 0.0
     until_s: float = 0.0
     by_hour: _ByHour | None = None  # which entry holds instead, at a time of the day
@@ -146,6 +158,7 @@ class PriceBook:
             and usage.usage_state is UsageState.FINAL
             and not usage.units
             and usage.cost_usd is None
+            and not any(map(usage.__getattribute__, entry.apart))
             and (
                 cost := _plain_cost(
                     entry,
@@ -176,6 +189,7 @@ class PriceBook:
             and get("usage_state") == "final"
             and not get("units")
             and get("cost_usd") is None
+            and not any(map(get, entry.apart))
             and (
                 cost := _plain_cost(
                     entry,
@@ -325,7 +339,8 @@ class PriceBook:
         rates = Rates(prices, minimum=minimum, seconds_least=found.model.get("seconds_least", 0))
         state = EXACT if reason is None else ESTIMATED
         plain = None if self._meters[Side.PROVIDER] else rates.plain
-        return _Entry(rates, found.name, source, USD, state, reason, plain)
+        apart = apart_of(found.provider, rates) if rates.priced else ()
+        return _Entry(rates, found.name, source, USD, state, reason, plain, apart)
 
     def _provider(self, word: str | None, host: str | None) -> tuple[Provider | None, frozenset[str]]:
         """The table's provider, by the address that was called, else by the record's word; and every word for it."""
@@ -393,6 +408,8 @@ class PriceBook:
         summed = entry.rates.sum(counts)
         if not summed.counted and entry.rates.priced:
             return self._unpriced(entry.model, entry.source, "nothing_counted", declared)
+        if unsure is None and stands_in(usage, entry.apart):
+            unsure = "unpriced_unit"
         reason = entry.reason or unsure or ("counts_disagree" if summed.odd else None)
         parts, total = summed.parts, summed.total
         if counts.get("cache_write_5m_tokens", 0) > 0 and "cache_write" in parts:
@@ -471,13 +488,14 @@ class Pricer:
     is looked up anew or asked of the book.
     """
 
-    __slots__ = ("_batch", "_book", "_by_raw", "_entry", "_form", "_host", "_plain", "_tier")
+    __slots__ = ("_batch", "_beside", "_book", "_by_raw", "_entry", "_form", "_host", "_plain", "_tier")
 
     def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
         self._book, self._host, self._batch = book, host, batch
         self._tier = row.get("service_tier")
         self._entry = _Entry(None)  # of no day
         self._plain: Plain | None = None
+        self._beside: tuple[str, ...] = _BESIDE
         self._by_raw = False
         self._form = b""
 
@@ -494,7 +512,7 @@ class Pricer:
             or get("usage_state") != "final"
             or get("service_tier") != self._tier
             or "cost_usd" in row
-            or any(map(get, _BESIDE))
+            or any(map(get, self._beside))
             or (self._by_raw and terms_of(get("raw_usage")) is not None)
         ):
             return self._by_book(row, started_s)
@@ -530,6 +548,7 @@ class Pricer:
         self._entry = entry = self._book.entry_of(row, started_s, self._host, self._batch)
         self._tier = row.get("service_tier")
         self._plain = entry.plain if entry.by_hour is None else None
+        self._beside = (*_BESIDE, *entry.apart)
         self._by_raw = entry.by_raw is not None
         facts = {"state": entry.state, "source": entry.source, "model": entry.model}
         facts |= {} if entry.reason is None else {"reason": entry.reason}

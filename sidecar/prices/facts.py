@@ -7,7 +7,7 @@ audio, the speed, the region. Nothing in it is trusted to have the type that it 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
 from fractions import Fraction
@@ -76,6 +76,17 @@ BILLED: Final[Mapping[str, tuple[str, ...]]] = {
     "predict_seconds": (),
     "billable_units": (),
 }
+# Tokens that a provider has a price of its own for, whatever the model: where the table has none for them, that of
+# text stands in. Not in it are tokens that cost what text does, as images do that a chat model of OpenAI's reads.
+_SOUND: Final = ("audio_input_tokens", "audio_output_tokens")
+_APART: Final[Mapping[str, tuple[str, ...]]] = {
+    "openai": (*_SOUND, "image_output_tokens"),
+    "azure": (*_SOUND, "image_output_tokens"),
+    "openrouter": (*_SOUND, "image_output_tokens"),
+    "google": ("image_output_tokens",),
+}
+# What is made by nothing else than that: there the price of the output is its price.
+_ALL_OF_IT: Final = {"speech": "audio_output_tokens", "image_generation": "image_output_tokens"}
 _CACHED_DETAILS: Final = ("input_token_details", "input_tokens_details", "prompt_tokens_details")
 _CACHED_BY_MODALITY: Final = {m: f"cache_{m}_read_tokens" for m in ("text", "audio", "image", "video")}
 _USAGE_NAMES: Final = frozenset(f.name for f in fields(Usage))
@@ -155,6 +166,16 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
             if (cached := _CACHED_BY_MODALITY.get(word)) is not None:
                 counts[cached] = counts.get(cached, 0) + tokens
     return counts, unsure
+
+
+def apart_of(provider: str, rates: Rates) -> tuple[str, ...]:
+    """The fields of a usage whose tokens this provider prices apart, and these rates do not."""
+    return tuple(name for name in _APART.get(provider, ()) if _COUNTS[name] not in rates.priced)
+
+
+def stands_in(usage: Usage, apart: Iterable[str]) -> bool:
+    """Whether the price of text stands in for that of other tokens: `apart`, as `apart_of` gives them."""
+    return any(getattr(usage, name) and _ALL_OF_IT.get(usage.operation or "") != name for name in apart)
 
 
 def _cached_details(raw: Any) -> Iterator[tuple[str, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import Any
 
+import orjson
 import pytest
 
 from sidecar.meters.properties import PROVIDER_UNITS
@@ -34,6 +35,7 @@ def priced(call: Usage, host: str | None = None) -> tuple[str | None, State]:
     assert cost is not None
     row = usage_to_dict(call)
     assert BOOK.cost(row, NOW_S, host=host)[0] == cost
+    assert orjson.loads(BOOK.pricer(row, host=host).json(row, NOW_S)[0]) == cost
     return cost["total"], (cost["state"], cost.get("reason"))
 
 
@@ -57,3 +59,35 @@ def test_pages_that_were_annotated_have_their_own_price() -> None:
 @pytest.mark.parametrize("unit", [*FREE, "my_own_field"])
 def test_a_unit_that_is_free_changes_no_price(unit: str) -> None:
     assert priced(usage("anthropic", "claude-sonnet-4-5", units={unit: 5}))[1] == EXACT
+
+
+@pytest.mark.parametrize("field", ["audio_input_tokens", "audio_output_tokens", "image_output_tokens"])
+@pytest.mark.parametrize(
+    ("provider", "model"),
+    [
+        ("openai", "gpt-4o-audio-preview"),
+        ("openai", "gpt-4o-mini-audio-preview"),
+        ("openai", "gpt-5"),
+        ("openrouter", "openai/gpt-audio"),
+    ],
+)
+def test_tokens_that_the_provider_prices_apart_do_not_silently_cost_what_text_does(
+    provider: str, model: str, field: str
+) -> None:
+    assert priced(usage(provider, model, **{field: 80}))[1] == ("estimated", "unpriced_unit")
+    assert priced(usage(provider, model, **{field: 0}))[1] == EXACT
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "more"),
+    [
+        ("openai", "gpt-audio", {"audio_input_tokens": 80, "audio_output_tokens": 90}),  # have a price
+        ("openai", "gpt-4o", {"image_input_tokens": 80}),  # cost what text does
+        ("gcp.gemini", "gemini-3-pro-preview", {"audio_input_tokens": 80}),
+        ("gcp.gemini", "gemini-2.5-flash-tts", {"audio_output_tokens": 100}),
+        ("openai", "gpt-4o-mini-tts", {"audio_output_tokens": 100, "operation": "speech"}),
+        ("openai", "gpt-image-1", {"image_output_tokens": 100, "operation": "image_generation"}),
+    ],
+)
+def test_tokens_whose_price_is_known_cost_exactly_that(provider: str, model: str, more: dict[str, Any]) -> None:
+    assert priced(usage(provider, model, **more))[1] == EXACT
