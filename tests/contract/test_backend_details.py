@@ -289,15 +289,32 @@ def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
     }
 
 
+OF_CLAUDE = {
+    "input_tokens": 1150, "output_tokens": 10, "total_tokens": 1160, "cache_read_input_tokens": 1000,
+    "cache_write_input_tokens": 50,
+}  # fmt: skip
+IN_ANTHROPICS_NAMES = {
+    "input_tokens": 100, "output_tokens": 10, "cache_read_input_tokens": 1000, "cache_creation_input_tokens": 50,
+}  # fmt: skip
+IN_OPENAIS_NAMES = {
+    "prompt_tokens": 1150, "completion_tokens": 10, "total_tokens": 1160,
+    "prompt_tokens_details": {"cached_tokens": 1000, "cache_write_tokens": 50},
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("said", "counts"),
     [
         (usage(), (43, 97, 140)),
         (
             usage(provider="anthropic", input_tokens=1000, cache_read_input_tokens=700, cache_write_input_tokens=200,
-                  output_tokens=50, total_tokens=1050),
+                  output_tokens=50, total_tokens=1050, raw_usage=None),
             (100, 50, 150),
         ),
+        *((usage(provider=provider, **OF_CLAUDE, raw_usage=IN_ANTHROPICS_NAMES), (100, 10, 110))
+          for provider in ("anthropic", "gcp.vertex_ai", "aws.bedrock", "openrouter", "deepseek")),
+        *((usage(provider=provider, **OF_CLAUDE, raw_usage=IN_OPENAIS_NAMES), (1150, 10, 1160))
+          for provider in ("anthropic", "gcp.vertex_ai", "aws.bedrock", "openrouter")),
         (
             usage(provider="gcp.gemini", input_tokens=30, output_tokens=90, reasoning_output_tokens=60,
                   total_tokens=120,
@@ -314,7 +331,11 @@ def test_revenium_completions_mode_reports_the_rest_as_events() -> None:
                   total_tokens=120, raw_usage={"prompt_tokens": 30, "completion_tokens": 90, "total_tokens": 120}),
             (30, 90, 120),
         ),
-        (usage(provider="aws.bedrock", input_tokens=5, cache_read_input_tokens=9, output_tokens=1), (0, 1, 1)),
+        (
+            usage(provider="aws.bedrock", input_tokens=5, cache_read_input_tokens=9, output_tokens=1,
+                  raw_usage={"inputTokens": 0, "outputTokens": 1, "totalTokens": 10, "cacheReadInputTokens": 9}),
+            (0, 1, 1),
+        ),
         (usage(input_tokens=None), None),
         (usage(output_tokens=None), None),
         (usage(total_tokens=None), (43, 97, 140)),

@@ -2,7 +2,9 @@
 
 Records hold inclusive totals. Revenium's packages send the numbers as the vendor's wire has them, and prices
 are set on those, so they are rebuilt here: Anthropic and Bedrock count input without what the cache read or
-wrote, Google counts output without thoughts. Nothing else needs this, so it is not in the record.
+wrote, Google counts output without thoughts. Whose manner it is, the names in the vendor's own object say: Claude
+answers in Anthropic's on Vertex and through OpenRouter, and Anthropic itself in OpenAI's where it is asked so.
+Nothing else needs this, so it is not in the record.
 
 Costs, where they are sent, take the place of Revenium's own calculation. They are in US dollars, and each is rounded to
 ten decimals by itself.
@@ -19,8 +21,10 @@ from sidecar.backends.base import json_number, rounded
 from sidecar.meters.hourly import EXACT, read_amount, usd_of
 from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
+from sidecar.usage.providers.fields import anthropic_names
 
 _WITHOUT_CACHE: Final = ("anthropic", "aws.bedrock")
+_OPENAIS_NAMES: Final = {"prompt_tokens", "input_tokens_details"}  # the cache is inside of these
 _GOOGLE: Final = "gcp."
 _OTHERS_NAMES: Final = {"prompt_tokens", "input_tokens"}  # of models on Vertex that answer in their maker's shape
 
@@ -64,12 +68,12 @@ def counts(usage: Usage) -> tuple[int, int, int] | None:
     if type(read) is not int or type(written) is not int:
         return None
     provider = usage.provider or ""
-    if provider in _WITHOUT_CACHE:
+    said = usage.raw_usage if isinstance(usage.raw_usage, dict) else {}
+    if not _OPENAIS_NAMES & said.keys() and (provider in _WITHOUT_CACHE or anthropic_names(said)):
         plain = read - (usage.cache_read_input_tokens or 0) - (usage.cache_write_input_tokens or 0)
         plain = max(plain, 0)
         return plain, written, plain + written
     total = usage.total_tokens if type(usage.total_tokens) is int else read + written
-    said = usage.raw_usage if isinstance(usage.raw_usage, dict) else {}
     if provider.startswith(_GOOGLE) and not _OTHERS_NAMES & said.keys():
         return (
             _said(said, "promptTokenCount", read),

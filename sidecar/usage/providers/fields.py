@@ -147,7 +147,7 @@ def fill_tokens(reader: Reader, usage: Usage, raw: Document) -> None:
         return
     if len(raw) > 3 or not raw.keys() <= _PLAIN:
         fill_parts(reader, usage, raw)
-        if _anthropic_names(raw) and usage.input_tokens is not None:
+        if anthropic_names(raw) and usage.input_tokens is not None:
             usage.input_tokens += (usage.cache_read_input_tokens or 0) + (usage.cache_write_input_tokens or 0)
         settle_parts(usage)
     settle_total(usage, raw)
@@ -261,7 +261,7 @@ def _of_input(usage: Usage, raw: Document, rest: int) -> int:
     return 0
 
 
-def _anthropic_names(raw: Document) -> bool:
+def anthropic_names(raw: Document) -> bool:
     """Anthropic's own usage object on another family's route: there the cache counts stand beside the input (O1).
 
     Where a total is stated, that decides.
