@@ -585,7 +585,7 @@ def _plain_cost(
     total = of_written + of_cached
     writes: dict[str, str] | None = None
     if kept or short or long:
-        found = _plain_writes(prices, kept or 0, short or 0, long or 0)
+        found = _plain_writes(prices, kept or 0, short, long)
         if found is None:
             return None
         writes, of_writes = found
@@ -617,9 +617,11 @@ def _plain_cost(
     return cost, total
 
 
-def _plain_writes(prices: Five, kept: int, short: int, long: int) -> tuple[dict[str, str], int] | None:
+def _plain_writes(prices: Five, kept: int, short: int | None, long: int | None) -> tuple[dict[str, str], int] | None:
     """Cache writes by their life: their parts, and what they cost."""
-    if prices[3] is None or short + long > kept or (long and prices[4] is None):
+    told = short is not None or long is not None
+    short, long = short or 0, long or 0
+    if prices[3] is None or (told and short + long != kept) or (long and prices[4] is None):
         return None
     of_short, of_long = (kept - long) * prices[3], long * (prices[4] or 0)
     parts = {}

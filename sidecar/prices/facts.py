@@ -140,15 +140,12 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
     for name, unit in _COUNTS.items():
         if type(value := getattr(usage, name)) is int and value >= 0:
             counts[unit] = value
-    lives = counts.get("cache_write_5m_tokens", 0) + counts.get("cache_write_1h_tokens", 0)
-    if lives and counts.get("cache_write_tokens", 0) < lives:
-        counts["cache_write_tokens"] = lives
+    life_is_told = _lives(counts, rates)
     unsure: str | None = None
     if usage.usage_state in (UsageState.PARTIAL, UsageState.ESTIMATED):
         unsure = f"{usage.usage_state}_usage"
-    elif counts.get("cache_write_1h_tokens") and "cache_write_tokens" in rates.priced:
-        # Billed like those of five minutes they would be a third too cheap.
-        unsure = None if "cache_write_1h_tokens" in rates.priced else "cache_write_life"
+    elif not life_is_told:
+        unsure = "cache_write_life"
     priced = rates.priced  # nothing at all: the model is free
     if priced and any(counts.get(whole) and whole not in priced for whole in WHOLES):  # not free: it is not known
         unsure = unsure or "unpriced_unit"
@@ -166,6 +163,20 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
             if (cached := _CACHED_BY_MODALITY.get(word)) is not None:
                 counts[cached] = counts.get(cached, 0) + tokens
     return counts, unsure
+
+
+def _lives(counts: dict[str, Count], rates: Rates) -> bool:
+    """Whether all that was written to a cache has the price of the time for which it is kept; what the lives add up to
+    is written at least."""
+    said = [counts[unit] for unit in ("cache_write_5m_tokens", "cache_write_1h_tokens") if unit in counts]
+    written, told = counts.get("cache_write_tokens", 0), sum(said)
+    if told > written:
+        counts["cache_write_tokens"] = written = told
+    if "cache_write_tokens" not in rates.priced:
+        return True
+    if "cache_write_1h_tokens" not in rates.priced:
+        return not counts.get("cache_write_1h_tokens")  # billed like those of five minutes they would be too cheap
+    return not said or told == written
 
 
 def apart_of(provider: str, rates: Rates) -> tuple[str, ...]:

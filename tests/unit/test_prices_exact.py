@@ -14,6 +14,8 @@ from sidecar.model.record import usage_to_dict
 from sidecar.prices import PriceBook
 from sidecar.prices.facts import BILLED
 from sidecar.prices.table import builtin
+from sidecar.usage.readers import UsageTaps
+from sidecar.usage.whole import read_call
 
 NOW_S = datetime(2026, 11, 20, 12, 0, tzinfo=UTC).timestamp()
 BOOK = PriceBook(builtin())
@@ -37,6 +39,27 @@ def priced(call: Usage, host: str | None = None) -> tuple[str | None, State]:
     assert BOOK.cost(row, NOW_S, host=host)[0] == cost
     assert orjson.loads(BOOK.pricer(row, host=host).json(row, NOW_S)[0]) == cost
     return cost["total"], (cost["state"], cost.get("reason"))
+
+
+def answered(
+    path: str, response: bytes | dict[str, Any], *, host: str, asked: dict[str, Any] | None = None, method: str = "POST"
+) -> Usage:
+    """What is read of a response, by the taps and by who reads many at once."""
+    taps = UsageTaps(upstream_host=host)
+    streamed = isinstance(response, bytes)
+    body = response if isinstance(response, bytes) else orjson.dumps(response)
+    head = [(b"content-type", b"text/event-stream" if streamed else b"application/json")]
+    sent = orjson.dumps(asked or {}) if method == "POST" else b""
+    request = taps.request(method, path, [(b"content-type", b"application/json")])
+    assert request is not None
+    request.feed(sent)
+    response_tap = taps.response(request, 200, head)
+    assert response_tap is not None
+    response_tap.feed(body)
+    found = response_tap.finish(True)
+    assert found is not None
+    assert read_call(taps, method, path, [], sent, 200, head, body) == found
+    return found
 
 
 @pytest.mark.parametrize("unit", sorted(BILLED))
@@ -91,3 +114,45 @@ def test_tokens_that_the_provider_prices_apart_do_not_silently_cost_what_text_do
 )
 def test_tokens_whose_price_is_known_cost_exactly_that(provider: str, model: str, more: dict[str, Any]) -> None:
     assert priced(usage(provider, model, **more))[1] == EXACT
+
+
+# Anthropic
+
+
+def message(written: int, split: dict[str, int] | None, grown: int | None) -> bytes:
+    """A stream whose first event says how long what is written is kept, and whose last one the total alone."""
+    first = {"input_tokens": 10, "output_tokens": 1, "cache_creation_input_tokens": written}
+    if split is not None:
+        first["cache_creation"] = split  # type: ignore[assignment]
+    last = {"output_tokens": 510} | ({} if grown is None else {"cache_creation_input_tokens": grown})
+    model = "claude-sonnet-4-5-20250929"
+    events = (
+        {"type": "message_start", "message": {"id": "m", "type": "message", "model": model, "usage": first}},
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}, "usage": last},
+        {"type": "message_stop"},
+    )
+    return b"".join(b"event: %b\ndata: %b\n\n" % (str(e["type"]).encode(), orjson.dumps(e)) for e in events)
+
+
+@pytest.mark.parametrize(
+    ("written", "short", "long", "grown", "dollars", "expected"),
+    [
+        (1000, 0, 1000, None, "0.01368", EXACT),  # 10 at 3, 510 at 15, 1,000 at 6 dollars a million
+        (1000, 0, 1000, 3000, "0.02118", ("estimated", "cache_write_life")),  # 2,000 more at 3.75
+        (0, 0, 0, 3000, "0.01893", ("estimated", "cache_write_life")),
+        (1000, 400, 600, 1000, "0.01278", EXACT),
+    ],
+)
+def test_cache_writes_whose_life_is_not_told_make_an_estimate(
+    written: int, short: int, long: int, grown: int | None, dollars: str, expected: State
+) -> None:
+    split = {"ephemeral_5m_input_tokens": short, "ephemeral_1h_input_tokens": long}
+    found = answered("/v1/messages", message(written, split, grown), host="api.anthropic.com")
+    assert found.cache_write_input_tokens == (grown or written)
+    assert found.cache_write_1h_input_tokens == long
+    assert priced(found) == (dollars, expected)
+
+
+def test_cache_writes_without_any_word_of_their_life_are_of_five_minutes() -> None:
+    found = answered("/v1/messages", message(1000, None, None), host="api.anthropic.com")
+    assert priced(found) == ("0.01143", EXACT)

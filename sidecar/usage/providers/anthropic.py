@@ -2,7 +2,9 @@
 
 The wire's `input_tokens` leaves both cache counts out; ours holds them (O1). In a stream `message_start` gives the
 input and a placeholder for the output, each `message_delta` replaces what it names. A server tool may let the input
-grow on the way, so the last one wins. Compaction (beta) is billed beside the top-level counts and added to them.
+grow on the way, so the last one wins. How long what is written is kept only `message_start` says: where the total has
+grown since, what is kept for an hour is a lower bound. Compaction (beta) is billed beside the top-level counts and
+added to them.
 """
 
 from __future__ import annotations
@@ -107,7 +109,9 @@ def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
     write = usage.cache_write_input_tokens
     split = (usage.cache_write_5m_input_tokens or 0) + (usage.cache_write_1h_input_tokens or 0)
     if write is not None and split != write:  # the split of an earlier report than the total's
-        usage.cache_write_5m_input_tokens = usage.cache_write_1h_input_tokens = None
+        usage.cache_write_5m_input_tokens = None
+        if split > write:
+            usage.cache_write_1h_input_tokens = None  # else a lower bound: what has come since may be kept as long
     settle_parts(usage)
     settle_total(usage, raw)
     if type(tools := raw.get("server_tool_use")) is dict:
