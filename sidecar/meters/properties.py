@@ -116,6 +116,7 @@ PROVIDER_UNITS: Final[Mapping[str, str]] = {
     "characters": "characters of speech",
     "classifications": "Cohere's classifications",
     "code_execution_requests": "runs of code that a model asked for",
+    "image_tool_tokens": "tokens of the tool that makes pictures for a model",
     "images": "images that were made, or read",
     "pages": "pages that were read",
     "predict_seconds": "seconds that a prediction ran",

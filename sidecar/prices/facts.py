@@ -7,6 +7,7 @@ audio, the speed, the region. Nothing in it is trusted to have the type that it 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from decimal import Decimal, InvalidOperation
@@ -72,6 +73,7 @@ BILLED: Final[Mapping[str, tuple[str, ...]]] = {
     "characters": ("input_characters",),
     "billable_characters": ("input_characters",),
     "images": (),
+    "image_tool_tokens": (),
     "classifications": (),
     "predict_seconds": (),
     "billable_units": (),
@@ -87,6 +89,10 @@ _APART: Final[Mapping[str, tuple[str, ...]]] = {
 }
 # What is made by nothing else than that: there the price of the output is its price.
 _ALL_OF_IT: Final = {"speech": "audio_output_tokens", "image_generation": "image_output_tokens"}
+_SEARCHES: Final = ("web_searches",)
+# Whose searches Google bills by the prompt that made any; later models' by the search
+# (https://ai.google.dev/gemini-api/docs/pricing, "Grounding with Google Search").
+_BY_PROMPT: Final = re.compile(r"gemini-[12]\b.*")
 _CACHED_DETAILS: Final = ("input_token_details", "input_tokens_details", "prompt_tokens_details")
 _CACHED_BY_MODALITY: Final = {m: f"cache_{m}_read_tokens" for m in ("text", "audio", "image", "video")}
 _USAGE_NAMES: Final = frozenset(f.name for f in fields(Usage))
@@ -155,6 +161,8 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
             continue
         if name == "audio_seconds" and usage.operation == "speech":
             units = ("audio_seconds", "output_audio_seconds")
+        if units == _SEARCHES and count and _bills_prompts(usage):
+            count = 1
         counts |= dict.fromkeys(units, count)
         if count and priced and priced.isdisjoint(units):
             unsure = unsure or "unpriced_unit"
@@ -187,6 +195,10 @@ def apart_of(provider: str, rates: Rates) -> tuple[str, ...]:
 def stands_in(usage: Usage, apart: Iterable[str]) -> bool:
     """Whether the price of text stands in for that of other tokens: `apart`, as `apart_of` gives them."""
     return any(getattr(usage, name) and _ALL_OF_IT.get(usage.operation or "") != name for name in apart)
+
+
+def _bills_prompts(usage: Usage) -> bool:
+    return (usage.provider or "").startswith("gcp.") and any(map(_BY_PROMPT.fullmatch, names_of(usage)))
 
 
 def _cached_details(raw: Any) -> Iterator[tuple[str, int]]:

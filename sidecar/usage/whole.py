@@ -40,7 +40,7 @@ from sidecar.usage.formats.json_body import DOCUMENT_MAX_BYTES
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.base import Document, Reader, build
 from sidecar.usage.providers.fields import INPUT_DETAILS, OUTPUT_DETAILS
-from sidecar.usage.providers.openai import ChatCompletions, Responses
+from sidecar.usage.providers.openai import ChatCompletions, Responses, tools_used
 from sidecar.usage.readers import RequestReadingTap, UsageTaps
 from sidecar.usage.request_reader import BODY_MAX_BYTES
 from sidecar.usage.response_headers import REQUEST_IDS, hinted_provider, request_id
@@ -337,7 +337,8 @@ class Plan:
             asked = orjson.loads(request_body)["model"]
             if self.lean is Responses:
                 reason = document["status"]
-                if reason != "completed" or document["object"] != "response":
+                used = "tool_usage" in document and tools_used(document)
+                if reason != "completed" or document["object"] != "response" or used:
                     return None
             else:
                 (choice,) = document["choices"]
@@ -583,7 +584,7 @@ def _chat(row: Row, document: Document) -> bool:
 
 def _response(row: Row, document: Document) -> bool:
     status = document.get("status")
-    if document.get("object") != "response" or status not in ("completed", "incomplete"):
+    if document.get("object") != "response" or status not in ("completed", "incomplete") or tools_used(document):
         return False
     if not _counted(row, document["usage"], _RESPONSES):
         return False

@@ -156,3 +156,77 @@ def test_cache_writes_whose_life_is_not_told_make_an_estimate(
 def test_cache_writes_without_any_word_of_their_life_are_of_five_minutes() -> None:
     found = answered("/v1/messages", message(1000, None, None), host="api.anthropic.com")
     assert priced(found) == ("0.01143", EXACT)
+
+
+# Tools
+
+
+def response(*, searches: int = 0, pictures: int = 0, model: str = "gpt-5.4") -> dict[str, Any]:
+    tokens = {"input_tokens": 0, "output_tokens": pictures, "total_tokens": pictures}
+    return {
+        "id": "resp_1",
+        "object": "response",
+        "status": "completed",
+        "model": model,
+        "usage": {"input_tokens": 100, "output_tokens": 10, "total_tokens": 110},
+        "tool_usage": {"image_gen": tokens, "web_search": {"num_requests": searches}},
+    }
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("searches", "pictures", "units", "dollars", "expected"),
+    [
+        (0, 0, {}, "0.0004", EXACT),
+        (3, 0, {"web_search_requests": 3}, "0.0304", EXACT),  # 10 dollars for a thousand
+        (0, 4160, {"image_tool_tokens": 4160}, "0.0004", ("estimated", "unpriced_unit")),
+    ],
+)
+def test_what_the_tools_of_a_response_used_is_counted(
+    searches: int, pictures: int, units: dict[str, int], dollars: str, expected: State, *, streamed: bool
+) -> None:
+    said = response(searches=searches, pictures=pictures)
+    events = b"data: %b\n\n" % orjson.dumps({"type": "response.completed", "response": said})
+    asked = {"model": "gpt-5.4"}
+    found = answered("/v1/responses", events if streamed else said, host="api.openai.com", asked=asked)
+    assert (found.units, priced(found)) == (units, (dollars, expected))
+
+
+def grounded(model: str, *queries: str) -> dict[str, Any]:
+    return {
+        "candidates": [{"index": 0, "finishReason": "STOP", "groundingMetadata": {"webSearchQueries": list(queries)}}],
+        "usageMetadata": {"promptTokenCount": 100, "candidatesTokenCount": 10, "totalTokenCount": 110},
+        "modelVersion": model,
+    }
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+@pytest.mark.parametrize(
+    ("model", "queries", "dollars", "expected"),
+    [
+        ("gemini-3-pro-preview", ("a", "b"), "0.02832", EXACT),  # 14 dollars for a thousand searches
+        ("gemini-3-pro-preview", (), "0.00032", EXACT),
+        ("gemini-2.5-flash", ("a", "b"), "0.035055", EXACT),  # 35 for a thousand prompts, however many they search
+        ("gemini-2.0-flash-lite", ("a",), "0.0000105", ("estimated", "unpriced_unit")),
+    ],
+)
+def test_searches_that_ground_an_answer_of_gemini_are_counted(
+    model: str, queries: tuple[str, ...], dollars: str, expected: State, *, streamed: bool
+) -> None:
+    said = grounded(model, *queries)
+    first = {"candidates": [{"content": {"parts": [{"text": "x"}]}}], "modelVersion": model}
+    early = {"candidates": [said["candidates"][0] | {"finishReason": None}]}
+    events = b"".join(b"data: %b\n\n" % orjson.dumps(each) for each in (first, early, said))
+    path = f"/v1beta/models/{model}:" + ("streamGenerateContent?alt=sse" if streamed else "generateContent")
+    found = answered(path, events if streamed else said, host="generativelanguage.googleapis.com")
+    assert found.units == ({"web_search_requests": len(queries)} if queries else {})
+    assert priced(found) == (dollars, expected)
+
+
+def test_searches_of_an_interaction_are_counted() -> None:
+    counts = {"total_input_tokens": 100, "total_output_tokens": 10, "total_tokens": 110}
+    searches = {"grounding_tool_count": [{"type": "google_search", "count": 2}, {"type": "google_maps", "count": 1}]}
+    said = {"id": "i", "model": "gemini-3-pro-preview", "status": "completed", "usage": counts | searches}
+    found = answered("/v1beta/interactions", said, host="generativelanguage.googleapis.com")
+    assert found.units == {"web_search_requests": 2}
+    assert priced(found) == ("0.02832", EXACT)

@@ -269,6 +269,16 @@ def usages(draw: st.DrawFn) -> Any:
     return draw(st.sampled_from([raw, raw, raw, raw, None, {}, 7]))
 
 
+TOOLS = st.one_of(
+    st.sampled_from([None, 4, {}, {"image_gen": {"total_tokens": 0}, "web_search": {"num_requests": 0}}]),
+    st.builds(
+        lambda searches, tokens: {"image_gen": {"output_tokens": tokens}, "web_search": {"num_requests": searches}},
+        COUNT,
+        COUNT,
+    ),
+)
+
+
 @st.composite
 def documents(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
     path = draw(st.sampled_from([*LEAN_PATHS, "/other/responses", "/model/m/converse"]))
@@ -286,6 +296,8 @@ def documents(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
         document["status"] = draw(st.sampled_from(["completed", "completed", "incomplete", "queued", "failed", None]))
         document["incomplete_details"] = draw(st.sampled_from([None, {"reason": "max_output_tokens"}, {}, 3]))
         document["background"] = draw(st.booleans())
+        if draw(st.integers(0, 3)) == 0:
+            document["tool_usage"] = draw(TOOLS)
     else:
         document["type"] = draw(st.sampled_from(["message", "message", "error"]))
         document["stop_reason"] = draw(st.sampled_from(["end_turn", None, ""]))
@@ -375,6 +387,8 @@ def streams(draw: st.DrawFn) -> tuple[str, bytes]:
         events.append(("response.created", {"response": {"id": "r1", "model": "m", "status": "in_progress"}}))
         events += [("response.output_text.delta", {"delta": text}) for text in texts]
         done = {"id": "r1", "status": "completed", "object": "response", "usage": draw(usages())}
+        if draw(st.integers(0, 3)) == 0:
+            done["tool_usage"] = draw(TOOLS)
         events.append((draw(st.sampled_from(["response.completed", "response.failed", "error"])), {"response": done}))
     else:
         events.append(

@@ -20,7 +20,7 @@ _ANSWER: Tree = {
     "usageMetadata": True,
     "error": True,
     "promptFeedback": {"blockReason": True},
-    "candidates": [{"index": True, "finishReason": True}],
+    "candidates": [{"index": True, "finishReason": True, "groundingMetadata": {"webSearchQueries": True}}],
     "embedding": {"statistics": True},
     "predictions": [{"embeddings": {"statistics": True}}],
     "metadata": {"billableCharacterCount": True},
@@ -29,7 +29,9 @@ _ANSWER: Tree = {
 
 class Gemini(Reader):
     wanted: ClassVar[Tree] = {**_ANSWER, "response": _ANSWER}
-    keep: ClassVar[tuple[bytes, ...] | None] = (b'"usageMetadata"', b'"finishReason"', b'"error"', b'"blockReason"')
+    keep: ClassVar[tuple[bytes, ...] | None] = (
+        *(b'"usageMetadata"', b'"finishReason"', b'"error"', b'"blockReason"', b'"webSearchQueries"'),
+    )
     skip_after: ClassVar[tuple[str, ...]] = ("model",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
     arrays_stream: ClassVar[bool] = True
@@ -37,6 +39,7 @@ class Gemini(Reader):
     def __init__(self, *args: object) -> None:
         super().__init__(*args)  # type: ignore[arg-type]
         self._characters: object = None
+        self._searches = 0
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -65,9 +68,16 @@ class Gemini(Reader):
         candidates = document.get("candidates")
         if type(candidates) is list:
             self.seen = True
+            searches = 0
             for candidate in candidates:
-                if type(candidate) is dict and self.finished(candidate.get("index"), candidate.get("finishReason")):
+                if type(candidate) is not dict:
+                    continue
+                if self.finished(candidate.get("index"), candidate.get("finishReason")):
                     self.final = True
+                if "groundingMetadata" in candidate:
+                    queries = part(candidate["groundingMetadata"]).get("webSearchQueries")
+                    searches += len(queries) if type(queries) is list else 0
+            self._searches = max(self._searches, searches)  # repeated, or longer, on the way
         if self.finished(0, part(document.get("promptFeedback")).get("blockReason")):
             self.seen = self.final = True
         usage = document.get("usageMetadata")
@@ -88,6 +98,8 @@ class Gemini(Reader):
 
     def fill(self, usage: Usage, raw: Document) -> None:
         fill_gemini(self, usage, raw)
+        if self._searches:
+            usage.units["web_search_requests"] = self._searches
         characters = count(self._characters)
         if characters is not None:
             usage.units["billable_characters"] = characters
@@ -214,5 +226,11 @@ class Interactions(Reader):
         usage.tool_use_input_tokens = tools
         usage.reasoning_output_tokens = thoughts
         usage.cache_read_input_tokens = number(raw, "total_cached_tokens")
+        tools_used = raw.get("grounding_tool_count")
+        searches = 0
+        for entry in map(part, tools_used if type(tools_used) is list else ()):
+            searches += count(entry.get("count")) or 0 if entry.get("type") == "google_search" else 0
+        if searches:
+            usage.units["web_search_requests"] = searches
         fill_modalities(usage, "input", raw.get("input_tokens_by_modality"), amount="tokens")
         fill_modalities(usage, "output", raw.get("output_tokens_by_modality"), amount="tokens")

@@ -9,6 +9,7 @@ known places; the last report wins (M1 to M3). What the numbers of a usage objec
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
@@ -153,7 +154,30 @@ _RESPONSE: Tree = {
     "incomplete_details": True,
     "error": True,
     "usage": True,
+    "tool_usage": True,
 }
+
+
+_NO_TOOLS: Mapping[str, int] = {}
+
+
+def tools_used(document: Document) -> dict[str, int]:
+    """What a response's own tools consumed beside its tokens, as units; those that were not used are left out.
+
+    `tool_usage.web_search.num_requests`, and the tokens of the model that made pictures for this one in
+    `tool_usage.image_gen`: seen in captures of 2026 (https://github.com/router-for-me/CLIProxyAPI reads them so).
+    """
+    tools = document.get("tool_usage")
+    if type(tools) is not dict:
+        return {}
+    units: dict[str, int] = {}
+    if searches := count(part(tools.get("web_search")).get("num_requests")):
+        units["web_search_requests"] = searches
+    pictures = part(tools.get("image_gen"))
+    both = sum(count(pictures.get(key)) or 0 for key in ("input_tokens", "output_tokens"))
+    if tokens := max(both, count(pictures.get("total_tokens")) or 0):
+        units["image_tool_tokens"] = tokens
+    return units
 
 
 class Responses(Reader):
@@ -164,6 +188,8 @@ class Responses(Reader):
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
 
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b'"response"', b'"response.')
+
+    tools: Mapping[str, int] = _NO_TOOLS
 
     @classmethod
     def claims(cls, document: Document) -> bool:
@@ -212,9 +238,12 @@ class Responses(Reader):
             detail = name(part(document.get("incomplete_details")).get("reason"))
             self.finished(0, detail if status == "incomplete" and detail else status)
         self.report(document.get("usage"))
+        if "tool_usage" in document:
+            self.tools = tools_used(document) or self.tools
 
     def fill(self, usage: Usage, raw: Document) -> None:
         fill_tokens(self, usage, raw)
+        usage.units.update(self.tools)
 
 
 # Sound and pictures: transcriptions, speech and images, plain and as events, by OpenAI and those who imitate it.
