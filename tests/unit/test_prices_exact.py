@@ -230,3 +230,51 @@ def test_searches_of_an_interaction_are_counted() -> None:
     found = answered("/v1beta/interactions", said, host="generativelanguage.googleapis.com")
     assert found.units == {"web_search_requests": 2}
     assert priced(found) == ("0.02832", EXACT)
+
+
+# Terms
+
+
+@pytest.mark.parametrize(
+    ("traffic", "tier", "expected"),
+    [
+        ("ON_DEMAND", "on_demand", EXACT),
+        ("ON_DEMAND_PRIORITY", "priority", ("estimated", "tier")),
+        ("ON_DEMAND_FLEX", "flex", ("estimated", "tier")),
+        ("PROVISIONED_THROUGHPUT", "provisioned_throughput", ("estimated", "tier")),
+        (None, None, EXACT),
+        (7, None, EXACT),
+    ],
+)
+def test_the_traffic_of_vertex_is_a_tier_of_service(traffic: object, tier: str | None, expected: State) -> None:
+    said = grounded("gemini-2.5-flash")
+    said["usageMetadata"]["trafficType"] = traffic
+    path = "/v1/projects/p/locations/global/publishers/google/models/gemini-2.5-flash:generateContent"
+    found = answered(path, said, host="aiplatform.googleapis.com")
+    assert (found.service_tier, priced(found)[1]) == (tier, expected)
+    chat = {
+        "id": "c",
+        "object": "chat.completion",
+        "model": "gemini-2.5-flash",
+        "choices": [{"index": 0, "finish_reason": "stop"}],
+        "usage": {
+            "prompt_tokens": 100,
+            "completion_tokens": 10,
+            "total_tokens": 110,
+            "extra_properties": {"google": {"traffic_type": traffic}},
+        },
+    }
+    path = "/v1/projects/p/locations/global/endpoints/openapi/chat/completions"
+    found = answered(path, chat, host="aiplatform.googleapis.com")
+    assert (found.service_tier, priced(found)[1]) == (tier, expected)
+
+
+def test_a_tier_of_vertex_costs_what_the_table_says() -> None:
+    model = "gemini-3.8-flash-tts"
+    said = grounded(model)
+    path = f"/v1/projects/p/locations/global/publishers/google/models/{model}:generateContent"
+    standard = priced(answered(path, said, host="aiplatform.googleapis.com"))
+    said["usageMetadata"]["trafficType"] = "ON_DEMAND_PRIORITY"
+    dearer = priced(answered(path, said, host="aiplatform.googleapis.com"))
+    assert standard[1] == dearer[1] == EXACT
+    assert float(dearer[0] or 0) > float(standard[0] or 0)

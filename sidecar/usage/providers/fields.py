@@ -22,7 +22,7 @@ from typing import Any
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader
-from sidecar.usage.values import COUNT_MAX, count, decimal_text, part, plain_decimal, quantity
+from sidecar.usage.values import COUNT_MAX, count, decimal_text, name, part, plain_decimal, quantity
 
 _READ, _WRITE = "cache_read_input_tokens", "cache_write_input_tokens"
 
@@ -180,6 +180,13 @@ def fill_parts(reader: Reader, usage: Usage, raw: Document) -> None:
     kept = usage.cache_write_5m_input_tokens, usage.cache_write_1h_input_tokens
     if usage.cache_write_input_tokens is None and kept != (None, None):
         usage.cache_write_input_tokens = sum(amount or 0 for amount in kept)  # stated only by how long it is kept
+
+
+def google_tier(traffic: object) -> str | None:
+    """The service tier of Google's `TrafficType` (https://github.com/googleapis/python-genai): `ON_DEMAND_PRIORITY` is
+    what others call priority, `PROVISIONED_THROUGHPUT` a tier of its own."""
+    word = name(traffic)
+    return None if word is None else word.removeprefix("ON_DEMAND_").lower()
 
 
 def stated_cost(raw: Document) -> str | None:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader, Tree, fill_modalities
+from sidecar.usage.providers.fields import google_tier
 from sidecar.usage.values import count, name, part
 
 _ANSWER: Tree = {
@@ -82,7 +83,6 @@ class Gemini(Reader):
             self.seen = self.final = True
         usage = document.get("usageMetadata")
         self.report(usage)
-        self.service_tier = name(part(usage).get("serviceTier")) or self.service_tier
         if not usage:
             self._embeddings(document)
 
@@ -147,6 +147,7 @@ def fill_gemini(reader: Reader, usage: Usage, raw: Document) -> None:
     usage.tool_use_input_tokens = tools
     usage.reasoning_output_tokens = thoughts
     usage.cache_read_input_tokens = number(raw, "cachedContentTokenCount")
+    usage.service_tier = name(raw.get("serviceTier")) or google_tier(raw.get("trafficType")) or usage.service_tier
     sides = (("input", "prompt"), ("output", "response" if live else "candidates"))
     for direction, side in sides:  # embeddings leave out an s
         fill_modalities(usage, direction, raw.get(f"{side}TokensDetails") or raw.get(f"{side}TokenDetails"))

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader, Tree
-from sidecar.usage.providers.fields import fill_tokens
+from sidecar.usage.providers.fields import fill_tokens, google_tier
 from sidecar.usage.values import count, name, part
 
 # One search instead of many: a member of interest that is not null.
@@ -99,6 +99,9 @@ class ChatCompletions(Reader):
 
     def fill(self, usage: Usage, raw: Document) -> None:
         fill_tokens(self, usage, raw)
+        if "extra_properties" in raw:  # of Google's models behind this surface
+            google = part(part(raw["extra_properties"]).get("google"))
+            usage.service_tier = google_tier(google.get("traffic_type")) or usage.service_tier
 
 
 class Embeddings(ChatCompletions):
