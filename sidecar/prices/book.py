@@ -28,6 +28,7 @@ from sidecar.prices.facts import (
     Terms,
     apart_of,
     context_of,
+    costs_more,
     counts_of,
     declared_of,
     names_of,
@@ -291,7 +292,7 @@ class PriceBook:
         if found is None:
             model = names[0] if names else None
             return _Entry(None, model, self.source, USD, UNPRICED, unsure, since_s=since_s, until_s=until_s)
-        if unsure is None and _in_gov(names, host):
+        if unsure is None and costs_more(names, host):
             unsure = "region"
 
         def served(speed: str | None, reason: str | None) -> _Entry:
@@ -660,11 +661,6 @@ def _rank(price: CustomPrice) -> tuple[bool, int, bool, bool, str]:
 def _same_model(name: str, found: Found) -> bool:
     """Whether another name for it is known to mean this entry: a deployment's name says nothing."""
     return found.name.lower().endswith(name)
-
-
-def _in_gov(names: Sequence[str], host: str | None) -> bool:
-    """AWS's government regions have prices of their own, which the table does not have."""
-    return any(name.startswith("us-gov.") for name in names) or (host is not None and ".us-gov-" in host)
 
 
 def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = False) -> _Entry:

@@ -26,6 +26,12 @@ STANDARD_TIERS: Final = frozenset(
     {"", "default", "standard", "standard_only", "on_demand", "on-demand", "service_tier_unspecified", "unspecified"}
 )
 STANDARD_SPEEDS: Final = frozenset({"", "standard"})
+_OPENAI_REGION: Final = re.compile(r"[a-z]+\.api\.openai\.com", re.IGNORECASE)
+_VERTEX_REGION: Final = re.compile(
+    r"(?!global-)(?:[a-z0-9-]+-aiplatform|aiplatform\.[a-z]+\.rep)\.googleapis\.com", re.IGNORECASE
+)
+_GPT: Final = re.compile(r"(?:ft:)?gpt-(\d+)(?:[.-](\d{1,2})(?!\d))?")
+_CLAUDE: Final = re.compile(r"claude-[a-z]+-(\d{1,2})(?!\d)(?:[.-](\d{1,2})(?!\d))?")
 ELSEWHERE: Final = frozenset({"", "global", "not_available"})  # `inference_geo` without a surcharge
 
 # Ours (OpenTelemetry's gen_ai.provider.name where it has one) to the table's.
@@ -120,6 +126,31 @@ def terms_of(raw: Any) -> Terms | None:
     fast = isinstance(speed, str) and speed.lower() not in STANDARD_SPEEDS
     dear = isinstance(geo, str) and geo.lower() not in ELSEWHERE
     return (str(speed) if fast else None, dear) if fast or dear else None
+
+
+def costs_more(names: Iterable[str], host: str | None) -> bool:
+    """Whether the region that is asked may have another price than the table's.
+
+    So have AWS's government regions. OpenAI's endpoints of a region have a surcharge for models since gpt-5.4
+    (https://platform.openai.com/docs/pricing, "Regional processing"), Vertex's have one for Claude since 4.5, where the
+    address without a region is the global one (https://platform.claude.com/docs/en/about-claude/pricing).
+    """
+    host = host or ""
+    if ".us-gov-" in host:
+        return True
+    of_openai, of_vertex = _OPENAI_REGION.fullmatch(host), _VERTEX_REGION.fullmatch(host)
+    for name in names:
+        if name.startswith("us-gov."):
+            return True
+        if of_openai and (found := _GPT.match(name)) and _version(found) >= (5, 4):
+            return True
+        if of_vertex and (found := _CLAUDE.match(name)) and _version(found) >= (4, 5):
+            return True
+    return False
+
+
+def _version(found: re.Match[str]) -> tuple[int, int]:
+    return int(found[1]), int(found[2] or 0)
 
 
 def names_of(usage: Usage, aws: bool = False) -> list[str]:

@@ -278,3 +278,25 @@ def test_a_tier_of_vertex_costs_what_the_table_says() -> None:
     dearer = priced(answered(path, said, host="aiplatform.googleapis.com"))
     assert standard[1] == dearer[1] == EXACT
     assert float(dearer[0] or 0) > float(standard[0] or 0)
+
+
+IN_A_REGION: State = ("estimated", "region")
+
+
+@pytest.mark.parametrize(
+    ("provider", "model", "host", "expected"),
+    [
+        ("openai", "gpt-5.4", "api.openai.com", EXACT),
+        ("openai", "gpt-5.4", "eu.api.openai.com", IN_A_REGION),
+        ("openai", "gpt-5.4-2026-03-05", "us.api.openai.com", IN_A_REGION),
+        ("openai", "gpt-5-2025-08-07", "eu.api.openai.com", EXACT),
+        ("openai", "gpt-4o", "eu.api.openai.com", EXACT),
+        ("gcp.vertex_ai", "claude-sonnet-4-5@20250929", "aiplatform.googleapis.com", EXACT),
+        ("gcp.vertex_ai", "claude-sonnet-4-5@20250929", "us-east5-aiplatform.googleapis.com", IN_A_REGION),
+        ("gcp.vertex_ai", "claude-sonnet-4-5@20250929", "aiplatform.eu.rep.googleapis.com", IN_A_REGION),
+        ("gcp.vertex_ai", "claude-opus-4-1@20250805", "us-east5-aiplatform.googleapis.com", EXACT),
+        ("gcp.vertex_ai", "gemini-2.5-flash", "us-east5-aiplatform.googleapis.com", EXACT),
+    ],
+)
+def test_a_region_with_a_surcharge_makes_an_estimate(provider: str, model: str, host: str, expected: State) -> None:
+    assert priced(usage(provider, model), host)[1] == expected
