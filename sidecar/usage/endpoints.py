@@ -58,6 +58,11 @@ class Endpoint:
     provider: str | None  # pinned, or known by the upstream's host
     elements: tuple[Element, ...]
     claimable: bool = False  # whether any reader may claim an answer that the row, if any, does not know
+    path_decides: bool = False  # the path says which model answers, whatever the body says; a deployment's does not
+
+    def asked(self, said: str | None) -> str | None:
+        """The model that is asked for, where the body says `said`."""
+        return (self.model or said) if self.path_decides else (said or self.model)
 
 
 class Endpoints:
@@ -138,7 +143,8 @@ class Endpoints:
                 row = self._pinned(pin[0]) or row
             model = parts.get("model") or parts.get("deployment")
             claimable = posted or row.unmetered is None
-            return Endpoint(row, unquote(model) if model else None, provider, own, claimable)
+            decides = bool(parts.get("model"))
+            return Endpoint(row, unquote(model) if model else None, provider, own, claimable, decides)
         if posted:
             return Endpoint(self._pinned(pin[0]) if pin is not None else None, None, provider, own, claimable=True)
         return Endpoint(None, None, provider, own) if own and method != "HEAD" else None

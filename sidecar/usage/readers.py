@@ -208,5 +208,5 @@ class RequestReadingTap:
             return None
         usage = Usage(usage_state=UsageState.ABSENT, operation=row.operation, reason="no answer came")
         usage.provider = self.endpoint.provider or row.provider
-        usage.request_model = self.body.model or self.endpoint.model
+        usage.request_model = self.endpoint.asked(self.body.model)
         return usage

@@ -414,7 +414,7 @@ class ResponseReader:
             or hinted_provider(self._fields)
             or DEFAULT_PROVIDER
         )
-        usage.request_model = body.model or endpoint.model
+        usage.request_model = endpoint.asked(body.model)
         usage.upstream_request_id = request_id(self._fields)
         if self._first_token_ns and usage.streamed and self._request.opened_ns:
             usage.time_to_first_token_ms = (self._first_token_ns - self._request.opened_ns) / 1e6

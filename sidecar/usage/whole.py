@@ -125,8 +125,8 @@ class Plan:
     """
 
     __slots__ = (
-        "_coding", "_endpoint", "_fields", "_five", "_headers", "_method", "_nobodys", "_operation", "_provider",
-        "_request_id", "_status", "_target", "_three", "lean", "per_call", "taps",
+        "_coding", "_endpoint", "_fields", "_five", "_has_usual", "_headers", "_method", "_nobodys", "_operation",
+        "_provider", "_request_id", "_status", "_target", "_three", "lean", "per_call", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -155,6 +155,7 @@ class Plan:
         custom = [element.header for element in endpoint.elements if element.header is not None]
         self.per_call = frozenset((*REQUEST_IDS, *named, *custom))
         self.lean = self._lean_family()
+        self._has_usual = self.lean is not Messages and not endpoint.path_decides
         known = row is not None or by_header is not None or endpoint.elements
         self._nobodys = not known and not self._coding and self.is_document
         self._provider = DEFAULT_PROVIDER
@@ -314,7 +315,7 @@ class Plan:
             document = _document(response)
             if document is None:
                 return None
-            if self.lean is not Messages:
+            if self._has_usual:
                 found = self._usual(request_body, document, fields)
                 if found is not None:
                     return found
@@ -432,7 +433,7 @@ class Plan:
             return None
         usage.provider = self._endpoint.provider or reader.provider or self._provider
         usage.operation = self._operation
-        usage.request_model = name(asked.get("model")) or self._endpoint.model
+        usage.request_model = self._endpoint.asked(name(asked.get("model")))
         usage.upstream_request_id = request_id(fields)
         if first_token_ns and opened_ns:
             usage.time_to_first_token_ms = (first_token_ns - opened_ns) / 1e6
@@ -466,7 +467,7 @@ class Plan:
         asked = _object(body)
         if asked is None:
             raise ValueError("a request that the general way must read")
-        return name(asked.get("model")) or self._endpoint.model
+        return self._endpoint.asked(name(asked.get("model")))
 
 
 def _document(body: bytes) -> Document | None:

@@ -300,3 +300,11 @@ IN_A_REGION: State = ("estimated", "region")
 )
 def test_a_region_with_a_surcharge_makes_an_estimate(provider: str, model: str, host: str, expected: State) -> None:
     assert priced(usage(provider, model), host)[1] == expected
+
+
+def test_on_bedrock_the_path_sets_the_price_and_not_a_member_of_the_body() -> None:
+    said = {"output": {}, "stopReason": "end_turn", "usage": {"inputTokens": 100, "outputTokens": 10}}
+    path, host = "/model/anthropic.claude-opus-4-1-20250805-v1%3A0/converse", "bedrock-runtime.us-east-1.amazonaws.com"
+    found = answered(path, said, host=host, asked={"model": "amazon.nova-micro-v1:0"})
+    assert priced(found, host)[0] == priced(answered(path, said, host=host), host)[0]
+    assert priced(found, host)[0] is not None

@@ -563,6 +563,27 @@ def test_the_model_in_the_path_is_the_one_asked(path: str, model: str) -> None:
     assert usage.request_model == model
 
 
+@pytest.mark.parametrize(
+    ("path", "model"),
+    [
+        ("/model/us.anthropic.claude-opus-4-1-20250805-v1%3A0/converse", "us.anthropic.claude-opus-4-1-20250805-v1:0"),
+        ("/v1beta/models/gemini-3:generateContent", "gemini-3"),
+        ("/v1/projects/p/locations/l/publishers/anthropic/models/claude-opus-4-5:rawPredict", "claude-opus-4-5"),
+        ("/v1/projects/p/locations/l/publishers/mistralai/models/m-1:rawPredict", "m-1"),
+        ("/openai/deployments/prod-chat/chat/completions", "cheaper"),  # whose name is one's own
+        ("/v1/projects/p/locations/l/endpoints/123:generateContent", "cheaper"),
+        ("/v1/chat/completions", "cheaper"),
+    ],
+)
+def test_where_the_path_names_the_model_the_body_cannot_name_another(path: str, model: str) -> None:
+    used = {"prompt_tokens": 61, "completion_tokens": 13, "total_tokens": 74}
+    document = orjson.dumps({"id": "c", "object": "chat.completion", "choices": [], "usage": used})
+    for body, status in ((document, 200), (b"", 500)):
+        usage = answer(body, path=path, request=b'{"model":"cheaper"}', status=status)
+        assert usage is not None
+        assert usage.request_model == model
+
+
 def test_the_time_to_the_first_token_is_the_first_texts_not_the_first_events() -> None:
     now = [1_000_000_000]
     taps = UsageTaps(clock_ns=lambda: now[0])
@@ -729,7 +750,7 @@ def test_models_of_others_on_vertex_are_vertex(publisher: str) -> None:
     path = f"/v1/projects/p/locations/l/publishers/{publisher}/models/m-1:rawPredict"
     usage = answer(chat(prompt_tokens=61, completion_tokens=13), path=path)
     assert usage is not None
-    assert (usage.provider, usage.total_tokens, usage.request_model) == ("gcp.vertex_ai", 74, "asked")
+    assert (usage.provider, usage.total_tokens, usage.request_model) == ("gcp.vertex_ai", 74, "m-1")
 
 
 @pytest.mark.parametrize("path", ["/v1/chat", "/v2/chat", "/v1/rerank"])

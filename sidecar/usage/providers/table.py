@@ -76,14 +76,14 @@ def _any(*paths: str) -> tuple[str, ...]:
     return (*paths, *(f"*{path}" for path in paths))
 
 
-_GOOGLE = ("*/models/{model}", "*/tunedModels/{model}", "*/endpoints/{model}")
+_GOOGLE = ("*/models/{model}", "*/tunedModels/{model}", "*/endpoints/{deployment}")
 _CLOUD_CODE = (
     "*/v1internal",
     "*/v1internal/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
 )
 _VERTEX = (
     "*/projects/{project}/locations/{location}/publishers/{publisher}/models/{model}",
-    "*/projects/{project}/locations/{location}/endpoints/{model}",
+    "*/projects/{project}/locations/{location}/endpoints/{deployment}",
 )
 
 
