@@ -109,6 +109,7 @@ DECIMAL: Final[Mapping[str, Callable[[Record], Value]]] = {
 }
 # What providers count beside tokens, as `usage.units` has it (`sidecar.usage.providers`).
 PROVIDER_UNITS: Final[Mapping[str, str]] = {
+    "advisor_tokens": "tokens of another model that Anthropic's asked on the way",
     "annotated_pages": "pages that were read and annotated",
     "audio_seconds": "seconds of audio",
     "billable_characters": "characters that Google bills",

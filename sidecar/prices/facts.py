@@ -78,6 +78,7 @@ BILLED: Final[Mapping[str, tuple[str, ...]]] = {
     "annotated_pages": ("input_annotated_document_pages",),
     "characters": ("input_characters",),
     "billable_characters": ("input_characters",),
+    "advisor_tokens": (),
     "images": (),
     "image_tool_tokens": (),
     "classifications": (),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import orjson
@@ -308,3 +309,13 @@ def test_on_bedrock_the_path_sets_the_price_and_not_a_member_of_the_body() -> No
     found = answered(path, said, host=host, asked={"model": "amazon.nova-micro-v1:0"})
     assert priced(found, host)[0] == priced(answered(path, said, host=host), host)[0]
     assert priced(found, host)[0] is not None
+
+
+def test_what_an_advisor_of_another_model_consumed_is_not_left_out_silently() -> None:
+    said = orjson.loads((Path(__file__).parents[1] / "data/samples/anthropic_messages_advisor.json").read_bytes())
+    found = answered("/v1/messages", said, host="api.anthropic.com")
+    assert (found.total_tokens, found.units) == (1995, {"advisor_tokens": 2410})
+    assert priced(found)[1] == ("estimated", "unpriced_unit")
+    said["usage"]["iterations"] = [each for each in said["usage"]["iterations"] if each["type"] == "message"]
+    found = answered("/v1/messages", said, host="api.anthropic.com")
+    assert (found.units, priced(found)[1]) == ({}, EXACT)

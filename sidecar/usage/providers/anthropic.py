@@ -10,7 +10,7 @@ added to them.
 from __future__ import annotations
 
 import re
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader, Tree
@@ -96,9 +96,7 @@ def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
     counts = {ours: number for ours, theirs in _COUNTS if (number := reader.number(raw, theirs)) is not None}
     iterations = raw.get("iterations")
     if type(iterations) is list:
-        for entry in iterations:
-            if part(entry).get("type") == "compaction":
-                _add(reader, counts, entry)
+        _iterate(reader, usage, counts, iterations)
     for field, amount in counts.items():
         setattr(usage, field, amount)
     fill_parts(reader, usage, raw)
@@ -120,6 +118,20 @@ def fill_anthropic(reader: Reader, usage: Usage, raw: Document) -> None:
                 usage.units[unit] = used
     if tier := name(raw.get("service_tier")):
         usage.service_tier = tier
+
+
+def _iterate(reader: Reader, usage: Usage, counts: dict[str, int], iterations: list[Any]) -> None:
+    """Entries of type `message` are what the counts at the top consist of. A compaction stands beside these and is
+    added; so does what another model was asked on the way (an advisor), which has that model's price: it is a unit."""
+    advice: dict[str, int] = {}
+    for entry in map(part, iterations):
+        kind = entry.get("type")
+        if kind == "compaction":
+            _add(reader, counts, entry)
+        elif kind != "message" and type(kind) is str:
+            _add(reader, advice, entry)
+    if tokens := sum(advice.values()):
+        usage.units["advisor_tokens"] = tokens
 
 
 def _add(reader: Reader, counts: dict[str, int], entry: Document) -> None:
