@@ -115,6 +115,7 @@ PROVIDER_UNITS: Final[Mapping[str, str]] = {
     "billable_characters": "characters that Google bills",
     "billable_units": "fal's units",
     "characters": "characters of speech",
+    "citation_tokens": "tokens of what Perplexity cites",
     "classifications": "Cohere's classifications",
     "code_execution_requests": "runs of code that a model asked for",
     "image_tool_tokens": "tokens of the tool that makes pictures for a model",

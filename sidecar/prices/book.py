@@ -25,18 +25,22 @@ from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
 from sidecar.prices.facts import (
     PROVIDERS,
+    STATES_COSTS,
     Terms,
     apart_of,
     context_of,
     costs_more,
     counts_of,
     declared_of,
+    differs,
     names_of,
+    request_fee,
     stands_in,
     terms_of,
     usage_of,
+    wrong_fee,
 )
-from sidecar.prices.rates import PICO, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
+from sidecar.prices.rates import PICO, REQUESTS, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
 
 Cost = dict[str, Any]
@@ -55,6 +59,7 @@ UNPRICED: Final = "unpriced"
 ESTIMATES: Final = (
     "near_match", "other_name", "gateway", "provider_guessed", "tier", "region", "cache_write_life", "unpriced_unit",
     "partial_usage", "estimated_usage", "counts_disagree", "meter",
+    "declared_differs",
 )  # fmt: skip
 UNKNOWNS: Final = (
     "unknown_model", "unknown_provider", "no_price", "no_model", "no_table", "no_usage", "nothing_counted",
@@ -85,6 +90,7 @@ class _Entry:
     state: str = EXACT
     reason: str | None = None
     plain: Plain | None = None  # of the rates, where nothing else is to be added
+    states_cost: bool = False  # the provider says what it charges, and it is the table's price that is taken
     apart: tuple[str, ...] = ()  # fields of a usage that the provider prices apart, and the rates do not
     since_s: float = 0.0
     until_s: float = 0.0
@@ -341,7 +347,8 @@ class PriceBook:
         state = EXACT if reason is None else ESTIMATED
         plain = None if self._meters[Side.PROVIDER] else rates.plain
         apart = apart_of(found.provider, rates) if rates.priced else ()
-        return _Entry(rates, found.name, source, USD, state, reason, plain, apart)
+        states = own is None and found.provider in STATES_COSTS
+        return _Entry(rates, found.name, source, USD, state, reason, plain, states, apart)
 
     def _provider(self, word: str | None, host: str | None) -> tuple[Provider | None, frozenset[str]]:
         """The table's provider, by the address that was called, else by the record's word; and every word for it."""
@@ -413,6 +420,12 @@ class PriceBook:
             unsure = "unpriced_unit"
         reason = entry.reason or unsure or ("counts_disagree" if summed.odd else None)
         parts, total = summed.parts, summed.total
+        if entry.states_cost and REQUESTS in parts:
+            if (fee := request_fee(usage.raw_usage)) is not None:
+                total += fee - parts.pop(REQUESTS)
+                parts |= {REQUESTS: fee} if fee else {}
+            elif wrong_fee(usage.raw_usage):
+                reason = reason or "tier"
         if counts.get("cache_write_5m_tokens", 0) > 0 and "cache_write" in parts:
             parts = {"cache_write_5m" if name == "cache_write" else name: part for name, part in parts.items()}
         for price in self._meters[side]:
@@ -421,6 +434,8 @@ class PriceBook:
                 parts[price.name.replace(" ", ":")] = part
                 total += part
             reason = reason or (None if known else "meter")
+        if reason is None and entry.states_cost and side is Side.PROVIDER and differs(total, usage.cost_usd):
+            reason = "declared_differs"
         state = EXACT if reason is None else ESTIMATED
         if declared is not None and self.declared_first:
             return self._of_declared(entry, declared)

@@ -20,6 +20,9 @@ from sidecar.prices.rates import PICO, Count, Rates
 Terms = tuple[str | None, bool]
 """Of a vendor's usage object: a speed that is not the standard one, and whether the region costs more."""
 
+ROUNDING: Final = PICO // 10**9  # less than that others may differ, who calculate with floats
+# Who states what a call cost and means what is charged, by the table's word; a gateway's statement is a calculation.
+STATES_COSTS: Final = frozenset({"perplexity", "openrouter", "x-ai"})
 _DIGITS_MAX: Final = 15  # before the point, of what others state: more is no amount
 # What providers call the tier that costs the standard price.
 STANDARD_TIERS: Final = frozenset(
@@ -66,6 +69,7 @@ _COUNTS: Final = {
     "image_output_tokens": "output_image_tokens",
     "audio_output_tokens": "output_audio_tokens",
 }
+CITED: Final = "citation_tokens"  # beside the output; only Perplexity's deep research bills them
 # The record's `units` that cost something, and what the table may have a price of theirs for (nothing: no table has
 # one, which is said); seconds are of the input but for speech. Any other unit is free, or one's own.
 BILLED: Final[Mapping[str, tuple[str, ...]]] = {
@@ -74,6 +78,7 @@ BILLED: Final[Mapping[str, tuple[str, ...]]] = {
     "search_queries": ("web_searches",),
     "web_search_requests": ("web_searches",),
     "code_execution_requests": ("code_executions",),
+    CITED: ("output_citation_tokens",),
     "pages": ("input_document_pages",),
     "annotated_pages": ("input_annotated_document_pages",),
     "characters": ("input_characters",),
@@ -187,17 +192,8 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
     priced = rates.priced  # nothing at all: the model is free
     if priced and any(counts.get(whole) and whole not in priced for whole in WHOLES):  # not free: it is not known
         unsure = unsure or "unpriced_unit"
-    for name, amount in (usage.units or {}).items():
-        units, count = BILLED.get(name), _count(amount)
-        if count is None or units is None:
-            continue
-        if name == "audio_seconds" and usage.operation == "speech":
-            units = ("audio_seconds", "output_audio_seconds")
-        if units == _SEARCHES and count and _bills_prompts(usage):
-            count = 1
-        counts |= dict.fromkeys(units, count)
-        if count and priced and priced.isdisjoint(units):
-            unsure = unsure or "unpriced_unit"
+    if usage.units and not _take_units(usage, counts, priced):
+        unsure = unsure or "unpriced_unit"
     if counts.get("cache_read_tokens") and not rates.priced.isdisjoint(_CACHED_BY_MODALITY.values()):
         for word, tokens in _cached_details(usage.raw_usage):
             if (cached := _CACHED_BY_MODALITY.get(word)) is not None:
@@ -227,6 +223,56 @@ def apart_of(provider: str, rates: Rates) -> tuple[str, ...]:
 def stands_in(usage: Usage, apart: Iterable[str]) -> bool:
     """Whether the price of text stands in for that of other tokens: `apart`, as `apart_of` gives them."""
     return any(getattr(usage, name) and _ALL_OF_IT.get(usage.operation or "") != name for name in apart)
+
+
+def _take_units(usage: Usage, counts: dict[str, Count], priced: frozenset[str]) -> bool:
+    """Add the units of a record to the counts. Whether all that is billed of them has a price."""
+    all_priced = True
+    for name, amount in (usage.units or {}).items():
+        units, count = BILLED.get(name), _count(amount)
+        if count is None or units is None:
+            continue
+        if name == CITED:
+            if priced.isdisjoint(units) or _in_input(usage):
+                continue
+            counts["output_tokens"] = counts.get("output_tokens", 0) + count
+        if name == "audio_seconds" and usage.operation == "speech":
+            units = ("audio_seconds", "output_audio_seconds")
+        if units == _SEARCHES and count and _bills_prompts(usage):
+            count = 1
+        counts |= dict.fromkeys(units, count)
+        if count and priced and priced.isdisjoint(units):
+            all_priced = False
+    return all_priced
+
+
+def _in_input(usage: Usage) -> bool:
+    """Whether the stated total had the citations inside, so that they are in the input already (O2)."""
+    raw = usage.raw_usage
+    said = raw.get("prompt_tokens") if type(raw) is dict else None
+    return said != usage.input_tokens
+
+
+def request_fee(raw: Any) -> int | None:
+    """Of Perplexity's usage object: what it takes for the request itself, in pico-USD; it depends on the search."""
+    cost = raw.get("cost") if type(raw) is dict else None
+    return declared_of(cost.get("request_cost")) if type(cost) is dict else None
+
+
+def wrong_fee(raw: Any) -> bool:
+    """Whether a request cost another fee than the table's, which is that of the largest search."""
+    size = raw.get("search_context_size") if type(raw) is dict else None
+    return size is not None and size != "high" and request_fee(raw) is None
+
+
+def differs(ours: int, text: object) -> bool:
+    """Whether a stated cost is another one than ours, beyond the rounding of its last digit."""
+    number = None if text is None else _decimal(str(text))
+    if number is None:
+        return False
+    exponent = number.as_tuple().exponent
+    last = Fraction(10) ** exponent * PICO if isinstance(exponent, int) else 0
+    return abs(Fraction(number) * PICO - ours) >= max(last, ROUNDING)
 
 
 def _bills_prompts(usage: Usage) -> bool:

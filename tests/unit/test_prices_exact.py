@@ -13,7 +13,8 @@ from sidecar.meters.properties import PROVIDER_UNITS
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import usage_to_dict
 from sidecar.prices import PriceBook
-from sidecar.prices.facts import BILLED
+from sidecar.prices.custom import read_prices
+from sidecar.prices.facts import BILLED, CITED
 from sidecar.prices.table import builtin
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.whole import read_call
@@ -63,7 +64,7 @@ def answered(
     return found
 
 
-@pytest.mark.parametrize("unit", sorted(BILLED))
+@pytest.mark.parametrize("unit", sorted(set(BILLED) - {CITED}))
 def test_a_unit_that_is_billed_and_has_no_price_makes_an_estimate(unit: str) -> None:
     assert priced(usage("deepseek", "deepseek-chat", units={unit: 1}))[1] == ("estimated", "unpriced_unit")
     assert priced(usage("deepseek", "deepseek-chat", units={unit: 0}))[1] == EXACT
@@ -319,3 +320,63 @@ def test_what_an_advisor_of_another_model_consumed_is_not_left_out_silently() ->
     said["usage"]["iterations"] = [each for each in said["usage"]["iterations"] if each["type"] == "message"]
     found = answered("/v1/messages", said, host="api.anthropic.com")
     assert (found.units, priced(found)[1]) == ({}, EXACT)
+
+
+# What the provider declares
+
+
+def sonar(model: str, cost: dict[str, float] | None, **more: Any) -> Usage:
+    """Figures of https://docs.perplexity.ai/getting-started/pricing."""
+    used = {"prompt_tokens": 33, "completion_tokens": 7163, "total_tokens": 7196, **more}
+    said = {
+        "id": "c",
+        "object": "chat.completion",
+        "model": model,
+        "choices": [{"index": 0, "finish_reason": "stop"}],
+        "usage": used | ({} if cost is None else {"cost": cost}),
+    }
+    return answered("/chat/completions", said, host="api.perplexity.ai", asked={"model": model})
+
+
+@pytest.mark.parametrize(
+    ("stated", "expected"), [(0.409, EXACT), (0.409393, EXACT), (0.45, ("estimated", "declared_differs"))]
+)
+def test_deep_research_costs_its_citations_too(stated: float, expected: State) -> None:
+    more = {"citation_tokens": 20016, "num_search_queries": 18, "reasoning_tokens": 73997}
+    found = sonar("sonar-deep-research", {"total_cost": stated}, **more)
+    assert found.units == {"citation_tokens": 20016, "search_queries": 18}
+    assert priced(found) == ("0.409393", expected)
+
+
+def test_citations_that_are_in_the_input_are_not_added_to_it() -> None:
+    found = sonar("sonar-deep-research", None, citation_tokens=1000, total_tokens=8196)
+    assert found.input_tokens == 1033
+    assert priced(found) == ("0.05937", EXACT)
+
+
+def test_citations_of_other_models_are_free() -> None:
+    assert priced(sonar("sonar", None, citation_tokens=1000, search_context_size="high"))[1] == EXACT
+
+
+@pytest.mark.parametrize(
+    ("size", "fee", "dollars", "expected"),
+    [
+        ("low", 0.006, "0.113544", EXACT),
+        ("high", 0.014, "0.121544", EXACT),
+        ("low", None, "0.121544", ("estimated", "tier")),  # the table has the largest search's alone
+        ("high", None, "0.121544", EXACT),
+    ],
+)
+def test_the_fee_of_a_request_is_the_declared_one(size: str, fee: float | None, dollars: str, expected: State) -> None:
+    cost = None if fee is None else {"request_cost": fee, "total_cost": 0.107544 + fee}
+    assert priced(sonar("sonar-pro", cost, search_context_size=size)) == (dollars, expected)
+
+
+def test_a_stated_cost_that_differs_leaves_a_price_of_ones_own_exact() -> None:
+    table = {"provider": "openrouter", "model": "*", "input": "1", "output": "1"}
+    book = PriceBook(builtin(), read_prices([table], []))
+    call = usage("openrouter", "openai/gpt-5", cost_usd="0.5")
+    assert priced(call)[1] == ("estimated", "declared_differs")
+    cost, _ = book.cost(call, NOW_S)
+    assert cost is not None
+    assert cost["state"] == "exact"

@@ -110,6 +110,7 @@ _LASTING = {
 }
 _UNITS = {
     "num_search_queries": "search_queries",
+    "citation_tokens": "citation_tokens",
     "prompt_audio_seconds": "audio_seconds",
     "audio_seconds": "audio_seconds",
     "seconds": "audio_seconds",  # OpenAI's and vLLM's `type: duration`
@@ -134,7 +135,7 @@ _COSTS: tuple[tuple[str, int], ...] = (  # name, power of ten
 )
 _COST_TOTALS = ("total_cost", "total", "total_cost_usd", "usd")  # where a cost is an object
 _DOLLARS = (None, "USD", "usd")
-_NO_FIELD = ("citation_tokens",)  # Perplexity: read by the model, billed, and no part that we name
+_NO_FIELD = ("citation_tokens",)  # Perplexity: read by the model, billed, and of neither whole: a unit
 _MONEY = frozenset((*(name for name, _ in _COSTS), "cost_details"))
 
 
