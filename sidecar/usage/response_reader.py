@@ -424,7 +424,7 @@ class ResponseReader:
             usage.error = usage.error or f"http_{self._status}"
         if row is not None and row.unmetered is not None:
             usage.usage_state = UsageState.ABSENT
-            usage.reason = row.unmetered
+            usage.reason = reader.reason or row.unmetered
             clear(usage)
         elif usage.usage_state is UsageState.ABSENT:
             usage.reason = usage.reason or self._reason or _why_absent(usage, self._status)

@@ -11,6 +11,8 @@ import orjson
 import pytest
 
 from sidecar.model.exchange import Usage
+from sidecar.usage.providers.fallback import BACKGROUND as BACKGROUND_READ
+from sidecar.usage.providers.fallback import NOT_FINISHED, STORED
 from sidecar.usage.readers import Element, Pin, UsageTaps
 
 JSON = (b"Content-Type", b"application/json")
@@ -763,3 +765,30 @@ def test_a_path_of_coheres_does_not_make_another_answer_coheres(path: str) -> No
     usage = answer(plain, path=path)
     assert usage is not None
     assert (usage.input_tokens, usage.output_tokens) == (223, 1187)
+
+
+BACKGROUND = {"id": "resp_1", "object": "response", "background": True, "model": "gpt-5"}
+COUNTED = {"input_tokens": 111, "output_tokens": 11, "total_tokens": 122}
+
+
+def test_a_background_response_is_counted_nowhere_and_says_so_each_time() -> None:
+    made = answer(BACKGROUND | {"status": "queued", "usage": None}, path="/v1/responses")
+    assert made is not None
+    assert (made.usage_state, made.total_tokens, made.reason) == ("absent", None, NOT_FINISHED)
+    done = BACKGROUND | {"status": "completed", "usage": COUNTED}
+    events = b"data: %b\n\n" % orjson.dumps({"type": "response.completed", "response": done})
+    for body, headers in ((orjson.dumps(done), (JSON,)), (events, (SSE,))):
+        fetched = answer(body, path="/v1/responses/resp_1", headers=headers, method="GET", request=b"")
+        assert fetched is not None
+        assert (fetched.usage_state, fetched.total_tokens, fetched.reason) == ("absent", None, BACKGROUND_READ)
+        assert (fetched.response_id, fetched.raw_usage) == ("resp_1", COUNTED)
+    streamed = answer(events, path="/v1/responses", headers=(SSE,))
+    assert streamed is not None
+    assert (streamed.usage_state, streamed.total_tokens) == ("final", 122)
+
+
+def test_a_stored_response_that_was_not_made_in_the_background_was_counted_when_it_was_made() -> None:
+    done = BACKGROUND | {"background": False, "status": "completed", "usage": COUNTED}
+    fetched = answer(done, path="/v1/responses/resp_1", method="GET", request=b"")
+    assert fetched is not None
+    assert (fetched.usage_state, fetched.reason, fetched.raw_usage) == ("absent", STORED, None)

@@ -35,6 +35,39 @@ class Unmetered(Reader):
         self.fail(document.get("error"))
 
 
+STORED = "a stored answer read again: counted when it was made, where it was finished by then"
+BACKGROUND = "a background response read again: counted where its stream was read to the end, else nowhere"
+NOT_FINISHED = "not finished: what it used is shown when it is fetched, and counted nowhere"
+
+
+class StoredAnswer(Unmetered):
+    """An answer that is looked at again, however often: nobody here knows which look is the first, so none counts.
+
+    One that was made in the background had no numbers when it was made. They are kept verbatim, for whoever adds them
+    up once an id.
+    """
+
+    _INNER: ClassVar[Tree] = {"id": True, "model": True, "background": True, "usage": True}
+    wanted: ClassVar[Tree] = {**Unmetered.wanted, **_INNER, "response": _INNER}
+
+    def can_skip(self, block: bytes) -> bool:
+        return b'"background"' not in block
+
+    def message(self, document: Document, event: str) -> bool:
+        response = document.get("response")
+        self.document(response if type(response) is dict else document)
+        return False
+
+    def document(self, document: Document) -> None:
+        super().document(document)
+        if document.get("background") is True:
+            self.reason = BACKGROUND
+            self.report(document.get("usage"))
+
+    def fill(self, usage: Usage, raw: Document) -> None:
+        """Nothing: `raw_usage` alone says what the response used."""
+
+
 class Batch(Unmetered):
     """A batch object: its usage is shown on every poll, so it is kept verbatim and counted nowhere."""
 

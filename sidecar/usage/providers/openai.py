@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fallback import NOT_FINISHED
 from sidecar.usage.providers.fields import fill_tokens, google_tier
 from sidecar.usage.values import count, name, part
 
@@ -235,7 +236,7 @@ class Responses(Reader):
         status = name(document.get("status"))
         if status in ("queued", "in_progress"):
             if document.get("background") is True:
-                self.reason = "a background response: its usage is known only when it is fetched"
+                self.reason = NOT_FINISHED
         elif status is not None:
             self.reason = None
             detail = name(part(document.get("incomplete_details")).get("reason"))

@@ -6,6 +6,7 @@ from typing import ClassVar
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.fallback import NOT_FINISHED
 from sidecar.usage.values import part, quantity
 
 
@@ -34,7 +35,7 @@ class Replicate(Reader):
         if document.get("status") == "failed":
             self.error = "failed"
         elif document.get("status") in ("starting", "processing"):
-            self.reason = "not finished: what it used is known when it is fetched"
+            self.reason = NOT_FINISHED
         self.report(document.get("metrics"))
 
     def fill(self, usage: Usage, raw: Document) -> None:

@@ -19,7 +19,7 @@ from sidecar.usage.providers.deepgram import Deepgram, DeepgramSpeak
 from sidecar.usage.providers.elevenlabs import ElevenLabs
 from sidecar.usage.providers.exa import Exa
 from sidecar.usage.providers.fal import Fal
-from sidecar.usage.providers.fallback import Batch, Unmetered
+from sidecar.usage.providers.fallback import STORED, Batch, StoredAnswer, Unmetered
 from sidecar.usage.providers.gemini import CloudCode, Gemini, Interactions, Vertex
 from sidecar.usage.providers.jina import JinaReader
 from sidecar.usage.providers.mistral import MistralConversations, MistralOcr
@@ -41,7 +41,6 @@ from sidecar.usage.providers.selfhosted import LlamaCpp, LmStudio, SGLang, TextE
 from sidecar.usage.providers.snowflake import Cortex
 from sidecar.usage.providers.watsonx import Watsonx, WatsonxChat
 
-STORED = "a stored answer read again: counted when it was made"
 FREE = "an estimate, free of charge"
 BODY_END = "the end of the body, or the array's `]`"
 """The end mark of streams that have none."""
@@ -578,7 +577,7 @@ ROWS: tuple[Row, ...] = (
             *_any("/v1/threads/{thread}/runs/{run}/cancel"),
             "/openai/v1/responses/{id}",
         ),
-        Unmetered,
+        StoredAnswer,
         "fetch_response",
         method="GET POST",
         unmetered=STORED,
@@ -590,7 +589,7 @@ ROWS: tuple[Row, ...] = (
             *("*/responses/{id}", "*/responses/{id}/cancel", "*/chat/completions/{id}", "*/interactions/{id}/cancel"),
             *("*/threads/{thread}/runs/{id}", "*/threads/{thread}/runs/{run}/cancel"),
         ),
-        Unmetered,
+        StoredAnswer,
         "fetch_response",
         hint_only=True,
         unmetered=STORED,
