@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
-from sidecar.gate.counters import Need
+from sidecar.gate.counters import HELD_MAX, Need
 from sidecar.gate.limits import MILLIONTHS, Action, Facts, Limit
 from sidecar.gate.windows import FOREVER_NS, Calendar
 from sidecar.meters.definition import Kind, Meter
@@ -97,7 +97,9 @@ class Plan:
     needs_cost: bool
 
     def asked(self, needs: Needs) -> list[Need]:
-        return [Need(slot.limit.name, slot.scope, needs[slot.place] * slot.factor) for slot in self.slots]
+        return [
+            Need(slot.limit.name, slot.scope, min(needs[slot.place] * slot.factor, HELD_MAX)) for slot in self.slots
+        ]
 
 
 class Allowances:
@@ -187,7 +189,7 @@ class Allowances:
             if key in full:
                 slot.full, slot.left = True, 0
             elif (lease := more.get(key, 0)) > 0:
-                slot.left += lease
+                slot.left = min(slot.left + lease, HELD_MAX)  # so that no call takes more of it
                 self._leased.add(slot)
         return held
 
@@ -210,7 +212,7 @@ class Allowances:
         for key, amount in held.items():
             slot = self._by_key.get(key)
             if slot is not None and not slot.full:
-                slot.left += amount
+                slot.left = min(slot.left + amount, HELD_MAX)
                 self._leased.add(slot)
 
     def give_up(self) -> dict[str, int]:

@@ -29,7 +29,7 @@ from sidecar.gate.windows import FOREVER_NS, SECOND_NS, Calendar, Sliding, Windo
 LEASE_PARTS: Final = 50  # a lease is at most this part of what is left
 SHARED_PARTS: Final = 8  # the same of what this sidecar holds a lease of, which is a small part of all already
 LEASE_CALLS_MAX: Final = 256  # and at most so many calls of the size of the one that asked
-LEASE_MAX: Final = 1 << 62  # it is told in 64 bits
+HELD_MAX: Final = 1 << 62  # for one call, and leased beside it: a record has it in 64 bits
 LATE_NS: Final = 3600 * SECOND_NS  # how long a counter is kept after its period: calls that were let in in it still end
 WARN_PERCENT: Final = 80
 ALLOWED: Final = "allowed"
@@ -170,7 +170,7 @@ class Counters:
             parts = SHARED_PARTS if share is not None and share.blocks else LEASE_PARTS
             lease = 0
             if left > 0 and self._leases:
-                lease = min((left - reserved) // parts, amount * LEASE_CALLS_MAX, LEASE_MAX)
+                lease = min((left - reserved) // parts, amount * LEASE_CALLS_MAX, HELD_MAX)
             if lease >= amount > 0:
                 more[counter.key] = lease
                 self._leased.setdefault(counter.key, set()).add(process)

@@ -161,12 +161,14 @@ class Owner:
     def died(self, process: str, left_open: Iterable[bytes]) -> None:
         """It is no more. `left_open`: the lines of its calls that become records with outcome `unknown`."""
         self._known.pop(process, None)
-        for line in left_open:
-            try:
-                self.settle(exchange_of(Record.from_json(line)))
-            except ValueError:
-                log.exception("a call that was left open could not be counted")
-        self.counters.gone(process)
+        try:
+            for line in left_open:
+                try:
+                    self.settle(exchange_of(Record.from_json(line)))
+                except Exception as error:  # noqa: BLE001 - one odd record must not stop the others
+                    log.error("a call that was left open could not be counted: %s", type(error).__name__)
+        finally:
+            self.counters.gone(process)
         if self._others is not None:
             self._others.died(lambda call_id: process_of(call_id) == process)
         self._heard(process)
@@ -430,18 +432,28 @@ def count_records(
     lines: Iterable[bytes], charging: Charging, wanted: Callable[[Record], bool], outputs: Outputs | None = None
 ) -> Counters:
     """The counters as these records leave them. Lines that are no records are passed over: what is damaged is told by
-    whoever delivers it. `outputs`: told what responses had."""
+    whoever delivers it. One in which something is odd is left out alone, and said. `outputs`: told what responses
+    had."""
     counters = Counters(charging.limits)
+    odd: Tally[str] = Tally()
     for line in lines:
         try:
             record = Record.from_json(line)
         except ValueError:
             continue
-        if wanted(record):
-            call = exchange_of(record)
-            counters.settle("", charging.charges(call), call.started_ns)
-            if outputs is not None:
-                outputs.ended(call)
+        try:
+            if wanted(record):
+                call = exchange_of(record)
+                counters.settle("", charging.charges(call), call.started_ns)
+                if outputs is not None:
+                    outputs.ended(call)
+        except Exception as error:  # noqa: BLE001 - likewise
+            odd[type(error).__name__] += 1
+    if odd:
+        log.error(
+            "records that could not be counted are left out of what was used of the limits",
+            extra={"facts": {"records": odd.total(), "why": ", ".join(odd)}},
+        )
     return counters
 
 

@@ -7,6 +7,7 @@ byte for byte, and a backend's own form is derived from it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -46,6 +47,7 @@ _NO_VALUE: Final = object()
 _LEFT_OUT: Final = tuple(_NO_VALUE if name in USAGE_CORE else None for name in USAGE_FIELDS)
 
 _INT_MAX: Final = 2**63 - 1  # orjson's own bound on what it writes
+WHOLE: Final = re.compile(r"-?[0-9]{1,60}")  # one beyond it, as text
 _DEPTH_MAX: Final = 100  # orjson stops at 254; a provider's usage object is five deep
 
 
@@ -368,7 +370,20 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
 
 def _read_gate(row: dict[str, Any]) -> Gate:
     source, age_s = row.get("source") or "", row.get("age_s") or 0.0
-    return Gate(row["decision"], row.get("limit"), source, age_s, row.get("reserved") or {}, row.get("sent", True))
+    reserved = row.get("reserved") or {}
+    if not all(type(amount) is int for amount in reserved.values()):
+        reserved = _read_amounts(reserved)
+    return Gate(row["decision"], row.get("limit"), source, age_s, reserved, row.get("sent", True))
+
+
+def _read_amounts(stored: Mapping[str, Any]) -> dict[str, int]:
+    """Whole numbers, of which some are too large for JSON's. What is none is left out, so that its call is counted by
+    what its record says beside it."""
+    return {
+        key: int(amount)
+        for key, amount in stored.items()
+        if type(amount) is int or (type(amount) is str and WHOLE.fullmatch(amount))
+    }
 
 
 def usage_of(row: dict[str, Any]) -> Usage:

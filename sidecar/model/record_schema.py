@@ -17,7 +17,7 @@ from sidecar.model.exchange import (
     Usage,
     UsageState,
 )
-from sidecar.model.record import RECORD_VERSION, USAGE_CORE
+from sidecar.model.record import RECORD_VERSION, USAGE_CORE, WHOLE
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 AMOUNT: Final = r"^-?[0-9]+(\.[0-9]+)?$"  # a decimal as text
@@ -67,7 +67,10 @@ _GATE: Final[dict[str, Any]] = {
         "limit": _text(),
         "source": _text(null=False),
         "age_s": {"type": "number", "minimum": 0},
-        "reserved": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "reserved": {
+            "type": "object",
+            "additionalProperties": {"type": ["integer", "string"], "pattern": f"^{WHOLE.pattern}$"},
+        },
         "sent": {"const": False},  # only where nothing of the call went upstream
     },
     "required": ["decision", "limit", "source", "age_s"],
