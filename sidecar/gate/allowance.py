@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from sidecar.gate.counters import HELD_MAX, Need
-from sidecar.gate.limits import MILLIONTHS, Action, Facts, Limit
+from sidecar.gate.limits import MILLIONTHS, PICO, Action, Facts, Limit
 from sidecar.gate.windows import FOREVER_NS, Calendar
 from sidecar.meters.definition import Kind, Meter
 
@@ -51,13 +51,15 @@ class Granted(Protocol):
 
 
 class Measure(NamedTuple):
-    """How much a call may need of a unit: what stands at a place of its needs, times a factor."""
+    """How much a call may need of a unit: what stands at a place of its needs, times a factor, and rounded up where a
+    divisor makes it no whole number."""
 
     place: int
     factor: int
+    divisor: int = 1
 
     def of(self, needs: Needs) -> int:
-        return needs[self.place] * self.factor
+        return -(-needs[self.place] * self.factor // self.divisor)
 
 
 def measure_of(unit: str, meter: Meter | None) -> Measure:
@@ -65,23 +67,29 @@ def measure_of(unit: str, meter: Meter | None) -> Measure:
     if meter is None:
         return Measure(_PLACES.get(unit, NOTHING), 1)
     factor = MILLIONTHS if meter.multiplier is None else int(MILLIONTHS * meter.multiplier) + 1
-    return Measure(_PLACES.get("calls" if meter.kind is Kind.COUNT else meter.field or "", NOTHING), factor)
+    place = _PLACES.get("calls" if meter.kind is Kind.COUNT else meter.field or "", NOTHING)
+    return Measure(place, factor, PICO if place == COST else 1)
 
 
 class Slot:
     """One counter, as far as this process may use it. `until_ns`: the end of its period."""
 
-    __slots__ = ("blocks", "factor", "full", "key", "left", "limit", "place", "scope", "until_ns")
+    __slots__ = ("blocks", "divisor", "factor", "full", "key", "left", "limit", "place", "scope", "until_ns")
 
     def __init__(self, limit: Limit, scope: str, *, dry_run: bool) -> None:
         self.limit = limit
         self.scope = scope
-        self.place, self.factor = measure_of(limit.unit, limit.meter)
+        self.place, self.factor, self.divisor = measure_of(limit.unit, limit.meter)
         self.blocks = limit.action is Action.BLOCK and not dry_run
         self.key = ""
         self.left = 0
         self.until_ns = 0
         self.full = False  # its period is used up
+
+    def amount(self, needs: Needs) -> int:
+        """As `Measure.of`."""
+        whole = needs[self.place] * self.factor
+        return whole if self.divisor == 1 else -(-whole // self.divisor)
 
     @property
     def blocks_money(self) -> bool:
@@ -97,9 +105,7 @@ class Plan:
     needs_cost: bool
 
     def asked(self, needs: Needs) -> list[Need]:
-        return [
-            Need(slot.limit.name, slot.scope, min(needs[slot.place] * slot.factor, HELD_MAX)) for slot in self.slots
-        ]
+        return [Need(slot.limit.name, slot.scope, min(slot.amount(needs), HELD_MAX)) for slot in self.slots]
 
 
 class Allowances:
@@ -143,7 +149,7 @@ class Allowances:
         return Plan(
             tuple(slots),
             any(slot.limit.needs_body for slot in slots),
-            any(slot.limit.unit == "cost_usd" for slot in slots),
+            any(slot.limit.needs_cost for slot in slots),
         )
 
     def _forget(self) -> None:
@@ -160,11 +166,17 @@ class Allowances:
         slots = plan.slots
         for slot in slots:
             # Also who needs nothing of a counter needs that there is something left.
-            if slot.left < (needs[slot.place] * slot.factor or 1) or now_ns >= slot.until_ns:
+            amount = needs[slot.place] * slot.factor
+            if slot.divisor != 1:
+                amount = -(-amount // slot.divisor)
+            if slot.left < (amount or 1) or now_ns >= slot.until_ns:
                 return None
         held = {}
         for slot in slots:
-            held[slot.key] = amount = needs[slot.place] * slot.factor
+            amount = needs[slot.place] * slot.factor
+            if slot.divisor != 1:
+                amount = -(-amount // slot.divisor)
+            held[slot.key] = amount
             slot.left -= amount
         self._open[id(held)] = held
         return held

@@ -135,6 +135,11 @@ class Limit:
         return self.unit not in ("calls", "concurrent")
 
     @property
+    def needs_cost(self) -> bool:
+        """Whether what a call will cost is set aside for it."""
+        return self.unit == "cost_usd" or _sums_cost(self.meter)
+
+    @property
     def in_hours(self) -> bool:
         """Whether sums by hour, subscriber, model, provider and route tell what was used of it."""
         return self.meter is None and all(
@@ -308,9 +313,16 @@ class Charging:
         return self._price(usage.provider, model, usage.input_tokens or 0, usage.output_tokens or 0, call.started_ns)
 
     @staticmethod
-    def _metered(meter: Meter, call: Exchange) -> int:
-        quantity = meter.quantity(record_of(call, seq=0, instance="", line=b""))
+    def _metered(meter: Meter, call: Exchange) -> int | None:
+        record = record_of(call, seq=0, instance="", line=b"")
+        quantity = meter.quantity(record)
+        if quantity is None and call.usage is not None and _sums_cost(meter) and meter.measured((record,)):
+            return None
         return 0 if quantity is None or quantity < 0 else _rounded_up(Decimal(quantity) * MILLIONTHS)
+
+
+def _sums_cost(meter: Meter | None) -> bool:
+    return meter is not None and meter.kind is Kind.SUM and meter.field == "cost_usd"
 
 
 def _used_nothing(call: Exchange) -> bool:
@@ -409,7 +421,7 @@ def remarks(limits: Sequence[Limit], *, priced: bool = True) -> list[str]:
         if not limit.amount:
             what = "every call is denied" if limit.action is Action.BLOCK else "every call is over it"
             found.append(f"limit {limit.name}: its amount is 0: {what}")
-        if limit.unit == "cost_usd" and not priced:
+        if limit.needs_cost and not priced:
             found.append(f"limit {limit.name}: only costs that providers state are counted: there are no prices")
         if limit.meter is not None and limit.meter.kind is Kind.SUM and limit.meter.field not in PLAIN_UNITS:
             found.append(f"limit {limit.name}: what a call adds is known at its end only: nothing is reserved for it")

@@ -163,7 +163,7 @@ def asking(settings: Settings) -> Asking | None:
 def notes(settings: Settings) -> list[str]:
     """What is no fault and still worth knowing."""
     found = remarks(limits(settings), priced=_has_prices(settings))
-    if any(limit.unit == "cost_usd" for limit in limits(settings)):
+    if any(limit.needs_cost for limit in limits(settings)):
         other = {price.currency for price in price_book(settings).own if price.side is Side.PROVIDER} - {USD}
         found += [f"limits of cost_usd do not count what is priced in {currency}" for currency in sorted(other)]
     if (settings.limits or settings.gate.limits) and LIMITS not in settings.gate.gate:
@@ -185,7 +185,7 @@ def models(settings: Settings) -> Callable[[str | None], Models | None]:
     if not _has_prices(settings) or not estimates:
         return lambda upstream: None
     book, hosts = price_book(settings), priced_hosts(settings)
-    counts = any(limit.unit == "cost_usd" for limit in found) or (asked is not None and asked.needs_cost)
+    counts = any(limit.needs_cost for limit in found) or (asked is not None and asked.needs_cost)
 
     def of(upstream: str | None) -> Models:
         host = hosts[upstream]

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sidecar.gate.admission import Admission, Meant, Models, Policy, Verdict
+from sidecar.gate.allowance import measure_of
 from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import (
     ANSWERS_KEPT,
@@ -23,6 +24,7 @@ from sidecar.gate.estimate import (
 from sidecar.gate.limits import read_limits
 from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
+from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Gate, Subscriber
 from sidecar.settings import AskedSettings
 from sidecar.usage.readers import UsageTaps
@@ -176,6 +178,35 @@ def test_money_is_set_aside_by_the_price() -> None:
         [("cost_usd-per-day", "acme", 300)],
         [("cost_usd-per-day", "acme", 0)],
     ]
+
+
+@pytest.mark.parametrize(("multiplier", "expected"), [(None, 2), ("0.001", 1), ("1000", 1201)])
+@pytest.mark.parametrize("beside", [(), ("cost_usd=9/day",)])
+def test_for_a_meter_of_money_the_price_is_set_aside_in_its_own_unit(
+    multiplier: str | None, expected: int, beside: tuple[str, ...]
+) -> None:
+    weighing = {} if multiplier is None else {"multiplier": multiplier}
+    meters = read_meters([{"name": "spend", "aggregation": {"type": "SUM", "field": "cost_usd", **weighing}}])
+    asked: list[tuple[Any, ...]] = []
+    policy = Policy(
+        limits=read_limits((), ["meter:spend=100/day", *beside], meters=meters),
+        meant=lambda method, target, upstream: Meant("openai", None, True),
+        key_of=lambda fields: None,
+        deny=DENY,
+        models=Models(lambda *_: 1_200_001, lambda provider, model: None),
+    )
+    gate = Admission(policy, clock_ns=lambda: AT_NS, call_later=lambda after, do: Timer(do))
+    gate.send = asked.append
+    weighed = weigh(gate, b'{"model": "m", "max_tokens": 92}')
+    gate.ask(weighed, "1", lambda verdict: None)
+    assert asked[0][3][0] == ("meter-spend-per-day", "acme", expected)
+    # and so it is where this process decides
+    key = weighed.plan.slots[0].limit.key("acme", AT_NS)
+    gate.answered(answer(1, 1, held={}, more={slot.limit.key("acme", AT_NS): 10**9 for slot in weighed.plan.slots}))
+    verdict = gate.at_once(weighed)
+    assert verdict is not None
+    assert verdict.gate.reserved[key] == expected
+    assert measure_of("meter:spend", meters[0]).of(weighed.needs) == expected
 
 
 @pytest.mark.parametrize(("limit", "denied"), [("cost_usd=9/day", True), ("total_tokens=9/day", False)])

@@ -351,7 +351,7 @@ def call(outcome: Outcome = Outcome.COMPLETE, state: UsageState | None = UsageSt
     if state is not None:
         usage = Usage(
             usage_state=state,
-            model="gpt-5",
+            model=given.pop("model", "gpt-5"),
             provider="openai",
             input_tokens=given.pop("input_tokens", 10),
             output_tokens=given.pop("output_tokens", 5),
@@ -493,6 +493,56 @@ def test_meters_count_in_millionths() -> None:
     limits = read("", "meter:calls_ok=5", "meter:weighed=5")
     found = {charge.limit.unit: charge.amount for charge in Charging(limits).charges(call())}
     assert found == {"meter:calls_ok": 1_000_000, "meter:weighed": 2_500_000}
+
+
+def test_a_cost_that_nobody_knows_is_no_meter_of_nothing() -> None:
+    meters = read_meters(
+        [
+            {
+                "name": "spend",
+                "aggregation": {"type": "SUM", "field": "cost_usd"},
+                "filters": [{"key": "model", "values": ["gpt-5"]}],
+            }
+        ]
+    )
+    (limit,) = read("", "meter:spend=5", meters=meters)
+    key = "meter-spend-per-total|acme|total"
+    gate, dollar = Gate("allowed", reserved={key: 7}), {"currency": "USD", "total": "1.5"}
+
+    def charged(unknown: str, **given: Any) -> int:
+        (found,) = Charging([limit], None, unknown).charges(call(gate=gate, **given))
+        return found.amount
+
+    assert charged("reserve", cost=dollar) == 1_500_000
+    assert charged("reserve") == 7
+    assert charged("zero") == 0
+    assert charged("reserve", model="gpt-4") == 0, "the meter does not measure it"
+    assert limit.needs_cost
+    assert remarks([limit], priced=False) == [
+        "limit meter-spend-per-total: only costs that providers state are counted: there are no prices"
+    ]
+
+
+def test_a_limit_of_a_meter_of_money_asks_for_prices(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        """
+        upstream_url = "https://api.openai.com"
+        limits = "meter:spend=9/day"
+        [[meters]]
+        name = "spend"
+        aggregation = { type = "SUM", field = "cost_usd" }
+        [[prices]]
+        provider = "openai"
+        model = "own"
+        input = "1"
+        output = "2"
+        """
+    )
+    environ = {"SIDECAR_CONFIG": str(tmp_path / "s.toml"), "SIDECAR_PRICES": "none"}
+    models = gate_factory.models(load(environ, backend_settings=backend_settings()))(None)
+    assert models is not None
+    assert models.price is not None
+    assert models.price("openai", "own", 10, 20, AT_NS) == 50_000_000
 
 
 def test_how_far_back_records_count() -> None:
