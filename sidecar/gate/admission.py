@@ -454,7 +454,7 @@ class Admission:
         elif self._on_failure == "last":
             decision, name, at_ns = self._lasts.get(weighed.facts, (ALLOWED, None, 0))
             age_s = round((pending.at_ns - at_ns) / SECOND_NS, 1) if at_ns else 0.0
-            if age_s > LAST_S:
+            if not 0.0 <= age_s <= LAST_S:  # the clock may have been set back since
                 decision, name, age_s = ALLOWED, None, 0.0
         if decision != DENIED:
             pending.then(Verdict(Gate(ALLOWED, None, ON_FAILURE, age_s)))

@@ -72,9 +72,9 @@ def measure_of(unit: str, meter: Meter | None) -> Measure:
 
 
 class Slot:
-    """One counter, as far as this process may use it. `until_ns`: the end of its period."""
+    """One counter, as far as this process may use it. `from_ns`, `until_ns`: its period."""
 
-    __slots__ = ("blocks", "divisor", "factor", "full", "key", "left", "limit", "place", "scope", "until_ns")
+    __slots__ = ("blocks", "divisor", "factor", "from_ns", "full", "key", "left", "limit", "place", "scope", "until_ns")
 
     def __init__(self, limit: Limit, scope: str, *, dry_run: bool) -> None:
         self.limit = limit
@@ -83,7 +83,7 @@ class Slot:
         self.blocks = limit.action is Action.BLOCK and not dry_run
         self.key = ""
         self.left = 0
-        self.until_ns = 0
+        self.from_ns = self.until_ns = 0
         self.full = False  # its period is used up
 
     def amount(self, needs: Needs) -> int:
@@ -184,7 +184,7 @@ class Allowances:
     def used_up(self, plan: Plan, now_ns: int) -> Limit | None:
         """The limit of which the owner has said that it stays used up for now."""
         for slot in plan.slots:
-            if slot.full and slot.blocks and now_ns < slot.until_ns:
+            if slot.full and slot.blocks and slot.from_ns <= now_ns < slot.until_ns:
                 return slot.limit
         return None
 
@@ -210,7 +210,8 @@ class Allowances:
         window = slot.limit.window
         self._by_key.pop(slot.key, None)
         slot.key, slot.left, slot.full = key, 0, False
-        slot.until_ns = window.period(at_ns).end_ns if isinstance(window, Calendar) else FOREVER_NS
+        period = window.period(at_ns) if isinstance(window, Calendar) else None
+        slot.from_ns, slot.until_ns = (0, FOREVER_NS) if period is None else (period.start_ns, period.end_ns)
         self._by_key[key] = slot
 
     def ended(self, held: Mapping[str, int]) -> None:

@@ -211,14 +211,14 @@ class Counters:
             return max(window.less_at_ns(counter.parts, at_ns) - at_ns, 0) / SECOND_NS
         return max(counter.end_ns - at_ns - self.shift_ns, 0) / SECOND_NS
 
-    def settle(self, process: str, charges: Iterable[Charge], at_ns: int) -> None:
-        """A call has ended. `at_ns`: when it was let in."""
+    def settle(self, process: str, charges: Iterable[Charge], at_ns: int, now_ns: int = FOREVER_NS) -> None:
+        """A call has ended. `at_ns`: when it was let in; `now_ns`: the clock may have been set back since."""
         for charge in charges:
             counter = self._counter(charge.limit, charge.key, charge.scope, at_ns + self.shift_ns)
             if charge.reserved:
                 self._give_back(process, counter, charge.reserved)
             if charge.amount:
-                counter.add(charge.amount, at_ns)
+                counter.add(charge.amount, min(at_ns, now_ns))
                 if self._reached is not None:
                     self._tell(counter, at_ns)
 
@@ -252,6 +252,14 @@ class Counters:
             for part, amount in counter.parts.items():
                 mine.parts[part] = mine.parts.get(part, 0) + amount
 
+    def set_back(self, now_ns: int) -> None:
+        """The clock was set back, or may be behind the one that records were made by. What a sliding window has of
+        later than now is of now. A calendar's periods have their names: what was used of a later one counts in that."""
+        for counter in self._counters.values():
+            sliding = counter.limit.sliding
+            if sliding is not None and sliding.set_back(counter.parts, now_ns) and counter.share is not None:
+                counter.share.dirty = True
+
     def sweep(self, at_ns: int) -> None:
         """Forget counters that nothing can ask for any more."""
         for key, counter in list(self._counters.items()):
@@ -271,8 +279,10 @@ class Counters:
         """All counters whose period is now, in the order of the limits, those that used most first."""
         found: dict[str, list[Row]] = {name: [] for name in self.limits}
         for counter in self._counters.values():
-            if counter.end_ns <= at_ns + self.shift_ns:
+            if counter.end_ns <= (now_ns := at_ns + self.shift_ns):
                 continue
+            if counter.limit.key(counter.scope, now_ns) != counter.key:
+                continue  # of a period that is still to come, by a clock that was set back
             found[counter.limit.name].append(self._row(counter, at_ns))
         return [row for rows in found.values() for row in sorted(rows, key=lambda r: (-r.used - r.reserved, r.scope))]
 

@@ -446,6 +446,7 @@ class SharedCounters:
             self._asked_past = True
             if found is not None:
                 self._counters.absorb(found)
+                self._counters.set_back(self._wall_ns())
             if past.forgets and not self._lost:
                 self._keep_floors(rows)
         if not self._derives:
@@ -457,6 +458,8 @@ class SharedCounters:
                 silent = [str(row[0]) for row in await db.fetch(_SILENT, KEEP_S)]
         for name in silent:
             found = await past.of(name)
+            if found is not None:
+                found.set_back(self._wall_ns())
             async with self._db.transaction() as db:
                 if await db.fetchval(_DERIVED, name, DERIVED) and found is not None:
                     await self._write(db, name, DERIVED, [_told(c, c.settled, c.parts) for c in found.all()])
@@ -572,8 +575,14 @@ class SharedCounters:
         before_ns = self._wall_ns()
         now_ns = round(float(await db.fetchval(_CLOCK)) * SECOND_NS)
         after_ns = self._wall_ns()
-        known = now_ns - (before_ns + after_ns) // 2 if self._offset_ns is None else self._offset_ns
+        told_ns = self._offset_ns
+        known = now_ns - (before_ns + after_ns) // 2 if told_ns is None else told_ns
         self._offset_ns = min(max(known, now_ns - max(before_ns, after_ns)), now_ns - min(before_ns, after_ns))
+        if told_ns is not None and abs(self._offset_ns - told_ns) > CLOCK_OFF_S * SECOND_NS:
+            # One of the two was set: the parts of sliding windows have other numbers there from now on.
+            for counter in self._counters.all():
+                if counter.share is not None and counter.limit.sliding is not None:
+                    counter.share.dirty = True
         self._counters.shift_ns = self._offset_ns
 
     def _now_s(self) -> float:

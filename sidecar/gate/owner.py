@@ -130,7 +130,16 @@ class Owner:
         self._untold: set[str] = set()  # who was asked to tell and has not yet
         self._timer: Handle | None = None
         self._loaded = False
+        self._latest_ns = 0  # that the clock has said
         self._sweeper: Handle | None = call_later(SWEEP_S, self._sweep)
+
+    def _now_ns(self) -> int:
+        """What the clock says. Where it was set back the counters are told."""
+        now_ns = self._clock_ns()
+        if now_ns < self._latest_ns:
+            self.counters.set_back(now_ns)
+        self._latest_ns = now_ns
+        return now_ns
 
     def close(self) -> None:
         for timer in (self._timer, self._sweeper):
@@ -208,7 +217,7 @@ class Owner:
         for _, granted in known.granted:
             for key, amount in granted.items():
                 sums[key] = sums.get(key, 0) + amount
-        self.counters.holding(process, sums, self._clock_ns())
+        self.counters.holding(process, sums, self._now_ns())
         self._heard(process)
 
     def settle(self, call: Exchange) -> None:
@@ -216,7 +225,7 @@ class Owner:
         self._outputs.ended(call)
         charges = self._charging.charges(call)
         if charges:
-            self.counters.settle(process_of(call.id), charges, call.started_ns)
+            self.counters.settle(process_of(call.id), charges, call.started_ns, self._now_ns())
         if self._others is not None:
             self._settle_outside(self._others, call)
 
@@ -236,6 +245,7 @@ class Owner:
     def load(self, found: Counters, outputs: Outputs | None = None) -> None:
         """What the records say that were there before this life. From here on questions are answered."""
         self.counters.absorb(found)
+        self.counters.set_back(self._now_ns())
         if outputs is not None:
             outputs.follow(self._outputs)
             self._outputs = outputs
@@ -248,7 +258,7 @@ class Owner:
         return self._loaded
 
     def rows(self) -> list[Row]:
-        return self.counters.rows(self._clock_ns())
+        return self.counters.rows(self._now_ns())
 
     # -- deciding --------------------------------------------------------------------------------
 
@@ -261,6 +271,7 @@ class Owner:
             return
         question = asked.question
         decision = Decision(ALLOWED)
+        self._now_ns()
         if said.allowed or self._dry_run:
             # While new settings come into force it may ask for limits that are no more.
             needs = [need for need in question.needs if need.limit in self.counters.limits]
@@ -402,7 +413,7 @@ class Owner:
             self._decide(asked)
 
     def _sweep(self) -> None:
-        self.counters.sweep(self._clock_ns())
+        self.counters.sweep(self._now_ns())
         self._sweeper = self._call_later(SWEEP_S, self._sweep)
 
 

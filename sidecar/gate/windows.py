@@ -109,9 +109,18 @@ class Sliding:
 
     def total(self, parts: Mapping[int, int], at_ns: int) -> int:
         """What counts of these amounts by part. The oldest one counts whole, and so do some that lie ahead: a clock
-        that was set back must not give anything away."""
+        that was set back must not give anything away (`set_back`)."""
         oldest = self.part(at_ns) - PARTS
         return sum(amount for part, amount in parts.items() if part >= oldest)
+
+    def set_back(self, parts: dict[int, int], now_ns: int) -> bool:
+        """Have what lies ahead of now count as of now, so that it leaves the window when that has passed, however far
+        the clock was ahead. Whether anything did."""
+        now = self.part(now_ns)
+        ahead = [part for part in parts if part > now]
+        for part in ahead:
+            parts[now] = parts.get(now, 0) + parts.pop(part)
+        return bool(ahead)
 
     def less_at_ns(self, parts: Mapping[int, int], at_ns: int) -> int:
         """When the oldest amount that counts leaves the window; `at_ns` where there is none."""

@@ -482,6 +482,7 @@ def counted(
         with closing(open_reader(settings)) as ledger:
             rows = ledger.usage(BY, since, until)
         counters.absorb(count_hours(map(_hour, rows), found))
+    counters.set_back(time.time_ns())
     return counters
 
 

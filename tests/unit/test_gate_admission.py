@@ -307,13 +307,14 @@ def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
     verdicts: list[Verdict] = []
     gate.ask(weigh(gate), "1", verdicts.append)
     gate.answered(answer(1, 1, "denied", limit="calls-per-day"))
-    for after_s in (30, 100):
+    for after_s in (30, 100, -30):
         now[0] = AT_NS + after_s * SECOND_NS
         gate.ask(weigh(gate), "1", verdicts.append)
         timers[-1].do()
     assert [(verdict.gate.decision, verdict.gate.age_s) for verdict in verdicts] == [
         ("denied", 0.0),
         ("denied", 30.0),
+        ("allowed", 0.0),
         ("allowed", 0.0),
     ]
 

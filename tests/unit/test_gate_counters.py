@@ -6,13 +6,15 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from decimal import Decimal
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from sidecar.gate.admission import Admission, Meant, Policy, Verdict
 from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, Counter, Counters, Need
 from sidecar.gate.denials import Denials
+from sidecar.gate.fleet import SharedCounters
 from sidecar.gate.limits import Charge, Charging, Facts, Limit, read_limits
 from sidecar.gate.owner import Hour, Owner, count_hours, count_records
 from sidecar.gate.windows import SECOND_NS
@@ -105,6 +107,142 @@ def test_a_sliding_window_lets_go_of_what_is_old() -> None:
     assert book.decide("a", [need], again_ns).decision == DENIED
     book.sweep(again_ns + 10 * 60 * SECOND_NS)
     assert book.settled(key, again_ns) == 0
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now_ns = AT_NS
+
+    def owner(self, *short: str) -> tuple[Owner, list[tuple[Any, ...]]]:
+        """And what it answers."""
+        owner = Owner(
+            Charging(limits(*short)), dry_run=False, clock_ns=lambda: self.now_ns, call_later=lambda after, do: Timer()
+        )
+        speaks = Answers()
+        owner.came("a", speaks)
+        return owner, speaks.heard
+
+    def ended(self, number: int, key: str) -> Exchange:
+        """A call that began and ended now."""
+        return Exchange(
+            method="GET",
+            url="u",
+            id=f"{number:036x}",
+            started_ns=self.now_ns,
+            status=200,
+            outcome=Outcome.COMPLETE,
+            subscriber=Subscriber("acme", "test"),
+            gate=Gate("allowed", None, "limits", 0.0, {key: 1}),
+        )
+
+
+class Answers:
+    def __init__(self) -> None:
+        self.heard: list[tuple[Any, ...]] = []
+
+    def answer(self, payload: tuple[Any, ...]) -> None:
+        self.heard.append(payload)
+
+    def please_tell(self) -> None:
+        """It has told already."""
+
+
+@pytest.mark.parametrize("how", ["goes on", "starts anew", "ends late"])
+def test_a_clock_that_was_set_back_ends_a_sliding_limit_in_one_window(how: str) -> None:
+    clock = Clock()
+    owner, heard = clock.owner("calls=60/60s")
+    owner.load(Counters(()))
+    owner.told("a", (0, {}))
+    key, calls = "calls-per-60s|acme|", list[Exchange]()
+    for number in range(60):
+        clock.now_ns += SECOND_NS // 2
+        calls.append(clock.ended(number, key))
+        if how != "ends late":
+            owner.settle(calls[-1])
+    clock.now_ns -= 3600 * SECOND_NS  # by the hour that it was ahead
+    if how == "starts anew":
+        lines = [encode(call, seq=number, instance="i") for number, call in enumerate(calls, start=1)]
+        owner, heard = clock.owner("calls=60/60s")
+        owner.load(count_records(lines, Charging(limits("calls=60/60s")), lambda record: True))
+        owner.told("a", (0, {}))
+    if how == "ends late":
+        for call in calls:
+            owner.settle(call)
+
+    def decided() -> str:
+        heard.clear()
+        owner.ask("a", (1, clock.now_ns, None, [("calls-per-60s", "acme", 1)], None))
+        return str(heard[0][3])
+
+    assert owner.counters.settled(key, clock.now_ns) == 60
+    assert decided() == DENIED, "nothing is given away"
+    clock.now_ns += 50 * SECOND_NS
+    assert decided() == DENIED
+    clock.now_ns += 12 * SECOND_NS
+    assert decided() == ALLOWED
+
+
+def test_a_period_that_a_clock_was_ahead_in_is_used_up_only_then() -> None:
+    clock = Clock()
+    owner, heard = clock.owner("calls=1/day")
+    owner.load(Counters(()))
+    owner.told("a", (0, {}))
+    policy = Policy(
+        limits=limits("calls=1/day"),
+        meant=lambda method, target, upstream: Meant("openai", None, True),
+        key_of=lambda fields: None,
+        deny=DENY,
+    )
+    gate = Admission(policy, clock_ns=lambda: clock.now_ns, call_later=lambda after, do: Timer())
+    gate.send = lambda question: owner.ask("a", question)
+
+    def decided() -> str:
+        prepared = gate.prepare("GET", "/v1/x", (), subscriber=Subscriber("acme", "test"), dimensions={}, route=None)
+        weighed, found = gate.weigh(prepared), list[Verdict]()
+        if (verdict := gate.at_once(weighed)) is None:
+            gate.ask(weighed, "id", found.append)
+            gate.answered(heard.pop())
+            (verdict,) = found
+        return verdict.gate.decision
+
+    clock.now_ns += DAY_NS
+    owner.settle(clock.ended(1, "calls-per-day|acme|2026-11-19"))
+    assert [decided() for _ in range(2)] == [DENIED, DENIED]
+    assert not heard, "the second one is known to be denied"
+    clock.now_ns -= DAY_NS
+    assert owner.rows() == []
+    assert [decided() for _ in range(2)] == [ALLOWED, DENIED]
+    assert [row.reserved for row in owner.rows()] == [1]
+    clock.now_ns += DAY_NS
+    assert decided() == DENIED
+
+
+async def test_sliding_windows_are_published_anew_where_a_clock_was_set() -> None:
+    clock, database = Clock(), SimpleNamespace()
+    owner = Owner(
+        Charging(limits("calls=9/60s", "calls=9/day")),
+        dry_run=False,
+        clock_ns=lambda: clock.now_ns,
+        call_later=lambda after, do: Timer(),
+        shared=lambda: 0.0,
+    )
+    owner.settle(clock.ended(1, "calls-per-60s|acme|"))
+    shared = SharedCounters(
+        cast(Any, None), cast(Any, None), owner.counters, clock_s=lambda: 0.0, wall_ns=lambda: clock.now_ns
+    )
+    dirty = []
+    for ahead_s in (0, 1, 3600, 3599):
+
+        async def says(question: str, ahead_s: int = ahead_s) -> float:
+            return clock.now_ns / SECOND_NS + ahead_s
+
+        database.fetchval = says
+        for counter in owner.counters.all():
+            assert counter.share is not None
+            counter.share.dirty = False
+        await shared._compare_clocks(cast(Any, database))
+        dirty.append([counter.key for counter in owner.counters.all() if counter.share and counter.share.dirty])
+    assert dirty == [[], [], ["calls-per-60s|acme|"], []]
 
 
 def test_calls_at_once() -> None:

@@ -93,6 +93,26 @@ def test_a_sliding_window_never_counts_too_little_nor_more_than_one_part_too_muc
     assert exact <= window.total(parts, now_ns) <= loose
 
 
+@given(
+    seconds=st.integers(1, 100_000),
+    events=st.lists(st.tuples(st.integers(0, 10**6), st.integers(0, 1000)), max_size=30),
+    now_s=st.integers(0, 10**6),
+)
+def test_what_lies_ahead_of_a_clock_that_was_set_back_is_gone_in_one_window(
+    seconds: int, events: list[tuple[int, int]], now_s: int
+) -> None:
+    window, parts, now_ns = Sliding(seconds), dict[int, int](), now_s * SECOND_NS
+    for at_s, amount in events:
+        part = window.part(at_s * SECOND_NS)
+        parts[part] = parts.get(part, 0) + amount
+    before = window.total(parts, now_ns)
+    changes = any(part > window.part(now_ns) for part in parts)
+    assert window.set_back(parts, now_ns) == changes
+    assert window.total(parts, now_ns) == before, "nothing is given away"
+    assert window.total(parts, now_ns + (seconds * SECOND_NS * (PARTS + 2)) // PARTS) == 0
+    assert not window.set_back(parts, now_ns)
+
+
 def test_when_a_sliding_window_has_room_again() -> None:
     window = Sliding(60)
     parts = {window.part(100 * SECOND_NS): 5}
