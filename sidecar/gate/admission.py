@@ -17,7 +17,7 @@ from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowan
 from sidecar.gate.counters import ALLOWED, DENIED, UNDECIDED
 from sidecar.gate.denials import Amounts
 from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Asked, read_request
-from sidecar.gate.limits import Facts, Limit, Price
+from sidecar.gate.limits import Facts, Limit, Price, bounded
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Asker, Question, Ruling
 from sidecar.gate.windows import SECOND_NS, Sliding
 from sidecar.model.exchange import Gate, RawHeaders, Subscriber
@@ -266,7 +266,7 @@ class Admission:
         facts = Facts(
             subscriber=None if subscriber is None else subscriber.id,
             key=(self._of(upstream).key_of(fields) or "unauthenticated") if self.by_key else None,
-            model=meant.model,
+            model=None if meant.model is None else bounded(meant.model),
             route=route,
             provider=meant.provider,
             dimensions=tuple(dimensions.items()),

@@ -14,6 +14,7 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
+from sidecar.gate.limits import bounded
 from sidecar.model.exchange import Exchange
 from sidecar.usage.formats.json_scanner import pruned
 from sidecar.usage.providers.base import Tree
@@ -69,7 +70,11 @@ def read_request(body: bytes, length: int | None = None) -> Asked:
     model = document.get("model")
     output_tokens, choices = _output(document)
     return Asked(
-        model if type(model) is str and model else None, -(-size // BYTES_A_TOKEN), output_tokens, document, choices
+        bounded(model) if type(model) is str and model else None,
+        -(-size // BYTES_A_TOKEN),
+        output_tokens,
+        document,
+        choices,
     )
 
 

@@ -20,6 +20,7 @@ every definition is found at once and named.
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -54,6 +55,8 @@ _SHORT: Final = re.compile(r"([a-z_]+(?::[a-z0-9_]+)?)=([^/\s]*)(?:/(\w+))?", re
 # Who leaves out by what it would be counted is counted all the same, under a name for all of those.
 NOT_SAID: Final = "(none)"
 SHOWN_CHARS: Final = 40  # of a wrong value
+VALUE_CHARS_MAX: Final = 512  # of a scope's value: it is kept for each counter, and in each call's record
+_DIGEST_CHARS: Final = 32
 RATE_S_MAX: Final = 120  # a window of at most this is waited for; what is longer is used up until it ends
 
 
@@ -158,11 +161,12 @@ class Limit:
                     value = NOT_SAID
                 else:
                     return None
-            if wanted not in (EACH, value):
+            value = bounded(value)
+            if wanted != EACH and bounded(wanted) != value:
                 return None
             values.append(value)
         # Clients choose some of these values: no comma in one may make another counter of two.
-        return values[0] if len(values) == 1 else ",".join(map(_without_commas, values))
+        return values[0] if len(values) == 1 else ",".join(map(_part, values))
 
     def values_of(self, scope: str) -> dict[str, str] | None:
         """By its name, what each part of a counter's scope stands for; None: it is not a scope of this limit."""
@@ -180,12 +184,15 @@ class Limit:
         under the name before. A call may have been let in by another clock than the one it is recorded by."""
         if len(self.scopes) == 1:  # nearly all: this is asked for each call and limit
             wanted = self.scopes[0][1]
-            if wanted not in (EACH, scope):
+            if wanted != EACH and bounded(wanted) != scope:
                 return False
         else:
-            values = self.values_of(scope)
-            if values is None or any(wanted not in (EACH, values[name]) for name, wanted in self.scopes):
+            parts = scope.split(",") if scope else []
+            if len(parts) != len(self.scopes):
                 return False
+            for part, (_, wanted) in zip(parts, self.scopes, strict=True):
+                if wanted != EACH and _part(bounded(wanted)) != part:
+                    return False
         window = self.window
         if not isinstance(window, Calendar):
             return not period
@@ -199,6 +206,19 @@ class Limit:
 
 def limit_name(key: str) -> str:
     return key.partition("|")[0]
+
+
+def bounded(value: str) -> str:
+    """A scope's value as counters have it. Of a long one the beginning, and what tells it from others that begin so."""
+    if len(value) <= VALUE_CHARS_MAX:
+        return value
+    digest = hashlib.sha256(value.encode("utf-8", "surrogatepass")).hexdigest()[:_DIGEST_CHARS]
+    return f"{value[: VALUE_CHARS_MAX - _DIGEST_CHARS - 1]}…{digest}"
+
+
+def _part(value: str) -> str:
+    """Of a scope of several values."""
+    return bounded(_without_commas(value))
 
 
 def _without_commas(value: str) -> str:

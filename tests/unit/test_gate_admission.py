@@ -21,7 +21,7 @@ from sidecar.gate.estimate import (
     Outputs,
     read_request,
 )
-from sidecar.gate.limits import read_limits
+from sidecar.gate.limits import bounded, read_limits
 from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
 from sidecar.meters.definition import read_meters
@@ -71,6 +71,23 @@ def test_the_beginning_of_a_long_request_is_read_as_far_as_it_is_there() -> None
 def test_no_request_is_too_odd(body: bytes) -> None:
     asked = read_request(body, None)
     assert asked.input_tokens == -(-len(body) // 4)
+
+
+def test_of_a_models_long_name_no_more_is_kept_than_counters_have() -> None:
+    names = ["m" * 60_000, "m" * 60_001]
+    found = {read_request(json.dumps({"model": name}).encode()).model for name in names}
+    assert found == {bounded(name) for name in names}
+    assert len(found) == 2
+    gate, _, _ = admission("calls=9/day")
+    gate.renew(
+        Policy(
+            limits=read_limits((), ["calls=9/day"]),
+            meant=lambda method, target, upstream: Meant("openai", names[0]),
+            key_of=lambda fields: None,
+            deny=DENY,
+        )
+    )
+    assert weigh(gate).facts.model == bounded(names[0])
 
 
 def test_what_a_model_usually_takes() -> None:

@@ -18,6 +18,7 @@ from sidecar.gate.limits import (
     Facts,
     Limit,
     LimitsError,
+    bounded,
     oldest_start_ns,
     read_limits,
     remarks,
@@ -344,6 +345,44 @@ def test_an_amount_of_nothing_is_allowed_and_said() -> None:
 def test_which_counter_a_call_falls_under(scope: str, facts: dict[str, Any], expected: str | None) -> None:
     (limit,) = read(f'[[limits]]\nname = "one"\nunit = "calls"\namount = 1\nwindow = "total"\n{scope}')
     assert limit.scope_of(Facts(**facts)) == expected
+
+
+LONG = "m" * 60_000
+
+
+@pytest.mark.parametrize("scope", ['model = "*"', 'model = "*"\nsubscriber = "*"\ndimensions.team = "*"'])
+def test_a_long_value_is_cut_in_a_counters_name_and_stays_a_counter_of_its_own(scope: str) -> None:
+    (limit,) = read(f'[[limits]]\nname = "one"\nunit = "calls"\namount = 1\nwindow = "day"\n{scope}')
+
+    def of(text: str) -> str:
+        found = limit.scope_of(Facts(model=text, subscriber="s" + text, dimensions=(("team", "t" + text),)))
+        assert found is not None
+        return found
+
+    values = [LONG, LONG + "x", LONG + ",", "%,|" * 20_000, "é" * 600, "\ud800" * 600, "m" * 512, "short"]
+    scopes = [of(value) for value in values]
+    assert len(set(scopes)) == len(values)
+    for found in scopes:
+        assert all(len(value) <= 512 for value in found.split(","))
+        assert limit.counts_in(found, "2026-11-18", AT_NS)
+        assert limit.values_of(found) is not None
+    cut = of(LONG).split(",")[0]
+    assert cut.startswith("mmm")
+    assert cut[-33] == "…"
+    assert of("m" * 512).split(",")[0] == "m" * 512
+
+
+def test_a_limit_of_a_long_value_holds_for_that_alone() -> None:
+    for more in ("", 'subscriber = "*"'):
+        (limit,) = read(
+            f'[[limits]]\nname = "one"\nunit = "calls"\namount = 1\nwindow = "day"\nmodel = "{LONG}"\n{more}'
+        )
+        scope = limit.scope_of(Facts(model=LONG, subscriber="a"))
+        assert scope is not None
+        assert limit.counts_in(scope, "2026-11-18", AT_NS)
+        assert limit.scope_of(Facts(model=bounded(LONG), subscriber="a")) == scope
+        assert limit.scope_of(Facts(model=LONG + "x", subscriber="a")) is None
+        assert not limit.counts_in(scope.replace("…", "."), "2026-11-18", AT_NS)
 
 
 def call(outcome: Outcome = Outcome.COMPLETE, state: UsageState | None = UsageState.FINAL, **given: Any) -> Exchange:
