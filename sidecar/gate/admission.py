@@ -16,8 +16,17 @@ from typing import Any, Final, Protocol
 from sidecar.gate.allowance import COST, INPUT, ONE_CALL, OUTPUT, TOTAL, Allowances, Measure, Needs, Plan
 from sidecar.gate.counters import ALLOWED, DENIED, UNDECIDED
 from sidecar.gate.denials import Amounts
-from sidecar.gate.estimate import NOTHING_ASKED, OUTPUT_TOKENS_DEFAULT, OUTPUT_TOKENS_MAX, Asked, read_request
-from sidecar.gate.limits import Facts, Limit, Price, bounded
+from sidecar.gate.estimate import (
+    INPUT_TOKENS_MAX,
+    INPUT_TOKENS_SURE,
+    NOTHING_ASKED,
+    OUTPUT_TOKENS_DEFAULT,
+    OUTPUT_TOKENS_MAX,
+    Asked,
+    read_request,
+    tokens_of,
+)
+from sidecar.gate.limits import Facts, Limit, Price, bounded, limit_name
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Asker, Question, Ruling
 from sidecar.gate.windows import SECOND_NS, Sliding
 from sidecar.model.exchange import Gate, RawHeaders, Subscriber
@@ -88,11 +97,12 @@ class Outside:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """What is known of models. `price`: None: nobody asks. `ceiling`: of (provider, model), how many tokens a response
-    may have; None where nobody knows."""
+    """What is known of models. `price`: None: nobody asks. Of (provider, model), `ceiling`: how many tokens a response
+    may have; `context`: how many a request; None where nobody knows."""
 
     price: Price | None
     ceiling: Callable[[str | None, str], int | None]
+    context: Callable[[str | None, str], int | None] = lambda provider, model: None
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,6 +244,7 @@ class Admission:
         self._rest = ByUpstream(policy.key_of, policy.models, policy.deny)
         self._upstreams = policy.upstreams
         self._ceilings: dict[tuple[str | None, str | None, str], int] = {}
+        self._contexts: dict[tuple[str | None, str | None, str], int] = {}
         self._shows_amounts = policy.deny.shows_amounts
         self._on_failure = policy.on_failure
         self._deny_unpriced = policy.deny_unpriced
@@ -324,11 +335,54 @@ class Admission:
                 most = self._ceilings[key] = models.ceiling(provider, model) or OUTPUT_TOKENS_MAX
             if output > most * asked.choices:
                 output = most * asked.choices
+        entered = asked.input_tokens
+        if entered > INPUT_TOKENS_SURE:
+            entered = min(entered, self._context(upstream, provider, model, models))
         cost: int | None = None
-        if (plan.needs_cost or self._needs_cost) and models is not None and models.price is not None:
-            cost = models.price(provider, model, asked.input_tokens, output, self._clock_ns())
+        if plan.needs_cost or self._needs_cost:
+            cost = self._cost(models, provider, model, entered, output)
         unpriced = cost is None and plan.needs_cost and self._deny_unpriced
-        return (1, asked.input_tokens, output, asked.input_tokens + output, cost or 0, 0), unpriced
+        return (1, entered, output, entered + output, cost or 0, 0), unpriced
+
+    def _context(self, upstream: str | None, provider: str | None, model: str | None, models: Models | None) -> int:
+        """How many tokens a request can have."""
+        if model is None or models is None:
+            return INPUT_TOKENS_MAX
+        key = (upstream, provider, model)
+        most = self._contexts.get(key)
+        if most is None:
+            if len(self._contexts) >= USUAL_MAX:
+                self._contexts.clear()
+            most = self._contexts[key] = models.context(provider, model) or INPUT_TOKENS_MAX
+        return most
+
+    def _cost(
+        self, models: Models | None, provider: str | None, model: str | None, entered: int, output: int
+    ) -> int | None:
+        if models is None or models.price is None:
+            return None
+        return models.price(provider, model, entered, output, self._clock_ns())
+
+    def unfinished(self, weighed: Weighed, gate: Gate, sent_bytes: int) -> Gate:
+        """What was decided of a call of whose body only so much came: it takes no more than that can cost, whatever
+        length its head claimed."""
+        needs, prepared = weighed.needs, weighed.prepared
+        entered = min(needs[INPUT], tokens_of(sent_bytes))
+        if entered == needs[INPUT] or not gate.reserved:
+            return gate
+        output, cost = needs[OUTPUT], needs[COST]
+        if cost:
+            models, model = self._of(prepared.upstream).models, weighed.facts.model
+            now = self._cost(models, prepared.priced_as, model, entered, output)
+            cost = cost if now is None else min(now, cost)
+        less = (1, entered, output, entered + output, cost, 0)
+        slots = {slot.limit.name: slot for slot in weighed.plan.slots}
+        at_most = {}
+        for key, reserved in gate.reserved.items():
+            slot = slots.get(limit_name(key))
+            if slot is not None and (amount := slot.amount(less)) < reserved:
+                at_most[key] = amount
+        return replace(gate, at_most=at_most or None)
 
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""

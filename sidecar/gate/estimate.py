@@ -25,6 +25,9 @@ _OBJECT: Final = (b"{", b" ", b"\n", b"\r", b"\t")
 OUTPUT_TOKENS_DEFAULT: Final = 1_000  # where neither the request nor the model's last answers say anything
 # No model known gives more in one answer; a request that names a larger figure is after the others' allowance.
 OUTPUT_TOKENS_MAX: Final = 1_000_000
+# Likewise of what one takes, where its context is not known; the length of a body is what the client claims.
+INPUT_TOKENS_MAX: Final = 10_000_000
+INPUT_TOKENS_SURE: Final = 8_192  # every model of today takes so many: up to here none is looked up
 CHOICES_MAX: Final = 128  # OpenAI takes no more
 ANSWERS_KEPT: Final = 100  # of each model
 MODELS_KEPT: Final = 1_000
@@ -39,6 +42,10 @@ _WANTED: Final[Tree] = {
     "generationConfig": {"maxOutputTokens": True, "candidateCount": True},
     "inferenceConfig": {"maxTokens": True},
 }
+
+
+def tokens_of(size_bytes: int) -> int:
+    return -(-size_bytes // BYTES_A_TOKEN)
 
 
 class Asked(NamedTuple):
@@ -66,12 +73,12 @@ def read_request(body: bytes, length: int | None = None) -> Asked:
     if length is not None and length > size:
         size = length
     if type(document) is not dict:
-        return Asked(None, -(-size // BYTES_A_TOKEN), None, {})
+        return Asked(None, tokens_of(size), None, {})
     model = document.get("model")
     output_tokens, choices = _output(document)
     return Asked(
         bounded(model) if type(model) is str and model else None,
-        -(-size // BYTES_A_TOKEN),
+        tokens_of(size),
         output_tokens,
         document,
         choices,

@@ -267,6 +267,7 @@ class Charging:
         """
         back = _used_nothing(call)
         held = {} if call.gate is None else call.gate.reserved
+        at_most = (None if call.gate is None else call.gate.at_most) or held
         by_name = {limit_name(counter): (counter, reserved) for counter, reserved in held.items()}
         facts: Facts | None = None
         found = []
@@ -285,7 +286,11 @@ class Charging:
                 if scope is None:
                     continue
                 counter = limit.key(scope, call.started_ns)
-            amount = 0 if back else self._amount(limit.unit, limit.meter, call, reserved)
+            amount = (
+                0
+                if back
+                else self._amount(limit.unit, limit.meter, call, min(at_most.get(counter, reserved), reserved))
+            )
             if amount or reserved:
                 found.append(Charge(limit, counter, scope, amount, reserved))
         return found

@@ -136,7 +136,7 @@ class Gate:
     `limit`: the one that denied it, or would have. `source`: who said so: `limits`, a vendor's name, or `on_failure`
     where nobody could be asked. `age_s`: how old the answer was. `reserved`: by counter (`limit|scope|period`), what
     was set aside for the call; its end settles that. `sent`: False: nothing of the call went upstream, so that it took
-    nothing of anything.
+    nothing of anything. `at_most`: of these counters, what it can have taken, where its request ended before its time.
 
     Nobody changes one. It is not frozen, because one is made for each call under limits.
     """
@@ -147,6 +147,7 @@ class Gate:
     age_s: float = 0.0
     reserved: Mapping[str, int] = field(default_factory=dict)
     sent: bool = True
+    at_most: Mapping[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         found: dict[str, Any] = {
@@ -159,6 +160,8 @@ class Gate:
             found["reserved"] = self.reserved
         if not self.sent:
             found["sent"] = False
+        if self.at_most:
+            found["at_most"] = self.at_most
         return found
 
 

@@ -370,15 +370,18 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
 
 def _read_gate(row: dict[str, Any]) -> Gate:
     source, age_s = row.get("source") or "", row.get("age_s") or 0.0
-    reserved = row.get("reserved") or {}
-    if not all(type(amount) is int for amount in reserved.values()):
-        reserved = _read_amounts(reserved)
-    return Gate(row["decision"], row.get("limit"), source, age_s, reserved, row.get("sent", True))
+    reserved, at_most = _read_amounts(row.get("reserved") or {}), row.get("at_most")
+    sent = row.get("sent", True)
+    return Gate(
+        row["decision"], row.get("limit"), source, age_s, reserved, sent, _read_amounts(at_most) if at_most else None
+    )
 
 
-def _read_amounts(stored: Mapping[str, Any]) -> dict[str, int]:
+def _read_amounts(stored: dict[str, Any]) -> dict[str, int]:
     """Whole numbers, of which some are too large for JSON's. What is none is left out, so that its call is counted by
     what its record says beside it."""
+    if all(type(amount) is int for amount in stored.values()):
+        return stored
     return {
         key: int(amount)
         for key, amount in stored.items()

@@ -60,6 +60,10 @@ _SUBSCRIBER: Final[dict[str, Any]] = {
     "required": ["id", "source"],
     "additionalProperties": True,
 }
+_AMOUNTS: Final[dict[str, Any]] = {
+    "type": "object",
+    "additionalProperties": {"type": ["integer", "string"], "pattern": f"^{WHOLE.pattern}$"},
+}
 _GATE: Final[dict[str, Any]] = {
     "type": "object",
     "properties": {
@@ -67,11 +71,9 @@ _GATE: Final[dict[str, Any]] = {
         "limit": _text(),
         "source": _text(null=False),
         "age_s": {"type": "number", "minimum": 0},
-        "reserved": {
-            "type": "object",
-            "additionalProperties": {"type": ["integer", "string"], "pattern": f"^{WHOLE.pattern}$"},
-        },
+        "reserved": _AMOUNTS,
         "sent": {"const": False},  # only where nothing of the call went upstream
+        "at_most": _AMOUNTS,  # only where the request ended before its time
     },
     "required": ["decision", "limit", "source", "age_s"],
     "additionalProperties": True,

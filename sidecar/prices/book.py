@@ -256,8 +256,15 @@ class PriceBook:
 
     def output_tokens_max(self, provider: str | None, model: str, *, host: str | None = None) -> int | None:
         """How long a response of this model may be at most, where the table says so; None: nobody knows."""
+        return self._most("output_tokens_max", provider, model, host)
+
+    def input_tokens_max(self, provider: str | None, model: str, *, host: str | None = None) -> int | None:
+        """The same of a request."""
+        return self._most("input_tokens_max", provider, model, host)
+
+    def _most(self, which: str, provider: str | None, model: str, host: str | None) -> int | None:
         found, _ = self._model(self._provider(provider, host)[0], provider, (model,))
-        return None if found is None else found.model.get("output_tokens_max")
+        return None if found is None else found.model.get(which) or found.model.get("context_window")
 
     def pricer(self, row: Mapping[str, Any], *, host: str | None = None, batch: bool = False) -> Pricer:
         """For many calls of one kind, whose provider and models are those of this usage object."""

@@ -78,9 +78,9 @@ def from_litellm(document: Mapping[str, Any], known: Sequence[Mapping[str, Any]]
         name = key.removeprefix(f"{family}/").removeprefix(f"{provider}/").removeprefix("bedrock/")
         own = models.setdefault(provider, {})
         if name not in own or name == key:  # a plain name goes before one behind a prefix
-            most = fields.get("max_output_tokens")
-            ceiling = {"output_tokens_max": most} if type(most) is int else {}
-            own[name] = {"id": name, "match": {"equals": name}, **prices, **ceiling}
+            said = {"input_tokens_max": "max_input_tokens", "output_tokens_max": "max_output_tokens"}
+            ceilings = {ours: fields[theirs] for ours, theirs in said.items() if type(fields.get(theirs)) is int}
+            own[name] = {"id": name, "match": {"equals": name}, **prices, **ceilings}
     rows = []
     for provider, own in sorted(models.items()):
         base = by_id.get(provider, {"api_pattern": NOBODY, "provider_match": {"equals": provider}})

@@ -384,10 +384,11 @@ def _checked_model(row: Mapping[str, Any]) -> dict[str, Any]:
         ]
     if row.get("seconds_least"):
         made["seconds_least"] = int(row["seconds_least"])
-    # No response is longer than that: what LiteLLM's file says itself, else the whole context.
-    most = row.get("output_tokens_max") or row.get("context_window")
-    if type(most) is int and most > 0:
-        made["output_tokens_max"] = most
+    # No request or response is longer than that: what LiteLLM's file says itself, else the whole context.
+    for key in ("input_tokens_max", "output_tokens_max", "context_window"):
+        most = row.get(key)
+        if type(most) is int and most > 0:
+            made[key] = most
     return made
 
 

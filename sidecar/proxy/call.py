@@ -778,8 +778,12 @@ class Call:
     def _record(self, outcome: Outcome, *, whole: bool, error: str | None, tunnel: bool, held: bool = True) -> bool:
         """Hand the exchange over. False: `_release` will be called. Who calls this has left the phases before it."""
         exchange, response = self._exchange, self.response
-        if self._gating is not None and not self._gating.sent:
-            self._take_back(self._gating)
+        if (gating := self._gating) is not None:
+            if not gating.sent:
+                self._take_back(gating)
+            elif self.body is not None and not self.body.done and gating.weighed is not None:
+                assert exchange.gate is not None
+                exchange.gate = gating.gate.unfinished(gating.weighed, exchange.gate, self.body.size_bytes)
         exchange.outcome = outcome
         exchange.error = error
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6

@@ -193,7 +193,10 @@ def models(settings: Settings) -> Callable[[str | None], Models | None]:
         def ceiling(provider: str | None, model: str) -> int | None:
             return book.output_tokens_max(provider, model, host=host)
 
-        return Models(_price(book, host) if counts else None, ceiling)
+        def context(provider: str | None, model: str) -> int | None:
+            return book.input_tokens_max(provider, model, host=host)
+
+        return Models(_price(book, host) if counts else None, ceiling, context)
 
     return of
 

@@ -219,7 +219,7 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
 
 
 def packed_gate(gate: Gate) -> tuple[Any, ...]:
-    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved), gate.sent
+    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved), gate.sent, gate.at_most
 
 
 def gate_of(packed: Sequence[Any]) -> Gate:

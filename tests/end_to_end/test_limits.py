@@ -96,6 +96,39 @@ async def test_a_client_that_hangs_up_is_charged_what_was_set_aside(tmp_path: Pa
             await until_used(whole, "output_tokens-per-day", str(300 + up.output_tokens), "0")
 
 
+@pytest.mark.timeout(120)
+async def test_a_length_that_was_claimed_and_never_sent_is_not_charged(tmp_path: Path) -> None:
+    body = b'{"model": "gpt-5", "max_tokens": 50, "messages": "' + b"a" * 70_000
+    head = (
+        b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nx-tenant: acme\r\nContent-Type: application/json\r\n"
+        b"Content-Length: 60000000000000\r\n\r\n"
+    )
+    async with upstream() as (_, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_LIMITS="total_tokens=900000/day,cost_usd=5/day") as whole:
+            host, _, port = whole.proxy_url.removeprefix("http://").rpartition(":")
+            _, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head + body)
+            await writer.drain()
+            reserved = 0
+            async with asyncio.timeout(LIMIT_S):
+                while not reserved:
+                    rows = (await whole.get("/limits"))["limits"]
+                    reserved = sum(int(row["reserved"]) for row in rows if row["unit"] == "total_tokens")
+                    await asyncio.sleep(0.02)
+            assert 100_000 < reserved < 900_000, "no more than the model takes"
+            assert (await call(session, whole, max_tokens=10))[0] == 200
+            writer.transport.abort()
+            await whole.settled()
+            (cut,) = [record for record in await whole.records() if record["outcome"] == "client_left"]
+            sent = -(-cut["request_bytes"] // 4) + 50
+            await until_used(whole, "total_tokens-per-day", str(sent + 15), "0")
+            used = limit_of((await whole.get("/limits"))["limits"], "cost_usd-per-day")["used"]
+            assert 0 < float(used) < 0.1
+            await whole.kill()
+            await whole.start()
+            await until_used(whole, "total_tokens-per-day", str(sent + 15), "0")
+
+
 async def until_used(whole: Whole, name: str, used: str, reserved: str) -> None:
     rows: list[dict[str, Any]] = []
     try:

@@ -16,6 +16,7 @@ from sidecar.gate.denials import Denials
 from sidecar.gate.estimate import (
     ANSWERS_KEPT,
     CHOICES_MAX,
+    INPUT_TOKENS_MAX,
     OUTPUT_TOKENS_DEFAULT,
     OUTPUT_TOKENS_MAX,
     Outputs,
@@ -176,6 +177,39 @@ def test_no_more_is_set_aside_than_the_model_can_give() -> None:
         gate.ask(weigh(gate, body), "1", lambda verdict: None)
     amounts = [question[3][0][2] for question in asked]
     assert amounts == [400, 1200, 50, OUTPUT_TOKENS_MAX]
+
+
+def test_a_claimed_length_sets_no_more_aside_than_a_model_takes() -> None:
+    gate, asked, _ = admission(
+        "input_tokens=999999999999/day",
+        models=Models(None, lambda provider, model: None, lambda provider, model: {"m": 400_000}.get(model)),
+    )
+    prepared = gate.prepare("POST", "/v1/x", (), subscriber=Subscriber("acme", "t"), dimensions={}, route=None)
+    for body, length in (
+        (b'{"model": "m"', 60 * 10**12),
+        (b'{"model": "m"', 4 * 400_000),
+        (b'{"model": "m"', 4 * 300_000),
+        (b'{"model": "nobody knows it"', 60 * 10**12),
+        (b"none", 60 * 10**12),
+    ):
+        gate.ask(gate.weigh(prepared, body, length), "1", lambda verdict: None)
+    amounts = [question[3][0][2] for question in asked]
+    assert amounts == [400_000, 400_000, 300_000, INPUT_TOKENS_MAX, INPUT_TOKENS_MAX]
+
+
+def test_of_a_body_that_never_ended_no_more_is_charged_than_what_came_can_cost() -> None:
+    short = ("calls=9/day", "input_tokens=9/day", "output_tokens=9/day", "total_tokens=9/day", "cost_usd=9/day")
+    gate, _, _ = admission(*short, models=Models(lambda _, model, ins, outs, at: 10 * ins + outs, lambda *_: None))
+    prepared = gate.prepare("POST", "/v1/x", (), subscriber=Subscriber("acme", "t"), dimensions={}, route=None)
+    weighed = gate.weigh(prepared, b'{"model": "m", "max_tokens": 50, ', 4_000_000)
+    keys = [slot.limit.key("acme", AT_NS) for slot in weighed.plan.slots]
+    held = dict(zip(keys, (1, 1_000_000, 50, 7, 10_000_050), strict=True))  # of one only the rest was left
+    given = Gate("allowed", None, "limits", 0.0, held)
+    less = gate.unfinished(weighed, given, 70_001)
+    assert less.reserved is held, "by which the gate knows the call"
+    assert less.at_most == {keys[1]: 17_501, keys[4]: 175_060}
+    assert gate.unfinished(weighed, given, 4_000_000) is given
+    assert gate.unfinished(weighed, Gate("allowed"), 1) == Gate("allowed")
 
 
 def test_money_is_set_aside_by_the_price() -> None:

@@ -30,6 +30,7 @@ from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, U
 from sidecar.model.record import Record, encode
 from sidecar.runtime import gate_factory
 from sidecar.settings import load
+from sidecar.spool.frames import gate_of, packed_gate
 
 METERS = read_meters(
     [
@@ -526,6 +527,25 @@ def test_money_is_what_the_provider_says_else_what_the_table_says_else_what_was_
     held = Gate("allowed", reserved={"cost_usd-per-total|acme|total": 7})
     assert charged(call(gate=held), price=lambda *asked: None)["cost_usd"] == (7, 7)
     assert charged(call(gate=held), "observed", price=lambda *asked: None)["cost_usd"] == (0, 7)
+
+
+def test_what_a_call_can_have_taken_at_most_is_charged_where_its_usage_stays_unknown() -> None:
+    (limit,) = read("", "total_tokens=5")
+    key = "total_tokens-per-total|acme|total"
+
+    def charged(gate: Gate, **given: Any) -> tuple[int, int]:
+        (found,) = Charging([limit]).charges(call(gate=gate, **given))
+        return found.amount, found.reserved
+
+    cut = Gate("allowed", None, "limits", 0.0, {key: 900}, at_most={key: 30})
+    left = {"outcome": Outcome.CLIENT_LEFT, "state": UsageState.ABSENT, "input_tokens": None, "output_tokens": None}
+    assert charged(cut, **left) == (30, 900)
+    assert charged(Gate("allowed", None, "limits", 0.0, {key: 900}, at_most={"other": 1}), **left) == (900, 900)
+    assert charged(cut, state=UsageState.PARTIAL, outcome=Outcome.CLIENT_LEFT, output_tokens=90) == (100, 900)
+    assert charged(cut) == (15, 900)
+    line = encode(call(id="0" * 36, gate=cut), seq=1, instance="i")
+    assert Record.from_json(line).gate == cut
+    assert gate_of(packed_gate(cut)) == cut
 
 
 def test_meters_count_in_millionths() -> None:

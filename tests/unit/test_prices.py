@@ -22,6 +22,7 @@ from sidecar.model.record import usage_to_dict
 from sidecar.prices import PICO, PriceBook, amount_text
 from sidecar.prices.book import KEPT_MAX, Priced
 from sidecar.prices.facts import counts_of
+from sidecar.prices.litellm import from_litellm
 from sidecar.prices.rates import Rates, amount_of, pico
 from sidecar.prices.table import Table, TableError, builtin, prices_at, read
 
@@ -519,6 +520,15 @@ def test_how_long_a_response_may_be_is_the_table_s_word_and_where_it_has_none_no
     assert book.output_tokens_max("openai", "gpt-4o") == 128_000
     assert book.output_tokens_max("openai", "nobody-knows-it") is None
     assert book.output_tokens_max("nobody", "gpt-4o") is None
+    assert book.input_tokens_max("openai", "gpt-4o") == 128_000
+    assert book.input_tokens_max("openai", "nobody-knows-it") is None
+
+
+def test_how_long_a_request_may_be_is_another_word_in_litellm_s_table() -> None:
+    fields = {"litellm_provider": "openai", "input_cost_per_token": 1e-6, "max_input_tokens": 9, "max_output_tokens": 4}
+    (row,) = from_litellm({"openai/m": fields}, [])
+    (model,) = row["models"]
+    assert (model["input_tokens_max"], model["output_tokens_max"]) == (9, 4)
 
 
 def test_amounts_are_plain_text() -> None:
