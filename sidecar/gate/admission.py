@@ -136,6 +136,7 @@ class Prepared:
     reads_body: bool
     plan: Plan
     upstream: str | None = None
+    fields: RawHeaders = ()  # of the head, by which a body is read that is no plain JSON
     priced_as: str | None = None  # the provider by whose prices it will be priced; None: nobody knows
     weighed: Weighed = field(init=False)  # where no body has to be read
     kinds: dict[str | None, tuple[Facts, Plan]] = field(default_factory=dict)  # by the model that the body names
@@ -187,8 +188,8 @@ class _Pending:
 class Policy:
     """What is to be decided, and by what. `meant`: of (method, target, name of the upstream). `key_of`: the hash of the
     credential in a head, which stands in one of the fields `reads` (lower case). `body_says_who`: who pays may stand in
-    a body. `deny_unpriced`: a limit of money lets no call go whose price is not known. `upstreams`: by name, those for
-    which something else holds than what stands here."""
+    a body, in one of `members`. `deny_unpriced`: a limit of money lets no call go whose price is not known.
+    `upstreams`: by name, those for which something else holds than what stands here."""
 
     limits: Sequence[Limit]
     meant: Callable[[str, str, str | None], Meant]
@@ -199,6 +200,7 @@ class Policy:
     on_failure: str = "open"
     dry_run: bool = False
     body_says_who: bool = False
+    members: tuple[str, ...] = ()
     outside: Outside | None = None
     deny_unpriced: bool = False
     upstreams: Mapping[str, ByUpstream] = field(default_factory=dict)
@@ -237,6 +239,7 @@ class Admission:
         self._outside = outside
         self._by_model = "model" in scopes or (outside is not None and outside.by_model)
         self._body_says_who = policy.body_says_who and ("subscriber" in scopes or outside is not None)
+        self._members = policy.members
         self._needs_estimate = outside is not None and outside.needs_estimate
         self._needs_cost = outside is not None and outside.needs_cost
         self._answer_s = ANSWER_S if outside is None else ANSWER_S + outside.answer_s
@@ -288,7 +291,8 @@ class Admission:
         needs_body = plan.needs_body or self._needs_estimate
         reads_body = posted and ((meant.consumes and needs_body) or asks_model or self._body_says_who)
         priced_as = None if meant.provider_assumed else meant.provider
-        return Prepared(method, target, facts, meant.consumes and posted, reads_body, plan, upstream, priced_as)
+        consumes = meant.consumes and posted
+        return Prepared(method, target, facts, consumes, reads_body, plan, upstream, fields, priced_as)
 
     def weigh(
         self,
@@ -301,7 +305,9 @@ class Admission:
         `who`: asks a look-up of the body's members who pays."""
         if not prepared.reads_body:
             return prepared.weighed
-        asked = read_request(body, length) if body or length else NOTHING_ASKED
+        asked = NOTHING_ASKED
+        if body or length:
+            asked = read_request(body, length, fields=prepared.fields, members=self._members)
         model = prepared.facts.model or asked.model
         if who is not None and self._body_says_who:
             subscriber = who(lambda name: _member(asked, name))

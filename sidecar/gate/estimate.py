@@ -7,6 +7,7 @@ last answers took is a better guess than its ceiling: 95 of 100 took no more.
 
 from __future__ import annotations
 
+import json
 from bisect import insort
 from collections import deque
 from collections.abc import Mapping
@@ -14,14 +15,14 @@ from typing import Any, Final, NamedTuple
 
 import orjson
 
-from sidecar.gate.limits import bounded
-from sidecar.model.exchange import Exchange
+from sidecar.gate.limits import VALUE_CHARS_MAX, bounded
+from sidecar.model.exchange import Exchange, RawHeaders
 from sidecar.usage.formats.json_scanner import pruned
 from sidecar.usage.providers.base import Tree
-from sidecar.usage.request_reader import BODY_MAX_BYTES
+from sidecar.usage.request_reader import BODY_MAX_BYTES, WANTED, RequestReader
+from sidecar.usage.response_headers import Heads
 
 BYTES_A_TOKEN: Final = 4
-_OBJECT: Final = (b"{", b" ", b"\n", b"\r", b"\t")
 OUTPUT_TOKENS_DEFAULT: Final = 1_000  # where neither the request nor the model's last answers say anything
 # No model known gives more in one answer; a request that names a larger figure is after the others' allowance.
 OUTPUT_TOKENS_MAX: Final = 1_000_000
@@ -48,6 +49,9 @@ def tokens_of(size_bytes: int) -> int:
     return -(-size_bytes // BYTES_A_TOKEN)
 
 
+_HEADS: Final = Heads(())
+
+
 class Asked(NamedTuple):
     """What a request's body says of its size."""
 
@@ -61,28 +65,59 @@ class Asked(NamedTuple):
 NOTHING_ASKED: Final = Asked(None, 0, 0, {})
 
 
-def read_request(body: bytes, length: int | None = None) -> Asked:
-    """`body`: of it as much as has come. `length`: how long it is in all, where that is known. Never raises."""
+def read_request(
+    body: bytes, length: int | None = None, *, fields: RawHeaders = (), members: tuple[str, ...] = ()
+) -> Asked:
+    """`body`: of it as much as has come. `length`: how long it is in all, where that is known. `fields`: of the head,
+    by which one is read that does not begin as an object does; `members`: what else is asked of it. Never raises."""
     document: Any = None
-    if body.startswith(_OBJECT):
+    if body.startswith(b"{"):
         try:
             document = orjson.loads(body)
         except ValueError:
-            document = pruned(body, _WANTED)
+            document = _found(_in_utf8(body) or body, members)
+    elif body and (text := _in_utf8(body)) is not None:
+        document = _found(text, members)
+    elif body:
+        document = _as_its_record_will(body, fields, members)
     size = len(body)
     if length is not None and length > size:
         size = length
+    input_tokens = -(-size // BYTES_A_TOKEN)
     if type(document) is not dict:
-        return Asked(None, tokens_of(size), None, {})
+        return Asked(None, input_tokens, None, {})
     model = document.get("model")
+    if type(model) is not str or not model:
+        model = None
+    elif len(model) > VALUE_CHARS_MAX:
+        model = bounded(model)
     output_tokens, choices = _output(document)
-    return Asked(
-        bounded(model) if type(model) is str and model else None,
-        tokens_of(size),
-        output_tokens,
-        document,
-        choices,
-    )
+    return Asked(model, input_tokens, output_tokens, document, choices)
+
+
+def _found(body: bytes, members: tuple[str, ...]) -> Mapping[str, Any]:
+    """What is looked for in a document that is not whole, or not to be read at once."""
+    return pruned(body, {**_WANTED, **dict.fromkeys(members, True)} if members else _WANTED)
+
+
+def _in_utf8(body: bytes) -> bytes | None:
+    """An object in UTF-16 or UTF-32, which some servers take, in the spelling that we read; None: it is none."""
+    coding = json.detect_encoding(body[:4])
+    if coding.startswith("utf-8"):
+        return None
+    text = body.decode(coding, "ignore").lstrip()
+    return text.encode() if text.startswith("{") else None
+
+
+def _as_its_record_will(body: bytes, fields: RawHeaders, members: tuple[str, ...]) -> Mapping[str, Any]:
+    """A form, what is coded, what has a byte order mark: no way to write a model's name is one around its limit."""
+    reader = RequestReader((*(name for name in _WANTED if name not in WANTED), *members))
+    try:
+        reader.describe(_HEADS.pick(fields))
+        reader.feed(body)
+        return dict(reader.facts())
+    except Exception:  # noqa: BLE001 - as where it is read along: a fault in a reader is no fault of the call
+        return {}
 
 
 def _output(document: Mapping[str, Any]) -> tuple[int | None, int]:

@@ -264,6 +264,7 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
         dry_run=settings.gate.gate_dry_run,
         deny_unpriced=settings.gate.gate_unpriced == "deny",
         body_says_who=any(source.kind is SourceKind.BODY for source in payers),
+        members=taps.body_fields,
         outside=asked,
         upstreams={one.name: of(one.name) for one in settings.proxy.upstreams},
     )
@@ -272,6 +273,10 @@ def policy(settings: Settings, taps: UsageTaps, key: bytes) -> Policy | None:
 def _meant(by_upstream: Mapping[str | None, UsageTaps], method: str, target: str, upstream: str | None) -> Meant:
     taps = by_upstream.get(upstream) or by_upstream[None]
     endpoint = taps.endpoints.of(method, target)
+    if method == "GET" and (socket := taps.socket(target)) is not None:
+        # What it will take its messages say, each in a record of its own; which model that is of, the target.
+        provider = (None if endpoint is None else endpoint.provider) or socket.provider
+        return Meant(provider, (None if endpoint is None else endpoint.model) or socket.request_model, consumes=False)
     if endpoint is None:
         return Meant(taps.endpoints.provider_of(method, target), consumes=False)
     row = endpoint.row

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import signal
@@ -11,6 +12,8 @@ from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
+from aiohttp.test_utils import TestServer
 from support.counted_api import LIMIT_S, call, client, upstream
 from support.whole import Whole, suspend
 
@@ -127,6 +130,51 @@ async def test_a_length_that_was_claimed_and_never_sent_is_not_charged(tmp_path:
             await whole.kill()
             await whole.start()
             await until_used(whole, "total_tokens-per-day", str(sent + 15), "0")
+
+
+@pytest.mark.timeout(120)
+async def test_a_limit_of_a_model_holds_for_forms_coded_bodies_and_sockets(tmp_path: Path) -> None:
+    reached: list[str] = []
+
+    async def answers(request: web.Request) -> web.StreamResponse:
+        reached.append(request.path_qs)
+        if request.method == "POST":
+            return web.json_response({"text": "x"})
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        await socket.close()
+        return socket
+
+    config = tmp_path / "limits.toml"
+    table = '[[limits]]\nname = "{}"\nsubscriber = ""\nmodel = "{}"\nunit = "calls"\namount = {}\nwindow = "total"\n'
+    config.write_text(table.format("off", "whisper-1", 0) + table.format("once", "gpt-realtime", 1))
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answers)
+    server = TestServer(app)
+    await server.start_server()
+    form = aiohttp.FormData({"model": "whisper-1"})
+    form.add_field("file", b"x" * 3000, filename="a.wav")
+    coded = {"Content-Encoding": "gzip", "Content-Type": "application/json"}
+    try:
+        async with (
+            client() as session,
+            limited(tmp_path, str(server.make_url("")), SIDECAR_CONFIG=str(config)) as whole,
+        ):
+            posted = f"{whole.proxy_url}/v1/audio/transcriptions"
+            async with session.post(posted, data=form) as response:
+                assert (response.status, response.headers["X-Sidecar-Limit"]) == (402, "off")
+            async with session.post(posted, data=gzip.compress(b'{"model": "whisper-1"}'), headers=coded) as response:
+                assert (response.status, response.headers["X-Sidecar-Limit"]) == (402, "off")
+            url = f"{whole.proxy_url}/v1/realtime?model=gpt-realtime"
+            async with session.ws_connect(url) as socket:
+                await socket.receive()
+            await until_used(whole, "once", "1", "0")
+            with pytest.raises(aiohttp.WSServerHandshakeError) as denied:
+                await session.ws_connect(url)
+            assert denied.value.status == 402
+    finally:
+        await server.close()
+    assert reached == ["/v1/realtime?model=gpt-realtime"]
 
 
 async def until_used(whole: Whole, name: str, used: str, reserved: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from collections.abc import Callable
 from typing import Any
@@ -26,7 +27,7 @@ from sidecar.gate.limits import bounded, read_limits
 from sidecar.gate.protocol import Ruling
 from sidecar.gate.windows import SECOND_NS
 from sidecar.meters.definition import read_meters
-from sidecar.model.exchange import Gate, Subscriber
+from sidecar.model.exchange import Gate, RawHeaders, Subscriber
 from sidecar.settings import AskedSettings
 from sidecar.usage.readers import UsageTaps
 
@@ -89,6 +90,83 @@ def test_of_a_models_long_name_no_more_is_kept_than_counters_have() -> None:
         )
     )
     assert weigh(gate).facts.model == bounded(names[0])
+
+
+def form(**members: str) -> bytes:
+    parts = [
+        f'--b\r\nContent-Disposition: form-data; name="{name}"\r\n\r\n{text}\r\n' for name, text in members.items()
+    ]
+    return ("".join(parts) + "--b--\r\n").encode()
+
+
+FORM = ((b"Content-Type", b"multipart/form-data; boundary=b"),)
+CODED = ((b"content-type", b"application/json"), (b"Content-Encoding", b"gzip"))
+ASKED = json.dumps({"model": "m", "max_tokens": 9, "user": "bob", "messages": "é" * 50}, ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields", "tokens"),
+    [
+        (ASKED.encode(), (), 9),
+        (b" \r\n" + ASKED.encode(), (), 9),
+        (gzip.compress(ASKED.encode()), CODED, 9),
+        (b"\xef\xbb\xbf" + ASKED.encode(), (), 9),
+        (ASKED.encode("utf-16"), (), 9),
+        (ASKED.encode("utf-16-le"), (), 9),
+        (ASKED.encode("utf-32"), (), 9),
+        (ASKED.encode()[:-3], (), 9),
+        (form(model="m", user="bob", file="x" * 300), FORM, None),
+        (b"\r\n" + form(model="m", user="bob"), FORM, None),
+    ],
+    ids=[
+        "plain",
+        "space",
+        "gzip",
+        "bom",
+        "utf-16",
+        "utf-16-le",
+        "utf-32",
+        "beginning",
+        "form",
+        "form behind a line end",
+    ],
+)
+def test_a_body_says_the_gate_what_it_says_its_record(body: bytes, fields: RawHeaders, tokens: int | None) -> None:
+    along = UsageTaps(body_fields=["user"]).request("POST", "/v1/chat/completions", fields)
+    assert along is not None
+    along.feed(body)
+    asked = read_request(body, fields=fields, members=("user",))
+    assert (asked.model, asked.members.get("user")) == ("m", "bob")
+    assert (along.body.model, along.member("user")) in (("m", "bob"), (None, None)), "records know no UTF-16"
+    assert asked.output_tokens == tokens
+    assert asked.input_tokens == -(-len(body) // 4)
+
+
+@given(st.binary(max_size=300), st.sampled_from([FORM, CODED, ()]))
+def test_no_request_is_too_odd_whatever_its_head_says(body: bytes, fields: RawHeaders) -> None:
+    assert read_request(body, fields=fields).input_tokens == -(-len(body) // 4)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [(form(model="m"), FORM), (gzip.compress(b'{"model": "m"}'), CODED), ('{"model": "m"}'.encode("utf-16"), ())],
+    ids=["form", "gzip", "utf-16"],
+)
+def test_a_limit_of_a_model_holds_however_the_body_is_written(body: bytes, fields: RawHeaders) -> None:
+    asked: list[tuple[Any, ...]] = []
+    table = {"name": "off", "subscriber": "", "model": "m", "unit": "calls", "amount": 0, "window": "total"}
+    policy = Policy(
+        limits=read_limits([table]),
+        meant=lambda method, target, upstream: Meant("openai", None, True),
+        key_of=lambda fields: None,
+        deny=DENY,
+    )
+    gate = Admission(policy, clock_ns=lambda: AT_NS, call_later=lambda after, do: Timer(do))
+    gate.send = asked.append
+    prepared = gate.prepare("POST", "/v1/x", fields, subscriber=None, dimensions={}, route=None)
+    assert gate.quickly(prepared, body) is None
+    gate.ask(gate.weigh(prepared, body, len(body)), "1", lambda verdict: None)
+    assert asked[0][3] == [("off", "m", 1)]
 
 
 def test_what_a_model_usually_takes() -> None:

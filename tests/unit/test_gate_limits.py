@@ -28,7 +28,7 @@ from sidecar.gate.windows import SECOND_NS, Calendar, Sliding
 from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Exchange, Gate, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import Record, encode
-from sidecar.runtime import gate_factory
+from sidecar.runtime import factory, gate_factory
 from sidecar.settings import load
 from sidecar.spool.frames import gate_of, packed_gate
 
@@ -602,6 +602,28 @@ def test_a_limit_of_a_meter_of_money_asks_for_prices(tmp_path: Path) -> None:
     assert models is not None
     assert models.price is not None
     assert models.price("openai", "own", 10, 20, AT_NS) == 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("target", "model", "provider"),
+    [
+        ("/v1/realtime?model=gpt-realtime", "gpt-realtime", "openai"),
+        ("/v1/%72ealtime?x=1&model=gpt-realtime", "gpt-realtime", "openai"),
+        ("/openai/realtime?api-version=1&deployment=gpt-rt", "gpt-rt", "openai"),
+        ("/v1/responses?model=gpt-5", "gpt-5", "openai"),
+        ("/v1/audio/transcriptions/realtime?model=voxtral", "voxtral", "mistral_ai"),
+        ("/v1/realtime", None, "openai"),
+        ("/v1/models?model=x", None, None),
+    ],
+)
+def test_which_model_a_socket_is_of_its_target_says(target: str, model: str | None, provider: str | None) -> None:
+    environ = {"SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1", "SIDECAR_LIMITS": "calls=9/day"}
+    settings = load(environ, backend_settings=backend_settings())
+    policy = gate_factory.policy(settings, factory.usage_taps(settings, lambda kind: None), b"k" * 32)
+    assert policy is not None
+    meant = policy.meant("GET", target, None)
+    assert (meant.model, meant.provider, meant.consumes) == (model, provider, False)
+    assert policy.meant("POST", "/v1/realtime?model=x", None).model is None, "no socket begins so"
 
 
 def test_how_far_back_records_count() -> None:

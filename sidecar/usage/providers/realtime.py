@@ -25,7 +25,12 @@ _SESSION: Tree = {
 
 
 class Session(Protocol):
-    """One socket."""
+    """One socket. `request_model`: that its target names, or a message has since."""
+
+    @property
+    def provider(self) -> str | None: ...
+    @property
+    def request_model(self) -> str | None: ...
 
     client_places: ClassVar[Tree]
     """What is wanted of a message to the provider that is too large to keep; and of one from it."""
