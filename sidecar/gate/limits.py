@@ -31,7 +31,7 @@ from enum import StrEnum
 from typing import Any, Final, NamedTuple
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
-from sidecar.gate.windows import CALENDAR, LONGEST_S, Calendar, Sliding, Window
+from sidecar.gate.windows import CALENDAR, LONGEST_PERIOD_S, LONGEST_S, Calendar, Sliding, Window
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import UNAUTHENTICATED
 from sidecar.model.exchange import Exchange, Outcome, UsageState
@@ -144,10 +144,21 @@ class Limit:
 
     @property
     def in_hours(self) -> bool:
-        """Whether sums by hour, subscriber, model, provider and route tell what was used of it."""
-        return self.meter is None and all(
-            scope != "key" and not scope.startswith(DIMENSION) for scope, _ in self.scopes
-        )
+        """Whether sums by hour, subscriber, provider and route tell what was used of it. They have the model that
+        responded, and a limit the one that was asked for: `gpt-5` is `gpt-5-2025-08-07` there."""
+        return self.meter is None and not self.not_in_hours
+
+    @property
+    def not_in_hours(self) -> list[str]:
+        """Of its scopes those that sums by hour do not know."""
+        return [scope for scope, _ in self.scopes if scope in ("key", "model") or scope.startswith(DIMENSION)]
+
+    @property
+    def reaches_back_s(self) -> float:
+        """How long ago something may have been used that counts now."""
+        if self.unit == "concurrent":
+            return 0.0
+        return float(self.window.seconds) if isinstance(self.window, Sliding) else LONGEST_PERIOD_S[self.window.unit]
 
     def scope_of(self, facts: Facts) -> str | None:
         """Which of this limit's counters such a call falls under; None: under none."""
@@ -439,8 +450,9 @@ def read_limits(
     return tuple(limits)
 
 
-def remarks(limits: Sequence[Limit], *, priced: bool = True) -> list[str]:
-    """What is no fault and still worth knowing."""
+def remarks(limits: Sequence[Limit], *, priced: bool = True, kept_s: float | None = None) -> list[str]:
+    """What is no fault and still worth knowing. `kept_s`: for how long records are kept, where after a start nothing
+    but them and sums by hour says what was used."""
     found = []
     for limit in limits:
         if not limit.amount:
@@ -450,6 +462,12 @@ def remarks(limits: Sequence[Limit], *, priced: bool = True) -> list[str]:
             found.append(f"limit {limit.name}: only costs that providers state are counted: there are no prices")
         if limit.meter is not None and limit.meter.kind is Kind.SUM and limit.meter.field not in PLAIN_UNITS:
             found.append(f"limit {limit.name}: what a call adds is known at its end only: nothing is reserved for it")
+        if kept_s is not None and not limit.in_hours and limit.reaches_back_s > kept_s:
+            what = f"a {limit.unit}" if limit.meter is not None else limit.not_in_hours[0]
+            found.append(
+                f"limit {limit.name}: the ledger's sums by hour do not know it by {what}: after a start it has what "
+                "the records in the spool say (SIDECAR_RETENTION), and nothing of before"
+            )
         if limit.idle_zone is not None:
             found.append(f"limit {limit.name}: timezone {limit.idle_zone} changes nothing: its window has no calendar")
     return found

@@ -483,8 +483,8 @@ class Hour(NamedTuple):
 
 
 def count_hours(hours: Iterable[Hour], charging: Charging) -> Counters:
-    """The counters as these hours leave them, for records that are there no more. Of keys, dimensions and meters the
-    hours say nothing; of calls whose usage stayed unknown they have what was seen."""
+    """The counters as these hours leave them, for records that are there no more. Of keys, models, dimensions and
+    meters the hours say nothing; of calls whose usage stayed unknown they have what was seen."""
     counters = Counters(charging.limits)
     for hour in hours:
         # One of 400 or above without usage consumed nothing.

@@ -22,6 +22,15 @@ PARTS: Final = 60  # of a sliding window
 CALENDAR: Final = ("minute", "hour", "day", "week", "month", "year", "total")
 _SHORT_S: Final = {"minute": 60, "hour": 3600}
 LONGEST_S: Final = 366 * 86_400  # of a sliding window
+LONGEST_PERIOD_S: Final[Mapping[str, float]] = {
+    "minute": 60.0,
+    "hour": 3600.0,
+    "day": 25 * 3600.0,  # the clock is set back an hour in one
+    "week": 169 * 3600.0,
+    "month": 745 * 3600.0,
+    "year": float(LONGEST_S),
+    "total": float("inf"),
+}
 
 
 def moment(at_ns: int | None) -> str | None:

@@ -162,7 +162,9 @@ def asking(settings: Settings) -> Asking | None:
 
 def notes(settings: Settings) -> list[str]:
     """What is no fault and still worth knowing."""
-    found = remarks(limits(settings), priced=_has_prices(settings))
+    # What is shared with other sidecars is published, and kept there.
+    kept_s = None if is_shared(settings) else settings.spool.retention
+    found = remarks(limits(settings), priced=_has_prices(settings), kept_s=kept_s)
     if any(limit.needs_cost for limit in limits(settings)):
         other = {price.currency for price in price_book(settings).own if price.side is Side.PROVIDER} - {USD}
         found += [f"limits of cost_usd do not count what is priced in {currency}" for currency in sorted(other)]
@@ -414,7 +416,7 @@ class LedgersPast:
             if count > RECORDS_MAX:
                 log.warning(
                     "limits of %s are counted again from its hours in the ledger: of its %d records too many are "
-                    "wanted, so limits of keys, dimensions and meters begin at nothing",
+                    "wanted, so limits of keys, models, dimensions and meters begin at nothing",
                     name,
                     count,
                 )

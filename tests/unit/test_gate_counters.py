@@ -589,6 +589,17 @@ def test_hours_of_the_ledger_count_where_there_are_no_records_any_more() -> None
     assert len(book.rows(AT_NS)) == 3, "the hours know no team"
 
 
+def test_hours_have_another_model_than_limits() -> None:
+    """What was asked for is `gpt-5`, and `gpt-5-2025-08-07` responded."""
+    one = {"name": "one", "unit": "calls", "amount": 9, "window": "month", "subscriber": "*"}
+    made = read_limits([one, one | {"name": "asked", "model": "gpt-5"}, one | {"name": "each", "model": "*"}])
+    hours = [
+        Hour(AT_NS, Facts(subscriber="acme", model=model), 4, 4, False, 5, 6, 11, Decimal(0))
+        for model in ("gpt-5", "gpt-5-2025-08-07")
+    ]
+    assert [row.scope for row in count_hours(hours, Charging(made)).rows(AT_NS)] == ["acme"]
+
+
 def test_the_gate_of_a_record_is_read_back() -> None:
     exchange = Exchange(method="GET", url="u", id="0" * 36, started_ns=AT_NS, outcome=Outcome.COMPLETE)
     exchange.gate = Gate("allowed", None, "limits", 0.0, {CALLS: 1})

@@ -626,6 +626,38 @@ def test_which_model_a_socket_is_of_its_target_says(target: str, model: str | No
     assert policy.meant("POST", "/v1/realtime?model=x", None).model is None, "no socket begins so"
 
 
+@pytest.mark.parametrize(
+    ("fields", "what"),
+    [
+        ('model = "*"\nunit = "calls"\nwindow = "month"', "model"),
+        ('key = "*"\nunit = "calls"\nwindow = "8d"', "key"),
+        ('"dimensions.team" = "*"\nunit = "calls"\nwindow = "total"', "dimensions.team"),
+        ('unit = "meter:weighed"\nwindow = "year"', "a meter:weighed"),
+        ('model = "*"\nunit = "calls"\nwindow = "day"', None),
+        ('model = "*"\nunit = "calls"\nwindow = "7d"', None),
+        ('model = "*"\nunit = "concurrent"', None),
+        ('provider = "*"\nunit = "calls"\nwindow = "month"', None),
+    ],
+)
+def test_what_a_start_does_not_know_of_a_limit_is_said(fields: str, what: str | None) -> None:
+    made = read(f'[[limits]]\nname = "one"\namount = 1\n{fields}')
+    assert remarks(made) == []
+    found = remarks(made, kept_s=7 * 86_400.0)
+    assert len(found) == (what is not None)
+    if what is not None:
+        assert found[0].startswith(f"limit one: the ledger's sums by hour do not know it by {what}: ")
+
+
+def test_of_limits_that_are_shared_nothing_is_forgotten(tmp_path: Path) -> None:
+    (tmp_path / "s.toml").write_text(
+        '[[limits]]\nname = "one"\nunit = "calls"\namount = 1\nwindow = "month"\nmodel = "*"\n'
+    )
+    environ = {"SIDECAR_CONFIG": str(tmp_path / "s.toml"), "SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1"}
+    for more, count in (({}, 1), ({"SIDECAR_LEDGER_URL": "postgresql://x@127.0.0.1/x"}, 0)):
+        settings = load({**environ, **more}, backend_settings=backend_settings())
+        assert len(gate_factory.notes(settings)) == count
+
+
 def test_how_far_back_records_count() -> None:
     limits = read("", "calls=1/hour", "calls=1/90s", "concurrent=1")
     assert oldest_start_ns(limits, AT_NS) == AT_NS - AT_NS % (3600 * SECOND_NS)
