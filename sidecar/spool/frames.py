@@ -47,7 +47,7 @@ from sidecar.model.exchange import (
 )
 
 # Raised with every change of what stands in a frame. The form of `marshal` itself may differ between two Pythons.
-VERSION: Final = f"8 {sys.implementation.cache_tag}"
+VERSION: Final = f"9 {sys.implementation.cache_tag}"
 EXCHANGE: Final = 0  # kinds of what ended
 PLAIN: Final = 1
 GATED: Final = 2  # a plain call, and what the gate said of it: `(GATED, plain, gate)`
