@@ -236,7 +236,7 @@ def test_qianfan_is_final_with_its_last_event_alone() -> None:
         }
 
     usage = streamed(path, events(message(4, False), message(9, True)))
-    assert (*counted(usage), usage.request_model) == ("final", 33, 9, 42, "asked")
+    assert (*counted(usage), usage.request_model) == ("final", 33, 9, 42, "ernie-4.0")
     assert counted(read(path, events(message(4, False)), whole=False)) == ("partial", 33, 4, 37)
 
 
