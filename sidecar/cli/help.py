@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Final, NoReturn
 
-from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError
+from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError, address
 
 NAME: Final = "metering-sidecar"
 SHARED_PAGES: Final = Path("share/doc") / NAME  # where an installed package has README.md and docs/
@@ -53,7 +53,9 @@ PAGES: Final[Mapping[str, Shown]] = {
         ),
         "README.md#commands",
     ),
-    "records": Shown(("records --limit 20", "records --follow", "records --since 1h --format ndjson"), "docs/call.md"),
+    "records": Shown(
+        ("records --limit 20", "records --follow", "records --since 1h --format ndjson"), "docs/record.md"
+    ),
     "balance": Shown(("balance", "balance --format json"), "docs/guarantees.md"),
     "limits": Shown(("limits", "limits --over 80"), "docs/gate.md"),
     "spool": Shown(("spool status", "spool parked --backend stripe", "spool verify"), "README.md#operating"),
@@ -110,14 +112,17 @@ class Parser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message: str) -> NoReturn:
-        super().error(guessed(message, self._options()))
+        asked = self._asked()
+        said = guessed(message, list(asked._option_string_actions))
+        # What no command takes is said by the parser of all of them, whose usage would be of no help.
+        argparse.ArgumentParser.error(asked if message.startswith("unrecognized arguments") else self, said)
 
-    def _options(self) -> list[str]:
-        """Those of the command that was asked for."""
+    def _asked(self) -> argparse.ArgumentParser:
+        """The command that was asked for."""
         parser: argparse.ArgumentParser = self
         for word in self._words:
             parser = subcommands(parser).get(word, parser)
-        return list(parser._option_string_actions)
+        return parser
 
 
 class _Formatter(argparse.HelpFormatter):
@@ -137,6 +142,8 @@ def guessed(message: str, options: Sequence[str] = ()) -> str:
     found = re.search(r"invalid choice: '([^']*)' \(choose from (.*)\)$", message, re.DOTALL)
     if found is None:
         return message
+    if message.startswith("argument COMMAND:") and (url := address(found[1])) is not None:
+        return f"{found[1]!r} is no command; did you mean `serve {url}`?"
     near = nearest(found[1], [choice.strip(" '") for choice in found[2].split(",")])
     if near is None and f"--{found[1]}" in options:
         near = f"--{found[1]}"

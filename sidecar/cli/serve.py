@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Final
 
-from sidecar.cli.shared import EXIT_USAGE, CommandError, add_data_dir, serving_settings
+from sidecar.cli.shared import EXIT_USAGE, CommandError, add_data_dir, address, serving_settings
 from sidecar.settings import LogFormat, Settings, SettingsError
 
 UPSTREAM: Final = "SIDECAR_UPSTREAM_URL"
@@ -47,7 +47,7 @@ def environ(arguments: argparse.Namespace, given: Mapping[str, str]) -> Mapping[
     url: str | None = arguments.url
     if url is not None:
         if "://" not in url and not url.startswith("unix:"):
-            raise CommandError(f"{url!r} is no address; did you mean https://{url}?", EXIT_USAGE)
+            raise CommandError(f"{url!r} is no URL; did you mean {address(url) or f'https://{url}'}?", EXIT_USAGE)
         there = given.get(UPSTREAM, "")
         if there and there.strip().rstrip("/") != url.rstrip("/"):
             raise CommandError(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import ipaddress
 import os
+import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Final
@@ -65,6 +67,24 @@ def moment(text: str, now: datetime | None = None) -> datetime:
         return parameters.moment(text, now or datetime.now(UTC))
     except parameters.QueryError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def address(text: str) -> str | None:
+    """The URL that a text is or may stand for, where it is an address and not a word or a file: a name with a port or
+    with dots gets the scheme with which it is mostly spoken to."""
+    if "://" in text or text.startswith("unix:"):
+        return text
+    host = re.match(r"\[[\da-fA-F:.]+\]|[a-zA-Z\d][\w.-]*", text, re.ASCII)
+    if host is None or not (re.search(r":\d", text) or host[0].count(".") > 1 or host[0] == "localhost"):
+        return None
+    return f"{'http' if _is_loopback(host[0].strip('[]')) else 'https'}://{text}"
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
 
 
 def add_data_dir(parser: argparse.ArgumentParser) -> None:

@@ -58,8 +58,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "--by",
         default=",".join(BY),
         metavar="NAME,…",
-        help="subscriber, model, provider, route, status, instance, hour, day, month, or a dimension (default: "
-        f"{','.join(BY)}; '' for one sum)",
+        help="subscriber, model, provider, route, status, upstream, instance, hour, day, month, or a dimension "
+        f"(default: {','.join(BY)}; '' for one sum)",
     )
     parser.add_argument("--meter", metavar="NAME", help="the running values of one meter instead")
     parser.add_argument("--since", metavar="TIME", help="an age (90m, 24h, 7d), today, or a date and time (UTC)")

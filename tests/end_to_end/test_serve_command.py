@@ -51,10 +51,14 @@ def test_another_api_than_the_variable_names_is_not_guessed(
     assert "pass" not in text
 
 
-@pytest.mark.parametrize("typed", ["api.openai.com", "localhost:8000", "127.0.0.1:9/v1"])
-def test_an_address_without_its_scheme_is_told_with_one(typed: str, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("typed", "scheme"), [("api.openai.com", "https"), ("localhost:8000", "http"), ("127.0.0.1:9/v1", "http")]
+)
+def test_an_address_without_its_scheme_is_told_with_one(
+    typed: str, scheme: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["serve", typed]) == 2
-    assert told(capsys)["message"] == f"{typed!r} is no address; did you mean https://{typed}?"
+    assert told(capsys)["message"] == f"{typed!r} is no URL; did you mean {scheme}://{typed}?"
 
 
 def test_what_is_typed_goes_before_what_is_set() -> None:

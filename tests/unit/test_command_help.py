@@ -21,6 +21,7 @@ ALL = dict(walk(parser()))
 
 @pytest.mark.parametrize("path", ALL)
 def test_every_command_has_examples_and_a_page_to_read(path: str) -> None:
+    assert path in PAGES, f"`{path}` needs a row in PAGES (sidecar/cli/help.py): examples, and the page to read on"
     shown = PAGES[path]
     text = ALL[path].format_help()
     for example in shown.examples:
@@ -81,9 +82,37 @@ def test_a_mistyped_option_is_told_with_the_near_one_of_its_command(
     assert ("did you mean" not in said) if meant is None else (f"; did you mean {meant}?" in said)
 
 
+@pytest.mark.parametrize("typed", [["spool", "redrive", "--bakend", "x"], ["usage", "more"], ["serve", "a", "b"]])
+def test_what_a_command_does_not_take_is_told_with_its_own_usage(
+    typed: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(typed)
+    assert ended.value.code == 2
+    command = " ".join(word for word in typed[:2] if word in ("spool", "redrive", "usage", "serve"))
+    assert capsys.readouterr().err.startswith(f"usage: {NAME} {command} [-h]")
+
+
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("https://api.openai.com", "https://api.openai.com"), ("localhost:3000", "http://localhost:3000"),
+        ("unix:/run/api.sock", "unix:/run/api.sock"), ("api.openai.com/v1", "https://api.openai.com/v1"),
+        ("[::1]:3000", "http://[::1]:3000"), ("127.0.0.9:80", "http://127.0.0.9:80"),
+    ],
+)  # fmt: skip
+def test_an_address_in_the_place_of_a_command_is_one_to_serve(
+    typed: str, meant: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([typed])
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.endswith(f"{typed!r} is no command; did you mean `serve {meant}`?\n")
+
+
 def test_a_word_that_is_like_none_is_told_without_a_guess(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["frobnicate"])
+        main(["sidecar.toml"])
     said = capsys.readouterr().err
     assert "did you mean" not in said
     assert "'serve'" in said or "serve, demo" in said
