@@ -235,7 +235,7 @@ def chosen_meters(
     known = {meter.name: meter for meter in definitions}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{backend}: {', '.join(unknown)} is no meter; there are {', '.join(known)}")
+        raise ValueError(f"{backend}: {', '.join(unknown)} is no meter; the meters are: {', '.join(known)}")
     chosen = tuple(known[name] for name in names) if names else tuple(definitions)
     for meter in chosen:
         if meter.kind not in takes:

@@ -116,7 +116,7 @@ def _cost_meter(name: str | None, meters: Sequence[Meter]) -> Meter | None:
     found = next((meter for meter in meters if meter.name == name), None)
     if found is None:
         sent = ", ".join(meter.name for meter in meters)
-        raise ValueError(f"SIDECAR_LAGO_COST_METER: {name} is no meter that lago is sent; there are {sent}")
+        raise ValueError(f"SIDECAR_LAGO_COST_METER: {name} is no meter that lago is sent; those are: {sent}")
     if not found.is_money:
         raise ValueError(
             f"SIDECAR_LAGO_COST_METER: the meter {name} is no amount of money: name one with "

@@ -39,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         query = limits_query(limit=arguments.limit, over=arguments.over, by=arguments.by)
     except QueryError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
+        raise CommandError(error.typed(), EXIT_USAGE) from None
     found = ask(settings.data_dir, "/limits", token=settings.serve.admin_token)
     rows = limits(_of_files(settings) if found is None else found["limits"], query, names)
     if form is Format.JSON:
@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
     elif not rows:
         known = _names(settings)
         if query.limit is not None and known and query.limit not in known:
-            raise CommandError(f"no limit is called {query.limit}; there are {', '.join(known)}", EXIT_USAGE)
+            raise CommandError(f"no limit is called {query.limit}; the limits are: {', '.join(known)}", EXIT_USAGE)
         print("no limit has been touched by a call in its window")
     else:
         print(report(rows, names), end="")

@@ -77,7 +77,7 @@ def _parked_with(reason: str, backend: str | None, settings: Settings) -> list[t
                 else:
                     others.add(row["reason"])
     except QueryError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
+        raise CommandError(error.typed(), EXIT_USAGE) from None
     except StateError as error:
         raise CommandError(str(error)) from None
     if not chosen:

@@ -50,6 +50,7 @@ from sidecar.meters.properties import (
 from sidecar.model.delivery import AddsUp, Event, Sealed
 from sidecar.model.record import Record
 from sidecar.runtime.reports.formats import stamp
+from sidecar.runtime.reports.parameters import near
 from sidecar.settings import Settings
 from sidecar.settings.schema import Setting
 
@@ -109,7 +110,7 @@ def meters_of(settings: Settings, names: Iterable[str] = ()) -> tuple[Meter, ...
     by_name = {meter.name: meter for meter in meters}
     for name in names:
         if name not in by_name:
-            raise CommandError(f"there is no meter {name!r}; there are {', '.join(by_name)}", EXIT_USAGE)
+            raise CommandError(f"there is no meter {name!r}; the meters are: {', '.join(by_name)}", EXIT_USAGE)
     return tuple(by_name[name] for name in dict.fromkeys(names)) or meters
 
 
@@ -317,7 +318,7 @@ def _known(name: str) -> None:
     from sidecar.backends import BACKENDS
 
     if name not in BACKENDS:
-        raise CommandError(f"{name} is no backend; there are {', '.join(BACKENDS)}", EXIT_USAGE)
+        raise CommandError(f"--backend {name} is no backend{near(name, BACKENDS)}", EXIT_USAGE)
 
 
 def _make(arguments: argparse.Namespace, settings: Settings) -> int:

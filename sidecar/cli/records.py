@@ -120,11 +120,11 @@ def run(arguments: argparse.Namespace) -> int:
                 lines: Iterable[bytes] = calls.calls_from(reader, query, names, places)
             else:
                 lines = calls.last_calls(reader, query, names, upto=places, bytes_max=BYTES_MAX).lines
-            write = _printed(lines, names, form)
+            write = _printed(lines if arguments.follow else _or_said(lines), names, form)
             if arguments.follow:
                 _follow(reader, places, calls.filter_of(query, names), write)
     except QueryError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
+        raise CommandError(error.typed(), EXIT_USAGE) from None
     except (SpoolError, StorageError) as error:
         raise CommandError(str(error)) from None
     return EXIT_OK
@@ -139,7 +139,7 @@ def _of_fleet(fleet: PostgresReader, query: calls.RecordsQuery, names: Names, fo
     if query.id is not None and form is Format.TABLE:
         _write_whole(found.lines[0], names)
     else:
-        _printed(found.lines, names, form)
+        _printed(_or_said(found.lines), names, form)
     if found.stopped is not None:
         print(f"note: {found.stopped}", file=sys.stderr)
     return EXIT_OK
@@ -160,6 +160,16 @@ def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int
     else:
         _printed(lines, names, form)
     return EXIT_OK
+
+
+def _or_said(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """The same; where there are none, that is said: an empty table looks like one that did not come."""
+    none = True
+    for line in lines:
+        none = False
+        yield line
+    if none:
+        print("no records in that time", file=sys.stderr)
 
 
 def _printed(lines: Iterable[bytes], names: Names, form: Format) -> Callable[[bytes], None]:

@@ -256,7 +256,7 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
                 lists.check_backend(accounts, query, arguments.settings.backends)
             rows = list(lists.parked(accounts, query, names))
     except QueryError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
+        raise CommandError(error.typed(), EXIT_USAGE) from None
     except StateError as error:
         raise CommandError(str(error)) from None
     if not rows:

@@ -100,7 +100,7 @@ def run(arguments: argparse.Namespace) -> int:
                 return EXIT_OK
             found = usage(ledger, query, names)
     except QueryError as error:
-        raise CommandError(str(error), EXIT_USAGE) from None
+        raise CommandError(error.typed(), EXIT_USAGE) from None
     except StorageError as error:
         raise CommandError(str(error)) from None
     form = Format(arguments.format)

@@ -618,7 +618,7 @@ def test_a_meter_that_a_backend_cannot_take_is_refused_by_name(name: str, tmp_pa
         row.make(values, context)
     setting = next(s for s in row.settings if s.name == "meters")
     assert row.make({**values, "meters": setting.kind.parse("calls")}, context).name == name
-    with pytest.raises(ValueError, match="nonsense is no meter; there are models, calls"):
+    with pytest.raises(ValueError, match="nonsense is no meter; the meters are: models, calls"):
         row.make({**values, "meters": setting.kind.parse("nonsense")}, context)
 
 
@@ -999,9 +999,9 @@ async def test_lago_is_told_the_cost_of_a_call_once_and_exactly(vendor: Vendor) 
     [
         (
             {"cost_meter": "other"},
-            "SIDECAR_LAGO_COST_METER: other is no meter that lago is sent; there are api_calls, p",
+            "SIDECAR_LAGO_COST_METER: other is no meter that lago is sent; those are: api_calls, p",
         ),
-        ({"cost_meter": "paid", "meters": "api_calls"}, "paid is no meter that lago is sent; there are api_calls$"),
+        ({"cost_meter": "paid", "meters": "api_calls"}, "paid is no meter that lago is sent; those are: api_calls$"),
         ({"cost_meter": "api_calls"}, "the meter api_calls is no amount of money: name one with"),
     ],
 )

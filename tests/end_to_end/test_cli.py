@@ -7,6 +7,7 @@ import csv
 import io
 import json
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -108,7 +109,7 @@ def test_usage_of_another_time_is_none(capsys: pytest.CaptureFixture[str]) -> No
 
 def test_usage_by_an_unknown_name_says_which_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["usage", "--by", "colour"]) == 2
-    assert "expected subscriber, model" in capsys.readouterr().err
+    assert "expected one of subscriber, model" in capsys.readouterr().err
 
 
 def test_usage_of_a_meter_is_what_the_meter_gives_over_the_records(
@@ -152,7 +153,7 @@ def test_meters_are_listed_as_they_are_defined(
 
 def test_a_meter_that_is_not_there_is_refused_with_those_that_are(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["meters", "test", "calls"]) == 2
-    assert "there is no meter 'calls'; there are api_calls, input_tokens" in capsys.readouterr().err
+    assert "there is no meter 'calls'; the meters are: api_calls, input_tokens" in capsys.readouterr().err
     assert main(["usage", "--meter", "calls"]) == 2
 
 
@@ -177,7 +178,37 @@ def test_records_as_a_table(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("since", "count"), [("2099-01-01", 0), ("1h", 3)])
 def test_records_since(since: str, count: int, capfdbinary: pytest.CaptureFixture[bytes]) -> None:
     assert main(["records", "--format", "ndjson", "--since", since]) == 0
-    assert len(capfdbinary.readouterr().out.splitlines()) == count
+    out, err = capfdbinary.readouterr()
+    assert len(out.splitlines()) == count
+    assert err == (b"" if count else b"no records in that time\n")
+
+
+@pytest.mark.parametrize(
+    ("typed", "said"),
+    [
+        ("records --id nope", "--id nope: expected the id of a record, such as "),
+        ("records --where foo", "--where foo: expected NAME=VALUE"),
+        ("records --where modl=x", "--where modl; did you mean model?"),
+        ("records --where outcome=foo", "--where outcome=foo: expected one of complete, client_left, "),
+        ("records --where status=0xx", "--where status=0xx: expected a status (429), a class (4xx) or none"),
+        ("records --limit 'a b'", "--limit 'a b': expected a whole number"),
+        ("records --since yesterday", "--since yesterday is no time: expected an age"),
+        ("usage --since 1h --until 2h", "--until 2h is not behind '1h'"),
+        ("usage --where status=429", "--where status=429: expected a class (2xx, 4xx) or none"),
+        ("usage --by subscribr", "--by subscribr; did you mean subscriber?"),
+        ("usage --sort foo", "--sort foo: expected one of cost, tokens, "),
+        ("usage --top 0", "--top 0: expected a whole number, 1 to 10,000"),
+        ("usage --timezone Europe/Berln", "--timezone Europe/Berln is no time zone: expected "),
+        ("limits --over many", "--over many: expected a number of percent"),
+        ("spool parked --backend ledgr", "--backend ledgr is not one of the backends of this instance (file"),
+        ("meters provision --backend strpe", "--backend strpe is no backend; did you mean stripe?"),
+    ],
+)
+def test_what_cannot_be_asked_begins_with_what_was_typed(
+    typed: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(shlex.split(typed)) == 2
+    assert capsys.readouterr().err.startswith(said)
 
 
 def test_records_for_head_end_without_a_complaint(data_dir: Path) -> None:

@@ -351,7 +351,7 @@ async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_n
             code, out, _ = await whole.command("limits", "--format", "json", "--over", "100")
             assert [row["limit"] for row in json.loads(out)["limits"]] == ["everybody"]
             code, _, err = await whole.command("limits", "--limit", "team-token")
-            assert (code, err) == (2, "no limit is called team-token; there are team-tokens, everybody\n")
+            assert (code, err) == (2, "no limit is called team-token; the limits are: team-tokens, everybody\n")
             assert "a limit is used up" in whole.log.read_text()
 
 

@@ -176,7 +176,7 @@ def test_what_sums_cannot_have_is_said_too(data_dir: Path, capsys: pytest.Captur
 @pytest.mark.parametrize(
     ("arguments", "word"),
     [
-        (["--backend", "strpe"], "strpe is no backend; there are ledger, meter"),
+        (["--backend", "strpe"], "--backend strpe is no backend; did you mean stripe?"),
         (["nothing", "--backend", "stripe"], "there is no meter 'nothing'"),
         (["pages", "--backend", "webhook"], "webhook is given whole records"),
         (["--backend", "stripe", "--limit", "0"], "no number above 0"),

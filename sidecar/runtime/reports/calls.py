@@ -6,6 +6,7 @@ What was committed last is read first, so that "the last hundred" costs the same
 from __future__ import annotations
 
 import heapq
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
@@ -14,15 +15,16 @@ from typing import Any, Final
 import orjson
 
 from sidecar.ledger.postgres_queries import PostgresReader
+from sidecar.model.exchange import Outcome
 from sidecar.model.record_id import ID_LENGTH
 from sidecar.runtime.reports.formats import Names, stamp
 from sidecar.runtime.reports.parameters import (
     UPSTREAM,
     QueryError,
+    Values,
     between,
     conditions,
     dimension_of,
-    quoted,
     whole,
 )
 from sidecar.spool import SpoolReader
@@ -65,6 +67,11 @@ FIELDS: Final[Mapping[str, Callable[[Record], Any]]] = {
     "method": lambda r: r["method"],
     "instance": lambda r: r["instance"],  # the spool that has it; of many sidecars who of them
     UPSTREAM: lambda r: r["dimensions"].get(UPSTREAM) or r.get("upstream"),
+}
+# Of these, all that a record can have; an upstream's 999 passes as it came.
+POSSIBLE: Final[Mapping[str, Values]] = {
+    "status": Values(re.compile(r"[1-9](xx|\d\d)|none", re.ASCII), "a status (429), a class (4xx) or none"),
+    "outcome": Values(re.compile("|".join(Outcome)), f"one of {', '.join(Outcome)}"),
 }
 # As CSV has them; JSON and NDJSON have the whole record.
 COLUMNS: Final[Mapping[str, Callable[[Record], Any]]] = {
@@ -129,7 +136,7 @@ def records_query(
     return RecordsQuery(
         since=begins,
         until=ends,
-        where=conditions(where, FIELDS, dimensions),
+        where=conditions(where, {name: POSSIBLE.get(name) for name in FIELDS}, dimensions),
         limit=None if limit is None else whole("limit", limit, limit_max),
         id=None if not record_id else id_of(record_id),
     )
@@ -139,9 +146,7 @@ def id_of(text: str) -> str:
     """A record's id, also out of that of one of its events. Raises `QueryError`."""
     found = text.strip()[:ID_LENGTH].lower()
     if len(found) != ID_LENGTH or found.count("-") != 4 or set(found) - set("0123456789abcdef-"):
-        raise QueryError(
-            f"id={quoted(text)}: expected the id of a record, such as 0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d"
-        )
+        raise QueryError(": expected the id of a record, such as 0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d", "id", text)
     return found
 
 

@@ -15,7 +15,7 @@ import orjson
 
 from sidecar.delivery.queries import DeliveryQueries
 from sidecar.runtime.reports.formats import Names, stamp
-from sidecar.runtime.reports.parameters import QueryError, near, quoted, whole
+from sidecar.runtime.reports.parameters import QueryError, guess, whole
 
 PAGE: Final = 500  # parked events read at a time
 PARKED_MAX: Final = 10_000  # in one answer over HTTP: some 30 MB with their records
@@ -53,9 +53,8 @@ def check_backend(accounts: Iterable[DeliveryQueries], query: ParkedQuery, confi
     for one in accounts:
         known.update(one.backends(), (name for name, _ in one.parked_now()))
     if query.backend not in known:
-        raise QueryError(
-            f"backend={quoted(query.backend)} is none of this instance{near(query.backend, sorted(known))}"
-        )
+        there = f"({', '.join(sorted(known)) or 'none'}){guess(query.backend, known)}"
+        raise QueryError(f" is not one of the backends of this instance {there}", "backend", query.backend)
 
 
 def parked(accounts: Iterable[DeliveryQueries], query: ParkedQuery, names: Names) -> Iterator[dict[str, Any]]:
@@ -106,7 +105,7 @@ class LimitsQuery:
 def limits_query(*, limit: str | None = None, over: str | None = None, by: str | None = None) -> LimitsQuery:
     """Raises `QueryError`."""
     if by not in (None, "", "instance"):
-        raise QueryError(f"by={quoted(str(by))}: expected instance")
+        raise QueryError(": expected instance", "by", by)
     percent = None
     if over:
         try:
@@ -114,7 +113,7 @@ def limits_query(*, limit: str | None = None, over: str | None = None, by: str |
         except ValueError:
             percent = -1.0
         if not 0 <= percent <= 1e6:
-            raise QueryError(f"over={quoted(over)}: expected a number of percent, such as 80")
+            raise QueryError(": expected a number of percent, such as 80", "over", over)
     return LimitsQuery(limit=limit or None, over=percent, by_instance=bool(by))
 
 

@@ -35,7 +35,40 @@ _TAKEN: Final = frozenset({"name", "others", *GROUPS, *COUNTED})
 
 
 class QueryError(ValueError):
-    """It cannot be answered as it was asked. The text says what would do, in one line."""
+    """It cannot be answered as it was asked. The text says what would do, in one line; it begins with what was asked,
+    where it was one parameter: as it stands in an address, or as an option that was typed.
+
+    Args:
+        said: what is wrong, after the parameter.
+        name: of the parameter.
+        value: what it was given; None where that is of no use.
+    """
+
+    def __init__(self, said: str, name: str | None = None, value: str | None = None) -> None:
+        super().__init__(said)
+        self._said, self._name, self._value = said, name, value
+
+    def __str__(self) -> str:
+        given = "" if self._value is None else f"={quoted(self._value)}"
+        return f"{self._name or ''}{given}{self._said}"
+
+    def typed(self) -> str:
+        """For who asked by a command."""
+        if self._name is None:
+            return self._said
+        given = "" if self._value is None else f" {_plain(self._value)}"
+        return f"--{self._name}{given}{self._said}"
+
+
+@dataclass(frozen=True, slots=True)
+class Values:
+    """What a name may be asked for: anything else there never is."""
+
+    pattern: re.Pattern[str]
+    expected: str
+
+
+_GROUPED: Final = {"status": Values(re.compile(r"[1-9]xx|none"), "a class (2xx, 4xx) or none")}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,15 +89,25 @@ def quoted(text: str) -> str:
     return repr(text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…")
 
 
+def _plain(text: str) -> str:
+    """Without quotes where it is as short and plain as what people type."""
+    return text if re.fullmatch(rf"[\w.,:=%+@/-]{{1,{QUOTED_CHARS}}}", text) else quoted(text)
+
+
 def near(name: str, known: Collection[str]) -> str:
     """`; did you mean …?`, or else which there are."""
+    return guess(name, known) or f": expected one of {', '.join(known)}"
+
+
+def guess(name: str, known: Collection[str]) -> str:
+    """`; did you mean …?`, or nothing."""
     close = [DIMENSION + name] if DIMENSION + name in known else get_close_matches(name, known, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else f": expected {', '.join(known)}"
+    return f"; did you mean {close[0]}?" if close else ""
 
 
-def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
+def moment(text: str, now: datetime, zone: ZoneInfo | None = None, *, name: str | None = None) -> datetime:
     """A point in time: `90m`, `24h`, `7d` (ago), `today`, or a date and time of ISO 8601; in `zone` (None: UTC) unless
-    it says another. A date beyond `OLDEST` or `NEWEST` is that."""
+    it says another. A date beyond `OLDEST` or `NEWEST` is that. `name`: of the parameter that it is."""
     found = _AGO.fullmatch(text.strip())
     try:
         if found:
@@ -76,7 +119,8 @@ def moment(text: str, now: datetime, zone: ZoneInfo | None = None) -> datetime:
             return OLDEST if parsed.year <= OLDEST.year else NEWEST
         return (parsed if parsed.tzinfo else parsed.replace(tzinfo=zone or UTC)).astimezone(UTC)
     except (ValueError, OverflowError):
-        raise QueryError(f"{quoted(text)} is no time: expected {EXPECTED}") from None
+        said = f" is no time: expected {EXPECTED}"
+        raise (QueryError(quoted(text) + said) if name is None else QueryError(said, name, text)) from None
 
 
 def time_zone(text: str) -> ZoneInfo | None:
@@ -86,14 +130,13 @@ def time_zone(text: str) -> ZoneInfo | None:
     try:
         return ZoneInfo(text.strip())
     except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise QueryError(
-            f"{quoted(text)} is no time zone: expected a name of the IANA database such as Europe/Berlin, or UTC"
-        ) from None
+        expected = "a name of the IANA database such as Europe/Berlin, or UTC"
+        raise QueryError(f" is no time zone: expected {expected}", "timezone", text) from None
 
 
 def whole(name: str, text: str, most: int) -> int:
     if not re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII) or not 1 <= int(text) <= most:
-        raise QueryError(f"{name}={quoted(text)}: expected a whole number, 1 to {most:,}")
+        raise QueryError(f": expected a whole number, 1 to {most:,}", name, text)
     return int(text)
 
 
@@ -101,11 +144,11 @@ def groups(text: str, dimensions: Collection[str]) -> tuple[str, ...]:
     """The names to sum by, in their order; none for one sum."""
     names = tuple(dict.fromkeys(name for part in text.split(",") if (name := part.strip())))
     if len(names) > BY_MAX:
-        raise QueryError(f"by: {len(names)} names are too many: at most {BY_MAX}")
+        raise QueryError(f": {len(names)} names are too many: at most {BY_MAX}", "by")
     known = nameable(dimensions)
     for name in names:
         if not _is_known(name, dimensions):
-            raise QueryError(f"usage cannot be grouped by {quoted(name)}{near(name, known)}")
+            raise QueryError(near(name, known), "by", name)
     return names
 
 
@@ -115,21 +158,24 @@ def nameable(dimensions: Collection[str]) -> tuple[str, ...]:
 
 
 def conditions(
-    texts: Sequence[str], names: Collection[str], dimensions: Collection[str]
+    texts: Sequence[str], names: Mapping[str, Values | None], dimensions: Collection[str]
 ) -> dict[str, tuple[str | None, ...]]:
     """`NAME=VALUE`, several: of different names all have to hold, of one name one of its values. An empty value is
-    where nothing is known."""
+    where nothing is known. `names`: with what there may be of each, where that is not anything."""
     if len(texts) > WHERE_MAX:
-        raise QueryError(f"where: {len(texts)} conditions are too many: at most {WHERE_MAX}")
+        raise QueryError(f": {len(texts)} conditions are too many: at most {WHERE_MAX}", "where")
     found: dict[str, tuple[str | None, ...]] = {}
     known = (*names, *(name if name not in _TAKEN else DIMENSION + name for name in dimensions))
     for text in texts:
         name, equals, value = text.partition("=")
         name = name.strip()
         if not equals or not name:
-            raise QueryError(f"where={quoted(text)}: expected NAME=VALUE, such as model=gpt-5-mini")
+            raise QueryError(": expected NAME=VALUE, such as model=gpt-5-mini", "where", text)
         if name not in names and not _is_dimension(name, dimensions):
-            raise QueryError(f"where cannot ask for {quoted(name)}{near(name, known)}")
+            raise QueryError(near(name, known), "where", name)
+        possible = names.get(name)
+        if value and possible is not None and not possible.pattern.fullmatch(value):
+            raise QueryError(f": expected {possible.expected}", "where", text)
         found[name] = (*found.get(name, ()), value or None)
     return found
 
@@ -145,7 +191,7 @@ def order(text: str) -> tuple[str, bool]:
     descending = not name.startswith("+")
     name = _SHORT.get(name.lstrip("+-"), name.lstrip("+-"))
     if name not in COUNTED:
-        raise QueryError(f"sort={quoted(text)}: none of the sums{near(name, (*_SHORT, *COUNTED))}")
+        raise QueryError(near(name, (*_SHORT, *COUNTED)), "sort", text)
     return name, descending
 
 
@@ -176,7 +222,7 @@ def usage_query(
         by=BY if by is None else groups(by, dimensions),
         since=begins,
         until=ends,
-        where=conditions(where, [name for name in GROUPS if name not in TIMES], dimensions),
+        where=conditions(where, {name: _GROUPED.get(name) for name in GROUPS if name not in TIMES}, dimensions),
         sort=asked_sort,
         descending=descending,
         top=None if top is None else whole("top", top, TOP_MAX),
@@ -188,10 +234,10 @@ def between(
     since: str | None, until: str | None, now: datetime, zone: ZoneInfo | None
 ) -> tuple[datetime | None, datetime | None]:
     """Empty is not given: what a form of a page sends for a field that nobody filled in."""
-    begins = moment(since, now, zone) if since else None
-    ends = moment(until, now, zone) if until else None
+    begins = moment(since, now, zone, name="since") if since else None
+    ends = moment(until, now, zone, name="until") if until else None
     if begins is not None and ends is not None and ends <= begins:
-        raise QueryError(f"until={quoted(until or '')} is not behind since={quoted(since or '')}")
+        raise QueryError(f" is not behind {quoted(since or '')}", "until", until)
     return begins, ends
 
 
