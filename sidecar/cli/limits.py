@@ -22,6 +22,7 @@ from sidecar.runtime.reports.parameters import QueryError
 from sidecar.settings import Settings
 
 COLUMNS: Final = ("limit", "scope", "used", "reserved", "amount", "percent", "unit", "window", "until", "action")
+UNDEFINED: Final = "no limit is defined: see SIDECAR_LIMITS and [[limits]]"
 HEADS: Final = {"percent": "%", "scope": "of", "until": "until, UTC"}
 
 
@@ -41,15 +42,15 @@ def run(arguments: argparse.Namespace) -> int:
     except QueryError as error:
         raise CommandError(error.typed(), EXIT_USAGE) from None
     found = ask(settings.data_dir, "/limits", token=settings.serve.admin_token)
-    rows = limits(_of_files(settings) if found is None else found["limits"], query, names)
+    standing = _of_files(settings) if found is None else found["limits"]
+    rows = limits(standing, query, names)
+    if not rows:
+        _say_what_is_not_there(query.limit, _names(settings), standing)
     if form is Format.JSON:
         print(json.dumps({"limits": rows}, indent=2))
     elif form is not Format.TABLE:
         write_data(written(limits_flat(rows), LIMITS_BY_INSTANCE if query.by_instance else LIMITS, form))
     elif not rows:
-        known = _names(settings)
-        if query.limit is not None and known and query.limit not in known:
-            raise CommandError(f"no limit is called {query.limit}; the limits are: {', '.join(known)}", EXIT_USAGE)
         print("no limit has been touched by a call in its window")
     else:
         print(report(rows, names), end="")
@@ -77,8 +78,19 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     return render(flat, shown, Format.TABLE, heads=HEADS, spare=spare, whole=("until",))
 
 
-def _names(settings: Settings) -> list[str]:
-    """Of the limits that are defined where this command runs; none where that cannot be told."""
+def _say_what_is_not_there(asked: str | None, defined: list[str] | None, standing: Sequence[dict[str, Any]]) -> None:
+    """A limit that nobody defined looks like one that nobody touched. `CommandError` where it is that."""
+    if defined is None:
+        return
+    known = dict.fromkeys((*defined, *(row["limit"] for row in standing)))
+    if not known:
+        raise CommandError(UNDEFINED)
+    if asked is not None and asked not in known:
+        raise CommandError(f"no limit is called {asked}; the limits are: {', '.join(known)}", EXIT_USAGE)
+
+
+def _names(settings: Settings) -> list[str] | None:
+    """Of the limits that are defined where this command runs; None where that cannot be told."""
     from sidecar.gate.limits import LimitsError
     from sidecar.meters.definition import MetersError
     from sidecar.runtime import gate_factory
@@ -86,7 +98,7 @@ def _names(settings: Settings) -> list[str]:
     try:
         return [limit.name for limit in gate_factory.limits(settings)]
     except (LimitsError, MetersError):
-        return []
+        return None
 
 
 def _plainly(until: str) -> str:
@@ -115,5 +127,5 @@ def _of_files(settings: Settings) -> list[dict[str, Any]]:
     except StorageError as error:
         raise CommandError(f"the limits are shared, and {error}") from None
     if counters is None:
-        raise CommandError("no limit is defined: see SIDECAR_LIMITS and [[limits]]")
+        raise CommandError(UNDEFINED)
     return [gate_factory.shown(row) for row in counters.rows(time.time_ns())]
