@@ -9,6 +9,7 @@ from pathlib import Path
 
 from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, CommandError
 from sidecar.settings import Unfit, types
+from sidecar.storage.sockets import SocketError, listening
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -32,9 +33,8 @@ def run(arguments: argparse.Namespace) -> int:
         print(f"what it took: curl {url}/_received", file=sys.stderr, flush=True)
 
     try:
-        asyncio.run(serve(address.host, address.port, store=arguments.store, ready=ready))
-    except StoreError as error:
+        with listening(address, "--listen"):
+            asyncio.run(serve(address.host, address.port, store=arguments.store, ready=ready))
+    except (StoreError, SocketError) as error:
         raise CommandError(str(error)) from None
-    except OSError as error:
-        raise CommandError(f"cannot listen on {address}: {error.strerror}") from None
     return EXIT_OK
