@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, CommandError, add_data_dir, read_settings
+from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, read_settings
 from sidecar.settings import SettingsError
 
 WAIT_S: Final = 60.0  # for requests to backends that are under way, and for the start of who goes on with them
@@ -20,6 +20,10 @@ POLL_S: Final = 0.05
 
 def add(parser: argparse.ArgumentParser) -> None:
     add_data_dir(parser)
+    parser.epilog = (
+        "exit codes: 0, reloaded; 1, something is wrong with the settings, and the old ones hold, or it was not heard "
+        "what became of it; 2, no instance is running, or it could not be asked"
+    )
 
 
 def _data_dir(arguments: argparse.Namespace) -> Path:
@@ -52,14 +56,15 @@ def run(arguments: argparse.Namespace) -> int:
         return _not_reloaded(error.problems)
     note = running(data_dir)
     if note is None or note.pid is None:
-        raise CommandError(f"no instance runs on {data_dir}: its settings are read when it starts")
+        raise CommandError(f"no instance runs on {data_dir}: its settings are read when it starts", EXIT_USAGE)
     before = 0 if note.reload is None else note.reload.number
     try:
         os.kill(note.pid, signal.SIGHUP)
     except ProcessLookupError:
-        raise CommandError(f"process {note.pid} is not to be seen from here: send it SIGHUP where it runs") from None
+        text = f"process {note.pid} is not to be seen from here: send it SIGHUP where it runs"
+        raise CommandError(text, EXIT_USAGE) from None
     except PermissionError:
-        raise CommandError(f"process {note.pid} is another user's: run this as that user") from None
+        raise CommandError(f"process {note.pid} is another user's: run this as that user", EXIT_USAGE) from None
     until_s = time.monotonic() + WAIT_S
     while time.monotonic() < until_s:
         now = running(data_dir)

@@ -167,7 +167,7 @@ def test_a_reload_finds_the_instance_in_a_file_that_is_wrong_elsewhere(
     file = tmp_path / "sidecar.toml"
     monkeypatch.setenv("SIDECAR_CONFIG", str(file))
     file.write_text(f"data_dir = '{tmp_path}/there'\nworkers = 0\n")
-    assert main(["reload"]) == 1
+    assert main(["reload"]) == 2
     assert f"no instance runs on {tmp_path}/there" in capsys.readouterr().err
     for text in (b"workers = ", b"\xff\xfe", b"workers = 0\n"):
         file.write_bytes(text)
