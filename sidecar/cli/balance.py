@@ -13,7 +13,7 @@ from contextlib import closing
 from typing import TYPE_CHECKING, Any, Final
 
 from sidecar.cli.instance import ask
-from sidecar.cli.output import Format, pairs
+from sidecar.cli.output import Format, amount, pairs
 from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_PART, add_data_dir, add_format, read_settings
 from sidecar.settings import Settings
 from sidecar.storage.files import StorageError
@@ -132,7 +132,7 @@ def _lanes(lanes: dict[str, Any]) -> list[tuple[str, str]]:
     for lane in lanes["lanes"]:
         if lane["recorded"]:
             held = f"{lane['holder']} delivers it" if lane["holder"] else "nobody delivers it"
-            lines.append((f"lane {lane['lane']}", f"{lane['recorded']:,} records, {held}"))
+            lines.append((f"lane {lane['lane']}", f"{amount(lane['recorded'], 'record')}, {held}"))
             for name, terms in lane["backends"].items():
                 lines.append((f"  {name}", _sum("recorded", lane["recorded"], terms, PARTS)))
     lines.append(("lanes", f"in the ledger {lanes['in_ledger']:,} = in the lanes {lanes['sum']['recorded']:,}"))

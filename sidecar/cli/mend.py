@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sidecar.cli.instance import change
+from sidecar.cli.output import amount
 from sidecar.cli.redrive import left_over
 from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError, add_data_dir
 from sidecar.settings import Settings, SettingsError
@@ -109,7 +110,7 @@ def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
         try:
             reports.append(read_report(document))
         except ReportError as error:
-            raise CommandError(f"{arguments.file}, report {number}: {error}", EXIT_USAGE) from None
+            raise CommandError(f"{_named(arguments.file)}, report {number}: {error}", EXIT_USAGE) from None
     named = list(dict.fromkeys((one.event_id, one.code) for report in reports for one in report.complaints))
     outcomes: list[dict[str, Any]] = []
     left = EXIT_OK
@@ -123,14 +124,16 @@ def _complain(arguments: argparse.Namespace, settings: Settings) -> int:
         print(f"{one['event_id']}  {one['text']}")
     bad = [one for one in outcomes if not one["done"]]
     unnamed = sum(report.unnamed for report in reports)
-    print(f"{len(outcomes) - len(bad):,} of {len(named):,} named events are parked")
+    parked = len(outcomes) - len(bad)
+    print(f"{parked:,} of {amount(len(named), 'named event')} {'is' if parked == 1 else 'are'} parked")
     if len(bad) < len(outcomes):
         print(
             "mend what is wrong, then: metering-sidecar spool redrive --backend stripe\n"
             "not before they are a day old: until then stripe takes them for repeats"
         )
     if unnamed:
-        print(f"{unnamed:,} more events are counted and not named: compare the meter at stripe", file=sys.stderr)
+        more = amount(unnamed, "more event is", "more events are")
+        print(f"{more} counted and not named: compare the meter at stripe", file=sys.stderr)
     return left if not bad and not unnamed else EXIT_FAILED
 
 
@@ -184,6 +187,10 @@ async def _in_books(wish: dict[str, Any], settings: Settings) -> list[dict[str, 
         return [asdict(one) for one in found]
 
 
+def _named(path: Path) -> str:
+    return "standard input" if path == STDIN else str(path)
+
+
 def _documents(path: Path) -> Iterator[bytes]:
     """One document, or one a line where the whole is none."""
     import orjson
@@ -195,9 +202,10 @@ def _documents(path: Path) -> Iterator[bytes]:
             with path.open("rb") as file:
                 whole = file.read(REPORTS_BYTES_MAX + 1)
     except OSError as error:
-        raise CommandError(f"{path} cannot be read: {error.strerror}", EXIT_USAGE) from None
+        raise CommandError(f"{_named(path)} cannot be read: {error.strerror}", EXIT_USAGE) from None
     if len(whole) > REPORTS_BYTES_MAX:
-        raise CommandError(f"{path} has more than {REPORTS_BYTES_MAX >> 20} MiB: give the reports in parts", EXIT_USAGE)
+        most = f"{REPORTS_BYTES_MAX >> 20} MiB"
+        raise CommandError(f"{_named(path)} has more than {most}: give the reports in parts", EXIT_USAGE)
     try:
         orjson.loads(whole)
     except orjson.JSONDecodeError:

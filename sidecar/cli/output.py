@@ -20,7 +20,10 @@ from typing import Any, Final, TextIO, TypeVar
 
 from sidecar.runtime.reports.formats import Format, Row, visible, written
 
-__all__ = ["Format", "Progress", "Row", "counted", "pairs", "plain_terminals", "render", "shown", "table", "write_data"]
+__all__ = [
+    "Format", "Progress", "Row", "amount", "counted", "pairs", "plain_terminals", "render", "shown", "table",
+    "write_data",
+]  # fmt: skip
 
 T = TypeVar("T")
 
@@ -128,6 +131,11 @@ def pairs(rows: Sequence[tuple[str, str]], *, width: int | None = None) -> str:
         first, *more = textwrap.wrap(text, room, break_on_hyphens=False) or [""]
         lines += [f"{name:<{indent}}{first}".rstrip(), *(" " * indent + line for line in more)]
     return "".join(line + "\n" for line in lines)
+
+
+def amount(count: int, one: str, several: str | None = None) -> str:
+    """A number of things, which are one or several: `1 event`, `1,200 events`."""
+    return f"{count:,} {one if count == 1 else several or f'{one}s'}"
 
 
 def terminal_chars() -> int:

@@ -13,7 +13,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Final
 
-from sidecar.cli.output import Format, render
+from sidecar.cli.output import Format, amount, render
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -169,7 +169,7 @@ def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
         if rows:
             print(render(rows, _DIFF, form, whole=("now", "then")), end="")
         before = "no table" if now is None else now.source
-        print(f"{len(rows)} prices differ between {before} (now) and {then.source} (then)")
+        print(f"{amount(len(rows), 'price differs', 'prices differ')} between {before} (now) and {then.source} (then)")
     else:
         print(render(rows, _DIFF, form, whole=("now", "then")), end="")
     return EXIT_OK

@@ -14,7 +14,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from sidecar.cli.output import amount
 from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_PART, EXIT_USAGE, CommandError
+from sidecar.model.delivery import NO_CUSTOMER
 from sidecar.settings import Settings
 
 if TYPE_CHECKING:
@@ -34,6 +36,8 @@ _SAID: Final = {
     "not_configured": "still parked: {reason} (their backend is not in SIDECAR_BACKENDS)",
 }
 _WENT: Final = ("offered", "skipped")
+# What to do about a reason that redriving alone does not mend.
+_MENDS: Final = {NO_CUSTOMER: "name them under [subscribers.ID]"}
 
 
 def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
@@ -113,11 +117,11 @@ def on_lanes(settings: Settings, wish: dict[str, Any], stopped: str) -> Asked:
 def summary(answer: dict[str, Any]) -> str:
     """All of it in one sentence."""
     if all(one["became"] == "offered" for one in answer["counts"]):
-        return f"{answer['redriven']:,} events offered again"
+        return f"{amount(answer['redriven'], 'event')} offered again"
     offered = sum(one["events"] for one in answer["counts"] if one["became"] == "offered")
     parts = [f"{offered:,} offered"]
     if answer["unskipped"]:
-        parts.append(f"{answer['unskipped']:,} skipped records offered")
+        parts.append(f"{amount(answer['unskipped'], 'skipped record')} offered")
     few = len(answer["each"]) == sum(one["events"] for one in answer["counts"])
     for one in answer["counts"]:
         if one["became"] == "offered":
@@ -125,6 +129,7 @@ def summary(answer: dict[str, Any]) -> str:
         said = _SAID.get(one["became"], one["became"]).format(reason=one["reason"], backend="their backend")
         alike = [e for e in answer["each"] if (e["became"], e["reason"]) == (one["became"], one["reason"])]
         detail = alike[0]["detail"] if few and len(alike) == 1 else ""
+        detail = detail or (_MENDS.get(one["reason"], "") if one["became"] == "still_parked" else "")
         parts.append(f"{one['events']:,} {said}{f' ({detail})' if detail else ''}")
     return ", ".join(parts)
 
@@ -157,5 +162,6 @@ def retry(arguments: argparse.Namespace, data_dir: Path) -> int:
             print(f"nothing waits at {arguments.backend}")
         return left or EXIT_FAILED
     was = f"was paused for {answer['paused_s']:.0f} s more" if answer["paused_s"] else f"was {answer['was']}"
-    print(f"{arguments.backend} {was}; {answer['requests']:,} waiting requests are offered now")
+    offered = amount(answer["requests"], "waiting request is", "waiting requests are")
+    print(f"{arguments.backend} {was}; {offered} offered now")
     return left

@@ -19,7 +19,7 @@ import orjson
 
 from sidecar.cli import mend, redrive
 from sidecar.cli.balance import of_lanes, remarks_on
-from sidecar.cli.output import Format, Progress, counted, render, write_data
+from sidecar.cli.output import Format, Progress, amount, counted, render, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -237,9 +237,9 @@ def _verify(arguments: argparse.Namespace, data_dir: Path) -> int:
     for problem in problems:
         print(problem, file=sys.stderr)
     count = sum(report.records for report in reports)
-    counted = f"{count:,} records read" + (f", {lanes} lanes counted again" if lanes else "")
+    counted = f"{amount(count, 'record')} read" + (f", {lanes} lanes counted again" if lanes else "")
     fine = "everything adds up" if trouble is None else "what is here adds up"
-    print(f"{counted}, " + (f"{len(problems)} problems found" if problems else fine))
+    print(f"{counted}, " + (f"{amount(len(problems), 'problem')} found" if problems else fine))
     return EXIT_FAILED if problems else EXIT_PART if trouble else EXIT_OK
 
 
@@ -307,9 +307,7 @@ def _adopt_stopped(how: str, data_dir: Path) -> dict[str, int]:
     from sidecar.spool import SpoolError
 
     if not (data_dir / "delivery.db").exists():
-        raise CommandError(
-            f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?", EXIT_USAGE
-        )
+        raise CommandError(f"nothing was ever delivered from {data_dir}: is SIDECAR_DATA_DIR the right one?")
     try:
         return asyncio.run(adopt(data_dir, As(how)))
     except (LockError, StateError, SpoolError) as error:
@@ -340,7 +338,7 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
             raise CommandError(f"{arguments.output} is there already: an export replaces nothing", EXIT_USAGE) from None
         except OSError as error:
             raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
-    print(f"{count:,} records written to {arguments.output}", file=sys.stderr)
+    print(f"{amount(count, 'record')} written to {arguments.output}", file=sys.stderr)
     return EXIT_OK
 
 

@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from sidecar.cli.instance import counter
 from sidecar.cli.meters import meters_of
-from sidecar.cli.output import Format, render, write_data
+from sidecar.cli.output import Format, amount, render, write_data
 from sidecar.cli.shared import (
     EXIT_OK,
     EXIT_USAGE,
@@ -118,8 +118,9 @@ def _unpriced(rows: Sequence[UsageRow]) -> str | None:
     calls = sum(row.unpriced for row in rows)
     if calls <= 0:
         return None
-    said = "1 call is" if calls == 1 else f"{calls} calls are"
-    return f"note: {said} not in the cost, because theirs is not known; check names the models without a price"
+    said = amount(calls, "call is", "calls are")
+    whose = "its price is" if calls == 1 else "their prices are"
+    return f"note: {said} not in the cost, because {whose} not known; `metering-sidecar check` names the models"
 
 
 def _unclaimed(settings: Settings) -> str | None:
@@ -130,7 +131,7 @@ def _unclaimed(settings: Settings) -> str | None:
         return None
     if not count:
         return None
-    said = "1 answer speaks" if count == 1 else f"{count} answers speak"
+    said = amount(count, "response speaks", "responses speak")
     return f"note: since this sidecar started {said} of usage in a way that no reader knows; nothing of it is counted"
 
 

@@ -243,7 +243,7 @@ class _Sorting:
         elif row.seq in self._refrained_seqs:
             self._outcomes.append(_outcome(row, Became.SIBLINGS_TAKEN))
         else:
-            detail = "nothing is sent for it any more: `spool cancel` passes it over"
+            detail = "nothing is sent for it any more: `metering-sidecar spool cancel` passes it over"
             self._outcomes.append(_outcome(row, Became.STILL_PARKED, detail=detail))
 
     def done(self) -> Step:

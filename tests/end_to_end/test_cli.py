@@ -36,6 +36,7 @@ from support.whole import Whole, environment, running_receiver
 from sidecar.backends import BACKENDS, Buildable, Context, Row
 from sidecar.cli import main
 from sidecar.cli.check import UNPRICED_SHOWN
+from sidecar.cli.output import amount
 from sidecar.dev.mock_llm import ScriptedLLM
 from sidecar.ledger import LedgerStore
 from sidecar.meters.hourly import body_of, deltas, grouped
@@ -268,7 +269,7 @@ def test_spool_verify_finds_what_was_changed(
         db.execute("UPDATE cursor SET seq = seq + 1 WHERE backend = 'file'")
     assert main(["spool", "verify", "--data-dir", str(copy)]) == 1
     captured = capsys.readouterr()
-    assert captured.out == f"3 records read, {len(captured.err.splitlines())} problems found\n"
+    assert captured.out == f"3 records read, {amount(len(captured.err.splitlines()), 'problem')} found\n"
     assert "the counter of delivered says 4, the rows 3" in captured.err
     assert "delivered up to record 4, but the spool ends at 3" in captured.err
     assert main(["balance", "--data-dir", str(copy)]) == 1
@@ -296,7 +297,15 @@ def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) 
 
 
 @pytest.mark.parametrize(
-    "command", [["usage"], ["records"], ["balance"], *(["spool", kind] for kind in ("status", "verify", "parked"))]
+    "command",
+    [
+        ["usage"],
+        ["records"],
+        ["balance"],
+        *(["spool", kind] for kind in ("status", "verify", "parked", "export")),
+        ["spool", "cancel", "ID"],
+        ["spool", "adopt", "--as", "copy"],
+    ],
 )
 def test_an_empty_directory_is_a_clear_answer(
     command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -772,6 +781,14 @@ def test_check_connect_verifies_the_upstreams_certificate(
 def test_the_receiver_refuses_a_bad_address(listen: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["receiver", "--listen", listen]) == 2
     assert "--listen" in capsys.readouterr().err
+
+
+def test_a_report_that_is_none_is_named_as_it_came(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"nonsense")))
+    assert main(["spool", "complain", "-"]) == 2
+    assert capsys.readouterr().err.startswith("standard input, report 1: ")
 
 
 def test_the_receiver_says_that_its_port_is_taken(capsys: pytest.CaptureFixture[str]) -> None:

@@ -169,7 +169,7 @@ async def test_what_stripe_complains_about_is_parked_and_redriven(tmp_path: Path
         )
         code, out, err = await whole.command("spool", "complain", str(reports))
         assert code == 1, "one more is counted and not named"
-        assert "1 more events are counted and not named" in err
+        assert "1 more event is counted and not named" in err
         assert f"{first}:api_calls  parked as complained:meter_event_customer_not_found" in out
         assert f"{second}:input_tokens  parked as complained:other" in out
         balance = await whole.get("/balance")
@@ -224,7 +224,7 @@ async def test_complaints_are_taken_without_an_instance_and_odd_ones_are_told(tm
         code, out, _ = await whole.command("spool", "complain", str(one))
         assert code == 1
         assert "nobody:api_calls  is not remembered" in out
-        assert "1 of 2 named events are parked" in out
+        assert "1 of 2 named events is parked" in out
         code, out, _ = await whole.command("spool", "cancel", f"{record['id']}:api_calls")
         assert (code, "was parked, and is passed over now" in out) == (0, True)
         code, out, _ = await whole.command("balance", "--format", "json")

@@ -28,7 +28,7 @@ async def test_an_answer_that_speaks_of_usage_and_is_nobodys_is_seen_in_all_plac
             assert f"{KIND} 3.0" in await whole.text("/metrics")
             code, out, _ = await whole.command("usage")
             assert code == 0
-            assert out.splitlines()[-1].startswith("note: since this sidecar started 3 answers speak of usage")
+            assert out.splitlines()[-1].startswith("note: since this sidecar started 3 responses speak of usage")
             code, out, _ = await whole.command("usage", "--format", "json")
             assert code == 0
             assert json.loads(out)

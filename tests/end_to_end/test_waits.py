@@ -116,7 +116,8 @@ async def test_a_redrive_says_why_what_stays_and_what_it_does_not_know(tmp_path:
             await call(whole, 2)
             assert (await whole.settled())["backends"]["lago"]["parked"] == {"no_customer": 2}
             code, out, _ = await whole.command("spool", "redrive")
-            assert (code, out.splitlines()[0]) == (1, "0 offered, 2 still parked: no_customer")
+            said = "0 offered, 2 still parked: no_customer (name them under [subscribers.ID])"
+            assert (code, out.splitlines()[0]) == (1, said)
             code, _, err = await whole.command("spool", "redrive", "nonsense")
             assert code == 1
             assert "nonsense  not found among what is parked" in err

@@ -321,7 +321,7 @@ async def test_a_change_is_made_by_who_runs_from_a_sidecar_that_is_stopped(lanes
         ids = lanes.put(9)
         await lanes.settled()
         code, out, err = await run("spool", "redrive", ids[0], "0199aaaa-0000-7000-8000-000000000000")
-        assert (code, out) == (1, "1 events offered again\n")
+        assert (code, out) == (1, "1 event offered again\n")
         assert "0199aaaa-0000-7000-8000-000000000000  not found among what is parked: not known" in err
         await lanes.settled()
         backend.behaviour = None

@@ -97,7 +97,8 @@ class StripeMeters:
         name = meter.event_name or meter.name
         row = there.get(name)
         if row is None:
-            return [f"stripe has no active meter for the event name {name}: run meters provision --backend stripe"]
+            mend = "run `metering-sidecar meters provision --backend stripe`"
+            return [f"stripe has no active meter for the event name {name}: {mend}"]
         problems = []
         window = row.get("event_time_window")
         if window:
