@@ -186,7 +186,7 @@ class Hop:
             facts = {"reason": reason, "upstream": to.url, "calls": calls}
             which = "the upstream" if to.name is None else f"the upstream {to.name}"
             log.warning(
-                "%s gives no answer: %s",
+                "%s gives no response: %s",
                 which,
                 words,
                 extra={"facts": facts if to.name is None else {**facts, "name": to.name}},
@@ -198,7 +198,7 @@ class Hop:
         calls = self.seldom.due(limit, self.loop.time())
         if calls is not None:
             log.warning(
-                "an answer is not read on, so its usage stays unknown: %s",
+                "a response is not read on, so its usage stays unknown: %s",
                 REASONS[limit],
                 extra={"facts": {"limit": limit, "slots": self.drains.slots, "calls": calls}},
             )

@@ -70,7 +70,7 @@ UNKNOWN_METHOD: Final = LocalResponse(501, "Not Implemented", "unknown_method", 
 OWN_FAULT: Final = LocalResponse(500, "Internal Server Error", "proxy_fault", "the proxy failed to handle this call")
 NO_UPSTREAM: Final = LocalResponse(404, "Not Found", "no_upstream", "no upstream is set for this path or host")
 UNREACHABLE: Final = LocalResponse(502, "Bad Gateway", "upstream_unreachable", "no connection to the upstream")
-BROKEN: Final = LocalResponse(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid answer")
+BROKEN: Final = LocalResponse(502, "Bad Gateway", "upstream_broke", "the upstream gave no valid response")
 SPOOL_FULL: Final = LocalResponse(
     503, "Service Unavailable", "metering_unavailable", "no call can be recorded right now"
 )

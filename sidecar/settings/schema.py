@@ -303,8 +303,9 @@ class AttributionSettings:
         types.key_text, "key of those hashes, equal across a fleet; made and kept in the data directory if not set"
     )
     dimensions: Mapping[str, str] = _setting(
-        types.dimensions, None, "header values to file calls under: `feature=x-feature,team=x-team`"
-    )
+        types.dimensions, None,
+        "header values to file calls under: `feature=x-feature,team=x-team`; `feature` alone: the header of that name",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -66,5 +66,5 @@ async def test_an_upstream_that_is_down_is_said_with_its_reason(tmp_path: Path) 
         seen = samples(await whole.text("/metrics"))
     assert (record["outcome"], record["error"]) == ("unreachable", "no connection to the upstream (refused)")
     assert seen['sidecar_upstream_failures_total{reason="refused"}'] == 1
-    (line,) = [json.loads(line) for line in whole.log.read_text().splitlines() if "gives no answer" in line]
+    (line,) = [json.loads(line) for line in whole.log.read_text().splitlines() if "gives no response" in line]
     assert (line["level"], line["reason"], line["upstream"]) == ("WARNING", "refused", "http://127.0.0.1:1")

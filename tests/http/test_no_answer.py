@@ -25,7 +25,7 @@ from sidecar.proxy.upstream import why_unreachable
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 UNREACHABLE = (502, "upstream_unreachable", "no connection to the upstream")
-BROKEN = (502, "upstream_broke", "the upstream gave no valid answer")
+BROKEN = (502, "upstream_broke", "the upstream gave no valid response")
 SLOW = (504, "upstream_connect_timeout", "the upstream accepted no connection in time")
 
 

@@ -54,7 +54,7 @@ async def test_what_they_differ_about_is_refused_by_name(answer: bytes, why: str
     async with RawUpstream(answering(answer)) as upstream, Hop(upstream.url) as hop:
         head, body = await hop.call(GET)
         assert head.startswith(b"HTTP/1.1 502 ")
-        assert json.loads(body)["error"]["message"] == "the upstream gave no valid answer"
+        assert json.loads(body)["error"]["message"] == "the upstream gave no valid response"
         exchange = await hop.recorder.ended()
         assert why in (exchange.error or "")
         assert (exchange.error or "").endswith(" (not_http)")

@@ -248,6 +248,6 @@ async def test_each_upstreams_faults_are_told_by_its_name(tmp_path: Path, caplog
         assert record.upstream == f"the-{why}"
         assert record.error is not None
         assert record.error.endswith(f"({why})")
-    told = [record for record in caplog.records if "gives no answer" in record.getMessage()]
+    told = [record for record in caplog.records if "gives no response" in record.getMessage()]
     assert [record.getMessage().split(" gives")[0] for record in told] == [f"the upstream the-{why}" for why in urls]
     assert any("certificate has expired" in record.getMessage() for record in told)

@@ -27,7 +27,7 @@ UPLOAD_CHUNKS = post_head(fields=b"Transfer-Encoding: chunked\r\n")
 WEBSOCKET = get(b"/ws", b"Connection: Upgrade\r\nUpgrade: websocket\r\n")
 WEBSOCKET_SENT = b"GET /ws HTTP/1.1\r\nHost: up.test\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
 AGREED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
-BAD_GATEWAY = own(b"502 Bad Gateway", b"upstream_broke", b"the upstream gave no valid answer", b"")
+BAD_GATEWAY = own(b"502 Bad Gateway", b"upstream_broke", b"the upstream gave no valid response", b"")
 UNREACHABLE = own(b"502 Bad Gateway", b"upstream_unreachable", b"no connection to the upstream", b"")
 NO_ANSWER = own(b"504 Gateway Timeout", b"upstream_timeout", b"the upstream did not answer in time", b"")
 TOO_SLOW = own(b"408 Request Timeout", b"request_timeout", b"the request did not arrive in time")
