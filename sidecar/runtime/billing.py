@@ -78,6 +78,7 @@ class Billing:
     spool_bytes: int = 0  # of all slots, as `SIDECAR_RETENTION_BYTES` counts
     _committed: list[tuple[str, Batch, Ended]] = field(default_factory=list)  # that delivery has not been given
     _handing: asyncio.TimerHandle | None = None
+    _unmarked: str | None = None  # why `remember_place` could not, and it was said
     _sent: Sequence[str] = field(init=False)  # backends that keep no sums, by name
     ledger_bytes: int = 0  # grows with each distinct pair of subscriber and what it consumed, and is never retired
 
@@ -210,7 +211,12 @@ class Billing:
         try:
             await asyncio.to_thread(remember_place, self.settings, self.state, self.copied)
         except (OSError, StateError) as error:
-            log.warning("how far delivery has come could not be kept beside it: %s", error)
+            why = getattr(error, "strerror", None) or str(error)
+            if why != self._unmarked:
+                log.warning("the mark by which an older delivery.db is noticed cannot be written: %s", why)
+            self._unmarked = why
+        else:
+            self._unmarked = None
 
     async def keep_retiring(self) -> None:
         """Look at the disk and let go of what is delivered and old, for ever. Also soon after a start: one that is

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from typing import Final
 
@@ -17,6 +18,7 @@ import orjson
 from sidecar.settings import LogFormat
 
 ROOT: Final = "sidecar"
+ASKED: Final = "asked"  # the fact that has what an operator wanted, field by field
 # What may stand in a line of text: a name that a client chose could otherwise make lines of its own, or turn the
 # direction of what follows.
 _HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*")
@@ -59,10 +61,20 @@ class TextLines(logging.Formatter):
         line = f"{at}Z {record.levelname:<7} {self._who}: {_harmless(record.getMessage())}"
         facts = getattr(record, "facts", None)
         if isinstance(facts, dict) and facts:
-            line += "  " + " ".join(f"{name}={_value(value)}" for name, value in facts.items())
+            line += "  " + " ".join(f"{name}={_value(value)}" for name, value in _flat(facts))
         if record.exc_info:
             line += "\n" + self.formatException(record.exc_info)
         return line
+
+
+def _flat(facts: Mapping[str, object]) -> Iterator[tuple[str, object]]:
+    """What was asked for by its own names, as it was typed; any other mapping with its name before each."""
+    for name, value in facts.items():
+        if isinstance(value, Mapping):
+            before = "" if name == ASKED else f"{name}."
+            yield from ((f"{before}{inner}", one) for inner, one in value.items())
+        else:
+            yield name, value
 
 
 def _harmless(text: str) -> str:

@@ -348,13 +348,13 @@ class Supervisor:
             self._failed = self._failed or code != 0
             return
         if not process.was_ready:
-            text, wrong = process.cannot or (f"{process} ended with {code}: its log lines above say why", FAILED)
+            text, wrong = process.cannot or (f"{process} {_how(code)}: its log lines above say why", FAILED)
             raise StartError(text, wrong)
         if process.replaced and code == 0:
             process.replaced, process.due_s = False, time.monotonic()
             return
         was_old, process.replaced = process.replaced, False
-        why = process.cannot[0] if process.cannot else f"ended with {code}"
+        why = process.cannot[0] if process.cannot else _how(code)
         if process.role == METERING and self._before is not None and not was_old:  # the new one never was ready
             self._settings, self._before = self._before, None
             self._said_of_reload([f"{why}; the settings that held before are in force again"], [])
@@ -536,6 +536,16 @@ def _run(work: Coroutine[Any, Any, int]) -> int:
 
 
 # --- sockets that listen -------------------------------------------------------------------------------
+
+
+def _how(code: int) -> str:
+    """How a process ended, by `waitstatus_to_exitcode`."""
+    if code >= 0:
+        return f"ended with {code}"
+    try:
+        return f"was killed by {signal.Signals(-code).name}"
+    except ValueError:  # a real-time one, between those that have names
+        return f"was killed by signal {-code}"
 
 
 def bind(

@@ -171,12 +171,20 @@ def test_a_line_of_text_is_one_line_whatever_is_in_it() -> None:
     """Names come from clients: a line end in one would make a line that we did not write, and marks of direction would
     turn it around on the screen."""
     record = logging.LogRecord("sidecar.x", logging.WARNING, "", 0, "no price for %s", ("a\nERROR all is lost",), None)
-    record.facts = {"model": "gpt\u202e5", "calls": 3, "said": 'a "b" c', "none": None}
+    asked = {"backend": "webhook", "as": "a\nb"}
+    record.facts = {
+        "model": "gpt\u202e5",
+        "calls": 3,
+        "said": 'a "b" c',
+        "none": None,
+        "asked": asked,
+        "parked": {"ledger": 2},
+    }
     line = TextLines(role="metering").format(record)
     assert len(line.splitlines()) == 1
     assert "\u202e" not in line
     assert line[23:].startswith("Z WARNING metering: no price for a\\nERROR all is lost  model=")
-    assert 'calls=3 said="a \\"b\\" c" none=None' in line
+    assert 'calls=3 said="a \\"b\\" c" none=None backend=webhook as="a\\\\nb" parked.ledger=2' in line
     assert json.loads(JsonLines(role="metering").format(record))["message"] == "no price for a\nERROR all is lost"
 
 

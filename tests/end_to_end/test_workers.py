@@ -54,6 +54,7 @@ async def test_workers_share_the_port_and_a_dead_one_is_replaced(tmp_path: Path)
             code, out, err = await whole.command("balance")
             assert code == 0, out + err
             assert await whole.stop() == 0, whole.log.read_text()
+    assert whole.log.read_text().count("was killed by SIGKILL: it is started again") == 3
 
     judge(oracle.owed, records)
     assert balance["holds"], balance

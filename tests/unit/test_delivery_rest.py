@@ -4,8 +4,11 @@ the calls, whose commits wait in the same process. Found when a shared ledger wa
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.backend_trials import made
@@ -215,3 +218,24 @@ def gathers(bills: Billing) -> bool:
     """Whether a commit waits for others before delivery hears of it."""
     bills.committed()
     return bills._handing is not None
+
+
+async def test_a_mark_that_cannot_be_written_is_said_once_until_that_changes(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    nobody: Any = None
+    settings = load({}, backend_settings=backend_settings(), serving=False)
+    bills = Billing(settings=settings, state=nobody, reader=nobody, delivery=nobody, backends={})
+    ends: list[OSError | None] = [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))] * 3
+    ends += [OSError(errno.EROFS, os.strerror(errno.EROFS)), None, OSError(errno.EROFS, os.strerror(errno.EROFS))]
+
+    def remember_place(*_: object) -> None:
+        if (error := ends.pop(0)) is not None:
+            raise error
+
+    monkeypatch.setattr("sidecar.runtime.billing.remember_place", remember_place)
+    while ends:
+        await bills.remember_place()
+    said = "the mark by which an older delivery.db is noticed cannot be written: "
+    whys = ("No space left on device", "Read-only file system", "Read-only file system")
+    assert [record.getMessage() for record in caplog.records] == [said + why for why in whys]

@@ -91,7 +91,8 @@ async def retry(instance: Controlled, wish: Wish) -> Done:
         told = await instance.retry(wish["backend"])
     except LookupError as error:
         raise WishError(str(error)) from None
-    return Done(told, told)
+    facts = {name: told[name] for name in ("requests", "was", "paused_s")}
+    return Done(told, facts | _left(told))
 
 
 async def cancel(instance: Controlled, wish: Wish) -> Done:
