@@ -179,7 +179,9 @@ def vendor_yes(request: Request) -> bytes:
             return answer(202, b"")
         case "/api/v1/events/batch":
             return answer(200, request.body)  # it gives back what it took
-    return answer(200)
+        case "/" | "/collect" | "/meter" | "/meter/rate" | "/meter/ingest":
+            return answer(200)
+    raise AssertionError(f"{path} has no yes: give `vendor_yes` (tests/support/backend_fixtures.py) a case for it")
 
 
 @dataclass
