@@ -715,12 +715,12 @@ class Metrics(HopEvents, Collector):
         self._gauges["sidecar_instance_lag_seconds"] = {(label(n),): v for n, v in gauges.instance_lag_s.items()}
         self._gauges["sidecar_instance_silent_seconds"] = {(label(n),): v for n, v in gauges.instance_silent_s.items()}
         for name, lanes in (
-            ("held", gauges.lanes_held),
-            ("resting", gauges.lanes_resting),
-            ("unheld", gauges.lanes_unheld),
+            ("sidecar_lanes_held", gauges.lanes_held),
+            ("sidecar_lanes_resting", gauges.lanes_resting),
+            ("sidecar_lanes_unheld", gauges.lanes_unheld),
         ):
             # No series rather than none held: `min` over sidecars is then over those that take part.
-            self._gauges[f"sidecar_lanes_{name}"] = {} if lanes is None else {(): lanes}
+            self._gauges[name] = {} if lanes is None else {(): lanes}
 
     def _family(self, name: str, family: Family) -> Iterator[Metric]:
         if family.kind == "histogram":
