@@ -335,11 +335,11 @@ class Call:
         weighed = gating.weighed = gating.gate.weigh(gating.prepared, came, gating.length, who)
         verdict = gating.gate.at_once(weighed)
         if verdict is None:
-            gating.gate.ask(weighed, self._exchange.id, self._judge)
+            gating.gate.ask(weighed, self._exchange.id, self._verdict_came)
         else:
-            self._judge(verdict)
+            self._verdict_came(verdict)
 
-    def _judge(self, verdict: Verdict) -> None:
+    def _verdict_came(self, verdict: Verdict) -> None:
         gating = self._gating
         assert gating is not None
         if self.phase is not Phase.ADMISSION:

@@ -203,7 +203,12 @@ class Client(ClientProtocol):
         if self._begun:
             data, self._begun = self._begun + data, b""
         plain = self._plain
-        if plain is not None and self.call is None and (self.plainly or self._begins_anew()) and plain.take(self, data):
+        if (
+            plain is not None
+            and self.call is None
+            and (self.plainly or self._begin_anew_if_clear())
+            and plain.take(self, data)
+        ):
             if self._rest_late is not None and not self._begun:
                 self._rest_came()
             return
@@ -250,9 +255,9 @@ class Client(ClientProtocol):
         elif self._closing:
             self._linger(len(data))
 
-    def _begins_anew(self) -> bool:
-        """Whether the next byte is the first of a request, and nothing of an earlier one is in the way. All is then as
-        on a new connection."""
+    def _begin_anew_if_clear(self) -> bool:
+        """Where the next byte is the first of a request, and nothing of an earlier one is in the way, all is from now
+        on as on a new connection (`plainly`). Returns whether it is."""
         self.plainly = self._input is Input.REQUESTS and not (
             self._head_bytes
             or self._queue
@@ -677,7 +682,7 @@ class Client(ClientProtocol):
         kind = refusal(error, self._hop.settings.target_bytes)
         call = self.call
         if call is not None and not call.upload_came:
-            self._own_refused("bad_chunk")
+            self._count_and_drop_input("bad_chunk")
             call.upload_broke(local_responses.BAD_CHUNK)
         elif kind == "target":
             self._refuse(local_responses.TARGET_TOO_LONG, "target_too_long")
@@ -690,12 +695,13 @@ class Client(ClientProtocol):
 
     def _refuse(self, own: LocalResponse, reason: str) -> None:
         """Something that is no call: answered after the calls in hand, and the end of the connection."""
-        self._own_refused(reason)
+        self._count_and_drop_input(reason)
         self._own = own
         if self.call is None:
             self._take()
 
-    def _own_refused(self, reason: str) -> None:
+    def _count_and_drop_input(self, reason: str) -> None:
+        """What has come and what comes is no call any more."""
         self._hop.metrics.request_rejected(reason)
         self._last_call = True
         self._input = Input.DROPPED

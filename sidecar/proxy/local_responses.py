@@ -75,7 +75,6 @@ SPOOL_FULL: Final = LocalResponse(
     503, "Service Unavailable", "metering_unavailable", "no call can be recorded right now"
 )
 TOO_MANY: Final = LocalResponse(503, "Service Unavailable", "too_many_calls", "too many calls are open")
-STOPPING: Final = LocalResponse(503, "Service Unavailable", "stopping", "this proxy is stopping")
 CONNECT_TIMEOUT: Final = LocalResponse(
     504, "Gateway Timeout", "upstream_connect_timeout", "the upstream accepted no connection in time"
 )

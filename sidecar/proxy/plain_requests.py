@@ -37,7 +37,7 @@ _CAREFUL: Final = frozenset(
 
 _WITH_CARE: Final = Aimed(b"", "", "")
 
-Describe = Callable[[str, str, Fields, "object"], "tuple[Facts, bytes] | None"]
+Describe = Callable[[str, str, Fields, object], "tuple[Facts, bytes] | None"]
 """(method, target, fields, peer) -> (what the head means, the bytes that the careful way would forward: request line,
 fields, what the proxy adds, empty line), or None for a head that is to be read with care."""
 Aim = Callable[[str, str], "tuple[Hashable, Aimed] | None"]

@@ -314,7 +314,7 @@ def check_flags(talk: Talk) -> None:
         assert isinstance(client, Client)
         if client.plainly and client.call is None and client.transport is not None:
             border = client._border
-            assert client._begins_anew()
+            assert client._begin_anew_if_clear()
             assert client._border == border == b""
 
 
