@@ -206,10 +206,6 @@ class Intake:
     def knows(self, source: bytes) -> Source | None:
         return self._sources.get(source)
 
-    def is_settled(self, source: bytes) -> bool:
-        """Whether what it left open has become records: it is not heard any more."""
-        return source in self._settled
-
     def _remember(self, source: Source, stored: Mapping[bytes, int]) -> None:
         assert self._spool is not None
         source.stored = stored.get(source.id, 0)

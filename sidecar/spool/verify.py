@@ -34,10 +34,6 @@ class SlotReport:
     totals: SpoolTotals  # as stored with the last commit
     problems: tuple[str, ...]
 
-    @property
-    def in_order(self) -> bool:
-        return not self.problems
-
 
 @dataclass(slots=True)
 class _Count:

@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from support.spool_fixtures import Told, call
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.model.record import encode
 from sidecar.spool import Batch, Limits, Spool, SpoolReader
-from sidecar.spool.recorder import SpoolRecorder
 
 LINES_A_BATCH = 1000
 BATCHES_WAITING_MAX = 8

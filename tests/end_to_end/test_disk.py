@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.backends import backend_settings
 from sidecar.model.exchange import Exchange, Outcome
@@ -14,7 +15,6 @@ from sidecar.runtime.disk import Room, room_left
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import load
 from sidecar.spool import Spool, SpoolReader
-from sidecar.spool.recorder import SpoolRecorder
 
 TIB = 1 << 40
 

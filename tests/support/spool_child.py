@@ -14,9 +14,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from support.spool_fixtures import SMALL, Told, call
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.spool import Spool, SpoolReader
-from sidecar.spool.recorder import SpoolRecorder
 
 
 def say(kind: str, id_: str) -> None:

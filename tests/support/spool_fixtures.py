@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import orjson
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.model.call_group import Gathering
 from sidecar.model.exchange import Exchange, Outcome, Subscriber
 from sidecar.spool import Limits, Spool, SpoolReader
-from sidecar.spool.recorder import SpoolRecorder
 from sidecar.spool.segment import Group, Segment, write_error
 
 # Segments change every dozen records, commits are a handful of lines, nothing waits long.

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 from support.spool_fixtures import SMALL, Told, call, ended, failing, recorded, rows, stalling, until
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.spool import Spool, SpoolReader, State
-from sidecar.spool.recorder import _GUESS_BYTES, BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering, SpoolRecorder
+from sidecar.spool.recorder import _GUESS_BYTES, BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering
 
 
 class Answers:

@@ -23,6 +23,7 @@ import orjson
 import pytest
 from support.backend_fixtures import T0_NS, record, usage
 from support.spool_fixtures import Told, call, open_small, recorded
+from support.spool_recorder import SpoolRecorder
 
 from sidecar.cli import limits, main
 from sidecar.cli import spool as spool_command
@@ -35,7 +36,6 @@ from sidecar.runtime.reports import usage as reports
 from sidecar.runtime.reports.formats import Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery, usage_query
 from sidecar.spool import SpoolReader
-from sidecar.spool.recorder import SpoolRecorder
 
 NOW = datetime(2026, 11, 22, 12, 30, tzinfo=UTC)
 HOUR_NS = 3600 * 10**9

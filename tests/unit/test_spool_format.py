@@ -12,8 +12,7 @@ from typing import Any
 import orjson
 import pytest
 from support.spool_fixtures import Told, call, crashed_copy, open_small, recorded, rows
-
-from sidecar.spool.recorder import SpoolRecorder
+from support.spool_recorder import SpoolRecorder
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "spool-format.md"
 
