@@ -39,6 +39,7 @@ _LOG = logging.getLogger(__name__)
 
 TROUBLE_RETRY_S = 1.0  # how soon a file that failed is opened again
 MAY_SEND_S = 0.1  # how soon one that may not be sent just now is looked at again
+TROUBLE = (StateError, SpoolError, OSError)  # a file that cannot be read or written: it is waited for
 EAGER_S = 0.001  # between two looks where responses wait for the backend: what comes during one goes with the next
 
 Settled = Callable[[str, int, Collection[int]], None]
@@ -127,6 +128,7 @@ class Worker:
         self._next_sweep_s = 0.0
         self._expired = False
         self._leaving: tuple[Mapping[str, int], asyncio.Future[int]] | None = None
+        self._left = 0  # records that were parked because of it
 
     def __repr__(self) -> str:
         return (
@@ -203,7 +205,7 @@ class Worker:
                     if not await self._turn():
                         await self._rest()
                     self._trouble = None
-                except (StateError, SpoolError, OSError) as error:
+                except TROUBLE as error:
                     await self._start_over(error)
 
     def _believe(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
@@ -244,14 +246,14 @@ class Worker:
             await asyncio.sleep(TROUBLE_RETRY_S)
             try:
                 await self._open_again()
-            except StateError as again:
+            except TROUBLE as again:
                 error = again
             else:
                 return
 
     async def leave(self, ends: Mapping[str, int]) -> int:
         """Park what is pending of these spools, as soon as nothing is under way. Returns how many records."""
-        self._leaving = ends, asyncio.get_running_loop().create_future()
+        self._leaving, self._left = (ends, asyncio.get_running_loop().create_future()), 0
         self._ring()
         return await self._leaving[1]
 
@@ -264,9 +266,10 @@ class Worker:
         count = await removed_backend.leave(self.backend.name, self._store, context.reader, context.clock.wall_s, ends)
         if count:
             context.metrics.parked(self.backend.name, COPIED, count)
+        self._left += count  # a file that cannot be opened has this tried again, and then nothing is pending
         await self._open_again()
         self._leaving = None
-        told.set_result(count)
+        told.set_result(self._left)
         self._ring()
 
     @property
@@ -402,12 +405,17 @@ class Worker:
 
     async def _judge(self, reply: Reply, now: Now) -> Settlement:
         if not (reply.interrupted or reply.counted):
-            was_slow = self._breaker.slow
-            reply.verdicts = self._breaker.hear(reply.verdicts, reply.started, now, self._context.roll())
+            reply.verdicts = self._hear(reply.verdicts, reply.started, now)
             reply.counted = True
-            if was_slow and not self._breaker.slow:
-                self._queue.hurry(self._now())
         return await settlement.settle(self._terms, reply, now, self._context.roll())
+
+    def _hear(self, verdicts: Sequence[Verdict], started: Now, now: Now) -> Sequence[Verdict]:
+        """What the breaker makes of them. Where that ends a time of being down, what waits for it goes now."""
+        was_slow = self._breaker.slow
+        heard = self._breaker.hear(verdicts, started, now, self._context.roll())
+        if was_slow and not self._breaker.slow:
+            self._queue.hurry(self._now())
+        return heard
 
     async def _sweep(self, now: Now) -> list[Settlement]:
         """From time to time: what waited too long, although nothing is sent."""
@@ -430,7 +438,8 @@ class Worker:
     # --- sending ----------------------------------------------------------------------------------
 
     async def _choose(self, now: Now, settled: list[Settlement]) -> list[Request]:
-        """Which requests to offer now: those due again first, then those never offered; oldest first."""
+        """Which requests to offer now: those due again first, then those never offered; oldest first. What is found to
+        have waited too long is not offered, and is added to `settled`."""
         allowed = self._breaker.allowed(now, len(self._under_way))
         fresh_first = False
         if self._breaker.slow and allowed:
@@ -532,10 +541,7 @@ class Worker:
         added = await self._sums.add(source, items, now.wall_s)
         verdicts = added.verdicts
         if verdicts:
-            was_slow = self._breaker.slow
-            verdicts = self._breaker.hear(verdicts, now, self._now(), self._context.roll())
-            if was_slow and not self._breaker.slow:
-                self._queue.hurry(self._now())
+            verdicts = self._hear(verdicts, now, self._now())
         if added.plan is None or (verdicts and isinstance(verdicts[0], Blocked)):
             self._sums_tries += bool(verdicts)
             wait_s = backoff_s(self._sums_tries, self._context.roll(), self._limits) if verdicts else 0.0
@@ -659,8 +665,7 @@ class Worker:
         """Whether records could not be sealed even if there were some: something else has to happen first."""
         busy = len(self._under_way)
         free = self._breaker.allowed(self._now(), busy)
-        slow = self.is_down
-        return slow or self._room(free, busy, want_fresh=False) == 0
+        return self.is_down or self._room(free, busy, want_fresh=False) == 0
 
     def _quiet(self) -> bool:
         """Whether nothing is under way and nothing more could be started now."""

@@ -17,7 +17,7 @@ from support.fake_backend import FakeBackend
 
 from sidecar.backends import backend_settings
 from sidecar.backends.ledger import LedgerBackend
-from sidecar.delivery import Delivery
+from sidecar.delivery import Delivery, StateError, worker
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
 from sidecar.delivery.worker import Worker
@@ -27,7 +27,7 @@ from sidecar.model.delivery import Abilities, Applied, Backend, Dedup, Retry, Ve
 from sidecar.model.record import Record
 from sidecar.runtime.billing import Billing
 from sidecar.settings import load
-from sidecar.spool import SpoolReader
+from sidecar.spool import SpoolError, SpoolReader
 
 ITERATIONS = 3000  # of the event loop, in which a worker that does not rest turns some hundreds of times
 TURNS_MAX = 12
@@ -239,3 +239,25 @@ async def test_a_mark_that_cannot_be_written_is_said_once_until_that_changes(
     said = "the mark by which an older delivery.db is noticed cannot be written: "
     whys = ("No space left on device", "Read-only file system", "Read-only file system")
     assert [record.getMessage() for record in caplog.records] == [said + why for why in whys]
+
+
+async def test_what_was_parked_for_a_copy_is_told_also_where_the_file_could_not_be_opened_after_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world.begin("fake")
+    world.clock = None
+    world.spool.add(5)
+    monkeypatch.setattr(worker, "TROUBLE_RETRY_S", 0.01)
+    faults: list[Exception] = [StateError("it is away"), SpoolError("it is away"), OSError("it is away")]
+    async with world.deliver(FakeBackend(behaviour=lambda _: "retry:unreachable")) as delivery:
+        reopen = delivery.store.reopen
+
+        def at_last() -> None:
+            if faults:
+                raise faults.pop(0)
+            reopen()
+
+        await until(lambda: delivery.is_down("fake"))
+        monkeypatch.setattr(delivery.store, "reopen", at_last)
+        assert await delivery.adopt({"one": 5}) == {"fake": 5}
+        assert not faults
