@@ -162,7 +162,10 @@ FIELDS: Final[Mapping[str, Field]] = {
     "request_headers": (_NAMES, "names alone, in order, as they were spelled"),
     "response_headers": (_NAMES, "the same"),
     "request_bytes": (_count(), "of the body, as it went over the wire"),
-    "response_bytes": (_count(), "the same"),
+    "response_bytes": (
+        _count(),
+        "the same; what comes in a later read than a stream's own end mark is passed on and not in it",
+    ),
     "client_ip": (_text(), "of the connection, or as a trusted proxy states it"),
     "user_agent": (_text(), "the header"),
     "trace_id": (_text(), "of `traceparent`"),
