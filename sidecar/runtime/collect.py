@@ -105,6 +105,9 @@ class Collecting(Metering):
         return await Metering.metrics(self)
 
     async def readiness(self) -> Readiness:
+        return self.last_readiness()
+
+    def last_readiness(self) -> Readiness:
         """Ready while the stream is read and the disk takes records; a backend that is down is said, and no reason."""
         told, bills, reader = self.told(), self.bills, self.reader
         notes = [one for one in (told.reason,) if one]

@@ -45,7 +45,7 @@ from sidecar.runtime.instance_lock import LockError, NotWritableError
 from sidecar.runtime.lanes import Lookout, url_of
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.runtime.seam import TRIALS, Seam
-from sidecar.runtime.seam_protocol import Status, Told
+from sidecar.runtime.seam_protocol import Told
 from sidecar.runtime.shipping import Shipping, centre_of
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire
 from sidecar.settings import Durability, OnSpoolFull, Settings
@@ -140,7 +140,7 @@ class Metering:
 
     async def metrics(self) -> bytes:
         balance = await self.balance()
-        degraded = self._readiness(self.seam.answers).state in ("degraded", "full")  # the balance has asked
+        degraded = self.last_readiness().state in ("degraded", "full")  # the balance has asked
         gauges = Gauges(
             admitted=balance.admitted,
             recorded=balance.recorded,
@@ -193,10 +193,12 @@ class Metering:
 
     async def readiness(self) -> Readiness:
         """Ready to take calls; a backend that is down or blocked is said, and is no reason to send traffic away."""
-        return self._readiness(await self.seam.ask())
+        await self.seam.ask()
+        return self.last_readiness()
 
-    def _readiness(self, answers: Sequence[Status]) -> Readiness:
-        serving = self.seam.serving
+    def last_readiness(self) -> Readiness:
+        """The same, as those that serve said it last."""
+        answers, serving = self.seam.answers, self.seam.serving
         told = self.told()
         found = {answer.state for answer in answers} | {told.state}
         state = next((s for s in STATES if s in found), "degraded")

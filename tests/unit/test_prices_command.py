@@ -131,7 +131,7 @@ def test_diff_tells_what_a_file_has_otherwise(
         {"provider": "p", "model": "m", "unit": "input", "now": "1", "then": "1 1.5>200000"}
     ]
     assert main(["prices", "diff", str(then)]) == 0
-    assert "1 prices differ between genai-prices/file-" in capsys.readouterr().out
+    assert "1 price differs between genai-prices/file-" in capsys.readouterr().out
     assert main(["prices", "diff", str(now)]) == 0
     assert capsys.readouterr().out.startswith("0 prices differ")
 
