@@ -307,28 +307,29 @@ def test_a_bad_secret_is_not_in_the_message() -> None:
     assert "hunter2" not in problem
 
 
+WITH_PASSWORDS = (
+    "http://user:hunter2@example.com",
+    "https://user:hun@ter2,hunter2/hunter2@example.com/x",
+    "/a=http://user:hunter2@example.com",
+    "postgresql://user:hunter2@example.com/x?y=hunter2",
+    "nats://user:hunter2@example.com",
+    "https://example.com/x?token=hunter2",
+)
+
+
 @pytest.mark.parametrize(
     "backend_and_setting",
     [pytest.param(row, id=row[1].variable(row[0])) for row in all_settings(backend_settings())],
 )
-@pytest.mark.parametrize(
-    "value",
-    [
-        "http://user:hunter2@example.com",
-        "https://user:hun@ter2,hunter2/hunter2@example.com/x",
-        "/a=http://user:hunter2@example.com",
-        "postgresql://user:hunter2@example.com/x?y=hunter2",
-        "nats://user:hunter2@example.com",
-        "https://example.com/x?token=hunter2",
-    ],
-)
-def test_a_password_in_an_address_never_shows(backend_and_setting: tuple[str | None, Setting], value: str) -> None:
+def test_a_password_in_an_address_never_shows(backend_and_setting: tuple[str | None, Setting]) -> None:
     backend, setting = backend_and_setting
-    try:
-        shown = str(load(UPSTREAM | {setting.variable(backend): value}, backend_settings=backend_settings()).effective)
-    except SettingsError as error:
-        shown = f"{error} {error.problems} {error.effective}"
-    assert "hunter2" not in shown
+    for value in WITH_PASSWORDS:
+        said = UPSTREAM | {setting.variable(backend): value}
+        try:
+            shown = str(load(said, backend_settings=backend_settings()).effective)
+        except SettingsError as error:
+            shown = f"{error} {error.problems} {error.effective}"
+        assert "hunter2" not in shown, value
 
 
 def test_secrets_compare_by_value() -> None:
