@@ -229,7 +229,7 @@ def streams(draw: st.DrawFn, name: str) -> bytes:
 
 @pytest.mark.parametrize("name", STREAMS)
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_streams_are_lines_and_sums_like_others(name: str, data: st.DataObject) -> None:
     """Whatever becomes a line is what the careful way writes, and the sums, and the metrics with their first bytes."""
     sample = SAMPLES[name]
@@ -383,7 +383,7 @@ def long_way(plan: Plan, *args: Any) -> None:
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "responses"])
 @given(data=st.data())
-@settings(deadline=None, max_examples=150)
+@settings(deadline=None, max_examples=100)
 def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool, data: st.DataObject) -> None:
     """Several calls of one pair of shapes, whose usage objects have other members each time, in another order."""
     sample = SAMPLES["openai_chat.json" if chat else "openai_responses.json"]
