@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
     standing = _of_files(settings) if found is None else found["limits"]
     rows = limits(standing, query, names)
     if not rows:
-        _say_what_is_not_there(query.limit, _names(settings), standing)
+        _say_what_is_not_there(query.limit, _names(settings), standing, to_a_person=form is Format.TABLE)
     if form is Format.JSON:
         print(json.dumps({"limits": rows}, indent=2))
     elif form is not Format.TABLE:
@@ -78,12 +78,15 @@ def report(rows: Sequence[dict[str, Any]], names: Names = NOBODY) -> str:
     return render(flat, shown, Format.TABLE, heads=HEADS, spare=spare, whole=("until",))
 
 
-def _say_what_is_not_there(asked: str | None, defined: list[str] | None, standing: Sequence[dict[str, Any]]) -> None:
-    """A limit that nobody defined looks like one that nobody touched. `CommandError` where it is that."""
+def _say_what_is_not_there(
+    asked: str | None, defined: list[str] | None, standing: Sequence[dict[str, Any]], *, to_a_person: bool
+) -> None:
+    """A limit that nobody defined looks like one that nobody touched. `CommandError` where it is that; that there is
+    none at all is no error to a program, which gets an empty list."""
     if defined is None:
         return
     known = dict.fromkeys((*defined, *(row["limit"] for row in standing)))
-    if not known:
+    if not known and (to_a_person or asked is not None):
         raise CommandError(UNDEFINED)
     if asked is not None and asked not in known:
         raise CommandError(f"no limit is called {asked}; the limits are: {', '.join(known)}", EXIT_USAGE)

@@ -358,7 +358,7 @@ async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_n
 async def test_a_limit_that_nobody_defined_is_not_one_that_nobody_touched(tmp_path: Path) -> None:
     async with upstream() as (_, url), limited(tmp_path, url) as whole:
         for running in (True, False):
-            for options in ((), ("--limit", "foo"), ("--format", "json")):
+            for options in ((), ("--limit", "foo"), ("--limit", "foo", "--format", "json")):
                 code, out, err = await whole.command("limits", *options)
                 said = "no limit is defined: see SIDECAR_LIMITS and [[limits]]\n"
                 assert (code, out, err) == (1, "", said), (running, options)

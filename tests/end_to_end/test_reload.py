@@ -297,5 +297,5 @@ async def test_a_new_process_that_cannot_begin_brings_the_old_settings_back(tmp_
 async def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
     whole = Reloaded(tmp_path, "http://127.0.0.1:9", "")
     code, said = await whole.reload()
-    assert code == 1
+    assert code == 2
     assert "no instance runs on" in said
