@@ -428,10 +428,10 @@ class Client(ClientProtocol):
         self._may_hold = False
         self._border = before
         self._apart = True
-        if self._unread:
-            self._at -= len(data)
-        else:
-            self._unread, self._at = data, 0
+        self._unread, self._at = (
+            data + self._unread[self._at :],
+            0,
+        )  # all that was read may be parsed, and still be there
 
     def _is_all(self, messages: Messages, before: bytes, data: bytes) -> bool:
         """Whether the last of these requests is sure to end where `data` does: the parser then holds nothing of the

@@ -13,7 +13,7 @@ from support.conversation import Talk, conversation, get, ok, post, post_head
 
 from sidecar.model.exchange import Outcome
 from sidecar.proxy.aiohttp_compat import PIPELINE_MAX
-from sidecar.proxy.client_connection import PIECE_BYTES
+from sidecar.proxy.client_connection import PIECE_BYTES, WAITING_MAX, Client
 
 LAST = b"Connection: close\r\n"
 CHUNKED = post_head(fields=b"Transfer-Encoding: chunked\r\n")
@@ -115,3 +115,20 @@ def test_a_chunked_body_is_whole_whatever_stands_behind_it(bad: bytes, places: l
     assert heard.endswith(b"3\r\nabc\r\n0\r\n\r\n")
     assert responses[0] == (b"200", b"ok0")
     assert [record[3] for record in records] == [3]
+
+
+@pytest.mark.parametrize("bad", BAD[1:])
+@pytest.mark.parametrize("more", [1, 3])
+def test_what_comes_while_nothing_is_read_neither_loses_nor_repeats_a_request(bad: bytes, more: int) -> None:
+    """As a TLS layer gives what it had decrypted."""
+    for count in range(WAITING_MAX - 1, WAITING_MAX + 3):
+        with conversation() as talk:
+            talk.client.says(get(b"/first")[:9])
+            talk.client.says(get(b"/first")[9:] + get(b"/a") * count)
+            assert isinstance(talk.client.protocol, Client)
+            talk.client.protocol.data_received(get(b"/b") * more + bad)  # whether it reads or not
+            answer_all(talk)
+            heard = b"".join(peer.heard for peer in talk.upstreams)
+            counts = [heard.count(b"GET " + target) for target in (b"/first", b"/a ", b"/b ")]
+            assert counts == [1, count, more], count
+            assert len(talk.recorder.records) == sum(counts)
