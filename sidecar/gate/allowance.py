@@ -74,12 +74,26 @@ def measure_of(unit: str, meter: Meter | None) -> Measure:
 class Slot:
     """One counter, as far as this process may use it. `from_ns`, `until_ns`: its period."""
 
-    __slots__ = ("blocks", "divisor", "factor", "from_ns", "full", "key", "left", "limit", "place", "scope", "until_ns")
+    __slots__ = (
+        "_measure",
+        "blocks",
+        "divisor",
+        "factor",
+        "from_ns",
+        "full",
+        "key",
+        "left",
+        "limit",
+        "place",
+        "scope",
+        "until_ns",
+    )
 
     def __init__(self, limit: Limit, scope: str, *, dry_run: bool) -> None:
         self.limit = limit
         self.scope = scope
-        self.place, self.factor, self.divisor = measure_of(limit.unit, limit.meter)
+        self._measure = measure_of(limit.unit, limit.meter)
+        self.place, self.factor, self.divisor = self._measure  # taken apart for the way of each call
         self.blocks = limit.action is Action.BLOCK and not dry_run
         self.key = ""
         self.left = 0
@@ -87,9 +101,7 @@ class Slot:
         self.full = False  # its period is used up
 
     def amount(self, needs: Needs) -> int:
-        """As `Measure.of`."""
-        whole = needs[self.place] * self.factor
-        return whole if self.divisor == 1 else -(-whole // self.divisor)
+        return self._measure.of(needs)
 
     @property
     def blocks_money(self) -> bool:

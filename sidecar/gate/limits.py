@@ -297,11 +297,8 @@ class Charging:
                 if scope is None:
                     continue
                 counter = limit.key(scope, call.started_ns)
-            amount = (
-                0
-                if back
-                else self._amount(limit.unit, limit.meter, call, min(at_most.get(counter, reserved), reserved))
-            )
+            most = min(at_most.get(counter, reserved), reserved)
+            amount = 0 if back else self._amount(limit.unit, limit.meter, call, most)
             if amount or reserved:
                 found.append(Charge(limit, counter, scope, amount, reserved))
         return found
