@@ -35,7 +35,6 @@ from sidecar.model.exchange import (
     Gate,
     Outcome,
     Recorder,
-    Release,
     Subscriber,
     Usage,
     UsageState,
@@ -1042,7 +1041,7 @@ class Call:
         tap = None
         if self._recorder is hop.recorder:
             tap = _ask(None, self._to.reading.taps.websocket, self._target, response.fields)
-        tunnel = self._tunnel = Tunnel(self, self._exchange, client, connection, tap, hop.loop.call_soon)
+        tunnel = self._tunnel = Tunnel(self, hop, self._exchange, client, connection, tap)
         self.phase = Phase.TUNNEL
         connection.owner = tunnel
         connection.pause(client.full)
@@ -1054,32 +1053,6 @@ class Call:
 
     def tunnel_moved(self) -> None:
         self.deadline = self._hop.idle_until
-
-    def tunnel_message(self, usage: Usage, release: Release) -> bool:
-        """A message in the tunnel reported usage: admit its record and hand it over in one step. False: `release` will
-        be called. Sizes and names of fields are those of the tunnel, whose own record has them."""
-        parent = self._exchange
-        message = Exchange(
-            method=parent.method,
-            url=parent.url,
-            route=parent.route,
-            client_ip=parent.client_ip,
-            user_agent=parent.user_agent,
-            trace_id=parent.trace_id,
-            subscriber=parent.subscriber,
-            dimensions=parent.dimensions,
-            parent_id=parent.id,
-            upstream=parent.upstream,
-        )
-        recorder = self._hop.recorder
-        if not recorder.admit(message):
-            self.tunnel_unrecorded()
-            return True
-        cut_usage(usage, self._hop.metrics.limit_reached)
-        message.outcome = Outcome.COMPLETE
-        message.duration_ms = 0.0
-        message.usage = usage
-        return recorder.complete(message, release)
 
     def tunnel_unrecorded(self) -> None:
         """With `SIDECAR_ON_SPOOL_FULL=refuse` nothing is passed on without its record."""

@@ -8,10 +8,10 @@ written before it still leaves.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
 
-from sidecar.model.exchange import Exchange, Release, Usage
+from sidecar.model.exchange import Exchange, Outcome, Usage, cut_usage
+from sidecar.proxy.context import Hop
 from sidecar.proxy.upstream import UpstreamConnection
 from sidecar.usage import SocketTap
 
@@ -27,14 +27,10 @@ class TunnelClient(Protocol):
 
 
 class TunnelOwner(Protocol):
-    """Whose tunnel it is: keeps its deadline and makes its records."""
+    """Whose tunnel it is: keeps its deadline and makes its record."""
 
     def tunnel_moved(self) -> None:
         """Bytes went one way or the other."""
-        ...
-
-    def tunnel_message(self, usage: Usage, release: Release) -> bool:
-        """Record a message. False: `release` will be called."""
         ...
 
     def tunnel_unrecorded(self) -> None:
@@ -54,25 +50,26 @@ class Tunnel:
     """Owner of the upstream connection from the 101 on."""
 
     __slots__ = (
-        "_client", "_closed", "_connection", "_exchange", "_going_on", "_held", "_lost", "_owner", "_soon", "_tap",
+        "_client", "_closed", "_connection", "_exchange", "_going_on", "_held", "_hop", "_lost", "_owner", "_tap",
         "_waiting",
     )  # fmt: skip
 
     def __init__(
         self,
         owner: TunnelOwner,
+        hop: Hop,
         exchange: Exchange,
         client: TunnelClient,
         connection: UpstreamConnection,
         tap: SocketTap | None,
-        soon: Callable[[Callable[[], None]], object],
     ) -> None:
+        """`exchange`: of the call that became a tunnel; its sizes are counted here. `tap`: None: nobody reads along."""
         self._owner = owner
+        self._hop = hop
         self._exchange = exchange
         self._client = client
         self._connection = connection
         self._tap = tap
-        self._soon = soon
         self._waiting = 0  # records of messages that are not on disk yet, and one for what is still to be read
         self._going_on = False  # the next turn reads on
         self._held: list[bytes] = []  # what waits for them
@@ -102,14 +99,14 @@ class Tunnel:
     def _read(self, tap: SocketTap, data: bytes) -> None:
         """Read along, and go on with what is more than a step in the next turn: what came waits for that as well."""
         for usage in tap.from_server(data):
-            if not self._owner.tunnel_message(usage, self._released):
+            if not self._record(usage):
                 self._waiting += 1
             if self._closed:
                 return
         if tap.behind and not self._going_on:
             self._going_on = True
             self._waiting += 1
-            self._soon(self._go_on)
+            self._hop.loop.call_soon(self._go_on)
 
     def _go_on(self) -> None:
         self._going_on = False
@@ -122,7 +119,32 @@ class Tunnel:
         self._closed = True
         while self._tap is not None and self._tap.behind:
             for usage in self._tap.from_server(b""):
-                self._owner.tunnel_message(usage, self._released)
+                self._record(usage)
+
+    def _record(self, usage: Usage) -> bool:
+        """A message reported usage: admit its record and hand it over in one step. False: `_released` will be called.
+        Sizes and names of fields are those of the tunnel, whose own record has them."""
+        call, hop = self._exchange, self._hop
+        message = Exchange(
+            method=call.method,
+            url=call.url,
+            route=call.route,
+            client_ip=call.client_ip,
+            user_agent=call.user_agent,
+            trace_id=call.trace_id,
+            subscriber=call.subscriber,
+            dimensions=call.dimensions,
+            parent_id=call.id,
+            upstream=call.upstream,
+        )
+        if not hop.recorder.admit(message):
+            self._owner.tunnel_unrecorded()
+            return True
+        cut_usage(usage, hop.metrics.limit_reached)
+        message.outcome = Outcome.COMPLETE
+        message.duration_ms = 0.0
+        message.usage = usage
+        return hop.recorder.complete(message, self._released)
 
     def _released(self, send: bool) -> None:
         """A message's record is on disk, or it is decided that it goes without, or not at all."""
