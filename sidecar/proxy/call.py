@@ -22,17 +22,13 @@ import asyncio
 import logging
 from asyncio import Task
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
 from enum import IntEnum
 from time import monotonic_ns
 from typing import Final, TypeVar
 
-from sidecar.gate.admission import Admission, Prepared, Verdict, Weighed
-from sidecar.gate.counters import DENIED, UNDECIDED
-from sidecar.gate.estimate import READ_BYTES_MAX
+from sidecar.gate.admission import Admission, Verdict
 from sidecar.model.exchange import (
     Exchange,
-    Gate,
     Outcome,
     Recorder,
     Subscriber,
@@ -48,13 +44,14 @@ from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.downstream import Downstream
 from sidecar.proxy.drains import REASONS
 from sidecar.proxy.ending import Cause, Ending, Phase
+from sidecar.proxy.gate_question import GateQuestion
 from sidecar.proxy.headers import trace_id
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.request_body import IDEMPOTENT, RequestBody, head_of, may_change
 from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
-from sidecar.usage import RawHeaders, RequestTap, ResponseTap
+from sidecar.usage import RequestTap, ResponseTap
 
 log = logging.getLogger(__name__)
 
@@ -89,26 +86,14 @@ class Event(IntEnum):
     FAULT = 15  # ours
 
 
-@dataclass(slots=True)
-class _Gating:
-    """What is known while it is found out whether a call may be made."""
-
-    gate: Admission
-    prepared: Prepared
-    gathers: bool  # its body is gathered next
-    length: int | None  # of its body, where the head says it
-    weighed: Weighed | None = None
-    verdict: Verdict | None = None
-    sent: bool = False  # some of the call has gone upstream
-
-
 class Call:
     """One exchange under way."""
 
     __slots__ = (
-        "_asked", "_connecting", "_drain_owners", "_exchange", "_gating", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_recorder", "_request_tap", "_switch",
-        "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
+        "_asked", "_connecting", "_drain_owners", "_exchange", "_gathers", "_head", "_hop", "_http10", "_idempotent",
+        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_request_tap",
+        "_switch", "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase",
+        "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
@@ -131,7 +116,8 @@ class Call:
         self._idempotent = False
         self._switch = False  # a protocol switch is passed on
         self._asked = False  # usage was asked for on the client's behalf
-        self._gating: _Gating | None = None  # None: nobody asks whether it may be made
+        self._gathers = False  # its body is gathered before any of it leaves
+        self._question: GateQuestion | None = None  # None: nobody asks whether it may be made
         # the upstream's side
         self._to = hop.rest
         self._target = message.path  # as that upstream gets it
@@ -268,18 +254,18 @@ class Call:
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
         body = self.body
-        gathers = body is not None and (
+        self._gathers = body is not None and (
             tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw)
         )
-        if body is not None and not gathers:
+        if body is not None and not self._gathers:
             body.tap = tap
         if hop.gate is not None and recorded:  # what is not recorded could not be settled
-            self._ask_gate(hop.gate, gathers)
+            self._ask_gate(hop.gate)
         else:
-            self._go_on(gathers)
+            self._go_on()
 
-    def _go_on(self, gathers: bool) -> None:
-        if gathers:
+    def _go_on(self) -> None:
+        if self._gathers:
             hop = self._hop
             self.phase = Phase.GATHERING
             self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
@@ -289,22 +275,12 @@ class Call:
 
     # -- may it be made? -------------------------------------------------------------------------
 
-    def _ask_gate(self, gate: Admission, gathers: bool) -> None:
-        hop, message, exchange = self._hop, self._message, self._exchange
-        prepared = gate.prepare(
-            message.method,
-            self._target,
-            message.raw_headers,
-            subscriber=exchange.subscriber,
-            dimensions=exchange.dimensions,
-            route=exchange.route,
-            upstream=exchange.upstream,
-        )
-        length, waits = _body_ahead(message.raw_headers)
-        self._gating = _Gating(gate, prepared, gathers, length)
+    def _ask_gate(self, gate: Admission) -> None:
+        hop = self._hop
+        question = self._question = GateQuestion(gate, self._exchange, self._target, self._message.raw_headers)
         self.phase = Phase.ADMISSION
-        if self.body is None or not (prepared.reads_body and waits):
-            self._weigh(self._gating)
+        if self.body is None or not question.reads_body:
+            self._put(question)
         else:
             self.deadline = hop.loop.time() + hop.settings.idle_timeout_s
             self._on(Event.UPLOAD)
@@ -312,39 +288,31 @@ class Call:
     def _look_ahead(self, event: Event, why: Why) -> None:
         """More of the body that says how much the call may need. Once that is enough, no more is read until it is
         known that the upstream gets it."""
-        hop, body, gating = self._hop, self.body, self._gating
-        assert gating is not None
-        if body is None or body.reading or gating.weighed is not None:
+        hop, body, question = self._hop, self.body, self._question
+        assert question is not None
+        if body is None or body.reading or question.is_put:
             return
         before = body.size_bytes
         body.look_ahead()
         self._exchange.request_bytes = body.size_bytes
-        if body.done or body.size_bytes >= READ_BYTES_MAX:
-            self._weigh(gating)
+        if question.is_enough(body):
+            self._put(question)
             return
         if body.size_bytes > before:
             self.deadline = hop.idle_until
         self._read_on()
 
-    def _weigh(self, gating: _Gating) -> None:
-        body, exchange, by_body = self.body, self._exchange, self._hop.attribute_by_body
+    def _put(self, question: GateQuestion) -> None:
         self.deadline = NEVER  # the gate has its own
-        who = None if by_body is None else (lambda member: by_body(exchange.subscriber, member))
-        came = b"" if body is None else body.ahead
-        weighed = gating.weighed = gating.gate.weigh(gating.prepared, came, gating.length, who)
-        verdict = gating.gate.at_once(weighed)
-        if verdict is None:
-            gating.gate.ask(weighed, self._exchange.id, self._verdict_came)
-        else:
-            self._verdict_came(verdict)
+        question.put(self.body, self._hop.attribute_by_body, self._verdict_came)
 
     def _verdict_came(self, verdict: Verdict) -> None:
-        gating = self._gating
-        assert gating is not None
+        question = self._question
+        assert question is not None
         if self.phase is not Phase.ADMISSION:
-            gating.gate.cancelled(verdict.gate)
+            question.too_late(verdict)
             return
-        gating.verdict = verdict
+        question.verdict = verdict
         try:
             self._on(Event.JUDGED)
         except Exception:
@@ -352,16 +320,15 @@ class Call:
             self.failed()
 
     def _judged(self, event: Event, why: Why) -> None:
-        gating = self._gating
-        assert gating is not None
-        verdict = gating.verdict
+        assert self._question is not None
+        verdict = self._question.verdict
         assert verdict is not None
         self._exchange.gate = verdict.gate
         if verdict.denial is not None:
             self._finish(Cause.DENIED, Why(own=verdict.denial, error=verdict.error))
         else:
             self.phase = Phase.CONNECTING
-            self._go_on(gating.gathers)
+            self._go_on()
 
     def _refused(self, coding: bytes | None, host: bytes) -> LocalResponse | None:
         """What the parser lets through and we do not."""
@@ -467,8 +434,8 @@ class Call:
         connection.owner = self
         self._expect()
         data, self._head = self._head, b""
-        if self._gating is not None:
-            self._gating.sent = True
+        if self._question is not None:
+            self._question.sent = True
         if body is not None and (body.holds or not body.done):
             data += body.take()
             self._exchange.request_bytes = body.size_bytes
@@ -777,12 +744,8 @@ class Call:
     def _record(self, outcome: Outcome, *, whole: bool, error: str | None, tunnel: bool, held: bool = True) -> bool:
         """Hand the exchange over. False: `_release` will be called. Who calls this has left the phases before it."""
         exchange, response = self._exchange, self.response
-        if (gating := self._gating) is not None:
-            if not gating.sent:
-                self._take_back(gating)
-            elif self.body is not None and not self.body.done and gating.weighed is not None:
-                assert exchange.gate is not None
-                exchange.gate = gating.gate.unfinished(gating.weighed, exchange.gate, self.body.size_bytes)
+        if self._question is not None:
+            self._question.settle(self.body)
         exchange.outcome = outcome
         exchange.error = error
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
@@ -796,15 +759,6 @@ class Call:
         if exchange.usage is not None:
             self._look_over(exchange.usage)
         return self._recorder.complete(exchange, self._release if held else None)
-
-    def _take_back(self, gating: _Gating) -> None:
-        """Nothing of the call went upstream: what was set aside for it is free."""
-        given = self._exchange.gate
-        if given is None:
-            self._exchange.gate = Gate(UNDECIDED, source="", sent=False)
-        elif given.decision != DENIED:
-            gating.gate.cancelled(given)
-            self._exchange.gate = replace(given, reserved={}, sent=False)
 
     def _ask_request(self, tap: RequestTap) -> None:
         """What only the request's body says: who pays, and which model gave no response."""
@@ -1150,19 +1104,6 @@ def _table() -> list[list[Handler | None]]:
 
 TABLE: Final = _table()
 """By phase and event: what is done. None: nothing, it says nothing new there."""
-
-
-def _body_ahead(fields: RawHeaders) -> tuple[int | None, bool]:
-    """The length of the body, where it is said, and whether it may be waited for: a client that waits for a 100 sends
-    none before the upstream has spoken."""
-    length, waits = None, True
-    for name, value in fields:
-        lower = name.lower()
-        if lower == b"content-length" and value.isdigit():
-            length = int(value)
-        elif lower == b"expect":
-            waits = False
-    return length, waits
 
 
 def _ask(otherwise: T, question: Callable[..., T], *args: object) -> T:
