@@ -24,14 +24,13 @@ from asyncio import Task
 from collections.abc import Callable, Mapping
 from enum import IntEnum
 from time import monotonic_ns
-from typing import Final, TypeVar
+from typing import Final
 
 from sidecar.gate.admission import Admission, Verdict
 from sidecar.model.exchange import (
     Exchange,
     Outcome,
     Recorder,
-    Subscriber,
     Usage,
     UsageState,
     cut_usage,
@@ -39,6 +38,7 @@ from sidecar.model.exchange import (
 from sidecar.model.target import is_authority
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
+from sidecar.proxy.call_taps import CallTaps, guarded, is_behind, is_waiting
 from sidecar.proxy.connecting import NOTHING, NotConnectedError, Why, connect
 from sidecar.proxy.context import NEVER, Destination, Hop
 from sidecar.proxy.downstream import Downstream
@@ -51,11 +51,9 @@ from sidecar.proxy.request_body import IDEMPOTENT, RequestBody, head_of, may_cha
 from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
-from sidecar.usage import RequestTap, ResponseTap
+from sidecar.usage import ResponseTap
 
 log = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 # What the way of every chunk compares with: a look-up in the enumeration costs as much as the comparison.
 STREAMING: Final = Phase.STREAMING
@@ -90,9 +88,9 @@ class Call:
     """One exchange under way."""
 
     __slots__ = (
-        "_asked", "_connecting", "_drain_owners", "_exchange", "_gathers", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_request_tap",
-        "_switch", "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase",
+        "_connecting", "_drain_owners", "_exchange", "_gathers", "_head", "_hop", "_http10", "_idempotent",
+        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_switch",
+        "_taps", "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase",
         "response",
     )  # fmt: skip
 
@@ -111,11 +109,10 @@ class Call:
         self.body: RequestBody | None = None  # None: it has none
         if payload is not EMPTY_PAYLOAD:
             self.body = RequestBody(payload, chunked=bool(message.chunked))
-        self._request_tap: RequestTap | None = None
+        self._taps: CallTaps
         self._head = b""  # as it goes upstream; behind it, where a request goes whole, its body
         self._idempotent = False
         self._switch = False  # a protocol switch is passed on
-        self._asked = False  # usage was asked for on the client's behalf
         self._gathers = False  # its body is gathered before any of it leaves
         self._question: GateQuestion | None = None  # None: nobody asks whether it may be made
         # the upstream's side
@@ -154,11 +151,12 @@ class Call:
         call = cls(hop, client, message, EMPTY_PAYLOAD)
         call._to, call._target, call._timeout_s = to, target, timeout_s
         call._exchange = exchange
-        tap = call._request_tap = _ask(None, to.reading.taps.request, message.method, target, message.raw_headers)
-        if tap is not None:
-            tap.opened_ns = exchange.started_mono_ns  # and not only now, when the response comes
+        taps = call._taps = CallTaps(to.reading.taps, hop.attribute_by_body)
+        taps.open(message.method, target, message.raw_headers)
+        if taps.request is not None:
+            taps.request.opened_ns = exchange.started_mono_ns  # and not only now, when the response comes
             if body:
-                _ask(None, tap.feed, body)
+                taps.feed(body)
         if again is not None:
             call.body = RequestBody(EMPTY_PAYLOAD, chunked=False)
             call.body.done = True
@@ -189,7 +187,7 @@ class Call:
         """`tell`: tells a tap what came so far."""
         response = self.response
         if response is not None and response.tap is not None:
-            _ask(None, tell, response.tap)
+            guarded(None, tell, response.tap)
 
     @property
     def upload_done(self) -> bool:
@@ -214,6 +212,7 @@ class Call:
         method = message.method
         to, target = hop.choose(message.path, message.raw_headers)
         self._to, self._target = to, target
+        taps = self._taps = CallTaps(to.reading.taps, hop.attribute_by_body)
         rules, reading = to.headers, to.reading
         if message.upgrade and not self._http10:
             self._switch = client.may_switch(message)
@@ -249,16 +248,14 @@ class Call:
         if refused is not None:
             self._finish(Cause.REFUSED, Why(own=refused))
             return
-        tap = _ask(None, reading.taps.request, method, target, fields) if recorded else None
-        self._request_tap = tap
+        if recorded:
+            taps.open(method, target, fields)
         self._idempotent = head.idempotency_key or method in IDEMPOTENT
         self._head = line + head.lines
         body = self.body
-        self._gathers = body is not None and (
-            tap is not None and _ask(False, getattr, tap, "may_ask") and may_change(method, raw)
-        )
+        self._gathers = body is not None and taps.may_ask and may_change(method, raw)
         if body is not None and not self._gathers:
-            body.tap = tap
+            body.tap = taps.request
         if hop.gate is not None and recorded:  # what is not recorded could not be settled
             self._ask_gate(hop.gate)
         else:
@@ -356,9 +353,8 @@ class Call:
         self._on(Event.UPLOAD_BROKE, Why(own=own))
 
     def _gather(self, event: Event, why: Why) -> None:
-        hop, body, tap = self._hop, self.body, self._request_tap
+        hop, body, taps = self._hop, self.body, self._taps
         assert body is not None
-        assert tap is not None
         if body.reading:
             return
         before = body.size_bytes
@@ -369,12 +365,11 @@ class Call:
                 self.deadline = hop.idle_until
             self._read_on()
             return
-        changed = _ask(None, tap.with_usage_asked, whole)
+        changed = taps.with_usage_asked(whole)
         if changed is not None:
-            self._asked = True
             self._head = self._head_of(len(changed))
             whole = changed
-        _ask(None, tap.feed, whole)
+        taps.feed(whole)
         self._head += whole
         self.phase = Phase.CONNECTING
         self._set_out()
@@ -422,7 +417,7 @@ class Call:
         assert why.own is not None
         assert why.reason is not None
         if self.body is not None and not self.body.done:  # once it has come nothing is in the way of the next request
-            _ask(None, self.body.look)
+            guarded(None, self.body.look)
             self._exchange.request_bytes = self.body.size_bytes
         self._hop.upstream_failed(self._to, why.reason, why.error or "")
         self._finish(Cause.UNREACHABLE, Why(own=why.own, error=f"{local_responses.message_of(why.own)} ({why.reason})"))
@@ -591,19 +586,15 @@ class Call:
         """The final head is read: choose the reader, and say what the client gets besides."""
         hop, exchange = self._hop, self._exchange
         exchange.response_headers = self._to.headers.names_for_record(response.names)
-        status, fields = response.status, response.fields
-        if self._request_tap is not None:
-            response.tap = _ask(None, self._to.reading.taps.response, self._request_tap, status, fields)
-        if self._asked:
-            response.filter = _ask(None, self._to.reading.taps.answer_filter, status, fields)
+        self._taps.choose(response)
         client = self.client
         if client is None:
             return b""
-        exchange.status = status
+        exchange.status = response.status
         meter_id = b""
         if hop.settings.meter_id_header and exchange.id:  # what is not recorded has none
             meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
-        if status == 101:
+        if response.status == 101:
             return meter_id
         self._keep_alive = (
             not response.close_delimited and self.upload_done and client.may_keep_alive(self._message.should_close)
@@ -692,15 +683,10 @@ class Call:
             self.connection.pause(True)  # what follows an end mark waits outside
         if draining:
             self._catch_up()
-        elif self._is_behind():
+        elif is_behind(self.response):
             self._hop.loop.call_soon(self._catch_up)
         else:
             self._hold(COMPLETED)
-
-    def _is_behind(self) -> bool:
-        """Whether the reader holds coded bytes that it has not looked into yet."""
-        response = self.response
-        return response is not None and response.tap is not None and _ask(False, getattr, response.tap, "behind")
 
     def _catch_up(self) -> None:
         """Let the reader catch up a step a turn, so that no other call waits for this one's sixty megabytes; then
@@ -709,7 +695,7 @@ class Call:
         if self.phase is not Phase.CATCHING_UP or response is None:
             return
         response.catch_up()
-        if self._is_behind():
+        if is_behind(response):
             self._hop.loop.call_soon(self._catch_up)
         else:
             self._hold(self._decide(Cause.WHOLE))
@@ -749,30 +735,12 @@ class Call:
         exchange.outcome = outcome
         exchange.error = error
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
-        if response is not None:
-            if not (tunnel or self._own):
-                exchange.response_bytes = response.body_bytes
-            if response.tap is not None:
-                exchange.usage = _ask(None, response.tap.finish, whole)
-        if self._request_tap is not None:
-            self._ask_request(self._request_tap)
+        if response is not None and not (tunnel or self._own):
+            exchange.response_bytes = response.body_bytes
+        self._taps.finish(exchange, response, self.body, whole=whole, own=bool(self._own))
         if exchange.usage is not None:
             self._look_over(exchange.usage)
         return self._recorder.complete(exchange, self._release if held else None)
-
-    def _ask_request(self, tap: RequestTap) -> None:
-        """What only the request's body says: who pays, and which model gave no response."""
-        exchange, response, by_body = self._exchange, self.response, self._hop.attribute_by_body
-        body = self.body
-        if body is not None and not body.size_bytes:
-            _ask(None, body.look)
-            exchange.request_bytes += body.size_bytes
-        if by_body is not None:
-            exchange.subscriber = _ask(exchange.subscriber, by_body, exchange.subscriber, tap.member)
-        if exchange.usage is not None or exchange.outcome in (Outcome.REFUSED, Outcome.DENIED):
-            return  # what we turned away ourselves asked no model
-        if self._own or response is None or not response.started:
-            exchange.usage = _ask(None, tap.unanswered)
 
     def _look_over(self, usage: Usage) -> None:
         """Cut what is too long for a record, and say why nothing is known where the rest was not read."""
@@ -806,12 +774,12 @@ class Call:
 
     def _may_drain(self) -> bool:
         """Whether the upstream is read on for the sake of the usage in what is still to come. Takes a slot for it."""
-        hop = self._hop
-        if not self.upload_done or self.connection is None or self._request_tap is None:
+        hop, exchange = self._hop, self._exchange
+        if not self.upload_done or self.connection is None or self._taps.request is None:
             return False
-        if hop.disconnect_policy(self._exchange.route) == "stop" or not self._worth_draining():
+        if hop.disconnect_policy(exchange.route) == "stop" or not is_waiting(self.response):
             return False
-        owners = hop.drains.owners(self._payer(self._request_tap), self._exchange.client_ip)
+        owners = hop.drains.owners(self._taps.payer(exchange.subscriber), exchange.client_ip)
         limit = hop.drains.take(owners)
         if limit is not None:
             self._not_drained = REASONS[limit]
@@ -820,21 +788,10 @@ class Call:
         self._drain_owners = owners
         return True
 
-    def _worth_draining(self) -> bool:
-        response = self.response
-        if response is None or not response.started:
-            return True
-        return response.tap is not None and _ask(False, getattr, response.tap, "waiting")
-
-    def _payer(self, tap: RequestTap) -> Subscriber | None:
-        """Who pays, as far as that is known now that the request has come."""
-        by_body, known = self._hop.attribute_by_body, self._exchange.subscriber
-        return known if by_body is None else _ask(known, by_body, known, tap.member)
-
     def _drain_on(self, event: Event, why: Why) -> None:
         response = self.response
         assert response is not None
-        if event is Event.END_MARK or (response.started and not self._worth_draining()):
+        if event is Event.END_MARK or (response.started and not is_waiting(response)):
             self._finish(Cause.DRAINED_ENOUGH)
 
     def expired(self) -> None:
@@ -994,7 +951,7 @@ class Call:
         hop = self._hop
         tap = None
         if self._recorder is hop.recorder:
-            tap = _ask(None, self._to.reading.taps.websocket, self._target, response.fields)
+            tap = self._taps.socket(self._target, response)
         tunnel = self._tunnel = Tunnel(self, hop, self._exchange, client, connection, tap)
         self.phase = Phase.TUNNEL
         connection.owner = tunnel
@@ -1104,13 +1061,3 @@ def _table() -> list[list[Handler | None]]:
 
 TABLE: Final = _table()
 """By phase and event: what is done. None: nothing, it says nothing new there."""
-
-
-def _ask(otherwise: T, question: Callable[..., T], *args: object) -> T:
-    """The guard between the traffic and what reads along: a reader never raises; were it to, the call goes on without
-    what it would have said. The one on the way of every chunk is in the response's parser."""
-    try:
-        return question(*args)
-    except Exception:
-        log.exception("a usage reader failed; the call goes on without what it knew")
-        return otherwise
