@@ -35,7 +35,6 @@ from sidecar.model.exchange import (
     UsageState,
     cut_usage,
 )
-from sidecar.model.target import is_authority
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
 from sidecar.proxy.call_taps import CallTaps, guarded, is_behind, is_waiting
@@ -45,9 +44,9 @@ from sidecar.proxy.downstream import Downstream
 from sidecar.proxy.drains import REASONS
 from sidecar.proxy.ending import Cause, Ending, Phase
 from sidecar.proxy.gate_question import GateQuestion
-from sidecar.proxy.headers import trace_id
+from sidecar.proxy.incoming import head_for, read_head
 from sidecar.proxy.local_responses import LocalResponse
-from sidecar.proxy.request_body import IDEMPOTENT, RequestBody, head_of, may_change
+from sidecar.proxy.request_body import RequestBody, may_change
 from sidecar.proxy.response_parser import UpstreamResponse, all_alike, chunk_of_read
 from sidecar.proxy.tunnel import Tunnel
 from sidecar.proxy.upstream import NOT_HTTP, RESET, UpstreamConnection
@@ -207,56 +206,33 @@ class Call:
 
     def start(self) -> None:
         """Let the call in and send it on. What is raised before it stands in `hop.calls` is the caller's to answer."""
-        hop, message, client = self._hop, self._message, self.client
+        hop, message, client, body = self._hop, self._message, self.client, self.body
         assert client is not None
-        method = message.method
-        to, target = hop.choose(message.path, message.raw_headers)
-        self._to, self._target = to, target
-        taps = self._taps = CallTaps(to.reading.taps, hop.attribute_by_body)
-        rules, reading = to.headers, to.reading
         if message.upgrade and not self._http10:
             self._switch = client.may_switch(message)
-        line, authority = rules.request_line(method, target)
-        raw = message.raw_headers
-        head = rules.request(raw, client.peer, upgrade=self._switch, http10=self._http10, authority=authority)
-        client_ip = rules.client_ip(client.peer, head.forwarded_for)
-        url, path = rules.record_url(target)
-        fields = head.fields
-        subscriber, dimensions = reading.attribute(fields, target, client_ip)
-        exchange = self._exchange = Exchange(
-            method=method,
-            url=url,
-            route=hop.route(method, path),
-            request_headers=rules.names_for_record(head.names),
-            client_ip=client_ip,
-            user_agent=rules.agent(head.user_agent),
-            trace_id=None if head.traceparent is None else trace_id(head.traceparent),
-            subscriber=subscriber,
-            dimensions=dimensions,
-            upstream=to.name,
-        )
-        self._timeout_s = hop.timeout_s(to, exchange.route)
-        recorded = hop.records(exchange.route)
-        if not recorded:
+        request = read_head(hop, message, client.peer, switch=self._switch)
+        exchange = self._exchange = request.exchange
+        self._to, self._target = request.to, request.target
+        self._timeout_s = hop.timeout_s(request.to, exchange.route)
+        taps = self._taps = CallTaps(request.to.reading.taps, hop.attribute_by_body)
+        if not request.recorded:
             self._recorder = hop.unrecorded
         if not self._recorder.admit(exchange):
             self.phase = OVER
             client.reject(local_responses.SPOOL_FULL, "spool_full")
             return
         hop.calls.add(self)
-        refused = self._refused(head.transfer_encoding, head.host)
-        if refused is not None:
-            self._finish(Cause.REFUSED, Why(own=refused))
+        if request.refused is not None:
+            self._finish(Cause.REFUSED, Why(own=request.refused))
             return
-        if recorded:
-            taps.open(method, target, fields)
-        self._idempotent = head.idempotency_key or method in IDEMPOTENT
-        self._head = line + head.lines
-        body = self.body
-        self._gathers = body is not None and taps.may_ask and may_change(method, raw)
+        if request.recorded:
+            taps.open(message.method, request.target, request.fields)
+        self._idempotent = request.idempotent
+        self._head = request.head
+        self._gathers = body is not None and taps.may_ask and may_change(message.method, message.raw_headers)
         if body is not None and not self._gathers:
             body.tap = taps.request
-        if hop.gate is not None and recorded:  # what is not recorded could not be settled
+        if hop.gate is not None and request.recorded:  # what is not recorded could not be settled
             self._ask_gate(hop.gate)
         else:
             self._go_on()
@@ -327,21 +303,6 @@ class Call:
             self.phase = Phase.CONNECTING
             self._go_on()
 
-    def _refused(self, coding: bytes | None, host: bytes) -> LocalResponse | None:
-        """What the parser lets through and we do not."""
-        message = self._message
-        if message.version.major != 1 or message.version.minor > 1:
-            return local_responses.BAD_VERSION
-        if not is_authority(host):
-            return local_responses.BAD_HOST
-        if coding is not None and (self._http10 or coding.strip().lower() != b"chunked"):
-            return local_responses.AMBIGUOUS
-        if message.method == "CONNECT":
-            return local_responses.UNKNOWN_METHOD
-        if self._to.upstream is None:
-            return local_responses.NO_UPSTREAM
-        return None
-
     # -- the request -----------------------------------------------------------------------------
 
     def pump(self) -> None:
@@ -353,7 +314,7 @@ class Call:
         self._on(Event.UPLOAD_BROKE, Why(own=own))
 
     def _gather(self, event: Event, why: Why) -> None:
-        hop, body, taps = self._hop, self.body, self._taps
+        hop, client, body, taps = self._hop, self.client, self.body, self._taps
         assert body is not None
         if body.reading:
             return
@@ -367,21 +328,13 @@ class Call:
             return
         changed = taps.with_usage_asked(whole)
         if changed is not None:
-            self._head = self._head_of(len(changed))
+            assert client is not None
+            self._head = head_for(len(changed), self._message, client.peer, self._to, self._target)
             whole = changed
         taps.feed(whole)
         self._head += whole
         self.phase = Phase.CONNECTING
         self._set_out()
-
-    def _head_of(self, size_bytes: int) -> bytes:
-        """The request's head for a body of another length."""
-        client, message, rules = self.client, self._message, self._to.headers
-        assert client is not None
-        line, authority = rules.request_line(message.method, self._target)
-        fields = head_of(message.raw_headers, size_bytes)
-        head = rules.request(fields, client.peer, upgrade=False, http10=self._http10, authority=authority)
-        return line + head.lines
 
     def _set_out(self) -> None:
         """On a connection that is at hand, or a new one."""
