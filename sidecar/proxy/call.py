@@ -537,16 +537,14 @@ class Call:
 
     def _announce(self, response: UpstreamResponse) -> bytes:
         """The final head is read: choose the reader, and say what the client gets besides."""
-        hop, exchange = self._hop, self._exchange
+        exchange = self._exchange
         exchange.response_headers = self._to.headers.names_for_record(response.names)
         self._taps.choose(response)
         client = self.client
         if client is None:
             return b""
         exchange.status = response.status
-        meter_id = b""
-        if hop.settings.meter_id_header and exchange.id:  # what is not recorded has none
-            meter_id = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
+        meter_id = self._meter_id()
         if response.status == 101:
             return meter_id
         self._keep_alive = (
@@ -557,6 +555,13 @@ class Call:
         if self._http10:
             return meter_id + b"Connection: keep-alive\r\n"
         return meter_id
+
+    def _meter_id(self) -> bytes:
+        """The field line that tells the client its record's id; what is not recorded has none."""
+        exchange = self._exchange
+        if not (self._hop.settings.meter_id_header and exchange.id):
+            return b""
+        return b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
 
     def _relay(self, event: Event, why: Why) -> None:
         """The first pieces, or those behind an end mark: all others take the short way in `upstream_data`."""
@@ -753,21 +758,15 @@ class Call:
         self._on(Event.EXPIRED)
 
     def _expire(self, event: Event, why: Why) -> None:
-        cause = self._silent()
+        body, response, client = self.body, self.response, self.client
+        cause = ending.silent(
+            self.phase,
+            client_full=client is not None and client.full,
+            upload_waits=body is not None and not (body.done or body.blocked),
+            head_came=response is not None and response.started,
+        )
         self._hop.metrics.limit_reached(ending.LIMITS[cause])
         self._finish(cause)
-
-    def _silent(self) -> Cause:
-        body, response, client = self.body, self.response, self.client
-        if self.phase is Phase.DRAINING:
-            return Cause.DRAINED_LONG
-        if self.phase is Phase.TUNNEL:
-            return Cause.TUNNEL_SILENT
-        if client is not None and client.full:
-            return Cause.CLIENT_STALLED
-        if body is not None and not (body.done or body.blocked):
-            return Cause.UPLOAD_STALLED
-        return Cause.NO_RESPONSE if response is None or not response.started else Cause.SILENT
 
     def stop(self) -> None:
         """Cut what is left at the end of the graceful stop."""
@@ -834,11 +833,8 @@ class Call:
             and end.outcome is not Outcome.REFUSED
             and client.may_keep_alive(self._message.should_close)
         )
-        fields = b""
-        if self._hop.settings.meter_id_header and exchange.id:
-            fields = b"X-Meter-Id: " + exchange.id.encode() + b"\r\n"
         self._own = own.encode(
-            close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=fields
+            close=not self._keep_alive, keep_alive_10=self._http10, head_only=head_only, fields=self._meter_id()
         )
         self._hold(end, why.error or local_responses.message_of(own))
 

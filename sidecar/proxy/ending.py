@@ -165,6 +165,23 @@ def ending(phase: Phase, cause: Cause, *, client: bool, framed: bool, end_mark: 
     return Ending(outcome, Client.CLOSE if shown else Client.RESET, Upstream.DROP)
 
 
+def silent(phase: Phase, *, client_full: bool, upload_waits: bool, head_came: bool) -> Cause:
+    """Whose silence it was, where the deadline of a call passed that stands in `phase`.
+
+    `client_full`: the client does not read as fast as we write. `upload_waits`: for more of the request's body, which
+    the upstream would take. `head_came`: that of the response.
+    """
+    if phase is Phase.DRAINING:
+        return Cause.DRAINED_LONG
+    if phase is Phase.TUNNEL:
+        return Cause.TUNNEL_SILENT
+    if client_full:
+        return Cause.CLIENT_STALLED
+    if upload_waits:
+        return Cause.UPLOAD_STALLED
+    return Cause.SILENT if head_came else Cause.NO_RESPONSE
+
+
 def _of_a_tunnel(cause: Cause) -> Ending:
     if cause is Cause.CLIENT_CLOSED:
         return Ending(Outcome.COMPLETE, Client.NOTHING, Upstream.FINISH, whole=True)

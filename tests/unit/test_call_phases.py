@@ -10,7 +10,7 @@ import pytest
 from sidecar.model.exchange import Outcome
 from sidecar.proxy import local_responses
 from sidecar.proxy.call import TABLE, Event
-from sidecar.proxy.ending import ERRORS, LIMITS, Cause, Client, Phase, Upstream, ending
+from sidecar.proxy.ending import ERRORS, LIMITS, Cause, Client, Phase, Upstream, ending, silent
 
 PAGE = Path(__file__).parents[2] / "docs" / "call.md"
 
@@ -144,6 +144,31 @@ def test_what_holds_in_every_row() -> None:
             assert framed, "an end without framing would look whole"
         if not client and phase is not Phase.TUNNEL and cause is not Cause.WHOLE:
             assert end.client is Client.NOTHING
+
+
+@pytest.mark.parametrize(
+    ("phase", "client_full", "upload_waits", "head_came", "expected"),
+    [
+        ("ADMISSION", False, True, False, "UPLOAD_STALLED"),
+        ("GATHERING", False, True, False, "UPLOAD_STALLED"),
+        ("SENDING", False, True, False, "UPLOAD_STALLED"),
+        ("SENDING", False, False, False, "NO_RESPONSE"),
+        ("SENDING", True, True, False, "CLIENT_STALLED"),
+        ("WAITING", False, False, False, "NO_RESPONSE"),
+        ("STREAMING", False, False, True, "SILENT"),
+        ("STREAMING", False, True, True, "UPLOAD_STALLED"),
+        ("STREAMING", True, False, True, "CLIENT_STALLED"),
+        ("TRAILING", False, False, True, "SILENT"),
+        ("DRAINING", False, False, True, "DRAINED_LONG"),
+        ("TUNNEL", True, False, True, "TUNNEL_SILENT"),
+    ],
+)
+def test_whose_silence_it_was(
+    phase: str, client_full: bool, upload_waits: bool, head_came: bool, expected: str
+) -> None:
+    cause = silent(Phase[phase], client_full=client_full, upload_waits=upload_waits, head_came=head_came)
+    assert cause is Cause[expected]
+    assert cause in LIMITS, "what ends a call by its deadline is counted"
 
 
 def test_what_is_counted_and_said_belongs_to_a_cause_that_can_come() -> None:
