@@ -88,9 +88,8 @@ class Call:
 
     __slots__ = (
         "_connecting", "_drain_owners", "_exchange", "_gathers", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_switch",
-        "_taps", "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase",
-        "response",
+        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_switch", "_taps",
+        "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:

@@ -1,7 +1,8 @@
 """A client's connection: requests come out of it in order, responses go into it in order.
 
 It owns what belongs to the connection and not to a call: pipelining, keep-alive, what is too large or malformed to
-become a call, protocol switches, and closing so that the client can still read its last response.
+become a call, and protocol switches. How it is closed so that the client can still read its last response is told in
+`closing`.
 
 What must always hold here:
 - No next call while the client's transport is full, or while one is open: what a client does not read costs nobody
@@ -38,6 +39,7 @@ from sidecar.proxy.aiohttp_compat import (
     refusal,
 )
 from sidecar.proxy.call import Call
+from sidecar.proxy.closing import Closing
 from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
 from sidecar.proxy.local_responses import LocalResponse
 from sidecar.proxy.plain_call import PlainCall, PlainCalls
@@ -109,10 +111,9 @@ class Client(ClientProtocol):
 
     __slots__ = (
         "_ahead", "_apart", "_at", "_begun", "_begun_ns", "_border", "_called", "_clients", "_closing", "_head_bytes",
-        "_hop", "_input", "_last_bytes", "_last_call", "_linger_bytes", "_linger_until", "_may_hold", "_offer", "_own",
-        "_parser_holds", "_plain", "_queue", "_rest_late", "_sized", "_sized_left", "_taking", "_tunnel", "_unread",
-        "_unsent", "_unwaited", "_upgrade_body", "_upgrade_left", "_uploading", "call", "deadline", "full", "like",
-        "peer", "plainly",
+        "_hop", "_input", "_last_bytes", "_last_call", "_may_hold", "_offer", "_own", "_parser_holds", "_plain",
+        "_queue", "_rest_late", "_sized", "_sized_left", "_taking", "_tunnel", "_unread", "_unwaited", "_upgrade_body",
+        "_upgrade_left", "_uploading", "call", "deadline", "full", "like", "peer", "plainly",
     )  # fmt: skip
 
     def __init__(self, server: Server, hop: Hop, clients: Clients, plain: PlainCalls | None = None) -> None:
@@ -167,10 +168,7 @@ class Client(ClientProtocol):
         self._tunnel: Tunnel | None = None
         # the end
         self._own: LocalResponse | None = None  # to be sent when the calls in hand are answered
-        self._closing = False
-        self._unsent = 0  # bytes, when it was last looked at
-        self._linger_until = 0.0
-        self._linger_bytes = 0
+        self._closing: Closing | None = None
 
     # -- called by the event loop ----------------------------------------------------------------
 
@@ -252,8 +250,8 @@ class Client(ClientProtocol):
             self._tunnel.from_client(data)
         elif self._input is Input.AHEAD:
             self._keep(data)
-        elif self._closing:
-            self._linger(len(data))
+        elif self._closing is not None:
+            self.deadline = self._closing.came(len(data))
 
     def _begin_anew_if_clear(self) -> bool:
         """Where the next byte is the first of a request, and nothing of an earlier one is in the way, all is from now
@@ -266,7 +264,7 @@ class Client(ClientProtocol):
             or self._may_hold
             or self._unread
             or self.full
-            or self._closing
+            or self._closing is not None
             or self._uploading is not None
             or self._upgrade_body is not None
             or self._offer is not None
@@ -287,7 +285,7 @@ class Client(ClientProtocol):
         self.full = False
         if self.call is not None:
             self.call.client_full(False)
-        elif not self._closing:
+        elif self._closing is None:
             if not self._head_bytes:
                 self.deadline = self._hop.loop.time() + self._hop.settings.keepalive_timeout_s
             self._take()
@@ -562,8 +560,8 @@ class Client(ClientProtocol):
         transport = self.transport
         if transport is None:
             return
-        if self._closing:
-            self._expired_closing()
+        if self._closing is not None:
+            self.deadline = self._closing.expired()
         elif self._head_bytes:
             self._hop.metrics.limit_reached("head_timeout")
             self._refuse(local_responses.TOO_SLOW, "head_timeout")
@@ -576,7 +574,7 @@ class Client(ClientProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether it is open, and no call is."""
-        return self.call is None and self.transport is not None and not (self._closing or self._begun)
+        return self.call is None and self.transport is not None and self._closing is None and not self._begun
 
     def is_new(self, within_s: float) -> bool:
         """Whether it was made so lately that its first request may still be under way."""
@@ -619,7 +617,7 @@ class Client(ClientProtocol):
         """Take up the next request, where the client reads. A call may be over before `start` returns."""
         self._taking = True
         try:
-            while self.call is None and self._queue and not self._closing and not self.full:
+            while self.call is None and self._queue and self._closing is None and not self.full:
                 message, payload = self._queue.pop(0)
                 self.parser_idle_again()
                 if len(self._hop.calls) >= self._hop.settings.calls_max:
@@ -634,7 +632,7 @@ class Client(ClientProtocol):
                     self._start_failed(call)
         finally:
             self._taking = False
-        if self._closing or self._queue:
+        if self._closing is not None or self._queue:
             return
         if self.call is None and self._own is not None:
             self.send(self._own.encode(close=True))
@@ -770,58 +768,22 @@ class Client(ClientProtocol):
     # -- the end ---------------------------------------------------------------------------------
 
     def _hang_up(self, *, linger: bool) -> None:
-        """Close after what is written has left. `linger`: the client may still be sending, and closing with unread
-        bytes would reset the connection and take the response with it. So it is read on, as nginx does: until it is
-        silent for a while, and neither for ever nor without end."""
+        """Close after what is written has left. `linger`: the client may still be sending (`closing`)."""
         transport = self.transport
-        if self._closing or transport is None or transport.is_closing():
+        if self._closing is not None or transport is None or transport.is_closing():
             return
-        settings, now = self._hop.settings, self._hop.loop.time()
+        closing = self._closing = Closing(self._hop, transport)
         self.plainly = False
-        self._closing = True
         self._input = Input.DROPPED
         self._queue.clear()
         self._unread, self._at, self._parser_holds = b"", 0, False
-        self._unsent = transport.get_write_buffer_size()
         if not linger:
-            self.deadline = now + settings.idle_timeout_s
-            transport.close()
+            self.deadline = closing.at_once()
             return
-        self.deadline = now + settings.linger_s
-        self._linger_until = now + settings.linger_total_s
-        self._linger_bytes = settings.linger_bytes_max
         if self.upload_paused:
             self.resume_upload()
         self.pause(False)
-        if transport.can_write_eof():
-            try:
-                transport.write_eof()
-            except (OSError, RuntimeError):
-                transport.close()
-
-    def _linger(self, size: int) -> None:
-        """More of an upload that nobody wants."""
-        self._linger_bytes -= size
-        if self._linger_bytes < 0:
-            self._abort()
-        else:
-            self.deadline = min(self._hop.loop.time() + self._hop.settings.linger_s, self._linger_until)
-
-    def _expired_closing(self) -> None:
-        """Nothing came for a while, or too much. A client that still reads its response may go on with that."""
-        transport = self.transport
-        if transport is None:
-            return
-        unsent, before = transport.get_write_buffer_size(), self._unsent
-        self._unsent = unsent
-        if 0 < unsent < before:
-            self.deadline = self._hop.loop.time() + self._hop.settings.linger_s
-        else:
-            self._abort()
-
-    def _abort(self) -> None:
-        if self.transport is not None:
-            self.transport.abort()
+        self.deadline = closing.lingering()
 
 
 def _may_pass_on(message: RawRequestMessage) -> bool:
