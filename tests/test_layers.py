@@ -43,6 +43,7 @@ PURE = (
     "sidecar.prices.facts",
     "sidecar.prices.litellm",
     "sidecar.prices.rates",
+    "sidecar.proxy.borders",
     "sidecar.proxy.drains",
     "sidecar.proxy.ending",
     "sidecar.proxy.headers",

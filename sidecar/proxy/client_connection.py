@@ -26,9 +26,8 @@ from enum import IntEnum
 from time import monotonic_ns
 from typing import Any, Final
 
-from sidecar.proxy import local_responses
+from sidecar.proxy import borders, local_responses
 from sidecar.proxy.aiohttp_compat import (
-    EMPTY_PAYLOAD,
     PIPELINE_MAX,
     ClientProtocol,
     HttpProcessingError,
@@ -38,6 +37,7 @@ from sidecar.proxy.aiohttp_compat import (
     StreamReader,
     refusal,
 )
+from sidecar.proxy.borders import HEAD_END, LAST_CHUNK, PIECE_BYTES
 from sidecar.proxy.call import Call
 from sidecar.proxy.closing import Closing
 from sidecar.proxy.context import NEVER, Hop, ProxyMetrics
@@ -48,11 +48,7 @@ from sidecar.proxy.tunnel import Tunnel
 
 log = logging.getLogger(__name__)
 
-LAST_CHUNK: Final = b"\r\n0\r\n\r\n"
-HEAD_END: Final = b"\r\n\r\n"
 AHEAD_BYTES_MAX: Final = 65_536  # what a client may send ahead of a 101 before it is no longer read
-BORDER_BYTES: Final = len(LAST_CHUNK) - 3  # of `0 CR LF CR LF` all but one
-PIECE_BYTES: Final = 16_384  # given to the parser at once: it copies what it does not parse, so it is given little
 REST_WAIT_S: Final = 0.002  # for a body behind its head: most clients write the two one after the other
 UNWAITED: Final = 16  # requests on a connection, behind one whose body came later
 WAITING_MAX: Final = PIPELINE_MAX // 2  # requests parsed ahead; the parser stops by itself at twice as many
@@ -306,18 +302,12 @@ class Client(ClientProtocol):
         self._parse_unread()
 
     def _is_delicate(self, data: bytes, at: int) -> bool:
-        """Whether a request that offers another protocol may be in it, or more requests than the parser takes at once.
-        aiohttp's parser loses what stands behind such a request; so what might hold one is given to it cut where one
-        could end. Odd spellings may be missed (the connection then ends after the response, and nothing is taken for
-        what it is not)."""
+        """Whether it has to be given to the parser piece by piece (`borders`)."""
         if self._upgrade_body is not None:
             return True
         if self.call is not None and not self.call.upload_came:
             return False
-        end = at + PIECE_BYTES
-        if data.find(b"pgrade", at, end) >= 0 or data.find(b"PGRADE", at, end) >= 0:
-            return True
-        return data.count(HEAD_END, at, end) + len(self._queue) >= PIPELINE_MAX
+        return borders.may_be_more(data, at, len(self._queue))
 
     def _parse_unread(self) -> None:
         self._parse_pieces()
@@ -364,10 +354,9 @@ class Client(ClientProtocol):
         if self._upgrade_body is not None and self._offer is None:
             # Chunks, and nothing but requests behind them. Behind trailers none is taken, so only the plain end counts.
             mark, reach = LAST_CHUNK[2:], len(data)
-        over = self._border + data[at : at + len(mark) - 1]
-        found = over.find(mark)
-        if found >= 0 and found + len(mark) > len(self._border):
-            return at + found + len(mark) - len(self._border)
+        across = borders.end_across(mark, self._border, data, at)
+        if across >= 0:
+            return across
         by_head = self._head_bytes or self._may_hold or self._apart or self._upgrade_body is not None
         if by_head or self._is_delicate(data, at):
             found = data.find(mark, at, reach)
@@ -380,7 +369,7 @@ class Client(ClientProtocol):
         self.plainly = False
         before = self._border
         if data:
-            self._border = (before + data)[-BORDER_BYTES:] if len(data) < BORDER_BYTES else data[-BORDER_BYTES:]
+            self._border = borders.border(before, data)
         in_body = bool(self._queue) and self._body_waits()
         anew = not (self._may_hold or self._head_bytes)
         if data:
@@ -394,10 +383,10 @@ class Client(ClientProtocol):
                 self._malformed(error, data)
             return
         if messages:
-            self._may_hold = not self._is_all(messages, before, data)
-            self._sized = None
-            self._await_body(messages, data, alone=anew)
-            if len(data) + self._head_bytes > self._hop.settings.head_bytes and self._too_large(messages[-1][0]):
+            self._may_hold = not borders.is_all(messages, before, data)
+            self._sized, self._sized_left = borders.body_left(messages, data, alone=anew) or (None, 0)
+            limit = self._hop.settings.head_bytes
+            if len(data) + self._head_bytes > limit and borders.head_bytes(messages[-1][0]) > limit:
                 self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
                 return
             self._head_bytes = 0
@@ -421,36 +410,13 @@ class Client(ClientProtocol):
 
     def _parse_apart(self, data: bytes, before: bytes) -> None:
         """The parser gives nothing of what it was given together with something malformed: parse that again, by a new
-        one and request by request, so that those before it are served. `before`: as for `_is_all`."""
+        one and request by request, so that those before it are served. `before`: as for `is_all`."""
         self.parser_anew()
         self._may_hold = False
         self._border = before
         self._apart = True
-        self._unread, self._at = (
-            data + self._unread[self._at :],
-            0,
-        )  # all that was read may be parsed, and still be there
-
-    def _is_all(self, messages: Messages, before: bytes, data: bytes) -> bool:
-        """Whether the last of these requests is sure to end where `data` does: the parser then holds nothing of the
-        next one. `before`: the end of what it was given before."""
-        message, payload = messages[-1]
-        if payload is EMPTY_PAYLOAD:
-            return (before + data).endswith(HEAD_END)
-        length = message.headers.get("Content-Length", "")
-        end = data.find(HEAD_END)
-        return len(messages) == 1 and end >= 0 and length.isdecimal() and end + len(HEAD_END) + int(length) == len(data)
-
-    def _await_body(self, messages: Messages, data: bytes, *, alone: bool) -> None:
-        """Of the last of these requests, the sized body that is still to come. `alone`: `data` has what came from the
-        first byte of the first one on."""
-        message, payload = messages[-1]
-        if message.chunked or message.upgrade or payload.is_eof():
-            return
-        end = data.find(HEAD_END) if alone and len(messages) == 1 else -1
-        came = payload.total_bytes if end < 0 else len(data) - end - len(HEAD_END)
-        self._sized = payload
-        self._sized_left = _length(message) - came
+        self._unread = data + self._unread[self._at :]  # all that was read may be parsed, and still be there
+        self._at = 0
 
     def _sized_came(self, payload: StreamReader, size: int) -> None:
         """More of it: where it ends with what came, and is read, the parser holds nothing of the next request."""
@@ -671,10 +637,6 @@ class Client(ClientProtocol):
         if self._head_bytes > self._hop.settings.head_bytes:
             self._refuse(local_responses.HEAD_TOO_LARGE, "head_too_large")
 
-    def _too_large(self, message: RawRequestMessage) -> bool:
-        size = sum(len(name) + len(value) + 4 for name, value in message.raw_headers)
-        return size + len(message.path) > self._hop.settings.head_bytes
-
     def _malformed(self, error: HttpProcessingError, data: bytes) -> None:
         """Fixed texts only: the parser's own words hold bytes of the request, secrets included."""
         kind = refusal(error, self._hop.settings.target_bytes)
@@ -710,14 +672,13 @@ class Client(ClientProtocol):
     def _offered(
         self, message: RawRequestMessage, payload: StreamReader, data: bytes, switched: bool, tail: bytes
     ) -> None:
-        """A request offers another protocol. HTTP/2 is not passed on, since it would hide its calls from the record:
-        such a request is like any other. What is passed on is decided by the response, and until the request is whole
-        what comes is its body."""
-        if _may_pass_on(message):
+        """A request offers another protocol. One that is not passed on is like any other. What is passed on is decided
+        by the response, and until the request is whole what comes is its body."""
+        if borders.may_pass_on(message):
             self._offer = message
         if not payload.is_eof():
             self._upgrade_body = payload
-            self._upgrade_left = 0 if message.chunked else _length(message) - payload.total_bytes
+            self._upgrade_left = 0 if message.chunked else borders.length_of(message) - payload.total_bytes
         elif switched:
             self._upgrade_whole(tail, parser_switched=True)
         elif data.endswith(HEAD_END) and data.count(HEAD_END) == 1:
@@ -784,15 +745,3 @@ class Client(ClientProtocol):
             self.resume_upload()
         self.pause(False)
         self.deadline = closing.lingering()
-
-
-def _may_pass_on(message: RawRequestMessage) -> bool:
-    """Whether the protocol switch that a request offers is passed on, if the connection allows it."""
-    if message.version.minor == 0 or message.should_close or message.method == "CONNECT":
-        return False
-    return b"h2c" not in message.headers.get("Upgrade", "").lower().encode("utf-8", "replace")
-
-
-def _length(message: RawRequestMessage) -> int:
-    """Of a sized body. The parser has seen to it that it is one number."""
-    return int(message.headers.get("Content-Length", "0"))

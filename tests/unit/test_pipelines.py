@@ -13,7 +13,8 @@ from support.conversation import Talk, conversation, get, ok, post, post_head
 
 from sidecar.model.exchange import Outcome
 from sidecar.proxy.aiohttp_compat import PIPELINE_MAX
-from sidecar.proxy.client_connection import PIECE_BYTES, WAITING_MAX, Client
+from sidecar.proxy.borders import HEAD_END, LAST_CHUNK, PIECE_BYTES, border, end_across
+from sidecar.proxy.client_connection import WAITING_MAX, Client
 
 LAST = b"Connection: close\r\n"
 CHUNKED = post_head(fields=b"Transfer-Encoding: chunked\r\n")
@@ -132,3 +133,17 @@ def test_what_comes_while_nothing_is_read_neither_loses_nor_repeats_a_request(ba
             counts = [heard.count(b"GET " + target) for target in (b"/first", b"/a ", b"/b ")]
             assert counts == [1, count, more], count
             assert len(talk.recorder.records) == sum(counts)
+
+
+@pytest.mark.parametrize("mark", [HEAD_END, LAST_CHUNK[2:]])
+@pytest.mark.parametrize("step", [1, 2, 3, 100])
+def test_a_mark_is_found_wherever_a_read_ends_in_it(mark: bytes, step: int) -> None:
+    """Reads of `step` bytes up to the cut, and all the rest behind it."""
+    sent = b"abc" + mark + b"de"
+    start = sent.index(mark)
+    for cut in range(1, len(sent)):
+        before = b""
+        for at in range(0, cut, step):
+            before = border(before, sent[at : min(at + step, cut)])
+        expected = start + len(mark) - cut if start < cut < start + len(mark) else -1
+        assert end_across(mark, before, sent[cut:], 0) == expected
