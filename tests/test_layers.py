@@ -40,6 +40,7 @@ PURE = (
     "sidecar.prices.book",
     "sidecar.prices.compare",
     "sidecar.prices.custom",
+    "sidecar.prices.entry",
     "sidecar.prices.facts",
     "sidecar.prices.litellm",
     "sidecar.prices.rates",

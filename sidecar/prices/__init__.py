@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.meters.definition import Meter, MetersError, read_meters
-from sidecar.prices.book import Cost, PriceBook, Priced
+from sidecar.prices.book import PriceBook
 from sidecar.prices.compare import Difference, differences
 from sidecar.prices.custom import USD, CustomPrice, PricesError, Side, charged_in, read_prices
+from sidecar.prices.entry import Cost, Priced
 from sidecar.prices.facts import PROVIDERS
 from sidecar.prices.rates import PICO, amount_text
 from sidecar.prices.table import Table, TableError, builtin, load

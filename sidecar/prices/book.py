@@ -5,15 +5,14 @@ is exact in pico-units of its currency. Nothing here reads a clock, a file or th
 making another one.
 
 A price is looked up once for each (provider, model, tier, …, day). With it at hand, a call of a model that is priced by
-tokens of input, output and caches alone is summed in a few lines (`_plain_cost`); everything else goes the long way
+tokens of input, output and caches alone is summed in a few lines (`plain_cost`); everything else goes the long way
 (`_long`), which gives the same for those too.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from datetime import date
 from fractions import Fraction
 from typing import Any, Final
@@ -23,10 +22,23 @@ import orjson
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.prices.custom import USD, CustomPrice, Side
+from sidecar.prices.entry import (
+    DECLARED,
+    ESTIMATED,
+    EXACT,
+    SECONDS_A_DAY,
+    UNPRICED,
+    ByHour,
+    Cost,
+    Entry,
+    Priced,
+    cost_of,
+    null_cost,
+    plain_cost,
+)
 from sidecar.prices.facts import (
     PROVIDERS,
     STATES_COSTS,
-    Terms,
     apart_of,
     context_of,
     costs_more,
@@ -40,20 +52,8 @@ from sidecar.prices.facts import (
     usage_of,
     wrong_fee,
 )
-from sidecar.prices.rates import PICO, REQUESTS, ZEROS, Five, Plain, Price, Rates, added_up, amount_of, amount_text
+from sidecar.prices.rates import PICO, REQUESTS, Plain, Price, Rates, added_up, amount_of, amount_text
 from sidecar.prices.table import Found, Provider, Table, hours_of, prices_at
-
-Cost = dict[str, Any]
-"""The record's `cost` (or `charge`): currency, total, parts, state, source, model; and where there is one, `reason`
-(why it is estimated or unpriced) and `declared` (what the provider itself says, in USD)."""
-Priced = tuple[Cost | None, int | None]
-"""A cost and its total in pico-units of its currency; None: it is not known. Both are None where there is nothing to
-be priced."""
-
-EXACT: Final = "exact"
-ESTIMATED: Final = "estimated"
-DECLARED: Final = "declared"
-UNPRICED: Final = "unpriced"
 
 # Every `reason`: a closed list, fit for a label.
 ESTIMATES: Final = (
@@ -66,7 +66,6 @@ UNKNOWNS: Final = (
 )  # fmt: skip
 
 KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties the memory, it does not fill it
-SECONDS_A_DAY: Final = 86_400
 _EPOCH: Final = date(1970, 1, 1).toordinal()
 
 AWS: Final = "aws"
@@ -77,34 +76,6 @@ _BESIDE: Final = (
     "units", "cache_write_input_tokens", "cache_write_5m_input_tokens", "cache_write_1h_input_tokens",
 )  # fmt: skip
 TERMS_MAX: Final = 16  # kinds of them that are kept for one model
-
-
-@dataclass(slots=True, frozen=True)
-class _Entry:
-    """What was found for calls of one kind. `rates` None: no price. Holds from `since_s` until before `until_s`."""
-
-    rates: Rates | None
-    model: str | None = None
-    source: str = ""
-    currency: str = USD
-    state: str = EXACT
-    reason: str | None = None
-    plain: Plain | None = None  # of the rates, where nothing else is to be added
-    states_cost: bool = False  # the provider says what it charges, and it is the table's price that is taken
-    apart: tuple[str, ...] = ()  # fields of a usage that the provider prices apart, and the rates do not
-    since_s: float = 0.0
-    until_s: float = 0.0
-    by_hour: _ByHour | None = None  # which entry holds instead, at a time of the day
-    by_raw: Callable[[Terms], _Entry] | None = None  # likewise, where the vendor's usage object tells of other terms
-
-    looks_further: bool = False  # either of these two is there
-
-    def for_call(self, raw_usage: Any, started_s: float) -> _Entry:
-        """The entry that holds for this call."""
-        entry = self
-        if entry.by_raw is not None and (terms := terms_of(raw_usage)) is not None:
-            entry = entry.by_raw(terms)
-        return entry if entry.by_hour is None else entry.by_hour.at(started_s % SECONDS_A_DAY)
 
 
 class PriceBook:
@@ -122,8 +93,8 @@ class PriceBook:
         self._meters = {side: tuple(p for p in custom if p.side is side and p.meter is not None) for side in Side}
         self.charges = any(p.side is Side.CUSTOMER for p in custom)
         self.needs_record = any(self._meters.values())
-        self._kept: dict[Any, _Entry] = {}
-        self._kept_charges: dict[Any, tuple[_Entry | None, CustomPrice | None]] = {}
+        self._kept: dict[Any, Entry] = {}
+        self._kept_charges: dict[Any, tuple[Entry | None, CustomPrice | None]] = {}
 
     def __repr__(self) -> str:
         return f"<PriceBook: {self.table!r}, {len(self.own)} of one's own, {len(self._kept)} looked up>"
@@ -167,7 +138,7 @@ class PriceBook:
             and usage.cost_usd is None
             and not any(map(usage.__getattribute__, entry.apart))
             and (
-                cost := _plain_cost(
+                cost := plain_cost(
                     entry,
                     entry.plain,
                     usage.input_tokens,
@@ -198,7 +169,7 @@ class PriceBook:
             and get("cost_usd") is None
             and not any(map(get, entry.apart))
             and (
-                cost := _plain_cost(
+                cost := plain_cost(
                     entry,
                     entry.plain,
                     get("input_tokens"),
@@ -270,7 +241,7 @@ class PriceBook:
         """For many calls of one kind, whose provider and models are those of this usage object."""
         return Pricer(self, row, host, batch)
 
-    def entry_of(self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool) -> _Entry:
+    def entry_of(self, row: Mapping[str, Any], started_s: float, host: str | None, batch: bool) -> Entry:
         """What holds for calls of this kind on the day of `started_s`; kept."""
         get = row.get
         key = (get("provider"), get("model"), get("request_model"), get("service_tier"), host, batch)
@@ -281,7 +252,7 @@ class PriceBook:
 
     # Looking up
 
-    def _look_up(self, usage: Usage, started_s: float, host: str | None, batch: bool) -> _Entry:
+    def _look_up(self, usage: Usage, started_s: float, host: str | None, batch: bool) -> Entry:
         """What holds on this day for calls of this kind."""
         if len(self._kept) >= KEPT_MAX:
             self._kept.clear()
@@ -304,22 +275,22 @@ class PriceBook:
         found, unsure = self._model(provider, usage.provider, names)
         if found is None:
             model = names[0] if names else None
-            return _Entry(None, model, self.source, USD, UNPRICED, unsure, since_s=since_s, until_s=until_s)
+            return Entry(None, model, self.source, USD, UNPRICED, unsure, since_s=since_s, until_s=until_s)
         if unsure is None and costs_more(names, host):
             unsure = "region"
 
-        def served(speed: str | None, reason: str | None) -> _Entry:
+        def served(speed: str | None, reason: str | None) -> Entry:
             context = context_of(tier, batch, speed)
 
-            def at(second: float) -> _Entry:
+            def at(second: float) -> Entry:
                 return self._table_entry(found, day, second, context, reason, own)
 
             changes = hours_of(found.model)
-            return _Entry(None, by_hour=_ByHour(changes, at)) if changes else at(0.0)
+            return Entry(None, by_hour=ByHour(changes, at)) if changes else at(0.0)
 
-        kept: dict[tuple[str | None, bool], _Entry] = {}
+        kept: dict[tuple[str | None, bool], Entry] = {}
 
-        def by_raw(terms: tuple[str | None, bool]) -> _Entry:
+        def by_raw(terms: tuple[str | None, bool]) -> Entry:
             if terms not in kept:
                 if len(kept) >= TERMS_MAX:
                     kept.clear()
@@ -339,13 +310,13 @@ class PriceBook:
         context: Mapping[str, str],
         reason: str | None,
         own: CustomPrice | None,
-    ) -> _Entry:
+    ) -> Entry:
         asked = {} if found.borrowed else context  # another provider's tiers are not this one's
         prices, unspoken = prices_at(found.model, day, second, asked)
         if unspoken or (found.borrowed and context):
             reason = reason or "tier"
         if not prices and not found.name.endswith(FREE):
-            return _Entry(None, found.name, self.source, USD, UNPRICED, "no_price")
+            return Entry(None, found.name, self.source, USD, UNPRICED, "no_price")
         minimum, source = 0, self.source
         if own is not None:
             prices = {unit: _times(price, own.markup) for unit, price in prices.items()}
@@ -355,7 +326,7 @@ class PriceBook:
         plain = None if self._meters[Side.PROVIDER] else rates.plain
         apart = apart_of(found.provider, rates) if rates.priced else ()
         states = own is None and found.provider in STATES_COSTS
-        return _Entry(rates, found.name, source, USD, state, reason, plain, states, apart)
+        return Entry(rates, found.name, source, USD, state, reason, plain, states, apart)
 
     def _provider(self, word: str | None, host: str | None) -> tuple[Provider | None, frozenset[str]]:
         """The table's provider, by the address that was called, else by the record's word; and every word for it."""
@@ -404,7 +375,7 @@ class PriceBook:
 
     def _customer_entry(
         self, usage: Usage, started_s: float, host: str | None, context: Mapping[str, str]
-    ) -> tuple[_Entry | None, CustomPrice | None]:
+    ) -> tuple[Entry | None, CustomPrice | None]:
         _, words = self._provider(usage.provider, host)
         own = self._of_ones_own(Side.CUSTOMER, words, names_of(usage, AWS in words), _day(started_s))
         if own is None or not own.prices:
@@ -413,7 +384,7 @@ class PriceBook:
 
     # The long way
 
-    def _long(self, side: Side, entry: _Entry, usage: Usage, started_s: float, record: Record | None) -> Priced:
+    def _long(self, side: Side, entry: Entry, usage: Usage, started_s: float, record: Record | None) -> Priced:
         declared = declared_of(usage.cost_usd) if side is Side.PROVIDER else None
         if entry.rates is None:
             return self._unpriced(entry.model, entry.source, entry.reason or "unknown_model", declared)
@@ -446,9 +417,9 @@ class PriceBook:
         state = EXACT if reason is None else ESTIMATED
         if declared is not None and self.declared_first:
             return self._of_declared(entry, declared)
-        return _made(entry, parts, total, state, reason, declared), total
+        return cost_of(entry, parts, total, state, reason, declared), total
 
-    def _of_declared(self, entry: _Entry, declared: int) -> Priced:
+    def _of_declared(self, entry: Entry, declared: int) -> Priced:
         cost: Cost = {
             "currency": USD,
             "total": amount_text(declared),
@@ -461,17 +432,17 @@ class PriceBook:
         return cost, declared
 
     def _unpriced(self, model: str | None, source: str, reason: str, declared: int | None) -> Priced:
-        entry = _Entry(None, model, source, USD, UNPRICED, reason)
-        return (_null(entry, reason), None) if declared is None else self._of_declared(entry, declared)
+        entry = Entry(None, model, source, USD, UNPRICED, reason)
+        return (null_cost(entry, reason), None) if declared is None else self._of_declared(entry, declared)
 
     def _marked_up(self, price: CustomPrice, cost: Priced, record: Record | None, started_s: float) -> Priced:
         """The charge that is a multiple of the cost."""
         of_cost, total = cost
         if of_cost is None:
             return self._of_meters(Side.CUSTOMER, record, started_s)
-        entry = _Entry(None, of_cost["model"], "custom", of_cost["currency"] or USD, of_cost["state"], None)
+        entry = Entry(None, of_cost["model"], "custom", of_cost["currency"] or USD, of_cost["state"], None)
         if total is None:
-            return _null(entry, of_cost.get("reason", "unknown_model")), None
+            return null_cost(entry, of_cost.get("reason", "unknown_model")), None
         factor, scale = price.markup.as_integer_ratio()
         shares = [(name, amount_of(text) * factor) for name, text in (of_cost["parts"] or {}).items()]
         parts, done = added_up(shares or [("cost", total * factor)], scale)
@@ -485,7 +456,7 @@ class PriceBook:
                 done += part
             reason = reason or (None if known else "meter")
         state = of_cost["state"] if reason is None or of_cost["state"] != EXACT else ESTIMATED
-        return _made(entry, parts, done, state, reason, None), done
+        return cost_of(entry, parts, done, state, reason, None), done
 
     def _of_meters(self, side: Side, record: Record | None, started_s: float) -> Priced:
         """What a call costs by meters alone. (None, None) where none measures it."""
@@ -500,8 +471,8 @@ class PriceBook:
                 total += part
         if currency is None:
             return None, None
-        entry = _Entry(None, None, "custom", currency, EXACT, None)
-        return _made(entry, parts, total, ESTIMATED if unknown else EXACT, "meter" if unknown else None, None), total
+        entry = Entry(None, None, "custom", currency, EXACT, None)
+        return cost_of(entry, parts, total, ESTIMATED if unknown else EXACT, "meter" if unknown else None, None), total
 
 
 class Pricer:
@@ -516,7 +487,7 @@ class Pricer:
     def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
         self._book, self._host, self._batch = book, host, batch
         self._tier = row.get("service_tier")
-        self._entry = _Entry(None)  # of no day
+        self._entry = Entry(None)  # of no day
         self._plain: Plain | None = None
         self._beside: tuple[str, ...] = _BESIDE
         self._by_raw = False
@@ -581,97 +552,6 @@ class Pricer:
         )
 
 
-def _plain_cost(
-    entry: _Entry,
-    plain: Plain,
-    read: int | None,
-    written: int | None,
-    cached: int | None,
-    kept: int | None,
-    short: int | None,
-    long: int | None,
-) -> Priced | None:
-    """The cost of a call of tokens alone, whose model has prices for input, output and caches alone: nearly all of
-    them. None: it is not so plain after all (counts that disagree, amounts of a whole unit and more), and goes the
-    long way, which gives the same."""
-    if read is None or written is None:
-        return None
-    prices, tiers = plain
-    for above, of_tier in tiers:
-        if read > above:
-            prices = of_tier
-    of_cached = 0
-    if cached and (price := prices[2]) is not None:
-        read -= cached
-        of_cached = cached * price
-    of_written = written * prices[1]
-    total = of_written + of_cached
-    writes: dict[str, str] | None = None
-    if kept or short or long:
-        found = _plain_writes(prices, kept or 0, short, long)
-        if found is None:
-            return None
-        writes, of_writes = found
-        read -= kept or 0
-        total += of_writes
-    of_read = read * prices[0]
-    total += of_read
-    if read < 0 or not 0 < total < PICO:  # amounts below one are written with their zeros at hand
-        return None
-    parts = {}
-    if of_read:
-        parts["input"] = ZEROS[len(text := str(of_read))] + text.rstrip("0")
-    if of_written:
-        parts["output"] = ZEROS[len(text := str(of_written))] + text.rstrip("0")
-    if of_cached:
-        parts["cache_read"] = ZEROS[len(text := str(of_cached))] + text.rstrip("0")
-    if writes:
-        parts.update(writes)
-    cost: Cost = {
-        "currency": entry.currency,
-        "total": ZEROS[len(text := str(total))] + text.rstrip("0"),
-        "parts": parts,
-        "state": entry.state,
-        "source": entry.source,
-        "model": entry.model,
-    }
-    if entry.reason is not None:
-        cost["reason"] = entry.reason
-    return cost, total
-
-
-def _plain_writes(prices: Five, kept: int, short: int | None, long: int | None) -> tuple[dict[str, str], int] | None:
-    """Cache writes by their life: their parts, and what they cost."""
-    told = short is not None or long is not None
-    short, long = short or 0, long or 0
-    if prices[3] is None or (told and short + long != kept) or (long and prices[4] is None):
-        return None
-    of_short, of_long = (kept - long) * prices[3], long * (prices[4] or 0)
-    parts = {}
-    if of_short:
-        parts["cache_write_5m" if short else "cache_write"] = amount_text(of_short)
-    if of_long:
-        parts["cache_write_1h"] = amount_text(of_long)
-    return parts, of_short + of_long
-
-
-class _ByHour:
-    """The entries of a model whose price depends on the time of day: one for each span between two changes."""
-
-    __slots__ = ("_changes", "_made", "_make")
-
-    def __init__(self, changes: list[int], make: Callable[[float], _Entry]) -> None:
-        self._changes, self._make = changes, make
-        self._made: dict[int, _Entry] = {}
-
-    def at(self, second: float) -> _Entry:
-        span = bisect_right(self._changes, second)
-        entry = self._made.get(span)
-        if entry is None:
-            entry = self._made[span] = self._make(second)
-        return entry
-
-
 def _day(started_s: float) -> str:
     return date.fromordinal(_EPOCH + int(started_s // SECONDS_A_DAY)).isoformat()
 
@@ -685,7 +565,7 @@ def _same_model(name: str, found: Found) -> bool:
     return found.name.lower().endswith(name)
 
 
-def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = False) -> _Entry:
+def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = False) -> Entry:
     """The entry of a price of one's own that states amounts."""
     factor = Fraction(1)
     reason: str | None = None
@@ -697,7 +577,7 @@ def _own_entry(own: CustomPrice, context: Mapping[str, str], plainly: bool = Fal
     prices = {unit: _times(price, factor) for unit, price in own.prices.items()}
     state = EXACT if reason is None else ESTIMATED
     rates = Rates(prices, minimum=own.minimum)
-    return _Entry(rates, own.model, "custom", own.currency, state, reason, rates.plain if plainly else None)
+    return Entry(rates, own.model, "custom", own.currency, state, reason, rates.plain if plainly else None)
 
 
 def _times(price: Price, factor: Fraction) -> Price:
@@ -713,33 +593,3 @@ def _of_meter(price: CustomPrice, record: Record | None, started_s: float) -> tu
         return None, False
     quantity = price.meter.quantity(record)
     return (None, True) if quantity is None else (round(Fraction(quantity) * price.unit), True)
-
-
-def _made(
-    entry: _Entry, parts: Mapping[str, int], total: int, state: str, reason: str | None, declared: int | None
-) -> Cost:
-    cost: Cost = {
-        "currency": entry.currency,
-        "total": amount_text(total),
-        "parts": {name: amount_text(part) for name, part in parts.items()},
-        "state": state,
-        "source": entry.source,
-        "model": entry.model,
-    }
-    if reason is not None:
-        cost["reason"] = reason
-    if declared is not None:
-        cost["declared"] = amount_text(declared)
-    return cost
-
-
-def _null(entry: _Entry, reason: str) -> Cost:
-    return {
-        "currency": None,
-        "total": None,
-        "parts": None,
-        "state": UNPRICED,
-        "source": entry.source,
-        "model": entry.model,
-        "reason": reason,
-    }

@@ -65,7 +65,7 @@ class _Reading:
 
 
 class Pricer(Protocol):
-    """What prices calls that have their models in common (`prices.Pricer`)."""
+    """What prices calls that have their models in common (`prices.book.Pricer`)."""
 
     def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]: ...
 

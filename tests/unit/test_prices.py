@@ -19,8 +19,8 @@ from hypothesis import strategies as st
 
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.record import usage_to_dict
-from sidecar.prices import PICO, PriceBook, amount_text
-from sidecar.prices.book import KEPT_MAX, Priced
+from sidecar.prices import PICO, PriceBook, Priced, amount_text
+from sidecar.prices.book import KEPT_MAX
 from sidecar.prices.facts import counts_of
 from sidecar.prices.litellm import from_litellm
 from sidecar.prices.rates import Rates, amount_of, pico
