@@ -32,7 +32,8 @@ from sidecar.proxy.context import Reading
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor
-from sidecar.runtime.metrics import HopCounts, Metrics
+from sidecar.runtime.hop_counts import HopCounts
+from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import ProxySettings, Settings, UpstreamSettings
 from sidecar.spool.files import translate

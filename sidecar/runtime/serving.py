@@ -18,7 +18,7 @@ from sidecar.gate.admission import Admission, Policy
 from sidecar.proxy import Proxy
 from sidecar.proxy.upstream import why_unreadable
 from sidecar.runtime import factory, gate_factory
-from sidecar.runtime.metrics import HopCounts
+from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.seam_link import Link
 from sidecar.runtime.seam_protocol import Address, Status
 from sidecar.runtime.wire import CANNOT_START, LOST, Wire

@@ -50,7 +50,8 @@ from sidecar.proxy.plain_call import PlainCalls  # noqa: E402
 from sidecar.proxy.route import Routes  # noqa: E402
 from sidecar.proxy.upstream import Upstream, UpstreamConnection  # noqa: E402
 from sidecar.runtime import factory  # noqa: E402
-from sidecar.runtime.metrics import HopCounts, Metrics  # noqa: E402
+from sidecar.runtime.hop_counts import HopCounts  # noqa: E402
+from sidecar.runtime.metrics import Metrics  # noqa: E402
 from sidecar.settings import load  # noqa: E402
 from sidecar.spool import Health  # noqa: E402
 from sidecar.spool.frames import decode_frame, encode_frame  # noqa: E402

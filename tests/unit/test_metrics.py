@@ -14,6 +14,7 @@ from sidecar.model.call_group import CallKind, Gathering
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
 from sidecar.model.record import encode
+from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.metrics import (
     FAMILIES,
     GATHERED_CALLS_MAX,
@@ -22,7 +23,6 @@ from sidecar.runtime.metrics import (
     SECONDS,
     Gauges,
     Histogram,
-    HopCounts,
     Metrics,
 )
 

@@ -23,7 +23,7 @@ from sidecar.prices.book import PriceBook
 from sidecar.proxy import plain_requests
 from sidecar.proxy.plain_call import PlainCalls
 from sidecar.runtime import factory, gate_factory
-from sidecar.runtime.metrics import HopCounts
+from sidecar.runtime.hop_counts import HopCounts
 from sidecar.settings import Settings, load
 
 KEY = b"k" * 32
