@@ -2,7 +2,7 @@
 
 Of sealed segments that are not the newest only the first and last bytes are read, because every segment begins by
 restating what is open and all totals. So a million pending records cost no time and no memory here. A file that is not
-what was written is replaced by what can be read of it (`segment.repair`), and the service starts.
+what was written is replaced by what can be read of it (`repair`), and the service starts.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import files, last_words
+from sidecar.spool.repair import remove_drafts, repair
 from sidecar.spool.segment import (
     BEGINS,
     SEALS,
@@ -23,8 +24,6 @@ from sidecar.spool.segment import (
     Hole,
     Segment,
     SegmentFile,
-    remove_drafts,
-    repair,
 )
 from sidecar.spool.types import ORIGINS_KEPT, intent_id
 

@@ -35,10 +35,8 @@ import contextlib
 import errno
 import fcntl
 import os
-import shutil
 import struct
 import sys
-import time
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -74,7 +72,6 @@ _MARK_MAGIC: Final = b"\xffCMT"
 SECTOR_BYTES: Final = 512  # what a disk writes whole or not at all
 _WINDOW_BYTES: Final = 256 << 10  # read at once; less at first, for who only looks what is new
 _FIRST_WINDOW_BYTES: Final = 16 << 10
-_DRAFT: Final = ".draft"  # the copy of a damaged segment, while it is written
 
 
 @dataclass(slots=True, frozen=True)
@@ -606,81 +603,6 @@ def write_error(error: OSError, path: Path) -> SpoolError:
             why = os.strerror(error.errno or 0)
             return SpoolFailed(f"{path} cannot be written ({why}): check the directory's owner, mode and mount")
     return SpoolFailed(f"writing {path} failed: {error.strerror or error}")
-
-
-@dataclass(slots=True, frozen=True)
-class Repaired:
-    """What a damaged segment gave, and where it is kept as it was."""
-
-    records: int
-    set_aside: Path
-
-
-def repair(root: Path, instance: str, path: Path, number: int, *, upto: int | None = None) -> Repaired:
-    """Replace a segment by a sealed copy of its readable frames (up to the commit `upto`), and keep it as it was.
-
-    The copy is complete on disk before it takes the name, and the damaged file has its second name before that, so a
-    crash anywhere in between leaves the segment as it was or repaired. Where nothing is readable there is no copy.
-    Raises `SpoolFull`, or `OSError` and `SpoolError` where the directory cannot be written.
-    """
-    draft = path.with_name(path.name + _DRAFT)
-    draft.unlink(missing_ok=True)
-    copy: Segment | None = None
-    records, newest = 0, 0
-    try:
-        with SegmentFile(path) as damaged:
-            for frame in damaged.frames():
-                # A segment's numbers only grow: what is out of order was never its own.
-                if isinstance(frame, Hole) or frame.flags & SEALS or frame.commit_number <= newest:
-                    continue
-                if upto is not None and frame.commit_number > upto:
-                    break
-                newest = frame.commit_number
-                copy = copy or Segment.create(draft, number, instance, allocate_bytes=0)
-                group = frame.group()
-                group.flags |= SALVAGED
-                copy.append(group, sync=False)
-                records += frame.count
-        if copy is not None:
-            copy.seal()
-    except BaseException:
-        if copy is not None:
-            copy.close()
-        draft.unlink(missing_ok=True)
-        raise
-    kept = _keep(root, instance, path)
-    if copy is None:
-        path.unlink()
-    else:
-        draft.rename(path)
-    files.sync_directory(path.parent)
-    return Repaired(records, kept)
-
-
-def _keep(root: Path, instance: str, path: Path) -> Path:
-    """Give a damaged segment a second name where nobody writes. Answers the directory."""
-    base = root / "set-aside"
-    files.make_directory(base)
-    target = base / f"{instance}-{path.stem}-{time.time_ns()}"
-    target.mkdir(mode=0o700)
-    try:
-        os.link(path, target / path.name)
-    except OSError:  # a file system without links
-        shutil.copy2(path, target / path.name)
-        fd = os.open(target / path.name, os.O_RDONLY)
-        try:
-            sync_file(fd)
-        finally:
-            os.close(fd)
-    for directory in (target, base):
-        files.sync_directory(directory)
-    return target
-
-
-def remove_drafts(slot: Path) -> None:
-    """Copies that a crash left unfinished."""
-    for path in slot.glob(f"*{_DRAFT}"):
-        path.unlink(missing_ok=True)
 
 
 class Confirmed(NamedTuple):

@@ -24,7 +24,8 @@ from typing import Final, NamedTuple, Protocol
 
 from sidecar.spool import files
 from sidecar.spool.recovery import Position
-from sidecar.spool.segment import BEGINS, CommitMark, Confirmed, Group, Segment, repair
+from sidecar.spool.repair import repair
+from sidecar.spool.segment import BEGINS, CommitMark, Confirmed, Group, Segment
 from sidecar.spool.types import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")

@@ -19,7 +19,8 @@ from support.spool_recorder import SpoolRecorder
 from sidecar.spool import Limits, Spool, SpoolError, SpoolLocked, SpoolReader, State, verify
 from sidecar.spool.files import segment_numbers, segment_path, slot_dir
 from sidecar.spool.recovery import NUMBERS_SKIPPED
-from sidecar.spool.segment import FORMAT, HEADER_BYTES, CommitMark, Frame, Group, SegmentFile, repair, write_all
+from sidecar.spool.repair import repair
+from sidecar.spool.segment import FORMAT, HEADER_BYTES, CommitMark, Frame, Group, SegmentFile, write_all
 
 BIG = Limits(reserve_bytes=0, recover_margin_bytes=0, allocate_bytes=64 << 10)  # one segment for everything
 
@@ -318,7 +319,7 @@ async def test_a_crash_inside_a_repair_is_mended(tmp_path: Path, monkeypatch: py
         if step == "half a copy":
             path.with_name(path.name + ".draft").write_bytes(b"half a copy")
         elif step == "the copy":
-            patch.setattr("sidecar.spool.segment._keep", killed)
+            patch.setattr("sidecar.spool.repair._keep", killed)
         else:
             patch.setattr(Path, "rename", killed)
         if step != "half a copy":

@@ -16,7 +16,8 @@ from support.spool_recorder import SpoolRecorder
 
 from sidecar.spool import ORIGINS_KEPT, SOURCE_BYTES, Batch, Limits, Spool, SpoolReader, verify
 from sidecar.spool.files import segment_path, slot_dir
-from sidecar.spool.segment import FRAME_MAGIC, Frame, Group, Hole, Segment, SegmentFile, repair, scan
+from sidecar.spool.repair import repair
+from sidecar.spool.segment import FRAME_MAGIC, Frame, Group, Hole, Segment, SegmentFile, scan
 from sidecar.spool.types import intent_id
 
 # --- every byte --------------------------------------------------------------------------------------------
