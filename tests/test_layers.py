@@ -35,6 +35,7 @@ PURE = (
     "sidecar.gate.owner",
     "sidecar.gate.windows",
     "sidecar.ledger.lanes",
+    "sidecar.ledger.questions",
     "sidecar.meters",
     "sidecar.model",
     "sidecar.prices.book",

@@ -1,19 +1,7 @@
 """The usage store: `ledger.db`, written by one process, read by any; or in PostgreSQL, shared by many sidecars."""
 
-from sidecar.ledger.queries import (
-    COUNTED,
-    DIMENSION,
-    GROUPS,
-    TIMES,
-    Group,
-    LedgerReader,
-    MeterRow,
-    Sums,
-    TooLongError,
-    UnpricedModel,
-    UsageRow,
-    row_of,
-)
+from sidecar.ledger.queries import LedgerReader, MeterRow, TooLongError, UnpricedModel, UsageRow, row_of
+from sidecar.ledger.questions import COUNTED, DIMENSION, GROUPS, TIMES, Group, Sums
 from sidecar.ledger.schema import PICO, LedgerError, ledger_problem, read_cost, stored_cost
 from sidecar.ledger.store import LedgerStore
 

@@ -19,23 +19,25 @@ import orjson
 
 from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, date_of, day_of, uuid_of
 from sidecar.ledger.queries import (
-    EXTENT,
-    Dialect,
-    Group,
     MeterRow,
-    Question,
-    Sums,
     TooLongError,
     UnpricedModel,
     UsageRow,
-    between,
     bucket_values,
-    extent,
-    hours_of,
-    labelled,
     meter_rows,
     most_first,
     row_of,
+)
+from sidecar.ledger.questions import (
+    EXTENT,
+    Dialect,
+    Group,
+    Question,
+    Sums,
+    between,
+    extent,
+    hours_of,
+    labelled,
     unknown,
     unsure,
 )
