@@ -365,6 +365,21 @@ def _elected(settings: Settings, metrics: Metrics) -> Elected | None:
     )
 
 
+async def _open_backends(
+    stack: AsyncExitStack, settings: Settings, metrics: Metrics, *, resumed: bool
+) -> tuple[list[Backend], Elected | None]:
+    """Those that this instance delivers to, and who delivers what all share; both are closed with `stack`."""
+    own = backend_factory.own(settings)
+    backends = backend_factory.backends(settings, own, metrics.value_not_computed, resumed=resumed)
+    elected = _elected(settings, metrics)
+    if elected is not None:
+        make_room_for_lanes()
+        await stack.enter_async_context(elected)
+    for backend in backends:
+        stack.push_async_callback(backend.aclose)
+    return backends, elected
+
+
 @asynccontextmanager
 async def billing(
     settings: Settings,
@@ -392,15 +407,7 @@ async def billing(
             unopened.callback(spool.close)
         await _adopt_orphans(settings, metrics)
         reader = stack.enter_context(SpoolReader(settings.data_dir))
-        own = backend_factory.own(settings)
-        resumed = instance is not None
-        backends = backend_factory.backends(settings, own, metrics.value_not_computed, resumed=resumed)
-        elected = _elected(settings, metrics)
-        if elected is not None:
-            make_room_for_lanes()
-            await stack.enter_async_context(elected)
-        for backend in backends:
-            stack.push_async_callback(backend.aclose)
+        backends, elected = await _open_backends(stack, settings, metrics, resumed=instance is not None)
         delivery = Delivery(
             reader=reader,
             store=state,
