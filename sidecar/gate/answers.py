@@ -73,7 +73,6 @@ class Decision(NamedTuple):
     age_s: float | None = None  # of the answer
     remaining: int | None = None  # in `unit`, after what was taken off
     unit: str | None = None
-    until_wall_s: float | None = None  # the end of the answer's period
     message: str | None = None
     shadow: str | None = None  # a limit that would stop it, were it in force
 
@@ -168,7 +167,6 @@ class Entry:
     believed_s: float = 0.0  # until then
     due_s: float = 0.0  # from then on a call has it asked for anew, while it holds
     until_s: float | None = None  # the end of the answer's period
-    until_wall_s: float | None = None
     failures: int = 0
     reason: str = ""  # of the last failure
     asked_s: float = float("-inf")  # no question before this and a pause
@@ -200,7 +198,6 @@ def take(
         else (ages.denied_s)
     )
     entry.answer, entry.answered_s, entry.denied = answer, now_s, denied
-    entry.until_wall_s = answer.until_s
     entry.until_s = None if answer.until_s is None else now_s + (answer.until_s - wall_s)
     end_s = now_s + age_s if entry.until_s is None else min(now_s + age_s, entry.until_s)
     entry.believed_s = max(end_s, now_s + BELIEVED_S_MIN)
@@ -305,7 +302,6 @@ def by_answer(
         now_s - entry.answered_s,
         answer.remaining if left is None else left,
         answer.unit,
-        answer.until_s,
         answer.message,
         answer.shadow,
     )

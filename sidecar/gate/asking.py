@@ -164,7 +164,7 @@ class Asking:
                     entry = asked.entries[one.subject] = Entry(one.subject, answer)
                     entry.answered_s = entry.believed_s = now_s - age_s
                     if answer.until_s is not None:
-                        entry.until_wall_s, entry.until_s = answer.until_s, now_s + (answer.until_s - wall_s)
+                        entry.until_s = now_s + (answer.until_s - wall_s)
 
     async def _save_by_time(self, path: Path) -> None:
         saved = 0

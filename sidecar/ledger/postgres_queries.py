@@ -68,7 +68,6 @@ class InstanceRow:
     earlier: int  # that it delivered before to another ledger
     oldest_pending_s: float | None  # the age of what it has and the ledger lacks; None: nothing
     balance: Mapping[str, Any] | None  # its own, as it told last
-    balance_age_s: float | None
 
 
 class PostgresReader:
@@ -210,8 +209,7 @@ class PostgresReader:
         async def read(db: Connection) -> list[Any]:
             return await db.fetch(
                 "SELECT instance, seen, extract(epoch FROM clock_timestamp() - seen)::float8, records, last_seq, "
-                "extract(epoch FROM clock_timestamp() - oldest_pending)::float8, balance::text, "
-                "extract(epoch FROM clock_timestamp() - balance_at)::float8, coalesce(earlier, 0) "
+                "extract(epoch FROM clock_timestamp() - oldest_pending)::float8, balance::text, coalesce(earlier, 0) "
                 f"FROM {_TABLES}instances ORDER BY instance"
             )
 
@@ -224,8 +222,7 @@ class PostgresReader:
                 last_seq=int(row[4]),
                 oldest_pending_s=None if row[5] is None else max(row[5], 0.0),
                 balance=None if row[6] is None else orjson.loads(row[6]),
-                balance_age_s=row[7],
-                earlier=int(row[8]),
+                earlier=int(row[7]),
             )
             for row in self._ask(read)
         ]

@@ -165,7 +165,7 @@ class ClientProtocol(RequestHandler):
 
     def resume_reading(self, resume_parser: bool = True) -> None:
         """Called by the body reader on every read; aiohttp's own would parse from inside of it.
-        What the parser still holds is parsed after the read, by `unread`."""
+        What the parser still holds is parsed after the read, by who calls `resume_upload`."""
 
     def resume_upload(self) -> bool:
         """After a read has made room: read on. True when the parser may hold bytes to be parsed."""
@@ -197,7 +197,7 @@ class ClientProtocol(RequestHandler):
 
 
 def refusal(error: HttpProcessingError, target_bytes_max: int) -> str:
-    """Why the parser refused, as one of: method, target, head, chunk, other."""
+    """Why the parser refused, as one of: method, target, head, other."""
     if isinstance(error, BadHttpMethod):
         return "method"
     if isinstance(error, LineTooLong):

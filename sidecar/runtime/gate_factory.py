@@ -478,7 +478,7 @@ def counted(
     if found is None:
         return None
     since_ns = oldest_start_ns(found.limits, time.time_ns())
-    from_s = max(since_ns / SECOND_NS, _complete_from_s(reader, since_ns))
+    from_s = max(since_ns / SECOND_NS, _complete_from_s(reader))
     counters = count_records(
         reader.lines(since_ns=since_ns),
         found,
@@ -503,10 +503,10 @@ def ledgers_past(settings: Settings, reader: SpoolReader) -> LedgersPast | None:
         return None
     since_ns = oldest_start_ns(found.limits, time.time_ns())
     held = {slot: info[0].first_seq for slot in reader.instances() if (info := reader.segments(slot))}
-    return LedgersPast(settings, since_ns, _complete_from_s(reader, since_ns), held)
+    return LedgersPast(settings, since_ns, _complete_from_s(reader), held)
 
 
-def _complete_from_s(reader: SpoolReader, since_ns: int) -> float:
+def _complete_from_s(reader: SpoolReader) -> float:
     """The hour from which on nothing was taken out of the spool for its age or its size; 0: nothing ever was."""
     found = 0.0
     for instance in reader.instances():

@@ -202,8 +202,6 @@ _STAGES: dict[str, Callable[[], _Stage]] = {
     "zstd": _Zstd,
 }
 
-READABLE = tuple(sorted(_STAGES))
-
 
 def decoder(header: str, backlog_max_bytes: int = BACKLOG_MAX_BYTES) -> Codings | None:
     """The decoder for a `Content-Encoding` value; None where there is nothing to undo. Raises Unreadable."""
