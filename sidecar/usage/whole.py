@@ -100,23 +100,6 @@ def prepare(
     return Plan(taps, request.endpoint, method, target, request_headers, status, response_headers)
 
 
-def read_call(
-    taps: UsageTaps,
-    method: str,
-    target: str,
-    request_headers: RawHeaders,
-    request_body: bytes,
-    status: int,
-    response_headers: RawHeaders,
-    response: bytes | Sequence[bytes],
-    *,
-    whole: bool = True,
-) -> Usage | None:
-    """The usage of one call: `prepare` and `Plan.read` for a shape that will not come again."""
-    plan = prepare(taps, method, target, request_headers, status, response_headers)
-    return None if plan is None else plan.read(request_body, response, whole=whole)
-
-
 class Plan:
     """Made by `prepare`. Holds no state of a call, so one may serve many at once.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 from pathlib import Path
@@ -15,11 +15,16 @@ import brotli
 from backports import zstd
 
 from sidecar.model.exchange import USAGE_FIELDS, Usage
+from sidecar.usage import RawHeaders
+from sidecar.usage.providers.base import Reader
+from sidecar.usage.providers.table import ROWS
 from sidecar.usage.readers import Pin, UsageTaps
+from sidecar.usage.whole import prepare
 
 DATA = Path(__file__).parent.parent / "data"
 SAMPLES = DATA / "samples"
 CASES = DATA / "cases" / "usage"
+READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in ROWS))
 
 
 def _no_anomaly(kind: str) -> None:
@@ -174,3 +179,20 @@ def coded(pieces: Iterable[bytes], coding: str) -> list[bytes]:
         return [*(pack.compress(piece, mode=pack.FLUSH_BLOCK) for piece in pieces), pack.flush()]
     pack = zlib.compressobj(wbits=31 if coding == "gzip" else 15)
     return [*(pack.compress(piece) + pack.flush(zlib.Z_SYNC_FLUSH) for piece in pieces), pack.flush()]
+
+
+def read_call(
+    taps: UsageTaps,
+    method: str,
+    target: str,
+    request_headers: RawHeaders,
+    request_body: bytes,
+    status: int,
+    response_headers: RawHeaders,
+    response: bytes | Sequence[bytes],
+    *,
+    whole: bool = True,
+) -> Usage | None:
+    """The usage of one call that is over: `prepare` and `Plan.read` for a shape that will not come again."""
+    plan = prepare(taps, method, target, request_headers, status, response_headers)
+    return None if plan is None else plan.read(request_body, response, whole=whole)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.usage_samples import sliced
+from support.usage_samples import read_call, sliced
 
 from sidecar.usage.providers.table import ROWS, Row
 from sidecar.usage.readers import UsageTaps
-from sidecar.usage.whole import read_call
 
 PAGE = (Path(__file__).parents[2] / "docs" / "adding-a-provider.md").read_text()
 JSON = [(b"Content-Type", b"application/json")]

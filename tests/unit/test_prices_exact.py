@@ -8,6 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
+from support.usage_samples import read_call
 
 from sidecar.meters.properties import PROVIDER_UNITS
 from sidecar.model.exchange import Usage, UsageState
@@ -17,7 +18,6 @@ from sidecar.prices.custom import read_prices
 from sidecar.prices.facts import BILLED, CITED
 from sidecar.prices.table import builtin
 from sidecar.usage.readers import UsageTaps
-from sidecar.usage.whole import read_call
 
 NOW_S = datetime(2026, 11, 20, 12, 0, tzinfo=UTC).timestamp()
 BOOK = PriceBook(builtin())

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.usage_samples import Sample, load, play, sliced
+from support.usage_samples import READERS, Sample, load, play, sliced
 from support.wsframes import frame
 
 from sidecar.model.exchange import Usage
 from sidecar.model.target import normal_path
 from sidecar.runtime.unclaimed import SAY_EVERY_S, Unclaimed
 from sidecar.usage.endpoints import PATHS_MAX, Pin
-from sidecar.usage.providers.table import READERS, ROWS
+from sidecar.usage.providers.table import ROWS
 from sidecar.usage.reader_choice import Claims, Mentions, united
 from sidecar.usage.readers import UsageTaps
 

@@ -15,12 +15,11 @@ from collections.abc import Callable
 
 import orjson
 import pytest
-from support.usage_samples import CASES, Sample, load
+from support.usage_samples import CASES, READERS, Sample, load
 from support.usage_samples import SAMPLES as FOLDER
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import build
-from sidecar.usage.providers.table import READERS
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.values import COUNT_MAX, lenient_loads
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import orjson
 import pytest
-from support.usage_samples import CASES, SAMPLES, load
+from support.usage_samples import CASES, READERS, SAMPLES, load
 
 from sidecar.model.exchange import Usage
 from sidecar.usage.formats.json_scanner import pruned
@@ -17,7 +17,7 @@ from sidecar.usage.providers.declared import DeclaredReader
 from sidecar.usage.providers.gemini import CloudCode
 from sidecar.usage.providers.openai import AssistantRuns
 from sidecar.usage.providers.selfhosted import SGLang
-from sidecar.usage.providers.table import READERS, ROWS
+from sidecar.usage.providers.table import ROWS
 from sidecar.usage.providers.watsonx import WatsonxChat
 from sidecar.usage.readers import UsageTaps
 

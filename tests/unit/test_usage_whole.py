@@ -12,14 +12,14 @@ import orjson
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support.usage_samples import CASES, Sample, coded, load, sliced, ways
+from support.usage_samples import CASES, Sample, coded, load, read_call, sliced, ways
 
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.usage.formats.content_encoding import STEP_BYTES
 from sidecar.usage.providers.anthropic import Messages
 from sidecar.usage.providers.openai import ChatCompletions, Responses
 from sidecar.usage.readers import Element, Pin, UsageTaps
-from sidecar.usage.whole import Plan, prepare, read_call
+from sidecar.usage.whole import Plan, prepare
 
 SAMPLES = {f"sample {name}": sample for name, sample in load().items() if not sample.websocket}
 SAMPLES |= {f"case {name}": sample for name, sample in load(CASES).items() if not sample.websocket}

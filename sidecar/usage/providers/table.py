@@ -620,10 +620,6 @@ ROWS: tuple[Row, ...] = (
     ),
 )
 
-READERS: tuple[type[Reader], ...] = tuple(dict.fromkeys(row.reader for row in ROWS))
-"""All readers, for paths that nobody knows."""
-
-
 HOSTS = {host: row.provider for row in ROWS for host in row.hosts if row.provider is not None}
 """Of providers with a row of their own; see `response_headers` for those that only speak another's shape."""
 
