@@ -139,6 +139,7 @@ class Allowances:
         self._forget()
 
     def plan(self, facts: Facts) -> Plan:
+        """The limits that such a call falls under, worked out once and remembered."""
         plan = self._plans.get(facts)
         if plan is None:
             if len(self._plans) >= PLANS_MAX:

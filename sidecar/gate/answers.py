@@ -118,6 +118,7 @@ class Ages:
 
     @classmethod
     def of(cls, settings: AskedSettings, on_failure: str = OnFailure.OPEN) -> Ages:
+        """As set."""
         return cls(
             allowed_s=settings.gate_age,
             denied_s=settings.gate_denied_age,
@@ -135,6 +136,7 @@ class Tally:
     _amounts: deque[int] = field(default_factory=deque)
 
     def add(self, amount: int, now_s: float) -> None:
+        """So much was settled now."""
         if not amount:
             return
         self.total += amount

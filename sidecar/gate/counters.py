@@ -58,6 +58,8 @@ class Counter:
         return self.settled if sliding is None else sliding.total(self.parts, at_ns)
 
     def left(self, at_ns: int) -> int:
+        """How much may still be granted at that moment, in the limit's unit; below zero where more than that was
+        used."""
         share = self.share
         if share is None:
             return self.limit.amount - self.used(at_ns) - self.out
@@ -73,6 +75,7 @@ class Counter:
         return limit.sliding is None and limit.unit != "concurrent" and self.settled + others >= limit.amount
 
     def add(self, amount: int, at_ns: int) -> None:
+        """Settle so much, in the limit's unit, as of that moment (Unix nanoseconds)."""
         if self.share is not None:
             self.share.unpublished += amount
             self.share.dirty = True

@@ -46,6 +46,7 @@ _WANTED: Final[Tree] = {
 
 
 def tokens_of(size_bytes: int) -> int:
+    """Of a text of that size, by our estimate."""
     return -(-size_bytes // BYTES_A_TOKEN)
 
 
@@ -83,7 +84,7 @@ def read_request(
     size = len(body)
     if length is not None and length > size:
         size = length
-    input_tokens = -(-size // BYTES_A_TOKEN)
+    input_tokens = tokens_of(size)
     if type(document) is not dict:
         return Asked(None, input_tokens, None, {})
     model = document.get("model")
@@ -147,6 +148,7 @@ class Outputs:
         self._last: dict[str, tuple[deque[int], list[int]]] = {}
 
     def seen(self, model: str, tokens: int) -> None:
+        """A response of this model had so many output tokens."""
         known = self._last.get(model)
         if known is None:
             if len(self._last) >= MODELS_KEPT:

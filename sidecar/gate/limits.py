@@ -61,6 +61,9 @@ RATE_S_MAX: Final = 120  # a window of at most this is waited for; what is longe
 
 
 class Action(StrEnum):
+    """What becomes of a call that is over a limit: it is denied, passes and is said in the log, or passes and its
+    record says what would have been."""
+
     BLOCK = "block"
     WARN = "warn"
     SHADOW = "shadow"
@@ -216,6 +219,7 @@ class Limit:
 
 
 def limit_name(key: str) -> str:
+    """Of a counter's key, `limit|scope|period`."""
     return key.partition("|")[0]
 
 

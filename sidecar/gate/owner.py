@@ -98,6 +98,8 @@ class _Known:
 
 
 class Owner:
+    """Decides what the processes that serve cannot decide alone, and holds the counters, in the metering process."""
+
     def __init__(
         self,
         charging: Charging,
@@ -185,6 +187,8 @@ class Owner:
     # -- what they say ---------------------------------------------------------------------------
 
     def ask(self, process: str, payload: Sequence[Any]) -> None:
+        """A process asks for a call; what is found out is sent to it, at once or later. `payload`: a `Question`, as it
+        came."""
         question = Question.read(payload)
         asker, caller = question.asker, None
         if asker is not None and self._others is not None:

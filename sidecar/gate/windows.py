@@ -41,6 +41,8 @@ def moment(at_ns: int | None) -> str | None:
 
 
 class Period(NamedTuple):
+    """One period of a calendar. `id`: how counters and records name it. Times are Unix nanoseconds."""
+
     id: str
     start_ns: int
     end_ns: int  # the first moment of the next one

@@ -388,6 +388,7 @@ def most_first(one: UnpricedModel) -> tuple[int, str, str]:
 
 
 def row_of(group: Group, values: Sums) -> UsageRow:
+    """A row of what `sums` gives."""
     *sums, cost = values
     text = None if cost is None else write_amount(read_cost(cost) or Decimal(0))
     return UsageRow(group=group, cost_usd=text, **dict(zip(SUMS, sums, strict=True)))

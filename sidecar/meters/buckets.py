@@ -56,6 +56,7 @@ class BucketDelta:
     hashes: set[str] = field(default_factory=set)
 
     def add(self, value: int | str | Decimal, record: Record) -> None:
+        """Take in what the meter measures of this record."""
         if self.kind is Kind.UNIQUE_COUNT:
             self.hashes.add(hash_of(str(value)))
             return

@@ -38,6 +38,8 @@ HOUR_S: Final = 3600
 
 
 class Kind(StrEnum):
+    """How a meter makes one value of many; `ABOUT` says each."""
+
     COUNT = "COUNT"
     SUM = "SUM"
     MAX = "MAX"
@@ -57,12 +59,16 @@ BUCKETED: Final = frozenset({Kind.SUM, Kind.MAX})
 
 
 class Bucket(StrEnum):
+    """The spans of time whose greatest values or sums are kept apart."""
+
     HOUR = "HOUR"
     DAY = "DAY"
     MONTH = "MONTH"
 
 
 class Reset(StrEnum):
+    """When a running value begins anew."""
+
     BILLING_PERIOD = "BILLING_PERIOD"
     NEVER = "NEVER"
 
@@ -77,6 +83,8 @@ class MetersError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
+    """Records pass that have one of `values` under `key`."""
+
     key: str
     values: tuple[str, ...]
 

@@ -241,10 +241,12 @@ def _add_units(sums: dict[str, Decimal], units: Mapping[str, object]) -> None:
 
 
 def hour_of(record: Record) -> int:
+    """The start of the hour that the call began in, Unix seconds."""
     return int(record.started_s // HOUR_S) * HOUR_S
 
 
 def series_of(record: Record) -> Series:
+    """What a record is summed under."""
     usage = record.usage
     return Series(
         subscriber=subscriber_of(record),
@@ -342,6 +344,7 @@ def from_wire(rows: Sequence[Mapping[str, Any]]) -> list[Delta]:
 
 
 def write_int(value: int) -> int | str:
+    """As JSON keeps it exactly: a text where readers would round the number."""
     return value if -JSON_INT_MAX <= value <= JSON_INT_MAX else str(value)
 
 

@@ -150,6 +150,7 @@ class Gate:
     at_most: Mapping[str, int] | None = None
 
     def to_dict(self) -> dict[str, Any]:
+        """As the record has it."""
         found: dict[str, Any] = {
             "decision": self.decision,
             "limit": self.limit,

@@ -51,6 +51,7 @@ def field_names(own: LocalResponse | Response) -> tuple[str, ...]:
 
 
 def message_of(own: LocalResponse | Response) -> str:
+    """Why, as the record says it."""
     return own.message if isinstance(own, LocalResponse) else "denied"
 
 

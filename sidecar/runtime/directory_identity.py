@@ -133,6 +133,7 @@ def freeze(data_dir: Path, instances: Mapping[str, int]) -> None:
 
 
 def thaw(data_dir: Path, instances: Mapping[str, int]) -> None:
+    """These slots may be written again."""
     for instance in instances:
         with contextlib.suppress(FileNotFoundError):
             (files.slot_dir(data_dir, instance) / files.FROZEN).unlink()

@@ -149,6 +149,7 @@ def _host_and_base(url: str | None) -> str:
 
 
 def routes(settings: Settings) -> Routes:
+    """The patterns that calls are labelled by: those that were set, then those that are known."""
     return Routes([route.pattern for route in settings.proxy.routes], known_routes())
 
 

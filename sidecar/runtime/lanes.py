@@ -83,6 +83,8 @@ class Lookout:
         self._database = Postgres(self.url, name="metering-sidecar lanes seen", connections=1)
 
     async def seen(self) -> Seen:
+        """What the database said last; asked anew where that is older than `FRESH_S`, and waited for `ANSWER_S` at
+        most."""
         if monotonic() - self._tried_s >= FRESH_S and (self._looking is None or self._looking.done()):
             self._looking = asyncio.create_task(self._look())
         if self._looking is not None and not self._looking.done() and self._trouble is None:

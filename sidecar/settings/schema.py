@@ -26,22 +26,30 @@ PREFIX: Final = "SIDECAR_"
 
 
 class Durability(StrEnum):
+    """What the last bytes of a response wait for."""
+
     COMMITTED = "committed"
     BUFFERED = "buffered"
     SHIPPED = "shipped"
 
 
 class OnSpoolFull(StrEnum):
+    """What becomes of calls that cannot be recorded: they pass uncounted, or are turned away."""
+
     PASS = "pass"
     REFUSE = "refuse"
 
 
 class OnDisconnect(StrEnum):
+    """What becomes of a response whose client left: it is read on for its usage, or not."""
+
     DRAIN = "drain"
     STOP = "stop"
 
 
 class Forwarded(StrEnum):
+    """In which fields the upstream is told who called."""
+
     X_FORWARDED = "x-forwarded"
     FORWARDED = "forwarded"
     NONE = "none"
@@ -404,6 +412,8 @@ class GateSettings:
 
 
 class Deliver(StrEnum):
+    """Who tells the vendors of a fleet's records."""
+
     OWN = "own"
     ELECTED = "elected"
 
@@ -516,10 +526,12 @@ def required_setting(kind: Kind[T], text: str) -> T:
 
 
 def secret_setting(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret | None:
+    """As `setting`, for what is never shown."""
     return cast("Secret | None", _field(Setting("", kind, None, text, secret=True, also=also)))
 
 
 def required_secret(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret:
+    """As `required_setting`, for what is never shown."""
     return cast("Secret", _field(Setting("", kind, None, text, secret=True, required=True, also=also)))
 
 

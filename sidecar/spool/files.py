@@ -56,6 +56,7 @@ FROZEN: Final = "copied"  # in a slot that another instance may go on numbering 
 
 
 def is_frozen(root: Path, instance: str) -> bool:
+    """Whether another instance may go on numbering in this slot, so that nobody writes it here."""
     return (slot_dir(root, instance) / FROZEN).exists()
 
 
@@ -73,6 +74,7 @@ def new_instance() -> str:
 
 
 def check_instance(instance: str) -> str:
+    """The same, where it can name a slot. Raises `SpoolError`."""
     if not _INSTANCE_NAME.fullmatch(instance):
         raise SpoolError(f"{instance!r} cannot name a spool: 1 to 64 of a-z 0-9 . _ -, the first a letter or digit")
     return instance
@@ -102,10 +104,12 @@ def segment_inodes(slot: Path) -> dict[int, int]:
 
 
 def segment_numbers(slot: Path) -> list[int]:
+    """Oldest first. Raises `SpoolError` for a slot that an older release wrote."""
     return list(segment_inodes(slot))
 
 
 def size_or_zero(path: Path) -> int:
+    """In bytes; 0 where it cannot be told."""
     try:
         return path.stat().st_size
     except OSError:

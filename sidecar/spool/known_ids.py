@@ -5,7 +5,7 @@ and a record in the spool is in it before it may be asked for. The index is behi
 two commits, never ahead: `places` says up to which number of each slot it goes, in the transaction that stores the ids,
 and `catch_up` reads the rest out of the spool before anything is taken.
 
-Ids are remembered for a time and forgotten by the time that they bear, in order: of what is older than `forgotten_ms`
+Ids are remembered for a time and forgotten by the time that they bear, in order: of what is older than `forgotten.ms`
 nobody can tell whether it was there, so it is `TOO_OLD` and kept aside, neither taken nor lost. Where the file is new
 and the spool is not, all that was committed before the spool's first record counts as forgotten.
 

@@ -59,6 +59,7 @@ def _put(slot: Path, text: bytes) -> None:
 
 
 def read(slot: Path) -> Note | None:
+    """None where there is none, or it cannot be believed."""
     try:
         row = json.loads((slot / NAME).read_bytes())
         return Note(int(row["admitted"]), {str(reason): int(count) for reason, count in row["lost"].items()})
@@ -67,6 +68,7 @@ def read(slot: Path) -> Note | None:
 
 
 def forget(slot: Path) -> None:
+    """What it says is on record now."""
     (slot / NAME).unlink(missing_ok=True)
 
 

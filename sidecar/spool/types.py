@@ -52,6 +52,8 @@ class SpoolLocked(SpoolError):
 
 
 class State(StrEnum):
+    """How writing goes."""
+
     OK = "ok"
     DEGRADED = "degraded"  # a commit failed or is overdue: records wait in memory
     FULL = "full"  # no room on the disk: records wait in memory

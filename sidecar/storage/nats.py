@@ -148,6 +148,7 @@ def read_servers(text: str) -> tuple[str, ...]:
 
 
 def read_stream(text: str) -> str:
+    """The name of a stream, as the server takes it. Raises `ValueError`."""
     if not text.isprintable() or any(char in '>*. /\\"' for char in text) or not 0 < len(text) <= 255:
         raise ValueError
     return text

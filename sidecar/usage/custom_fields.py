@@ -14,6 +14,7 @@ from sidecar.usage.values import quantity
 
 
 def from_headers(elements: Sequence[Element], fields: Mapping[str, str]) -> dict[str, int | float]:
+    """The custom fields that stand in a response's head."""
     found = {}
     for element in elements:
         if element.header is not None and (amount := quantity(fields.get(element.header))) is not None:

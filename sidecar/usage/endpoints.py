@@ -99,6 +99,7 @@ class Endpoints:
         return len(self._remembered)
 
     def of(self, method: str, target: str) -> Endpoint | None:
+        """How calls of this method to this target are read; remembered. None: no reader is for them."""
         key = f"{method} {target.partition('?')[0]}"
         try:
             return self._remembered[key]

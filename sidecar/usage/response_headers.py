@@ -135,6 +135,7 @@ class Heads:
 
 
 def request_id(fields: Mapping[str, str]) -> str | None:
+    """The vendor's own id of the call, from the field that is the most telling of those there are."""
     if _ID_NAMES.isdisjoint(fields):
         return None
     best, rank = None, len(_ID_RANK)
@@ -146,6 +147,7 @@ def request_id(fields: Mapping[str, str]) -> str | None:
 
 
 def hinted_provider(fields: Mapping[str, str]) -> str | None:
+    """Whose API the fields say it is; None: they do not say."""
     if _HINT_NAMES.isdisjoint(fields):
         return None
     best, rank = None, len(_HINT_RANK)

@@ -1,4 +1,4 @@
-"""Every rule of `delivery.retry`, `window` and `pace` as a table.
+"""Every rule of `retry_policy`, `dedup_window` and `circuit_breaker` as a table.
 
 What follows from a verdict, from a clock, from a row of failures.
 """

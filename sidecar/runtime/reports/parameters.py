@@ -86,6 +86,7 @@ class UsageQuery:
 
 
 def quoted(text: str) -> str:
+    """A value that somebody sent, as an error says it: cut, and without a byte that moves a cursor."""
     return repr(text if len(text) <= QUOTED_CHARS else text[: QUOTED_CHARS - 1] + "…")
 
 
@@ -135,6 +136,7 @@ def time_zone(text: str) -> ZoneInfo | None:
 
 
 def whole(name: str, text: str, most: int) -> int:
+    """The number, 1 to `most`. Raises `QueryError`, which says the parameter's `name`."""
     if not re.fullmatch(r"\d{1,9}", text.strip(), re.ASCII) or not 1 <= int(text) <= most:
         raise QueryError(f": expected a whole number, 1 to {most:,}", name, text)
     return int(text)

@@ -31,8 +31,8 @@ takes id and model; `finished` a finish reason; `fail` an error. `seen` says tha
 all, `final` that the provider's own end mark for usage was seen (M5).
 
 What is answered: `claims` is asked of every reader, about responses of unknown paths and those that the path's reader
-did not `recognise`, so it must be true of nobody else's. `fill` alone knows what the vendor's numbers mean: it
-makes inclusive totals (see `docs/usage-formats.md`, rules O1 to O5); whatever is not reported stays None.
+does not recognise (`recognises`), so it must be true of nobody else's. `fill` alone knows what the vendor's numbers
+mean: it makes inclusive totals (see `docs/usage-formats.md`, rules O1 to O5); whatever is not reported stays None.
 
 A vendor whose response only names numbers needs none of this: see `declared`. One that speaks OpenAI's shape needs no
 reader at all. docs/adding-a-provider.md has the steps.
