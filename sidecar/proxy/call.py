@@ -6,7 +6,9 @@ upstream connection needs one) and no timer a call.
 
 Where a call stands is its `phase`. `TABLE` says what each event does in each phase (docs/call.md draws it); an event
 that is not in it does nothing there. Only a piece of a body in `STREAMING`, which is what nearly every read brings, has
-a shorter way. What an end means for the record, the client and the upstream is decided in `ending`.
+a shorter way. What an end means for the record, the client and the upstream is decided in `ending`. What is no phase
+has files of its own: the request's head (`incoming`) and body (`request_body`), the question to the gate
+(`gate_question`), what reads along (`call_taps`), and what follows a 101 (`tunnel`).
 
 What must always hold here:
 - A call that was let in is recorded once. `_record` is the one place that hands its exchange over.
