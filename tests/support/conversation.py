@@ -68,6 +68,28 @@ def own(status: bytes, type_: bytes, message: bytes, connection: bytes = b"Conne
     )
 
 
+def size(response: bytes) -> int:
+    """Of its body."""
+    return len(response.partition(b"\r\n\r\n")[2])
+
+
+def closing(response: bytes) -> bytes:
+    """The response as it is passed on where the connection ends behind it."""
+    head, _, body = response.partition(b"\r\n\r\n")
+    return head + b"\r\n" + CLOSE + b"\r\n" + body
+
+
+# Heads of responses, what comes of an offer, the proxy's own responses, and what a record says of a cut.
+CHUNKED = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\n"
+SIZED_10 = b"HTTP/1.1 200 OK\r\nContent-Length: 10\r\n\r\n"
+CLOSE = b"Connection: close\r\n"
+AGREED = b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n\r\n"
+BAD_GATEWAY = own(b"502 Bad Gateway", b"upstream_broke", b"the upstream gave no valid response", b"")
+TOO_SLOW = own(b"408 Request Timeout", b"request_timeout", b"the request did not arrive in time")
+RESET = "the connection ended before the answer (reset)"
+
+
 class _Socket:
     """What the proxy asks of a socket before it cuts: that closing it resets; and before it takes one: whether anything
     has come."""
