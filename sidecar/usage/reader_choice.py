@@ -202,7 +202,8 @@ class Envelope(Reader):
     @property
     def wanted(self) -> Tree:  # type: ignore[override]
         inner = self._inner.wanted
-        return united(inner, {self._key: inner})  # type: ignore[no-any-return]
+        both: Tree = united(inner, {self._key: inner})
+        return both
 
     @property
     def end_signs(self) -> tuple[bytes, ...]:  # type: ignore[override]

@@ -18,7 +18,7 @@ from datetime import UTC, datetime
 from decimal import Decimal, InvalidOperation
 from time import time
 from types import MappingProxyType
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, Protocol
 
 from sidecar.storage.http_client import Answer as HttpAnswer
 from sidecar.storage.http_client import HttpClient, NoAnswer
@@ -246,7 +246,7 @@ def rows_of(said: object, *names: str) -> list[dict[str, Any]] | None:
         found = next((said[name] for name in names if name in said), None)
     if not isinstance(found, list) or not all(isinstance(row, dict) for row in found):
         return None
-    return cast("list[dict[str, Any]]", found)
+    return found
 
 
 def _whole(text: str) -> int:

@@ -8,6 +8,7 @@ end mark here and end with the body; the JSON array ends with its bracket.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
@@ -37,8 +38,8 @@ class Gemini(Reader):
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"parts"')
     arrays_stream: ClassVar[bool] = True
 
-    def __init__(self, *args: object) -> None:
-        super().__init__(*args)  # type: ignore[arg-type]
+    def __init__(self, anomaly: Callable[[str], None]) -> None:
+        super().__init__(anomaly)
         self._characters: object = None
         self._searches = 0
 
