@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Final, TextIO
 
 from sidecar.spool.types import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
+from sidecar.storage import files as storage_files
 from sidecar.storage.files import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
 
 _SEGMENT_NAME: Final = re.compile(r"(\d{8,})\.seg")
@@ -124,7 +125,7 @@ def write_retired(slot: Path, first_seq: int, recorded: int) -> None:
         file.flush()
         os.fsync(file.fileno())
     draft.rename(slot / "retired")
-    sync_directory(slot)
+    storage_files.sync_directory(slot)
 
 
 def open_private(path: Path) -> TextIO:
@@ -152,35 +153,15 @@ def count_set_aside(root: Path) -> int:
 
 
 def make_directory(path: Path) -> None:
-    """Make it and what leads to it, readable by the owner alone, and sync each new name."""
-    missing = []
-    while not path.exists():
-        missing.append(path)
-        path = path.parent
-    if not path.is_dir():
-        raise SpoolError(f"{path} is a file where a directory is needed: move it away, or set SIDECAR_DATA_DIR")
+    """Make it and what leads to it, readable by the owner alone, and sync each new name. Raises `SpoolError`."""
     try:
-        for directory in reversed(missing):
-            directory.mkdir(mode=0o700, exist_ok=True)
-            directory.chmod(0o700)  # whatever the umask took from us
-            sync_directory(directory.parent)
+        storage_files.make_directory(path)
+    except NotADirectoryError as error:
+        raise SpoolError(
+            f"{error.filename} is a file where a directory is needed: move it away, or set SIDECAR_DATA_DIR"
+        ) from error
     except OSError as error:
-        raise translate(error, f"cannot make the directory {missing[0] if missing else path}") from error
-
-
-def sync_directory(path: Path) -> None:
-    """Make names in it outlive a power cut. Where directories cannot be synced there is nothing to do."""
-    try:
-        fd = os.open(path, os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
-    except OSError:
-        return
-    try:
-        os.fsync(fd)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM):
-            raise
-    finally:
-        os.close(fd)
+        raise translate(error, f"cannot make the directory {path}") from error
 
 
 def translate(error: OSError, what: str) -> SpoolError:

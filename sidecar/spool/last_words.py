@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from sidecar.spool import files
-from sidecar.storage.files import PRIVATE
+from sidecar.storage.files import PRIVATE, sync_directory
 
 NAME: Final = "unwritten"
 SIZE: Final = 4096  # a block: no more is needed, and no file system keeps less
@@ -55,7 +54,7 @@ def _put(slot: Path, text: bytes) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-    files.sync_directory(slot)
+    sync_directory(slot)
 
 
 def read(slot: Path) -> Note | None:

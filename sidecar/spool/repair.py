@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Final
 
 from sidecar.spool import files
-from sidecar.spool.segment import SALVAGED, SEALS, Hole, Segment, SegmentFile, sync_file
+from sidecar.spool.segment import SALVAGED, SEALS, Hole, Segment, SegmentFile
+from sidecar.storage.files import sync_directory, sync_file
 
 _DRAFT: Final = ".draft"  # the copy of a damaged segment, while it is written
 
@@ -64,7 +65,7 @@ def repair(root: Path, instance: str, path: Path, number: int, *, upto: int | No
         path.unlink()
     else:
         draft.rename(path)
-    files.sync_directory(path.parent)
+    sync_directory(path.parent)
     return Repaired(records, kept)
 
 
@@ -84,7 +85,7 @@ def _keep(root: Path, instance: str, path: Path) -> Path:
         finally:
             os.close(fd)
     for directory in (target, base):
-        files.sync_directory(directory)
+        sync_directory(directory)
     return target
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from sidecar.spool import files
 from sidecar.spool.reader import SpoolReader, newest_commit_ns
+from sidecar.storage.files import sync_directory
 
 
 def retire_segments(root: Path, instance: str, before_seq: int, retention_s: float, retention_bytes: int) -> int:
@@ -36,7 +37,7 @@ def retire_segments(root: Path, instance: str, before_seq: int, retention_s: flo
         try:
             files.write_retired(slot, following.first_seq, following.base_recorded)
             info.path.unlink()
-            files.sync_directory(slot)
+            sync_directory(slot)
         except OSError as error:
             raise files.translate(error, f"cannot retire {info.path}") from error
         total -= size

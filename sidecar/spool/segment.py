@@ -33,7 +33,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import struct
 import sys
@@ -47,7 +46,7 @@ import orjson
 
 from sidecar.spool import files
 from sidecar.spool.types import REMOVED, SOURCE_BYTES, SpoolDamaged, SpoolError, SpoolFailed, SpoolFull
-from sidecar.storage.files import PRIVATE, Trouble, trouble
+from sidecar.storage.files import PRIVATE, Trouble, sync_directory, sync_file, trouble
 
 FORMAT: Final = 1
 MAGIC: Final = b"\x89MSPOOL\n"
@@ -453,7 +452,7 @@ class Segment:
             segment._allocate(HEADER_BYTES)
             write_all(fd, [header.encode()], 0)
             sync_file(fd)
-            files.sync_directory(path.parent)
+            sync_directory(path.parent)
         except OSError as error:
             os.close(fd)
             with contextlib.suppress(OSError):
@@ -562,18 +561,6 @@ def sync_data(fd: int) -> None:
         sync_file(fd)
     else:
         os.fdatasync(fd)
-
-
-def sync_file(fd: int) -> None:
-    """The whole file is on disk. Raises `OSError`."""
-    if sys.platform == "darwin":  # there a plain fsync stops at the drive's cache
-        try:
-            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-            return
-        except OSError as error:
-            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):
-                raise
-    os.fsync(fd)
 
 
 def allocate(fd: int, offset: int, size: int) -> bool:

@@ -223,9 +223,13 @@ def make_directory(path: Path) -> None:
 def sync_file(fd: int) -> None:
     """Make what was written outlive a power cut. Raises `OSError`; the pages of a failed sync may be gone."""
     if sys.platform == "darwin":  # a plain fsync leaves the data in the drive's cache
-        fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
-    else:
-        os.fsync(fd)
+        try:
+            fcntl.fcntl(fd, fcntl.F_FULLFSYNC)
+            return
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.EINVAL, errno.ENOTTY):  # a file system without it
+                raise
+    os.fsync(fd)
 
 
 def sync_directory(path: Path) -> None:

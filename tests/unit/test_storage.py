@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import sqlite3
 import stat
@@ -286,6 +287,27 @@ def test_a_directory_sync_that_fails_is_said_and_one_that_is_not_offered_is_not(
                 files.sync_directory(tmp_path)
         else:
             files.sync_directory(tmp_path)
+
+
+@pytest.mark.parametrize(("number", "raises"), [(errno.ENOTSUP, False), (errno.EIO, True)])
+def test_where_a_file_system_of_macos_has_no_full_sync_a_file_is_synced_as_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, raises: bool
+) -> None:
+    synced: list[int] = []
+
+    def full_sync(fd: int, request: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(fcntl, "fcntl", full_sync)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    if raises:
+        with pytest.raises(OSError, match=os.strerror(number)):
+            files.sync_file(7)
+    else:
+        files.sync_file(7)
+    assert synced == ([] if raises else [7])
 
 
 def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path) -> None:
