@@ -525,9 +525,9 @@ def required_setting(kind: Kind[T], text: str) -> T:
     return cast("T", _field(Setting("", kind, None, text, required=True)))
 
 
-def secret_setting(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret | None:
+def secret_setting(kind: Kind[str], text: str) -> Secret | None:
     """As `setting`, for what is never shown."""
-    return cast("Secret | None", _field(Setting("", kind, None, text, secret=True, also=also)))
+    return cast("Secret | None", _field(Setting("", kind, None, text, secret=True)))
 
 
 def required_secret(kind: Kind[str], text: str, *, also: tuple[str, ...] = ()) -> Secret:

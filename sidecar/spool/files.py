@@ -184,7 +184,7 @@ def translate(error: OSError, what: str) -> SpoolError:
 class FileLock:
     """An advisory lock on a file, held as long as the process lives: the kernel lets go of it after a crash."""
 
-    def __init__(self, path: Path, *, note: dict[str, object] | None = None, shared: bool = False) -> None:
+    def __init__(self, path: Path) -> None:
         """Take it at once. Raises `SpoolLocked`, naming the holder, when another process has it."""
         self.path = path
         try:
@@ -193,7 +193,7 @@ class FileLock:
         except OSError as error:
             raise translate(error, f"cannot open the lock {path}") from error
         try:
-            fcntl.flock(self._fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             pid = holder(path)
             os.close(self._fd)
@@ -203,14 +203,13 @@ class FileLock:
             raise SpoolLocked(
                 f"{path.parent} is in use by {who}: stop it, or set SIDECAR_DATA_DIR to another directory", pid
             ) from None
-        if not shared:
-            self._write({"pid": os.getpid(), **(note or {})})
+        self._say_who()
 
-    def _write(self, note: dict[str, object]) -> None:
-        """Say who holds it. A full disk must not keep the service from starting, so this may fail."""
+    def _say_who(self) -> None:
+        """A full disk must not keep the service from starting, so this may fail."""
         try:
             os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(note).encode() + b"\n", 0)
+            os.pwrite(self._fd, json.dumps({"pid": os.getpid()}).encode() + b"\n", 0)
         except OSError:
             pass
 

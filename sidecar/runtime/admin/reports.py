@@ -72,12 +72,8 @@ class Busy(Exception):
     """So many ask that this one is not read for."""
 
 
-class Unavailable(Exception):
-    """It cannot be read; the text says why and what to do."""
-
-    def __init__(self, text: str, *, status: int = 503, again: bool = False) -> None:
-        super().__init__(text)
-        self.status, self.again = status, again
+class NothingThere(Exception):
+    """What is asked for does not exist yet; the text says why."""
 
 
 class Reports:
@@ -132,8 +128,8 @@ class Reports:
             except TooLongError:
                 text = f"reading took longer than {ANSWER_S:.0f} s: ask for a shorter time, or for fewer names in by"
                 return _refusal(text, 503)
-            except Unavailable as error:
-                return _refusal(str(error), error.status, again_s=AGAIN_S if error.again else None)
+            except NothingThere as error:
+                return _refusal(str(error), 404)
             except SpoolError as error:
                 return _refusal(str(error), 503)
             except StorageError as error:
@@ -255,7 +251,7 @@ class Reports:
             with accounts(self._settings) as found:
                 if not found:
                     path = self._settings.data_dir / DELIVERY
-                    raise Unavailable(f"there is no {path} yet: nothing was recorded or delivered", status=404)
+                    raise NothingThere(f"there is no {path} yet: nothing was recorded or delivered")
                 lists.check_backend(found, query, self._settings.backends)
                 rows = list(lists.parked(found, query, self._names))
             columns = lists.PARKED if form is Format.CSV else lists.PARKED_WHOLE

@@ -631,14 +631,14 @@ def entries(rows: tuple[Row, ...] = ROWS) -> list[tuple[str, str, Row]]:
     return [(method, path, row) for row in rows for path in row.paths for method in row.method.split()]
 
 
-def known_routes(rows: tuple[Row, ...] = ROWS) -> list[str]:
+def known_routes() -> list[str]:
     """Every pattern once, as `METHOD /path`: the routes that are known without being configured."""
-    return list(dict.fromkeys(f"{method} {path}" for method, path, _ in entries(rows)))
+    return list(dict.fromkeys(f"{method} {path}" for method, path, _ in entries()))
 
 
-def row_providers(rows: tuple[Row, ...] = ROWS) -> set[str]:
+def row_providers() -> set[str]:
     """Every provider that a path or a response can name, whatever the host."""
-    return {row.provider for row in rows if row.provider is not None} | {TextEmbeddings.NAME}
+    return {row.provider for row in ROWS if row.provider is not None} | {TextEmbeddings.NAME}
 
 
 def render(rows: tuple[Row, ...] = ROWS) -> str:
