@@ -30,12 +30,13 @@ from sidecar.cli import (
     reload,
     serve,
     spool,
+    streams,
     subscriber,
     usage,
 )
 from sidecar.cli import help as help_command
 from sidecar.cli.output import plain_terminals
-from sidecar.cli.shared import EXIT_USAGE, INTERRUPTED, CommandError
+from sidecar.cli.shared import EXIT_OK, EXIT_USAGE, INTERRUPTED, CommandError
 from sidecar.settings import SettingsError
 
 COMMANDS: Final[Mapping[str, ModuleType]] = {
@@ -60,10 +61,11 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
+    streams.take_over()
     plain_terminals()
-    arguments = parser().parse_args(_with_default(sys.argv[1:] if argv is None else argv))
+    code = EXIT_OK  # of a reader that has enough before it can be known
     try:
-        code = arguments.run(arguments)
+        code = _run(_with_default(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()
     except (SettingsError, CommandError) as error:
         print(error, file=sys.stderr)
@@ -71,19 +73,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
-        return _has_enough()
+        _has_enough()
     except BaseExceptionGroup as group:
         # `demo` prints inside of task groups, which hand on in a group what ended them.
         if group.split(BrokenPipeError)[1] is not None:
             raise
-        return _has_enough()
-    return int(code)
+        _has_enough()
+    return code
 
 
-def _has_enough() -> int:
+def _run(words: Sequence[str]) -> int:
+    try:
+        arguments = parser().parse_args(words)
+    except SystemExit:
+        sys.stdout.flush()  # of `--help`: where it cannot be written, that can still be told
+        raise
+    return int(arguments.run(arguments))
+
+
+def _has_enough() -> None:
     """The reader (`| head`) has. Whatever is still buffered goes nowhere, without a second complaint."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
 
 
 def parser() -> argparse.ArgumentParser:
