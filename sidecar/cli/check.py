@@ -81,7 +81,7 @@ def notes(settings: Settings) -> list[str]:
     from sidecar import prices
     from sidecar.runtime import gate_factory
     from sidecar.runtime.admin.guard import open_port
-    from sidecar.runtime.factory import IDLE_PIN, idle_pins
+    from sidecar.runtime.factory import idle_names
     from sidecar.spool.files import ground_warning
 
     found = [] if (warning := open_port(settings)) is None else [warning]
@@ -94,7 +94,7 @@ def notes(settings: Settings) -> list[str]:
         found.append(warning)
     found += prices.notes(settings)
     found += unpriced_models(settings)
-    found += [f"SIDECAR_PROVIDERS: {pin.pattern} can match nothing: {IDLE_PIN}" for pin in idle_pins(settings)]
+    found += [f"{setting}: {what}" for setting, what in idle_names(settings)]
     found += gate_factory.notes(settings)
     return found
 

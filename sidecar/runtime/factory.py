@@ -14,6 +14,7 @@ import resource
 import secrets
 import time
 from collections.abc import Callable
+from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Final
@@ -31,17 +32,18 @@ from sidecar.proxy import Proxy
 from sidecar.proxy.context import Reading
 from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
-from sidecar.proxy.subscriber import Attributor
+from sidecar.proxy.subscriber import Attributor, is_hashed
 from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import ProxySettings, Settings, UpstreamSettings
+from sidecar.settings.loader import named
 from sidecar.spool.files import translate
 from sidecar.storage.files import write_once
 from sidecar.usage.plain_calls import PlainReader
-from sidecar.usage.providers.table import known_routes
+from sidecar.usage.providers.table import known_routes, row_providers
 from sidecar.usage.readers import Pin, UsageTaps
-from sidecar.usage.response_headers import provider_of_host
+from sidecar.usage.response_headers import known_providers, provider_of_host
 
 log = logging.getLogger("sidecar.parts")
 
@@ -63,10 +65,8 @@ def proxy(
     gate: Admission | None = None,
 ) -> Proxy:
     """The hop with everything that reads along."""
-    for pin in idle_pins(settings):
-        log.warning(
-            "%s can match nothing: %s", pin.pattern, IDLE_PIN, extra={"facts": {"setting": "SIDECAR_PROVIDERS"}}
-        )
+    for setting, what in idle_names(settings):
+        log.warning("%s", what, extra={"facts": {"setting": setting}})
     found = routes(settings)
     attribute = attributor(settings, key, WhoPays(metrics.attribution_anomaly))
     by_body = attribute.by_body if body_fields(settings) else None
@@ -201,9 +201,27 @@ def pins_of(settings: Settings) -> list[Pin]:
     return [Pin(pattern, provider) for pattern, provider in pins.items()]
 
 
-def idle_pins(settings: Settings) -> list[Pin]:
-    """Pins that can match nothing."""
-    return [pin for pin in pins_of(settings) if pin.idle]
+def idle_names(settings: Settings) -> list[tuple[str, str]]:
+    """Settings that name what there is not, or what no call can be: each with what is to be said of it. Somebody may
+    mean it so, or not yet."""
+    pins = pins_of(settings)
+    found = [("SIDECAR_PROVIDERS", f"{pin.pattern} can match nothing: {IDLE_PIN}") for pin in pins if pin.idle]
+    known = known_providers() | row_providers()
+    priced = {table.get("provider") for table in settings.price_tables}  # who has a price for it has not mistyped it
+    for name in sorted({pin.provider for pin in pins} - known - priced):
+        near = get_close_matches(name.lower(), known, 1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        what = f"no provider is known as {name}{hint}: such calls are recorded under that name, and read as OpenAI's"
+        found.append(("SIDECAR_PROVIDERS", what))
+    if all(is_hashed(Source.parse(text)) for text in settings.attribution.subscriber):
+        plain = [id_ for id_ in settings.subscribers if not HASHED.fullmatch(id_)]
+        if plain:
+            what = (
+                f"no call is ever of {named(plain)}: here callers are known by the hash of their credential "
+                "(SIDECAR_SUBSCRIBER), which `metering-sidecar subscriber` says of a key"
+            )
+            found.append(("[subscribers]", what))
+    return found
 
 
 def usage_taps(settings: Settings, anomaly: Callable[[str], None], url: str | None = None) -> UsageTaps:

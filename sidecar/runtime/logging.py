@@ -6,6 +6,7 @@ Callers pass facts as `extra={"facts": {...}}`; no header value, query value, bo
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -21,7 +22,7 @@ ROOT: Final = "sidecar"
 ASKED: Final = "asked"  # the fact that has what an operator wanted, field by field
 # What may stand in a line of text: a name that a client chose could otherwise make lines of its own, or turn the
 # direction of what follows.
-_HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]*")
+_HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")  # needs no quotes as a fact's value
 
 
@@ -46,7 +47,11 @@ class JsonLines(logging.Formatter):
             row.update(facts)
         if record.exc_info:
             row["error"] = self.formatException(record.exc_info)
-        return orjson.dumps(row, default=str, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS).decode()
+        try:
+            return orjson.dumps(row, default=str, option=orjson.OPT_UTC_Z | orjson.OPT_NON_STR_KEYS).decode()
+        except TypeError:  # a name from outside that is no UTF-8, or a number of more than 64 bits
+            row["at"] = f"{datetime.fromtimestamp(record.created, UTC).replace(tzinfo=None).isoformat()}Z"
+            return json.dumps(row, default=str, separators=(",", ":"))
 
 
 class TextLines(logging.Formatter):

@@ -7,6 +7,7 @@ therefore never held is worse than a refusal to start. No secret appears in a me
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -27,7 +28,7 @@ from sidecar.settings.schema import (
     core_settings,
     settings_from,
 )
-from sidecar.settings.types import Many, duration
+from sidecar.settings.types import Many, duration, every
 from sidecar.settings.upstreams import UpstreamSettings, from_tables
 
 CONFIG: Final = PREFIX + "CONFIG"
@@ -46,6 +47,7 @@ _SERVICE_LINK: Final = re.compile(
 
 _USER: Final = re.compile(r"//\S*@")
 _QUERY: Final = re.compile(r"(://[^\s?]*)\?[^\s']*")
+_PEM: Final = re.compile(r"(-----BEGIN [^-]*-----).*", re.DOTALL)
 
 BackendSettings = Mapping[str, Sequence[Setting]]
 Row = tuple[str | None, Setting]  # the backend's name (None: the core) and the setting
@@ -165,7 +167,8 @@ class _Loading:
                 password = ", and no password in it" if hides and not setting.secret else ""
                 why = str(error) if says else f"expected {setting.kind.expected}{password}"
                 quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
-                where = "" if origin.startswith("environment") else f" (in {origin})"
+                source = origin.removeprefix("environment").removeprefix(", ")
+                where = f" (in {source})" if source else ""
                 self.problems.append(f"{variable}{quoted}{where}: {why}")
         self.effective.append(Effective(variable, shown, origin, setting.help))
         return value
@@ -204,17 +207,19 @@ class _Loading:
 
     def _read_toml(self) -> None:
         name = self.environ.get(CONFIG, "")
+        origin = "environment" if name else "default"
         self.effective.append(
-            Effective(CONFIG, name, "environment" if name else "default", "a TOML file that may hold the settings")
+            Effective(CONFIG, without_secrets(name), origin, "a TOML file that may hold the settings")
         )
         if not name:
             return
         self.toml_name, self.toml_read = name, False
         try:
-            self.toml = tomllib.loads(Path(name).expanduser().read_text("utf-8"))
+            # With the mark that some editors begin UTF-8 with: TOML 1.1 lets it stand.
+            self.toml = tomllib.loads(Path(name).expanduser().read_text("utf-8-sig"))
             self.toml_read = True
         except OSError as error:
-            self.problems.append(f"{CONFIG}={_quote(name)}: cannot be read: {error.strerror}")
+            self.problems.append(f"{CONFIG}={_quote(without_secrets(name))}: cannot be read: {error.strerror}")
         except UnicodeDecodeError:
             self.problems.append(f"{CONFIG}={_quote(name)}: is not UTF-8")
         except tomllib.TOMLDecodeError as error:
@@ -373,7 +378,7 @@ def _parse(setting: Setting, found: _Found) -> Any:
     if found.problem:
         raise Unfit(found.problem)
     if setting.name == "routes" and isinstance(value, dict):
-        return tuple(_route(pattern, table) for pattern, table in value.items())
+        return tuple(every(value.items(), lambda route: _route(*route)))
     if isinstance(kind, Many) and isinstance(value, list):
         return kind.parse_items([_scalar(item) for item in value])
     if isinstance(kind, Many) and isinstance(value, dict):
@@ -425,7 +430,12 @@ def _secret_file(name: str, origin: str) -> _Found:
         with Path(name).expanduser().open("rb") as file:
             content = file.read(SECRET_FILE_BYTES + 1)
     except OSError as error:
-        return _Found(None, origin, f"{_quote(name)} cannot be read: {error.strerror}")
+        # What looks like no path is likely to be the secret itself, in the variable for its file.
+        plain = name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
+        shown = without_secrets(_quote(name)) if plain else "a file of that name (hidden)"
+        return _Found(None, origin, f"{shown} cannot be read: {error.strerror}")
+    except ValueError:
+        return _Found(None, origin, "this is no path")
     except RuntimeError:
         return _Found(None, origin, f"{_quote(name)} is no path: there is no user whose home directory it begins with")
     if len(content) > SECRET_FILE_BYTES:
@@ -434,6 +444,8 @@ def _secret_file(name: str, origin: str) -> _Found:
         text = content.decode().strip()
     except UnicodeDecodeError:
         return _Found(None, origin, f"{_quote(name)} is not text")
+    if text.startswith("\ufeff"):
+        return _Found(None, origin, f"{_quote(name)} begins with a byte order mark: save it as UTF-8 without one")
     return _Found(text, origin, None if text else f"{_quote(name)} is empty")
 
 
@@ -469,9 +481,10 @@ def _as_text(value: Any) -> str:
 
 
 def without_secrets(text: str) -> str:
-    """Without what may be a password or a key in an address: who is named before its host, and its query. More may be
-    hidden than has to be: where such a password ends cannot always be told."""
-    return _QUERY.sub(r"\1?…", _USER.sub("//…@", text))
+    """Without what may be a password or a key in an address: who is named before its host, and its query; and without
+    a key that stands where its file should be named. More may be hidden than has to be: where such a password ends
+    cannot always be told."""
+    return _PEM.sub(r"\1…", _QUERY.sub(r"\1?…", _USER.sub("//…@", text)))
 
 
 def _quote(text: str) -> str:

@@ -8,8 +8,9 @@ of any other error is not shown, because it may quote a secret.
 from __future__ import annotations
 
 import hmac
+import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
@@ -23,6 +24,7 @@ from sidecar.model.http_url import http_url as parse_url
 from sidecar.model.path_pattern import check_pattern
 
 T = TypeVar("T")
+V = TypeVar("V")
 E = TypeVar("E", bound=StrEnum)
 Network = IPv4Network | IPv6Network
 
@@ -156,7 +158,8 @@ def duration(least: float = 0.0, most: float = DURATION_MOST_S) -> Kind[float]:
             raise ValueError
         seconds = float(found[1]) * _DURATION_UNITS[found[2].lower()]
         if not least <= seconds <= most:
-            raise Unfit(f"expected a time from {least:g} s to {most:g} s")
+            longest = f"{most / 86_400:g}d" if most >= 86_400 else f"{most:g} s"
+            raise Unfit(f"expected a time from {least:g} s to {longest}")
         return seconds
 
     return Kind("seconds, or a time such as 500ms, 30s, 5m, 12h, 7d", parse)
@@ -280,7 +283,15 @@ def _address(value: str) -> Address:
 address: Final = Kind("host:port or unix:/path", _address)
 
 
+_PATH_BYTES: Final = 4_095  # the kernel's limits (PATH_MAX with its zero, NAME_MAX): Linux' include/uapi/linux/limits.h
+_NAME_BYTES: Final = 255
+
+
 def _path(value: str) -> Path:
+    if re.search(r"[\x00-\x1f\x7f]", value):  # likely a certificate or key, pasted in place of its file's name
+        raise UnfitSecret("expected a path in one line, not what is in the file")
+    if len(os.fsencode(value)) > _PATH_BYTES or any(len(os.fsencode(n)) > _NAME_BYTES for n in value.split("/")):
+        raise UnfitSecret("expected a shorter path")
     try:
         return Path(value).expanduser()
     except RuntimeError:
@@ -292,6 +303,8 @@ path: Final = Kind("a path", _path)
 
 def _readable(value: str) -> Path:
     found = _path(value)
+    if found.is_dir():
+        raise Unfit("this is a directory: expected a file")
     if not found.is_file():
         raise Unfit("there is no such file")
     return found
@@ -310,9 +323,23 @@ def many(expected: str, parse_items: Callable[[Sequence[str]], T]) -> Many[T]:
     return Many(expected, lambda value: parse_items(_split(value)), parse_items)
 
 
+def every(items: Iterable[V], parse_item: Callable[[V], T]) -> list[T]:
+    """What each is read as; `Unfit` with all that is wrong with any of them."""
+    found: list[T] = []
+    problems: list[str] = []
+    for item in items:
+        try:
+            found.append(parse_item(item))
+        except Unfit as error:
+            problems.append(str(error))
+    if problems:
+        raise Unfit("; ".join(dict.fromkeys(problems)))
+    return found
+
+
 def each(expected: str, parse_item: Callable[[str], T]) -> Many[tuple[T, ...]]:
     """Several values of one kind, in order and without repeats."""
-    return many(expected, lambda items: tuple(dict.fromkeys(parse_item(item) for item in items)))
+    return many(expected, lambda items: tuple(dict.fromkeys(every(items, parse_item))))
 
 
 def _consumer(value: str) -> str:
@@ -336,25 +363,25 @@ def _network(value: str) -> Network:
 networks: Final = each("networks such as 10.0.0.0/8, separated by commas", _network)
 
 
-def _pairs(items: Sequence[str], *, last: bool = False) -> list[tuple[str, str]]:
-    pairs = []
-    for item in items:
-        left, equals, right = item.rpartition("=") if last else item.partition("=")
-        if not equals or not left.strip() or not right.strip():
-            raise Unfit(f"{item!r} has no name=value")
-        pairs.append((left.strip(), right.strip()))
-    return pairs
+def _pair(item: str, *, last: bool = False) -> tuple[str, str]:
+    left, equals, right = item.rpartition("=") if last else item.partition("=")
+    if not equals or not left.strip() or not right.strip():
+        raise Unfit(f"{item!r} has no name=value")
+    return left.strip(), right.strip()
 
 
 def _dimensions(items: Sequence[str]) -> Mapping[str, str]:
     found: dict[str, str] = {}
-    for item in items:
-        name, header = _pairs([item])[0] if "=" in item else (item, item)
+
+    def read(item: str) -> None:
+        name, header = _pair(item) if "=" in item else (item, item)
         if plain_name(name) in found:
             raise Unfit(f"the dimension {name!r} is named twice")
         if header_name(header) in HOP_BY_HOP:
             raise Unfit(f"{item!r}: the upstream never gets this field: expected another")
         found[name] = header_name(header)
+
+    every(items, read)
     return found
 
 
@@ -366,10 +393,14 @@ sources: Final = each("sources such as header:x-tenant, separated by commas", la
 
 def _elements(items: Sequence[str]) -> tuple[Element, ...]:
     found: dict[str, Element] = {}
-    for element in map(Element.parse, items):
+
+    def read(item: str) -> None:
+        element = Element.parse(item)
         if element.name in found:
             raise Unfit(f"the element {element.name!r} is named twice")
         found[element.name] = element
+
+    every(items, read)
     return tuple(found.values())
 
 
@@ -379,7 +410,16 @@ patterns: Final = each("path patterns, separated by commas", check_pattern)
 
 
 def _pins(items: Sequence[str]) -> Mapping[str, str]:
-    return {check_pattern(pattern): plain_name(provider) for pattern, provider in _pairs(items, last=True)}
+    found: dict[str, str] = {}
+
+    def read(item: str) -> None:
+        pattern, provider = _pair(item, last=True)
+        if check_pattern(pattern) in found:
+            raise Unfit(f"the pattern {pattern!r} is named twice")
+        found[pattern] = plain_name(provider)
+
+    every(items, read)
+    return found
 
 
 pins: Final = many("pattern=provider pairs, separated by commas", _pins)
@@ -422,10 +462,16 @@ limits: Final = many("unit=amount/window, separated by commas, such as calls=600
 
 def _statuses(items: Sequence[str]) -> Mapping[str, int]:
     found: dict[str, int] = {}
-    for name, value in _pairs(items):
+
+    def read(item: str) -> None:
+        name, value = _pair(item)
         if name not in ("quota", "rate") or not re.fullmatch(r"4\d\d", value, re.ASCII):
             raise Unfit(f"{name}={value}: expected quota=STATUS or rate=STATUS, 400 to 499")
+        if name in found:
+            raise Unfit(f"{name} is named twice")
         found[name] = int(value)
+
+    every(items, read)
     return found
 
 
@@ -439,7 +485,7 @@ _HEADER_VALUE: Final = re.compile(r"[!-~]([ -~]*[!-~])?")
 
 def _header_text(value: str) -> str:
     if not _HEADER_VALUE.fullmatch(value):
-        raise Unfit("expected printable ASCII, without spaces or line ends around it")
+        raise UnfitSecret("expected one line of printable ASCII, without spaces around it")
     return value
 
 

@@ -1,0 +1,119 @@
+"""Settings that name files: what stands in such a variable by mistake, and files as other systems save them."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from sidecar.backends import backend_settings
+from sidecar.runtime.factory import idle_names
+from sidecar.runtime.logging import JsonLines, TextLines
+from sidecar.settings import Settings, SettingsError, load
+
+URL = {"SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9"}
+KEY = "-----BEGIN PRIVATE KEY-----\n" + "MIIEvgIBADANBgkqhkiG9w0BAQEFAASC\n" * 24 + "-----END PRIVATE KEY-----\n"
+
+
+def read(**variables: str) -> Settings:
+    return load({**URL, **variables}, backend_settings=backend_settings())
+
+
+def refused(**variables: str) -> SettingsError:
+    with pytest.raises(SettingsError) as caught:
+        read(**variables)
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    "variable",
+    [
+        "SIDECAR_TLS_KEY_FILE", "SIDECAR_UPSTREAM_CA_FILE", "SIDECAR_GATE_REVENIUM_PUBLIC_KEY_FILE",
+        "SIDECAR_NATS_KEY_FILE", "SIDECAR_FILE_PATH", "SIDECAR_DATA_DIR", "SIDECAR_CONFIG",
+        "SIDECAR_ADMIN_TOKEN_FILE",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("value", [KEY, KEY.replace("\n", "")], ids=["lines", "one line"])
+def test_a_key_in_place_of_its_file_is_told_and_not_shown(variable: str, value: str) -> None:
+    error = refused(**{variable: value})
+    assert any(variable in problem for problem in error.problems)
+    assert "MII" not in str(error)
+    assert not any("MII" in line.value for line in error.effective)
+
+
+def test_a_secret_in_the_variable_for_its_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (found,) = refused(SIDECAR_STRIPE_API_KEY_FILE="sk_live_mine").problems
+    assert found.startswith("SIDECAR_STRIPE_API_KEY (in SIDECAR_STRIPE_API_KEY_FILE): a file of that name (hidden)")
+    assert "'/run/nothing' cannot be read" in str(refused(SIDECAR_STRIPE_API_KEY_FILE="/run/nothing"))
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "keys").mkdir()
+    assert "'keys' cannot be read: Is a directory" in str(refused(SIDECAR_STRIPE_API_KEY_FILE="keys"))
+
+
+def test_a_path_that_no_system_takes_is_refused_in_words(tmp_path: Path) -> None:
+    assert "expected a shorter path" in str(refused(SIDECAR_DATA_DIR="x" * 300))
+    assert "expected a shorter path" in str(refused(SIDECAR_TLS_KEY_FILE="/x" * 3000))
+    assert "this is a directory" in str(refused(SIDECAR_UPSTREAM_CA_FILE=str(tmp_path)))
+    config = tmp_path / "sidecar.toml"
+    config.write_text('hash_key_file = "a\\u0000b"')
+    assert "this is no path" in str(refused(SIDECAR_CONFIG=str(config)))
+
+
+def test_the_mark_before_utf_8_is_read_over_or_named(tmp_path: Path) -> None:
+    config, key = tmp_path / "sidecar.toml", tmp_path / "key"
+    config.write_text("\ufeffworkers = 3\r\n", "utf-8")
+    assert read(SIDECAR_CONFIG=str(config)).serve.workers == 3
+    key.write_text("\ufeffone of sixteen or more", "utf-8")  # in a key of hashes it would be taken for a part of it
+    (found,) = refused(SIDECAR_HASH_KEY_FILE=str(key)).problems
+    assert found.endswith("begins with a byte order mark: save it as UTF-8 without one")
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "why"),
+    [
+        ("TRUSTED_PROXIES", "x,10.0.0.0/8,y", ("'x' does not", "'y' does not")),
+        ("DIMENSIONS", "a b=x,c,c=y", ("'a b' is no name", "'c' is named twice")),
+        ("ELEMENTS", "a=b,c=json:x,c=json:y", ("a='b'", "'c' is named twice")),
+        ("PROVIDERS", "/x=a,y,/x=b", ("'y' has no", "'/x' is named twice")),
+        ("GATE_STATUS", "quota=5,rate=429,rate=430", ("quota=5", "rate is named twice")),
+        ("BACKENDS", "a b,ledger,c d", ("'a b' is", "'c d' is")),
+    ],
+)
+def test_of_several_values_all_that_are_wrong_are_named(variable: str, value: str, why: tuple[str, ...]) -> None:
+    (found,) = refused(**{f"SIDECAR_{variable}": value}).problems
+    assert all(text in found for text in why)
+
+
+def test_of_several_routes_all_that_are_wrong_are_named(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text('[routes."/x"]\nrecord = "no"\n[routes."/y"]\nprovider = 3\n[routes."/z"]\n')
+    (found,) = refused(SIDECAR_CONFIG=str(config)).problems
+    assert "/x: record is true or false; /y: provider is a name" in found
+
+
+def test_names_that_no_call_can_have_are_told(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text(
+        f'[subscribers.acme]\nstripe = "cus_1"\n[subscribers.key_{"0a" * 16}]\nstripe = "cus_2"\n'
+        '[[prices]]\nprovider = "house"\nmodel = "m"\ninput = "1"\n'
+    )
+    pins = "/a=opanai,/b=house,/c=openai,/d=perplexity"
+    told = idle_names(read(SIDECAR_CONFIG=str(config), SIDECAR_PROVIDERS=pins))
+    assert [setting for setting, _ in told] == ["SIDECAR_PROVIDERS", "[subscribers]"]
+    assert "no provider is known as opanai (did you mean openai?)" in told[0][1]
+    assert "no call is ever of acme:" in told[1][1]
+    assert idle_names(read(SIDECAR_CONFIG=str(config), SIDECAR_SUBSCRIBER="header:x-tenant,credential")) == []
+
+
+@pytest.mark.parametrize("lines", [JsonLines(role="supervisor"), TextLines(role="supervisor")])
+def test_a_name_that_is_no_utf_8_can_be_logged(lines: logging.Formatter) -> None:
+    (problem,) = refused(**{"SIDECAR_A\udcff": "1"}).problems
+    record = logging.makeLogRecord({"msg": problem, "facts": {"problems": [problem], "count": 1 << 80}})
+    line = lines.format(record)
+    io.BytesIO().write(line.encode())
+    assert "is not a setting" in line
+    if isinstance(lines, JsonLines):
+        assert json.loads(line)["count"] == 1 << 80
