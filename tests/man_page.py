@@ -21,9 +21,12 @@ def written() -> str:
     """The page. It has no date and no place of this machine, so that it is the same wherever it is made."""
     os.environ["COLUMNS"] = "80"
     top = parser()
-    for _, each in walk(top):
+    for path, each in walk(top):
         if each.epilog:
             each.epilog = each.epilog.replace(whereabouts(), f"in {SHARED_PAGES} below {PREFIX}")
+            if path:  # the page has the epilog of the program alone: what a command's says beside its examples moves up
+                own = each.epilog.partition("examples:\n")[0].strip()
+                each.description = "\n\n".join(filter(None, (each.description, own)))
     page = Manpage(top, format="pretty", _data={"project_name": NAME, "version": sidecar.__version__})
     page.description, page.manual, page.date = "meter and bill every call of an HTTP API", NAME, ""
     every = dict.fromkeys(one for shown in PAGES.values() for one in shown.examples)

@@ -38,6 +38,10 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--all", action="store_true", help="also settings that stand at their default")
     add_data_dir(parser)
     add_format(parser, "table", "json")
+    parser.epilog = (
+        "exit codes: 0, the sidecar would start; 1, with --connect: something cannot be reached, or is not set up as "
+        "the sidecar is; 2, it would not start"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -202,6 +202,13 @@ def test_the_man_page_is_what_the_parser_says() -> None:
     assert man_page.PAGE.read_text() == man_page.written(), "run `make man`"
 
 
+def test_the_man_page_has_what_each_command_says_below_its_options() -> None:
+    page = " ".join(man_page.PAGE.read_text().replace("\\", "").split())
+    said = {path: (each.epilog or "").partition("examples:\n")[0] for path, each in walk(parser())}
+    assert [path for path, own in said.items() if " ".join(own.split()) not in page] == []
+    assert sum("exit codes: " in own for own in said.values()) > 5
+
+
 def test_the_parser_is_light() -> None:
     """`--help` and completion load no proxy, no backend and no metrics."""
     heavy = ("aiohttp", "uvloop", "prometheus_client", "shtab")
