@@ -93,6 +93,7 @@ SHORT = {
     "proxy/route.py": "one of the two things a record says of a call beside who pays",
     "runtime/admin/answers.py": "what both ports answer with, under both of them",
     "runtime/certificates.py": "`check` asks it too, without the rest of start-up",
+    "runtime/faults.py": "`check`, the start and a reload ask it, above the parts that judge",
     "runtime/signals.py": "the one place that takes signals for the loop",
     "runtime/unclaimed.py": "when an answer without a reader is said; with a test of its own",
     "spool/retention.py": "what goes and when is a policy of its own",

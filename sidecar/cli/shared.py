@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import partial
 from typing import Final
 
 from sidecar.runtime.reports import parameters
@@ -37,16 +38,10 @@ def known_backend_settings() -> BackendSettings:
 def serving_settings(
     arguments: argparse.Namespace, environ: Mapping[str, str] = os.environ, *, starting: bool = False
 ) -> Settings:
-    """All that `serve` needs, with what only the parts can judge: meters, prices, limits, backends, the ledger's
-    file, certificates. `starting`: only what is a reason not to serve."""
-    from sidecar import prices
-    from sidecar.runtime import backend_factory, certificates, gate_factory, shipping
+    """All that `serve` needs, with what only the parts can judge. `starting`: only what is a reason not to serve."""
+    from sidecar.runtime.faults import faults
 
-    def judge(settings: Settings) -> list[str]:
-        money = [*prices.faults(settings, gate_factory.providers(settings)), *gate_factory.faults(settings)]
-        own = [*money, *shipping.faults(settings)]
-        return [*backend_factory.faults(settings, starting=starting), *own, *certificates.faults(settings.proxy)]
-
+    judge = partial(faults, starting=starting)
     return load(overridden(arguments, environ), backend_settings=known_backend_settings(), judge=judge)
 
 

@@ -30,6 +30,7 @@ from typing import Any, Final
 from sidecar.runtime import factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.disk import LOOK_S, NoRoomError, no_room, text_of
+from sidecar.runtime.faults import faults
 from sidecar.runtime.instance_lock import DataLock, InUseError, LockError, Reload
 from sidecar.runtime.metering import Start, meter
 from sidecar.runtime.seam import ASK_S
@@ -37,7 +38,7 @@ from sidecar.runtime.seam_protocol import Address, listen_at_seam
 from sidecar.runtime.serving import serve
 from sidecar.runtime.wire import WireEnd
 from sidecar.settings import Address as Listen
-from sidecar.settings import OnSpoolFull, Settings
+from sidecar.settings import OnSpoolFull, Settings, SettingsError
 from sidecar.settings.renewal import renewed
 from sidecar.spool.frames import SOURCE_BYTES
 from sidecar.storage.files import Trouble
@@ -433,12 +434,11 @@ class Supervisor:
         waiting: list[str] = []
         if self._read is not None:
             try:
-                found = self._read()
+                settings, waiting = self._read_anew(self._read)
             except Exception as error:  # noqa: BLE001 - whatever is wrong with them, the old ones hold
                 problems = getattr(error, "problems", None) or [str(error)]
                 self._said_of_reload(list(problems), [])
                 return
-            settings, waiting = renewed(self._settings, found)
             self._before, self._settings = self._settings, settings
             logging.getLogger("sidecar").setLevel(settings.serve.log_level.value.upper())
         else:
@@ -451,6 +451,14 @@ class Supervisor:
             self._tell(self._metering, {"do": "hand_over"})
         elif self._metering.ready:
             self._renewed()
+
+    def _read_anew(self, read: Read) -> tuple[Settings, list[str]]:
+        """What holds from now on, and what waits for a restart; raises what is wrong with them."""
+        settings, waiting = renewed(self._settings, read())
+        # Judged again without what waits: a limit may be of a dimension that is as new as it.
+        if waiting and (problems := faults(settings, starting=True)):
+            raise SettingsError([*problems, f"it takes a restart, by which {', '.join(waiting)} would come into force"])
+        return settings, waiting
 
     def _renewed(self) -> None:
         """Whoever meters has the new settings: now those that serve."""

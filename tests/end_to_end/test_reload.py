@@ -183,6 +183,20 @@ async def test_what_needs_a_restart_is_named_and_stays(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(120)
+async def test_what_needs_something_that_waits_for_a_restart_is_told_with_it(tmp_path: Path) -> None:
+    limit = '[[limits]]\nname = "each"\ndimensions.team = "*"\nunit = "calls"\namount = 1\nwindow = "day"\n'
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, "") as whole:
+            meter = whole.children()["meter"]
+            code, said = await whole.reload(f'dimensions = {{ team = "x-team" }}\n{limit}')
+            assert code == 1
+            assert "dimensions.team: no call is filed under it (SIDECAR_DIMENSIONS has none)" in said
+            assert "it takes a restart, by which SIDECAR_DIMENSIONS would come into force" in said
+            assert whole.children()["meter"] == meter, "nobody began, and died of it"
+            assert (await call(session, whole))[0] == 200
+
+
+@pytest.mark.timeout(120)
 async def test_a_secret_is_read_from_its_file_again(tmp_path: Path) -> None:
     async with upstream() as (_, url), client() as session, running_receiver(terms=TERMS) as (receiver, _):
         key = tmp_path / "key"
