@@ -35,7 +35,7 @@ from sidecar.prices import price_book
 from sidecar.runtime import backend_factory, factory, gate_factory, times
 from sidecar.runtime.admin import Readiness, application
 from sidecar.runtime.admin.control import control
-from sidecar.runtime.admin.guard import Guard, open_port
+from sidecar.runtime.admin.guard import Crowd, Guard, open_port
 from sidecar.runtime.admin.reports import Reports
 from sidecar.runtime.billing import Billing, billing
 from sidecar.runtime.directory_identity import As
@@ -468,10 +468,7 @@ async def open_admin(stack: AsyncExitStack, settings: Settings, listener: socket
         stack.push_async_callback(whole.lookout.aclose)
     guard = Guard.of(settings.serve.admin_listen, settings.serve.admin_token, settings.serve.admin_hosts)
     app = application(whole, guard, Reports(settings, whole.limits))
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=ADMIN_STOP_S)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    await web.SockSite(runner, listener).start()
+    await Crowd().serve(stack, web.AppRunner(app, access_log=None, shutdown_timeout=ADMIN_STOP_S), listener)
     if (open_to := open_port(settings)) is not None:
         log.warning(open_to)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
+from contextlib import AsyncExitStack, suppress
 from typing import Any
 
 import aiohttp
@@ -11,7 +13,7 @@ from aiohttp import web
 
 from sidecar.model.balance import Balance
 from sidecar.runtime.admin import Readiness, application
-from sidecar.runtime.admin.guard import CUSTOMER_PATHS, Guard, open_port
+from sidecar.runtime.admin.guard import CUSTOMER_PATHS, Crowd, Guard, open_port
 from sidecar.settings import Address, Secret, SettingsError, load
 
 TOKEN = "a-token-of-the-test"
@@ -140,6 +142,39 @@ async def test_over_a_socket() -> None:
                     assert answer.status == 404, "there is none yet"
     finally:
         await runner.cleanup()
+
+
+async def test_who_only_connects_does_not_keep_others_out() -> None:
+    asked, answer = asyncio.Event(), asyncio.Event()
+
+    async def slow(_: web.Request) -> web.Response:
+        asked.set()
+        await answer.wait()
+        return web.Response(text="late")
+
+    app = application(Quiet(), guard(ANYWHERE, TOKEN))
+    app.router.add_get("/slow", slow)
+    async with AsyncExitStack() as stack:
+        listener = socket.create_server(("127.0.0.1", 0))
+        await Crowd(3).serve(stack, web.AppRunner(app), listener)
+        host, port = listener.getsockname()
+
+        async def come(line: bytes) -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection(host, port)
+            stack.callback(writer.close)
+            writer.write(line)
+            return reader
+
+        asking = await come(b"GET /slow HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        await asked.wait()
+        idle = [await come(b"GET / HTT") for _ in range(5)]
+        healthy = await come(b"GET /healthz HTTP/1.0\r\nHost: localhost\r\n\r\n")
+        assert b"alive" in await healthy.read()
+        for one in idle[:3]:
+            with suppress(ConnectionResetError):
+                assert await one.read() == b"", "the oldest go"
+        answer.set()
+        assert (await asking.read()).endswith(b"late"), "older than all of them, and asking"
 
 
 def settings(**values: str):  # type: ignore[no-untyped-def]

@@ -3,16 +3,21 @@
 A page in an operator's browser may send requests to any address of this network and, once its own name is made to
 point at us (DNS rebinding), read the answers. Such a request carries a name that is not ours. An IP address as `Host`
 cannot be made to point elsewhere and is let through: a scrape by pod address, a probe, a published port of a container.
+How many connect at once is bounded here too, before anybody has asked for anything.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hmac
 import re
 import socket
+from asyncio import Protocol
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
 from ipaddress import ip_address
+from operator import itemgetter
 from typing import Final
 
 from aiohttp import web
@@ -22,6 +27,8 @@ from sidecar.runtime.admin.answers import json_answer
 from sidecar.settings import Address, Secret, Settings
 
 CUSTOMER_PATHS: Final = ("/usage", "/records", "/parked", "/limits")  # what shows who uses what; the page asks for it
+CONNECTIONS_MAX: Final = 256  # pages, scrapes and probes are a dozen
+BACKLOG: Final = 128
 ALWAYS: Final = "localhost"  # no browser asks the network for it
 _HOST: Final = re.compile(r"(\[[^\]]*\]|[^:\[\]]*)(?::\d*)?", re.ASCII)  # RFC 9110, 7.2: host, and perhaps a port
 
@@ -86,6 +93,49 @@ class Guard:
             return await handler(request) if refused is None else refused
 
         return guarded
+
+
+class Crowd:
+    """At most `most` connections at once: who comes then is let in, and the oldest of those that ask nothing goes, else
+    the oldest. Whoever only connects would else keep for ever what delivery needs: descriptors, and memory."""
+
+    def __init__(self, most: int = CONNECTIONS_MAX) -> None:
+        self._most = most
+        self._asking: set[Protocol] = set()
+
+    async def serve(self, stack: AsyncExitStack, runner: web.AppRunner, listener: socket.socket) -> None:
+        """Answer there; closed with the stack."""
+        runner.app.middlewares.insert(0, self._middleware)
+        await runner.setup()
+        stack.push_async_callback(runner.cleanup)
+        server = runner.server
+        assert server is not None
+
+        def coming() -> Protocol:
+            self._make_room(server.connections)
+            return server()
+
+        accepting = await asyncio.get_running_loop().create_server(coming, sock=listener, backlog=BACKLOG)
+        stack.callback(accepting.close)
+
+    def _make_room(self, there: Sequence[web.RequestHandler]) -> None:
+        opened = [(one in self._asking, one.transport) for one in there]
+        staying = [(asks, transport) for asks, transport in opened if transport and not transport.is_closing()]
+        staying.sort(key=itemgetter(0))
+        for _, transport in staying[: max(len(staying) + 1 - self._most, 0)]:
+            transport.abort()  # an answer that nobody reads would keep it open
+
+    @property
+    def _middleware(self) -> Middleware:
+        @web.middleware
+        async def told(request: web.Request, handler: Handler) -> web.StreamResponse:
+            self._asking.add(request.protocol)
+            try:
+                return await handler(request)
+            finally:
+                self._asking.discard(request.protocol)
+
+        return told
 
 
 def open_port(settings: Settings) -> str | None:
