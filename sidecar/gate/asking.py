@@ -259,6 +259,8 @@ class Asking:
         if call_id in self._open:
             return
         if len(self._open) >= OPEN_MAX:
+            if not self.not_held:
+                log.warning("more than %d calls are open: what the others may need is not held back", OPEN_MAX)
             self.not_held += 1
             return
         self._open[call_id] = self.reserve(caller, estimate)

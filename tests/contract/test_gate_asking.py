@@ -146,7 +146,9 @@ async def test_what_a_call_holds_is_given_back_or_settled_once() -> None:
         assert not found.allowed
 
 
-async def test_a_call_is_held_by_its_id_from_its_begin_to_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_call_is_held_by_its_id_from_its_begin_to_its_end(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     source = Says(Answer(allowed=True, remaining=9, unit="calls"))
     async with Asking([source], WAIT) as asking:
         await decided(asking, caller())
@@ -171,7 +173,11 @@ async def test_a_call_is_held_by_its_id_from_its_begin_to_its_end(monkeypatch: p
         monkeypatch.setattr(asking_module, "OPEN_MAX", 1)
         asking.began("c-1", caller(), CALL)
         asking.began("c-2", caller(), CALL)
-        assert (left(), asking.not_held) == (5, 1)
+        asking.began("c-3", caller(), CALL)
+        assert (left(), asking.not_held) == (5, 2)
+        assert [record.getMessage() for record in caplog.records] == [
+            "more than 1 calls are open: what the others may need is not held back"
+        ]
 
 
 async def test_money_is_counted_down_between_two_answers(receiver: Receiver) -> None:
