@@ -43,6 +43,8 @@ _IDS: Final = frozenset({
     "id", "eventid", "recordid", "transactionid", "identifier", "idempotencykey", "correlationid", "key",
 })  # fmt: skip
 
+INDEX_DIGITS_MAX: Final = 9  # of an event's place in a request; from 4301 on `int` refuses
+
 _NOTHING: Final = frozenset({"", "0", "false", "none", "null", "no", "ok", "success"})
 _NO_WORD: Final = re.compile(
     r"\W*(err(or)?|fail(ed|ure)?|denied|invalid|unauthori[sz]ed|forbidden|reject(ed)?|refused|not[ _-]?found|partial"
@@ -78,6 +80,11 @@ def all_known(said: Mapping[str, Any]) -> bool:
 def repeats_of(said: Mapping[str, Any]) -> int:
     """How many it says were there before."""
     return max((number_of(value) or 0 for name, value in said.items() if _plain(name) in _KNOWN), default=0)
+
+
+def is_index(name: str) -> bool:
+    """Whether the name of a member is an event's place, written as a number."""
+    return len(name) <= INDEX_DIGITS_MAX and name.isascii() and name.isdigit()
 
 
 def number_of(value: Any) -> int | None:
@@ -136,7 +143,7 @@ class _Reading:
         """A row for each event that was not taken. The others were, where a count says so."""
         pairs: list[tuple[Any, Any]] = [(row, row) for row in rows] if isinstance(rows, list) else []
         if isinstance(rows, dict):
-            pairs = [({"index": int(name)}, row) for name, row in rows.items() if name.isascii() and name.isdigit()]
+            pairs = [({"index": int(name)}, row) for name, row in rows.items() if is_index(name)]
             if len(pairs) != len(rows):
                 return None
         found: dict[int, Verdict] = {}

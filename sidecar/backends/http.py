@@ -45,7 +45,9 @@ IDLE_NO_DEDUP_S: Final = 2.0  # where a repeat is billed twice, no connection th
 _ADDRESS: Final = frozenset({404, 405, 406, 410, 411, 415, 421, 426})
 _OPERATOR: Final = {401: "unauthorized", 402: "payment_required", 403: "forbidden", 407: "proxy_auth", 451: "legal"}
 _AGAIN: Final = frozenset({408, 425, 429})
-_GATEWAY: Final = frozenset({502, 504})  # the server behind the gateway may have had the request
+# A gateway's own: the server behind it may have had the request. 520 to 524 are a content network's (521 and 523 say
+# that it could not be connected to), 598 and 599 those of some proxies that waited for long enough.
+_GATEWAY: Final = frozenset({502, 504, 520, 522, 524, 598, 599})
 
 # A refusal that is about the request's key. 422 is the IETF draft's for other bytes, 409 most vendors', 400 Stripe's.
 _MISMATCH: Final = frozenset({400, 409, 412, 422})

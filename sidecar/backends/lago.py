@@ -32,6 +32,7 @@ from sidecar.backends.base import (
     rounded,
 )
 from sidecar.backends.batching import JSON_EVENTS, Piece, seal_batches
+from sidecar.backends.denials import is_index
 from sidecar.backends.http import HEADER_TEXT, Answer, HttpBackend, HttpSettings, refused_with
 from sidecar.meters.definition import Kind, Meter
 from sidecar.meters.hourly import EXACT, write_amount
@@ -159,7 +160,7 @@ def _judge(answer: Answer, sealed: Sealed) -> Verdict | list[Verdict] | None:
 
 
 def _is_by_index(details: Mapping[str, Any], count: int) -> bool:
-    return all(name.isascii() and name.isdigit() and int(name) < count for name in details)
+    return all(is_index(name) and int(name) < count for name in details)
 
 
 def _of_one(errors: object) -> Verdict:

@@ -261,7 +261,7 @@ def _number(text: str | None) -> float | None:
 def _until(text: str, now_s: float) -> float | None:
     try:
         when = parsedate_to_datetime(text)
-    except ValueError:
+    except (ValueError, OverflowError):  # no date; a year or zone of more digits than one has
         return None
     if when.tzinfo is None:
         when = when.replace(tzinfo=UTC)

@@ -314,6 +314,10 @@ def test_whatever_an_answer_holds_there_is_a_verdict_for_each_event(
             assert not any(isinstance(verdict, Delivered) for verdict in each) or isinstance(found, list)
 
 
+def test_an_index_of_any_length_is_no_fault_of_ours() -> None:
+    assert judged("meter", {"errors": {"9" * 5000: {"code": "bad"}}}, count=2) == Unknown("said_error")
+
+
 def test_a_large_batch_is_judged_in_a_moment() -> None:
     """By rows and ids: twice the events may take four times as long, not sixteen."""
     took = []

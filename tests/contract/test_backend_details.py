@@ -1020,6 +1020,7 @@ def test_lago_takes_no_meter_for_costs_that_could_miss_one(settings: dict[str, A
             ["Duplicate", "Refused"],
         ),
         ({"error_details": {"7": {"code": ["x"]}}}, ["Refused", "Refused"]),
+        ({"error_details": {"9" * 5000: {"code": ["x"]}}}, ["Refused", "Refused"]),
         ({"error_details": {"events": ["too_many_events"]}}, ["Refused", "Refused"]),
         ({"error_details": {}}, ["Refused", "Refused"]),
         ([], ["Refused", "Refused"]),

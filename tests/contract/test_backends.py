@@ -74,7 +74,8 @@ COMMON = {
     301: "Blocked", 302: "Blocked", 307: "Blocked", 308: "Blocked",
     400: "Refused", 401: "Blocked", 402: "Blocked", 403: "Blocked", 404: "Blocked", 405: "Blocked",
     408: "Retry", 409: "Refused", 410: "Blocked", 413: "Refused", 415: "Blocked", 422: "Refused", 425: "Retry",
-    429: "Retry", 500: "Retry", 502: "Retry", 503: "Retry", 504: "Retry", 599: "Retry",
+    429: "Retry", 500: "Retry", 502: "Retry", 503: "Retry", 504: "Retry", 520: "Retry", 521: "Retry", 522: "Retry",
+    523: "Retry", 524: "Retry", 525: "Retry", 598: "Retry", 599: "Retry",
 }  # fmt: skip
 
 
@@ -361,6 +362,8 @@ async def test_retry_after_is_read_in_each_form(trial_name: str, tmp_path: Path)
             ("Retry_After", "99999999", 86_400.0),
             ("Retry_After", "soon", None),
             ("Retry_After", "-5", None),
+            ("Retry_After", "Fri, 31 Dec 99999999999 23:59:59 GMT", None),
+            ("Retry_After", "Fri, 31 Dec 2026 23:59:59 +99999999999999999999", None),
         ):
             server.says(answer(429, b"{}", **{header: value}))
             assert (await backend.send(sealed))[0] == Retry("http_429", after_s), (header, value)

@@ -32,7 +32,7 @@ class Trial:
 
 
 KEYED = {"api_key": SECRET}
-NO_DEDUP = {502: "Unknown", 504: "Unknown"}
+NO_DEDUP = dict.fromkeys((502, 504, 520, 522, 524, 598, 599), "Unknown")  # a gateway's own
 TRIALS = {
     "ledger": Trial("ledger", http=False),
     "file": Trial("file", http=False),
