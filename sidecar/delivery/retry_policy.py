@@ -69,7 +69,7 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
     """The one place where a backend's answer becomes an action."""
     if all(type(verdict) is Delivered for verdict in attempt.verdicts):
         return Decision(open=False, tries=before, fates=(Fate.DELIVERED,) * len(attempt.verdicts))
-    tries = _tried(attempt, before)
+    tries = _tried(attempt, before, abilities)
     whole = whole_refusal(attempt.verdicts)
     if whole is not None and whole != KEY_MISMATCH and len(set(attempt.records)) > 1:
         return _halve(attempt, whole, before, tries, abilities)
@@ -126,9 +126,21 @@ def asked_pause_s(verdicts: Sequence[Verdict], limits: Limits) -> float:
     return min(asked_wait_s(paused) or 0.0, limits.retry_after_cap_s)
 
 
-def _tried(attempt: Attempt, before: Tries) -> Tries:
+def _part_may_be_taken(verdicts: Sequence[Verdict], abilities: Abilities) -> bool:
+    """A refusal of several events that may have come after a leading part of them was taken."""
+    reason = whole_refusal(verdicts)
+    return (
+        reason is not None
+        and reason not in _TOO_LARGE
+        and abilities.atomicity is Atomicity.PREFIX
+        and len(verdicts) > 1
+    )
+
+
+def _tried(attempt: Attempt, before: Tries, abilities: Abilities) -> Tries:
     tries = replace(before, forced=False) if before.forced else before
-    if tries.risk_wall_s is None and any(may_have_been_taken(v) for v in attempt.verdicts):
+    risky = any(map(may_have_been_taken, attempt.verdicts)) or _part_may_be_taken(attempt.verdicts, abilities)
+    if tries.risk_wall_s is None and risky:
         tries = replace(
             tries,
             risk_wall_s=attempt.started.wall_s,
@@ -145,9 +157,8 @@ def _halve(attempt: Attempt, reason: str, before: Tries, tries: Tries, abilities
     part may have been, or an earlier attempt may have been taken and the key would not tell.
     """
     sure = not before.risky or abilities.dedup is Dedup.REQUEST_KEY
-    whole = abilities.atomicity is not Atomicity.PREFIX or reason in _TOO_LARGE
     count = len(attempt.verdicts)
-    if abilities.dedup is Dedup.EVENT_ID or (sure and whole):
+    if abilities.dedup is Dedup.EVENT_ID or (sure and not _part_may_be_taken(attempt.verdicts, abilities)):
         return Decision(
             open=False,
             tries=tries,

@@ -74,6 +74,22 @@ async def test_24_hours_of_unknown_or_broken_answers_park(world: World, word: st
     assert {offer.key for offer in backend.offers} == {offer.key for offer in backend.offers[:3]}
 
 
+async def test_the_window_of_a_leading_part_runs_from_the_refusal_that_it_was_taken_before(world: World) -> None:
+    """The halves of a refused batch wait for so long that the backend has forgotten what it took of it."""
+    batch = Abilities(events_max=4, atomicity=Atomicity.PREFIX, dedup=Dedup.EVENT_ID, dedup_window_s=DAY)
+    ids = world.spool.add(4)
+    backend = FakeBackend(batch, poison={ids[2]})
+    async with world.deliver(backend) as delivery:
+        backend.behaviour = lambda _: None if len(backend.offers) == 1 else "retry:connect"
+        await pass_time(world, delivery, 25)
+        assert sorted(backend.taken) == sorted(ids[:2])
+        backend.taken.clear()
+        backend.behaviour = None
+        await pass_time(world, delivery, 1)
+        assert not backend.taken
+        assert seen(world, delivery) == {"parked": {"window_ended": 4}}
+
+
 async def test_a_window_runs_on_while_the_backend_is_blocked(world: World) -> None:
     world.spool.add(2)
     backend = FakeBackend(KEY, script=["lose_after", "lose_after"], behaviour=lambda s: "block:unauthorized")

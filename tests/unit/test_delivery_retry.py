@@ -6,6 +6,7 @@ What follows from a verdict, from a clock, from a row of failures.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -231,6 +232,13 @@ def test_a_whole_refusal(abilities: Abilities, before: Tries | None, reason: str
     else:
         assert decision.fates == (P,) * 5
         assert set(decision.parked.values()) == {Parking(reason, maybe_taken=True)}
+
+
+@pytest.mark.parametrize(("reason", "risky"), [("http_400", True), ("too_large", False)])
+def test_halves_of_what_may_be_partly_there_have_a_window(reason: str, risky: bool) -> None:
+    prefix = replace(EVENT_BATCH, atomicity=Atomicity.PREFIX)
+    assert asked([Refused(reason)] * 5, prefix).tries.risky is risky
+    assert not asked([Refused(reason)] * 5, EVENT_BATCH).tries.risky
 
 
 def test_a_request_is_cut_between_records_never_within_one() -> None:
