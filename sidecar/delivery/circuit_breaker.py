@@ -9,6 +9,7 @@ an answer is decided by pure functions. Waiting and asking are left to the worke
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -140,6 +141,7 @@ class CircuitBreaker:
         self._backend, self._metrics, self._limits = backend, metrics, limits
         self._pace = Pace()
         self._ended_s = 0.0  # monotonic: an operator ended all waits
+        self.taken_s = -math.inf  # monotonic: when the backend last took something
 
     @property
     def slow(self) -> bool:
@@ -183,7 +185,10 @@ class CircuitBreaker:
     def hear(self, verdicts: Sequence[Verdict], started: Now, now: Now, roll: float) -> Sequence[Verdict]:
         """Count one request's verdicts. Returns those that are to be judged."""
         verdicts = suspect(self._pace, verdicts, self._limits)
-        if started.mono_s >= self._ended_s or any(isinstance(v, Delivered | Duplicate) for v in verdicts):
+        taken = any(isinstance(v, Delivered | Duplicate) for v in verdicts)
+        if taken:
+            self.taken_s = now.mono_s
+        if taken or started.mono_s >= self._ended_s:
             self._set(next_pace(self._pace, verdicts, now, roll, self._limits), now)
         self._metrics.batch_settled(self._backend.name, verdicts, now.mono_s - started.mono_s)
         return verdicts

@@ -22,6 +22,7 @@ class Limits:
     blocked_base_s: float = 15.0  # an operator has to act; but a maintenance page is a block too, and ends by itself
     blocked_cap_s: float = 25.0
     suspect_after: int = 20  # the same refusal of whole requests in a row: more likely our setting than the records
+    alone_after: int = 6  # a request came to nothing so often while others were taken: a minute or two of its own waits
     window_requests: int = 64  # sealed requests that wait for a free slot or are under way
     retry_records: int = 10_000  # the set that waits for another attempt: with its bytes on disk some 10 MB
     retry_bytes: int = 64 << 20

@@ -8,6 +8,7 @@ has a table test. Storing the decision and carrying it out are left to the store
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -63,6 +64,7 @@ class Attempt:
     ended: Now
     roll: float  # chance, 0..1
     stepped: bool = False  # the wall clock was set while it was under way
+    taken_s: float = -math.inf  # monotonic: when the backend last took something
 
 
 def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits) -> Decision:
@@ -79,6 +81,8 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
     wait_s = backoff_s(tries.attempts, attempt.roll, limits, after_s)
     left = [i for i, fate in enumerate(fates) if fate is Fate.OPEN]
     if len(left) == len(fates):
+        if tries.alone >= limits.alone_after and (given := _give_way(attempt, tries, abilities)) is not None:
+            return given
         return Decision(open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s)
     if not left:
         return Decision(open=False, tries=tries, fates=tuple(fates), parked=parked)
@@ -147,7 +151,17 @@ def _tried(attempt: Attempt, before: Tries, abilities: Abilities) -> Tries:
             risk_mono_s=attempt.started.mono_s,
             expired=tries.expired or attempt.stepped,
         )
+    if all(map(_may_be_its_fault, attempt.verdicts)):
+        alone = tries.alone + (attempt.taken_s > tries.failed_mono_s)
+        tries = replace(tries, alone=alone, failed_mono_s=attempt.ended.mono_s)
     return tries
+
+
+def _may_be_its_fault(verdict: Verdict) -> bool:
+    """No answer to what was sent, or one that is no refusal: what is in it may be why. A full backend's is not."""
+    if isinstance(verdict, Retry) and _PAUSE.search(verdict.reason):
+        return False
+    return isinstance(verdict, Blocked) or may_have_been_taken(verdict)
 
 
 def _halve(attempt: Attempt, reason: str, before: Tries, tries: Tries, abilities: Abilities) -> Decision:
@@ -166,6 +180,25 @@ def _halve(attempt: Attempt, reason: str, before: Tries, tries: Tries, abilities
             parts=_halves(attempt.records),
         )
     return park_all(tries, count, Parking(reason, maybe_taken=True))
+
+
+def _give_way(attempt: Attempt, tries: Tries, abilities: Abilities) -> Decision | None:
+    """Others are taken and this request never is: it is about a record of it, and no other is to wait for that one.
+
+    It is cut between two records where a repeat is harmless. One that is blocked by itself is refused, however it is
+    worded (a firewall that dislikes a text in it). What remains is offered on for as long as it may be.
+    """
+    if len(set(attempt.records)) > 1:
+        if tries.risky and abilities.dedup is not Dedup.EVENT_ID:
+            return None
+        fates = (Fate.MOVED,) * len(attempt.verdicts)
+        # The good half is taken at once, and of the other one it is known that it is not: its waits begin anew.
+        tries = replace(tries, attempts=1, alone=tries.alone - 1)
+        return Decision(open=False, tries=tries, fates=fates, parts=_halves(attempt.records))
+    blocked = [v for v in attempt.verdicts if isinstance(v, Blocked) and not v.maybe_taken]
+    if len(blocked) < len(attempt.verdicts):
+        return None
+    return park_all(tries, len(blocked), Parking(blocked[0].reason, maybe_taken=tries.risky))
 
 
 def _halves(records: Sequence[int]) -> tuple[tuple[int, ...], ...]:

@@ -51,8 +51,9 @@ class Terms:
     lines: Lines
 
 
-async def settle(terms: Terms, reply: Reply, now: Now, roll: float) -> Settlement:
-    """Judge a reply: what is stored of the attempt. One that went well leaves no history."""
+async def settle(terms: Terms, reply: Reply, now: Now, roll: float, taken_s: float) -> Settlement:
+    """Judge a reply: what is stored of the attempt. One that went well leaves no history. `taken_s`: the monotonic time
+    at which the backend last took something."""
     request = reply.request
     attempt = Attempt(
         verdicts=reply.verdicts,
@@ -61,6 +62,7 @@ async def settle(terms: Terms, reply: Reply, now: Now, roll: float) -> Settlemen
         ended=now,
         roll=roll,
         stepped=request.stepped,
+        taken_s=taken_s,
     )
     decision = judge(attempt, request.tries, terms.backend.abilities, terms.limits)
     if reply.interrupted:

@@ -7,6 +7,7 @@ shown to operators, so they stay as they are.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -47,6 +48,8 @@ class Tries:
     risk_mono_s: float | None = None  # None with a wall time: that was another run
     expired: bool = False  # the clock stepped: how much of the window is left is not known, so nothing is
     forced: bool = False  # redriven by an operator who accepts doubles: the next attempt is free
+    alone: int = 0  # attempts of this run that came to nothing although others had been taken since the one before
+    failed_mono_s: float = math.inf  # when the last attempt of this run ended
 
     @property
     def risky(self) -> bool:

@@ -407,7 +407,7 @@ class Worker:
         if not (reply.interrupted or reply.counted):
             reply.verdicts = self._hear(reply.verdicts, reply.started, now)
             reply.counted = True
-        return await settlement.settle(self._terms, reply, now, self._context.roll())
+        return await settlement.settle(self._terms, reply, now, self._context.roll(), self._breaker.taken_s)
 
     def _hear(self, verdicts: Sequence[Verdict], started: Now, now: Now) -> Sequence[Verdict]:
         """What the breaker makes of them. Where that ends a time of being down, what waits for it goes now."""

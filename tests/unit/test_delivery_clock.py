@@ -367,3 +367,45 @@ async def test_a_restart_ends_waits_but_not_those_of_events_from_the_future(worl
         assert not delivery.end_waits("fake").any
         await delivery.drain(5.0)
         assert seen(world, delivery) == {"delivered": 2, "pending": 1}
+
+
+KEYED = Abilities(events_max=10, atomicity=Atomicity.ALL_OR_NOTHING, dedup=Dedup.REQUEST_KEY, dedup_window_s=DAY)
+
+
+@pytest.mark.parametrize(
+    ("abilities", "word", "of_ten"),
+    [
+        (EVENTS, "retry:http_500", {"delivered": 9, "pending": 1}),  # pending until its window ends
+        (EVENTS, "lose_before", {"delivered": 9, "pending": 1}),
+        (EVENTS, "block:forbidden", {"delivered": 9, "parked": 1}),
+        (KEYED, "block:forbidden", {"delivered": 9, "parked": 1}),
+        (KEYED, "retry:http_500", {"pending": 10}),  # its key tells of a repeat, and a part would have another
+    ],
+)
+async def test_a_record_that_only_ever_fails_holds_no_other_of_its_batch_up(
+    world: World, abilities: Abilities, word: str, of_ten: dict[str, int]
+) -> None:
+    """The backend breaks at it, or a firewall before it dislikes it, and neither is a refusal."""
+    bad = world.spool.add(10)[6]
+    backend = FakeBackend(abilities, behaviour=lambda s: word if bad in {one.record_id for one in s.events} else None)
+    async with world.deliver(backend) as delivery:
+        for _ in range(300):
+            world.spool.add(1)
+            await go(world, delivery, 10.0, step_s=10.0)
+        totals = world.balance(delivery)["fake"]
+        parked = dict(totals.parked)
+    assert totals.delivered == 300 + of_ten.get("delivered", 0)
+    assert totals.pending == of_ten.get("pending", 0)
+    assert parked == ({"forbidden": 1} if "parked" in of_ten else {})
+    assert set(backend.taken.values()) == {1}
+
+
+@pytest.mark.parametrize("word", ["retry:http_500", "lose_before", "block:forbidden"])
+async def test_a_backend_that_takes_nothing_is_offered_the_same_requests_on_and_on(world: World, word: str) -> None:
+    world.spool.add(20)
+    backend = FakeBackend(EVENTS, behaviour=lambda _: word)
+    async with world.deliver(backend) as delivery:
+        await go(world, delivery, 600.0, step_s=2.0)
+        assert len(backend.offers) > 20
+        assert {len(offer.events) for offer in backend.offers} == {10}
+        assert seen(world, delivery) == {"pending": 20}

@@ -5,6 +5,7 @@ What follows from a verdict, from a clock, from a row of failures.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -60,6 +61,7 @@ def asked(
     before: Tries | None = None,
     after_s: float = 1.0,
     records: Sequence[int] | None = None,
+    taken_s: float = -math.inf,
 ) -> Decision:
     attempt = Attempt(
         verdicts=verdicts,
@@ -67,6 +69,7 @@ def asked(
         started=later(after_s - 1),
         ended=later(after_s),
         roll=0.5,
+        taken_s=taken_s,
     )
     return judge(attempt, before or Tries(attempts=1), abilities, LIMITS)
 
@@ -239,6 +242,44 @@ def test_halves_of_what_may_be_partly_there_have_a_window(reason: str, risky: bo
     prefix = replace(EVENT_BATCH, atomicity=Atomicity.PREFIX)
     assert asked([Refused(reason)] * 5, prefix).tries.risky is risky
     assert not asked([Refused(reason)] * 5, EVENT_BATCH).tries.risky
+
+
+ALONE = Tries(attempts=9, alone=LIMITS.alone_after - 1, failed_mono_s=START.mono_s)
+AT_FAULT = replace(ALONE, risk_wall_s=START.wall_s, risk_mono_s=START.mono_s)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "abilities", "before", "fates"),
+    [
+        (Retry("http_500"), EVENT_BATCH, ALONE, (M, M)),
+        (Unknown("timeout"), EVENT_BATCH, ALONE, (M, M)),
+        (Retry("http_500"), EVENT_BATCH, Tries(attempts=9), None),  # nothing else was taken meanwhile
+        (Retry("http_503"), EVENT_BATCH, ALONE, None),  # it has too much to do: more requests would be more of it
+        (Retry("http_429"), EVENT_BATCH, ALONE, None),
+        (Retry("connect"), EVENT_BATCH, ALONE, None),
+        (Retry("http_500"), KEYED_BATCH, ALONE, None),
+        (Blocked("forbidden"), KEYED_BATCH, ALONE, (M, M)),
+        (Blocked("forbidden"), KEYED_BATCH, AT_FAULT, None),
+        (Blocked("forbidden"), BARE_BATCH, ALONE, (M, M)),
+        (Blocked("forbidden"), BARE_BATCH, AT_FAULT, None),
+    ],
+)
+def test_what_fails_alone_again_and_again_is_cut_where_a_repeat_is_harmless(
+    verdict: Verdict, abilities: Abilities, before: Tries, fates: tuple[Fate, ...] | None
+) -> None:
+    decision = asked([verdict] * 2, abilities, before=before, taken_s=START.mono_s + 0.5)
+    assert decision.open is (fates is None)
+    assert decision.fates == (fates or ())
+    assert decision.parts == (((0,), (1,)) if fates else ())
+
+
+@pytest.mark.parametrize(("before", "maybe"), [(ALONE, False), (AT_FAULT, True)])
+def test_one_that_is_blocked_alone_again_and_again_is_refused(before: Tries, maybe: bool) -> None:
+    decision = asked([Blocked("forbidden")], KEY, before=before, taken_s=START.mono_s + 0.5)
+    assert dict(decision.parked) == {0: Parking("forbidden", maybe_taken=maybe)}
+    foreign = Blocked("unexpected_answer", maybe_taken=True)
+    for other in (foreign, Retry("http_500"), Unknown("timeout")):
+        assert asked([other], KEY, before=before, taken_s=START.mono_s + 0.5).open
 
 
 def test_a_request_is_cut_between_records_never_within_one() -> None:
