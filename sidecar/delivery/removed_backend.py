@@ -21,6 +21,7 @@ import orjson
 from sidecar.delivery.retry_policy import park_all
 from sidecar.delivery.rows import Cursor, NewParked, Sealing, Settlement, StateError, Turn
 from sidecar.delivery.store import DeliveryStore
+from sidecar.delivery.tail import Item, items_of
 from sidecar.delivery.types import REMOVED, Parking, SpoolReader
 from sidecar.model.delivery import Abilities, Dedup
 from sidecar.spool.types import SpoolError
@@ -31,6 +32,8 @@ RETRY_S: Final = 60.0  # after a file that cannot be read or written
 SLICE: Final = 200  # requests or records parked in one transaction: a few milliseconds
 
 WallClock = Callable[[], float]
+Told = Callable[[int], None]
+"""How many records were parked in one step, as soon as it is on disk: the next one may fail."""
 
 
 def may_double(abilities: Abilities, *, copied_s: float, now_s: float, margin_s: float) -> bool:
@@ -53,90 +56,94 @@ async def part_with(
     name: str, store: DeliveryStore, reader: SpoolReader, wall_s: WallClock, ends: Mapping[str, int]
 ) -> None:
     """Park everything sealed for a backend, and everything in the spools up to where they ended at the start."""
-    count: int | None = None
-    while count is None:
+    steps: list[int] = []
+    while True:
         try:
-            count = await _park_pending(name, store, reader, wall_s, ends, REMOVED)
+            await _park_pending(name, store, reader, wall_s, ends, REMOVED, steps.append)
             await store.run(store.parted, name)
+            break
         except (StateError, SpoolError, OSError) as error:
             _LOG.error("a removed backend's records cannot be parked yet: %s", error)
-            count = None
             await asyncio.sleep(RETRY_S)
-    if count:
+    if steps:
         _LOG.warning(
             "a backend is no longer configured; what it had still to get is parked",
-            extra={"facts": {"backend": name, "records": count}},
+            extra={"facts": {"backend": name, "records": sum(steps)}},
         )
 
 
 async def leave(
-    name: str, store: DeliveryStore, reader: SpoolReader, wall_s: WallClock, ends: Mapping[str, int]
-) -> int:
-    """Park what a backend had still to get of these spools, up to these numbers: another instance delivers it.
-    Returns how many records."""
-    return await _park_pending(name, store, reader, wall_s, ends, COPIED)
+    name: str, store: DeliveryStore, reader: SpoolReader, wall_s: WallClock, ends: Mapping[str, int], told: Told
+) -> None:
+    """Park what a backend had still to get of these spools, up to these numbers: another instance delivers it."""
+    await _park_pending(name, store, reader, wall_s, ends, COPIED, told)
 
 
 async def _park_pending(
-    name: str, store: DeliveryStore, reader: SpoolReader, wall_s: WallClock, ends: Mapping[str, int], reason: str
-) -> int:
+    name: str,
+    store: DeliveryStore,
+    reader: SpoolReader,
+    wall_s: WallClock,
+    ends: Mapping[str, int],
+    reason: str,
+    told: Told,
+) -> None:
     cursors = {cursor.instance: cursor for cursor in await store.run(store.cursors, name)}
     # Of a copy only what was in it: what it recorded itself is nobody else's. A removed backend gets nothing more.
     mine = {cursor.id for instance, cursor in cursors.items() if instance in ends or reason == REMOVED}
-    count = await _park_sealed(name, store, wall_s, mine, reason)
+    await _park_sealed(name, store, wall_s, mine, reason, told)
     for instance, end in ends.items():
         # A spool that nothing was read of has a place too: its records are as pending as any.
         known = cursors.get(instance)
         cursor = known if known is not None else await store.run(store.start_cursor, name, instance)
-        count += await _park_unread(cursor, store, reader, wall_s, end, reason)
-    return count
+        await _park_unread(cursor, store, reader, wall_s, end, reason, told)
 
 
 async def _park_sealed(
-    name: str, store: DeliveryStore, wall_s: WallClock, cursors: Collection[int], reason: str
-) -> int:
-    count = 0
+    name: str, store: DeliveryStore, wall_s: WallClock, cursors: Collection[int], reason: str, told: Told
+) -> None:
     requests = [request for request in await store.run(store.open_requests, name) if request.cursor in cursors]
+    seen: set[tuple[int, int]] = set()  # a record of several events is in several requests
     for start in range(0, len(requests), SLICE):
         settled = []
-        for request in requests[start : start + SLICE]:
+        slice_ = requests[start : start + SLICE]
+        for request in slice_:
             maybe = request.tries.risky or request.under_way or reason == COPIED
             decision = park_all(request.tries, len(request.members), Parking(reason, maybe_taken=maybe))
             settled.append(Settlement(request=request, decision=decision, history=request.history))
-            count += request.records
         await store.run(store.commit, Turn(now_s=wall_s(), settled=settled))
-    return count
+        before = len(seen)
+        seen.update((request.cursor, member.seq) for request in slice_ for member in request.members)
+        told(len(seen) - before)
 
 
 async def _park_unread(
-    cursor: Cursor, store: DeliveryStore, reader: SpoolReader, wall_s: WallClock, end: int, reason: str
-) -> int:
-    count = 0
+    cursor: Cursor,
+    store: DeliveryStore,
+    reader: SpoolReader,
+    wall_s: WallClock,
+    end: int,
+    reason: str,
+    told: Told,
+) -> None:
     while cursor.seq < end:
         groups = await asyncio.to_thread(reader.read, cursor.instance, cursor.seq)
-        lines = [
-            (seq, line)
-            for group in groups
-            for seq, line in enumerate(group.lines, group.first_seq)
-            if cursor.seq < seq <= end
-        ]
-        if not lines:
+        items = [item for item in items_of(groups, cursor.seq) if item.seq <= end]
+        if not items:
             break
-        for start in range(0, len(lines), SLICE):
-            piece = lines[start : start + SLICE]
-            parked = [
-                NewParked(seq=s, record_id=_id(line, s), reason=reason, line=line, maybe_taken=reason == COPIED)
-                for s, line in piece
-            ]
-            sealing = Sealing(cursor=cursor.id, from_seq=cursor.seq, to_seq=piece[-1][0], parked=parked)
+        for start in range(0, len(items), SLICE):
+            piece = items[start : start + SLICE]
+            parked = [_parked(item, reason) for item in piece if item.hole is None]
+            holes = [item.hole for item in piece if item.hole is not None]
+            sealing = Sealing(cursor=cursor.id, from_seq=cursor.seq, to_seq=piece[-1].seq, parked=parked, holes=holes)
             await store.run(store.commit, Turn(now_s=wall_s(), sealing=sealing))
-            cursor = replace(cursor, seq=piece[-1][0])
-            count += len(piece)
-    return count
+            cursor = replace(cursor, seq=piece[-1].seq)
+            told(len(parked))
 
 
-def _id(line: bytes, seq: int) -> str:
+def _parked(item: Item, reason: str) -> NewParked:
     try:
-        return str(orjson.loads(line)["id"])
+        record_id = str(orjson.loads(item.line)["id"])
     except (ValueError, KeyError, TypeError):
-        return f"seq:{seq}"
+        record_id = f"seq:{item.seq}"
+    return NewParked(seq=item.seq, record_id=record_id, reason=reason, line=item.line, maybe_taken=reason == COPIED)

@@ -88,6 +88,16 @@ class Piece:
         return [item for item in items if item.seq > seq]
 
 
+def items_of(groups: Sequence[StoredGroup], after_seq: int) -> list[Item]:
+    """What was read, in order and beyond a number: lines, and what is missing between them."""
+    items: list[Item] = []
+    for group in groups:
+        items.extend(Item(seq, line) for seq, line in enumerate(group.lines, group.first_seq) if seq > after_seq)
+        if group.missing and group.last_seq > after_seq:
+            items.append(Item(group.last_seq, b"", Hole(group.first_seq, group.last_seq, group.missing)))
+    return items
+
+
 @dataclass(frozen=True, slots=True)
 class Read:
     """What a look found. `more`: there may be more behind it, to be looked for at once, or at `look_s` (monotonic)."""
@@ -183,19 +193,11 @@ class Tail:
         limit = self._limits.read_bytes
         self.reads += 1
         groups = await asyncio.to_thread(lambda: self._reader.read(instance, after_seq, bytes_max=limit))
-        items: list[Item] = []
-        size, last = 0, after_seq
-        for group in groups:
-            size += sum(map(len, group.lines))
-            items.extend(Item(seq, line) for seq, line in enumerate(group.lines, group.first_seq) if seq > last)
-            if group.last_seq <= last:
-                continue
-            if group.missing:
-                items.append(Item(group.last_seq, b"", Hole(group.first_seq, group.last_seq, group.missing)))
-            last = group.last_seq
-        if last == after_seq:
+        last = groups[-1].last_seq if groups else after_seq
+        if last <= after_seq:
             return None, False
-        return Piece(after_seq + 1, last, size, items), size >= limit
+        size = sum(len(line) for group in groups for line in group.lines)
+        return Piece(after_seq + 1, last, size, items_of(groups, after_seq)), size >= limit
 
     def _find(self, instance: str, after_seq: int) -> Piece | None:
         pieces = self._pieces.get(instance)

@@ -262,15 +262,17 @@ class Worker:
         if self._under_way or self._replies:
             return
         ends, told = self._leaving
-        context = self._context
-        count = await removed_backend.leave(self.backend.name, self._store, context.reader, context.clock.wall_s, ends)
-        if count:
-            context.metrics.parked(self.backend.name, COPIED, count)
-        self._left += count  # a file that cannot be opened has this tried again, and then nothing is pending
+        name, context = self.backend.name, self._context
+        # What fails half-way is tried again, and goes on behind what was parked before.
+        await removed_backend.leave(name, self._store, context.reader, context.clock.wall_s, ends, self._left_behind)
         await self._open_again()
         self._leaving = None
         told.set_result(self._left)
         self._ring()
+
+    def _left_behind(self, records: int) -> None:
+        self._left += records
+        self._context.metrics.parked(self.backend.name, COPIED, records)
 
     @property
     def _held(self) -> bool:

@@ -70,7 +70,9 @@ async def adopt(data_dir: Path, how: directory_identity.As) -> dict[str, int]:
                 directory_identity.store(data_dir, state.all_cursors(), noticed)
             for name in state.served():
                 if not (noticed.whole and name == LEDGER_NAME):
-                    counts[name] = await removed_backend.leave(name, state, reader, time.time, ends)
+                    steps: list[int] = []
+                    await removed_backend.leave(name, state, reader, time.time, ends, steps.append)
+                    counts[name] = sum(steps)
         else:
             directory_identity.thaw(data_dir, ends)
         directory_identity.store(data_dir, state.all_cursors(), None)

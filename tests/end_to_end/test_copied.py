@@ -211,7 +211,7 @@ async def test_an_adoption_that_is_cut_short_leaves_a_copy(tmp_path: Path, monke
         (copy.data_dir / "place").unlink()  # as after a snapshot of a whole volume: nothing tells
         before = Counter(await taken(url, "webhook"))
 
-        async def cut_short(*_: object) -> int:
+        async def cut_short(*_: object) -> None:
             raise InterruptedError
 
         monkeypatch.setattr(removed_backend, "leave", cut_short)

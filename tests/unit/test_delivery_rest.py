@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 from support.backend_trials import made
-from support.delivery_fixtures import HandClock, World, record_line, until
+from support.delivery_fixtures import HandClock, MemorySpool, World, plain, record_line, rows_in, until
 from support.fake_backend import FakeBackend
 
 from sidecar.backends import backend_settings
 from sidecar.backends.ledger import LedgerBackend
-from sidecar.delivery import Delivery, StateError, worker
+from sidecar.delivery import Delivery, StateError, removed_backend, worker
 from sidecar.delivery.ledger_worker import SummedBatch
 from sidecar.delivery.limits import Limits
+from sidecar.delivery.rows import Committed, Turn
 from sidecar.delivery.worker import Worker
 from sidecar.ledger import LedgerStore
 from sidecar.meters.buckets import BatchSums
@@ -261,3 +262,66 @@ async def test_what_was_parked_for_a_copy_is_told_also_where_the_file_could_not_
         monkeypatch.setattr(delivery.store, "reopen", at_last)
         assert await delivery.adopt({"one": 5}) == {"fake": 5}
         assert not faults
+
+
+@pytest.mark.parametrize("sealed", [True, False])
+async def test_what_was_parked_for_a_copy_before_a_step_failed_is_told_too(
+    world: World, monkeypatch: pytest.MonkeyPatch, sealed: bool
+) -> None:
+    """Each record once, also one that has several events, in several requests."""
+    world.begin("fake")
+    world.clock = None
+    world.spool.add(7)
+    monkeypatch.setattr(worker, "TROUBLE_RETRY_S", 0.01)
+    monkeypatch.setattr(removed_backend, "SLICE", 4)
+    backend = FakeBackend(behaviour=lambda _: "retry:unreachable", events_of=lambda _: ("a", "b"))
+    steps = 0
+    async with world.deliver(backend) as delivery:
+        commit = delivery.store.commit
+
+        def now_and_then(turn: Turn) -> Committed:
+            nonlocal steps
+            if any(one.decision.parked for one in turn.settled) or (turn.sealing and turn.sealing.parked):
+                steps += 1
+                if steps % 2 == 0:
+                    raise StateError("it is away")
+            return commit(turn)
+
+        if sealed:
+            delivery.wake()
+            await until(lambda: plain(world.balance(delivery)) == {"pending": 7} and rows_in(world, "sealed") == 14)
+            await until(lambda: delivery.is_down("fake"))
+        else:
+            delivery._workers["fake"].resting = True
+        monkeypatch.setattr(delivery.store, "commit", now_and_then)
+        assert await delivery.adopt({"one": 7}) == {"fake": 7}
+        assert steps > 2
+        assert world.metrics.parked_by == {("fake", "copied"): 7}
+        assert plain(world.balance(delivery)) == {"parked": {"copied": 7}}
+
+
+@pytest.mark.parametrize("removed", [True, False])
+async def test_what_is_missing_in_the_spool_hides_nothing_from_who_parks_the_rest(
+    world: World, monkeypatch: pytest.MonkeyPatch, removed: bool
+) -> None:
+    world.begin("fake")
+    world.clock = None
+    world.spool.add(3)
+    world.spool.hole(numbers=5, missing=5)
+    world.spool.add(4)
+    read = world.spool.read
+    # As where a spool is so large that it is read in several looks: one of them sees the hole alone.
+    monkeypatch.setattr(MemorySpool, "read", lambda _, instance, after, **kind: read(instance, after)[:1])
+    backend = FakeBackend(behaviour=lambda _: "retry:unreachable")
+    if removed:
+        async with world.deliver() as delivery:
+            await until(lambda: len(delivery.parked(backend="fake")) == 7)
+            assert delivery.verify() == []
+        backend.behaviour = None
+        async with world.deliver(backend) as delivery:
+            await until(lambda: plain(world.balance(delivery)) == {"delivered": 7, "skipped": {"missing": 5}})
+        return
+    async with world.deliver(backend) as delivery:
+        delivery._workers["fake"].resting = True
+        assert await delivery.adopt({"one": 12}) == {"fake": 7}
+        assert plain(world.balance(delivery)) == {"parked": {"copied": 7}, "skipped": {"missing": 5}}
