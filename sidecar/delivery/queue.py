@@ -58,6 +58,10 @@ class RequestQueue:
         self.later_bytes += request.size_bytes
         heapq.heappush(self._later, (due_s, request.id, request))
 
+    def put_ahead(self, request: Request, now: Now) -> None:
+        """Its events are from the future. How far that is off hangs on a clock that may be set: it is looked at again."""
+        self.put_later(request, now.mono_s + min(request.due_s - now.wall_s, self._limits.backoff_cap_s))
+
     def take(self, now: Now, *, fresh_first: bool = False, early: bool = False) -> Request | None:
         """The next request to offer; its subject counts as called from now on.
 
@@ -72,6 +76,9 @@ class RequestQueue:
                 request = heapq.heappop(self._later)[2]
                 self.later_records -= request.records
                 self.later_bytes -= request.size_bytes
+                if _is_ahead(request, now):
+                    self.put_ahead(request, now)
+                    continue
             elif self.fresh:
                 request = self.fresh.popleft()
             else:

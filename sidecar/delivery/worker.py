@@ -566,7 +566,7 @@ class Worker:
             if index in planned.at_once:
                 self._send(request, now)
             elif new.due_s > now.wall_s:
-                self._queue.put_later(request, now.mono_s + new.due_s - now.wall_s)
+                self._queue.put_ahead(request, now)
             else:
                 self._queue.fresh.append(request)
 

@@ -220,6 +220,22 @@ async def test_events_from_the_future_wait_for_the_present(world: World) -> None
         assert seen(world, delivery) == {"delivered": 3}
 
 
+async def test_a_clock_that_was_behind_for_a_while_holds_nothing_up_for_longer(world: World) -> None:
+    assert world.clock is not None
+    world.clock.step(-30 * DAY)
+    world.spool.add(3)  # made before it was set back: from the future now
+    backend = FakeBackend(Abilities(dedup=Dedup.REQUEST_KEY, future_max_s=300.0))
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 3)
+    async with world.deliver(backend) as delivery:
+        await pass_time(world, delivery, 3)
+        assert seen(world, delivery) == {"pending": 3}
+        assert not backend.offers
+        world.clock.step(30 * DAY)
+        await pass_time(world, delivery, 1.25)
+        assert seen(world, delivery) == {"delivered": 3}
+
+
 async def test_a_long_outage_ends_soon_after_the_backend_is_back(world: World) -> None:
     assert world.clock is not None
     world.spool.add(20)
