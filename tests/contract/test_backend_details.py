@@ -35,6 +35,7 @@ from sidecar.backends.ledgerbee import LedgerbeeBackend
 from sidecar.backends.openmeter import OpenmeterBackend
 from sidecar.backends.revenium import completion
 from sidecar.backends.revenium.backend import ReveniumBackend
+from sidecar.backends.revenium.transaction import elements
 from sidecar.backends.stripe.backend import StripeBackend
 from sidecar.backends.stripe.reports import Complaint, ReportError, read_report
 from sidecar.dev.mock_backends import Receiver, Terms
@@ -172,6 +173,14 @@ def test_revenium_event_halves_are_joined_and_timed() -> None:
     assert "input-tokens=43" in response["metadata"]
     ids = [sealed.events[0].event_id for sealed in backend.encode([record(1)]).sealed]
     assert ids == [f"{record_id(1)}:request", f"{record_id(1)}:response"]
+
+
+def test_revenium_is_told_numbers_in_digits() -> None:
+    units = {"unit_a": 1e-05, "unit_b": 1e16, "unit_c": 0.1 + 0.2, "unit_d": 10**17, "unit_e": "2.50", "unit_f": "much"}
+    told = {one["name"]: one["value"] for one in elements(Usage(usage_state=UsageState.FINAL, units=units))}
+    assert [told[f"unit-{letter}"] for letter in "abcdef"] == [
+        "0.00001", "10000000000000000", "0.30000000000000004", "100000000000000000", "2.50", "much",
+    ]  # fmt: skip
 
 
 def test_revenium_rate_and_ingest() -> None:

@@ -13,7 +13,7 @@ from typing import Any, Final
 import orjson
 
 from sidecar.backends.base import clip
-from sidecar.meters.hourly import usd_of, write_amount
+from sidecar.meters.hourly import read_amount, usd_of, write_amount
 from sidecar.meters.properties import answered
 from sidecar.model.exchange import Outcome, Usage
 from sidecar.model.record import Record
@@ -99,8 +99,14 @@ def elements(usage: Usage | None) -> list[dict[str, str]]:
     found = [{"name": name, "value": clip(str(value))} for name, value in counts if value is not None]
     if usage.units:
         units = sorted(usage.units.items())
-        found += [{"name": clip(name.replace("_", "-")), "value": clip(str(value))} for name, value in units]
+        found += [{"name": clip(name.replace("_", "-")), "value": clip(_text(value))} for name, value in units]
     return found
+
+
+def _text(value: float | str) -> str:
+    """A number as its digits: `0.00001`, and not `1e-05`."""
+    amount = read_amount(value) if isinstance(value, float) else None
+    return str(value) if amount is None else write_amount(amount)
 
 
 def metadata(record: Record) -> str | None:
