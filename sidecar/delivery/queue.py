@@ -59,7 +59,7 @@ class RequestQueue:
         heapq.heappush(self._later, (due_s, request.id, request))
 
     def put_ahead(self, request: Request, now: Now) -> None:
-        """Its events are from the future. How far that is off hangs on a clock that may be set: it is looked at again."""
+        """Its events are from the future, by a clock that may be set: how far off that is, is looked at again."""
         self.put_later(request, now.mono_s + min(request.due_s - now.wall_s, self._limits.backoff_cap_s))
 
     def take(self, now: Now, *, fresh_first: bool = False, early: bool = False) -> Request | None:

@@ -86,7 +86,13 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
         return Decision(open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s)
     if not left:
         return Decision(open=False, tries=tries, fates=tuple(fates), parked=parked)
-    return _part(attempt, fates, parked, left, tries, abilities, wait_s)
+    if abilities.dedup is Dedup.REQUEST_KEY and (
+        tries.risky or any(may_have_been_taken(attempt.verdicts[i]) for i in left)
+    ):
+        return Decision(
+            open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s
+        )  # only the same request is recognised
+    return _part(attempt, fates, parked, left, tries, abilities, limits)
 
 
 def park_all(tries: Tries, events: int, parking: Parking) -> Decision:
@@ -247,14 +253,12 @@ def _part(
     left: list[int],
     tries: Tries,
     abilities: Abilities,
-    wait_s: float,
+    limits: Limits,
 ) -> Decision:
-    """Some events are settled and some are not: let the open ones go on in a request of their own."""
-    verdicts, records = attempt.verdicts, attempt.records
+    """Some events are settled and some are not: let the open ones go on in a request of their own. There is headway, so
+    their waits begin anew: where a vendor names one event at a time, they would add up to days."""
+    records = attempt.records
     settled = {records[i] for i, fate in enumerate(fates) if fate in (Fate.DELIVERED, Fate.DUPLICATE)}
-    definite = not tries.risky and not any(may_have_been_taken(verdicts[i]) for i in left)
-    if abilities.dedup is Dedup.REQUEST_KEY and not definite:
-        return Decision(open=True, tries=tries, wait_s=wait_s)  # only the same request is recognised
     going = left
     if abilities.dedup is not Dedup.EVENT_ID:
         # A record is encoded whole, so a part would repeat its sibling events that were taken.
@@ -267,9 +271,9 @@ def _part(
             parked[i] = Parking(PARTLY_TAKEN, maybe_taken=True)
     return Decision(
         open=False,
-        tries=tries,
+        tries=replace(tries, attempts=1),
         fates=tuple(fates),
         parked=parked,
         parts=(tuple(going),) if going else (),
-        wait_s=wait_s,
+        wait_s=backoff_s(1, attempt.roll, limits, asked_wait_s(attempt.verdicts)),
     )

@@ -176,7 +176,14 @@ def test_revenium_event_halves_are_joined_and_timed() -> None:
 
 
 def test_revenium_is_told_numbers_in_digits() -> None:
-    units = {"unit_a": 1e-05, "unit_b": 1e16, "unit_c": 0.1 + 0.2, "unit_d": 10**17, "unit_e": "2.50", "unit_f": "much"}
+    units: dict[str, int | float | str] = {
+        "unit_a": 1e-05,
+        "unit_b": 1e16,
+        "unit_c": 0.1 + 0.2,
+        "unit_d": 10**17,
+        "unit_e": "2.50",
+        "unit_f": "much",
+    }
     told = {one["name"]: one["value"] for one in elements(Usage(usage_state=UsageState.FINAL, units=units))}
     assert [told[f"unit-{letter}"] for letter in "abcdef"] == [
         "0.00001", "10000000000000000", "0.30000000000000004", "100000000000000000", "2.50", "much",
@@ -708,6 +715,30 @@ async def test_stripe_stream_renews_a_session_that_is_turned_down_once() -> None
             backend._session.forget(str(backend._session._token))
             server.script = partial(at_the_session, reply)
             assert await backend.send(sealed) == [verdict] * 3
+        await backend.aclose()
+
+
+async def test_stripe_stream_of_which_one_event_is_there_already() -> None:
+    """The refusal is of the whole request: only the event that it names is a repeat, and the others were not taken."""
+    said = ""
+
+    def script(request: Request) -> bytes | None:
+        if request.target.endswith("session"):
+            return answer(200, b'{"authentication_token": "t"}')
+        return answer(400, orjson.dumps({"error": {"code": "duplicate_meter_event", "message": said}}))
+
+    async with ScriptedServer(script=script).running() as server:
+        backend = made(
+            StripeBackend, api_key="k", mode="stream", url=server.url, stream_url=server.url, customers=KNOWN
+        )
+        (sealed,) = backend.encode([record(1)]).sealed
+        named, there = Retry("refused_with_others"), sealed.events[1].event_id
+        for said, verdicts in (  # noqa: B007 - read by the script
+            (f"An event already exists with identifier {there}.", [named, Duplicate(), named]),
+            ("An event already exists with this identifier", [Refused("duplicate_meter_event")] * 3),
+            ("An event already exists with identifier 0199aaaa-other:x", [Unknown("others_answer")] * 3),
+        ):
+            assert await backend.send(sealed) == verdicts
         await backend.aclose()
 
 

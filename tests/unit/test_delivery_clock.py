@@ -10,7 +10,7 @@ from support.delivery_fixtures import START_S, HandClock, World, plain, until
 from support.fake_backend import FakeBackend
 
 from sidecar.delivery import Delivery, Limits
-from sidecar.model.delivery import Abilities, Atomicity, Dedup
+from sidecar.model.delivery import Abilities, Atomicity, Dedup, Duplicate, Retry
 
 HOUR = 3600.0
 DAY = 24 * HOUR
@@ -425,3 +425,20 @@ async def test_a_backend_that_takes_nothing_is_offered_the_same_requests_on_and_
         assert len(backend.offers) > 20
         assert {len(offer.events) for offer in backend.offers} == {10}
         assert seen(world, delivery) == {"pending": 20}
+
+
+async def test_a_backend_that_names_one_repeat_at_a_time_is_done_in_minutes(world: World) -> None:
+    """The answer to a batch was lost, and each offer of it is refused for one event that is there."""
+    batch = Abilities(
+        events_max=100,
+        atomicity=Atomicity.ALL_OR_NOTHING,
+        dedup=Dedup.EVENT_ID,
+        dedup_window_s=DAY,
+        knows_duplicates=True,
+    )
+    world.spool.add(100, group=100)
+    backend = FakeBackend(batch, script=["lose_after"])
+    backend.behaviour = lambda s: [Duplicate(), *[Retry("refused_with_others")] * (len(s.events) - 1)]
+    async with world.deliver(backend) as delivery:
+        await go(world, delivery, 300.0, step_s=1.0)
+        assert seen(world, delivery) == {"duplicate": 100}

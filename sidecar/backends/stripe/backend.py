@@ -51,6 +51,7 @@ from sidecar.model.delivery import (
     Duplicate,
     Encoded,
     Event,
+    Refused,
     Retry,
     Sealed,
     Undone,
@@ -226,10 +227,9 @@ class StripeBackend(HttpBackend[StripeSettings]):
             self._session.forget(token)
         return verdicts
 
-    def _judge(self, answer: Answer, sealed: Sealed) -> Verdict | None:
+    def _judge(self, answer: Answer, sealed: Sealed) -> Verdict | list[Verdict] | None:
         if answer.status == 400 and (known := _known(answer)) is not None:
-            # Another's id in a refusal of ours says nothing about ours.
-            return Duplicate() if known in ("", sealed.events[0].event_id) else Unknown("others_answer")
+            return _there_already(known, sealed)
         should = answer.headers.get("stripe-should-retry", "").lower()
         if answer.status == 409 or (should == "true" and 400 <= answer.status < 500):
             return Retry(f"http_{answer.status}", answer.retry_after_s(self._clock()))
@@ -260,6 +260,18 @@ class StripeBackend(HttpBackend[StripeSettings]):
     async def provision(self, meter: Meter) -> Provision:
         """Create the meter where its event name is free; never change one that is there."""
         return await self._meters_there.provide(meter)
+
+
+def _there_already(known: str, sealed: Sealed) -> Verdict | list[Verdict]:
+    """A refusal because of one event that is there. It says nothing of the others that came with it: they go again."""
+    ids = [event.event_id for event in sealed.events]
+    if len(ids) == 1 and known == "":
+        return Duplicate()
+    if known == "":
+        return Refused("duplicate_meter_event")
+    if known not in ids:
+        return Unknown("others_answer")  # another's id in a refusal of ours says nothing about ours
+    return [Duplicate() if one == known else Retry("refused_with_others") for one in ids]
 
 
 def _known(answer: Answer) -> str | None:
