@@ -52,6 +52,8 @@ _GATEWAY: Final = frozenset({502, 504, 520, 522, 524, 598, 599})
 # A refusal that is about the request's key. 422 is the IETF draft's for other bytes, 409 most vendors', 400 Stripe's.
 _MISMATCH: Final = frozenset({400, 409, 412, 422})
 _KEY: Final = re.compile(r"idempoten|webhook-id", re.IGNORECASE)
+# Or about what came before, in whatever words: only its id tells of a repeat under another key.
+_THERE: Final = re.compile(r"already|duplicate", re.IGNORECASE)
 _NO_KEY: Final = re.compile(r"required|missing", re.IGNORECASE)
 _SAYS: Final = ("code", "type", "title", "message", "error", "detail")  # an answer may also repeat what was sent
 _RUNNING: Final = re.compile(rb"in[_ -]?progress|in[_ -]?use|concurrent|still running|being processed", re.IGNORECASE)
@@ -89,6 +91,8 @@ def verdict_of(answer: Answer, *, dedup: Dedup, now_s: float) -> Verdict:
         return Retry("http_409")
     if _names_key(answer) or (status == 409 and dedup is Dedup.REQUEST_KEY):
         return Refused(KEY_MISMATCH)
+    if dedup is not Dedup.EVENT_ID and any(map(_THERE.search, _said_of_key(answer))):
+        return Refused(KEY_MISMATCH)
     if 400 <= status < 500:
         return Refused("too_large" if status == 413 else f"http_{status}")
     return Unknown(f"http_{status}")  # no final status at all: nothing can be concluded
@@ -96,15 +100,25 @@ def verdict_of(answer: Answer, *, dedup: Dedup, now_s: float) -> Verdict:
 
 def _names_key(answer: Answer) -> bool:
     """Whether a refusal speaks of our key: something came under it before, with other bytes."""
+    return any(_KEY.search(text) and not _NO_KEY.search(text) for text in _said_of_key(answer))
+
+
+def _said_of_key(answer: Answer) -> list[str]:
+    """The words of a refusal that may be about the key."""
     if answer.status not in _MISMATCH:
-        return False
+        return []
     said = answer.json()
-    error = said.get("error") if isinstance(said, dict) else None
-    parts = [part for part in (said, error) if isinstance(part, dict)]
+    inside = [said.get("error"), *_rows(said.get("errors"))] if isinstance(said, dict) else []
+    parts = [part for part in (said, *inside) if isinstance(part, dict)]
     texts = [value for part in parts for name in _SAYS if isinstance(value := part.get(name), str)]
+    texts += [text for text in (said, *inside) if isinstance(text, str)]
     if said is None and len(answer.body) <= LOOKED_BYTES:
         texts = [answer.body.decode(errors="replace")]
-    return any(_KEY.search(text) and not _NO_KEY.search(text) for text in texts)
+    return texts
+
+
+def _rows(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def refused_with(answer: Answer, *path: str) -> Refused:

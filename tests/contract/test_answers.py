@@ -365,6 +365,37 @@ async def test_a_refusal_that_names_the_key_is_told_apart(trial_name: str, tmp_p
             assert await backend.send(sealed) == [verdict], reply
 
 
+@pytest.mark.parametrize("trial_name", ["meter", "webhook", "revenium-meter", "revenium-completions"])
+async def test_a_refusal_of_what_is_there_already_is_never_sent_under_another_key(
+    trial_name: str, tmp_path: Path
+) -> None:
+    """A receiver that knows the request again, and says so by a refusal and in words of its own."""
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
+        sealed = backend.encode(records(2)).sealed[0]
+        for status in (400, 409, 412, 422):
+            for body in (
+                b'{"error": "duplicate event"}',
+                b'{"error": {"code": "DUPLICATE_REQUEST"}}',
+                b'{"message": "this batch was already processed"}',
+                b'{"errors": [{"code": "already_exists"}]}',
+                b'{"errors": ["Duplicate"]}',
+                b'"already received"',
+                b"already received",
+            ):
+                server.says(answer(status, body))
+                assert await backend.send(sealed) == [Refused(KEY_MISMATCH)] * len(sealed.events), (status, body)
+
+
+@pytest.mark.parametrize("trial_name", ["flexprice", "openmeter"])
+async def test_where_events_have_ids_a_refusal_of_a_batch_is_cut_whatever_it_says(
+    trial_name: str, tmp_path: Path
+) -> None:
+    async with at_a_server(trial_name, tmp_path) as (server, backend):
+        sealed = backend.encode(records(2)).sealed[0]
+        server.says(answer(409, b'{"message": "already there"}'))
+        assert await backend.send(sealed) == [Refused("http_409")] * 2
+
+
 async def test_stripes_idempotency_error_and_a_repeat_of_somebody_else(tmp_path: Path) -> None:
     async with at_a_server("stripe-v1", tmp_path) as (server, backend):
         sealed = backend.encode(records(1)).sealed[0]
