@@ -53,7 +53,11 @@ _GATEWAY: Final = frozenset({502, 504, 520, 522, 524, 598, 599})
 _MISMATCH: Final = frozenset({400, 409, 412, 422})
 _KEY: Final = re.compile(r"idempoten|webhook-id", re.IGNORECASE)
 # Or about what came before, in whatever words: only its id tells of a repeat under another key.
-_THERE: Final = re.compile(r"already|duplicate", re.IGNORECASE)
+_THERE: Final = re.compile(
+    r"duplicate|already[ _-]?(been[ _-])?"
+    r"(accept|deliver|exist|handle|ingest|known|process|receiv|record|seen|stor|there|used)",
+    re.IGNORECASE,
+)
 _NO_KEY: Final = re.compile(r"required|missing", re.IGNORECASE)
 _SAYS: Final = ("code", "type", "title", "message", "error", "detail")  # an answer may also repeat what was sent
 _RUNNING: Final = re.compile(rb"in[_ -]?progress|in[_ -]?use|concurrent|still running|being processed", re.IGNORECASE)

@@ -381,9 +381,12 @@ async def test_a_refusal_of_what_is_there_already_is_never_sent_under_another_ke
                 b'{"errors": ["Duplicate"]}',
                 b'"already received"',
                 b"already received",
+                b"this event has already been processed",
             ):
                 server.says(answer(status, body))
                 assert await backend.send(sealed) == [Refused(KEY_MISMATCH)] * len(sealed.events), (status, body)
+        server.says(answer(400, b'{"message": "the meter is already archived"}'))
+        assert await backend.send(sealed) == [Refused("http_400")] * len(sealed.events)
 
 
 @pytest.mark.parametrize("trial_name", ["flexprice", "openmeter"])
