@@ -265,5 +265,5 @@ def _refused(err_code: int | None, code: int | None) -> Verdict:
     if err_code == _SEALED:
         return Blocked("sealed: the stream is sealed, which cannot be undone: name another in SIDECAR_NATS_STREAM")
     word = f"nats_{err_code or code}"
-    # A new version may say what we do not know: never parked for it.
+    # A new version may say what we do not know: that is no refusal.
     return Blocked(word) if code is not None and 400 <= code < 500 else Retry(word)
