@@ -58,6 +58,8 @@ COMMANDS: Final[Mapping[str, ModuleType]] = {
     "help": help_command,
 }
 
+FILES: Final = frozenset({"data_dir", "feed", "file"})  # arguments that name one, and are texts
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; the answer is the exit code."""
@@ -88,7 +90,18 @@ def _run(words: Sequence[str]) -> int:
     except SystemExit:
         sys.stdout.flush()  # of `--help`: where it cannot be written, that can still be told
         raise
+    _check_texts(arguments)
     return int(arguments.run(arguments))
+
+
+def _check_texts(arguments: argparse.Namespace) -> None:
+    """That what was typed is UTF-8, as everything is that it is compared with. Names of files may be anything."""
+    for name, value in vars(arguments).items():
+        if name in FILES:
+            continue
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str) and any("\ud800" <= char <= "\udfff" for char in text):
+                raise CommandError(f"{text!r} is no UTF-8: nothing is called so", EXIT_USAGE)
 
 
 def _has_enough() -> None:

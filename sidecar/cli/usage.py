@@ -40,6 +40,7 @@ SHOWN: Final = (
     "cost_usd", "unpriced",
 )  # fmt: skip
 BYTES: Final = ("request_bytes", "response_bytes")  # of an API that states no usage: what else there is
+OF_SUMS: Final = ("by", "where", "sort", "top", "timezone")  # running values are kept as their meter says
 TOKENS: Final = ("input_tokens", "output_tokens", "total_tokens")  # where there is any usage, all expect them
 # Left out of a table that is too wide, the first one first.
 SPARE: Final = ("cache_read_input_tokens", "input_tokens", "output_tokens", "errors", "total_tokens")
@@ -56,7 +57,6 @@ UNCLAIMED_LIMIT_S: Final = 2.0  # a sum needs no running sidecar, and waits for 
 def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--by",
-        default=",".join(BY),
         metavar="NAME,…",
         help="subscriber, model, provider, route, status, upstream, instance, hour, day, month, or a dimension "
         f"(default: {','.join(BY)}; '' for one sum)",
@@ -77,6 +77,10 @@ def run(arguments: argparse.Namespace) -> int:
 
     settings = read_settings(arguments)
     names = Names(settings.subscriber_names)
+    given = [f"--{name}" for name in OF_SUMS if getattr(arguments, name) not in (None, [])]
+    if arguments.meter is not None and given:
+        said = "a meter's running values are kept by subscriber, group and bucket alone"
+        raise CommandError(f"{' and '.join(given)} cannot be asked with --meter: {said}", EXIT_USAGE)
     try:
         query = usage_query(
             now=datetime.now(UTC),

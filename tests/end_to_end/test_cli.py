@@ -184,6 +184,9 @@ def test_records_since(since: str, count: int, capfdbinary: pytest.CaptureFixtur
     assert err == (b"" if count else b"no records in that time\n")
 
 
+ID = "0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d"
+
+
 @pytest.mark.parametrize(
     ("typed", "said"),
     [
@@ -192,10 +195,24 @@ def test_records_since(since: str, count: int, capfdbinary: pytest.CaptureFixtur
         ("records --where modl=x", "--where modl; did you mean model?"),
         ("records --where outcome=foo", "--where outcome=foo: expected one of complete, client_left, "),
         ("records --where status=0xx", "--where status=0xx: expected a status (429), a class (4xx) or none"),
+        ("records --where outcome=", "--where outcome=: expected one of complete, client_left, "),
+        ("records --where status=", "--where status=: expected a status (429), a class (4xx) or none"),
+        ("records --where method=get", "--where method=get: expected a method as requests have it"),
+        (
+            "records --id 0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d --since 1h",
+            "--id 0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d: goes",
+        ),
         ("records --limit 'a b'", "--limit 'a b': expected a whole number"),
         ("records --since yesterday", "--since yesterday is no time: expected an age"),
         ("usage --since 1h --until 2h", "--until 2h is not behind '1h'"),
         ("usage --where status=429", "--where status=429: expected a class (2xx, 4xx) or none"),
+        ("usage --where status=", "--where status=: expected a class (2xx, 4xx) or none"),
+        ("usage --meter api_calls --where model=x --top 3", "--where and --top cannot be asked with --meter: "),
+        ("usage --meter api_calls --by model", "--by cannot be asked with --meter: "),
+        ("usage --where 'model=\udcff'", "'model=\\udcff' is no UTF-8"),
+        ("records --where 'model=\udcff'", "'model=\\udcff' is no UTF-8"),
+        ("spool parked --reason '\udcff'", "'\\udcff' is no UTF-8"),
+        ("spool redrive '\udcff'", "'\\udcff' is no UTF-8"),
         ("usage --by subscribr", "--by subscribr; did you mean subscriber?"),
         ("usage --sort foo", "--sort foo: expected one of cost, tokens, "),
         ("usage --top 0", "--top 0: expected a whole number, 1 to 10,000"),

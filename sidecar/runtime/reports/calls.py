@@ -71,6 +71,7 @@ FIELDS: Final[Mapping[str, Callable[[Record], Any]]] = {
 # Of these, all that a record can have; an upstream's 999 passes as it came.
 POSSIBLE: Final[Mapping[str, Values]] = {
     "status": Values(re.compile(r"[1-9](xx|\d\d)|none", re.ASCII), "a status (429), a class (4xx) or none"),
+    "method": Values(re.compile(r"[A-Z][A-Z-]*", re.ASCII), "a method as requests have it: GET, POST"),
     "outcome": Values(re.compile("|".join(Outcome)), f"one of {', '.join(Outcome)}"),
 }
 # As CSV has them; JSON and NDJSON have the whole record.
@@ -132,6 +133,8 @@ def records_query(
     record_id: str | None = None,
 ) -> RecordsQuery:
     """Calls, as they were asked for. Raises `QueryError`."""
+    if record_id and (since or until or where):
+        raise QueryError(": goes without since, until and where: there is one record of an id", "id", record_id)
     begins, ends = between(since, until, now, None)
     return RecordsQuery(
         since=begins,

@@ -163,7 +163,8 @@ def conditions(
     texts: Sequence[str], names: Mapping[str, Values | None], dimensions: Collection[str]
 ) -> dict[str, tuple[str | None, ...]]:
     """`NAME=VALUE`, several: of different names all have to hold, of one name one of its values. An empty value is
-    where nothing is known. `names`: with what there may be of each, where that is not anything."""
+    where nothing is known, which is never so of a name with `Values`. `names`: with what there may be of each, where
+    that is not anything."""
     if len(texts) > WHERE_MAX:
         raise QueryError(f": {len(texts)} conditions are too many: at most {WHERE_MAX}", "where")
     found: dict[str, tuple[str | None, ...]] = {}
@@ -176,7 +177,7 @@ def conditions(
         if name not in names and not _is_dimension(name, dimensions):
             raise QueryError(near(name, known), "where", name)
         possible = names.get(name)
-        if value and possible is not None and not possible.pattern.fullmatch(value):
+        if possible is not None and not possible.pattern.fullmatch(value):
             raise QueryError(f": expected {possible.expected}", "where", text)
         found[name] = (*found.get(name, ()), value or None)
     return found
