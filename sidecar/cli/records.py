@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -146,8 +147,10 @@ def _of_fleet(fleet: PostgresReader, query: calls.RecordsQuery, names: Names, fo
 
 
 def _write_whole(line: bytes, names: Names) -> None:
-    """A table of one line says little: the whole record, one value a line."""
-    print(orjson.dumps(orjson.loads(calls.named(line, names)), option=orjson.OPT_INDENT_2).decode())
+    """A table of one line says little: the whole record, one value a line. It is JSON still, where a character that
+    might tell the terminal something is written by its number."""
+    text = orjson.dumps(orjson.loads(calls.named(line, names)), option=orjson.OPT_INDENT_2).decode()
+    print("\n".join("".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in one) for one in text.split("\n")))
 
 
 def _one(reader: SpoolReader, record_id: str, names: Names, form: Format) -> int:

@@ -114,7 +114,9 @@ def moment(text: str, now: datetime, zone: ZoneInfo | None = None, *, name: str 
         if found:
             return max(now - timedelta(seconds=int(found[1]) * _SECONDS[found[2]]), OLDEST)
         if text.strip() == "today":
-            return now.astimezone(zone or UTC).replace(hour=0, minute=0, second=0, microsecond=0).astimezone(UTC)
+            here = now.astimezone(zone or UTC)
+            # Where a clock goes back over midnight, the first of both.
+            return here.replace(hour=0, minute=0, second=0, microsecond=0, fold=0).astimezone(UTC)
         parsed = datetime.fromisoformat(text.strip())
         if not OLDEST.year < parsed.year < NEWEST.year:
             return OLDEST if parsed.year <= OLDEST.year else NEWEST
