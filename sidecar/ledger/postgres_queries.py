@@ -17,7 +17,7 @@ from zoneinfo import ZoneInfo
 
 import orjson
 
-from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, date_of, day_of, uuid_of
+from sidecar.ledger.postgres_schema import NO_TIME, PART, STEPS, date_of, day_of, storable, uuid_of
 from sidecar.ledger.queries import (
     MeterRow,
     TooLongError,
@@ -124,16 +124,20 @@ class PostgresReader:
         limit_s: float | None = None,
     ) -> Iterator[tuple[Group, Sums]]:
         begin, end = hours_of(since, until)
+        stored = {
+            name: [None if value is None else storable(value) for value in values]
+            for name, values in (where or {}).items()
+        }
 
         async def read(db: Connection) -> tuple[Question, list[Any]]:
             first, last = begin, end
-            for name in unsure([*by, *(where or ())]):
+            for name in unsure([*by, *stored]):
                 asked = f"SELECT EXISTS (SELECT FROM {SCHEMA}.series_dimensions WHERE name = $1)"
                 if not await db.fetchval(asked, name):
                     raise unknown(name)
             if zone is not None:
                 first, last = extent(begin, end, *await db.fetchrow(EXTENT.format(_TABLES)))
-            question = Question(by, first, last, where or {}, zone, POSTGRES)
+            question = Question(by, first, last, stored, zone, POSTGRES)
             return question, await db.fetch(numbered(question.sql(exact=False)), *question.values)
 
         question, rows = self._ask(read, limit_s)

@@ -146,11 +146,13 @@ def stored(value: int) -> int | str:
 
 
 def stored_cost(amount: Decimal) -> int | str:
-    """An amount of dollars as a column keeps it: one amount is always written in one way."""
+    """An amount of dollars as a column keeps it: one amount is always written in one way. A text has a point, also
+    where it is whole: SQLite takes one without for an integer, and adds it up as if it were picodollars."""
     scaled = amount.scaleb(PICO, EXACT)
     if abs(scaled) <= JSON_INT_MAX and scaled == scaled.to_integral_value():
         return int(scaled)
-    return write_amount(amount)
+    text = write_amount(amount)
+    return text if "." in text else f"{text}.0"
 
 
 def read_cost(value: int | str | None) -> Decimal | None:

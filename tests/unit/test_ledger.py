@@ -461,6 +461,30 @@ def test_sums_that_sqlite_cannot_add_up_are_exact(ledger: LedgerUnderTest) -> No
     ]
 
 
+def test_whole_costs_beyond_what_an_integer_holds_are_exact(ledger: LedgerUnderTest) -> None:
+    """In SQLite a text without a point passes for an integer, and integers are picodollars."""
+    for number, cost in enumerate(["9e15", "9300000", "-9300000", "7"]):
+        one = record(number, usage=usage(cost_usd=cost, model=f"m{number}"), started_ns=T0_NS + number * HOUR_NS)
+        ledger.put([one], str(number))
+    reader = ledger.reader()
+    alone = ["9000000000000000", "9300000", "-9300000", "7"]
+    assert [row.cost_usd for row in reader.usage(["hour"])] == alone
+    assert [row.cost_usd for row in reader.usage(["model"])] == alone
+    assert [row.cost_usd for row in reader.usage(["day"], zone=ZoneInfo("Asia/Tokyo"))] == ["9000000000000007"]
+    assert [row.cost_usd for row in reader.usage(where={"model": ("m1",)})] == ["9300000"]
+    assert [row.cost_usd for row in reader.usage(where={"subscriber": ("acme",)})] == ["9000000000000007"]
+
+
+def test_what_a_client_sent_is_asked_for_as_it_was_sent(ledger: LedgerUnderTest) -> None:
+    """PostgreSQL keeps no NUL, and takes none in a question."""
+    odd = record(
+        1, usage=usage(model="nul\0x"), subscriber=Subscriber("s\0", "header:x"), dimensions={"feature": "f\0"}
+    )
+    ledger.put([odd, record(2)])
+    for name, value in (("model", "nul\0x"), ("subscriber", "s\0"), ("dimensions.feature", "f\0")):
+        assert [row.calls for row in ledger.reader().usage(where={name: (value, "nobody")})] == [1], name
+
+
 def test_a_question_that_takes_too_long_is_given_up(ledger: LedgerUnderTest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sidecar.ledger.queries.STEPS_BETWEEN_LOOKS", 1)
     many = [record(n, subscriber=Subscriber(f"s{n}", "jwt:sub"), started_ns=T0_NS + n * HOUR_NS) for n in range(3000)]
