@@ -221,22 +221,47 @@ class Supervisor:
     # --- processes ---------------------------------------------------------------------------------
 
     def _start(self, process: Process) -> None:
-        ours, theirs = socket.socketpair()
-        ours.setblocking(False)
+        """Raises `OSError` where the system has no process or descriptors for a first start. Later it is tried again:
+        the others serve on, and keep what they have to tell."""
         process.ready, process.cannot, process.due_s = False, None, 0.0
         process.began_s = time.monotonic()
-        if process.role == SERVING:
-            process.source = os.urandom(SOURCE_BYTES)
-            # Told before it begins: only who is expected is heard.
-            self._tell(self._metering, {"came": process.source.hex(), "worker": process.number})
-        pid = os.fork()
+        try:
+            self._fork(process)
+        except OSError as error:
+            if not process.was_ready:
+                raise
+            log.error("%s cannot be started, which is tried again: %s", process, error.strerror or error)
+            self._start_later(process)
+
+    def _fork(self, process: Process) -> None:
+        ours, theirs = socket.socketpair()
+        try:
+            ours.setblocking(False)
+            if process.role == SERVING:
+                process.source = os.urandom(SOURCE_BYTES)
+                # Told before it begins: only who is expected is heard.
+                self._tell(self._metering, {"came": process.source.hex(), "worker": process.number})
+            self._selector.register(ours, selectors.EVENT_READ, process)
+            pid = os.fork()
+        except OSError:
+            with contextlib.suppress(KeyError):
+                self._selector.unregister(ours)
+            ours.close()
+            theirs.close()
+            if process.source:
+                self._tell(self._metering, {"gone": process.source.hex()})
+                process.source = b""
+            raise
         if not pid:
             self._become(process, ours, theirs)
         theirs.close()
         process.pid, process.wire = pid, WireEnd(ours)
-        self._selector.register(ours, selectors.EVENT_READ, process)
         if process.role == METERING:
             self._died.clear()
+
+    def _start_later(self, process: Process) -> None:
+        process.due_s = time.monotonic() + process.pause_s
+        process.pause_s = min(max(process.pause_s * 2, RESTART_S_MIN), RESTART_S_MAX)
 
     def _become(self, process: Process, ours: socket.socket, theirs: socket.socket) -> None:
         """In the child: be it, and end. Nothing of the supervisor's stays open, or its end would not be noticed."""
@@ -360,11 +385,9 @@ class Supervisor:
             self._settings, self._before = self._before, None
             self._said_of_reload([f"{why}; the settings that held before are in force again"], [])
         log.error("%s %s: it is started again", process, why)
-        now_s = time.monotonic()
-        if now_s - process.began_s >= STEADY_S:
+        if time.monotonic() - process.began_s >= STEADY_S:
             process.pause_s = 0.0
-        process.due_s = now_s + process.pause_s
-        process.pause_s = min(max(process.pause_s * 2, RESTART_S_MIN), RESTART_S_MAX)
+        self._start_later(process)
 
     # --- waiting -----------------------------------------------------------------------------------
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import resource
 import signal
 from collections import Counter
 from pathlib import Path
@@ -94,6 +95,39 @@ async def test_a_killed_supervisor_leaves_no_worker_behind_and_no_record(tmp_pat
             assert (await alone.settled())["recorded"] == len(records)
             assert await alone.stop() == 0
 
+    judge(oracle.owed, records)
+    assert balance["holds"], balance
+
+
+@pytest.mark.skipif(not hasattr(resource, "prlimit"), reason="another process's limits can be set on Linux alone")
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("role", ["meter", "serve"])
+async def test_a_system_that_gives_no_process_is_asked_again_and_no_call_is_lost(tmp_path: Path, role: str) -> None:
+    async with tiny_upstream() as upstream:
+        async with Whole(tmp_path / "data", upstream, SIDECAR_WORKERS="2", **SETTINGS) as whole:
+            assert whole.process is not None
+            oracle = Oracle(lambda: whole.proxy_url, seed=9)
+            load = asyncio.create_task(oracle.run())
+            pid = whole.process.pid
+            limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, (3, limits[1]))  # it has more: there is none for another
+            os.kill(whole.children()[role][0], signal.SIGKILL)
+            async with asyncio.timeout(30):
+                while whole.log.read_text().count("cannot be started, which is tried again") < 3:
+                    await asyncio.sleep(0.01)
+            owed = len(oracle.owed)
+            async with asyncio.timeout(30):
+                while len(oracle.owed) < owed + 20:
+                    await asyncio.sleep(0.01)
+            resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            async with asyncio.timeout(30):
+                while {name: len(pids) for name, pids in whole.children().items()} != {"meter": 1, "serve": 2}:
+                    await asyncio.sleep(0.01)
+            oracle.stop()
+            await load
+            balance = await whole.settled()
+            records = await whole.records()
+            assert await whole.stop() == 0, whole.log.read_text()
     judge(oracle.owed, records)
     assert balance["holds"], balance
 
