@@ -6,6 +6,7 @@ import argparse
 import logging
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -25,6 +26,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    # A wish for new settings ends no start: they are read now, and from then on the supervisor listens.
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        return _run(arguments)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _run(arguments: argparse.Namespace) -> int:
     form = _form_said(os.environ.get(FORMAT, ""))
     try:
         read = partial(serving_settings, arguments, environ(arguments, os.environ), starting=True)

@@ -143,6 +143,7 @@ class Supervisor:
         SIGHUP reads settings, certificates and secrets anew. The exit code; raises what keeps it from starting.
         """
         settings = self._settings
+        signal.signal(signal.SIGHUP, self._asked_to_reload)  # heard also while the lock is waited for
         try:
             self._take_lock()
             self._key = factory.kept_hash_key(settings) or factory.new_hash_key()
@@ -165,6 +166,9 @@ class Supervisor:
             self._stop()
         finally:
             self._end()
+        # Python ends with the system's own handlers again: one more signal would make a failure of a clean end.
+        for number in STOPPERS:
+            signal.signal(number, signal.SIG_IGN)
         return FAILED if self._failed else OK
 
     # --- what is held ------------------------------------------------------------------------------
@@ -399,7 +403,6 @@ class Supervisor:
         self._selector.register(woken[0], selectors.EVENT_READ, None)
         for number in STOPPERS:
             signal.signal(number, self._asked_to_stop)
-        signal.signal(signal.SIGHUP, self._asked_to_reload)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
 
     def _asked_to_stop(self, number: int, frame: FrameType | None) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import resource
 import signal
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,33 @@ async def test_calls_are_taken_during_the_delay_and_a_second_signal_ends_it(tmp_
                 assert await call_once(whole) == 200
             assert await whole.stop(signal.SIGINT) == 0, whole.log.read_text()
         assert len(await whole.records()) == 5
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a process has open is told by Linux")
+async def test_a_wish_for_new_settings_ends_no_start(tmp_path: Path) -> None:
+    data_dir = tmp_path / "data"
+    data_dir.mkdir()
+    async with tiny_upstream() as upstream:
+        whole = Whole(data_dir, upstream)
+        with (data_dir / "lock").open("w") as held:
+            # As the workers of an instance that is gone hold it: they are waited for.
+            fcntl.flock(held, fcntl.LOCK_EX)
+            starting = asyncio.create_task(whole.start())
+            async with asyncio.timeout(LIMIT_S):
+                while whole.process is None or not _has_open(whole.process.pid, data_dir / "lock"):
+                    await asyncio.sleep(0.02)
+            whole.process.send_signal(signal.SIGHUP)
+        await starting
+        async with asyncio.timeout(LIMIT_S):
+            while '"number": 1' not in (data_dir / "lock").read_text():
+                await asyncio.sleep(0.02)
+        assert await whole.stop() == 0, whole.log.read_text()
+
+
+def _has_open(pid: int, path: Path) -> bool:
+    with suppress(OSError):
+        return any(one.resolve() == path for one in Path(f"/proc/{pid}/fd").iterdir())
+    return False
 
 
 @pytest.mark.parametrize(
