@@ -105,6 +105,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     export = _kind(kinds, "export", "write all records as NDJSON", _export)
     add_since(export)
     export.add_argument("--output", "-o", metavar="FILE", type=Path, help="a new file, instead of standard output")
+    export.epilog = "exit codes: 0, done; 1, there are records that cannot be read any more, as is said"
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -264,7 +265,8 @@ def _parked(arguments: argparse.Namespace, data_dir: Path) -> int:
             pass
     if form is Format.TABLE:
         if not rows:
-            print("nothing is parked")
+            where = f" at {arguments.backend}" if arguments.backend else ""
+            print(f"nothing is parked{where}{f' with the reason {arguments.reason!r}' if arguments.reason else ''}")
             return EXIT_OK
         rows = [row | {"subscriber": names.shown(row["subscriber"]), "parked_at": _plainly(row)} for row in rows]
         print(parked_table(rows), end="")
@@ -320,26 +322,38 @@ def _export(arguments: argparse.Namespace, data_dir: Path) -> int:
     from sidecar.cli.files import spool_of
 
     since_ns = 0 if arguments.since is None else max(int(arguments.since.timestamp() * 1e9), 0)
+    missing: list[int] = []
     with spool_of(data_dir) as reader:
+        lines = reader.lines(since_ns=since_ns, missing=missing.append)
         if arguments.output is None:
-            lines = reader.lines(since_ns=since_ns)
             # Into a pipe; between lines on the same terminal it would only be in the way.
             _write(lines if sys.stdout.isatty() else counted(lines, Progress("records written")), sys.stdout.buffer)
-            return EXIT_OK
-        try:
-            with arguments.output.open("xb") as file:
-                lines = counted(
-                    reader.lines(since_ns=since_ns), Progress("records written", _recorded(reader, since_ns))
-                )
+        else:
+            progress = Progress("records written", _recorded(reader, since_ns))
+            count = _write_new(arguments.output, counted(lines, progress))
+            print(f"{amount(count, 'record')} written to {arguments.output}", file=sys.stderr)
+    if missing:
+        gone = amount(sum(missing), "record is", "records are")
+        print(f"{gone} not among them and cannot be read any more: see `spool verify`", file=sys.stderr)
+    return EXIT_FAILED if missing else EXIT_OK
+
+
+def _write_new(path: Path, lines: Iterator[bytes]) -> int:
+    """Into a file that is not there yet; of one that cannot be finished nothing is left, which would look like all."""
+    try:
+        with path.open("xb") as file:
+            try:
                 count = _write(lines, file)
                 file.flush()
                 sync_file(file.fileno())
-        except FileExistsError:
-            raise CommandError(f"{arguments.output} is there already: an export replaces nothing", EXIT_USAGE) from None
-        except OSError as error:
-            raise CommandError(f"{arguments.output} cannot be written: {error.strerror}") from None
-    print(f"{amount(count, 'record')} written to {arguments.output}", file=sys.stderr)
-    return EXIT_OK
+            except BaseException:
+                path.unlink(missing_ok=True)
+                raise
+    except FileExistsError:
+        raise CommandError(f"{path} is there already: an export replaces nothing", EXIT_USAGE) from None
+    except OSError as error:
+        raise CommandError(f"{path} cannot be written: {error.strerror}") from None
+    return count
 
 
 def _recorded(reader: SpoolReader, since_ns: int) -> int | None:

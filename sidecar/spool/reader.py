@@ -17,7 +17,7 @@ import heapq
 import threading
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -102,10 +102,13 @@ class SpoolReader:
             yield from found
             after_seq = found[-1].last_seq
 
-    def lines(self, *, since_ns: int = 0) -> Iterator[bytes]:
-        """Every record of every slot, in the order of commits, from those committed at `since_ns` on."""
+    def lines(self, *, since_ns: int = 0, missing: Callable[[int], object] = lambda count: None) -> Iterator[bytes]:
+        """Every record of every slot, in the order of commits, from those committed at `since_ns` on. `missing`: told
+        how many cannot be read any more, where all are asked for."""
         ways = [self._dated(instance, since_ns) for instance in self.instances()]
         for _, _, group in heapq.merge(*ways, key=lambda item: item[:2]):
+            if group.missing:
+                missing(group.missing)
             yield from group.lines
 
     def last_seq(self, instance: str) -> int:

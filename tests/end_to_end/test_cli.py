@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import csv
+import errno
 import io
 import json
 import os
@@ -31,6 +32,7 @@ from aiohttp import web
 from aiohttp.test_utils import TestServer
 from support.backend_fixtures import record, usage
 from support.schema import faults
+from support.spool_fixtures import flip
 from support.whole import Whole, environment, running_receiver
 
 from sidecar.backends import BACKENDS, Buildable, Context, Row
@@ -296,6 +298,8 @@ def test_spool_verify_finds_what_was_changed(
 def test_nothing_is_parked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spool", "parked"]) == 0
     assert capsys.readouterr().out == "nothing is parked\n"
+    assert main(["spool", "parked", "--backend", "file", "--reason", "http_400"]) == 0
+    assert capsys.readouterr().out == "nothing is parked at file with the reason 'http_400'\n"
     assert main(["spool", "parked", "--format", "json"]) == 0
     assert capsys.readouterr().out == "[]\n"
 
@@ -306,6 +310,35 @@ def test_an_export_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(out.read_bytes().splitlines()) == 3
     assert main(["spool", "export", "-o", str(out)]) == 2
     assert "an export replaces nothing" in capsys.readouterr().err
+
+
+def test_an_export_that_lacks_records_says_so(
+    data_dir: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    (segment,) = (copy / "spool").glob("*/*.seg")
+    flip(segment, segment.read_bytes().index(b'"seq":2'))
+    for output in ([], ["-o", str(tmp_path / "all.ndjson")]):
+        assert main(["spool", "export", "--data-dir", str(copy), *output]) == 1
+        out, err = capfdbinary.readouterr()
+        lines = ((tmp_path / "all.ndjson").read_bytes() if output else out).splitlines()
+        assert len(lines) < 3
+        gone = amount(3 - len(lines), "record is", "records are")
+        assert f"{gone} not among them and cannot be read any more" in err.decode()
+
+
+def test_nothing_is_left_of_an_export_that_cannot_be_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(fd: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("sidecar.cli.spool.sync_file", full)
+    out = tmp_path / "all.ndjson"
+    assert main(["spool", "export", "-o", str(out)]) == 1
+    assert "cannot be written: No space left on device" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,7 +411,7 @@ async def test_records_are_followed_and_parked_ones_are_listed(tmp_path: Path) -
             assert code == 0
             rows = json.loads(out)
             assert [(row["backend"], row["record"]["method"]) for row in rows] == [("meter", "GET")] * 2
-            assert (await whole.command("spool", "parked", "--backend", "ledger"))[1] == "nothing is parked\n"
+            assert (await whole.command("spool", "parked", "--backend", "ledger"))[1] == "nothing is parked at ledger\n"
             assert "meter" in (await whole.command("spool", "parked"))[1]
             assert (await whole.command("balance"))[0] == 0
 

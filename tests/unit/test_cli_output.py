@@ -157,10 +157,10 @@ def test_no_control_character_gets_out(form: Format) -> None:
     assert "a" + "�" * len(odd) + "b" in out or form is Format.TABLE
 
 
-@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1"])
+@pytest.mark.parametrize("text", ["=1+1", "+1", "-1", "@SUM(A1)", " =1", "\t=1", "\r=1", "＝1+1", "＠SUM(A1)"])
 def test_no_formula_gets_into_a_spreadsheet(text: str) -> None:
     ((cell,),) = list(csv.reader(io.StringIO(render([{"a": text}], ("a",), Format.CSV), newline="")))[1:]
-    assert cell.lstrip("'� ")[:1] in "=+-@"
+    assert cell.lstrip("'� ")[:1] in "=+-@＝＠"
     assert cell[0] in "'�"
 
 
