@@ -36,6 +36,7 @@ from sidecar.runtime.reports import usage as reports
 from sidecar.runtime.reports.formats import Format, Names, written
 from sidecar.runtime.reports.parameters import QueryError, UsageQuery, usage_query
 from sidecar.spool import SpoolReader
+from sidecar.spool.recovery import NUMBERS_SKIPPED
 
 NOW = datetime(2026, 11, 22, 12, 30, tzinfo=UTC)
 HOUR_NS = 3600 * 10**9
@@ -310,6 +311,35 @@ async def test_reading_backwards_has_an_end(spool: tuple[Path, list[dict[str, An
         few = calls.last_calls(reader, query, NOBODY, bytes_max=5000)
         assert few.stopped is not None
         assert [orjson.loads(line) for line in few.lines] == every[-len(few.lines) :]
+
+
+async def test_numbers_that_were_left_out_are_not_looked_through(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a loss of unknown size a million of them are."""
+    for life in range(2):
+        async with open_small(tmp_path, instance="a") as opened:
+            recorder = SpoolRecorder(opened, Told())
+            for _ in range(20):
+                await recorded(recorder, call())
+        if not life:
+            newest = max((tmp_path / "spool" / "a").glob("*.seg"))
+            newest.write_bytes(newest.read_bytes()[: newest.stat().st_size // 2])
+    reads: list[int] = []
+    read = SpoolReader.read
+
+    def noted(self: SpoolReader, instance: str, after_seq: int, **more: Any) -> Any:
+        reads.append(after_seq)
+        return read(self, instance, after_seq, **more)
+
+    with SpoolReader(tmp_path) as reader:
+        assert reader.last_seq("a") > NUMBERS_SKIPPED
+        every = list(reader.lines())
+        monkeypatch.setattr(SpoolReader, "read", noted)
+        query = calls.records_query(now=NOW, dimensions=())
+        assert calls.last_calls(reader, query, NOBODY).lines == every
+    assert len(every) > 20
+    assert len(reads) < 100
 
 
 def test_usage_fits_a_real_terminal_of_80_columns_and_latin_1(tmp_path: Path) -> None:

@@ -298,11 +298,12 @@ def _backwards(reader: SpoolReader, instance: str, last_seq: int, since_ns: int)
         window: list[StoredGroup] = []
         place = after
         while place < upto and (groups := reader.read(instance, place, bytes_max=WINDOW_BYTES)):
-            window += groups
+            window += (group for group in groups if group.lines and group.first_seq <= upto)
             place = groups[-1].last_seq
+        if not window:
+            upto = _last_there(reader, instance, after, first_seq)
+            continue
         for group in reversed(window):
-            if group.first_seq > upto:
-                continue
             if group.committed_ns and group.committed_ns < since_ns:
                 return
             if group.last_seq > upto:
@@ -317,6 +318,25 @@ def _backwards(reader: SpoolReader, instance: str, last_seq: int, since_ns: int)
             else:
                 yield group
         upto = after
+
+
+def _last_there(reader: SpoolReader, instance: str, upto: int, first_seq: int) -> int:
+    """The last number up to this one that has a record; 0: none has. After a loss a million numbers are left out, which
+    are not looked through one by one."""
+
+    def is_any(after: int) -> bool:
+        groups = reader.read(instance, after, bytes_max=1)
+        return any(group.lines and group.first_seq <= upto for group in groups)
+
+    empty, low, step = upto, upto, WINDOW_RECORDS  # behind `empty` there is none; behind `low` there will be
+    while not is_any(low):
+        if low < first_seq:
+            return 0
+        empty, low, step = low, max(low - step, first_seq - 1), step * 2
+    while empty - low > 1:
+        middle = (low + empty) // 2
+        empty, low = (empty, middle) if is_any(middle) else (middle, low)
+    return empty
 
 
 def flat(lines: Iterable[bytes], names: Names) -> Iterator[dict[str, Any]]:
