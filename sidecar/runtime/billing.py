@@ -231,7 +231,7 @@ class Billing:
                     waited_s = 0.0
                     await self.remember_place()
                     await self.retire()
-            except (OSError, SpoolError) as error:
+            except (OSError, SpoolError, StateError) as error:
                 log.warning("delivered chunks could not be removed: %s", error)
 
     async def look_at_disk(self) -> None:

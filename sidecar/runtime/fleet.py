@@ -18,6 +18,7 @@ from sidecar.ledger.postgres_queries import InstanceRow, PostgresReader
 from sidecar.ledger.postgres_schema import Reported
 from sidecar.model.balance import BackendTotals, Balance, add_totals
 from sidecar.model.delivery import Delivered
+from sidecar.spool import SpoolError
 from sidecar.storage.files import StorageError
 
 log = logging.getLogger(__name__)
@@ -167,6 +168,8 @@ class Fleet:
                 )
                 if isinstance(await self.backend.report(told), Delivered):
                     self.whole = whole_of(await asyncio.to_thread(self.reader.instances))
-            except (StorageError, OSError) as error:
-                log.info("the fleet could not be asked how it stands: %s", error)
+            except (StorageError, SpoolError, OSError) as error:
+                log.info("the fleet could not be told or asked how it stands: %s", error)
+            except Exception:  # whatever it was, the others take who tells nothing any more for gone
+                log.exception("the fleet could not be told or asked how it stands")
             await asyncio.sleep(TELL_EVERY_S)

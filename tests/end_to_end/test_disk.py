@@ -9,12 +9,14 @@ import pytest
 from support.spool_recorder import SpoolRecorder
 
 from sidecar.backends import backend_settings
+from sidecar.delivery import Delivery, StateError
 from sidecar.model.exchange import Exchange, Outcome
 from sidecar.runtime.billing import billing
 from sidecar.runtime.disk import Room, room_left
 from sidecar.runtime.metrics import Metrics
 from sidecar.settings import load
 from sidecar.spool import Spool, SpoolReader
+from sidecar.storage.files import Trouble
 
 TIB = 1 << 40
 
@@ -61,3 +63,29 @@ async def test_delivered_chunks_go_early_when_the_disk_is_nearly_full(tmp_path: 
     assert balance.holds, balance.problems
     assert balance.recorded == 900
     assert left == (chunks[-1] if room is Room.ENOUGH else 1)
+
+
+async def test_a_delivery_state_that_cannot_be_used_for_a_while_does_not_end_retention(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chunks = [await fill(tmp_path) for _ in range(3)]
+    monkeypatch.setattr("sidecar.runtime.billing.LOOK_EVERY_S", 0.01)
+    asked: list[int] = []
+    retired_upto = Delivery.retired_upto
+
+    def busy(self: Delivery) -> dict[str, int]:
+        asked.append(1)
+        if len(asked) < 3:
+            raise StateError("delivery.db is in use by another process", Trouble.BUSY)
+        return retired_upto(self)
+
+    monkeypatch.setattr(Delivery, "retired_upto", busy)
+    environ = {"SIDECAR_DATA_DIR": str(tmp_path), "SIDECAR_DISK_LOW_BYTES": str(1000 * TIB)}
+    settings = load(environ, backend_settings=backend_settings(), serving=False)
+    async with billing(settings, Metrics()):
+        async with asyncio.timeout(20):
+            with SpoolReader(tmp_path) as reader:
+                [instance] = reader.instances()
+                assert len(reader.segments(instance)) <= chunks[-1]
+                while len(reader.segments(instance)) > 1:
+                    await asyncio.sleep(0.01)
