@@ -352,13 +352,18 @@ class Supervisor:
                     self._tell(process, {"do": "leave"})
 
     def _collect(self) -> None:
-        """Those that have ended: what they said last, why they ended, and what follows."""
-        for process in (self._metering, *self._serving):
-            if not process.pid:
-                continue
-            pid, status = os.waitpid(process.pid, os.WNOHANG)
-            if pid:
-                self._ended(process, os.waitstatus_to_exitcode(status))
+        """Those that have ended: what they said last, why they ended, and what follows. The first process of a
+        container is given orphans of others besides, whose place in the system's table it has to free."""
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
+            if not pid:
+                return
+            for process in (self._metering, *self._serving):
+                if process.pid == pid:
+                    self._ended(process, os.waitstatus_to_exitcode(status))
 
     def _ended(self, process: Process, code: int) -> None:
         process.pid, process.ready, process.code = 0, False, code

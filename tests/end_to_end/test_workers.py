@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -130,6 +131,19 @@ async def test_a_system_that_gives_no_process_is_asked_again_and_no_call_is_lost
             assert await whole.stop() == 0, whole.log.read_text()
     judge(oracle.owed, records)
     assert balance["holds"], balance
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what children a process has is told by Linux")
+async def test_the_supervisor_leaves_no_orphan_of_others_in_the_systems_table(tmp_path: Path) -> None:
+    """As the first process of a container gets them; here one that was there before it."""
+    async with tiny_upstream() as upstream:
+        whole = Whole(tmp_path / "data", upstream)
+        whole.before = ("sh", "-c", 'sleep 0.1 & exec "$@"', "sh")
+        async with whole:
+            async with asyncio.timeout(30):
+                while set(whole.children()) != {"meter", "serve"}:
+                    await asyncio.sleep(0.01)
+            assert await whole.stop() == 0
 
 
 async def test_workers_use_the_directory_that_the_command_line_names(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ class Whole:
             "SIDECAR_LOG_LEVEL": "WARNING",
             **settings,
         }
+        self.before: tuple[str, ...] = ()  # a command that becomes the one behind it
         self.arguments: tuple[str, ...] = ()  # of `serve`
         self.process: asyncio.subprocess.Process | None = None
         self.proxy_url = ""
@@ -46,7 +47,8 @@ class Whole:
     async def start(self) -> Self:
         """Start, and wait until it says in its lock file where it listens."""
         with self.log.open("ab") as log:
-            command = (sys.executable, str(ROOT / "tests" / "support" / "serve.py"), "serve", *self.arguments)
+            program = (sys.executable, str(ROOT / "tests" / "support" / "serve.py"))
+            command = (*self.before, *program, "serve", *self.arguments)
             self.process = await asyncio.create_subprocess_exec(
                 *command, env=environment(self.env), cwd=ROOT, stderr=log, stdout=log
             )
