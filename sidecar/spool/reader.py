@@ -378,8 +378,11 @@ def missing_between(at: tuple[int, int], first_seq: int, recorded: int, after_se
 
     `at`: the next number, and how many were recorded before it.
     """
-    # Of a hole that `after_seq` lies in, what was read before the damage came is not missing.
-    return max(min(recorded - at[1], first_seq - 1 - after_seq), 0)
+    # Of a hole that `after_seq` lies in, what was read before the damage came is not missing. Numbers are given one
+    # after the other, so those of the missing end there, also where a million are left out behind them.
+    missing = recorded - at[1]
+    last_seq = min(at[0] + missing, first_seq) - 1
+    return max(min(missing, last_seq - after_seq), 0)
 
 
 def _stored(frame: Frame, after_seq: int) -> StoredGroup:

@@ -14,7 +14,7 @@ import orjson
 
 from sidecar.spool import files
 from sidecar.spool.reader import SegmentInfo, SpoolReader
-from sidecar.spool.segment import Frame, Hole, SegmentFile
+from sidecar.spool.segment import CommitMark, Frame, Hole, SegmentFile
 from sidecar.spool.types import SpoolError, SpoolTotals, intent_id
 
 # Enough to see what is wrong; a broken disk would fill the screen.
@@ -62,7 +62,8 @@ def _told(told: Callable[[int], None], before: int, records: int) -> None:
 
 def verify_slot(reader: SpoolReader, instance: str, told: Callable[[int], None] = lambda records: None) -> SlotReport:
     """Recount one slot."""
-    # Totals first: what is committed while we count may only add to them.
+    # The mark first, then totals: what is committed while we count may only add to them.
+    mark = CommitMark.read(files.slot_dir(reader.root, instance))
     totals = reader.totals(instance)
     segments = reader.segments(instance)
     problems: list[str] = []
@@ -73,6 +74,9 @@ def verify_slot(reader: SpoolReader, instance: str, told: Callable[[int], None] 
     recounted = before + count.records + count.missing
     if recounted != totals.recorded:
         problems.append(f"the segments hold {recounted} records, the totals say {totals.recorded}")
+    if mark is not None and mark.recorded > totals.recorded:
+        gone = mark.recorded - totals.recorded
+        problems.append(f"the segments end at {totals.recorded} records, and {gone} more were on disk")
     if not totals.holds:
         lost = sum(totals.lost.values())
         problems.append(

@@ -119,10 +119,26 @@ async def test_a_missing_file_is_noticed_and_no_number_is_given_twice(tmp_path: 
     await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
     root = tmp_path / "copy"
     _segment(root).unlink()
+    with SpoolReader(root) as reader:
+        (report,) = verify(reader)
+    assert report.problems == ("the segments end at 0 records, and 30 more were on disk",)
     spool = await _goes_on(root)
     assert spool.snapshot().totals.holds
     assert spool.snapshot().totals.recorded == 31  # what is missing was recorded
     assert rows(root, "a")[-1]["seq"] > NUMBERS_SKIPPED
+
+
+@pytest.mark.parametrize("had", [0, 10, 29, 30])
+async def test_what_was_delivered_before_it_was_lost_is_not_missing(tmp_path: Path, had: int) -> None:
+    """Also behind the numbers that are left out then."""
+    await _fill(tmp_path / "root", 30, BIG, crash_to=tmp_path / "copy")
+    root = tmp_path / "copy"
+    _segment(root).unlink()
+    await _goes_on(root)
+    with SpoolReader(root) as reader:
+        assert sum(group.missing for group in reader.groups("a", had)) == 30 - had
+        assert reader.count("a", had, reader.last_seq("a")) == 31 - had
+        assert reader.count("a", 0, had) == had
 
 
 @pytest.mark.parametrize("kept_bytes", [0, 20, 60])
