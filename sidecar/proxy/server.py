@@ -44,7 +44,7 @@ from sidecar.proxy.plain_call import PlainCalls
 from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
-from sidecar.storage.sockets import for_both_families, hold_new
+from sidecar.storage.sockets import FILE_STAYS, for_both_families, hold_new
 from sidecar.usage import Taps
 
 log = logging.getLogger(__name__)
@@ -236,7 +236,7 @@ class Proxy:
         if path is not None:
             _remove_stale(path)
             listener = await loop.create_unix_server(
-                server, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                server, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
             )
             self._listeners.append(listener)
             self._socket_paths.append(path)
@@ -244,7 +244,7 @@ class Proxy:
         if sock is not None:
             if sock.family == getattr(socket, "AF_UNIX", None):
                 listener = await loop.create_unix_server(
-                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
                 )
             else:
                 listener = await loop.create_server(

@@ -15,9 +15,9 @@ import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from sidecar.settings import Address
 
@@ -25,6 +25,9 @@ CONTROL: Final = "control.sock"  # in the data directory: what changes something
 PATH_BYTES_MAX: Final = 103  # of an address: Linux has 108, macOS 104, the last one is zero
 OWN_DESCRIPTORS: Final = Path("/proc/self/fd")
 BACKLOG: Final = 16  # commands that wait: somebody types them
+# For `loop.create_unix_server`: from Python 3.13 on it removes the socket's file with its server by itself, also where
+# another process listens on that socket still (https://docs.python.org/3/library/asyncio-eventloop.html).
+FILE_STAYS: Final[Mapping[str, Any]] = {"cleanup_socket": False} if sys.version_info >= (3, 13) else {}
 _SOL_LOCAL: Final = 0  # macOS, sys/un.h: LOCAL_PEERCRED is asked of this level
 _LOCAL_PEERCRED: Final = 1
 _XUCRED_BYTES: Final = 76  # version, uid, then a number of groups

@@ -301,7 +301,7 @@ def test_what_cannot_be_computed_says_why(text: str, changes: dict[str, Any], re
     assert (meter.quantity(call), meter.failure(call)) == (None, reason)
 
 
-def test_what_the_ledger_lacks_for_it_is_counted_by_meter(tmp_path: Path) -> None:
+async def test_what_the_ledger_lacks_for_it_is_counted_by_meter(tmp_path: Path) -> None:
     """Each time, while the log has it once; other backends park the record."""
     sides = {"each": "output_tokens / input_tokens", "fine": "output_tokens * 2"}
     tables = [{"name": name, "aggregation": {"type": "SUM", "expression": text}} for name, text in sides.items()]
@@ -316,6 +316,8 @@ def test_what_the_ledger_lacks_for_it_is_counted_by_meter(tmp_path: Path) -> Non
     said = metrics.exposition(Gauges()).decode()
     assert 'sidecar_meter_values_not_computed_total{meter="each"} 3.0' in said
     assert 'meter="fine"' not in said
+    for backend in (ledger, other):
+        await backend.aclose()
 
 
 def test_a_number_beyond_64_bits_is_no_other_number() -> None:
