@@ -99,7 +99,7 @@ lock: $(BIN)/python ## make the lock files anew from pyproject.toml
 
 # The pip that each Python from 3.11 on brought along at its oldest and newest, and the newest of all.
 PIPS ?= 22.3.1 23.0.1 23.2.1 24.2 newest
-installs: $(TEST) ## the locks install with every pip that a Python may bring along (PIPS=…), wheel and archive run on every Python
+installs: $(TEST) ## the locks install with every pip that a Python may bring along (PIPS=…); wheel, archive and some tests run on every Python
 	@for pip in $(PIPS); do \
 		venv=$(VENV)-pip-$$pip; rm -rf $$venv; \
 		$(MAKE) --no-print-directory VENV=$$venv PIP_VERSION=$$pip $$venv/.stamp-test && \
