@@ -26,7 +26,7 @@ from sidecar.spool import Spool, SpoolReader
 from sidecar.spool.known_ids import TOO_OLD, Aside, KnownIds
 from sidecar.spool.types import Batch
 from sidecar.storage.files import StorageError
-from sidecar.storage.nats import LOOK_AGAIN_S, Connected, NatsConnection, NatsFault, api_fault
+from sidecar.storage.nats import LOOK_AGAIN_S, Connected, NatsConnection, NatsFault, api_fault, connection_lost
 
 if TYPE_CHECKING:
     from nats.aio.msg import Msg
@@ -295,7 +295,7 @@ class StreamReader:
         self.fault = ""
         while not stop.is_set():
             if await self.connection.get() is not there:
-                raise NatsFault("connection_lost", "the connection to NATS ended")
+                raise connection_lost()
             messages = await self._guarded(there, self._fetch(there, subscription, inbox))
             if messages:
                 await self._take(there, messages)

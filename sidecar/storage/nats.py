@@ -305,7 +305,7 @@ def login_fault(error: BaseException, login: Login, *, wants_certificate: bool =
 
 def api_fault(error: BaseException, wanted: Wanted) -> NatsFault:
     """Why JetStream did not answer a question as we asked it."""
-    from nats.errors import NoRespondersError
+    from nats.errors import ConnectionClosedError, ConnectionReconnectingError, NoRespondersError, StaleConnectionError
     from nats.js.errors import APIError, NotFoundError, ServiceUnavailableError
 
     name = wanted.stream
@@ -332,7 +332,14 @@ def api_fault(error: BaseException, wanted: Wanted) -> NatsFault:
         )
     if isinstance(error, APIError):
         return NatsFault(f"nats_{error.err_code or error.code}", f"stream {name}: {error.description}")
-    return NatsFault("connection_lost", f"the connection ended: {type(error).__name__}")
+    if isinstance(error, ConnectionClosedError | ConnectionReconnectingError | StaleConnectionError):
+        return connection_lost()
+    return NatsFault("connection_lost", f"the connection to NATS ended: {type(error).__name__}")
+
+
+def connection_lost() -> NatsFault:
+    """Whoever notices it first says the same."""
+    return NatsFault("connection_lost", "the connection to NATS ended")
 
 
 # --- the connection ----------------------------------------------------------------------------------------
@@ -497,7 +504,7 @@ class NatsConnection:
                 error = last[-1] if last else None
                 unauthorized = isinstance(error, nats.errors.AuthorizationError)
                 fault = login_fault(error, self.login) if error is not None and unauthorized else None
-                ended.set_result(fault or NatsFault("connection_lost", "the connection to NATS ended"))
+                ended.set_result(fault or connection_lost())
 
         self._guard(client)
         try:

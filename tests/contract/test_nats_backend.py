@@ -19,7 +19,7 @@ from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry
 from sidecar.model.record import Record
 from sidecar.settings import Unfit
 from sidecar.settings.schema import settings_of
-from sidecar.storage.nats import Wanted, read_servers, weaknesses
+from sidecar.storage.nats import Wanted, api_fault, read_servers, weaknesses
 
 pytestmark = pytest.mark.timeout(120)
 PASSWORD = "hunter2-hunter2"
@@ -364,6 +364,14 @@ def test_a_weak_stream_is_refused_by_name_with_what_to_do(name: str) -> None:
     (text,) = weaknesses(StreamConfig(**good | changes), WANTED)
     assert text.startswith("stream S: ")
     assert says in text
+
+
+@pytest.mark.parametrize("name", ["ConnectionClosedError", "ConnectionReconnectingError", "StaleConnectionError"])
+def test_a_lost_connection_is_said_in_one_way_whoever_notices_it(name: str) -> None:
+    import nats.errors
+
+    fault = api_fault(getattr(nats.errors, name)(), WANTED)
+    assert (fault.reason, str(fault)) == ("connection_lost", "the connection to NATS ended")
 
 
 def test_addresses_are_read_and_a_password_in_one_is_refused_without_being_said() -> None:
