@@ -251,7 +251,7 @@ def fed(path: str, wire: bytes, cuts: Sequence[int] = ()) -> tuple[list[Usage], 
 
 @given(
     kinds=st.lists(st.sampled_from(["done", "delta", "ping", "sound", "fragments", "large"]), min_size=1, max_size=60),
-    times=st.integers(1, 40),
+    times=st.integers(1, 8),
     cuts=st.lists(st.integers(0, 1 << 22), max_size=8),
 )
 def test_of_a_real_session_nothing_is_lost_however_it_comes(kinds: list[str], times: int, cuts: list[int]) -> None:
