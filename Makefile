@@ -16,7 +16,7 @@ SYSTEM := tests/end_to_end tests/crash tests/soak tests/fleet
 # They compare processor time, which is only comparable where nothing else runs beside it.
 ALONE := tests/end_to_end/test_busy_bodies.py tests/unit/test_usage_cost.py
 # Some of their tests have the mark `server`.
-SERVERS := tests/unit/test_delivery_lanes.py
+SERVERS := tests/contract/test_nats_backend.py tests/contract/test_nats_logins.py tests/unit/test_delivery_lanes.py
 
 # Packages are installed at the versions and hashes of requirements/*.lock. A stamp in the environment remembers
 # that it was done, so a second `make` starts at once and works without a network. The locks are complete, so nothing

@@ -21,7 +21,7 @@ from sidecar.settings import Unfit
 from sidecar.settings.schema import settings_of
 from sidecar.storage.nats import Wanted, api_fault, read_servers, weaknesses
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.server]
 PASSWORD = "hunter2-hunter2"
 
 

@@ -21,7 +21,7 @@ from sidecar.model.delivery import Blocked, Delivered, Duplicate, Retry
 from sidecar.settings import SettingsError, Unfit, load
 from sidecar.storage.nats_keys import read_creds, read_seed
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = [pytest.mark.timeout(120), pytest.mark.server]
 Made = Callable[..., NatsBackend]
 
 

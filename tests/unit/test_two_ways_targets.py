@@ -169,7 +169,7 @@ def told(calls: Sequence[Call], env: dict[str, str], *, short: bool) -> tuple[li
 @example(calls=[("GET", "/a/1", 0, 0), ("DELETE", "/a/2", 0, 0)] * 3)
 @example(calls=[("POST", target, 1, 2) for target in USUAL] * 2)
 @example(calls=[("POST", target, 1, 3) for target in USUAL] * 2)
-@settings(max_examples=40)
+@settings(max_examples=25)
 def test_both_ways_are_the_same_whatever_the_target(
     name: str, calls: list[Call], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
