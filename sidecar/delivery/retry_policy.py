@@ -79,19 +79,17 @@ def judge(attempt: Attempt, before: Tries, abilities: Abilities, limits: Limits)
     after_s = asked_wait_s(attempt.verdicts)
     own_s = backoff_s(tries.attempts, attempt.roll, limits)
     wait_s = backoff_s(tries.attempts, attempt.roll, limits, after_s)
+    again = Decision(open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s)
     left = [i for i, fate in enumerate(fates) if fate is Fate.OPEN]
     if len(left) == len(fates):
         if tries.alone >= limits.alone_after and (given := _give_way(attempt, tries, abilities)) is not None:
             return given
-        return Decision(open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s)
+        return again
     if not left:
         return Decision(open=False, tries=tries, fates=tuple(fates), parked=parked)
-    if abilities.dedup is Dedup.REQUEST_KEY and (
-        tries.risky or any(may_have_been_taken(attempt.verdicts[i]) for i in left)
-    ):
-        return Decision(
-            open=True, tries=tries, wait_s=wait_s, held=wait_s > own_s
-        )  # only the same request is recognised
+    risky = tries.risky or any(may_have_been_taken(attempt.verdicts[i]) for i in left)
+    if risky and abilities.dedup is Dedup.REQUEST_KEY:
+        return again  # only the same request is recognised
     return _part(attempt, fates, parked, left, tries, abilities, limits)
 
 
