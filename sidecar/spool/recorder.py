@@ -11,10 +11,10 @@ always hold
 
 A call open for more than `INTENT_AGE_S` has its intent on disk; a shorter one never writes one.
 
-`committed`: one frame is under way at a time; what ends meanwhile gathers and goes when that one is on disk, so that a
-commit is shared by all who wait. `shipped`: the same, and when it is on disk a frame's memory is let go of, while its
-responses wait on until the centre has its records (`Recorder.shipped`). `buffered`: what ends gathers for a few
-milliseconds, and nobody waits while the disk keeps up.
+`committed`: one frame is under way at a time; what ends meanwhile gathers and goes when that one is on disk and the
+loop has turned a few times more, so that a commit is shared by all who wait. `shipped`: the same, and when it is on
+disk a frame's memory is let go of, while its responses wait on until the centre has its records (`Recorder.shipped`).
+`buffered`: what ends gathers for a few milliseconds, and nobody waits while the disk keeps up.
 """
 
 from __future__ import annotations
@@ -47,6 +47,10 @@ BUFFERED_AGE_S: Final = 0.020
 GATHER_S_MAX: Final = 0.015
 GATHER_S_MIN: Final = 0.002
 COMMITS_REMEMBERED: Final = 5  # about so many of the last make up the usual time
+# In `committed` what has gathered goes so many turns of the loop after the commit that it waited for. A turn takes what
+# is ready and no longer: microseconds where nothing is, but under load the next calls end in them, and a commit that is
+# shared by half as many again costs each of them a third less.
+GATHER_TURNS: Final = 4
 # Entries of one frame: more are not kept back, so that a frame stays far below what may be sent at once.
 ENTRIES_MAX: Final = 512
 FRAME_BYTES_ENOUGH: Final = 4 << 20  # likewise, of bodies that are still to be read
@@ -222,7 +226,7 @@ class Recorder:
         filling = self._filling
         if filling is not None:
             if not waiting and not self._buffered:
-                self._send(filling)
+                self._flush_after(filling, GATHER_TURNS)
         elif not waiting:
             self._idle.set()
 
@@ -411,6 +415,12 @@ class Recorder:
         """Once a loop turn, or when they have gathered for long enough: they go."""
         if self._filling is frame:
             self._send(frame)
+
+    def _flush_after(self, frame: Frame, turns: int) -> None:
+        if turns and self._filling is frame:
+            self._loop.call_soon(self._flush_after, frame, turns - 1)
+        else:
+            self._flush(frame)
 
     def _send(self, frame: Frame, counts: Sequence[tuple[str, str, float]] | None = None) -> None:
         self._filling = None

@@ -108,6 +108,27 @@ async def test_committed_lets_go_after_the_disk_has_it(held: Held) -> None:
         assert reader.last_seq(spool.instance) == 1
 
 
+async def test_what_ends_within_a_few_turns_of_a_commit_shares_the_next_one(held: Held) -> None:
+    """Whether something does or not, what waits goes: no later call is needed for it."""
+    make, gate, _, spool = held
+    recorder, answers = make(commit_wait_s=30), Answers()
+    gate.clear()
+    first, second, third = call(), call(), call()
+    for exchange in (first, second, third):
+        recorder.admit(exchange)
+
+    def released(granted: bool) -> None:
+        asyncio.get_running_loop().call_soon(recorder.complete, third, answers)
+
+    recorder.complete(first, released)
+    await until(lambda: recorder._in_flight)
+    recorder.complete(second, answers)
+    gate.set()
+    await until(lambda: len(answers.given) == 2)
+    with SpoolReader(spool.root) as reader:
+        assert [len(group.lines) for group in reader.groups(spool.instance)] == [1, 2]
+
+
 async def test_without_anything_held_nothing_waits(held: Held) -> None:
     make, gate, _, spool = held
     recorder = make()
