@@ -130,6 +130,8 @@ def asked_wait_s(verdicts: Sequence[Verdict]) -> float | None:
 
 def asked_pause_s(verdicts: Sequence[Verdict], limits: Limits) -> float:
     """How long nothing at all is to be offered: what a 429 or 503 says is meant for the client, not for a request."""
+    if Retry not in set(map(type, verdicts)):  # as nearly always, and told without a look at each
+        return 0.0
     paused = [v for v in verdicts if isinstance(v, Retry) and _PAUSE.search(v.reason)]
     return min(asked_wait_s(paused) or 0.0, limits.retry_after_cap_s)
 

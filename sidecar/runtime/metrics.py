@@ -465,10 +465,11 @@ class Metrics(HopEvents, Collector):
 
     def batch_settled(self, backend: str, verdicts: Sequence[Verdict], seconds: float) -> None:
         """One request to a backend was answered, or was not."""
-        for kind, count in Counter(map(type, verdicts)).items():
+        kinds = Counter(map(type, verdicts))
+        for kind, count in kinds.items():
             self._count("sidecar_verdicts", (backend, kind.__name__.lower()), count)
-        failure = next((v.reason for v in verdicts if isinstance(v, Retry | Unknown | Blocked)), None)
-        if failure is not None:
+        if kinds.keys() & {Retry, Unknown, Blocked}:
+            failure = next(v.reason for v in verdicts if isinstance(v, Retry | Unknown | Blocked))
             self._count_capped("sidecar_send_failures", (backend, failure))
         self._histograms["sidecar_send_seconds"].setdefault((backend,), Histogram()).observe(seconds)
 

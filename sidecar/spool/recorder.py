@@ -193,9 +193,14 @@ class Recorder:
         self._waiting_bytes += size
         if intended:
             frame.closes.append(id_)
-        # The usual case of `_hold` is told here: nothing is under way, so nothing can be late.
-        usual = self._buffered and self._degraded is None and not self._in_flight
-        held = not usual and release is not None and self._hold(frame, release)
+        # In `buffered` nobody waits while the oldest record that is not on disk is younger than it allows.
+        waiting = self._in_flight
+        goes = (
+            self._buffered
+            and self._degraded is None
+            and (not waiting or self._loop.time() - waiting[0].since_s <= BUFFERED_AGE_S)
+        )
+        held = not goes and release is not None and self._hold(frame, release)
         if len(ended) >= ENTRIES_MAX or frame.size_bytes >= FRAME_BYTES_ENOUGH:
             self._send(frame)
         return not held
@@ -332,11 +337,10 @@ class Recorder:
     # Holding responses
 
     def _hold(self, frame: Frame, release: Release) -> bool:
-        """Whether the response waits; then `release` is kept with the frame."""
+        """Whether the response waits, which nothing but a wait that ran out prevents; `release` is kept with the frame
+        then."""
         if self._degraded is not None and not self._refuse:
             self._metrics.released_uncommitted(1)
-            return False
-        if self._buffered and not self._refuse_now() and not self._is_late():
             return False
         if self._buffered and not frame.releases:
             self._loop.call_soon(self._flush, frame)  # somebody waits: no more gathering
@@ -344,13 +348,6 @@ class Recorder:
         if self._overdue is None:
             self._overdue = self._loop.call_at(frame.since_s + self._commit_wait_s, self._wait_ran_out)
         return True
-
-    def _refuse_now(self) -> bool:
-        return self._refuse and self._degraded is not None
-
-    def _is_late(self) -> bool:
-        """Whether the oldest record that is not on disk is older than `buffered` allows."""
-        return bool(self._in_flight) and self._loop.time() - self._in_flight[0].since_s > BUFFERED_AGE_S
 
     def _holding(self) -> Iterator[Frame]:
         """The frames that somebody waits for, oldest first."""

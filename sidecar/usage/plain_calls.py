@@ -24,12 +24,13 @@ from sidecar.model.exchange import (
     ResponseShape,
     Subscriber,
     Usage,
+    cut,
     cut_usage,
 )
 from sidecar.model.record import LineTemplate
 from sidecar.usage import RawHeaders, Taps
 from sidecar.usage.readers import UsageTaps
-from sidecar.usage.response_headers import VALUE_MAX_BYTES
+from sidecar.usage.response_headers import ID_MAX_CHARS, VALUE_MAX_BYTES, id_name, request_id
 from sidecar.usage.whole import Plan, Row, prepare
 
 log = logging.getLogger(__name__)
@@ -56,11 +57,13 @@ KINDS_MAX: Final = 256  # of calls, for each pair of shapes: one for each model 
 @dataclass(slots=True, eq=False)
 class _Reading:
     """How calls of one pair of shapes are read and written. `own`: (line of the head, lower-case name) of each field
-    whose value is another one for each call."""
+    whose value is another one for each call. `id_at`: the line of the one that has the vendor's id; 0 where `own` is to
+    be asked."""
 
     plan: Plan | None
     template: LineTemplate | None
     own: tuple[tuple[int, str], ...] = ()
+    id_at: int = 0
     kinds: dict[tuple[Any, ...], tuple[CallKind, _Price]] = field(default_factory=dict)  # by `_models_of` their usage
 
 
@@ -148,8 +151,8 @@ class PlainReader:
         if not shape.read or plan is None:
             (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
         else:
-            own = _own(reading, response_head) if reading.own else None
-            found = plan.row(request_body, response_body, own, opened_ns, first_token_ns)
+            said_id = _own_id(reading, response_head) if reading.own else plan.request_id
+            found = plan.row(request_body, response_body, said_id, opened_ns, first_token_ns)
             if found is not None:
                 row, names, counts = found
                 usage, models = orjson.dumps(row), _models_of(row)
@@ -240,7 +243,7 @@ class PlainReader:
             if plan is not None:
                 names = [name.decode("latin-1").lower() for name, _ in fields]
                 own = tuple((at, name) for at, name in enumerate(names, 1) if name in plan.per_call)
-        found = self._readings[key] = _Reading(plan, template, own)
+        found = self._readings[key] = _Reading(plan, template, own, _id_at(own))
         return found
 
     def _taps_of(self, shape: RequestShape) -> Taps:
@@ -279,6 +282,21 @@ class PlainReader:
         if self._by_body is not None:
             exchange.subscriber = self._by_body(exchange.subscriber, asked.member)
         return usage
+
+
+def _id_at(own: Sequence[tuple[int, str]]) -> int:
+    """The line of the one field that has the vendor's id; 0 where there is none, or more than one of that name."""
+    names = [name for _, name in own]
+    best = id_name(names)
+    return own[names.index(best)][0] if best is not None and names.count(best) == 1 else 0
+
+
+def _own_id(reading: _Reading, head: bytes) -> str | None:
+    """As `request_id(_own(reading, head))`, which costs twice as much."""
+    if not reading.id_at:
+        return request_id(_own(reading, head))
+    value = head.split(b"\r\n")[reading.id_at].partition(b": ")[2]
+    return cut(value[:VALUE_MAX_BYTES].decode("latin-1"), ID_MAX_CHARS) or None
 
 
 def _own(reading: _Reading, head: bytes) -> dict[str, str]:

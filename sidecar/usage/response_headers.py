@@ -134,15 +134,21 @@ class Heads:
         return found
 
 
+def id_name(names: Iterable[str]) -> str | None:
+    """Of these fields the one that says the vendor's own id of the call, where several do the most telling."""
+    best, rank = None, len(_ID_RANK)
+    for name in names:
+        own = _ID_RANK.get(name, rank)
+        if own < rank:
+            best, rank = name, own
+    return best
+
+
 def request_id(fields: Mapping[str, str]) -> str | None:
     """The vendor's own id of the call, from the field that is the most telling of those there are."""
     if _ID_NAMES.isdisjoint(fields):
         return None
-    best, rank = None, len(_ID_RANK)
-    for name in fields:
-        own = _ID_RANK.get(name, rank)
-        if own < rank:
-            best, rank = name, own
+    best = id_name(fields)
     return None if best is None else cut(fields[best], ID_MAX_CHARS) or None
 
 

@@ -104,12 +104,13 @@ class Plan:
     """Made by `prepare`. Holds no state of a call, so one may serve many at once.
 
     `per_call`: lower-case names of response fields whose values `read` must be given for each call (`fields`).
-    `lean`: the family whose plain and streamed responses are read the short way; None: none is.
+    `request_id`: what the response says that it was made with. `lean`: the family whose plain and streamed responses
+    are read the short way; None: none is.
     """
 
     __slots__ = (
         "_coding", "_endpoint", "_fields", "_five", "_has_usual", "_headers", "_method", "_nobodys", "_operation",
-        "_provider", "_request_id", "_status", "_target", "_three", "lean", "per_call", "taps",
+        "_provider", "_status", "_target", "_three", "lean", "per_call", "request_id", "taps",
     )  # fmt: skip
 
     def __init__(
@@ -146,7 +147,7 @@ class Plan:
         if row is not None and self.lean is not None:
             self._operation = row.operation
             self._provider = endpoint.provider or row.provider or hinted_provider(self._fields) or DEFAULT_PROVIDER
-        self._request_id = request_id(self._fields)
+        self.request_id = request_id(self._fields)
         entered, said, *details = _RESPONSES if self.lean is Responses else _CHAT
         self._three = itemgetter(entered, said, "total_tokens")
         self._five = itemgetter(entered, said, "total_tokens", *details)
@@ -209,17 +210,16 @@ class Plan:
         """
         if self.lean is not None and whole:
             body = response if isinstance(response, bytes) else b"".join(response)
-            if fields is None:
-                fields = self._fields
+            said_id = self.request_id if fields is None else request_id(fields)
             try:
                 if self._coding:
                     body = decoded(self._coding, body)
                 if body[:1] == b"{":
                     document = _document(body)
-                    if document is not None and (row := self._read_plain(request_body, document, fields)) is not None:
+                    if document is not None and (row := self._read_plain(request_body, document, said_id)) is not None:
                         return usage_of(row)
                 elif not self._coding:
-                    usage = self._read_events(request_body, body, fields, opened_ns, first_token_ns)
+                    usage = self._read_events(request_body, body, said_id, opened_ns, first_token_ns)
                     if usage is not None:
                         return usage
             except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
@@ -279,12 +279,13 @@ class Plan:
         self,
         request_body: bytes,
         response: bytes,
-        fields: Mapping[str, str] | None = None,
+        said_id: str | None,
         opened_ns: int = 0,
         first_token_ns: int = 0,
     ) -> Counted | None:
         """The `usage` object of the record of one call, for most calls of the lean families; None where `read` is to be
-        asked. Never raises. `fields` and times: as for `read`."""
+        asked. Never raises. `said_id`: the vendor's id of the call (`response_headers.request_id`). Times: as for
+        `read`."""
         if self.lean is None:
             return None
         try:
@@ -293,16 +294,15 @@ class Plan:
                 if response[:1] != b"{":
                     return None
             if response[:1] != b"{":
-                values = self._fields if fields is None else fields
-                return _counted_row(self._read_events(request_body, response, values, opened_ns, first_token_ns))
+                return _counted_row(self._read_events(request_body, response, said_id, opened_ns, first_token_ns))
             document = _document(response)
             if document is None:
                 return None
             if self._has_usual:
-                found = self._usual(request_body, document, fields)
+                found = self._usual(request_body, document, said_id)
                 if found is not None:
                     return found
-            row = self._read_plain(request_body, document, self._fields if fields is None else fields)
+            row = self._read_plain(request_body, document, said_id)
         except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
             return None
         if row is None:
@@ -310,7 +310,7 @@ class Plan:
         names, counts_of = _counts_in(tuple(row))
         return row, names, counts_of(row)
 
-    def _usual(self, request_body: bytes, document: Document, fields: Mapping[str, str] | None) -> Counted | None:
+    def _usual(self, request_body: bytes, document: Document, said_id: str | None) -> Counted | None:
         """What `_read_plain` makes of a response of OpenAI's whose model, id and end are all told, and whose usage
         object has its three counts and both details, or the counts alone. None: that way is to be asked.
 
@@ -365,7 +365,6 @@ class Plan:
             "request_model": asked,
             "response_id": response_id,
         }
-        said_id = self._request_id if fields is None else request_id(fields)
         if said_id is not None:
             row["upstream_request_id"] = said_id
         row.update(zip(names, counts, strict=True))
@@ -378,7 +377,7 @@ class Plan:
         row["raw_usage"] = raw
         return row, names, counts
 
-    def _read_plain(self, request_body: bytes, document: Document, fields: Mapping[str, str]) -> Row | None:
+    def _read_plain(self, request_body: bytes, document: Document, said_id: str | None) -> Row | None:
         row: Row = {
             "usage_state": "final",
             "provider": self._provider,
@@ -388,8 +387,8 @@ class Plan:
             "request_model": self._request_model(request_body),
             "response_id": None,
         }
-        if (said := request_id(fields)) is not None:
-            row["upstream_request_id"] = said
+        if said_id is not None:
+            row["upstream_request_id"] = said_id
         return row if self._fill(row, document) else None
 
     def _fill(self, row: Row, document: Document) -> bool:
@@ -399,7 +398,7 @@ class Plan:
         return _response(row, document) if family is Responses else _anthropic_message(row, document)
 
     def _read_events(
-        self, request_body: bytes, body: bytes, fields: Mapping[str, str], opened_ns: int, first_token_ns: int
+        self, request_body: bytes, body: bytes, said_id: str | None, opened_ns: int, first_token_ns: int
     ) -> Usage | None:
         if b"\r" in body or not body.endswith(b"\n\n") or len(body) > MESSAGE_MAX_BYTES:
             return None
@@ -417,7 +416,7 @@ class Plan:
         usage.provider = self._endpoint.provider or reader.provider or self._provider
         usage.operation = self._operation
         usage.request_model = self._endpoint.asked(name(asked.get("model")))
-        usage.upstream_request_id = request_id(fields)
+        usage.upstream_request_id = said_id
         if first_token_ns and opened_ns:
             usage.time_to_first_token_ms = (first_token_ns - opened_ns) / 1e6
         return usage

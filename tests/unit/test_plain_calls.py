@@ -27,6 +27,8 @@ from sidecar.runtime import factory
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.settings import load
 from sidecar.spool.frames import PLAIN, decode_frame, encode_frame, plain_of
+from sidecar.usage.plain_calls import _id_at, _own, _own_id, _Reading
+from sidecar.usage.response_headers import request_id
 from sidecar.usage.values import COUNT_MAX, NAME_MAX_CHARS
 from sidecar.usage.whole import Plan, _usual_names
 
@@ -473,3 +475,26 @@ def test_names_that_somebody_made_up_are_not_remembered() -> None:
     with pytest.raises(ValueError, match="said twice"):
         _usual_names(("cached_tokens", "cache_read_tokens"), ())
     assert _usual_names.cache_info().currsize == 0
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        [],
+        [b"X-Request-Id: a"],
+        [b"X-Request-Id: "],
+        [b"X-Request-Id: a", b"x-request-id: b"],
+        [b"x-request-id: a", b"Request-Id: b", b"apim-request-id: c"],
+        [b"x-request-id: a", b"Request-Id: b", b"request-id: c"],
+        [b"X-Request-Id: " + b"a" * 2_000],
+        [b"X-Request-Id: \xc3\xa4"],
+    ],
+)
+def test_the_vendors_id_is_read_at_once_as_from_all_fields(ids: list[bytes]) -> None:
+    """Of the next response too, whose ids are others."""
+    head = b"\r\n".join([b"HTTP/1.1 200 OK", b"Content-Type: application/json", *ids])
+    own = tuple((at, line.partition(b":")[0].decode().lower()) for at, line in enumerate(ids, 2))
+    reading = _Reading(None, None, own, _id_at(own))
+    for one in (head, head.replace(b": a", b": another")):
+        assert _own_id(reading, one) == request_id(_own(reading, one))
+    assert bool(reading.id_at) is (len(ids) == 1 or len({name for _, name in own}) == 3)

@@ -132,15 +132,15 @@ def test_a_coded_document_is_read_the_lean_way(coding: str) -> None:
     sample = next(one for name, one in SAMPLES.items() if one.path == "/v1/chat/completions" and one.body[:1] == b"{")
     plan, _ = plan_of(sample)
     assert plan is not None
-    expected = plan.row(sample.request_body, sample.body)
+    expected = plan.row(sample.request_body, sample.body, plan.request_id)
     assert expected is not None
     headers = [*sample.response_headers, (b"Content-Encoding", coding.encode())]
     body = sample.body if coding == "identity" else b"".join(coded([sample.body], coding))
     plan, odd = plan_of(replace(sample, response_headers=headers))
     assert plan is not None
-    assert plan.row(sample.request_body, body) == expected
+    assert plan.row(sample.request_body, body, plan.request_id) == expected
     for broken in (body[: len(body) // 2], b"x" + body, b"", sample.body[1:]):
-        assert plan.row(sample.request_body, broken) is None
+        assert plan.row(sample.request_body, broken, plan.request_id) is None
     assert not odd
 
 
@@ -150,7 +150,7 @@ def test_a_coded_body_that_takes_more_than_a_step_is_left_to_the_general_way() -
     plan, _ = plan_of(replace(sample, response_headers=headers))
     assert plan is not None
     large = sample.body[:-1] + b"," + b" " * 2 * STEP_BYTES + b'"x":1}'
-    assert plan.row(sample.request_body, gzip.compress(large)) is None
+    assert plan.row(sample.request_body, gzip.compress(large), plan.request_id) is None
     usage = plan.read(sample.request_body, gzip.compress(large))
     assert usage is not None
     assert usage.usage_state is UsageState.FINAL
