@@ -522,6 +522,7 @@ class Segment:
         except OSError as error:
             self.broken = True
             raise write_error(error, self.path) from error
+        leave_memory(self._fd)
         self.close()
 
     def close(self) -> None:
@@ -561,6 +562,15 @@ def sync_data(fd: int) -> None:
         sync_file(fd)
     else:
         os.fdatasync(fd)
+
+
+def leave_memory(fd: int) -> None:
+    """Have the kernel take back the memory that a file's pages are cached in. What was delivered is not read again, and
+    45 MB/s of it (30,000 calls a second) would push out what others on this machine have there; whoever is behind reads
+    it from the disk, once."""
+    if hasattr(os, "posix_fadvise"):
+        with contextlib.suppress(OSError):  # a hint: a file system that takes none is as good
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def allocate(fd: int, offset: int, size: int) -> bool:

@@ -20,6 +20,37 @@ from sidecar.spool.repair import repair
 from sidecar.spool.segment import FRAME_MAGIC, Frame, Group, Hole, Segment, SegmentFile, scan
 from sidecar.spool.types import intent_id
 
+# --- the memory it takes ------------------------------------------------------------------------------------
+
+
+def _is_cached(path: Path, offset: int) -> bool:
+    """Whether the kernel could read there without asking the disk."""
+    with path.open("rb") as file:
+        try:
+            return os.preadv(file.fileno(), [bytearray(1)], offset, os.RWF_NOWAIT) == 1
+        except BlockingIOError:
+            return False
+
+
+def test_a_sealed_segment_takes_no_memory_of_the_machine(tmp_path: Path) -> None:
+    path = tmp_path / "00000001.seg"
+    segment = Segment.create(path, 1, "a", allocate_bytes=1 << 20)
+    for number in range(1, 65):
+        segment.append(_group(number, number, [b'{"id":"a","seq":%d}' % number + b" " * 16_000]))
+    try:
+        if not _is_cached(path, 500_000):
+            pytest.skip("this file system keeps nothing in memory")
+    except (AttributeError, OSError) as error:
+        pytest.skip(f"nobody tells here what is in memory: {error}")
+    segment.seal()
+    if _is_cached(path, 500_000):
+        with path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        assert _is_cached(path, 500_000), "the hint would have been taken"
+        pytest.skip("this file system takes no hint: what is in memory is all there is of it")
+    assert len(_read(path)) == 65
+
+
 # --- every byte --------------------------------------------------------------------------------------------
 
 
