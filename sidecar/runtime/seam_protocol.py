@@ -56,7 +56,7 @@ class Kind(IntEnum):
     SHIPPED = 18  # as ACK: all frames up to this one are at the centre
 
 
-_KINDS: Final = frozenset(Kind)
+_KINDS: Final = {int(kind): kind for kind in Kind}
 
 
 class Hello(NamedTuple):
@@ -112,8 +112,9 @@ class Messages:
             if end - at - _HEAD.size < length:
                 break
             at += _HEAD.size
-            if number in _KINDS:
-                yield Kind(number), data[at : at + length]
+            kind = _KINDS.get(number)
+            if kind is not None:
+                yield kind, data[at : at + length]
             else:
                 log.error("a message of kind %d is passed over", number)
             at += length

@@ -251,7 +251,7 @@ class Intake:
         told = None
         if not give_up:
             try:
-                told = decode_frame(data)
+                told = decode_frame(data, head)
             except FrameError:
                 give_up = "unreadable"
         if told is None:

@@ -546,14 +546,18 @@ class Segment:
 
 def write_all(fd: int, parts: Sequence[bytes], offset: int) -> None:
     """All of it, or `OSError`."""
-    left = [memoryview(part) for part in parts if part]
-    while left:
-        done = os.pwritev(fd, left, offset)
+    done = os.pwritev(fd, parts, offset)
+    if done == sum(map(len, parts)):
+        return
+    left = [memoryview(part) for part in parts]
+    while True:
         offset += done
         while left and done >= len(left[0]):
             done -= len(left.pop(0))
-        if left and done:
-            left[0] = left[0][done:]
+        if not left:
+            return
+        left[0] = left[0][done:]
+        done = os.pwritev(fd, left, offset)
 
 
 def sync_data(fd: int) -> None:
