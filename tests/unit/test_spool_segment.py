@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def small(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
         segment.append(group)
     segment.seal() if request.param == "sealed" else segment.close()
     return path, path.read_bytes()
+
+
+@pytest.mark.parametrize("taken", [1, 7, 88, 4096])
+def test_a_write_that_is_taken_in_parts_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, taken: int) -> None:
+    def pwritev(fd: int, parts: Sequence[bytes], offset: int) -> int:
+        return os.pwrite(fd, b"".join(parts)[:taken], offset)
+
+    monkeypatch.setattr(os, "pwritev", pwritev)
+    path = tmp_path / "00000001.seg"
+    segment = Segment.create(path, 1, "a", allocate_bytes=2048)
+    for group in GROUPS:
+        segment.append(group)
+    segment.close()
+    assert [frame.lines for frame in _read(path)] == [list(group.lines) for group in GROUPS]
 
 
 def _read(path: Path) -> list[Frame]:
