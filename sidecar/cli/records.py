@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import orjson
 
-from sidecar.cli.output import UNBOUND_CHARS, Format, shown, terminal_chars, write_data
+from sidecar.cli.output import UNBOUND_CHARS, Format, amount, shown, terminal_chars, write_data
 from sidecar.cli.shared import (
     EXIT_FAILED,
     EXIT_OK,
@@ -117,11 +117,19 @@ def run(arguments: argparse.Namespace) -> int:
                 return _one(reader, query.id, names, form)
             if arguments.follow and query.limit is None and query.since is None:
                 query = replace(query, limit=FOLLOWED)
+            missing: list[int] = []
+            stopped = None
             if query.limit is None:
-                lines: Iterable[bytes] = calls.calls_from(reader, query, names, places)
+                lines: Iterable[bytes] = calls.calls_from(reader, query, names, places, missing=missing.append)
             else:
-                lines = calls.last_calls(reader, query, names, upto=places, bytes_max=BYTES_MAX).lines
+                last = calls.last_calls(reader, query, names, upto=places, bytes_max=BYTES_MAX)
+                lines, stopped = last.lines, last.stopped
             write = _printed(lines if arguments.follow else _or_said(lines), names, form)
+            if stopped is not None:
+                print(f"note: {stopped}", file=sys.stderr)
+            if missing:
+                gone = amount(sum(missing), "record")
+                print(f"note: {gone} beside these cannot be read any more: see `spool verify`", file=sys.stderr)
             if arguments.follow:
                 _follow(reader, places, calls.filter_of(query, names), write)
     except QueryError as error:

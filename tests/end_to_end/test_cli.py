@@ -328,6 +328,20 @@ def test_an_export_that_lacks_records_says_so(
         assert f"{gone} not among them and cannot be read any more" in err.decode()
 
 
+def test_a_listing_that_lacks_records_says_so(
+    data_dir: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    (segment,) = (copy / "spool").glob("*/*.seg")
+    flip(segment, segment.read_bytes().index(b'"seq":2'))
+    for form in ("table", "json", "ndjson", "csv"):
+        assert main(["records", "--data-dir", str(copy), "--format", form]) == 0
+        assert b" beside these cannot be read any more: see `spool verify`\n" in capfdbinary.readouterr().err
+    assert main(["records", "--data-dir", str(data_dir)]) == 0
+    assert b"cannot be read" not in capfdbinary.readouterr().err
+
+
 def test_nothing_is_left_of_an_export_that_cannot_be_finished(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

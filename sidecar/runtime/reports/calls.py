@@ -191,11 +191,19 @@ def last_calls(
     return Calls(lines=found, stopped=stopped)
 
 
-def calls_from(reader: SpoolReader, query: RecordsQuery, names: Names, upto: Mapping[str, int]) -> Iterator[bytes]:
-    """All calls that fit, oldest first, as they are read: however many there are. Raises `SpoolError`."""
+def calls_from(
+    reader: SpoolReader,
+    query: RecordsQuery,
+    names: Names,
+    upto: Mapping[str, int],
+    *,
+    missing: Callable[[int], object] = lambda count: None,
+) -> Iterator[bytes]:
+    """All calls that fit, oldest first, as they are read: however many there are. `missing`: as `SpoolReader.lines` has
+    it. Raises `SpoolError`."""
     fits = filter_of(query, names)
     since_ns = 0 if query.since is None else max(int((query.since - CLOCK_SLACK).timestamp() * 1e9), 0)
-    for line in reader.lines(since_ns=since_ns):
+    for line in reader.lines(since_ns=since_ns, missing=missing):
         place = orjson.loads(line)
         if place["seq"] <= upto.get(place["instance"], 0) and fits(line):
             yield line
