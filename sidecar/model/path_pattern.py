@@ -31,29 +31,35 @@ class Patterns(Generic[T]):
     __slots__ = ("_by_tail", "_literal")
 
     def __init__(self, entries: Iterable[tuple[str, str, T]]) -> None:
-        self._literal: dict[tuple[str, str], T] = {}
+        self._literal: dict[str, dict[str, T]] = {}  # path -> method -> value
         self._by_tail: dict[str, list[tuple[str, re.Pattern[str], T]]] = {}
         for method, pattern, value in entries:
             check_pattern(pattern)
             if "{" not in pattern and not pattern.startswith("*"):
-                self._literal.setdefault((method, pattern), value)
+                self._literal.setdefault(pattern, {}).setdefault(method, value)
             else:
                 self._by_tail.setdefault(_tail(pattern), []).append((method, _compile(pattern), value))
 
     def match(self, method: str, path: str) -> tuple[T, dict[str, str]] | None:
         """The value and what stood in its places."""
-        literal, by_tail = self._literal, self._by_tail
-        if not literal and not by_tail:
+        by_tail = self._by_tail
+        by_method = self._literal.get(path)
+        if by_method is not None:
+            for wanted in (method, ANY_METHOD):
+                if wanted in by_method:
+                    return by_method[wanted], {}
+        elif not by_tail and not self._literal:
             return None
-        if (found := literal.get((method, path))) is not None or (found := literal.get((ANY_METHOD, path))) is not None:
-            return found, {}
-        if len(path) > 1 and path.endswith("/"):
+        if path.endswith("/") and len(path) > 1:
             return self.match(method, path.rstrip("/") or "/")
         head, _, last = path.rpartition("/")
-        for tail in (last.rpartition(":")[2], head.rpartition("/")[2] + "/"):
-            for wanted, regex, value in by_tail.get(tail, ()):
-                if wanted in (method, ANY_METHOD) and (hit := regex.fullmatch(path)) is not None:
-                    return value, hit.groupdict()
+        ended = by_tail.get(last.rpartition(":")[2])
+        within = by_tail.get(head.rpartition("/")[2] + "/")
+        if ended is None and within is None:  # as for nearly all that come here
+            return None
+        for wanted, regex, value in (*(ended or ()), *(within or ())):
+            if wanted in (method, ANY_METHOD) and (hit := regex.fullmatch(path)) is not None:
+                return value, hit.groupdict()
         return None
 
 

@@ -297,7 +297,10 @@ class Heads(Generic[Facts]):
         aimed = None
         if form.first:
             line = values[0]
-            if self._lines.get(line) != form.first:
+            try:
+                if self._number_of(line) != form.first:
+                    return None
+            except _NotPlain:
                 return None
             aimed = self.aimed[line]
             values = (aimed.line, *values[1:])
