@@ -312,13 +312,19 @@ def test_an_export_replaces_nothing(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "an export replaces nothing" in capsys.readouterr().err
 
 
-def test_an_export_that_lacks_records_says_so(
-    data_dir: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
-) -> None:
+def damaged_copy(data_dir: Path, tmp_path: Path) -> Path:
+    """Of which the second record, and those of its commit, cannot be read."""
     copy = tmp_path / "copy"
     shutil.copytree(data_dir, copy)
     (segment,) = (copy / "spool").glob("*/*.seg")
     flip(segment, segment.read_bytes().index(b'"seq":2'))
+    return copy
+
+
+def test_an_export_that_lacks_records_says_so(
+    data_dir: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    copy = damaged_copy(data_dir, tmp_path)
     for output in ([], ["-o", str(tmp_path / "all.ndjson")]):
         assert main(["spool", "export", "--data-dir", str(copy), *output]) == 1
         out, err = capfdbinary.readouterr()
@@ -331,10 +337,7 @@ def test_an_export_that_lacks_records_says_so(
 def test_a_listing_that_lacks_records_says_so(
     data_dir: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
-    copy = tmp_path / "copy"
-    shutil.copytree(data_dir, copy)
-    (segment,) = (copy / "spool").glob("*/*.seg")
-    flip(segment, segment.read_bytes().index(b'"seq":2'))
+    copy = damaged_copy(data_dir, tmp_path)
     for form in ("table", "json", "ndjson", "csv"):
         assert main(["records", "--data-dir", str(copy), "--format", form]) == 0
         assert b" beside these cannot be read any more: see `spool verify`\n" in capfdbinary.readouterr().err
