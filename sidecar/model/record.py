@@ -148,16 +148,6 @@ def record_of(exchange: Exchange, *, seq: int, instance: str, line: bytes) -> Re
     )
 
 
-class _Null:
-    """A number that is not known, as JSON has it."""
-
-    def __repr__(self) -> str:
-        return "null"
-
-
-_NULL: Final = _Null()
-
-
 class LineTemplate:
     """The lines of calls that have both heads in common: what differs is put between what was written once.
 
@@ -204,15 +194,15 @@ class LineTemplate:
         url: str | None,
     ) -> bytes:
         """Of a call of which nothing has come back, and which has no number yet."""
-        return self.line(0, id_, started_ns, _NULL, _NULL, request_bytes, 0, client_ip, trace_id, b"null", b"null", url)
+        return self.line(0, id_, started_ns, None, None, request_bytes, 0, client_ip, trace_id, b"null", b"null", url)
 
     def line(
         self,
         seq: int,
         id_: str,
         started_ns: int,
-        first_byte_ms: float | _Null,
-        duration_ms: float | _Null,
+        first_byte_ms: float | None,
+        duration_ms: float | None,
         request_bytes: int,
         response_bytes: int,
         client_ip: str | None,
@@ -228,13 +218,13 @@ class LineTemplate:
             self._second = second
         if client_ip != self._client_ip:
             self._client_ip_json, self._client_ip = orjson.dumps(client_ip), client_ip
-        duration = b"%a" % duration_ms
+        duration = orjson.dumps(duration_ms)
         return self._form % (
             id_.encode(),
             seq,
             b"%b.%06dZ" % (self._second_text, micros) if micros else self._second_text + b"Z",
-            # Written once where it is the same, as it mostly is: a quarter of a microsecond.
-            duration if first_byte_ms == duration_ms else b"%a" % first_byte_ms,
+            # Written once where it is the same, as it mostly is.
+            duration if first_byte_ms == duration_ms else orjson.dumps(first_byte_ms),
             duration,
             self._url if url is None else orjson.dumps(url),
             request_bytes,

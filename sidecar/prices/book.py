@@ -11,10 +11,11 @@ tokens of input, output and caches alone is summed in a few lines (`plain_cost`)
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import date
 from fractions import Fraction
+from operator import itemgetter
 from typing import Any, Final
 
 import orjson
@@ -75,6 +76,7 @@ SAYS_IN_USAGE: Final = frozenset({"anthropic"})  # whose usage object tells of t
 _BESIDE: Final = (
     "units", "cache_write_input_tokens", "cache_write_5m_input_tokens", "cache_write_1h_input_tokens",
 )  # fmt: skip
+_CACHED: Final = "cache_read_input_tokens"
 TERMS_MAX: Final = 16  # kinds of them that are kept for one model
 
 
@@ -482,7 +484,10 @@ class Pricer:
     is looked up anew or asked of the book.
     """
 
-    __slots__ = ("_batch", "_beside", "_book", "_by_raw", "_entry", "_form", "_host", "_plain", "_tier")
+    __slots__ = (
+        "_apart", "_batch", "_beside", "_book", "_by_raw", "_cached_at", "_entry", "_form", "_host", "_names", "_plain",
+        "_tier",
+    )  # fmt: skip
 
     def __init__(self, book: PriceBook, row: Mapping[str, Any], host: str | None, batch: bool) -> None:
         self._book, self._host, self._batch = book, host, batch
@@ -492,6 +497,30 @@ class Pricer:
         self._beside: tuple[str, ...] = _BESIDE
         self._by_raw = False
         self._form = b""
+        self._names: tuple[str, ...] = ()  # of which the next two tell
+        self._cached_at = 0  # where the count of what was read from a cache is; 0: nowhere
+        self._apart: Callable[[Sequence[int]], Iterable[int]] | None = None  # takes out the counts of `_beside`
+
+    def of_counts(
+        self, names: tuple[str, ...], counts: tuple[int, ...], started_s: float
+    ) -> tuple[bytes, int | None] | None:
+        """As `json`, for a call whose usage is final, has the tier that this was made with, and holds nothing but these
+        counts, of which the first two are the tokens read and written. None: `json` is to be asked."""
+        entry, plain = self._entry, self._plain
+        if plain is None or self._by_raw or not entry.since_s <= started_s < entry.until_s:
+            return None
+        if names is not self._names:
+            self._place(names)
+        cached = counts[self._cached_at] if self._cached_at else 0
+        if self._apart is not None and any(self._apart(counts)):
+            return None
+        return self._of_plain(plain, counts[0], counts[1], cached)
+
+    def _place(self, names: tuple[str, ...]) -> None:
+        self._cached_at = names.index(_CACHED) if _CACHED in names else 0
+        places = [names.index(name) for name in self._beside if name in names]
+        self._apart = itemgetter(places[0], *places) if places else None  # a tuple, also of one
+        self._names = names
 
     def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
         """The `cost` of a call with this usage object, and its total in pico-units; None: it is not known."""
@@ -510,22 +539,26 @@ class Pricer:
             or (self._by_raw and terms_of(get("raw_usage")) is not None)
         ):
             return self._by_book(row, started_s)
+        return self._of_plain(plain, read, written, get(_CACHED) or 0) or self._by_book(row, started_s)
+
+    def _of_plain(self, plain: Plain, read: int, written: int, cached: int) -> tuple[bytes, int] | None:
+        """None: this form has no place for it."""
         prices, tiers = plain
         for above, of_tier in tiers:
             if read > above:
                 prices = of_tier
         total = of_written = written * prices[1]
         behind = b""
-        if (cached := get("cache_read_input_tokens")) and (price := prices[2]) is not None:
+        if cached and (price := prices[2]) is not None:
             read -= cached
             if of_cached := cached * price:
                 total += of_cached
                 if of_cached >= PICO:
-                    return self._by_book(row, started_s)
+                    return None
                 behind = b',"cache_read":"0.%b"' % (b"%012d" % of_cached).rstrip(b"0")
         total += (of_read := read * prices[0])
         if of_read <= 0 or of_written <= 0 or total >= PICO:
-            return self._by_book(row, started_s)
+            return None
         cost = self._form % (
             (b"%012d" % total).rstrip(b"0"),  # as `amount_text`: less than one, so twelve decimals
             (b"%012d" % of_read).rstrip(b"0"),
@@ -543,6 +576,7 @@ class Pricer:
         self._tier = row.get("service_tier")
         self._plain = entry.plain if entry.by_hour is None else None
         self._beside = (*_BESIDE, *entry.apart)
+        self._names = ()
         self._by_raw = entry.by_raw is not None
         facts = {"state": entry.state, "source": entry.source, "model": entry.model}
         facts |= {} if entry.reason is None else {"reason": entry.reason}

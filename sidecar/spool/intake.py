@@ -59,9 +59,16 @@ class IntakeMetrics(Protocol):
 class Reading(Protocol):
     """Makes records of the plain calls of one source (`usage.plain_calls`)."""
 
-    def line(
-        self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int
-    ) -> bytes | None: ...
+    def lines(
+        self,
+        entries: Sequence[Sequence[Any]],
+        start: int,
+        requests: Mapping[int, RequestShape],
+        responses: Mapping[int, ResponseShape],
+        *,
+        seq: int,
+        lines: list[bytes],
+    ) -> None: ...
     def take_gathered(self) -> Sequence[Gathering]: ...
     def exchange(self, plain: PlainExchange) -> Exchange: ...
 
@@ -319,20 +326,23 @@ class Intake:
 
     def _add_ended(self, batch: Batch, ended: Ended, source: Source, entries: Sequence[Sequence[Any]]) -> None:
         """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
-        requests, responses, lines = source.requests, source.responses, batch.lines
-        for entry in entries:
+        lines, at, end = batch.lines, 0, len(entries)
+        while at < end:
+            before = len(lines)
             try:
-                line = None
-                if entry[0] == PLAIN:
-                    reading = source.reading or self._reading_of(source)
-                    line = reading.line(entry, requests[entry[1]], responses[entry[2]], seq=self._seq + 1)
-                if line is None:
-                    line = self._add_exchange(ended, source, entry)
+                try:
+                    if entries[at][0] == PLAIN:
+                        reading = source.reading or self._reading_of(source)
+                        reading.lines(entries, at, source.requests, source.responses, seq=self._seq + 1, lines=lines)
+                finally:
+                    at += len(lines) - before
+                    self._seq += len(lines) - before
+                if at < end:
+                    lines.append(self._add_exchange(ended, source, entries[at]))
+                    self._seq += 1
             except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
                 self._lose(error)
-                continue
-            self._seq += 1
-            lines.append(line)
+            at += 1
 
     def _add_exchange(self, ended: Ended, source: Source, entry: Sequence[Any]) -> bytes:
         """The line of a call that is looked at by itself. Raises where it cannot be read."""

@@ -31,27 +31,58 @@ from sidecar.model.record import LineTemplate
 from sidecar.usage import RawHeaders, Taps
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_headers import ID_MAX_CHARS, VALUE_MAX_BYTES, id_name, request_id
-from sidecar.usage.whole import Plan, Row, prepare
+from sidecar.usage.whole import Plan, Row, Usual, prepare, said_member
 
 log = logging.getLogger(__name__)
 
 PLANS_MAX: Final = 4_096  # remembered: pairs of shapes; as many shapes as there are tenants, models and routes in use
 
-_HOUR_NS: Final = HOUR_S * 1_000_000_000
 # What calls of one pair of shapes may differ in that is no number.
 _models_of: Final = itemgetter("model", "request_model", "provider", "streamed")
-_NO_MODELS: Final = (None, None, None, None)
-_NO_ROW: Final[tuple[Row | None, tuple[str, ...], tuple[int, ...]]] = (None, (), ())
+_HOUR_NS: Final = HOUR_S * 1_000_000_000
 
 _USD: Final = b'{"currency":"USD"'
 _NO_TABLE: Final = b'"reason":"no_table"'  # nobody wants to know
 _UNKNOWN: Final = (b"null", None)
 
-_Price = Callable[[Mapping[str, Any], float], tuple[bytes, int | None]]
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
 
 
 KINDS_MAX: Final = 256  # of calls, for each pair of shapes: one for each model that is asked for, or that responds
+
+
+# What a call adds to its line and to the sums of its kind: the kind; its usage as JSON; its cost as JSON and in
+# pico-units; the names of its counts and the counts, none where it has no usage; its usage object, where it is asked
+# for.
+_Told = tuple[CallKind, bytes, tuple[bytes, int | None], tuple[str, ...], tuple[Any, ...], Row | None]
+
+
+class Pricer(Protocol):
+    """What prices calls that have their models in common (`prices.book.Pricer`)."""
+
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]: ...
+    def of_counts(
+        self, names: tuple[str, ...], counts: tuple[int, ...], started_s: float
+    ) -> tuple[bytes, int | None] | None: ...
+
+
+# The kind of a call, what prices it, and the form of its usage where it is a usual one.
+_Known = tuple[CallKind, Pricer, bytes]
+MakePricer = Callable[[Mapping[str, Any]], Pricer]
+
+
+class _Free:
+    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
+        return _UNKNOWN
+
+    def of_counts(
+        self, names: tuple[str, ...], counts: tuple[int, ...], started_s: float
+    ) -> tuple[bytes, int | None] | None:
+        return _UNKNOWN
+
+
+def _free(row: Mapping[str, Any]) -> Pricer:
+    return _Free()
 
 
 @dataclass(slots=True, eq=False)
@@ -64,26 +95,11 @@ class _Reading:
     template: LineTemplate | None
     own: tuple[tuple[int, str], ...] = ()
     id_at: int = 0
-    kinds: dict[tuple[Any, ...], tuple[CallKind, _Price]] = field(default_factory=dict)  # by `_models_of` their usage
-
-
-class Pricer(Protocol):
-    """What prices calls that have their models in common (`prices.book.Pricer`)."""
-
-    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]: ...
-
-
-class _Free:
-    def json(self, row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
-        return _UNKNOWN
-
-
-def _free(row: Mapping[str, Any]) -> Pricer:
-    return _Free()
-
-
-def _no_cost(row: Mapping[str, Any], started_s: float) -> tuple[bytes, int | None]:
-    return _UNKNOWN
+    make_pricer: MakePricer | None = None
+    kinds: dict[tuple[Any, ...], CallKind] = field(default_factory=dict)  # by `_models_of` their usage
+    # By the key of a usual one (`whole.Usual`), by `_models_of` the usage of another.
+    known: dict[tuple[Any, ...], _Known] = field(default_factory=dict)
+    without: CallKind = field(default_factory=CallKind)  # calls that have no usage
 
 
 class PlainReader:
@@ -96,9 +112,9 @@ class PlainReader:
         limit_reached: Callable[[str], None],
         *,
         instance: str = "",
-        pricer: Callable[[Mapping[str, Any]], Pricer] | None = _free,
+        pricer: MakePricer | None = _free,
         keep_numbers: bool = False,
-        others: Mapping[str, tuple[Taps, Callable[[Mapping[str, Any]], Pricer] | None]] | None = None,
+        others: Mapping[str, tuple[Taps, MakePricer | None]] | None = None,
     ) -> None:
         """`by_body`: who pays by a member of the request's body; None: no member could say it. `limit_reached`: told of
         a text that was cut. `instance`: whose records they become. `pricer`: what prices calls with such a usage
@@ -118,90 +134,122 @@ class PlainReader:
     # For most of them: a line each, and sums
 
     # One way, and long: each step that were a function of its own would cost each call what calling it does.
-    def line(self, packed: Sequence[Any], shape: RequestShape, response: ResponseShape, *, seq: int) -> bytes | None:
-        """The record's line of a call as `frames` packs it, counted in `take_gathered`; None where it is to be read as
-        an `exchange`, for a call that is in any way unusual."""
-        (
-            _,
-            _,
-            _,
-            client_ip,
-            trace_id,
-            request_bytes,
-            request_body,
-            id_,
-            started_ns,
-            opened_ns,
-            first_byte_ms,
-            duration_ms,
-            response_bytes,
-            response_head,
-            response_body,
-            first_token_ns,
-            url,
-        ) = packed
-        key = shape.number, response.number
-        reading = self._readings.get(key)
-        if reading is None:
-            reading = self._prepare(key, shape, response, response_head)
-        template = reading.template
-        if template is None or self._pricer is None:
-            return None
-        plan = reading.plan
-        if not shape.read or plan is None:
-            (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
-        else:
-            said_id = _own_id(reading, response_head) if reading.own else plan.request_id
-            found = plan.row(request_body, response_body, said_id, opened_ns, first_token_ns)
-            if found is not None:
-                row, names, counts = found
-                usage, models = orjson.dumps(row), _models_of(row)
-            elif plan.nothing_in(response_body):
-                (row, names, counts), usage, models = _NO_ROW, b"null", _NO_MODELS
+    def lines(
+        self,
+        entries: Sequence[Sequence[Any]],
+        start: int,
+        requests: Mapping[int, RequestShape],
+        responses: Mapping[int, ResponseShape],
+        *,
+        seq: int,
+        lines: list[bytes],
+    ) -> None:
+        """The records' lines of plain calls as `frames` packs them, from `entries[start]` on, which is one: appended to
+        `lines`, numbered from `seq` on, and counted in `take_gathered`. Up to the first that is not plain, or in any
+        way unusual: that is to be read as an `exchange`. `requests`, `responses`: shapes by their numbers. Raises
+        whatever it is that is wrong with one; those before it are appended then."""
+        if self._pricer is None:
+            return
+        readings, keep_numbers = self._readings, self._keep_numbers
+        plain = entries[start][0]
+        for packed in entries[start:] if start else entries:
+            if packed[0] != plain:
+                break
+            (
+                _,
+                request,
+                answer,
+                client_ip,
+                trace_id,
+                request_bytes,
+                request_body,
+                id_,
+                started_ns,
+                _,
+                first_byte_ms,
+                duration_ms,
+                response_bytes,
+                response_head,
+                response_body,
+                _,
+                url,
+            ) = packed
+            reading = readings.get((request, answer))
+            if reading is None:
+                reading = self._prepare((request, answer), requests[request], responses[answer], response_head)
+            template, plan = reading.template, reading.plan
+            if template is None:
+                break
+            usual = None if plan is None else plan.usual(request_body, response_body)
+            if usual is None:
+                told = self._unusual(reading, packed)
             else:
-                return None
-        known = reading.kinds.get(models)
-        if known is None:
-            if len(reading.kinds) >= KINDS_MAX:
-                reading.kinds.clear()
-            pricer = self._pricer if (other := self._others.get(shape.upstream or "")) is None else other[1]
-            assert pricer is not None  # all or none
-            known = reading.kinds[models] = (CallKind(), _no_cost if row is None else pricer(row).json)
-        kind, price = known
-        cost, pico = _UNKNOWN if row is None else price(row, started_ns / 1e9)
-        line = template.line(
-            seq,
-            id_,
-            started_ns,
-            first_byte_ms,
-            duration_ms,
-            request_bytes,
-            response_bytes,
-            client_ip,
-            trace_id,
-            usage,
-            cost,
-            url,
-        )
-        kind.line = kind.line or line
-        hour = started_ns // _HOUR_NS * HOUR_S
-        gathering = kind.gathering
-        if gathering is None or gathering.hour != hour:
-            gathering = kind.gathering = Gathering(kind, hour)
-            self._gathered.append(gathering)
-        gathering.lines.append(line)
-        gathering.sizes.append((request_bytes, response_bytes))
-        gathering.times.append((duration_ms, first_byte_ms))
-        if self._keep_numbers:
-            gathering.numbers.append((request_bytes, response_bytes, row))
-        if row is not None:
-            if pico is None:
-                if cost != b"null" and _NO_TABLE not in cost:
+                told = self._usual(reading, usual, response_head, started_ns)
+            if told is None:
+                break
+            kind, usage, (cost, pico), names, counts, row = told
+            line = template.line(
+                seq,
+                id_,
+                started_ns,
+                first_byte_ms,
+                duration_ms,
+                request_bytes,
+                response_bytes,
+                client_ip,
+                trace_id,
+                usage,
+                cost,
+                url,
+            )
+            hour = started_ns // _HOUR_NS * HOUR_S
+            gathering = kind.gathering
+            if gathering is None or gathering.hour != hour:
+                kind.line = kind.line or line
+                gathering = kind.gathering = Gathering(kind, hour)
+                self._gathered.append(gathering)
+            gathering.lines.append(line)
+            gathering.sizes.append((request_bytes, response_bytes))
+            gathering.times.append((duration_ms, first_byte_ms))
+            if keep_numbers:
+                gathering.numbers.append((request_bytes, response_bytes, row))
+            if names:
+                gathering.counts[names].append(counts)
+                if pico is not None and cost.startswith(_USD):
+                    gathering.picos.append(pico)
+                elif pico is None and cost != b"null" and _NO_TABLE not in cost:
                     gathering.unpriced += 1
-            elif cost.startswith(_USD):
-                gathering.picos.append(pico)
-            gathering.counts[names].append(counts)
-        return line
+            lines.append(line)
+            seq += 1
+
+    def _usual(self, reading: _Reading, usual: Usual, head: bytes, started_ns: int) -> _Told | None:
+        plan = reading.plan
+        assert plan is not None
+        said_id = _own_id(reading, head) if reading.own else plan.request_id
+        key, response_id, counts, raw = usual
+        kind, pricer, form = reading.known.get(key) or _learn(reading, key, plan.usual_row(usual, None), usual)
+        usage = form % (orjson.dumps(response_id), said_member(said_id), *counts, orjson.dumps(raw))
+        price = pricer.of_counts(key[-1], counts, started_ns / 1e9)
+        row = plan.usual_row(usual, said_id) if price is None or self._keep_numbers else None
+        if price is None:
+            price = pricer.json(row or {}, started_ns / 1e9)
+        return kind, usage, price, key[-1], counts, row
+
+    def _unusual(self, reading: _Reading, packed: Sequence[Any]) -> _Told | None:
+        """None: it is to be read as an `exchange`."""
+        nothing: _Told = (reading.without, b"null", _UNKNOWN, (), (), None)
+        plan = reading.plan
+        if plan is None:
+            return nothing
+        *_, request_body, _, started_ns, opened_ns, _, _, _, head, body, first_token_ns, _ = packed
+        said_id = _own_id(reading, head) if reading.own else plan.request_id
+        found = plan.row(request_body, body, said_id, opened_ns, first_token_ns)
+        if found is None:
+            return nothing if plan.nothing_in(body) else None
+        row, names, counts = found
+        key = _models_of(row)
+        kind, pricer, _ = reading.known.get(key) or _learn(reading, key, row)
+        return kind, orjson.dumps(row), pricer.json(row, started_ns / 1e9), names, counts, row
 
     def take_gathered(self) -> Sequence[Gathering]:
         """What was counted since the last time."""
@@ -230,7 +278,7 @@ class PlainReader:
     def _prepare(self, key: tuple[int, int], shape: RequestShape, response: ResponseShape, head: bytes) -> _Reading:
         if len(self._readings) >= PLANS_MAX:
             self._readings.clear()
-        taps = self._taps_of(shape)
+        taps, make_pricer = self._others.get(shape.upstream or "") or (self._taps, self._pricer)
         template: LineTemplate | None = None
         if self._by_body is None and type(taps) is UsageTaps:
             with suppress(ValueError):
@@ -243,12 +291,8 @@ class PlainReader:
             if plan is not None:
                 names = [name.decode("latin-1").lower() for name, _ in fields]
                 own = tuple((at, name) for at, name in enumerate(names, 1) if name in plan.per_call)
-        found = self._readings[key] = _Reading(plan, template, own, _id_at(own))
+        found = self._readings[key] = _Reading(plan, template, own, _id_at(own), make_pricer)
         return found
-
-    def _taps_of(self, shape: RequestShape) -> Taps:
-        other = self._others.get(shape.upstream or "")
-        return self._taps if other is None else other[0]
 
     def _by_plan(self, plain: PlainExchange, response: ResponseShape) -> Usage | None:
         key = plain.shape.number, response.number
@@ -267,7 +311,7 @@ class PlainReader:
 
     def _by_taps(self, plain: PlainExchange, response: ResponseShape, exchange: Exchange) -> Usage | None:
         shape = plain.shape
-        taps = self._taps_of(shape)
+        taps, _ = self._others.get(shape.upstream or "") or (self._taps, None)
         asked = taps.request(shape.method, shape.target, shape.fields)
         if asked is None:
             return None
@@ -282,6 +326,18 @@ class PlainReader:
         if self._by_body is not None:
             exchange.subscriber = self._by_body(exchange.subscriber, asked.member)
         return usage
+
+
+def _learn(reading: _Reading, key: tuple[Any, ...], row: Row, usual: Usual | None = None) -> _Known:
+    """What calls with this key have in common, `row` being the usage object of one of them."""
+    assert reading.make_pricer is not None  # all have one, or there are no lines
+    if len(reading.known) >= KINDS_MAX:
+        reading.known.clear()
+        reading.kinds.clear()
+    kind = reading.kinds.setdefault(_models_of(row), CallKind())
+    form = b"" if reading.plan is None or usual is None else reading.plan.usual_form(usual)
+    found = reading.known[key] = kind, reading.make_pricer(row), form
+    return found
 
 
 def _id_at(own: Sequence[tuple[int, str]]) -> int:

@@ -13,7 +13,7 @@ Three ways lead through `Plan.read`, each falling back to the next when anything
 1. lean, plain: OpenAI chat and responses, Anthropic messages, one `orjson.loads` of the body (decoded in one step where
    it is coded), then only dictionaries.
    Taken where the usage object has nothing but well-known members that are counts and add up. `Plan.row` takes it for
-   records that need no `Usage`, and has a shorter one yet for what OpenAI itself sends (`Plan._usual`).
+   records that need no `Usage`; there is a shorter one yet for what OpenAI itself sends (`Plan.usual`).
 2. lean, streamed: the same families' server-sent events, split and parsed without a framing and without asking whose
    they are, and handed to the family's own reader.
 3. the general one: the taps' own reader, fed once. All bounds (rations of steps, decoded size, unclaimed responses,
@@ -63,6 +63,10 @@ Row = dict[str, Any]
 Counted = tuple[Row, tuple[str, ...], tuple[int, ...]]
 """A row, and of its members those of `TOKEN_FIELDS` that are there: their names and their counts, in one order."""
 
+Usual = tuple[tuple[str, str, str, str, tuple[str, ...]], str, tuple[int, ...], Document]
+"""A call as most are (`Plan.usual`): its key, which is (model, model asked for, reason of its end, service tier or "",
+names of its counts); its id; its counts; and the vendor's usage object."""
+
 _LEAN: tuple[type[Reader], ...] = (ChatCompletions, Responses, Messages)
 
 _WHOLES = ("input_tokens", "output_tokens", "total_tokens")
@@ -75,6 +79,7 @@ _MEMBERS = _TOKENS | {
     *("upstream_request_id", "finish_reasons", "service_tier", "time_to_first_token_ms", "raw_usage"),
 }
 _READ, _WRITTEN = "cache_read_input_tokens", "cache_write_input_tokens"
+_SAID = "upstream_request_id"
 
 KINDS_OF_DETAILS = 256  # remembered; vendors have a handful
 _NO_DETAILS: Document = {}
@@ -283,9 +288,9 @@ class Plan:
         opened_ns: int = 0,
         first_token_ns: int = 0,
     ) -> Counted | None:
-        """The `usage` object of the record of one call, for most calls of the lean families; None where `read` is to be
-        asked. Never raises. `said_id`: the vendor's id of the call (`response_headers.request_id`). Times: as for
-        `read`."""
+        """The `usage` object of the record of one call, for most calls of the lean families that are not `usual`;
+        None where `read` is to be asked. Never raises. `said_id`: the vendor's id of the call
+        (`response_headers.request_id`). Times: as for `read`."""
         if self.lean is None:
             return None
         try:
@@ -296,13 +301,7 @@ class Plan:
             if response[:1] != b"{":
                 return _counted_row(self._read_events(request_body, response, said_id, opened_ns, first_token_ns))
             document = _document(response)
-            if document is None:
-                return None
-            if self._has_usual:
-                found = self._usual(request_body, document, said_id)
-                if found is not None:
-                    return found
-            row = self._read_plain(request_body, document, said_id)
+            row = None if document is None else self._read_plain(request_body, document, said_id)
         except Exception:  # noqa: BLE001 - the general way has a word for whatever is odd here
             return None
         if row is None:
@@ -310,14 +309,21 @@ class Plan:
         names, counts_of = _counts_in(tuple(row))
         return row, names, counts_of(row)
 
-    def _usual(self, request_body: bytes, document: Document, said_id: str | None) -> Counted | None:
-        """What `_read_plain` makes of a response of OpenAI's whose model, id and end are all told, and whose usage
-        object has its three counts and both details, or the counts alone. None: that way is to be asked.
+    def usual(self, request_body: bytes, response: bytes) -> Usual | None:
+        """One call of OpenAI's whose model, id and end are all told, and whose usage object has its three counts and
+        both details, or the counts alone; None where `row` or `read` is to be asked. Never raises.
 
         Most calls there are come through here, so it is one function without a loop: a question is put to all values
         at once where there is a function in C that answers it.
         """
+        if not self._has_usual:
+            return None
         try:
+            if self._coding:
+                response = decoded(self._coding, response)
+            if response[:1] != b"{" or len(response) > DOCUMENT_MAX_BYTES:
+                return None
+            document = orjson.loads(response)
             asked = orjson.loads(request_body)["model"]
             if self.lean is Responses:
                 reason = document["status"]
@@ -329,11 +335,15 @@ class Plan:
                 index, reason = choice["index"], choice["finish_reason"]
                 if index != 0 or type(index) is not int or "usage" in choice:
                     return None
-            model, response_id, tier = document["model"], document["id"], document.get("service_tier")
-            if not (model and response_id and asked and reason and request_body[:1] == b"{"):
-                return None
-            chars = len("".join((model, response_id, asked, reason, tier or "")))  # raises where one is no text
-            if chars >= USAGE_CHARS_MAX or len(request_body) > BODY_MAX_BYTES:
+            get = document.get
+            model, response_id, tier = document["model"], document["id"], get("service_tier") or ""
+            if (
+                get("error")
+                or not (model and response_id and asked and reason and request_body[:1] == b"{")
+                or len("".join((model, response_id, asked, reason, tier)))
+                >= USAGE_CHARS_MAX  # raises for what is no text
+                or len(request_body) > BODY_MAX_BYTES
+            ):
                 return None
             raw = document["usage"]
             if len(raw) == 5:
@@ -343,7 +353,7 @@ class Plan:
                 taken = given = _NO_DETAILS
             else:
                 return None
-            names, writes = _usual_names(tuple(taken), tuple(given))
+            names, read_at, written_at = _usual_names(tuple(taken), tuple(given))
             counts = (entered, said, stated, *taken.values(), *given.values())
             if (
                 set(map(type, counts)) != _INTEGERS  # a bool is none
@@ -352,10 +362,17 @@ class Plan:
                 or stated > COUNT_MAX
                 or (taken and max(taken.values()) > entered)
                 or (given and max(given.values()) > said)
+                # What is read from a cache and what is written to it are two parts of the same.
+                or (written_at and counts[written_at] and counts[written_at] + counts[read_at] > entered)
             ):
                 return None
         except Exception:  # noqa: BLE001 - a member is missing, or another thing than usual
             return None
+        return (model, asked, reason, tier, names), response_id, counts, raw
+
+    def usual_row(self, usual: Usual, said_id: str | None) -> Row:
+        """The `usage` object of its record. `said_id`: the vendor's id of the call."""
+        (model, asked, reason, tier, names), response_id, counts, raw = usual
         row: Row = {
             "usage_state": "final",
             "provider": self._provider,
@@ -366,16 +383,27 @@ class Plan:
             "response_id": response_id,
         }
         if said_id is not None:
-            row["upstream_request_id"] = said_id
+            row[_SAID] = said_id
         row.update(zip(names, counts, strict=True))
-        # What is read from a cache and what is written to it are two parts of the same.
-        if writes and (written := row[_WRITTEN]) and written + row.get(_READ, 0) > entered:
-            return None
         row["finish_reasons"] = [reason]
         if tier:
             row["service_tier"] = tier
         row["raw_usage"] = raw
-        return row, names, counts
+        return row
+
+    def usual_form(self, usual: Usual) -> bytes:
+        """What `usual_row` is as JSON, of all calls with this one's key: a form for the id (JSON), the vendor's id of
+        the call (`said_member`), the counts, and the vendor's usage object (JSON)."""
+        members: list[bytes] = []
+        for member, value in self.usual_row(usual, "").items():
+            if member == _SAID:
+                members[-1] += b"%b"
+            elif member in usual[0][-1]:
+                members.append(b'"%b":%%d' % member.encode())
+            else:
+                text = b"%b" if member in ("response_id", "raw_usage") else orjson.dumps(value).replace(b"%", b"%%")
+                members.append(b'"%b":%b' % (member.encode(), text))
+        return b"{%b}" % b",".join(members)
 
     def _read_plain(self, request_body: bytes, document: Document, said_id: str | None) -> Row | None:
         row: Row = {
@@ -388,7 +416,7 @@ class Plan:
             "response_id": None,
         }
         if said_id is not None:
-            row["upstream_request_id"] = said_id
+            row[_SAID] = said_id
         return row if self._fill(row, document) else None
 
     def _fill(self, row: Row, document: Document) -> bool:
@@ -460,15 +488,22 @@ def _document(body: bytes) -> Document | None:
     return None if document.get("error") else document
 
 
+def said_member(said_id: str | None) -> bytes:
+    """The vendor's id of a call, as `Plan.usual_form` wants it."""
+    return b"" if said_id is None else b',"%b":%b' % (_SAID.encode(), orjson.dumps(said_id))
+
+
 @lru_cache(maxsize=KINDS_OF_DETAILS)
-def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[tuple[str, ...], bool]:
-    """The record's names for the three counts and for the members of both details, in their order; and whether what is
-    written to a cache is among them. Raises `KeyError` where a member is not known, `ValueError` where two are one:
-    that is not remembered, so what somebody made up takes no memory."""
+def _usual_names(taken: tuple[str, ...], given: tuple[str, ...]) -> tuple[tuple[str, ...], int, int]:
+    """The record's names for the three counts and for the members of both details, in their order; and where what is
+    read from a cache and written to it are among them, where both are: else 0. Raises `KeyError` where a member is not
+    known, `ValueError` where two are one: that is not remembered, so what somebody made up takes no memory."""
     names = (*_WHOLES, *(INPUT_DETAILS[key] for key in taken), *(OUTPUT_DETAILS[key] for key in given))
     if len(set(names)) < len(names):
         raise ValueError("a count that is said twice")
-    return names, _WRITTEN in names
+    if _WRITTEN not in names or _READ not in names:  # alone, each is no more than what was entered
+        return names, 0, 0
+    return names, names.index(_READ), names.index(_WRITTEN)
 
 
 def _counted_row(usage: Usage | None) -> Counted | None:

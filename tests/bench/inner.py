@@ -275,8 +275,7 @@ class Metering:
         return encode_frame(1, admitted=CALLS, ended=self.calls)
 
     def lines(self) -> Sequence[Gathering]:
-        for seq, entry in enumerate(self.told.ended):
-            self.reader.line(entry, self.shape, self.response, seq=seq)
+        self.reader.lines(self.told.ended, 0, {1: self.shape}, {1: self.response}, seq=0, lines=[])
         return self.reader.take_gathered()
 
     def counted(self, gathered: Sequence[Gathering]) -> None:

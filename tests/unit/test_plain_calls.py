@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,8 @@ from sidecar.runtime import factory
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.settings import load
 from sidecar.spool.frames import PLAIN, decode_frame, encode_frame, plain_of
+from sidecar.spool.intake import Intake, Source
+from sidecar.spool.types import Batch, Tally
 from sidecar.usage.plain_calls import _id_at, _own, _own_id, _Reading
 from sidecar.usage.response_headers import request_id
 from sidecar.usage.values import COUNT_MAX, NAME_MAX_CHARS
@@ -93,8 +95,10 @@ def both(
         exchange = reader.exchange(plain_of(entry, plain.shape, plain.response))
         PRICE(exchange)
         exchanges.append(exchange)
-        line = reader.line(entry, plain.shape, plain.response, seq=seq)
-        lines.append(encode(exchange, seq=seq, instance="inst") if line is None else line)
+        shapes_of = {plain.shape.number: plain.shape}, {plain.response.number: plain.response}
+        reader.lines([entry], 0, *shapes_of, seq=seq, lines=lines)
+        if len(lines) < seq:
+            lines.append(encode(exchange, seq=seq, instance="inst"))
     return lines, exchanges, reader.take_gathered()
 
 
@@ -380,7 +384,7 @@ def openai_calls(draw: st.DrawFn, chat: bool) -> tuple[bytes, bytes]:
 
 
 def long_way(plan: Plan, *args: Any) -> None:
-    """In the place of `Plan._usual`: no call is usual."""
+    """In the place of `Plan.usual`: no call is usual."""
 
 
 @pytest.mark.parametrize("chat", [True, False], ids=["chat", "responses"])
@@ -399,7 +403,7 @@ def test_the_shortest_way_writes_and_counts_what_the_longer_one_does(chat: bool,
     lines, exchanges, gathered = both(calls, numbers=True)
     groups = groups_of(gathered)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Plan, "_usual", long_way)
+        patch.setattr(Plan, "usual", long_way)
         expected_lines, _, expected = both(calls, numbers=True)
     assert lines == expected_lines  # byte for byte
     for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
@@ -451,8 +455,10 @@ def test_the_usual_chat_takes_the_shortest_way(monkeypatch: pytest.MonkeyPatch) 
         for number, body in enumerate(bodies)
     ]
     reader = factory.plain_readers(SETTINGS, Metrics(), BOOK)("inst")
-    for entry in decode_frame(encode_frame(1, admitted=len(calls), ended=calls)).ended:
-        assert reader.line(entry, *ours, seq=1) is not None
+    entries = decode_frame(encode_frame(1, admitted=len(calls), ended=calls)).ended
+    lines: list[bytes] = []
+    reader.lines(entries, 0, {ours[0].number: ours[0]}, {ours[1].number: ours[1]}, seq=1, lines=lines)
+    assert len(lines) == 12
     (group,) = groups_of(reader.take_gathered())
     assert group.calls == group.priced == 12
     assert group.tokens == {
@@ -498,3 +504,50 @@ def test_the_vendors_id_is_read_at_once_as_from_all_fields(ids: list[bytes]) -> 
     for one in (head, head.replace(b": a", b": another")):
         assert _own_id(reading, one) == request_id(_own(reading, one))
     assert bool(reading.id_at) is (len(ids) == 1 or len({name for _, name in own}) == 3)
+
+
+class Disk:
+    """A spool that keeps what it is handed."""
+
+    instance, next_seq = "inst", 7
+
+    def __init__(self) -> None:
+        self.open_intents: dict[str, bytes] = {}
+        self.tally, self.batches = Tally(), list[Batch]()
+
+    def origins(self) -> dict[bytes, int]:
+        return {}
+
+    def submit(self, batch: Batch) -> None:
+        self.batches.append(batch)
+
+
+@pytest.mark.parametrize("start", range(5))
+def test_calls_of_all_kinds_in_one_frame_are_recorded_in_their_order(start: int) -> None:
+    """Usual ones are read many at a time; one that is unusual, careful or unreadable is met anywhere among them."""
+    sample = SAMPLES["openai_chat.json"]
+    ours = shapes(sample)
+    several = orjson.dumps(orjson.loads(sample.body) | {"choices": [{"index": 0}, {"index": 1}]})
+    makers: list[Callable[[int], Exchange | PlainExchange]] = [
+        lambda number: call(sample, *ours, number),
+        lambda number: call(sample, *ours, number),
+        lambda number: replace(call(sample, *ours, number), response_body=several),
+        lambda number: replace(call(sample, *ours, number).exchange(), id=f"{number:036x}"),
+        lambda number: call(sample, *ours, number, request_bytes="many"),  # nobody can write that
+    ]
+    calls = [makers[(start + number) % 5](number) for number in range(20)]
+    disk, metrics = Disk(), Metrics()
+    intake = Intake(metrics, factory.plain_readers(SETTINGS, metrics, BOOK), PRICE)
+    intake.begin(disk)
+    source = Source(bytes(16), lambda number: None)
+    intake.came(source)
+    intake.take(source, encode_frame(1, admitted=20, ended=calls))
+    intake.store()
+    (batch,) = disk.batches
+    records = [Record.from_json(line) for line in batch.lines]
+    readable = [number for number in range(20) if (start + number) % 5 != 4]
+    assert [record.id for record in records] == [f"{number:036x}" for number in readable]
+    assert [record.seq for record in records] == list(range(7, 7 + 16))
+    assert disk.tally.lost == {"unreadable": 4}
+    priced = [record.cost is not None for record in records]
+    assert priced == [(start + number) % 5 != 3 for number in readable]  # that one was made without a usage

@@ -486,6 +486,50 @@ def test_a_pricer_writes_what_the_book_says(
         assert (json.loads(line), amount) == book.cost(each, started_s)
 
 
+COUNTED = ("input_tokens", "output_tokens", "total_tokens", "cache_read_input_tokens", "audio_input_tokens")
+
+
+SIZES = st.tuples(st.integers(0, 3_000_000), st.integers(0, 3_000_000), st.integers(0, 9), st.booleans())
+
+
+@given(
+    st.lists(SIZES, min_size=1),
+    st.sampled_from([COUNTED[:3], COUNTED[:4], COUNTED, (*COUNTED[:3], "cache_write_input_tokens")]),
+    st.sampled_from([None, "priority"]),
+    st.sampled_from([("openai", "gpt-5"), ("anthropic", "claude-opus-5"), ("deepseek", "deepseek-chat")]),
+)
+def test_a_pricer_that_is_told_the_counts_alone_says_the_same_or_nothing(
+    calls: list[tuple[int, int, int, bool]], names: tuple[str, ...], tier: str | None, who: tuple[str, str]
+) -> None:
+    """In one pricer, one after the other, calls with other counts in their usage and of another day."""
+    book, pricer = PriceBook(TABLE), None
+    for entered, written, hit, odd in calls:
+        told = names[: len(names) - odd]
+        counts = (entered + hit, written, entered + hit + written, hit, 0)[: len(told)]
+        members: dict[str, Any] = dict(zip(told, counts, strict=True))
+        call = usage(*who, **members, service_tier=tier)
+        pricer = pricer or book.pricer(usage_to_dict(call))
+        at_s = NOW_S + 86_400 * odd
+        for _ in range(2):
+            short = pricer.of_counts(told, counts, at_s)
+            assert short is None or (json.loads(short[0]), short[1]) == book.cost(call, at_s)
+            pricer.json(usage_to_dict(call), at_s)  # which looks up what holds then
+
+
+def test_most_calls_are_priced_by_their_counts_alone() -> None:
+    call = usage("openai", "gpt-5", input_tokens=50, output_tokens=7, total_tokens=57, cache_read_input_tokens=9)
+    book = PriceBook(TABLE)
+    pricer = book.pricer(usage_to_dict(call))
+    names, counts = COUNTED, (50, 7, 57, 9, 0)
+    assert pricer.of_counts(names, counts, NOW_S) is None  # nobody has looked what holds on that day
+    pricer.json(usage_to_dict(call), NOW_S)
+    short = pricer.of_counts(names, counts, NOW_S)
+    assert short is not None
+    assert (json.loads(short[0]), short[1]) == book.cost(call, NOW_S)
+    assert pricer.of_counts(names, (50, 7, 57, 9, 1), NOW_S) is None  # audio has a price of its own
+    assert pricer.of_counts(names, counts, NOW_S + 400 * 86_400) is None
+
+
 @given(st.dictionaries(st.sampled_from(["input_tokens", "output_tokens"]), counts, min_size=1))
 def test_parts_add_up_to_a_total_that_is_rounded_once(said: dict[str, int]) -> None:
     odd = {name: (pico("0.08333333333333333", 1_000_000), ()) for name in ("input_tokens", "output_tokens")}
