@@ -337,11 +337,11 @@ class Plan:
                     return None
             get = document.get
             model, response_id, tier = document["model"], document["id"], get("service_tier") or ""
+            chars = len("".join((model, response_id, asked, reason, tier)))  # raises where one is no text
             if (
                 get("error")
                 or not (model and response_id and asked and reason and request_body[:1] == b"{")
-                or len("".join((model, response_id, asked, reason, tier)))
-                >= USAGE_CHARS_MAX  # raises for what is no text
+                or chars >= USAGE_CHARS_MAX
                 or len(request_body) > BODY_MAX_BYTES
             ):
                 return None
