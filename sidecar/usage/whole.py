@@ -68,6 +68,7 @@ Usual = tuple[tuple[str, str, str, str, tuple[str, ...]], str, tuple[int, ...], 
 names of its counts); its id; its counts; and the vendor's usage object."""
 
 _LEAN: tuple[type[Reader], ...] = (ChatCompletions, Responses, Messages)
+_USUAL = frozenset((ChatCompletions, Responses))  # families that `Plan.usual` reads
 
 _WHOLES = ("input_tokens", "output_tokens", "total_tokens")
 _CHAT = ("prompt_tokens", "completion_tokens", "prompt_tokens_details", "completion_tokens_details")
@@ -144,7 +145,7 @@ class Plan:
         custom = [element.header for element in endpoint.elements if element.header is not None]
         self.per_call = frozenset((*REQUEST_IDS, *named, *custom))
         self.lean = self._lean_family()
-        self._has_usual = self.lean is not Messages and not endpoint.path_decides
+        self._has_usual = self.lean in _USUAL and not endpoint.path_decides
         known = row is not None or by_header is not None or endpoint.elements
         self._nobodys = not known and not self._coding and self.is_document
         self._provider = DEFAULT_PROVIDER

@@ -473,6 +473,34 @@ def test_the_usual_chat_takes_the_shortest_way(monkeypatch: pytest.MonkeyPatch) 
     }
 
 
+ELEMENTS = {"SIDECAR_UPSTREAM_URL": "https://api.openai.com", "SIDECAR_ELEMENTS": "rows=json:usage.prompt_tokens"}
+ELSEWHERE: dict[str, dict[str, Any]] = {
+    **{f"on {path}": {"path": path} for path in sorted({sample.path for sample in SAMPLES.values()})},
+    **{f"on {path}": {"path": path} for path in ("/nobody/knows/it", "/v1/moderations", "/v1/files")},
+    **{f"with {status}": {"status": status} for status in (202, 400, 404, 429, 500)},
+    "as lines": {"response_headers": [(b"Content-Type", b"application/x-ndjson")]},
+    "as events": {"response_headers": [(b"Content-Type", b"text/event-stream")]},
+    "without a type": {"response_headers": []},
+    "with an own field": {},
+}
+
+
+@pytest.mark.parametrize("where", list(ELSEWHERE))
+@pytest.mark.parametrize("name", ["openai_chat.json", "openai_responses.json"])
+def test_a_usual_body_where_its_family_is_not_asked_is_read_as_there(
+    name: str, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The path, the status, the type and own fields say how a body is read, however well it is known elsewhere."""
+    if where == "with an own field":
+        own = load(ELEMENTS, backend_settings=backend_settings())
+        monkeypatch.setitem(globals(), "SETTINGS", own)
+    sample = replace(SAMPLES[name], **ELSEWHERE[where])
+    calls = [call(sample, *shapes(sample), number) for number in range(3)]
+    lines, exchanges, _ = both(calls)
+    for seq, (line, exchange) in enumerate(zip(lines, exchanges, strict=True), 1):
+        assert json.loads(line) == json.loads(encode(exchange, seq=seq, instance="inst"))
+
+
 def test_names_that_somebody_made_up_are_not_remembered() -> None:
     _usual_names.cache_clear()
     for number in range(10):
