@@ -27,6 +27,8 @@ TOKEN_FIELDS: Final = tuple(name for name in USAGE_FIELDS if name.endswith("_tok
 SUMMED: Final = frozenset({"request_bytes", "response_bytes", *TOKEN_FIELDS})
 # And those that are others for each call, beside its times, ids and costs.
 APART: Final = frozenset({"url", "finish_reason", "service_tier", "duration_ms", "first_byte_ms", "cost_usd", "charge"})
+# Why a cost is not known: no price is. Of other reasons (nothing was counted, say) a price would change nothing.
+NO_PRICE: Final = frozenset({"unknown_model", "unknown_provider", "no_price"})
 
 
 @dataclass(slots=True, eq=False)
@@ -62,6 +64,7 @@ class CallGroup:
     unpriced: int = 0  # of which no cost is known although there was something to be priced
     # Of each call, where a meter asks for them one by one: sizes of both bodies, and the record's usage object.
     numbers: list[tuple[int, int, Mapping[str, Any] | None]] = field(default_factory=list)
+    without_price: int = 0  # of the unpriced, those for one of `NO_PRICE`
 
     @property
     def calls(self) -> int:
@@ -98,6 +101,7 @@ class Gathering:
     counts: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = field(default_factory=lambda: defaultdict(list))
     picos: list[int] = field(default_factory=list)  # costs of those that are priced, in US dollars times 10^12
     unpriced: int = 0
+    without_price: int = 0
     numbers: list[tuple[int, int, Mapping[str, Any] | None]] = field(default_factory=list)
     """`counts`: for all calls that have the same of `TOKEN_FIELDS`, in one order: their counts, of which what is no
     integer (null, where none was reported) is in no sum."""
@@ -142,4 +146,5 @@ def _group(parts: Sequence[Gathering]) -> CallGroup:
         len(picos),
         sum(part.unpriced for part in parts),
         column(_numbers),
+        sum(part.without_price for part in parts),
     )

@@ -29,10 +29,10 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 import sidecar
-from sidecar.meters.hourly import UNAUTHENTICATED, may_have_price
-from sidecar.model.call_group import CallGroup, Gathering, groups_of
+from sidecar.meters.hourly import UNAUTHENTICATED
+from sidecar.model.call_group import NO_PRICE, CallGroup, Gathering, groups_of
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
-from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, cut
+from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState, cut
 from sidecar.runtime.hop_counts import HopEvents
 
 log = logging.getLogger(__name__)
@@ -83,8 +83,6 @@ REDIRECTS: Final = ("rewritten", "off", "outside", "scheme")  # as `redirects` h
 PICO: Final = 10**12  # in a dollar
 DAY_S: Final = 86_400
 DAYS_MAX: Final = 31  # days of which the times are kept: a month
-# Why a call has no cost although it consumed something; one that failed has none either, and nothing is missing.
-UNPRICED: Final = frozenset({"unknown_model", "unknown_provider", "no_price"})
 _TOKEN_KINDS: Final = (
     ("input", "input_tokens"),
     ("output", "output_tokens"),
@@ -396,8 +394,8 @@ class Metrics(HopEvents, Collector):
             self._add_usage(record.usage, group.calls, group.tokens.get, record.route, payer)
             if group.priced:
                 self._add_cost(record.usage, group.cost_pico / PICO, record.route, payer)
-            if group.unpriced and may_have_price(record.usage):
-                self._add_unpriced(record.usage, group.unpriced)
+            if group.without_price:
+                self._add_unpriced(record.usage, group.without_price)
 
     @property
     def days(self) -> Mapping[int, DayTimes]:
@@ -552,7 +550,8 @@ class Metrics(HopEvents, Collector):
         self._add_usage(usage, 1, partial(getattr, usage), exchange.route, payer)
         cost = exchange.cost
         if cost is not None and cost.get("total") is None:
-            if cost.get("reason") in UNPRICED:
+            # Of a call that failed, or is free, nothing was consumed that had a price.
+            if cost.get("reason") in NO_PRICE and usage.usage_state is not UsageState.ABSENT:
                 self._add_unpriced(usage, 1)
         elif cost is not None and cost.get("currency") == "USD":
             self._add_cost(usage, float(cost["total"]), exchange.route, payer)

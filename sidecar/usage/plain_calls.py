@@ -16,7 +16,7 @@ from typing import Any, Final, Protocol
 
 import orjson
 
-from sidecar.model.call_group import HOUR_S, CallKind, Gathering
+from sidecar.model.call_group import HOUR_S, NO_PRICE, CallKind, Gathering
 from sidecar.model.exchange import (
     Exchange,
     PlainExchange,
@@ -43,6 +43,7 @@ _HOUR_NS: Final = HOUR_S * 1_000_000_000
 
 _USD: Final = b'{"currency":"USD"'
 _NO_TABLE: Final = b'"reason":"no_table"'  # nobody wants to know
+_NO_PRICE: Final = [b'"reason":%b' % orjson.dumps(reason) for reason in NO_PRICE]
 _UNKNOWN: Final = (b"null", None)
 
 AttributeByBody = Callable[[Subscriber | None, Callable[[str], str | None]], Subscriber | None]
@@ -219,6 +220,7 @@ class PlainReader:
                     gathering.picos.append(pico)
                 elif pico is None and cost != b"null" and _NO_TABLE not in cost:
                     gathering.unpriced += 1
+                    gathering.without_price += any(reason in cost for reason in _NO_PRICE)
             lines.append(line)
             seq += 1
 

@@ -191,6 +191,37 @@ def test_groups_add_up_to_what_their_records_do(
     assert counted(together) == counted(one_by_one)
 
 
+UNPRICED: dict[str, tuple[int, bytes, bytes, bool]] = {
+    "no price": (200, b'{"model":"nobody-knows-it"}', b'"model":"nobody-knows-it",', True),
+    "no model": (200, b"{}", b"", False),
+    "failed": (404, b'{"model":"nobody-knows-it"}', b'"error":{"type":"not_found"},', False),
+    "nothing consumed": (200, b'{"model":"nobody-knows-it"}', b'"error":{"type":"not_found"},', False),
+}
+
+
+@pytest.mark.parametrize("name", list(UNPRICED))
+def test_calls_are_counted_as_without_a_price_where_one_is_missing(name: str) -> None:
+    """Whichever way it took. A call that failed, or whose model nobody said, tells of no price that is missing."""
+    status, asked, members, unpriced = UNPRICED[name]
+    sample = replace(SAMPLES["openai_chat.json"], status=status)
+    body = b'{"id":"c",%b"choices":[{"index":0,"finish_reason":"stop"}],"usage":%b}' % (members, BRIEF)
+    if b"error" in members:
+        body = b"{%b}" % members.rstrip(b",")
+    calls = [replace(call(sample, *shapes(sample), n), request_body=asked, response_body=body) for n in range(3)]
+    _, exchanges, gathered = both(calls)
+    assert all(exchange.cost is not None and exchange.cost["total"] is None for exchange in exchanges)
+    one_by_one, together = Metrics(), Metrics()
+    for exchange in exchanges:
+        one_by_one.call_ended(exchange)
+    for one in gathered:
+        together.calls_ended(one)
+    label = 'sidecar_unpriced_calls_total{model="nobody-knows-it",provider="openai"}'
+    found = {key: count for key, count in counted(one_by_one).items() if "unpriced" in key and count}
+    assert found == ({label: 3} if unpriced else {})
+    if gathered:
+        assert counted(together) == counted(one_by_one)
+
+
 STREAMS = ("openai_chat_stream.sse", "openai_responses_stream.sse", "anthropic_messages_stream.sse")
 
 
