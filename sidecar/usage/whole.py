@@ -672,6 +672,9 @@ def _anthropic_message(row: Row, document: Document) -> bool:
     raw: dict[str, Any] = document["usage"]
     if document.get("type") != "message" or not raw.keys() <= _ANTHROPIC or raw.get("server_tool_use") is not None:
         return False
+    region = raw.get("inference_geo")  # the one member of any form: whatever is kept of `raw` is small and flat
+    if region is not None and (type(region) is not str or len(region) >= USAGE_CHARS_MAX):
+        return False
     counts = [
         raw.get("input_tokens"),
         raw.get("output_tokens"),

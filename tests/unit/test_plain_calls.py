@@ -191,6 +191,19 @@ def test_groups_add_up_to_what_their_records_do(
     assert counted(together) == counted(one_by_one)
 
 
+@pytest.mark.parametrize("region", ["us", "x" * 60_000, "[" * 300 + "]" * 300], ids=["usual", "long", "deep"])
+def test_whatever_a_usage_object_holds_the_call_is_recorded_and_its_record_small(region: str) -> None:
+    value = region.encode() if region.startswith("[") else b'"%b"' % region.encode()
+    usage = b'{"input_tokens":5,"output_tokens":6,"inference_geo":%b}' % value
+    body = b'{"type":"message","id":"m","model":"claude-opus-4-1","usage":%b}' % usage
+    sample = replace(SAMPLES["anthropic_messages.json"], body=body)
+    (line,), (exchange,), _ = both([call(sample, *shapes(sample), 1)])
+    assert json.loads(line) == json.loads(encode(exchange, seq=1, instance="inst"))
+    found = json.loads(line)["usage"]
+    assert (found["input_tokens"], found["output_tokens"]) == (5, 6)
+    assert len(line) < 2_000
+
+
 UNPRICED: dict[str, tuple[int, bytes, bytes, bool]] = {
     "no price": (200, b'{"model":"nobody-knows-it"}', b'"model":"nobody-knows-it",', True),
     "no model": (200, b"{}", b"", False),
