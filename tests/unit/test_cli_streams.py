@@ -1,4 +1,4 @@
-"""Commands whose standard streams are closed, full, or read by somebody who has gone."""
+"""Commands whose standard streams are closed, full, or read by somebody who has gone; and Ctrl-C before they begin."""
 
 from __future__ import annotations
 
@@ -81,3 +81,24 @@ def test_an_output_without_room_is_told_in_one_line(words: list[str]) -> None:
 def test_of_a_complaint_that_finds_no_room_the_exit_code_stays(tmp_path: Path) -> None:
     assert started(no_directory(tmp_path), f">/dev/null 2>{FULL}").returncode == 2
     assert started(["usage", "--sinec", "7d"], f"2>{FULL}").returncode == 2
+
+
+@pytest.mark.parametrize("module", ["sidecar.cli", "sidecar.cli.balance", "sidecar.cli.usage"])
+def test_an_interrupt_while_the_program_is_still_read_is_no_fault(module: str) -> None:
+    """As the installed script starts it: Ctrl-C may come while its modules are imported."""
+    interrupted = f"""
+import os, signal, sys
+
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Interrupting())
+from sidecar.__main__ import main
+sys.exit(main())
+"""
+    told = subprocess.run(
+        [sys.executable, "-c", interrupted], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
+    )
+    assert (told.returncode, told.stdout, told.stderr) == (130, b"", b"")
