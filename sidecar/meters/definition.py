@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from decimal import Decimal
+from difflib import get_close_matches
 from enum import StrEnum
 from typing import Any, Final
 
@@ -32,6 +33,8 @@ from sidecar.model.record import Record
 
 NAME: Final = re.compile(r"[a-z][a-z0-9_]{0,62}")  # `<36 characters of id>:<name>` stays within Stripe's 100
 EVENT_NAME: Final = re.compile(r"[!-~]([ -~]{0,98}[!-~])?")  # Stripe's limit is the lowest
+FIELDS: Final = ("name", "event_name", "aggregation", "filters", "reset_usage", "anchor_day")
+AGGREGATION_FIELDS: Final = ("type", "field", "expression", "multiplier", "bucket_size", "group_by")
 METERS_MAX: Final = 100  # each costs 2 µs a record; no price list known to us has more
 VALUES_MAX: Final = 1000
 HOUR_S: Final = 3600
@@ -275,7 +278,7 @@ class _Reading:
         anchor = self._anchor(reset)
         filters = self._filters()
         parts = self._aggregation()
-        self._unknown(self.left, "")
+        self._unknown(self.left, "", FIELDS)
         if self.problems or name is None or parts is None:
             return None
         return Meter(
@@ -298,9 +301,11 @@ class _Reading:
             return None
         return f"no record has such a property{self.vocabulary.suggestion(name[:100])}"
 
-    def _unknown(self, left: Mapping[str, Any], inside: str) -> None:
+    def _unknown(self, left: Mapping[str, Any], inside: str, known: Sequence[str]) -> None:
         for key in left:
-            self._wrong(f"{inside}{key!r} is no field of a meter")
+            near = get_close_matches(key, known, 1)
+            hint = f"; did you mean {near[0]}?" if near else f" ({', '.join(known)})"
+            self._wrong(f"{inside}{key!r} is no field of a meter{hint}")
 
     def _text(self, key: str, form: re.Pattern[str], expected: str, *, needed: bool = True) -> str | None:
         value = self.left.pop(key, None)
@@ -375,7 +380,7 @@ class _Reading:
         if bucket is not None and kind is not None and kind not in BUCKETED:
             self._wrong("aggregation bucket_size is taken only with MAX and SUM")
         multiplier = self._multiplier(left)
-        self._unknown(left, inside)
+        self._unknown(left, inside, AGGREGATION_FIELDS)
         return {
             "kind": kind,
             "field": field,

@@ -287,6 +287,10 @@ class _Loading:
     def _upstreams(self) -> tuple[UpstreamSettings, ...]:
         """`[[upstreams]]`; what is no table is the short form, as in the environment, which wins."""
         tables = self.toml.get("upstreams")
+        if isinstance(tables, dict) and "url" in tables:  # in one pair of brackets its fields were taken for prefixes
+            del self.toml["upstreams"]
+            self._wrong("upstreams", "expected [[upstreams]] tables")
+            return ()
         if not isinstance(tables, list) or not any(isinstance(table, dict) for table in tables):
             return ()
         del self.toml["upstreams"]
@@ -314,17 +318,22 @@ class _Loading:
                 self.problems.append(f"{name} is not a setting{_suggestion(name, known)}")
 
     def _refuse_unknown_keys(self) -> None:
-        top = {s.variable(b).removeprefix(PREFIX).lower() for b, s in self.rows} | set(STRUCTURED)
-        lists, tables = {"limits", "meters", "prices", "upstreams"}, {"routes", "subscribers", *self.backend_settings}
+        top = {name.removeprefix(PREFIX).lower() for row in self.rows for name in _variables(*row)} | set(STRUCTURED)
+        lists = {"limits", "meters", "prices", "upstreams"}
+        pairs = {setting.name for backend, setting in self.rows if backend is None and isinstance(setting.kind, Many)}
+        tables = {*STRUCTURED, *pairs, *self.backend_settings}
         for key, value in self.toml.items():
             if key in self.backend_settings and isinstance(value, dict):
-                names = [s.name for s in self.backend_settings[key]]
+                own = [name for s in self.backend_settings[key] for name in (s.name, *([s.name + "_file"] * s.secret))]
                 for name in value:
-                    self._wrong(f"{key}.{name}", f"is not a setting{_suggestion(name, names)}")
+                    self._wrong(f"{key}.{name}", f"is not a setting{_suggestion(name, own)}")
             else:
                 # A table is likely to be meant for another one, and a variable's name for its key.
                 known = tables if isinstance(value, dict) else lists if isinstance(value, list) else top
-                self._wrong(key, f"is not a setting{_suggestion(key.removeprefix(PREFIX).lower(), known)}")
+                guess = _suggestion(key.removeprefix(PREFIX).lower(), known)
+                if not guess and key in tables:  # a list of tables where one is taken
+                    guess = f"; did you mean [{key}]?"
+                self._wrong(key, f"is not a setting{guess}")
 
     def _check_together(self, settings: Settings) -> None:
         for name in settings.backends:
@@ -437,7 +446,7 @@ def _secret_file(name: str, origin: str) -> _Found:
     except ValueError:
         return _Found(None, origin, "this is no path")
     except RuntimeError:
-        return _Found(None, origin, f"{_quote(name)} is no path: there is no user whose home directory it begins with")
+        return _Found(None, origin, "this is no path: there is no user whose home directory it begins with")
     if len(content) > SECRET_FILE_BYTES:
         return _Found(None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long")
     try:

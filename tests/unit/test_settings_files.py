@@ -47,6 +47,9 @@ def test_a_key_in_place_of_its_file_is_told_and_not_shown(variable: str, value: 
 def test_a_secret_in_the_variable_for_its_file_is_not_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (found,) = refused(SIDECAR_STRIPE_API_KEY_FILE="sk_live_mine").problems
     assert found.startswith("SIDECAR_STRIPE_API_KEY (in SIDECAR_STRIPE_API_KEY_FILE): a file of that name (hidden)")
+    (found,) = refused(SIDECAR_STRIPE_API_KEY_FILE="~sk_live_mine").problems
+    assert "sk_live" not in found
+    assert "no user whose home directory" in found
     assert "'/run/nothing' cannot be read" in str(refused(SIDECAR_STRIPE_API_KEY_FILE="/run/nothing"))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "keys").mkdir()

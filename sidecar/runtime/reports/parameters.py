@@ -21,7 +21,7 @@ QUOTED_CHARS: Final = 60  # of a text in a message
 BY_MAX: Final = 8  # names to group by at once; more is a list of calls, which `records` is
 WHERE_MAX: Final = 32  # conditions at once
 TOP_MAX: Final = 10_000
-EXPECTED: Final = "an age such as 90m, 24h, 7d, or a date: 2026-11-20, 2026-11-20T09:00"
+EXPECTED: Final = "an age such as 90m, 24h, 7d, today, or a date: 2026-11-20, 2026-11-20T09:00"
 # All that a clock shows lies between these; beyond them, times of other zones and ends of hours are none any more.
 OLDEST: Final = datetime(1970, 1, 1, tzinfo=UTC)
 NEWEST: Final = datetime(9999, 1, 1, tzinfo=UTC)
