@@ -88,6 +88,7 @@ SHORT = {
     "delivery/parking_log.py": "pure, with a table test",
     "dev/mock_backends/replay.py": "what every stand-in answers to a repeat; used by all vendors",
     "ledger/lanes.py": "pure, and the same for ever: who writes records and who delivers them share it",
+    "settings/given_file.py": "the settings, the headers of upstreams and the prices read by it",
     "settings/renewal.py": "pure, with a table test",
     "model/seldom.py": "used by all layers, so it stands under them",
     "proxy/route.py": "one of the two things a record says of a call beside who pays",

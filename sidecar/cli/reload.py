@@ -6,13 +6,13 @@ import argparse
 import os
 import signal
 import time
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from sidecar.cli.shared import EXIT_FAILED, EXIT_OK, EXIT_USAGE, CommandError, add_data_dir, read_settings
 from sidecar.settings import SettingsError
+from sidecar.settings.loader import read_toml
 
 WAIT_S: Final = 60.0  # for requests to backends that are under way, and for the start of who goes on with them
 POLL_S: Final = 0.05
@@ -40,8 +40,8 @@ def _data_dir(arguments: argparse.Namespace) -> Path:
 def _named_in_file() -> str | None:
     """`data_dir` of a file that is TOML, whatever else is wrong in it."""
     try:
-        value = tomllib.loads(Path(os.environ.get("SIDECAR_CONFIG", "")).read_text("utf-8")).get("data_dir")
-    except (OSError, ValueError):
+        value = read_toml(os.environ.get("SIDECAR_CONFIG", "")).get("data_dir")
+    except (OSError, ValueError, RuntimeError):
         return None
     return value if isinstance(value, str) else None
 

@@ -11,6 +11,7 @@ merely looks like one that is.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import re
@@ -26,6 +27,7 @@ import orjson
 
 from sidecar.prices.litellm import from_litellm
 from sidecar.prices.rates import BY_PRICE_KEY, Price, pico
+from sidecar.settings.given_file import read_given
 
 TABLE_FILE: Final = "table.json"
 FILE_BYTES_MAX: Final = 64 << 20  # LiteLLM's is 2 MB; more is a wrong path
@@ -265,14 +267,13 @@ def load(path: Path) -> Table:
     """A table from a file. Raises `TableError`, with what is wrong."""
     try:
         path = path.expanduser()
-        size = path.stat().st_size
-        data = path.read_bytes() if size <= FILE_BYTES_MAX else b""
+        data = read_given(path, FILE_BYTES_MAX)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise TableError(f"{path}: is larger than {FILE_BYTES_MAX >> 20} MiB: that is no table of prices") from None
         raise TableError(f"{path}: cannot be read: {error.strerror}") from None
     except (RuntimeError, ValueError):  # a home directory of nobody, a zero byte
         raise TableError(f"{path}: is no path: expected builtin, none, or a file") from None
-    if size > FILE_BYTES_MAX:
-        raise TableError(f"{path}: is larger than {FILE_BYTES_MAX >> 20} MiB: that is no table of prices")
     return read(data, str(path))
 
 

@@ -7,6 +7,8 @@ therefore never held is worse than a refusal to start. No secret appears in a me
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import re
 import tomllib
@@ -18,6 +20,7 @@ from typing import Any, Final
 
 from sidecar.model.grammar import Unfit, UnfitSecret
 from sidecar.model.path_pattern import check_pattern
+from sidecar.settings.given_file import read_given
 from sidecar.settings.schema import (
     PREFIX,
     Effective,
@@ -36,6 +39,7 @@ SHOWN_CHARS: Final = 80  # of a value in a message: a certificate pasted by mist
 NAMES_SHOWN: Final = 20  # of what a table defines, in a line of `check`
 NAME: Final = "name"  # in [subscribers.ID]: what people call it, beside the backends' ids
 NAME_CHARS_MAX: Final = 200
+CONFIG_BYTES_MAX: Final = 64 << 20  # a million subscribers; more is a wrong path
 SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
 STRUCTURED: Final = ("meters", "prices", "subscribers")  # tables of the TOML file that no variable can hold
 
@@ -215,8 +219,7 @@ class _Loading:
             return
         self.toml_name, self.toml_read = name, False
         try:
-            # With the mark that some editors begin UTF-8 with: TOML 1.1 lets it stand.
-            self.toml = tomllib.loads(Path(name).expanduser().read_text("utf-8-sig"))
+            self.toml = read_toml(name)
             self.toml_read = True
         except OSError as error:
             self.problems.append(f"{CONFIG}={_quote(without_secrets(name))}: cannot be read: {error.strerror}")
@@ -433,12 +436,23 @@ def _route(pattern: str, table: Any) -> Route:
     )
 
 
+def read_toml(name: str) -> dict[str, Any]:
+    """What a TOML file holds. Raises `OSError`, `UnicodeDecodeError`, `tomllib.TOMLDecodeError`, and `ValueError` or
+    `RuntimeError` where `name` is no path."""
+    content = read_given(Path(name).expanduser(), CONFIG_BYTES_MAX)
+    # With the mark that some editors begin UTF-8 with: TOML 1.1 lets it stand.
+    return tomllib.loads(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read())
+
+
 def _secret_file(name: str, origin: str) -> _Found:
     """The content of the file that a `…_FILE` variable names, without the line end that editors add."""
     try:
-        with Path(name).expanduser().open("rb") as file:
-            content = file.read(SECRET_FILE_BYTES + 1)
+        content = read_given(Path(name).expanduser(), SECRET_FILE_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            return _Found(
+                None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long"
+            )
         # What looks like no path is likely to be the secret itself, in the variable for its file.
         plain = name.startswith(("/", "./", "../", "~")) or os.path.exists(name)
         shown = without_secrets(_quote(name)) if plain else "a file of that name (hidden)"
@@ -447,8 +461,6 @@ def _secret_file(name: str, origin: str) -> _Found:
         return _Found(None, origin, "this is no path")
     except RuntimeError:
         return _Found(None, origin, "this is no path: there is no user whose home directory it begins with")
-    if len(content) > SECRET_FILE_BYTES:
-        return _Found(None, origin, f"{_quote(name)} holds more than {SECRET_FILE_BYTES} bytes: no key is that long")
     try:
         text = content.decode().strip()
     except UnicodeDecodeError:

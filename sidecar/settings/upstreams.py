@@ -7,6 +7,7 @@ value is a text, or what a file holds (`file:/path`, also behind a scheme: `Bear
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,7 @@ from typing import Any, Final
 from sidecar.model.grammar import HOP_BY_HOP, Unfit, header_name
 from sidecar.model.http_url import HOST
 from sidecar.settings import types
+from sidecar.settings.given_file import read_given
 from sidecar.settings.types import Secret
 
 HEADER_FILE_BYTES: Final = 16_384  # a token; more is a wrong path
@@ -75,14 +77,13 @@ def read_header_file(path: str) -> str:
     if not path.startswith("/"):
         raise Unfit(f"{shown}: expected the whole path of a file, file:/path")
     try:
-        with Path(path).open("rb") as file:
-            content = file.read(HEADER_FILE_BYTES + 1)
+        content = read_given(Path(path), HEADER_FILE_BYTES)
     except OSError as error:
+        if error.errno == errno.EFBIG:
+            raise Unfit(f"{shown} holds more than {HEADER_FILE_BYTES} bytes: no key is that long") from None
         raise Unfit(f"{shown} cannot be read: {error.strerror}") from None
     except ValueError:
         raise Unfit(f"{shown} is no path") from None
-    if len(content) > HEADER_FILE_BYTES:
-        raise Unfit(f"{shown} holds more than {HEADER_FILE_BYTES} bytes: no key is that long")
     content = content.removesuffix(b"\n").removesuffix(b"\r")
     if not content:
         raise Unfit(f"{shown} is empty")

@@ -5,14 +5,20 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
+import threading
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from sidecar.backends import backend_settings
+from sidecar.prices import table
+from sidecar.prices.table import TableError
+from sidecar.prices.table import load as load_prices
 from sidecar.runtime.factory import idle_names
 from sidecar.runtime.logging import JsonLines, TextLines
-from sidecar.settings import Settings, SettingsError, load
+from sidecar.settings import Settings, SettingsError, Unfit, given_file, load, loader, upstreams
 
 URL = {"SIDECAR_UPSTREAM_URL": "http://127.0.0.1:9"}
 KEY = "-----BEGIN PRIVATE KEY-----\n" + "MIIEvgIBADANBgkqhkiG9w0BAQEFAASC\n" * 24 + "-----END PRIVATE KEY-----\n"
@@ -120,3 +126,49 @@ def test_a_name_that_is_no_utf_8_can_be_logged(lines: logging.Formatter) -> None
     assert "is not a setting" in line
     if isinstance(lines, JsonLines):
         assert json.loads(line)["count"] == 1 << 80
+
+
+def told(read_it: Callable[[], object]) -> str:
+    with pytest.raises((SettingsError, TableError, Unfit)) as caught:
+        read_it()
+    return str(caught.value)
+
+
+READERS: dict[str, Callable[[Path], object]] = {
+    "settings": lambda path: read(SIDECAR_CONFIG=str(path)),
+    "secret": lambda path: read(SIDECAR_STRIPE_API_KEY_FILE=str(path)),
+    "header": lambda path: upstreams.read_header_file(str(path)),
+    "prices": load_prices,
+}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_a_file_that_never_comes_or_never_ends_is_told_and_not_waited_for(
+    reader: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(given_file, "PATIENCE_S", 0.05)
+    os.mkfifo(tmp_path / "pipe")
+    assert "cannot be read: nothing was written into it for 0.05 s" in told(lambda: READERS[reader](tmp_path / "pipe"))
+    monkeypatch.setattr(loader, "CONFIG_BYTES_MAX", 4096)
+    monkeypatch.setattr(table, "FILE_BYTES_MAX", 1 << 20)
+    endless = told(lambda: READERS[reader](Path("/dev/zero")))
+    assert "holds more than" in endless or "is larger than 1 MiB" in endless
+
+
+def test_what_a_command_writes_into_a_pipe_is_read_to_its_end() -> None:
+    """As `<(command)` of a shell hands it over: piece by piece, some of it later."""
+    out, into = os.pipe()
+
+    def write() -> None:
+        with os.fdopen(into, "wb", buffering=0) as file:
+            for piece in ("workers = 3\n", "# " + "x" * 200_000 + "\n", 'data_dir = "/data"\n'):
+                file.write(piece.encode())
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        settings = read(SIDECAR_CONFIG=f"/dev/fd/{out}")
+    finally:
+        os.close(out)
+        writer.join()
+    assert (settings.serve.workers, str(settings.data_dir)) == (3, "/data")
