@@ -53,6 +53,20 @@ def test_every_setting_is_in_the_readme(variable: str) -> None:
     assert f"`{variable}`" in README
 
 
+def test_every_answer_of_the_admin_port_is_named_and_whom_it_is_for() -> None:
+    admin = ROOT / "sidecar" / "runtime" / "admin"
+    free = re.findall(r'add_get\("(/\w+)"', (admin / "__init__.py").read_text())
+    guarded = re.findall(r'^ +\("(/\w+)",', (admin / "reports.py").read_text(), re.MULTILINE)
+    assert len(free) > 3
+    assert len(guarded) > 3
+    row = re.search(r"^\| `SIDECAR_ADMIN_LISTEN` .*", README, re.MULTILINE)
+    rule = re.search(r"The admin port only reads\. (.*?) are for whoever", README, re.DOTALL)
+    assert row is not None
+    assert rule is not None
+    assert [path for path in free + guarded if f"`{path}`" not in row[0]] == []
+    assert [path for path in free if f"`{path}`" not in rule[1]] == []
+
+
 @pytest.mark.parametrize("setting", core_settings(), ids=lambda setting: setting.name)
 def test_every_setting_does_something(setting: Setting) -> None:
     sources = [path for path in (ROOT / "sidecar").rglob("*.py") if path.parent.name != "settings"]

@@ -235,7 +235,8 @@ class ServeSettings:
     admin_listen: Address = _setting(
         types.address,
         "127.0.0.1:9464",
-        "the page, `/healthz` `/readyz` `/metrics` `/balance`, `/usage` `/records` `/parked` `/limits`; it only reads",
+        "the page, `/healthz` `/readyz` `/metrics` `/balance` `/times`, `/usage` `/records` `/parked` `/limits`; "
+        "it only reads",
     )
     admin_token: Secret | None = _secret(
         types.bearer, "`Authorization: Bearer` of what shows customers; without it that needs loopback"

@@ -205,7 +205,10 @@ ID = "0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d"
             "--id 0199c2a1-7c1e-7000-8000-5d6f0a1b2c3d: goes",
         ),
         ("records --limit 'a b'", "--limit 'a b': expected a whole number"),
-        ("records --since yesterday", "--since yesterday is no time: expected an age such as 90m, 24h, 7d, today, or a date: "),
+        (
+            "records --since yesterday",
+            "--since yesterday is no time: expected an age such as 90m, 24h, 7d, today, or a date: ",
+        ),
         ("usage --since 1h --until 2h", "--until 2h is not behind '1h'"),
         ("usage --where status=429", "--where status=429: expected a class (2xx, 4xx) or none"),
         ("usage --where status=", "--where status=: expected a class (2xx, 4xx) or none"),
