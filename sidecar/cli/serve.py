@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import logging
 import os
-import re
 import signal
 import sys
 from collections.abc import Callable, Mapping
@@ -14,6 +13,7 @@ from typing import Final
 
 from sidecar.cli.shared import EXIT_USAGE, CommandError, add_data_dir, address, serving_settings
 from sidecar.settings import LogFormat, Settings, SettingsError
+from sidecar.settings.loader import without_secrets
 
 UPSTREAM: Final = "SIDECAR_UPSTREAM_URL"
 FORMAT: Final = "SIDECAR_LOG_FORMAT"
@@ -57,12 +57,13 @@ def environ(arguments: argparse.Namespace, given: Mapping[str, str]) -> Mapping[
     url: str | None = arguments.url
     if url is not None:
         if "://" not in url and not url.startswith("unix:"):
-            raise CommandError(f"{url!r} is no URL; did you mean {address(url) or f'https://{url}'}?", EXIT_USAGE)
+            meant = without_secrets(address(url) or f"https://{url}")
+            raise CommandError(f"{meant.partition('://')[2]!r} is no URL; did you mean {meant}?", EXIT_USAGE)
         there = given.get(UPSTREAM, "")
         if there and there.strip().rstrip("/") != url.rstrip("/"):
             raise CommandError(
-                f"serve was told {_shown(url)}, and {UPSTREAM} is {_shown(there)}: leave the address out, or unset the "
-                "variable",
+                f"serve was told {without_secrets(url)}, and {UPSTREAM} is {without_secrets(there)}: leave the address "
+                "out, or unset the variable",
                 EXIT_USAGE,
             )
         said[UPSTREAM] = url
@@ -102,11 +103,6 @@ def _complain(text: str, form: LogFormat | None, *, problems: list[str] | None =
     logs.set_up("INFO", LogFormat.JSON, role="supervisor")
     facts = {} if problems is None else {"problems": problems}
     logging.getLogger("sidecar.start").error("%s", text.partition(":\n")[0], extra={"facts": facts})
-
-
-def _shown(url: str) -> str:
-    """Without a user and a password, which an address should not have and may."""
-    return re.sub(r"//[^/@]*@", "//…@", url)
 
 
 def _form_said(*texts: str) -> LogFormat | None:

@@ -75,7 +75,8 @@ def read_header_file(path: str) -> str:
     `Unfit`, which names the path and never what is in it."""
     shown = repr(path)
     if not path.startswith("/"):
-        raise Unfit(f"{shown}: expected the whole path of a file, file:/path")
+        # What looks like no path is likely to be the secret itself.
+        raise Unfit("what stands behind file: (hidden) is no whole path: expected file:/run/secrets/key")
     try:
         content = read_given(Path(path), HEADER_FILE_BYTES)
     except OSError as error:
@@ -309,7 +310,9 @@ def _set_header(name: str, text: str) -> SetHeader:
     match = _FROM_FILE.fullmatch(text)
     if match is None:
         try:
-            return SetHeader(name=name, value=Secret(_header_value(text if text.isascii() else "\0")))
+            if not text.isascii():
+                raise Unfit("is not ASCII text")
+            return SetHeader(name=name, value=Secret(_header_value(text)))
         except Unfit as error:
             raise Unfit(f"its value (hidden) {error}") from None
     scheme = f"{match[1]} " if match[1] else ""

@@ -61,6 +61,16 @@ def test_an_address_without_its_scheme_is_told_with_one(
     assert told(capsys)["message"] == f"{typed!r} is no URL; did you mean {scheme}://{typed}?"
 
 
+@pytest.mark.parametrize("typed", ["u:secret@h.example", "u:secret@127.0.0.1:9", "h.example/?k=secret"])
+def test_a_password_in_an_address_without_its_scheme_is_not_said(
+    typed: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["serve", typed]) == 2
+    said = str(told(capsys)["message"])
+    assert "is no URL; did you mean http" in said
+    assert "secret" not in said
+
+
 def test_what_is_typed_goes_before_what_is_set() -> None:
     from sidecar.cli import parser
 

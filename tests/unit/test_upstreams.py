@@ -116,7 +116,7 @@ def test_all_faults_are_told_at_once_and_no_secret_with_them(tmp_path: Path) -> 
         host = "five.internal"
         url = "http://five.test"
         ca_file = "{empty}"
-        set_headers = {{ x-e = "sk-hidden\\u0007" }}
+        set_headers = {{ x-e = "sk-hidden\\u0007", x-f = "sk-hidden-\\u00fc", x-g = "Bearer file:sk-hidden" }}
         """
     )
     with pytest.raises(SettingsError) as caught:
@@ -139,6 +139,8 @@ def test_all_faults_are_told_at_once_and_no_secret_with_them(tmp_path: Path) -> 
         "number 5: name is not set",
         "number 5: expected either prefix",
         "number 5: ca_file is set, but its url is no https:// one",
+        "number 5: set_headers: x-f: its value (hidden) is not ASCII text",
+        "number 5: set_headers: x-g: what stands behind file: (hidden) is no whole path: expected file:/run",
         "number 5: set_headers: x-e: its value (hidden) holds",
     ):
         assert word in said
