@@ -13,7 +13,7 @@ import itertools
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
 FEED_TRIES: Final = 12  # half a minute: an election, a restart of a server
 FEED_PAUSE_S: Final = 4.0
+FEED_LINE_BYTES_MAX: Final = 1 << 20  # of what may be told as no record, which has a thirtieth of it at most
 SHOWN_BYTES: Final = 65_536  # of what is no record
 
 
@@ -119,6 +120,21 @@ def _feed_file(settings: Settings, name: str) -> int:
         raise CommandError(f"{name} cannot be read: {error.strerror}", EXIT_USAGE) from None
 
 
+def _numbered(file: IO[bytes]) -> Iterator[tuple[int, bytes]]:
+    """The lines of a file. `CommandError` where one is so long that it was never a file of records."""
+    for number in itertools.count(1):
+        line = file.readline(FEED_LINE_BYTES_MAX + 1)
+        if not line:
+            return
+        if len(line) > FEED_LINE_BYTES_MAX:
+            most = f"{FEED_LINE_BYTES_MAX >> 20} MiB"
+            raise CommandError(
+                f"line {number} has more than {most}: expected records, a line each, as `spool export` writes them",
+                EXIT_USAGE,
+            )
+        yield number, line
+
+
 async def feed(settings: Settings, file: IO[bytes]) -> int:
     """Publish each line that is a record, until the stream says that it has it; who collects knows repeats."""
     from sidecar.backends import Context
@@ -129,7 +145,7 @@ async def feed(settings: Settings, file: IO[bytes]) -> int:
     own = replace(stream_settings(settings), denied="send", refused="send", unsettled="send", partial="send")
     backend = NatsBackend(own, Context(data_dir=settings.data_dir), by_id=False)
     sent = wrong = 0
-    lines = enumerate(file, 1)
+    lines = _numbered(file)
     try:
         while rows := list(itertools.islice(lines, own.batch)):
             records: dict[str, Record] = {}

@@ -102,3 +102,18 @@ sys.exit(main())
         [sys.executable, "-c", interrupted], stdin=subprocess.DEVNULL, capture_output=True, timeout=60, check=False
     )
     assert (told.returncode, told.stdout, told.stderr) == (130, b"", b"")
+
+
+def test_what_is_fed_without_an_end_of_line_is_told_and_not_kept() -> None:
+    pytest.importorskip("nats")
+    environ = {"SIDECAR_NATS_URL": "nats://127.0.0.1:1", "PATH": os.environ["PATH"]}
+    told = subprocess.run(
+        ["sh", "-c", f'ulimit -v 4000000 2>/dev/null; exec "{sys.executable}" -m sidecar collect --feed /dev/zero'],
+        env={**environ, **{k: v for k, v in os.environ.items() if k == "PYTHONPATH"}},
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    assert (told.returncode, told.stdout) == (2, b"")
+    assert told.stderr == b"line 1 has more than 1 MiB: expected records, a line each, as `spool export` writes them\n"
