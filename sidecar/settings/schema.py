@@ -338,7 +338,7 @@ class PriceSettings:
     """What a call cost."""
 
     prices: str = _setting(  # a path, where it is none of the words
-        types.text, "builtin",
+        types.path_or_word, "builtin",
         "the providers' prices: `builtin`, `none`, or a file: genai-prices' data (v2) or LiteLLM's",
     )  # fmt: skip
     cost: str = _setting(

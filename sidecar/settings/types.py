@@ -290,6 +290,8 @@ _NAME_BYTES: Final = 255
 def _path(value: str) -> Path:
     if re.search(r"[\x00-\x1f\x7f]", value):  # likely a certificate or key, pasted in place of its file's name
         raise UnfitSecret("expected a path in one line, not what is in the file")
+    if "://" in value:  # with a password in it, perhaps; as a path it would be made a directory
+        raise UnfitSecret("expected a path, not an address")
     if len(os.fsencode(value)) > _PATH_BYTES or any(len(os.fsencode(n)) > _NAME_BYTES for n in value.split("/")):
         raise UnfitSecret("expected a shorter path")
     try:
@@ -299,6 +301,14 @@ def _path(value: str) -> Path:
 
 
 path: Final = Kind("a path", _path)
+
+
+def _path_or_word(value: str) -> str:
+    _path(value)
+    return _text(value)
+
+
+path_or_word: Final = Kind("a path, or a word", _path_or_word)
 
 
 def _readable(value: str) -> Path:

@@ -62,6 +62,19 @@ def test_a_secret_in_the_variable_for_its_file_is_not_shown(tmp_path: Path, monk
     assert "'keys' cannot be read: Is a directory" in str(refused(SIDECAR_STRIPE_API_KEY_FILE="keys"))
 
 
+@pytest.mark.parametrize(
+    "variable", ["SIDECAR_PRICES", "SIDECAR_DATA_DIR", "SIDECAR_FILE_PATH", "SIDECAR_TLS_CERT_FILE", "SIDECAR_CONFIG"]
+)
+@pytest.mark.parametrize("address", ["https://me:hidden@prices.test/v2.json", "https://prices.test/v2.json?key=hidden"])
+def test_an_address_in_place_of_a_path_is_told_without_what_is_secret_in_it(variable: str, address: str) -> None:
+    error = refused(**{variable: address})
+    assert variable in str(error)
+    assert "expected a path, not an address" in str(error) or variable == "SIDECAR_CONFIG"
+    assert "hidden@" not in str(error)
+    assert "=hidden" not in str(error)
+    assert not any("hidden@" in line.value or "=hidden" in line.value for line in error.effective)
+
+
 def test_a_path_that_no_system_takes_is_refused_in_words(tmp_path: Path) -> None:
     assert "expected a shorter path" in str(refused(SIDECAR_DATA_DIR="x" * 300))
     assert "expected a shorter path" in str(refused(SIDECAR_TLS_KEY_FILE="/x" * 3000))
