@@ -148,7 +148,8 @@ class _Loading:
         if serving:
             self._check_needed(settings)
         if judge is not None:
-            self.problems += judge(settings)
+            # Of what was said in the wrong place the parts may quote anything.
+            self.problems += map(without_secrets, judge(settings))
         if self.problems:
             raise SettingsError(self.problems, self.effective)
         return replace(settings, effective=tuple(self.effective))

@@ -75,6 +75,14 @@ def test_an_address_in_place_of_a_path_is_told_without_what_is_secret_in_it(vari
     assert not any("hidden@" in line.value or "=hidden" in line.value for line in error.effective)
 
 
+def test_what_the_parts_say_of_a_setting_has_no_password_either() -> None:
+    said = [f"SIDECAR_LIMITS: {address!r} is wrong" for address in ("nats://me:hidden@n:4222", "http://h/?key=hidden")]
+    with pytest.raises(SettingsError) as caught:
+        load(URL, backend_settings=backend_settings(), judge=lambda _: said)
+    assert [text.partition(":")[0] for text in caught.value.problems] == ["SIDECAR_LIMITS"] * 2
+    assert "hidden" not in str(caught.value)
+
+
 def test_a_path_that_no_system_takes_is_refused_in_words(tmp_path: Path) -> None:
     assert "expected a shorter path" in str(refused(SIDECAR_DATA_DIR="x" * 300))
     assert "expected a shorter path" in str(refused(SIDECAR_TLS_KEY_FILE="/x" * 3000))
