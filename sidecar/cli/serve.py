@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
 import signal
@@ -89,7 +90,8 @@ def _serve(settings: Settings, read: Callable[[], Settings]) -> int:
     except (NoRoomError, LockError, SocketError, SpoolError) as error:
         raise CommandError(str(error)) from None
     except OSError as error:
-        raise CommandError(f"cannot start: {error}") from None
+        few = error.errno in (errno.EMFILE, errno.ENFILE)
+        raise CommandError(f"cannot start: {error}" + ("; raise `ulimit -n`" if few else "")) from None
 
 
 def _complain(text: str, form: LogFormat | None, *, problems: list[str] | None = None) -> None:

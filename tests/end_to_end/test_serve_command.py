@@ -3,6 +3,7 @@ program."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -69,6 +70,17 @@ def test_a_password_in_an_address_without_its_scheme_is_not_said(
     said = str(told(capsys)["message"])
     assert "is no URL; did you mean http" in said
     assert "secret" not in said
+
+
+def test_too_few_files_say_what_to_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_more(*_: object) -> int:
+        raise OSError(errno.EMFILE, "Too many open files", "place.draft")
+
+    monkeypatch.setattr("sidecar.runtime.app.run", no_more)
+    assert main(["serve", UPSTREAM, "--data-dir", str(tmp_path)]) == 1
+    assert str(told(capsys)["message"]).endswith("Too many open files: 'place.draft'; raise `ulimit -n`")
 
 
 def test_what_is_typed_goes_before_what_is_set() -> None:
