@@ -235,7 +235,8 @@ def chosen_meters(
     known = {meter.name: meter for meter in definitions}
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{backend}: {', '.join(unknown)} is no meter; the meters are: {', '.join(known)}")
+        setting = f"SIDECAR_{backend.upper()}_METERS"
+        raise ValueError(f"{setting}: {', '.join(unknown)} is no meter; the meters are: {', '.join(known)}")
     chosen = tuple(known[name] for name in names) if names else tuple(definitions)
     for meter in chosen:
         if meter.kind not in takes:

@@ -634,7 +634,7 @@ def test_a_meter_that_a_backend_cannot_take_is_refused_by_name(name: str, tmp_pa
         row.make(values, context)
     setting = next(s for s in row.settings if s.name == "meters")
     assert row.make({**values, "meters": setting.kind.parse("calls")}, context).name == name
-    with pytest.raises(ValueError, match="nonsense is no meter; the meters are: models, calls"):
+    with pytest.raises(ValueError, match=r"^SIDECAR_\w+_METERS: nonsense is no meter; the meters are: models, calls"):
         row.make({**values, "meters": setting.kind.parse("nonsense")}, context)
 
 
