@@ -75,6 +75,9 @@ RESPONSE: Final = {
 FRAMING: Final = frozenset({TRANSFER_ENCODING, CONTENT_LENGTH})
 # What a trailer has no business to say (RFC 9110, 6.5.1): a client that merges trailers would take it for the head's.
 OF_THE_HOP: Final = FRAMING | {HOP, CONNECTION, UPGRADE, KEEP_ALIVE}
+# The statuses whose `Upgrade` is the response's own: which protocol follows, and which one the call has to be made in
+# (RFC 9110, 15.5.22). In any other it is an advertisement of the hop behind.
+NAMES_PROTOCOL: Final = frozenset({101, 426})
 # `Connection` may not be used to strip what framing and routing stand on.
 _NOT_DROPPED: Final = frozenset({b"host", b"content-length", b"transfer-encoding", b"connection", b"upgrade", b"te"})
 QUIET_TOKENS: Final = frozenset({b"close", b"keep-alive", b"upgrade", b"te", b"http2-settings", b""})
@@ -510,8 +513,8 @@ class ResponseHead:
     """What a response's head says, and the lines that the client is sent. Raises `ValueError` for
     framing that cannot be read.
 
-    `http10`: the client knows no chunks. Only a 101 keeps its `Upgrade`. `called` says what the client asked for, where
-    a field points to the upstream.
+    `http10`: the client knows no chunks. Only a 101 and a 426 keep their `Upgrade`. `called` says what the client asked
+    for, where a field points to the upstream.
     """
 
     __slots__ = ("_called", "chunked", "close", "keep_alive", "length", "names", "parts")
@@ -565,7 +568,7 @@ class ResponseHead:
                     parts += (name, b": ", value, b"\r\n")
             elif kind == KEEP_ALIVE:
                 self.keep_alive = value if self.keep_alive is None else self.keep_alive + b"," + value
-            elif kind == UPGRADE and status == 101:
+            elif kind == UPGRADE and status in NAMES_PROTOCOL:
                 parts += (name, b": ", value, b"\r\nConnection: Upgrade\r\n")
             elif kind >= LOCATION and (not drop or name.lower() not in drop):
                 parts += (name, b": ", self._led_back(rules.redirects, kind, value, count=not drop), b"\r\n")

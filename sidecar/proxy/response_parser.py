@@ -166,28 +166,38 @@ class UpstreamResponse:
 
     def _new_parser(self) -> httptools.HttpResponseParser:
         parser = httptools.HttpResponseParser(self)
-        parser.set_dangerous_leniencies(lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True)
+        # A length beside chunks is refused by us, in a head: the parser would refuse it among trailers too, where it
+        # says nothing (RFC 9110, 6.5.1).
+        parser.set_dangerous_leniencies(
+            lenient_optional_cr_before_lf=True, lenient_spaces_after_chunk_size=True, lenient_chunked_length=True
+        )
         return parser
 
     def _parse(self, data: bytes) -> None:
         parser = self._parser
         assert parser is not None
+        failed = None
         try:
             parser.feed_data(data)
         except httptools.HttpParserUpgrade as switch:
             self.tail = data[switch.args[0] :]
         except httptools.HttpParserError as error:
-            if self.done:
-                self.extra = True
-            elif not self.started and self._interims and _is_after_close(error):
-                self._go_on_behind_interims()
-            elif not self.started and not self._mended and _is_about_length(error):
-                self._mended = True
-                self._mend()
-            elif self.broken is None:
-                self.broken = _why(error)
+            failed = error
+        if failed is not None:  # and is not being handled any more: an error behind it would have it for its context
+            self._failed(failed)
         if self._at_border and data[-1:] != b"\n":
             self._at_border = False  # the first digits of a size came behind the border, and the parser has them
+
+    def _failed(self, error: httptools.HttpParserError) -> None:
+        if self.done:
+            self.extra = True
+        elif not self.started and self._interims and _is_after_close(error):
+            self._go_on_behind_interims()
+        elif not self.started and not self._mended and _is_about_length(error):
+            self._mended = True
+            self._mend()
+        elif self.broken is None:
+            self.broken = _why(error)
 
     def _go_on_behind_interims(self) -> None:
         """A 1xx that says `close`, or is of HTTP/1.0, is followed by the final response all the same. The parser takes
@@ -315,10 +325,7 @@ class UpstreamResponse:
                 return
             if not self._upgrade:
                 raise _NotAResponse("a protocol switch that nobody asked for")
-        try:
-            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10, called=self._called)
-        except ValueError as error:
-            raise _NotAResponse("the framing of the answer cannot be read") from error
+        head = self._final_head(status)
         self.status = status
         self.names = head.names
         self.keep_alive = head.keep_alive
@@ -340,6 +347,15 @@ class UpstreamResponse:
             self.upgraded = True
         elif bodiless:
             self.done = True
+
+    def _final_head(self, status: int) -> ResponseHead:
+        try:
+            head = ResponseHead(self._rules, self.fields, status=status, http10=self._http10, called=self._called)
+        except ValueError as error:
+            raise _NotAResponse("the framing of the answer cannot be read") from error
+        if head.chunked and head.length is not None:
+            raise _NotAResponse("the answer says both a length and a transfer coding")
+        return head
 
     def _called(self) -> Called:
         asked, peer = self._asked, self._peer

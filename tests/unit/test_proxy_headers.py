@@ -357,6 +357,9 @@ def test_what_was_read_leniently_is_passed_on_strictly(answer: bytes, head: byte
     assert out.startswith(status.rstrip(b"\r") + b"\r\n" + head + b"X-Ours: 1\r\n\r\n")
 
 
+BOTH = "both a length and a transfer coding"
+
+
 @pytest.mark.parametrize(
     ("fields", "why"),
     [
@@ -367,9 +370,12 @@ def test_what_was_read_leniently_is_passed_on_strictly(answer: bytes, head: byte
         (b"Content-Length: +2\r\n\r\nok", "more than one length"),
         (b"Content-Length: 2 2\r\n\r\nok", "more than one length"),
         (b"Content-Length: \r\n\r\nok", "more than one length"),
-        (b"Content-Length: 2\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok", "transfer-Encoding can't be"),
-        (b"Content-Length: 2, 2\r\nTransfer-Encoding: chunked\r\n\r\nok", "transfer-Encoding can't be"),
-        (b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nok", "content-Length can't be"),
+        (b"Content-Length: 2\nContent-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\nok", BOTH),
+        (b"Content-Length: 2, 2\r\nTransfer-Encoding: chunked\r\n\r\nok", BOTH),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 2, 2\r\n\r\nok", BOTH),
+        (b"Transfer-Encoding: chunked\r\nContent-Length: 2\r\n\r\nok", BOTH),
+        (b"Content-Length: 0\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n", BOTH),
+        (b"Content-Length: 2, 2\r\n" + b"X: y\r\n" * 300 + b"\r\nok", "too many fields"),
         (b"Transfer-Encoding: identity\r\n\r\nok", "the framing of the answer"),
         (b"X-Foo(1): b\r\n\r\n", "invalid header token"),
         (b"X-F\xf6: b\r\n\r\n", "invalid header token"),
@@ -431,13 +437,25 @@ def test_an_interim_answer_is_no_last_one_and_has_no_body(interim: bytes, head_o
             assert not answer.reusable  # somebody said that it ends
 
 
+@pytest.mark.parametrize(
+    ("status", "kept"), [(b"426 Upgrade Required", True), (b"200 OK", False), (b"400 Bad Request", False)]
+)
+def test_a_426_says_which_protocol_is_wanted(status: bytes, kept: bool) -> None:
+    fields = b"Upgrade: websocket\r\nConnection: Upgrade\r\n"
+    out, *_ = read([b"HTTP/1.1 %b\r\n%bContent-Length: 2\r\n\r\nno" % (status, fields)])
+    assert out == b"HTTP/1.1 %b\r\n%bContent-Length: 2\r\nX-Ours: 1\r\n\r\nno" % (status, fields if kept else b"")
+
+
 def test_trailers_say_nothing_of_framing_or_the_connection() -> None:
     said = (
-        b"Transfer-Encoding: gzip\r\nConnection: close\r\nX: y\r\nKeep-Alive: timeout=1\r\nUpgrade: h2c\r\nEnd: 1\r\n"
+        b"Transfer-Encoding: gzip\r\nConnection: close\r\nX: y\r\nKeep-Alive: timeout=1\r\nUpgrade: h2c\r\n"
+        b"Content-Length: 7\r\nEnd: 1\r\n"
     )
-    out, _, done, broken, extra, *_ = read([CHUNKED + b"0\r\n" + said + b"\r\n"])
-    assert out.endswith(b"okX: y\r\nEnd: 1\r\n\r\n")
-    assert (done, broken, extra) == (True, None, False)
+    answer = CHUNKED + b"0\r\n" + said + b"\r\n"
+    for size in (len(answer), 1):
+        out, _, done, broken, extra, *_ = read([answer[at : at + size] for at in range(0, len(answer), size)])
+        assert out.endswith(b"okX: y\r\nEnd: 1\r\n\r\n")
+        assert (done, broken, extra) == (True, None, False)
 
 
 TOO_MUCH_BESIDE = "too much of the answer is no body: trailers, or what stands beside the sizes of chunks"
