@@ -126,6 +126,8 @@ class PlainStream:
                 return False
             if known and keeping.may_skip(piece):
                 continue
+            if not (self.kept or kept or keeping.begins(piece)):
+                return False
             if not last and keeping.ends(piece):
                 ended = True
             kept.append(piece)
@@ -134,6 +136,8 @@ class PlainStream:
                 known = keeping.is_known([*self.kept, *kept])
                 if not known:
                     return False
+            elif len(kept) == 1 and not (self.kept or keeping.begins(piece)):
+                return False
         kept_bytes = self.kept_bytes + sum(map(len, kept))
         if kept_bytes > KEPT_BYTES_MAX:
             return False

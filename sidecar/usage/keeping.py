@@ -75,6 +75,13 @@ class Keeping:
                 return True
         return False
 
+    def begins(self, piece: bytes) -> bool:
+        """Whether the first piece is of the family that the path names. Of another one's stream the end mark would not
+        be seen, and text might never be."""
+        event, data = event_of(piece.partition(SEPARATOR)[0])
+        document = None if data is None or data.strip() == END_MARK else orjson.loads(data)
+        return type(document) is dict and self._family(_ignore).recognises(document, event)
+
     def is_known(self, kept: Sequence[bytes]) -> bool:
         """Whether these first pieces show that the others will be as expected. False: it is to be read along."""
         messages = b"".join(kept).split(SEPARATOR)[:-1]

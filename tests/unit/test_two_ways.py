@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
-from support import ways
+from support import usage_samples, ways
 from support.conversation import Peer, Talk, conversation, get, ok, post, sent
 
 from sidecar.model.exchange import Outcome
@@ -267,6 +267,10 @@ def play(talk: Talk, step: Step) -> None:
         upstream.says(*pieces(RESPONSES[step[1]], step[2]))
     elif what == "part" and upstream is not None and not upstream.over:
         upstream.says(*pieces(PARTS[step[1]], step[2]))
+    elif what == "asks" and not client.over:
+        client.says(step[1])
+    elif what == "says" and upstream is not None and not upstream.over:
+        upstream.says(step[1])
     elif what in ("leaves", "resets") and not client.over:
         client.leaves() if what == "leaves" else client.resets()
     elif what in ("lost", "reset upstream") and upstream is not None and not upstream.over:
@@ -433,6 +437,93 @@ def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: 
     event(f"calls on the short way: {min(plain, 3)}")
     for one, other in zip(short, careful, strict=True):
         assert one == other
+
+
+# Streams of all families, at the paths of all: whose a stream is, it says itself.
+SAMPLES = [sample for name, sample in usage_samples.load().items() if name.endswith(".sse")]
+EVENT_STREAM = b"Content-Type: text/event-stream\r\n"
+PING = b'event: ping\ndata: {"type":"ping"}\n\n'
+BEFORE: list[bytes] = [b"", b": ping\n\n", PING, b"data: [DONE]\n\n", b"data: {}\n\n"]
+
+
+def events_of(body: bytes) -> list[bytes]:
+    """The first few and the last ones, which is where something is said."""
+    events = [event + b"\n\n" for event in body.replace(b"\r\n", b"\n").split(b"\n\n") if event.strip()]
+    return events if len(events) <= 12 else events[:6] + events[-6:]
+
+
+def stream_of(sample: usage_samples.Sample, path: str, before: bytes, together: list[int], *, odd: bool) -> list[Step]:
+    """A call that is answered by that stream; `together`: how many of its events come in a chunk, each in a read."""
+    events = [event for event in (before, *events_of(sample.body)) if event]
+    if odd:
+        events.reverse()
+    chunks, left = [], list(events)
+    for count in together:
+        chunks.append(b"".join(left[:count]))
+        left = left[count:]
+    asked = post(sample.request_body or b"{}", path.encode(), JSON)
+    head = b"HTTP/1.1 200 OK\r\n%bTransfer-Encoding: chunked\r\n\r\n" % EVENT_STREAM
+    said = [head, *(framed(chunk) for chunk in [*chunks, *left] if chunk), b"0\r\n\r\n"]
+    return [("asks", asked), *(("says", piece) for piece in said)]
+
+
+STREAMS: st.SearchStrategy[list[Step]] = st.builds(
+    stream_of,
+    st.sampled_from(SAMPLES),
+    st.sampled_from(sorted({sample.path for sample in SAMPLES})),
+    st.sampled_from(BEFORE),
+    st.lists(st.integers(1, 3), max_size=12),
+    odd=st.booleans(),
+)
+
+
+@given(
+    streams=st.lists(STREAMS, min_size=1, max_size=2),
+    held=st.booleans(),
+    cut=st.integers(1, 30),
+    end=st.sampled_from([("leaves",), ("lost",), ("commits", True), ("commits", False), ("passes", 1000.0)]),
+)
+@settings(max_examples=60)
+def test_whose_stream_it_is_is_seen_both_ways(streams: list[list[Step]], held: bool, cut: int, end: Step) -> None:
+    script: list[Step] = [("holds",)] if held else []
+    script += [*chain.from_iterable(streams), *streams[-1][:cut], end]
+    short, _ = transcript(script, short=True, options={})
+    careful, _ = transcript(script, short=False, options={})
+    for one, other in zip(short, careful, strict=True):
+        assert one == other
+
+
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize(
+    ("path", "sample"),
+    [
+        ("/v1/messages", "openai_chat_stream.sse"),
+        ("/v1/messages", "openai_responses_stream.sse"),
+        ("/v1/chat/completions", "anthropic_messages_stream.sse"),
+        ("/v1/chat/completions", "openai_responses_stream_failed.sse"),
+        ("/v1/responses", "openai_chat_stream.sse"),
+    ],
+)
+def test_the_end_mark_of_another_family_waits_for_the_record(path: str, sample: str, held: bool) -> None:
+    """What came of a stream that is not of the path's own family was passed on whole before its record was on disk, and
+    who left behind its end mark had left too early."""
+    call = stream_of(usage_samples.load()[sample], path, b"", [], odd=False)[:-1]  # the last chunk is still to come
+    with conversation(taps=UsageTaps(clock_ns=time.monotonic_ns)) as talk:
+        for step in [*call, ("says", b"0\r\n\r\n")]:
+            play(talk, step)
+        before = len(talk.recorder.records)
+        if held:
+            talk.holds()
+        talk.client.heard = b""
+        for step in call:
+            play(talk, step)
+        assert (call[-1][1] in talk.client.heard) is not held
+        if held:
+            talk.commits()
+        assert call[-1][1] in talk.client.heard
+        talk.client.leaves()
+        assert len(talk.recorder.records) == before + 1
+        assert talk.recorder.records[-1].outcome is Outcome.COMPLETE
 
 
 def test_the_usual_call_takes_the_short_way() -> None:
