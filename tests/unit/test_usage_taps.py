@@ -9,8 +9,10 @@ from typing import Any
 
 import orjson
 import pytest
+from support.usage_samples import READERS
 
 from sidecar.model.exchange import Usage
+from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.fallback import BACKGROUND as BACKGROUND_READ
 from sidecar.usage.providers.fallback import NOT_FINISHED, STORED
 from sidecar.usage.readers import Element, Pin, UsageTaps
@@ -792,3 +794,26 @@ def test_a_stored_response_that_was_not_made_in_the_background_was_counted_when_
     fetched = answer(done, path="/v1/responses/resp_1", method="GET", request=b"")
     assert fetched is not None
     assert (fetched.usage_state, fetched.reason, fetched.raw_usage) == ("absent", STORED, None)
+
+
+@pytest.mark.parametrize("reader", [reader for reader in READERS if reader.keep is not None])
+def test_what_ends_a_stream_is_not_skipped(reader: type[Reader]) -> None:
+    """Else it would be the end in a piece with something else, and none alone."""
+    if reader(lambda kind: None).done():
+        assert not reader(lambda kind: None).nothing_in(b"data: [DONE]\n\n")
+        assert not reader.end_signs or b"[DONE]" in reader.end_signs
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_done_ends_a_stream_of_responses_alone_or_with_others(alone: bool) -> None:
+    delta = b'data: {"type":"response.output_text.delta","delta":"a"}\n\n'
+    created = b'data: {"type":"response.created","response":{"id":"r","object":"response","model":"m"}}\n\n'
+    taps = UsageTaps()
+    asked = taps.request("POST", "/v1/responses", [(b"Content-Type", b"application/json")])
+    assert asked is not None
+    tap = taps.response(asked, 200, [(b"Content-Type", b"text/event-stream")])
+    assert tap is not None
+    assert not tap.feed(created)
+    assert not tap.feed(delta)
+    pieces = [delta, b"data: [DONE]\n\n"] if alone else [delta + b"data: [DONE]\n\n"]
+    assert [tap.feed(piece) for piece in pieces][-1]

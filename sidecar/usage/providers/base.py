@@ -18,7 +18,8 @@ What is said as data:
                   the facts named in `skip_after` are known (`response_id`, say). `keep = None`: nothing is skipped.
                   Most messages of a stream are text and are skipped, so this is what a chunk costs.
                   `keep` is never empty.
-    end_signs     bytes without which no message is the stream's end mark
+    end_signs     bytes without which no message is the stream's end mark; `[DONE]` is among them, and in `keep`, where
+                  `done` says that it ends the stream
     claim_signs   bytes without one of which no message can be claimed: they spare everybody's messages a parse
     first_token   what the first generated text looks like on the wire
     header_names  response headers (lower case) that `head` is to be given
@@ -43,7 +44,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from sidecar.model.exchange import USAGE_FIELDS, Usage, UsageState
 from sidecar.usage.values import (
@@ -55,6 +56,7 @@ from sidecar.usage.values import (
     part,
 )
 
+DONE: Final = b"[DONE]"  # how most of those that speak OpenAI's way end a stream, whatever their events are
 Document = dict[str, Any]
 Tree = dict[str, Any]
 """Wanted places: `{"id": True, "choices": [{"finish_reason": True}], "response": {"usage": True}}`."""
@@ -75,7 +77,7 @@ class Reader:
     keep: ClassVar[tuple[bytes, ...] | None] = None
     keep_pattern: ClassVar[re.Pattern[bytes] | None] = None
     skip_after: ClassVar[tuple[str, ...]] = ()
-    end_signs: ClassVar[tuple[bytes, ...]] = ()
+    end_signs: ClassVar[tuple[bytes, ...]] = (DONE,)
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"oken")  # usage, message, tokens, Token
     first_token: ClassVar[re.Pattern[bytes] | None] = None
     header_names: ClassVar[tuple[str, ...]] = ()

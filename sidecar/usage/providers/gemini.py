@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.providers.base import Document, Reader, Tree, fill_modalities
+from sidecar.usage.providers.base import DONE, Document, Reader, Tree, fill_modalities
 from sidecar.usage.providers.fields import google_tier
 from sidecar.usage.values import count, name, part
 
@@ -168,8 +168,8 @@ class Interactions(Reader):
         "service_tier": True,
         "interaction": {"id": True, "model": True, "status": True, "usage": True, "service_tier": True, "error": True},
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed",)
-    keep: ClassVar[tuple[bytes, ...] | None] = (b"interaction", b'"usage"', b'"error"')
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"interaction.completed", DONE)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"interaction", b'"usage"', b'"error"', DONE)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"step\.delta")
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"interaction")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.base import DONE, Document, Reader, Tree
 from sidecar.usage.providers.fields import fill_tokens
 from sidecar.usage.values import name, part
 
@@ -34,9 +34,9 @@ class MistralOcr(Reader):
 
 class MistralConversations(Reader):
     wanted: ClassVar[Tree] = {"conversation_id": True, "type": True, "usage": True, "error": True}
-    end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done",)
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"conversation.response.done", DONE)
     claim_signs: ClassVar[tuple[bytes, ...]] = (b"sage", b"conversation")
-    keep: ClassVar[tuple[bytes, ...] | None] = (b"conversation.response", b'"error"')
+    keep: ClassVar[tuple[bytes, ...] | None] = (b"conversation.response", b'"error"', DONE)
 
     @classmethod
     def claims(cls, document: Document) -> bool:

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.providers.base import Document, Reader, Tree
+from sidecar.usage.providers.base import DONE, Document, Reader, Tree
 from sidecar.usage.providers.fallback import NOT_FINISHED
 from sidecar.usage.providers.fields import fill_tokens, google_tier
 from sidecar.usage.values import count, name, part
@@ -186,7 +186,7 @@ def tools_used(document: Document) -> dict[str, int]:
 
 class Responses(Reader):
     wanted: ClassVar[Tree] = {**_RESPONSE, "type": True, "code": True, "response": _RESPONSE}
-    end_signs: ClassVar[tuple[bytes, ...]] = tuple(kind.encode() for kind in _ENDS)
+    end_signs: ClassVar[tuple[bytes, ...]] = (*(kind.encode() for kind in _ENDS), DONE)
     keep: ClassVar[tuple[bytes, ...] | None] = (b'"error"', b"event: error", *end_signs)
     skip_after: ClassVar[tuple[str, ...]] = ("response_id",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"response\.[a-z_.]+\.delta"')
@@ -375,9 +375,9 @@ class AssistantRuns(Reader):
         "last_error": True,
         "incomplete_details": True,
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b"thread.run",)
+    end_signs: ClassVar[tuple[bytes, ...]] = (b"thread.run", DONE)
     claim_signs: ClassVar[tuple[bytes, ...]] = (b'"thread.run"',)
-    keep: ClassVar[tuple[bytes, ...] | None] = (b'"thread.run"', b"thread.run.", b"error")
+    keep: ClassVar[tuple[bytes, ...] | None] = (b'"thread.run"', b"thread.run.", b"error", DONE)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb"thread\.message\.delta")
 
     _ENDS = ("completed", "incomplete", "failed", "cancelled", "expired")

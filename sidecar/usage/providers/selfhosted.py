@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from sidecar.model.exchange import Usage
-from sidecar.usage.providers.base import CHOICES_MAX, Document, Reader, Tree
+from sidecar.usage.providers.base import CHOICES_MAX, DONE, Document, Reader, Tree
 from sidecar.usage.providers.cohere import Cohere
 from sidecar.usage.providers.declared import DeclaredReader
 from sidecar.usage.values import count, name, overlay, part
@@ -25,7 +25,7 @@ class LlamaCpp(Reader):
         "timings": True,
         "error": True,
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b'"stop":true', b'"stop": true')
+    end_signs: ClassVar[tuple[bytes, ...]] = (b'"stop":true', b'"stop": true', DONE)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"content"\s*:\s*"[^"]')
 
     @classmethod
@@ -66,8 +66,8 @@ class TextGeneration(Reader):
         "error": True,
         "error_type": True,
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b'"generated_tokens"',)
-    keep: ClassVar[tuple[bytes, ...] | None] = (b'"generated_tokens"', b'"error"')
+    end_signs: ClassVar[tuple[bytes, ...]] = (b'"generated_tokens"', DONE)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b'"generated_tokens"', b'"error"', DONE)
     skip_after: ClassVar[tuple[str, ...]] = ("seen",)
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(rb'"token"')
     header_names: ClassVar[tuple[str, ...]] = ("x-prompt-tokens", "x-generated-tokens")
