@@ -123,7 +123,7 @@ class Asking:
                 self._memory.unlink(missing_ok=True)  # of when `last` was set: nobody reads it any more
         for asked in self._asked:
             if asked.source.polled_s is not None and (entry := self._entry(asked, Caller(subscriber=None))) is not None:
-                self._ask(asked, entry)
+                self._on_time(asked, entry)  # soon, where what is remembered is too new to be asked for at once
         return self
 
     async def __aexit__(self, *exc: object) -> None:

@@ -488,6 +488,16 @@ async def test_a_source_that_breaks_is_a_failure_like_another(caplog: pytest.Log
     assert "failed to ask" in caplog.text
 
 
+async def test_rules_are_polled_after_a_restart_that_took_no_time(tmp_path: Path) -> None:
+    """What is remembered is too new then to be asked for at once, and no call comes that would have it asked for."""
+    memory, ages = tmp_path / "gate.answers", Ages(on_failure=OnFailure.LAST)
+    async with Asking([Says(NO, polled_s=60.0)], WAIT, ages=ages, memory=memory) as asking:
+        await until(lambda: asking.questions["says", "answered"] == 1)
+    source = Says(DOWN, polled_s=60.0)
+    async with Asking([source], WAIT, ages=ages, memory=memory) as asking:
+        await until(lambda: asking.questions["says", "http_503"] == 1)
+
+
 async def test_rules_are_polled_without_a_call(receiver: Receiver) -> None:
     source = ReveniumControls(api_key=KEY, team="none", url=receiver.url)
     source.polled_s = 0.05
