@@ -136,8 +136,6 @@ class PlainStream:
                 known = keeping.is_known([*self.kept, *kept])
                 if not known:
                     return False
-            elif len(kept) == 1 and not (self.kept or keeping.begins(piece)):
-                return False
         kept_bytes = self.kept_bytes + sum(map(len, kept))
         if kept_bytes > KEPT_BYTES_MAX:
             return False

@@ -34,8 +34,8 @@ class ChatCompletions(Reader):
         "choices": [{"index": True, "finish_reason": True, "usage": True}],
         "x_groq": {"usage": True, "error": True},
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b"[DONE]",)
-    keep: ClassVar[tuple[bytes, ...] | None] = (b"[DONE]", b"event: error")
+    end_signs: ClassVar[tuple[bytes, ...]] = (DONE,)
+    keep: ClassVar[tuple[bytes, ...] | None] = (DONE, b"event: error")
     keep_pattern: ClassVar[re.Pattern[bytes] | None] = _OF_INTEREST
     skip_after: ClassVar[tuple[str, ...]] = ("response_id", "model")
     first_token: ClassVar[re.Pattern[bytes] | None] = re.compile(
@@ -278,8 +278,8 @@ class Media(Reader):
         "choices": [{"index": True, "finish_reason": True}],
         "data": [{}],  # that it is there
     }
-    end_signs: ClassVar[tuple[bytes, ...]] = (b".done", b".completed", b"[DONE]")
-    keep: ClassVar[tuple[bytes, ...] | None] = (b".done", b".completed", b'"error"', b"[DONE]")
+    end_signs: ClassVar[tuple[bytes, ...]] = (b".done", b".completed", DONE)
+    keep: ClassVar[tuple[bytes, ...] | None] = (b".done", b".completed", b'"error"', DONE)
     keep_pattern: ClassVar[re.Pattern[bytes] | None] = _MEDIA_OF_INTEREST
 
     @classmethod
