@@ -175,17 +175,21 @@ class PlainReader:
                 _,
                 url,
             ) = packed
-            reading = readings.get((request, answer))
-            if reading is None:
-                reading = self._prepare((request, answer), requests[request], responses[answer], response_head)
-            template, plan = reading.template, reading.plan
-            if template is None:
+            try:
+                reading = readings.get((request, answer))
+                if reading is None:
+                    reading = self._prepare((request, answer), requests[request], responses[answer], response_head)
+                template, plan = reading.template, reading.plan
+                if template is None:
+                    break
+                usual = None if plan is None else plan.usual(request_body, response_body)
+                if usual is None:
+                    told = self._unusual(reading, packed)
+                else:
+                    told = self._usual(reading, usual, response_head, started_ns)
+            except Exception:  # a fault of ours takes no call with it: as an exchange it may go without what it knew
+                log.exception("a usage reader failed; the call is read by itself")
                 break
-            usual = None if plan is None else plan.usual(request_body, response_body)
-            if usual is None:
-                told = self._unusual(reading, packed)
-            else:
-                told = self._usual(reading, usual, response_head, started_ns)
             if told is None:
                 break
             kind, usage, (cost, pico), names, counts, row = told

@@ -623,3 +623,37 @@ def test_calls_of_all_kinds_in_one_frame_are_recorded_in_their_order(start: int)
     assert disk.tally.lost == {"unreadable": 4}
     priced = [record.cost is not None for record in records]
     assert priced == [(start + number) % 5 != 3 for number in readable]  # that one was made without a usage
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "sidecar.usage.plain_calls.prepare",
+        "sidecar.usage.whole.Plan.usual",
+        "sidecar.usage.whole.Plan.usual_row",
+        "sidecar.usage.whole.Plan.row",
+        "sidecar.prices.book.Pricer.of_counts",
+        "sidecar.prices.book.PriceBook.pricer",
+    ],
+)
+def test_a_fault_in_the_reading_of_usage_takes_no_call_with_it(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What one raises in a frame is raised for each of its calls, the quick way and the careful one."""
+    sample = SAMPLES["openai_chat.json"]
+    ours = shapes(sample)
+    disk, metrics = Disk(), Metrics()
+
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("sk-secret")
+
+    monkeypatch.setattr(fault, broken)
+    if fault.endswith(".row"):
+        monkeypatch.setattr(Plan, "usual", lambda *_: None)
+    intake = Intake(metrics, factory.plain_readers(SETTINGS, metrics, BOOK), PRICE)
+    intake.begin(disk)
+    source = Source(bytes(16), lambda number: None)
+    intake.came(source)
+    intake.take(source, encode_frame(1, admitted=3, ended=[call(sample, *ours, number) for number in range(3)]))
+    intake.store()
+    (batch,) = disk.batches
+    assert [Record.from_json(line).id for line in batch.lines] == [f"{number:036x}" for number in range(3)]
+    assert not disk.tally.lost
