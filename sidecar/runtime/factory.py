@@ -14,6 +14,7 @@ import resource
 import secrets
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from sidecar.proxy.route import Routes
 from sidecar.proxy.server import files_needed, within_files
 from sidecar.proxy.subscriber import Attributor, is_hashed
 from sidecar.runtime.hop_counts import HopCounts
+from sidecar.runtime.logging import tell_fault
 from sidecar.runtime.metrics import Metrics
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import ProxySettings, Settings, UpstreamSettings
@@ -310,12 +312,19 @@ def _keep_hash_key(path: Path, key: bytes) -> bytes:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop where it is available: half the cost of the standard loop."""
-    try:
+    """uvloop where it is available: half the cost of the standard loop. What it catches is told without its text."""
+    new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
+    with suppress(ImportError):
         import uvloop
-    except ImportError:
-        return asyncio.new_event_loop
-    return uvloop.new_event_loop
+
+        new_loop = uvloop.new_event_loop
+
+    def make() -> asyncio.AbstractEventLoop:
+        loop = new_loop()
+        loop.set_exception_handler(tell_fault)
+        return loop
+
+    return make
 
 
 def calm_collector() -> None:

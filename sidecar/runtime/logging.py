@@ -1,7 +1,9 @@
 """Log lines on standard error: one JSON object each for machines, one line of text for who looks at a terminal.
 
 ERROR: an operator must act. WARNING: odd but recovered. INFO: starts and stops. DEBUG: a batch.
-Callers pass facts as `extra={"facts": {...}}`; no header value, query value, body or secret is a fact.
+Callers pass facts as `extra={"facts": {...}}`; no header value, query value, body or secret is a fact. What an
+exception says may be any of these (`invalid literal for int(): …`), so a traceback ends with its class, and with its
+text only where that is the system's, SQLite's or our own.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import json
 import logging
 import re
+import sqlite3
 import sys
+import traceback
+from asyncio import AbstractEventLoop
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
-from typing import Final
+from types import TracebackType
+from typing import Any, Final, TypeAlias
 
 import orjson
 
@@ -24,9 +30,52 @@ ASKED: Final = "asked"  # the fact that has what an operator wanted, field by fi
 # direction of what follows.
 _HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")  # needs no quotes as a fact's value
+_CALLBACK: Final = "Exception in callback"  # what follows it is the callback, with its arguments
+_SAY_NO_VALUES: Final = (OSError, sqlite3.Error, ImportError)  # exceptions whose text is never of a call's content
+
+log = logging.getLogger(__name__)
+_Caught: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
 
 
-class JsonLines(logging.Formatter):
+class _Lines(logging.Formatter):
+    def formatException(self, ei: _Caught) -> str:  # noqa: N802 - the name is logging's
+        return "" if ei[1] is None else _traced(ei[1])
+
+
+def _traced(error: BaseException, known: frozenset[int] = frozenset()) -> str:
+    """The traceback of an exception, behind those of what it came of, and before those of what it holds."""
+    known |= {id(error)}
+    text = ""
+    came_of = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    if came_of is not None and id(came_of) not in known:
+        text = f"{_traced(came_of, known)}\n\n{'Caused' if error.__cause__ else 'While this was handled'}:\n\n"
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    text += f"Traceback (most recent call last):\n{frames}{_said(error)}"
+    if isinstance(error, BaseExceptionGroup):
+        for held in error.exceptions:
+            if id(held) not in known:
+                text += f"\n\nIt holds:\n\n{_traced(held, known)}"
+    return text
+
+
+def _said(error: BaseException) -> str:
+    kind = type(error)
+    ours = kind.__module__.partition(".")[0] == ROOT
+    name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+    return f"{name}: {error}" if (ours or isinstance(error, _SAY_NO_VALUES)) and str(error) else name
+
+
+def tell_fault(loop: AbstractEventLoop, context: Mapping[str, Any]) -> None:
+    """The event loop's exception handler. Its own shows the callback's arguments and the exception's text, in which
+    there may be what a client sent."""
+    error = context.get("exception")
+    what = str(context.get("message", "")).partition("\n")[0]
+    if what.startswith(_CALLBACK):
+        what = _CALLBACK
+    log.error("%s", what or "a fault in the event loop", exc_info=error if isinstance(error, BaseException) else None)
+
+
+class JsonLines(_Lines):
     """`{"at", "level", "logger", "message", …who, …facts, "error"}`."""
 
     def __init__(self, **who: object) -> None:
@@ -54,7 +103,7 @@ class JsonLines(logging.Formatter):
             return json.dumps(row, default=str, separators=(",", ":"))
 
 
-class TextLines(logging.Formatter):
+class TextLines(_Lines):
     """`2026-11-29 01:50:16.123Z WARNING metering: message  fact=value …`, and a traceback below its line."""
 
     def __init__(self, **who: object) -> None:

@@ -212,12 +212,12 @@ def test_a_line_of_text_is_one_line_whatever_is_in_it() -> None:
 
 def test_a_traceback_follows_its_line_of_text() -> None:
     try:
-        raise ValueError("why")
-    except ValueError:
+        raise OSError("why")
+    except OSError:
         record = logging.LogRecord("sidecar.x", logging.ERROR, "", 0, "it died", (), sys.exc_info())
     first, *rest = TextLines().format(record).splitlines()
     assert first.endswith("ERROR   sidecar: it died")
-    assert rest[-1] == "ValueError: why"
+    assert rest[-1] == "OSError: why"
 
 
 def test_check_shows_what_is_defined_by_name(

@@ -1,0 +1,148 @@
+"""What the log says of a fault: where it was and of which class, never what a client or an upstream sent."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import logging
+import sqlite3
+import sys
+from collections.abc import Callable
+
+import pytest
+
+from sidecar.runtime import factory
+from sidecar.runtime.logging import JsonLines, TextLines, tell_fault
+from sidecar.settings import SettingsError
+
+SECRET = "sk-of-a-customer"
+
+
+def traced(error: BaseException) -> str:
+    try:
+        raise error
+    except BaseException:
+        record = logging.LogRecord("sidecar.x", logging.ERROR, "", 0, "it died", (), sys.exc_info())
+    assert JsonLines().format(record)
+    return TextLines().format(record)
+
+
+def caused() -> Exception:
+    try:
+        int(SECRET)
+    except ValueError as error:
+        try:
+            raise KeyError(SECRET) from error
+        except KeyError as raised:
+            return raised
+    raise AssertionError
+
+
+def while_handled() -> Exception:
+    try:
+        int(SECRET)
+    except ValueError:
+        try:
+            raise LookupError(SECRET)
+        except LookupError as raised:
+            return raised
+    raise AssertionError
+
+
+def in_a_circle() -> Exception:
+    first, second = ValueError(SECRET), ValueError(SECRET)
+    first.__cause__, second.__cause__ = second, first
+    return first
+
+
+@pytest.mark.parametrize(
+    ("make", "classes"),
+    [
+        (lambda: ValueError(f"invalid literal: {SECRET}"), ["ValueError"]),
+        (lambda: UnicodeDecodeError("utf-8", SECRET.encode(), 0, 1, SECRET), ["UnicodeDecodeError"]),
+        (caused, ["ValueError", "KeyError"]),
+        (while_handled, ["ValueError", "LookupError"]),
+        (in_a_circle, ["ValueError"]),
+        (lambda: ExceptionGroup(SECRET, [TypeError(SECRET), caused()]), ["ExceptionGroup", "TypeError", "KeyError"]),
+    ],
+)
+def test_a_traceback_has_the_classes_and_no_text(make: Callable[[], Exception], classes: list[str]) -> None:
+    told = traced(make())
+    assert SECRET not in told
+    assert "in traced" in told
+    for name in classes:
+        assert f"\n{name}" in told
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(28, "No space left on device"), "OSError: [Errno 28] No space left on device"),
+        (sqlite3.OperationalError("database is locked"), "sqlite3.OperationalError: database is locked"),
+        (SettingsError(["SIDECAR_X is no name"]), "SIDECAR_X is no name"),
+        (AssertionError(), "AssertionError"),
+    ],
+)
+def test_what_the_system_and_we_ourselves_say_is_told(error: Exception, said: str) -> None:
+    assert said in traced(error).splitlines()[-1]
+
+
+class Broken(asyncio.Protocol):
+    def data_received(self, data: bytes) -> None:
+        raise ValueError(data.decode())
+
+
+def callback(text: str) -> None:
+    raise KeyError(text)
+
+
+async def task(text: str) -> None:
+    raise LookupError(text)
+
+
+async def trouble(told: Callable[[], str]) -> None:
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(Broken, "127.0.0.1", 0)
+    _, writer = await asyncio.open_connection(*server.sockets[0].getsockname())
+    writer.write(SECRET.encode())
+    loop.call_soon(callback, SECRET)
+    running = asyncio.create_task(task(SECRET))
+    await asyncio.wait([running])
+    del running
+    async with asyncio.timeout(30):
+        while not all(name in told() for name in ("ValueError", "KeyError", "LookupError")):
+            gc.collect()
+            await asyncio.sleep(0.01)
+    writer.close()
+    server.close()
+
+
+def standard() -> asyncio.AbstractEventLoop:
+    loop = asyncio.new_event_loop()
+    loop.set_exception_handler(tell_fault)
+    return loop
+
+
+@pytest.mark.parametrize("make_loop", [factory.loop_factory(), standard], ids=["ours", "the standard one"])
+def test_what_the_event_loop_catches_is_told_without_what_was_in_it(
+    make_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines: list[str] = []
+    text = TextLines()
+
+    class Kept(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            lines.append(text.format(record))
+
+    logger = logging.getLogger("sidecar.runtime.logging")
+    handler = Kept()
+    logger.addHandler(handler)
+    try:
+        with asyncio.Runner(loop_factory=make_loop) as runner:
+            runner.run(trouble(lambda: "\n".join(lines)))
+    finally:
+        logger.removeHandler(handler)
+    told = "\n".join(lines)
+    assert SECRET not in told
+    for place in ("in data_received", "in callback", "in task"):
+        assert place in told
