@@ -589,11 +589,11 @@ class Call:
         connection, self.connection = self.connection, None
         response, body = self.response, self.body
         assert response is not None
-        if self._exchange.first_byte_ms is None and body is not None:
+        if self._exchange.first_byte_ms is None and body is not None and self.client is not None:
             again = body.again()
             if again is not None:
                 # A pooled connection that died before it said a word, and a request that may go twice: what was sent
-                # of it, and then what comes.
+                # of it, and then what comes. For a client that has left nothing goes again.
                 self._head = again
                 body.blocked = False
                 self.phase = Phase.CONNECTING

@@ -18,7 +18,6 @@ from sidecar.proxy.upstream import TCP_KEEPALIVE_S, Upstream, keep_alive_hint
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 POST = b"POST /x HTTP/1.1\r\nHost: me\r\nContent-Length: 2\r\n\r\nhi"
 
-
 @pytest.mark.parametrize(
     ("field", "seconds", "calls"),
     [
@@ -272,3 +271,34 @@ async def test_a_second_death_is_the_last() -> None:
         head = await hop.last(PUT_HEAD + b"Expect: 100-continue\r\n\r\n")
         assert head.startswith(b"HTTP/1.1 502 ")
         assert (upstream.connections, hop.counts.retries) == (2, 1)
+
+
+@pytest.mark.usefixtures("both_ways")
+@on_both_loops
+async def test_for_a_client_that_has_left_nothing_is_sent_again() -> None:
+    died = asyncio.Event()
+
+    async def script(conversation: Conversation) -> None:
+        for _ in range(2):
+            await conversation.message()
+            asked.append(upstream.connections)
+            if len(asked) == 2:
+                await died.wait()
+                conversation.reset()
+                return
+            await conversation.send(reply(b"first"))
+
+    asked: list[int] = []
+    request = POST.replace(b"/x", b"/model").replace(b"Host", b"Idempotency-Key: k\r\nHost")
+    async with RawUpstream(script) as upstream, Hop(upstream.url) as hop:
+        assert (await hop.call(request))[1] == b"first"
+        client = await hop.client()
+        await client.send(request)
+        await until(lambda: len(asked) == 2)
+        await client.close()
+        await until(lambda: hop.counts.drains == 1)
+        died.set()
+        await until(lambda: len(hop.recorder.records) == 2)
+        last = hop.recorder.records[1]
+        assert (last.outcome, last.status, asked) == (Outcome.CLIENT_LEFT, None, [1, 1])
+        assert hop.counts.retries == 0
