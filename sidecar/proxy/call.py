@@ -848,7 +848,7 @@ class Call:
         if connection is None:
             return
         if end.upstream is ending.Upstream.FINISH:
-            connection.finish()
+            connection.finish(self._hop.settings.idle_timeout_s)
         else:
             connection.discard()
 

@@ -12,7 +12,7 @@ import re
 import select
 import socket
 import ssl
-from asyncio import AbstractEventLoop, BaseTransport
+from asyncio import AbstractEventLoop, BaseTransport, TimerHandle
 from contextlib import suppress
 from pathlib import Path
 from typing import Final, Protocol
@@ -75,8 +75,8 @@ class UpstreamConnection(UpstreamProtocol):
     # aiohttp's part has a dictionary. With more than thirty names in it CPython shares their table among instances no
     # more, and each takes 1,600 bytes instead of 300.
     __slots__ = (
-        "_calls_max", "_hint_s", "_look", "_read_paused", "_said_done", "_upstream", "calls", "generation", "hint",
-        "lease", "old_at", "owner", "use_until", "used", "why_lost",
+        "_calls_max", "_cut_off", "_hint_s", "_look", "_read_paused", "_said_done", "_upstream", "calls", "generation",
+        "hint", "lease", "old_at", "owner", "use_until", "used", "why_lost",
     )  # fmt: skip
 
     def __init__(self, upstream: Upstream, loop: AbstractEventLoop) -> None:
@@ -96,6 +96,7 @@ class UpstreamConnection(UpstreamProtocol):
         self._hint_s: float | None = None
         self._calls_max: int | None = None
         self._look: select.poll | None = None
+        self._cut_off: TimerHandle | None = None  # of one that was finished, and has something left to send
 
     # -- for the owner ---------------------------------------------------------------------------
 
@@ -164,10 +165,13 @@ class UpstreamConnection(UpstreamProtocol):
         self.abort()
         self._let_go()
 
-    def finish(self) -> None:
-        """Close it after what was written has left: the end of a tunnel."""
-        self.owner = None
+    def finish(self, within_s: float) -> None:
+        """Close it after what was written has left, as far as that is taken within that time: the end of a tunnel."""
+        transport, self.owner = self.transport, None
         self._let_go()
+        if transport is not None and transport.get_write_buffer_size():
+            # Nobody looks after it any more, and a peer that reads nothing would have it open for ever.
+            self._cut_off = self._loop.call_later(within_s, transport.abort)
 
     def _let_go(self) -> None:
         lease, self.lease = self.lease, None
@@ -197,6 +201,8 @@ class UpstreamConnection(UpstreamProtocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         super().connection_lost(exc)
+        if self._cut_off is not None:
+            self._cut_off.cancel()
         if isinstance(exc, ssl.SSLError):
             self.why_lost = TLS  # a certificate of ours that was wanted is told after the handshake
         self._let_go()

@@ -17,6 +17,8 @@ from sidecar.proxy.upstream import TCP_KEEPALIVE_S, Upstream, keep_alive_hint
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 POST = b"POST /x HTTP/1.1\r\nHost: me\r\nContent-Length: 2\r\n\r\nhi"
+MUCH = 32 << 20  # more than the system buffers
+
 
 @pytest.mark.parametrize(
     ("field", "seconds", "calls"),
@@ -175,6 +177,40 @@ async def test_tcp_keepalive_is_on(tmp_path: Path) -> None:
     path = str(tmp_path / "up.sock")
     async with RawUpstream(answering(reply()), path=path) as upstream, Hop(upstream.url) as hop:
         assert (await hop.call(GET))[1] == b"ok"
+
+
+@on_both_loops
+async def test_who_is_finished_and_reads_nothing_is_cut_off() -> None:
+    async def script(conversation: Conversation) -> None:
+        if not reads:
+            conversation.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            await asyncio.Event().wait()
+        got.append(len(await conversation.rest()))
+
+    got: list[int] = []
+    async with RawUpstream(script) as server:
+        for reads in (True, False):
+            upstream = Upstream(
+                loop=asyncio.get_running_loop(),
+                host="127.0.0.1",
+                port=server.port,
+                socket_path=None,
+                tls=None,
+                server_name=None,
+                connect_timeout_s=5,
+                keepalive_s=1,
+                age_s=1,
+            )
+            connection = await upstream.connect()
+            transport = connection.transport
+            assert transport is not None
+            connection.write(bytes(MUCH))
+            assert transport.get_write_buffer_size() > 0
+            connection.finish(60 if reads else 0.05)
+            await until(lambda: transport.get_write_buffer_size() == 0)  # noqa: B023
+            await upstream.aclose()
+        await until(lambda: bool(got))
+        assert got == [MUCH]
 
 
 # -- what may be sent again ----------------------------------------------------------------------
