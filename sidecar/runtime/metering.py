@@ -68,6 +68,7 @@ ORPHANED_S: Final = 10.0  # beyond SIDECAR_STOP_S, where nobody is left to say t
 ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
 STATES: Final = ("stopping", "full", "degraded", "ok")  # the worst of all is the state of the whole
 LOAD_SLOW_S: Final = 1.0  # calls wait so long for a decision at most
+LOAD_WAIT_S: Final = 5.0  # who looks at limits waits so long for what was used of them before this life
 REST_S: Final = 35.0  # as long as a backend may take to answer, at the default of its time limit
 
 
@@ -82,6 +83,7 @@ class Metering:
     asking: Asking | None = None
     limits_shared: SharedCounters | None = None  # with others, once what is in the spool is counted
     sharing: asyncio.Task[None] | None = None
+    loading: asyncio.Task[None] | None = None  # of what was used of the limits before this life
     seam: Seam = field(init=False)
     admin_url: str = ""
     early: str = ""  # why nothing is recorded yet
@@ -177,10 +179,14 @@ class Metering:
             self.counted.set_shared_limits(shared.failures, is_away=not shared.is_counted)
         return self.counted.exposition(gauges)
 
-    async def limits(self) -> list[dict[str, Any]]:
-        """Who is at what of which limit."""
+    async def limits(self) -> list[dict[str, Any]] | None:
+        """Who is at what of which limit; None: what the records say is not counted yet."""
         if self.gate is None:
             return []
+        if not self.gate.loaded and self.loading is not None:
+            await asyncio.wait([self.loading], timeout=LOAD_WAIT_S)
+        if not self.gate.loaded:
+            return None
         await self.seam.ask()
         self.seam.store()
         if self.limits_shared is not None:
@@ -387,7 +393,7 @@ async def recording(
                 whole.intake.stored, whole.intake.stored_before = shipping.stored, shipping.stored_before
             whole.intake.begin(bills.spool)
             if whole.gate is not None:
-                loading = asyncio.create_task(load_limits(whole, whole.gate, settings, bills, last_seq))
+                loading = whole.loading = asyncio.create_task(load_limits(whole, whole.gate, settings, bills, last_seq))
                 stack.push_async_callback(whole.leave_limits)
                 stack.push_async_callback(_ended, loading)
             whole.intake.handed = bills.hand_over

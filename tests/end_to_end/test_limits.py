@@ -15,7 +15,10 @@ import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from support.counted_api import LIMIT_S, call, client, upstream
+from support.filled import fill
 from support.whole import Whole, suspend
+
+FILLED = 20_000  # records: a second or so until they are counted
 
 
 def limited(tmp_path: Path, url: str, **settings: str) -> Whole:
@@ -353,6 +356,16 @@ async def test_the_command_says_who_is_at_what_while_it_runs_and_while_it_does_n
             code, _, err = await whole.command("limits", "--limit", "team-token")
             assert (code, err) == (2, "no limit is called team-token; the limits are: team-tokens, everybody\n")
             assert "a limit is used up" in whole.log.read_text()
+
+
+@pytest.mark.timeout(120)
+async def test_who_looks_before_the_records_are_counted_is_not_told_that_nothing_was_used(tmp_path: Path) -> None:
+    await fill(tmp_path / "data", FILLED)
+    config = tmp_path / "sidecar.toml"
+    config.write_text('[[limits]]\nname = "all"\nsubscriber = ""\nunit = "calls"\namount = 9\nwindow = "total"\n')
+    async with upstream() as (_, url), limited(tmp_path, url, SIDECAR_CONFIG=str(config)) as whole:
+        row = limit_of((await whole.get("/limits"))["limits"], "all")
+        assert row["used"] == str(FILLED)
 
 
 async def test_a_limit_that_nobody_defined_is_not_one_that_nobody_touched(tmp_path: Path) -> None:

@@ -72,6 +72,10 @@ class Busy(Exception):
     """So many ask that this one is not read for."""
 
 
+class NotYet(Exception):
+    """What is asked for is not known yet; the text says why."""
+
+
 class NothingThere(Exception):
     """What is asked for does not exist yet; the text says why."""
 
@@ -79,8 +83,8 @@ class NothingThere(Exception):
 class Reports:
     """The four, for one data directory."""
 
-    def __init__(self, settings: Settings, limits: Callable[[], Awaitable[Sequence[Mapping[str, Any]]]]) -> None:
-        """`limits`: where each counter stands."""
+    def __init__(self, settings: Settings, limits: Callable[[], Awaitable[Sequence[Mapping[str, Any]] | None]]) -> None:
+        """`limits`: where each counter stands; None: it is not known yet."""
         self._settings = settings
         self._limits = limits
         self._names = Names(settings.subscriber_names)
@@ -125,6 +129,8 @@ class Reports:
                 return _refusal(str(error), 400)
             except Busy:
                 return _refusal("too many ask at once: try again in a moment", 503, again_s=AGAIN_S)
+            except NotYet as error:
+                return _refusal(str(error), 503, again_s=AGAIN_S)
             except TooLongError:
                 text = f"reading took longer than {ANSWER_S:.0f} s: ask for a shorter time, or for fewer names in by"
                 return _refusal(text, 503)
@@ -264,6 +270,8 @@ class Reports:
         query = lists.limits_query(limit=asked.get("limit"), over=asked.get("over"), by=asked.get("by"))
         form, has = _form(request), _known(request)
         standing = await self._limits()
+        if standing is None:
+            raise NotYet("what was used of the limits is still being read: try again in a moment")
 
         def write() -> Answer:
             rows = lists.limits(standing, query, self._names)
