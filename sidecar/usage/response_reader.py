@@ -268,7 +268,8 @@ class ResponseReader:
             piece, self._start = self._start + piece, b""
         if not piece:
             return False
-        if piece[0] == 0x7B and len(piece) <= DOCUMENT_MAX_BYTES and b"}\n" not in piece[:-1]:
+        lines = b"}\n" in piece[:-1] or b"}\r\n" in piece[:-2]
+        if piece[0] == 0x7B and len(piece) <= DOCUMENT_MAX_BYTES and not lines:
             self._only = piece
             return False
         if piece[0] != 0x7B:

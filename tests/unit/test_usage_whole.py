@@ -321,6 +321,21 @@ def test_plain_documents_of_any_kind(made: tuple[str, dict[str, Any]], request: 
     check(_made(path, body, JSON, request), [body])
 
 
+@pytest.mark.parametrize("newline", [b"\n", b"\r\n"])
+@pytest.mark.parametrize("name", [name for name in SAMPLES if name.endswith(".ndjson")])
+def test_lines_under_the_name_of_a_document_are_read_however_they_are_cut_and_ended(name: str, newline: bytes) -> None:
+    sample = replace(SAMPLES[name], response_headers=[JSON])
+    body = sample.body.replace(b"\n", newline)
+    expected, *_ = along(SAMPLES[name], [sample.body])
+    assert expected is not None
+    assert expected.usage_state is UsageState.FINAL
+    for size in (len(body), 7):
+        found, *_ = along(sample, [body[at : at + size] for at in range(0, len(body), size)])
+        assert found is not None
+        assert found.usage_state is UsageState.FINAL
+        assert (found.input_tokens, found.output_tokens) == (expected.input_tokens, expected.output_tokens)
+
+
 @pytest.mark.parametrize("name", [name for name, sample in SAMPLES.items() if len(sample.body) < LARGE_BYTES])
 def test_a_path_that_nobody_knows_may_hold_any_response(name: str) -> None:
     sample = replace(SAMPLES[name], method="POST", path="/orders/1")
