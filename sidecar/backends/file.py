@@ -47,7 +47,7 @@ from sidecar.model.delivery import (
 )
 from sidecar.model.record import Record
 from sidecar.settings import setting, types
-from sidecar.storage.files import StorageError, Trouble, sync_directory, sync_file, trouble, try_lock, verdict_for
+from sidecar.storage.files import StorageError, sync_directory, sync_file, trouble, try_lock, verdict_for
 from sidecar.storage.sqlite import Schema, error_of, open_db, transaction
 
 BATCH_MAX: Final = 1000
@@ -155,7 +155,7 @@ def _verdict_for(error: OSError | StorageError, file: AppendOnce) -> Verdict:
     if isinstance(error, StorageError):
         found = error.trouble
     else:
-        found = Trouble.DENIED if error.errno == errno.EISDIR else trouble(error, file.path)
+        found = trouble(error, file.path)
     return verdict_for(found, damaged=f"{file.index_path} is damaged: {INDEX.when_damaged}", unfit=str(error))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from sidecar.cli.shared import CommandError
+from sidecar.cli.shared import EXIT_FAILED, EXIT_USAGE, CommandError
 from sidecar.runtime.instance_lock import running
 from sidecar.settings import Secret
 from sidecar.storage.sockets import CONTROL, connect, is_socket
@@ -95,8 +95,9 @@ def _exchange(
         raise CommandError(f"{who} does not answer at {where}{path}: {error}") from None
     finally:
         connection.close()
-    if answer.status == 400 and request is not None:
-        raise CommandError(_reason(content))  # what was asked is wrong, not the instance: only that is of use
+    if answer.status in (400, 409) and request is not None:
+        # What was asked is wrong or is of no use now, and not the instance: only that is worth saying.
+        raise CommandError(_reason(content), EXIT_USAGE if answer.status == 400 else EXIT_FAILED)
     if answer.status >= 400:
         raise CommandError(f"{where}{path} answered {answer.status}: {_reason(content)}")
     return where + path, content

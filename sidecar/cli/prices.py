@@ -28,6 +28,7 @@ from sidecar.prices import PriceBook, PricesError, Side, Table, TableError, pric
 from sidecar.prices.compare import decimal_text, differences, money
 from sidecar.prices.rates import UNITS, Price
 from sidecar.prices.table import Found, Model, load, prices_at
+from sidecar.runtime.reports.formats import visible
 from sidecar.settings import Settings
 
 _SHOWN: Final = ("provider", "model", "unit", "price", "per", "above", "terms", "match", "source")
@@ -68,10 +69,11 @@ def _show(arguments: argparse.Namespace, settings: Settings) -> int:
         raise CommandError("\n  ".join(["the prices cannot be used:", *error.problems]), EXIT_USAGE) from None
     at = arguments.at or datetime.now(UTC)
     if arguments.provider is not None and not _known(book, arguments.provider):
-        raise CommandError(f"{arguments.provider} is no provider that has a price", EXIT_USAGE)
+        raise CommandError(f"{visible(arguments.provider)} is no provider that has a price", EXIT_USAGE)
     rows = [*_own_rows(book, arguments, at), *_table_rows(book, arguments, at)]
     if not any("price" in row for row in rows):  # a multiple of nothing is none
-        print(f"no price for {arguments.model}: its calls are unpriced; [[prices]] in the TOML file can give it one")
+        model = visible(arguments.model)
+        print(f"no price for {model}: its calls are unpriced; [[prices]] in the TOML file can give it one")
         return EXIT_FAILED
     print(render(rows, _SHOWN, Format(arguments.format), spare=("source", "match"), whole=("unit", "price")), end="")
     return EXIT_OK

@@ -4,7 +4,7 @@ none has to run here.
 
 A redrive says what became of each event where they are few, and counts them by reason where they are many. Exit codes:
 0, everything went, or what did not is said; 1, an id is not parked, or nothing that was chosen could go; 2, it could
-not be asked; 3, it is not done on all lanes of a fleet.
+not be asked, or there is no such backend; 3, it is not done on all lanes of a fleet.
 """
 
 from __future__ import annotations
@@ -108,7 +108,8 @@ def on_lanes(settings: Settings, wish: dict[str, Any], stopped: str) -> Asked:
             with backend_factory.accounts(settings) as accounts:
                 if not any(backend == name for one in accounts for name, _ in one.parked_now()):
                     names = ", ".join(settings.backends) or "none"
-                    raise CommandError(f"{backend} is not one of the backends of this instance ({names})")
+                    said = f"{backend} is not one of the backends of this instance ({names})"
+                    raise CommandError(said, EXIT_USAGE)
         return correct(url, wish)
     except StateError as error:
         raise CommandError(str(error), EXIT_USAGE) from None

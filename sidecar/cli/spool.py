@@ -80,15 +80,15 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
     again.epilog = (
-        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked; "
-        "3, it is not done on all lanes of the fleet, as is said"
+        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked, "
+        "or there is no such backend; 3, it is not done on all lanes of the fleet, as is said"
     )
 
     text = "offer what waits for a backend now: end its Retry-After and every backoff"
     retry = _kind(kinds, "retry", text, redrive.retry)
     retry.add_argument("--backend", metavar="NAME", required=True, help="which one")
     retry.epilog = (
-        "exit codes: 0, done; 1, nothing waits, or there is no such backend; 2, no instance is running; "
+        "exit codes: 0, done; 1, nothing waits; 2, no instance is running, or there is no such backend; "
         "3, it is not done on all lanes of the fleet, as is said"
     )
     adopt = _kind(kinds, "adopt", "say what a data directory is that was copied or put back", _adopt)

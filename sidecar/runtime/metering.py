@@ -63,6 +63,8 @@ from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remo
 
 log = logging.getLogger("sidecar.metering")
 
+# In a file of ours: SIDECAR_DATA_DIR is the setting that is wrong.
+NOT_OURS: Final = frozenset({Trouble.NEWER, Trouble.OLDER, Trouble.FOREIGN})
 START_FAULTS: Final = (LockError, SpoolError, StateError, LedgerError, OSError)
 ORPHANED_S: Final = 10.0  # beyond SIDECAR_STOP_S, where nobody is left to say that all who serve have ended
 ADMIN_STOP_S: Final = 1.0  # how long a scrape that is being answered may take at the end
@@ -594,7 +596,9 @@ class _Process:
 
     async def _cannot(self, error: BaseException) -> int:
         """Why, for the supervisor to say; with the exit code of the command."""
-        wrong = isinstance(error, NotWritableError | LedgerError)
+        wrong = isinstance(error, NotWritableError | LedgerError) or (
+            isinstance(error, StorageError) and error.trouble in NOT_OURS
+        )
         known = isinstance(error, LockError | SpoolError | StateError | LedgerError | SocketError | NoRoomError)
         self._wire.send(cannot=str(error) if known else f"cannot start: {error}", code=2 if wrong else 1)
         return CANNOT_START

@@ -33,7 +33,7 @@ _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})  # flock: somebody e
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM})
 _BESIDE: Final = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file; it gives them the file's own mode
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-_DENIED: Final = frozenset({errno.EACCES, errno.EPERM})
+_DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR})
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
 # What SQLite says of a write that may have many reasons. A failed sync is none of these: whatever the reason, that file
 # is not to be written again.
@@ -94,7 +94,8 @@ def trouble(error: OSError | sqlite3.Error, path: Path) -> Trouble:
     if extended in _SYNCS or extended in _ROTTEN:
         return Trouble.FAILED
     if code in _OPEN_CODES or code == sqlite3.SQLITE_IOERR:
-        found = _of_errno(probe(path.parent, files=DATABASE_FILES))
+        # SQLite takes a directory in the place of a file for a disk that fails.
+        found = Trouble.DENIED if path.is_dir() else _of_errno(probe(path.parent, files=DATABASE_FILES))
         if found is not Trouble.FAILED:
             return found
         return Trouble.DENIED if code in _OPEN_CODES else Trouble.FAILED
@@ -131,6 +132,9 @@ def explain(error: OSError | sqlite3.Error, what: str, path: Path | None = None)
             return f"{what}: no room is left on the disk; free some, or set SIDECAR_DATA_DIR to another disk"
         case Trouble.READ_ONLY:
             return f"{what}: its file system is read-only; mount it for writing, or set SIDECAR_DATA_DIR to another one"
+        case Trouble.DENIED if (path is not None and path.is_dir()) or isinstance(error, IsADirectoryError):
+            name = "a file" if path is None else path.name
+            return f"{what} {user}: there is a directory in the place of {name}; move it away, or set SIDECAR_DATA_DIR"
         case Trouble.DENIED:
             return (
                 f"{what} {user} ({said}): give that user the data directory and what is in it, "

@@ -536,7 +536,7 @@ def test_a_wish_that_is_wrong_is_told_why_and_nothing_else(
 ) -> None:
     said = {"error": "nobody is not one of the backends of this instance (meter)"}
     admin["POST /redrive"] = 400, lambda wish: said
-    assert main(["spool", "redrive", "--backend", "nobody"]) == 1
+    assert main(["spool", "redrive", "--backend", "nobody"]) == 2
     assert capsys.readouterr().err == "nobody is not one of the backends of this instance (meter)\n"
 
 

@@ -10,9 +10,11 @@ import os
 import pty
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -157,6 +159,16 @@ def test_a_data_directory_that_is_a_file_is_a_wrong_setting(tmp_path: Path, caps
     file.touch()
     assert main(["serve", UPSTREAM, "--listen", "127.0.0.1:0", "--data-dir", str(file)]) == 2
     assert "there is a file where a directory is needed" in str(told(capsys)["message"])
+
+
+@pytest.mark.parametrize("name", ["delivery.db", "ledger.db"])
+def test_a_data_directory_of_a_newer_version_is_a_wrong_setting(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(sqlite3.connect(tmp_path / name)) as db:
+        db.execute("PRAGMA user_version = 9999")
+    assert main(["serve", UPSTREAM, "--listen", "127.0.0.1:0", "--data-dir", str(tmp_path)]) == 2
+    assert f"{name} has format 9999 and was written by a newer version" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_text_and_a_pipe_gets_json(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ async def test_a_day_of_retry_after_is_capped_shown_and_ended(tmp_path: Path) ->
             assert "webhook is paused" in (await whole.command("spool", "status"))[1]
             receiver.faults.set()
             code, out, err = await whole.command("spool", "retry", "--backend", "nobody")
-            assert (code, out) == (1, "")
+            assert (code, out) == (2, "")
             assert "nobody is not one of the backends of this instance (webhook)" in err
             code, out, err = await whole.command("spool", "retry", "--backend", "webhook")
             assert code == 0, err
@@ -122,7 +122,7 @@ async def test_a_redrive_says_why_what_stays_and_what_it_does_not_know(tmp_path:
             assert code == 1
             assert "nonsense  not found among what is parked" in err
             code, _, err = await whole.command("spool", "redrive", "--backend", "lgao")
-            assert code == 1
+            assert code == 2
             assert "lgao is not one of the backends" in err
             code, out, _ = await whole.command("spool", "parked")
             (row, *_) = json.loads((await whole.command("spool", "parked", "--format", "json"))[1])

@@ -407,9 +407,9 @@ async def test_what_is_parked_in_the_directory_itself_needs_its_own_instance(lan
     assert "start it, then redrive" in err
     async with lanes.delivered_by("two", vendor()):
         code, out, err = await run("spool", "redrive", "--backend", "another")
-        assert (code, out) == (1, "")
+        assert (code, out) == (2, "")
         assert err == "another is not one of the backends of this instance (ledger, webhook)\n"
-        assert (await run("spool", "retry", "--backend", "another"))[0] == 1
+        assert (await run("spool", "retry", "--backend", "another"))[0] == 2
         assert await run("spool", "redrive") == (0, "0 events offered again\n", "")
 
 

@@ -109,6 +109,8 @@ def test_show_of_what_has_no_price_says_so(capsys: pytest.CaptureFixture[str]) -
     assert "no price for no-such-model: its calls are unpriced" in capsys.readouterr().out
     assert main(["prices", "show", "gpt-5", "--provider", "nobody"]) == 2
     assert "nobody is no provider" in capsys.readouterr().err
+    assert main(["prices", "show", "no\nmodel\x1b[2J"]) == 1
+    assert capsys.readouterr().out.startswith("no price for no\ufffdmodel\ufffd[2J: its calls")
 
 
 def test_show_with_prices_that_cannot_be_used_names_them(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

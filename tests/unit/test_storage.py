@@ -212,6 +212,15 @@ def test_a_file_that_cannot_be_made_says_why(tmp_path: Path) -> None:
             tmp_path.chmod(0o700)
 
 
+@pytest.mark.parametrize("read_only", [False, True])
+def test_a_directory_in_the_place_of_a_file_is_named_and_no_fault_of_the_disk(path: Path, read_only: bool) -> None:
+    path.mkdir()
+    with pytest.raises(ShelfError, match=r"there is a directory in the place of shelf\.db; move it away") as caught:
+        open_db(path, schema=ONE, read_only=read_only)
+    assert caught.value.trouble is Trouble.DENIED
+    assert "a directory in the place of a file" in explain(IsADirectoryError(errno.EISDIR, "is one"), "it")
+
+
 def test_a_failed_transaction_leaves_nothing(path: Path) -> None:
     with closing(open_db(path, schema=ONE)) as db:
         with pytest.raises(KeyError), transaction(db):

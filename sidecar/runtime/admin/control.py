@@ -50,6 +50,14 @@ class Controlled(Protocol):
 class WishError(ValueError):
     """What was asked for cannot be read. The text says what was expected."""
 
+    status = 400
+
+
+class DeclinedError(WishError):
+    """It can be read, and there is nothing here to do it to."""
+
+    status = 409
+
 
 Wish = Mapping[str, Any]  # the fields of its row; those that were not sent are None
 
@@ -120,7 +128,9 @@ async def adopt(instance: Controlled, wish: Wish) -> Done:
         raise WishError("as: expected original or copy")
     counts = await instance.adopt(wish["as"])
     if counts is None:
-        raise WishError("this data directory was not noticed to be a copy; stop the instance to adopt it all the same")
+        raise DeclinedError(
+            "this data directory was not noticed to be a copy; stop the instance to adopt it all the same"
+        )
     return Done({"parked": counts}, {"parked": counts})
 
 
@@ -173,7 +183,7 @@ def _handler(instance: Controlled, name: str, change: Change) -> Callable[[web.R
         try:
             done = await change.do(instance, wish)
         except WishError as error:
-            return json_answer({"error": str(error)}, status=400)
+            return json_answer({"error": str(error)}, status=error.status)
         except Exception as error:
             # What was done of it before is not known here: the log has who asked, and for what.
             log.exception("%s failed", name, extra={"facts": {"uid": uid, "asked": shortened(wish)}})
