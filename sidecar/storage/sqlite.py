@@ -98,6 +98,14 @@ def problem_of(path: Path, *, schema: Schema) -> StorageError | None:
     return None
 
 
+def check_pages(path: Path, *, schema: Schema) -> None:
+    """Read every page, also those that no question would come to. Raises the schema's error where one is damaged."""
+    with errors_told(path, schema), contextlib.closing(_connect_to_read(path, lasting=True)) as db:
+        (said,) = db.execute("PRAGMA quick_check(1)").fetchone()
+    if said != "ok":
+        raise schema.error(f"{path} is damaged ({' '.join(said.split())}): {schema.when_damaged}", Trouble.DAMAGED)
+
+
 @contextlib.contextmanager
 def errors_told(path: Path, schema: Schema) -> Iterator[None]:
     """Around any use of a file: errors of SQLite and of the system become the schema's own."""

@@ -298,6 +298,22 @@ def test_spool_verify_finds_what_was_changed(
     assert "does not hold: file: recorded 3 is not 4" in capsys.readouterr().err
 
 
+def test_spool_verify_finds_a_damaged_page_that_no_sum_needs(
+    data_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(data_dir, copy)
+    with closing(sqlite3.connect(copy / "delivery.db")) as db:
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'meta'").fetchone()
+        (size,) = db.execute("PRAGMA page_size").fetchone()
+        db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+    with (copy / "delivery.db").open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\x55" * size)
+    assert main(["spool", "verify", "--data-dir", str(copy)]) == 1
+    assert f"{copy / 'delivery.db'} is damaged (" in capsys.readouterr().err
+
+
 def test_nothing_is_parked(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spool", "parked"]) == 0
     assert capsys.readouterr().out == "nothing is parked\n"

@@ -28,7 +28,7 @@ from sidecar.storage.files import (
     write_file,
     write_once,
 )
-from sidecar.storage.sqlite import Schema, open_db, problem_of, transaction
+from sidecar.storage.sqlite import Schema, check_pages, open_db, problem_of, transaction
 
 TABLES = """
 CREATE TABLE shelf (
@@ -219,6 +219,22 @@ def test_a_directory_in_the_place_of_a_file_is_named_and_no_fault_of_the_disk(pa
         open_db(path, schema=ONE, read_only=read_only)
     assert caught.value.trouble is Trouble.DENIED
     assert "a directory in the place of a file" in explain(IsADirectoryError(errno.EISDIR, "is one"), "it")
+
+
+def test_a_damaged_page_that_no_question_comes_to_is_found(path: Path) -> None:
+    with closing(open_db(path, schema=TWO)) as db:
+        db.execute("INSERT INTO shelf VALUES ('one')")
+        (page,) = db.execute("SELECT rootpage FROM sqlite_schema WHERE name = 'box'").fetchone()
+        size = int(str(ask(db, "PRAGMA page_size")))
+    check_pages(path, schema=TWO)
+    with path.open("r+b") as file:
+        file.seek((page - 1) * size)
+        file.write(b"\x55" * size)
+    with closing(open_db(path, schema=TWO, read_only=True)) as db:
+        assert ask(db, "SELECT name FROM shelf") == "one"
+    with pytest.raises(ShelfError, match=r"shelf\.db is damaged \(.*move it away") as caught:
+        check_pages(path, schema=TWO)
+    assert caught.value.damaged
 
 
 def test_a_failed_transaction_leaves_nothing(path: Path) -> None:
