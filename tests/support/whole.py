@@ -228,10 +228,11 @@ async def running_receiver() -> AsyncIterator[tuple[Receiver, str]]:
 
 
 def children(pid: int) -> list[int]:
-    """The processes that this one has started and that run."""
+    """The processes that this one has started and that run; none where it has ended."""
     found: list[int] = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        found += [int(child) for child in (task / "children").read_text().split()]
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        for task in Path(f"/proc/{pid}/task").iterdir():
+            found += [int(child) for child in (task / "children").read_text().split()]
     return found
 
 
