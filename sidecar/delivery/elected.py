@@ -39,6 +39,7 @@ from sidecar.ledger import postgres_schema
 from sidecar.ledger.lanes import LANES
 from sidecar.model.delivery import Backend
 from sidecar.spool.types import SpoolError, SpoolTotals, StoredGroup
+from sidecar.storage.files import said_by
 from sidecar.storage.postgres import Postgres, PostgresError, call
 
 log = logging.getLogger(__name__)
@@ -480,4 +481,4 @@ def _worse(one: BackendStatus, other: BackendStatus) -> BackendStatus:
 def _reason(error: BaseException) -> str:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
-    return str(error)
+    return said_by(error)

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import logging
 import re
-import sqlite3
 import sys
 import traceback
 from asyncio import AbstractEventLoop
@@ -23,6 +22,7 @@ from typing import Any, Final, TypeAlias
 import orjson
 
 from sidecar.settings import LogFormat
+from sidecar.storage.files import said_by
 
 ROOT: Final = "sidecar"
 ASKED: Final = "asked"  # the fact that has what an operator wanted, field by field
@@ -31,7 +31,6 @@ ASKED: Final = "asked"  # the fact that has what an operator wanted, field by fi
 _HARMLESS: Final = re.compile(r"[^\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]*")
 _PLAIN: Final = re.compile(r"[^\s\"'=\\]+")  # needs no quotes as a fact's value
 _CALLBACK: Final = "Exception in callback"  # what follows it is the callback, with its arguments
-_SAY_NO_VALUES: Final = (OSError, sqlite3.Error, ImportError)  # exceptions whose text is never of a call's content
 
 log = logging.getLogger(__name__)
 _Caught: TypeAlias = tuple[type[BaseException], BaseException, TracebackType | None] | tuple[None, None, None]
@@ -59,10 +58,9 @@ def _traced(error: BaseException, known: frozenset[int] = frozenset()) -> str:
 
 
 def _said(error: BaseException) -> str:
-    kind = type(error)
-    ours = kind.__module__.partition(".")[0] == ROOT
+    kind, said = type(error), said_by(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    return f"{name}: {error}" if (ours or isinstance(error, _SAY_NO_VALUES)) and str(error) else name
+    return name if said == kind.__name__ else f"{name}: {said}"
 
 
 def tell_fault(loop: AbstractEventLoop, context: Mapping[str, Any]) -> None:

@@ -58,7 +58,7 @@ from sidecar.spool import (
     make_room,
 )
 from sidecar.spool.intake import Intake
-from sidecar.storage.files import StorageError, Trouble
+from sidecar.storage.files import StorageError, Trouble, said_by
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
 log = logging.getLogger("sidecar.metering")
@@ -439,25 +439,20 @@ async def load_limits(whole: Metering, gate: Owner, settings: Settings, bills: B
             gate_factory.counted, settings, bills.reader, bills.spool.instance, last_seq, outputs
         )
     except Exception as error:  # noqa: BLE001 - an owner that is never loaded decides nothing, for ever
-        log.error("what was used of the limits cannot be read, so they begin at nothing: %s", _reason(error))
+        log.error("what was used of the limits cannot be read, so they begin at nothing: %s", said_by(error))
         found = None
     if gate_factory.is_shared(settings):
         try:
             past = await asyncio.to_thread(gate_factory.ledgers_past, settings, bills.reader)
             whole.limits_shared = gate.fleet = gate_factory.fleet(settings, gate.counters, past)
         except Exception as error:  # noqa: BLE001 - likewise
-            log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", _reason(error))
+            log.error("limits are not shared, SIDECAR_GATE_ON_FAILURE decides: %s", said_by(error))
     gate.load(found or Counters(()), outputs)
     if whole.limits_shared is not None:
         whole.sharing = asyncio.create_task(whole.limits_shared.run())
     took_s = asyncio.get_running_loop().time() - began_s
     if took_s > LOAD_SLOW_S:
         log.warning("reading what was used of the limits took %.1f s", took_s)
-
-
-def _reason(error: Exception) -> str:
-    """In words where they are ours. What else an error says may be of a record."""
-    return str(error) if isinstance(error, OSError | SpoolError | StorageError) else type(error).__name__
 
 
 def only_fault(

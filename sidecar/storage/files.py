@@ -120,6 +120,14 @@ def verdict_for(found: Trouble | None, *, damaged: str, unfit: str) -> Verdict:
     return Retry("write_failed")
 
 
+def said_by(error: BaseException) -> str:
+    """What an error says, where that is never of a call: the system's, SQLite's and our own. Of any other its class, as
+    what it says may quote what it was given, a body or a credential."""
+    ours = type(error).__module__.partition(".")[0] == __name__.partition(".")[0]
+    said = str(error) if ours or isinstance(error, OSError | sqlite3.Error | ImportError) else ""
+    return said or type(error).__name__
+
+
 def explain(error: OSError | sqlite3.Error, what: str, path: Path | None = None) -> str:
     """An error in one line that says what to do; `what` is its beginning: "/data/lock cannot be opened".
 

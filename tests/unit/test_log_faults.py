@@ -11,9 +11,11 @@ from collections.abc import Callable
 
 import pytest
 
+from sidecar.delivery.elected import _reason
 from sidecar.runtime import factory
-from sidecar.runtime.logging import JsonLines, TextLines, tell_fault
+from sidecar.runtime.logging import JsonLines, TextLines
 from sidecar.settings import SettingsError
+from sidecar.storage.files import StorageError, said_by
 
 SECRET = "sk-of-a-customer"
 
@@ -87,6 +89,14 @@ def test_what_the_system_and_we_ourselves_say_is_told(error: Exception, said: st
     assert said in traced(error).splitlines()[-1]
 
 
+def test_in_a_line_of_log_an_error_is_its_text_or_its_class() -> None:
+    assert said_by(StorageError("no room")) == "no room"
+    assert said_by(OSError(28, "No space left on device")) == "[Errno 28] No space left on device"
+    assert said_by(StorageError("")) == "StorageError"
+    assert said_by(ValueError(SECRET)) == "ValueError"
+    assert _reason(ExceptionGroup(SECRET, [ExceptionGroup(SECRET, [KeyError(SECRET)])])) == "KeyError"
+
+
 class Broken(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         raise ValueError(data.decode())
@@ -117,32 +127,19 @@ async def trouble(told: Callable[[], str]) -> None:
     server.close()
 
 
-def standard() -> asyncio.AbstractEventLoop:
-    loop = asyncio.new_event_loop()
-    loop.set_exception_handler(tell_fault)
-    return loop
-
-
-@pytest.mark.parametrize("make_loop", [factory.loop_factory(), standard], ids=["ours", "the standard one"])
+@pytest.mark.parametrize("uvloop", ["used", "missing"])
 def test_what_the_event_loop_catches_is_told_without_what_was_in_it(
-    make_loop: Callable[[], asyncio.AbstractEventLoop], monkeypatch: pytest.MonkeyPatch
+    uvloop: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lines: list[str] = []
-    text = TextLines()
+    if uvloop == "missing":
+        monkeypatch.setitem(sys.modules, "uvloop", None)
 
-    class Kept(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            lines.append(text.format(record))
+    def told() -> str:
+        return "\n".join(map(TextLines().format, caplog.records))
 
-    logger = logging.getLogger("sidecar.runtime.logging")
-    handler = Kept()
-    logger.addHandler(handler)
-    try:
-        with asyncio.Runner(loop_factory=make_loop) as runner:
-            runner.run(trouble(lambda: "\n".join(lines)))
-    finally:
-        logger.removeHandler(handler)
-    told = "\n".join(lines)
-    assert SECRET not in told
+    with asyncio.Runner(loop_factory=factory.loop_factory()) as runner:
+        runner.run(trouble(told))
+        assert type(runner.get_loop()).__module__.startswith("uvloop") is (uvloop == "used")
+    assert SECRET not in told()
     for place in ("in data_received", "in callback", "in task"):
-        assert place in told
+        assert place in told()
