@@ -8,7 +8,8 @@ left now = left in the answer − settled since − reserved
 `Since` is the moment up to when the vendor had counted, as it says itself, else the question less the source's lag;
 and less the time that our own delivery takes. What lies in between is taken off twice at worst: near its end a limit
 may deny a call early, never late. A last call is let through while anything is left, and its reservation is cut to
-that, so that a limit is overshot by one call at most.
+that: none follows before something is given back, so that a limit is overshot by less than one call each time that the
+rest was taken.
 
 An answer says nothing of what is after its period's end, so it ends there, whatever its age: a breach that was read
 yesterday must not go on denying in the new month. Times are seconds of a clock that only goes forward, except where
