@@ -526,6 +526,17 @@ class Admission:
         response = self._response(weighed, name, "rate", 1.0, "the limits cannot be looked up right now")
         pending.then(Verdict(gate, response, "denied: the owner of the limits does not answer"))
 
+    def undecided(self, method: str, target: str, upstream: str | None) -> Verdict:
+        """What holds for a call where a fault of ours keeps it from being decided: as where the owner does not answer,
+        but that the last decision is not known."""
+        if self._on_failure != "closed":
+            return Verdict(Gate(ALLOWED, None, ON_FAILURE, 0.0))
+        why = "the limits cannot be looked up right now"
+        response = self._of(upstream).deny(
+            method, target, limit=LIMITS, kind="rate", retry_after_s=1.0, message=why, amounts=None
+        )
+        return Verdict(Gate(DENIED, LIMITS, ON_FAILURE, 0.0), response, "denied: the limits cannot be decided")
+
     def _denied(
         self, weighed: Weighed, gate: Gate, limit: Limit, retry_after_s: float | None, amounts: Amounts | None = None
     ) -> Verdict:

@@ -417,8 +417,8 @@ class Owner:
             self._decide(asked)
 
     def _sweep(self) -> None:
+        self._sweeper = self._call_later(SWEEP_S, self._sweep)  # first: a fault below must not be the last look
         self.counters.sweep(self._now_ns())
-        self._sweeper = self._call_later(SWEEP_S, self._sweep)
 
 
 def together(said: answers.Decision, decision: Decision, *, dry_run: bool) -> tuple[str, str | None, str, float]:

@@ -203,6 +203,14 @@ class Call:
         if handler is not None:
             handler(self, event, why)
 
+    def _step(self, step: Callable[..., None], *args: object) -> None:
+        """A step that nobody has called who would notice its fault: the event loop, or what waits for others too."""
+        try:
+            step(*args)
+        except Exception:
+            log.exception("a call could not be handled")
+            self.failed()
+
     # -- let in ----------------------------------------------------------------------------------
 
     def start(self) -> None:
@@ -251,8 +259,13 @@ class Call:
 
     def _ask_gate(self, gate: Admission) -> None:
         hop = self._hop
-        question = self._question = GateQuestion(gate, self._exchange, self._target, self._message.raw_headers)
         self.phase = Phase.ADMISSION
+        try:
+            question = self._question = GateQuestion(gate, self._exchange, self._target, self._message.raw_headers)
+        except Exception:
+            log.exception("whether a call may be made could not be asked; SIDECAR_GATE_ON_FAILURE decides")
+            self._decided(gate.undecided(self._message.method, self._target, self._exchange.upstream))
+            return
         if self.body is None or not question.reads_body:
             self._put(question)
         else:
@@ -278,7 +291,11 @@ class Call:
 
     def _put(self, question: GateQuestion) -> None:
         self.deadline = NEVER  # the gate has its own
-        question.put(self.body, self._hop.attribute_by_body, self._verdict_came)
+        try:
+            question.put(self.body, self._hop.attribute_by_body, self._verdict_came)
+        except Exception:
+            log.exception("whether a call may be made could not be asked; SIDECAR_GATE_ON_FAILURE decides")
+            self._verdict_came(question.undecided())
 
     def _verdict_came(self, verdict: Verdict) -> None:
         question = self._question
@@ -287,16 +304,14 @@ class Call:
             question.too_late(verdict)
             return
         question.verdict = verdict
-        try:
-            self._on(Event.JUDGED)
-        except Exception:
-            log.exception("a call could not be handled")
-            self.failed()
+        self._step(self._on, Event.JUDGED)
 
     def _judged(self, event: Event, why: Why) -> None:
         assert self._question is not None
-        verdict = self._question.verdict
-        assert verdict is not None
+        assert self._question.verdict is not None
+        self._decided(self._question.verdict)
+
+    def _decided(self, verdict: Verdict) -> None:
         self._exchange.gate = verdict.gate
         if verdict.denial is not None:
             self._finish(Cause.DENIED, Why(own=verdict.denial, error=verdict.error))
@@ -354,14 +369,18 @@ class Call:
             connection = await connect(self._hop, upstream)
         except NotConnectedError as error:
             self._connecting = None
-            self.unreachable(error.why)
+            self._step(self.unreachable, error.why)
+        except Exception:
+            log.exception("a call could not be handled")
+            self._connecting = None
+            self.failed()
         else:
             self._connecting = None
             if self.phase is OVER:
                 connection.release()
             else:
                 self.connection = connection
-                self._on(Event.CONNECTED)
+                self._step(self._on, Event.CONNECTED)
 
     def unreachable(self, why: Why) -> None:
         """There is no connection, and will be none."""
@@ -643,7 +662,7 @@ class Call:
         if draining:
             self._catch_up()
         elif is_behind(self.response):
-            self._hop.loop.call_soon(self._catch_up)
+            self._hop.loop.call_soon(self._step, self._catch_up)
         else:
             self._hold(COMPLETED)
 
@@ -655,7 +674,7 @@ class Call:
             return
         response.catch_up()
         if is_behind(response):
-            self._hop.loop.call_soon(self._catch_up)
+            self._hop.loop.call_soon(self._step, self._catch_up)
         else:
             self._hold(self._decide(Cause.WHOLE))
 
@@ -668,7 +687,7 @@ class Call:
 
     def _release(self, send: bool) -> None:
         """The record is on disk, or it is decided that the response goes without, or not at all."""
-        self._on(Event.COMMITTED if send else Event.NOT_COMMITTED)
+        self._step(self._on, Event.COMMITTED if send else Event.NOT_COMMITTED)
 
     def _committed(self, event: Event, why: Why) -> None:
         client, connection, response = self.client, self.connection, self.response
@@ -690,7 +709,7 @@ class Call:
         """Hand the exchange over. False: `_release` will be called. Who calls this has left the phases before it."""
         exchange, response = self._exchange, self.response
         if self._question is not None:
-            self._question.settle(self.body)
+            guarded(None, self._question.settle, self.body)
         exchange.outcome = outcome
         exchange.error = error
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
@@ -698,7 +717,7 @@ class Call:
             exchange.response_bytes = response.body_bytes
         self._taps.finish(exchange, response, self.body, whole=whole, own=bool(self._own))
         if exchange.usage is not None:
-            self._look_over(exchange.usage)
+            guarded(None, self._look_over, exchange.usage)
         return self._recorder.complete(exchange, self._release if held else None)
 
     def _look_over(self, usage: Usage) -> None:

@@ -118,5 +118,5 @@ def guarded(otherwise: T, question: Callable[..., T], *args: object) -> T:
     try:
         return question(*args)
     except Exception:
-        log.exception("a usage reader failed; the call goes on without what it knew")
+        log.exception("what reads along with a call failed; the call goes on without what it knew")
         return otherwise

@@ -215,7 +215,7 @@ class Client(ClientProtocol):
                 self._unwaited -= 1
                 return False
             self._begun_ns = monotonic_ns()
-            self._rest_late = self._hop.loop.call_later(REST_WAIT_S, self._go_without_rest)
+            self._rest_late = self._hop.loop.call_later(REST_WAIT_S, self._step, self._go_without_rest)
             self.deadline = NEVER
         self._begun = data
         return True
@@ -445,7 +445,18 @@ class Client(ClientProtocol):
     def read_on(self) -> None:
         """A read of the upload has made room: let the parser go on with what it holds, in a turn of its own."""
         if self.resume_upload():
-            self._hop.loop.call_soon(self._parse_on)
+            self._hop.loop.call_soon(self._step, self._parse_on)
+
+    def _step(self, step: Callable[[], None]) -> None:
+        """What the event loop calls: where it fails, the client would wait for ever."""
+        try:
+            step()
+        except Exception:
+            log.exception("a client's connection could not be served")
+            if self.call is None:
+                self.reject(local_responses.OWN_FAULT, "proxy_fault")
+            else:
+                self.reset()
 
     def _parse_on(self) -> None:
         """Parse what was held back: by the parser, while an upload was paused, and by us."""
@@ -590,12 +601,12 @@ class Client(ClientProtocol):
                     self.reject(local_responses.TOO_MANY, "calls")
                     return
                 self.deadline = NEVER
-                call = self.call = Call(self._hop, self, message, payload)
                 try:
+                    call = self.call = Call(self._hop, self, message, payload)
                     call.start()
                 except Exception:
                     log.exception("a call could not be let in")
-                    self._start_failed(call)
+                    self._start_failed()
         finally:
             self._taking = False
         if self._closing is not None or self._queue:
@@ -606,10 +617,11 @@ class Client(ClientProtocol):
         elif self.call is None and self._last_call:
             self._hang_up(linger=True)
         elif self._input is Input.REQUESTS and (self._parser_holds or self._unread or self._is_held):
-            self._hop.loop.call_soon(self._parse_on)
+            self._hop.loop.call_soon(self._step, self._parse_on)
 
-    def _start_failed(self, call: Call) -> None:
-        if call in self._hop.calls:
+    def _start_failed(self) -> None:
+        call = self.call
+        if call is not None and call in self._hop.calls:
             call.failed()
         else:  # not let in yet: there is nothing to record
             self.call = None
@@ -718,7 +730,7 @@ class Client(ClientProtocol):
             ahead, self._ahead = self._ahead, bytearray()
             self._http_again(bytes(ahead))
             if ahead:
-                self._hop.loop.call_soon(self._parse_on)
+                self._hop.loop.call_soon(self._step, self._parse_on)
             else:
                 self.pause(False)
 

@@ -64,6 +64,11 @@ class GateQuestion:
         else:
             then(verdict)
 
+    def undecided(self) -> Verdict:
+        """What holds where a fault of ours keeps it from being decided."""
+        prepared = self._prepared
+        return self._gate.undecided(prepared.method, prepared.target, prepared.upstream)
+
     def too_late(self, verdict: Verdict) -> None:
         """The verdict came when the call was over."""
         self._gate.cancelled(verdict.gate)

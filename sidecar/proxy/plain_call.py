@@ -34,6 +34,7 @@ from sidecar.model.exchange import (
     URL_CHARS_MAX,
     USER_AGENT_CHARS_MAX,
     Exchange,
+    Gate,
     PlainExchange,
     RequestShape,
     ResponseShape,
@@ -185,7 +186,11 @@ class PlainCalls:
         """Let the call in and send it on, or have the client wait for the rest of it; False: it is none of ours, and
         nothing has happened."""
         hop = self.hop
-        read = self._requests.read(data, client.peer, client.like)
+        try:
+            read = self._requests.read(data, client.peer, client.like)
+        except Exception:
+            log.exception("a request could not be read the short way; it goes the careful one")
+            return False
         if read is None or len(hop.calls) >= hop.settings.calls_max:
             return False
         shape, wire, _, body, left, aimed, trace, chain = read
@@ -203,8 +208,8 @@ class PlainCalls:
             call.trace_id = trace_id(trace)
         if chain:
             call.client_ip = asked.to.headers.client_ip(client.peer, chain)
-        if connection is not None and asked.prepared is not None and hop.gate is not None:
-            call.gate = hop.gate.quickly(asked.prepared, body)
+        if connection is not None and asked.prepared is not None:
+            call.gate = self._allowed(asked.prepared, body)
             if call.gate is None:
                 connection.release()
                 return False
@@ -223,6 +228,17 @@ class PlainCalls:
             connection.owner = call
             connection.write(wire)
         return True
+
+    def _allowed(self, prepared: Prepared, body: bytes) -> Gate | None:
+        """None: it is asked the careful way."""
+        gate = self.hop.gate
+        if gate is None:
+            return None
+        try:
+            return gate.quickly(prepared, body)
+        except Exception:
+            log.exception("whether a call may be made could not be decided the short way; the careful one decides")
+            return None
 
     def keeping(self, asked: _Asked, response: ResponseShape, head: bytes) -> Keeping | DocumentKeeping | None:
         """What is kept of a body in answer to that, of which not all has come; None: it is to be read along."""
@@ -409,6 +425,10 @@ class PlainCall(PlainExchange):
         except NotConnectedError as error:
             why = error.why
             self._handle_with_care(lambda call: call.unreachable(why))
+            return
+        except Exception:
+            log.exception("a call could not be handled")
+            self.failed()
             return
         if self._connecting is None:  # it is over, and this was done before it could be told so
             connection.release()
@@ -665,12 +685,16 @@ class PlainCall(PlainExchange):
         if client is None:
             return  # it has left, and the call with it
         stream = self._stream
-        if send and stream is not None:
-            self._end_mark_may_leave(stream, client, self._out)
-        elif send:
-            client.send(self._out)
-            self._over()
-        else:
+        try:
+            if send and stream is not None:
+                self._end_mark_may_leave(stream, client, self._out)
+            elif send:
+                client.send(self._out)
+                self._over()
+            else:
+                self._cut()
+        except Exception:
+            log.exception("a call could not be handled")
             self._cut()
 
     def _over(self) -> None:

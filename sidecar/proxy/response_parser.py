@@ -124,7 +124,7 @@ class UpstreamResponse:
         self.tail = b""  # what came behind a 101
 
     def feed(self, data: bytes) -> None:
-        """Take what the upstream sent. Never raises; look at `broken`."""
+        """Take what the upstream sent. Look at `broken`; what is raised is a fault of ours."""
         if self._at_border:
             pieces = whole_chunks(data)
             if pieces:
@@ -189,6 +189,9 @@ class UpstreamResponse:
             self._at_border = False  # the first digits of a size came behind the border, and the parser has them
 
     def _failed(self, error: httptools.HttpParserError) -> None:
+        ours = error.__context__
+        if isinstance(error, httptools.HttpParserCallbackError) and not isinstance(ours, _NotAResponse | None):
+            raise ours  # a fault of ours, and not the upstream's
         if self.done:
             self.extra = True
         elif not self.started and self._interims and _is_after_close(error):

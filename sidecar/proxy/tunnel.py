@@ -8,12 +8,17 @@ written before it still leaves.
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from sidecar.model.exchange import Exchange, Outcome, Usage, cut_usage
+from sidecar.proxy.call_taps import guarded
 from sidecar.proxy.context import Hop
 from sidecar.proxy.upstream import UpstreamConnection
 from sidecar.usage import SocketTap
+
+log = logging.getLogger(__name__)
 
 
 class TunnelClient(Protocol):
@@ -43,6 +48,10 @@ class TunnelOwner(Protocol):
 
     def tunnel_ended(self, reset: bool) -> None:
         """The upstream's end has come, and nothing is held any more."""
+        ...
+
+    def failed(self) -> None:
+        """A fault of ours: both sides are cut."""
         ...
 
 
@@ -106,7 +115,15 @@ class Tunnel:
         if tap.behind and not self._going_on:
             self._going_on = True
             self._waiting += 1
-            self._hop.loop.call_soon(self._go_on)
+            self._hop.loop.call_soon(self._step, self._go_on)
+
+    def _step(self, step: Callable[[], None]) -> None:
+        """What the event loop calls: where it fails, both sides would wait for ever."""
+        try:
+            step()
+        except Exception:
+            log.exception("a tunnel could not be served")
+            self._owner.failed()
 
     def _go_on(self) -> None:
         self._going_on = False
@@ -140,7 +157,7 @@ class Tunnel:
         if not hop.recorder.admit(message):
             self._owner.tunnel_unrecorded()
             return True
-        cut_usage(usage, hop.metrics.limit_reached)
+        guarded(None, cut_usage, usage, hop.metrics.limit_reached)
         message.outcome = Outcome.COMPLETE
         message.duration_ms = 0.0
         message.usage = usage
