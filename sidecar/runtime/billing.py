@@ -233,6 +233,8 @@ class Billing:
                     await self.retire()
             except (OSError, SpoolError, StateError) as error:
                 log.warning("delivered chunks could not be removed: %s", error)
+            except Exception:  # without it the disk fills
+                log.exception("delivered chunks could not be removed")
 
     async def look_at_disk(self) -> None:
         """See how much room is left; say so once when it becomes less or more."""

@@ -10,7 +10,7 @@ import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 from sidecar.gate.owner import Owner
 from sidecar.runtime.seam_protocol import Hello, Kind, Messages, Status, Told, message, read_tuple
@@ -27,6 +27,7 @@ ASK_S: Final = 0.7
 GONE_S: Final = 0.5
 HEALTH_S: Final = 0.05  # how late who serves hears that writing has changed
 DEADLY_AFTER: Final = 3  # deaths while one frame was read alone: it is not read again
+_OF_CALLS: Final = frozenset({Kind.FRAME, Kind.ALONE, Kind.BYE})  # messages behind which calls are made into records
 TRIALS: Final = "seam.trials"  # in the data directory, while there are any
 
 
@@ -87,6 +88,15 @@ class Trials:
             log.warning("that a frame is being read alone cannot be kept: %s", error.strerror)
 
 
+def end_process() -> NoReturn:
+    """End this process as a kill would, behind a fault of ours in what makes records.
+
+    Frames may be half taken then, and the next acknowledgement would cover them. So nothing more is written or
+    acknowledged here; who serves sends them to the next process again, which gives up the one that it dies of too.
+    """
+    os._exit(1)
+
+
 class Seam:
     """Everybody who serves, heard by the one that meters."""
 
@@ -97,9 +107,12 @@ class Seam:
         counted: Callable[[int, int], None],
         gate: Owner | None = None,
         trials: Path | None = None,
+        died: Callable[[], None] = end_process,
     ) -> None:
         """`health`: how writing goes now. `counted`: told the open connections and drains of all together. `gate`: whom
-        those that serve ask whether a call may be made. `trials`: where `Trials` are kept."""
+        those that serve ask whether a call may be made. `trials`: where `Trials` are kept. `died`: called where frames
+        cannot be made into records for a fault of ours; it should not come back."""
+        self._died = died
         self._trials = Trials(trials)
         self._early: list[tuple[Server, bytes]] = []  # frames that came alone, before there was a spool
         self._intake = intake
@@ -212,6 +225,9 @@ class Seam:
             log.error("what a serving process told cannot be read, not even of how many calls: %d bytes", len(data))
             self._intake.count([("sidecar_frames_given_up", "no_head", 1)])
             return
+        except Exception as error:  # noqa: BLE001 - it is told there
+            self.fault(error)
+            return
         server.unseen = max(server.unseen - told, 0)
         if self._store is None:
             self._store = self._loop.call_soon(self.store)
@@ -246,7 +262,15 @@ class Seam:
 
     def store(self) -> None:
         self._store = None
-        self._intake.store()
+        try:
+            self._intake.store()
+        except Exception as error:  # noqa: BLE001 - it is told there
+            self.fault(error)
+
+    def fault(self, error: Exception) -> None:
+        """What was told of calls may be half taken."""
+        log.error("what was told cannot be recorded: this process ends, and the next one is told again", exc_info=error)
+        self._died()
 
     def status(self, server: Server, status: Status) -> None:
         server.status, server.unseen = status, status.unseen
@@ -361,7 +385,7 @@ class _Connection(asyncio.Protocol):
             self.close()
 
     def _hear(self, server: Server, kind: Kind, payload: bytes) -> None:
-        """One that cannot be read is passed over: after a break it would only come again."""
+        """One that cannot be read is passed over: after a break it would only come again. A frame with calls is not."""
         try:
             if kind is Kind.FRAME:
                 self._seam.frame(server, payload)
@@ -376,7 +400,12 @@ class _Connection(asyncio.Protocol):
             elif kind is Kind.BYE:
                 self._seam.store()
                 self.write(message(Kind.READ))
-        except (FrameError, TypeError, ValueError) as error:
+        except Exception as error:
+            if kind in _OF_CALLS:
+                self._seam.fault(error)
+                return
+            if not isinstance(error, FrameError | TypeError | ValueError):
+                raise
             facts = {"kind": kind.name, "error": type(error).__name__}
             log.error("a message at the seam cannot be read and is passed over", extra={"facts": facts})
 

@@ -148,9 +148,12 @@ async def _part(found: Serving) -> None:
 async def _tick(found: Serving) -> None:
     while True:
         await asyncio.sleep(TICK_S)
-        found.recorder.flush()
-        if found.gate is not None and found.gate.has_to_tell:
-            found.link.tell_gate()  # a lease lasts until here
+        try:
+            found.recorder.flush()
+            if found.gate is not None and found.gate.has_to_tell:
+                found.link.tell_gate()  # a lease lasts until here
+        except Exception:
+            log.exception("what was counted could not be told; the next turn tries again")
 
 
 async def serve(

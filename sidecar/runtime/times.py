@@ -110,3 +110,5 @@ def _store(path: Path, metrics: Metrics) -> None:
         store(path, metrics.days)
     except OSError as error:
         log.warning("the times of the days could not be kept: %s", error)
+    except Exception:
+        log.exception("the times of the days could not be kept")

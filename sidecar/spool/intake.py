@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
 from sidecar.model.call_group import CallGroup, Gathering, groups_of
-from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape
+from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape, unread_usage
 from sidecar.model.record import LineTemplate, Record, encode_exactly, record_of
 from sidecar.model.record_id import CHANCE_BYTES
 from sidecar.spool.frames import (
@@ -325,27 +325,37 @@ class Intake:
         return ended
 
     def _add_ended(self, batch: Batch, ended: Ended, source: Source, entries: Sequence[Sequence[Any]]) -> None:
-        """One that cannot be read is a fault of ours: it is counted lost, and takes no other with it."""
+        """One that cannot be read is a fault of ours, and takes no other with it: it is recorded without its usage, or
+        counted lost where that cannot be either."""
         lines, at, end = batch.lines, 0, len(entries)
         while at < end:
             before = len(lines)
             try:
-                try:
-                    if entries[at][0] == PLAIN:
-                        reading = source.reading or self._reading_of(source)
-                        reading.lines(entries, at, source.requests, source.responses, seq=self._seq + 1, lines=lines)
-                finally:
-                    at += len(lines) - before
-                    self._seq += len(lines) - before
-                if at < end:
-                    lines.append(self._add_exchange(ended, source, entries[at]))
-                    self._seq += 1
-            except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
-                self._lose(error)
-            at += 1
+                if entries[at][0] == PLAIN:
+                    reading = source.reading or self._reading_of(source)
+                    reading.lines(entries, at, source.requests, source.responses, seq=self._seq + 1, lines=lines)
+            except Exception as error:  # noqa: BLE001 - the next one is read by itself
+                log.error("calls cannot be read together: %s", type(error).__name__)
+            at += len(lines) - before
+            self._seq += len(lines) - before
+            if at < end:
+                self._add_exchange(lines, ended, source, entries[at])
+                at += 1
 
-    def _add_exchange(self, ended: Ended, source: Source, entry: Sequence[Any]) -> bytes:
-        """The line of a call that is looked at by itself. Raises where it cannot be read."""
+    def _add_exchange(self, lines: list[bytes], ended: Ended, source: Source, entry: Sequence[Any]) -> None:
+        """A call that is looked at by itself."""
+        for read in (self._exchange_of, self._bare_of):
+            try:
+                lines.append(self._line_of(ended, read(source, entry)))
+            except Exception as error:  # noqa: BLE001 - its text may say what was in the call
+                log.error("a call cannot be recorded as it was told: %s", type(error).__name__)
+            else:
+                self._seq += 1
+                return
+        self._lose()
+
+    def _exchange_of(self, source: Source, entry: Sequence[Any]) -> Exchange:
+        """Raises where it cannot be read."""
         if entry[0] == PLAIN:
             plain = plain_of(entry, source.requests[entry[1]], source.responses[entry[2]])
             exchange = self._reading_of(source).exchange(plain)
@@ -358,6 +368,23 @@ class Intake:
             exchange = exchange_of(entry)
         if self._price is not None:
             self._set_price(exchange)
+        return exchange
+
+    def _bare_of(self, source: Source, entry: Sequence[Any]) -> Exchange:
+        """One of which no more can be told than that it was made. Raises where not even that can."""
+        packed = entry[1] if entry[0] == GATED else entry
+        if packed[0] == PLAIN:
+            plain = plain_of(packed, source.requests[packed[1]], source.responses[packed[2]])
+            exchange, reads = plain.exchange(), plain.shape.read
+        else:
+            exchange = exchange_of(packed)
+            reads = exchange.usage is not None
+        exchange.usage = unread_usage() if reads else None
+        return exchange
+
+    def _line_of(self, ended: Ended, exchange: Exchange) -> bytes:
+        if not (type(exchange.request_bytes) is type(exchange.response_bytes) is int):
+            raise FrameError("not a frame: a size is no number")  # and would be added up
         seq = self._seq + 1
         line, exact = encode_exactly(exchange, seq=seq, instance=self._instance)
         ended.exchanges.append((seq, line, exchange if exact else None))
@@ -399,8 +426,7 @@ class Intake:
             source.intents[number] = template
         return template.open_line(*entry[2:])
 
-    def _lose(self, error: Exception) -> None:
-        log.error("a call cannot be recorded: %s", type(error).__name__)  # its text may say what was in the call
+    def _lose(self) -> None:
         tally = self.tally
         tally.open -= 1
         tally.lost = _sum(tally.lost, {UNREADABLE: 1})
@@ -458,6 +484,7 @@ class Intake:
             source.waiting -= 1
             source.stored = number
             source.acknowledge(number)
+        # Behind that, for nobody waits for these, and what they miss is read from the disk.
         if self.stored is not None:
             self.stored(batch.last_seq, [(source.id, number) for source, number in sources])
         if batch.lines and self.handed is not None:

@@ -32,7 +32,7 @@ from typing import Any, Final, Protocol, Self
 from sidecar.model.exchange import Exchange, PlainExchange, Release
 from sidecar.model.record_id import CHANCE_BYTES, Ids
 from sidecar.settings import Durability, OnSpoolFull, SpoolSettings
-from sidecar.spool.frames import FRAME_BYTES_MAX, SOURCE_BYTES, encode_frame
+from sidecar.spool.frames import FRAME_BYTES_MAX, SOURCE_BYTES, UNREADABLE, encode_frame
 from sidecar.spool.types import Health, State
 
 log = logging.getLogger("sidecar.recorder")
@@ -422,7 +422,13 @@ class Recorder:
     def _send(self, frame: Frame, counts: Sequence[tuple[str, str, float]] | None = None) -> None:
         self._filling = None
         frame.sent_s = self._loop.time()
-        frame.data = self._encoded(frame, self._metrics.take() if counts is None else counts)
+        try:
+            counts = self._metrics.take() if counts is None else counts
+            frame.data = self._encoded(frame, counts)
+        except Exception:
+            log.exception("calls cannot be told together to the metering process; they are told one by one")
+            self._drop_unsendable(frame)
+            frame.data = self._encoded(frame, counts or ())
         frame.records = len(frame.ended)
         size = len(frame.data) + _OVERHEAD_BYTES * frame.entries
         self._waiting_bytes += size - frame.size_bytes
@@ -431,6 +437,24 @@ class Recorder:
         frame.opens, frame.ended, frame.closes = [], [], []
         self._in_flight.append(frame)
         self._link.send(frame.number, frame.data)
+
+    def _drop_unsendable(self, frame: Frame) -> None:
+        """A call that cannot be told of is a fault of ours: it is counted lost, and takes no other with it."""
+        opens, ended = frame.opens, frame.ended
+        frame.opens = []
+        frame.ended = [one for one in ended if _is_sendable(one)]
+        lost = len(ended) - len(frame.ended)
+        for one in opens:
+            if _is_sendable(one):
+                frame.opens.append(one)
+            elif one.id in frame.closes:  # it has ended meanwhile, and that end is what counts
+                frame.closes.remove(one.id)
+            else:
+                self._intended.pop(one.id, None)
+                lost += 1
+        if lost:
+            frame.lost[UNREADABLE] = frame.lost.get(UNREADABLE, 0) + lost
+            self._metrics.lost(UNREADABLE, lost)
 
     def _encoded(self, frame: Frame, counts: Sequence[tuple[str, str, float]]) -> bytes:
         admitted = frame.entries + sum(frame.lost.values()) - len(frame.closes)
@@ -490,3 +514,13 @@ class Recorder:
         self._old.clear()
         if len(frame.opens) >= ENTRIES_MAX:
             self._send(frame)
+
+
+def _is_sendable(one: Exchange | PlainExchange) -> bool:
+    try:
+        encode_frame(0, opens=[one])
+        encode_frame(0, ended=[one])
+    except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
+        log.error("a call cannot be told of, and is counted lost: %s", type(error).__name__)
+        return False
+    return True

@@ -268,12 +268,20 @@ class Spool:
         self._last_seq = committed.last_seq
         for batch in committed.batches:
             if batch.done is not None:
-                batch.done(batch)
+                _tell(batch.done, batch)
         if committed.records:
             if self._metrics is not None:
-                self._metrics.committed(committed.records, committed.size_bytes, committed.seconds)
+                _tell(self._metrics.committed, committed.records, committed.size_bytes, committed.seconds)
             for callback in self._callbacks:
-                callback()
+                _tell(callback)
+
+
+def _tell(told: Callable[..., None], *args: object) -> None:
+    """One that is told of a commit and fails is no reason for the others not to hear of it: calls wait for it."""
+    try:
+        told(*args)
+    except Exception:
+        log.exception("a commit could not be told to everybody")
 
 
 def adopt_orphans(

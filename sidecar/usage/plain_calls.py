@@ -26,6 +26,7 @@ from sidecar.model.exchange import (
     Usage,
     cut,
     cut_usage,
+    unread_usage,
 )
 from sidecar.model.record import LineTemplate
 from sidecar.usage import RawHeaders, Taps
@@ -279,6 +280,7 @@ class PlainReader:
                     cut_usage(exchange.usage, self._limit_reached)
             except Exception:
                 log.exception("a usage reader failed; the call goes on without what it knew")
+                exchange.usage = unread_usage()
         return exchange
 
     def _prepare(self, key: tuple[int, int], shape: RequestShape, response: ResponseShape, head: bytes) -> _Reading:

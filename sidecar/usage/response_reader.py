@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable
 from typing import Protocol
 
-from sidecar.model.exchange import Usage, UsageState
+from sidecar.model.exchange import Usage, UsageState, unread_usage
 from sidecar.usage import Skips
 from sidecar.usage.custom_fields import CustomFields, from_headers
 from sidecar.usage.endpoints import Endpoint, Endpoints
@@ -161,6 +161,7 @@ class ResponseReader:
                 self._usage = self._finish(whole)
             except Exception:  # noqa: BLE001 - see above
                 self._context.anomaly("reader_failed")
+                self._usage = unread_usage()
             self._framing = self._decoder = None
         return self._usage
 

@@ -1,13 +1,17 @@
-"""The program as its user runs it, but for three things that only tests want.
+"""The program as its user runs it, but for some things that only tests want.
 
 Every plain call takes the short way, also the first of its kind: tests that tell calls apart by a header would never
 take it otherwise. And where `DIES_AT` names a step (`before Intake.store 3`: the third time, before it is done), the
 process that comes to it first dies there by SIGKILL, once in the life of the file `DIES_MARK`. Where `DIES_OF` is set,
-the metering process dies of each call with that in its target.
+the metering process dies of each call with that in its target. Where `FAILS_AT` names a function
+(`sidecar.spool.intake:Intake.store 3`: the third time), that raises there, once in the life of the file `FAILS_MARK`,
+as a mistake of ours would.
 """
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import os
 import signal
 import sys
@@ -99,6 +103,36 @@ def dies_of(text: str) -> None:
     Intake._add_ended = instead  # type: ignore[method-assign]
 
 
+TOLD = "-".join(("sk", "secret"))  # and not as it stands in a traceback's line of this file
+
+
+def fails(where: str, count: int, mark: Path) -> None:
+    module, _, path = where.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    real: Callable[..., Any] = getattr(owner, name)
+    passed = 0
+
+    def fail() -> None:
+        nonlocal passed
+        passed += 1
+        if passed >= count and not mark.exists():
+            mark.touch()
+            raise ValueError(TOLD)
+
+    def instead(*args: Any, **more: Any) -> Any:
+        fail()
+        return real(*args, **more)
+
+    async def later(*args: Any, **more: Any) -> Any:
+        fail()
+        return await real(*args, **more)
+
+    setattr(owner, name, later if inspect.iscoroutinefunction(real) else instead)
+
+
 if __name__ == "__main__":
     plain_call.SIGHTS = 1
     plain_head.FORM_AFTER = 2
@@ -107,4 +141,7 @@ if __name__ == "__main__":
         dies(step, when, int(count), Path(os.environ["DIES_MARK"]))
     if "DIES_OF" in os.environ:
         dies_of(os.environ["DIES_OF"])
+    if "FAILS_AT" in os.environ:
+        where, count = os.environ["FAILS_AT"].split()
+        fails(where, int(count), Path(os.environ["FAILS_MARK"]))
     sys.exit(main())
