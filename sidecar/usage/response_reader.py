@@ -33,6 +33,7 @@ DEFAULT_PROVIDER = "openai"  # of an answer in OpenAI's shape that nothing else 
 FINISH_STEPS_MAX = 6  # of decoding, at the end of an answer that was cut off: 3 MiB, about 10 ms
 FIRST_TOKEN_PIECE_BYTES = 4_096  # a piece of a stream in which the first token is always looked for
 FIRST_TOKEN_MAX_BYTES = 131_072  # … and what is looked through of larger ones: they come long after the first token
+FIRST_TOKEN_MARK_BYTES = 64  # of what a piece ends with: of the first token's mark, which may be cut between two
 LEADING_BLANKS_MAX = 100_000  # pieces; DeepSeek sends an empty line now and then for minutes before its answer
 
 _SILENT = ("image/", "audio/", "video/")  # the only types that are taken at their word
@@ -41,6 +42,7 @@ _LINES = ("application/x-ndjson", "application/jsonl", "application/x-jsonl", "a
 # Of a stream under a wrong name: events, blanks before them, frames.
 _STREAM_STARTS = (b"d", b"e", b"i", b":", b"r", b" ", b"\t", b"\r", b"\n", b"\xef", b"\0")
 _CLOUDS = ("aws.bedrock", "gcp.vertex_ai")  # whose paths say where a model runs, whoever made it
+BROKEN_OFF = "the answer breaks off within its content coding"
 UNCLAIMED = "the answer speaks of usage in a way that no reader knows"
 
 
@@ -82,6 +84,7 @@ class ResponseReader:
     _bytes: int = 0  # decoded bytes and lines, for an estimate
     _lines: int = 0
     _searched: int = 0  # bytes looked through for the first token
+    _searched_end: bytes = b""  # the last of them
     _blanks: int = 0  # pieces of nothing but blanks before the answer
     _decoder: Codings | None = None
     _framing: Framing | None = None
@@ -236,11 +239,14 @@ class ResponseReader:
         if self._first_token is not None:
             if len(piece) > FIRST_TOKEN_PIECE_BYTES:
                 self._searched += len(piece)
+            looked_at = self._searched_end + piece
             if self._searched > FIRST_TOKEN_MAX_BYTES:
                 self._first_token = None
-            elif self._first_token.search(piece) is not None:
+            elif self._first_token.search(looked_at) is not None:
                 self._first_token_ns = self._context.clock_ns()
                 self._first_token = None
+            else:
+                self._searched_end = looked_at[-FIRST_TOKEN_MARK_BYTES:]
         if self._context.estimate:
             self._bytes += len(piece)
             self._lines += piece.count(b"\n")
@@ -326,6 +332,7 @@ class ResponseReader:
             if self.behind:
                 self._give_up("decoded_too_large", "the decoded answer is too large for what was sent")
         framing = self._framing
+        cut = self._decoder is not None and not self._ended and self._decoder.amid
         streamed = ended = False
         if framing is not None:
             framing.finish(whole and self._reason is None)
@@ -334,6 +341,10 @@ class ResponseReader:
                 self._reason = self._reason or "the answer has more parts than its length allows: not all was read"
         elif self._only:
             ended = read_whole(self._front, self._only)
+        if cut and not ended:  # whatever the response's framing says
+            whole = False
+            if not streamed:
+                self._reason = self._reason or BROKEN_OFF
         usage = self._model_usage(whole, streamed=streamed, ended=ended)
         if self._request.endpoint.elements:
             usage = self._with_custom_fields(usage, whole)

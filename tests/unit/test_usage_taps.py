@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import gzip
 import sys
 import time
 import zlib
+from collections.abc import Callable
 from typing import Any
 
+import brotli
 import orjson
 import pytest
+from backports import zstd
 from support.usage_samples import READERS
 
 from sidecar.model.exchange import Usage
@@ -16,10 +20,17 @@ from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.fallback import BACKGROUND as BACKGROUND_READ
 from sidecar.usage.providers.fallback import NOT_FINISHED, STORED
 from sidecar.usage.readers import Element, Pin, UsageTaps
+from sidecar.usage.response_reader import BROKEN_OFF
 
 JSON = (b"Content-Type", b"application/json")
 SSE = (b"content-type", b"text/event-stream")
 CHAT = "/v1/chat/completions"
+CODERS: dict[str, Callable[[bytes], bytes]] = {
+    "gzip": gzip.compress,
+    "deflate": zlib.compress,
+    "br": brotli.compress,
+    "zstd": zstd.compress,
+}
 
 
 class Seen:
@@ -604,6 +615,44 @@ def test_the_time_to_the_first_token_is_the_first_texts_not_the_first_events() -
     usage = response.finish(True)
     assert usage is not None
     assert usage.time_to_first_token_ms == 12.0
+
+
+@pytest.mark.parametrize("coding", [None, b"gzip"])
+def test_the_first_token_is_seen_wherever_its_event_is_cut(coding: bytes | None) -> None:
+    events = [chunk(choices=[{"index": 0, "delta": {"content": text}}]) for text in ("", "Hi")]
+    now = [1_000_000_000]
+    taps = UsageTaps(clock_ns=lambda: now[0])
+    for cut in range(1, len(events[1])):
+        tap = taps.request("POST", CHAT, [])
+        assert tap is not None
+        headers = [SSE] if coding is None else [SSE, (b"content-encoding", coding)]
+        response = taps.response(tap, 200, headers)
+        assert response is not None
+        coder = zlib.compressobj(wbits=31)
+        for piece in (events[0], events[1][:cut], events[1][cut:]):
+            now[0] += 5_000_000
+            flushed = coder.compress(piece) + coder.flush(zlib.Z_SYNC_FLUSH)
+            response.feed(piece if coding is None else flushed)
+        usage = response.finish(False)
+        assert usage is not None
+        assert usage.time_to_first_token_ms in (10.0, 15.0), cut
+
+
+@pytest.mark.parametrize("coding", ["gzip", "deflate", "br", "zstd"])
+def test_a_coding_that_breaks_off_is_said_and_is_not_taken_for_an_answer_without_usage(coding: str) -> None:
+    headers = (JSON, (b"content-encoding", coding.encode()))
+    usage = {"prompt_tokens": 7, "completion_tokens": 5, "total_tokens": 12}
+    coded = CODERS[coding](orjson.dumps(chat(**usage)))
+    for cut in range(1, len(coded)):
+        found = answer(coded[:cut], headers=headers)
+        assert found is not None, cut
+        if found.usage_state == "absent":
+            assert found.reason == BROKEN_OFF, cut
+            assert (found.operation, found.request_model) == ("chat", "asked")
+        else:  # all of the document came, and not the coding's own end
+            assert (found.usage_state, found.input_tokens, found.output_tokens) == ("final", 7, 5)
+    for nothing in (b"", CODERS[coding](b"")):
+        assert answer(nothing, headers=headers) is None
 
 
 def test_the_upstreams_request_id_is_kept() -> None:

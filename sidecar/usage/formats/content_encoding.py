@@ -57,6 +57,11 @@ class _Stage(Protocol):
         """Whether it stopped between members and not for want of input."""
         ...
 
+    @property
+    def amid(self) -> bool:
+        """Whether something has begun in it that has not ended."""
+        ...
+
     def read(self, room: int) -> bytes:
         """Up to about `room` bytes of output; empty when it needs input."""
         ...
@@ -76,6 +81,10 @@ class _Zlib:
         self.members = 0
         self.paused = False
         self.waiting = b""
+
+    @property
+    def amid(self) -> bool:
+        return self._inflate is not None
 
     def read(self, room: int) -> bytes:
         self.paused = False
@@ -120,6 +129,10 @@ class _Deflate:
     def paused(self) -> bool:
         return self._stage is not None and self._stage.paused
 
+    @property
+    def amid(self) -> bool:
+        return bool(self.waiting) if self._stage is None else self._stage.amid
+
     def read(self, room: int) -> bytes:
         if self._stage is None:
             if len(self.waiting) < 2:
@@ -135,15 +148,20 @@ class _Deflate:
 class _Brotli:
     """It takes in more than it gives out, and says that it takes more while it still holds some back."""
 
-    __slots__ = ("_decoder", "_held", "waiting")
+    __slots__ = ("_begun", "_decoder", "_held", "waiting")
 
     members = 0
     paused = False
 
     def __init__(self) -> None:
         self._decoder = brotli.Decompressor()
+        self._begun = False
         self._held = False  # the last output may not have been all of it
         self.waiting = b""
+
+    @property
+    def amid(self) -> bool:
+        return self._begun and not self._decoder.is_finished()
 
     def read(self, room: int) -> bytes:
         decoder = self._decoder
@@ -152,7 +170,7 @@ class _Brotli:
             return b""
         data = b""
         if decoder.can_accept_more_data() and self.waiting:
-            data, self.waiting = self.waiting, b""
+            data, self.waiting, self._begun = self.waiting, b"", True
         elif not self._held:
             return b""
         out: bytes = decoder.process(data, output_buffer_limit=room)
@@ -169,6 +187,10 @@ class _Zstd:
         self.members = 0
         self.paused = False
         self.waiting = b""
+
+    @property
+    def amid(self) -> bool:
+        return self._decoder is not None
 
     def read(self, room: int) -> bytes:
         self.paused = False
@@ -253,6 +275,11 @@ class Codings:
     def behind(self) -> bool:
         """Whether fed bytes still wait to be decoded: feed empty pieces to work them off."""
         return self._more
+
+    @property
+    def amid(self) -> bool:
+        """Whether what was fed ends before a coding does."""
+        return any(stage.amid for stage in self._stages)
 
     def feed(self, piece: bytes) -> Iterator[bytes]:
         """Plain parts, one step's worth at most. Raises Unreadable."""
