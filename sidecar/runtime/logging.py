@@ -3,7 +3,7 @@
 ERROR: an operator must act. WARNING: odd but recovered. INFO: starts and stops. DEBUG: a batch.
 Callers pass facts as `extra={"facts": {...}}`; no header value, query value, body or secret is a fact. What an
 exception says may be any of these (`invalid literal for int(): …`), so a traceback ends with its class, and with its
-text only where that is the system's, SQLite's or our own.
+text only where that is the system's, SQLite's or our own. A fault that every call meets is told in full once a minute.
 """
 
 from __future__ import annotations
@@ -12,15 +12,17 @@ import json
 import logging
 import re
 import sys
+import time
 import traceback
 from asyncio import AbstractEventLoop
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from types import TracebackType
 from typing import Any, Final, TypeAlias
 
 import orjson
 
+from sidecar.model.seldom import Seldom
 from sidecar.settings import LogFormat
 from sidecar.storage.files import said_by
 
@@ -71,6 +73,34 @@ def tell_fault(loop: AbstractEventLoop, context: Mapping[str, Any]) -> None:
     if what.startswith(_CALLBACK):
         what = _CALLBACK
     log.error("%s", what or "a fault in the event loop", exc_info=error if isinstance(error, BaseException) else None)
+
+
+class SeldomFaults(logging.Filter):
+    """Lets a traceback through the first time, and then at most once a minute with how often it was (`times`, this one
+    included): thousands of calls a second may meet the same fault. What an operator asked for is told each time."""
+
+    def __init__(self, clock_s: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._clock_s = clock_s
+        self._seldom = Seldom()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if record.exc_info else None
+        facts = getattr(record, "facts", None) or {}
+        if error is None or ASKED in facts:
+            return True
+        times = self._seldom.due(f"{record.getMessage()} {facts} {_place(error)}", self._clock_s())
+        if times is not None and times > 1:
+            record.facts = {**facts, "times": times}
+        return times is not None
+
+
+def _place(error: BaseException) -> tuple[str, str, int]:
+    """What tells a fault from others: its class, and the line that it comes from."""
+    at = error.__traceback__
+    while at is not None and at.tb_next is not None:
+        at = at.tb_next
+    return type(error).__qualname__, at.tb_frame.f_code.co_filename if at else "", at.tb_lineno if at else 0
 
 
 class JsonLines(_Lines):
@@ -148,6 +178,7 @@ def set_up(level: str, form: LogFormat | None = None, **who: object) -> None:
     it starts, which says `who` it is."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter((JsonLines if chosen(form) is LogFormat.JSON else TextLines)(**who))
+    handler.addFilter(SeldomFaults())
     root = logging.getLogger()
     root.handlers[:] = [handler]
     root.setLevel(logging.WARNING)

@@ -276,8 +276,8 @@ class Intake:
     def count(self, counts: Sequence[tuple[str, str, float]]) -> None:
         try:
             self._metrics.add(counts)
-        except Exception as error:  # noqa: BLE001 - a figure that does not fit takes no call with it
-            log.error("what a serving process counted cannot be added: %s", type(error).__name__)
+        except Exception as error:  # a figure that does not fit takes no call with it
+            log.error("what a serving process counted cannot be added: %s", type(error).__name__, exc_info=error)
 
     def store(self) -> None:
         """Everything that has come, as one batch."""
@@ -334,8 +334,8 @@ class Intake:
                 if entries[at][0] == PLAIN:
                     reading = source.reading or self._reading_of(source)
                     reading.lines(entries, at, source.requests, source.responses, seq=self._seq + 1, lines=lines)
-            except Exception as error:  # noqa: BLE001 - the next one is read by itself
-                log.error("calls cannot be read together: %s", type(error).__name__)
+            except Exception as error:  # the next one is read by itself
+                log.error("calls cannot be read together: %s", type(error).__name__, exc_info=error)
             at += len(lines) - before
             self._seq += len(lines) - before
             if at < end:
@@ -347,8 +347,8 @@ class Intake:
         for read in (self._exchange_of, self._bare_of):
             try:
                 lines.append(self._line_of(ended, read(source, entry)))
-            except Exception as error:  # noqa: BLE001 - its text may say what was in the call
-                log.error("a call cannot be recorded as it was told: %s", type(error).__name__)
+            except Exception as error:
+                log.error("a call cannot be recorded as it was told: %s", type(error).__name__, exc_info=error)
             else:
                 self._seq += 1
                 return
@@ -407,8 +407,9 @@ class Intake:
                 else:
                     exchange = exchange_of(entry)
                     found.append((exchange.id, encode_intent(exchange, instance=self._instance)))
-            except Exception as error:  # noqa: BLE001 - likewise; its end is still to come
-                log.error("a call that is open cannot be kept for the case of a death: %s", type(error).__name__)
+            except Exception as error:  # likewise; its end is still to come
+                what = "a call that is open cannot be kept for the case of a death: %s"
+                log.error(what, type(error).__name__, exc_info=error)
         return found
 
     def _plain_intent(self, source: Source, told: Told, entry: Sequence[Any]) -> bytes:

@@ -520,7 +520,7 @@ def _is_sendable(one: Exchange | PlainExchange) -> bool:
     try:
         encode_frame(0, opens=[one])
         encode_frame(0, ended=[one])
-    except Exception as error:  # noqa: BLE001 - whatever it is, it is there again with the next try
-        log.error("a call cannot be told of, and is counted lost: %s", type(error).__name__)
+    except Exception as error:
+        log.error("a call cannot be told of, and is counted lost: %s", type(error).__name__, exc_info=error)
         return False
     return True

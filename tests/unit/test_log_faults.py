@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import io
+import json
 import logging
 import sqlite3
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
 from sidecar.delivery.elected import _reason
 from sidecar.runtime import factory
-from sidecar.runtime.logging import JsonLines, TextLines
-from sidecar.settings import SettingsError
+from sidecar.runtime.logging import JsonLines, SeldomFaults, TextLines, set_up
+from sidecar.settings import LogFormat, SettingsError
 from sidecar.storage.files import StorageError, said_by
 
 SECRET = "sk-of-a-customer"
@@ -95,6 +98,76 @@ def test_in_a_line_of_log_an_error_is_its_text_or_its_class() -> None:
     assert said_by(StorageError("")) == "StorageError"
     assert said_by(ValueError(SECRET)) == "ValueError"
     assert _reason(ExceptionGroup(SECRET, [ExceptionGroup(SECRET, [KeyError(SECRET)])])) == "KeyError"
+
+
+class Faults:
+    """A log as a process has it, at times of ours."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+        self._out = io.StringIO()
+        self._handler = logging.StreamHandler(self._out)
+        self._handler.setFormatter(JsonLines())
+        self._handler.addFilter(SeldomFaults(lambda: self.now_s))
+
+    def tell(self, message: str, error: Exception | None = None, **facts: object) -> None:
+        caught = None
+        try:
+            if error is not None:
+                raise error
+        except Exception:
+            caught = sys.exc_info()
+        record = logging.LogRecord("sidecar.x", logging.ERROR, "", 0, message, (), caught)
+        if facts:
+            record.facts = facts
+        self._handler.handle(record)
+
+    @property
+    def told(self) -> list[dict[str, Any]]:
+        return [json.loads(line) for line in self._out.getvalue().splitlines()]
+
+
+def test_a_fault_that_all_calls_meet_is_told_in_full_and_then_counted() -> None:
+    faults = Faults()
+    for _ in range(1000):
+        faults.tell("a reader failed", KeyError(SECRET))
+        faults.tell("a price failed", KeyError(SECRET))
+        faults.tell("a reader failed", ValueError(SECRET))
+    assert [(row["message"], row["error"].splitlines()[-1]) for row in faults.told] == [
+        ("a reader failed", "KeyError"),
+        ("a price failed", "KeyError"),
+        ("a reader failed", "ValueError"),
+    ]
+    faults.now_s = 60.0
+    for _ in range(3):
+        faults.tell("a reader failed", KeyError(SECRET))
+    assert [row["times"] for row in faults.told[3:]] == [1000]
+    assert "in tell" in faults.told[3]["error"]
+
+
+def test_faults_of_other_things_and_of_what_an_operator_asked_for_are_all_told() -> None:
+    faults = Faults()
+    for _ in range(3):
+        faults.tell("a lane rests", KeyError(SECRET), lane=4)
+        faults.tell("a lane rests", KeyError(SECRET), lane=7)
+        faults.tell("cancel failed", KeyError(SECRET), uid=0, asked={"ids": ["r1"]})
+        faults.tell("no room")
+    told = [(row["message"], row.get("lane")) for row in faults.told]
+    assert told.count(("a lane rests", 4)) == told.count(("a lane rests", 7)) == 1
+    assert told.count(("cancel failed", None)) == told.count(("no room", None)) == 3
+
+
+def test_the_log_of_a_process_is_bounded(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    root = logging.getLogger()
+    monkeypatch.setattr(root, "handlers", [])
+    monkeypatch.setattr(root, "level", root.level)
+    set_up("INFO", LogFormat.TEXT)
+    for _ in range(50):
+        try:
+            raise KeyError(SECRET)
+        except KeyError:
+            logging.getLogger("sidecar.x").exception("a reader failed")
+    assert capsys.readouterr().err.count("Traceback") == 1
 
 
 class Broken(asyncio.Protocol):
