@@ -187,6 +187,8 @@ def counts_of(usage: Usage, rates: Rates) -> tuple[dict[str, Count], str | None]
     unsure: str | None = None
     if usage.usage_state in (UsageState.PARTIAL, UsageState.ESTIMATED):
         unsure = f"{usage.usage_state}_usage"
+    elif "input_tokens" not in counts and counts.get("output_tokens") and "input_tokens" in rates.priced:
+        unsure = "partial_usage"  # there is none without; an output of nothing is left out by some
     elif not life_is_told:
         unsure = "cache_write_life"
     priced = rates.priced  # nothing at all: the model is free

@@ -208,6 +208,15 @@ def test_what_is_only_a_lower_bound_is_an_estimate(book: PriceBook) -> None:
 # Tokens are priced once
 
 
+def test_an_output_whose_input_is_not_known_is_an_estimate(book: PriceBook) -> None:
+    cost = book.cost(usage("openai", "gpt-5", output_tokens=10), NOW_S)
+    assert (total(cost), state(cost)) == ("0.0001", ("estimated", "partial_usage"))
+    nothing_said = book.cost(usage("gcp.gemini", "gemini-2.5-pro", input_tokens=10), NOW_S)  # Gemini leaves zeros out
+    assert state(nothing_said) == ("exact", None)
+    of_no_text = book.cost(usage("openai", "whisper-1", units={"audio_seconds": 10}), NOW_S)
+    assert state(of_no_text) == ("exact", None)
+
+
 def test_cached_tokens_cost_the_cache_s_price_and_not_the_input_s_too(book: PriceBook) -> None:
     call = usage("openai", "gpt-5", input_tokens=1_000_000, output_tokens=0, cache_read_input_tokens=1_000_000)
     assert total(book.cost(call, NOW_S)) == "0.125"
