@@ -63,7 +63,7 @@ ESTIMATES: Final = (
     "declared_differs",
 )  # fmt: skip
 UNKNOWNS: Final = (
-    "unknown_model", "unknown_provider", "no_price", "no_model", "no_table", "no_usage", "nothing_counted",
+    "unknown_model", "unknown_provider", "no_price", "no_model", "no_table", "no_usage", "nothing_counted", "fault",
 )  # fmt: skip
 
 KEPT_MAX: Final = 4096  # looked-up prices; a client that invents models empties the memory, it does not fill it
@@ -226,6 +226,10 @@ class PriceBook:
         """Cost and charge of a record that is at hand, for who reads records back."""
         cost = self.cost(record.usage, record.started_s, host=host, batch=batch, record=record)
         return cost, self.charge(record.usage, record.started_s, cost, host=host, batch=batch, record=record)
+
+    def unknown(self) -> Cost:
+        """The cost of a call that could not be priced: whoever adds up costs must know that one is missing."""
+        return null_cost(Entry(None, source=self.source), "fault")
 
     def output_tokens_max(self, provider: str | None, model: str, *, host: str | None = None) -> int | None:
         """How long a response of this model may be at most, where the table says so; None: nobody knows."""

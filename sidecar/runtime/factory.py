@@ -120,10 +120,18 @@ def plain_readers(settings: Settings, metrics: Metrics, book: PriceBook) -> Call
 
 
 def pricing(settings: Settings, book: PriceBook) -> Callable[[Exchange], None]:
-    """What fills in the costs of one call."""
+    """What fills in the costs of one call. It raises what is a fault of ours, with the costs set to unknown ones."""
     hosts = priced_hosts(settings)
 
     def price(exchange: Exchange) -> None:
+        try:
+            fill_in(exchange)
+        except Exception:
+            exchange.cost = exchange.cost or book.unknown()
+            exchange.charge = book.unknown() if book.charges else None
+            raise
+
+    def fill_in(exchange: Exchange) -> None:
         host = hosts.get(exchange.upstream) or hosts[None]
         record = record_of(exchange, seq=0, instance="", line=b"") if book.needs_record else None
         started_s = exchange.started_ns / 1e9

@@ -19,10 +19,11 @@ from support.usage_samples import load as load_samples
 from sidecar.backends import backend_settings
 from sidecar.meters.buckets import add_batches, batch_sums
 from sidecar.meters.definition import DEFAULT_METERS, Meter
+from sidecar.meters.hourly import _is_unpriced
 from sidecar.model.call_group import CallGroup, Gathering, groups_of
 from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape, Subscriber
 from sidecar.model.record import Record, encode, record_of
-from sidecar.prices import price_book
+from sidecar.prices import PriceBook, price_book
 from sidecar.runtime import factory
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.settings import load
@@ -657,3 +658,33 @@ def test_a_fault_in_the_reading_of_usage_takes_no_call_with_it(fault: str, monke
     (batch,) = disk.batches
     assert [Record.from_json(line).id for line in batch.lines] == [f"{number:036x}" for number in range(3)]
     assert not disk.tally.lost
+
+
+@pytest.mark.parametrize("fault", ["cost", "charge"])
+def test_a_fault_in_the_pricing_leaves_a_cost_that_is_known_to_be_missing(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ValueError("sk-secret")
+
+    own = ({"for": "customer", "provider": "*", "model": "*", "markup": "2"},) if fault == "charge" else ()
+    settings = replace(SETTINGS, price_tables=own)
+    book = price_book(settings)
+    monkeypatch.setattr(PriceBook, fault, broken)
+    monkeypatch.setattr(PriceBook, "pricer", broken)
+    sample = SAMPLES["openai_chat.json"]
+    disk, metrics = Disk(), Metrics()
+    intake = Intake(metrics, factory.plain_readers(settings, metrics, book), factory.pricing(settings, book))
+    intake.begin(disk)
+    source = Source(bytes(16), lambda number: None)
+    intake.came(source)
+    intake.take(source, encode_frame(1, admitted=1, ended=[call(sample, *shapes(sample), 1)]))
+    intake.store()
+    (record,) = [Record.from_json(line) for line in disk.batches[0].lines]
+    asked = {"cost": record.cost, "charge": record.charge}
+    assert record.cost is not None
+    assert (record.cost["total"] is None) is (fault == "cost")
+    found = asked[fault]
+    assert found is not None
+    assert (found["state"], found["total"], found["reason"]) == ("unpriced", None, "fault")
+    assert _is_unpriced(record) is (fault == "cost")  # for the ledger, whose sum lacks it
