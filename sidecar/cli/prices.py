@@ -158,7 +158,7 @@ def _rows(prices: Mapping[str, Price]) -> Iterator[dict[str, Any]]:
 
 def _diff(arguments: argparse.Namespace, settings: Settings) -> int:
     try:
-        now, then = table_of(settings.prices.prices), load(Path(arguments.file))
+        now, then = table_of(settings.prices.prices, settings.price_file), load(Path(arguments.file))
     except TableError as error:
         raise CommandError(str(error), EXIT_USAGE) from None
     day = datetime.now(UTC).date().isoformat()

@@ -44,12 +44,12 @@ BUILTIN: Final = "builtin"
 NONE: Final = "none"
 
 
-def table_of(name: str) -> Table | None:
-    """The table that `SIDECAR_PRICES` names. Raises `TableError`."""
+def table_of(name: str, given: bytes | OSError | None = None) -> Table | None:
+    """The table that `SIDECAR_PRICES` names. Raises `TableError`. `given`: as for `load`."""
     word = name.strip()
     if word.lower() == NONE:
         return None
-    return builtin() if word.lower() == BUILTIN else load(Path(word))
+    return builtin() if word.lower() == BUILTIN else load(Path(word), given)
 
 
 def price_book(settings: Settings) -> PriceBook:
@@ -81,7 +81,7 @@ def _read(
     table: Table | None = None
     own: Sequence[CustomPrice] = ()
     try:
-        table = table_of(settings.prices.prices)
+        table = table_of(settings.prices.prices, settings.price_file)
     except TableError as error:
         problems.append(f"SIDECAR_PRICES={error}")
         providers = None  # it may have more of them

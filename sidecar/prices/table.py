@@ -28,9 +28,9 @@ import orjson
 from sidecar.prices.litellm import from_litellm
 from sidecar.prices.rates import BY_PRICE_KEY, Price, pico
 from sidecar.settings.given_file import read_given
+from sidecar.settings.loader import PRICES_BYTES_MAX as FILE_BYTES_MAX
 
 TABLE_FILE: Final = "table.json"
-FILE_BYTES_MAX: Final = 64 << 20  # LiteLLM's is 2 MB; more is a wrong path
 DEPTH_MAX: Final = 6  # of `or` and `and` in a match; the data have three
 
 # What may stand behind the name of a model without making another one of it: a date, `latest`, `preview`, a release
@@ -263,11 +263,14 @@ def _builtin_rows() -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def load(path: Path) -> Table:
-    """A table from a file. Raises `TableError`, with what is wrong."""
+def load(path: Path, given: bytes | OSError | None = None) -> Table:
+    """A table from a file. Raises `TableError`, with what is wrong. `given`: what came of reading it, where it was read
+    already."""
     try:
         path = path.expanduser()
-        data = read_given(path, FILE_BYTES_MAX)
+        if isinstance(given, OSError):
+            raise given
+        data = read_given(path, FILE_BYTES_MAX) if given is None else given
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise TableError(f"{path}: is larger than {FILE_BYTES_MAX >> 20} MiB: that is no table of prices") from None

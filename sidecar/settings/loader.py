@@ -41,6 +41,8 @@ NAME: Final = "name"  # in [subscribers.ID]: what people call it, beside the bac
 NAME_CHARS_MAX: Final = 200
 CONFIG_BYTES_MAX: Final = 64 << 20  # a million subscribers; more is a wrong path
 SECRET_FILE_BYTES: Final = 65_536  # a key or a token; more is a wrong path
+PRICES_BYTES_MAX: Final = 64 << 20  # LiteLLM's is 2 MB; more is a wrong path
+PRICE_WORDS: Final = ("builtin", "none")  # that stand for no file
 STRUCTURED: Final = ("meters", "prices", "subscribers")  # tables of the TOML file that no variable can hold
 
 # Kubernetes puts the addresses of every Service of the namespace into the environment; one that is called
@@ -142,6 +144,7 @@ class _Loading:
             limits=limits,
             backend_values=own,
         )
+        settings = replace(settings, price_file=_price_file(settings.prices.prices))
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
         self._check_together(settings)
@@ -443,6 +446,17 @@ def read_toml(name: str) -> dict[str, Any]:
     content = read_given(Path(name).expanduser(), CONFIG_BYTES_MAX)
     # With the mark that some editors begin UTF-8 with: TOML 1.1 lets it stand.
     return tomllib.loads(io.TextIOWrapper(io.BytesIO(content), "utf-8-sig").read())
+
+
+def _price_file(name: str) -> bytes | OSError | None:
+    if name.strip().lower() in PRICE_WORDS:
+        return None
+    try:
+        return read_given(Path(name.strip()).expanduser(), PRICES_BYTES_MAX)
+    except OSError as error:
+        return error
+    except (RuntimeError, ValueError):  # it is no path, which is told with what else is wrong with prices
+        return None
 
 
 def _secret_file(name: str, origin: str) -> _Found:

@@ -15,6 +15,7 @@ from sidecar.settings.schema import PREFIX, SECTIONS, Settings
 TAKEN: Final = frozenset(
     {
         "usage", "prices", "asked", "gate", "subscribers", "subscriber_names", "meters", "price_tables", "limits",
+        "price_file",
         "backends", "backend_gaps", "backend_values", "effective",
     }
 )  # fmt: skip

@@ -469,6 +469,10 @@ class Settings:
     price_tables: tuple[Mapping[str, Any], ...] = ()  # checked by `prices`
     limits: tuple[Mapping[str, Any], ...] = ()  # checked by `gate`
 
+    # The file that `SIDECAR_PRICES` names as it was when all this was read, or why it could not be read; None: it names
+    # none. A process that is started again finds what the others have, whatever the file is by then.
+    price_file: bytes | OSError | None = field(default=None, repr=False, compare=False)
+
     backend_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective: tuple[Effective, ...] = field(default=(), repr=False, compare=False)
 

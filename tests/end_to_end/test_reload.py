@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 from pathlib import Path
@@ -306,6 +307,39 @@ async def test_a_new_process_that_cannot_begin_brings_the_old_settings_back(tmp_
             assert "the settings that held before are in force again" in said
             await whole.settled()
             assert (await call(session, whole))[0] == 402, "the old limit holds"
+
+
+@pytest.mark.timeout(120)
+async def test_processes_that_die_are_started_with_the_prices_that_hold_whatever_their_file_is_by_now(
+    tmp_path: Path,
+) -> None:
+    prices = tmp_path / "prices.json"
+    prices.write_text(
+        '[{"id": "openai", "api_pattern": "https://x", "models": [{"id": "m", "match": {"starts_with": "gpt-5"}, '
+        '"prices": {"input_mtok": 1}}]}]'
+    )
+    toml = '[[limits]]\nname = "money"\nunit = "cost_usd"\namount = "5"\nwindow = "total"\n'  # those that serve ask too
+    async with upstream() as (_, url), client() as session:
+        async with Reloaded(tmp_path, url, toml, SIDECAR_PRICES=str(prices)) as whole:
+            assert (await call(session, whole))[0] == 200
+            prices.write_text("{half of a")
+            code, said = await whole.reload()
+            assert code == 1
+            assert "is no JSON" in said
+            for role in ("meter", "serve"):
+                (pid,) = whole.children()[role]
+                os.kill(pid, signal.SIGKILL)
+
+                async def answers() -> bool:
+                    with contextlib.suppress(aiohttp.ClientError):
+                        return (await call(session, whole))[0] == 200
+                    return False
+
+                await until(answers, f"the next one of {role} is there")
+            assert (await whole.settled())["holds"]
+        log = whole.log.read_text()
+        assert "has died" not in log
+        assert log.count("was killed by SIGKILL: it is started again") == 2
 
 
 async def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:

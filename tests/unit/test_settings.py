@@ -92,7 +92,8 @@ def test_settings_without_arguments_are_the_defaults() -> None:
 
 
 def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
-    structured = {"subscribers", "subscriber_names", "meters", "price_tables", "backend_values", "effective"}
+    structured = {"subscribers", "subscriber_names", "meters", "price_tables", "price_file"}
+    structured |= {"backend_values", "effective"}
     assert {f.name for f in fields(Settings)} - set(PLACES) - set(SECTIONS) == structured
     sections = [kind for name, kind in SECTIONS.items() if name]
     assert {f.name for kind in sections for f in fields(kind)} - set(PLACES) == PROXY_LIMITS
