@@ -44,6 +44,7 @@ HINT_MARGIN_S: Final = 1.0  # an upstream that keeps a connection for N seconds 
 # vendors set the same.
 TCP_KEEPALIVE_S: Final = 60
 TCP_KEEPALIVE_PROBES: Final = 5
+READ_BYTES: Final = 262_144  # at once
 
 _HINT = re.compile(rb"(?:\A|[,; \t])(timeout|max)[ \t]*=[ \t]*\"?([0-9]{1,9})(?![0-9])", re.IGNORECASE)
 _BY_NUMBER: Final = {
@@ -200,17 +201,33 @@ class UpstreamConnection(UpstreamProtocol):
         self._said_done = True
 
     def connection_lost(self, exc: BaseException | None) -> None:
+        unread = b"" if exc is None or self.owner is None else self._unread()
         super().connection_lost(exc)
         if self._cut_off is not None:
             self._cut_off.cancel()
         if isinstance(exc, ssl.SSLError):
             self.why_lost = TLS  # a certificate of ours that was wanted is told after the handshake
         self._let_go()
+        if unread and self.owner is not None:
+            self.owner.upstream_data(unread)
         owner, self.owner = self.owner, None
         if owner is None:
             self._upstream.forget(self)
         else:
             owner.upstream_lost(exc is None and self._said_done, exc is not None)
+
+    def _unread(self) -> bytes:
+        """What had come before the connection broke. A server that refuses an upload says so and closes, and a write
+        that then fails is heard of before its words are read; the system has them still. Under TLS they are lost."""
+        transport = self.transport
+        sock = None if transport is None else transport.get_extra_info("socket")
+        if transport is None or sock is None or transport.get_extra_info("sslcontext") is not None:
+            return b""
+        pieces: list[bytes] = []
+        with suppress(OSError):  # that it broke, or that nothing is left
+            while piece := os.read(sock.fileno(), READ_BYTES):
+                pieces.append(piece)
+        return b"".join(pieces)
 
     def pause_writing(self) -> None:
         super().pause_writing()

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import select
 import socket
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, Script, ans
 
 from sidecar.model.exchange import Exchange, UsageState
 from sidecar.proxy.response_parser import UpstreamResponse
+from sidecar.proxy.upstream import UpstreamConnection
 from sidecar.settings import OnDisconnect, Route
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
@@ -159,6 +162,71 @@ async def test_a_cut_body_reaches_the_client_cut(request_: bytes, answer: bytes,
         exchange = await hop.recorder.ended()
         assert (exchange.outcome, exchange.status) == (Outcome.UPSTREAM_BROKE, 200)
         assert exchange.response_bytes == 7
+
+
+TOO_LARGE = b"HTTP/1.1 413 Too Large\r\nContent-Length: 3\r\n\r\nbig"
+UPLOAD = b"POST /x HTTP/1.1\r\nHost: me\r\n"
+SWITCH = b"GET /x HTTP/1.1\r\nHost: me\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+SWITCHED = b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\nConnection: upgrade\r\n\r\n"
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
+@pytest.mark.parametrize(
+    ("request_", "piece", "first", "last", "heard"),
+    [
+        (UPLOAD + b"Content-Length: 9\r\n\r\n", b"abc", b"", TOO_LARGE, TOO_LARGE[-3:]),
+        (UPLOAD + b"Transfer-Encoding: chunked\r\n\r\n", b"1\r\na\r\n", b"", TOO_LARGE, TOO_LARGE[-3:]),
+        (UPLOAD + b"Content-Length: 9\r\n\r\n", b"abc", TOO_LARGE[:-3], TOO_LARGE[-3:], TOO_LARGE[-3:]),
+        (SWITCH, b"abc", SWITCHED, b"bye" * 1000, b"bye" * 1000),
+    ],
+    ids=["sized", "chunked", "in its body", "tunnel"],
+)
+@on_both_loops
+async def test_what_an_upstream_said_before_it_broke_is_heard(
+    request_: bytes,
+    piece: bytes,
+    first: bytes,
+    last: bytes,
+    heard: bytes,
+    family: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It refuses an upload and closes with some of that unread, which resets the connection, while more is about to be
+    written: the write fails before the refusal was read."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(family) as listener:
+        listener.bind(str(tmp_path / "up") if family == socket.AF_UNIX else ("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        name = listener.getsockname()
+        async with Hop(f"unix:{name}" if family == socket.AF_UNIX else f"http://127.0.0.1:{name[1]}") as hop:
+            client = await hop.client()
+            await client.send(request_)
+            upstream, _ = await loop.sock_accept(listener)
+            said = b""
+            while b"\r\n\r\n" not in said:
+                said += await loop.sock_recv(upstream, 65_536)
+            if first:
+                await loop.sock_sendall(upstream, first)
+                await client.until(b"\r\n\r\n")
+            await client.send(piece)  # nobody reads it
+            await until(lambda: bool(select.select([upstream], [], [], 0)[0]))
+            write = UpstreamConnection.write
+
+            def write_too_late(connection: UpstreamConnection, data: bytes) -> None:
+                upstream.send(last)
+                upstream.close()
+                monkeypatch.undo()
+                write(connection, data)
+
+            monkeypatch.setattr(UpstreamConnection, "write", write_too_late)
+            await client.send(piece)
+            await client.until(heard)
+            exchange = await hop.recorder.ended()
+            if heard == b"big":
+                assert (exchange.outcome, exchange.status) == (Outcome.COMPLETE, 413)
+            assert exchange.response_bytes == len(heard)
 
 
 @on_both_loops

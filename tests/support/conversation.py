@@ -96,6 +96,8 @@ class _Socket:
 
     family = socket.AF_INET
     _silent = socket.socketpair()  # the system's, for whoever polls: nothing ever comes on it
+    for _end in _silent:
+        _end.setblocking(False)  # as any socket of a loop is
 
     def __init__(self) -> None:
         self.resets = False
