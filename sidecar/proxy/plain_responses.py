@@ -62,6 +62,8 @@ class PlainResponses(Heads[Facts]):
         meant = self._meant(key)
         if meant[Meaning.LENGTH] + meant[Meaning.CHUNKED] != 1:  # two framings, or up to the end of the connection
             return self._remember(key, None)
+        if meant[Meaning.KEEP_ALIVE] > 1:  # the least of what they say counts
+            return self._remember(key, None)
         described = self._describe(int(lines[0][9:12]), fields_of_lines(lines[1:]))
         if described is None:
             return self._remember(key, None)

@@ -174,6 +174,7 @@ RESPONSES = [
     ok(b"\n" + TEXTS[1] + USAGE, JSON),
     in_chunks(b"Content-Type: text/event-stream\r\n", TEXTS[1] + USAGE + b"data: [DONE]\n\n"),
     in_chunks(JSON, TEXTS[1], USAGE + b"data: [DONE]\n\n"),
+    ok(b"ok", b"Keep-Alive: timeout=1\r\nKeep-Alive: timeout=60\r\n"),
 ]
 
 CUTS = st.lists(st.integers(0, 400), max_size=2)
@@ -429,6 +430,7 @@ def transcript(script: list[Step], *, short: bool, options: dict[str, Any]) -> t
 @example(script=[("refuses",), ("request", 22, []), ("lost",), ("request", 0, [])])
 @example(script=[("connects later",), ("request", 23, []), ("reset upstream",), ("leaves",)])
 @example(script=[("lost",), ("request", 25, []), ("part", 0, []), ("part", 2, []), ("part", 9, []), *WARM])
+@example(script=[("request", 0, []), ("response", len(RESPONSES) - 1, []), ("request", 0, []), ANSWERED])
 @settings(max_examples=40)
 def test_both_ways_forward_and_record_the_same(options: dict[str, Any], script: list[Step]) -> None:
     short, plain = transcript(script, short=True, options=options)
