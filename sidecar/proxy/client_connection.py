@@ -553,6 +553,11 @@ class Client(ClientProtocol):
         """Whether it is open, and no call is."""
         return self.call is None and self.transport is not None and self._closing is None and not self._begun
 
+    @property
+    def holds_unsent(self) -> bool:
+        """Whether some of what was written for it has not left."""
+        return self.transport is not None and self.transport.get_write_buffer_size() > 0
+
     def is_new(self, within_s: float) -> bool:
         """Whether it was made so lately that its first request may still be under way."""
         if self._called or not self.is_idle:

@@ -60,6 +60,7 @@ CUT_S: Final = 1.0  # how long cut connections may take to be gone
 CAME_S: Final = 1.0  # at a stop: how long what had come by then may take to be taken up
 QUEUED_S: Final = 1.0  # and what waits then in the queue of a listener that is never empty
 CAME_LOOK_S: Final = 0.005  # between two looks whether there is more of it
+LEAVE_LOOK_S: Final = 0.02  # between two looks whether what was written has left
 MADE_S: Final = 0.001  # a connection that is being made when no more are: the way to its client and back
 
 
@@ -378,6 +379,7 @@ class Proxy:
             # On the connections that were let in last, too: also those whose first request is on its way.
             await self._take_what_came(clients, began + min(2 * CAME_S + QUEUED_S, timeout_s), new=True)
             timeout_s = max(0.0, timeout_s - (hop.loop.time() - began))
+        until = hop.loop.time() + timeout_s
         for client in list(clients.open):
             client.stop()
         if hop.calls:
@@ -393,7 +395,8 @@ class Proxy:
                 call.stop()
             except Exception:
                 log.exception("a call could not be cut")
-        # A last response may still be in a socket's buffer; lingering clients are not waited for long.
+        await self._let_leave(hop, clients, until)
+        # Lingering clients are not waited for long.
         gone = asyncio.Event()
         clients.when_empty(gone.set)
         try:
@@ -403,6 +406,15 @@ class Proxy:
             for client in list(clients.open):
                 if client.transport is not None:
                     client.transport.abort()
+
+    async def _let_leave(self, hop: Hop, clients: Clients, until: float) -> None:
+        """Wait for what was written. A call is over when the last of it is in a buffer of ours, and who reads slowly
+        has that still to come: the end of a response, or of what a tunnel's client said."""
+        pools = [to.upstream for to in (hop.rest, *hop.named) if to.upstream is not None]
+        while hop.loop.time() < until:
+            if not (any(client.holds_unsent for client in clients.open) or any(pool.finishing for pool in pools)):
+                return
+            await asyncio.sleep(LEAVE_LOOK_S)
 
     async def _close_when_empty(self) -> bool:
         """Close the listeners, with nobody in their queues; False: there was somebody. For this one moment no new

@@ -172,6 +172,7 @@ class UpstreamConnection(UpstreamProtocol):
         self._let_go()
         if transport is not None and transport.get_write_buffer_size():
             # Nobody looks after it any more, and a peer that reads nothing would have it open for ever.
+            self._upstream.finishing.add(self)
             self._cut_off = self._loop.call_later(within_s, transport.abort)
 
     def _let_go(self) -> None:
@@ -205,6 +206,7 @@ class UpstreamConnection(UpstreamProtocol):
         super().connection_lost(exc)
         if self._cut_off is not None:
             self._cut_off.cancel()
+            self._upstream.finishing.discard(self)
         if isinstance(exc, ssl.SSLError):
             self.why_lost = TLS  # a certificate of ours that was wanted is told after the handshake
         self._let_go()
@@ -259,6 +261,7 @@ class Upstream:
         self._loop = loop
         self._keepalive_s = keepalive_s
         self._age_s = age_s
+        self.finishing: set[UpstreamConnection] = set()  # done with, but for what is still to be sent
         self._idle: dict[UpstreamConnection, None] = {}  # in order of use; the last one used is taken next
         self._generation = 0
         self._connector = Connector(

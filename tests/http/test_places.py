@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import serialization
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, on_both_loops, reply, until
 
 from sidecar.proxy import server
+from sidecar.proxy.call import Call
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 STREAM = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
@@ -520,6 +521,69 @@ async def test_a_stop_waits_for_records() -> None:
         hop.recorder.let_go()
         assert (await client.rest()).endswith(b"whole")
         await stop
+
+
+LEFT = 60_000  # more than small buffers of the system hold, and less than makes either side wait
+
+
+def _hold_little(sock: Any) -> None:
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4_096)
+
+
+@on_both_loops
+async def test_a_stop_waits_for_a_slow_reader_of_a_last_response(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server, "CUT_S", 0.01)
+    async with RawUpstream(answering(reply(b"x" * LEFT))) as upstream, Hop(upstream.url) as hop:
+        client = await hop.client(receive_buffer=4_096)
+        await until(lambda: bool(hop.proxy._clients and hop.proxy._clients.open))
+        assert hop.proxy._clients is not None
+        (accepted,) = hop.proxy._clients.open
+        assert accepted.transport is not None
+        _hold_little(accepted.transport.get_extra_info("socket"))
+        await client.send(GET)
+        await hop.recorder.ended()
+        assert accepted.holds_unsent
+        stop = asyncio.ensure_future(hop.proxy.stop(5))
+        await asyncio.wait({stop}, timeout=0.2)
+        assert not stop.done()
+        assert (await client.rest()).endswith(b"x" * LEFT)
+        await stop
+
+
+@on_both_loops
+async def test_a_stop_waits_for_what_the_client_of_a_tunnel_said_last() -> None:
+    loop = asyncio.get_running_loop()
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        listener.setblocking(False)
+        async with Hop(f"http://127.0.0.1:{listener.getsockname()[1]}") as hop:
+            client = await hop.client()
+            await client.send(GET[:-2] + b"Connection: upgrade\r\nUpgrade: x\r\n\r\n")
+            upstream, _ = await loop.sock_accept(listener)
+            with upstream:
+                assert b"Upgrade: x" in await loop.sock_recv(upstream, 4_096)
+                assert hop.proxy._hop is not None
+                (call,) = hop.proxy._hop.calls
+                assert isinstance(call, Call)
+                assert call.connection is not None
+                assert call.connection.transport is not None
+                _hold_little(call.connection.transport.get_extra_info("socket"))
+                answer = b"HTTP/1.1 101 Switching\r\nConnection: upgrade\r\nUpgrade: x\r\n\r\n"
+                await loop.sock_sendall(upstream, answer)
+                await client.head()
+                await client.send(b"x" * LEFT)
+                await client.close()
+                await hop.recorder.ended()
+                stop = asyncio.ensure_future(hop.proxy.stop(5))
+                await asyncio.wait({stop}, timeout=0.2)
+                assert not stop.done()
+                came = b""
+                while piece := await loop.sock_recv(upstream, 65_536):
+                    came += piece
+                assert came == b"x" * LEFT
+                await stop
 
 
 async def test_a_proxy_that_was_never_started_stops() -> None:
