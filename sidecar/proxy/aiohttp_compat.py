@@ -4,7 +4,8 @@ aiohttp gives the hop its request parser, its body reader with flow control, its
 bookkeeping, and its connector (DNS cache, happy eyeballs, TLS, Unix sockets). What is not
 needed for a hop (a task a request, request and response objects, a session) is left out by
 overriding the few methods below. `tests/http/test_aiohttp_internals.py` fails when aiohttp
-changes one of them; nothing else in the project touches a name of aiohttp that starts with `_`.
+changes one of them; nothing else in the project touches a name of aiohttp that starts with `_`,
+but for the class of the connections to backends (`storage/http_client.py`).
 
 Seen with aiohttp 3.14.
 """

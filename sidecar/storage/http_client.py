@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
+from functools import partial
 from time import time
 from types import SimpleNamespace
 from typing import Any, Final, cast
@@ -24,6 +25,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import orjson
+from aiohttp.client_proto import ResponseHandler
 
 from sidecar import __version__
 
@@ -35,6 +37,7 @@ TLS_QUESTION_S: Final = 2.0  # for asking a port that said nothing whether it sp
 IDLE_S: Final = 15.0  # how long an unused connection is kept; aiohttp's own default
 RETRY_AFTER_S_MAX: Final = 86_400.0  # a vendor asking for more than a day is taken for a mistake of the day
 
+_HTTP: Final = b"HTTP/"
 _CODE: Final = re.compile(r"[A-Za-z0-9_.:-]{1,64}")
 
 
@@ -98,6 +101,33 @@ class _Trace:
     fresh: bool = False
 
 
+class _NotHttp(aiohttp.ClientError):
+    """The first that came on a connection is not HTTP: who is there has read no request."""
+
+
+class _Wire(ResponseHandler):
+    """A connection that tells an answer from what comes behind it.
+
+    aiohttp drops an answer that it has read when nonsense follows in the same piece: a body behind a 204, one longer
+    than its `Content-Length`. Others take such an answer, and its request was read: so a head goes on by itself.
+    """
+
+    _began = False
+
+    def data_received(self, data: bytes) -> None:
+        if not self._began and (begin := data.lstrip(b"\r\n")):
+            self._began = True
+            if not begin.startswith(_HTTP[: len(begin)]):
+                self.set_exception(_NotHttp())
+                if self.transport is not None:
+                    self.transport.close()
+                return
+        head, end, rest = data.partition(b"\r\n\r\n")
+        super().data_received(head + end)
+        if rest:
+            super().data_received(rest)
+
+
 async def _mark_connected(_: aiohttp.ClientSession, context: SimpleNamespace, __: Any) -> None:
     trace = context.trace_request_ctx
     if isinstance(trace, _Trace):
@@ -150,7 +180,7 @@ class HttpClient:
             return NoAnswer(reason)
         if not trace.fresh:
             return NoAnswer(reason, maybe_read=True)
-        if reason == "not_http":
+        if isinstance(error, _NotHttp):
             return NoAnswer(reason)
         silent = reason in ("reset", "timeout") and not self._spoke_http
         if silent and url.startswith("http://") and await speaks_tls(url):
@@ -167,11 +197,14 @@ class HttpClient:
             trace = aiohttp.TraceConfig()
             trace.on_connection_create_end.append(cast(Any, _mark_connected))
             trace.on_connection_reuseconn.append(cast(Any, _mark_reused))
+            # limit=0: how many requests run at once is the caller's to say.
+            connector = aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=self.idle_s, ssl=self.tls if self.tls is not None else True
+            )
+            # Not of aiohttp's public face, like the hop's (`proxy.aiohttp_compat`).
+            connector._factory = partial(_Wire, asyncio.get_running_loop())  # type: ignore[assignment]
             self._session = aiohttp.ClientSession(
-                # limit=0: how many requests run at once is the caller's to say.
-                connector=aiohttp.TCPConnector(
-                    limit=0, keepalive_timeout=self.idle_s, ssl=self.tls if self.tls is not None else True
-                ),
+                connector=connector,
                 timeout=aiohttp.ClientTimeout(
                     total=self.connect_timeout_s + self.timeout_s,
                     connect=self.connect_timeout_s,
@@ -192,6 +225,8 @@ def fault_of(error: BaseException) -> str:
         return "dns"
     if isinstance(error, (aiohttp.ClientSSLError, ssl.SSLError, ssl.CertificateError)):
         return "tls"
+    if isinstance(error, _NotHttp):
+        return "not_http"
     if isinstance(error, aiohttp.ClientResponseError):
         # The parser's words at the first byte of an answer; what is HTTP and broken reads otherwise.
         return "not_http" if "Expected HTTP/" in error.message else "bad_http"

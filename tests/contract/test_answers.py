@@ -521,3 +521,30 @@ async def test_garbage_behind_an_answer_in_http_stays_unknown(tmp_path: Path) ->
         assert await backend.send(second) == [Unknown("not_http")]
         assert server.connections == 1
         await backend.aclose()
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        (b"HTTP/1.1 204 No Content\r\n\r\n{}", Delivered()),
+        (b"HTTP/1.1 204 No Content\r\nContent-Length: 4\r\n\r\nnull", Delivered()),
+        (b"HTTP/1.1 201 Created\r\nContent-Length: 2\r\n\r\n{}}\n", Delivered()),
+        (b"HTTP/1.1 401 No\r\nContent-Length: 1\r\n\r\n{}", Blocked("unauthorized")),
+        (b"HTTP/1.1 200 OK\r\nContent-Length: 1\r\n\r\n{}", Unknown("cut_answer")),
+        (b"HTTP/1.1 103 Early Hints\r\n\r\noops", Unknown("not_http")),
+    ],
+)
+@pytest.mark.parametrize("trial_name", ["revenium-event", "meter"])
+async def test_an_answer_with_more_behind_it_than_it_says_is_an_answer(
+    trial_name: str, reply: bytes, verdict: object, tmp_path: Path
+) -> None:
+    """A body behind a 204, one longer than its length: who sends it has read the request, which is not to go again."""
+    async with ScriptedServer().running() as server:
+        server.says(reply)
+        backend = build(trial_name, tmp_path, server.url)
+        sealed = backend.encode(records(1)).sealed[0]
+        assert await backend.send(sealed) == [verdict]
+        server.script = vendor_yes
+        assert await backend.send(sealed) == [Delivered()]
+        assert server.connections == 2, "a connection with something left on it is used no more"
+        await backend.aclose()
