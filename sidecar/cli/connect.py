@@ -142,7 +142,9 @@ def _words(error: OSError) -> str:
         return f"the TLS handshake failed: {error.reason or error}"
     # asyncio puts a text of its own where the system's would say more; names that are not found have theirs.
     number = error.errno or 0
-    return os.strerror(number) if number > 0 else error.strerror or str(error)
+    if number > 0:
+        return os.strerror(number)
+    return error.strerror or str(error) or "it closed the connection"
 
 
 async def _reach_upstream(

@@ -53,6 +53,7 @@ _SERVICE_LINK: Final = re.compile(
 
 _USER: Final = re.compile(r"//\S*@")
 _QUERY: Final = re.compile(r"(://[^\s?]*)\?[^\s']*")
+_LONG: Final = re.compile(rf"\S{{{SHOWN_CHARS + 1},}}")
 _PEM: Final = re.compile(r"(-----BEGIN [^-]*-----).*", re.DOTALL)
 
 BackendSettings = Mapping[str, Sequence[Setting]]
@@ -173,7 +174,7 @@ class _Loading:
                 hides = setting.secret or shown != _as_text(found.value)
                 says = isinstance(error, UnfitSecret if hides and not found.problem else Unfit)
                 password = ", and no password in it" if hides and not setting.secret else ""
-                why = str(error) if says else f"expected {setting.kind.expected}{password}"
+                why = _LONG.sub(_cut, str(error)) if says else f"expected {setting.kind.expected}{password}"
                 quoted = "" if found.problem else " (hidden)" if setting.secret else f"={_quote(shown)}"
                 source = origin.removeprefix("environment").removeprefix(", ")
                 where = f" (in {source})" if source else ""
@@ -196,6 +197,8 @@ class _Loading:
         for other in setting.also:
             if self.environ.get(other):
                 return _Found(self.environ[other], f"environment, {other}")
+        if in_file is not None and in_named_file is not None:
+            return _Found(None, self.toml_name, f"{setting.name}_file is set as well: keep one of the two")
         if in_file is not None:
             return _Found(in_file, self.toml_name)
         if in_named_file is not None:
@@ -526,6 +529,10 @@ def without_secrets(text: str) -> str:
 def _quote(text: str) -> str:
     shown = text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
     return repr(shown)
+
+
+def _cut(word: re.Match[str]) -> str:
+    return word[0][: SHOWN_CHARS - 1] + "…"
 
 
 def _suggestion(name: str, known: Collection[str]) -> str:

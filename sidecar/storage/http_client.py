@@ -233,6 +233,8 @@ def fault_of(error: BaseException) -> str:
     if isinstance(error, (aiohttp.ServerDisconnectedError, aiohttp.ClientPayloadError)):
         return "reset"
     number = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, aiohttp.ClientConnectorError) and isinstance(error.os_error, ConnectionError) and not number:
+        return "reset"  # an event loop's own word for it, without a number: closed during the handshake
     return _FAULTS.get(number or 0, "connect" if isinstance(error, aiohttp.ClientConnectorError) else "reset")
 
 

@@ -35,6 +35,7 @@ from support.backend_trials import HTTP_TRIALS, PATHS, RECEIVED, TRIALS, at_a_se
 
 from sidecar.backends.answers import ANSWERS, said_yes
 from sidecar.backends.http import Answer
+from sidecar.cli.connect import _reach_backend, _try
 from sidecar.dev.mock_backends import Do, Fault, Lie
 from sidecar.meters.definition import DEFAULT_METERS
 from sidecar.model.delivery import (
@@ -489,6 +490,19 @@ async def test_a_port_that_speaks_tls_took_nothing_that_was_sent_plainly(trial_n
             backend = build(trial_name, tmp_path, server.url)
             assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("tls")]
             await backend.aclose()
+
+
+async def test_who_hangs_up_before_tls_is_agreed_on_took_nothing_and_is_named(tmp_path: Path) -> None:
+    async def hang_up(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read(1)
+
+    async with listening(hang_up) as port:
+        url = f"https://127.0.0.1:{port}"
+        backend = build("revenium-meter", tmp_path, url)
+        assert await backend.send(backend.encode(records(1)).sealed[0]) == [Retry("reset")]
+        await backend.aclose()
+        tried = await _try("meter", _reach_backend("meter", url))
+    assert tried.detail == "reset: it closed the connection"
 
 
 async def test_plain_spoken_to_tls_is_a_retry_too(tmp_path: Path) -> None:

@@ -372,6 +372,19 @@ def test_a_secret_said_twice_is_a_problem(tmp_path: Path) -> None:
     assert found == "SIDECAR_STRIPE_API_KEY: SIDECAR_STRIPE_API_KEY_FILE is set as well: keep one of the two"
 
 
+def test_a_secret_said_twice_in_the_file_is_a_problem(tmp_path: Path) -> None:
+    config = tmp_path / "sidecar.toml"
+    config.write_text('[stripe]\napi_key = "a"\napi_key_file = "/x"\n')
+    (found,) = problems(SIDECAR_CONFIG=str(config))
+    assert found == f"SIDECAR_STRIPE_API_KEY (in {config}): api_key_file is set as well: keep one of the two"
+
+
+@pytest.mark.parametrize("name", ["SUBSCRIBER", "ROUTES", "TRUSTED_PROXIES", "BACKENDS", "DIMENSIONS", "ELEMENTS"])
+def test_what_is_wrong_with_a_long_value_does_not_repeat_it_whole(name: str) -> None:
+    (found,) = problems({f"SIDECAR_{name}": "x" * 5000})
+    assert len(found) < 500
+
+
 def test_the_vendors_variable_is_read_when_ours_is_absent() -> None:
     theirs = {"STRIPE_API_KEY": "theirs", "SIDECAR_BACKENDS": "stripe"}
     assert read(theirs).backend("stripe")["api_key"] == Secret("theirs")
