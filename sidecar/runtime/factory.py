@@ -37,6 +37,7 @@ from sidecar.proxy.subscriber import Attributor, is_hashed
 from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.logging import tell_fault
 from sidecar.runtime.metrics import Metrics
+from sidecar.runtime.names import look_up
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import ProxySettings, Settings, UpstreamSettings
 from sidecar.settings.loader import named
@@ -320,7 +321,8 @@ def _keep_hash_key(path: Path, key: bytes) -> bytes:
 
 
 def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
-    """uvloop where it is available: half the cost of the standard loop. What it catches is told without its text."""
+    """uvloop where it is available: half the cost of the standard loop. What it catches is told without its text, and
+    a name that is looked up holds up nothing else."""
     new_loop: Callable[[], asyncio.AbstractEventLoop] = asyncio.new_event_loop
     with suppress(ImportError):
         import uvloop
@@ -330,6 +332,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     def make() -> asyncio.AbstractEventLoop:
         loop = new_loop()
         loop.set_exception_handler(tell_fault)
+        loop.getaddrinfo = partial(look_up, loop)  # type: ignore[method-assign]
         return loop
 
     return make
