@@ -95,7 +95,6 @@ SHORT = {
     "runtime/admin/answers.py": "what both ports answer with, under both of them",
     "runtime/certificates.py": "`check` asks it too, without the rest of start-up",
     "runtime/faults.py": "`check`, the start and a reload ask it, above the parts that judge",
-    "runtime/names.py": "the one place that looks up names for the loop",
     "runtime/signals.py": "the one place that takes signals for the loop",
     "runtime/unclaimed.py": "when an answer without a reader is said; with a test of its own",
     "spool/retention.py": "what goes and when is a policy of its own",

@@ -54,8 +54,11 @@ def run(arguments: argparse.Namespace) -> int:
     results: Sequence[Tried] = ()
     if arguments.connect:
         from sidecar.cli.connect import try_everything
+        from sidecar.runtime.names import with_own_threads
 
-        results = asyncio.run(try_everything(settings))
+        # A name that hangs would be waited for at the end.
+        with asyncio.Runner(loop_factory=lambda: with_own_threads(asyncio.new_event_loop())) as runner:
+            results = runner.run(try_everything(settings))
     _print(arguments, settings.effective, notes(settings), results)
     if found := hindrances(settings):
         print("\n  ".join(["the sidecar would not start:", *found]), file=sys.stderr)

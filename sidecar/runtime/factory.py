@@ -37,7 +37,7 @@ from sidecar.proxy.subscriber import Attributor, is_hashed
 from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.logging import tell_fault
 from sidecar.runtime.metrics import Metrics
-from sidecar.runtime.names import look_up
+from sidecar.runtime.names import with_own_threads
 from sidecar.runtime.unclaimed import Unclaimed
 from sidecar.settings import ProxySettings, Settings, UpstreamSettings
 from sidecar.settings.loader import named
@@ -332,8 +332,7 @@ def loop_factory() -> Callable[[], asyncio.AbstractEventLoop]:
     def make() -> asyncio.AbstractEventLoop:
         loop = new_loop()
         loop.set_exception_handler(tell_fault)
-        loop.getaddrinfo = partial(look_up, loop)  # type: ignore[method-assign]
-        return loop
+        return with_own_threads(loop)
 
     return make
 

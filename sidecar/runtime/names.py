@@ -12,8 +12,16 @@ import errno
 import os
 import socket
 from contextlib import suppress
+from functools import partial
 from threading import Thread
 from typing import Any
+
+
+def with_own_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
+    """The loop, which looks names up so. (uvloop does in `create_connection` what it did: nothing of ours that goes on
+    calls that with a name but the client of NATS.)"""
+    loop.getaddrinfo = partial(look_up, loop)  # type: ignore[method-assign]
+    return loop
 
 
 async def look_up(

@@ -100,3 +100,11 @@ async def test_names_that_hang_hold_up_no_other_call_no_other_backend_and_no_sto
                     await asyncio.sleep(0.05)
             assert await whole.stop() == 0  # within the limit of `Whole`: nobody ever lets the names go
         (tmp_path / "names" / "go").touch()
+
+
+async def test_check_says_of_a_name_that_hangs_that_it_does_and_ends(tmp_path: Path, shim: dict[str, str]) -> None:
+    whole = Whole(tmp_path / "data", "http://upstream.hangs:9", **shim)
+    async with asyncio.timeout(LIMIT_S):  # nobody ever lets the name go
+        code, out, _ = await whole.command("check", "--connect")
+    assert code == 1
+    assert "timeout: no connection within" in out
