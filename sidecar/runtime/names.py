@@ -11,6 +11,7 @@ import asyncio
 import errno
 import os
 import socket
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from functools import partial
 from threading import Thread
@@ -18,10 +19,32 @@ from typing import Any
 
 
 def with_own_threads(loop: asyncio.AbstractEventLoop) -> asyncio.AbstractEventLoop:
-    """The loop, which looks names up so. (uvloop does in `create_connection` what it did: nothing of ours that goes on
-    calls that with a name but the client of NATS.)"""
+    """The loop, which looks names up so."""
     loop.getaddrinfo = partial(look_up, loop)  # type: ignore[method-assign]
+    # uvloop's does not ask its own `getaddrinfo`.
+    loop.create_connection = partial(_connect, loop, loop.create_connection)  # type: ignore[method-assign]
     return loop
+
+
+async def _connect(
+    loop: asyncio.AbstractEventLoop,
+    connect: Callable[..., Awaitable[Any]],
+    factory: Callable[[], asyncio.BaseProtocol],
+    host: str | None = None,
+    port: int | None = None,
+    **more: Any,
+) -> Any:
+    """`loop.create_connection`, to one address after the other of a host."""
+    if not host:
+        return await connect(factory, host, port, **more)
+    if more.get("ssl") and more.get("server_hostname") is None:
+        more["server_hostname"] = host
+    hints = {name: more[name] for name in ("family", "proto", "flags") if name in more}
+    addresses = [address[0] for *_, address in await look_up(loop, host, port, type=socket.SOCK_STREAM, **hints)]
+    for address in addresses[:-1]:
+        with suppress(OSError):
+            return await connect(factory, address, port, **more)
+    return await connect(factory, addresses[-1], port, **more)
 
 
 async def look_up(

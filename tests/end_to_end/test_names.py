@@ -44,6 +44,12 @@ int getaddrinfo(const char *name, const char *port, const struct addrinfo *hints
 """
 
 
+async def until_asked_for(tmp_path: Path, *names: str) -> None:
+    async with asyncio.timeout(LIMIT_S):
+        while not all((tmp_path / "names" / f"{name}.hangs").exists() for name in names):
+            await asyncio.sleep(0.01)
+
+
 @pytest.fixture
 def shim(tmp_path: Path) -> dict[str, str]:
     compiler = shutil.which("cc")
@@ -59,11 +65,6 @@ def shim(tmp_path: Path) -> dict[str, str]:
 async def test_names_that_hang_hold_up_no_other_call_no_other_backend_and_no_stop(
     tmp_path: Path, shim: dict[str, str]
 ) -> None:
-    async def until_asked_for(*names: str) -> None:
-        async with asyncio.timeout(LIMIT_S):
-            while not all((tmp_path / "names" / f"{name}.hangs").exists() for name in names):
-                await asyncio.sleep(0.01)
-
     async with running_receiver() as (_, url):
         port = url.rpartition(":")[2]
         whole = Whole(
@@ -91,10 +92,10 @@ async def test_names_that_hang_hold_up_no_other_call_no_other_backend_and_no_sto
                     return answer.status
 
             hanging = [asyncio.ensure_future(get(f"/{name}/x")) for name in "abcd"]
-            await until_asked_for(*"abcd")
+            await until_asked_for(tmp_path, *"abcd")
             assert await get("/_received") == 200, "its name is found while others are not"
             assert await asyncio.gather(*hanging) == [504] * 4
-            await until_asked_for("meter", "revenium", "flexprice", "lago")
+            await until_asked_for(tmp_path, "meter", "revenium", "flexprice", "lago")
             async with asyncio.timeout(LIMIT_S):
                 while (await whole.get("/balance"))["backends"]["webhook"]["delivered"] < 5:
                     await asyncio.sleep(0.05)
@@ -108,3 +109,21 @@ async def test_check_says_of_a_name_that_hangs_that_it_does_and_ends(tmp_path: P
         code, out, _ = await whole.command("check", "--connect")
     assert code == 1
     assert "timeout: no connection within" in out
+
+
+async def test_a_stop_does_not_wait_for_the_name_of_a_nats_server(tmp_path: Path, shim: dict[str, str]) -> None:
+    pytest.importorskip("nats")
+    async with running_receiver() as (_, url):
+        whole = Whole(
+            tmp_path / "data",
+            url,
+            **shim,
+            SIDECAR_BACKENDS="nats",
+            SIDECAR_NATS_URL="nats://server.hangs:4222",
+            SIDECAR_NATS_STREAM="METERING",
+        )
+        async with whole, aiohttp.ClientSession() as session:
+            async with session.get(whole.proxy_url + "/_received") as answer:
+                assert answer.status == 200
+            await until_asked_for(tmp_path, "server")
+            assert await whole.stop() == 0, "else it had to be killed by its supervisor"
