@@ -14,7 +14,8 @@ from urllib.parse import urlsplit
 from sidecar.model.grammar import Unfit, UnfitSecret
 
 PORTS: Final = {"http": 80, "https": 443}
-HOST: Final = re.compile(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
+# Labels as names have them: none that is empty or longer than 63 characters can be looked up.
+HOST: Final = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|\[[0-9A-Fa-f:.]+(?:%[A-Za-z0-9._-]+)?\]")
 EXPECTED: Final = "an http:// or https:// address"
 
 
