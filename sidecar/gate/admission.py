@@ -390,6 +390,20 @@ class Admission:
                 at_most[key] = amount
         return replace(gate, at_most=at_most or None)
 
+    def of_message(self, weighed: Weighed, gate: Gate) -> Gate | None:
+        """What a message of a socket is counted by beside what its record says; None: that is enough. `gate`: of the
+        socket."""
+        counters = self._unsaid(weighed)
+        return replace(gate, reserved=counters, at_most=None) if counters else None
+
+    def _unsaid(self, weighed: Weighed) -> dict[str, int]:
+        """Of a call of which nothing was set aside: counters that its record would not lead to, since it has no key."""
+        if not self.by_key:
+            return {}
+        now_ns = self._clock_ns() + self._shift_ns
+        slots = self._allowances.plan(weighed.facts).slots
+        return {slot.limit.key(slot.scope, now_ns): 0 for slot in slots if slot.limit.is_of_key}
+
     def at_once(self, weighed: Weighed) -> Verdict | None:
         """The decision, where this process can make it alone; None: `ask`."""
         plan, now_ns = weighed.plan, self._clock_ns() + self._shift_ns
@@ -517,7 +531,7 @@ class Admission:
             if not 0.0 <= age_s <= LAST_S:  # the clock may have been set back since
                 decision, name, age_s = ALLOWED, None, 0.0
         if decision != DENIED:
-            pending.then(Verdict(Gate(ALLOWED, None, ON_FAILURE, age_s)))
+            pending.then(Verdict(Gate(ALLOWED, None, ON_FAILURE, age_s, self._unsaid(weighed))))
             return
         if name is None:
             slots, outside = weighed.plan.slots, self._outside

@@ -146,6 +146,10 @@ class Limit:
         return self.unit == "cost_usd" or _sums_cost(self.meter)
 
     @property
+    def is_of_key(self) -> bool:
+        return any(scope == "key" for scope, _ in self.scopes)
+
+    @property
     def in_hours(self) -> bool:
         """Whether sums by hour, subscriber, provider and route tell what was used of it. They have the model that
         responded, and a limit the one that was asked for: `gpt-5` is `gpt-5-2025-08-07` there."""

@@ -921,7 +921,8 @@ class Call:
         tap = None
         if self._recorder is hop.recorder:
             tap = self._taps.socket(self._target, response)
-        tunnel = self._tunnel = Tunnel(self, hop, self._exchange, client, connection, tap)
+        gate_of_message = None if self._question is None else self._question.of_message
+        tunnel = self._tunnel = Tunnel(self, hop, self._exchange, client, connection, tap, gate_of_message)
         self.phase = Phase.TUNNEL
         connection.owner = tunnel
         connection.pause(client.full)

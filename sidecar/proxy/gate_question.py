@@ -69,6 +69,11 @@ class GateQuestion:
         prepared = self._prepared
         return self._gate.undecided(prepared.method, prepared.target, prepared.upstream)
 
+    def of_message(self) -> Gate | None:
+        """For the record of a message, where the call is a socket by now."""
+        gate, weighed = self._exchange.gate, self._weighed
+        return None if gate is None or weighed is None else self._gate.of_message(weighed, gate)
+
     def too_late(self, verdict: Verdict) -> None:
         """The verdict came when the call was over."""
         self._gate.cancelled(verdict.gate)

@@ -12,7 +12,7 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from sidecar.model.exchange import Exchange, Outcome, Usage, cut_usage
+from sidecar.model.exchange import Exchange, Gate, Outcome, Usage, cut_usage
 from sidecar.proxy.call_taps import guarded
 from sidecar.proxy.context import Hop
 from sidecar.proxy.upstream import UpstreamConnection
@@ -59,8 +59,8 @@ class Tunnel:
     """Owner of the upstream connection from the 101 on."""
 
     __slots__ = (
-        "_client", "_closed", "_connection", "_exchange", "_going_on", "_held", "_hop", "_lost", "_owner", "_tap",
-        "_waiting",
+        "_client", "_closed", "_connection", "_exchange", "_gate_of_message", "_going_on", "_held", "_hop", "_lost",
+        "_owner", "_tap", "_waiting",
     )  # fmt: skip
 
     def __init__(
@@ -71,14 +71,17 @@ class Tunnel:
         client: TunnelClient,
         connection: UpstreamConnection,
         tap: SocketTap | None,
+        gate_of_message: Callable[[], Gate | None] | None = None,
     ) -> None:
-        """`exchange`: of the call that became a tunnel; its sizes are counted here. `tap`: None: nobody reads along."""
+        """`exchange`: of the call that became a tunnel; its sizes are counted here. `tap`: None: nobody reads along.
+        `gate_of_message`: by what limits a message counts; None: there are none."""
         self._owner = owner
         self._hop = hop
         self._exchange = exchange
         self._client = client
         self._connection = connection
         self._tap = tap
+        self._gate_of_message = gate_of_message
         self._waiting = 0  # records of messages that are not on disk yet, and one for what is still to be read
         self._going_on = False  # the next turn reads on
         self._held: list[bytes] = []  # what waits for them
@@ -157,6 +160,8 @@ class Tunnel:
         if not hop.recorder.admit(message):
             self._owner.tunnel_unrecorded()
             return True
+        if self._gate_of_message is not None:
+            message.gate = guarded(None, self._gate_of_message)
         guarded(None, cut_usage, usage, hop.metrics.limit_reached)
         message.outcome = Outcome.COMPLETE
         message.duration_ms = 0.0

@@ -336,7 +336,8 @@ class Settling:
 
     def call_ended(self, exchange: Exchange) -> None:
         self._owner.settle(exchange)
-        if (gate := exchange.gate) is not None:
+        # Of a socket it was decided once, for all of its messages.
+        if (gate := exchange.gate) is not None and exchange.parent_id is None:
             self._metrics.gate_decided(gate.decision, gate.source, gate.limit)
         self._metrics.call_ended(exchange)
 

@@ -180,6 +180,63 @@ async def test_a_limit_of_a_model_holds_for_forms_coded_bodies_and_sockets(tmp_p
     assert reached == ["/v1/realtime?model=gpt-realtime"]
 
 
+@pytest.mark.timeout(120)
+async def test_what_the_messages_of_a_socket_take_counts_for_its_key(tmp_path: Path) -> None:
+    """Their records have no key, and neither has one of a call that was let in without asking."""
+
+    async def answers(request: web.Request) -> web.WebSocketResponse:
+        socket = web.WebSocketResponse()
+        await socket.prepare(request)
+        async for _ in socket:
+            usage = {"input_tokens": 30, "output_tokens": 20, "total_tokens": 50}
+            await socket.send_json({"type": "response.done", "response": {"id": "r", "usage": usage}})
+        return socket
+
+    config = tmp_path / "limits.toml"
+    config.write_text('[[limits]]\nname = "of-key"\nkey = "*"\nunit = "total_tokens"\namount = 100\nwindow = "day"\n')
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answers)
+    server = TestServer(app)
+    await server.start_server()
+    try:
+        async with (
+            client() as session,
+            limited(tmp_path, str(server.make_url("")), SIDECAR_CONFIG=str(config)) as whole,
+        ):
+            url = f"{whole.proxy_url}/v1/realtime?model=gpt-realtime"
+            headers = {"x-tenant": "acme", "authorization": "Bearer one"}
+            async with session.ws_connect(url, headers=headers) as socket:
+                for used in ("50", "100"):
+                    await socket.send_str("{}")
+                    await socket.receive()
+                    await until_used(whole, "of-key", used, "0")
+                with pytest.raises(aiohttp.WSServerHandshakeError) as denied:
+                    await session.ws_connect(url, headers=headers)
+                assert denied.value.status == 402
+            await whole.settled()
+            assert 'decision="allowed",limit="",source="limits"} 1.0' in await whole.text("/metrics"), "a socket is one"
+            await whole.kill()
+            await whole.start()
+            await until_used(whole, "of-key", "100", "0")
+    finally:
+        await server.close()
+
+
+@pytest.mark.timeout(120)
+async def test_what_is_let_in_without_asking_counts_for_its_key(tmp_path: Path) -> None:
+    config = tmp_path / "limits.toml"
+    config.write_text('[[limits]]\nname = "of-key"\nkey = "*"\nunit = "total_tokens"\namount = 100\nwindow = "day"\n')
+    async with upstream() as (_, url), client() as session:
+        async with limited(tmp_path, url, SIDECAR_CONFIG=str(config), SIDECAR_DURABILITY="buffered") as whole:
+            meter = whole.children()["meter"][0]
+            suspend(meter)
+            try:
+                assert (await call(session, whole))[0] == 200
+            finally:
+                os.kill(meter, signal.SIGCONT)
+            await until_used(whole, "of-key", "15", "0")
+
+
 async def until_used(whole: Whole, name: str, used: str, reserved: str) -> None:
     rows: list[dict[str, Any]] = []
     try:
