@@ -18,6 +18,7 @@ Times are Unix nanoseconds and come in as arguments.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final, NamedTuple
@@ -31,6 +32,8 @@ SHARED_PARTS: Final = 8  # the same of what this sidecar holds a lease of, which
 LEASE_CALLS_MAX: Final = 256  # and at most so many calls of the size of the one that asked
 HELD_MAX: Final = 1 << 62  # for one call, and leased beside it: a record has it in 64 bits
 LATE_NS: Final = 3600 * SECOND_NS  # how long a counter is kept after its period: calls that were let in in it still end
+SWEEP_S: Final = 60.0
+AHEAD_S: Final = 3600.0  # so long, by its own timer, nothing is forgotten that a clock set back would ask for again
 WARN_PERCENT: Final = 80
 ALLOWED: Final = "allowed"
 DENIED: Final = "denied"
@@ -144,6 +147,7 @@ class Counters:
         self._counters: dict[str, Counter] = {}
         self._out: dict[str, dict[str, int]] = {}  # by process, then by counter
         self._leased: dict[str, set[str]] = {}  # by counter: who was given a lease since it last told
+        self._swept: deque[int] = deque(maxlen=int(AHEAD_S / SWEEP_S) + 2)  # when, as the clock said
 
     def decide(self, process: str, needs: Sequence[Need], at_ns: int) -> Decision:
         """Whether a call that needs so much may go, and what it takes of which counter. Raises `KeyError` for a limit
@@ -264,9 +268,12 @@ class Counters:
                 counter.share.dirty = True
 
     def sweep(self, at_ns: int) -> None:
-        """Forget counters that nothing can ask for any more."""
+        """Forget counters that nothing can ask for any more. To be called every `SWEEP_S` by a timer that no setting of
+        the clock changes: one that is ahead for a while must not make it forget what is used of the true period."""
+        self._swept.append(at_ns)
+        earliest_ns = {name: self._earliest_ns(limit) for name, limit in self.limits.items()}
         for key, counter in list(self._counters.items()):
-            sliding = counter.limit.sliding
+            sliding, at_ns = counter.limit.sliding, earliest_ns[counter.limit.name]
             if sliding is not None:
                 oldest = sliding.part(at_ns) - 2 * 60
                 counter.parts = {part: amount for part, amount in counter.parts.items() if part >= oldest}
@@ -277,6 +284,11 @@ class Counters:
             share = counter.share
             if over and not counter.out and not (share is not None and (share.dirty or share.told or share.demand)):
                 del self._counters[key]
+
+    def _earliest_ns(self, limit: Limit) -> int:
+        """That the clock has said, as far back as that can matter to this limit."""
+        sweeps = int(min(limit.reaches_back_s, AHEAD_S) / SWEEP_S) + 2
+        return min(list(self._swept)[-sweeps:])
 
     def rows(self, at_ns: int) -> list[Row]:
         """All counters whose period is now, in the order of the limits, those that used most first."""

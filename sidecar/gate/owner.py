@@ -28,7 +28,18 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from sidecar.gate import answers
 from sidecar.gate.answers import NOBODY_ASKED, Freshness
-from sidecar.gate.counters import ALLOWED, DENIED, SHADOW, UNDECIDED, Counter, Counters, Decision, Need, Row
+from sidecar.gate.counters import (
+    ALLOWED,
+    DENIED,
+    SHADOW,
+    SWEEP_S,
+    UNDECIDED,
+    Counter,
+    Counters,
+    Decision,
+    Need,
+    Row,
+)
 from sidecar.gate.estimate import Outputs
 from sidecar.gate.limits import PICO, Charge, Charging, Facts
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Question, Ruling, Spoken, Used
@@ -42,7 +53,6 @@ log = logging.getLogger("sidecar.gate")
 
 RECALL_S: Final = 0.25  # a process that has not told by then is taken for holding all that it was granted
 ROUNDS_MAX: Final = 2  # of asking the others for one question
-SWEEP_S: Final = 60.0
 LIMIT_CHARS_MAX: Final = 120  # of what a vendor calls a limit: it gets into records
 
 
@@ -250,6 +260,7 @@ class Owner:
         """What the records say that were there before this life. From here on questions are answered."""
         self.counters.absorb(found)
         self.counters.set_back(self._now_ns())
+        self.counters.sweep(self._now_ns())  # for what the clock says, should it be ahead by the first minute's end
         if outputs is not None:
             outputs.follow(self._outputs)
             self._outputs = outputs

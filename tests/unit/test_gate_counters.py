@@ -312,6 +312,23 @@ def test_counters_that_nobody_can_ask_for_are_forgotten() -> None:
     assert "0 of 2" in repr(book)
 
 
+@pytest.mark.parametrize("short", ["calls=3/minute", "calls=3/day", "calls=3/month", "calls=3/90s", "calls=3/24h"])
+def test_a_clock_that_is_ahead_for_a_while_makes_nothing_forgotten_of_the_true_time(short: str) -> None:
+    book = counters(short)
+    (name,) = book.limits
+    key = book.limits[name].key("acme", AT_NS)
+    settle(book, key, 3)
+    book.sweep(AT_NS)
+    for minute in range(min(int(book.limits[name].reaches_back_s / 60), 59)):
+        book.sweep(AT_NS + 400 * DAY_NS + minute * 60 * SECOND_NS)
+    book.set_back(AT_NS)
+    assert book.decide("a", [Need(name, "acme", 1)], AT_NS).decision == DENIED
+    assert book.settled(key, AT_NS) == 3
+    for _ in range(120):
+        book.sweep(AT_NS + 400 * DAY_NS)
+    assert "0 of 1" in repr(book)
+
+
 # --- the owner and processes together ------------------------------------------------------------------
 
 
