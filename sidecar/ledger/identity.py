@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +24,7 @@ from sidecar.storage.files import replacing
 NAME: Final = "instance"
 ID_BYTES: Final = 6
 NONCE_BYTES: Final = 16
+_MAKING: Final = threading.Lock()  # the ledger and the limits of a process make the same file at their first start
 TRIED_MAX: Final = 16  # starts in a row whose claim was sent and not answered; the oldest of more were never committed
 
 
@@ -79,9 +81,12 @@ class Identity:
         self._write(_File(id=self._made().id, nonce=self.nonce))
 
     def ensure(self) -> str:
-        """The name, made where there is none. Raises `OSError`."""
-        if self._file is None:
-            self._write(self._made())
+        """The name, made where there is none, by whoever comes first. Raises `OSError`."""
+        with _MAKING:
+            if self._file is None:
+                self._file = _read(self._path)
+            if self._file is None:
+                self._write(self._made())
         return self.name
 
     def take_over(self) -> None:
