@@ -257,6 +257,7 @@ class Admission:
         prepared before must not be used any more."""
         self._allowances.renew(policy.limits, dry_run=policy.dry_run)
         self._lasts.clear()
+        self._told = -1  # what is held is told anew: the owner may have other units by now
         self._use(policy)
 
     def _of(self, upstream: str | None) -> ByUpstream:
@@ -394,7 +395,7 @@ class Admission:
         """What a message of a socket is counted by beside what its record says; None: that is enough. `gate`: of the
         socket."""
         counters = self._unsaid(weighed)
-        return replace(gate, reserved=counters, at_most=None) if counters else None
+        return replace(gate, reserved=counters, at_most=None, units=None) if counters else None
 
     def _unsaid(self, weighed: Weighed) -> dict[str, int]:
         """Of a call of which nothing was set aside: counters that its record would not lead to, since it has no key."""
@@ -414,7 +415,7 @@ class Admission:
         if self._outside is None:
             held = self._allowances.take(plan, weighed.needs, now_ns)
             if held is not None:
-                return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held))
+                return Verdict(Gate(ALLOWED, None, LIMITS, 0.0, held, units=plan.units))
         limit = None if self._shows_amounts else self._allowances.used_up(plan, now_ns)
         if limit is not None:
             return self._denied(weighed, Gate(DENIED, limit.name), limit, None)
@@ -432,7 +433,7 @@ class Admission:
         if weighed.unpriced:
             return None
         held = self._allowances.take(weighed.plan, weighed.needs, self._clock_ns() + self._shift_ns)
-        return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held)
+        return None if held is None else Gate(ALLOWED, None, LIMITS, 0.0, held, units=weighed.plan.units)
 
     def ask(self, weighed: Weighed, call_id: str, then: Then) -> None:
         """Ask the owner; `then` is called once, later."""
@@ -490,7 +491,8 @@ class Admission:
             if len(self._lasts) >= LASTS_MAX:
                 self._lasts.clear()
             self._lasts[facts] = (ruling.decision, ruling.limit, pending.at_ns)
-        gate = Gate(ruling.decision, ruling.limit, ruling.source, ruling.age_s, held)
+        units = weighed.plan.units
+        gate = Gate(ruling.decision, ruling.limit, ruling.source, ruling.age_s, held, units=units)
         if ruling.decision != DENIED:
             pending.then(Verdict(gate))
             return

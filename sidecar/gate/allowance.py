@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple, Protocol
 
 from sidecar.gate.counters import HELD_MAX, Need
-from sidecar.gate.limits import MILLIONTHS, PICO, Action, Facts, Limit
+from sidecar.gate.limits import MILLIONTHS, PICO, Action, Facts, Limit, limit_name
 from sidecar.gate.windows import FOREVER_NS, Calendar
 from sidecar.meters.definition import Kind, Meter
 
@@ -115,6 +115,7 @@ class Plan:
     slots: tuple[Slot, ...]
     needs_body: bool
     needs_cost: bool
+    units: Mapping[str, str] | None = None  # as in `Gate`
 
     def asked(self, needs: Needs) -> list[Need]:
         return [Need(slot.limit.name, slot.scope, min(slot.amount(needs), HELD_MAX)) for slot in self.slots]
@@ -134,7 +135,12 @@ class Allowances:
         self._leased: set[Slot] = set()
 
     def renew(self, limits: Sequence[Limit], *, dry_run: bool) -> None:
-        """Other limits from now on. What open calls hold is still told; no lease is used any more."""
+        """Other limits from now on. What open calls hold is still told, unless it is in a unit that its limit has no
+        more; no lease is used any more."""
+        units = {limit.name: limit.unit for limit in limits}
+        other = {limit.name for limit in self._limits if units.get(limit.name, limit.unit) != limit.unit}
+        for known_by, held in list(self._open.items()) if other else ():
+            self._open[known_by] = {key: amount for key, amount in held.items() if limit_name(key) not in other}
         self._limits, self._dry_run = tuple(limits), dry_run
         self._forget()
 
@@ -163,6 +169,8 @@ class Allowances:
             tuple(slots),
             any(slot.limit.needs_body for slot in slots),
             any(slot.limit.needs_cost for slot in slots),
+            {slot.limit.name: slot.limit.unit for slot in slots if slot.limit.unit not in ("calls", "concurrent")}
+            or None,
         )
 
     def _forget(self) -> None:
@@ -233,9 +241,10 @@ class Allowances:
 
     def cancelled(self, held: Mapping[str, int]) -> None:
         """Nothing was sent: another call may have it."""
-        if self._open.pop(id(held), None) is None:
+        still = self._open.pop(id(held), None)
+        if still is None:
             return
-        for key, amount in held.items():
+        for key, amount in still.items():
             slot = self._by_key.get(key)
             if slot is not None and not slot.full:
                 slot.left = min(slot.left + amount, HELD_MAX)

@@ -286,6 +286,7 @@ class Charging:
         """
         back = _used_nothing(call)
         held = {} if call.gate is None else call.gate.reserved
+        units = (None if call.gate is None else call.gate.units) or {}
         at_most = (None if call.gate is None else call.gate.at_most) or held
         by_name = {limit_name(counter): (counter, reserved) for counter, reserved in held.items()}
         facts: Facts | None = None
@@ -295,7 +296,8 @@ class Charging:
             counter, reserved = by_name.get(limit.name, ("", 0))
             if counter:
                 scope, _, period = counter.partition("|")[2].rpartition("|")
-                if not limit.counts_in(scope, period, call.started_ns):
+                is_of_unit = units.get(limit.name, limit.unit) == limit.unit  # records of before do not say it
+                if not is_of_unit or not limit.counts_in(scope, period, call.started_ns):
                     scope, reserved = None, 0
             if scope is None:
                 if back or limit.unit == "concurrent":

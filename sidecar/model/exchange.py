@@ -143,6 +143,7 @@ class Gate:
     where nobody could be asked. `age_s`: how old the answer was. `reserved`: by counter (`limit|scope|period`), what
     was set aside for the call; its end settles that. `sent`: False: nothing of the call went upstream, so that it took
     nothing of anything. `at_most`: of these counters, what it can have taken, where its request ended before its time.
+    `units`: by limit, in which the amounts are, but for those that count calls: it may get another one meanwhile.
 
     Nobody changes one. It is not frozen, because one is made for each call under limits.
     """
@@ -154,6 +155,7 @@ class Gate:
     reserved: Mapping[str, int] = field(default_factory=dict)
     sent: bool = True
     at_most: Mapping[str, int] | None = None
+    units: Mapping[str, str] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """As the record has it."""
@@ -165,6 +167,8 @@ class Gate:
         }
         if self.reserved:
             found["reserved"] = self.reserved
+            if self.units:
+                found["units"] = self.units
         if not self.sent:
             found["sent"] = False
         if self.at_most:

@@ -361,9 +361,16 @@ def _read(row: dict[str, Any], line: bytes) -> Record:
 def _read_gate(row: dict[str, Any]) -> Gate:
     source, age_s = row.get("source") or "", row.get("age_s") or 0.0
     reserved, at_most = _read_amounts(row.get("reserved") or {}), row.get("at_most")
-    sent = row.get("sent", True)
+    sent, units = row.get("sent", True), row.get("units")
     return Gate(
-        row["decision"], row.get("limit"), source, age_s, reserved, sent, _read_amounts(at_most) if at_most else None
+        row["decision"],
+        row.get("limit"),
+        source,
+        age_s,
+        reserved,
+        sent,
+        _read_amounts(at_most) if at_most else None,
+        units if isinstance(units, dict) else None,
     )
 
 

@@ -72,6 +72,8 @@ _GATE: Final[dict[str, Any]] = {
         "source": _text(null=False),
         "age_s": {"type": "number", "minimum": 0},
         "reserved": _AMOUNTS,
+        # Of what is reserved, by limit, but for those that count calls.
+        "units": {"type": "object", "additionalProperties": _text(null=False)},
         "sent": {"const": False},  # only where nothing of the call went upstream
         "at_most": _AMOUNTS,  # only where the request ended before its time
     },

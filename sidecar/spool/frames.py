@@ -219,7 +219,8 @@ def _packed(e: Exchange) -> tuple[Any, ...]:
 
 
 def packed_gate(gate: Gate) -> tuple[Any, ...]:
-    return gate.decision, gate.limit, gate.source, gate.age_s, dict(gate.reserved), gate.sent, gate.at_most
+    g = gate
+    return g.decision, g.limit, g.source, g.age_s, dict(g.reserved), g.sent, g.at_most, g.units
 
 
 def gate_of(packed: Sequence[Any]) -> Gate:

@@ -128,6 +128,41 @@ async def test_a_limit_that_gets_another_window_counts_what_was_used_in_that(tmp
 
 
 @pytest.mark.timeout(120)
+async def test_a_limit_that_gets_another_unit_charges_nothing_that_was_set_aside_in_the_old_one(tmp_path: Path) -> None:
+    def limit(unit: str) -> str:
+        return f'[[limits]]\nname = "one"\nunit = "{unit}"\namount = 1000\nwindow = "total"\n'
+
+    async def uses(whole: Reloaded, used: str) -> None:
+        async def does() -> bool:
+            rows = (await whole.get("/limits"))["limits"]
+            return all((row["used"], row["reserved"]) == (used, "0") for row in rows) and bool(rows or used == "0")
+
+        await until(does, f"{used} tokens are used and none set aside")
+
+    async with upstream() as (up, url), client() as session:
+        async with Reloaded(tmp_path, url, limit("cost_usd"), SIDECAR_ON_DISCONNECT="stop") as whole:
+            up.gate.clear()
+            lost = asyncio.create_task(call(session, whole, max_tokens=100))
+            async with asyncio.timeout(LIMIT_S):
+                while not up.calls:
+                    await asyncio.sleep(0.01)
+            assert (await whole.reload(limit("total_tokens")))[0] == 0
+            await uses(whole, "0")
+            lost.cancel()
+            await asyncio.gather(lost, return_exceptions=True)
+            await whole.settled()
+            up.gate.set()
+            assert (await call(session, whole, max_tokens=100))[0] == 200
+            await whole.settled()
+            await uses(whole, "15")
+            units = {record["outcome"]: record["gate"]["units"] for record in await whole.records()}
+            assert units == {"client_left": {"one": "cost_usd"}, "complete": {"one": "total_tokens"}}
+            await whole.kill()
+            await whole.start()
+            await uses(whole, "15")
+
+
+@pytest.mark.timeout(120)
 async def test_what_open_calls_hold_is_held_over_a_reload(tmp_path: Path) -> None:
     toml = '[[limits]]\nname = "at-once"\nunit = "concurrent"\namount = 2\n'
     async with upstream() as (up, url), client() as session:

@@ -465,6 +465,21 @@ def test_a_limit_that_is_another_one_by_now_is_charged_by_what_the_record_says(
 
 
 @pytest.mark.parametrize(
+    ("units", "reserved"), [({"one": "total_tokens"}, 7), (None, 7), ({"two": "cost_usd"}, 7), ({"one": "cost_usd"}, 0)]
+)
+def test_what_was_set_aside_in_another_unit_is_not_charged_in_this_one(
+    units: dict[str, str] | None, reserved: int
+) -> None:
+    """A record that does not say the unit is of before, or of a limit that counts calls."""
+    (limit,) = read('[[limits]]\nname = "one"\nunit = "total_tokens"\namount = 9\nwindow = "total"')
+    gate = Gate("allowed", reserved={"one|acme|total": 7}, units=units)
+    lost = call(Outcome.UNKNOWN, None, status=None, gate=gate)
+    assert [(c.amount, c.reserved) for c in Charging([limit]).charges(lost)] == [(7, 7)] * (reserved > 0)
+    (known,) = Charging([limit]).charges(call(gate=gate))
+    assert (known.amount, known.reserved) == (15, reserved)
+
+
+@pytest.mark.parametrize(
     ("state", "unknown", "expected"),
     [
         (UsageState.ABSENT, "reserve", 100),

@@ -87,7 +87,9 @@ def test_every_outcome_is(outcome: Outcome) -> None:
     [
         Gate("allowed"),
         Gate("denied", "acme-monthly", "limits", 0.25, {"acme-monthly|acme|1793491200": 1200}),
-        Gate("allowed", None, "limits", 0.0, {"a|b|c": 2**70, "a|b|d": 1}, at_most={"a|b|c": 7}),
+        Gate(
+            "allowed", None, "limits", 0.0, {"a|b|c": 2**70, "a|b|d": 1}, at_most={"a|b|c": 7}, units={"a": "cost_usd"}
+        ),
         Gate("shadow", None, "on_failure", 12.5),
     ],
     ids=lambda gate: gate.decision,
