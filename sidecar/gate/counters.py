@@ -394,13 +394,8 @@ class Counters:
 
 
 def _end_ns(window: Window, key: str, at_ns: int) -> int:
-    """Of the period that a counter's key names: the one of `at_ns`, or, where two clocks are apart or a call ends late,
-    one beside it."""
+    """Of the period that a counter's key names, which two clocks that are apart, or a call that ends late, make another
+    one than that of `at_ns`."""
     if not isinstance(window, Calendar):
         return FOREVER_NS
-    period, name = window.period(at_ns), key.rpartition("|")[2]
-    if period.id != name:
-        for beside_ns in (period.end_ns, period.start_ns - 1):
-            if (other := window.period(beside_ns)).id == name:
-                return other.end_ns
-    return period.end_ns
+    return (window.named(key.rpartition("|")[2], at_ns) or window.period(at_ns)).end_ns

@@ -198,8 +198,8 @@ class Limit:
         return f"{self.name}|{scope}|{window.period(at_ns).id if isinstance(window, Calendar) else ''}"
 
     def counts_in(self, scope: str, period: str, at_ns: int) -> bool:
-        """Whether a counter of this name can be this limit's, at that moment or beside it; else it is one of what stood
-        under the name before. A call may have been let in by another clock than the one it is recorded by."""
+        """Whether a counter of this name can be this limit's; else it is one of what stood under the name before. Most
+        likely it is of that moment, but a call may have been let in by another clock than the one it is recorded by."""
         if len(self.scopes) == 1:  # nearly all: this is asked for each call and limit
             wanted = self.scopes[0][1]
             if wanted != EACH and bounded(wanted) != scope:
@@ -214,8 +214,7 @@ class Limit:
         window = self.window
         if not isinstance(window, Calendar):
             return not period
-        now = window.period(at_ns)
-        return period == now.id or period in (window.period(now.end_ns).id, window.period(now.start_ns - 1).id)
+        return window.named(period, at_ns) is not None
 
     def text(self, amount: int) -> str:
         """An amount in the unit's own terms."""

@@ -66,6 +66,31 @@ class Calendar:
             known = self._known = self._find(at_ns)
         return known
 
+    def named(self, name: str, near_ns: int) -> Period | None:
+        """The period that is called so, whenever it is: a clock found it that may be days off this one. `near_ns`: most
+        likely it is then, or beside it. None: this calendar has none of that name."""
+        now = self.period(near_ns)
+        if now.id == name:
+            return now
+        for beside_ns in (now.end_ns, now.start_ns - 1):
+            if (beside := self._find(beside_ns)).id == name:
+                return beside
+        try:
+            found = self._find(self._begins_ns(name))
+        except (ValueError, OverflowError):
+            return None
+        return found if found.id == name else None
+
+    def _begins_ns(self, name: str) -> int:
+        """By a period's name. Raises `ValueError`."""
+        if self.unit in _SHORT_S:
+            return int(datetime.fromisoformat(name).timestamp()) * SECOND_NS
+        if self.unit == "week":
+            year, _, week = name.partition("-W")
+            return self._midnight_ns(date.fromisocalendar(int(year), int(week), 1))
+        missing = "-01-01" if self.unit == "year" else "-01" if self.unit == "month" and self.anchor_day == 1 else ""
+        return self._midnight_ns(date.fromisoformat(name + missing))
+
     def _find(self, at_ns: int) -> Period:
         if self.unit == "total":
             return Period("total", 0, FOREVER_NS)

@@ -444,6 +444,7 @@ def test_a_known_usage_takes_the_place_of_what_was_reserved() -> None:
         # let in by another clock, in the period before or after
         ("one|acme|2026-11-17", "day", "", "one|acme|2026-11-17"),
         ("one|acme|2026-11-19", "day", "", "one|acme|2026-11-19"),
+        ("one|acme|2027-02-01", "day", "", "one|acme|2027-02-01"),
         # what stood under this name had another window then, another scope, or another value
         ("one|acme|2026-11", "day", "", "one|acme|2026-11-18"),
         ("one|acme|", "month", "", "one|acme|2026-11"),

@@ -72,6 +72,35 @@ def test_periods_follow_each_other_without_a_gap_and_have_names_of_their_own(
     # Lord Howe sets its clock by half an hour: an hour there may be cut, and never counted twice.
     assert following.start_ns <= period.end_ns
     assert window.period(period.start_ns).id == period.id
+    # By its name it is found from wherever one looks: but for the hour that is cut, which is looked for near by.
+    if zone != "Australia/Lord_Howe":
+        far_ns = (at_ns + 2_000_000_000 * SECOND_NS) % (4_000_000_000 * SECOND_NS)
+        named = Calendar(unit, ZoneInfo(zone), window.anchor_day).named(period.id, far_ns)
+        assert named == period
+
+
+@pytest.mark.parametrize(
+    ("unit", "anchor", "name"),
+    [
+        ("day", 1, "2026-11"),
+        ("day", 1, ""),
+        ("day", 1, "2026-11-31"),
+        ("day", 1, "20261118"),
+        ("month", 15, "2026-11"),
+        ("month", 15, "2026-11-18"),
+        ("month", 1, "2026-11-18"),
+        ("week", 1, "2026-W54"),
+        ("week", 1, "2026-11-18"),
+        ("hour", 1, "2026-11-18T09:30+0000"),
+        ("hour", 1, "2026-11-18T09+0100"),
+        ("minute", 1, "2026-11-18T09+0000"),
+        ("year", 1, "0000"),
+        ("year", 1, "total"),
+        ("total", 1, "2026"),
+    ],
+)
+def test_what_is_no_period_of_a_calendar_is_none(unit: str, anchor: int, name: str) -> None:
+    assert Calendar(unit, ZoneInfo("UTC"), anchor).named(name, ns("2026-11-18")) is None
 
 
 @given(
