@@ -48,6 +48,7 @@ from sidecar.storage.postgres import SCHEMA, Connection, Fault, Postgres, Postgr
 
 log = logging.getLogger(__name__)
 
+CLOSE_S: Final = 1.0  # for a write under way, which has some seconds more then to end by itself
 AHEAD_DAYS: Final = 2  # partitions that are there before their day begins
 AHEAD_EVERY_S: Final = 3600.0
 SERIES_KEPT: Final = 10_000  # ids in memory: 2 MB
@@ -225,8 +226,14 @@ class PostgresStore:
             self._forget()
 
     def close(self) -> None:
-        with self._lock:
+        # Who hangs in a write until its time limit must not hold up the end: it fails with its connection, and what it
+        # wrote is known again.
+        free = self._lock.acquire(timeout=CLOSE_S)
+        try:
             call(self._db.close())
+        finally:
+            if free:
+                self._lock.release()
 
     def _verdict(self, do: Callable[[], Any]) -> Verdict:
         with self._lock:

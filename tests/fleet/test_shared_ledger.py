@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import shutil
+import signal
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, asynccontextmanager, closing
@@ -19,6 +22,7 @@ from support.ledgers import again
 from support.pgbouncer import pgbouncer
 from support.postgres_server import PostgresServer
 from support.statements import before_statements
+from support.whole import children, suspend
 
 from sidecar.cli.connect import try_everything
 from sidecar.cli.shared import known_backend_settings
@@ -32,7 +36,7 @@ from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry
 from sidecar.model.exchange import Subscriber
 from sidecar.model.record import Record
 from sidecar.settings import load
-from sidecar.storage.postgres import Fault, Postgres, PostgresError
+from sidecar.storage.postgres import COMMAND_S, Fault, Postgres, PostgresError
 
 pytestmark = pytest.mark.each_postgres
 Opened = Callable[..., PostgresStore]
@@ -449,6 +453,26 @@ def test_a_start_that_died_after_the_commit_is_no_copy(postgres_database: str, o
     dying.begin()  # sent and committed; and then it died
     sql(postgres_database, f"UPDATE metering.instances SET nonce = '{dying.nonce}' WHERE instance = 'edge-1'")
     assert put(opened(postgres_database, "edge-1", directory), calls(1, 2)) == Delivered()
+
+
+def test_a_server_that_hangs_does_not_hold_up_the_end(killable_postgres: PostgresServer, opened: Opened) -> None:
+    store = opened(killable_postgres.database())
+    assert put(store, calls(1, 1)) == Delivered()
+    hanging = children(killable_postgres.pid)
+    for pid in hanging:
+        suspend(pid)
+    try:
+        with ThreadPoolExecutor() as pool:
+            written = pool.submit(put, store, calls(1, 2))
+            while not store._lock.locked():
+                time.sleep(0.001)
+            began_s = time.monotonic()
+            store.close()
+            assert time.monotonic() - began_s < COMMAND_S / 2, "it was not waited for until its time limit"
+            assert isinstance(written.result(), Retry)
+    finally:
+        for pid in hanging:
+            os.kill(pid, signal.SIGCONT)
 
 
 def test_an_id_is_made_once_and_stays(tmp_path: Path) -> None:
