@@ -121,10 +121,13 @@ def cut_usage(usage: Usage, limit_reached: Callable[[str], None]) -> None:
             setattr(usage, name, cut(text, USAGE_CHARS_MAX))
 
 
+UNREAD: Final = "a fault of the sidecar's kept it from being read"
+
+
 def unread_usage() -> Usage:
     """Of a call that could not be read for a fault of ours. It says so, and is not none at all: that is a call which
     consumes nothing, and limits charge nothing for it."""
-    return Usage(usage_state=UsageState.ABSENT, reason="a fault of the sidecar's kept it from being read")
+    return Usage(usage_state=UsageState.ABSENT, reason=UNREAD)
 
 
 @dataclass(slots=True, frozen=True)

@@ -735,7 +735,7 @@ class Call:
         if response is not None:
             response.mute = True
             response.out.clear()
-        self._on(Event.CLIENT_LEFT, Why(clean=error is None))
+        self._step(self._on, Event.CLIENT_LEFT, Why(clean=error is None))
 
     def _left(self, event: Event, why: Why) -> None:
         self._finish(Cause.CLIENT_CLOSED if why.clean else Cause.CLIENT_RESET, Why(error=self._not_drained))
@@ -775,7 +775,7 @@ class Call:
     def expired(self) -> None:
         """The deadline passed. Which one it was follows from where the call stands."""
         self.deadline = NEVER
-        self._on(Event.EXPIRED)
+        self._step(self._on, Event.EXPIRED)
 
     def _expire(self, event: Event, why: Why) -> None:
         body, response, client = self.body, self.response, self.client
@@ -790,7 +790,7 @@ class Call:
 
     def stop(self) -> None:
         """Cut what is left at the end of the graceful stop."""
-        self._on(Event.STOP)
+        self._step(self._on, Event.STOP)
 
     def failed(self) -> None:
         """A fault of ours: the call still ends once, and what was sent of its response is cut, not added to."""

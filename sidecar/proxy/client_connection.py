@@ -170,6 +170,11 @@ class Client(ClientProtocol):
 
     def connection_made(self, transport: BaseTransport) -> None:
         super().connection_made(transport)
+        self._step(self._begin)
+
+    def _begin(self) -> None:
+        transport = self.transport
+        assert transport is not None
         peer = transport.get_extra_info("peername")
         ip = peer[0] if isinstance(peer, tuple) else None
         tls = transport.get_extra_info("sslcontext") is not None
@@ -180,7 +185,7 @@ class Client(ClientProtocol):
 
     def connection_lost(self, exc: BaseException | None) -> None:
         if self._begun:
-            self._go_without_rest()
+            self._step(self._go_without_rest)
         self._clients.closed(self)
         super().connection_lost(exc)
         self.plainly = False

@@ -476,16 +476,20 @@ class Proxy:
         now = hop.loop.time()
         hop.tick(now)
         self._sweeper = hop.loop.call_later(self._sweep_s, self._sweep)
-        for to in (hop.rest, *hop.named):
-            if to.upstream is not None:
-                to.upstream.sweep(now)
         for call in [call for call in hop.calls if call.deadline < now]:
             try:
                 call.expired()
             except Exception:
                 log.exception("a call could not be ended at its deadline")
         for client in [client for client in clients.open if client.deadline < now]:
-            client.expired()
+            try:
+                client.expired()
+            except Exception:
+                log.exception("a connection could not be ended at its deadline")
+                client.reset()
+        for to in (hop.rest, *hop.named):
+            if to.upstream is not None:
+                to.upstream.sweep(now)
 
 
 def _table(

@@ -12,6 +12,7 @@ import logging
 import re
 import resource
 import secrets
+import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -55,6 +56,7 @@ COLLECT_EVERY: Final = 20_000  # objects made and not yet let go of; Python's ow
 IDLE_PIN: Final = (
     "paths are looked up in their normal form (escapes of letters decoded, no dot segments, no doubled slashes)"
 )
+READER_FAULTS: Final = frozenset({"reader_failed", "tap_failed"})  # anomalies that are exceptions
 HASH_KEY_BYTES: Final = 32
 HASH_KEY_FILE: Final = "hash.key"
 HASHED: Final = re.compile(r"key_[0-9a-f]{32}")  # as `attribution` writes the keyed hash of a credential
@@ -237,6 +239,14 @@ def idle_names(settings: Settings) -> list[tuple[str, str]]:
 
 def usage_taps(settings: Settings, anomaly: Callable[[str], None], url: str | None = None) -> UsageTaps:
     """`url`: of one of several upstreams."""
+
+    def told(kind: str) -> None:
+        anomaly(kind)
+        if kind in READER_FAULTS:  # told where it was caught
+            log.error(
+                "a usage reader failed: the call's record lacks what it would have said", exc_info=sys.exception()
+            )
+
     host, base = _upstream(url or settings.proxy.upstream_url)
     return UsageTaps(
         upstream_host=host,
@@ -247,7 +257,7 @@ def usage_taps(settings: Settings, anomaly: Callable[[str], None], url: str | No
         ask_for_usage=settings.usage.ask_for_usage,
         body_fields=body_fields(settings),
         clock_ns=time.monotonic_ns,
-        anomaly=anomaly,
+        anomaly=told,
     )
 
 

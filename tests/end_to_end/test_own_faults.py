@@ -62,6 +62,7 @@ ONE_ENDS = (
     "sidecar.proxy.plain_call:connect 1",
     "sidecar.proxy.plain_call:PlainCall._over 2",
     "sidecar.proxy.upstream:Upstream.take 3",
+    "sidecar.proxy.client_connection:Client._begin 2",
     "sidecar.proxy.client_connection:Client._feed 2",
 )
 

@@ -448,6 +448,15 @@ def test_without_an_owner_the_last_answer_counts_for_a_while() -> None:
     ]
 
 
+@pytest.mark.parametrize("on_failure", ["open", "closed", "last"])
+def test_what_a_fault_keeps_from_being_decided_is_decided_by_the_setting(on_failure: str) -> None:
+    gate, _, _ = admission("calls=9/day", on_failure=on_failure)
+    verdict = gate.undecided("POST", "/v1/x", None)
+    decision = "denied" if on_failure == "closed" else "allowed"
+    assert (verdict.gate.decision, verdict.gate.source) == (decision, "on_failure")
+    assert (verdict.denial is not None) is (on_failure == "closed")
+
+
 def test_a_question_is_asked_again_of_an_owner_that_has_just_come() -> None:
     gate, asked, _ = admission("calls=9/day")
     gate.ask(weigh(gate), "1", lambda verdict: None)

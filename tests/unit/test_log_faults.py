@@ -14,10 +14,12 @@ from typing import Any
 
 import pytest
 
+from sidecar.backends import backend_settings
 from sidecar.delivery.elected import _reason
+from sidecar.model.exchange import UNREAD, UsageState
 from sidecar.runtime import factory
 from sidecar.runtime.logging import JsonLines, SeldomFaults, TextLines, set_up
-from sidecar.settings import LogFormat, SettingsError
+from sidecar.settings import LogFormat, SettingsError, load
 from sidecar.storage.files import StorageError, said_by
 
 SECRET = "sk-of-a-customer"
@@ -216,3 +218,31 @@ def test_what_the_event_loop_catches_is_told_without_what_was_in_it(
     assert SECRET not in told()
     for place in ("in data_received", "in callback", "in task"):
         assert place in told()
+
+
+def test_a_fault_in_a_usage_reader_is_told_with_its_place(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A count and `absent` alone say that something is wrong, and nobody where."""
+    kinds: list[str] = []
+    taps = factory.usage_taps(
+        load({"SIDECAR_UPSTREAM_URL": "http://127.0.0.1:1"}, backend_settings=backend_settings()), kinds.append
+    )
+
+    def broken(*_: object) -> None:
+        raise ValueError(SECRET)
+
+    monkeypatch.setattr("sidecar.usage.response_reader.ResponseReader._finish", broken)
+    request = taps.request("POST", "/v1/chat/completions", ())
+    assert request is not None
+    response = taps.response(request, 200, ((b"Content-Type", b"application/json"),))
+    assert response is not None
+    response.feed(b"{}")
+    usage = response.finish(True)
+    assert usage is not None
+    assert (usage.usage_state, usage.reason) == (UsageState.ABSENT, UNREAD)
+    assert kinds == ["reader_failed"]
+    (record,) = caplog.records
+    text = TextLines().format(record)
+    assert "in broken" in text
+    assert SECRET not in text

@@ -21,12 +21,22 @@ from sidecar.meters.buckets import add_batches, batch_sums
 from sidecar.meters.definition import DEFAULT_METERS, Meter
 from sidecar.meters.hourly import _is_unpriced
 from sidecar.model.call_group import CallGroup, Gathering, groups_of
-from sidecar.model.exchange import Exchange, PlainExchange, RequestShape, ResponseShape, Subscriber
-from sidecar.model.record import Record, encode, record_of
+from sidecar.model.exchange import (
+    UNREAD,
+    Exchange,
+    PlainExchange,
+    RequestShape,
+    ResponseShape,
+    Subscriber,
+    Usage,
+    UsageState,
+)
+from sidecar.model.record import Record, encode, encode_exactly, record_of
 from sidecar.prices import PriceBook, price_book
 from sidecar.runtime import factory
 from sidecar.runtime.metrics import Gauges, Metrics
 from sidecar.settings import load
+from sidecar.spool import intake as intake_module
 from sidecar.spool.frames import PLAIN, decode_frame, encode_frame, plain_of
 from sidecar.spool.intake import Intake, Source
 from sidecar.spool.types import Batch, Tally
@@ -688,3 +698,36 @@ def test_a_fault_in_the_pricing_leaves_a_cost_that_is_known_to_be_missing(
     assert found is not None
     assert (found["state"], found["total"], found["reason"]) == ("unpriced", None, "fault")
     assert _is_unpriced(record) is (fault == "cost")  # for the ledger, whose sum lacks it
+
+
+@pytest.mark.parametrize("plain", [True, False])
+def test_a_call_that_cannot_be_written_with_its_usage_is_recorded_without(
+    plain: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is not one of no usage: limits would charge nothing for it."""
+    real = encode_exactly
+
+    def only_without(exchange: Exchange, **more: Any) -> tuple[bytes, bool]:
+        if exchange.usage is not None and exchange.usage.input_tokens is not None:
+            raise ValueError("sk-secret")
+        return real(exchange, **more)
+
+    monkeypatch.setattr(intake_module, "encode_exactly", only_without)
+    monkeypatch.setattr("sidecar.model.record.LineTemplate.line", only_without)
+    sample = SAMPLES["openai_chat.json"]
+    one: Exchange | PlainExchange = call(sample, *shapes(sample), 1)
+    if not plain:
+        assert isinstance(one, PlainExchange)
+        one = replace(one.exchange(), id=one.id, usage=Usage(usage_state=UsageState.FINAL, input_tokens=3))
+    disk, metrics = Disk(), Metrics()
+    intake = Intake(metrics, factory.plain_readers(SETTINGS, metrics, BOOK), PRICE)
+    intake.begin(disk)
+    source = Source(bytes(16), lambda number: None)
+    intake.came(source)
+    intake.take(source, encode_frame(1, admitted=1, ended=[one]))
+    intake.store()
+    (record,) = [Record.from_json(line) for line in disk.batches[0].lines]
+    assert record.usage is not None
+    assert (record.usage.usage_state, record.usage.reason) == (UsageState.ABSENT, UNREAD)
+    assert not disk.tally.lost
+    assert "cannot be recorded as it was told: ValueError" in caplog.text

@@ -15,6 +15,8 @@ from support.spool_recorder import SpoolRecorder
 from sidecar.model.exchange import Outcome, Usage, UsageState
 from sidecar.model.record import Record
 from sidecar.spool import Spool, SpoolReader, State
+from sidecar.spool import recorder as recorder_module
+from sidecar.spool.frames import encode_frame
 from sidecar.spool.recorder import _GUESS_BYTES, BUFFERED_AGE_S, GATHER_S_MAX, GATHER_S_MIN, Gathering
 
 
@@ -338,6 +340,38 @@ async def test_a_failing_release_does_not_hold_its_neighbours(tmp_path: Path) ->
             assert recorder.complete(exchange, release) is False
         await until(lambda: answers.given)
     assert [str(error) for error in reported] == ["the connection is gone"]
+
+
+@pytest.mark.parametrize("where", ["ended", "open", "both"])
+async def test_a_call_that_cannot_be_told_takes_no_other_with_it(
+    where: str, held: Held, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is counted lost, once, and the end of its response leaves like all others."""
+    make, _, _, spool = held
+    recorder, answers, odd = make(commit_wait_s=30), Answers(), call()
+    real = encode_frame
+
+    def encode(number: int, **given: Any) -> bytes:
+        if any(one is odd for name in ("opens", "ended") for one in given.get(name, ())):
+            raise ValueError("sk-secret")
+        return real(number, **given)
+
+    monkeypatch.setattr(recorder_module, "encode_frame", encode)
+    others = [call() for _ in range(2)]
+    for one in (others[0], odd, others[1]):
+        recorder.admit(one)
+    if where != "ended":
+        recorder._old.update(recorder._young)
+        recorder._young.clear()
+        recorder._write_intents()
+    if where == "open":
+        recorder.flush()
+    held_back = [not recorder.complete(one, answers) for one in (others[0], odd, others[1])]
+    await until(lambda: len(answers.given) == sum(held_back))
+    await until(lambda: spool.snapshot().totals.open == 0)
+    totals = spool.snapshot().totals
+    assert (totals.admitted, totals.recorded, dict(totals.lost), totals.holds) == (3, 2, {"unreadable": 1}, True)
+    assert all(answers.given)
 
 
 async def test_ids_and_numbers_go_on_over_a_restart(tmp_path: Path) -> None:
