@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 from sidecar.backends.base import Examined, Reached
 from sidecar.backends.http import fault_of
 from sidecar.backends.ledger import SharedLedgerBackend
-from sidecar.proxy.upstream import client_tls
+from sidecar.proxy.tls import Files, read
 from sidecar.runtime import backend_factory
 from sidecar.settings import Settings
 
@@ -157,7 +157,7 @@ async def _reach_upstream(
         return f"unix:{path}"
     context = None
     if url.startswith("https://"):
-        context = client_tls(ca_file=ca_file, cert_file=cert_file, key_file=key_file)
+        context = read(Files(False, ca_file, cert_file, key_file))
     return await _reach(url, context, server_name)
 
 

@@ -17,10 +17,8 @@ import stat
 import sys
 from asyncio import Server as AsyncioServer
 from asyncio import TimerHandle
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import Final
 
 from sidecar.gate.admission import Admission
@@ -41,7 +39,8 @@ from sidecar.proxy.context import (
 from sidecar.proxy.destinations import Destinations
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.plain_call import PlainCalls
-from sidecar.proxy.upstream import Upstream, client_tls, load_chain, why_unreadable
+from sidecar.proxy.tls import load_chain, of_listener, of_named, of_upstream, read, read_or_kept, why_unreadable
+from sidecar.proxy.upstream import Upstream
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
 from sidecar.storage.sockets import FILE_STAYS, for_both_families, hold_new
@@ -139,8 +138,8 @@ class Proxy:
         files = _files()
         settings = self._settings = within_files(files, self._settings)
         loop = asyncio.get_running_loop()
-        if settings.tls_cert_file is not None:
-            self._tls = _listener_tls(settings.tls_cert_file, settings.tls_key_file)
+        if (shown := of_listener(settings)) is not None:
+            self._tls = read_or_kept(shown)
         rest = self._rest()
         named = [self._destination(one, self._readings.get(one.name, self._reading)) for one in self._named]
         recorder, attribute_by_body, route = self._parts
@@ -176,7 +175,7 @@ class Proxy:
                 timeout_s=settings.upstream_timeout_s,
             )
         address = UpstreamAddress.parse(settings.upstream_url)
-        tls = self._upstream_tls() if address.tls else None
+        tls = read_or_kept(of_upstream(settings)) if address.tls else None
         return Destination(
             name=DEFAULT_NAME if self._named else None,
             url=settings.upstream_url,
@@ -190,7 +189,7 @@ class Proxy:
         """`pool`: that it had before, whose connections are good for it still."""
         address = UpstreamAddress.parse(one.url)
         if pool is None:
-            pool = self._pool(address, _named_tls(one) if address.tls else None, one.server_name)
+            pool = self._pool(address, read_or_kept(of_named(one)) if address.tls else None, one.server_name)
         return Destination(
             name=one.name,
             url=one.url,
@@ -263,26 +262,23 @@ class Proxy:
         """Read the certificates of both sides anew; connections made from now on get them. What cannot be read changes
         nothing."""
         settings = self._settings
-        if self._tls is not None and settings.tls_cert_file is not None:
+        shown = of_listener(settings)
+        if self._tls is not None and shown is not None and shown.cert is not None:
             try:
-                _listener_tls(settings.tls_cert_file, settings.tls_key_file)  # a trial: a failed load is not undone
-                load_chain(self._tls, settings.tls_cert_file, settings.tls_key_file)
+                read(shown)  # a trial: a failed load is not undone
+                load_chain(self._tls, shown.cert, shown.key)
             except (OSError, ValueError) as error:
                 log.error("the certificate was not reloaded, the old one stays: %s", why_unreadable(error))
         if self._hop is None:
             return
         rest = self._hop.rest
-        renewed: list[tuple[Destination, Callable[[], ssl.SSLContext]]] = []
-        if settings.upstream_cert_file is not None or settings.upstream_ca_file is not None:
-            renewed.append((rest, self._upstream_tls))
-        for one, to in zip(self._named, self._hop.named, strict=True):
-            if one.cert_file is not None or one.ca_file is not None:
-                renewed.append((to, partial(_named_tls, one)))
-        for to, make in renewed:
-            if to.upstream is None or not to.url.startswith("https:"):
+        of_each = [(rest, of_upstream(settings))]
+        of_each += [(to, of_named(one)) for one, to in zip(self._named, self._hop.named, strict=True)]
+        for to, files in of_each:
+            if to.upstream is None or not to.url.startswith("https:") or (files.ca is None and files.cert is None):
                 continue
             try:
-                to.upstream.renew_tls(make())
+                to.upstream.renew_tls(read(files))
             except (OSError, ValueError) as error:
                 why, which = why_unreadable(error), "" if to.name is None else f" {to.name}"
                 log.error("the certificates for the upstream%s were not reloaded, the old ones stay: %s", which, why)
@@ -340,14 +336,6 @@ class Proxy:
         hop.recorder, hop.route, hop.gate = recorder, route, gate
         if self._plain is not None:
             self._plain.forget()
-
-    def _upstream_tls(self) -> ssl.SSLContext:
-        settings = self._settings
-        return client_tls(
-            ca_file=settings.upstream_ca_file,
-            cert_file=settings.upstream_cert_file,
-            key_file=settings.upstream_key_file,
-        )
 
     def leave(self) -> None:
         """Calls are taken as before, but each response from now on is the last on its connection, and says so. So who
@@ -534,17 +522,6 @@ def _readable(files: Sequence[int]) -> bool:
         if file >= 0:
             look.register(file, select.POLLIN)
     return bool(look.poll(0))
-
-
-def _named_tls(one: UpstreamSettings) -> ssl.SSLContext:
-    return client_tls(ca_file=one.ca_file, cert_file=one.cert_file, key_file=one.key_file)
-
-
-def _listener_tls(cert_file: Path, key_file: Path | None) -> ssl.SSLContext:
-    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-    context.set_alpn_protocols(["http/1.1"])
-    load_chain(context, cert_file, key_file)
-    return context
 
 
 def _remove_stale(path: str) -> None:

@@ -14,7 +14,6 @@ import socket
 import ssl
 from asyncio import AbstractEventLoop, BaseTransport, TimerHandle
 from contextlib import suppress
-from pathlib import Path
 from typing import Final, Protocol
 
 from aiohttp import (
@@ -419,30 +418,3 @@ def _number(error: BaseException) -> int:
     if isinstance(error, TimeoutError):
         return errno.ETIMEDOUT
     return errno.ECONNRESET if isinstance(error, ConnectionError) else 0
-
-
-def client_tls(*, ca_file: Path | None, cert_file: Path | None, key_file: Path | None) -> ssl.SSLContext:
-    """How the upstream is verified, and what it is shown. ALPN is set because a server may otherwise pick HTTP/2.
-    Raises what `load_chain` does."""
-    context = ssl.create_default_context(cafile=ca_file)
-    context.set_alpn_protocols(["http/1.1"])
-    if cert_file is not None:
-        load_chain(context, cert_file, key_file)
-    return context
-
-
-def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) -> None:
-    """A certificate and its key. Raises `OSError` (an `ssl.SSLError` is one) or, for a key that needs a password,
-    `ValueError`: nobody is there to be asked, though OpenSSL would ask the terminal and wait."""
-
-    def ask() -> str:
-        raise ValueError("the key is encrypted: expected one that needs no password")
-
-    context.load_cert_chain(cert_file, key_file, password=ask)
-
-
-def why_unreadable(error: Exception) -> str:
-    """What is wrong with a certificate, for a person."""
-    if isinstance(error, ssl.SSLError):
-        return (error.reason or "not PEM").replace("_", " ").lower()
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ssl
 from pathlib import Path
 
-from sidecar.proxy.upstream import load_chain, why_unreadable
-from sidecar.settings import ProxySettings
+from sidecar.proxy import tls
+from sidecar.proxy.tls import load_chain, why_unreadable
+from sidecar.settings import ProxySettings, Settings
 
 
 def faults(settings: ProxySettings) -> list[str]:
@@ -25,6 +26,13 @@ def faults(settings: ProxySettings) -> list[str]:
         except OSError as error:
             found.append(f"SIDECAR_UPSTREAM_CA_FILE: expected certificates (PEM): {why_unreadable(error)}")
     return found
+
+
+def keep(settings: Settings) -> None:
+    """For the processes that serve, which may be started again when a file is broken (`proxy.tls`)."""
+    shown = tls.of_listener(settings.proxy)
+    named = [tls.of_named(one) for one in settings.proxy.upstreams]
+    tls.keep([*([] if shown is None else [shown]), tls.of_upstream(settings.proxy), *named])
 
 
 def _chain_fault(cert: Path, key: Path) -> str | None:

@@ -16,7 +16,7 @@ from typing import Final
 
 from sidecar.gate.admission import Admission, Policy
 from sidecar.proxy import Proxy
-from sidecar.proxy.upstream import why_unreadable
+from sidecar.proxy.tls import why_unreadable
 from sidecar.runtime import factory, gate_factory
 from sidecar.runtime.hop_counts import HopCounts
 from sidecar.runtime.seam_link import Link

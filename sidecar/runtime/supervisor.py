@@ -27,7 +27,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, Final
 
-from sidecar.runtime import factory
+from sidecar.runtime import certificates, factory
 from sidecar.runtime import logging as logs
 from sidecar.runtime.disk import LOOK_S, NoRoomError, no_room, text_of
 from sidecar.runtime.faults import faults
@@ -153,6 +153,7 @@ class Supervisor:
             self._listen_to_signals()
             self._start(self._metering)
             self._wait(lambda: self._metering.ready)
+            certificates.keep(settings)
             self._serving = [Process(SERVING, n, socks) for n, socks in enumerate(self._sockets.workers)]
             for process in self._serving:
                 self._start(process)
@@ -494,6 +495,7 @@ class Supervisor:
     def _renewed(self) -> None:
         """Whoever meters has the new settings: now those that serve."""
         self._before = None
+        certificates.keep(self._settings)
         for process in self._serving:
             self._tell(process, {"do": "reload"})
         self._said_of_reload([], self._waiting_settings)

@@ -6,11 +6,13 @@ import asyncio
 import contextlib
 import os
 import signal
+import ssl
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+import trustme
 from support.counted_api import LIMIT_S, call, client, upstream
 from support.scripted import running_receiver
 from support.whole import Reloaded, Whole, suspend
@@ -375,6 +377,55 @@ async def test_processes_that_die_are_started_with_the_prices_that_hold_whatever
         log = whole.log.read_text()
         assert "has died" not in log
         assert log.count("was killed by SIGKILL: it is started again") == 2
+
+
+async def test_a_worker_that_dies_is_started_with_the_certificates_that_hold_whatever_their_files_are_by_now(
+    tmp_path: Path,
+) -> None:
+    """Of the listener, and of the upstream's verification; a reload had refused what the files say."""
+    authority = trustme.CA()
+    issued = authority.issue_cert("127.0.0.1")
+    chain, key, trusted = (tmp_path / name for name in ("chain.pem", "key.pem", "ca.pem"))
+    chain.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+    key.write_bytes(issued.private_key_pem.bytes())
+    authority.cert_pem.write_to_path(str(trusted))
+    of_server, of_client = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), ssl.create_default_context()
+    issued.configure_cert(of_server)
+    authority.configure_trust(of_client)
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 204 No Content\r\nConnection: close\r\n\r\n")
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0, ssl=of_server)
+    url = f"https://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+    settings = {
+        "SIDECAR_TLS_CERT_FILE": str(chain),
+        "SIDECAR_TLS_KEY_FILE": str(key),
+        "SIDECAR_UPSTREAM_CA_FILE": str(trusted),
+    }
+    async with server, Reloaded(tmp_path, url, "", **settings) as whole, aiohttp.ClientSession() as session:
+
+        async def answers() -> bool:
+            with contextlib.suppress(aiohttp.ClientError):
+                async with session.get(whole.proxy_url, ssl=of_client) as response:
+                    return response.status == 204
+            return False
+
+        assert await answers()
+        for file in (chain, trusted):
+            file.write_text("half of a")
+        code, said = await whole.reload()
+        assert code == 1
+        assert "SIDECAR_TLS_CERT_FILE" in said
+        assert "SIDECAR_UPSTREAM_CA_FILE" in said
+        (pid,) = whole.children()["serve"]
+        os.kill(pid, signal.SIGKILL)
+        await until(answers, "the next one serves")
+    log = whole.log.read_text()
+    assert log.count("a certificate cannot be read, the one that was read last is used") == 2
+    assert log.count("is started again") == 1
 
 
 async def test_where_nothing_runs_it_says_so(tmp_path: Path) -> None:
