@@ -120,10 +120,10 @@ class Tunnel:
             self._waiting += 1
             self._hop.loop.call_soon(self._step, self._go_on)
 
-    def _step(self, step: Callable[[], None]) -> None:
-        """What the event loop calls: where it fails, both sides would wait for ever."""
+    def _step(self, step: Callable[..., None], *args: object) -> None:
+        """What the event loop calls, or a commit: where it fails, both sides would wait for ever."""
         try:
-            step()
+            step(*args)
         except Exception:
             log.exception("a tunnel could not be served")
             self._owner.failed()
@@ -170,6 +170,9 @@ class Tunnel:
 
     def _released(self, send: bool) -> None:
         """A message's record is on disk, or it is decided that it goes without, or not at all."""
+        self._step(self._let_leave, send)
+
+    def _let_leave(self, send: bool) -> None:
         if self._closed:
             return
         if not send:

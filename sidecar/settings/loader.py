@@ -145,7 +145,12 @@ class _Loading:
             limits=limits,
             backend_values=own,
         )
-        settings = replace(settings, price_file=_price_file(settings.prices.prices))
+        public_key = settings.asked.gate_revenium_public_key_file
+        settings = replace(
+            settings,
+            price_file=_price_file(settings.prices.prices),
+            gate_public_key=None if public_key is None else _content(public_key, SECRET_FILE_BYTES),
+        )
         self._refuse_unknown_variables()
         self._refuse_unknown_keys()
         self._check_together(settings)
@@ -455,11 +460,17 @@ def _price_file(name: str) -> bytes | OSError | None:
     if name.strip().lower() in PRICE_WORDS:
         return None
     try:
-        return read_given(Path(name.strip()).expanduser(), PRICES_BYTES_MAX)
-    except OSError as error:
-        return error
+        return _content(Path(name.strip()).expanduser(), PRICES_BYTES_MAX)
     except (RuntimeError, ValueError):  # it is no path, which is told with what else is wrong with prices
         return None
+
+
+def _content(path: Path, most_bytes: int) -> bytes | OSError:
+    """Or why it could not be read, for who says what is wrong with it."""
+    try:
+        return read_given(path, most_bytes)
+    except OSError as error:
+        return error
 
 
 def _secret_file(name: str, origin: str) -> _Found:

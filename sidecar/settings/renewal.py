@@ -15,7 +15,7 @@ from sidecar.settings.schema import PREFIX, SECTIONS, Settings
 TAKEN: Final = frozenset(
     {
         "usage", "prices", "asked", "gate", "subscribers", "subscriber_names", "meters", "price_tables", "limits",
-        "price_file",
+        "price_file", "gate_public_key",
         "backends", "backend_gaps", "backend_values", "effective",
     }
 )  # fmt: skip

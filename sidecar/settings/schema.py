@@ -472,6 +472,8 @@ class Settings:
     # The file that `SIDECAR_PRICES` names as it was when all this was read, or why it could not be read; None: it names
     # none. A process that is started again finds what the others have, whatever the file is by then.
     price_file: bytes | OSError | None = field(default=None, repr=False, compare=False)
+    # Likewise, of `SIDECAR_GATE_REVENIUM_PUBLIC_KEY_FILE`.
+    gate_public_key: bytes | OSError | None = field(default=None, repr=False, compare=False)
 
     backend_values: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effective: tuple[Effective, ...] = field(default=(), repr=False, compare=False)

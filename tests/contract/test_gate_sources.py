@@ -571,6 +571,7 @@ async def test_the_settings_make_the_sources(tmp_path: Path, receiver: Receiver)
         "SIDECAR_GATE_OPENMETER_UNIT": "total_tokens",
     }
     settings = load(environ(tmp_path, **KEYS, **urls, **own), backend_settings=backend_settings())
+    key_file.write_text("half of a key")  # what held when the settings were read holds for whoever is started by them
     assert problems(settings, ALL) == []
     made = sources(settings, ("limits", *ALL, "revenium"))
     assert [source.name for source in made] == list(ALL)

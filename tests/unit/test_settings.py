@@ -92,7 +92,7 @@ def test_settings_without_arguments_are_the_defaults() -> None:
 
 
 def test_every_field_of_the_core_has_its_setting_and_a_help_text() -> None:
-    structured = {"subscribers", "subscriber_names", "meters", "price_tables", "price_file"}
+    structured = {"subscribers", "subscriber_names", "meters", "price_tables", "price_file", "gate_public_key"}
     structured |= {"backend_values", "effective"}
     assert {f.name for f in fields(Settings)} - set(PLACES) - set(SECTIONS) == structured
     sections = [kind for name, kind in SECTIONS.items() if name]

@@ -41,9 +41,11 @@ def problems(settings: Settings, names: Sequence[str]) -> list[str]:
 def _revenium(settings: Settings) -> Source:
     own = settings.backend("revenium")
     key: PublicKey | None = None
-    if settings.asked.gate_revenium_public_key_file is not None:
+    if (given := settings.gate_public_key) is not None:
         try:
-            key = PublicKey.parse(settings.asked.gate_revenium_public_key_file.read_text("ascii"))
+            if isinstance(given, OSError):
+                raise given
+            key = PublicKey.parse(given.decode("ascii"))
         except (OSError, ValueError) as error:
             why = "cannot be read" if isinstance(error, (OSError, UnicodeError)) else str(error)
             raise ValueError(f"{PREFIX}GATE_REVENIUM_PUBLIC_KEY_FILE: {why}") from None
