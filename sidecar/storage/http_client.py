@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import partial
-from time import time
+from time import monotonic, time
 from types import SimpleNamespace
 from typing import Any, Final, cast
 from urllib.parse import urlsplit
@@ -34,6 +34,7 @@ ANSWER_TIMEOUT_S: Final = 30.0  # from the first byte sent; vendors' own package
 ANSWER_BYTES_MAX: Final = 256 * 1024  # of an answer that is looked at; a report over 1000 events is below 200 KiB
 ECHO: Final = 3  # and so many times what was sent: a vendor may give back each event with fields of its own
 TLS_QUESTION_S: Final = 2.0  # for asking a port that said nothing whether it speaks TLS
+CONNECTION_AGE_S: Final = 300.0  # as towards upstreams (`SIDECAR_UPSTREAM_CONNECTION_AGE_S`)
 IDLE_S: Final = 15.0  # how long an unused connection is kept; aiohttp's own default
 RETRY_AFTER_S_MAX: Final = 86_400.0  # a vendor asking for more than a day is taken for a mistake of the day
 
@@ -110,9 +111,20 @@ class _Wire(ResponseHandler):
 
     aiohttp drops an answer that it has read when nonsense follows in the same piece: a body behind a 204, one longer
     than its `Content-Length`. Others take such an answer, and its request was read: so a head goes on by itself.
+
+    It is used no more when it is old: with steady traffic it would never rest, and whoever has the name by now, behind
+    a balancer or after a move, would get nothing for as long as the old server lives.
     """
 
     _began = False
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__(loop)
+        self._old_at_s = monotonic() + CONNECTION_AGE_S
+
+    @property
+    def should_close(self) -> bool:
+        return super().should_close or monotonic() >= self._old_at_s
 
     def data_received(self, data: bytes) -> None:
         if not self._began and (begin := data.lstrip(b"\r\n")):

@@ -562,3 +562,20 @@ async def test_an_answer_with_more_behind_it_than_it_says_is_an_answer(
         assert await backend.send(sealed) == [Delivered()]
         assert server.connections == 2, "a connection with something left on it is used no more"
         await backend.aclose()
+
+
+async def test_a_connection_that_is_old_is_used_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steady traffic would keep it for ever, whoever has the name by now."""
+    async with ScriptedServer(script=vendor_yes).running() as server:
+        backend = build("revenium-event", tmp_path, server.url)
+        for sealed in backend.encode(records(2)).sealed:
+            assert await backend.send(sealed) == [Delivered()]
+        assert server.connections == 1
+        await backend.aclose()
+        monkeypatch.setattr("sidecar.storage.http_client.CONNECTION_AGE_S", 0.0)
+        backend = build("revenium-event", tmp_path, server.url)
+        requests = backend.encode(records(2)).sealed
+        for sealed in requests:
+            assert await backend.send(sealed) == [Delivered()]
+        assert server.connections == 1 + len(requests)
+        await backend.aclose()
