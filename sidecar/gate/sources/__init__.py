@@ -41,7 +41,8 @@ def problems(settings: Settings, names: Sequence[str]) -> list[str]:
 def _revenium(settings: Settings) -> Source:
     own = settings.backend("revenium")
     key: PublicKey | None = None
-    if (given := settings.gate_public_key) is not None:
+    if settings.asked.gate_revenium_public_key_file is not None:
+        given = settings.gate_public_key or b""  # its content, as it was when the settings were read
         try:
             if isinstance(given, OSError):
                 raise given
