@@ -88,12 +88,13 @@ class Trials:
             log.warning("that a frame is being read alone cannot be kept: %s", error.strerror)
 
 
-def end_process() -> NoReturn:
-    """End this process as a kill would, behind a fault of ours in what makes records.
+def die_of(error: Exception) -> NoReturn:
+    """End this process as a kill would, for a fault of ours in what makes records.
 
     Frames may be half taken then, and the next acknowledgement would cover them. So nothing more is written or
     acknowledged here; who serves sends them to the next process again, which gives up the one that it dies of too.
     """
+    log.error("what was told cannot be recorded: this process ends, and the next one is told again", exc_info=error)
     os._exit(1)
 
 
@@ -107,12 +108,9 @@ class Seam:
         counted: Callable[[int, int], None],
         gate: Owner | None = None,
         trials: Path | None = None,
-        died: Callable[[], None] = end_process,
     ) -> None:
         """`health`: how writing goes now. `counted`: told the open connections and drains of all together. `gate`: whom
-        those that serve ask whether a call may be made. `trials`: where `Trials` are kept. `died`: called where frames
-        cannot be made into records for a fault of ours; it should not come back."""
-        self._died = died
+        those that serve ask whether a call may be made. `trials`: where `Trials` are kept."""
         self._trials = Trials(trials)
         self._early: list[tuple[Server, bytes]] = []  # frames that came alone, before there was a spool
         self._intake = intake
@@ -226,8 +224,7 @@ class Seam:
             self._intake.count([("sidecar_frames_given_up", "no_head", 1)])
             return
         except Exception as error:  # noqa: BLE001 - it is told there
-            self.fault(error)
-            return
+            die_of(error)
         server.unseen = max(server.unseen - told, 0)
         if self._store is None:
             self._store = self._loop.call_soon(self.store)
@@ -265,12 +262,7 @@ class Seam:
         try:
             self._intake.store()
         except Exception as error:  # noqa: BLE001 - it is told there
-            self.fault(error)
-
-    def fault(self, error: Exception) -> None:
-        """What was told of calls may be half taken."""
-        log.error("what was told cannot be recorded: this process ends, and the next one is told again", exc_info=error)
-        self._died()
+            die_of(error)
 
     def status(self, server: Server, status: Status) -> None:
         server.status, server.unseen = status, status.unseen
@@ -402,8 +394,7 @@ class _Connection(asyncio.Protocol):
                 self.write(message(Kind.READ))
         except Exception as error:
             if kind in _OF_CALLS:
-                self._seam.fault(error)
-                return
+                die_of(error)
             if not isinstance(error, FrameError | TypeError | ValueError):
                 raise
             facts = {"kind": kind.name, "error": type(error).__name__}

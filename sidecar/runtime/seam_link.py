@@ -13,6 +13,7 @@ from sidecar.runtime.seam_protocol import Address, Hello, Kind, Messages, Status
 from sidecar.spool import Health, State
 from sidecar.spool.frames import FRAME_BYTES_MAX, HEAD_BYTES, VERSION, FrameError
 from sidecar.spool.recorder import Recorder
+from sidecar.storage.files import said_by
 
 log = logging.getLogger("sidecar.seam")
 
@@ -143,7 +144,7 @@ class Link(asyncio.Protocol):
                 elif kind is Kind.GATE_TELL:
                     self.tell_gate()
         except (FrameError, TypeError, ValueError) as error:
-            log.error("what the metering process says cannot be read: %s", error)
+            log.error("what the metering process says cannot be read: %s", said_by(error))
             if self._transport is not None:
                 self._transport.abort()
         if acknowledged:

@@ -26,6 +26,7 @@ from sidecar.spool.segment import (
     SegmentFile,
 )
 from sidecar.spool.types import ORIGINS_KEPT, intent_id
+from sidecar.storage.files import said_by
 
 log = logging.getLogger("sidecar.spool")
 
@@ -65,7 +66,7 @@ class Position:
             try:
                 self.open_intents[intent_id(line)] = line
             except ValueError as error:
-                log.error("an intent cannot be read and is passed over: %s", error)
+                log.error("an intent cannot be read and is passed over: %s", said_by(error))
         for id_ in frame.closes:
             self.open_intents.pop(id_, None)
         self.note_origins(frame.origins)

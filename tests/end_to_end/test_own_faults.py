@@ -35,6 +35,7 @@ UNTOUCHED = (
     "sidecar.runtime.billing:Billing.committed 3",
     "sidecar.runtime.metrics:Metrics.committed 3",
     "sidecar.runtime.serving:Recorder.flush 3",
+    "sidecar.runtime.serving:Serving.status 2",
     "sidecar.usage.plain_calls:PlainReader.lines 3",
     "sidecar.usage.response_reader:ResponseReader._finish 3",
     "sidecar.proxy.call:cut_usage 3",
