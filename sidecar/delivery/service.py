@@ -1,14 +1,13 @@
 """The owner of the workers: opens them in order, watches the clock, and lets an operator look in and correct.
 
-What must always hold: every configured backend has a worker of its own; a worker that dies takes the owner down with
-it instead of leaving a sidecar that no longer bills; what a removed backend had still to get is parked. The file is
+What must always hold: every configured backend has a worker of its own, which goes on whatever happens, so that one
+backend holds up no other; what a removed backend had still to get is parked. The file is
 opened by the caller and belongs to this object while it runs.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
@@ -123,10 +122,10 @@ class Delivery:
             self._start(worker.run(cursors, requests))
         self._start(self._tick())
         for worker in self._workers.values() if not self._skip_gaps else ():
-            self._start(self._take_back(worker))
+            self._start(_once(self._take_back(worker)))
         ends = {place.instance: place.last_seq for place in places}
         for name in sorted(found.gone):
-            self._start(part_with(name, store, self.reader, context.clock.wall_s, ends))
+            self._start(_once(part_with(name, store, self.reader, context.clock.wall_s, ends)))
         return self
 
     async def __aexit__(
@@ -373,7 +372,7 @@ class Delivery:
         for worker in self._workers.values():
             worker.clock_stepped()
         if self._running:
-            self._start(self._expire())
+            self._start(_once(self._expire()))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._group.create_task(work)
@@ -402,10 +401,14 @@ class Delivery:
         """Keep the wall clock's reading, so that a start can tell whether it went back."""
         while True:
             await asyncio.sleep(self._context.limits.sweep_s)
-            now = self.now()
-            self._context.tell_parked()
-            with contextlib.suppress(StateError):  # the workers tell
+            try:
+                now = self.now()
+                self._context.tell_parked()
                 await self.store.run(self.store.saw_clock, now.wall_s)
+            except StateError:
+                pass  # the workers tell
+            except Exception:  # noqa: BLE001 - the next look may do better
+                _LOG.exception("the wall clock's reading is not kept this time")
 
     async def _take_back(self, worker: Worker) -> None:
         """Let go what was parked because a backend was left out: it is configured again. Runs once after every start,
@@ -464,6 +467,15 @@ class Delivery:
                     break
             found.append(Place(instance, last, recorded))
         return found
+
+
+async def _once(work: Coroutine[Any, Any, None]) -> None:
+    """What is done at a start, or when the clock was set. A mistake of ours in it stops no backend: it is told, and the
+    next start does it."""
+    try:
+        await work
+    except Exception:  # noqa: BLE001 - it is told
+        _LOG.exception("something beside delivery was not done; the next start does it")
 
 
 def _is_mapped(backend: Backend, row: Parked) -> bool:

@@ -118,6 +118,8 @@ class Worker:
         self._in_hand: list[Reply] = []  # taken from there, and not stored yet
         self._sends = asyncio.TaskGroup()
         self._trouble: str | None = None  # why nothing can be read or stored
+        self._mistake: Exception | None = None  # of ours, in an attempt
+        self._mistakes = 0  # in a row
         self._wakeup = asyncio.Event()
         self._rests_until_s = math.inf  # monotonic
         self.idle = asyncio.Event()  # nothing can be done before something happens
@@ -187,26 +189,38 @@ class Worker:
     async def run(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
         """Go on where the last run stopped: what is sealed comes first, byte for byte.
 
-        A file that cannot be read or written stops this worker until it can; anything else that goes wrong is a
-        mistake of ours and ends it.
+        A file that cannot be read or written stops this worker until it can. A mistake of ours is taken like that too:
+        it would come again after a new start of the process, which would then do nothing for the other backends either.
         """
-        self._believe(cursors, requests)
+        begun = False
+        async with self._sends:
+            try:
+                self._believe(cursors, requests)
+            except Exception as error:  # noqa: BLE001 - see above
+                await self._start_over(error)
+            while True:
+                try:
+                    if not begun:
+                        await self._begin()
+                        begun = True
+                    if self._mistake is not None:
+                        mistake, self._mistake = self._mistake, None
+                        raise mistake
+                    if self._leaving is not None:
+                        await self._leave()
+                    if not await self._turn():
+                        await self._rest()
+                    self._trouble, self._mistakes = None, 0
+                except Exception as error:  # noqa: BLE001 - see above
+                    await self._start_over(error)
+
+    async def _begin(self) -> None:
         self._tell_settled()
         # How long the last run meant to wait says nothing of the backend now: the first replies tell.
         self._queue.hurry(self._now(), held_too=True)
         if self._sums is not None and (blocked := await self._sums.look()) is not None:
             # Said before the first record comes, which may be long.
             self._breaker.hear([blocked], self._now(), self._now(), self._context.roll())
-        async with self._sends:
-            while True:
-                try:
-                    if self._leaving is not None:
-                        await self._leave()
-                    if not await self._turn():
-                        await self._rest()
-                    self._trouble = None
-                except TROUBLE as error:
-                    await self._start_over(error)
 
     def _believe(self, cursors: Sequence[Cursor], requests: Sequence[Request]) -> None:
         """Take what is on disk for true. What this run still knows of attempts is not forgotten."""
@@ -240,16 +254,27 @@ class Worker:
     async def _start_over(self, error: Exception) -> None:
         """Nothing that was not confirmed is believed: wait, open the file again, and read what it says."""
         while True:
-            if self._trouble != str(error):
-                self._trouble = str(error)
-                self._error(f"delivery waits: {error}")
+            self._say_trouble(error)
             await asyncio.sleep(TROUBLE_RETRY_S)
             try:
                 await self._open_again()
-            except TROUBLE as again:
+            except Exception as again:  # noqa: BLE001 - as in `run`
                 error = again
             else:
                 return
+
+    def _say_trouble(self, error: Exception) -> None:
+        if not isinstance(error, TROUBLE):
+            self._mistakes += 1
+            if self._mistakes > 1:  # perhaps of these: their outcome is unknown then, as after a death
+                self._in_hand, self._replies = [], []
+            self._trouble = f"a mistake of ours ({type(error).__name__}), see the log"
+            _LOG.error(
+                "delivery waits: a mistake of ours", exc_info=error, extra={"facts": {"backend": self.backend.name}}
+            )
+        elif self._trouble != str(error):
+            self._trouble = str(error)
+            self._error(f"delivery waits: {error}")
 
     async def leave(self, ends: Mapping[str, int]) -> int:
         """Park what is pending of these spools, as soon as nothing is under way. Returns how many records."""
@@ -467,7 +492,16 @@ class Worker:
         request.under_way, request.stepped = True, False
         request.started_s = now.wall_s
         self._under_way[request.id] = request
-        self._sends.create_task(self._attempt(request, now))
+        self._sends.create_task(self._offer(request, now))
+
+    async def _offer(self, request: Request, started: Now) -> None:
+        try:
+            await self._attempt(request, started)
+        except Exception as error:  # noqa: BLE001 - the worker starts over with what is on disk: an attempt has begun
+            self._under_way.pop(request.id, None)
+            self._mistake = error
+            self.idle.clear()
+            self._wakeup.set()
 
     async def _attempt(self, request: Request, started: Now) -> None:
         assert request.sealed is not None
