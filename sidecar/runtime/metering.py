@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import socket
+import threading
 from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
@@ -521,6 +523,7 @@ async def meter(
     wire_socket: socket.socket,
 ) -> int:
     """Meter until told to stop; the exit code."""
+    threading.excepthook = _die_of_thread
     wire = await Wire.over(wire_socket)
     process = _Process(settings, start, key, wire)
     async with AsyncExitStack() as last:
@@ -532,6 +535,14 @@ async def meter(
         code = await process.run(whole, last, admin)
     await wire.aclose()
     return code
+
+
+def _die_of_thread(ended: threading.ExceptHookArgs) -> None:
+    """A thread of ours (the one that writes records, say) has ended by a mistake of ours: without it nothing would go
+    on, and nobody would know. The next process is told again."""
+    name = "a thread" if ended.thread is None else ended.thread.name
+    log.error("the thread %s has failed: this process ends, and the next one goes on", name, exc_info=ended.exc_value)
+    os._exit(1)
 
 
 class _Process:

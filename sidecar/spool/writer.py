@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, TypeVar
 
 from sidecar.spool import files
 from sidecar.spool.recovery import Position
@@ -29,6 +29,8 @@ from sidecar.spool.segment import BEGINS, CommitMark, Confirmed, Group, Segment
 from sidecar.spool.types import REMOVED, Batch, Health, Limits, SpoolError, SpoolFailed, SpoolFull, State
 
 log = logging.getLogger("sidecar.spool")
+
+_T = TypeVar("_T")
 
 # How often to look whether the reserve and the segment are still there: a commit takes 0.1 ms, so not before each.
 _LOOK_S: Final = 0.1
@@ -153,7 +155,8 @@ class Writer:
         self._mark.close()
         return not self._gave_up
 
-    # The thread
+    # The thread. A mistake of ours ends it, and the process with it (`threading.excepthook`): a group may be on disk
+    # that `_at` does not know of, and would be written again. The next process reads what is there.
 
     def _run(self) -> None:
         ending = False
@@ -201,9 +204,6 @@ class Writer:
                 return self.store(batches)
             except SpoolError as error:
                 self.note(error)
-            except Exception as error:  # a fault of ours must not end the only thread that writes
-                log.exception("a group could not be written")
-                self.note(SpoolFailed(f"a fault in the writer: {type(error).__name__}"))
             if self._last_try:
                 self._gave_up = True
                 return None
@@ -362,7 +362,7 @@ class Maintenance:
 
     def order(self, number: int) -> None:
         """Have the next segment made."""
-        self._ahead = self._thread.submit(self.make, number)
+        self._ahead = self._order(self.make, number)
 
     def take(self) -> Segment | None:
         """The segment that was ordered, if it was and could be made."""
@@ -377,7 +377,7 @@ class Maintenance:
         """Forget the segment that was ordered: its file is gone, or will be."""
         ahead, self._ahead = self._ahead, None
         if ahead is not None:
-            self._thread.submit(self._discard, ahead)
+            self._order(self._discard, ahead)
 
     def make(self, number: int) -> Segment:
         """A new segment, at once. Raises `SpoolError`."""
@@ -387,23 +387,23 @@ class Maintenance:
 
     def put_away(self, segment: Segment) -> None:
         """Nothing more will be written to it: seal it; one that was never begun is removed."""
-        self._thread.submit(self._seal if segment.begun else self._drop, segment)
+        self._order(self._seal if segment.begun else self._drop, segment)
 
     def replace(self, segment: Segment, upto_commit: int) -> None:
         """It failed: copy out what was confirmed, which is nothing where it failed at its first commit."""
         if segment.begun:
-            self._thread.submit(self._replace, segment, upto_commit)
+            self._order(self._replace, segment, upto_commit)
         else:
-            self._thread.submit(self._drop, segment)
+            self._order(self._drop, segment)
 
     def retry(self) -> None:
         """There is room again: seal what had to wait."""
-        self._thread.submit(self._seal_all)
+        self._order(self._seal_all)
 
     def stop(self, deadline_s: float) -> None:
         """Finish what was ordered, as far as the disk lets us until then (monotonic time)."""
         self.let_go()
-        self._thread.submit(self._seal_rest, deadline_s)
+        self._order(self._seal_rest, deadline_s)
         self._thread.shutdown(wait=True)
 
     def leave(self) -> None:
@@ -413,6 +413,11 @@ class Maintenance:
     def quiet(self) -> None:
         """Wait until all that was ordered so far is done."""
         self._thread.submit(int).result()
+
+    def _order(self, work: Callable[..., _T], *args: Any) -> Future[_T]:
+        ordered = self._thread.submit(work, *args)
+        ordered.add_done_callback(_tell_mistake)
+        return ordered
 
     # On the thread
 
@@ -466,3 +471,10 @@ class Maintenance:
             self._drop(ahead.result())
         except SpoolError:
             return
+
+
+def _tell_mistake(ordered: Future[Any]) -> None:
+    """What cannot be done is told where it is done; a mistake of ours would be told by nobody."""
+    error = None if ordered.cancelled() else ordered.exception()
+    if error is not None and not isinstance(error, SpoolError):
+        log.error("a segment is left as it is; the next start looks after it", exc_info=error)

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -174,12 +175,16 @@ def _one_more(recorder: SpoolRecorder) -> bool:
     return recorder.complete(exchange, None)
 
 
-async def test_a_fault_of_ours_does_not_end_the_thread_that_writes(tmp_path: Path) -> None:
+async def test_a_mistake_of_ours_ends_the_thread_that_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the process with it, as the metering process has it: what was written before the mistake would be written
+    again."""
+    ended: list[threading.ExceptHookArgs] = []
+    monkeypatch.setattr(threading, "excepthook", ended.append)
     async with Spool.open(tmp_path, limits=replace(SMALL, stop_s=0.1)) as spool:
         spool.submit(Batch(first_seq=1, lines=["not bytes"], size_bytes=9, admitted=1))  # type: ignore[list-item]
-        await until(lambda: spool.health().state is State.DEGRADED)
-        assert "TypeError" in (spool.health().reason or "")
-        assert spool._writer._thread.is_alive()
+        await until(lambda: bool(ended))
+        assert ended[0].exc_type is TypeError
+        assert ended[0].thread is spool._writer._thread
 
 
 async def test_while_one_commit_runs_the_next_group_gathers(tmp_path: Path) -> None:
