@@ -215,6 +215,19 @@ class Seam:
             self._gate.came(server.source.tail, connection)
         return server
 
+    def follows(self, connection: _Connection, data: bytes) -> bool:
+        """Whether a frame is the next one of its connection. Where one between was not told, the acknowledgement of
+        this one would cover it."""
+        try:
+            number = head_of(data).number
+        except FrameError:
+            number = connection.expects
+        if connection.expects and number > connection.expects:
+            log.error("a serving process has not told of some calls; it is made to tell all again")
+            return False
+        connection.expects = number + 1 if number else 0
+        return True
+
     def frame(self, server: Server, data: bytes, give_up: str = "") -> None:
         try:
             told = self._intake.take(server.source, data, give_up=give_up)
@@ -348,6 +361,8 @@ class _Connection(asyncio.Protocol):
         self._messages = Messages()
         self._transport: Any = None
         self._server: Server | None = None
+        self._closed = False
+        self.expects = 0  # the number of the next frame; 0: any
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = transport
@@ -360,6 +375,8 @@ class _Connection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         try:
             for kind, payload in self._messages.feed(data):
+                if self._closed:
+                    return
                 if self._server is not None:
                     self._hear(self._server, kind, payload)
                     continue
@@ -380,8 +397,12 @@ class _Connection(asyncio.Protocol):
         """One that cannot be read is passed over: after a break it would only come again. A frame with calls is not."""
         try:
             if kind is Kind.FRAME:
-                self._seam.frame(server, payload)
+                if self._seam.follows(self, payload):
+                    self._seam.frame(server, payload)
+                else:
+                    self.close()
             elif kind is Kind.ALONE:
+                self.expects = 0
                 self._seam.alone(server, payload)
             elif kind is Kind.STATUS:
                 self._seam.status(server, Status(*read_tuple(payload)))
@@ -415,4 +436,5 @@ class _Connection(asyncio.Protocol):
         self.write(message(Kind.GATE_TELL))
 
     def close(self) -> None:
+        self._closed = True
         self._transport.close()

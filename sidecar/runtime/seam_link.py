@@ -74,6 +74,10 @@ class Link(asyncio.Protocol):
         if self._welcome and not self._alone_upto:
             self._send_frame(number, data)
 
+    def begin_anew(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
     def _send_frame(self, number: int, data: bytes, kind: Kind = Kind.FRAME) -> None:
         self._sent = max(number, self._sent)
         # More than the other end takes at once: it is told how much is lost, by the head alone.
@@ -145,8 +149,7 @@ class Link(asyncio.Protocol):
                     self.tell_gate()
         except (FrameError, TypeError, ValueError) as error:
             log.error("what the metering process says cannot be read: %s", said_by(error))
-            if self._transport is not None:
-                self._transport.abort()
+            self.begin_anew()
         if acknowledged:
             self._acknowledged(acknowledged)
         if shipped:

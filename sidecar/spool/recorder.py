@@ -87,6 +87,10 @@ class Link(Protocol):
         """Never waits. What cannot be sent is asked for again (`Recorder.unacknowledged`)."""
         ...
 
+    def begin_anew(self) -> None:
+        """One was not sent, and others will be: all that is not on disk is to be asked for again, in order."""
+        ...
+
     def health(self) -> Health:
         """How writing goes, as far as is known here."""
         ...
@@ -436,7 +440,11 @@ class Recorder:
         # From here on the bytes are all that is kept of them.
         frame.opens, frame.ended, frame.closes = [], [], []
         self._in_flight.append(frame)
-        self._link.send(frame.number, frame.data)
+        try:
+            self._link.send(frame.number, frame.data)
+        except Exception:  # the acknowledgement of the next one would cover it
+            log.exception("calls could not be told to the metering process; they are told again")
+            self._link.begin_anew()
 
     def _drop_unsendable(self, frame: Frame) -> None:
         """A call that cannot be told of is a fault of ours: it is counted lost, and takes no other with it."""

@@ -128,6 +128,8 @@ class NoLink:
         assert self.recorder is not None
         self.recorder.acknowledged(number)
 
+    def begin_anew(self) -> None: ...
+
     def health(self) -> Health:
         return Health()
 

@@ -51,6 +51,9 @@ class Breaking:
             self.intake.take(self.source, data)
             self.intake.store()
 
+    def begin_anew(self) -> None:
+        raise AssertionError("all of them can be sent")
+
     def health(self) -> Health:
         return Health()
 

@@ -61,5 +61,8 @@ class _Direct:
         self._intake.take(self.source, data)
         self._intake.store()
 
+    def begin_anew(self) -> None:
+        raise AssertionError("all of them can be sent")
+
     def take(self) -> Sequence[tuple[str, str, float]]:
         return ()
