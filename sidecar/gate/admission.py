@@ -9,6 +9,7 @@ Nothing of a request is kept here but by what it is counted: names, and how much
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final, Protocol
@@ -30,6 +31,8 @@ from sidecar.gate.limits import Facts, Limit, Price, bounded, limit_name
 from sidecar.gate.protocol import LIMITS, ON_FAILURE, Asker, Question, Ruling
 from sidecar.gate.windows import SECOND_NS, Sliding
 from sidecar.model.exchange import Gate, RawHeaders, Subscriber
+
+log = logging.getLogger("sidecar.gate")
 
 ANSWER_S: Final = 1.0  # a metering process that was killed is there again within half of it, mostly
 LAST_S: Final = 60.0  # how old an answer may be that `last` goes by
@@ -476,10 +479,20 @@ class Admission:
         if pending is None:
             return  # decided without it; what it granted ends with the next `tell`
         pending.timer.cancel()
-        if ruling.decision == UNDECIDED:  # limits are shared, and who has them cannot be asked
-            self._pending[ruling.number] = pending
-            self._unanswered(ruling.number)
-            return
+        try:
+            verdict = self._ruled(pending, ruling)
+            if verdict is not None:
+                pending.then(verdict)
+                return
+        except Exception:
+            log.exception("what is said of whether a call may be made cannot be used; SIDECAR_GATE_ON_FAILURE decides")
+        self._pending[ruling.number] = pending
+        self._unanswered(ruling.number)
+
+    def _ruled(self, pending: _Pending, ruling: Ruling) -> Verdict | None:
+        """None: limits are shared, and who has them cannot be asked."""
+        if ruling.decision == UNDECIDED:
+            return None
         weighed = pending.weighed
         facts = weighed.facts
         if facts.model is not None and ruling.usual is not None:
@@ -494,20 +507,17 @@ class Admission:
         units = weighed.plan.units
         gate = Gate(ruling.decision, ruling.limit, ruling.source, ruling.age_s, held, units=units)
         if ruling.decision != DENIED:
-            pending.then(Verdict(gate))
-            return
+            return Verdict(gate)
         if ruling.spoken is not None:
             spoken = ruling.spoken
             response = self._response(weighed, spoken.limit, spoken.kind, spoken.retry_after_s, spoken.message)
-            pending.then(Verdict(gate, response, spoken.error))
-            return
+            return Verdict(gate, response, spoken.error)
         amounts = None if ruling.amounts is None else Amounts(*ruling.amounts)
         limit = self._limits.get(ruling.limit or "")
         if limit is None:  # it was defined when this was asked
             response = self._response(weighed, ruling.limit or LIMITS, "rate", ruling.retry_after_s or 1.0, None)
-            pending.then(Verdict(gate, response, f"denied by the limit {ruling.limit}"))
-            return
-        pending.then(self._denied(weighed, gate, limit, ruling.retry_after_s, amounts))
+            return Verdict(gate, response, f"denied by the limit {ruling.limit}")
+        return self._denied(weighed, gate, limit, ruling.retry_after_s, amounts)
 
     def tell(self) -> tuple[int, dict[str, int]]:
         """The last answer that was heard, and what open calls hold. All leases end."""

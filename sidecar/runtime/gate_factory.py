@@ -317,7 +317,10 @@ class GatedRecorder:
     def complete(self, exchange: Exchange | Plain, release: Release | None) -> bool:
         gate = exchange.gate
         if gate is not None and gate.reserved:
-            self._gate.ended(gate)
+            try:
+                self._gate.ended(gate)
+            except Exception:
+                log.exception("what a call held cannot be given back; it is recorded all the same")
         return self._complete(exchange, release)
 
 
