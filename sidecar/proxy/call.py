@@ -36,6 +36,7 @@ from sidecar.model.exchange import (
     Usage,
     UsageState,
     cut_usage,
+    unread_usage,
 )
 from sidecar.proxy import ending, local_responses
 from sidecar.proxy.aiohttp_compat import EMPTY_PAYLOAD, RawRequestMessage, StreamReader
@@ -90,8 +91,9 @@ class Call:
 
     __slots__ = (
         "_connecting", "_drain_owners", "_exchange", "_gathers", "_head", "_hop", "_http10", "_idempotent",
-        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorder", "_switch", "_taps",
-        "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase", "response",
+        "_keep_alive", "_message", "_not_drained", "_own", "_passing", "_question", "_recorded", "_recorder", "_switch",
+        "_taps", "_target", "_timeout_s", "_to", "_tunnel", "body", "client", "connection", "deadline", "phase",
+        "response",
     )  # fmt: skip
 
     def __init__(self, hop: Hop, client: Downstream, message: RawRequestMessage, payload: StreamReader) -> None:
@@ -127,6 +129,7 @@ class Call:
         self._tunnel: Tunnel | None = None
         # the record
         self._recorder: Recorder = hop.recorder
+        self._recorded = False
         self._exchange: Exchange
 
     @classmethod
@@ -715,10 +718,23 @@ class Call:
         exchange.duration_ms = (monotonic_ns() - exchange.started_mono_ns) / 1e6
         if response is not None and not (tunnel or self._own):
             exchange.response_bytes = response.body_bytes
-        self._taps.finish(exchange, response, self.body, whole=whole, own=bool(self._own))
-        if exchange.usage is not None:
-            guarded(None, self._look_over, exchange.usage)
+        try:
+            self._taps.finish(exchange, response, self.body, whole=whole, own=bool(self._own))
+            if exchange.usage is not None:
+                self._look_over(exchange.usage)
+        except Exception:
+            log.exception("what a call consumed cannot be told; it is recorded without")
+            exchange.usage = unread_usage()
+        self._recorded = True
         return self._recorder.complete(exchange, self._release if held else None)
+
+    def _record_after_all(self) -> None:
+        """A call that ends and was let in has its record, also where a fault of ours came between."""
+        try:
+            error = local_responses.message_of(local_responses.OWN_FAULT)
+            self._record(Outcome.UNKNOWN, whole=False, error=error, tunnel=self._tunnel is not None, held=False)
+        except Exception:
+            log.exception("a call could not be recorded")
 
     def _look_over(self, usage: Usage) -> None:
         """Cut what is too long for a record, and say why nothing is known where the rest was not read."""
@@ -875,6 +891,8 @@ class Call:
         """The call is over for both sides."""
         self.phase = OVER
         self.deadline = NEVER
+        if not self._recorded:
+            self._record_after_all()
         hop = self._hop
         hop.calls.discard(self)
         if self._tunnel is not None:

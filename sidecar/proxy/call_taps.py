@@ -11,11 +11,11 @@ import logging
 from collections.abc import Callable
 from typing import TypeVar
 
-from sidecar.model.exchange import Exchange, Outcome, Subscriber
+from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, unread_usage
 from sidecar.proxy.context import AttributeByBody
 from sidecar.proxy.request_body import RequestBody
 from sidecar.proxy.response_parser import UpstreamResponse
-from sidecar.usage import RawHeaders, RequestTap, SocketTap, Taps
+from sidecar.usage import UNREAD_REQUEST, UNREAD_RESPONSE, RawHeaders, RequestTap, ResponseTap, SocketTap, Taps
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,8 @@ class CallTaps:
 
     def open(self, method: str, target: str, fields: RawHeaders) -> None:
         """Read along from here on. `target`: as the upstream gets it."""
-        self.request = guarded(None, self._taps.request, method, target, fields)
+        otherwise: RequestTap | None = UNREAD_REQUEST
+        self.request = guarded(otherwise, self._taps.request, method, target, fields)
 
     def feed(self, piece: bytes) -> None:
         """A piece of the request's body that no `RequestBody` has shown."""
@@ -69,7 +70,8 @@ class CallTaps:
     def choose(self, response: UpstreamResponse) -> None:
         """Its final head is read, which says who reads the body."""
         if self.request is not None:
-            response.tap = guarded(None, self._taps.response, self.request, response.status, response.fields)
+            otherwise: ResponseTap | None = UNREAD_RESPONSE
+            response.tap = guarded(otherwise, self._taps.response, self.request, response.status, response.fields)
         if self._asked:
             response.filter = guarded(None, self._taps.answer_filter, response.status, response.fields)
 
@@ -86,7 +88,7 @@ class CallTaps:
         what only the request's body says: who pays, and which model gave no response. `whole`: the response is, or has
         its end mark. `own`: the client gets a response of ours."""
         if response is not None and response.tap is not None:
-            exchange.usage = guarded(None, response.tap.finish, whole)
+            exchange.usage = _usage_of(response.tap, whole)
         tap = self.request
         if tap is None:
             return
@@ -98,6 +100,14 @@ class CallTaps:
             return  # what we turned away ourselves asked no model
         if own or response is None or not response.started:
             exchange.usage = guarded(None, tap.unanswered)
+
+
+def _usage_of(tap: ResponseTap, whole: bool) -> Usage | None:
+    try:
+        return tap.finish(whole)
+    except Exception:
+        log.exception("what reads along with a call failed; its usage is not known")
+        return unread_usage()
 
 
 def is_behind(response: UpstreamResponse | None) -> bool:

@@ -25,7 +25,7 @@ import httptools
 from sidecar.proxy.aiohttp_compat import RawRequestMessage
 from sidecar.proxy.headers import FRAMING, OF_THE_HOP, HeaderRules, Peer, ResponseHead
 from sidecar.proxy.redirects import Called
-from sidecar.usage import ResponseFilter, ResponseTap, Skips
+from sidecar.usage import UNREAD_RESPONSE, ResponseFilter, ResponseTap, Skips
 from sidecar.usage.formats.likeness import Likeness
 
 HEAD_FIELDS_MAX: Final = 256  # of a head, and of the trailers: an upstream is trusted more than a client, not endlessly
@@ -263,7 +263,7 @@ class UpstreamResponse:
                     self.ended = tap.feed(piece)
             skips = None if self.ended else tap.skips
         except Exception:  # noqa: BLE001 - see `on_body`
-            self.tap = skips = None
+            self.tap, skips = UNREAD_RESPONSE, None
         if skips != self._skips:
             self._look_for(skips)
 
@@ -402,7 +402,7 @@ class UpstreamResponse:
             try:
                 self.ended = tap.feed(piece)
             except Exception:  # noqa: BLE001 - a tap never raises; were it to, the traffic must not feel it
-                self.tap = None
+                self.tap = UNREAD_RESPONSE
         if not self.mute:
             if self.filter is not None:
                 self._filter(self.filter.feed(piece))
@@ -430,7 +430,7 @@ class UpstreamResponse:
             try:
                 self.ended = self.tap.feed(b"")
             except Exception:  # noqa: BLE001 - see `on_body`
-                self.tap = None
+                self.tap = UNREAD_RESPONSE
 
     def _finish(self) -> None:
         self.done = True

@@ -7,10 +7,10 @@ it, whatever the bytes are, and it keeps a bounded amount of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import NamedTuple, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from sidecar.model.exchange import RawHeaders as RawHeaders
-from sidecar.model.exchange import Usage
+from sidecar.model.exchange import Usage, unread_usage
 
 """Header fields as they stood on the wire: exact bytes, order and case."""
 
@@ -125,3 +125,38 @@ class Taps(Protocol):
     def websocket(self, target: str, headers: RawHeaders) -> SocketTap | None:
         """After a 101 with these fields; None where its messages are nobody's."""
         ...
+
+
+class UnreadRequest:
+    """Stands for a `RequestTap` that could not be made, for a fault of ours: the call's usage says so."""
+
+    opened_ns = 0
+    may_ask = False
+
+    def feed(self, piece: bytes) -> None: ...
+
+    def member(self, name: str) -> str | None:
+        return None
+
+    def with_usage_asked(self, body: bytes) -> bytes | None:
+        return None
+
+    def unanswered(self) -> Usage | None:
+        return unread_usage()
+
+
+class UnreadResponse:
+    """Likewise for a `ResponseTap`, also for one that failed on the way."""
+
+    waiting = behind = False
+    skips: Skips | None = None
+
+    def feed(self, piece: bytes) -> bool:
+        return False
+
+    def finish(self, whole: bool) -> Usage | None:
+        return unread_usage()
+
+
+UNREAD_REQUEST: Final = UnreadRequest()
+UNREAD_RESPONSE: Final = UnreadResponse()

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Final
 
 import orjson
@@ -21,7 +22,7 @@ from sidecar.usage.formats.likeness import looked_at
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.readers import UsageTaps
 from sidecar.usage.response_reader import ResponseReader
-from sidecar.usage.whole import event_of, prepare
+from sidecar.usage.whole import ReaderFailedError, event_of, prepare
 
 END_MARK: Final = b"[DONE]"
 SEPARATOR: Final = ServerSentEvents.separator
@@ -135,7 +136,9 @@ def keeping(
     call; None where they are to be read along. Never raises."""
     if type(taps) is not UsageTaps:
         return None
-    plan = prepare(taps, method, target, request_headers, status, response_headers)
+    plan = None
+    with suppress(ReaderFailedError):
+        plan = prepare(taps, method, target, request_headers, status, response_headers)
     if plan is None:
         return None
     if plan.is_document:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sidecar.model.exchange import Usage, UsageState
 from sidecar.model.grammar import Element
-from sidecar.usage import RawHeaders, RequestTap
+from sidecar.usage import UNREAD_REQUEST, UNREAD_RESPONSE, RawHeaders, RequestTap, UnreadRequest, UnreadResponse
 from sidecar.usage.endpoints import Endpoint, Endpoints, Pin
 from sidecar.usage.formats.content_encoding import BACKLOG_MAX_BYTES
 from sidecar.usage.formats.websocket import SessionTap, is_websocket
@@ -96,7 +96,7 @@ class UsageTaps:
             return False
         return may_ask(endpoint.row.reader, endpoint.provider, self.endpoints.meant(target)[0])
 
-    def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | None:
+    def request(self, method: str, target: str, headers: RawHeaders) -> RequestReadingTap | UnreadRequest | None:
         try:
             endpoint = self.endpoints.of(method, target)
             if endpoint is None:
@@ -108,18 +108,20 @@ class UsageTaps:
             return tap
         except Exception:  # noqa: BLE001 - a fault in a reader must never become a fault of the call
             self.anomaly("tap_failed")
-            return None
+            return UNREAD_REQUEST
 
-    def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseReader | None:
-        if not isinstance(request, RequestReadingTap) or status < 200 or status in (204, 205, 304):
+    def response(self, request: RequestTap, status: int, headers: RawHeaders) -> ResponseReader | UnreadResponse | None:
+        if status < 200 or status in (204, 205, 304):
             return None
+        if not isinstance(request, RequestReadingTap):
+            return UNREAD_RESPONSE if request is UNREAD_REQUEST else None
         if request.endpoint is UNMATCHED:
             return None
         try:
             return ResponseReader(self, request, status, self.endpoints.heads.pick(headers))
         except Exception:  # noqa: BLE001 - see above
             self.anomaly("tap_failed")
-            return None
+            return UNREAD_RESPONSE
 
     def answer_filter(self, status: int, headers: RawHeaders) -> UsageChunkFilter | None:
         """Takes the extra chunk out of a stream; where that cannot be done, it stays, and is counted."""

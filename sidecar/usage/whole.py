@@ -30,9 +30,9 @@ from typing import Any
 import orjson
 
 from sidecar.model.call_group import TOKEN_FIELDS
-from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState, cut_usage
+from sidecar.model.exchange import USAGE_CHARS_MAX, Usage, UsageState, cut_usage, unread_usage
 from sidecar.model.record import usage_of, usage_to_dict
-from sidecar.usage import RawHeaders
+from sidecar.usage import UNREAD_RESPONSE, RawHeaders
 from sidecar.usage.endpoints import Endpoint
 from sidecar.usage.formats.content_encoding import decoded
 from sidecar.usage.formats.event_stream import MESSAGE_MAX_BYTES
@@ -98,12 +98,20 @@ def prepare(
     """What the shape of a call decides, for all calls of that shape; None where no such call can have usage.
 
     A plan may be used again for calls with the same method, target, status and fields of both heads; values may differ
-    in the fields that `Plan.per_call` names, which `Plan.read` is given anew. Never raises.
+    in the fields that `Plan.per_call` names, which `Plan.read` is given anew. Raises `ReaderFailedError` for a fault of
+    ours, which may be one of this call alone: nothing is to be concluded for others.
     """
     request = taps.request(method, target, request_headers)
-    if request is None or taps.response(request, status, response_headers) is None:
+    response = None if request is None else taps.response(request, status, response_headers)
+    if request is None or response is None:
         return None
+    if response is UNREAD_RESPONSE or not isinstance(request, RequestReadingTap):
+        raise ReaderFailedError
     return Plan(taps, request.endpoint, method, target, request_headers, status, response_headers)
+
+
+class ReaderFailedError(Exception):
+    """A usage reader could not be made, for a fault of ours. Why was told and counted."""
 
 
 class Plan:
@@ -247,7 +255,7 @@ class Plan:
         """As `read`, always by the taps' own reader."""
         reader = self.open(request_body, opened_ns, fields)
         if reader is None:
-            return None
+            return unread_usage()
         pieces = [response] if isinstance(response, bytes) else response
         if self.coded:
             pieces = [

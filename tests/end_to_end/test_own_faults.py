@@ -39,6 +39,13 @@ UNTOUCHED = (
     "sidecar.usage.plain_calls:PlainReader.lines 3",
     "sidecar.usage.response_reader:ResponseReader._finish 3",
     "sidecar.proxy.call:cut_usage 3",
+    "sidecar.proxy.call:CallTaps.finish 3",
+    "sidecar.proxy.call:Call._look_over 2",
+    "sidecar.usage.readers:UsageTaps.request 3",
+    "sidecar.usage.readers:UsageTaps.response 3",
+    "sidecar.usage.readers:ResponseReader.feed 3",
+    "sidecar.usage.readers:ResponseReader.finish 2",
+    "sidecar.gate.admission:Allowances.ended 2",
     "sidecar.proxy.plain_requests:PlainRequests.read 7",
     "sidecar.gate.admission:Admission.prepare 1",
     "sidecar.gate.admission:Admission.weigh 3",
@@ -47,7 +54,25 @@ UNTOUCHED = (
     "sidecar.gate.admission:Admission.ask 2",
     "sidecar.gate.allowance:Allowances.take 3",
     "sidecar.gate.owner:Owner.settle 3",
+    "sidecar.gate.admission:Admission.answered 1",
+    "sidecar.gate.admission:Ruling.read 1",
+    "sidecar.proxy.call:Call._verdict_came 1",
+    "sidecar.runtime.seam_link:Link.send 3",
+    "sidecar.runtime.seam_link:Link.data_received 4",
+    "sidecar.runtime.seam:Seam.follows 3",
+    "sidecar.spool.writer:Writer._gather 3",
+    "sidecar.spool.writer:Writer._confirm 3",
+    "sidecar.spool.writer:make_plan 3",
+    "sidecar.spool.segment:Segment._note 3",
+    "sidecar.spool.segment:sync_data 3",
     "sidecar.delivery.worker:Worker._plan 3",
+    "sidecar.delivery.worker:Worker._believe 1",
+    "sidecar.delivery.worker:Worker._ask 1",
+    "sidecar.delivery.worker:Worker._settled 1",
+    "sidecar.delivery.worker:Worker._add_up 2",
+    "sidecar.delivery.circuit_breaker:CircuitBreaker.hear 1",
+    "sidecar.delivery.queue:RequestQueue.take 3",
+    "sidecar.ledger.store:LedgerStore.apply_sums 1",
     "sidecar.delivery.store:DeliveryStore.commit 1",
     "sidecar.delivery.encoding:plan 1",
 )
@@ -59,6 +84,8 @@ ONE_ENDS = (
     "sidecar.proxy.call:Call._flush 2",
     "sidecar.proxy.call:Call._announce 2",
     "sidecar.proxy.call:Call._meter_id 2",
+    "sidecar.proxy.call:Call._record 2",
+    "sidecar.proxy.call:Call._hold 2",
     "sidecar.proxy.call:connect 1",
     "sidecar.proxy.plain_call:connect 1",
     "sidecar.proxy.plain_call:PlainCall._over 2",
@@ -66,6 +93,9 @@ ONE_ENDS = (
     "sidecar.proxy.client_connection:Client._begin 2",
     "sidecar.proxy.client_connection:Client._feed 2",
 )
+
+# And those of them that come when it was let in: it is recorded all the same.
+RECORDED = ("sidecar.proxy.call:Call._record 2", "sidecar.proxy.call:Call._hold 2", "sidecar.proxy.call:Call._flush 2")
 
 # Where limits are set, calls do not come this way, or not all of them.
 WITHOUT_LIMITS = (
@@ -101,6 +131,8 @@ async def test_a_mistake_of_ours_costs_one_call_at_most(fault: str, tmp_path: Pa
         by_call = Counter(record["subscriber"]["id"] for record in records)
         served = {f"t{number}" for number in range(CALLS)} - failed.keys()
         assert served <= by_call.keys() <= served | failed.keys()
+        assert fault not in RECORDED or failed.keys() < by_call.keys()
+        assert all(record["usage"] for record in records), "without any, a call is one that consumes nothing"
         assert set(by_call.values()) == {1}
         assert (balance["lost"], balance["holds"]) == ({}, True)
         billed = Counter(body["id"] for body in receiver.billed("webhook"))

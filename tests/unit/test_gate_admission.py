@@ -29,7 +29,7 @@ from sidecar.gate.windows import SECOND_NS
 from sidecar.meters.definition import read_meters
 from sidecar.model.exchange import Gate, RawHeaders, Subscriber
 from sidecar.settings import AskedSettings
-from sidecar.usage.readers import UsageTaps
+from sidecar.usage.readers import RequestReadingTap, UsageTaps
 
 AT_NS = 1_795_000_000 * SECOND_NS
 DENY = Denials(UsageTaps().endpoints, AskedSettings())
@@ -133,7 +133,7 @@ ASKED = json.dumps({"model": "m", "max_tokens": 9, "user": "bob", "messages": "Ã
 )
 def test_a_body_says_the_gate_what_it_says_its_record(body: bytes, fields: RawHeaders, tokens: int | None) -> None:
     along = UsageTaps(body_fields=["user"]).request("POST", "/v1/chat/completions", fields)
-    assert along is not None
+    assert isinstance(along, RequestReadingTap)
     along.feed(body)
     asked = read_request(body, fields=fields, members=("user",))
     assert (asked.model, asked.members.get("user")) == ("m", "bob")

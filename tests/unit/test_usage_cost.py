@@ -21,7 +21,7 @@ from support.busy import DOCUMENTS, STREAMS, TEXT, USAGE, filled, members_of
 from sidecar.usage.formats.json_scanner import Members
 from sidecar.usage.formats.json_tail import Tail
 from sidecar.usage.providers.base import Tree
-from sidecar.usage.readers import UsageTaps
+from sidecar.usage.readers import RequestReadingTap, UsageTaps
 
 PIECE = 65_536
 TURNS_MIN, TURNS_MAX = 2, 16
@@ -51,7 +51,7 @@ def answered(body: bytes, kind: bytes, path: str = CHAT, seen: list[str] | None 
 def asked(body: bytes, seen: list[str] | None = None) -> tuple[str | None, str | None]:
     taps = UsageTaps(body_fields=("user",), anomaly=(seen if seen is not None else []).append)
     request = taps.request("POST", CHAT, [(b"Content-Type", JSON)])
-    assert request is not None
+    assert isinstance(request, RequestReadingTap)
     for start in range(0, len(body), PIECE):
         request.feed(body[start : start + PIECE])
     return request.body.model, request.member("user")

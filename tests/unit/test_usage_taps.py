@@ -19,7 +19,7 @@ from sidecar.model.exchange import Usage
 from sidecar.usage.providers.base import Reader
 from sidecar.usage.providers.fallback import BACKGROUND as BACKGROUND_READ
 from sidecar.usage.providers.fallback import NOT_FINISHED, STORED
-from sidecar.usage.readers import Element, Pin, UsageTaps
+from sidecar.usage.readers import Element, Pin, RequestReadingTap, UsageTaps
 from sidecar.usage.response_reader import BROKEN_OFF
 
 JSON = (b"Content-Type", b"application/json")
@@ -744,7 +744,7 @@ def test_a_bad_element_says_what_is_expected(text: str) -> None:
 def test_an_open_stream_does_not_hold_its_prompt() -> None:
     taps = UsageTaps()
     tap = taps.request("POST", CHAT, [JSON])
-    assert tap is not None
+    assert isinstance(tap, RequestReadingTap)
     prompt = b'{"model":"m","messages":["' + b"x" * 50_000 + b'"]}'
     mine = sys.getrefcount(prompt)
     tap.feed(prompt)
