@@ -43,7 +43,7 @@ from sidecar.proxy.tls import load_chain, of_listener, of_named, of_upstream, re
 from sidecar.proxy.upstream import Upstream
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
-from sidecar.storage.sockets import FILE_STAYS, for_both_families, hold_new
+from sidecar.storage.sockets import FILE_STAYS, accepting, for_both_families, hold_new
 from sidecar.usage import Taps
 
 log = logging.getLogger(__name__)
@@ -229,6 +229,7 @@ class Proxy:
         if server is None:
             raise RuntimeError("start the proxy before it listens")
         loop = asyncio.get_running_loop()
+        accept = accepting(server)
         tls = self._tls
         handshake_s = self._settings.head_timeout_s if tls is not None else None
         if path is None and sock is None:
@@ -236,7 +237,7 @@ class Proxy:
         if path is not None:
             _remove_stale(path)
             listener = await loop.create_unix_server(
-                server, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
+                accept, path, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
             )
             self._listeners.append(listener)
             self._socket_paths.append(path)
@@ -244,15 +245,15 @@ class Proxy:
         if sock is not None:
             if sock.family == getattr(socket, "AF_UNIX", None):
                 listener = await loop.create_unix_server(
-                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
+                    accept, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s, **FILE_STAYS
                 )
             else:
                 listener = await loop.create_server(
-                    server, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                    accept, sock=sock, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
                 )
         else:
             listener = await loop.create_server(
-                server, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
+                accept, host, port, backlog=BACKLOG, ssl=tls, ssl_handshake_timeout=handshake_s
             )
         self._listeners.append(listener)
         name = listener.sockets[0].getsockname()

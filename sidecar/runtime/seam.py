@@ -16,7 +16,7 @@ from sidecar.gate.owner import Owner
 from sidecar.runtime.seam_protocol import Hello, Kind, Messages, Status, Told, message, read_tuple
 from sidecar.spool.frames import SOURCE_BYTES, VERSION, FrameError, head_of
 from sidecar.spool.intake import Intake, Source
-from sidecar.storage.sockets import FILE_STAYS, peer_uid
+from sidecar.storage.sockets import FILE_STAYS, accepting, peer_uid
 
 log = logging.getLogger("sidecar.seam")
 
@@ -128,7 +128,9 @@ class Seam:
         self._loop = asyncio.get_running_loop()
 
     async def listen(self, listener: socket.socket) -> None:
-        self._listener = await self._loop.create_unix_server(lambda: _Connection(self), sock=listener, **FILE_STAYS)
+        self._listener = await self._loop.create_unix_server(
+            accepting(lambda: _Connection(self)), sock=listener, **FILE_STAYS
+        )
         self._look()
 
     async def aclose(self) -> None:

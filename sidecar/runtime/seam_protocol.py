@@ -126,7 +126,7 @@ def read_tuple(data: bytes) -> tuple[Any, ...]:
     try:
         found = marshal.loads(data)  # noqa: S302 - of a process of ours: the socket is our user's alone
     except (ValueError, TypeError, EOFError) as error:
-        raise FrameError(f"not a message: {error}") from None
+        raise FrameError(f"not a message: {type(error).__name__}") from None
     if type(found) is not tuple:
         raise FrameError("not a message")
     return found

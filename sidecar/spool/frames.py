@@ -228,7 +228,7 @@ def gate_of(packed: Sequence[Any]) -> Gate:
     try:
         return Gate(*packed)
     except TypeError as error:
-        raise FrameError(f"not a frame: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
 
 
 def _whole(exchange: Exchange | PlainExchange) -> Exchange:
@@ -297,7 +297,7 @@ def request_shape_of(number: int, packed: Sequence[Any]) -> RequestShape:
             upstream=upstream,
         )
     except (TypeError, ValueError) as error:
-        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
 
 
 def response_shape_of(number: int, packed: Sequence[Any]) -> ResponseShape:
@@ -305,7 +305,7 @@ def response_shape_of(number: int, packed: Sequence[Any]) -> ResponseShape:
     try:
         status, response_headers = packed
     except (TypeError, ValueError) as error:
-        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
     return ResponseShape(number=number, status=status, response_headers=response_headers)
 
 
@@ -332,7 +332,7 @@ def plain_of(packed: Sequence[Any], shape: RequestShape, response: ResponseShape
             url,
         ) = packed
     except ValueError as error:
-        raise FrameError(f"not a frame: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
     return PlainExchange(
         shape,
         client_ip,
@@ -359,7 +359,7 @@ def open_of(packed: Sequence[Any], shape: RequestShape) -> PlainExchange:
     try:
         _, _, id_, started_ns, request_bytes, client_ip, trace_id, url = packed
     except ValueError as error:
-        raise FrameError(f"not a frame: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
     return PlainExchange(shape, client_ip, trace_id, request_bytes, b"", id_, started_ns, url=url)
 
 
@@ -422,7 +422,7 @@ def exchange_of(packed: Sequence[Any]) -> Exchange:
             upstream=upstream,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise FrameError(f"not a frame: {type(error).__name__}: {error}") from None
+        raise FrameError(f"not a frame: {type(error).__name__}") from None
 
 
 def _usage_of(values: Sequence[Any]) -> Usage:

@@ -7,15 +7,17 @@ to what `listen_privately` makes: the mode is set before anybody can be let in.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import ctypes
 import errno
+import logging
 import os
 import socket
 import stat
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,6 +43,9 @@ _NO_SYN: Final = (
     (0x06, 0, 0, 0),  # drop
     (0x06, 0, 0, 0xFFFFFFFF),  # pass
 )
+
+
+log = logging.getLogger(__name__)
 
 
 class SocketError(OSError):
@@ -210,3 +215,24 @@ def _short(path: Path) -> Iterator[str]:
         yield f"{OWN_DESCRIPTORS}/{fd}/{path.name}"
     finally:
         os.close(fd)
+
+
+class _HangUp(asyncio.Protocol):
+    """In the place of a protocol that could not be made."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        transport.close()
+
+
+def accepting(make: Callable[[], asyncio.Protocol]) -> Callable[[], asyncio.Protocol]:
+    """What a listener is to be given instead of `make`: where that raises, one connection is closed. libuv would take
+    no further one at this listener, ever: it waits for the one at hand to be accepted (`uv__server_io`)."""
+
+    def accept() -> asyncio.Protocol:
+        try:
+            return make()
+        except Exception:
+            log.exception("a connection could not be taken, and is closed")
+            return _HangUp()
+
+    return accept

@@ -28,6 +28,7 @@ UNTOUCHED = (
     "sidecar.spool.intake:Intake._read_intents 3",
     "sidecar.spool.intake:exchange_of 3",
     "sidecar.spool.intake:encode_exactly 3",
+    "sidecar.spool.frames:gate_of 2",
     "sidecar.spool.slot:Spool.submit 3",
     "sidecar.spool.recorder:encode_frame 3",
     "sidecar.spool.recorder:Recorder._encoded 3",
@@ -60,6 +61,7 @@ UNTOUCHED = (
     "sidecar.runtime.seam_link:Link.send 3",
     "sidecar.runtime.seam_link:Link.data_received 4",
     "sidecar.runtime.seam:Seam.follows 3",
+    "sidecar.runtime.seam:_Connection.__init__ 1",
     "sidecar.spool.writer:Writer._gather 3",
     "sidecar.spool.writer:Writer._confirm 3",
     "sidecar.spool.writer:make_plan 3",
@@ -90,6 +92,7 @@ ONE_ENDS = (
     "sidecar.proxy.plain_call:connect 1",
     "sidecar.proxy.plain_call:PlainCall._over 2",
     "sidecar.proxy.upstream:Upstream.take 3",
+    "sidecar.proxy.client_connection:Client.__init__ 2",
     "sidecar.proxy.client_connection:Client._begin 2",
     "sidecar.proxy.client_connection:Client._feed 2",
 )

@@ -25,6 +25,7 @@ from aiohttp.typedefs import Handler, Middleware
 
 from sidecar.runtime.admin.answers import json_answer
 from sidecar.settings import Address, Secret, Settings
+from sidecar.storage.sockets import accepting
 
 CUSTOMER_PATHS: Final = ("/usage", "/records", "/parked", "/limits")  # what shows who uses what; the page asks for it
 CONNECTIONS_MAX: Final = 256  # pages, scrapes and probes are a dozen
@@ -115,8 +116,8 @@ class Crowd:
             self._make_room(server.connections)
             return server()
 
-        accepting = await asyncio.get_running_loop().create_server(coming, sock=listener, backlog=BACKLOG)
-        stack.callback(accepting.close)
+        listening = await asyncio.get_running_loop().create_server(accepting(coming), sock=listener, backlog=BACKLOG)
+        stack.callback(listening.close)
 
     def _make_room(self, there: Sequence[web.RequestHandler]) -> None:
         opened = [(one in self._asking, one.transport) for one in there]
