@@ -725,8 +725,9 @@ class Call:
         except Exception:
             log.exception("what a call consumed cannot be told; it is recorded without")
             exchange.usage = unread_usage()
+        goes = self._recorder.complete(exchange, self._release if held else None)
         self._recorded = True
-        return self._recorder.complete(exchange, self._release if held else None)
+        return goes
 
     def _record_after_all(self) -> None:
         """A call that ends and was let in has its record, also where a fault of ours came between."""

@@ -447,8 +447,11 @@ class PlainCall(PlainExchange):
             try:
                 self._response_came(data)
             except Exception:
-                log.exception("a call could not be handled")
-                self.failed()
+                log.exception("a response could not be taken the short way")
+                if self._is_held:
+                    self._cut()
+                else:
+                    self._response_unusual(data)
             return
         known = chunk_of_read(len(data))
         try:
@@ -522,7 +525,11 @@ class PlainCall(PlainExchange):
         if self._closes or hop.settings.meter_id_header:
             out = self._with_own_fields(out, len(out) - wire_bytes - 2)
         self.response = shape.facts.shape
-        on_record = hop.recorder.complete(self, self._release)
+        try:
+            on_record = hop.recorder.complete(self, self._release)
+        except Exception:
+            self.response = None  # it is not on record, and will be by the other way
+            raise
         # Only now: were something to go wrong, a call without connection and record could be neither ended nor resumed.
         self.connection = None
         self._data = self._wire = b""  # the record is kept for a while
@@ -622,9 +629,13 @@ class PlainCall(PlainExchange):
             self.response_body = b"".join(stream.kept)
         else:
             self.response_head = self.response_body = b""
-        self._calls.stream_body_bytes -= len(self.request_body)
         self.response = stream.facts
-        on_record = self._calls.hop.recorder.complete(self, self._release)
+        try:
+            on_record = self._calls.hop.recorder.complete(self, self._release)
+        except Exception:
+            self.response = None  # likewise
+            raise
+        self._calls.stream_body_bytes -= len(self.request_body)
         stream.kept = []
         if last:  # as above, not before
             self._give_back(stream)

@@ -48,6 +48,7 @@ UNTOUCHED = (
     "sidecar.usage.readers:ResponseReader.finish 2",
     "sidecar.gate.admission:Allowances.ended 2",
     "sidecar.proxy.plain_requests:PlainRequests.read 7",
+    "sidecar.proxy.plain_responses:PlainResponses.read 3",
     "sidecar.gate.admission:Admission.prepare 1",
     "sidecar.gate.admission:Admission.weigh 3",
     "sidecar.gate.admission:Admission.quickly 2",
@@ -88,6 +89,8 @@ ONE_ENDS = (
     "sidecar.proxy.call:Call._meter_id 2",
     "sidecar.proxy.call:Call._record 2",
     "sidecar.proxy.call:Call._hold 2",
+    "sidecar.spool.recorder:Recorder.complete 3",
+    "sidecar.spool.recorder:Recorder.complete 5",
     "sidecar.proxy.call:connect 1",
     "sidecar.proxy.plain_call:connect 1",
     "sidecar.proxy.plain_call:PlainCall._over 2",
@@ -98,10 +101,18 @@ ONE_ENDS = (
 )
 
 # And those of them that come when it was let in: it is recorded all the same.
-RECORDED = ("sidecar.proxy.call:Call._record 2", "sidecar.proxy.call:Call._hold 2", "sidecar.proxy.call:Call._flush 2")
+RECORDED = (
+    "sidecar.proxy.call:Call._record 2",
+    "sidecar.proxy.call:Call._hold 2",
+    "sidecar.proxy.call:Call._flush 2",
+    "sidecar.spool.recorder:Recorder.complete 3",
+    "sidecar.spool.recorder:Recorder.complete 5",
+)
 
 # Where limits are set, calls do not come this way, or not all of them.
 WITHOUT_LIMITS = (
+    "sidecar.proxy.plain_responses:PlainResponses.read 3",
+    "sidecar.spool.recorder:Recorder.complete 5",
     "sidecar.usage.plain_calls:PlainReader.lines 3",
     "sidecar.proxy.plain_call:connect 1",
     "sidecar.proxy.plain_call:PlainCall._over 2",
