@@ -20,7 +20,7 @@ from support.rawhttp import (
     until,
 )
 
-from sidecar.model.exchange import UsageState
+from sidecar.model.exchange import UNREAD, UsageState
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
 
@@ -554,4 +554,6 @@ async def test_a_tap_that_raises_is_not_felt(asks: bool) -> None:
         rest = hop.proxy._hop.rest  # type: ignore[union-attr]
         rest.reading = replace(rest.reading, taps=Bad())
         assert (await hop.call(b"POST /x HTTP/1.1\r\nHost: me\r\nContent-Length: 1\r\n\r\nx"))[1] == b"fine"
-        assert (await hop.recorder.ended()).usage is None
+        usage = (await hop.recorder.ended()).usage
+        assert usage is not None, "that would be a call that consumes nothing"
+        assert usage.reason == UNREAD
