@@ -64,7 +64,7 @@ class _Known:
     first: tuple[int, int, int] | None = None  # number, recorded before, commit; None: not begun
     sealed: bool = False
     places: list[Place] = field(default_factory=list)
-    tail: Place | None = None  # the last frame that was seen
+    tail: Place | None = None  # the last frame that counts, of those that were seen
     folded: Place = _START  # up to here `open` is true
     open: set[str] = field(default_factory=set)
 
@@ -273,28 +273,30 @@ class SpoolReader:
             mark = CommitMark.read(info.path.parent)
             confirmed = -1 if mark is None else mark.commit_number
         seen = start.seen
-        waiting: Frame | None = None
+        waiting: tuple[Frame, int] | None = None
         for item in file.frames(start.offset, seen=seen, enough=confirmed if 0 <= confirmed < NO_BOUND else None):
             if not isinstance(item, Frame) or item.commit_number < seen:
                 continue
             if item.commit_number >= info.bound_commit:
                 return
             if waiting is not None:
-                yield waiting
+                yield self._remember(known, *waiting)
                 waiting = None
-            self._remember(known, item, seen)
-            seen = item.commit_number
             if item.commit_number <= confirmed:
-                yield item
+                yield self._remember(known, item, seen)
             else:
-                waiting = item
+                waiting = item, seen
+            seen = item.commit_number
 
-    def _remember(self, known: _Known, frame: Frame, seen: int) -> None:
+    def _remember(self, known: _Known, frame: Frame, seen: int) -> Frame:
+        """Where it stands. Only of one that counts: who began at another would find nothing there that does, and what
+        stands before it would not be counted for as long as the disk takes to sync it."""
         place = Place(frame.first_seq, frame.offset, seen)
         if not known.places or frame.offset >= known.places[-1].offset + _PLACES_EVERY:
             known.places.append(place)
         if known.tail is None or frame.offset > known.tail.offset:
             known.tail = place
+        return frame
 
     # Files
 

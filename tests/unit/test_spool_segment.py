@@ -317,6 +317,34 @@ async def test_what_is_not_confirmed_is_not_read(tmp_path: Path) -> None:
             assert [group.last_seq for group in reader.read("a", 0)] == [1]
 
 
+async def test_what_waits_for_its_sync_does_not_hide_what_stands_before_it(tmp_path: Path) -> None:
+    """A sync may take minutes on a failing disk, and the balance is asked for meanwhile."""
+    held, go_on = asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    class Slow(Segment):
+        def append(self, group: Group, *, sync: bool = True) -> None:
+            super().append(group, sync=sync)
+            if group.lines and group.first_seq == 2:
+                loop.call_soon_threadsafe(held.set)
+                asyncio.run_coroutine_threadsafe(go_on.wait(), loop).result(30)
+
+    async with Spool.open(tmp_path, limits=SMALL, instance="a", create=Slow.create) as spool:
+        committed: list[Batch] = []
+        spool.submit(_batch(spool, 1, [], committed.append))
+        await until(lambda: committed)
+        spool.submit(_batch(spool, 2, [], committed.append))
+        await asyncio.wait_for(held.wait(), 20)
+        with SpoolReader(tmp_path) as reader:
+            for _ in range(2):  # what is remembered of the first look is what the second begins with
+                assert reader.last_seq("a") == reader.count("a", 0, 1) == 1
+                assert [group.last_seq for group in reader.read("a", 0)] == [1]
+            go_on.set()
+            await until(lambda: len(committed) == 2)
+            assert reader.count("a", 0, 2) == 2
+            assert [group.last_seq for group in reader.read("a", 1)] == [2]
+
+
 async def test_a_reader_follows_a_writer_through_changes_and_retiring(tmp_path: Path) -> None:
     """In another thread, in steps, while segments fill, are sealed and go: each record once, in order."""
     seen: list[int] = []
