@@ -50,6 +50,7 @@ REQUESTS: Final = 4  # at once, of a batch each: what one connection has under w
 BODY_BYTES_MAX: Final = 1 << 20
 HEADER_BYTES_MAX: Final = 512  # of a message: the id, and the stream's name
 FULL: Final = "stream_full"
+NO_ACK: Final = "no_ack"  # an answer that is not the stream's: whoever else listens to the subject may come first
 
 # What the server says of a message that it did not store, by its own number.
 _FULL: Final = frozenset({10077, 10122})  # the stream's limits, with `discard new`
@@ -207,9 +208,13 @@ class NatsBackend:
             return Unknown("timeout")
         except APIError as error:
             return _refused(error.err_code, error.code)
-        except (errors.Error, OSError, ValueError, KeyError):
+        except (errors.Error, OSError):
             return Unknown("connection_lost")
-        return Duplicate() if ack.duplicate else Delivered()
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return Unknown(NO_ACK)  # the client reads what it takes for an answer without a look at its form
+        if ack.stream != settings.stream or type(ack.seq) is not int or ack.seq < 1:
+            return Unknown(NO_ACK)
+        return Duplicate() if ack.duplicate is True else Delivered()
 
     async def _why_nobody(self) -> Verdict:
         """Nobody took the message: no stream of that subject, or nobody who leads it just now."""
@@ -250,8 +255,10 @@ def _verdict(fault: NatsFault, *, maybe_taken: bool) -> Verdict:
     return Unknown(fault.reason) if maybe_taken else Retry(fault.reason)
 
 
-def _refused(err_code: int | None, code: int | None) -> Verdict:
+def _refused(err_code: object, code: object) -> Verdict:
     """What the server says of a message that it did not store."""
+    if not isinstance(err_code, int | None) or not isinstance(code, int | None):
+        return Unknown(NO_ACK)
     if err_code in _FULL:
         return Retry(FULL)
     if err_code in _NO_ROOM:

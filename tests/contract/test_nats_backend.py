@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import orjson
 import pytest
 import trustme
 from support.backend_fixtures import record, record_id
@@ -19,7 +21,7 @@ from sidecar.model.delivery import Blocked, Delivered, Duplicate, Refused, Retry
 from sidecar.model.record import Record
 from sidecar.settings import Unfit
 from sidecar.settings.schema import settings_of
-from sidecar.storage.nats import Wanted, api_fault, read_servers, weaknesses
+from sidecar.storage.nats import Wanted, api_fault, config_of, read_servers, weaknesses
 
 pytestmark = [pytest.mark.timeout(120), pytest.mark.server]
 PASSWORD = "hunter2-hunter2"
@@ -164,6 +166,65 @@ async def test_who_waits_for_an_answer_hears_of_the_end_at_once(made: Backends) 
         await asyncio.sleep(0.1)
         server.kill()
         assert await asyncio.wait_for(sending, 20) == [Unknown("connection_lost")]
+
+
+@asynccontextmanager
+async def answering(ack: bytes) -> AsyncIterator[str]:
+    """A server that has a good stream `S`, and says this of every message that is sent into it."""
+    settings = config_of(Wanted(stream="S", subject="S.records", replicas=1, window_s=3600.0))
+    times = {name: int(settings[name] * 1e9) for name in ("max_age", "duplicate_window")}
+    state = dict.fromkeys(("messages", "bytes", "first_seq", "last_seq", "consumer_count"), 0)
+    stream = orjson.dumps({"config": settings | times, "created": "2026-01-01T00:00:00Z", "state": state})
+    hello = orjson.dumps({"server_id": "s", "version": "2.11.0", "headers": True, "max_payload": 1 << 20})
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"INFO %s\r\n" % hello)
+        inbox = b""
+        while words := (await reader.readline()).split():
+            if words[0] == b"PING":
+                writer.write(b"PONG\r\n")
+            elif words[0] == b"SUB":
+                inbox = words[-1]
+            elif words[0] in (b"PUB", b"HPUB"):
+                await reader.readexactly(int(words[-1]) + 2)
+                said = ack if words[1] == b"S.records" else stream
+                writer.write(b"MSG %s %s %d\r\n%s\r\n" % (words[2], inbox, len(said), said))
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as listening:
+        yield f"nats://127.0.0.1:{listening.sockets[0].getsockname()[1]}"
+
+
+@pytest.mark.parametrize(
+    ("ack", "verdict"),
+    [
+        (b'{"stream":"S","seq":1}', Delivered()),
+        (b'{"stream":"S","seq":1,"duplicate":true}', Duplicate()),
+        (b'{"stream":"S","seq":1,"duplicate":"false"}', Delivered()),
+        (b'{"stream":"OTHER","seq":1}', Unknown("no_ack")),
+        (b'{"stream":"S","seq":0}', Unknown("no_ack")),
+        (b'{"stream":"S","seq":"1"}', Unknown("no_ack")),
+        (b'{"stream":"S"}', Unknown("no_ack")),
+        (b"{}", Unknown("no_ack")),
+        (b"[]", Unknown("no_ack")),
+        (b"null", Unknown("no_ack")),
+        (b"5", Unknown("no_ack")),
+        (b"+OK", Unknown("no_ack")),
+        (b"", Unknown("no_ack")),
+        (b"\xff\xfe", Unknown("no_ack")),
+        (b"[" * 100_000, Unknown("no_ack")),
+        (b'{"error":null}', Unknown("no_ack")),
+        (b'{"error":"no"}', Unknown("no_ack")),
+        (b'{"error":{"code":"x","err_code":[]}}', Unknown("no_ack")),
+        (b'{"error":{"code":400,"err_code":10077}}', Retry("stream_full")),
+    ],
+)
+async def test_whoever_else_answers_says_nothing_about_the_stream(made: Backends, ack: bytes, verdict: Verdict) -> None:
+    """Anybody may listen to the subject, and answer before the stream does."""
+    async with answering(ack) as url:
+        backend = made(url)
+        assert await backend.send(sealed(backend)) == [verdict] * 3
+        await backend.aclose()
 
 
 async def test_a_full_stream_refuses_and_takes_again_when_there_is_room(server: NatsServer, made: Backends) -> None:
