@@ -3,8 +3,8 @@ instance alone, because it is the one that delivers; where sidecars deliver toge
 none has to run here.
 
 A redrive says what became of each event where they are few, and counts them by reason where they are many. Exit codes:
-0, everything went, or what did not is said; 1, an id is not parked, or nothing that was chosen could go; 2, it could
-not be asked, or there is no such backend; 3, it is not done on all lanes of a fleet.
+0, everything went, or what did not is said; 1, an id or a reason is not parked, or nothing that was chosen could go; 2,
+it could not be asked, or there is no such backend; 3, it is not done on all lanes of a fleet.
 """
 
 from __future__ import annotations
@@ -53,6 +53,10 @@ def redrive(arguments: argparse.Namespace, data_dir: Path) -> int:
     answer = change(data_dir, "/redrive", request, limit_s=REDRIVE_S)
     if answer is None:
         answer = _redriven_stopped(arguments.settings, request)
+    nothing = not (answer["counts"] or answer["unskipped"] or answer["not_found"] or "lanes" in answer)
+    if nothing and arguments.reason is not None:  # a word that is misspelt looks like one of which all is done
+        where = "" if arguments.backend is None else f" at {arguments.backend}"
+        raise CommandError(f"nothing is parked{where} with the reason {arguments.reason!r}: see `spool parked`")
     if answer["counts"] or answer["unskipped"] or "lanes" not in answer:
         print(summary(answer))
     for one in _each(answer):

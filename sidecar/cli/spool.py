@@ -80,8 +80,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     )
 
     again.epilog = (
-        "exit codes: 0, done; 1, an id is not parked, or nothing that was chosen could go; 2, it could not be asked, "
-        "or there is no such backend; 3, it is not done on all lanes of the fleet, as is said"
+        "exit codes: 0, done; 1, an id or a reason is not parked, or nothing that was chosen could go; 2, it could not "
+        "be asked, or there is no such backend; 3, it is not done on all lanes of the fleet, as is said"
     )
 
     text = "offer what waits for a backend now: end its Retry-After and every backoff"

@@ -124,6 +124,9 @@ async def test_a_redrive_says_why_what_stays_and_what_it_does_not_know(tmp_path:
             code, _, err = await whole.command("spool", "redrive", "--backend", "lgao")
             assert code == 2
             assert "lgao is not one of the backends" in err
+            code, out, err = await whole.command("spool", "redrive", "--reason", "no_custmer")
+            assert (code, out) == (1, "")
+            assert "nothing is parked with the reason 'no_custmer'" in err
             code, out, _ = await whole.command("spool", "parked")
             (row, *_) = json.loads((await whole.command("spool", "parked", "--format", "json"))[1])
             assert row["subscriber"].startswith("key_")
