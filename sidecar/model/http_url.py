@@ -19,6 +19,16 @@ HOST: Final = re.compile(r"[A-Za-z0-9_-]{1,63}(?:\.[A-Za-z0-9_-]{1,63})*\.?|\[[0
 EXPECTED: Final = "an http:// or https:// address"
 
 
+def can_be_looked_up(host: str) -> bool:
+    """Whether a host that may be of other characters too (`HOST` is of ASCII) has labels that a name may have. Of one
+    that has not the resolver raises `UnicodeError`, which nobody expects of it."""
+    try:
+        host.encode("idna")
+    except UnicodeError:
+        return False
+    return True
+
+
 def http_url(text: str, *, query: bool = False) -> str:
     """The address in its one form; with `query` it may have one, and its path keeps a slash at the end before it.
 

@@ -16,10 +16,10 @@ from enum import StrEnum
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 from typing import Any, Final, Generic, TypeVar
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 from sidecar.model.grammar import HOP_BY_HOP, Element, Source, Unfit, UnfitSecret, header_name, plain_name
-from sidecar.model.http_url import EXPECTED, HOST, UpstreamAddress
+from sidecar.model.http_url import EXPECTED, HOST, UpstreamAddress, can_be_looked_up
 from sidecar.model.http_url import http_url as parse_url
 from sidecar.model.path_pattern import check_pattern
 
@@ -237,6 +237,9 @@ def _postgres_url(value: str) -> str:
         raise UnfitSecret(f"expected an sslmode of {', '.join(_SSL_MODES)}")
     if not parts.hostname and "host" not in names:
         raise UnfitSecret("expected a host in postgresql://user:password@host:5432/database")
+    hosts = [unquote(parts.hostname or ""), *names.get("host", "").split(",")]
+    if not all(host.startswith(("/", "@")) or can_be_looked_up(host) for host in hosts):  # those are of a socket
+        raise UnfitSecret("expected a host whose labels have 1 to 63 characters")
     if not parts.path.strip("/") and not names.keys() & {"dbname", "database"}:
         raise UnfitSecret("expected a database behind the host: postgresql://user:password@host:5432/database")
     _ = parts.port  # raises what it is called with

@@ -28,6 +28,7 @@ from urllib.parse import urlsplit
 
 from sidecar import __version__
 from sidecar.model.grammar import UnfitSecret
+from sidecar.model.http_url import can_be_looked_up
 from sidecar.settings import Secret
 from sidecar.storage.http_client import fault_of
 from sidecar.storage.nats_keys import creds_problem, public_key
@@ -140,6 +141,8 @@ def read_servers(text: str) -> tuple[str, ...]:
             )
         if parts.scheme not in ("nats", "tls") or not parts.hostname or parts.path.strip("/") or parts.query:
             raise UnfitSecret("expected addresses such as nats://host:4222 or tls://host:4222, separated by commas")
+        if not can_be_looked_up(parts.hostname):
+            raise UnfitSecret("expected hosts whose labels have 1 to 63 characters")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         found.append(f"{parts.scheme}://{host}:{port}")
     if not found or len({server.partition(":")[0] for server in found}) > 1:

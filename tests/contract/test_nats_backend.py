@@ -438,7 +438,8 @@ def test_a_lost_connection_is_said_in_one_way_whoever_notices_it(name: str) -> N
 def test_addresses_are_read_and_a_password_in_one_is_refused_without_being_said() -> None:
     assert read_servers("nats://a, nats://b:4333,nats://a:4222") == ("nats://a:4222", "nats://b:4333")
     assert read_servers("tls://[::1]:5") == ("tls://[::1]:5",)
-    for wrong in ("", "a:4222", "http://a", "nats://a,tls://b", "nats://me:hunter2@a", "nats://a/path", "nats://a:b"):
+    for wrong in ("", "a:4222", "http://a", "nats://a,tls://b", "nats://me:hunter2@a", "nats://a/path", "nats://a:b",
+        "nats://a..b", f"nats://{'a' * 64}"):  # fmt: skip
         with pytest.raises(Unfit) as caught:
             read_servers(wrong)
         assert "hunter2" not in str(caught.value)

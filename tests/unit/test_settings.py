@@ -166,6 +166,8 @@ def test_a_value_is_read(variable: str, value: str, attribute: str, expected: An
         ("UPSTREAM_URL", "http://example.com/?key=1", "without query"),
         ("UPSTREAM_URL", "http://[::1", "expected a host"),
         ("UPSTREAM_URL", "http://a..b", "expected a host"),
+        ("LEDGER_URL", "postgresql://a..b/x", "a host whose labels"),
+        ("LEDGER_URL", f"postgresql:///x?host={'a' * 64}.example", "a host whose labels"),
         ("UPSTREAM_URL", f"http://{'a' * 64}.example", "expected a host"),
         ("UPSTREAM_URL", "unix:run/api.sock", "expected unix:/path"),
         ("UPSTREAM_URL", "unix:/run/api.sock:v1", "expected unix:/path"),
