@@ -21,6 +21,7 @@ every definition is found at once and named.
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -426,12 +427,14 @@ def read_limits(
     for text in short:
         found = _SHORT.fullmatch(text)
         if found is None:
-            problems.append(f"SIDECAR_LIMITS: {text!r} is wrong: expected unit=amount/window, such as calls=600/minute")
+            problems.append(
+                f"SIDECAR_LIMITS: {_shown(text)} is wrong: expected unit=amount/window, such as calls=600/minute"
+            )
             continue
         unit, amount, window = found[1], found[2], found[3] or "total"
         rows.append(
             (
-                f"SIDECAR_LIMITS: {text}",
+                f"SIDECAR_LIMITS: {_cut(text)}",
                 {
                     "name": unit if unit == "concurrent" else f"{unit.replace(':', '-')}-per-{window}",
                     "unit": unit,
@@ -522,7 +525,7 @@ class _Reading:
         for key in self.left:
             near = get_close_matches(key, FIELDS, 1)
             hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(FIELDS)}, {DIMENSION}NAME"
-            self._wrong(f"{key!r} is no field of a limit; {hint}")
+            self._wrong(f"{_shown(key)} is no field of a limit; {hint}")
         if self.problems or window is None:
             return None
         return Limit(
@@ -548,25 +551,27 @@ class _Reading:
             meter = self._meters.get(unit.removeprefix(METER))
             if meter is None:
                 names = ", ".join(self._meters) or "none"
-                self._wrong(f"unit {unit}: there is no such meter, so nothing would ever reach it (there are {names})")
+                self._wrong(
+                    f"unit {_cut(unit)}: there is no such meter, so nothing would ever reach it (there are {names})"
+                )
             elif meter.kind not in (Kind.COUNT, Kind.SUM):
                 self._wrong(f"unit {unit}: a meter of kind {meter.kind} does not add up: expected COUNT or SUM")
             return unit, meter
         if not isinstance(unit, str) or unit not in PLAIN_UNITS:
-            said = "is missing" if unit is None else f"{unit!r} is unknown"
+            said = "is missing" if unit is None else f"{_shown(unit)} is unknown"
             self._wrong(f"unit {said}: expected one of {', '.join(PLAIN_UNITS)}, or meter:NAME")
             return "calls", None
         return unit, None
 
     def _amount(self, unit: str, meter: Meter | None) -> int:
         amount = self.left.pop("amount", None)
-        if isinstance(amount, float):
+        if isinstance(amount, float) and math.isfinite(amount):
             self._wrong(f'amount is a float, which is never exact: write it as a text: "{amount!r}"')
             return 0
         text = str(amount) if isinstance(amount, int) and not isinstance(amount, bool) else amount
         if not isinstance(text, str) or not AMOUNT.fullmatch(text.strip()):
             said = "is missing" if amount is None else "is negative" if str(amount).startswith("-") else "is wrong"
-            given = "" if amount is None else f", not {str(amount)[:SHOWN_CHARS]!r}"
+            given = "" if amount is None else f", not {_shown(str(amount))}"
             self._wrong(
                 f'amount {said}: expected a number of at least 0, as a text where it is no whole one: "0.5"{given}'
             )
@@ -589,7 +594,7 @@ class _Reading:
         found = _SLIDING.fullmatch(text) if isinstance(text, str) else None
         seconds = 0 if found is None else int(found[1]) * _SECONDS[found[2]]
         if not 1 <= seconds <= LONGEST_S:
-            said = "is missing" if text is None else f"{text!r} is unknown"
+            said = "is missing" if text is None else f"{_shown(text)} is unknown"
             self._wrong(f"window {said}: expected one of {', '.join(CALENDAR)}, or a time up to 366d such as 90s, 24h")
             return "", None
         return str(text), Sliding(seconds)
@@ -599,7 +604,7 @@ class _Reading:
         try:
             return ZoneInfo(name)
         except (ZoneInfoNotFoundError, ValueError, TypeError, OSError):
-            self._wrong(f"timezone {name!r} is unknown: expected a name such as UTC or Europe/Berlin")
+            self._wrong(f"timezone {_shown(name)} is unknown: expected a name such as UTC or Europe/Berlin")
             return ZoneInfo("UTC")
 
     def _idle_zone(self, window: Window) -> str | None:
@@ -642,11 +647,11 @@ class _Reading:
         if value in ("", EACH):
             return None
         if EACH in value or value != value.strip():
-            return f'{name} {value!r} is no pattern: expected one whole name, or "*" for each on its own'
+            return f'{name} {_shown(value)} is no pattern: expected one whole name, or "*" for each on its own'
         if there.values.get(name) and value not in there.values[name]:
             near = get_close_matches(value, there.values[name], 1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            return f"{name} {value!r} is unknown here: no call would ever reach this limit{hint}"
+            return f"{name} {_shown(value)} is unknown here: no call would ever reach this limit{hint}"
         if name not in ("subscriber", "key") or HASHED.fullmatch(value) or value == UNAUTHENTICATED:
             return None
         called = [id_ for id_, known in there.names.items() if known == value]
@@ -658,6 +663,15 @@ class _Reading:
                 "`metering-sidecar subscriber` prints it for a key"
             )
         return None
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARS else text[: SHOWN_CHARS - 1] + "…"
+
+
+def _shown(value: object) -> str:
+    """A wrong value, as much of it as is needed to find it."""
+    return repr(_cut(value)) if isinstance(value, str) else _cut(repr(value))
 
 
 def oldest_start_ns(limits: Sequence[Limit], now_ns: int) -> int:

@@ -166,6 +166,21 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
     assert any("calls=1/fortnight: window 'fortnight' is unknown" in problem for problem in problems)
 
 
+def test_a_wrong_value_is_quoted_as_far_as_it_helps_to_find_it() -> None:
+    long = "x" * 5000
+    given = f'[[limits]]\nname = "a"\nunit = "{long}"\namount = "{long}"\nwindow = "{long}"\nmodel = " {long}"'
+    problems = wrong(f'{given}\ntimezone = "{long}"\n{long} = 1', long, f"calls={long}/day", f"calls=1/{long}")
+    assert len(problems) > 6
+    assert max(map(len, problems)) < 400
+
+
+@pytest.mark.parametrize("amount", ["inf", "-inf", "nan"])
+def test_an_amount_that_is_no_number_is_not_to_be_written_as_a_text(amount: str) -> None:
+    (problem,) = wrong(f'[[limits]]\nname = "a"\nunit = "calls"\namount = {amount}\nwindow = "day"')
+    assert "expected a number of at least 0" in problem
+    assert problem.endswith(f"not '{amount}'")
+
+
 def test_a_name_that_stands_twice_is_said_beside_what_is_wrong_with_either() -> None:
     problems = wrong(
         """
