@@ -65,7 +65,7 @@ def instances(root: Path) -> list[str]:
     """The slots there are, in the order of their names."""
     try:
         return sorted(e.name for e in os.scandir(spool_dir(root)) if e.is_dir() and _INSTANCE_NAME.fullmatch(e.name))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):  # the latter where the data directory is a file
         return []
 
 

@@ -377,6 +377,15 @@ def test_nothing_is_left_of_an_export_that_cannot_be_finished(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("command", ["balance", "usage", "records", "spool status", "spool parked", "spool verify"])
+def test_a_file_in_the_place_of_the_data_directory_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main([*command.split(), "--data-dir", str(tmp_path / "file")]) in (1, 2)
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["spool", "redrive"]) == 2
     assert "no instance is running" in capsys.readouterr().err
