@@ -145,24 +145,23 @@ class Metering:
         return None if self.lookout is None else (await self.lookout.seen()).to_dict()
 
     async def metrics(self) -> bytes:
-        balance = await self.balance()
-        degraded = self.last_readiness().state in ("degraded", "full")  # the balance has asked
-        gauges = Gauges(
-            admitted=balance.admitted,
-            recorded=balance.recorded,
-            open=balance.open,
-            holds=balance.holds,
-            degraded=degraded,
-        )
+        gauges = Gauges()
+        try:
+            gauges.balance = balance = await self.balance()
+            if self.bills is not None:
+                gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
+                if self.bills.elected is not None:
+                    gauges.pending |= await asyncio.to_thread(self.bills.elected.pending)
+                gauges.parked = await asyncio.to_thread(self.bills.parked_now)
+        except Exception as error:  # noqa: BLE001 - a disk that fails is when the others are looked at
+            log.warning("the balance cannot be read; the metrics go without its figures: %s", said_by(error))
+        gauges.degraded = self.last_readiness().state in ("degraded", "full")  # the balance has asked
         bills = self.bills
         if bills is not None:
             status = bills.status()
-            gauges.pending = {name: totals.pending for name, totals in balance.backends.items()}
             if bills.elected is not None:
-                gauges.pending |= await asyncio.to_thread(bills.elected.pending)
                 gauges.lanes_held, gauges.lanes_resting = len(bills.elected.lanes), bills.elected.resting
                 gauges.lanes_unheld = bills.elected.unheld
-            gauges.parked = await asyncio.to_thread(bills.parked_now)
             gauges.copied = bills.copied is not None
             gauges.disk_free_bytes = bills.free_bytes
             gauges.disk_bytes = bills.disk_bytes

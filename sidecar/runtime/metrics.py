@@ -30,6 +30,7 @@ from prometheus_client.registry import Collector
 
 import sidecar
 from sidecar.meters.hourly import UNAUTHENTICATED
+from sidecar.model.balance import Balance
 from sidecar.model.call_group import NO_PRICE, CallGroup, Gathering, groups_of
 from sidecar.model.delivery import Blocked, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState, cut
@@ -271,10 +272,7 @@ class DayTimes:
 class Gauges:
     """What is read at the moment of a scrape rather than counted as it happens."""
 
-    admitted: int = 0
-    recorded: int = 0
-    open: int = 0
-    holds: bool = True
+    balance: Balance | None = None  # None: it cannot be read now
     degraded: bool = False
     copied: bool = False
     disk_free_bytes: int = 0
@@ -617,10 +615,12 @@ class Metrics(HopEvents, Collector):
                 self._counters["sidecar_verdicts"][(backend, verdict)] = 0
 
     def _set_gauges(self, gauges: Gauges) -> None:
-        self._counters["sidecar_admitted"][()] = gauges.admitted
-        self._counters["sidecar_recorded"][()] = gauges.recorded
-        self._gauges["sidecar_open"][()] = gauges.open
-        self._gauges["sidecar_balance_holds"][()] = int(gauges.holds)
+        balance = gauges.balance
+        # No series rather than an old figure, or one that looks like a restart.
+        self._counters["sidecar_admitted"] = {} if balance is None else {(): balance.admitted}
+        self._counters["sidecar_recorded"] = {} if balance is None else {(): balance.recorded}
+        self._gauges["sidecar_open"] = {} if balance is None else {(): balance.open}
+        self._gauges["sidecar_balance_holds"] = {} if balance is None else {(): int(balance.holds)}
         self._gauges["sidecar_spool_degraded"][()] = int(gauges.degraded)
         self._gauges["sidecar_directory_copied"][()] = int(gauges.copied)
         self._gauges["sidecar_disk_free_bytes"][()] = gauges.disk_free_bytes

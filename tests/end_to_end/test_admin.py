@@ -39,6 +39,26 @@ async def test_it_says_how_it_is(tmp_path: Path) -> None:
             assert await whole.stop() == 0
 
 
+@pytest.mark.parametrize("what", ["metering:Metering.balance", "billing:Billing.parked_now"])
+async def test_metrics_are_told_where_the_balance_cannot_be_read(what: str, tmp_path: Path) -> None:
+    """A disk that fails is when somebody looks at them."""
+    async with tiny_upstream() as upstream:
+        whole = Whole(
+            tmp_path / "data", upstream, FAILS_AT=f"sidecar.runtime.{what} 1", FAILS_MARK=str(tmp_path / "failed")
+        )
+        async with whole:
+            assert await call(whole) == 200
+            async with aiohttp.ClientSession() as session, session.get(f"{whole.admin_url}/metrics") as answer:
+                assert answer.status == 200
+                without = {f.name: f.samples for f in text_string_to_metric_families(await answer.text())}
+            assert "sk-secret" not in whole.log.read_text()
+            assert "the balance cannot be read" in whole.log.read_text()
+            assert without["sidecar_disk_bytes"][0].value > 0
+            assert not without["sidecar_parked_now"]
+            await whole.settled()
+            assert "\nsidecar_admitted_total 1.0\n" in await whole.text("/metrics")
+
+
 async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream, running_receiver() as (receiver, url):
         whole = Whole(

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from sidecar.model.balance import Balance
 from sidecar.model.call_group import CallKind, Gathering
 from sidecar.model.delivery import Delivered, Refused, Retry, Unknown, Verdict
 from sidecar.model.exchange import Exchange, Outcome, Subscriber, Usage, UsageState
@@ -160,7 +161,8 @@ def test_why_requests_came_to_nothing_is_counted() -> None:
 
 
 def test_the_figures_of_the_moment_come_with_the_scrape() -> None:
-    gauges = Gauges(admitted=7, recorded=6, open=1, holds=False, pending={"ledger": 4}, parked={("ledger", "no"): 2})
+    balance = Balance(admitted=7, recorded=5, open=1)
+    gauges = Gauges(balance=balance, pending={"ledger": 4}, parked={("ledger", "no"): 2})
     gauges.ledger_bytes, gauges.spool_bytes = 9, 8
     seen = samples(Metrics(), gauges)
     assert seen[("sidecar_admitted_total",)] == 7
@@ -169,6 +171,16 @@ def test_the_figures_of_the_moment_come_with_the_scrape() -> None:
     assert seen[("sidecar_spool_bytes",)] == 8
     assert seen[("sidecar_pending", ("backend", "ledger"))] == 4
     assert seen[("sidecar_parked_now", ("backend", "ledger"), ("reason", "no"))] == 2
+
+
+def test_a_balance_that_cannot_be_read_leaves_no_old_figures() -> None:
+    metrics = Metrics()
+    assert ("sidecar_admitted_total",) in samples(metrics, Gauges(balance=Balance(admitted=7, recorded=7)))
+    without = samples(metrics, Gauges(balance=None, disk_bytes=9))
+    assert not {(f"sidecar_{name}",) for name in ("admitted_total", "recorded_total", "open", "balance_holds")} & set(
+        without
+    )
+    assert without[("sidecar_disk_bytes",)] == 9
 
 
 def test_every_family_has_help_and_the_projects_prefix() -> None:
