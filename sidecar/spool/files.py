@@ -64,7 +64,8 @@ def is_frozen(root: Path, instance: str) -> bool:
 def instances(root: Path) -> list[str]:
     """The slots there are, in the order of their names."""
     try:
-        return sorted(e.name for e in os.scandir(spool_dir(root)) if e.is_dir() and _INSTANCE_NAME.fullmatch(e.name))
+        with os.scandir(spool_dir(root)) as entries:
+            return sorted(e.name for e in entries if e.is_dir() and _INSTANCE_NAME.fullmatch(e.name))
     except (FileNotFoundError, NotADirectoryError):  # the latter where the data directory is a file
         return []
 

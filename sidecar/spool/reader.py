@@ -18,6 +18,7 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -79,14 +80,15 @@ class SpoolReader:
         self._files: OrderedDict[tuple[Path, int], SegmentFile] = OrderedDict()
 
     def instances(self) -> list[str]:
-        return files.instances(self.root)
+        with self._reading():
+            return files.instances(self.root)
 
     def read(self, instance: str, after_seq: int, *, bytes_max: int = 1 << 20) -> list[StoredGroup]:
         """Groups with numbers beyond `after_seq`, oldest first; at least one where there is one.
 
         A group that `after_seq` lies in comes without the lines already had.
         """
-        with self._lock:
+        with self._reading():
             found: list[StoredGroup] = []
             size = 0
             for group in self._groups(instance, after_seq):
@@ -113,7 +115,7 @@ class SpoolReader:
 
     def last_seq(self, instance: str) -> int:
         """The greatest committed number; 0 when there is none."""
-        with self._lock:
+        with self._reading():
             last = self._last(instance)
             return 0 if last is None else last[1].last_seq
 
@@ -121,15 +123,15 @@ class SpoolReader:
         """How many records with `after_seq < seq <= upto_seq` were recorded: those here, and what is missing."""
         if upto_seq <= after_seq:
             return 0
-        with self._lock:
+        with self._reading():
             segments = self._segments(instance)
             upto = self._recorded_upto(instance, segments, upto_seq)
             return max(upto - self._recorded_upto(instance, segments, after_seq), 0)
 
     def totals(self, instance: str) -> SpoolTotals:
         """As the last commit left them; `open` are the intents on disk without a completion."""
-        note = last_words.read(files.slot_dir(self.root, instance))
-        with self._lock:
+        with self._reading():
+            note = last_words.read(files.slot_dir(self.root, instance))
             last = self._last(instance)
             if last is None:
                 admitted, recorded, open_calls, lost = 0, 0, 0, dict[str, int]()
@@ -142,7 +144,7 @@ class SpoolReader:
 
     def segments(self, instance: str) -> list[SegmentInfo]:
         """The begun segments of a slot, oldest first."""
-        with self._lock:
+        with self._reading():
             return self._segments(instance)
 
     def close(self) -> None:
@@ -159,6 +161,15 @@ class SpoolReader:
 
     def __repr__(self) -> str:
         return f"<SpoolReader: {self.root}>"
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """One look. What the system says of a file or a directory is a `SpoolError`, in words."""
+        with self._lock:
+            try:
+                yield
+            except OSError as error:
+                raise files.translate(error, f"cannot read {error.filename or self.root}") from error
 
     def _dated(self, instance: str, since_ns: int) -> Iterator[tuple[int, int, StoredGroup]]:
         for group in self.groups(instance, self._before(instance, since_ns)):

@@ -373,6 +373,9 @@ class SegmentFile:
             self.header = Header.decode(os.pread(self._fd, HEADER_BYTES, 0), path)
         except SpoolDamaged as error:
             self.damaged = str(error)
+        except OSError as error:
+            os.close(self._fd)
+            raise files.translate(error, f"cannot read {path}") from error
         except BaseException:
             os.close(self._fd)
             raise

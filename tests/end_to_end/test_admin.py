@@ -59,6 +59,28 @@ async def test_metrics_are_told_where_the_balance_cannot_be_read(what: str, tmp_
             assert "\nsidecar_admitted_total 1.0\n" in await whole.text("/metrics")
 
 
+async def test_what_cannot_be_answered_says_so_and_is_in_the_log(tmp_path: Path) -> None:
+    async with tiny_upstream() as upstream:
+        at = {"FAILS_AT": "sidecar.runtime.admin.reports:Reports._usage 1", "FAILS_MARK": str(tmp_path / "failed")}
+        async with Whole(tmp_path / "data", upstream, **at) as whole:
+            assert await call(whole) == 200
+            await whole.settled()
+            async with aiohttp.ClientSession() as session:
+                async with session.get(f"{whole.admin_url}/usage") as answer:
+                    assert (answer.status, await answer.json()) == (
+                        500,
+                        {"error": "a mistake of the sidecar's own: its log says where"},
+                    )
+                assert "could not be answered" in whole.log.read_text()
+                assert "sk-secret" not in whole.log.read_text()
+                segment = next((tmp_path / "data" / "spool").glob("*/*.seg"))
+                segment.unlink()
+                segment.mkdir()
+                async with session.get(f"{whole.admin_url}/records") as answer:
+                    assert answer.status == 503
+                    assert f"cannot read {segment}" in (await answer.json())["error"]
+
+
 async def test_a_refused_record_is_parked_visible_and_redriven(tmp_path: Path) -> None:
     async with tiny_upstream() as upstream, running_receiver() as (receiver, url):
         whole = Whole(

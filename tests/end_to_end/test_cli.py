@@ -31,6 +31,7 @@ import trustme
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 from support.backend_fixtures import record, usage
+from support.filled import fill
 from support.schema import faults
 from support.spool_fixtures import flip
 from support.whole import Whole, environment, running_receiver
@@ -384,6 +385,30 @@ def test_a_file_in_the_place_of_the_data_directory_is_one_line(
     (tmp_path / "file").write_text("")
     assert main([*command.split(), "--data-dir", str(tmp_path / "file")]) in (1, 2)
     assert capsys.readouterr().err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "command", ["balance", "records", "records --since 1h", "spool status", "spool verify", "spool export"]
+)
+@pytest.mark.parametrize("what", ["a segment", "the spool"])
+async def test_a_spool_that_the_system_does_not_read_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, what: str
+) -> None:
+    """As on a disk that fails; here a directory stands where a file should, and a file where a directory."""
+    await fill(tmp_path, 3)
+    if what == "a segment":
+        segment = next((tmp_path / "spool").glob("*/*.seg"))
+        segment.unlink()
+        segment.mkdir()
+    else:
+        slot = next((tmp_path / "spool").iterdir())
+        shutil.rmtree(slot)
+        slot.symlink_to(slot)  # a circle: `ELOOP`
+    code = await asyncio.to_thread(main, [*command.split(), "--data-dir", str(tmp_path)])
+    said = capsys.readouterr()
+    assert code == 1
+    assert said.err.count("\n") == 1, said.err
+    assert "cannot read" in said.err
 
 
 def test_a_redrive_needs_a_running_instance(capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,11 +2,13 @@
 
 It listens on loopback unless told otherwise and changes nothing: that goes over a socket of its own (`control`). What
 it shows is asked of `Instance` at the moment of the request, and what shows customers is read from the files
-(`reports`); a failure to answer is a 500 here and hurts no traffic.
+(`reports`); a failure to answer hurts no traffic: it is a 503 that says which file cannot be read, or a 500, and then
+the log says where.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
@@ -21,6 +23,10 @@ from sidecar.runtime.admin.answers import json_answer
 from sidecar.runtime.admin.guard import Guard
 from sidecar.runtime.admin.reports import Reports
 from sidecar.runtime.reports.parameters import near, quoted
+from sidecar.spool import SpoolError
+from sidecar.storage.files import StorageError
+
+log = logging.getLogger("sidecar.admin")
 
 PROMETHEUS_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -47,6 +53,19 @@ class Instance(Protocol):
     async def readiness(self) -> Readiness: ...
 
     async def times(self) -> list[dict[str, Any]]: ...
+
+
+@web.middleware
+async def _faults_told(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except web.HTTPException:
+        raise
+    except (SpoolError, StorageError) as error:
+        return json_answer({"error": str(error)}, status=503)
+    except Exception:
+        log.exception("what was asked at the admin port could not be answered")
+        return json_answer({"error": "a mistake of the sidecar's own: its log says where"}, status=500)
 
 
 @web.middleware
@@ -97,7 +116,7 @@ def application(instance: Instance, guard: Guard, reports: Reports | None = None
     async def times(_: web.Request) -> web.Response:
         return json_answer({"days": await instance.times()})
 
-    app = web.Application(middlewares=[guard.middleware, _unknown_told])
+    app = web.Application(middlewares=[_faults_told, guard.middleware, _unknown_told])
     app.router.add_get("/healthz", healthz)
     app.router.add_get("/readyz", readyz)
     app.router.add_get("/metrics", metrics)
