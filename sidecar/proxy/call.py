@@ -906,7 +906,11 @@ class Call:
             hop.metrics.drains_changed(-1)
         client, self.client = self.client, None
         if client is not None:
-            client.call_over(self._keep_alive, self.upload_done)
+            try:
+                client.call_over(self._keep_alive, self.upload_done)
+            except Exception:
+                log.exception("a connection cannot go on behind its call, and is closed")
+                client.close_soon()
         if hop.idle is not None and not hop.calls:
             hop.idle()
 

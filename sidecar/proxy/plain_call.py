@@ -713,7 +713,11 @@ class PlainCall(PlainExchange):
         hop.calls.discard(self)
         client, self.client = self.client, None
         if client is not None:
-            client.call_over(not self._closes, True)
+            try:
+                client.call_over(not self._closes, True)
+            except Exception:
+                log.exception("a connection cannot go on behind its call, and is closed")
+                client.close_soon()
         if hop.idle is not None and not hop.calls:
             hop.idle()
 

@@ -25,6 +25,7 @@ import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
@@ -397,6 +398,8 @@ class Recorder:
                 release(granted)
             except Exception as error:  # noqa: BLE001 - one connection's trouble is not its neighbour's
                 self._loop.call_exception_handler({"message": "releasing a response failed", "exception": error})
+                with suppress(Exception):  # the client would wait for ever
+                    release(False)
         return len(releases)
 
     # Frames

@@ -96,6 +96,8 @@ ONE_ENDS = (
     "sidecar.proxy.plain_call:PlainCall._over 2",
     "sidecar.proxy.upstream:Upstream.take 3",
     "sidecar.proxy.client_connection:Client.__init__ 2",
+    "sidecar.proxy.client_connection:Client.call_over 3",
+    "sidecar.proxy.call:Call._release 2",
     "sidecar.proxy.client_connection:Client._begin 2",
     "sidecar.proxy.client_connection:Client._feed 2",
 )
