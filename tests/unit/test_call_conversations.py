@@ -29,6 +29,7 @@ from support.conversation import (
 )
 
 from sidecar.model.exchange import Outcome
+from sidecar.proxy.plain_call import PlainCall
 from sidecar.proxy.upstream import UnreachableError
 
 pytestmark = pytest.mark.usefixtures("both_ways")
@@ -649,10 +650,16 @@ def test_what_comes_behind_the_last_chunk_is_nobodys() -> None:
 def test_a_fault_of_ours_before_the_head(caplog: pytest.LogCaptureFixture) -> None:
     with conversation() as talk:
         talk.client.says(get())
+        short = isinstance(talk.call, PlainCall)
         talk.break_the_parser()
         talk.upstream.says(ok())
-        talk.client.hears(OWN_FAULT)
-        talk.recorded(BROKE, status=500, response_bytes=size(OWN_FAULT), error="the proxy failed to handle this call")
+        if short:  # it goes on with care
+            talk.client.hears(ok())
+            talk.recorded(COMPLETE, status=200, response_bytes=2)
+        else:
+            error = "the proxy failed to handle this call"
+            talk.client.hears(OWN_FAULT)
+            talk.recorded(BROKE, status=500, response_bytes=size(OWN_FAULT), error=error)
         talk.client.is_open()
 
 
