@@ -60,7 +60,7 @@ from sidecar.spool import (
     make_room,
 )
 from sidecar.spool.intake import Intake
-from sidecar.storage.files import StorageError, Trouble, said_by
+from sidecar.storage.files import StorageError, Trouble, explain, said_by
 from sidecar.storage.sockets import CONTROL, SocketError, listen_privately, remove
 
 log = logging.getLogger("sidecar.metering")
@@ -605,7 +605,10 @@ class _Process:
             isinstance(error, StorageError) and error.trouble in NOT_OURS
         )
         known = isinstance(error, LockError | SpoolError | StateError | LedgerError | SocketError | NoRoomError)
-        self._wire.send(cannot=str(error) if known else f"cannot start: {error}", code=2 if wrong else 1)
+        text = str(error) if known else f"cannot start: {error}"
+        if isinstance(error, OSError) and not known:
+            text = explain(error, f"cannot start: {error.filename or self._settings.data_dir} cannot be used")
+        self._wire.send(cannot=text, code=2 if wrong else 1)
         return CANNOT_START
 
     async def _room(self) -> bool:

@@ -26,7 +26,7 @@ from typing import Final, TextIO
 
 from sidecar.spool.types import REMOVED, SpoolError, SpoolFailed, SpoolFull, SpoolLocked
 from sidecar.storage import files as storage_files
-from sidecar.storage.files import PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
+from sidecar.storage.files import FEW_FILES, PRIVATE, START_BYTES, START_FILES, Trouble, narrow, probe, trouble
 
 _SEGMENT_NAME: Final = re.compile(r"(\d{8,})\.seg")
 _OLD_NAME: Final = re.compile(r"\d{8,}\.db")  # SQLite files, of releases before there were segments
@@ -179,7 +179,8 @@ def translate(error: OSError, what: str) -> SpoolError:
                 f"{what}: not writable for user {os.geteuid()} ({os.strerror(error.errno or 0)});"
                 " give that user the directory, or set SIDECAR_DATA_DIR to one it may write"
             )
-    return SpoolError(f"{what}: {error.strerror or error}")
+    more = "; raise `ulimit -n`" if error.errno in FEW_FILES else ""
+    return SpoolError(f"{what}: {error.strerror or error}{more}")
 
 
 class FileLock:

@@ -33,6 +33,7 @@ _HELD: Final = frozenset({errno.EWOULDBLOCK, errno.EACCES})  # flock: somebody e
 _NO_DIRECTORY_SYNC: Final = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EACCES, errno.EPERM})
 _BESIDE: Final = ("-wal", "-shm", "-journal")  # what SQLite keeps beside a file; it gives them the file's own mode
 _NO_ROOM: Final = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+FEW_FILES: Final = frozenset({errno.EMFILE, errno.ENFILE})
 _DENIED: Final = frozenset({errno.EACCES, errno.EPERM, errno.EISDIR})
 _GONE: Final = frozenset({errno.ENOENT, errno.ENOTDIR, errno.ESTALE})
 # What SQLite says of a write that may have many reasons. A failed sync is none of these: whatever the reason, that file
@@ -135,6 +136,8 @@ def explain(error: OSError | sqlite3.Error, what: str, path: Path | None = None)
     """
     said = (error.strerror if isinstance(error, OSError) else None) or str(error)
     user = f"by user {os.geteuid()}"
+    if isinstance(error, OSError) and error.errno in FEW_FILES:
+        return f"{what}: {said}; raise `ulimit -n`"
     match trouble(error, path or Path()):
         case Trouble.FULL:
             return f"{what}: no room is left on the disk; free some, or set SIDECAR_DATA_DIR to another disk"

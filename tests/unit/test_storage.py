@@ -374,6 +374,7 @@ def test_a_lock_is_held_by_one_process_and_gone_with_it(tmp_path: Path) -> None:
         (errno.EACCES, "give that user"),
         (errno.ENOENT, "put it back"),
         (errno.EIO, "look at its disk"),
+        (errno.EMFILE, "raise `ulimit -n`"),
     ],
 )
 def test_each_errno_says_what_to_do(number: int, word: str) -> None:
