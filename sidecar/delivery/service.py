@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, ParamSpec, Self
 
 from sidecar.delivery.context import Context, Copied, SystemClock
 from sidecar.delivery.ledger_worker import SummedBatch
@@ -43,6 +43,7 @@ from sidecar.model.record import Record
 from sidecar.spool.types import SpoolError
 
 _LOG: Final = logging.getLogger(__name__)
+_P = ParamSpec("_P")
 
 
 class Delivery:
@@ -122,10 +123,10 @@ class Delivery:
             self._start(worker.run(cursors, requests))
         self._start(self._tick())
         for worker in self._workers.values() if not self._skip_gaps else ():
-            self._start(_once(self._take_back(worker)))
+            self._start(_once(self._take_back, worker))
         ends = {place.instance: place.last_seq for place in places}
         for name in sorted(found.gone):
-            self._start(_once(part_with(name, store, self.reader, context.clock.wall_s, ends)))
+            self._start(_once(part_with, name, store, self.reader, context.clock.wall_s, ends))
         return self
 
     async def __aexit__(
@@ -372,7 +373,7 @@ class Delivery:
         for worker in self._workers.values():
             worker.clock_stepped()
         if self._running:
-            self._start(_once(self._expire()))
+            self._start(_once(self._expire))
 
     def _start(self, work: Coroutine[Any, Any, None]) -> None:
         task = self._group.create_task(work)
@@ -469,11 +470,11 @@ class Delivery:
         return found
 
 
-async def _once(work: Coroutine[Any, Any, None]) -> None:
+async def _once(work: Callable[_P, Coroutine[Any, Any, None]], *args: _P.args, **kwargs: _P.kwargs) -> None:
     """What is done at a start, or when the clock was set. A mistake of ours in it stops no backend: it is told, and the
     next start does it."""
     try:
-        await work
+        await work(*args, **kwargs)
     except Exception:  # noqa: BLE001 - it is told
         _LOG.exception("something beside delivery was not done; the next start does it")
 
