@@ -1,8 +1,8 @@
 """The owner of the workers: opens them in order, watches the clock, and lets an operator look in and correct.
 
 What must always hold: every configured backend has a worker of its own, which goes on whatever happens, so that one
-backend holds up no other; what a removed backend had still to get is parked. The file is
-opened by the caller and belongs to this object while it runs.
+backend holds up no other; what a removed backend had still to get is parked. The file is opened by the caller and
+belongs to this object while it runs.
 """
 
 from __future__ import annotations

@@ -182,7 +182,7 @@ class Call:
         response.feed(head)
         response.mute = self.client is None
         response.skip(body_bytes)
-        response.ended = recorded
+        response.ended = self._recorded = recorded
         self._keep_alive = True
         self.phase = Phase.TRAILING if recorded else STREAMING
 
