@@ -39,7 +39,7 @@ from sidecar.proxy.context import (
 from sidecar.proxy.destinations import Destinations
 from sidecar.proxy.headers import HeaderRules
 from sidecar.proxy.plain_call import PlainCalls
-from sidecar.proxy.tls import load_chain, of_listener, of_named, of_upstream, read, read_or_kept, why_unreadable
+from sidecar.proxy.tls import of_listener, of_named, of_upstream, read, read_or_kept, show, why_unreadable
 from sidecar.proxy.upstream import Upstream
 from sidecar.settings import ProxySettings, UpstreamSettings
 from sidecar.settings.upstreams import DEFAULT_NAME, reread
@@ -117,7 +117,8 @@ class Proxy:
         self._server: Server | None = None
         self._listeners: list[AsyncioServer] = []
         self._socket_paths: list[str] = []
-        self._tls: ssl.SSLContext | None = None
+        self._tls: ssl.SSLContext | None = None  # of the listeners
+        self._shown: ssl.SSLContext | None = None  # the one that has the certificate which clients are shown now
         self._sweeper: TimerHandle | None = None
         self._sweep_s = _sweep_s(settings)
 
@@ -139,7 +140,8 @@ class Proxy:
         settings = self._settings = within_files(files, self._settings)
         loop = asyncio.get_running_loop()
         if (shown := of_listener(settings)) is not None:
-            self._tls = read_or_kept(shown)
+            tls = self._tls = self._shown = read_or_kept(shown)
+            show(tls, lambda: self._shown or tls)
         rest = self._rest()
         named = [self._destination(one, self._readings.get(one.name, self._reading)) for one in self._named]
         recorder, attribute_by_body, route = self._parts
@@ -266,8 +268,7 @@ class Proxy:
         shown = of_listener(settings)
         if self._tls is not None and shown is not None and shown.cert is not None:
             try:
-                read(shown)  # a trial: a failed load is not undone
-                load_chain(self._tls, shown.cert, shown.key)
+                self._shown = read(shown)
             except (OSError, ValueError) as error:
                 log.error("the certificate was not reloaded, the old one stays: %s", why_unreadable(error))
         if self._hop is None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import ssl
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -87,6 +87,17 @@ def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None) 
         raise ValueError("the key is encrypted: expected one that needs no password")
 
     context.load_cert_chain(cert_file, key_file, password=ask)
+
+
+def show(context: ssl.SSLContext, shown: Callable[[], ssl.SSLContext]) -> None:
+    """Have a listener that was opened with `context` show the certificate of another one, asked for at each handshake.
+    To load a chain into a context that is in use is no way: where it fails half-way, the certificate is the new one and
+    the key the old one's, and no handshake works until the next reload."""
+
+    def choose(connection: ssl.SSLObject, name: str | None, _: ssl.SSLContext) -> None:
+        connection.context = shown()
+
+    context.sni_callback = choose  # also called where a client names nobody
 
 
 def why_unreadable(error: Exception) -> str:

@@ -15,7 +15,7 @@ import trustme
 from cryptography.hazmat.primitives import serialization
 from support.rawhttp import Conversation, Hop, Outcome, RawUpstream, answering, on_both_loops, reply, until
 
-from sidecar.proxy import server
+from sidecar.proxy import server, tls
 from sidecar.proxy.call import Call
 
 GET = b"GET /x HTTP/1.1\r\nHost: me\r\n\r\n"
@@ -119,7 +119,9 @@ async def test_tls_cut_without_a_close_is_a_cut(authority: trustme.CA, tmp_path:
 
 
 @on_both_loops
-async def test_a_listener_with_tls_and_a_new_certificate(authority: trustme.CA, tmp_path: Path) -> None:
+async def test_a_listener_with_tls_and_a_new_certificate(
+    authority: trustme.CA, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     chain, key = pem(authority, tmp_path)
     trust = ssl.create_default_context()
     authority.configure_trust(trust)
@@ -148,6 +150,18 @@ async def test_a_listener_with_tls_and_a_new_certificate(authority: trustme.CA, 
         Path(chain).write_text("no certificate")
         hop.proxy.reload_tls()
         assert await serial() == second
+        pem(authority, tmp_path)
+
+        def read_while_they_change(files: tls.Files) -> ssl.SSLContext:
+            found = tls.read(files)
+            Path(key).write_text("half a key")
+            return found
+
+        monkeypatch.setattr("sidecar.proxy.server.read", read_while_they_change)
+        hop.proxy.reload_tls()
+        assert await serial() != second
+        hop.proxy.reload_tls()
+        await serial()
         await kept.send(GET)
         assert (await kept.message())[1] == b"hello"
 
